@@ -1,0 +1,139 @@
+"""The values that travel through the suite. Every tensor's shape is told here, once.
+
+Letters: B pairs in a batch, R rows of tokens, T tokens in a row, N completion tokens to score, K codes, d hidden width.
+The 2B sequences of a batch stand in one order everywhere: the B chosen ones, then the B rejected ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceExample:
+    """One labelled comparison, as text: `chosen` was preferred over `rejected` as the answer to `prompt`."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str = ""
+    """Where the pair comes from (a data set, a domain)."""
+    factor: str = ""
+    """The preference factor that decided, where it is known."""
+    annotator: str = ""
+    """Who labelled the pair, where it is known."""
+    flipped: bool = False
+    """True where label noise has swapped the two answers."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Any further columns of the row, untouched."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """A `PreferenceExample` as token ids. The prompt's ids are a true prefix of both sequences.
+
+    Each completion ends with exactly one end-of-answer token, unless the length policy cut it.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    source: str = ""
+    factor: str = ""
+    annotator: str = ""
+    flipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceBatch:
+    """Tokens, and where to read: nothing after the backbone knows how the tokens are laid out."""
+
+    input_ids: Tensor
+    """(R, T) tokens, right-padded."""
+    position_ids: Tensor
+    """(R, T) position of each token in its own sequence."""
+    attention_mask: Tensor
+    """(R, T) 1 at tokens, 0 at padding."""
+    segments: Tensor | None
+    """(R, T) which piece each token belongs to, for rows that hold several pieces: `3 j` the prompt of the row's pair j,
+    `3 j + 1` its chosen and `3 j + 2` its rejected completion, -1 padding. None where a row is one plain sequence."""
+    read_at: Tensor
+    """(N,) positions in the flattened (R T) tokens whose next token is a completion token."""
+    targets: Tensor
+    """(N,) that completion token."""
+    owner: Tensor
+    """(N,) which of the 2B sequences it belongs to."""
+    prompt_end: Tensor
+    """(B,) flat position of the last prompt token: where h_x is."""
+    completion_end: Tensor
+    """(2B,) flat position of the last completion token: where h_w and h_l are."""
+    lengths: Tensor
+    """(2B,) completion tokens in each sequence."""
+    flipped: Tensor
+    """(B,) bool: label noise swapped the pair."""
+    ids: tuple[str, ...]
+    sources: tuple[str, ...]
+    factors: tuple[str, ...]
+    annotators: tuple[str, ...]
+
+    @property
+    def pairs(self) -> int:
+        """B."""
+        return self.prompt_end.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the backbone reads, padding not counted."""
+        return int(self.attention_mask.sum())
+
+    def _on_tensors(self, change: Callable[[Tensor], Tensor]) -> PreferenceBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(v) for name, v in values.items() if isinstance(v, Tensor)})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
+        """The same batch on `device`."""
+        return self._on_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PreferenceBatch:
+        """The same batch in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
+        return self._on_tensors(lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
+class PairLogps:
+    """Log-probabilities of both answers, each (B,), summed over completion tokens, in nats.
+
+    The policy's may be (B, K), one column a code; the others are then (B, 1), so that every loss broadcasts.
+    """
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor | None
+    reference_rejected: Tensor | None
+    chosen_lengths: Tensor
+    """Completion tokens of the chosen answer."""
+    rejected_lengths: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PairLosses:
+    """What a preference loss says of each pair, each (B,) or (B, K) like the policy's log-probabilities."""
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    """Implicit reward of the chosen answer, scaled by beta, without gradient."""
+    rejected_rewards: Tensor
