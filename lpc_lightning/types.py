@@ -69,8 +69,9 @@ class PreferenceBatch:
     attention_mask: Tensor
     """(R, T) 1 at tokens, 0 at padding."""
     segments: Tensor | None
-    """(R, T) which piece each token belongs to, for rows that hold several pieces: `3 j` the prompt of the row's pair j,
-    `3 j + 1` its chosen and `3 j + 2` its rejected completion, -1 padding. None where a row is one plain sequence."""
+    """(R, T) which piece each token belongs to, for rows that hold several pieces: `3 j` the prompt of the
+    row's pair j, `3 j + 1` its chosen and `3 j + 2` its rejected completion, -1 padding. None where a row is one
+    plain sequence."""
     read_at: Tensor
     """(N,) positions in the flattened (R T) tokens whose next token is a completion token."""
     targets: Tensor
@@ -102,7 +103,8 @@ class PreferenceBatch:
 
     def _on_tensors(self, change: Callable[[Tensor], Tensor]) -> PreferenceBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(v) for name, v in values.items() if isinstance(v, Tensor)})
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The same batch on `device`."""
@@ -114,8 +116,34 @@ class PreferenceBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class PairStates:
+    """The hidden states that speak for a pair: last layer, after the final norm, what enters the LM head."""
+
+    prompt: Tensor
+    """(B, d) h_x, at the last prompt token."""
+    chosen: Tensor
+    """(B, d) h_w, at the last token of the chosen answer."""
+    rejected: Tensor
+    """(B, d) h_l, at the last token of the rejected answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitHead:
+    """How a policy turns hidden states into logits: `cap(scale * (weight h + bias))`."""
+
+    weight: Tensor
+    """(V, d)."""
+    bias: Tensor | None = None
+    """(V,)."""
+    scale: float = 1.0
+    """Multiplies the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`)."""
+    softcap: float | None = None
+    """Gemma's soft cap c: logits become c tanh(logits / c). None: the head is linear."""
+
+
+@dataclass(frozen=True, slots=True)
 class PairLogps:
-    """Log-probabilities of both answers, each (B,), summed over completion tokens, in nats.
+    """Log-probabilities of both answers, each (B,), summed over completion tokens, in nats. References may be None.
 
     The policy's may be (B, K), one column a code; the others are then (B, 1), so that every loss broadcasts.
     """

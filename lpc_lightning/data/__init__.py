@@ -1,0 +1,19 @@
+"""From rows of any known form to batches of preference pairs."""
+
+from lpc_lightning.data.formats import Columns
+from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.data.module import PreferenceDataModule
+from lpc_lightning.data.preferences import PreferenceData
+from lpc_lightning.data.rows import DataError
+from lpc_lightning.data.synthetic_data import SyntheticPreferences
+
+__all__ = [
+    "Columns",
+    "DataError",
+    "Layout",
+    "PaddedLayout",
+    "PreferenceData",
+    "PreferenceDataModule",
+    "SharedPrefixLayout",
+    "SyntheticPreferences",
+]

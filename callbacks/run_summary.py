@@ -1,0 +1,86 @@
+"""The short table at the end of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from callbacks.resources import ResourceMonitor
+
+ROWS = {
+    "loss": "loss",
+    "prior accuracy": "rewards/accuracies",
+    "reward margin": "rewards/margins",
+    "codebook perplexity": "latent/codebook_perplexity",
+    "dead codes": "latent/dead_codes",
+    "prior entropy (nats)": "latent/prior_entropy",
+}
+
+
+class RunSummary(Callback):
+    """Prints validation before and after training, speed and memory; writes them to `summary.json` in the run folder.
+
+    Validation before training is Lightning's sanity check: with `trainer.num_sanity_val_steps: -1` it runs over the
+    whole validation set. Its metrics also go to the loggers, at step 0.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing known."""
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what validation said before the first step."""
+        self.before = _validation(trainer)
+        if trainer.num_sanity_val_steps == float("inf"):
+            for logger in trainer.loggers:
+                logger.log_metrics({f"val/{name}": value for name, value in self.before.items()}, 0)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the latest."""
+        if not trainer.sanity_checking:
+            self.after = _validation(trainer)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print and write."""
+        whole = trainer.num_sanity_val_steps == float("inf")
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        monitors = [callback for callback in callbacks if isinstance(callback, ResourceMonitor)]
+        resources = monitors[0].summary(torch.device(pl_module.device)) if monitors else {}
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        before = self.before if whole else {}
+        summary = {
+            "steps": trainer.global_step,
+            "validation_before": before,
+            "validation_after": self.after,
+            "resources": resources,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        print(_table(before, self.after, resources, trainer.global_step))
+        print(f"Run folder: {folder}\nTensorBoard: tensorboard --logdir {folder}")
+
+
+def _validation(trainer: Trainer) -> dict[str, float]:
+    metrics = trainer.callback_metrics
+    return {name.removeprefix("val/"): float(value) for name, value in metrics.items() if name.startswith("val/")}
+
+
+def _table(before: dict[str, float], after: dict[str, float], resources: dict[str, float], steps: int) -> str:
+    def cell(values: dict[str, float], name: str) -> str:
+        return f"{values[name]:.4f}" if name in values else "-"
+
+    rows = [("", "before", "after")]
+    rows += [(title, cell(before, name), cell(after, name)) for title, name in ROWS.items() if name in after]
+    rows += [("optimizer steps", "", str(steps))]
+    units = {"tokens_per_second": "tokens per second", "seconds_per_step": "seconds per step"}
+    rows += [(title, "", f"{resources[name]:.1f}") for name, title in units.items() if name in resources]
+    rows += [("peak memory", "", f"{resources['peak_memory_gib']:.2f} GiB")] if resources else []
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
+    return "\n".join(["", lines[0], "-" * (sum(widths) + 4), *lines[1:], ""])

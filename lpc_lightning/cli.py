@@ -1,0 +1,169 @@
+"""The command line: `lpc-lightning fit|validate|test|predict|prepare`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+import callbacks  # noqa: F401 - makes short names such as `GracefulStop` known to the parser
+from lpc_lightning.checkpoint_io import CheckpointWriteError
+from lpc_lightning.data import DataError, PreferenceDataModule
+from lpc_lightning.latent import LatentSpace
+from lpc_lightning.modules import PreferenceModule
+from lpc_lightning.modules.checkpoint import CheckpointError
+from lpc_lightning.policy import Policy, UnsupportedPolicyError
+from lpc_lightning.policy.prepare import prepare
+
+GROUPS = ("policy", "latent", "callbacks")
+"""Settings that stand at the top of a config and belong to the module or to the trainer."""
+
+
+class PreferenceCLI(LightningCLI):
+    """LightningCLI with policy, latent and callbacks as groups of their own, each from a file or from flags."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        """Parse and run.
+
+        Args:
+            arguments: What stands behind the program's name.
+        """
+        super().__init__(
+            PreferenceModule,
+            PreferenceDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "lpc-lightning", "description": __doc__},
+            args=arguments,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the groups and say where they belong."""
+        parser.add_subclass_arguments(Policy, "policy", instantiate=False, help="The model to train.")
+        parser.add_argument(
+            "--latent",
+            type=LatentSpace | None,
+            default=None,
+            enable_path=True,
+            help="The latent space of Latent Preference Coding. null is the plain algorithm.",
+        )
+        parser.add_argument(
+            "--callbacks",
+            type=list[Callback] | None,
+            default=None,
+            enable_path=True,
+            help="What happens around training. A file, or `--callbacks+=NAME` to add one.",
+        )
+        parser.link_arguments("policy", "model.init_args.policy")
+        parser.link_arguments("latent", "model.init_args.latent")
+        parser.link_arguments("callbacks", "trainer.callbacks")
+
+    def before_instantiate_classes(self) -> None:
+        """Fill in what depends on the machine and on the runs that are there already."""
+        trainer = self.config[str(self.subcommand)].trainer
+        if trainer.precision is None:
+            trainer.precision = default_precision(trainer.accelerator)
+        if trainer.logger in (None, True):
+            root = Path(trainer.default_root_dir or "runs")
+            trainer.logger = run_loggers(root, next_version(root))
+        if trainer.plugins is None:
+            trainer.plugins = [{"class_path": "lpc_lightning.checkpoint_io.WholeCheckpointIO"}]
+
+    def _parse_ckpt_path(self) -> None:
+        """Let the model settings in a checkpoint win over flags, and say so.
+
+        LightningCLI does the same, but would put policy and latent under `model`, where our groups are linked to and
+        nothing may be set.
+        """
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if not path or not Path(path).is_file():
+            return
+        settings = dict(torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {}))
+        if "_class_path" not in settings:
+            return
+        settings.pop("_instantiator", None)
+        found = {name: settings.pop(name) for name in ("policy", "latent")}
+        model = {"class_path": settings.pop("_class_path"), "init_args": settings}
+        print(f"Model, policy and latent are set as in {path}; flags and config files do not change them.")
+        self.config = self.parser.parse_object({command: {"model": model, **found}}, self.config)
+
+
+def default_precision(accelerator: str) -> str:
+    """bf16-mixed where the device multiplies bfloat16 fast (GPUs, CPUs with AMX or AVX512-BF16), float32 elsewhere."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    features = torch.cpu.get_capabilities()
+    return "bf16-mixed" if features.get("amx_bf16") or features.get("avx512_bf16") else "32-true"
+
+
+def next_version(root: Path) -> str:
+    """The first `version_N` that is not there, so that no run writes into another's folder."""
+    taken = {path.name for path in root.glob("version_*")}
+    return next(name for number in range(len(taken) + 1) if (name := f"version_{number}") not in taken)
+
+
+def run_loggers(root: Path, version: str) -> list[dict[str, Any]]:
+    """TensorBoard and CSV, side by side in one run folder."""
+    place = {"save_dir": str(root), "name": "", "version": version}
+    names = ("TensorBoardLogger", "CSVLogger")
+    return [{"class_path": f"lightning.pytorch.loggers.{name}", "init_args": place} for name in names]
+
+
+def _fit(arguments: list[str]) -> None:
+    # `callbacks`, `runs/...` and `configs/...` are looked up from the folder the user stands in.
+    PreferenceCLI(arguments)
+
+
+def _prepare(arguments: list[str]) -> None:
+    auto_cli(prepare, args=arguments[1:], as_positional=False, prog="lpc-lightning prepare")
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "fit": (_fit, "train a policy on preference pairs"),
+    "validate": (_fit, "score the validation pairs under the prior"),
+    "test": (_fit, "score the test pairs under the prior"),
+    "predict": (_fit, "rewards and prior of each test pair"),
+    "prepare": (_prepare, "make models/SmolLM2-135M-Instruct without a model hub"),
+}
+MENDABLE = (DataError, UnsupportedPolicyError, CheckpointError, CheckpointWriteError, FloatingPointError)
+"""Errors whose text says what to do; a traceback would only bury it."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] not in COMMANDS:
+        _usage(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    run, _ = COMMANDS[arguments[0]]
+    try:
+        run(arguments)
+    except MENDABLE as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except SIGTERMException:
+        sys.exit(143)
+
+
+def _usage(arguments: list[str]) -> None:
+    asked = bool(arguments) and arguments[0] in ("-h", "--help")
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    text = "\n".join(
+        ["usage: lpc-lightning COMMAND ...", "", *lines, "", "lpc-lightning COMMAND --help tells the settings."]
+    )
+    print(text, file=sys.stdout if asked else sys.stderr)
+    if arguments and not asked:
+        print(f"\nerror: found command {arguments[0]!r}, expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+    sys.exit(0 if asked else 2)

@@ -1,0 +1,160 @@
+"""Which pairs make up which batch, on which device, in an order that a resumed run takes up where it stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from lpc_lightning.seeding import derive
+from lpc_lightning.types import PreferenceBatch, TokenizedPair
+
+
+class TrainingBatches(Sampler[list[int]]):
+    """Shuffled batches of one epoch, a function of (seed, epoch) alone; each device takes every n-th pair.
+
+    Where the pairs do not divide among the devices, the first ones are seen twice in the epoch, so that all devices
+    take equally many steps.
+    """
+
+    def __init__(self, pairs: int, batch_size: int, seed: int, rank: int = 0, devices: int = 1) -> None:
+        """Plan the batches of a device.
+
+        Args:
+            pairs: Pairs in the training set.
+            batch_size: Pairs in a batch of this device; the last batch of an epoch may hold fewer.
+            seed: Seed of the order.
+            rank: This device's number.
+            devices: Devices that share the epoch.
+        """
+        self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
+        self.rank, self.devices = rank, devices
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.epoch = epoch
+
+    @property
+    def sizes(self) -> list[int]:
+        """Pairs in each batch of an epoch."""
+        share = math.ceil(self.pairs / self.devices)
+        return [min(self.batch_size, share - start) for start in range(0, share, self.batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(derive("order", self.seed, self.epoch))
+        order = torch.randperm(self.pairs, generator=generator).tolist()
+        order += order[: -self.pairs % self.devices]
+        mine = order[self.rank :: self.devices]
+        starts = range(self.start * self.batch_size, len(mine), self.batch_size)
+        return iter([mine[start : start + self.batch_size] for start in starts])
+
+
+class EvaluationBatches(Sampler[list[int]]):
+    """Each pair once over all devices, in order, in equally many batches of nearly equal size on each device."""
+
+    def __init__(self, pairs: int, batch_size: int, rank: int = 0, devices: int = 1) -> None:
+        """Plan the batches of a device; arguments as for `TrainingBatches`."""
+        mine = range(rank, pairs, devices)
+        share = math.ceil(pairs / devices)
+        batches = math.ceil(share / batch_size)
+        bounds = [len(mine) * number // batches for number in range(batches + 1)]
+        self.batches = [list(mine[start:end]) for start, end in pairwise(bounds) if end > start]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class PreferenceLoader:
+    """A `DataLoader` over tokenised pairs whose batches Lightning leaves to each device alone."""
+
+    def __init__(
+        self,
+        pairs: Sequence[TokenizedPair],
+        batches: TrainingBatches | EvaluationBatches,
+        layout: Callable[[Sequence[TokenizedPair]], PreferenceBatch],
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """Put data, order and layout together.
+
+        Args:
+            pairs: The tokenised pairs.
+            batches: Which of them make up each batch.
+            layout: Lays a batch out.
+            workers: Processes that lay batches out ahead of time; 0 does it in the training process.
+            pin_memory: Put batches into page-locked memory, for a GPU.
+        """
+        self.loader: DataLoader[Any] = DataLoader(
+            pairs,  # type: ignore[arg-type]  # a Sequence is a map-style data set
+            batch_sampler=batches,
+            collate_fn=layout,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[PreferenceBatch]:
+        return iter(self.loader)
+
+
+class TrainingLoader(PreferenceLoader):
+    """A loader that can be stopped in the middle of an epoch and taken up again at the next batch.
+
+    Lightning saves and loads its state with the checkpoint, and calls `set_epoch` on its sampler.
+    """
+
+    def __init__(self, pairs: Sequence[TokenizedPair], batches: TrainingBatches, *layout: Any, **options: Any) -> None:
+        """Put data, order and layout together; arguments as for `PreferenceLoader`."""
+        super().__init__(pairs, batches, *layout, **options)
+        self.sampler = batches
+        self._taken = 0
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Pairs in each batch of an epoch on this device."""
+        return self.sampler.sizes
+
+    def __iter__(self) -> Iterator[PreferenceBatch]:
+        # A generator: nothing is drawn before the first `next`, when the trainer has set the epoch.
+        self._taken = self.sampler.start
+        batches = iter(self.loader)
+        self.sampler.start = 0
+        for batch in batches:
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in the epoch the run is, and what decides the order."""
+        return {"taken": self._taken, **self._order}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take the epoch up after the batches already taken.
+
+        Raises:
+            ValueError: The order would not be that of the run to be resumed.
+        """
+        expected = {name: state[name] for name in self._order}
+        if self._order != expected:
+            raise ValueError(
+                f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
+                "same seed_everything, data, data.batch_size and devices, or start anew from the weights."
+            )
+        self.sampler.start = state["taken"]
+
+    @property
+    def _order(self) -> dict[str, int]:
+        return {name: getattr(self.sampler, name) for name in ("seed", "pairs", "batch_size", "devices")}

@@ -1,0 +1,183 @@
+"""The DataModule that all algorithms share: examples to tokens to batches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.data.lengths import LengthPolicy
+from lpc_lightning.data.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
+from lpc_lightning.data.report import DataReport
+from lpc_lightning.data.rows import DataError
+from lpc_lightning.data.template import TemplateKind, make_template
+from lpc_lightning.data.tokens import ExampleSource, TokenStore, load_or_tokenize
+from lpc_lightning.seeding import run_seed
+
+Stage = Literal["train", "validation", "test"]
+STAGES: dict[str, tuple[Stage, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+"""What each command of the trainer reads."""
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Batches of preference pairs for the policy that is being trained; subclasses say where the examples come from."""
+
+    def __init__(
+        self,
+        batch_size: int = 4,
+        eval_batch_size: int | None = None,
+        layout: Literal["auto", "padded", "shared_prefix"] = "auto",
+        row_tokens: int = 1024,
+        template: TemplateKind = "auto",
+        max_length: int | None = 1024,
+        max_prompt_length: int | None = None,
+        too_long: Literal["drop", "truncate_prompt", "truncate_answer", "error"] = "drop",
+        bad_rows: Literal["error", "skip"] = "error",
+        workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            batch_size: Pairs in a batch of one device. `trainer.accumulate_grad_batches` of them make a step.
+            eval_batch_size: Pairs in a batch of validation and test. null: as many as in training.
+            layout: `padded`, a row a sequence; `shared_prefix`, the prompt once with both answers behind it and several
+                pairs in a row; `auto`, shared_prefix where the policy's attention kernel takes a mask.
+            row_tokens: Tokens that a row of `shared_prefix` may hold. Longer rows pad less and attend over more.
+            template: `chat`, the tokenizer's own; `plain`, User:/Assistant: text; `auto`, chat where there is one.
+            max_length: Most tokens of a prompt with its longer answer. null: no limit.
+            max_prompt_length: Most tokens of a prompt. null: no limit.
+            too_long: What becomes of longer pairs: `drop`; `truncate_prompt`, keeping its end; `truncate_answer`, which
+                loses the end-of-answer token; `error`. What is dropped or cut is counted in the log and as a metric.
+            bad_rows: `error` stops at rows that cannot be used, naming them; `skip` goes on and counts them.
+            workers: Processes that lay out batches ahead of time. 0 does it in the training process.
+            cache_dir: Where tokens are kept. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("row_tokens", row_tokens),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}: found {value}, expected at least 1.")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.layout, self.row_tokens, self.template = layout, row_tokens, template
+        self.lengths = LengthPolicy(max_length, max_prompt_length, too_long)
+        self.bad_rows, self.workers = bad_rows, workers
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.pairs: dict[Stage, TokenStore] = {}
+        self.reports: dict[Stage, DataReport] = {}
+
+    @abstractmethod
+    def source(self, stage: Stage) -> ExampleSource | None:
+        """The examples of a stage, or None where there are none."""
+
+    def prepare_data(self) -> None:
+        """Fill the token cache, in one process of the machine."""
+        assert self.trainer is not None
+        for stage in STAGES[str(self.trainer.state.fn.value)]:  # type: ignore[union-attr]
+            self.load(stage, self._tokenizer)
+
+    def setup(self, stage: str) -> None:
+        """Open the tokens, and tell the log and the loggers what became of every row."""
+        assert self.trainer is not None
+        for name in STAGES[stage]:
+            if self.load(name, self._tokenizer) is None:
+                continue
+            report = self.reports[name]
+            rank_zero_info(f"{name}: {report}")
+            for logger in self.trainer.loggers:
+                logger.log_metrics(
+                    {key.replace("data/", f"data/{name}/", 1): n for key, n in report.metrics().items()}, 0
+                )
+
+    def load(self, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> TokenStore | None:
+        """The tokens of a stage and, in `reports`, how they came about. Needs no trainer.
+
+        Raises:
+            DataError: There is something wrong with the data; see `load_or_tokenize`.
+        """
+        source = self.source(stage)
+        if source is None:
+            return None
+        template = make_template(tokenizer, self.template)
+        self.pairs[stage], self.reports[stage] = load_or_tokenize(
+            source,
+            template,
+            self.lengths,
+            bad_rows=self.bad_rows,
+            cache_dir=self.cache_dir,
+        )
+        return self.pairs[stage]
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Shuffled batches that a resumed run takes up where it stopped."""
+        pairs = self.pairs["train"]
+        rank, devices = self._place
+        batches = TrainingBatches(len(pairs), self.batch_size, run_seed(), rank, devices)
+        return TrainingLoader(pairs, batches, self._make_layout(), self.workers, self._on_gpu)
+
+    def val_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
+        """Each validation pair once."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
+        """Each test pair once."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
+        """Each test pair once."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, stage: Stage) -> PreferenceLoader | list[PreferenceLoader]:
+        if stage not in self.pairs:
+            return []
+        rank, devices = self._place
+        batches = EvaluationBatches(len(self.pairs[stage]), self.eval_batch_size, rank, devices)
+        return PreferenceLoader(self.pairs[stage], batches, self._make_layout(), self.workers, self._on_gpu)
+
+    def _make_layout(self) -> Layout:
+        takes_mask = self._module.policy.takes_block_mask
+        if self.layout == "shared_prefix" and not takes_mask:
+            raise DataError(
+                "data.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask. "
+                "Expected padded (or auto), or policy.attention sdpa or eager."
+            )
+        pad_id = make_template(self._tokenizer, self.template).pad_id
+        if self.layout == "padded" or not takes_mask:
+            return PaddedLayout(pad_id)
+        return SharedPrefixLayout(pad_id, self.row_tokens)
+
+    @property
+    def _module(self) -> Any:
+        # A `PreferenceModule`, which stands above this one in the order of imports.
+        assert self.trainer is not None
+        return self.trainer.lightning_module
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._module.tokenizer
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        assert self.trainer is not None
+        return self.trainer.global_rank, self.trainer.world_size
+
+    @property
+    def _on_gpu(self) -> bool:
+        assert self.trainer is not None
+        return self.trainer.strategy.root_device.type == "cuda"

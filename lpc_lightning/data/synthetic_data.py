@@ -1,0 +1,56 @@
+"""The built-in preferences as a DataModule."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lpc_lightning.data.module import PreferenceDataModule, Stage
+from lpc_lightning.data.synthetic import PreferenceGenerator, Truth
+from lpc_lightning.data.tokens import ExamplesInMemory
+
+
+class SyntheticPreferences(PreferenceDataModule):
+    """English prompts and answers composed from style attributes, with the deciding factor known for every pair.
+
+    `source` is the prompt's domain, `factor` what decided, `annotator` who (where annotators are hidden).
+    """
+
+    def __init__(
+        self,
+        deciding: Literal["visible", "hidden"] = "visible",
+        train_pairs: int = 4096,
+        validation_pairs: int = 256,
+        test_pairs: int = 512,
+        annotators: int = 8,
+        data_seed: int = 0,
+        **data: Any,
+    ) -> None:
+        """Say which pairs to make.
+
+        Args:
+            deciding: What decides a pair: its domain, which the prompt shows (`visible`), or an annotator whom no text
+                shows (`hidden`).
+            train_pairs: Pairs to train on.
+            validation_pairs: Pairs to validate on, with other prompts. 0: none.
+            test_pairs: Pairs to test on, with other prompts again. 0: none.
+            annotators: How many annotators there are, where they are hidden.
+            data_seed: Another seed makes other pairs and ties factors to domains and annotators anew.
+            data: Settings of `PreferenceDataModule`.
+        """
+        super().__init__(**data)
+        self.generator = PreferenceGenerator(deciding=deciding, annotators=annotators, seed=data_seed)
+        self.name = f"synthetic {deciding} annotators={annotators} seed={data_seed}"
+        self.counts: dict[Stage, int] = {"train": train_pairs, "validation": validation_pairs, "test": test_pairs}
+
+    @property
+    def truth(self) -> Truth:
+        """What decides, and the best accuracy that can be had from the prompt alone."""
+        return self.generator.truth
+
+    def source(self, stage: Stage) -> ExamplesInMemory | None:
+        """The generated pairs of a stage."""
+        if not self.counts[stage]:
+            return None
+        return ExamplesInMemory(
+            self.generator.examples(self.counts[stage], stage), f"{self.name} {stage} {self.counts[stage]}"
+        )

@@ -1,0 +1,168 @@
+"""What LPC has to beat: spaces with the same place in the model and less, or other, structure.
+
+Gains of LPC may come from extra parameters or from noise. Each control keeps one of these and drops the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gumbel_softmax
+
+from lpc_lightning.latent.discrete import DiscreteSpace
+from lpc_lightning.latent.divergence import WeightedKL, gaussian_kl
+from lpc_lightning.latent.estimators import GumbelSpace
+from lpc_lightning.latent.networks import Codebook, Posterior, Prior, state_deviation
+from lpc_lightning.latent.schedules import Linear, Schedule, as_schedule
+from lpc_lightning.latent.space import LatentSpace, LatentTerms, PairScorer, PriorMode
+from lpc_lightning.types import LogitHead, PairStates
+
+
+class PriorOnlySpace(DiscreteSpace):
+    """Codebook and prior without a posterior: Gumbel samples from the prior, no KL."""
+
+    def __init__(self, tau: float | Schedule = 1.0, hard: bool = False, **space: Any) -> None:
+        """Keep the settings.
+
+        Args:
+            tau: Temperature of the Gumbel-softmax, above zero. A number or a schedule such as `Exponential`.
+            hard: Straight-through: one code forward, the soft mixture's gradient backward.
+            space: Settings of `DiscreteSpace`.
+        """
+        super().__init__(**space)
+        self.tau, self.hard = as_schedule(tau), hard
+
+    def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
+        """One z for each pair, sampled from its prior."""
+        prior, tau = self.log_prior(states.prompt), self.tau(progress)
+        z = self.codebook(gumbel_softmax(prior, tau, hard=self.hard))
+        return LatentTerms(*score.under(z), z=z, prior=prior, settings={"tau": tau})
+
+
+class PosteriorOnlySpace(GumbelSpace):
+    """The policy trains under the posterior throughout (g = 0); the prior learns by the KL alone."""
+
+    def __init__(self, **space: Any) -> None:
+        """Keep the settings.
+
+        Args:
+            space: Settings of `GumbelSpace`, but for g.
+        """
+        super().__init__(g=0.0, **space)
+
+
+class DeterministicSpace(LatentSpace):
+    """A z that is a function of the prompt, or of nothing: no distribution, no KL, and one z for every prior mode."""
+
+    def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
+        """The pairs' losses under their z."""
+        z = self.infer(states.prompt)
+        return LatentTerms(*score.under(z), z=z)
+
+
+class VectorSpace(DeterministicSpace):
+    """One learned vector for all prompts: a bias on the logits."""
+
+    def __init__(self, spread: float = 0.0) -> None:
+        """Keep the settings.
+
+        Args:
+            spread: Initial deviation of LMHead(z) over the vocabulary, in logits (nats). 0 starts at the plain policy.
+        """
+        super().__init__()
+        self.spread = spread
+
+    def build(self, width: int, head: LogitHead) -> None:
+        """Make the vector."""
+        scale = self.spread / state_deviation(head) if self.spread else 0.0
+        self.vector = nn.Parameter(scale * torch.randn(width))
+
+    def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
+        """The vector, once for each prompt."""
+        return self.vector.expand(prompt.shape[0], -1)
+
+
+class MLPSpace(DeterministicSpace):
+    """z = MLP(h_x): the prompt's say without a codebook. Starts at z = 0, the plain policy."""
+
+    def build(self, width: int, head: LogitHead) -> None:
+        """Make the network, its last layer zero."""
+        self.network = Prior(width, self.hidden, width, self.detach)
+        nn.init.zeros_(self.network.second.weight)
+        nn.init.zeros_(self.network.second.bias)
+
+    def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
+        """MLP(h_x): (B, d)."""
+        return self.network(prompt)
+
+
+class GaussianSpace(LatentSpace):
+    """Continuous weights on the codebook: c ~ Normal(mean, std) from prior or posterior in place of a softmax, z = c E.
+
+    The paper's codebook, KL and mixture by g stay; only the weights are no distribution over codes.
+    """
+
+    def __init__(
+        self,
+        codes: int = 32,
+        spread: float = 0.1,
+        kl_weight: float | Schedule = 0.1,
+        free_bits: float = 0.0,
+        g: float | Schedule | None = None,
+        prior_mode: Literal["mean", "sample"] = "mean",
+        **networks: Any,
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            codes: K, vectors in the codebook and dimensions of the Gaussian.
+            spread: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats).
+            kl_weight: lambda, the weight of the KL between posterior and prior. A number or a schedule.
+            free_bits: KL in nats below which a pair pays no more for less.
+            g: Share of the prior in the training mixture. A number, or a schedule; null is the line from 0 to 1.
+            prior_mode: How z is taken from the prior at inference: its `mean`, or a `sample`.
+            networks: Settings of `LatentSpace`.
+        """
+        super().__init__(**networks)
+        self.codes, self.spread, self.prior_mode = codes, spread, prior_mode
+        self.divergence = WeightedKL(kl_weight, free_bits)
+        self.g = as_schedule(Linear() if g is None else g)
+
+    def build(self, width: int, head: LogitHead) -> None:
+        """Make codebook, prior and posterior."""
+        self.codebook = Codebook(self.codes, width, self.spread, head)
+        self.prior = Prior(width, self.hidden, 2 * self.codes, self.detach)
+        self.posterior = Posterior(width, self.hidden, 2 * self.codes, self.detach)
+
+    def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
+        """One reparametrised z for each pair, and lambda KL."""
+        prior_mean, prior_log_std = self.prior(states.prompt).chunk(2, dim=-1)
+        posterior_mean, posterior_log_std = self.posterior.of(states).chunk(2, dim=-1)
+        g = self.g(progress)
+        weights = (1 - g) * _draw(posterior_mean, posterior_log_std) + g * _draw(prior_mean, prior_log_std)
+        kl = gaussian_kl(posterior_mean, posterior_log_std, prior_mean, prior_log_std)
+        z = self.codebook(weights)
+        return LatentTerms(*score.under(z), penalty=self.divergence(kl, progress), z=z, kl=kl, settings={"g": g})
+
+    def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
+        """z = c E with c the prior's mean, or a draw.
+
+        Raises:
+            ValueError: `mode` asks for a code.
+        """
+        mean, log_std = self.prior(prompt).chunk(2, dim=-1)
+        match self.prior_mode if mode is None else mode:
+            case "mean":
+                return self.codebook(mean)
+            case "sample":
+                return self.codebook(_draw(mean, log_std))
+            case other:
+                raise ValueError(
+                    f"prior mode: found {other!r}, expected mean or sample: a Gaussian latent has no codes."
+                )
+
+
+def _draw(mean: Tensor, log_std: Tensor) -> Tensor:
+    return mean + log_std.exp() * torch.randn_like(mean)

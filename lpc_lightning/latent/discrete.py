@@ -1,0 +1,78 @@
+"""The discrete codebook with its prior: the part that all estimators share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpc_lightning.latent.networks import Codebook, Prior
+from lpc_lightning.latent.space import LatentSpace, PriorMode
+from lpc_lightning.types import LogitHead
+
+MODES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda log_prior: log_prior.exp(),
+    "sample": lambda log_prior: one_hot(torch.multinomial(log_prior.exp(), 1)[:, 0], log_prior),
+    "argmax": lambda log_prior: one_hot(log_prior.argmax(-1), log_prior),
+}
+"""Weights over the codes (B, K) from the prior's log-probabilities (B, K)."""
+
+
+def one_hot(codes: Tensor, like: Tensor) -> Tensor:
+    """(B,) code numbers to (B, K) weights, with K and the type of `like`."""
+    return torch.nn.functional.one_hot(codes, like.shape[-1]).to(like.dtype)
+
+
+class DiscreteSpace(LatentSpace):
+    """A codebook E (K, d) and a prior over it. Subclasses say how the two are learned."""
+
+    def __init__(self, codes: int = 32, spread: float = 0.1, prior_mode: PriorMode = "mean", **networks: Any) -> None:
+        """Keep the settings.
+
+        Args:
+            codes: K, vectors in the codebook. The paper's results peak at 32 to 64.
+            spread: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 starts at the plain
+                algorithm, with codes that only noise can part.
+            prior_mode: How z is taken from the prior at inference: `mean`, `sample`, `argmax`, or a code's number.
+            networks: Settings of `LatentSpace`.
+
+        Raises:
+            ValueError: `codes` is below 1, `spread` is negative, or `prior_mode` names no code.
+        """
+        if codes < 1:
+            raise ValueError(f"latent.codes: found {codes}, expected at least 1.")
+        if spread < 0:
+            raise ValueError(f"latent.spread: found {spread}, expected at least 0.")
+        super().__init__(**networks)
+        self.codes, self.spread, self.prior_mode = codes, spread, prior_mode
+        self.weights_by(prior_mode, torch.zeros(1, codes))
+
+    def build(self, width: int, head: LogitHead) -> None:
+        """Make codebook and prior."""
+        self.codebook = Codebook(self.codes, width, self.spread, head)
+        self.prior = Prior(width, self.hidden, self.codes, self.detach)
+
+    def log_prior(self, prompt: Tensor) -> Tensor:
+        """log p(k given x): (B, d) prompt states to (B, K)."""
+        return self.prior(prompt).log_softmax(-1)
+
+    def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
+        """z = c E, the weights c (B, K) taken from the prior by `mode`."""
+        return self.codebook(self.weights_by(self.prior_mode if mode is None else mode, self.log_prior(prompt)))
+
+    def weights_by(self, mode: PriorMode, log_prior: Tensor) -> Tensor:
+        """Weights over the codes (B, K) that `mode` takes from the prior's log-probabilities (B, K).
+
+        Raises:
+            ValueError: `mode` is no known name, or the number of no code.
+        """
+        if isinstance(mode, int) and 0 <= mode < self.codes:
+            return one_hot(torch.full(log_prior.shape[:1], mode, device=log_prior.device), log_prior)
+        if mode in MODES:
+            return MODES[str(mode)](log_prior)
+        raise ValueError(
+            f"latent.prior_mode: found {mode!r}, expected one of {', '.join(MODES)}, "
+            f"or the number of a code from 0 to {self.codes - 1}."
+        )

@@ -1,0 +1,48 @@
+"""KL between posterior and prior, and what it weighs in the loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lpc_lightning.latent.schedules import Schedule, as_schedule
+
+
+def categorical_kl(posterior: Tensor, prior: Tensor) -> Tensor:
+    """sum_k q_k (log q_k - log p_k).
+
+    Args:
+        posterior: (B, K) log-probabilities log q.
+        prior: (B, K) log-probabilities log p.
+
+    Returns:
+        (B,) in nats.
+    """
+    return (posterior.exp() * (posterior - prior)).sum(-1)
+
+
+def gaussian_kl(mean_q: Tensor, log_std_q: Tensor, mean_p: Tensor, log_std_p: Tensor) -> Tensor:
+    """KL between normals with diagonal covariance, each argument (B, M).
+
+    Returns:
+        (B,) in nats.
+    """
+    ratio = (2 * (log_std_q - log_std_p)).exp()
+    shift = ((mean_q - mean_p) / log_std_p.exp()).square()
+    return 0.5 * (ratio + shift - 1 - 2 * (log_std_q - log_std_p)).sum(-1)
+
+
+class WeightedKL:
+    """lambda max(KL, free bits): what a latent adds to the loss of each pair."""
+
+    def __init__(self, weight: float | Schedule, free_bits: float) -> None:
+        """Set the price of information about the label.
+
+        Args:
+            weight: lambda, or its schedule.
+            free_bits: KL in nats below which a pair pays a constant (Kingma et al., 2016, arXiv 1606.04934, app. C.8).
+        """
+        self.weight, self.free_bits = as_schedule(weight), free_bits
+
+    def __call__(self, kl: Tensor, progress: float) -> Tensor:
+        """KL (B,) in nats to the penalty (B,) at `progress`."""
+        return self.weight(progress) * kl.clamp_min(self.free_bits)

@@ -1,0 +1,140 @@
+"""Three ways to learn a discrete space: sampled (the paper's), expected, and exact.
+
+In the formulas l_k is the algorithm's loss of a pair under code k, p the prior and q the posterior.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gumbel_softmax
+
+from lpc_lightning.latent.discrete import DiscreteSpace
+from lpc_lightning.latent.divergence import WeightedKL, categorical_kl
+from lpc_lightning.latent.networks import Posterior
+from lpc_lightning.latent.schedules import Linear, Schedule, as_schedule
+from lpc_lightning.latent.space import LatentTerms, PairScorer
+from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
+
+
+class PosteriorSpace(DiscreteSpace):
+    """A discrete space with a learned posterior, tied to the prior by lambda KL."""
+
+    def __init__(self, kl_weight: float | Schedule = 0.1, free_bits: float = 0.0, **space: Any) -> None:
+        """Keep the settings.
+
+        Args:
+            kl_weight: lambda, the weight of the KL between posterior and prior. A number, or a schedule (`WarmUp`).
+            free_bits: KL in nats below which a pair pays no more for less.
+            space: Settings of `DiscreteSpace`.
+        """
+        super().__init__(**space)
+        self.divergence = WeightedKL(kl_weight, free_bits)
+
+    def build(self, width: int, head: LogitHead) -> None:
+        """Make codebook, prior and posterior."""
+        super().build(width, head)
+        self.posterior = Posterior(width, self.hidden, self.codes, self.detach)
+
+    def log_posterior(self, states: PairStates) -> Tensor:
+        """log q(k given x, y_w over y_l): (B, K)."""
+        return self.posterior.of(states).log_softmax(-1)
+
+
+class GumbelSpace(PosteriorSpace):
+    """The paper's estimator: the policy answers under a Gumbel-softmax mixture of the codes.
+
+    c = GumbelSoftmax(a, tau) for prior and posterior, z = (1 - g) c_q E + g c_p E (Gong et al., 2025, section 3).
+    """
+
+    def __init__(
+        self, tau: float | Schedule = 1.0, hard: bool = False, g: float | Schedule | None = None, **space: Any
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            tau: Temperature of the Gumbel-softmax, above zero. A number or a schedule such as `Exponential`.
+            hard: Straight-through: one code forward, the soft mixture's gradient backward.
+            g: Share of the prior in the training mixture. A number or a schedule; null: the paper's line from 0 to 1.
+            space: Settings of `PosteriorSpace`.
+        """
+        super().__init__(**space)
+        self.tau, self.hard = as_schedule(tau), hard
+        self.g = as_schedule(Linear() if g is None else g)
+
+    def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
+        """One sampled z for each pair, and lambda KL."""
+        prior, posterior = self.log_prior(states.prompt), self.log_posterior(states)
+        tau, g = self.tau(progress), self.g(progress)
+        from_prior = gumbel_softmax(prior, tau, hard=self.hard)
+        from_posterior = gumbel_softmax(posterior, tau, hard=self.hard)
+        z = self.codebook((1 - g) * from_posterior + g * from_prior)
+        kl = categorical_kl(posterior, prior)
+        return LatentTerms(
+            *score.under(z),
+            penalty=self.divergence(kl, progress),
+            z=z,
+            kl=kl,
+            prior=prior,
+            posterior=posterior,
+            settings={"g": g, "tau": tau},
+        )
+
+
+class ExpectedSpace(PosteriorSpace):
+    """The paper's bound without sampling noise: sum_k q_k l_k + lambda KL, q the learned posterior."""
+
+    def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
+        """The loss under every code, weighed by the posterior, and lambda KL."""
+        prior, posterior = self.log_prior(states.prompt), self.log_posterior(states)
+        pairs, logps = score.under_codes(self.codebook.weight)
+        losses = (posterior.exp() * pairs.losses).sum(-1)
+        kl = categorical_kl(posterior, prior)
+        return LatentTerms(
+            *averaged(pairs, logps, posterior, losses),
+            penalty=self.divergence(kl, progress),
+            z=self.codebook(posterior.exp()).detach(),
+            kl=kl,
+            prior=prior,
+            posterior=posterior,
+        )
+
+
+class MarginalSpace(DiscreteSpace):
+    """The exact marginal over codes: -log sum_k p_k exp(-l_k).
+
+    For DPO and SimPO this is -log sum_k p_k sigmoid(beta D_k), the marginal likelihood of the label, of which the
+    paper's objective is a lower bound; the posterior is exact, q_k proportional to p_k exp(-l_k). No posterior network,
+    no Gumbel noise, and no label can leak. For IPO it is the soft minimum over codes.
+    """
+
+    def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
+        """The exact loss; rewards and log-probabilities are reported under the prior."""
+        prior = self.log_prior(states.prompt)
+        pairs, logps = score.under_codes(self.codebook.weight)
+        joint = prior - pairs.losses
+        losses = -joint.logsumexp(-1)
+        posterior = (joint + losses[:, None]).detach()
+        return LatentTerms(
+            *averaged(pairs, logps, prior, losses),
+            z=self.codebook(prior.exp()).detach(),
+            kl=categorical_kl(posterior, prior.detach()),
+            prior=prior,
+            posterior=posterior,
+        )
+
+
+def averaged(pairs: PairLosses, logps: PairLogps, log_weights: Tensor, losses: Tensor) -> tuple[PairLosses, PairLogps]:
+    """Rewards and log-probabilities (B, K) as expectations over the codes (B,), next to the step's own `losses`."""
+    weights = log_weights.detach().exp()
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.einsum("bk,bk->b", weights, values.detach())
+
+    return (
+        PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards)),
+        replace(logps, policy_chosen=mean(logps.policy_chosen), policy_rejected=mean(logps.policy_rejected)),
+    )

@@ -1,0 +1,25 @@
+"""Identity Preference Optimization."""
+
+from lpc_lightning.losses.log_ratios import log_ratios
+from lpc_lightning.types import PairLogps, PairLosses
+
+
+def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) -> PairLosses:
+    """IPO (Azar et al., 2023, arXiv 2310.12036, eq. 17): `(D - 1 / (2 beta))^2` with D = r_w - r_l.
+
+    Implementations disagree on averaging: the original DPO repository and OpenRLHF, on which the LPC paper was
+    trained, sum over tokens (the default here); TRL averages since January 2024 (`length_average`).
+
+    Args:
+        logps: Log-probabilities of the pairs, the reference's among them.
+        beta: The paper's tau: the margin that the loss aims at is 1 / (2 beta) nats.
+        length_average: Divide r_w and r_l by their own answers' tokens first.
+
+    Raises:
+        ValueError: The reference is missing.
+    """
+    chosen, rejected = log_ratios(logps)
+    if length_average:
+        chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
+    losses = (chosen - rejected - 1 / (2 * beta)).square()
+    return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())

@@ -1,0 +1,47 @@
+"""What a checkpoint holds, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to the model that is to take it."""
+
+
+def trained_weights(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `state` that training changes: without frozen weights, and so without the reference."""
+    trained = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    return {name: value for name, value in state.items() if name in trained}
+
+
+def check_same_architecture(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        CheckpointError: They differ; says the first differences.
+    """
+    missing = sorted(set(expected) - set(found))
+    surplus = sorted(set(found) - set(expected))
+    shapes = [
+        f"{name}: found {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(set(found) & set(expected))
+        if found[name].shape != expected[name].shape
+    ]
+    problems = [
+        *(
+            f"{len(names)} {what} (first: {names[0]})"
+            for names, what in ((missing, "missing"), (surplus, "unknown"))
+            if names
+        ),
+        *shapes[:3],
+    ]
+    if problems:
+        raise CheckpointError(
+            f"checkpoint: its weights are of another architecture: {'; '.join(problems)}. Expected the {len(expected)} "
+            "trained weights of this policy and latent space: take the settings (policy, lora, latent) of the run that "
+            "wrote it, which are in its config.yaml."
+        )

@@ -1,0 +1,237 @@
+"""The LightningModule that all algorithms share: the step, the metrics, the optimizer groups, the checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from lpc_lightning.data.loading import TrainingLoader
+from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
+from lpc_lightning.modules.checkpoint import check_same_architecture, trained_weights
+from lpc_lightning.modules.latent_mixin import LatentMixin
+from lpc_lightning.modules.metrics import PreferenceMetrics
+from lpc_lightning.modules.scoring import BatchScorer
+from lpc_lightning.policy import CausalPolicy, Policy
+from lpc_lightning.readout import Reading
+from lpc_lightning.seeding import derive, run_seed
+from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
+
+PROGRESS_BAR = ("loss", "rewards/accuracies", "rewards/margins", "latent/codebook_perplexity")
+
+
+class PreferenceModule(LatentMixin, LightningModule):
+    """Fits a policy to preference pairs; a subclass says its loss and whether it needs a reference."""
+
+    needs_reference = True
+    reference: CausalPolicy | None
+
+    def __init__(
+        self,
+        policy: Policy,
+        latent: LatentSpace | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0),
+        latent_lr: float = 1e-3,
+        lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
+        warmup: float = 0.1,
+    ) -> None:
+        """Keep the settings; models are built in `configure_model`.
+
+        Args:
+            policy: The model to train, as a spec.
+            latent: The latent space of Latent Preference Coding. null is the plain algorithm.
+            optimizer: Optimizer of both parameter groups; its learning rate is the policy's.
+            latent_lr: Learning rate of the latent space: fresh networks need a larger one than a pretrained backbone.
+            lr_schedule: What the learning rates do after warm-up; cosine and linear go down to 0.
+            warmup: Share of the optimizer steps over which the learning rates rise from 0.
+        """
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`")
+            self.save_hyperparameters()
+        if "_class_path" not in self.hparams:
+            # Built in code and not by the command line: live objects do not belong into a checkpoint.
+            self.remove_ignored_hparams(["policy", "latent", "optimizer"])
+        self.policy_spec, self.latent, self.optimizer_of = policy, latent, optimizer
+        self.latent_lr, self.lr_schedule, self.warmup = latent_lr, lr_schedule, warmup
+        self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the rest
+        self._built = False
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @abstractmethod
+    def preference_loss(self, logps: PairLogps) -> PairLosses:
+        """The algorithm's loss of each pair."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = self.policy_spec.load_tokenizer()
+        return self._tokenizer
+
+    # Building
+
+    def configure_model(self) -> None:
+        """Build policy, reference and latent space, once."""
+        if self._built:
+            return
+        self.policy = self.policy_spec.build(self.tokenizer)
+        self.reference = None
+        if self.needs_reference and self.policy_spec.lora is None:
+            # Not in eval mode: dropout is off, so that modes do not differ, and Lightning warns of mixed ones.
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        self.build_latent(self.policy.width, self.policy.head)
+        codes = self.latent.codes if isinstance(self.latent, DiscreteSpace) else None
+        self.train_metrics, self.val_metrics, self.test_metrics = (PreferenceMetrics(codes) for _ in range(3))
+        self._built = True
+
+    def configure_optimizers(self) -> Any:
+        """AdamW (or whatever `optimizer` says) over two groups, with warm-up and decay by optimizer step."""
+        backbone = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": backbone, "name": "backbone"}]
+        if latent := self.latent_parameters():
+            groups.append({"params": latent, "name": "latent", "lr": self.latent_lr})
+        optimizer = self.optimizer_of(groups)
+        steps = self._total_steps()
+        schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # The step
+
+    def read(self, batch: PreferenceBatch) -> tuple[Reading, BatchScorer]:
+        """One backbone pass of the policy, and (where there is one) of the reference.
+
+        Returns:
+            What the pass yields, and the algorithm's loss as a function of the latent.
+        """
+        reading = self.policy.read(batch)
+        return reading, BatchScorer(reading, batch.lengths, self.reference_logps(batch), self.preference_loss)
+
+    @torch.no_grad()
+    def reference_logps(self, batch: PreferenceBatch) -> Tensor | None:
+        """(2B,) log-probabilities under the reference, which knows no latent; None for an algorithm without one."""
+        if not self.needs_reference:
+            return None
+        if self.reference is not None:
+            return self.reference.read(batch).logps()
+        with self.policy.as_reference() as reference:
+            return reference.read(batch).logps()
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Tie the step's random draws to its place in the run (see `seeding`)."""
+        torch.manual_seed(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Mean over pairs of the preference loss and the latent's penalty."""
+        reading, score = self.read(batch)
+        terms = self.training_terms(reading.states, score, self.progress)
+        loss = (terms.pairs.losses + terms.penalty).mean()
+        self._check_finite(loss, batch, batch_idx)
+        self.train_metrics.update(terms, reading.states)
+        if self._closes_window(batch_idx):
+            self._report("train", self.train_metrics)
+        return loss * self._share_of_window(batch, batch_idx)
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Score the pairs as the policy is used: under the prior."""
+        self._evaluate(batch, batch_idx, self.val_metrics)
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Like validation, on test data."""
+        self._evaluate(batch, batch_idx, self.test_metrics)
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Rewards, margins and prior of each pair, by its id."""
+        terms, _ = self._infer(batch, batch_idx)
+        pairs = terms.pairs
+        return {
+            "ids": batch.ids,
+            "rewards/chosen": pairs.chosen_rewards,
+            "rewards/rejected": pairs.rejected_rewards,
+            "rewards/margins": pairs.chosen_rewards - pairs.rejected_rewards,
+            "prior": None if terms.prior is None else terms.prior.exp(),
+        }
+
+    def on_validation_epoch_end(self) -> None:
+        """Log means over all validation pairs, on all devices."""
+        self._report("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log means over all test pairs, on all devices."""
+        self._report("test", self.test_metrics)
+
+    @property
+    def progress(self) -> float:
+        """0 at the first optimizer step, 1 at the last."""
+        return min(1.0, self.trainer.global_step / max(1, self._total_steps() - 1))
+
+    def _infer(self, batch: PreferenceBatch, batch_idx: int) -> tuple[LatentTerms, Reading]:
+        torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))
+        reading, score = self.read(batch)
+        return self.inference_terms(reading.states, score), reading
+
+    def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> None:
+        terms, reading = self._infer(batch, batch_idx)
+        metrics.update(terms, reading.states)
+
+    def _report(self, stage: str, metrics: PreferenceMetrics) -> None:
+        for name, value in metrics.collect().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in PROGRESS_BAR, rank_zero_only=False, batch_size=1)
+
+    def _check_finite(self, loss: Tensor, batch: PreferenceBatch, batch_idx: int) -> None:
+        if torch.isfinite(loss):
+            return
+        raise FloatingPointError(
+            f"train/loss: found {loss.item()} at step {self.trainer.global_step} (epoch {self.current_epoch}, batch "
+            f"{batch_idx}, pairs {', '.join(batch.ids)}), expected a finite number. Lower the learning rates "
+            "(model.optimizer, model.latent_lr) or latent.spread, set trainer.gradient_clip_val, or take a wider "
+            "trainer.precision; the last checkpoint is whole."
+        )
+
+    # Accumulation
+
+    def _closes_window(self, batch_idx: int) -> bool:
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self._is_last(batch_idx)
+
+    def _is_last(self, batch_idx: int) -> bool:
+        return batch_idx + 1 == self.trainer.num_training_batches
+
+    def _share_of_window(self, batch: PreferenceBatch, batch_idx: int) -> float:
+        """What makes the accumulated loss the mean over the window's pairs.
+
+        The trainer divides by `accumulate_grad_batches`, also where a micro-batch or the epoch's last window is short.
+        """
+        loader, micro_batches = self.trainer.train_dataloader, self.trainer.accumulate_grad_batches
+        if micro_batches == 1 or not isinstance(loader, TrainingLoader):
+            return 1.0
+        start = batch_idx - batch_idx % micro_batches
+        end = min(start + micro_batches, int(self.trainer.num_training_batches))
+        return batch.pairs * micro_batches / sum(loader.batch_sizes[start:end])
+
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError(
+                "trainer: found no end of training, expected max_steps or max_epochs: the schedules of the learning "
+                "rate, g and tau run over the whole of it."
+            )
+        return int(steps)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was trained: the policy (or its adapter) and the latent space, not the reference."""
+        checkpoint["state_dict"] = trained_weights(self, checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose weights are not this model's."""
+        self.configure_model()
+        check_same_architecture(trained_weights(self, self.state_dict()), checkpoint["state_dict"])

@@ -1,0 +1,41 @@
+"""The algorithm's loss as a function of the latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lpc_lightning.readout import Reading
+from lpc_lightning.types import PairLogps, PairLosses
+
+
+class BatchScorer:
+    """Losses and log-probabilities of one batch under any z, from one backbone pass (a `PairScorer`)."""
+
+    def __init__(
+        self, reading: Reading, lengths: Tensor, reference: Tensor | None, loss: Callable[[PairLogps], PairLosses]
+    ) -> None:
+        """Keep what does not depend on z.
+
+        Args:
+            reading: What the policy's backbone pass yields.
+            lengths: (2B,) completion tokens of each sequence.
+            reference: (2B,) the reference's log-probabilities, or None for an algorithm without one.
+            loss: The preference loss.
+        """
+        self._reading, self._lengths, self._reference, self._loss = reading, lengths, reference, loss
+
+    def under(self, z: Tensor | None) -> tuple[PairLosses, PairLogps]:
+        """(B,) losses and log-probabilities with each pair's z (B, d) added before the head; None: the plain policy."""
+        return self._score(self._reading.logps(z), self._lengths, self._reference)
+
+    def under_codes(self, codes: Tensor) -> tuple[PairLosses, PairLogps]:
+        """(B, K) losses and log-probabilities under every code of `codes` (K, d)."""
+        reference = None if self._reference is None else self._reference[:, None]
+        return self._score(self._reading.logps_per_code(codes), self._lengths[:, None], reference)
+
+    def _score(self, policy: Tensor, lengths: Tensor, reference: Tensor | None) -> tuple[PairLosses, PairLogps]:
+        references = (None, None) if reference is None else reference.chunk(2)
+        logps = PairLogps(*policy.chunk(2), *references, *lengths.to(policy.dtype).chunk(2))
+        return self._loss(logps), logps
