@@ -15,7 +15,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import callbacks  # noqa: F401 - makes short names such as `GracefulStop` known to the parser
 from lpc_lightning.checkpoint_io import CheckpointWriteError
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.latent import LatentSpace
@@ -31,11 +30,11 @@ GROUPS = ("policy", "latent", "callbacks")
 class PreferenceCLI(LightningCLI):
     """LightningCLI with policy, latent and callbacks as groups of their own, each from a file or from flags."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str] | None = None) -> None:
         """Parse and run.
 
         Args:
-            arguments: What stands behind the program's name.
+            arguments: What stands behind the program's name; None reads the command line.
         """
         super().__init__(
             PreferenceModule,
@@ -44,7 +43,7 @@ class PreferenceCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": "lpc-lightning", "description": __doc__},
-            args=arguments,
+            args=None if arguments == sys.argv[1:] else arguments,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -121,7 +120,6 @@ def run_loggers(root: Path, version: str) -> list[dict[str, Any]]:
 
 
 def _fit(arguments: list[str]) -> None:
-    # `callbacks`, `runs/...` and `configs/...` are looked up from the folder the user stands in.
     PreferenceCLI(arguments)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal
 
 from lpc_lightning.data.module import PreferenceDataModule, Stage
@@ -39,7 +40,6 @@ class SyntheticPreferences(PreferenceDataModule):
         """
         super().__init__(**data)
         self.generator = PreferenceGenerator(deciding=deciding, annotators=annotators, seed=data_seed)
-        self.name = f"synthetic {deciding} annotators={annotators} seed={data_seed}"
         self.counts: dict[Stage, int] = {"train": train_pairs, "validation": validation_pairs, "test": test_pairs}
 
     @property
@@ -51,6 +51,6 @@ class SyntheticPreferences(PreferenceDataModule):
         """The generated pairs of a stage."""
         if not self.counts[stage]:
             return None
-        return ExamplesInMemory(
-            self.generator.examples(self.counts[stage], stage), f"{self.name} {stage} {self.counts[stage]}"
-        )
+        examples = self.generator.examples(self.counts[stage], stage)
+        # Named by their content: a word changed in the generator must not be answered from an old cache.
+        return ExamplesInMemory(examples, hashlib.sha256(repr(examples).encode()).hexdigest())

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lpc_lightning.data.loading import TrainingLoader
@@ -103,6 +105,24 @@ class PreferenceModule(LatentMixin, LightningModule):
         steps = self._total_steps()
         schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by `trainer.gradient_clip_val`.
+
+        Lightning refuses to clip for a fused optimizer under mixed precision, because float16's loss scaler unscales
+        inside such an optimizer. bfloat16 has no scaler: its own clipping function will do.
+        """
+        plugin = self.trainer.precision_plugin
+        unscaled = isinstance(plugin, MixedPrecision) and plugin.scaler is None
+        if gradient_clip_val and unscaled and gradient_clip_algorithm in (None, "norm"):
+            plugin.clip_grad_by_norm(optimizer, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # The step
 

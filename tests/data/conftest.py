@@ -38,7 +38,8 @@ NO_END = (
 )
 THINKING = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' + message['content'].lstrip('\n') }}"
+    "{% if message['role'] == 'assistant' and loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' + message['content'].lstrip('\n') }}"
     "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -201,8 +202,3 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture
-def row() -> dict[str, Any]:
-    return {"prompt": "Name an egg dish.", "chosen": "Omelette.", "rejected": "No."}

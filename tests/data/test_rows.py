@@ -142,7 +142,7 @@ def test_unknown_ending_and_splits_of_a_plain_file(tmp_path, write_rows):
     path.write_text("x")
     with pytest.raises(DataError, match=r"unknown ending '\.xlsx'.*\.jsonl, .*\.parquet"):
         read_rows(path)
-    with pytest.raises(DataError, match="plain file, which has no .*split='test'"):
+    with pytest.raises(DataError, match=r"plain file, which has no .*split='test'"):
         read_rows(write_rows(ROWS), split="test")
 
 

@@ -42,12 +42,11 @@ def rendered(template, given_example: PreferenceExample, answer: str) -> str:
 def test_both_sequences_say_the_text_and_end_once(any_tokenizer, prompt, chosen, rejected):
     template = make_template(any_tokenizer)
     given_example = example(*prompt, chosen=chosen, rejected=rejected)
-    try:
-        pair = template.tokenize(given_example)
-    except BadRow as fault:
-        assert fault.reason == "equal answers"
-        assert rendered(template, given_example, chosen) == rendered(template, given_example, rejected)
+    if rendered(template, given_example, chosen) == rendered(template, given_example, rejected):
+        with pytest.raises(BadRow, match="equal answers"):
+            template.tokenize(given_example)
         return
+    pair = template.tokenize(given_example)
     prompt_ids = template.prompt_ids(given_example.prompt)
     for answer, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
         assert pair.prompt_ids == prompt_ids
@@ -206,7 +205,7 @@ def test_end_token_made_by_the_tokenizer_out_of_other_text(fresh):
     tokenizer.eos_token = "<stop>"
     template = make_template(tokenizer)
     with pytest.raises(BadRow) as caught:
-        template.tokenize(example("Hi", chosen="a ＜stop＞ b"))
+        template.tokenize(example("Hi", chosen="a \uff1cstop\uff1e b"))
     assert caught.value.reason == "end token in answer"
 
 
@@ -225,7 +224,7 @@ def test_auto_takes_the_chat_template_where_there_is_one(tokenizers):
     assert make_template(tokenizers["chatml"]).kind == "chat"
     assert make_template(tokenizers["base_with_bos"]).kind == "plain"
     assert make_template(tokenizers["chatml"], "plain").kind == "plain"
-    with pytest.raises(DataError, match="no chat template. Use the plain template"):
+    with pytest.raises(DataError, match=r"no chat template\. Use the plain template"):
         make_template(tokenizers["base_with_bos"], "chat")
     with pytest.raises(DataError, match="template='chatml': expected one of auto, chat, plain"):
         make_template(tokenizers["chatml"], "chatml")
