@@ -113,9 +113,10 @@ def next_version(root: Path) -> str:
 
 
 def run_loggers(root: Path, version: str) -> list[dict[str, Any]]:
-    """TensorBoard and CSV, side by side in one run folder."""
+    """CSV and TensorBoard, side by side in one run folder."""
     place = {"save_dir": str(root), "name": "", "version": version}
-    names = ("TensorBoardLogger", "CSVLogger")
+    # CSV first: it warns when it finds its folder in use.
+    names = ("CSVLogger", "TensorBoardLogger")
     return [{"class_path": f"lightning.pytorch.loggers.{name}", "init_args": place} for name in names]
 
 
@@ -145,6 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         _usage(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     run, _ = COMMANDS[arguments[0]]
     try:
         run(arguments)

@@ -62,5 +62,6 @@ def block_mask(
         raise ValueError(f"layout: {config.model_type} has layers that take no block mask; set `data.layout: padded`.")
     masks = {kind: visible(segments, position_ids, window) for kind, window in windows.items()}
     if attention == "eager":
-        masks = {kind: torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype) for kind, mask in masks.items()}
+        low = torch.finfo(dtype).min
+        masks = {kind: torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, low) for kind, mask in masks.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -1,0 +1,44 @@
+# make demo   a fit on a real model, from nothing, in minutes
+# make test   the whole test suite
+# make lint   ruff and mypy
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+MODEL := models/SmolLM2-135M-Instruct
+
+.PHONY: demo test lint format clean
+
+# Where there is no python3.11, whatever python3 there is; pip says if it is too old.
+$(BIN)/python:
+	$$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@
+
+$(MODEL)/config.json: | $(VENV)/.installed
+	$(BIN)/lpc-lightning prepare --output $(MODEL)
+
+demo: $(VENV)/.installed $(MODEL)/config.json
+	$(BIN)/lpc-lightning fit --config configs/experiment/demo.yaml
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
