@@ -15,8 +15,10 @@ from lpc_lightning.data.lengths import LengthPolicy
 from lpc_lightning.data.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
 from lpc_lightning.data.report import DataReport
 from lpc_lightning.data.rows import DataError
-from lpc_lightning.data.template import TemplateKind, make_template
-from lpc_lightning.data.tokens import ExampleSource, TokenStore, load_or_tokenize
+from lpc_lightning.data.sources import ExampleSource
+from lpc_lightning.data.templates import TemplateKind, make_template
+from lpc_lightning.data.token_cache import load_or_tokenize
+from lpc_lightning.data.tokens import TokenStore
 from lpc_lightning.seeding import run_seed
 
 Stage = Literal["train", "validation", "test"]

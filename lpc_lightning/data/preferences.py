@@ -7,7 +7,7 @@ from typing import Any
 
 from lpc_lightning.data.formats import Columns
 from lpc_lightning.data.module import PreferenceDataModule, Stage
-from lpc_lightning.data.tokens import RowSource
+from lpc_lightning.data.sources import RowSource
 
 
 class PreferenceData(PreferenceDataModule):

@@ -6,8 +6,8 @@ import hashlib
 from typing import Any, Literal
 
 from lpc_lightning.data.module import PreferenceDataModule, Stage
+from lpc_lightning.data.sources import ExamplesInMemory
 from lpc_lightning.data.synthetic import PreferenceGenerator, Truth
-from lpc_lightning.data.tokens import ExamplesInMemory
 
 
 class SyntheticPreferences(PreferenceDataModule):

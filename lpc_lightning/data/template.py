@@ -1,4 +1,4 @@
-"""Prompts and answers as token ids: through the tokenizer's chat template, or as plain text for base models.
+"""What turns prompts and answers into token ids.
 
 A completion is what the template writes around an answer, as ids, and then exactly one end-of-answer token. Text from
 the data never becomes a control token: "<|im_end|>" in an answer is cut inside before it is encoded, so that it stays
@@ -9,24 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from lpc_lightning.data.rows import BadRow, DataError
+from lpc_lightning.data.rows import BadRow
+from lpc_lightning.data.text_encoder import TextEncoder
 from lpc_lightning.types import Message, PreferenceExample, TokenizedPair
-
-log = logging.getLogger(__name__)
-
-TemplateKind = Literal["auto", "chat", "plain"]
-"""`auto`: the tokenizer's chat template where it has one, else plain text."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Template(ABC):
         self.tokenizer = tokenizer
         self.frame = frame
         self._lead_ids = lead_ids
-        self._text = _TextEncoder(tokenizer, control)
+        self._text = TextEncoder(tokenizer, control)
 
     @abstractmethod
     def render(self, prompt: Sequence[Message]) -> str:
@@ -190,214 +183,3 @@ class Template(ABC):
             return [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
         # Any earlier call may have left its own padding and truncation in the backend.
         return {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
-
-
-class ChatTemplate(Template):
-    """The tokenizer's own chat template, which writes any beginning-of-sequence token itself.
-
-    A probe conversation is rendered once to see what the template puts around an answer and whether it strips it. The
-    end token is the first added token that follows the probe's answer, or the tokenizer's eos where none does.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-
-    Raises:
-        DataError: There is no chat template, it does not render the probe, or nothing ends an answer.
-    """
-
-    kind = "chat"
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"The tokenizer {_name(tokenizer)} has no chat template. Use the plain template, or a tokenizer of a "
-                "chat model."
-            )
-        self.tokenizer = tokenizer
-        user = Message(role="user", content="question")
-        try:
-            prompt = self._apply([user], generate=True)
-            whole = self._apply([user, Message(role="assistant", content=_PROBE)])
-            spaced = self._apply([user, Message(role="assistant", content=f"{_EDGE}{_PROBE}{_EDGE[::-1]}")])
-        except jinja2.TemplateError as error:
-            raise DataError(
-                f"The chat template of {_name(tokenizer)} refuses a user and an assistant turn: {error}"
-            ) from error
-        head, found, after = whole.rpartition(_PROBE)
-        if not found:
-            raise DataError(f"The chat template of {_name(tokenizer)} leaves out the text of an assistant turn.")
-        if not head.startswith(prompt):
-            log.warning(
-                "The chat template of %s opens an answer to generate with %r, but writes a given one after %r: answers "
-                "are put right after the former.", _name(tokenizer), prompt[-40:], head[-40:],
-            )  # fmt: skip
-        added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-        end = re.search(_any_of(added), after) if added else None
-        frame = AnswerFrame(
-            end_id=_eos(tokenizer) if end is None else added[end[0]],
-            before=head.removeprefix(prompt) if head.startswith(prompt) else "",
-            after="" if end is None else after[: end.start()],
-            strip_left=_stripped(spaced.partition(_PROBE)[0].removeprefix(head)),
-            strip_right=_stripped(spaced.rpartition(_PROBE)[2].removesuffix(after)[::-1]),
-        )
-        markers = {text for text in added if len(text) > 1 and (text in prompt or text in after)}
-        super().__init__(tokenizer, frame, markers | _special(tokenizer), lead_ids=[])
-
-    def render(self, prompt: Sequence[Message]) -> str:
-        """See `Template.render`."""
-        try:
-            return self._apply(prompt, generate=True)
-        except jinja2.TemplateError as error:
-            raise BadRow("refused by the chat template", str(error)) from error
-
-    def _apply(self, messages: Sequence[Message], generate: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(
-            [{"role": turn["role"], "content": turn["content"]} for turn in messages],
-            tokenize=False,
-            add_generation_prompt=generate,
-        )
-        assert isinstance(text, str)
-        return text
-
-
-class PlainTemplate(Template):
-    """A plain text for base models: "System: ...\\n\\nUser: ...\\n\\nAssistant:", the answer after one space, then eos.
-
-    The beginning-of-sequence token stands before it exactly when the tokenizer by itself adds one.
-
-    Args:
-        tokenizer: Any tokenizer with an eos token.
-
-    Raises:
-        DataError: The tokenizer has no eos token.
-    """
-
-    kind = "plain"
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        bare = tokenizer.encode("User", add_special_tokens=False)
-        full = tokenizer.encode("User")
-        lead = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-        super().__init__(
-            tokenizer, AnswerFrame(end_id=_eos(tokenizer), before=" "), _special(tokenizer), lead_ids=full[:lead]
-        )
-
-    def render(self, prompt: Sequence[Message]) -> str:
-        """See `Template.render`."""
-        return "".join(f"{turn['role'].capitalize()}: {turn['content']}\n\n" for turn in prompt) + "Assistant:"
-
-
-def make_template(tokenizer: PreTrainedTokenizerBase, kind: TemplateKind = "auto") -> Template:
-    """The template of a kind.
-
-    Raises:
-        DataError: An unknown kind, `chat` without a chat template, or a tokenizer that cannot end an answer.
-    """
-    if kind not in _KINDS:
-        raise DataError(f"template={kind!r}: expected one of {', '.join(_KINDS)}")
-    return _KINDS[kind](tokenizer)
-
-
-_KINDS = {
-    "auto": lambda tokenizer: (ChatTemplate if tokenizer.chat_template else PlainTemplate)(tokenizer),
-    "chat": ChatTemplate,
-    "plain": PlainTemplate,
-}
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that cannot end an answer. A missing pad token is no fault: see `Template.pad_id`.
-
-    Raises:
-        DataError: It has no eos token, and no chat template whose answers end with a token.
-    """
-    make_template(tokenizer)
-
-
-_PROBE = "probe of the answer"
-_EDGE = "\n \n "
-
-
-def _stripped(left: str) -> str | None:
-    """What was stripped, seen from what is left of `_EDGE`."""
-    return {"": None, _EDGE.lstrip("\n"): "\n"}.get(left, "")
-
-
-class _TextEncoder:
-    """Text to ids, with ways to go on in the middle of a text and to keep control tokens out.
-
-    Args:
-        tokenizer: The tokenizer.
-        control: Texts of the tokens that text from the data must never become.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, control: Collection[str]) -> None:
-        self._tokenizer = tokenizer
-        self._control = re.compile(_any_of(control) if control else r"(?!)")
-        # SentencePiece puts a space before any text that begins. Text in the middle of another is encoded behind one of
-        # these, whose own ids are then taken off.
-        self._openers = [(opener, self.ids(opener)) for opener in "\n~。"]
-        self._adds_space = self._behind_opener("a") not in (None, self.ids("a"))
-
-    def ids(self, text: str) -> list[int]:
-        """A text from its start. Control tokens in it are read as such."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    def continued(self, text: str) -> list[int]:
-        """A text as it is encoded in the middle of another one: without the space that some tokenizers put first."""
-        behind = self._behind_opener(text) if self._adds_space else None
-        return self.ids(text) if behind is None else behind
-
-    def encoded(self, text: str, continues: bool) -> list[int]:
-        """`continued` or `ids`."""
-        return self.continued(text) if continues else self.ids(text)
-
-    def cut(self, text: str) -> list[str]:
-        """The text in pieces that hold no control token: each one is cut after its first character."""
-        pieces, start = [], 0
-        while match := self._control.search(text, start):
-            pieces.append(text[start : match.start() + 1])
-            start = match.start() + 1
-        return [*pieces, text[start:]]
-
-    def last_control(self, text: str) -> int:
-        """Where the last control token of a text begins; 0 where it holds none."""
-        return max((match.start() for match in self._control.finditer(text)), default=0)
-
-    def free_mark(self, prompt: Sequence[Message]) -> str:
-        """A character of the private use plane that no turn holds: it carries the cuts through the template."""
-        used = set().union(*(turn["content"] for turn in prompt))
-        return next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in used)
-
-    def _behind_opener(self, text: str) -> list[int] | None:
-        for opener, opener_ids in self._openers:
-            ids = self.ids(opener + text)
-            if ids[: len(opener_ids)] == opener_ids:
-                return ids[len(opener_ids) :]
-        return None
-
-
-def _any_of(texts: Collection[str]) -> str:
-    return "|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text)))
-
-
-def _special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Texts of the special tokens. One of a single character cannot be cut, and blanks are in every text."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return {text for text in added | set(tokenizer.all_special_tokens) if len(text) > 1 and text.strip()}
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    eos: int | None = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError(
-            f"The tokenizer {_name(tokenizer)} has no token that ends an answer: its template writes none after an "
-            "answer and it has no eos token. Set one (`tokenizer.eos_token = ...`, a token of its vocabulary) and save "
-            "it again."
-        )
-    return eos
-
-
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.name_or_path) or type(tokenizer).__name__

@@ -5,8 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from lpc_lightning.data.chat_template import ChatTemplate
+from lpc_lightning.data.plain_template import PlainTemplate
 from lpc_lightning.data.rows import BadRow, DataError
-from lpc_lightning.data.template import ChatTemplate, PlainTemplate, check_tokenizer, make_template
+from lpc_lightning.data.templates import make_template
 from lpc_lightning.types import PreferenceExample
 
 CONTROL = ["<|im_end|>", "<|im_start|>", "<|eot_id|>", "</s>", "<s>", "<|endoftext|>", "<unk>", "<|begin_of_text|>"]
@@ -234,10 +236,10 @@ def test_tokenizer_that_cannot_end_an_answer(fresh):
     tokenizer = fresh("no_end")
     tokenizer.eos_token = None
     with pytest.raises(DataError, match=r"no token that ends an answer.*tokenizer\.eos_token"):
-        check_tokenizer(tokenizer)
+        make_template(tokenizer)
     tokenizer = fresh("chatml")
     tokenizer.eos_token = None
-    check_tokenizer(tokenizer)
+    make_template(tokenizer)
 
 
 def test_padding_needs_no_pad_token(tokenizers):

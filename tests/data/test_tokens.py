@@ -14,15 +14,10 @@ from lpc_lightning.data.formats import Columns
 from lpc_lightning.data.lengths import LengthPolicy
 from lpc_lightning.data.report import DataReport
 from lpc_lightning.data.rows import DataError
-from lpc_lightning.data.template import make_template
-from lpc_lightning.data.tokens import (
-    ExamplesInMemory,
-    RowSource,
-    TokenStore,
-    default_cache_dir,
-    load_or_tokenize,
-    tokenize_examples,
-)
+from lpc_lightning.data.sources import ExamplesInMemory, RowSource
+from lpc_lightning.data.templates import make_template
+from lpc_lightning.data.token_cache import default_cache_dir, load_or_tokenize
+from lpc_lightning.data.tokens import TokenStore, tokenize_examples
 from lpc_lightning.types import PreferenceExample
 
 PREFERENCES = Path(__file__).parents[2] / "../shared/data/preferences"
