@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -12,13 +12,13 @@ class CheckpointError(ValueError):
     """A checkpoint that does not belong to the model that is to take it."""
 
 
-def trained_weights(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `state` that training changes: without frozen weights, and so without the reference."""
-    trained = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    return {name: value for name, value in state.items() if name in trained}
+def trained_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Names and shapes of what training changes: all but frozen weights, and so without the reference."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name: parameter.shape for name, parameter in parameters if parameter.requires_grad}
 
 
-def check_same_architecture(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def check_same_architecture(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
     """Compare names and shapes.
 
     Raises:
@@ -27,9 +27,9 @@ def check_same_architecture(expected: Mapping[str, Tensor], found: Mapping[str, 
     missing = sorted(set(expected) - set(found))
     surplus = sorted(set(found) - set(expected))
     shapes = [
-        f"{name}: found {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+        f"{name}: found {tuple(found[name].shape)}, expected {tuple(expected[name])}"
         for name in sorted(set(found) & set(expected))
-        if found[name].shape != expected[name].shape
+        if found[name].shape != expected[name]
     ]
     problems = [
         *(

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lpc_lightning.data.loading import TrainingLoader
 from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
-from lpc_lightning.modules.checkpoint import check_same_architecture, trained_weights
+from lpc_lightning.modules.checkpoint import check_same_architecture, trained_shapes
 from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
 from lpc_lightning.modules.scoring import BatchScorer
+from lpc_lightning.modules.sharding import shard
 from lpc_lightning.policy import CausalPolicy, Policy
 from lpc_lightning.readout import Reading
 from lpc_lightning.seeding import derive, run_seed
@@ -93,6 +94,9 @@ class PreferenceModule(LatentMixin, LightningModule):
         self.build_latent(self.policy.width, self.policy.head)
         codes = self.latent.codes if isinstance(self.latent, DiscreteSpace) else None
         self.train_metrics, self.val_metrics, self.test_metrics = (PreferenceMetrics(codes) for _ in range(3))
+        self._trained = trained_shapes(self)
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
         self._built = True
 
     def configure_optimizers(self) -> Any:
@@ -204,7 +208,8 @@ class PreferenceModule(LatentMixin, LightningModule):
 
     def _report(self, stage: str, metrics: PreferenceMetrics) -> None:
         for name, value in metrics.collect().items():
-            self.log(f"{stage}/{name}", value, prog_bar=name in PROGRESS_BAR, rank_zero_only=False, batch_size=1)
+            # All devices hold the same value by now; sync_dist only keeps Lightning from warning that they might not.
+            self.log(f"{stage}/{name}", value, prog_bar=name in PROGRESS_BAR, batch_size=1, sync_dist=stage != "train")
 
     def _check_finite(self, loss: Tensor, batch: PreferenceBatch, batch_idx: int) -> None:
         if torch.isfinite(loss):
@@ -249,9 +254,10 @@ class PreferenceModule(LatentMixin, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained: the policy (or its adapter) and the latent space, not the reference."""
-        checkpoint["state_dict"] = trained_weights(self, checkpoint["state_dict"])
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose weights are not this model's."""
         self.configure_model()
-        check_same_architecture(trained_weights(self, self.state_dict()), checkpoint["state_dict"])
+        check_same_architecture(self._trained, checkpoint["state_dict"])

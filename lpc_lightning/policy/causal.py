@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -35,6 +34,8 @@ class CausalPolicy(nn.Module):
         self.model = model
         check_head(self.causal_lm, self.backbone)
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        self.takes_block_mask = self._honours_block_mask()
+        """Whether rows may hold several pieces: the kernel takes a mask, and all layers honour it and the positions."""
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -57,9 +58,7 @@ class CausalPolicy(nn.Module):
         """d, the width of a hidden state."""
         return self.head.weight.shape[1]
 
-    @cached_property
-    def takes_block_mask(self) -> bool:
-        """Whether rows may hold several pieces: the kernel takes a mask, and all layers honour it and the positions."""
+    def _honours_block_mask(self) -> bool:
         config = self.backbone.config
         masked = config._attn_implementation in ("eager", "sdpa") and self._takes_positions
         return masked and layer_windows(config) is not None and self._keeps_pieces_apart()

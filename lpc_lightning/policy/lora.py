@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass
@@ -31,6 +32,8 @@ class LoRA:
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
+            # GPT-2's layers are linear ones with the weight transposed.
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM",
         )
         return get_peft_model(model, config)
