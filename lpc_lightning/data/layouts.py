@@ -114,7 +114,7 @@ class PaddedLayout(Layout):
 
 
 class SharedPrefixLayout(Layout):
-    """Prompt, chosen and rejected answer in one row; pairs packed into rows of about `row_tokens`."""
+    """Prompt, chosen and rejected answer in one row; pairs packed into rows of at most about `row_tokens`."""
 
     packed = True
 
@@ -123,27 +123,55 @@ class SharedPrefixLayout(Layout):
 
         Args:
             pad_id: Token id that fills rows up.
-            row_tokens: Tokens a row may hold. A pair that is longer widens the rows of its batch to its own length.
+            row_tokens: Most tokens a row may hold. A longer pair widens the rows of its batch to its own length.
         """
         super().__init__(pad_id)
         self.row_tokens = row_tokens
 
     def place(self, pairs: Sequence[TokenizedPair]) -> list[PlacedPair]:
-        """First-fit decreasing: the longest pair first, each into the first row with room."""
+        """Rows as wide as costs least, pairs side by side in them."""
         sizes = [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
-        budget = max(self.row_tokens, *sizes)
-        used: list[int] = []
-        held: list[int] = []
+        longest = max(sizes)
+        widths = {min(longest * quarters // 4, max(longest, self.row_tokens)) for quarters in range(4, 33)}
+        rows = min((pack(sizes, width) for width in sorted(widths)), key=lambda rows: _cost(rows, sizes))
         placed: dict[int, PlacedPair] = {}
-        for number in sorted(range(len(pairs)), key=lambda index: -sizes[index]):
-            row = next((row for row, tokens in enumerate(used) if tokens + sizes[number] <= budget), len(used))
-            if row == len(used):
-                used.append(0)
-                held.append(0)
-            placed[number] = _side_by_side(pairs[number], row, used[row], 3 * held[row])
-            used[row] += sizes[number]
-            held[row] += 1
+        for row, members in enumerate(rows):
+            columns = accumulate((sizes[number] for number in members), initial=0)
+            for place, (number, column) in enumerate(zip(members, columns, strict=False)):
+                placed[number] = _side_by_side(pairs[number], row, column, 3 * place)
         return [placed[number] for number in range(len(pairs))]
+
+
+def pack(sizes: Sequence[int], width: int) -> list[list[int]]:
+    """Pack items into rows by first-fit decreasing: the largest first, each into the first row with room.
+
+    Args:
+        sizes: Size of each item, at most `width`.
+        width: What a row may hold.
+
+    Returns:
+        The items of each row, by number.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for number in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        row = next((row for row, room in enumerate(left) if room >= sizes[number]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(width)
+        rows[row].append(number)
+        left[row] -= sizes[number]
+    return rows
+
+
+ATTENTION_AT = 2048
+"""Width of a row, in tokens, at which attention costs about as much as all linear layers (small models on a CPU)."""
+
+
+def _cost(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> float:
+    """Tokens to compute, padding included, times what attention over the row's width adds to each."""
+    width = max(sum(sizes[number] for number in members) for members in rows)
+    return len(rows) * width * (1 + width / ATTENTION_AT)
 
 
 def _side_by_side(pair: TokenizedPair, row: int, column: int, segment: int) -> PlacedPair:

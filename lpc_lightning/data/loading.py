@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from lpc_lightning.data.rows import DataError
+from lpc_lightning.data.tokens import TokenStore
 from lpc_lightning.seeding import derive
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
@@ -114,14 +116,16 @@ class PreferenceLoader:
 class TrainingLoader(PreferenceLoader):
     """A loader that can be stopped in the middle of an epoch and taken up again at the next batch.
 
-    Lightning saves and loads its state with the checkpoint, and calls `set_epoch` on its sampler.
+    Its state goes into the checkpoint; the trainer calls `set_epoch` on its sampler.
     """
 
     def __init__(self, pairs: Sequence[TokenizedPair], batches: TrainingBatches, *layout: Any, **options: Any) -> None:
         """Put data, order and layout together; arguments as for `PreferenceLoader`."""
         super().__init__(pairs, batches, *layout, **options)
         self.sampler = batches
+        self._data = pairs.fingerprint if isinstance(pairs, TokenStore) else ""
         self._taken = 0
+        self._taken_before: dict[int, int] = {}
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -130,31 +134,33 @@ class TrainingLoader(PreferenceLoader):
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
         # A generator: nothing is drawn before the first `next`, when the trainer has set the epoch.
-        self._taken = self.sampler.start
+        self.sampler.start = self._taken = self._taken_before.pop(self.sampler.epoch, 0)
         batches = iter(self.loader)
         self.sampler.start = 0
         for batch in batches:
             self._taken += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Where in the epoch the run is, and what decides the order."""
-        return {"taken": self._taken, **self._order}
+    def state_dict(self) -> dict[str, int | str]:
+        """Where the run is, and what decides the order."""
+        return {"epoch": self.sampler.epoch, "taken": self._taken, **self._order}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take the epoch up after the batches already taken.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the epoch up after the batches already taken; a later epoch starts with its first batch.
 
         Raises:
-            ValueError: The order would not be that of the run to be resumed.
+            DataError: The order would not be that of the run to be resumed.
         """
         expected = {name: state[name] for name in self._order}
         if self._order != expected:
-            raise ValueError(
+            raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
                 "same seed_everything, data, data.batch_size and devices, or start anew from the weights."
             )
-        self.sampler.start = state["taken"]
+        self._taken_before = {state["epoch"]: state["taken"]}
 
     @property
-    def _order(self) -> dict[str, int]:
-        return {name: getattr(self.sampler, name) for name in ("seed", "pairs", "batch_size", "devices")}
+    def _order(self) -> dict[str, int | str]:
+        sampler = self.sampler
+        sizes = {"pairs": sampler.pairs, "batch_size": sampler.batch_size, "devices": sampler.devices}
+        return {"seed": sampler.seed, "data": self._data, **sizes}

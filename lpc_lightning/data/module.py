@@ -39,7 +39,7 @@ class PreferenceDataModule(LightningDataModule):
         batch_size: int = 4,
         eval_batch_size: int | None = None,
         layout: Literal["auto", "padded", "shared_prefix"] = "auto",
-        row_tokens: int = 256,
+        row_tokens: int = 1024,
         template: TemplateKind = "auto",
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,
@@ -55,8 +55,8 @@ class PreferenceDataModule(LightningDataModule):
             eval_batch_size: Pairs in a batch of validation and test. null: as many as in training.
             layout: `padded`, a row a sequence; `shared_prefix`, the prompt once with both answers behind it and several
                 pairs in a row; `auto`, shared_prefix where the policy's attention kernel takes a mask.
-            row_tokens: Tokens that a row of `shared_prefix` may hold; rows are as wide as the longest pair at least.
-                Wider rows pad less and attend over more, which is the larger cost on a CPU.
+            row_tokens: Most tokens that a row of `shared_prefix` may hold; the width that costs least is chosen below
+                it. A longer pair widens the rows of its batch.
             template: `chat`, the tokenizer's own; `plain`, User:/Assistant: text; `auto`, chat where there is one.
             max_length: Most tokens of a prompt with its longer answer. null: no limit.
             max_prompt_length: Most tokens of a prompt. null: no limit.

@@ -94,6 +94,11 @@ class TokenStore(Sequence[TokenizedPair]):
         return TokenizedPair(*(column[index % len(self)].as_py() for column in self._table.columns))
 
     @property
+    def fingerprint(self) -> str:
+        """Names all that decided these tokens: the rows, the template and the limits."""
+        return self.folder.name
+
+    @property
     def piece_lengths(self) -> np.ndarray:
         """(pairs, 3) tokens of each prompt, chosen and rejected completion."""
         names = ("prompt_ids", "chosen_ids", "rejected_ids")

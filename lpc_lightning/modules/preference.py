@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -67,6 +68,7 @@ class PreferenceModule(LatentMixin, LightningModule):
         self.latent_lr, self.lr_schedule, self.warmup = latent_lr, lr_schedule, warmup
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the rest
         self._built = False
+        self._data_state: dict[str, Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @abstractmethod
@@ -148,6 +150,21 @@ class PreferenceModule(LatentMixin, LightningModule):
             return self.reference.read(batch).logps()
         with self.policy.as_reference() as reference:
             return reference.read(batch).logps()
+
+    def on_train_start(self) -> None:
+        """Take up the data where a resumed run left it, and validate between optimizer steps only.
+
+        Lightning would give the loader its state, but not to one that exists before the loops are restored (as ours
+        does, by `estimated_stepping_batches`), and not after a whole epoch, when order and data have to match as well.
+        """
+        trainer, loader = self.trainer, self.trainer.train_dataloader
+        if self._data_state is not None and isinstance(loader, TrainingLoader):
+            loader.load_state_dict(self._data_state)
+            self._data_state = None
+        if trainer.val_check_batch not in (None, float("inf")):
+            # A validation writes a checkpoint, and none holds the gradients of an open window.
+            windows = math.ceil(trainer.val_check_batch / trainer.accumulate_grad_batches)
+            trainer.val_check_batch = min(windows * trainer.accumulate_grad_batches, trainer.num_training_batches)
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Tie the step's random draws to its place in the run (see `seeding`)."""
@@ -253,11 +270,14 @@ class PreferenceModule(LatentMixin, LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was trained: the policy (or its adapter) and the latent space, not the reference."""
+        """Keep what was trained (the policy or its adapter, and the latent space, not the reference) and on what."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
+        if isinstance(loader := self.trainer.train_dataloader, TrainingLoader):
+            checkpoint["training_data"] = loader.state_dict()
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose weights are not this model's."""
         self.configure_model()
         check_same_architecture(self._trained, checkpoint["state_dict"])
+        self._data_state = checkpoint.get("training_data")
