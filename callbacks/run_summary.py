@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -63,7 +66,12 @@ class RunSummary(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
         print(_table(before, self.after, resources, trainer.global_step))
-        print(f"Run folder: {folder}\nTensorBoard: tensorboard --logdir {folder}")
+        print(f"Run folder: {folder}\nTensorBoard: {_command('tensorboard')} --logdir {folder}")
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment from here, activated or not."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
 
 
 def _validation(trainer: Trainer) -> dict[str, float]:

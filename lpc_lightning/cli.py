@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         _usage(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.msg)
     run, _ = COMMANDS[arguments[0]]
     try:
         run(arguments)

@@ -53,8 +53,8 @@ class TrainingBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(derive("order", self.seed, self.epoch))
         order = torch.randperm(self.pairs, generator=generator).tolist()
-        order += order[: -self.pairs % self.devices]
-        mine = order[self.rank :: self.devices]
+        share = math.ceil(self.pairs / self.devices)
+        mine = [order[place % self.pairs] for place in range(self.rank, share * self.devices, self.devices)]
         starts = range(self.start * self.batch_size, len(mine), self.batch_size)
         return iter([mine[start : start + self.batch_size] for start in starts])
 
@@ -63,12 +63,22 @@ class EvaluationBatches(Sampler[list[int]]):
     """Each pair once over all devices, in order, in equally many batches of nearly equal size on each device."""
 
     def __init__(self, pairs: int, batch_size: int, rank: int = 0, devices: int = 1) -> None:
-        """Plan the batches of a device; arguments as for `TrainingBatches`."""
+        """Plan the batches of a device; arguments as for `TrainingBatches`.
+
+        Where some devices have a pair more than others, a batch of 1 may become one of 2.
+
+        Raises:
+            DataError: There are more devices than pairs.
+        """
+        if pairs < devices:
+            raise DataError(
+                f"evaluation: found {pairs} pairs for {devices} devices, expected at least one for each. Take fewer "
+                "devices or more validation (test) pairs."
+            )
         mine = range(rank, pairs, devices)
-        share = math.ceil(pairs / devices)
-        batches = math.ceil(share / batch_size)
+        batches = min(math.ceil(math.ceil(pairs / devices) / batch_size), pairs // devices)
         bounds = [len(mine) * number // batches for number in range(batches + 1)]
-        self.batches = [list(mine[start:end]) for start, end in pairwise(bounds) if end > start]
+        self.batches = [list(mine[start:end]) for start, end in pairwise(bounds)]
 
     def __len__(self) -> int:
         return len(self.batches)

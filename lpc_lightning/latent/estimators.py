@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import gumbel_softmax
 
@@ -132,7 +131,7 @@ def averaged(pairs: PairLosses, logps: PairLogps, log_weights: Tensor, losses: T
     weights = log_weights.detach().exp()
 
     def mean(values: Tensor) -> Tensor:
-        return torch.einsum("bk,bk->b", weights, values.detach())
+        return (weights * values.detach()).sum(-1)
 
     return (
         PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards)),

@@ -93,6 +93,7 @@ class PreferenceModule(LatentMixin, LightningModule):
         if self.needs_reference and self.policy_spec.lora is None:
             # Not in eval mode: dropout is off, so that modes do not differ, and Lightning warns of mixed ones.
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+            self.reference.set_gradient_checkpointing(False)
         self.build_latent(self.policy.width, self.policy.head)
         codes = self.latent.codes if isinstance(self.latent, DiscreteSpace) else None
         self.train_metrics, self.val_metrics, self.test_metrics = (PreferenceMetrics(codes) for _ in range(3))

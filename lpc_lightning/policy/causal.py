@@ -77,6 +77,14 @@ class CausalPolicy(nn.Module):
         tolerance = 0.1 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-3
         return bool((together[5:] - apart[3:]).abs().max() <= tolerance * apart.abs().max())
 
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Whether the backward pass computes each layer's states again, from one that is kept."""
+        model, verb = self.causal_lm, "enable" if on else "disable"
+        # transformers 5.23 has renamed both.
+        new = f"activation_checkpointing_{verb}"
+        change = getattr(model, new if hasattr(model, new) else f"gradient_checkpointing_{verb}")
+        change(*([{"use_reentrant": False}] if on else []))
+
     def read(self, batch: PreferenceBatch) -> Reading:
         """One backbone pass."""
         return Reading(self.hidden(batch), batch, self.head)

@@ -74,10 +74,7 @@ class Policy(ABC):
         model.eval()
         policy = CausalPolicy(model if self.lora is None else self.lora.apply(model))
         if self.gradient_checkpointing:
-            model = policy.causal_lm
-            # transformers 5.23 has renamed it.
-            old = model.gradient_checkpointing_enable
-            getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+            policy.set_gradient_checkpointing(True)
         policy.train()
         return policy
 

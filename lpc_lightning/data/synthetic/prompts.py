@@ -5,8 +5,9 @@ from __future__ import annotations
 from random import Random
 
 from lpc_lightning.data.synthetic.domains import DOMAINS
-from lpc_lightning.data.synthetic.seeding import pick, stable_hash
+from lpc_lightning.data.synthetic.seeding import pick
 from lpc_lightning.data.synthetic.topics import Domain, Topic
+from lpc_lightning.seeding import derive
 
 SPLITS = ("train", "validation", "test")
 
@@ -85,7 +86,7 @@ def draw_prompt(split: str, rng: Random) -> tuple[Domain, Topic, str]:
 
 def split_of(prompt: str) -> str:
     """The split that a prompt belongs to: train for 80 % of all prompts, validation and test for 10 % each."""
-    bucket = stable_hash("split", prompt) % 10
+    bucket = derive("split", prompt) % 10
     return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from random import Random
 from typing import TypeVar
 
+from lpc_lightning.seeding import derive
+
 T = TypeVar("T")
-
-
-def stable_hash(*parts: object) -> int:
-    """A 64-bit hash of the texts of `parts`."""
-    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")
 
 
 def stream(*parts: object) -> Random:
     """The random stream that belongs to `parts`."""
-    return Random(stable_hash(*parts))
+    return Random(derive(*parts))
 
 
 # Python promises the same numbers across versions for `Random.random` alone, not for `choice` or `shuffle`.
