@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             os.replace(partial, target)
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError of its zip writer.
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             size = sum(value.nbytes for value in _tensors(checkpoint))
             raise CheckpointWriteError(
                 f"checkpoint: could not write {target} (about {size / 2**20:.0f} MiB): {error}. Expected a folder with "

@@ -53,14 +53,14 @@ class PreferenceCLI(LightningCLI):
             "--latent",
             type=LatentSpace | None,
             default=None,
-            enable_path=True,
+            sub_configs=True,
             help="The latent space of Latent Preference Coding. null is the plain algorithm.",
         )
         parser.add_argument(
             "--callbacks",
             type=list[Callback] | None,
             default=None,
-            enable_path=True,
+            sub_configs=True,
             help="What happens around training. A file, or `--callbacks+=NAME` to add one.",
         )
         parser.link_arguments("policy", "model.init_args.policy")
@@ -75,6 +75,9 @@ class PreferenceCLI(LightningCLI):
         if trainer.logger in (None, True):
             root = Path(trainer.default_root_dir or "runs")
             trainer.logger = run_loggers(root, next_version(root))
+        if trainer.enable_progress_bar is False:
+            # Lightning refuses a bar among the callbacks then; our default callbacks hold one.
+            trainer.callbacks = [each for each in trainer.callbacks or [] if "ProgressBar" not in each.class_path]
         if trainer.plugins is None:
             trainer.plugins = [{"class_path": "lpc_lightning.checkpoint_io.WholeCheckpointIO"}]
 

@@ -1,0 +1,39 @@
+"""Runs of a tiny policy with callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from lpc_lightning.data import SyntheticPreferences
+from lpc_lightning.latent import MarginalSpace
+from lpc_lightning.modules import DPO
+from lpc_lightning.policy import TinyPolicy
+
+
+@pytest.fixture
+def fitted(tmp_path: Path) -> Callable[..., Trainer]:
+    """A finished run of LPC-DPO: 20 pairs, 2 in a micro-batch, 2 micro-batches to a step."""
+
+    def fit(*callbacks: Callback, **trainer: Any) -> Trainer:
+        data = SyntheticPreferences(train_pairs=20, validation_pairs=6, batch_size=2, cache_dir=str(tmp_path / "cache"))
+        policy = TinyPolicy(width=16, layers=1, heads=2)
+        settings: dict[str, Any] = {
+            "logger": CSVLogger(tmp_path, name="", version="run"),
+            "accumulate_grad_batches": 2,
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+            "accelerator": "cpu",
+        }
+        done = Trainer(callbacks=list(callbacks), **(settings | trainer))
+        done.fit(DPO(policy=policy, latent=MarginalSpace(codes=4, spread=0.5)), data)
+        return done
+
+    return fit

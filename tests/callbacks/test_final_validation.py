@@ -1,0 +1,16 @@
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks import FinalValidation
+
+
+def test_a_run_that_ends_in_mid_epoch_is_validated_and_its_checkpoint_chosen(fitted, tmp_path) -> None:
+    best = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/rewards/accuracies", mode="max", filename="best")
+    trainer = fitted(FinalValidation(), best, max_steps=3, max_epochs=-1, num_sanity_val_steps=0)
+    assert trainer.global_step == 3
+    assert best.best_model_score == trainer.callback_metrics["val/rewards/accuracies"]
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_without_it_lightning_ends_unvalidated(fitted) -> None:
+    trainer = fitted(max_steps=3, max_epochs=-1, num_sanity_val_steps=0, enable_checkpointing=False)
+    assert "val/loss" not in trainer.callback_metrics

@@ -1,0 +1,76 @@
+"""SIGTERM in the middle of a real run, sent to a real process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+CONFIG = Path(__file__).parents[2] / "configs" / "callbacks" / "default.yaml"
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """A run of 60 micro-batches, 3 to a step, on a policy too small to matter."""
+    flags = {
+        "model": "DPO",
+        "model.optimizer.lr": "1e-3",
+        "latent": "GumbelSpace",
+        "latent.codes": "4",
+        "policy": "TinyPolicy",
+        "policy.width": "16",
+        "policy.layers": "1",
+        "policy.heads": "2",
+        "data": "SyntheticPreferences",
+        "data.train_pairs": "120",
+        "data.validation_pairs": "4",
+        "data.batch_size": "2",
+        "data.cache_dir": str(tmp_path / "cache"),
+        "callbacks": str(CONFIG),
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.max_epochs": "1",
+        "trainer.accumulate_grad_batches": "3",
+        "trainer.log_every_n_steps": "1",
+        "trainer.default_root_dir": str(tmp_path / "runs"),
+    }
+    return [sys.executable, "-m", "lpc_lightning", "fit", *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_sigterm_ends_the_step_saves_and_the_resumed_run_ends_where_the_whole_one_does(
+    command: list[str], tmp_path: Path
+) -> None:
+    whole, stopped, resumed = (tmp_path / "runs" / f"version_{number}" for number in range(3))
+    subprocess.run(command, check=True, capture_output=True)
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = stopped / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and "train/loss" in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    checkpoint = stopped / "checkpoints" / "stopped.ckpt"
+    assert f"--ckpt_path {checkpoint}" in output
+    assert "Traceback" not in output
+    steps = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert 0 < steps < 20
+
+    done = subprocess.run([*command, f"--ckpt_path={checkpoint}"], check=True, capture_output=True, text=True)
+    assert "flags and config files do not change them" in done.stdout
+    expected, found = final_weights(whole), final_weights(resumed)
+    assert set(found) == set(expected)
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name

@@ -1,0 +1,37 @@
+import json
+
+import pytest
+from lightning.pytorch import Callback
+
+from callbacks import ResourceMonitor, RunSummary
+
+
+class Validations(Callback):
+    """What each validation said."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_validation_end(self, trainer, pl_module):
+        metrics = trainer.callback_metrics
+        self.found.append({name: float(value) for name, value in metrics.items() if name.startswith("val/")})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_it_tells_validation_before_and_after(whole, fitted, tmp_path, capsys) -> None:
+    said = Validations()
+    fitted(said, ResourceMonitor(), RunSummary(), num_sanity_val_steps=-1 if whole else 1, enable_checkpointing=False)
+    before, after = said.found
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 5
+    expected = {name.removeprefix("val/"): value for name, value in before.items()}
+    assert summary["validation_before"] == (expected if whole else {}), "a part of the set is no measurement"
+    assert summary["validation_after"] == {name.removeprefix("val/"): value for name, value in after.items()}
+    assert set(summary["resources"]) == {
+        "tokens_per_second", "pairs_per_second", "seconds_per_step", "peak_memory_gib",
+    }  # fmt: skip
+    table = capsys.readouterr().out
+    row = next(line.split() for line in table.splitlines() if line.startswith("prior accuracy"))
+    assert row[-1] == f"{after['val/rewards/accuracies']:.4f}"
+    assert row[-2] == (f"{before['val/rewards/accuracies']:.4f}" if whole else "-")
+    assert f"--logdir {tmp_path / 'run'}" in table

@@ -1,0 +1,134 @@
+"""Every file under configs/: groups say all their settings, experiments open with their command and run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+
+from lpc_lightning.cli import PreferenceCLI
+from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.latent import LatentSpace
+from lpc_lightning.modules import PreferenceModule
+from lpc_lightning.policy import Policy, TinyPolicy
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BASES: dict[str, type] = {
+    "policy": Policy,
+    "latent": LatentSpace,
+    "data": PreferenceDataModule,
+    "algorithm": PreferenceModule,
+}
+EXPERIMENTS = sorted(CONFIGS.glob("experiment/**/*.yaml"))
+ALGORITHMS = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
+SPACES = {"": "NoneType", "_lpc": "GumbelSpace", "_lpc_marginal": "MarginalSpace"}
+
+
+def groups() -> list[Path]:
+    return sorted(path for group in BASES for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+class Parsed(PreferenceCLI):
+    """The command line without running a command; `fit` stands for the others."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        super().__init__(["fit", *arguments])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns where it is given arguments and the process has some as well: these would be pytest's."""
+    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
+@pytest.fixture
+def swap(tmp_path: Path) -> list[str]:
+    """What is put in place of weights, data and GPUs that cannot be had here."""
+    data = ["--data=SyntheticPreferences", "--data.train_pairs=6", "--data.validation_pairs=2", "--data.batch_size=2"]
+    policy = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
+    trainer = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1"]
+    return [*policy, *data, f"--data.cache_dir={tmp_path}", *trainer, f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+
+
+@pytest.mark.parametrize("path", groups(), ids=name_of)
+def test_a_group_states_every_argument_of_its_class(path: Path) -> None:
+    stated = yaml.safe_load(path.read_text())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(BASES[path.parent.name], "group", required=True, skip={"policy", "latent"})
+    parsed = parser.parse_object({"group": stated})
+    assert_all_stated(stated, parsed.as_dict()["group"], path.name)
+
+
+def assert_all_stated(stated: Any, parsed: Any, where: str) -> None:
+    """All that the parser knows about a class and its nested classes is written in the file."""
+    if not isinstance(parsed, dict) or "class_path" not in parsed:
+        return
+    assert set(stated["init_args"]) == set(parsed["init_args"]), where
+    for name, value in parsed["init_args"].items():
+        assert_all_stated(stated["init_args"][name], value, f"{where} {name}")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_an_experiment_opens_with_its_command_and_what_to_see(path: Path) -> None:
+    first, second, *_ = path.read_text().splitlines()
+    command = "make demo" if path.name == "demo.yaml" else f"lpc-lightning fit --config configs/{name_of(path)}"
+    assert first == f"# {command}"
+    assert second.startswith("# ")
+    assert len(second) > 40
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_an_experiment_is_instantiated_as_its_name_says(path: Path, swap: list[str]) -> None:
+    built = Parsed([f"--config={path}", *swap])
+    algorithm, _, latent = path.stem.replace("demo", "dpo_lpc_marginal").partition("_")
+    assert type(built.model).__name__ == ALGORITHMS[algorithm]
+    assert type(built.model.latent).__name__ == SPACES[f"_{latent}" if latent else ""]
+    assert isinstance(built.model.policy_spec, TinyPolicy)
+    names = {type(callback).__name__ for callback in built.trainer.callbacks}
+    assert {"ModelCheckpoint", "GracefulStop", "RunSummary", "FinalValidation", "ResourceMonitor"} <= names
+
+
+@pytest.mark.parametrize("path", groups(), ids=name_of)
+def test_a_group_parses_and_says_what_it_is(path: Path) -> None:
+    base = BASES[path.parent.name]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "group", required=True, skip={"policy", "latent"})
+    parsed = parser.parse_object({"group": yaml.safe_load(path.read_text())})
+    if base is not PreferenceModule:  # which cannot be without a policy
+        assert isinstance(parser.instantiate(parsed).group, base)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("trainer/*.yaml")), ids=name_of)
+def test_a_trainer_parses_with_its_own_strategy(path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Trainer, "trainer")
+    assert parser.parse_object({"trainer": yaml.safe_load(path.read_text())}).trainer.devices in (1, 8)
+
+
+@pytest.mark.parametrize("latent", [None, *sorted(CONFIGS.glob("latent/*.yaml"))], ids=lambda path: path and path.stem)
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+def test_every_algorithm_trains_two_steps_with_every_latent(
+    algorithm: str, latent: Path | None, swap: list[str]
+) -> None:
+    path = CONFIGS / "experiment" / "smollm2" / f"{algorithm}.yaml"
+    steps = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.precision=32-true"]
+    done = PreferenceCLI(["fit", f"--config={path}", f"--latent={latent or 'null'}", *swap, *steps])
+    assert done.trainer.global_step == 2
+    losses = done.trainer.callback_metrics
+    assert torch.isfinite(losses["train/loss"])
+    assert torch.isfinite(losses["val/loss"])
+    fresh = done.model.policy_spec.build().state_dict()
+    assert any(not torch.equal(fresh[name], value) for name, value in done.model.policy.state_dict().items())
