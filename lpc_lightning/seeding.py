@@ -1,7 +1,8 @@
 """Random numbers that do not depend on what ran before: each draw belongs to a place in the run.
 
-A training step reseeds from (run seed, epoch, batch, rank). Gumbel noise and dropout then come out the same whether the
-run was resumed, validated in between, or looked at by a callback.
+Fresh weights are drawn by the run's seed, and a training step reseeds from (run seed, epoch, batch, rank). Weights,
+Gumbel noise and dropout then come out the same whether the run was resumed, validated in between, or looked at by a
+callback.
 """
 
 from __future__ import annotations

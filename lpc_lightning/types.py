@@ -58,9 +58,12 @@ class TokenizedPair:
     flipped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PreferenceBatch:
-    """Tokens, and where to read: nothing after the backbone knows how the tokens are laid out."""
+    """Tokens, and where to read: nothing after the backbone knows how the tokens are laid out.
+
+    Not frozen: a trainer of `bf16-true`, `16-true` or `64-true` rebuilds each batch field by field. Change none.
+    """
 
     input_ids: Tensor
     """(R, T) tokens, right-padded."""

@@ -112,7 +112,6 @@ class PreferenceLoader:
             batch_sampler=batches,
             collate_fn=layout,
             num_workers=workers,
-            persistent_workers=workers > 0,
             pin_memory=pin_memory,
         )
 
@@ -134,7 +133,7 @@ class TrainingLoader(PreferenceLoader):
         super().__init__(pairs, batches, *layout, **options)
         self.sampler = batches
         self._data = pairs.fingerprint if isinstance(pairs, TokenStore) else ""
-        self._taken = 0
+        self._epoch = self._taken = 0
         self._taken_before: dict[int, int] = {}
 
     @property
@@ -144,7 +143,8 @@ class TrainingLoader(PreferenceLoader):
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
         # A generator: nothing is drawn before the first `next`, when the trainer has set the epoch.
-        self.sampler.start = self._taken = self._taken_before.pop(self.sampler.epoch, 0)
+        self._epoch = self.sampler.epoch
+        self.sampler.start = self._taken = self._taken_before.pop(self._epoch, 0)
         batches = iter(self.loader)
         self.sampler.start = 0
         for batch in batches:
@@ -153,7 +153,7 @@ class TrainingLoader(PreferenceLoader):
 
     def state_dict(self) -> dict[str, int | str]:
         """Where the run is, and what decides the order."""
-        return {"epoch": self.sampler.epoch, "taken": self._taken, **self._order}
+        return {"epoch": self._epoch, "taken": self._taken, **self._order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the epoch up after the batches already taken; a later epoch starts with its first batch.
@@ -167,7 +167,8 @@ class TrainingLoader(PreferenceLoader):
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
                 "same seed_everything, data, data.batch_size and devices, or start anew from the weights."
             )
-        self._taken_before = {state["epoch"]: state["taken"]}
+        self._epoch, self._taken = state["epoch"], state["taken"]
+        self._taken_before = {self._epoch: self._taken}
 
     @property
     def _order(self) -> dict[str, int | str]:

@@ -88,10 +88,8 @@ class MLPSpace(DeterministicSpace):
     """z = MLP(h_x): the prompt's say without a codebook. Starts at z = 0, the plain policy."""
 
     def build(self, width: int, head: LogitHead) -> None:
-        """Make the network, its last layer zero."""
+        """Make the network, whose last layer starts at zero."""
         self.network = Prior(width, self.hidden, width, self.detach)
-        nn.init.zeros_(self.network.second.weight)
-        nn.init.zeros_(self.network.second.bias)
 
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
         """MLP(h_x): (B, d)."""

@@ -42,8 +42,9 @@ class Codebook(nn.Module):
 
 
 class StateNetwork(nn.Module):
-    """Two layers on hidden states, which are first brought to unit root mean square.
+    """Two layers on hidden states, which are first brought to unit root mean square. The second one starts at zero.
 
+    Zero makes prior and posterior start alike (uniform), so that an empty codebook is the plain algorithm, KL included.
     The states' scale differs by two orders of magnitude between model families; without the normalisation the same
     learning rate and initialisation would start one family from a uniform prior and another from a one-hot one.
     """
@@ -61,14 +62,20 @@ class StateNetwork(nn.Module):
         super().__init__()
         self.first = nn.Linear(inputs * width, hidden)
         self.second = nn.Linear(hidden, outputs)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
         self.detach = detach
 
     def forward(self, *states: Tensor) -> Tensor:
-        """Hidden states, each (B, d), to (B, outputs), outside autocast in the type of the weights."""
+        """Hidden states, each (B, d), to (B, outputs), outside autocast in the type of the weights.
+
+        The output is float32 or wider: a softmax in bfloat16 misses a sum of 1 by a percent, which the marginal pays.
+        """
         kind = self.first.weight.dtype
         with torch.autocast(states[0].device.type, enabled=False):
             normal = [nn.functional.rms_norm(self._read(state).to(kind), state.shape[-1:]) for state in states]
-            return self.second(nn.functional.gelu(self.first(torch.cat(normal, dim=-1))))
+            output = self.second(nn.functional.gelu(self.first(torch.cat(normal, dim=-1))))
+        return output.to(torch.promote_types(kind, torch.float32))
 
     def _read(self, state: Tensor) -> Tensor:
         return state.detach() if self.detach else state

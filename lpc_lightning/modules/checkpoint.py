@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,27 @@ def trained_shapes(module: nn.Module) -> dict[str, torch.Size]:
     """Names and shapes of what training changes: all but frozen weights, and so without the reference."""
     parameters = module.named_parameters(remove_duplicate=False)
     return {name: parameter.shape for name, parameter in parameters if parameter.requires_grad}
+
+
+def rewind_to_last_step(loops: Mapping[str, Any], window: int, batches: float) -> int:
+    """Set the trainer's counts of batches back to the last optimizer step: no checkpoint holds the gradients since.
+
+    Args:
+        loops: The checkpoint's own `loops`, which are changed.
+        window: Batches that are accumulated for a step.
+        batches: Batches in an epoch, whose last one closes its window.
+
+    Returns:
+        Batches of the epoch that the steps so far have used.
+    """
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    done = progress["current"]["processed"]
+    since = 0 if done == batches else done % window
+    if since:
+        for counts in (progress["current"], progress["total"]):
+            step = counts["processed"] - since
+            counts.update(ready=step, started=step, processed=step, completed=step)
+    return int(done - since)
 
 
 def check_same_architecture(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:

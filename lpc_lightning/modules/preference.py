@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lpc_lightning.data.loading import TrainingLoader
 from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
-from lpc_lightning.modules.checkpoint import check_same_architecture, trained_shapes
+from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_last_step, trained_shapes
 from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
 from lpc_lightning.modules.scoring import BatchScorer
@@ -88,6 +87,7 @@ class PreferenceModule(LatentMixin, LightningModule):
         """Build policy, reference and latent space, once."""
         if self._built:
             return
+        torch.manual_seed(derive("weights", run_seed()))
         self.policy = self.policy_spec.build(self.tokenizer)
         self.reference = None
         if self.needs_reference and self.policy_spec.lora is None:
@@ -153,19 +153,19 @@ class PreferenceModule(LatentMixin, LightningModule):
             return reference.read(batch).logps()
 
     def on_train_start(self) -> None:
-        """Take up the data where a resumed run left it, and validate between optimizer steps only.
+        """Take up the data where a resumed run left it.
 
         Lightning would give the loader its state, but not to one that exists before the loops are restored (as ours
         does, by `estimated_stepping_batches`), and not after a whole epoch, when order and data have to match as well.
         """
-        trainer, loader = self.trainer, self.trainer.train_dataloader
-        if self._data_state is not None and isinstance(loader, TrainingLoader):
+        if self._data_state is not None and isinstance(loader := self.trainer.train_dataloader, TrainingLoader):
             loader.load_state_dict(self._data_state)
-            self._data_state = None
-        if trainer.val_check_batch not in (None, float("inf")):
-            # A validation writes a checkpoint, and none holds the gradients of an open window.
-            windows = math.ceil(trainer.val_check_batch / trainer.accumulate_grad_batches)
-            trainer.val_check_batch = min(windows * trainer.accumulate_grad_batches, trainer.num_training_batches)
+        self._data_state = None
+
+    def on_train_epoch_start(self) -> None:
+        """Have the data follow this run's epochs: resumed under `max_steps`, Lightning's count for it is one ahead."""
+        if isinstance(loader := self.trainer.train_dataloader, TrainingLoader):
+            loader.sampler.set_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Tie the step's random draws to its place in the run (see `seeding`)."""
@@ -274,11 +274,20 @@ class PreferenceModule(LatentMixin, LightningModule):
         """Keep what was trained (the policy or its adapter, and the latent space, not the reference) and on what."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
-        if isinstance(loader := self.trainer.train_dataloader, TrainingLoader):
-            checkpoint["training_data"] = loader.state_dict()
+        trainer = self.trainer
+        if isinstance(loader := trainer.train_dataloader, TrainingLoader):
+            window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+            taken = rewind_to_last_step(checkpoint["loops"], window, batches)
+            checkpoint["training_data"] = loader.state_dict() | {"taken": taken}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose weights are not this model's."""
         self.configure_model()
         check_same_architecture(self._trained, checkpoint["state_dict"])
         self._data_state = checkpoint.get("training_data")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch does; frozen weights, which no checkpoint holds, are not told as missing."""
+        found = super().load_state_dict(state_dict, strict, assign)
+        found.missing_keys[:] = [name for name in found.missing_keys if name in self._trained]
+        return found

@@ -79,7 +79,8 @@ class Policy(ABC):
         return policy
 
     def _kernel(self, config: PreTrainedConfig) -> str:
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+        # Also where the cap is set to null: such families have no sdpa at all.
+        capped = hasattr(config.get_text_config(), "attn_logit_softcapping")
         if self.attention == "sdpa" and capped:
             raise UnsupportedPolicyError(
                 f"policy.attention: found sdpa for {config.model_type}, which soft-caps its attention scores; "

@@ -25,7 +25,7 @@ LAYOUTS: dict[str, Layout] = {
     "padded": PaddedLayout(PAD),
     "rows of the longest pair": SharedPrefixLayout(PAD, row_tokens=1),
     "a few pairs a row": SharedPrefixLayout(PAD, row_tokens=40),
-    "one row": SharedPrefixLayout(PAD, row_tokens=10_000),
+    "rows of any width": SharedPrefixLayout(PAD, row_tokens=10_000),
 }
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 every_length = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)

@@ -1,0 +1,190 @@
+"""Random pairs, tiny policies whose every setting matters, the slow way to log-probabilities, and one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+from lpc_lightning.data.layouts import Layout, PaddedLayout
+from lpc_lightning.data.loading import EvaluationBatches, PreferenceLoader
+from lpc_lightning.modules.preference import PreferenceModule
+from lpc_lightning.policy import CausalPolicy, TinyPolicy
+from lpc_lightning.types import TokenizedPair
+
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs far more than it does
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "gpt2": {},
+    "gemma2": {"sliding_window": 8, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0},
+}
+"""Windows shorter than the sequences, and soft caps low enough to bend the logits of a tiny model."""
+
+
+@torch.no_grad()
+def _perturb(module: nn.Module, deviation: float = 0.2, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter += deviation * noise.to(parameter.dtype)
+
+
+class _ExactNorm(nn.Module):
+    """A norm of transformers without its detour through float32, which would hide errors below 1e-6."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        name = type(norm).__name__
+        self.weight = norm.weight
+        self.eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        self.shift = 1.0 if "Gemma" in name else 0.0
+        self.centred = "LayerNorm" in name
+
+    def forward(self, states: Tensor) -> Tensor:
+        if self.centred:
+            states = states - states.mean(-1, keepdim=True)
+        return states / (states.square().mean(-1, keepdim=True) + self.eps).sqrt() * (self.shift + self.weight)
+
+
+def _exact(policy: CausalPolicy) -> CausalPolicy:
+    for module in list(policy.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith(("RMSNorm", "CohereLayerNorm")):
+                setattr(module, name, _ExactNorm(child))
+    return policy
+
+
+@pytest.fixture(scope="session")
+def exact() -> Callable[[CausalPolicy], CausalPolicy]:
+    """Gives a float64 policy norms that do not round to float32, so that two ways can be told apart to 1e-9."""
+    return _exact
+
+
+@pytest.fixture(scope="session")
+def perturb() -> Callable[..., None]:
+    """Adds noise to every parameter: fresh biases and adapters are 0, fresh models answer nearly uniformly."""
+    return _perturb
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> Callable[..., TinyPolicy]:
+    """The smallest policy of a family, float64, as a spec."""
+
+    def spec(family: str = "llama", options: dict[str, Any] | None = None, **policy: Any) -> TinyPolicy:
+        size: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2, "context": 64, "dtype": "float64"}
+        return TinyPolicy(family=family, options=FAMILIES[family] | (options or {}), **(size | policy))
+
+    return spec
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_spec: Callable[..., TinyPolicy]) -> Callable[..., CausalPolicy]:
+    """The same, built, with noise on all its parameters; exact where it is float64."""
+
+    def build(family: str = "llama", **policy: Any) -> CausalPolicy:
+        built = tiny_spec(family, **policy).build()
+        _perturb(built)
+        return _exact(built) if built.model.dtype == torch.float64 else built
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_pairs() -> Callable[..., list[TokenizedPair]]:
+    """Random pairs of given (prompt, chosen, rejected) lengths."""
+
+    def make(lengths: Iterable[tuple[int, int, int]], seed: int = 0, vocabulary: int = 1024) -> list[TokenizedPair]:
+        generator = torch.Generator().manual_seed(seed)
+        pairs = []
+        for number, sizes in enumerate(lengths):
+            runs = [torch.randint(3, vocabulary, (size,), generator=generator).tolist() for size in sizes]
+            pairs.append(TokenizedPair(f"pair {number}", *runs))
+        return pairs
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def naive_logps() -> Callable[[nn.Module, Sequence[TokenizedPair]], Tensor]:
+    """(2B,) log-probabilities by the model's own logits: one sequence at a time, without padding, token by token."""
+
+    def logps(model: nn.Module, pairs: Sequence[TokenizedPair]) -> Tensor:
+        sequences = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+        sequences += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
+        sums = []
+        for prompt, answer in sequences:
+            logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0].double()
+            by_place = torch.log_softmax(logits, dim=-1)
+            sums.append(sum(by_place[len(prompt) + place - 1, token] for place, token in enumerate(answer)))
+        return torch.stack(sums)
+
+    return logps
+
+
+class Step(NamedTuple):
+    """What a training step made."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class _Watch(Callback):
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        named = pl_module.named_parameters()
+        self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.loss = outputs["loss"].detach()
+
+
+@pytest.fixture(scope="session")
+def make_trainer() -> Callable[..., Trainer]:
+    """A Lightning trainer that writes nothing."""
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    quiet |= {"enable_progress_bar": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+
+    def make(**settings: Any) -> Trainer:
+        return Trainer(accelerator="cpu", **(quiet | settings))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_loader() -> Callable[..., PreferenceLoader]:
+    """Pairs in order, in batches."""
+
+    def make(
+        pairs: Sequence[TokenizedPair], layout: Layout | None = None, batch_size: int | None = None
+    ) -> PreferenceLoader:
+        batches = EvaluationBatches(len(pairs), batch_size or len(pairs))
+        return PreferenceLoader(pairs, batches, layout or PaddedLayout(pad_id=0))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train_step(
+    make_trainer: Callable[..., Trainer], make_loader: Callable[..., PreferenceLoader]
+) -> Callable[..., Step]:
+    """Loss, gradients and metrics of the module's first training step on all the pairs, taken by a real trainer."""
+
+    def step(
+        module: PreferenceModule, pairs: Sequence[TokenizedPair], layout: Layout | None = None, **settings: Any
+    ) -> Step:
+        watch = _Watch()
+        trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=[watch], **settings)
+        trainer.fit(module, make_loader(pairs, layout), make_loader(pairs, layout))
+        return Step(watch.loss, watch.gradients, dict(trainer.callback_metrics))
+
+    return step

@@ -1,0 +1,128 @@
+"""A batch of random hidden states with a random head, and each pair's loss spelled out token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lpc_lightning.data.layouts import PaddedLayout
+from lpc_lightning.latent import LatentSpace
+from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.modules.scoring import BatchScorer
+from lpc_lightning.readout import Reading
+from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates, TokenizedPair
+
+WIDTH, VOCABULARY = 6, 13
+LOSSES: dict[str, Callable[[PairLogps], PairLosses]] = {
+    "dpo": lambda logps: dpo_loss(logps, beta=0.7),
+    "ipo": lambda logps: ipo_loss(logps, beta=0.4),
+    "simpo": lambda logps: simpo_loss(logps, beta=1.5, gamma_beta_ratio=0.3),
+}
+
+
+class Toy:
+    """B = 4 pairs; everything float64; `hidden` and `weight` are leaves."""
+
+    def __init__(self, algorithm: str, pairs: list[TokenizedPair], seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        self.algorithm, self.pairs = algorithm, pairs
+        self.batch = PaddedLayout(pad_id=0)(pairs)
+        self.hidden = draw(self.batch.input_ids.numel(), WIDTH).requires_grad_()
+        self.weight = draw(VOCABULARY, WIDTH).requires_grad_()
+        self.bias = draw(VOCABULARY)
+        self.head = LogitHead(self.weight, self.bias, scale=0.8)
+        self.reading = Reading(self.hidden, self.batch, self.head)
+        # Within a nat or two of the policy, so that no sigmoid saturates.
+        self.reference = self.reading.logps().detach() + draw(2 * len(pairs))
+        reference = None if algorithm == "simpo" else self.reference
+        self.score = BatchScorer(self.reading, self.batch.lengths, reference, LOSSES[algorithm])
+
+    @property
+    def states(self) -> PairStates:
+        return self.reading.states
+
+    def separate_states(self) -> PairStates:
+        """The same states as leaves of their own: what enters the networks, apart from what enters the head."""
+        states = (self.states.prompt, self.states.chosen, self.states.rejected)
+        return PairStates(*(state.detach().clone().requires_grad_() for state in states))
+
+    def naive_logps(self, z: Tensor) -> Tensor:
+        """(2B,) log-probabilities under each pair's z (B, d)."""
+        width, count = self.batch.input_ids.shape[1], len(self.pairs)
+        sums = []
+        for row in range(2 * count):
+            pair = self.pairs[row % count]
+            answer = pair.chosen_ids if row < count else pair.rejected_ids
+            total = torch.zeros((), dtype=torch.float64)
+            for place, token in enumerate(answer):
+                state = self.hidden[row * width + len(pair.prompt_ids) - 1 + place] + z[row % count]
+                scores = torch.exp(0.8 * (self.weight @ state + self.bias))
+                total = total + torch.log(scores[token] / scores.sum())
+            sums.append(total)
+        return torch.stack(sums)
+
+    def naive_losses(self, z: Tensor) -> Tensor:
+        """(B,) losses under each pair's z (B, d)."""
+        logps, count = self.naive_logps(z), len(self.pairs)
+        losses = []
+        for number, pair in enumerate(self.pairs):
+            win, lose = logps[number], logps[number + count]
+            ref_win, ref_lose = self.reference[number], self.reference[number + count]
+            if self.algorithm == "simpo":
+                margin = 1.5 * (win / len(pair.chosen_ids) - lose / len(pair.rejected_ids) - 0.3)
+            else:
+                margin = (win - ref_win) - (lose - ref_lose)
+            if self.algorithm == "ipo":
+                losses.append((margin - 1.25) ** 2)
+            else:
+                losses.append(torch.log(1 + torch.exp(-margin * (0.7 if self.algorithm == "dpo" else 1.0))))
+        return torch.stack(losses)
+
+
+@pytest.fixture(params=list(LOSSES))
+def toy(request: pytest.FixtureRequest, make_pairs: Callable[..., list[TokenizedPair]]) -> Toy:
+    """Every algorithm in turn."""
+    return Toy(request.param, make_pairs([(3, 2, 4), (1, 1, 3), (2, 5, 1), (4, 3, 3)], vocabulary=VOCABULARY), seed=0)
+
+
+@pytest.fixture
+def dpo_toy(make_pairs: Callable[..., list[TokenizedPair]]) -> Toy:
+    return Toy("dpo", make_pairs([(3, 2, 4), (1, 1, 3), (2, 5, 1), (4, 3, 3)], vocabulary=VOCABULARY), seed=0)
+
+
+@pytest.fixture
+def build(perturb: Callable[..., None]) -> Callable[..., Any]:
+    """Builds a space for a toy's head, float64, with noise on all of its parameters."""
+
+    def made(space: LatentSpace, toy: Toy, seed: int = 3) -> LatentSpace:
+        torch.manual_seed(seed)
+        space.build(WIDTH, toy.head)
+        space.double()
+        perturb(space, deviation=0.4, seed=seed)
+        return space
+
+    return made
+
+
+@pytest.fixture
+def naive_network() -> Callable[..., Tensor]:
+    """Two layers on states of unit root mean square, one pair at a time."""
+
+    def forward(network: nn.Module, *states: Tensor) -> Tensor:
+        rows = []
+        for row in range(states[0].shape[0]):
+            read = [state[row] / torch.sqrt((state[row] ** 2).mean()) for state in states]
+            hidden = network.first.weight @ torch.cat(read) + network.first.bias
+            hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+            rows.append(network.second.weight @ hidden + network.second.bias)
+        return torch.stack(rows)
+
+    return forward

@@ -1,0 +1,202 @@
+"""The controls that are no mixture of codes, and what every space must do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal, kl_divergence
+
+from lpc_lightning.latent import (
+    ExpectedSpace,
+    GaussianSpace,
+    GumbelSpace,
+    LatentSpace,
+    MarginalSpace,
+    MLPSpace,
+    PosteriorOnlySpace,
+    PriorOnlySpace,
+    VectorSpace,
+)
+from lpc_lightning.types import LogitHead
+
+DISCRETE = {"codes": 3, "spread": 1.0, "hidden": 8}
+SPACES: dict[str, Callable[..., LatentSpace]] = {
+    "gumbel": lambda **networks: GumbelSpace(**DISCRETE, **networks),
+    "hard gumbel": lambda **networks: GumbelSpace(**DISCRETE, hard=True, **networks),
+    "expected": lambda **networks: ExpectedSpace(**DISCRETE, **networks),
+    "marginal": lambda **networks: MarginalSpace(**DISCRETE, **networks),
+    "prior only": lambda **networks: PriorOnlySpace(**DISCRETE, **networks),
+    "posterior only": lambda **networks: PosteriorOnlySpace(**DISCRETE, **networks),
+    "gaussian": lambda **networks: GaussianSpace(**DISCRETE, **networks),
+    "mlp": lambda **networks: MLPSpace(hidden=8, **networks),
+    "vector": lambda **networks: VectorSpace(spread=1.0),
+}
+every_space = pytest.mark.parametrize("name", list(SPACES))
+
+
+def test_the_vector_is_one_z_for_every_prompt_and_mode(toy: Any, build: Callable[..., Any]) -> None:
+    space = build(VectorSpace(), toy)
+    z = space.vector.expand(4, -1)
+    for mode in (None, "mean", "sample", 3):
+        assert torch.equal(space.infer(toy.states.prompt, mode), z)
+    expected = toy.naive_losses(z)
+    for terms in (space.training_terms(toy.states, toy.score, 0.5), space.inference_terms(toy.states, toy.score)):
+        torch.testing.assert_close(terms.pairs.losses, expected, rtol=1e-11, atol=1e-11)
+        assert terms.penalty == 0
+        assert terms.prior is None
+    (gradient,) = torch.autograd.grad(
+        space.training_terms(toy.states, toy.score, 0.5).pairs.losses.mean(), space.vector
+    )
+    (by_loop,) = torch.autograd.grad(expected.mean(), space.vector)
+    torch.testing.assert_close(gradient, by_loop, rtol=1e-10, atol=1e-11)
+
+
+def test_a_vector_starts_at_the_plain_policy_or_at_its_spread() -> None:
+    head = LogitHead(torch.randn(200, 400, generator=torch.Generator().manual_seed(0)) + 3)
+    space = VectorSpace()
+    space.build(400, head)
+    assert torch.equal(space.vector, torch.zeros(400))
+    deviations = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        space = VectorSpace(spread=0.5)
+        space.build(400, head)
+        deviations.append((head.weight @ space.vector.detach()).std(correction=0))
+    assert torch.stack(deviations).mean().item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_the_mlp_is_its_network_of_the_prompt(
+    toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]
+) -> None:
+    space = build(MLPSpace(hidden=8), toy)
+    z = naive_network(space.network, toy.states.prompt)
+    assert z.shape == (4, 6)
+    for mode in (None, "mean", "sample", 3):
+        torch.testing.assert_close(space.infer(toy.states.prompt, mode), z, rtol=1e-12, atol=1e-12)
+    terms = space.training_terms(toy.states, toy.score, 0.5)
+    torch.testing.assert_close(terms.pairs.losses, toy.naive_losses(z), rtol=1e-11, atol=1e-11)
+    assert terms.penalty == 0
+    assert terms.kl is None
+
+
+def test_a_fresh_mlp_says_zero_and_can_learn_to_say_more(dpo_toy: Any) -> None:
+    space = MLPSpace(hidden=8)
+    space.build(6, dpo_toy.head)
+    space.double()
+    assert torch.equal(space.infer(dpo_toy.states.prompt), torch.zeros(4, 6, dtype=torch.float64))
+    space.training_terms(dpo_toy.states, dpo_toy.score, 0.0).pairs.losses.sum().backward()
+    assert space.network.second.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("setting", "progress", "g"), [(None, 0.0, 0.0), (None, 0.25, 0.25), (0.6, 0.9, 0.6), (None, 1, 1)]
+)
+def test_the_gaussian_mixes_reparametrised_weights_and_pays_their_kl(
+    setting: Any, progress: float, g: float, toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]
+) -> None:
+    space = build(GaussianSpace(**DISCRETE, g=setting, kl_weight=0.3), toy)
+    torch.manual_seed(11)
+    terms = space.training_terms(toy.states, toy.score, progress)
+    states = toy.states
+    p, q = naive_network(space.prior, states.prompt), naive_network(space.posterior, states.chosen, states.rejected)
+    normal_p, normal_q = (Normal(out[:, :3], out[:, 3:].exp()) for out in (p, q))
+    torch.manual_seed(11)
+    noise_q, noise_p = (torch.randn(4, 3, dtype=torch.float64) for _ in range(2))
+    weights = (1 - g) * (normal_q.mean + normal_q.stddev * noise_q) + g * (normal_p.mean + normal_p.stddev * noise_p)
+    z = weights @ space.codebook.weight
+    torch.testing.assert_close(terms.z, z, rtol=1e-11, atol=1e-11)
+    kl = kl_divergence(Independent(normal_q, 1), Independent(normal_p, 1))
+    torch.testing.assert_close(terms.kl, kl, rtol=1e-11, atol=1e-12)
+    ours, theirs = (terms.pairs.losses + terms.penalty).mean(), (toy.naive_losses(z) + 0.3 * kl).mean()
+    leaves = [toy.hidden, toy.weight, *space.parameters()]
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (ours, theirs)]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    assert terms.settings == {"g": g}
+
+
+def test_a_gaussian_is_inferred_at_its_mean_or_drawn_and_has_no_codes(
+    dpo_toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]
+) -> None:
+    space = build(GaussianSpace(**DISCRETE), dpo_toy)
+    prompt = dpo_toy.states.prompt.detach()
+    out = naive_network(space.prior, prompt)
+    mean = out[:, :3] @ space.codebook.weight
+    torch.testing.assert_close(space.infer(prompt), mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(space.infer(prompt, "mean"), mean, rtol=1e-12, atol=1e-12)
+    torch.manual_seed(11)
+    drawn = space.infer(prompt, "sample")
+    torch.manual_seed(11)
+    weights = out[:, :3] + out[:, 3:].exp() * torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(drawn, weights @ space.codebook.weight, rtol=1e-12, atol=1e-12)
+    for mode in ("argmax", 0):
+        with pytest.raises(ValueError, match=f"prior mode: found {mode!r}, expected mean or sample: a Gaussian"):
+            space.infer(prompt, mode)
+
+
+@every_space
+def test_a_state_dict_holds_all_of_a_space(name: str, toy: Any, build: Callable[..., Any]) -> None:
+    first, second = (build(SPACES[name](), toy, seed=seed) for seed in (3, 4))
+    prompt = toy.states.prompt
+
+    def answers(space: LatentSpace) -> list[Tensor]:
+        torch.manual_seed(11)
+        terms = space.training_terms(toy.states, toy.score, 0.5)
+        return [space.infer(prompt), terms.pairs.losses + terms.penalty]
+
+    assert not any(torch.equal(one, other) for one, other in zip(answers(first), answers(second), strict=True))
+    assert set(first.state_dict()) == {parameter for parameter, _ in first.named_parameters()}
+    second.load_state_dict(first.state_dict())
+    assert all(torch.equal(one, other) for one, other in zip(answers(first), answers(second), strict=True))
+
+
+@every_space
+@pytest.mark.parametrize("detach", [False, True])
+def test_detach_stops_the_gradient_into_the_backbone_and_only_then(
+    name: str, detach: bool, dpo_toy: Any, build: Callable[..., Any]
+) -> None:
+    if name == "vector" and detach:
+        with pytest.raises(TypeError):
+            VectorSpace(detach=True)
+        return
+    space = build(SPACES[name](detach=detach), dpo_toy)
+    states = dpo_toy.separate_states()
+    terms = space.training_terms(states, dpo_toy.score, 0.5)
+    (terms.pairs.losses + terms.penalty).mean().backward()
+    reads_prompt = name != "vector"
+    reads_answers = hasattr(space, "posterior")
+    for state, read in (
+        (states.prompt, reads_prompt),
+        (states.chosen, reads_answers),
+        (states.rejected, reads_answers),
+    ):
+        has_gradient = state.grad is not None and bool(state.grad.any())
+        assert has_gradient == (read and not detach)
+    # The head reads the states by another way, which stays open.
+    assert dpo_toy.hidden.grad.any()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in space.parameters())
+
+
+@every_space
+def test_inference_needs_the_prompt_alone(name: str, toy: Any, build: Callable[..., Any]) -> None:
+    space = build(SPACES[name](), toy)
+    states = toy.separate_states()
+    blind = replace(states, chosen=states.chosen * torch.nan, rejected=states.rejected * torch.nan)
+    terms = space.inference_terms(blind, toy.score)
+    torch.testing.assert_close(
+        terms.pairs.losses, toy.naive_losses(space.infer(toy.states.prompt)), rtol=1e-10, atol=1e-10
+    )
+    assert torch.isfinite(terms.pairs.losses).all()
+
+
+@every_space
+def test_a_z_moves_the_loss(name: str, toy: Any, build: Callable[..., Any]) -> None:
+    space = build(SPACES[name](), toy)
+    plain, _ = toy.score.under(None)
+    assert (space.inference_terms(toy.states, toy.score).pairs.losses - plain.losses).abs().max() > 1e-3

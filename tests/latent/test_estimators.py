@@ -1,0 +1,283 @@
+"""Gumbel, expected and marginal against loops over codes, each code as its own z."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+
+from lpc_lightning.latent import (
+    ExpectedSpace,
+    Exponential,
+    GumbelSpace,
+    LatentTerms,
+    Linear,
+    MarginalSpace,
+    PosteriorOnlySpace,
+    PriorOnlySpace,
+    WarmUp,
+)
+
+CODES = 3
+SIZE: dict[str, Any] = {"codes": CODES, "spread": 1.0, "hidden": 8}
+Network = Callable[..., Tensor]
+
+
+def total(terms: LatentTerms) -> Tensor:
+    """The loss of a training step."""
+    return (terms.pairs.losses + terms.penalty).mean()
+
+
+def softmax(scores: Tensor) -> Tensor:
+    return scores.exp() / scores.exp().sum(-1, keepdim=True)
+
+
+def prior_and_posterior(space: Any, toy: Any, network: Network) -> tuple[Tensor, Tensor]:
+    states = toy.states
+    return softmax(network(space.prior, states.prompt)), softmax(
+        network(space.posterior, states.chosen, states.rejected)
+    )
+
+
+def losses_by_code(space: Any, toy: Any) -> Tensor:
+    """(B, K): the codes one after the other."""
+    return torch.stack([toy.naive_losses(code.expand(4, -1)) for code in space.codebook.weight], dim=1)
+
+
+def kl_of(posterior: Tensor, prior: Tensor) -> Tensor:
+    return kl_divergence(Categorical(probs=posterior), Categorical(probs=prior))
+
+
+def assert_same_loss_and_gradients(ours: Tensor, theirs: Tensor, space: Any, toy: Any) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    named = {"hidden": toy.hidden, "head": toy.weight} | dict(space.named_parameters())
+    found = torch.autograd.grad(ours, list(named.values()), retain_graph=True)
+    expected = torch.autograd.grad(theirs, list(named.values()))
+    for name, one, other in zip(named, found, expected, strict=True):
+        assert other.abs().max() > 1e-6, f"{name} has no part in the loss"
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# Marginal
+
+
+def test_the_marginal_is_the_soft_minimum_over_codes(
+    toy: Any, build: Callable[..., Any], naive_network: Network
+) -> None:
+    space = build(MarginalSpace(**SIZE), toy)
+    terms = space.training_terms(toy.states, toy.score, 0.3)
+    prior, by_code = softmax(naive_network(space.prior, toy.states.prompt)), losses_by_code(space, toy)
+    expected = []
+    for pair in range(4):
+        likelihood = sum(prior[pair, code] * torch.exp(-by_code[pair, code]) for code in range(CODES))
+        expected.append(-torch.log(likelihood))
+    assert_same_loss_and_gradients(total(terms), torch.stack(expected).mean(), space, toy)
+    assert terms.penalty == 0
+
+
+def test_for_dpo_the_marginal_is_the_likelihood_of_the_label(
+    dpo_toy: Any, build: Callable[..., Any], naive_network: Network
+) -> None:
+    space = build(MarginalSpace(**SIZE), dpo_toy)
+    prior = softmax(naive_network(space.prior, dpo_toy.states.prompt))
+    likelihood = torch.zeros(4, dtype=torch.float64)
+    for number, code in enumerate(space.codebook.weight):
+        ratios = dpo_toy.naive_logps(code.expand(4, -1)) - dpo_toy.reference
+        likelihood = likelihood + prior[:, number] / (1 + torch.exp(-0.7 * (ratios[:4] - ratios[4:])))
+    terms = space.training_terms(dpo_toy.states, dpo_toy.score, 0.0)
+    torch.testing.assert_close(terms.pairs.losses, -torch.log(likelihood), rtol=1e-11, atol=1e-12)
+
+
+def test_the_marginals_posterior_is_exact(toy: Any, build: Callable[..., Any], naive_network: Network) -> None:
+    space = build(MarginalSpace(**SIZE), toy)
+    terms = space.training_terms(toy.states, toy.score, 0.0)
+    joint = softmax(naive_network(space.prior, toy.states.prompt)) * torch.exp(-losses_by_code(space, toy))
+    posterior = joint / joint.sum(-1, keepdim=True)
+    torch.testing.assert_close(terms.posterior.exp(), posterior.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(terms.kl, kl_of(posterior, terms.prior.exp()).detach(), rtol=1e-8, atol=1e-12)
+    assert (terms.kl > 0).all()
+    assert not terms.kl.requires_grad
+    assert not terms.posterior.requires_grad
+
+
+def test_under_the_exact_posterior_the_bound_is_tight_and_under_any_other_it_is_a_bound(
+    toy: Any, build: Callable[..., Any]
+) -> None:
+    marginal = build(MarginalSpace(**SIZE), toy)
+    expected = build(ExpectedSpace(**SIZE, kl_weight=1.0), toy)
+    expected.codebook.load_state_dict(marginal.codebook.state_dict())
+    expected.prior.load_state_dict(marginal.prior.state_dict())
+    exact = marginal.training_terms(toy.states, toy.score, 0.0)
+    bound = expected.training_terms(toy.states, toy.score, 0.0)
+    assert (bound.pairs.losses + bound.penalty > exact.pairs.losses + 1e-6).all()
+    by_code, _ = toy.score.under_codes(marginal.codebook.weight)
+    tight = (exact.posterior.exp() * by_code.losses).sum(-1) + exact.kl
+    torch.testing.assert_close(tight, exact.pairs.losses, rtol=1e-11, atol=1e-11)
+
+
+def test_the_marginal_reports_expectations_under_the_prior(toy: Any, build: Callable[..., Any]) -> None:
+    space = build(MarginalSpace(**SIZE), toy)
+    terms = space.training_terms(toy.states, toy.score, 0.0)
+    assert_expectations(terms, terms.prior, space, toy)
+
+
+def assert_expectations(terms: LatentTerms, log_weights: Tensor, space: Any, toy: Any) -> None:
+    chosen, rejected, rewards = (torch.zeros(4, dtype=torch.float64) for _ in range(3))
+    for number, code in enumerate(space.codebook.weight):
+        weight = log_weights.exp()[:, number]
+        pairs, _ = toy.score.under(code.expand(4, -1))
+        logps = toy.naive_logps(code.expand(4, -1))
+        chosen, rejected = chosen + weight * logps[:4], rejected + weight * logps[4:]
+        rewards = rewards + weight * (pairs.chosen_rewards - pairs.rejected_rewards)
+    torch.testing.assert_close(terms.logps.policy_chosen, chosen.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(terms.logps.policy_rejected, rejected.detach(), rtol=1e-10, atol=1e-10)
+    margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
+    torch.testing.assert_close(margins, rewards.detach(), rtol=1e-10, atol=1e-10)
+    assert not margins.requires_grad
+    mean = log_weights.exp() @ space.codebook.weight
+    torch.testing.assert_close(terms.z, mean.detach(), rtol=1e-12, atol=1e-12)
+    assert not terms.z.requires_grad
+
+
+# Expected
+
+
+@pytest.mark.parametrize(("kl_weight", "progress", "price"), [(0.3, 0.5, 0.3), (WarmUp(0.4, share=0.5), 0.25, 0.2)])
+def test_the_expectation_is_taken_under_the_posterior_and_kl_is_paid(
+    kl_weight: Any, progress: float, price: float, toy: Any, build: Callable[..., Any], naive_network: Network
+) -> None:
+    space = build(ExpectedSpace(**SIZE, kl_weight=kl_weight), toy)
+    terms = space.training_terms(toy.states, toy.score, progress)
+    prior, posterior = prior_and_posterior(space, toy, naive_network)
+    by_code = losses_by_code(space, toy)
+    expected = []
+    for pair in range(4):
+        mean = sum(posterior[pair, code] * by_code[pair, code] for code in range(CODES))
+        kl = sum(posterior[pair, code] * torch.log(posterior[pair, code] / prior[pair, code]) for code in range(CODES))
+        expected.append(mean + price * kl)
+    assert_same_loss_and_gradients(total(terms), torch.stack(expected).mean(), space, toy)
+    assert_expectations(terms, posterior.log(), space, toy)
+    torch.testing.assert_close(terms.kl, kl_of(posterior, prior), rtol=1e-10, atol=1e-12)
+
+
+# Gumbel
+
+
+def noise() -> Tensor:
+    """What the next call of `gumbel_softmax` draws: -log of an exponential."""
+    return -torch.empty(4, CODES, dtype=torch.float64).exponential_().log()
+
+
+def hardened(weights: Tensor) -> Tensor:
+    """One-hot forward, the soft weights' gradient backward."""
+    hard = torch.zeros_like(weights)
+    hard[torch.arange(4), weights.argmax(-1)] = 1.0
+    return hard + weights - weights.detach()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "progress", "g", "tau"),
+    [
+        ({}, 0.0, 0.0, 1.0),
+        ({}, 0.25, 0.25, 1.0),
+        ({}, 1.0, 1.0, 1.0),
+        ({"g": 0.4, "tau": 0.5}, 0.9, 0.4, 0.5),
+        ({"g": Linear(1.0, 0.5), "tau": Exponential(4.0, 0.25)}, 0.5, 0.75, 1.0),
+        ({"tau": Exponential(1.0, 0.25)}, 0.5, 0.5, 0.5),
+    ],
+)
+def test_gumbel_answers_under_the_mixture_of_sampled_codes(
+    settings: dict[str, Any],
+    progress: float,
+    g: float,
+    tau: float,
+    hard: bool,
+    toy: Any,
+    build: Callable[..., Any],
+    naive_network: Network,
+) -> None:
+    space = build(GumbelSpace(**SIZE, **settings, hard=hard, kl_weight=0.3), toy)
+    torch.manual_seed(11)
+    terms = space.training_terms(toy.states, toy.score, progress)
+    prior, posterior = prior_and_posterior(space, toy, naive_network)
+    torch.manual_seed(11)
+    from_prior = softmax((prior.log() + noise()) / tau)
+    from_posterior = softmax((posterior.log() + noise()) / tau)
+    if hard:
+        from_prior, from_posterior = hardened(from_prior), hardened(from_posterior)
+    weights = (1 - g) * from_posterior + g * from_prior
+    z = torch.stack([sum(weights[pair, k] * space.codebook.weight[k] for k in range(CODES)) for pair in range(4)])
+    torch.testing.assert_close(terms.z, z, rtol=1e-11, atol=1e-11)
+    kl = kl_of(posterior, prior)
+    torch.testing.assert_close(terms.kl, kl, rtol=1e-10, atol=1e-12)
+    assert_same_loss_and_gradients(total(terms), (toy.naive_losses(z) + 0.3 * kl).mean(), space, toy)
+    assert terms.settings == pytest.approx({"g": g, "tau": tau})
+    if hard and g in (0.0, 1.0):
+        own = torch.stack([(terms.z == code).all(-1) for code in space.codebook.weight])
+        assert own.sum(0).tolist() == [1] * 4, "one whole code forward"
+
+
+@pytest.mark.parametrize(("g", "absent", "present"), [(0.0, "prior", "posterior"), (1.0, "posterior", "prior")])
+def test_at_its_ends_g_hears_one_network_only(
+    g: float, absent: str, present: str, dpo_toy: Any, build: Callable[..., Any]
+) -> None:
+    space = build(GumbelSpace(**SIZE, g=g), dpo_toy)
+    z = space.training_terms(dpo_toy.states, dpo_toy.score, 0.5).z
+    gradients = {
+        name: torch.autograd.grad(z.square().sum(), list(getattr(space, name).parameters()), retain_graph=True)
+        for name in (absent, present)
+    }
+    assert not any(gradient.any() for gradient in gradients[absent])
+    assert all(gradient.any() for gradient in gradients[present])
+
+
+def test_the_paper_s_g_rises_from_the_posterior_to_the_prior(dpo_toy: Any, build: Callable[..., Any]) -> None:
+    space = build(GumbelSpace(**SIZE), dpo_toy)
+    found = [space.training_terms(dpo_toy.states, dpo_toy.score, at).settings["g"] for at in (0.0, 0.1, 0.5, 1.0)]
+    assert found == [0.0, 0.1, 0.5, 1.0]
+
+
+def test_free_bits_hold_the_penalty_and_leave_the_reported_kl(dpo_toy: Any, build: Callable[..., Any]) -> None:
+    for kind in (GumbelSpace, ExpectedSpace):
+        space = build(kind(**SIZE, kl_weight=0.5, free_bits=100.0), dpo_toy)
+        terms = space.training_terms(dpo_toy.states, dpo_toy.score, 0.0)
+        assert torch.equal(terms.penalty.detach(), torch.full((4,), 50.0, dtype=torch.float64))
+        assert (terms.kl < 100).all()
+        assert not torch.autograd.grad(terms.penalty.sum(), space.prior.first.weight)[0].any()
+
+
+# Controls that are estimators
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_posterior_only_is_gumbel_with_g_at_0(progress: float, toy: Any, build: Callable[..., Any]) -> None:
+    found = []
+    for space in (PosteriorOnlySpace(**SIZE, tau=0.7), GumbelSpace(**SIZE, tau=0.7, g=0.0)):
+        built = build(space, toy)
+        torch.manual_seed(11)
+        found.append(built.training_terms(toy.states, toy.score, progress))
+    assert torch.equal(found[0].z, found[1].z)
+    assert torch.equal(total(found[0]), total(found[1]))
+    assert found[0].settings == {"g": 0.0, "tau": 0.7}
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_prior_only_samples_the_prior_and_pays_nothing(
+    hard: bool, toy: Any, build: Callable[..., Any], naive_network: Network
+) -> None:
+    space = build(PriorOnlySpace(**SIZE, tau=Exponential(1.0, 0.25), hard=hard), toy)
+    torch.manual_seed(11)
+    terms = space.training_terms(toy.states, toy.score, 0.5)
+    torch.manual_seed(11)
+    weights = softmax((softmax(naive_network(space.prior, toy.states.prompt)).log() + noise()) / 0.5)
+    z = (hardened(weights) if hard else weights) @ space.codebook.weight
+    assert_same_loss_and_gradients(total(terms), toy.naive_losses(z).mean(), space, toy)
+    assert not hasattr(space, "posterior")
+    assert terms.penalty == 0
+    assert terms.kl is None
+    assert terms.settings == {"tau": 0.5}

@@ -1,0 +1,230 @@
+"""The losses against the project's golden values, and against loops over pairs in plain exponentials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.types import PairLogps, PairLosses
+
+
+def tensors(**columns: list[float]) -> PairLogps:
+    return PairLogps(**{name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()})
+
+
+GOLDEN = tensors(
+    policy_chosen=[-3, -2.5, -4, -1.5],
+    policy_rejected=[-5, -3.5, -6, -2.5],
+    reference_chosen=[-2.8, -2.3, -3.8, -1.4],
+    reference_rejected=[-3.2, -2.7, -4.2, -1.8],
+    chosen_lengths=[2, 5, 4, 1],
+    rejected_lengths=[4, 2, 3, 5],
+)
+
+Loss = Callable[[PairLogps], PairLosses]
+LOSSES: dict[str, Loss] = {
+    "dpo": lambda logps: dpo_loss(logps, beta=0.1),
+    "cdpo": lambda logps: dpo_loss(logps, beta=0.1, label_smoothing=0.1),
+    "rdpo": lambda logps: dpo_loss(logps, beta=0.1, label_smoothing=0.1, robust=True),
+    "ipo_sum": lambda logps: ipo_loss(logps, beta=0.1),
+    "ipo_average": lambda logps: ipo_loss(logps, beta=0.1, length_average=True),
+    "simpo": lambda logps: simpo_loss(logps, beta=2.0, gamma_beta_ratio=0.5),
+}
+EXPECTED = {
+    "dpo": [0.616344, 0.663597, 0.616344, 0.663597],
+    "cdpo": [0.632344, 0.669597, 0.632344, 0.669597],
+    "rdpo": [0.596344, 0.656097, 0.596344, 0.656097],
+    "ipo_sum": [11.56, 19.36, 11.56, 19.36],
+    "ipo_average": [21.6225, 21.5296, 19.8025, 24.6016],
+    "simpo": [1.701413, 0.201413, 0.313262, 3.048587],
+}
+every_loss = pytest.mark.parametrize("name", list(LOSSES))
+with_reference = pytest.mark.parametrize("name", [name for name in LOSSES if name != "simpo"])
+
+
+def random_logps(pairs: int, codes: int | None = None, seed: int = 0) -> PairLogps:
+    """Log-probabilities of about -10, the policy's (pairs, codes) and the rest (pairs, 1) where codes are given."""
+    generator = torch.Generator().manual_seed(seed)
+    rest = (pairs,) if codes is None else (pairs, 1)
+    policy = (pairs,) if codes is None else (pairs, codes)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return -10 + 4 * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def lengths() -> Tensor:
+        return torch.randint(1, 9, rest, generator=generator).double()
+
+    return PairLogps(draw(policy), draw(policy), draw(rest), draw(rest), lengths(), lengths())
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def naive(name: str, pw: Tensor, pl: Tensor, rw: Tensor, rl: Tensor, nw: Tensor, nl: Tensor) -> Tensor:
+    """The loss of one pair, each argument a number: policy and reference of winner and loser, and their lengths."""
+    beta, eps = 0.1, 0.1
+    if name == "simpo":
+        return -torch.log(sigmoid(2.0 * pw / nw - 2.0 * pl / nl - 1.0))
+    if name == "ipo_sum":
+        return ((pw - rw) - (pl - rl) - 5.0) ** 2
+    if name == "ipo_average":
+        return ((pw - rw) / nw - (pl - rl) / nl - 5.0) ** 2
+    # The probability that the winner beats the loser, as a Bradley-Terry model of the two rewards.
+    reward_w, reward_l = beta * (pw - rw), beta * (pl - rl)
+    wins = torch.exp(reward_w) / (torch.exp(reward_w) + torch.exp(reward_l))
+    if name == "dpo":
+        return -torch.log(wins)
+    if name == "cdpo":
+        return -(1 - eps) * torch.log(wins) - eps * torch.log(1 - wins)
+    assert name == "rdpo"
+    return -((1 - eps) * torch.log(wins) - eps * torch.log(1 - wins)) / (1 - 2 * eps)
+
+
+@every_loss
+def test_losses_are_the_golden_values(name: str) -> None:
+    expected = torch.tensor(EXPECTED[name], dtype=torch.float64)
+    torch.testing.assert_close(LOSSES[name](GOLDEN).losses, expected, rtol=0, atol=1e-6)
+
+
+@every_loss
+@pytest.mark.parametrize("codes", [None, 1, 3])
+def test_losses_and_gradients_are_those_of_a_loop_over_pairs(name: str, codes: int | None) -> None:
+    logps = random_logps(5, codes)
+    leaves = [logps.policy_chosen.requires_grad_(), logps.policy_rejected.requires_grad_()]
+    losses = LOSSES[name](logps).losses
+    assert losses.shape == logps.policy_chosen.shape
+
+    rest = (logps.reference_chosen, logps.reference_rejected, logps.chosen_lengths, logps.rejected_lengths)
+    expected = []
+    for pair in range(5):
+        numbers = [column.reshape(-1)[pair] for column in rest]
+        for code in range(codes or 1):
+            policies = [leaf.reshape(5, -1)[pair, code] for leaf in leaves]
+            expected.append(naive(name, *policies, *numbers))
+    loop = torch.stack(expected).reshape(losses.shape)
+    torch.testing.assert_close(losses, loop, rtol=1e-12, atol=1e-12)
+
+    weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=torch.float64).reshape(losses.shape)
+    ours = torch.autograd.grad((weights * losses).sum(), leaves)
+    theirs = torch.autograd.grad((weights * loop).sum(), leaves)
+    assert all(gradient.abs().min() > 0 for gradient in theirs)
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
+
+
+@every_loss
+def test_each_pair_stands_alone(name: str) -> None:
+    logps = random_logps(4)
+    alone = [
+        PairLogps(*(getattr(logps, field)[pair : pair + 1] for field in PairLogps.__dataclass_fields__))
+        for pair in range(4)
+    ]
+    torch.testing.assert_close(
+        LOSSES[name](logps).losses, torch.cat([LOSSES[name](pair).losses for pair in alone]), rtol=0, atol=0
+    )
+
+
+@every_loss
+def test_rewards_are_beta_times_what_the_loss_compares_without_gradient(name: str) -> None:
+    logps = random_logps(3)
+    logps.policy_chosen.requires_grad_()
+    logps.policy_rejected.requires_grad_()
+    found = LOSSES[name](logps)
+    for side, rewards in (("chosen", found.chosen_rewards), ("rejected", found.rejected_rewards)):
+        assert not rewards.requires_grad
+        for pair in range(3):
+            policy, reference = (
+                getattr(logps, f"{who}_{side}").detach()[pair].item() for who in ("policy", "reference")
+            )
+            length = float(getattr(logps, f"{side}_lengths")[pair])
+            expected = {
+                "simpo": 2.0 * policy / length,
+                "ipo_average": 0.1 * (policy - reference) / length,
+            }.get(name, 0.1 * (policy - reference))
+            assert float(rewards[pair]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
+def test_a_policy_equal_to_its_reference_has_the_dpo_loss_log_2(beta: float) -> None:
+    logps = random_logps(6)
+    still = replace(logps, policy_chosen=logps.reference_chosen, policy_rejected=logps.reference_rejected)
+    for smoothing, robust in ((0.0, False), (0.3, False), (0.3, True)):
+        losses = dpo_loss(still, beta, smoothing, robust).losses
+        torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=1e-14, atol=0)
+
+
+def swapped(logps: PairLogps) -> PairLogps:
+    return PairLogps(
+        logps.policy_rejected,
+        logps.policy_chosen,
+        logps.reference_rejected,
+        logps.reference_chosen,
+        logps.rejected_lengths,
+        logps.chosen_lengths,
+    )
+
+
+def test_smoothing_by_a_half_makes_dpo_blind_to_the_label() -> None:
+    logps = random_logps(6)
+    half, other = (dpo_loss(pairs, 0.1, 0.5).losses for pairs in (logps, swapped(logps)))
+    torch.testing.assert_close(half, other, rtol=1e-14, atol=0)
+    tilted, turned = (dpo_loss(pairs, 0.1, 0.4).losses for pairs in (logps, swapped(logps)))
+    assert (tilted - turned).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.45])
+def test_robust_dpo_is_unbiased_when_labels_flip_at_its_rate(rate: float) -> None:
+    logps = random_logps(6)
+    clean, flipped = (dpo_loss(pairs, 0.1, rate, robust=True).losses for pairs in (logps, swapped(logps)))
+    torch.testing.assert_close((1 - rate) * clean + rate * flipped, dpo_loss(logps, 0.1).losses, rtol=1e-12, atol=1e-13)
+
+
+def test_simpo_ignores_the_reference() -> None:
+    logps = random_logps(6)
+    without = replace(logps, reference_chosen=None, reference_rejected=None)
+    assert torch.equal(LOSSES["simpo"](logps).losses, LOSSES["simpo"](without).losses)
+
+
+def test_the_gradient_of_ipo_vanishes_at_its_target_margin() -> None:
+    logps = replace(
+        random_logps(3), reference_chosen=torch.zeros(3).double(), reference_rejected=torch.zeros(3).double()
+    )
+    rejected = logps.policy_rejected
+    chosen = (rejected + 1 / (2 * 0.25)).requires_grad_()
+    losses = ipo_loss(replace(logps, policy_chosen=chosen), beta=0.25).losses
+    (gradient,) = torch.autograd.grad(losses.sum(), chosen)
+    torch.testing.assert_close(gradient, torch.zeros(3).double(), rtol=0, atol=1e-13)
+
+
+@every_loss
+@pytest.mark.parametrize("margin", [-4000.0, 4000.0])
+def test_losses_and_gradients_stay_finite_at_extreme_margins(name: str, margin: float) -> None:
+    zero = torch.zeros(1)
+    chosen = torch.full((1,), margin, requires_grad=True)
+    losses = LOSSES[name](PairLogps(chosen, zero, zero, zero, zero + 1, zero + 1)).losses
+    (gradient,) = torch.autograd.grad(losses.sum(), chosen)
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "robust", "found"),
+    [(-0.01, False, "-0.01"), (0.51, False, "0.51"), (0.5, True, "0.5"), (0.7, True, "0.7"), (-1.0, True, "-1.0")],
+)
+def test_a_label_smoothing_out_of_range_is_refused(smoothing: float, robust: bool, found: str) -> None:
+    with pytest.raises(ValueError, match=f"label_smoothing: found {found}, expected"):
+        dpo_loss(GOLDEN, 0.1, smoothing, robust)
+
+
+@with_reference
+@pytest.mark.parametrize("missing", ["reference_chosen", "reference_rejected"])
+def test_a_missing_reference_is_named(name: str, missing: str) -> None:
+    with pytest.raises(ValueError, match="found no reference log-probabilities"):
+        LOSSES[name](replace(GOLDEN, **{missing: None}))

@@ -1,0 +1,345 @@
+"""Per-answer log-probabilities of both layouts against a loop over the model's own logits, one sequence at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import sdpa_mask
+
+from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.policy import CausalPolicy, LoRA
+from lpc_lightning.types import TokenizedPair
+
+LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5), (1, 6, 1), (17, 2, 11)]
+"""Odd lengths, prompts and answers of one token, and answers that reach past a window of 8."""
+LAYOUTS: dict[str, Layout] = {
+    "padded": PaddedLayout(0),
+    "wide rows": SharedPrefixLayout(0, row_tokens=10_000),
+    "narrow rows": SharedPrefixLayout(0, row_tokens=35),
+}
+FAMILIES = ["llama", "mistral", "qwen2", "gpt2", "gemma2"]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+Naive = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def pairs(make_pairs: Callable[..., list[TokenizedPair]]) -> list[TokenizedPair]:
+    return make_pairs(LENGTHS)
+
+
+def exact_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention with a soft cap in the type of its inputs: transformers' own takes the softmax in float32."""
+    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    scores = query @ key.mT * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is None:
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture(scope="module")
+def exact_kernel() -> str:
+    AttentionInterface.register("exact", exact_attention)
+    AttentionMaskInterface.register("exact", sdpa_mask)
+    return "exact"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def policy(request: pytest.FixtureRequest, tiny: Callable[..., CausalPolicy], exact_kernel: str) -> CausalPolicy:
+    policy = tiny(request.param)
+    if request.param == "gemma2":
+        assert policy.backbone.config._attn_implementation == "eager"
+        policy.causal_lm.set_attn_implementation(exact_kernel)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def llama(tiny: Callable[..., CausalPolicy]) -> CausalPolicy:
+    return tiny("llama")
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+def test_the_layouts_under_test_pack_as_they_say(pairs: list[TokenizedPair]) -> None:
+    shapes = {name: len(layout(pairs).input_ids) for name, layout in LAYOUTS.items()}
+    assert shapes == {"padded": 12, "wide rows": 2, "narrow rows": 4}
+
+
+@torch.no_grad()
+def test_pairs_that_share_one_row_are_read_like_sequences_of_their_own(
+    policy: CausalPolicy, make_pairs: Callable[..., list[TokenizedPair]], naive_logps: Naive
+) -> None:
+    pairs = make_pairs([(1, 3, 2), (9, 11, 12), (2, 1, 1), (3, 2, 2)])
+    batch = SharedPrefixLayout(0, row_tokens=10_000)(pairs)
+    assert len(batch.input_ids) == 1
+    close(policy.read(batch).logps(), naive_logps(policy.model, pairs))
+
+
+@every_layout
+@torch.no_grad()
+def test_logps_are_those_of_the_models_own_logits(
+    policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair], naive_logps: Naive
+) -> None:
+    close(policy.read(layout(pairs)).logps(), naive_logps(policy.model, pairs))
+
+
+@every_layout
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_float32_is_as_exact_as_it_can_be(
+    family: str,
+    layout: Layout,
+    pairs: list[TokenizedPair],
+    tiny: Callable[..., CausalPolicy],
+    naive_logps: Naive,
+) -> None:
+    policy = tiny(family, dtype="float32")
+    found = policy.read(layout(pairs)).logps()
+    assert found.dtype == torch.float32
+    close(found, naive_logps(policy.model, pairs), 1e-4)
+
+
+@every_layout
+def test_gradients_of_all_weights_are_those_of_the_loop(
+    policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair], naive_logps: Naive
+) -> None:
+    named = dict(policy.named_parameters())
+    weights = torch.linspace(-1, 1, 2 * len(pairs), dtype=torch.float64)
+    ours = torch.autograd.grad((weights * policy.read(layout(pairs)).logps()).sum(), list(named.values()))
+    theirs = torch.autograd.grad((weights * naive_logps(policy.model, pairs)).sum(), list(named.values()))
+    for name, found, expected in zip(named, ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)), min_size=1, max_size=5),
+    row_tokens=st.integers(1, 150),
+    seed=st.integers(0, 2**16),
+)
+@torch.no_grad()
+def test_both_layouts_read_the_same_numbers_whatever_the_lengths(
+    lengths: list[tuple[int, int, int]],
+    row_tokens: int,
+    seed: int,
+    policy: CausalPolicy,
+    make_pairs: Callable[..., list[TokenizedPair]],
+) -> None:
+    pairs = make_pairs(lengths, seed=seed)
+    padded, packed = (policy.read(layout(pairs)) for layout in (PaddedLayout(0), SharedPrefixLayout(0, row_tokens)))
+    close(packed.logps(), padded.logps())
+    for state in ("prompt", "chosen", "rejected"):
+        close(getattr(packed.states, state), getattr(padded.states, state))
+
+
+@every_layout
+@torch.no_grad()
+def test_an_answer_does_not_touch_the_other_answer_or_another_pair(
+    policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]
+) -> None:
+    before = policy.read(layout(pairs)).logps()
+    pair = pairs[3]
+    for changed, number in (
+        (replace(pair, chosen_ids=[token ^ 1 for token in pair.chosen_ids]), 3),
+        (replace(pair, rejected_ids=[token ^ 1 for token in pair.rejected_ids]), 3 + len(pairs)),
+    ):
+        after = policy.read(layout([*pairs[:3], changed, *pairs[4:]])).logps()
+        moved = (after - before).abs()
+        assert moved[number] > 1e-2
+        moved[number] = 0
+        assert moved.max() < 1e-9
+
+
+@every_layout
+@torch.no_grad()
+def test_a_prompt_reaches_both_of_its_answers_and_no_other_pair(
+    policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]
+) -> None:
+    before = policy.read(layout(pairs)).logps()
+    changed = replace(pairs[0], prompt_ids=[token ^ 1 for token in pairs[0].prompt_ids])
+    moved = (policy.read(layout([changed, *pairs[1:]])).logps() - before).abs()
+    own = [0, len(pairs)]
+    assert moved[own].min() > 1e-2
+    moved[own] = 0
+    assert moved.max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"use_sliding_window": False}),
+        ("gemma2", {"sliding_window": 4096}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+    ],
+)
+@torch.no_grad()
+def test_windows_and_soft_caps_of_these_policies_matter(
+    family: str, setting: dict[str, Any], pairs: list[TokenizedPair], tiny: Callable[..., CausalPolicy]
+) -> None:
+    batch = LAYOUTS["narrow rows"](pairs)
+    kernel = "eager" if family == "gemma2" else "auto"
+    with_it, without = (tiny(family, options=it, attention=kernel).read(batch).logps() for it in ({}, setting))
+    assert (with_it - without).abs().max() > 1e-2
+
+
+# Heads
+
+
+def small(family: str, **options: Any) -> CausalPolicy:
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=1024,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    return CausalPolicy(AutoModelForCausalLM.from_config(config, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "scale", "bias"),
+    [
+        ("cohere", {"logit_scale": 0.25}, 0.25, False),
+        ("granite", {"logits_scaling": 0.2}, 5.0, False),
+        ("phi", {}, 1.0, True),
+    ],
+)
+@every_layout
+def test_heads_with_a_scale_or_a_bias(
+    family: str,
+    options: dict[str, Any],
+    scale: float,
+    bias: bool,
+    layout: Layout,
+    pairs: list[TokenizedPair],
+    naive_logps: Naive,
+    perturb: Callable[..., None],
+    exact: Callable[[CausalPolicy], CausalPolicy],
+) -> None:
+    policy = exact(small(family, **options))
+    perturb(policy)
+    assert policy.head.scale == pytest.approx(scale)
+    assert (policy.head.bias is not None) == bias
+    ours, theirs = policy.read(layout(pairs)).logps(), naive_logps(policy.model, pairs)
+    close(ours, theirs)
+    if family == "cohere":
+        return  # transformers turns its queries and keys in float32: gradients of shared prompts are no longer exact
+    weights = list(policy.parameters())
+    for found, expected in zip(
+        torch.autograd.grad(ours.sum(), weights), torch.autograd.grad(theirs.sum(), weights), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_spec: Callable[..., Any], perturb: Callable[..., None]) -> CausalPolicy:
+    """A LoRA policy whose adapter says something; its base is the fresh model of the same spec."""
+    policy = tiny_spec("llama", lora=LoRA(rank=3, alpha=6)).build()
+    for name, module in policy.named_modules():
+        if name.endswith(("lora_A.default", "lora_B.default")):
+            perturb(module, deviation=0.5, seed=len(name))
+    return policy
+
+
+@every_layout
+@torch.no_grad()
+def test_an_adapter_counts_for_the_policy_and_not_for_the_reference(
+    adapted: CausalPolicy,
+    layout: Layout,
+    pairs: list[TokenizedPair],
+    tiny_spec: Callable[..., Any],
+    naive_logps: Naive,
+) -> None:
+    batch = layout(pairs)
+    policy = adapted.read(batch).logps()
+    close(policy, naive_logps(adapted.model, pairs))
+    merged, base = (tiny_spec("llama").build() for _ in range(2))
+    for name, module in adapted.causal_lm.named_modules():
+        if hasattr(module, "lora_B"):
+            update = module.lora_B["default"].weight @ module.lora_A["default"].weight
+            merged.model.get_submodule(name).weight += 6 / 3 * update
+    close(policy, naive_logps(merged.model, pairs))
+
+    with adapted.as_reference() as reference:
+        close(reference.read(batch).logps(), naive_logps(base.model, pairs))
+    assert (policy - naive_logps(base.model, pairs)).abs().min() > 1e-3
+    assert torch.equal(adapted.read(batch).logps(), policy), "the adapter is on again"
+
+
+def test_the_reference_of_an_adapter_has_no_gradient_and_its_policy_trains_the_adapter_alone(
+    adapted: CausalPolicy, pairs: list[TokenizedPair]
+) -> None:
+    batch = LAYOUTS["narrow rows"](pairs)
+    with adapted.as_reference() as reference:
+        assert not reference.read(batch).logps().requires_grad
+    adapted.read(batch).logps().sum().backward()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in adapted.named_parameters() if "lora_" in name}
+    adapted.zero_grad()
+
+
+def test_a_policy_without_an_adapter_is_no_reference_of_itself(llama: CausalPolicy) -> None:
+    with pytest.raises(TypeError, match="found a policy without an adapter"), llama.as_reference():
+        pass
+
+
+# Which layouts a policy takes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_the_five_families_take_packed_rows(family: str, dtype: str, tiny: Callable[..., CausalPolicy]) -> None:
+    assert tiny(family, dtype=dtype).takes_block_mask
+
+
+def test_recurrent_layers_take_no_packed_rows_but_padded_ones(
+    pairs: list[TokenizedPair],
+    naive_logps: Naive,
+    perturb: Callable[..., None],
+    exact: Callable[[CausalPolicy], CausalPolicy],
+) -> None:
+    # Its soft cap is one that `LogitHead` does not know: set out of reach.
+    options = {"lru_width": 16, "attention_window_size": 8, "conv1d_width": 3, "logits_soft_cap": 1e8}
+    recurrent = exact(small("recurrent_gemma", **options))
+    perturb(recurrent)
+    assert not recurrent.takes_block_mask
+    close(recurrent.read(PaddedLayout(0)(pairs)).logps().detach(), naive_logps(recurrent.model, pairs).detach())
+
+
+def test_a_kernel_that_may_not_take_a_mask_gets_no_packed_rows(llama: CausalPolicy, exact_kernel: str) -> None:
+    assert llama.takes_block_mask
+    model = AutoModelForCausalLM.from_config(llama.causal_lm.config, attn_implementation=exact_kernel)
+    assert not CausalPolicy(model).takes_block_mask

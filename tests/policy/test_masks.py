@@ -1,0 +1,91 @@
+"""Block masks against the rule spelled out token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from lpc_lightning.data.layouts import SharedPrefixLayout
+from lpc_lightning.policy.masks import block_mask, layer_windows, visible
+
+
+def spelled_out(segments: list[int], positions: list[int], window: int | None) -> list[list[bool]]:
+    """Row q, column k: does q see k? Pieces come in threes: prompt, chosen, rejected."""
+    rows = []
+    for q, mine in enumerate(segments):
+        row = []
+        for k, theirs in enumerate(segments):
+            if mine == -1:
+                seen = theirs == -1 and k <= q
+            elif mine % 3 == 0:
+                seen = theirs == mine and k <= q
+            else:
+                seen = (theirs == mine and k <= q) or (theirs == mine - mine % 3 and theirs != -1)
+            if seen and window is not None:
+                seen = positions[q] - positions[k] < window
+            row.append(seen)
+        rows.append(row)
+    return rows
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.tuples(*[st.integers(1, 5)] * 3), min_size=1, max_size=4),
+    row_tokens=st.integers(1, 40),
+    window=st.none() | st.integers(1, 7),
+)
+def test_each_token_sees_its_prompt_and_its_own_answer(lengths, row_tokens, window, make_pairs) -> None:
+    batch = SharedPrefixLayout(0, row_tokens)(make_pairs(lengths))
+    found = visible(batch.segments, batch.position_ids, window)
+    assert found.shape == (len(batch.segments), 1, *[batch.segments.shape[1]] * 2)
+    for row, mask in enumerate(found[:, 0]):
+        assert mask.tolist() == spelled_out(batch.segments[row].tolist(), batch.position_ids[row].tolist(), window)
+    assert found.any(-1).all(), "a token that sees nothing makes softmax a NaN"
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "windows"),
+    [
+        ("llama", {}, {"full_attention": None}),
+        ("mistral", {"sliding_window": 6}, {"sliding_attention": 6}),
+        ("mistral", {"sliding_window": None}, {"full_attention": None}),
+        ("gpt2", {}, {"full_attention": None}),
+        ("qwen2", {"num_hidden_layers": 2}, {"full_attention": None}),
+        (
+            "qwen2",
+            {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+            {"full_attention": None, "sliding_attention": 5},
+        ),
+        ("gemma2", {"num_hidden_layers": 2, "sliding_window": 7}, {"full_attention": None, "sliding_attention": 7}),
+        ("llama4_text", {"num_hidden_layers": 4}, None),
+    ],
+)
+def test_windows_are_those_of_the_layers(family, options, windows) -> None:
+    assert layer_windows(AutoConfig.for_model(family, **options)) == windows
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_eager_attention_gets_scores_and_sdpa_gets_truth(dtype, make_pairs) -> None:
+    batch = SharedPrefixLayout(0, 30)(make_pairs([(4, 3, 2), (2, 5, 3)]))
+    config = AutoConfig.for_model("gemma2", num_hidden_layers=2, sliding_window=3)
+    truth = block_mask(batch.segments, batch.position_ids, config, "sdpa", dtype)
+    scores = block_mask(batch.segments, batch.position_ids, config, "eager", dtype)
+    assert set(truth) == set(scores) == {"full_attention", "sliding_attention"}
+    for kind, window in (("full_attention", None), ("sliding_attention", 3)):
+        seen = visible(batch.segments, batch.position_ids, window)
+        assert truth[kind].dtype == torch.bool
+        assert torch.equal(truth[kind], seen)
+        assert scores[kind].dtype == dtype
+        assert (scores[kind][seen] == 0).all()
+        assert (scores[kind][~seen] == torch.finfo(dtype).min).all()
+    assert (truth["full_attention"] != truth["sliding_attention"]).any()
+
+
+def test_layers_that_take_no_mask_are_refused(make_pairs) -> None:
+    batch = SharedPrefixLayout(0, 30)(make_pairs([(4, 3, 2)]))
+    config = AutoConfig.for_model("llama4_text", num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"llama4_text has layers that take no block mask.*data\.layout: padded"):
+        block_mask(batch.segments, batch.position_ids, config, "sdpa", torch.float32)

@@ -1,0 +1,137 @@
+"""Policies from folders: the saved model comes back as it was, and what cannot be served is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import T5Config
+
+from lpc_lightning.data.layouts import PaddedLayout, SharedPrefixLayout
+from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.types import TokenizedPair
+
+SMOLLM2 = Path(__file__).parents[2] / "models/SmolLM2-135M-Instruct"
+
+
+def save(policy: CausalPolicy, spec: TinyPolicy, folder: Path) -> str:
+    # Saving strips the config of what transformers works out by itself, in place.
+    copy.deepcopy(policy.causal_lm).save_pretrained(folder)
+    spec.load_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2", "gemma2"])
+@torch.no_grad()
+def test_a_saved_policy_comes_back_as_it_was(
+    family: str,
+    tmp_path: Path,
+    tiny_spec: Callable[..., TinyPolicy],
+    perturb: Callable[..., None],
+    make_pairs: Callable[..., Any],
+) -> None:
+    spec = tiny_spec(family)
+    original = spec.build()
+    perturb(original)
+    folder = save(original, spec, tmp_path / "model")
+    # transformers gives every folder of Qwen2 the tokenizer class of Qwen2, which is not the tiny one's: name it.
+    tokenizer = str(tmp_path / "tokenizer") if family == "qwen2" else None
+    spec.load_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    saved = PretrainedPolicy(folder, dtype="float64", tokenizer=tokenizer)
+    again = saved.build()
+    before, after = original.state_dict(), again.state_dict()
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 11, 7), (3, 4, 9)]))
+    assert torch.equal(again.read(batch).logps(), original.read(batch).logps())
+    text = "Two words, and 🥚."
+    ours, theirs = saved.load_tokenizer(), spec.load_tokenizer()
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.chat_template == theirs.chat_template
+
+
+def test_the_type_of_the_weights_is_the_setting_and_not_the_files(
+    tmp_path: Path, tiny_spec: Callable[..., TinyPolicy]
+) -> None:
+    spec = tiny_spec("llama")
+    folder = save(spec.build(), spec, tmp_path)
+    assert PretrainedPolicy(folder).build().model.dtype == torch.float32
+    assert PretrainedPolicy(folder, dtype="bfloat16").build().model.dtype == torch.bfloat16
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=32).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedPolicyError, match=r"\(t5\), an encoder-decoder, expected a decoder-only model"):
+        PretrainedPolicy(str(tmp_path)).build()
+
+
+@pytest.mark.parametrize("path", ["models/no-such-model", "./nowhere", "/nowhere/at/all", "missing.Q4_1.gguf"])
+def test_a_path_that_is_not_there_is_said_to_be_missing(path: str) -> None:
+    with pytest.raises(UnsupportedPolicyError, match=f"policy.path: found no file or folder {path}"):
+        PretrainedPolicy(path).build()
+
+
+def test_a_folder_without_a_model_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedPolicyError, match=f"could not load {tmp_path} in the folder"):
+        PretrainedPolicy(str(tmp_path)).build()
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> CausalPolicy:
+    if not SMOLLM2.is_dir():
+        pytest.skip(f"{SMOLLM2} is not there: `lpc-lightning prepare` makes it")
+    return PretrainedPolicy(str(SMOLLM2)).build()
+
+
+@pytest.mark.real
+def test_the_dequantised_model_is_whole(smollm2: CausalPolicy) -> None:
+    config = smollm2.causal_lm.config
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size, config.vocab_size) == (
+        "llama",
+        30,
+        576,
+        49152,
+    )
+    assert config.rope_parameters["rope_theta"] == 100_000
+    assert config.tie_word_embeddings
+    assert smollm2.causal_lm.get_input_embeddings().weight is smollm2.head.weight
+    assert sum(parameter.numel() for parameter in smollm2.parameters()) == 134_515_008
+    assert smollm2.takes_block_mask
+
+
+@pytest.mark.real
+def test_its_chat_template_is_chatml_with_its_own_system_turn(smollm2: CausalPolicy) -> None:
+    tokenizer = PretrainedPolicy(str(SMOLLM2)).load_tokenizer()
+    chat = [{"role": "user", "content": "Hi?"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert rendered.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert rendered.endswith("<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.encode("<|im_end|>") == [tokenizer.eos_token_id] == [2]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("question", "right", "wrong"),
+    [
+        ("What is the capital of France?", "The capital of France is Paris.", "The capital of France is egg."),
+        ("What is 2 + 2?", "2 + 2 = 4", "2 + 2 = 9"),
+        ("Say hello.", "Hello! How can I help you today?", "today help Hello? I you! can How"),
+    ],
+)
+@torch.no_grad()
+def test_it_prefers_sense_to_nonsense(question: str, right: str, wrong: str, smollm2: CausalPolicy) -> None:
+    tokenizer = PretrainedPolicy(str(SMOLLM2)).load_tokenizer()
+    chat = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)["input_ids"]
+    answers = [[*tokenizer.encode(answer), tokenizer.eos_token_id] for answer in (right, wrong)]
+    pair = TokenizedPair("", prompt, *answers)
+    padded, packed = (smollm2.read(layout([pair])).logps() for layout in (PaddedLayout(0), SharedPrefixLayout(0, 1)))
+    sense, nonsense = padded.tolist()
+    assert sense > nonsense + 4
+    assert sense / len(answers[0]) > -2.5, "a sensible answer is not a surprise"
+    torch.testing.assert_close(packed, padded, rtol=0, atol=2e-3)

@@ -1,0 +1,139 @@
+"""Tiny policies: built alike whatever ran before, dropout off, and refused where they cannot be served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lpc_lightning.data.layouts import SharedPrefixLayout
+from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, UnsupportedPolicyError
+
+FAMILIES = ["llama", "mistral", "qwen2", "gpt2", "gemma2"]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+DROPOUT: dict[str, dict[str, float]] = {
+    "llama": {"attention_dropout": 0.5},
+    "mistral": {"attention_dropout": 0.5},
+    "qwen2": {"attention_dropout": 0.5},
+    "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+    "gemma2": {"attention_dropout": 0.5},
+}
+
+
+@every_family
+def test_every_family_builds_at_its_default_size(family: str) -> None:
+    policy = TinyPolicy(family=family).build()
+    assert policy.causal_lm.config.model_type == family
+    assert policy.width == 64
+    assert policy.head.weight.shape == (1024, 64)
+    assert policy.training
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in policy.parameters())
+
+
+@every_family
+def test_weights_belong_to_the_spec_and_the_random_state_is_left_alone(
+    family: str, tiny_spec: Callable[..., TinyPolicy]
+) -> None:
+    built = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        built.append(dict(tiny_spec(family).build().named_parameters()))
+        assert torch.equal(torch.get_rng_state(), before)
+    first, second = built
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = dict(tiny_spec(family, seed=1).build().named_parameters())
+    random = [name for name in first if first[name].std() > 0]
+    assert random
+    assert not any(torch.equal(first[name], other[name]) for name in random)
+
+
+@every_family
+@torch.no_grad()
+def test_dropout_is_off_everywhere(
+    family: str, tiny: Callable[..., CausalPolicy], make_pairs: Callable[..., Any]
+) -> None:
+    policy = tiny(family, options=DROPOUT[family])
+    batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 6, 7), (3, 4, 5)]))
+    assert policy.training
+    first, second = policy.read(batch).logps(), policy.read(batch).logps()
+    assert torch.equal(first, second)
+    policy.eval()
+    assert torch.equal(policy.read(batch).logps(), first)
+    assert all(module.p == 0 for module in policy.modules() if isinstance(module, nn.Dropout))
+
+
+@torch.no_grad()
+def test_an_adapters_dropout_is_its_own_setting(
+    tiny: Callable[..., CausalPolicy], make_pairs: Callable[..., Any]
+) -> None:
+    policy = tiny("llama", lora=LoRA(rank=2, dropout=0.5))
+    batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 6, 7), (3, 4, 5)]))
+    assert not torch.equal(policy.read(batch).logps(), policy.read(batch).logps())
+    with policy.as_reference() as reference:
+        assert torch.equal(reference.read(batch).logps(), reference.read(batch).logps())
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+@every_family
+def test_gradient_checkpointing_computes_again_and_changes_nothing(
+    family: str, lora: LoRA | None, tiny: Callable[..., CausalPolicy], make_pairs: Callable[..., Any]
+) -> None:
+    batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 6, 7), (3, 4, 5)]))
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)  # a fresh adapter belongs to the run
+        policy = tiny(family, gradient_checkpointing=checkpointing, lora=lora)
+        calls: list[str] = []
+        last = [module for name, module in policy.named_modules() if name.endswith(".mlp")][-1]
+        last.register_forward_pre_hook(lambda *_, calls=calls: calls.append("mlp"))
+        logps = policy.read(batch).logps()
+        logps.square().sum().backward()
+        gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+        found.append((logps.detach(), gradients, len(calls)))
+    (plain, gradients, once), (checkpointed, same, twice) = found
+    assert (once, twice) == (1, 2)
+    assert torch.equal(plain, checkpointed)
+    assert set(gradients) == set(same)
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(tiny_spec: Callable[..., TinyPolicy]) -> None:
+    spec = tiny_spec("llama", options={"vocab_size": 1023})
+    with pytest.raises(UnsupportedPolicyError, match="the tokenizer makes ids up to 1023, the embedding has 1023"):
+        spec.build()
+    tiny_spec("llama", options={"vocab_size": 1025}).build()
+
+
+def test_the_tokenizer_that_is_checked_is_the_one_that_reads(tiny_spec: Callable[..., TinyPolicy]) -> None:
+    spec = tiny_spec("llama")
+    larger = spec.load_tokenizer()
+    larger.add_tokens(["<|one more|>"])
+    with pytest.raises(UnsupportedPolicyError, match="ids up to 1024, the embedding has 1024 rows"):
+        spec.build(larger)
+
+
+def test_sdpa_is_refused_where_scores_are_capped(tiny_spec: Callable[..., TinyPolicy]) -> None:
+    with pytest.raises(UnsupportedPolicyError, match="found sdpa for gemma2, which soft-caps its attention scores"):
+        tiny_spec("gemma2", attention="sdpa").build()
+    assert tiny_spec("llama", attention="sdpa").build().backbone.config._attn_implementation == "sdpa"
+    assert tiny_spec("llama", attention="eager").build().backbone.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("text", ["Plain words.", "Zoë paid 3 € — 你好 🥚\n\n  two spaces", "<|im_end|> within", ""])
+def test_the_tokenizer_can_write_any_text(text: str) -> None:
+    tokenizer = TinyPolicy().load_tokenizer()
+    assert len(tokenizer) == 1024
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_the_tokenizer_speaks_chatml() -> None:
+    chat = [{"role": "user", "content": "Hi?"}]
+    rendered = TinyPolicy().load_tokenizer().apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"

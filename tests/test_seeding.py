@@ -1,0 +1,39 @@
+"""Seeds are a function of their parts: the same on every machine, and apart from one another."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from lpc_lightning.seeding import derive, run_seed
+
+
+# The first 16 hex digits of `printf 'step/0/1/2/3' | sha256sum`, less the last bit.
+@pytest.mark.parametrize(
+    ("parts", "digits"),
+    [
+        (("step", 0, 1, 2, 3), "6272cbcf2035280b"),
+        (("evaluation", 7, 0, 0), "3d1cd3f9912e276b"),
+        (("order",), "3eeb7e96e59ce40f"),
+    ],
+)
+def test_seeds_are_the_leading_63_bits_of_sha256(parts: tuple[object, ...], digits: str) -> None:
+    assert derive(*parts) == int(digits, 16) // 2
+    assert 0 <= derive(*parts) < 2**63
+
+
+def test_every_part_and_their_order_count() -> None:
+    places = list(itertools.product(["step", "evaluation"], range(3), range(11), range(12)))
+    assert len({derive(*place) for place in places}) == len(places)
+    assert derive("step", 1, 2) != derive("step", 2, 1)
+    assert derive("step", 1, 11) != derive("step", 11, 1)
+
+
+@pytest.mark.parametrize(("setting", "seed"), [(None, 0), ("", 0), ("0", 0), ("41", 41)])
+def test_the_run_seed_is_lightnings(monkeypatch: pytest.MonkeyPatch, setting: str | None, seed: int) -> None:
+    if setting is None:
+        monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    else:
+        monkeypatch.setenv("PL_GLOBAL_SEED", setting)
+    assert run_seed() == seed
