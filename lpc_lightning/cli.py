@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lpc_lightning.checkpoint_io import CheckpointWriteError
 from lpc_lightning.data import DataError, PreferenceDataModule
+from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.modules.checkpoint import CheckpointError
@@ -69,17 +71,42 @@ class PreferenceCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Fill in what depends on the machine and on the runs that are there already."""
-        trainer = self.config[str(self.subcommand)].trainer
+        config = self.config[str(self.subcommand)]
+        for name, base, example in (
+            ("policy", Policy, "--policy TinyPolicy"),
+            ("model", PreferenceModule, "--model DPO"),
+            ("data", PreferenceDataModule, "--data PreferenceData --data.path pairs.jsonl"),
+        ):
+            # Settings without a class are taken to be the base class's.
+            if config[name] is None or config[name].class_path.endswith(f".{base.__name__}"):
+                raise SettingError(f"{name}: found no class, expected one, as in `{example}`.")
+        trainer = config.trainer
         if trainer.precision is None:
             trainer.precision = default_precision(trainer.accelerator)
-        if trainer.logger in (None, True):
-            root = Path(trainer.default_root_dir or "runs")
-            trainer.logger = run_loggers(root, next_version(root))
         if trainer.enable_progress_bar is False:
             # Lightning refuses a bar among the callbacks then; our default callbacks hold one.
             trainer.callbacks = [each for each in trainer.callbacks or [] if "ProgressBar" not in each.class_path]
         if trainer.plugins is None:
             trainer.plugins = [{"class_path": "lpc_lightning.checkpoint_io.WholeCheckpointIO"}]
+
+    def instantiate_classes(self) -> None:
+        """Build everything.
+
+        Raises:
+            SettingError: A class refuses its settings.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise SettingError(_reason(error)) from error
+
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        """Give the run a folder of its own, which its config does not name: run again, it is another run."""
+        trainer = self.config[str(self.subcommand)].trainer
+        if trainer.logger in (None, True):
+            root = Path(trainer.default_root_dir or "runs")
+            options["logger"] = run_loggers(root, next_version(root))
+        return super().instantiate_trainer(**options)
 
     def _parse_ckpt_path(self) -> None:
         """Let the model settings in a checkpoint win over flags, and say so.
@@ -89,9 +116,9 @@ class PreferenceCLI(LightningCLI):
         """
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
-        if not path or not Path(path).is_file():
+        if not path or path in ("best", "last"):
             return
-        settings = dict(torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {}))
+        settings = dict(_load(Path(path)).get("hyper_parameters", {}))
         if "_class_path" not in settings:
             return
         settings.pop("_instantiator", None)
@@ -99,6 +126,31 @@ class PreferenceCLI(LightningCLI):
         model = {"class_path": settings.pop("_class_path"), "init_args": settings}
         print(f"Model, policy and latent are set as in {path}; flags and config files do not change them.")
         self.config = self.parser.parse_object({command: {"model": model, **found}}, self.config)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return dict(torch.load(path, weights_only=True, map_location="cpu"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"ckpt_path: found no file {path}, expected a checkpoint such as runs/version_0/checkpoints/last.ckpt."
+        ) from error
+    except Exception as error:  # what is no checkpoint fails in as many ways as there are files
+        raise CheckpointError(
+            f"ckpt_path: {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}), expected a "
+            "checkpoint that this suite wrote. Take another one of the run."
+        ) from error
+
+
+def _reason(error: ValueError) -> str:
+    """What a class said against its settings, out of what jsonargparse says about all that was tried."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line[2:] for line in lines if line.startswith("- ") and not line.startswith(JSONARGPARSE)]
+    return "; ".join(dict.fromkeys(said)) or str(error)
+
+
+JSONARGPARSE = ("- Expected a", "- Does not validate", "- Problem with")
+"""How its own lines begin."""
 
 
 def default_precision(accelerator: str) -> str:
@@ -115,12 +167,10 @@ def next_version(root: Path) -> str:
     return next(name for number in range(len(taken) + 1) if (name := f"version_{number}") not in taken)
 
 
-def run_loggers(root: Path, version: str) -> list[dict[str, Any]]:
+def run_loggers(root: Path, version: str) -> list[Logger]:
     """CSV and TensorBoard, side by side in one run folder."""
-    place = {"save_dir": str(root), "name": "", "version": version}
     # CSV first: it warns when it finds its folder in use.
-    names = ("CSVLogger", "TensorBoardLogger")
-    return [{"class_path": f"lightning.pytorch.loggers.{name}", "init_args": place} for name in names]
+    return [kind(str(root), name="", version=version) for kind in (CSVLogger, TensorBoardLogger)]
 
 
 def _fit(arguments: list[str]) -> None:
@@ -138,7 +188,15 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "predict": (_fit, "rewards and prior of each test pair"),
     "prepare": (_prepare, "make models/SmolLM2-135M-Instruct without a model hub"),
 }
-MENDABLE = (DataError, UnsupportedPolicyError, CheckpointError, CheckpointWriteError, FloatingPointError)
+MENDABLE = (
+    SettingError,
+    DataError,
+    UnsupportedPolicyError,
+    CheckpointError,
+    CheckpointWriteError,
+    FloatingPointError,
+    MisconfigurationException,
+)
 """Errors whose text says what to do; a traceback would only bury it."""
 
 

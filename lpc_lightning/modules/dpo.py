@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lpc_lightning.losses import dpo_loss
 from lpc_lightning.modules.preference import PreferenceModule
 from lpc_lightning.types import PairLogps, PairLosses
@@ -23,6 +25,7 @@ class DPO(PreferenceModule):
         """
         super().__init__(**module)
         self.beta, self.label_smoothing, self.robust = beta, label_smoothing, robust
+        self.preference_loss(PairLogps(*torch.zeros(6, 1)))  # tells settings out of range now, not at the first step
 
     def preference_loss(self, logps: PairLogps) -> PairLosses:
         """See `dpo_loss`."""

