@@ -17,8 +17,9 @@ from lpc_lightning.types import PreferenceBatch
 class ResourceMonitor(Callback):
     """Logs `resources/{tokens_per_second,pairs_per_second,seconds_per_step,peak_memory_gib}` with each optimizer step.
 
-    Time is that between the ends of two steps, validation and checkpoints left out; tokens are those that the backbone
-    reads, without padding, on all devices. Memory is the process's largest resident size, or what CUDA allocated.
+    Time is that from the arrival of a step's first batch to the end of its last; what lies between steps (validation,
+    checkpoints, waiting for data) is left out. Tokens are those that the backbone reads, without padding, on all
+    devices. Memory is the process's largest resident size, or what CUDA allocated.
 
     Args:
         warmup_steps: First steps that the medians leave out.

@@ -239,17 +239,14 @@ class TestFromACheckpoint:
     def test_a_resumed_run_goes_on_and_keeps_the_models_settings(
         self, checkpoint: Path, fit: Command, runs: Path
     ) -> None:
-        assert fit().code == 0
         said = fit(f"--ckpt_path={checkpoint}", "--model.beta=9", "--policy.width=32", "--latent=null")
         assert said.code == 0, said.err
         told = f"Model, policy and latent are set as in {checkpoint}; flags and config files do not change them."
         assert told in said.out
-        whole, resumed = (logged(runs / f"version_{number}") for number in (1, 2))
-        # The first run was planned for one epoch, so that its learning rate has come down to 0 by now.
+        resumed = logged(runs / "version_1")
         assert len(resumed["train/loss"]) == 3
         assert resumed["train/latent/prior_entropy"]
-        assert resumed["train/loss"] != whole["train/loss"][3:]
-        module = LightningModule.load_from_checkpoint(next((runs / "version_2").glob("checkpoints/*.ckpt")))
+        module = LightningModule.load_from_checkpoint(next((runs / "version_1").glob("checkpoints/*.ckpt")))
         assert (module.beta, module.policy_spec.width, module.latent.codes) == (0.1, 16, 3)
 
     @pytest.mark.parametrize(("name", "prefix"), [("validate", "val"), ("test", "test")])

@@ -1,9 +1,11 @@
 import json
 
 import pytest
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from callbacks import ResourceMonitor, RunSummary
+from lpc_lightning.latent import MarginalSpace
+from lpc_lightning.modules import DPO
 
 
 class Validations(Callback):
@@ -35,3 +37,16 @@ def test_it_tells_validation_before_and_after(whole, fitted, tmp_path, capsys) -
     assert row[-1] == f"{after['val/rewards/accuracies']:.4f}"
     assert row[-2] == (f"{before['val/rewards/accuracies']:.4f}" if whole else "-")
     assert f"--logdir {tmp_path / 'run'}" in table
+
+
+def test_the_numbers_are_those_of_the_untrained_and_of_the_trained_policy(fitted, tmp_path) -> None:
+    """Asked again, of a module that never trained and of the one that did."""
+    done = fitted(RunSummary(), num_sanity_val_steps=-1, enable_checkpointing=False)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    trained = done.lightning_module
+    untrained = DPO(policy=trained.policy_spec, latent=MarginalSpace(codes=4, spread=0.5))
+    for module, stage in ((untrained, "before"), (trained, "after")):
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        (said,) = trainer.validate(module, datamodule=done.datamodule, verbose=False)
+        assert {f"val/{name}": value for name, value in summary[f"validation_{stage}"].items()} == said
+    assert summary["validation_before"]["loss"] != summary["validation_after"]["loss"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.testing import assert_close
 
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
@@ -98,6 +98,40 @@ def test_a_seed_decides_everything(small_policy: Any, fit_run: Any) -> None:
     # The policy itself starts from its own seed; the adapter and the latent space from the run's.
     differing = {name for name, weight in first.weights.items() if not torch.equal(weight, other.weights[name])}
     assert differing == {name for name, weight in first.module.named_parameters() if weight.requires_grad}
+
+
+def test_fresh_weights_follow_the_runs_seed(small_policy: Any) -> None:
+    def fresh(seed: int) -> dict[str, torch.Tensor]:
+        seed_everything(seed, verbose=False)
+        torch.rand(seed)
+        (module := noisy(small_policy)).configure_model()
+        return dict(module.named_parameters())
+
+    one, again, other = fresh(1), fresh(1), fresh(2)
+    assert all(torch.equal(value, again[name]) for name, value in one.items())
+    drawn = {"latent.codebook.weight", *(f"latent.{network}.first.weight" for network in ("prior", "posterior"))}
+    drawn |= {name for name in one if "lora_A" in name}
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+    frozen = {name for name, value in one.items() if not value.requires_grad}
+    assert all(torch.equal(one[name], other[name]) for name in frozen)
+
+
+class Seeds(Callback):
+    """Under which seed each batch is read."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def on_before_zero_grad(self, *args: Any) -> None:
+        self.found.append(torch.initial_seed())
+
+
+def test_every_step_of_every_run_has_a_seed_of_its_own(small_policy: Any, fit_run: Any) -> None:
+    one, again, other = Seeds(), Seeds(), Seeds()
+    for seeds, seed in ((one, 1), (again, 1), (other, 2)):
+        fit_run(DPO(policy=small_policy()), seed=seed, max_epochs=2, callbacks=[seeds])
+    assert one.found == again.found
+    assert len({*one.found, *other.found}) == 2 * 22
 
 
 @pytest.mark.parametrize(
