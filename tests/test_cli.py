@@ -265,9 +265,16 @@ class TestFromACheckpoint:
             for column in names:
                 assert found[column] == fitted[column]
 
-    def test_its_pairs_are_predicted(self, checkpoint: Path, command: Command, places: list[str]) -> None:
-        said = command("predict", *ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}")
+    def test_its_pairs_are_predicted(self, checkpoint: Path, command: Command, places: list[str], runs: Path) -> None:
+        options = [*ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}"]
+        said = command("predict", *options, "--callbacks+=callbacks.WritePredictions")
         assert said.code == 0, said.err
+        (file,) = runs.glob("*/predictions_0.jsonl")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len({row["id"] for row in rows}) == len(rows) > 0
+        for row in rows:
+            assert row["rewards/chosen"] - row["rewards/rejected"] == pytest.approx(row["rewards/margins"], abs=1e-5)
+            assert sum(row["prior"]) == pytest.approx(1, abs=1e-5)
 
     @pytest.mark.parametrize(
         ("content", "told"),
