@@ -13,6 +13,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+PIECES = 4096
+"""A prompt and its completions have segment numbers of one such block: see `PreferenceBatch.segments`."""
+
 
 class Message(TypedDict):
     """One turn of a conversation."""
@@ -72,9 +75,9 @@ class PreferenceBatch:
     attention_mask: Tensor
     """(R, T) 1 at tokens, 0 at padding."""
     segments: Tensor | None
-    """(R, T) which piece each token belongs to, for rows that hold several pieces: `3 j` the prompt of the
-    row's pair j, `3 j + 1` its chosen and `3 j + 2` its rejected completion, -1 padding. None where a row is one
-    plain sequence."""
+    """(R, T) which piece each token belongs to, for rows that hold several pieces: `j PIECES` the row's j-th
+    prompt, `j PIECES + c` its c-th completion (1 the chosen, 2 the rejected), -1 padding. None where a row is one plain
+    sequence."""
     read_at: Tensor
     """(N,) positions in the flattened (R T) tokens whose next token is a completion token."""
     targets: Tensor

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lpc_lightning.types import PreferenceBatch, TokenizedPair
+from lpc_lightning.types import PIECES, PreferenceBatch, TokenizedPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class SharedPrefixLayout(Layout):
         for row, members in enumerate(rows):
             columns = accumulate((sizes[number] for number in members), initial=0)
             for place, (number, column) in enumerate(zip(members, columns, strict=False)):
-                placed[number] = _side_by_side(pairs[number], row, column, 3 * place)
+                placed[number] = _side_by_side(pairs[number], row, column, PIECES * place)
         return [placed[number] for number in range(len(pairs))]
 
 

@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lpc_lightning.data.loading import TrainingLoader
 from lpc_lightning.errors import SettingError
-from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
+from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_last_step, trained_shapes
 from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
-from lpc_lightning.modules.scoring import BatchScorer
+from lpc_lightning.modules.scoring import BatchScorer, Evaluated
 from lpc_lightning.modules.sharding import shard
 from lpc_lightning.policy import CausalPolicy, Policy
 from lpc_lightning.readout import Reading
@@ -183,17 +183,17 @@ class PreferenceModule(LatentMixin, LightningModule):
             self._report("train", self.train_metrics)
         return loss * self._share_of_window(batch, batch_idx)
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Score the pairs as the policy is used: under the prior."""
-        self._evaluate(batch, batch_idx, self.val_metrics)
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
+        """Score the pairs as the policy is used: under the prior. Callbacks get the pass, to ask more of it."""
+        return self._evaluate(batch, batch_idx, self.val_metrics)
 
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
         """Like validation, on test data."""
-        self._evaluate(batch, batch_idx, self.test_metrics)
+        return self._evaluate(batch, batch_idx, self.test_metrics)
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Rewards, margins and prior of each pair, by its id."""
-        terms, _ = self._infer(batch, batch_idx)
+        terms = self._infer(batch, batch_idx)["terms"]
         pairs = terms.pairs
         return {
             "ids": batch.ids,
@@ -216,14 +216,15 @@ class PreferenceModule(LatentMixin, LightningModule):
         """0 at the first optimizer step, 1 at the last."""
         return min(1.0, self.trainer.global_step / max(1, self._total_steps() - 1))
 
-    def _infer(self, batch: PreferenceBatch, batch_idx: int) -> tuple[LatentTerms, Reading]:
+    def _infer(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
         torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))
         reading, score = self.read(batch)
-        return self.inference_terms(reading.states, score), reading
+        return {"terms": self.inference_terms(reading.states, score), "states": reading.states, "score": score}
 
-    def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> None:
-        terms, reading = self._infer(batch, batch_idx)
-        metrics.update(terms, reading.states)
+    def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> Evaluated:
+        evaluated = self._infer(batch, batch_idx)
+        metrics.update(evaluated["terms"], evaluated["states"])
+        return evaluated
 
     def _report(self, stage: str, metrics: PreferenceMetrics) -> None:
         for name, value in metrics.collect().items():

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict
 
 from torch import Tensor
 
+from lpc_lightning.latent import LatentTerms
 from lpc_lightning.readout import Reading
-from lpc_lightning.types import PairLogps, PairLosses
+from lpc_lightning.types import PairLogps, PairLosses, PairStates
+
+
+class Evaluated(TypedDict):
+    """What validation and test make of a batch, for callbacks: further z cost no further backbone pass."""
+
+    terms: LatentTerms
+    """Losses, rewards and log-probabilities under the prior."""
+    states: PairStates
+    """h_x, h_w and h_l."""
+    score: BatchScorer
+    """The same under any other z."""
 
 
 class BatchScorer:

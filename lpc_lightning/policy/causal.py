@@ -71,9 +71,9 @@ class CausalPolicy(nn.Module):
         tokens = torch.tensor([prompt + chosen + rejected], device=device) % self.head.weight.shape[0]
         segments = torch.tensor([[0] * 3 + [1] * 2 + [2] * 3], device=device)
         positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=device)
-        together = self._states(tokens, torch.ones_like(tokens), segments, positions)[0]
+        together = self.states(tokens, torch.ones_like(tokens), segments, positions)[0]
         alone = torch.cat([tokens[:, :3], tokens[:, 5:]], dim=1)
-        apart = self._states(alone, torch.ones_like(alone), None, torch.arange(6, device=device)[None])[0]
+        apart = self.states(alone, torch.ones_like(alone), None, torch.arange(6, device=device)[None])[0]
         tolerance = 0.1 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-3
         return bool((together[5:] - apart[3:]).abs().max() <= tolerance * apart.abs().max())
 
@@ -91,12 +91,13 @@ class CausalPolicy(nn.Module):
 
     def hidden(self, batch: PreferenceBatch) -> Tensor:
         """(R T, d) last hidden states of all tokens, flattened."""
-        states = self._states(batch.input_ids, batch.attention_mask, batch.segments, batch.position_ids)
+        states = self.states(batch.input_ids, batch.attention_mask, batch.segments, batch.position_ids)
         return states.flatten(0, 1)
 
-    def _states(
+    def states(
         self, input_ids: Tensor, attention_mask: Tensor, segments: Tensor | None, position_ids: Tensor
     ) -> Tensor:
+        """(R, T, d) last hidden states of tokens laid out as `PreferenceBatch` tells."""
         mask: Tensor | dict[str, Tensor] = attention_mask
         if segments is not None:
             config, device = self.backbone.config, input_ids.device.type

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lpc_lightning.types import PIECES
+
 WINDOWED, FULL = "sliding_attention", "full_attention"
 
 
@@ -21,8 +23,7 @@ def visible(segments: Tensor, position_ids: Tensor, window: int | None) -> Tenso
         (R, 1, T, T) bool; row q says what q sees. Padding sees padding, so that no row is empty.
     """
     query, key = segments[:, :, None], segments[:, None, :]
-    # Segment 3 j is the prompt of the completions 3 j + 1 and 3 j + 2.
-    own_prompt = (key % 3 == 0) & (key == query - query % 3) & (query >= 0)
+    own_prompt = (key == query - query % PIECES) & (query >= 0)
     tokens = torch.arange(segments.shape[1], device=segments.device)
     seen = ((key == query) | own_prompt) & (tokens[:, None] >= tokens[None, :])
     if window is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout, pack
-from lpc_lightning.types import PreferenceBatch, TokenizedPair
+from lpc_lightning.types import PIECES, PreferenceBatch, TokenizedPair
 
 PAD = 7  # a token that answers hold as well: padding is known by its mask alone
 LENGTHS = {
@@ -44,7 +44,7 @@ def seen_from(batch: PreferenceBatch, flat: int) -> list[int]:
             allowed = True
         else:
             mine, theirs = int(batch.segments[row, column]), int(batch.segments[row, other])
-            allowed = theirs == mine or theirs == mine - mine % 3
+            allowed = theirs == mine or theirs == mine - mine % PIECES
         if allowed and batch.position_ids[row, other] <= batch.position_ids[row, column]:
             seen.append(row * width + other)
     return sorted(seen, key=lambda place: int(batch.position_ids.reshape(-1)[place]))
@@ -129,7 +129,7 @@ def test_the_shared_prefix_layout_is_this_one() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 8, 9, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 1]]
     assert batch.segments is not None
-    assert batch.segments.tolist() == [[0, 0, 1, 2, 2, 3, 4, 4, 5]]
+    assert batch.segments.tolist() == [[0, 0, 1, 2, 2, PIECES, PIECES + 1, PIECES + 1, PIECES + 2]]
     assert batch.read_at.tolist() == [5, 6, 1, 5, 1, 3]
     assert batch.targets.tolist() == [8, 9, 3, 9, 4, 5]
     assert batch.owner.tolist() == [0, 0, 1, 2, 3, 3]

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from lpc_lightning.data.layouts import SharedPrefixLayout
 from lpc_lightning.policy.masks import block_mask, layer_windows, visible
+from lpc_lightning.types import PIECES
 
 
 def spelled_out(segments: list[int], positions: list[int], window: int | None) -> list[list[bool]]:
@@ -20,10 +21,10 @@ def spelled_out(segments: list[int], positions: list[int], window: int | None) -
         for k, theirs in enumerate(segments):
             if mine == -1:
                 seen = theirs == -1 and k <= q
-            elif mine % 3 == 0:
+            elif mine % PIECES == 0:
                 seen = theirs == mine and k <= q
             else:
-                seen = (theirs == mine and k <= q) or (theirs == mine - mine % 3 and theirs != -1)
+                seen = (theirs == mine and k <= q) or (theirs == mine - mine % PIECES and theirs != -1)
             if seen and window is not None:
                 seen = positions[q] - positions[k] < window
             row.append(seen)
