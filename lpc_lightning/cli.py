@@ -1,16 +1,21 @@
-"""The command line: `lpc-lightning fit|validate|test|predict|prepare`."""
+"""The command line: `lpc-lightning COMMAND ...`."""
 
 from __future__ import annotations
 
+import ast
 import logging
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
+from importlib.abc import InspectLoader
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -19,11 +24,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lpc_lightning.checkpoint_io import CheckpointWriteError
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.errors import SettingError
+from lpc_lightning.function_command import run_function
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.modules.checkpoint import CheckpointError
 from lpc_lightning.policy import Policy, UnsupportedPolicyError
-from lpc_lightning.policy.prepare import prepare
+from lpc_lightning.precision import is_bfloat16_fast
 
 GROUPS = ("policy", "latent", "callbacks")
 """Settings that stand at the top of a config and belong to the module or to the trainer."""
@@ -155,10 +161,8 @@ JSONARGPARSE = ("- Expected a", "- Does not validate", "- Problem with")
 
 def default_precision(accelerator: str) -> str:
     """bf16-mixed where the device multiplies bfloat16 fast (GPUs, CPUs with AMX or AVX512-BF16), float32 elsewhere."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    features = torch.cpu.get_capabilities()
-    return "bf16-mixed" if features.get("amx_bf16") or features.get("avx512_bf16") else "32-true"
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if is_bfloat16_fast("cuda" if on_gpu else "cpu") else "32-true"
 
 
 def next_version(root: Path) -> str:
@@ -177,17 +181,58 @@ def _fit(arguments: list[str]) -> None:
     PreferenceCLI(arguments)
 
 
-def _prepare(arguments: list[str]) -> None:
-    auto_cli(prepare, args=arguments[1:], as_positional=False, prog="lpc-lightning prepare")
+def _call(function: str, arguments: list[str]) -> None:
+    """Run `package.module:function`, which is imported now and not for other commands."""
+    run_function(resolve_name(function), arguments[1:], arguments[0])
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+Command = tuple[Callable[[list[str]], None], str]
+"""What runs a command, given its name and what stands behind it; and what it does, in a few words."""
+
+COMMANDS: dict[str, Command] = {
     "fit": (_fit, "train a policy on preference pairs"),
     "validate": (_fit, "score the validation pairs under the prior"),
     "test": (_fit, "score the test pairs under the prior"),
     "predict": (_fit, "rewards and prior of each test pair"),
-    "prepare": (_prepare, "make models/SmolLM2-135M-Instruct without a model hub"),
+    "prepare": (
+        partial(_call, "lpc_lightning.policy.prepare:prepare"),
+        "make models/SmolLM2-135M-Instruct without a model hub",
+    ),
+    "export": (
+        partial(_call, "lpc_lightning.inference.export:export"),
+        "a checkpoint as a folder that transformers opens, its latent included",
+    ),
+    "generate": (
+        partial(_call, "lpc_lightning.inference.generate:generate"),
+        "answers to prompts, under the prior and side by side under chosen codes",
+    ),
+    "alpaca": (
+        partial(_call, "lpc_lightning.inference.alpaca:alpaca"),
+        "answers to AlpacaEval's instructions, in the form that alpaca_eval judges",
+    ),
 }
+ENTRY_POINTS = "lpc_lightning.commands"
+"""Where other packages put commands: functions that take what `Command` says. lpc_lightning imports none of them."""
+
+
+def commands() -> dict[str, Command]:
+    """All commands by name, those of other packages included."""
+    others = entry_points(group=ENTRY_POINTS)
+    return COMMANDS | {each.name: (partial(_run_other, each), _about(each)) for each in others}
+
+
+def _run_other(command: EntryPoint, arguments: list[str]) -> None:
+    command.load()(arguments)
+
+
+def _about(command: EntryPoint) -> str:
+    """The first line of the module's docstring. The module is not imported: that may take seconds."""
+    spec = find_spec(command.module)
+    source = spec.loader.get_source(command.module) if spec and isinstance(spec.loader, InspectLoader) else None
+    told = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0].rstrip(".")
+    return told[:1].lower() + told[1:]
+
+
 MENDABLE = (
     SettingError,
     DataError,
@@ -203,12 +248,13 @@ MENDABLE = (
 def main(arguments: list[str] | None = None) -> None:
     """Run a command."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] not in COMMANDS:
-        _usage(arguments)
+    known = commands()
+    if not arguments or arguments[0] not in known:
+        _usage(arguments, known)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.msg)
-    run, _ = COMMANDS[arguments[0]]
+    run, _ = known[arguments[0]]
     try:
         run(arguments)
     except MENDABLE as error:
@@ -218,13 +264,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(143)
 
 
-def _usage(arguments: list[str]) -> None:
+def _usage(arguments: list[str], known: dict[str, Command]) -> None:
     asked = bool(arguments) and arguments[0] in ("-h", "--help")
-    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<10}{text}" for name, (_, text) in known.items()]
     text = "\n".join(
         ["usage: lpc-lightning COMMAND ...", "", *lines, "", "lpc-lightning COMMAND --help tells the settings."]
     )
     print(text, file=sys.stdout if asked else sys.stderr)
     if arguments and not asked:
-        print(f"\nerror: found command {arguments[0]!r}, expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"\nerror: found command {arguments[0]!r}, expected one of {', '.join(known)}.", file=sys.stderr)
     sys.exit(0 if asked else 2)

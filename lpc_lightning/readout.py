@@ -57,6 +57,30 @@ def token_logps_per_code(hidden: Tensor, targets: Tensor, head: LogitHead, codes
     return torch.stack([token_logps(hidden + code.to(hidden.dtype), targets, head) for code in codes], dim=-1)
 
 
+@torch.no_grad()
+def token_verdicts(hidden: Tensor, targets: Tensor, head: LogitHead) -> tuple[Tensor, Tensor]:
+    """`token_logps` without gradient, and whether greedy decoding would choose each target.
+
+    Args:
+        hidden: (N, d) states that enter the head.
+        targets: (N,) token ids.
+        head: The policy's head.
+
+    Returns:
+        (N,) in nats, float32 (float64 for float64 input), and (N,) bool: the target has the largest logit. Of equal
+        logits, the lowest token id is chosen.
+    """
+    product, exact = _types(hidden)
+    logps, greedy = hidden.new_empty(len(hidden), dtype=exact), targets.new_empty(len(hidden), dtype=torch.bool)
+    with torch.autocast(hidden.device.type, enabled=False):
+        states, rows = hidden.to(product), head.weight.to(product)
+        for chunk in _chunks(len(hidden), len(rows)):
+            logits = _logits(states[chunk], rows, head.bias, head.scale, head.softcap, exact)
+            greedy[chunk] = logits.argmax(-1) == targets[chunk]
+            logps[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - logits.logsumexp(-1)
+    return logps, greedy
+
+
 def code_logits(head: LogitHead, codes: Tensor) -> Tensor:
     """The logit bias that each code is, LMHead(e_k) without the head's own bias: (K, V) in the type of `codes`."""
     with torch.autocast(codes.device.type, enabled=False):
@@ -83,11 +107,9 @@ class _TokenLogps(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        device = hidden.device.type
-        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        product, exact = _types(hidden)
         ctx.scale, ctx.softcap, ctx.product = scale, softcap, product
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             states, rows = hidden.to(product), weight.to(product)
             lifts = None if table is None else _lifts(table, exact)
             out = hidden.new_empty(hidden.shape[0], 1 if table is None else table.shape[0], dtype=exact)
@@ -142,6 +164,13 @@ class _TokenLogps(torch.autograd.Function):
                     grad_weight += pulled.T @ states[chunk]
         table_grad = None if grad_table is None else grad_table.to(table.dtype)
         return grad_hidden, grad_weight, grad_bias, table_grad, None, None, None
+
+
+def _types(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The type of the head's matrix product (autocast's, or else that of the states) and of all that comes after it."""
+    device = hidden.device.type
+    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return product, torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:

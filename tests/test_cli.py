@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import re
 import resource
@@ -18,8 +19,13 @@ import yaml
 from lightning.pytorch import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lpc_lightning.cli import COMMANDS, main
+from evaluation.evaluate import evaluate
+from lpc_lightning.cli import commands, main
+from lpc_lightning.inference.alpaca import alpaca
+from lpc_lightning.inference.export import export
+from lpc_lightning.inference.generate import generate
 from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.policy.prepare import prepare
 
 POLICY = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
 MODEL = ["--model=DPO", "--model.optimizer=AdamW", "--model.optimizer.lr=0.01"]
@@ -97,8 +103,39 @@ def test_help_tells_every_command(command: Command, flag: str) -> None:
     said = command(flag)
     assert said.code == 0
     assert said.err == ""
-    for name, (_, text) in COMMANDS.items():
+    for name, (_, text) in commands().items():
         assert re.search(rf"^ +{name} +{re.escape(text)}$", said.out, re.M)
+
+
+def test_commands_of_other_packages_are_told_and_not_imported() -> None:
+    """lpc_lightning imports nothing from evaluation, whose lm-eval takes seconds."""
+    code = (
+        "import sys; from lpc_lightning.cli import commands; told = commands()['evaluate'][1]; "
+        "assert not {'evaluation.evaluate', 'lm_eval'} & set(sys.modules); print(told)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "benchmarks and preference accuracy of any models, side by side\n"
+
+
+FUNCTIONS = {
+    "prepare": prepare,
+    "export": export,
+    "generate": generate,
+    "alpaca": alpaca,
+    "evaluate": evaluate,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_setting_of_a_command_is_told_with_its_meaning(
+    command: Command, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    said = command(name, "--help")
+    assert said.code == 0
+    told = dict(re.findall(r"^  (?:--)?(\w+)[ ,].*?(?: {2,}|\n {24})(\S.*?) \((?:required, )?type: ", said.out, re.M))
+    assert set(inspect.signature(FUNCTIONS[name]).parameters) <= set(told)
+    assert all(len(meaning.split()) > 1 for meaning in told.values())
 
 
 def test_the_installed_program_is_this_one() -> None:

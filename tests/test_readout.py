@@ -14,7 +14,14 @@ from torch import Tensor
 
 from lpc_lightning import readout
 from lpc_lightning.data.layouts import PaddedLayout
-from lpc_lightning.readout import Reading, code_logits, logits_of, token_logps, token_logps_per_code
+from lpc_lightning.readout import (
+    Reading,
+    code_logits,
+    logits_of,
+    token_logps,
+    token_logps_per_code,
+    token_verdicts,
+)
 from lpc_lightning.types import LogitHead
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -130,6 +137,32 @@ def test_all_codes_at_once_are_each_code_by_itself(
 
 
 @every_head
+@every_chunking
+def test_verdicts_are_the_log_softmax_and_whether_no_token_is_likelier(
+    kind: str, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk(monkeypatch, tokens_at_once)
+    case = Case(kind, tokens=40, codes=1)
+    hidden = case.hidden + case.codes[0]
+    # Every other target is the likeliest token.
+    likeliest = torch.stack([logits_of(state[None], case.head)[0].argsort()[-1] for state in hidden])
+    case.targets = torch.where(torch.arange(40) % 2 == 0, likeliest, case.targets)
+    logps, greedy = token_verdicts(hidden, case.targets, case.head)
+    torch.testing.assert_close(logps, case.naive()[:, 0].detach(), rtol=1e-12, atol=1e-12)
+    assert not logps.requires_grad
+    others = [logits_of(state[None], case.head)[0].tolist() for state in hidden]
+    expected = [row[target] == max(row) for row, target in zip(others, case.targets.tolist(), strict=True)]
+    assert greedy.tolist() == expected
+    assert 20 <= sum(expected) < 40
+
+
+def test_of_equal_logits_the_lowest_token_is_greedy() -> None:
+    head = LogitHead(torch.tensor([[0.0], [1.0], [1.0]]))
+    _, greedy = token_verdicts(torch.ones(2, 1), torch.tensor([1, 2]), head)
+    assert greedy.tolist() == [True, False]
+
+
+@every_head
 def test_gradcheck(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk(monkeypatch, 2)
     case = Case(kind, tokens=5, vocabulary=6, width=3, codes=2)
@@ -229,8 +262,10 @@ def test_autocast_without_codes_rounds_the_product_and_nothing_after_it() -> Non
     with torch.autocast("cpu", torch.bfloat16):
         found = token_logps(case.hidden, case.targets, case.head)
         logits = case.hidden.bfloat16() @ case.head.weight.bfloat16().T
+        verdicts, _ = token_verdicts(case.hidden, case.targets, case.head)
     expected = logits.double().log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(verdicts, found)
 
 
 @pytest.mark.parametrize("nats", [30.0, 59.0, 61.0, 400.0])

@@ -4,7 +4,7 @@ from lpc_lightning.latent.controls import GaussianSpace, MLPSpace, PosteriorOnly
 from lpc_lightning.latent.discrete import DiscreteSpace
 from lpc_lightning.latent.estimators import ExpectedSpace, GumbelSpace, MarginalSpace
 from lpc_lightning.latent.schedules import Constant, Cosine, Exponential, Linear, Schedule, WarmUp
-from lpc_lightning.latent.space import LatentSpace, LatentTerms, PairScorer, PriorMode
+from lpc_lightning.latent.space import InferenceForm, LatentSpace, LatentTerms, PairScorer, PriorMode
 
 __all__ = [
     "Constant",
@@ -14,6 +14,7 @@ __all__ = [
     "Exponential",
     "GaussianSpace",
     "GumbelSpace",
+    "InferenceForm",
     "LatentSpace",
     "LatentTerms",
     "Linear",

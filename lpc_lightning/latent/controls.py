@@ -16,7 +16,7 @@ from lpc_lightning.latent.divergence import WeightedKL, gaussian_kl
 from lpc_lightning.latent.estimators import GumbelSpace
 from lpc_lightning.latent.networks import Codebook, Posterior, Prior, state_deviation
 from lpc_lightning.latent.schedules import Linear, Schedule, as_schedule
-from lpc_lightning.latent.space import LatentSpace, LatentTerms, PairScorer, PriorMode
+from lpc_lightning.latent.space import InferenceForm, LatentSpace, LatentTerms, PairScorer, PriorMode
 from lpc_lightning.types import LogitHead, PairStates
 
 
@@ -83,6 +83,10 @@ class VectorSpace(DeterministicSpace):
         """The vector, once for each prompt."""
         return self.vector.expand(prompt.shape[0], -1)
 
+    def inference_form(self) -> InferenceForm:
+        """The vector."""
+        return InferenceForm("vector", {"prior_mode": "mean"}, {"vector": self.vector.detach()})
+
 
 class MLPSpace(DeterministicSpace):
     """z = MLP(h_x): the prompt's say without a codebook. Starts at z = 0, the plain policy."""
@@ -94,6 +98,10 @@ class MLPSpace(DeterministicSpace):
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
         """MLP(h_x): (B, d)."""
         return self.network(prompt)
+
+    def inference_form(self) -> InferenceForm:
+        """The network."""
+        return InferenceForm("mlp", {"prior_mode": "mean"}, self.network.weights("network"))
 
 
 class GaussianSpace(LatentSpace):
@@ -144,6 +152,11 @@ class GaussianSpace(LatentSpace):
         z = self.codebook(weights)
         return LatentTerms(*score.under(z), penalty=self.divergence(kl, progress), z=z, kl=kl, settings={"g": g})
 
+    def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor:
+        """z = c E with c the posterior's mean."""
+        mean, _ = self.posterior.of(states).chunk(2, dim=-1)
+        return self.codebook(mean)
+
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
         """z = c E with c the prior's mean, or a draw.
 
@@ -160,6 +173,14 @@ class GaussianSpace(LatentSpace):
                 raise ValueError(
                     f"prior mode: found {other!r}, expected mean or sample: a Gaussian latent has no codes."
                 )
+
+    def inference_form(self) -> InferenceForm:
+        """Codebook and prior."""
+        return InferenceForm(
+            kind="gaussian",
+            settings={"codes": self.codes, "prior_mode": self.prior_mode},
+            tensors={"codebook": self.codebook.weight.detach(), **self.prior.weights("prior")},
+        )
 
 
 def _draw(mean: Tensor, log_std: Tensor) -> Tensor:

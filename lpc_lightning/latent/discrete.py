@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lpc_lightning.latent.networks import Codebook, Prior
-from lpc_lightning.latent.space import LatentSpace, PriorMode
-from lpc_lightning.types import LogitHead
+from lpc_lightning.latent.space import InferenceForm, LatentSpace, PairScorer, PriorMode
+from lpc_lightning.types import LogitHead, PairStates
 
 MODES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda log_prior: log_prior.exp(),
@@ -61,6 +61,27 @@ class DiscreteSpace(LatentSpace):
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
         """z = c E, the weights c (B, K) taken from the prior by `mode`."""
         return self.codebook(self.weights_by(self.prior_mode if mode is None else mode, self.log_prior(prompt)))
+
+    def inference_form(self) -> InferenceForm:
+        """Codebook and prior."""
+        return InferenceForm(
+            kind="discrete",
+            settings={"codes": self.codes, "prior_mode": self.prior_mode},
+            tensors={"codebook": self.codebook.weight.detach(), **self.prior.weights("prior")},
+        )
+
+    def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor | None:
+        """z = q E, where the space has a posterior q."""
+        log_posterior = self.log_posterior(states, score)
+        return None if log_posterior is None else self.codebook(log_posterior.exp())
+
+    def log_joint(self, prompt: Tensor, score: PairScorer) -> Tensor:
+        """(B, K) log p_k - l_k, with p the prior and l_k the pair's loss under code k."""
+        return self.log_prior(prompt) - score.under_codes(self.codebook.weight)[0].losses
+
+    def log_evidence(self, prompt: Tensor, score: PairScorer) -> Tensor:
+        """(B,) log sum_k p_k exp(-l_k), exact."""
+        return self.log_joint(prompt, score).logsumexp(-1)
 
     def weights_by(self, mode: PriorMode, log_prior: Tensor) -> Tensor:
         """Weights over the codes (B, K) that `mode` takes from the prior's log-probabilities (B, K).

@@ -38,8 +38,8 @@ class PosteriorSpace(DiscreteSpace):
         super().build(width, head)
         self.posterior = Posterior(width, self.hidden, self.codes, self.detach)
 
-    def log_posterior(self, states: PairStates) -> Tensor:
-        """log q(k given x, y_w over y_l): (B, K)."""
+    def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
+        """log q(k given x, y_w over y_l): (B, K), as the network says; `score` is not asked."""
         return self.posterior.of(states).log_softmax(-1)
 
 
@@ -66,7 +66,7 @@ class GumbelSpace(PosteriorSpace):
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """One sampled z for each pair, and lambda KL."""
-        prior, posterior = self.log_prior(states.prompt), self.log_posterior(states)
+        prior, posterior = self.log_prior(states.prompt), self.log_posterior(states, score)
         tau, g = self.tau(progress), self.g(progress)
         from_prior = gumbel_softmax(prior, tau, hard=self.hard)
         from_posterior = gumbel_softmax(posterior, tau, hard=self.hard)
@@ -88,7 +88,7 @@ class ExpectedSpace(PosteriorSpace):
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """The loss under every code, weighed by the posterior, and lambda KL."""
-        prior, posterior = self.log_prior(states.prompt), self.log_posterior(states)
+        prior, posterior = self.log_prior(states.prompt), self.log_posterior(states, score)
         pairs, logps = score.under_codes(self.codebook.weight)
         losses = (posterior.exp() * pairs.losses).sum(-1)
         kl = categorical_kl(posterior, prior)
@@ -124,6 +124,10 @@ class MarginalSpace(DiscreteSpace):
             prior=prior,
             posterior=posterior,
         )
+
+    def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
+        """The exact posterior: q_k proportional to p_k exp(-l_k)."""
+        return self.log_joint(states.prompt, score).log_softmax(-1)
 
 
 def averaged(pairs: PairLosses, logps: PairLogps, log_weights: Tensor, losses: Tensor) -> tuple[PairLosses, PairLogps]:

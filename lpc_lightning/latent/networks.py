@@ -77,6 +77,10 @@ class StateNetwork(nn.Module):
             output = self.second(nn.functional.gelu(self.first(torch.cat(normal, dim=-1))))
         return output.to(torch.promote_types(kind, torch.float32))
 
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """The layers' tensors, detached, each under `name.` and its own name."""
+        return {f"{name}.{own}": tensor for own, tensor in self.state_dict().items()}
+
     def _read(self, state: Tensor) -> Tensor:
         return state.detach() if self.detach else state
 

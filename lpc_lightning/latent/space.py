@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -49,6 +49,18 @@ class LatentTerms:
     """Scheduled settings at this step, by name (g, tau)."""
 
 
+@dataclass(frozen=True, slots=True)
+class InferenceForm:
+    """What is left of a latent space once training is over: z as a function of the prompt, without any posterior."""
+
+    kind: str
+    """`discrete`, `gaussian`, `mlp` or `vector`: which function."""
+    settings: Mapping[str, Any]
+    """JSON values by name; `prior_mode` always, `codes` where there is a codebook."""
+    tensors: Mapping[str, Tensor]
+    """The function's weights by name, detached, sharing memory with the space's parameters."""
+
+
 class LatentSpace(nn.Module, ABC):
     """A preference representation z for each pair, added to the hidden states before the LM head.
 
@@ -77,8 +89,24 @@ class LatentSpace(nn.Module, ABC):
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
         """z (B, d) from the states at the last prompt tokens (B, d), by `mode` (None: the space's own setting)."""
 
+    @abstractmethod
+    def inference_form(self) -> InferenceForm:
+        """What `infer` needs, as settings and tensors: the part of the space that is exported."""
+
     def log_prior(self, prompt: Tensor) -> Tensor | None:
         """(B, K) log-probabilities of the codes given the prompts, or None where there are no codes."""
+        return None
+
+    def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor | None:
+        """(B, K) log-probabilities of the codes given the labelled pairs, or None where there is no such thing."""
+        return None
+
+    def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor | None:
+        """z (B, d) at the mean of the posterior, which sees the label; None without one. For evaluation."""
+        return None
+
+    def log_evidence(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
+        """(B,) log sum_k p_k exp(-l_k), l_k the pair's loss under code k; None where there are no codes."""
         return None
 
     def inference_terms(self, states: PairStates, score: PairScorer) -> LatentTerms:

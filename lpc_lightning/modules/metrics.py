@@ -10,12 +10,17 @@ from lpc_lightning.latent import LatentTerms
 from lpc_lightning.types import PairStates
 
 
-def pair_values(terms: LatentTerms) -> dict[str, Tensor]:
-    """Values whose mean over pairs is a metric, (B,) each.
+def accuracies(margins: Tensor) -> Tensor:
+    """1 where the chosen answer is ahead, 0 where it is behind, 1/2 at a tie.
 
-    `rewards/accuracies` counts a tie as half: at the first step of DPO all margins are exactly 0, and a policy that has
-    learned nothing is right half of the time (TRL counts ties as wrong).
+    At the first step of DPO all margins are exactly 0, and a policy that has learned nothing is right half of the time
+    (TRL counts ties as wrong).
     """
+    return torch.where(margins.isnan(), margins, (margins.sign() + 1) / 2)  # the sign of NaN is 0, a tie
+
+
+def pair_values(terms: LatentTerms) -> dict[str, Tensor]:
+    """Values whose mean over pairs is a metric, (B,) each."""
     pairs, logps = terms.pairs, terms.logps
     margins = pairs.chosen_rewards - pairs.rejected_rewards
     return {
@@ -23,7 +28,7 @@ def pair_values(terms: LatentTerms) -> dict[str, Tensor]:
         "rewards/chosen": pairs.chosen_rewards,
         "rewards/rejected": pairs.rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": (margins.sign() + 1) / 2,
+        "rewards/accuracies": accuracies(margins),
         "logps/chosen": logps.policy_chosen.detach(),
         "logps/rejected": logps.policy_rejected.detach(),
     }

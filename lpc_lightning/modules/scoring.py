@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypedDict
 
 from torch import Tensor
@@ -38,6 +40,9 @@ class BatchScorer:
             loss: The preference loss.
         """
         self._reading, self._lengths, self._reference, self._loss = reading, lengths, reference, loss
+        # Of one batch several things are asked under the same codes: one pass through the head answers them all.
+        self._logps_per_code = lru_cache(maxsize=1)(reading.logps_per_code)
+        self._swapped = False
 
     def under(self, z: Tensor | None) -> tuple[PairLosses, PairLogps]:
         """(B,) losses and log-probabilities with each pair's z (B, d) added before the head; None: the plain policy."""
@@ -46,9 +51,20 @@ class BatchScorer:
     def under_codes(self, codes: Tensor) -> tuple[PairLosses, PairLogps]:
         """(B, K) losses and log-probabilities under every code of `codes` (K, d)."""
         reference = None if self._reference is None else self._reference[:, None]
-        return self._score(self._reading.logps_per_code(codes), self._lengths[:, None], reference)
+        return self._score(self._logps_per_code(codes), self._lengths[:, None], reference)
+
+    def swapped(self) -> BatchScorer:
+        """The same pairs labelled the other way round: chosen is rejected. Shares what is known per code."""
+        other = copy.copy(self)
+        other._swapped = not self._swapped
+        return other
 
     def _score(self, policy: Tensor, lengths: Tensor, reference: Tensor | None) -> tuple[PairLosses, PairLogps]:
-        references = (None, None) if reference is None else reference.chunk(2)
-        logps = PairLogps(*policy.chunk(2), *references, *lengths.to(policy.dtype).chunk(2))
+        references = (None, None) if reference is None else self._pair(reference)
+        logps = PairLogps(*self._pair(policy), *references, *self._pair(lengths.to(policy.dtype)))
         return self._loss(logps), logps
+
+    def _pair(self, values: Tensor) -> tuple[Tensor, ...]:
+        """(2B, ...) into those of the chosen and those of the rejected answers, (B, ...) each."""
+        first, second = values.chunk(2)
+        return (second, first) if self._swapped else (first, second)

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout, pack
+from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.types import PIECES, PreferenceBatch, TokenizedPair
 
 PAD = 7  # a token that answers hold as well: padding is known by its mask alone
@@ -155,16 +155,6 @@ def test_what_belongs_to_a_pair_stays_in_the_order_of_the_pairs(layout: Layout, 
     assert batch.annotators == ("a0", "a1", "a2")
     assert batch.flipped.tolist() == [False, True, False]
     assert batch.pairs == 3
-
-
-@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12), room=st.integers(0, 60))
-def test_packing_holds_each_item_once_and_leaves_no_two_rows_that_fit_into_one(sizes: list[int], room: int) -> None:
-    width = max(sizes) + room
-    rows = pack(sizes, width)
-    assert sorted(number for members in rows for number in members) == list(range(len(sizes)))
-    used = sorted(sum(sizes[number] for number in members) for members in rows)
-    assert used[-1] <= width
-    assert len(used) == 1 or used[0] + used[1] > width
 
 
 def test_short_pairs_share_the_row_that_a_long_one_sets(make_pairs: MakePairs) -> None:

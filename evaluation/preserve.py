@@ -1,0 +1,126 @@
+"""Look at a model in the middle of its training, and leave no trace."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_SETTINGS = ("padding_side", "truncation_side", "model_max_length", "pad_token")
+
+
+@contextmanager
+def preserved(module: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
+    """Whatever the block does, also when it raises, these are as before: train or eval mode of every submodule, which
+    parameters have gradients, the gradients, random states, whether gradients are on, environment variables, levels of
+    loggers, the tokenizer's settings. Memory that CUDA has cached is given back.
+
+    In the block there are no gradients, neither stored ones nor new ones. Weights are the block's own affair.
+
+    Args:
+        module: The model; HFLM puts it into eval mode.
+        tokenizer: Its tokenizer; HFLM pads on the left, and chooses a padding token where there is none.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_memory())
+        stack.enter_context(_random_states())
+        stack.enter_context(_environment())
+        stack.enter_context(_logging_levels())
+        stack.enter_context(_modes(module))
+        stack.enter_context(_gradients(module))
+        if tokenizer is not None:
+            stack.enter_context(_settings(tokenizer))
+        yield
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if torch.cuda.is_initialized():
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    """lm-eval seeds all generators, and generation draws from them."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_gpus is not None:
+            torch.cuda.set_rng_state_all(on_gpus)
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def _logging_levels() -> Iterator[None]:
+    loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
+    before = [(logger, logger.level) for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, level in before:
+            if logger.level != level:
+                logger.setLevel(level)
+
+
+@contextmanager
+def _modes(module: nn.Module) -> Iterator[None]:
+    before = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+@contextmanager
+def _gradients(module: nn.Module) -> Iterator[None]:
+    """The gradients themselves are put aside, so that nothing can add to them."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
+    for parameter, _, _ in before:
+        parameter.grad = None
+    enabled = torch.is_grad_enabled()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_grad_enabled(enabled)
+        for parameter, requires_grad, gradient in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+@contextmanager
+def _settings(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    before = {name: getattr(tokenizer, name) for name in TOKENIZER_SETTINGS}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(tokenizer, name, value)

@@ -1,0 +1,53 @@
+"""Where and when a result was made: packages, git revision, time."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lpc_lightning
+
+PACKAGES = ("lpc-lightning", "torch", "lightning", "transformers", "peft", "lm-eval", "datasets", "torchmetrics")
+
+
+def provenance() -> dict[str, Any]:
+    """What a result needs to be made again, as JSON: `date` (UTC), `packages`, `platform` and `git`."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "packages": package_versions(),
+        "platform": platform.platform(),
+        "git": git_revision(),
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions by package, Python's too; None where a package is not installed as one."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_revision(file: Path = Path(lpc_lightning.__file__)) -> dict[str, Any] | None:
+    """The `revision` that a file of the project is checked out at, and whether anything is changed since (`dirty`).
+
+    None where git does not track the file: a repository that merely holds the environment is not the project's.
+    """
+    try:
+        _git(file, "ls-files", "--error-unmatch", file.name)
+        return {"revision": _git(file, "rev-parse", "HEAD"), "dirty": bool(_git(file, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(file: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(file.parent), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()

@@ -1,0 +1,68 @@
+"""A function as a command: its parameters are the settings, and its docstring is their help."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from docstring_parser import parse
+from jsonargparse import ArgumentParser
+
+
+def run_function(function: Callable[..., Any], arguments: list[str], name: str) -> Any:
+    """Call a function with settings from the command line.
+
+    Every parameter is an option, `--batch_size` or `--batch-size`. A list takes several values, set apart by spaces or
+    commas; a list without a default is no option but what stands first, set apart by spaces (a path may have commas).
+    A switch (bool) may stand alone, which is `true`.
+
+    Args:
+        function: With type hints, and the meaning of each parameter in a Google-style docstring.
+        arguments: What stands behind the command's name.
+        name: The command's name.
+
+    Returns:
+        What the function returns.
+    """
+    told = parse(function.__doc__ or "")
+    meanings = {each.arg_name: each.description for each in told.params}
+    hints = get_type_hints(function)
+    lists = {each: entry for each, hint in hints.items() if each != "return" and (entry := _entry(hint)) is not None}
+    parser = ArgumentParser(prog=f"lpc-lightning {name}", description=told.description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="A YAML file with any of these settings.")
+    for each, entry in lists.items():
+        default = inspect.signature(function).parameters[each].default
+        several: dict[str, Any] = {"nargs": "+", "type": entry, "help": meanings[each]}
+        if default is inspect.Parameter.empty:
+            parser.add_argument(each, **several)
+        else:
+            parser.add_argument(f"--{each}", default=default, **several)
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip=set(lists))
+    switches = {each for each, hint in hints.items() if hint is bool}
+    settings = parser.parse_args(list(_spelled_out(arguments, set(lists), switches))).as_dict()
+    del settings["config"]
+    return function(**settings)
+
+
+def _entry(hint: Any) -> Any:
+    """What a list holds: `str` of `list[str]` and of `list[str] | None`; None for what is no list."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next((get_args(option)[0] for option in options if get_origin(option) is list), None)
+
+
+def _spelled_out(arguments: list[str], lists: set[str], switches: set[str]) -> Iterator[str]:
+    """The arguments as the parser knows them: underscores in names, lists in pieces, and a value for every switch."""
+    option = ""
+    for place, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            yield from argument.split(",") if option in lists else [argument]
+            continue
+        option, equals, value = argument.removeprefix("--").partition("=")
+        option = option.replace("-", "_")
+        yield f"--{option}" if option in lists else f"--{option}{equals}{value}"
+        if option in lists and equals:
+            yield from value.split(",")
+        if option in switches and not equals and arguments[place + 1 : place + 2] not in (["true"], ["false"]):
+            yield "true"

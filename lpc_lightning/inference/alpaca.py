@@ -1,0 +1,146 @@
+"""The command `alpaca`: answers in the form that the package `alpaca_eval` judges."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lpc_lightning.data import DataError
+from lpc_lightning.data.rows import read_rows
+from lpc_lightning.errors import SettingError
+from lpc_lightning.inference.fingerprint import weights_of
+from lpc_lightning.inference.generate import conditions
+from lpc_lightning.inference.generation import Decoding, answers
+from lpc_lightning.inference.opening import open_policy
+from lpc_lightning.inference.prompts import text_prompt
+from lpc_lightning.latent import PriorMode
+
+Row = dict[str, str]
+
+
+def alpaca(
+    model: str,
+    instructions: str,
+    output: str = "model_outputs.json",
+    generator: str | None = None,
+    prior_mode: PriorMode | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 2048,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Answer AlpacaEval's instructions. Judging the answers is a step of your own, which needs a paid API.
+
+    The file that is written is what alpaca_eval reads: `pip install alpaca-eval`, set OPENAI_API_KEY, and
+    `alpaca_eval --model_outputs model_outputs.json`. A command that was interrupted goes on where it stopped: the same
+    command answers what is not answered yet, and ends with the same file.
+
+    Args:
+        model: A checkpoint, an exported folder, or any plain model: a folder, a hub name or a GGUF file.
+        instructions: The instructions: `alpaca_eval.json` of the hub data set tatsu-lab/alpaca_eval, or any JSON list
+            (or JSON lines) of objects with `instruction` and, if known, `dataset`.
+        output: The file to write; its settings go to a file beside it, `model_outputs.settings.json`.
+        generator: The model's name on the leaderboard. null: the name it has in other tables.
+        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: as the
+            model's own settings say.
+        limit: Answer only so many instructions, from the first. null: all of them.
+        max_new_tokens: Tokens of an answer at most.
+        temperature: Divides the logits before a token is drawn. 0 takes the likeliest token.
+        top_p: Draw among the likeliest tokens that together have this probability.
+        seed: Seed of all draws.
+        batch_size: Instructions that are answered at a time.
+        dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.
+        device: Where to run: `auto`, `cpu`, `cuda` ...
+    """
+    if limit is not None and limit < 1:
+        raise SettingError(f"limit: found {limit}, expected at least 1.")
+    asked = read_instructions(instructions)[:limit]
+    decoding = Decoding(max_new_tokens, temperature, top_p, seed=seed, batch_size=batch_size)
+    opened = open_policy(model, dtype=dtype, device=device, name=generator)
+    (under,) = conditions(opened, prior_mode, [], None)
+    settings = {"generator": opened.name, "model": model, "weights": weights_of(model), "prior_mode": prior_mode}
+    settings |= {"dtype": dtype, **asdict(decoding)}
+    del settings["batch_size"]  # it does not change the answers
+    path = Path(output)
+    rows = _taken_up(path, asked, settings)
+    if rows:
+        print(f"{path} holds {len(rows)} of {len(asked)} answers already.")
+    left = asked[len(rows) :]
+    prompts = [text_prompt(row["instruction"]) for row in left]
+    unfinished = 0
+    with tqdm(total=len(asked), initial=len(rows), unit="answer") as bar:
+        for row, answered in zip(left, answers(opened, prompts, [under], decoding), strict=True):
+            (answer,) = answered.answers
+            rows.append({**row, "output": answer.text, "generator": opened.name})
+            unfinished += not answer.finished
+            bar.update()
+            if len(rows) % batch_size == 0 or len(rows) == len(asked):
+                _write(path, rows)
+    if unfinished:
+        print(f"{unfinished} answers were cut at {max_new_tokens} tokens or at the end of the context.")
+    print(f"Wrote {path}. To judge it (a paid API): alpaca_eval --model_outputs {path}")
+
+
+def read_instructions(path: str) -> list[Row]:
+    """`instruction` and `dataset` of each row.
+
+    Raises:
+        DataError: A row without an instruction, or with something that cannot be used; names file, row and field.
+    """
+    found = []
+    for place, row in read_rows(path):
+        for field in ("instruction", "dataset"):
+            if not isinstance(row.get(field, ""), str):
+                raise DataError(f"{place}: found {row[field]!r} for `{field}`, expected text.")
+        if not row.get("instruction", "").strip():
+            raise DataError(f"{place}: found no text for `instruction`; the row has {', '.join(row)}.")
+        if row.get("input"):
+            raise DataError(
+                f"{place}: found `input`, which AlpacaEval 2 does not have. Put it into `instruction`, as the model is "
+                "to read it."
+            )
+        found.append({"dataset": row.get("dataset", ""), "instruction": row["instruction"]})
+    return found
+
+
+def _taken_up(path: Path, asked: Sequence[Row], settings: Mapping[str, Any]) -> list[Row]:
+    """The answers that are there already, after a check that they belong to these instructions and settings."""
+    beside = path.with_suffix(".settings.json")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(settings, indent=2) + "\n")
+        return []
+    advice = "Give another --output, or remove that file."
+    try:
+        rows, written = json.loads(path.read_text(encoding="utf-8")), json.loads(beside.read_text())
+        if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+            raise ValueError("it holds no list of objects")
+    except (OSError, ValueError) as error:
+        raise DataError(f"output: {path} is there and cannot be gone on with ({error}). {advice}") from error
+    for name, value in settings.items():
+        if written.get(name) != value:
+            found = written.get(name)
+            raise SettingError(f"output: {path} was written with {name} {found!r}, now it is {value!r}. {advice}")
+    for number, (row, wanted) in enumerate(zip(rows, asked, strict=False), 1):
+        if {**row, **wanted} != row:
+            raise SettingError(f"output: row {number} of {path} answers another instruction. {advice}")
+    if len(rows) > len(asked):
+        raise SettingError(f"output: {path} holds {len(rows)} answers to {len(asked)} instructions. {advice}")
+    return rows
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    """Replace the file in one step, so that an interruption leaves a whole one."""
+    half = path.with_name(path.name + ".part")
+    half.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(half, path)

@@ -1,0 +1,298 @@
+"""The model card of an exported policy, for somebody who knows neither the run nor this suite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lpc_lightning.data.template import Template
+from lpc_lightning.types import Message
+
+PAPER = "[Latent Preference Coding](https://arxiv.org/abs/2505.04993)"
+MEASURED = {
+    "rewards/accuracies": "pairs whose chosen answer has the higher reward, z from the prompt alone",
+    "rewards/margins": "mean reward margin",
+    "loss": "loss",
+    "latent/codebook_perplexity": "codes in use (perplexity of the mean prior)",
+    "latent/prior_entropy": "entropy of the prior for a single prompt, in nats",
+    "latent/dead_codes": "codes that are no prompt's likeliest",
+}
+"""What of a run's `summary.json` is told, and how it is called."""
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a card tells of."""
+
+    name: str
+    """What the model is called."""
+    origin: Mapping[str, Any]
+    """Where it comes from: see `checkpoint_origin`."""
+    template: Template
+    """Writes its prompts."""
+    latent: Mapping[str, Any] | None = None
+    """Settings of its prior; None where it has no latent."""
+    linear: bool = True
+    """Whether z is a bias on its logits."""
+    biases: str | None = None
+    """The file with what each code adds to the logits, where there is one."""
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The content of the run's `summary.json` and `results.json` files, by path."""
+
+
+def model_card(model: Exported) -> str:
+    """Markdown with the YAML front matter of the hub."""
+    latent = [] if model.latent is None else [_steer(model, model.latent), _what_z_is(model.latent)]
+    parts = [_front(model), _head(model), _use(model), *latent, _training(model.origin), _results(model.results)]
+    return "\n\n".join([*parts, _limits(model)]) + "\n"
+
+
+def _front(model: Exported) -> str:
+    tags = ["preference-optimization", model.origin["algorithm"].lower()]
+    if model.latent is not None:
+        tags.append("latent-preference-coding")
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if (base := _base(model.origin)) and not Path(base).exists():
+        lines.append(f"base_model: {base}")
+    lines += ["tags:", *(f"- {tag}" for tag in tags)]
+    licence = "# license: yours to state. The terms of the base model and of the preference data apply."
+    return "\n".join(["---", *lines, licence, "---"])
+
+
+def _base(origin: Mapping[str, Any]) -> str | None:
+    return (origin["policy"].get("init_args") or {}).get("path")
+
+
+def _head(model: Exported) -> str:
+    origin = model.origin
+    base = f"`{_base(origin)}`" if _base(origin) else f"a model with random weights (`{_class(origin['policy'])}`)"
+    lora = " by a low-rank adapter, which is merged into the weights" if _lora(origin) else ""
+    text = (
+        f"# {model.name}\n\n{base[0].upper()}{base[1:]}, aligned on preference pairs with {origin['algorithm']}{lora}"
+    )
+    if model.latent is None:
+        return f"{text}. A plain model: transformers opens it as it is."
+    return (
+        f"{text} and {PAPER}: the model infers from each prompt a preference representation z and answers under it, "
+        "logits = LMHead(h + z)."
+    )
+
+
+def _lora(origin: Mapping[str, Any]) -> Any:
+    return (origin["policy"].get("init_args") or {}).get("lora")
+
+
+def _use(model: Exported) -> str:
+    trust = "" if model.latent is None else ", trust_remote_code=True"
+    if model.template.kind == "chat":
+        prompt = (
+            'messages = [{"role": "user", "content": "What makes a good question?"}]\n'
+            "prompt = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
+            ")"
+        )
+    else:
+        text = model.template.render([Message(role="user", content="What makes a good question?")])
+        prompt = f'prompt = tokenizer({json.dumps(text)}, return_tensors="pt")'
+    parts = [
+        "## Use",
+        _code(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'folder = "{model.name}"  # where these files are',
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+            "",
+            prompt,
+            "",
+            "def answer(**how):",
+            "    tokens = model.generate(**prompt, max_new_tokens=256, **how)",
+            '    return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)',
+            "",
+            "print(answer())",
+        ),
+        'Several prompts in a batch are padded on the left (`tokenizer.padding_side = "left"`).',
+    ]
+    if model.latent is not None:
+        parts.append(
+            "`trust_remote_code=True` runs `modeling_lpc.py` from this folder; it needs torch, transformers 5 and "
+            "safetensors, and nothing of the suite that trained the model. **Without it transformers opens the same "
+            "weights as a plain model that knows no latent (z = 0). That is not the policy that was trained**; it is "
+            "what is left of it where remote code is not allowed."
+        )
+    return "\n\n".join(parts)
+
+
+def _steer(model: Exported, latent: Mapping[str, Any]) -> str:
+    calls = {
+        "": f"as exported: prior_mode={json.dumps(latent['prior_mode'])}",
+        'prior_mode="mean"': "the mean over the prior",
+    }
+    if latent["kind"] in ("discrete", "gaussian"):
+        calls['prior_mode="sample"'] = "a draw; each returned sequence has its own"
+    if latent["kind"] == "discrete":
+        last = latent["codes"] - 1
+        calls['prior_mode="argmax"'] = "the likeliest code"
+        calls[f"prior_mode={last}"] = f"one code, here the last of {latent['codes']}"
+        calls["code_weights=weights"] = "your own mixture: a tensor (K,), or (B, K)"
+    parts = [
+        "## Steer",
+        _code(*_aligned({f"answer({what})": why for what, why in calls.items()})),
+        "z is inferred at the last token of the prompt and kept for the whole answer, also over a KV cache, in padded "
+        "batches, sampling and beam search. `outputs = model(**prompt)` has it as `outputs.z`; pass it on "
+        "(`z=outputs.z`) when you decode by hand. To score an answer that stands behind its prompt, say where the "
+        "prompt ends: `model(**tokens, prompt_end=...)`, or z would be read at the end of the answer.",
+        *(_as_bias(model, latent) if model.linear else [NOT_LINEAR]),
+    ]
+    return "\n\n".join(parts)
+
+
+NOT_LINEAR = (
+    "The LM head of this family is not linear (its logits are soft-capped), so that z is no bias on the logits: a "
+    "stock model with a logits processor cannot serve it."
+)
+
+
+def _as_bias(model: Exported, latent: Mapping[str, Any]) -> list[str]:
+    lines = {
+        "steer = model.logits_processor(**prompt)": "LMHead(z) of these prompts",
+        "plain = AutoModelForCausalLM.from_pretrained(folder)": "",
+        "plain.generate(**prompt, max_new_tokens=256, logits_processor=[steer])": "as `model.generate`",
+    }
+    if latent["kind"] == "discrete":
+        lines["table = model.code_biases()"] = "(K, vocabulary): what each code adds"
+    told = (
+        "z is a bias on the logits (the LM head is linear): a stock model, or any server that takes a logits "
+        "processor, can serve it."
+    )
+    table = [f"`{model.biases}` holds that table."] if model.biases else []
+    return [told, _code(*_aligned(lines)), *table]
+
+
+def _what_z_is(latent: Mapping[str, Any]) -> str:
+    told = {
+        "discrete": f"A codebook of {latent.get('codes')} vectors, one for each preference factor. A network of two "
+        "layers reads the hidden state at the prompt's last token and says how likely each code is; z is taken from "
+        "that distribution. The codes have no names: what one of them stands for is found by answering under it.",
+        "gaussian": f"A codebook of {latent.get('codes')} vectors under continuous weights: a network of two layers "
+        "reads the hidden state at the prompt's last token and gives the weights' mean and deviation.",
+        "mlp": "A network of two layers on the hidden state at the prompt's last token: a control without codes.",
+        "vector": "One learned vector for all prompts: a control without codes.",
+    }[latent["kind"]]
+    return f"## What z is\n\n{told} Its weights are in `latent.safetensors`, its settings in `config.json` under `lpc`."
+
+
+def _training(origin: Mapping[str, Any]) -> str:
+    rows: list[tuple[str, Any]] = [("algorithm", f"{origin['algorithm']}{_told(origin['settings'])}")]
+    latent, data, trainer = origin["latent"], origin["data"], origin["trainer"] or {}
+    rows.append(("latent", f"{_class(latent)}{_told(latent.get('init_args') or {})}" if latent else "none"))
+    rows.append(("policy", f"{_class(origin['policy'])}{_told(origin['policy'].get('init_args') or {})}"))
+    unknown = "not known: the checkpoint lay beside no config.yaml"
+    rows.append(("data", f"{_class(data)}{_told(data.get('init_args') or {})}" if data else unknown))
+    rows.append(("training pairs", origin["training_pairs"]))
+    rows.append(("optimizer steps", origin["step"]))
+    rows += [
+        (label, trainer.get(key)) for label, key in (("precision", "precision"), ("clipping", "gradient_clip_val"))
+    ]
+    rows.append(("micro-batches to a step", trainer.get("accumulate_grad_batches")))
+    rows += [("seed", origin["seed"]), ("weights exported as", origin["dtype"])]
+    rows.append(
+        ("made with", ", ".join(f"{name} {version(name)}" for name in ("lpc-lightning", "torch", "transformers")))
+    )
+    return "\n\n".join(["## Training", _table(("", ""), [row for row in rows if row[1] is not None])])
+
+
+def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
+    parts = ["## Results"]
+    if validation := results.get(SUMMARY, {}).get("validation_after"):
+        before = results[SUMMARY].get("validation_before") or {}
+        measured: list[tuple[str, ...]] = [
+            (told, _number(before.get(key)), _number(validation[key]))
+            for key, told in MEASURED.items()
+            if key in validation
+        ]
+        parts += [
+            "On the run's validation pairs, at the end of the run (the checkpoint may be an earlier one of it):",
+            _table(("", "before training", "after"), measured),
+        ]
+    for path, found in results.items():
+        rows = [
+            (task, metric, _number(value), _number(scores.get(_stderr(metric))))
+            for task, scores in (found.get("metrics") or {}).items()
+            for metric, value in scores.items()
+            if "_stderr" not in metric
+        ]
+        if rows:
+            of = (found.get("origin") or {}).get("path")
+            parts += [
+                f"Benchmarks (`{path}`{f', of `{of}`' if of else ''}):",
+                _table(("task", "metric", "value", "standard error"), rows),
+            ]
+    if len(parts) == 1:
+        parts.append("None lay in the run's folder when this was exported.")
+    return "\n\n".join(parts)
+
+
+def _stderr(metric: str) -> str:
+    name, comma, variant = metric.partition(",")
+    return f"{name}_stderr{comma}{variant}"
+
+
+def _limits(model: Exported) -> str:
+    points = [
+        "Validation pairs come from the same source as the training pairs. An accuracy on them says how well these "
+        "preferences are told apart, and not how good the answers are.",
+        "Nobody has checked this model for safety by exporting it. It has what its base model and its data had.",
+    ]
+    if model.latent is not None:
+        points += [
+            "z moves the odds of each token by the same amount at every place of an answer. It leans answers one way; "
+            "it does not plan them.",
+            "A codebook may collapse, or its codes may say the same: see the results above, and compare answers under "
+            "several codes before you read meaning into their numbers.",
+            "Assisted decoding and continuous batching are refused, since they hide where a prompt ends.",
+        ]
+    return "\n".join(["## Limits", "", *(f"- {point}" for point in points)])
+
+
+def _class(spec: Mapping[str, Any]) -> str:
+    return str(spec["class_path"]).rpartition(".")[2]
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    """` (beta 0.1, codes 32)`: what is set and not off, classes by name with their own settings."""
+    told = [f"{name} {_value(value)}" for name, value in settings.items() if value is not None and value is not False]
+    return f" ({', '.join(told)})" if told else ""
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return (
+            f"{_class(value)}{_told(value.get('init_args') or {})}" if "class_path" in value else _told(value).strip()
+        )
+    return f"`{value}`" if isinstance(value, str) else json.dumps(value)
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _code(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _aligned(lines: Mapping[str, str]) -> list[str]:
+    """Each line of code with its comment behind it."""
+    width = max(map(len, lines))
+    return [f"{line:<{width}}  # {why}" if why else line for line, why in lines.items()]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    names = list(head)
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -1,0 +1,130 @@
+"""What a checkpoint says of itself: its weights, the settings of its module, and the run that it comes from."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.cli import instantiate_module
+
+from lpc_lightning.modules import PreferenceModule
+from lpc_lightning.modules.checkpoint import CheckpointError
+
+EXAMPLE = "runs/version_0/checkpoints/best.ckpt"
+TRAINER = ("precision", "max_steps", "max_epochs", "gradient_clip_val", "accumulate_grad_batches", "devices")
+"""What of the trainer's settings decides about the result."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; its tensors (the optimizer's among them) stay on disk until they are used.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder: a checkpoint of a sharded run, expected one file. Make it one with `python -m "
+            f"lightning.pytorch.utilities.consolidate_checkpoint {path}`."
+        )
+    if not path.exists():
+        raise CheckpointError(f"found no file {path}, expected a checkpoint such as {EXAMPLE}.")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is no checkpoint, or one that was cut short, expected one such as {EXAMPLE}.")
+    try:
+        return dict(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
+    except Exception as error:  # what is no checkpoint fails in as many ways as there are files
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}), expected a checkpoint that "
+            "this suite wrote. Take another one of the run."
+        ) from error
+
+
+def build_module(
+    checkpoint: dict[str, Any], path: Path, change: Callable[[PreferenceModule], None]
+) -> PreferenceModule:
+    """The checkpoint's module with its weights, in eval mode.
+
+    Args:
+        checkpoint: What `read_checkpoint` has read.
+        path: From where.
+        change: Given the module before its models are built.
+
+    Raises:
+        CheckpointError: It does not say what it belongs to, or its weights do not fit.
+        UnsupportedPolicyError: Its policy cannot be loaded.
+    """
+    module = _make_module(module_settings(checkpoint, path), path)
+    change(module)
+    with torch.random.fork_rng(devices=[]):  # building draws fresh weights by the run's seed
+        module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    return module.eval()
+
+
+def module_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings that the checkpoint's module was made from, `_class_path` among them.
+
+    Raises:
+        CheckpointError: It holds none.
+    """
+    settings = dict(checkpoint.get("hyper_parameters") or {})
+    settings.pop("_instantiator", None)
+    if "_class_path" not in settings or "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"{path} does not say which policy and algorithm it belongs to, expected a checkpoint of `lpc-lightning "
+            "fit`. A module that was built in code is loaded in code: `DPO.load_from_checkpoint(path, policy=..., "
+            "latent=...)`."
+        )
+    return settings
+
+
+def _make_module(settings: dict[str, Any], path: Path) -> PreferenceModule:
+    home, _, name = settings["_class_path"].rpartition(".")
+    # No file may have code imported that nobody asked for; Lightning holds it so as well.
+    found = getattr(sys.modules.get(home), name, None)
+    if not (isinstance(found, type) and issubclass(found, PreferenceModule)):
+        raise CheckpointError(
+            f"{path} belongs to {settings['_class_path']}, which is no algorithm that has been imported. Import the "
+            "module that defines it before opening its checkpoint."
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*``(ArgumentParser.add_instantiator|instantiate_classes)``")
+        return instantiate_module(PreferenceModule, settings)  # type: ignore[type-abstract]  # a subclass is built
+
+
+def run_folder(path: Path) -> Path:
+    """Where the run that wrote a checkpoint keeps its files."""
+    folder = path.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def run_config(path: Path) -> dict[str, Any]:
+    """The run's `config.yaml`, or an empty dictionary where there is none beside the checkpoint."""
+    file = run_folder(path) / "config.yaml"
+    return yaml.safe_load(file.read_text()) if file.is_file() else {}
+
+
+def checkpoint_origin(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What `results.json` and the model card tell of a checkpoint. JSON values."""
+    settings = module_settings(checkpoint, path)
+    own = {name: value for name, value in settings.items() if name not in ("_class_path", "policy", "latent")}
+    config = run_config(path)
+    return {
+        "path": str(path),
+        "algorithm": settings["_class_path"].rpartition(".")[2],
+        "settings": own,
+        "policy": settings["policy"],
+        "latent": settings["latent"],
+        "step": checkpoint.get("global_step"),
+        "epoch": checkpoint.get("epoch"),
+        "seed": config.get("seed_everything"),
+        "training_pairs": checkpoint.get("training_data", {}).get("pairs"),
+        "data": config.get("data"),
+        "trainer": {name: value for name, value in config.get("trainer", {}).items() if name in TRAINER},
+    }

@@ -1,0 +1,189 @@
+"""The command `export`: a checkpoint as a folder that transformers opens, its latent included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from lpc_lightning.checkpoint_io import CheckpointWriteError
+from lpc_lightning.data.template import Template
+from lpc_lightning.data.templates import make_template
+from lpc_lightning.errors import SettingError
+from lpc_lightning.inference.card import Exported, model_card
+from lpc_lightning.inference.checkpoints import run_folder
+from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm
+from lpc_lightning.inference.opening import ORIGIN, load_policy
+from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.latent import PriorMode
+from lpc_lightning.modules import PreferenceModule
+
+BIASES = "code_biases.safetensors"
+SHARD = "5GB"
+
+
+def export(
+    checkpoint: str,
+    output: str,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    prior_mode: PriorMode | None = None,
+    code_biases: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder that stock transformers opens as the plain policy, and with `trust_remote_code=True` as a model
+    that keeps its latent in `forward` and `generate`.
+
+    With it come the tokenizer and a model card (`README.md`) with the settings, the data and the results that lie in
+    the run's folder. An adapter is merged into the weights. No licence is written: it is yours to state.
+
+    Args:
+        checkpoint: A checkpoint, such as `runs/version_0/checkpoints/best.ckpt`.
+        output: The folder to write, new or empty.
+        dtype: Type of the policy's weights. `auto` is the type they were trained in; the latent always keeps its own.
+        prior_mode: How the exported model takes z from the prior unless a call says otherwise: `mean`, `sample`,
+            `argmax`, or the number of a code. null: as it was trained.
+        code_biases: Write as well what each code adds to the logits (K rows as long as the vocabulary), for servers
+            that steer by a code's number.
+        overwrite: Replace an earlier export.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or built.
+        UnsupportedPolicyError: Its policy cannot be loaded.
+        SettingError: A setting that this checkpoint cannot have, or a folder that is not free.
+        CheckpointWriteError: The folder cannot be written.
+    """
+    target = Path(output).absolute()
+    _check_free(target, overwrite)
+    module, origin = load_policy(checkpoint)
+    prior = _prior(module, prior_mode)
+    template = make_template(module.tokenizer, (origin["data"] or {}).get("init_args", {}).get("template", "auto"))
+    plain = _published(module, template)
+    if dtype != "auto":
+        plain.to(getattr(torch, dtype))
+    origin["dtype"] = str(plain.dtype).removeprefix("torch.")
+    model: Any = plain if prior is None else latent_causal_lm(plain, prior)
+    biases = _biases(model, prior) if code_biases else None
+    exported = Exported(
+        name=target.name,
+        origin=origin,
+        template=template,
+        latent=None if prior is None else prior.settings,
+        linear=prior is None or _is_linear(model),
+        biases=None if biases is None else BIASES,
+        results=_results(checkpoint),
+    )
+    with _replacing(target) as folder:
+        model.save_pretrained(folder, max_shard_size=SHARD)
+        module.tokenizer.save_pretrained(folder)
+        if biases is not None:
+            save_file({"code_biases": biases}, folder / BIASES, metadata={"format": "pt"})
+        (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
+        (folder / "README.md").write_text(model_card(exported))
+    print(f"Wrote {target}. Read {target / 'README.md'}, and state a licence in it before you publish it.")
+    return target
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if target.is_file():
+        raise SettingError(f"output: {target} is a file, expected a folder that is new or empty.")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not (target / ORIGIN).is_file():
+        raise SettingError(
+            f"output: {target} is not empty and no earlier export, expected a folder that is new or empty."
+        )
+    if not overwrite:
+        raise SettingError(f"output: {target} holds an earlier export. Expected another folder, or --overwrite.")
+
+
+def _prior(module: PreferenceModule, mode: PriorMode | None) -> InferencePrior | None:
+    if module.latent is None:
+        if mode is not None:
+            raise SettingError(f"prior_mode: found {mode!r} for a policy that was trained without a latent.")
+        return None
+    prior = inference_prior(module.latent)
+    if mode is not None:
+        try:
+            prior(torch.zeros(1, prior.width), mode)
+        except ValueError as error:
+            raise SettingError(str(error)) from error
+        prior.settings["prior_mode"] = mode
+    return prior
+
+
+def _published(module: PreferenceModule, template: Template) -> PreTrainedModel:
+    """The trained policy as a plain model: adapter merged, the base model's dropout, and answers that end.
+
+    The suite trains without dropout, so that policy and reference differ by training alone. Whoever trains the exported
+    model on gets what the base model's authors published.
+    """
+    wrapped = module.policy.model
+    model: Any = wrapped.merge_and_unload() if isinstance(wrapped, PeftModel) else wrapped
+    for name, value in vars(module.policy_spec.load_config()).items():
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            setattr(model.config, name, value)
+    ends = model.generation_config.eos_token_id
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if template.end_id not in known:
+        model.generation_config.eos_token_id = [*known, template.end_id] if known else template.end_id
+    return model
+
+
+def _biases(model: Any, prior: InferencePrior | None) -> torch.Tensor:
+    if prior is None:
+        raise SettingError("code_biases: the policy was trained without a latent.")
+    try:
+        return model.code_biases()
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
+def _is_linear(model: Any) -> bool:
+    try:
+        model.logit_biases(torch.zeros(1, model.latent_prior.width, device=model.device))
+    except ValueError:
+        return False
+    return True
+
+
+def _results(checkpoint: str) -> dict[str, dict[str, Any]]:
+    """What the run's folder says of results: the files' content by path."""
+    folder = run_folder(Path(checkpoint))
+    files = [folder / "summary.json", *sorted(folder.glob("**/results.json"))]
+    return {str(file.relative_to(folder)): json.loads(file.read_text()) for file in files if file.is_file()}
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its place when all is written, and is gone when that fails."""
+    partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.glob("*.safetensors"):  # written for their owner alone
+            file.chmod((partial / "config.json").stat().st_mode)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointWriteError(
+            f"output: could not write {target}: {error}. Expected a folder with room that may be written."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)

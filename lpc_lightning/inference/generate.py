@@ -1,0 +1,156 @@
+"""The command `generate`: answers on the terminal and as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lpc_lightning.data import DataError
+from lpc_lightning.errors import SettingError
+from lpc_lightning.inference.generation import Answered, Condition, Decoding, answers
+from lpc_lightning.inference.opening import OpenedPolicy, open_policy
+from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
+from lpc_lightning.inference.side_by_side import side_by_side
+from lpc_lightning.latent import PriorMode
+
+TOP = 5
+"""Codes of the prior that are shown."""
+
+
+def generate(
+    model: str,
+    prompt: str | None = None,
+    prompts: str | None = None,
+    codes: list[int] | None = None,
+    prior_mode: PriorMode | None = None,
+    code_weights: list[str] | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_beams: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    system: str | None = None,
+    output: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Write answers to prompts: under the prior and, side by side, under chosen codes.
+
+    A prompt is put into the template that the model was trained with, else into the tokenizer's chat template where
+    there is one. The same prompt gets the same answer with the same settings, whatever is answered beside it; draws are
+    the same under every code.
+
+    Args:
+        model: A checkpoint (`runs/version_0/checkpoints/best.ckpt`), an exported folder, or any plain model: a folder,
+            a hub name or a GGUF file.
+        prompt: A prompt as text.
+        prompts: A file of prompts in place of `prompt`: `.txt` with one a line, or `.jsonl` with `prompt` as text or
+            messages.
+        codes: Numbers of codes to answer under as well, from 0.
+        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: as the
+            model's own settings say.
+        code_weights: A mixture of the codes to answer under as well: K numbers, used as they are, or a JSON file with
+            a list of them.
+        max_new_tokens: Tokens of an answer at most.
+        temperature: Divides the logits before a token is drawn. 0 takes the likeliest token.
+        top_p: Draw among the likeliest tokens that together have this probability.
+        num_beams: Beams of a beam search.
+        seed: Seed of all draws.
+        batch_size: Prompts that are answered at a time.
+        system: A system turn for prompts that have none.
+        output: A file for the answers, one JSON object a prompt; one that is there is written anew.
+        dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.
+        device: Where to run: `auto`, `cpu`, `cuda` ...
+    """
+    if (prompt is None) == (prompts is None):
+        raise SettingError("prompt: expected either a prompt (--prompt) or a file of prompts (--prompts).")
+    if prompt is not None and not prompt.strip():
+        raise SettingError(f"prompt: found {prompt!r}, expected text.")
+    asked = [text_prompt(prompt, system)] if prompt is not None else read_prompts(str(prompts), system)
+    decoding = Decoding(max_new_tokens, temperature, top_p, num_beams, seed, batch_size)
+    opened = open_policy(model, dtype=dtype, device=device)
+    under = conditions(opened, prior_mode, codes or [], code_weights)
+    _report(opened, asked, under, decoding, output)
+
+
+def conditions(
+    opened: OpenedPolicy, prior_mode: PriorMode | None, codes: Sequence[int], code_weights: Sequence[str] | None
+) -> list[Condition]:
+    """The prior, the mixture where there is one, and each code.
+
+    Raises:
+        SettingError: The policy has no such code, or no codes at all.
+    """
+    prior = opened.prior
+    if prior is None:
+        for name, value in (("codes", codes), ("code_weights", code_weights), ("prior_mode", prior_mode)):
+            if value not in (None, []):
+                raise SettingError(f"{name}: {opened.name} has no latent, so that there is nothing to choose.")
+        return [Condition("plain")]
+    try:
+        prior(torch.zeros(1, prior.width, device=opened.policy.model.device), prior_mode)
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+    found = [Condition("prior" if prior_mode is None else f"prior, {prior_mode}", prior_mode)]
+    if code_weights is not None:
+        found.append(Condition("code weights", code_weights=_weights(code_weights, opened)))
+    for code in codes:
+        if prior.codes is None or not 0 <= code < prior.codes:
+            kind = "has no codes" if prior.codes is None else f"has the codes 0 to {prior.codes - 1}"
+            raise SettingError(f"codes: found {code}, but the latent of {opened.name} {kind}.")
+        found.append(Condition(f"code {code}", code))
+    return found
+
+
+def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
+    codes = opened.prior.codes if opened.prior else None
+    values: Sequence[object] = given
+    try:
+        if len(given) == 1 and given[0].endswith(".json"):
+            values = json.loads(Path(given[0]).read_text())
+        weights = tuple(float(value) for value in values)  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise DataError(f"code_weights: there is no file {given[0]}.") from None
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"code_weights: found {' '.join(given)} ({error}), expected a list of numbers.") from error
+    if len(weights) != codes:
+        expected = "but it has no codes" if codes is None else f"expected {codes}, one for each code"
+        raise SettingError(f"code_weights: found {len(weights)} numbers for {opened.name}, {expected}.")
+    return weights
+
+
+def _report(
+    opened: OpenedPolicy, asked: Sequence[Prompt], under: Sequence[Condition], decoding: Decoding, output: str | None
+) -> None:
+    width = shutil.get_terminal_size().columns
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        file = stack.enter_context(Path(output).open("w", encoding="utf-8")) if output else None
+        bar = stack.enter_context(tqdm(total=len(asked), unit="prompt", disable=len(asked) <= decoding.batch_size))
+        for number, answered in enumerate(answers(opened, asked, under, decoding), 1):
+            if file is not None:
+                file.write(json.dumps({"model": opened.name, **asdict(answered)}, ensure_ascii=False) + "\n")
+                file.flush()
+            bar.write(_shown(answered, number, width))
+            bar.update()
+    if output:
+        print(f"Wrote {output}.")
+
+
+def _shown(answered: Answered, number: int, width: int) -> str:
+    lines = [f"Prompt {number}: {answered.prompt[-1]['content']}"]
+    if answered.prior is not None:
+        ranked = sorted(enumerate(answered.prior), key=lambda code: -code[1])
+        told = ", ".join(f"{code} ({share:.3f})" for code, share in ranked[:TOP])
+        lines.append(f"Likeliest codes under the prior: {told}")
+    texts = {each.under: each.text + ("" if each.finished else " [...]") for each in answered.answers}
+    return "\n".join([*lines, "", side_by_side(texts, width), ""])

@@ -1,0 +1,270 @@
+"""Text from an opened policy: each prompt answered under the prior, under chosen codes, or under a mixture of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lpc_lightning.data import DataError
+from lpc_lightning.data.rows import BadRow
+from lpc_lightning.data.templates import TemplateKind, make_template
+from lpc_lightning.errors import SettingError
+from lpc_lightning.inference.opening import OpenedPolicy
+from lpc_lightning.latent import PriorMode
+from lpc_lightning.seeding import derive
+from lpc_lightning.types import Message
+
+Prompt = Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How an answer is written.
+
+    Raises:
+        SettingError: A value out of range, or two that contradict each other.
+    """
+
+    max_new_tokens: int = 256
+    """Tokens of an answer at most."""
+    temperature: float = 0.0
+    """Divides the logits before a token is drawn. 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    num_beams: int = 1
+    """Beams of a beam search."""
+    seed: int = 0
+    """Seed of all draws."""
+    batch_size: int = 8
+    """Prompts that are answered at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: found {getattr(self, name)}, expected at least 1.")
+        if self.temperature < 0:
+            raise SettingError(f"temperature: found {self.temperature}, expected at least 0.")
+        if not 0 < self.top_p <= 1:
+            raise SettingError(f"top_p: found {self.top_p}, expected a share above 0 and at most 1.")
+        if self.top_p < 1 and not self.temperature:
+            raise SettingError(
+                f"top_p: found {self.top_p} at temperature 0, where nothing is drawn; set a temperature."
+            )
+        if self.num_beams > 1 and self.temperature:
+            raise SettingError(
+                f"num_beams: found {self.num_beams} at temperature {self.temperature}; beams go with temperature 0."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What an answer is written under. As it stands: the prior, taken as the policy's own settings say."""
+
+    name: str = "prior"
+    prior_mode: PriorMode | None = None
+    """How z is taken from the prior. None: as the policy's own settings say."""
+    code_weights: tuple[float, ...] | None = None
+    """K weights over the codes, in place of the prior."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer to a prompt."""
+
+    under: str
+    """Name of the condition."""
+    text: str
+    tokens: int
+    """Its length, the end token not counted."""
+    finished: bool
+    """Whether it ended by itself; False: at the most tokens allowed, or at the end of the context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A prompt with all its answers."""
+
+    prompt: tuple[Message, ...]
+    prior: tuple[float, ...] | None
+    """(K,) probabilities of the codes given the prompt; None where there are no codes."""
+    answers: tuple[Answer, ...]
+    """One a condition."""
+
+
+def answers(
+    opened: OpenedPolicy,
+    prompts: Sequence[Prompt],
+    conditions: Sequence[Condition] = (Condition(),),
+    decoding: Decoding = Decoding(),
+) -> Iterator[Answered]:
+    """Answer prompts, in their order, batch by batch.
+
+    A prompt becomes the same ids as in training, and its draws depend on the seed and these ids alone: neither on the
+    batch nor on what else is answered. They are the same under every condition, so that answers differ by z alone.
+
+    Args:
+        opened: The policy.
+        prompts: Conversations that end in a user turn.
+        conditions: What to answer under; a policy without a latent answers all of them alike.
+        decoding: How.
+
+    Raises:
+        DataError: The template refuses a prompt, or a prompt fills the whole context. Before anything is generated.
+        ValueError: A condition that the policy's latent does not have.
+    """
+    template = make_template(opened.tokenizer, trained_template(opened))
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            encoded.append(template.prompt_ids(prompt))
+        except BadRow as fault:
+            raise DataError(f"prompt {number}: {fault}") from fault
+    writer = _Writer(opened, decoding, ends=[template.end_id, opened.tokenizer.eos_token_id], pad=template.pad_id)
+    rooms = [writer.room(number, ids) for number, ids in enumerate(encoded, 1)]
+    return (
+        Answered(tuple(prompts[place]), prior, found)
+        for batch in _batches(rooms, decoding.batch_size)
+        for place, prior, found in zip(
+            batch, *writer.write([encoded[place] for place in batch], rooms[batch[0]], conditions), strict=True
+        )
+    )
+
+
+def trained_template(opened: OpenedPolicy) -> TemplateKind:
+    """What prompts were put into when the policy was trained; `auto` for a model that does not say."""
+    origin = opened.origin.get("training", opened.origin)
+    kind: TemplateKind = (origin.get("data") or {}).get("init_args", {}).get("template", "auto")
+    return kind
+
+
+def _batches(rooms: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Places of consecutive prompts whose answers may get equally long."""
+    for _, run in groupby(range(len(rooms)), key=lambda place: rooms[place]):
+        places = list(run)
+        yield from (places[start : start + size] for start in range(0, len(places), size))
+
+
+class _Writer:
+    def __init__(self, opened: OpenedPolicy, decoding: Decoding, ends: list[int | None], pad: int) -> None:
+        self._opened, self._decoding, self._pad = opened, decoding, pad
+        self._ends = sorted({end for end in ends if end is not None})
+        self._device = opened.policy.model.device
+
+    def room(self, number: int, ids: list[int]) -> int:
+        """How many tokens an answer may have: less than asked for where the context ends before."""
+        config = self._opened.policy.causal_lm.config.get_text_config()
+        context: int | None = getattr(config, "max_position_embeddings", None)
+        if context is None:
+            return self._decoding.max_new_tokens
+        if len(ids) >= context:
+            raise DataError(
+                f"prompt {number}: found {len(ids)} tokens, expected fewer than the policy's context of {context}, so "
+                "that there is room for an answer. Shorten it."
+            )
+        return min(self._decoding.max_new_tokens, context - len(ids))
+
+    @torch.inference_mode()
+    def write(
+        self, encoded: list[list[int]], room: int, conditions: Sequence[Condition]
+    ) -> tuple[list[tuple[float, ...] | None], list[tuple[Answer, ...]]]:
+        """The prior and the answers of each prompt of a batch."""
+        longest = max(map(len, encoded))
+        tokens = torch.tensor([[self._pad] * (longest - len(ids)) + ids for ids in encoded], device=self._device)
+        lengths = torch.tensor([len(ids) for ids in encoded], device=self._device)
+        mask = (torch.arange(longest, device=self._device) >= longest - lengths[:, None]).long()
+        prior, states = self._opened.prior, None
+        shares: list[tuple[float, ...] | None] = [None] * len(encoded)
+        if prior is not None:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            states = self._opened.policy.states(tokens, mask, None, positions)[:, -1]
+            if (log_prior := prior.log_prior(states)) is not None:
+                shares = [tuple(row) for row in log_prior.exp().tolist()]
+        by_condition = []
+        for condition in conditions:
+            z = None if states is None else self._latents(states, condition, encoded)
+            by_condition.append([self._answer(condition, row) for row in self._decode(tokens, mask, z, room, encoded)])
+        return shares, list(zip(*by_condition, strict=True))
+
+    def _latents(self, states: Tensor, condition: Condition, encoded: list[list[int]]) -> Tensor:
+        """z (B, d), each row drawn (where it is drawn at all) by its own seed."""
+        assert self._opened.prior is not None
+        weights = None if condition.code_weights is None else torch.tensor(condition.code_weights, device=self._device)
+        rows = []
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            for state, ids in zip(states, encoded, strict=True):
+                torch.manual_seed(derive("prior", self._decoding.seed, *ids))
+                rows.append(self._opened.prior(state[None], condition.prior_mode, weights))
+        return torch.cat(rows)
+
+    def _decode(
+        self, tokens: Tensor, mask: Tensor, z: Tensor | None, room: int, encoded: list[list[int]]
+    ) -> list[list[int]]:
+        """The new tokens of each row, the end token and what follows it included."""
+        decoding, draws = self._decoding, LogitsProcessorList()
+        if decoding.temperature:
+            draws.append(TemperatureLogitsWarper(decoding.temperature))
+            draws.append(TopPLogitsWarper(decoding.top_p))
+            draws.append(_GumbelNoise([derive("tokens", decoding.seed, *ids) for ids in encoded]))
+        model: Any = self._opened.causal_lm
+        with _nothing_published(model):
+            found = model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                generation_config=GenerationConfig(
+                    max_new_tokens=room,
+                    num_beams=decoding.num_beams,
+                    do_sample=False,
+                    eos_token_id=self._ends,
+                    pad_token_id=self._pad,
+                ),
+                logits_processor=draws,
+                **({} if z is None else {"z": z}),
+            )
+        new: list[list[int]] = found[:, tokens.shape[1] :].tolist()
+        return new
+
+    def _answer(self, condition: Condition, new: list[int]) -> Answer:
+        end = next((place for place, token in enumerate(new) if token in self._ends), None)
+        text = self._opened.tokenizer.decode(new[:end], skip_special_tokens=True)
+        assert isinstance(text, str)
+        return Answer(condition.name, text.strip(), len(new[:end]), end is not None)
+
+
+@contextmanager
+def _nothing_published(model: PreTrainedModel) -> Iterator[None]:
+    """A model's published way to generate (a repetition penalty, a temperature) would mix with what was asked for."""
+    published, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = published
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Makes the largest score a draw from softmax(scores), each row's by a generator of its own (Gumbel 1954).
+
+    transformers draws all rows from one stream, so that a row's draws would depend on the others.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, V) scores with noise."""
+        exact = torch.float64
+        waits = [torch.empty(scores.shape[1], dtype=exact).exponential_(generator=own) for own in self._generators]
+        return scores.to(exact) - torch.stack(waits).log().to(scores.device)

@@ -1,0 +1,766 @@
+"""A causal language model that answers under a latent z inferred from its prompt: logits = LMHead(h + z).
+
+Latent Preference Coding (Gong et al., ICML 2025, arXiv 2505.04993). This file needs torch, safetensors and transformers
+alone. It lies in every exported folder, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
+works where the project that trained the model is not installed.
+
+Letters: B prompts in a batch, q tokens of a call, d hidden width, V vocabulary, K codes. h_x (B, d) is the last hidden
+state (after the final norm, what enters the LM head) at the last token of a prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
+from transformers.utils import cached_file
+
+LATENT_FILE = "latent.safetensors"
+"""The latent's tensors: a file of their own, so that stock transformers opens the folder as the plain policy."""
+CONFIG_KEY = "lpc"
+"""The latent's settings, in `config.json`."""
+CACHES = ("past_key_values", "cache_params")
+"""Where a model's output keeps what a later call goes on from."""
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Options of `from_pretrained` that say where to look for a file."""
+PRIOR = "latent_prior"
+"""The latent's place among a model's children."""
+MARK = "filled_under_latent"
+"""Attribute of a cache that a latent model has filled."""
+LINEAR_TOLERANCE = 0.02
+"""Relative departure from a straight line beyond which a head is not linear: bfloat16 rounds within it."""
+
+
+# The prior
+
+
+class InferencePrior(nn.Module):
+    """z = f(h_x; mode): what is left of a latent space once training is over. Each kind is a subclass.
+
+    Attributes:
+        settings: JSON values: `kind`, `prior_mode`, and `codes` where there is a codebook.
+        codebook: (K, d), or None.
+        codes: K, where a single code is a way to answer; else None.
+    """
+
+    kinds: ClassVar[dict[str, type[InferencePrior]]] = {}
+    codes: int | None = None
+    codebook: Any
+
+    def __init_subclass__(cls, kind: str) -> None:
+        InferencePrior.kinds[kind] = cls
+
+    def __init__(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors; see `of`."""
+        super().__init__()
+        self.settings = dict(settings)
+        self.register_parameter("codebook", None)
+
+    @staticmethod
+    def of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> InferencePrior:
+        """The prior of a kind.
+
+        Args:
+            settings: `kind`, `prior_mode` and, where there is a codebook, `codes`.
+            tensors: Its weights by name; they are copied.
+
+        Raises:
+            ValueError: No such kind, or not its tensors.
+        """
+        kind = settings.get("kind")
+        if kind not in InferencePrior.kinds:
+            raise ValueError(f"latent: found kind {kind!r}, expected one of {', '.join(InferencePrior.kinds)}.")
+        try:
+            prior = InferencePrior.kinds[kind](settings, tensors)
+        except KeyError as error:
+            raise ValueError(f"latent: found {', '.join(tensors)}, expected {error} as well ({kind} latent).") from None
+        if surplus := set(tensors) - set(prior.state_dict()):
+            raise ValueError(f"latent: found {', '.join(sorted(surplus))}, which a {kind} latent does not have.")
+        return prior
+
+    @property
+    def width(self) -> int:
+        """d."""
+        raise NotImplementedError
+
+    def log_prior(self, prompt: Tensor) -> Tensor | None:
+        """(B, K) log-probabilities of the codes given h_x (B, d), or None where there is no distribution over codes."""
+        return None
+
+    def forward(self, prompt: Tensor, mode: str | int | None = None, code_weights: Tensor | None = None) -> Tensor:
+        """z, outside autocast, in the type of the weights.
+
+        Args:
+            prompt: (B, d) h_x.
+            mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. None: as settings
+                say.
+            code_weights: (K,) or (B, K) weights over the codebook in place of the prior; they are used as they are.
+
+        Returns:
+            (B, d).
+
+        Raises:
+            ValueError: A mode or weights that this kind of latent does not have.
+        """
+        with torch.autocast(prompt.device.type, enabled=False):
+            if code_weights is None:
+                return self._taken(prompt, self.settings["prior_mode"] if mode is None else mode)
+            if mode is not None:
+                raise ValueError("found both prior_mode and code_weights, expected one: either stands for z.")
+            return self._mixed(code_weights, prompt.shape[0])
+
+    def _taken(self, prompt: Tensor, mode: str | int) -> Tensor:
+        raise NotImplementedError
+
+    def _mixed(self, weights: Tensor, rows: int) -> Tensor:
+        if self.codebook is None:
+            raise ValueError(f"code_weights: a latent of kind {self.settings['kind']} has no codebook to weigh.")
+        codes = self.codebook.shape[0]
+        if weights.shape not in ((codes,), (rows, codes)):
+            raise ValueError(
+                f"code_weights: found shape {tuple(weights.shape)}, expected ({codes},), one weight a code, or "
+                f"({rows}, {codes}), a row for each prompt."
+            )
+        return weights.to(self.codebook).expand(rows, -1) @ self.codebook
+
+    def _refuse(self, mode: object, expected: str) -> ValueError:
+        return ValueError(f"prior_mode: found {mode!r}, expected {expected}.")
+
+
+class _Network(nn.Module):
+    """Two layers on states of unit root mean square."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        super().__init__()
+        self.first, self.second = (_linear(tensors, f"{name}.{layer}") for layer in ("first", "second"))
+
+    def forward(self, prompt: Tensor) -> Tensor:
+        """(B, d) to (B, outputs), float32 or wider."""
+        kind = self.first.weight.dtype
+        normal = nn.functional.rms_norm(prompt.to(kind), prompt.shape[-1:])
+        output = self.second(nn.functional.gelu(self.first(normal)))
+        return output.to(torch.promote_types(kind, torch.float32))
+
+
+def _linear(tensors: Mapping[str, Tensor], name: str) -> nn.Linear:
+    weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight, layer.bias = _copied(weight), _copied(bias)
+    return layer
+
+
+def _copied(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone())
+
+
+class DiscretePrior(InferencePrior, kind="discrete"):
+    """z = c E, with c from p(code given x) = softmax(MLP(h_x))."""
+
+    modes: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {
+        "mean": lambda log_prior: log_prior.exp(),
+        "sample": lambda log_prior: _one_hot(torch.multinomial(log_prior.exp(), 1)[:, 0], log_prior),
+        "argmax": lambda log_prior: _one_hot(log_prior.argmax(-1), log_prior),
+    }
+
+    def __init__(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """See `InferencePrior.of`."""
+        super().__init__(settings, tensors)
+        self.codebook = _copied(tensors["codebook"])
+        self.prior = _Network(tensors, "prior")
+        self.codes = self.codebook.shape[0]
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.codebook.shape[1]
+
+    def log_prior(self, prompt: Tensor) -> Tensor:
+        """(B, K)."""
+        with torch.autocast(prompt.device.type, enabled=False):
+            return self.prior(prompt).log_softmax(-1)
+
+    def _taken(self, prompt: Tensor, mode: str | int) -> Tensor:
+        log_prior = self.log_prior(prompt)
+        if isinstance(mode, int) and not isinstance(mode, bool) and 0 <= mode < log_prior.shape[1]:
+            weights = _one_hot(torch.full(prompt.shape[:1], mode, device=prompt.device), log_prior)
+        elif mode in self.modes:
+            weights = self.modes[str(mode)](log_prior)
+        else:
+            expected = f"one of {', '.join(self.modes)}, or the number of a code from 0 to {log_prior.shape[1] - 1}"
+            raise self._refuse(mode, expected)
+        return weights.to(self.codebook.dtype) @ self.codebook
+
+
+def _one_hot(codes: Tensor, like: Tensor) -> Tensor:
+    return nn.functional.one_hot(codes, like.shape[-1]).to(like.dtype)
+
+
+class GaussianPrior(InferencePrior, kind="gaussian"):
+    """z = c E, with c ~ Normal(mean, std) from MLP(h_x)."""
+
+    def __init__(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """See `InferencePrior.of`."""
+        super().__init__(settings, tensors)
+        self.codebook = _copied(tensors["codebook"])
+        self.prior = _Network(tensors, "prior")
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.codebook.shape[1]
+
+    def _taken(self, prompt: Tensor, mode: str | int) -> Tensor:
+        mean, log_std = self.prior(prompt).chunk(2, dim=-1)
+        if mode == "sample":
+            mean = mean + log_std.exp() * torch.randn_like(mean)
+        elif mode != "mean":
+            raise self._refuse(mode, "mean or sample: a Gaussian latent has no codes")
+        return mean.to(self.codebook.dtype) @ self.codebook
+
+
+class DeterministicPrior(InferencePrior, kind="mlp"):
+    """z = MLP(h_x): one z, however it is taken."""
+
+    def __init__(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """See `InferencePrior.of`."""
+        super().__init__(settings, tensors)
+        self._take(tensors)
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        self.network = _Network(tensors, "network")
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.network.first.in_features
+
+    def _taken(self, prompt: Tensor, mode: str | int) -> Tensor:
+        if mode not in DiscretePrior.modes:
+            expected = f"{', '.join(DiscretePrior.modes)} (the same here): this latent has no codes"
+            raise self._refuse(mode, expected)
+        return self._z(prompt)
+
+    def _z(self, prompt: Tensor) -> Tensor:
+        return self.network(prompt)
+
+
+class VectorPrior(DeterministicPrior, kind="vector"):
+    """One z for all prompts."""
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        self.vector = _copied(tensors["vector"])
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.vector.shape[0]
+
+    def _z(self, prompt: Tensor) -> Tensor:
+        return self.vector.expand(prompt.shape[0], -1)
+
+
+# The model
+
+
+@contextmanager
+def _hooked(
+    head: nn.Module, enter: Callable[[Tensor], Tensor], decoder: nn.Module, leave: Callable[[Tensor], None]
+) -> Iterator[None]:
+    """Show `leave` the states that leave the decoder, and have `enter` change those that enter the head.
+
+    The modules are shared with other models. The hooks last for the block and answer to this thread alone, so that a
+    server's threads do not steer each other.
+    """
+    thread = threading.get_ident()
+
+    def behind(module: nn.Module, inputs: Any, output: Any) -> None:
+        if threading.get_ident() == thread:
+            leave(output[0])
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (enter(inputs[0]), *inputs[1:]) if threading.get_ident() == thread else None
+
+    handles = [decoder.register_forward_hook(behind), head.register_forward_pre_hook(before)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Steering:
+    """z of one forward pass: inferred from the states that leave the decoder, added to those that enter the head."""
+
+    def __init__(self, z: Tensor | None, infer: Callable[[Tensor], Tensor]) -> None:
+        self.z, self.infer, self.added = z, infer, False
+
+    def leave(self, states: Tensor) -> None:
+        if self.z is None:
+            self.z = self.infer(states)
+
+    def enter(self, states: Tensor) -> Tensor:
+        assert self.z is not None, "the decoder runs before the head"
+        rows, _, width = states.shape
+        if self.z.shape not in ((width,), (rows, width)):
+            raise ValueError(
+                f"z: found shape {tuple(self.z.shape)}, expected ({rows}, {width}), a row for each prompt, or "
+                f"({width},)."
+            )
+        self.z, self.added = self.z.expand(rows, -1), True
+        return states + self.z[:, None].to(states)
+
+
+Stock: Any = object
+"""The stock model class comes next in a method's resolution order; which one is known at run time alone."""
+
+
+class LatentGenerationMixin(Stock):
+    """What `latent_causal_lm` puts before a stock model class.
+
+    Attributes:
+        latent_prior: From h_x to z.
+        stock: The stock model class.
+        forward_names: Arguments of the stock `forward`, in order.
+    """
+
+    latent_prior: InferencePrior
+    stock: type[PreTrainedModel]
+    forward_names: tuple[str, ...]
+
+    def latent_forward(
+        self,
+        *args: Any,
+        z: Tensor | None = None,
+        prior_mode: str | int | None = None,
+        code_weights: Tensor | None = None,
+        prompt_end: Tensor | None = None,
+        rows_per_prompt: int = 1,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock model's `forward`, with z added to the states that enter the LM head.
+
+        Without `z`, it is inferred at the last token of each row that the attention mask shows (left or right padding),
+        which is right where a row is a prompt. Give `prompt_end` where a row holds an answer behind its prompt.
+
+        Args:
+            args: The stock model's arguments.
+            z: (B, d) or (d,) latent to answer under, such as an earlier call's `outputs.z`.
+            prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or a code's number. None: the model's
+                own setting.
+            code_weights: (K,) or (B, K) weights over the codes in place of the prior.
+            prompt_end: (B,) column, among this call's tokens, of the last token of each prompt.
+            rows_per_prompt: So many consecutive rows go on from one prompt and share its z (beams).
+            kwargs: The stock model's arguments.
+
+        Returns:
+            The stock model's outputs, with `z` (B, d) among them.
+
+        Raises:
+            ValueError: Arguments that contradict each other, or leave open where the prompt ends.
+        """
+        given = dict(zip(self.forward_names[: len(args)], args, strict=True)) | kwargs
+        as_dict = given.pop("return_dict", None)
+        if z is not None and (prior_mode is not None or code_weights is not None):
+            raise ValueError("found z and prior_mode or code_weights, expected one: z is what these would infer.")
+        if z is None and prompt_end is None:
+            _check_prompts(given)
+
+        def infer(states: Tensor) -> Tensor:
+            end = _last_shown(given.get("attention_mask"), *states.shape[:2]) if prompt_end is None else prompt_end
+            prompt = states[torch.arange(len(states), device=states.device), end.to(states.device)]
+            weights = code_weights
+            if weights is not None and weights.dim() == 2:
+                weights = weights[::rows_per_prompt]
+            inferred = self.latent_prior(prompt[::rows_per_prompt], prior_mode, weights)
+            return inferred.repeat_interleave(rows_per_prompt, dim=0)
+
+        steering = _Steering(z, infer)
+        with _hooked(self.get_output_embeddings(), steering.enter, self.get_decoder(), steering.leave):
+            outputs = super().forward(**given, return_dict=True)
+        if not steering.added:
+            raise RuntimeError(
+                f"{type(self).__name__}: its forward did not call its LM head, so that z was not added (some fused "
+                "losses do that). Ask for logits instead of a loss."
+            )
+        outputs["z"] = steering.z
+        for name in CACHES:
+            if (cache := outputs.get(name)) is not None:
+                setattr(cache, MARK, True)
+        return outputs if (self.config.return_dict if as_dict is None else as_dict) else outputs.to_tuple()
+
+    @torch.no_grad()
+    def infer_z(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prior_mode: str | int | None = None,
+        code_weights: Tensor | None = None,
+    ) -> Tensor:
+        """z (B, d) of prompts (B, q), padded left or right; see `latent_forward` for the arguments."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        places = {}
+        if "position_ids" in self.forward_names:
+            places["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)  # as `generate` counts them
+        states = self.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False, **places)[0]
+        prompt = states[torch.arange(len(states), device=states.device), _last_shown(mask, *states.shape[:2])]
+        return self.latent_prior(prompt, prior_mode, code_weights)
+
+    def logits_processor(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prior_mode: str | int | None = None,
+        code_weights: Tensor | None = None,
+    ) -> LatentLogitsProcessor:
+        """The latent of these prompts as a logits processor: with it the stock model answers as this one does.
+
+        See `infer_z` for the arguments.
+
+        Raises:
+            ValueError: The head is not linear, so that z is no bias on the logits.
+        """
+        return LatentLogitsProcessor(
+            self.logit_biases(self.infer_z(input_ids, attention_mask, prior_mode, code_weights))
+        )
+
+    def code_biases(self) -> Tensor:
+        """(K, V) what each code adds to the logits: a server steers by a code's number without any hidden state.
+
+        Raises:
+            ValueError: The latent has no codes, or the head is not linear.
+        """
+        if self.latent_prior.codes is None:
+            raise ValueError(f"code_biases: a latent of kind {self.latent_prior.settings['kind']} has no codes.")
+        return self.logit_biases(self.latent_prior.codebook)
+
+    @torch.no_grad()
+    def logit_biases(self, z: Tensor) -> Tensor:
+        """LMHead(z) without the head's own bias, with whatever scale the family puts on its logits: (N, d) to (N, V).
+
+        Raises:
+            ValueError: The head is not linear.
+        """
+        probe = torch.ones_like(z[:1])
+        zero, unit, *biases = self._head(torch.cat([torch.zeros_like(probe), probe, z]))
+        # Far out a soft cap shows; a linear head stays on its line, here up to logits of about a thousand.
+        far = 2.0 ** torch.log2(1000 / (unit - zero).abs().max()).round()
+        apart = (self._head(far * probe)[0] - zero - far * (unit - zero)).abs().max()
+        if apart > LINEAR_TOLERANCE * far * (unit - zero).abs().max():
+            raise ValueError(
+                f"logits of {type(self).__name__}: found a head that is not linear (a soft cap?), expected LMHead(h + "
+                "z) = LMHead(h) + LMHead(z). A bias on the logits cannot stand for z here: use this model's own "
+                "forward and generate."
+            )
+        return torch.stack(biases) - zero
+
+    def _head(self, states: Tensor) -> Tensor:
+        """(N, V) logits, float32 or wider, that the model's own code makes of states (N, d)."""
+        head = self.get_output_embeddings()
+        token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+        with _hooked(head, lambda entering: states[None].to(entering), self.get_decoder(), lambda leaving: None):
+            outputs = super().forward(
+                input_ids=token, attention_mask=torch.ones_like(token), use_cache=False, return_dict=True
+            )
+        logits = outputs.logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    # Generation: z is inferred at prefill and kept
+
+    def latent_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        z: Tensor | None = None,
+        prior_mode: str | int | None = None,
+        code_weights: Tensor | None = None,
+        prompt_end: Tensor | None = None,
+        rows_per_prompt: int = 1,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The stock model's inputs, and the latent's. Without a z yet, the prompt ends where the input ends."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if z is None and prompt_end is None:
+            tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+            prompt_end = _last_shown(kwargs.get("attention_mask"), *tokens.shape[:2]).to(tokens.device)
+        latent = {"z": z, "prior_mode": prior_mode, "code_weights": code_weights, "prompt_end": prompt_end}
+        return {**inputs, **latent, "rows_per_prompt": rows_per_prompt}
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return updated | {"z": outputs["z"], "prior_mode": None, "code_weights": None, "prompt_end": None}
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        for name in ("z", "code_weights"):
+            value = model_kwargs.get(name)
+            if value is not None and value.dim() == 1:  # rows are repeated; one vector for all prompts is not a row
+                assert input_ids is not None
+                model_kwargs[name] = value.expand(input_ids.shape[0], -1)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _beam_search(self, input_ids: Tensor, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
+        beams = generation_config.num_beams
+        return super()._beam_search(
+            input_ids, *args, generation_config=generation_config, rows_per_prompt=beams, **kwargs
+        )
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "assisted decoding: its first pass holds guesses behind the prompt, where z would be inferred. Expected "
+            "greedy search, sampling or beams; or the stock model with this one's `logits_processor`."
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not served.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "continuous batching: it packs the tokens of many prompts into one row, where z cannot tell them apart. "
+            "Expected `generate` on a batch; or the stock model with this one's `logits_processor`."
+        )
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        return False  # the hooks of a pass are new ones each time: torch.compile would compile each time
+
+    # Files
+
+    def plain_causal_lm(self) -> PreTrainedModel:
+        """The stock model, which shares all weights with this one and knows no latent."""
+        return _view(self, self.stock, without=PRIOR)
+
+    def save_pretrained(
+        self, save_directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Write a folder that opens both ways: stock as the plain model, with `trust_remote_code=True` as this one.
+
+        Args:
+            save_directory: The folder.
+            state_dict: Weights to write in place of the model's own, the latent's among them.
+            kwargs: As in transformers.
+
+        Raises:
+            ValueError: The model holds an adapter, or the call asks to push to the hub.
+        """
+        if any(".base_layer." in name for name in self.state_dict()):
+            raise ValueError("save_pretrained: found an adapter in the model, expected it merged into the weights.")
+        if kwargs.get("push_to_hub"):
+            raise ValueError("save_pretrained: found push_to_hub, expected a local save; `push_to_hub` does both.")
+        folder, plain = Path(save_directory), self.plain_causal_lm()
+        plain.config = copy.deepcopy(self.config)
+        plain.config.auto_map = {"AutoModelForCausalLM": f"{Path(__file__).stem}.{LatentCausalLM.__name__}"}
+        setattr(plain.config, CONFIG_KEY, self.latent_prior.settings)
+        state = self.state_dict() if state_dict is None else state_dict
+        latent = {name: tensor for name, tensor in state.items() if name.startswith(f"{PRIOR}.")}
+        weights = {name: tensor for name, tensor in state.items() if name not in latent}
+        plain.save_pretrained(folder, state_dict=weights, **kwargs)
+        tensors = {name.removeprefix(f"{PRIOR}."): tensor.contiguous() for name, tensor in latent.items()}
+        save_file(tensors, folder / LATENT_FILE, metadata={"format": "pt"})
+        shutil.copyfile(__file__, folder / Path(__file__).name)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """See `LatentCausalLM.from_pretrained`."""
+        return LatentCausalLM.from_pretrained(*args, **kwargs)
+
+
+def latent_causal_lm(causal_lm: PreTrainedModel, prior: InferencePrior) -> PreTrainedModel:
+    """A model that answers under the latent: a view that shares all weights with `causal_lm`, which stays as it is.
+
+    Its `forward` and `generate` are the stock ones, and take `z`, `prior_mode`, `code_weights` and `prompt_end` as well
+    (see `LatentGenerationMixin.latent_forward`). `generate` infers z at the end of its input, unless it is given one,
+    and keeps it for the whole answer, with and without a KV cache. Beams of one prompt share a sampled z; sequences
+    returned for one prompt under sampling have each their own.
+
+    Args:
+        causal_lm: A decoder-only model of transformers, with or without adapter layers. The latent of one that has a
+            latent is left out.
+        prior: From h_x to z; it moves to the LM head's device.
+
+    Returns:
+        An instance of a subclass of `type(causal_lm)`.
+
+    Raises:
+        ValueError: The latent is not as wide as the model's hidden states.
+    """
+    if isinstance(causal_lm, LatentGenerationMixin):
+        causal_lm = causal_lm.plain_causal_lm()
+    head = causal_lm.get_output_embeddings().weight
+    if prior.width != head.shape[1]:
+        raise ValueError(f"latent: found a z of width {prior.width}, expected {head.shape[1]}, the policy's.")
+    stock: Any = type(causal_lm)
+    view = _view(causal_lm, _latent_class(stock))
+    view.latent_prior = prior.to(head.device)
+    return view
+
+
+@functools.cache
+def _latent_class(stock: Any) -> Any:
+    space = {
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` that answers under a latent: see `latent_causal_lm`.",
+        "forward": _telling(LatentGenerationMixin.latent_forward, stock.forward),
+        "prepare_inputs_for_generation": _telling(
+            LatentGenerationMixin.latent_inputs_for_generation, stock.prepare_inputs_for_generation
+        ),
+        "stock": stock,
+        "forward_names": tuple(inspect.signature(stock.forward).parameters)[1:],
+        "config_class": stock.config_class,
+    }
+    return type(f"Latent{stock.__name__}", (LatentGenerationMixin, stock), space)
+
+
+def _telling(latent: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`latent` with the stock function's arguments in its signature: transformers looks there for what it may pass."""
+    own = [p for p in inspect.signature(latent).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    theirs = list(inspect.signature(stock).parameters.values())
+    rest = [p for p in theirs if p.kind is p.VAR_KEYWORD]
+
+    @functools.wraps(latent)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return latent(self, *args, **kwargs)
+
+    order = [*(p for p in theirs if p not in rest), *own, *rest]
+    method.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
+    return method
+
+
+def _view(model: Any, kind: Any, without: str | None = None) -> Any:
+    """A copy of the module alone, as `kind`: parameters, buffers, children and config are those of `model`."""
+    view = kind.__new__(kind)
+    # accelerate puts a forward of its own on an instance, which would hide the view's; the children keep theirs.
+    own = {name: value for name, value in vars(model).items() if name not in ("forward", "_old_forward", "_hf_hook")}
+    hooks = {name: copy.copy(value) for name, value in own.items() if name.endswith(("_hooks", "_with_kwargs"))}
+    children = {name: child for name, child in model._modules.items() if name != without}
+    view.__dict__ |= own | hooks | {"_modules": children}
+    view.generation_config = copy.deepcopy(view.generation_config)
+    return view
+
+
+class LatentLogitsProcessor(LogitsProcessor):
+    """Adds LMHead(z) to the scores: with it a stock model whose head is linear answers under the latent.
+
+    Scores leave as log-probabilities. For greedy search and sampling that changes nothing; beam search adds up what it
+    gets, and hands in log-probabilities, which with a bias on them would not sum to one.
+    """
+
+    def __init__(self, bias: Tensor) -> None:
+        """Keep the bias.
+
+        Args:
+            bias: (V,) for all rows, or (B, V), a row for each prompt; each serves all sequences of its prompt.
+        """
+        self.bias = bias
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, V) scores to (rows, V) log-probabilities.
+
+        Raises:
+            ValueError: There are not as many sequences for each prompt as for any other.
+        """
+        bias, rows = self.bias.to(scores), scores.shape[0]
+        if bias.dim() == 2:
+            if rows % bias.shape[0]:
+                raise ValueError(
+                    f"logits processor: found {rows} rows, expected a multiple of {bias.shape[0]} prompts."
+                )
+            bias = bias.repeat_interleave(rows // bias.shape[0], dim=0)
+        return (scores + bias).log_softmax(-1)
+
+
+class LatentCausalLM:
+    """What `auto_map` in an exported `config.json` names: loads the stock model and puts its latent on."""
+
+    @staticmethod
+    def from_pretrained(path: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Open an exported folder or hub repository.
+
+        Args:
+            path: Folder, or name on the hub.
+            args: As in transformers.
+            config: The config, where it is loaded already.
+            kwargs: As in transformers (`dtype`, `device_map`, `revision` ...). The latent keeps its own type.
+
+        Returns:
+            See `latent_causal_lm`; with `output_loading_info=True`, and what transformers says of the loading.
+        """
+        for name in ("trust_remote_code", "_from_auto"):
+            kwargs.pop(name, None)
+        loaded = AutoModelForCausalLM.from_pretrained(path, *args, config=config, trust_remote_code=False, **kwargs)
+        causal_lm, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        model = latent_causal_lm(causal_lm, load_prior(path, causal_lm.config, **kwargs))
+        return (model, *info) if info else model
+
+    @staticmethod
+    def register_for_auto_class(auto_class: Any = None) -> None:
+        """Nothing to do: `save_pretrained` writes `auto_map` by itself."""
+
+    @staticmethod
+    def _from_config(config: Any, **kwargs: Any) -> Any:
+        raise ValueError("from_config: a latent is trained and has no other start, expected from_pretrained.")
+
+
+def load_prior(path: str | Path, config: Any, **hub: Any) -> InferencePrior:
+    """The latent beside a model.
+
+    Args:
+        path: Folder, or name on the hub.
+        config: The model's config.
+        hub: Where to look, as in transformers; other options are passed over.
+
+    Raises:
+        ValueError: The config tells of no latent.
+    """
+    settings = getattr(config, CONFIG_KEY, None)
+    if settings is None:
+        raise ValueError(f"{path}: found no `{CONFIG_KEY}` in config.json, expected the settings of a latent.")
+    where = {name: hub[name] for name in HUB if name in hub}
+    file: Any = cached_file(path, LATENT_FILE, **where)
+    return InferencePrior.of(settings, load_file(file))
+
+
+def _check_prompts(given: Mapping[str, Any]) -> None:
+    cache: Any = given.get("past_key_values")
+    if getattr(cache, MARK, False) and cache.get_seq_length() > 0:
+        raise ValueError(
+            "z: found none, and a cache that was filled under a latent. To go on with an answer, pass the z it began "
+            "with (z=outputs.z); to answer a new prompt behind the cached text, pass prompt_end, the column of that "
+            "prompt's last token among the new ones."
+        )
+    if given.get("labels") is not None:
+        raise ValueError(
+            "labels: found neither z nor prompt_end beside them, expected one: z would be inferred at the end of the "
+            "answer that it is to predict. prompt_end is the column of each prompt's last token."
+        )
+
+
+def _last_shown(mask: Tensor | None, rows: int, tokens: int) -> Tensor:
+    """(B,) the last of a call's columns that the mask shows; the mask may begin with columns of a cache."""
+    if mask is None:
+        return torch.full((rows,), tokens - 1)
+    if mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask: found {mask.dim()} dimensions, expected 2, to see where each prompt ends; or pass "
+            "prompt_end or z."
+        )
+    shown = mask[:, -tokens:] != 0
+    return (shown.long() * torch.arange(1, tokens + 1, device=mask.device)).argmax(-1)

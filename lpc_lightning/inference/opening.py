@@ -1,0 +1,163 @@
+"""Open what can be evaluated: a checkpoint of this suite, an exported folder, or any plain model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lpc_lightning.errors import SettingError
+from lpc_lightning.inference.checkpoints import build_module, checkpoint_origin, read_checkpoint
+from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, InferencePrior, latent_causal_lm, load_prior
+from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.modules import PreferenceModule
+from lpc_lightning.policy import CausalPolicy, Policy, PretrainedPolicy, UnsupportedPolicyError
+
+ORIGIN = "training.json"
+"""What an exported folder keeps of its checkpoint's origin."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+KINDS = (
+    "a checkpoint (runs/version_0/checkpoints/best.ckpt), an exported folder, or a plain model: a folder with "
+    "config.json and weights, a GGUF file or a hub name"
+)
+
+
+@dataclass(frozen=True)
+class OpenedPolicy:
+    """A policy ready to answer and to be scored: in eval mode, without gradients."""
+
+    name: str
+    """Short, for tables and folders."""
+    kind: Literal["checkpoint", "export", "model"]
+    policy: CausalPolicy
+    """The plain policy, which knows no latent."""
+    tokenizer: PreTrainedTokenizerBase
+    prior: InferencePrior | None = None
+    """From the prompt to z; None where the policy was trained without a latent, or never trained."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Where it comes from, for `results.json`: path, algorithm, settings, step. JSON values."""
+
+    @cached_property
+    def causal_lm(self) -> PreTrainedModel:
+        """The model that answers under the latent; the plain one where there is no latent."""
+        plain = self.policy.causal_lm
+        return plain if self.prior is None else latent_causal_lm(plain, self.prior)
+
+
+def open_policy(path: str, dtype: str = "auto", device: str = "auto", name: str | None = None) -> OpenedPolicy:
+    """Open a policy, with its latent where it has one.
+
+    Args:
+        path: A checkpoint, an exported folder, or a plain model: a folder, a GGUF file or a hub name.
+        dtype: Type of the weights: `float32`, `bfloat16`, `float16`, `float64`; `auto` is the type they are stored in.
+        device: Where to put it: `cpu`, `cuda`, `cuda:1` ...; `auto` is the first GPU, or the CPU where there is none.
+        name: What to call it; None makes a name from the path.
+
+    Raises:
+        CheckpointError: A checkpoint that cannot be read or built.
+        UnsupportedPolicyError: A path that is none of these, or a model that cannot be served.
+        SettingError: No such dtype or device.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise SettingError(f"dtype: found {dtype!r}, expected auto, {', '.join(DTYPES)}.")
+    to, opener = _device(device), _open_checkpoint if _is_checkpoint(path) else _open_model
+    kind, policy, tokenizer, prior, origin = opener(path, dtype)
+    policy.requires_grad_(False).eval().to(to)
+    if prior is not None:
+        prior.requires_grad_(False).eval().to(to)
+    origin |= {"kind": kind, "dtype": str(policy.causal_lm.dtype).removeprefix("torch.")}
+    return OpenedPolicy(name or short_name(path), kind, policy, tokenizer, prior, origin)
+
+
+def open_module(path: str, device: str = "auto") -> PreferenceModule:
+    """A checkpoint's module with its reference, built and loaded, in eval mode: for preference accuracy.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or built.
+        UnsupportedPolicyError: Its policy cannot be loaded.
+        SettingError: No such device.
+    """
+    to, checkpoint = _device(device), read_checkpoint(Path(path))
+    return build_module(checkpoint, Path(path), lambda module: None).to(to)
+
+
+def load_policy(path: str, dtype: str = "auto") -> tuple[PreferenceModule, dict[str, Any]]:
+    """A checkpoint's module without a reference, on the CPU, and its origin.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or built.
+        UnsupportedPolicyError: Its policy cannot be loaded.
+    """
+    checkpoint = read_checkpoint(Path(path))
+
+    def change(module: PreferenceModule) -> None:
+        module.needs_reference = False  # a copy of the policy that nobody would ask
+        spec = module.policy_spec
+        spec.gradient_checkpointing = False
+        # Set before the model is built: a later `.to(dtype)` would round its rotary frequencies as well.
+        spec.dtype = dtype if dtype != "auto" else _stored(checkpoint["state_dict"], spec)  # type: ignore[assignment]
+
+    return build_module(checkpoint, Path(path), change), checkpoint_origin(checkpoint, Path(path))
+
+
+def _stored(state: dict[str, torch.Tensor], spec: Policy) -> str:
+    """An adapter's weights say nothing of its policy's type; a whole policy's do (`trainer.precision: bf16-true`)."""
+    found = {tensor.dtype for name, tensor in state.items() if name.startswith("policy.")}
+    return str(found.pop()).removeprefix("torch.") if spec.lora is None and len(found) == 1 else spec.dtype
+
+
+def _open_checkpoint(path: str, dtype: str) -> tuple[Any, ...]:
+    module, origin = load_policy(path, dtype)
+    prior = None if module.latent is None else inference_prior(module.latent)
+    return "checkpoint", module.policy, module.tokenizer, prior, origin
+
+
+def _open_model(path: str, dtype: str) -> tuple[Any, ...]:
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        runs = sorted(folder.glob("**/*.ckpt"))
+        hint = f" Did you mean {runs[0]}?" if runs else ""
+        raise UnsupportedPolicyError(f"{path}: found a folder without config.json, expected {KINDS}.{hint}")
+    if not folder.exists() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):
+        raise UnsupportedPolicyError(f"found no file or folder {path}, expected {KINDS}.")
+    spec = PretrainedPolicy(path)
+    stored = str(spec.load_config().dtype).removeprefix("torch.")
+    spec.dtype = dtype if dtype != "auto" else stored if stored in DTYPES else "float32"  # type: ignore[assignment]
+    tokenizer = spec.load_tokenizer()
+    policy = spec.build(tokenizer)
+    origin: dict[str, Any] = {"path": path}
+    config = policy.causal_lm.config
+    if (folder / ORIGIN).is_file():
+        origin["training"] = json.loads((folder / ORIGIN).read_text())
+    settings = getattr(config, CONFIG_KEY, None)
+    if settings is None:
+        return "model", policy, tokenizer, None, origin
+    return "export", policy, tokenizer, load_prior(path, config), origin | {"latent": settings}
+
+
+def _is_checkpoint(path: str) -> bool:
+    return path.endswith(".ckpt") or (Path(path).is_file() and not path.endswith(".gguf"))
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise SettingError(f"device: found {device!r} ({said}), expected auto, cpu, cuda, cuda:1 ...") from error
+
+
+def short_name(path: str) -> str:
+    """`version_3-best` for runs/version_3/checkpoints/best.ckpt, else the last part of the path."""
+    place = Path(path).absolute() if Path(path).exists() else Path(path)
+    if not _is_checkpoint(path):
+        return place.name.removesuffix(".gguf")
+    run = place.parent.parent if place.parent.name == "checkpoints" else place.parent
+    return f"{run.name}-{place.stem}" if run.name else place.stem

@@ -1,0 +1,61 @@
+"""Prompts from the command line and from files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lpc_lightning.data.formats import to_example
+from lpc_lightning.data.rows import BadRow, DataError, read_rows
+from lpc_lightning.types import Message
+
+Prompt = tuple[Message, ...]
+
+
+def text_prompt(text: str, system: str | None = None) -> Prompt:
+    """One user turn, behind a system turn where there is one."""
+    user = Message(role="user", content=text)
+    return (user,) if system is None else (Message(role="system", content=system), user)
+
+
+def read_prompts(path: str, system: str | None = None) -> list[Prompt]:
+    """The prompts in a file.
+
+    Args:
+        path: `.txt`: a prompt a line, empty lines left out. Any other kind that `read_rows` knows (`.jsonl`, `.json`,
+            `.csv` ...): the column `prompt`, as text, messages or Human/Assistant text, as in training data.
+        system: Put before each prompt that has no system turn of its own.
+
+    Raises:
+        DataError: No file, no prompt in it, or a row without one; names file and row.
+    """
+    found = list(_lines(Path(path)) if path.lower().endswith(".txt") else _rows(path))
+    if not found:
+        raise DataError(f"{path} holds no prompts. Expected one a line.")
+    if system is None:
+        return found
+    turn = Message(role="system", content=system)
+    return [prompt if prompt[0]["role"] == "system" else (turn, *prompt) for prompt in found]
+
+
+def _lines(path: Path) -> Iterator[Prompt]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"There is no file {path}. Expected a text file with a prompt a line.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
+    yield from (text_prompt(line.strip()) for line in lines if line.strip())
+
+
+def _rows(path: str) -> Iterator[Prompt]:
+    for place, row in read_rows(path):
+        if "prompt" not in row:
+            raise DataError(f"{place}: found the columns {', '.join(map(str, row))}, expected `prompt`.")
+        try:
+            # Read as a preference row is, so that a prompt is the same here and in training; the answers do not matter.
+            yield to_example({"prompt": row["prompt"], "chosen": "a", "rejected": "b"}, place).prompt
+        except BadRow as fault:
+            raise DataError(
+                f"{place}: {fault}. Expected `prompt` as text or as messages that end in a user turn."
+            ) from fault

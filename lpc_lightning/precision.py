@@ -1,0 +1,13 @@
+"""Which arithmetic is fast here."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_bfloat16_fast(device: str) -> bool:
+    """Whether a device of this type multiplies bfloat16 fast: most GPUs, and CPUs with AMX or AVX512-BF16."""
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    features = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))

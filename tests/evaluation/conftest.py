@@ -1,0 +1,148 @@
+"""Benchmarks of a few documents, in the layout and the schemas of the real ones, and a model that answers them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedTokenizerBase
+
+from lpc_lightning.policy import CausalPolicy, TinyPolicy
+
+WORDS = ("stone", "river", "lamp", "garden", "winter", "salt", "paper", "engine", "cloud", "bread", "glass", "horse")
+
+
+def _arc(name: str, count: int) -> list[dict[str, Any]]:
+    rows = []
+    for number in range(count):
+        text = [f"{WORDS[(number + step) % 12]} {name}{number}" * (1 + step % 2) for step in range(3 + number % 3)]
+        labels = list("ABCDE" if number % 2 else "12345")[: len(text)]
+        choices = {"text": text, "label": labels}
+        question = f"Which {WORDS[number % 12]} is it, {name} {number}?"
+        rows.append(
+            {
+                "id": f"{name}_{number}",
+                "question": question,
+                "choices": choices,
+                "answerKey": labels[number % len(text)],
+            }
+        )
+    return rows
+
+
+def _gsm8k(name: str, count: int) -> list[dict[str, Any]]:
+    return [
+        {"question": f"{name}: what is {n} + {n + 1}?", "answer": f"<<{n}+{n + 1}={2 * n + 1}>>.\n#### {2 * n + 1}"}
+        for n in range(count)
+    ]
+
+
+def _truthfulqa(count: int) -> list[dict[str, Any]]:
+    rows = []
+    for number in range(count):
+        texts = [f"It is the {WORDS[(number + step) % 12]}." for step in range(4)]
+        one, some = [1, 0, 0, 0], [1, int(number % 2), 0, 0]
+        rows.append(
+            {
+                "question": f"What about the {WORDS[number % 12]}?",
+                "mc1_targets": {"choices": texts, "labels": one},
+                "mc2_targets": {"choices": texts, "labels": some},
+            }
+        )
+    return rows
+
+
+def _truthfulqa_text(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "Adversarial",
+            "category": "Misconceptions",
+            "question": f"What about the {WORDS[number % 12]}?",
+            "best_answer": "Nothing",
+            "correct_answers": ["Nothing", f"The {WORDS[number % 12]} is fine."],
+            "incorrect_answers": ["It breaks", "It sings."],
+            "source": "https://example.org",
+        }
+        for number in range(count)
+    ]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def documents() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The rows of each file, by folder and split."""
+    sizes = {"train": 8, "validation": 3, "test": 12}
+    return {
+        "arc/ARC-Easy": {split: _arc(f"easy {split}", size) for split, size in sizes.items()},
+        "arc/ARC-Challenge": {split: _arc(f"hard {split}", size) for split, size in sizes.items()},
+        "gsm8k": {split: _gsm8k(split, sizes[split]) for split in ("train", "test")},
+        "truthfulqa/multiple_choice": {"validation": _truthfulqa(11)},
+        "truthfulqa/generation": {"validation": _truthfulqa_text(5)},
+    }
+
+
+@pytest.fixture
+def data_dir(documents: dict[str, dict[str, list[dict[str, Any]]]], tmp_path: Path) -> Path:
+    """All of them, written."""
+    for folder, splits in documents.items():
+        for split, rows in splits.items():
+            write_rows(tmp_path / "data" / folder / f"{split}.jsonl", rows)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Callable[..., str]:
+    """Writes a multiple-choice task of its own, with its data beside it, and gives its path.
+
+    `code` defines `process_results(doc, results)`, in place of lm-eval's own scores.
+    """
+
+    def write(name: str, rows: Sequence[dict[str, Any]], code: str | None = None, **settings: Any) -> str:
+        folder = tmp_path / "tasks" / name
+        write_rows(folder / "rows.jsonl", rows)
+        task: dict[str, Any] = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices.text}}",
+            "doc_to_target": "{{choices.label.index(answerKey)}}",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 7},
+        }
+        text = yaml.safe_dump(task | settings, sort_keys=False)
+        if code is not None:
+            (folder / "own.py").write_text(code)
+            text += "process_results: !function own.process_results\n"
+        (folder / f"{name}.yaml").write_text(text)
+        return str(folder / f"{name}.yaml")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def loud_policy(perturb: Callable[..., None]) -> tuple[CausalPolicy, PreTrainedTokenizerBase]:
+    """A tiny policy that is sure of itself: a fresh one finds all choices about as likely as they are long."""
+    spec = TinyPolicy(width=16, layers=1, heads=2, context=1024)
+    policy = spec.build()
+    perturb(policy, deviation=0.6)
+    return policy.eval(), spec.load_tokenizer()
+
+
+@pytest.fixture
+def stock(loud_policy: tuple[CausalPolicy, PreTrainedTokenizerBase]) -> HFLM:
+    """Stock HFLM on it."""
+    policy, tokenizer = loud_policy
+    return HFLM(pretrained=policy.causal_lm, tokenizer=tokenizer, batch_size=4)

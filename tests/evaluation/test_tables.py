@@ -1,0 +1,32 @@
+"""Tables, to the letter."""
+
+from __future__ import annotations
+
+from evaluation.tables import markdown_table, p_value, score
+
+
+def test_a_table_reads_well_as_it_is() -> None:
+    found = markdown_table(
+        ["task", "base", "a longer name"], [["arc_easy", "0.4321", "0.5"], ["gsm8k", "0.01", "0.25"]]
+    )
+    assert found == (
+        "| task     |   base | a longer name |\n"
+        "| -------- | -----: | ------------: |\n"
+        "| arc_easy | 0.4321 |           0.5 |\n"
+        "| gsm8k    |   0.01 |          0.25 |"
+    )
+
+
+def test_a_cell_cannot_break_the_table() -> None:
+    found = markdown_table(["x"], [["a|b"], ["two\nlines"]])
+    assert found == "| x         |\n| --------- |\n| a\\|b      |\n| two lines |"
+
+
+def test_a_table_without_rows_is_its_header() -> None:
+    assert markdown_table(["a", "b"], []) == "| a   |   b |\n| --- | --: |"
+
+
+def test_numbers() -> None:
+    assert score(0.43217) == "0.4322"
+    assert score(0.43217, 0.01234) == "0.4322 ± 0.0123"
+    assert [p_value(value) for value in (1.0, 0.0314, 0.001, 0.0009)] == ["1.000", "0.031", "0.001", "<0.001"]

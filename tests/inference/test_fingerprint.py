@@ -1,0 +1,19 @@
+"""Files that are the same, and files that are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lpc_lightning.inference.fingerprint import fingerprint, weights_of
+
+
+def test_the_fingerprint_of_a_model_is_that_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"12")
+    (tmp_path / "runs").mkdir()
+    before = weights_of(str(tmp_path))
+    assert before == weights_of(str(tmp_path)) == fingerprint([tmp_path / "model.safetensors"])
+    (tmp_path / "runs" / "results.json").write_text("{}")
+    assert weights_of(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_bytes(b"123")
+    assert weights_of(str(tmp_path)) != before
+    assert weights_of("org/model") is None

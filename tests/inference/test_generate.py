@@ -1,0 +1,188 @@
+"""`lpc-lightning generate` as a user gives it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpc_lightning.cli import main
+from lpc_lightning.inference.generation import Condition, Decoding, answers
+from lpc_lightning.inference.opening import open_policy
+from lpc_lightning.policy import TinyPolicy
+
+PROMPT = "How do I grow tomatoes?"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["lpc-lightning"])
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv("PL_SEED_WORKERS", "0")
+        patch.setenv("COLUMNS", "100")
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a fit of three steps, with three codes that matter."""
+    folder = tmp_path_factory.mktemp("fit")
+    flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO "
+    flags += "--model.optimizer=AdamW --model.optimizer.lr=0.01 --latent=MarginalSpace --latent.codes=3 "
+    flags += "--latent.spread=2 --data=SyntheticPreferences --data.train_pairs=6 --data.validation_pairs=2 "
+    flags += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
+    flags += (
+        f"--trainer.max_steps=3 --trainer.log_every_n_steps=1 --data.batch_size=2 --data.cache_dir={folder / 'cache'} "
+    )
+    flags += f"--trainer.default_root_dir={folder / 'runs'} --trainer.enable_model_summary=false"
+    main(["fit", *flags.split()])
+    (path,) = folder.glob("runs/version_0/checkpoints/*.ckpt")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of a model without a latent."""
+    folder = tmp_path_factory.mktemp("models") / "plain"
+    spec = TinyPolicy(width=16, layers=1, heads=2)
+    spec.build().causal_lm.save_pretrained(folder)
+    spec.load_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def generate(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            main(["generate", *arguments])
+            code: Any = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def written(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_stand_side_by_side(generate: Run, checkpoint: str, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "answers.jsonl"
+    flags = ["--codes", "0", "2", "--max-new-tokens=8", f"--output={output}"]
+    code, out, err = generate("--model", checkpoint, "--prompt", PROMPT, *flags)
+    assert (code, err) == (0, "")
+    (row,) = written(output)
+    opened = open_policy(checkpoint)
+    conditions = [Condition(), Condition("code 0", 0), Condition("code 2", 2)]
+    (expected,) = answers(opened, [({"role": "user", "content": PROMPT},)], conditions, Decoding(8))
+    assert row["model"] == opened.name
+    assert row["prompt"] == [{"role": "user", "content": PROMPT}]
+    assert row["prior"] == pytest.approx(expected.prior, rel=1e-6)
+    assert [(each["under"], each["text"]) for each in row["answers"]] == [(a.under, a.text) for a in expected.answers]
+    lines = out.splitlines()
+    assert lines[0] == f"Prompt 1: {PROMPT}"
+    ranked = sorted(range(3), key=lambda code: -row["prior"][code])
+    assert lines[1] == "Likeliest codes under the prior: " + ", ".join(f"{k} ({row['prior'][k]:.3f})" for k in ranked)
+    assert [part.strip() for part in lines[3].split("|")] == ["prior", "code 0", "code 2"]
+    assert len({line.index("|") for line in lines[3:5]}) == 1
+    assert lines[-1] == f"Wrote {output}."
+    assert out.count("[...]") == sum(not answer.finished for answer in expected.answers)
+
+
+def test_narrow_terminals_get_one_below_the_other(generate: Run, checkpoint: str, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("COLUMNS", "50")
+    _, out, _ = generate("--model", checkpoint, "--prompt", PROMPT, "--codes=0,2", "--max-new-tokens=2")
+    patch.setenv("COLUMNS", "100")
+    lines = out.splitlines()
+    assert [lines.index(title) for title in ("prior", "code 0", "code 2")] == [3, 7, 11]
+
+
+def test_a_file_of_prompts_is_answered_in_its_order(generate: Run, checkpoint: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Why?\nWhere do all the long prompts go?\nWho?\n")
+    weights = tmp_path / "weights.json"
+    weights.write_text("[0.5, 0, 0.5]")
+    said = []
+    for size in ("1", "3"):
+        output = tmp_path / f"{size}.jsonl"
+        flags = ["--temperature=1", "--max-new-tokens=5", f"--batch-size={size}", f"--output={output}"]
+        prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--system", "Be brief."]
+        code, out, _ = generate("--model", checkpoint, *prompts, "--code-weights", str(weights), *flags)
+        assert code == 0
+        said.append(out.replace(str(output), ""))
+    assert said[0] == said[1]
+    rows = written(output)
+    assert [row["prompt"][-1]["content"] for row in rows] == ["Why?", "Where do all the long prompts go?", "Who?"]
+    assert {row["prompt"][0]["content"] for row in rows} == {"Be brief."}
+    assert {tuple(each["under"] for each in row["answers"]) for row in rows} == {("prior", "code weights")}
+
+
+def test_weights_on_the_command_line_are_those_of_a_code(generate: Run, checkpoint: str, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    flags = ["--code-weights", "0", "1", "0", "--codes", "1", "--max-new-tokens=5", f"--output={output}"]
+    assert generate("--model", checkpoint, "--prompt", PROMPT, *flags)[0] == 0
+    _, mixed, code = written(output)[0]["answers"]
+    assert (mixed["under"], code["under"]) == ("code weights", "code 1")
+    assert mixed["text"] == code["text"]
+
+
+def test_a_plain_model_answers_without_codes(generate: Run, plain: str, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    code, out, _ = generate("--model", plain, "--prompt", PROMPT, "--max-new-tokens=3", f"--output={output}")
+    assert code == 0
+    (row,) = written(output)
+    assert (row["model"], row["prior"]) == ("plain", None)
+    assert [each["under"] for each in row["answers"]] == ["plain"]
+    assert "Likeliest codes" not in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "prompt: expected either a prompt (--prompt) or a file of prompts (--prompts)."),
+        (
+            ["--prompt=a", "--prompts=b"],
+            "prompt: expected either a prompt (--prompt) or a file of prompts (--prompts).",
+        ),
+        (["--prompts=nowhere.txt"], "There is no file nowhere.txt. Expected a text file with a prompt a line."),
+        (["--prompt=a", "--codes=3"], "codes: found 3, but the latent of version_0-"),
+        (["--prompt=a", "--codes=-1"], "codes: found -1, but the latent of version_0-"),
+        (["--prompt=a", "--prior-mode=7"], "prior_mode: found 7, expected one of mean, sample, argmax, or"),
+        (["--prompt=a", "--code-weights", "1", "2"], "code_weights: found 2 numbers for version_0-"),
+        (
+            ["--prompt=a", "--code-weights=x"],
+            "code_weights: found x (could not convert string to float: 'x'), expected",
+        ),
+        (["--prompt=a", "--code-weights=no.json"], "code_weights: there is no file no.json."),
+        (["--prompt=a", "--temperature=-1"], "temperature: found -1.0, expected at least 0."),
+        (["--prompt= "], "prompt: found ' ', expected text."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_told_in_a_sentence(generate: Run, checkpoint: str, flags: list[str], told: str) -> None:
+    code, out, err = generate("--model", checkpoint, *flags)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {told}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--codes=0"], ["--code-weights=1"], ["--prior-mode=mean"]])
+def test_a_plain_model_has_nothing_to_choose(generate: Run, plain: str, flags: list[str]) -> None:
+    code, _, err = generate("--model", plain, "--prompt=a", *flags)
+    name = flags[0][2:].partition("=")[0].replace("-", "_")
+    assert code == 1
+    assert err.endswith(f"\nerror: {name}: plain has no latent, so that there is nothing to choose.\n")
+
+
+def test_a_model_that_is_not_there(generate: Run, tmp_path: Path) -> None:
+    code, _, err = generate("--model", str(tmp_path / "none.ckpt"), "--prompt=a")
+    assert code == 1
+    assert err.startswith("error: found no file")

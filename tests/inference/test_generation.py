@@ -1,0 +1,293 @@
+"""Answers against a loop that knows neither batches, caches nor padding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from transformers import GenerationConfig
+
+from lpc_lightning.data import DataError
+from lpc_lightning.errors import SettingError
+from lpc_lightning.inference.generation import Answer, Answered, Condition, Decoding, _GumbelNoise, answers
+from lpc_lightning.inference.opening import OpenedPolicy
+from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.latent import GaussianSpace, LatentSpace, MarginalSpace
+from lpc_lightning.policy import CausalPolicy, TinyPolicy
+from lpc_lightning.types import Message
+
+TEXTS = ("Why?", "How do I keep tomatoes from splitting in the late summer heat?", "Name a colour.", "Why? Why?")
+PROMPTS = [(Message(role="user", content=text),) for text in TEXTS]
+CONDITIONS = [
+    Condition(),
+    Condition("argmax", "argmax"),
+    *(Condition(f"code {code}", code) for code in range(3)),
+    Condition("mixture", code_weights=(0.2, -0.5, 1.0)),
+]
+DATA = {"class_path": "lpc_lightning.data.PreferenceData", "init_args": {"template": "plain"}}
+SHORT = Decoding(max_new_tokens=12)
+
+
+class Case:
+    """A policy, its latent space as it was trained, and the slow way to an answer."""
+
+    def __init__(self, policy: CausalPolicy, space: LatentSpace | None) -> None:
+        prior = None if space is None else inference_prior(space)
+        self.tokenizer = TinyPolicy().load_tokenizer()
+        self.opened = OpenedPolicy("tiny", "model", policy.eval(), self.tokenizer, prior, {})
+        self.space = space
+
+    def answers(self, decoding: Decoding = SHORT, conditions: Any = CONDITIONS[:1], prompts: Any = PROMPTS) -> Any:
+        return list(answers(self.opened, prompts, conditions, decoding))
+
+    def ids(self, prompt: Sequence[Message]) -> list[int]:
+        return list(self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)["input_ids"])
+
+    def z(self, prompt: Tensor, condition: Condition) -> Tensor | float:
+        if self.space is None:
+            return 0.0
+        if condition.code_weights is not None:
+            codebook = self.space.codebook.weight
+            return torch.tensor(condition.code_weights, dtype=codebook.dtype) @ codebook
+        return self.space.infer(prompt[None], condition.prior_mode)[0]
+
+    @torch.no_grad()
+    def scores(self, ids: list[int], condition: Condition, prompt: int) -> Tensor:
+        """(V,) logits behind `ids`, of which the first `prompt` are the prompt: one sequence, all of it read anew."""
+        model = self.opened.policy.causal_lm
+        hidden = model.get_decoder()(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+        return model.get_output_embeddings()(hidden[-1] + self.z(hidden[prompt - 1], condition))
+
+    def greedy(self, prompt: Sequence[Message], condition: Condition, most: int = SHORT.max_new_tokens) -> Answer:
+        ids, new = self.ids(prompt), list[int]()
+        while len(new) < most:
+            token = int(self.scores(ids + new, condition, len(ids)).argmax())
+            if token == self.tokenizer.eos_token_id:
+                return Answer(condition.name, self.tokenizer.decode(new).strip(), len(new), True)
+            new.append(token)
+        return Answer(condition.name, self.tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), False)
+
+
+@pytest.fixture(scope="module")
+def case(tiny: Callable[..., CausalPolicy], perturb: Callable[..., None]) -> Callable[..., Case]:
+    """A policy of a family with a latent. Code 2 pulls towards the end token, so that answers end at many lengths."""
+
+    def build(family: str = "llama", kind: type[LatentSpace] | None = MarginalSpace, **policy: Any) -> Case:
+        built = tiny(family, **({"context": 256} | policy))
+        if kind is None:
+            return Case(built, None)
+        space = kind(codes=3, hidden=8, spread=1.0)  # type: ignore[call-arg]
+        torch.manual_seed(0)
+        space.build(built.width, built.head)
+        space.to(built.model.dtype)
+        perturb(space, 0.5)
+        towards = built.head.weight[built.causal_lm.config.eos_token_id]
+        with torch.no_grad():
+            space.codebook.weight[2] = 2 * towards / towards.square().sum()
+        return Case(built, space)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def llama(case: Callable[..., Case]) -> Case:
+    return case()
+
+
+# Greedy, beams, draws
+
+
+# transformers' eager attention, which Gemma needs, gives NaN for left padding in float64.
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", "float64"), ("mistral", "float64"), ("gpt2", "float64"), ("gemma2", "float32")]
+)
+def test_greedy_answers_are_those_of_a_naive_loop(case: Callable[..., Case], family: str, dtype: str) -> None:
+    made = case(family, dtype=dtype)
+    found = made.answers(conditions=CONDITIONS)
+    assert [answered.prompt for answered in found] == PROMPTS
+    for answered in found:
+        for condition, answer in zip(CONDITIONS, answered.answers, strict=True):
+            assert answer == made.greedy(answered.prompt, condition)
+
+
+def test_the_cases_tell_the_conditions_apart_and_answers_end_early_and_late(llama: Case, case: Any) -> None:
+    """Else the tests here would see little."""
+    found = llama.answers(conditions=CONDITIONS)
+    assert all(len({answer.text for answer in answered.answers}) >= 4 for answered in found)
+    lengths = {
+        answer.tokens
+        for made in (llama, case("mistral"))
+        for answered in made.answers(conditions=CONDITIONS)
+        for answer in answered.answers
+    }
+    assert {1, 3, 12} <= lengths
+
+
+def test_a_policy_without_a_latent_answers_by_itself(case: Callable[..., Case]) -> None:
+    plain = case(kind=None)
+    for answered in plain.answers():
+        assert answered.prior is None
+        assert answered.answers == (plain.greedy(answered.prompt, Condition()),)
+
+
+def test_the_prior_of_each_prompt_is_told(llama: Case) -> None:
+    backbone = llama.opened.policy.backbone
+    for answered in llama.answers():
+        with torch.no_grad():
+            states = backbone(input_ids=torch.tensor([llama.ids(answered.prompt)])).last_hidden_state[:, -1]
+            expected = llama.space.log_prior(states).exp()[0]
+        assert answered.prior == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_beams_find_the_best_of_all_answers(llama: Case) -> None:
+    """As many beams as there are tokens try every answer of two tokens."""
+    decoding = Decoding(max_new_tokens=2, num_beams=1024, batch_size=1)
+    condition = Condition("code 1", 1)
+    (answered,) = llama.answers(decoding, [condition], PROMPTS[:1])
+    ids = llama.ids(PROMPTS[0])
+    first = llama.scores(ids, condition, len(ids)).log_softmax(-1)
+    pairs = torch.stack([llama.scores([*ids, token], condition, len(ids)).log_softmax(-1) for token in range(1024)])
+    best = divmod(int((first[:, None] + pairs).argmax()), 1024)
+    assert llama.tokenizer.eos_token_id not in best
+    assert answered.answers[0].text == llama.tokenizer.decode(list(best)).strip()
+
+
+def test_gumbel_noise_draws_by_the_probabilities() -> None:
+    shares = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])
+    noisy = _GumbelNoise(range(20_000))(torch.empty(0), shares.log().expand(20_000, -1))
+    counts = noisy.argmax(-1).bincount(minlength=5)
+    assert counts[4] == 0
+    assert stats.chisquare(counts[:4].numpy(), (20_000 * shares[:4].double()).numpy()).pvalue > 1e-3
+
+
+def test_drawn_tokens_have_the_models_probabilities(llama: Case) -> None:
+    """The first token of the same prompt by 600 seeds: how often the likeliest texts come, at temperature 0.7."""
+    condition, temperature = Condition("code 0", 0), 0.7
+    ids = llama.ids(PROMPTS[0])
+    shares = (llama.scores(ids, condition, len(ids)) / temperature).softmax(-1)
+    by_text = Counter[str]()  # several tokens may be the same text
+    for token, share in enumerate(shares.tolist()):
+        by_text[llama.tokenizer.decode([token], skip_special_tokens=True).strip()] += share
+    drawn = Counter(
+        llama.answers(Decoding(1, temperature, seed=seed), [condition], PROMPTS[:1])[0].answers[0].text
+        for seed in range(600)
+    )
+    for text, share in by_text.most_common(4):
+        assert stats.binomtest(drawn[text], 600, share).pvalue > 1e-3
+
+
+def test_the_smallest_nucleus_is_greedy(llama: Case) -> None:
+    drawn = llama.answers(Decoding(max_new_tokens=12, temperature=1.0, top_p=1e-6), CONDITIONS)
+    assert drawn == llama.answers(SHORT, CONDITIONS)
+
+
+# What an answer depends on
+
+
+@pytest.mark.parametrize("origin", [{"data": DATA}, {"training": {"data": DATA}}], ids=["checkpoint", "export"])
+def test_prompts_are_put_as_in_training(case: Callable[..., Case], origin: dict[str, Any]) -> None:
+    made = case()
+    chat = made.answers()
+    made.opened.origin.update(origin)
+    made.ids = lambda prompt: made.tokenizer.encode(f"User: {prompt[0]['content']}\n\nAssistant:")
+    found = made.answers()
+    assert found != chat
+    for answered in found:
+        assert answered.answers == (made.greedy(answered.prompt, Condition()),)
+
+
+@pytest.mark.parametrize("decoding", [SHORT, Decoding(12, temperature=1.0, top_p=0.9)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("mode", [None, "sample"])
+def test_an_answer_does_not_depend_on_what_is_answered_beside_it(llama: Case, decoding: Decoding, mode: Any) -> None:
+    def texts(found: Sequence[Answered]) -> list[Any]:
+        return [answered.answers for answered in found]
+
+    conditions = [Condition("first", mode), Condition("code 2", 2)]
+    settings = {name: getattr(decoding, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    alone = texts(llama.answers(Decoding(**settings, batch_size=1), conditions))
+    assert texts(llama.answers(Decoding(**settings, batch_size=3), conditions)) == alone
+    assert texts(llama.answers(Decoding(**settings, batch_size=16), conditions)) == alone
+    assert texts(llama.answers(decoding, conditions, PROMPTS[::-1])) == alone[::-1]
+
+
+def test_the_seed_decides_the_draws(llama: Case) -> None:
+    found = [llama.answers(Decoding(12, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
+    assert found[0] == found[1] != found[2]
+    codes = [llama.answers(Decoding(4, seed=seed), [Condition("drawn", "sample")]) for seed in range(8)]
+    assert len({found[0].answers[0].text for found in codes}) == 3
+
+
+def test_equal_conditions_draw_the_same_tokens(llama: Case) -> None:
+    """So that answers under two codes differ by the codes alone."""
+    conditions = [Condition("by number", 1), Condition("by weights", code_weights=(0.0, 1.0, 0.0))]
+    for answered in llama.answers(Decoding(12, temperature=1.0), conditions):
+        one, other = answered.answers
+        assert one.text == other.text
+
+
+def test_nothing_that_a_model_was_published_with_comes_in(case: Callable[..., Case]) -> None:
+    made = case()
+    expected = made.answers()
+    published = GenerationConfig(do_sample=True, temperature=3.0, repetition_penalty=9.0, max_length=3)
+    made.opened.causal_lm.generation_config = published
+    assert made.answers() == expected
+    assert made.opened.causal_lm.generation_config is published
+
+
+def test_a_gaussian_latent_draws_by_the_seed(case: Callable[..., Case]) -> None:
+    made = case(kind=GaussianSpace)
+    mode = [Condition("drawn", "sample")]
+    one, again, other = (made.answers(Decoding(12, seed=seed), mode) for seed in (1, 1, 2))
+    assert one == again != other
+    assert one[0].prior is None
+    assert made.answers()[0].answers == (made.greedy(PROMPTS[0], Condition()),)
+
+
+# The context, and bad input
+
+
+def test_an_answer_ends_with_the_context(case: Callable[..., Case]) -> None:
+    made = case(context=64)
+    decoding = Decoding(max_new_tokens=1000, batch_size=4)
+    for answered in made.answers(decoding):
+        room = 64 - len(made.ids(answered.prompt))
+        assert answered.answers == (made.greedy(answered.prompt, Condition(), room),)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_before_anything_is_generated(case: Callable[..., Case]) -> None:
+    made = case(context=32)
+    with pytest.raises(DataError, match=r"prompt 2: found \d+ tokens, expected fewer than the policy's context of 32"):
+        answers(made.opened, PROMPTS)
+
+
+def test_a_prompt_that_the_template_refuses_is_named(case: Callable[..., Case]) -> None:
+    made = case()
+    made.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    system = (Message(role="system", content="Be brief."), *PROMPTS[0])
+    with pytest.raises(DataError, match="prompt 2: refused by the chat template: no system turns"):
+        answers(made.opened, [PROMPTS[0], system])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: found 0, expected at least 1"),
+        ({"num_beams": 0}, "num_beams: found 0, expected at least 1"),
+        ({"batch_size": 0}, "batch_size: found 0, expected at least 1"),
+        ({"temperature": -1.0}, "temperature: found -1.0, expected at least 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p: found 0.0, expected a share above 0"),
+        ({"top_p": 0.5}, "top_p: found 0.5 at temperature 0, where nothing is drawn"),
+        ({"num_beams": 2, "temperature": 1.0}, "num_beams: found 2 at temperature 1.0; beams go with temperature 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_told(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingError, match=told):
+        Decoding(**settings)

@@ -1,0 +1,126 @@
+"""Functions as commands: how settings are spelled, and what the help says of them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+
+from lpc_lightning.function_command import run_function
+
+
+def measure(
+    models: list[str],
+    tasks: list[str] | None = None,
+    codes: list[int] | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    prior_mode: Literal["mean", "argmax"] | int | None = None,
+    data_dir: str | None = None,
+    again: bool = False,
+) -> dict[str, Any]:
+    """Measure models.
+
+    And tell what came out.
+
+    Args:
+        models: What to measure, with "-" and "," in names.
+        tasks: What to measure them on.
+        codes: Numbers of codes.
+        batch_size: Rows at a time,
+            or `auto`.
+        prior_mode: How z is taken.
+        data_dir: Where data is.
+        again: Measure what was measured before.
+    """
+    return locals()
+
+
+def ask(*arguments: str) -> dict[str, Any]:
+    """The settings that differ from the defaults."""
+    default = {"tasks": None, "codes": None, "batch_size": "auto", "prior_mode": None, "data_dir": None, "again": False}
+    found = run_function(measure, list(arguments), "measure")
+    return {name: value for name, value in found.items() if name not in default or value != default[name]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ("a", {}),
+        ("a --batch-size 4", {"batch_size": 4}),
+        ("a --batch_size=4", {"batch_size": 4}),
+        ("a --data-dir=my-data/some-where", {"data_dir": "my-data/some-where"}),
+        ("a --data_dir my-data", {"data_dir": "my-data"}),
+        ("a --data-dir x=--y", {"data_dir": "x=--y"}),
+        ("a --data-dir 7", {"data_dir": "7"}),
+        ("a --tasks one", {"tasks": ["one"]}),
+        ("a --tasks one two-three", {"tasks": ["one", "two-three"]}),
+        ("a --tasks one,two three", {"tasks": ["one", "two", "three"]}),
+        ("a --tasks=one,two", {"tasks": ["one", "two"]}),
+        ("a --codes 1 2 --tasks x", {"codes": [1, 2], "tasks": ["x"]}),
+        ("a --codes=1,2", {"codes": [1, 2]}),
+        ("a --prior-mode 3", {"prior_mode": 3}),
+        ("a --prior_mode argmax", {"prior_mode": "argmax"}),
+        ("a --again", {"again": True}),
+        ("a --again --tasks x", {"again": True, "tasks": ["x"]}),
+        ("a --again true", {"again": True}),
+        ("a --again=true", {"again": True}),
+        ("a --again false", {}),
+    ],
+)
+def test_settings_are_spelled_in_many_ways(arguments: str, settings: dict[str, Any]) -> None:
+    assert ask(*arguments.split()) == {"models": ["a"], **settings}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "models"),
+    [
+        ("runs/a-b/x,y.ckpt second-one --again", ["runs/a-b/x,y.ckpt", "second-one"]),
+        ("--again runs/a-b/x,y.ckpt", ["runs/a-b/x,y.ckpt"]),
+    ],
+)
+def test_what_stands_by_itself_stays_as_it_is(arguments: str, models: list[str]) -> None:
+    assert ask(*arguments.split()) == {"models": models, "again": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("", "models"),
+        ("a --batch-sise 3", "--batch_sise"),
+        ("a --batch 3", "--batch"),
+        ("a --batch-size many", "Given value: many"),
+        ("a --codes 1,x", "Got value: x"),
+        ("a --prior-mode median", "Given value: median"),
+    ],
+    ids=["no models", "typo", "abbreviation", "no number", "no code", "no mode"],
+)
+def test_what_cannot_be_is_told(arguments: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        ask(*arguments.split())
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert told in said.err
+    assert "usage: lpc-lightning measure" in said.err
+
+
+def test_the_help_is_the_docstring(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        ask("--help")
+    assert end.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "usage: lpc-lightning measure" in said
+    assert "Measure models. And tell what came out." in said
+    for text in (
+        'models What to measure, with "-" and "," in names. (required',
+        "--tasks TASKS [TASKS ...] What to measure them on. (type: str, default: null)",
+        "--batch_size BATCH_SIZE Rows at a time, or `auto`. (type: Union[int, Literal['auto']], default: auto)",
+        "--again {true,false} Measure what was measured before. (type: bool, default: False)",
+    ):
+        assert text in said
+
+
+def test_settings_come_from_a_file_and_flags_win(tmp_path: Any) -> None:
+    (tmp_path / "settings.yaml").write_text("models: [a, b]\ntasks: [one]\nbatch_size: 2\n")
+    found = run_function(measure, [f"--config={tmp_path / 'settings.yaml'}", "c", "--batch-size", "3"], "measure")
+    assert (found["models"], found["tasks"], found["batch_size"]) == (["c"], ["one"], 3)
