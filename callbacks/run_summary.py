@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.resources import ResourceMonitor
 
@@ -29,6 +29,8 @@ class RunSummary(Callback):
 
     Validation before training is Lightning's sanity check: with `trainer.num_sanity_val_steps: -1` it runs over the
     whole validation set. Its metrics also go to the loggers, at step 0.
+
+    After `validate` and `test` it prints what they found over all pairs, and names the file that holds the groups too.
     """
 
     def __init__(self) -> None:
@@ -47,15 +49,22 @@ class RunSummary(Callback):
         """Keep the latest."""
         if not trainer.sanity_checking:
             self.after = _validation(trainer)
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._print_round(trainer)
 
-    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print."""
+        self._print_round(trainer)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and write."""
+        folder = _run_folder(trainer)
+        if not trainer.is_global_zero:
+            return
         whole = trainer.num_sanity_val_steps == float("inf")
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
         monitors = [callback for callback in callbacks if isinstance(callback, ResourceMonitor)]
         resources = monitors[0].summary(torch.device(pl_module.device)) if monitors else {}
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         before = self.before if whole else {}
         summary = {
             "steps": trainer.global_step,
@@ -67,6 +76,22 @@ class RunSummary(Callback):
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
         print(_table(before, self.after, resources, trainer.global_step))
         print(f"Run folder: {folder}\nTensorBoard: {_command('tensorboard')} --logdir {folder}")
+
+    def _print_round(self, trainer: Trainer) -> None:
+        folder = _run_folder(trainer)
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        # Behind a metric's name stands that of a group: `val/accuracy/prior/source/books`.
+        whole = {name: value for name, value in metrics.items() if name.count("/") < 3}
+        width = max(map(len, whole), default=0)
+        print("\n" + "\n".join(f"{name:<{width}}  {value:>10.4f}" for name, value in whole.items()))
+        if trainer.loggers:
+            print(f"\nAll {len(metrics)} numbers, group by group as well: {folder / 'metrics.csv'}")
+
+
+def _run_folder(trainer: Trainer) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir)  # asks all devices
 
 
 def _command(name: str) -> str:

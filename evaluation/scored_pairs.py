@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from lpc_lightning.types import PreferenceExample
 
 TASK = "preferences"
 """The task's name in results and tables."""
+WHOLE = re.compile("swap_turnover|(accuracy|margin)/[^/]+")
+"""Metrics of all pairs; others are of a group, such as `accuracy/prior/source/books`, or counts."""
 
 
 class PairsFile(PreferenceDataModule):
@@ -95,8 +98,7 @@ def score_pairs(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, precis
     metrics: dict[str, float] = {}
     groups: dict[str, float] = {}
     for name, value in sorted(found.metrics.items(), key=_headline_first):
-        # `accuracy/prior` is of all pairs, `accuracy/prior/source/books` of a group.
-        home = metrics if name.count("/") == 1 and not name.startswith("pairs") else groups
+        home = metrics if WHOLE.fullmatch(name) else groups
         home[name] = value
         if name in found.standard_errors:
             home[stderr_name(name)] = found.standard_errors[name]

@@ -25,6 +25,7 @@ from lpc_lightning.checkpoint_io import CheckpointWriteError
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.errors import SettingError
 from lpc_lightning.function_command import run_function
+from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.modules.checkpoint import CheckpointError
@@ -114,6 +115,20 @@ class PreferenceCLI(LightningCLI):
             options["logger"] = run_loggers(root, next_version(root))
         return super().instantiate_trainer(**options)
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands, and which of their arguments are no settings."""
+        theirs = LightningCLI.subcommands()
+        return theirs | {name: {*theirs[name], "verbose"} for name in ("validate", "test")}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        found = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in ("validate", "test"):
+            # Lightning's table has a row for every group of pairs: not next to the short one of `RunSummary`.
+            callbacks = self.config[subcommand].trainer.callbacks or []
+            found["verbose"] = not any(each.class_path.endswith(".RunSummary") for each in callbacks)
+        return found
+
     def _parse_ckpt_path(self) -> None:
         """Let the model settings in a checkpoint win over flags, and say so.
 
@@ -124,7 +139,10 @@ class PreferenceCLI(LightningCLI):
         path = self.config[command].get("ckpt_path") if command else None
         if not path or path in ("best", "last"):
             return
-        settings = dict(_load(Path(path)).get("hyper_parameters", {}))
+        try:
+            settings = dict(read_checkpoint(Path(path)).get("hyper_parameters", {}))
+        except CheckpointError as error:
+            raise CheckpointError(f"ckpt_path: {error}") from error
         if "_class_path" not in settings:
             return
         settings.pop("_instantiator", None)
@@ -132,20 +150,6 @@ class PreferenceCLI(LightningCLI):
         model = {"class_path": settings.pop("_class_path"), "init_args": settings}
         print(f"Model, policy and latent are set as in {path}; flags and config files do not change them.")
         self.config = self.parser.parse_object({command: {"model": model, **found}}, self.config)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return dict(torch.load(path, weights_only=True, map_location="cpu"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"ckpt_path: found no file {path}, expected a checkpoint such as runs/version_0/checkpoints/last.ckpt."
-        ) from error
-    except Exception as error:  # what is no checkpoint fails in as many ways as there are files
-        raise CheckpointError(
-            f"ckpt_path: {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}), expected a "
-            "checkpoint that this suite wrote. Take another one of the run."
-        ) from error
 
 
 def _reason(error: ValueError) -> str:

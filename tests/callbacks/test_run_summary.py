@@ -2,8 +2,9 @@ import json
 
 import pytest
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 
-from callbacks import ResourceMonitor, RunSummary
+from callbacks import PreferenceAccuracy, ResourceMonitor, RunSummary
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.modules import DPO
 
@@ -50,3 +51,24 @@ def test_the_numbers_are_those_of_the_untrained_and_of_the_trained_policy(fitted
         (said,) = trainer.validate(module, datamodule=done.datamodule, verbose=False)
         assert {f"val/{name}": value for name, value in summary[f"validation_{stage}"].items()} == said
     assert summary["validation_before"]["loss"] != summary["validation_after"]["loss"]
+
+
+@pytest.mark.parametrize(("command", "stage"), [("validate", "val"), ("test", "test")])
+def test_a_round_alone_is_told_in_short(command, stage, fitted, tmp_path, capsys) -> None:
+    """Every metric of all pairs with its value, no group of pairs, and where those are."""
+    done = fitted(enable_checkpointing=False)
+    capsys.readouterr()
+    logger = CSVLogger(tmp_path, name="", version="round")
+    trainer = Trainer(
+        accelerator="cpu", logger=logger, enable_progress_bar=False, callbacks=[PreferenceAccuracy(), RunSummary()]
+    )
+    (found,) = getattr(trainer, command)(done.lightning_module, datamodule=done.datamodule, verbose=False)
+    *table, place = capsys.readouterr().out.strip().splitlines()
+    told = dict(line.split() for line in table if line)
+    groups = {name for name in found if "/source/" in name or "/factor/" in name}
+    assert groups
+    assert told == {name: f"{value:.4f}" for name, value in found.items() if name not in groups}
+    assert told[f"{stage}/accuracy/prior"] == told[f"{stage}/rewards/accuracies"]
+    (columns, *_) = (tmp_path / "round" / "metrics.csv").read_text().splitlines()
+    assert place.endswith(str(tmp_path / "round" / "metrics.csv"))
+    assert groups < set(columns.split(","))
