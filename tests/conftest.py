@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ from lpc_lightning.modules.preference import PreferenceModule
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 
+# A fresh clone first works out tables of Unicode, on whatever is left of a shared machine: time says nothing here.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs far more than it does
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lpc_lightning.data.packing import Piece, cheapest_rows, fill, last_of, pack, place_families, predictors
@@ -13,7 +13,6 @@ from lpc_lightning.types import PIECES
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=12)
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12), room=st.integers(0, 60))
 def test_packing_holds_each_item_once_and_leaves_no_two_rows_that_fit_into_one(sizes: list[int], room: int) -> None:
     width = max(sizes) + room
@@ -30,7 +29,6 @@ def cost(rows: list[list[int]], sizes: list[int], shared: int) -> float:
     return len(rows) * (widest + widest**2 / 2048)
 
 
-@settings(deadline=None)
 @given(sizes=SIZES, most=st.integers(1, 200), shared=st.integers(1, 400))
 def test_the_cheapest_rows_hold_each_item_once_and_cost_no_more_than_one_row_an_item(
     sizes: list[int], most: int, shared: int

@@ -50,7 +50,7 @@ def answered(groups: Sequence[Group]) -> list[tuple[list[int], list[int]]]:
     return [found[number] for number in range(len(found))]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(requests=REQUESTS, max_length=st.integers(9, 20), most=st.integers(1, 80))
 @example(requests=[((1,), (2,))] * 3, max_length=9, most=1)
 def test_every_request_is_read_once_as_stock_reads_it(requests: list[Request], max_length: int, most: int) -> None:
@@ -79,7 +79,6 @@ def test_every_request_is_read_once_as_stock_reads_it(requests: list[Request], m
         assert int(batch.rows.attention_mask.sum()) == sum(group.tokens for group in members)
 
 
-@settings(deadline=None)
 @given(requests=REQUESTS, most=st.integers(1, 80))
 def test_a_batch_holds_no_more_than_its_tokens_or_those_of_the_longest_sequence(
     requests: list[Request], most: int

@@ -132,7 +132,7 @@ def test_gradients_of_all_weights_are_those_of_the_loop(
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)), min_size=1, max_size=5),
     row_tokens=st.integers(1, 150),

@@ -32,7 +32,7 @@ def spelled_out(segments: list[int], positions: list[int], window: int | None) -
     return rows
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(*[st.integers(1, 5)] * 3), min_size=1, max_size=4),
     row_tokens=st.integers(1, 40),

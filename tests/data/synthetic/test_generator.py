@@ -99,7 +99,7 @@ def test_visible_domains_hold_both_directions_of_several_attributes() -> None:
 
 
 @given(annotators=st.integers(2, 30), seed=st.integers(-(2**40), 2**40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_hidden_annotators_share_factors_that_conflict(annotators: int, seed: int) -> None:
     truth = PreferenceGenerator("hidden", annotators, seed).truth
     held = Counter(truth.annotator_factors.values())
