@@ -1,5 +1,6 @@
 # make demo   a fit on a real model, from nothing, in minutes
 # make test   the whole test suite
+# make bench  this project and TRL side by side; BENCH='--data hh --steps 4' for less
 # make lint   ruff and mypy
 PYTHON ?= python3.11
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 # Where there is no python3.11, whatever python3 there is; pip says if it is too old.
 $(BIN)/python:
@@ -30,6 +31,10 @@ demo: $(VENV)/.installed $(MODEL)/config.json
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal
+
+DATA_DIR ?= ../shared/data/preferences
+bench: $(VENV)/.installed-dev $(MODEL)/config.json
+	$(BIN)/python -m benchmarks.run --data-dir $(DATA_DIR) --split $(BENCH)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

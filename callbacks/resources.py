@@ -19,7 +19,7 @@ class ResourceMonitor(Callback):
 
     Time is that from the arrival of a step's first batch to the end of its last; what lies between steps (validation,
     checkpoints, waiting for data) is left out. Tokens are those that the backbone reads, without padding, on all
-    devices. Memory is the process's largest resident size, or what CUDA allocated.
+    devices. Memory is that of the device that took most: the process's largest resident size, or what CUDA allocated.
 
     Args:
         warmup_steps: First steps that the medians leave out.
@@ -28,7 +28,7 @@ class ResourceMonitor(Callback):
     def __init__(self, warmup_steps: int = 2) -> None:
         self.warmup_steps = warmup_steps
         self._rows: list[tuple[float, float, float]] = []
-        self._start = self._tokens = self._pairs = 0.0
+        self._start = self._tokens = self._pairs = self._peak = 0.0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PreferenceBatch, batch_idx: int
@@ -48,18 +48,22 @@ class ResourceMonitor(Callback):
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        seconds, devices = time.perf_counter() - self._start, trainer.world_size
-        self._rows.append((seconds, devices * self._tokens, devices * self._pairs))
+        seconds = time.perf_counter() - self._start
+        mine = torch.tensor([self._tokens, self._pairs], device=pl_module.device)
+        tokens, pairs = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
+        peak = torch.tensor(peak_memory(pl_module.device), device=pl_module.device)
+        self._peak = float(trainer.strategy.reduce(peak, reduce_op="max"))
+        self._rows.append((seconds, tokens, pairs))
         values = {
-            "tokens_per_second": devices * self._tokens / seconds,
-            "pairs_per_second": devices * self._pairs / seconds,
+            "tokens_per_second": tokens / seconds,
+            "pairs_per_second": pairs / seconds,
             "seconds_per_step": seconds,
-            "peak_memory_gib": peak_memory(pl_module.device),
+            "peak_memory_gib": self._peak,
         }
         pl_module.log_dict({f"resources/{name}": value for name, value in values.items()}, batch_size=1)
 
-    def summary(self, device: torch.device) -> dict[str, float]:
-        """Medians over the steps after warm-up, and the peak."""
+    def summary(self) -> dict[str, float]:
+        """Medians over the steps after warm-up, and the peak up to the last step."""
         rows = self._rows[self.warmup_steps :] or self._rows
         if not rows:
             return {}
@@ -67,7 +71,7 @@ class ResourceMonitor(Callback):
             "tokens_per_second": statistics.median(tokens / seconds for seconds, tokens, _ in rows),
             "pairs_per_second": statistics.median(pairs / seconds for seconds, _, pairs in rows),
             "seconds_per_step": statistics.median(seconds for seconds, _, _ in rows),
-            "peak_memory_gib": peak_memory(device),
+            "peak_memory_gib": self._peak,
         }
 
 

@@ -8,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -64,7 +63,7 @@ class RunSummary(Callback):
         whole = trainer.num_sanity_val_steps == float("inf")
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
         monitors = [callback for callback in callbacks if isinstance(callback, ResourceMonitor)]
-        resources = monitors[0].summary(torch.device(pl_module.device)) if monitors else {}
+        resources = monitors[0].summary() if monitors else {}
         before = self.before if whole else {}
         summary = {
             "steps": trainer.global_step,

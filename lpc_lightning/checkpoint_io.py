@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lpc_lightning.sharded_checkpoint import is_sharded, read_sharded
+
 
 class CheckpointWriteError(OSError):
     """A checkpoint that could not be written; the ones before it are untouched."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk, and renames into place.
+    """Writes beside the target, flushes to disk, and renames into place; reads sharded checkpoints as well.
 
     Lightning writes into the system's temporary folder and moves from there, which across file systems is a copy that
     a full disk cuts short.
@@ -50,6 +52,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 f"checkpoint: could not write {target} (about {size / 2**20:.0f} MiB): {error}. Expected a folder with "
                 "room: free some, or set trainer.default_root_dir elsewhere. Earlier checkpoints are whole."
             ) from error
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Load a file, or put the shards of a folder together, for a run whose strategy does not shard."""
+        if "://" not in str(path) and is_sharded(Path(path)):
+            return read_sharded(Path(path))
+        return super().load_checkpoint(path, *args, **options)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

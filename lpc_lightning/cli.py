@@ -31,6 +31,7 @@ from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.modules.checkpoint import CheckpointError
 from lpc_lightning.policy import Policy, UnsupportedPolicyError
 from lpc_lightning.precision import is_bfloat16_fast
+from lpc_lightning.sharded_checkpoint import is_sharded, read_outline
 
 GROUPS = ("policy", "latent", "callbacks")
 """Settings that stand at the top of a config and belong to the module or to the trainer."""
@@ -88,6 +89,12 @@ class PreferenceCLI(LightningCLI):
             if config[name] is None or config[name].class_path.endswith(f".{base.__name__}"):
                 raise SettingError(f"{name}: found no class, expected one, as in `{example}`.")
         trainer = config.trainer
+        strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
+        if "deepspeed" in str(strategy).lower() and find_spec("deepspeed") is None:
+            raise SettingError(
+                f"trainer.strategy: found {strategy}, which needs DeepSpeed, and that is not installed. "
+                "`pip install -c constraints.txt -e '.[deepspeed]'`, or set it to fsdp2."
+            )
         if trainer.precision is None:
             trainer.precision = default_precision(trainer.accelerator)
         if trainer.enable_progress_bar is False:
@@ -140,7 +147,8 @@ class PreferenceCLI(LightningCLI):
         if not path or path in ("best", "last"):
             return
         try:
-            settings = dict(read_checkpoint(Path(path)).get("hyper_parameters", {}))
+            read = read_outline if is_sharded(Path(path)) else read_checkpoint
+            settings = dict(read(Path(path)).get("hyper_parameters", {}))
         except CheckpointError as error:
             raise CheckpointError(f"ckpt_path: {error}") from error
         if "_class_path" not in settings:

@@ -59,6 +59,19 @@ class TokenizedPair:
     factor: str = ""
     annotator: str = ""
     flipped: bool = False
+    reference_logps: tuple[float, float] | None = None
+    """Log-probabilities of the chosen and the rejected answer under the reference, in nats, where they are cached."""
+
+    def swapped(self) -> TokenizedPair:
+        """The same pair labelled the other way round: all that belongs to an answer goes with it."""
+        logps = self.reference_logps
+        return replace(
+            self,
+            chosen_ids=self.rejected_ids,
+            rejected_ids=self.chosen_ids,
+            flipped=not self.flipped,
+            reference_logps=None if logps is None else (logps[1], logps[0]),
+        )
 
 
 @dataclass(slots=True)
@@ -96,6 +109,9 @@ class PreferenceBatch:
     sources: tuple[str, ...]
     factors: tuple[str, ...]
     annotators: tuple[str, ...]
+    reference_logps: tuple[float, ...] | None = None
+    """(2B,) log-probabilities under the reference, in nats, where they are cached for all pairs. Not a tensor, of
+    which a trainer of `bf16-true` would leave three digits."""
 
     @property
     def pairs(self) -> int:

@@ -28,7 +28,7 @@ from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.policy.prepare import prepare
 
 POLICY = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
-MODEL = ["--model=DPO", "--model.optimizer=AdamW", "--model.optimizer.lr=0.01"]
+MODEL = ["--model=DPO", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01"]
 LATENT = ["--latent=MarginalSpace", "--latent.codes=3", "--latent.hidden=8"]
 DATA = ["--data=SyntheticPreferences", "--data.train_pairs=6", "--data.validation_pairs=3", "--data.test_pairs=3"]
 TRAINER = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]

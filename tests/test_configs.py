@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.policy import Policy, TinyPolicy
@@ -97,6 +100,7 @@ def test_an_experiment_is_instantiated_as_its_name_says(path: Path, swap: list[s
     assert type(built.model).__name__ == ALGORITHMS[algorithm]
     assert type(built.model.latent).__name__ == SPACES[f"_{latent}" if latent else ""]
     assert isinstance(built.model.policy_spec, TinyPolicy)
+    assert built.model.optimizer_of([torch.zeros(1, requires_grad=True)]).defaults["fused"]
     names = {type(callback).__name__ for callback in built.trainer.callbacks}
     assert {"ModelCheckpoint", "GracefulStop", "RunSummary", "FinalValidation", "ResourceMonitor"} <= names
 
@@ -116,6 +120,35 @@ def test_a_trainer_parses_with_its_own_strategy(path: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Trainer, "trainer")
     assert parser.parse_object({"trainer": yaml.safe_load(path.read_text())}).trainer.devices in (1, 8)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("trainer/*.yaml")), ids=name_of)
+def test_a_strategy_is_built_with_its_settings(path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--strategy", type=str | Strategy)
+    # Every setting is checked against the class's signature.
+    parsed = parser.parse_object({"strategy": yaml.safe_load(path.read_text())["strategy"]})
+    if path.stem.startswith("deepspeed") and find_spec("deepspeed") is None:
+        stated = parsed.strategy.init_args
+        assert (stated.stage, stated.offload_optimizer, stated.exclude_frozen_parameters) == (2, False, True)
+    else:
+        assert isinstance(parser.instantiate(parsed).strategy, str | Strategy)
+
+
+@pytest.mark.parametrize("strategy", [CONFIGS / "trainer" / "deepspeed_8gpu.yaml", "deepspeed_stage_2"], ids=str)
+def test_what_is_not_installed_is_named_in_one_sentence(
+    strategy: Path | str, swap: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lpc_lightning.cli.find_spec", lambda name: None)
+    where = [f"--trainer={strategy}"] if isinstance(strategy, Path) else [f"--trainer.strategy={strategy}"]
+    swap = [each for each in swap if "strategy" not in each]
+    with pytest.raises(SettingError, match=r"needs DeepSpeed, .* `pip install .* '\.\[deepspeed\]'`, or set"):
+        Parsed(["--model=DPO", *swap, *where])
+
+
+def test_all_trainers_state_the_same_settings() -> None:
+    stated = {path.name: set(yaml.safe_load(path.read_text())) for path in CONFIGS.glob("trainer/*.yaml")}
+    assert len({frozenset(names) for names in stated.values()}) == 1, stated
 
 
 @pytest.mark.parametrize("latent", [None, *sorted(CONFIGS.glob("latent/*.yaml"))], ids=lambda path: path and path.stem)

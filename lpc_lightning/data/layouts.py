@@ -2,7 +2,7 @@
 
 - `padded`: one row a sequence, the prompt in both. Works with any attention kernel.
 - `shared_prefix`: the prompt once, then both completions, each seeing the prompt and itself alone, positions restarted;
-  several pairs share a row up to a token budget. Needs a kernel that takes a mask.
+  several pairs share a row, up to a token budget where there is one. Needs a kernel that takes a mask.
 """
 
 from __future__ import annotations
@@ -67,7 +67,13 @@ class Layout(ABC):
             sources=tuple(pair.source for pair in pairs),
             factors=tuple(pair.factor for pair in pairs),
             annotators=tuple(pair.annotator for pair in pairs),
+            reference_logps=_reference_logps(pairs),
         )
+
+
+def _reference_logps(pairs: Sequence[TokenizedPair]) -> tuple[float, ...] | None:
+    known = [pair.reference_logps for pair in pairs if pair.reference_logps is not None]
+    return tuple(logps[side] for side in (0, 1) for logps in known) if len(known) == len(pairs) else None
 
 
 class PaddedLayout(Layout):
@@ -89,22 +95,23 @@ class PaddedLayout(Layout):
 
 
 class SharedPrefixLayout(Layout):
-    """Prompt, chosen and rejected answer in one row; pairs packed into rows of at most about `row_tokens`."""
+    """Prompt, chosen and rejected answer in one row, pairs side by side."""
 
     packed = True
 
-    def __init__(self, pad_id: int, row_tokens: int) -> None:
+    def __init__(self, pad_id: int, row_tokens: int | None) -> None:
         """Set the budget.
 
         Args:
             pad_id: Token id that fills rows up.
-            row_tokens: Most tokens a row may hold. A longer pair widens the rows of its batch to its own length.
+            row_tokens: Most tokens a row may hold. A longer pair widens the rows of its batch to its own length. None
+                puts all pairs into one row, without padding.
         """
         super().__init__(pad_id)
         self.row_tokens = row_tokens
 
     def place(self, pairs: Sequence[TokenizedPair]) -> list[PlacedPair]:
-        """Rows as wide as costs least, pairs side by side in them."""
+        """All in one row, or rows as wide as costs least."""
         families = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
         return [
             PlacedPair((prompt, prompt), (chosen, rejected))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from lpc_lightning.data.length_windows import group_by_length
 from lpc_lightning.data.rows import DataError
 from lpc_lightning.data.tokens import TokenStore
 from lpc_lightning.seeding import derive
@@ -23,7 +24,16 @@ class TrainingBatches(Sampler[list[int]]):
     take equally many steps.
     """
 
-    def __init__(self, pairs: int, batch_size: int, seed: int, rank: int = 0, devices: int = 1) -> None:
+    def __init__(
+        self,
+        pairs: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        devices: int = 1,
+        lengths: Sequence[int] | None = None,
+        length_window: int | None = None,
+    ) -> None:
         """Plan the batches of a device.
 
         Args:
@@ -32,9 +42,12 @@ class TrainingBatches(Sampler[list[int]]):
             seed: Seed of the order.
             rank: This device's number.
             devices: Devices that share the epoch.
+            lengths: Tokens of every pair, where there is a window.
+            length_window: Steps among which pairs are sorted by length (see `length_windows`); None does not sort.
         """
         self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rank, self.devices = rank, devices
+        self.lengths, self.length_window = lengths, length_window
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -51,12 +64,22 @@ class TrainingBatches(Sampler[list[int]]):
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(derive("order", self.seed, self.epoch))
-        order = torch.randperm(self.pairs, generator=generator).tolist()
-        share = math.ceil(self.pairs / self.devices)
-        mine = [order[place % self.pairs] for place in range(self.rank, share * self.devices, self.devices)]
+        mine = self._order(self.epoch)[self.rank :: self.devices]
         starts = range(self.start * self.batch_size, len(mine), self.batch_size)
         return iter([mine[start : start + self.batch_size] for start in starts])
+
+    def first(self, batches: int, epoch: int) -> list[int]:
+        """The pairs of the first batches of an epoch, on all devices."""
+        return self._order(epoch)[: batches * self.batch_size * self.devices]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive("order", self.seed, epoch))
+        order = torch.randperm(self.pairs, generator=generator).tolist()
+        share = math.ceil(self.pairs / self.devices)
+        filled = [order[place % self.pairs] for place in range(share * self.devices)]
+        if self.length_window is None or self.lengths is None:
+            return filled
+        return group_by_length(filled, self.lengths, self.batch_size * self.devices, self.length_window, generator)
 
 
 class EvaluationBatches(Sampler[list[int]]):
@@ -151,7 +174,7 @@ class TrainingLoader(PreferenceLoader):
             self._taken += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int | str]:
+    def state_dict(self) -> dict[str, int | str | None]:
         """Where the run is, and what decides the order."""
         return {"epoch": self._epoch, "taken": self._taken, **self._order}
 
@@ -165,13 +188,14 @@ class TrainingLoader(PreferenceLoader):
         if self._order != expected:
             raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
-                "same seed_everything, data, data.batch_size and devices, or start anew from the weights."
+                "same seed_everything, data, data.batch_size, data.length_window and devices, or start anew from the "
+                "weights."
             )
         self._epoch, self._taken = state["epoch"], state["taken"]
         self._taken_before = {self._epoch: self._taken}
 
     @property
-    def _order(self) -> dict[str, int | str]:
+    def _order(self) -> dict[str, int | str | None]:
         sampler = self.sampler
-        sizes = {"pairs": sampler.pairs, "batch_size": sampler.batch_size, "devices": sampler.devices}
+        sizes = {name: getattr(sampler, name) for name in ("pairs", "batch_size", "devices", "length_window")}
         return {"seed": sampler.seed, "data": self._data, **sizes}

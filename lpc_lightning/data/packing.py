@@ -92,19 +92,20 @@ Family = tuple[Sequence[int], Sequence[Sequence[int]]]
 """A prompt's tokens, and those of each completion that follows it."""
 
 
-def place_families(families: Sequence[Family], row_tokens: int) -> list[tuple[Piece, list[Piece]]]:
+def place_families(families: Sequence[Family], row_tokens: int | None) -> list[tuple[Piece, list[Piece]]]:
     """Lay each prompt and its completions side by side, several families in a row, rows as wide as costs least.
 
     Args:
         families: Prompts with their completions; fewer than `PIECES` behind each.
-        row_tokens: Most tokens a row may hold. A longer family widens the rows to its own length.
+        row_tokens: Most tokens a row may hold. A longer family widens the rows to its own length. None: one row.
 
     Returns:
         The prompt's piece and the completions' pieces of each family.
     """
     sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions in families]
     placed: dict[int, tuple[Piece, list[Piece]]] = {}
-    for row, members in enumerate(cheapest_rows(sizes, row_tokens)):
+    rows = [list(range(len(sizes)))] if row_tokens is None else cheapest_rows(sizes, row_tokens)
+    for row, members in enumerate(rows):
         columns = accumulate((sizes[number] for number in members), initial=0)
         for place, (number, column) in enumerate(zip(members, columns, strict=False)):
             placed[number] = _side_by_side(families[number], row, column, PIECES * place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +30,7 @@ SCHEMA = pa.schema(
         ("flipped", pa.bool_()),
     ]
 )
-assert SCHEMA.names == [f.name for f in fields(TokenizedPair)]
+assert [*SCHEMA.names, "reference_logps"] == [f.name for f in fields(TokenizedPair)]
 
 
 def tokenize_examples(
@@ -67,17 +68,23 @@ class TokenStore(Sequence[TokenizedPair]):
 
     Args:
         folder: An entry of the cache.
+        reference_logps: (pairs, 2) log-probabilities of the chosen and of the rejected answers under the reference, NaN
+            where they are unknown; or None.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, reference_logps: np.ndarray | None = None) -> None:
+        self.folder, self._reference_logps = folder, reference_logps
         with pa.memory_map(str(folder / "pairs.arrow")) as file:
             self._table = pa.ipc.open_stream(file).read_all()
         if self._table.schema != SCHEMA:
             raise pa.ArrowInvalid(f"{folder} holds other columns: {self._table.schema.names}")
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
-        return TokenStore, (self.folder,)
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, np.ndarray | None]]:
+        return TokenStore, (self.folder, self._reference_logps)
+
+    def with_reference(self, logps: np.ndarray) -> TokenStore:
+        """The same pairs with their log-probabilities under the reference, (pairs, 2), NaN where unknown."""
+        return TokenStore(self.folder, logps)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -91,7 +98,15 @@ class TokenStore(Sequence[TokenizedPair]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        return TokenizedPair(*(column[index % len(self)].as_py() for column in self._table.columns))
+        place = index % len(self)
+        values = {name: self._table[name][place].as_py() for name in SCHEMA.names}
+        return TokenizedPair(**values, reference_logps=self._reference_of(place))
+
+    def _reference_of(self, place: int) -> tuple[float, float] | None:
+        if self._reference_logps is None:
+            return None
+        chosen, rejected = self._reference_logps[place].tolist()
+        return None if math.isnan(chosen) else (chosen, rejected)
 
     @property
     def fingerprint(self) -> str:

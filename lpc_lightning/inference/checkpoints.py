@@ -15,6 +15,7 @@ from lightning.pytorch.cli import instantiate_module
 
 from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.modules.checkpoint import CheckpointError
+from lpc_lightning.sharded_checkpoint import is_sharded, read_sharded
 
 EXAMPLE = "runs/version_0/checkpoints/best.ckpt"
 TRAINER = ("precision", "max_steps", "max_epochs", "gradient_clip_val", "accumulate_grad_batches", "devices")
@@ -24,16 +25,17 @@ TRAINER = ("precision", "max_steps", "max_epochs", "gradient_clip_val", "accumul
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint; its tensors (the optimizer's among them) stay on disk until they are used.
 
+    The weights of a sharded one are put together in memory, and its optimizer's state is left out.
+
     Raises:
         CheckpointError: There is none, or it cannot be read.
     """
-    if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a folder: a checkpoint of a sharded run, expected one file. Make it one with `python -m "
-            f"lightning.pytorch.utilities.consolidate_checkpoint {path}`."
-        )
+    if path.is_dir() and not is_sharded(path):
+        raise CheckpointError(f"{path} is a folder without shards, expected a checkpoint such as {EXAMPLE}.")
     if not path.exists():
         raise CheckpointError(f"found no file {path}, expected a checkpoint such as {EXAMPLE}.")
+    if is_sharded(path):
+        return read_sharded(path, optimizers=False)
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path} is no checkpoint, or one that was cut short, expected one such as {EXAMPLE}.")
     try:

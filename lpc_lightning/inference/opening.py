@@ -99,6 +99,8 @@ def load_policy(path: str, dtype: str = "auto") -> tuple[PreferenceModule, dict[
         module.needs_reference = False  # a copy of the policy that nobody would ask
         spec = module.policy_spec
         spec.gradient_checkpointing = False
+        if isinstance(spec, PretrainedPolicy):
+            spec.quantization = None  # the adapter goes onto whole weights, with which it can be merged
         # Set before the model is built: a later `.to(dtype)` would round its rotary frequencies as well.
         spec.dtype = dtype if dtype != "auto" else _stored(checkpoint["state_dict"], spec)  # type: ignore[assignment]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,22 +13,29 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lpc_lightning.data.loading import TrainingLoader
 from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
+from lpc_lightning.modules.cached_reference import CachedReference
 from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_last_step, trained_shapes
 from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
+from lpc_lightning.modules.reference import Reference, live_reference
 from lpc_lightning.modules.scoring import BatchScorer, Evaluated
-from lpc_lightning.modules.sharding import shard
-from lpc_lightning.policy import CausalPolicy, Policy
+from lpc_lightning.modules.sharding import check_strategy, policies_of, shard
+from lpc_lightning.modules.share_out import share_out
+from lpc_lightning.policy import Policy
 from lpc_lightning.readout import Reading
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
+PARTS = ("policy", "reference", "latent")
+"""What is built."""
+REFERENCES: dict[str, Callable[..., Reference]] = {"cached": CachedReference, "live": live_reference}
 PROGRESS_BAR = ("loss", "rewards/accuracies", "rewards/margins", "latent/codebook_perplexity")
 
 
@@ -36,13 +43,14 @@ class PreferenceModule(LatentMixin, LightningModule):
     """Fits a policy to preference pairs; a subclass says its loss and whether it needs a reference."""
 
     needs_reference = True
-    reference: CausalPolicy | None
+    reference: Reference | None
 
     def __init__(
         self,
         policy: Policy,
         latent: LatentSpace | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0),
+        reference: Literal["cached", "live"] = "cached",
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0, fused=True),
         latent_lr: float = 1e-3,
         lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
         warmup: float = 0.1,
@@ -52,6 +60,9 @@ class PreferenceModule(LatentMixin, LightningModule):
         Args:
             policy: The model to train, as a spec.
             latent: The latent space of Latent Preference Coding. null is the plain algorithm.
+            reference: `cached` works out the reference's log-probabilities of all pairs that a run will read before its
+                first step, keeps them on disk for other runs (data.cache_dir), and holds no reference in memory; `live`
+                asks it at every batch: a frozen copy of the policy, or with LoRA the policy with its adapter off.
             optimizer: Optimizer of both parameter groups; its learning rate is the policy's.
             latent_lr: Learning rate of the latent space: fresh networks need a larger one than a pretrained backbone.
             lr_schedule: What the learning rates do after warm-up; cosine and linear go down to 0.
@@ -64,10 +75,15 @@ class PreferenceModule(LatentMixin, LightningModule):
         if "_class_path" not in self.hparams:
             # Built in code and not by the command line: live objects do not belong into a checkpoint.
             self.remove_ignored_hparams(["policy", "latent", "optimizer"])
+        if not self.needs_reference:
+            self.remove_ignored_hparams(["reference"])
+        if reference not in REFERENCES:
+            raise SettingError(f"model.reference: found {reference!r}, expected {' or '.join(REFERENCES)}.")
         self.policy_spec, self.latent, self.optimizer_of = policy, latent, optimizer
         self.latent_lr, self.lr_schedule, self.warmup = latent_lr, lr_schedule, warmup
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the rest
-        self._built = False
+        self.reference_kind = reference
+        self._built = self._starting = False
         self._data_state: dict[str, Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -84,24 +100,47 @@ class PreferenceModule(LatentMixin, LightningModule):
 
     # Building
 
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy under which the module cannot run; note that a run begins, whose data is set up by now."""
+        check_strategy(self.trainer.strategy)
+        self._starting = True
+
     def configure_model(self) -> None:
-        """Build policy, reference and latent space, once."""
-        if self._built:
-            return
-        torch.manual_seed(derive("weights", run_seed()))
-        self.policy = self.policy_spec.build(self.tokenizer)
-        self.reference = None
-        if self.needs_reference and self.policy_spec.lora is None:
-            # Not in eval mode: dropout is off, so that modes do not differ, and Lightning warns of mixed ones.
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
-            self.reference.set_gradient_checkpointing(False)
-        self.build_latent(self.policy.width, self.policy.head)
+        """Build policy, reference and latent space, once; have the reference ready for the run that begins."""
+        fresh = not self._built
+        if fresh:
+            self._build()
+        if self._starting and self.reference is not None:
+            self.reference.prepare(self, untouched=fresh or self.policy_spec.lora is not None)
+        self._starting = False
+
+    def _build(self) -> None:
+        if self.device_mesh is None:
+            self._make_parts()
+            self._compile()
+        else:
+            mesh = self.device_mesh["data_parallel"]
+            share_out(self, PARTS, self._make_parts, partial(self._shard, mesh), mesh)
         codes = self.latent.codes if isinstance(self.latent, DiscreteSpace) else None
         self.train_metrics, self.val_metrics, self.test_metrics = (PreferenceMetrics(codes) for _ in range(3))
         self._trained = trained_shapes(self)
-        if self.device_mesh is not None:
-            shard(self, self.device_mesh["data_parallel"])
         self._built = True
+
+    def _make_parts(self) -> None:
+        torch.manual_seed(derive("weights", run_seed()))
+        self.policy = self.policy_spec.build(self.tokenizer)
+        make_reference = REFERENCES[self.reference_kind]
+        self.reference = make_reference(self.policy, self.policy_spec) if self.needs_reference else None
+        self.build_latent(self.policy.width, self.policy.head)
+
+    def _compile(self) -> None:
+        if self.policy_spec.compile:
+            for policy in policies_of(self):
+                policy.compile_layers()
+
+    def _shard(self, mesh: DeviceMesh) -> None:
+        self._compile()
+        shard(self, mesh)
 
     def configure_optimizers(self) -> Any:
         """AdamW (or whatever `optimizer` says) over two groups, with warm-up and decay by optimizer step."""
@@ -141,17 +180,12 @@ class PreferenceModule(LatentMixin, LightningModule):
             What the pass yields, and the algorithm's loss as a function of the latent.
         """
         reading = self.policy.read(batch)
-        return reading, BatchScorer(reading, batch.lengths, self.reference_logps(batch), self.preference_loss)
+        reference = None if self.reference is None else self.reference.logps(batch)
+        return reading, BatchScorer(reading, batch.lengths, reference, self.preference_loss)
 
-    @torch.no_grad()
-    def reference_logps(self, batch: PreferenceBatch) -> Tensor | None:
-        """(2B,) log-probabilities under the reference, which knows no latent; None for an algorithm without one."""
-        if not self.needs_reference:
-            return None
-        if self.reference is not None:
-            return self.reference.read(batch).logps()
-        with self.policy.as_reference() as reference:
-            return reference.read(batch).logps()
+    def reference_step(self, batch: PreferenceBatch) -> Tensor:
+        """(2B,) log-probabilities under the policy as published: before it is trained, or with its adapter off."""
+        return self.policy.reference_logps(batch)
 
     def on_train_start(self) -> None:
         """Take up the data where a resumed run left it.
@@ -182,6 +216,11 @@ class PreferenceModule(LatentMixin, LightningModule):
         if self._closes_window(batch_idx):
             self._report("train", self.train_metrics)
         return loss * self._share_of_window(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Drop the gradients with the step: Lightning would keep them through the next forward pass."""
+        if self._closes_window(batch_idx):
+            self.optimizers(use_pl_optimizer=False).zero_grad()  # type: ignore[union-attr]
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
         """Score the pairs as the policy is used: under the prior. Callbacks get the pass, to ask more of it."""
@@ -283,9 +322,11 @@ class PreferenceModule(LatentMixin, LightningModule):
             checkpoint["training_data"] = loader.state_dict() | {"taken": taken}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose weights are not this model's."""
-        self.configure_model()
-        check_same_architecture(self._trained, checkpoint["state_dict"])
+        """Refuse a checkpoint whose weights are not this model's. (DeepSpeed has loaded its own before it asks.)"""
+        if not self._built:
+            self._build()
+        if "state_dict" in checkpoint:
+            check_same_architecture(self._trained, checkpoint["state_dict"])
         self._data_state = checkpoint.get("training_data")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

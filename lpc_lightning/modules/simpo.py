@@ -22,7 +22,7 @@ class SimPO(PreferenceModule):
             gamma_beta_ratio: Target margin gamma, in units of beta.
             module: Settings of `PreferenceModule`.
         """
-        super().__init__(**module)
+        super().__init__(reference="live", **module)  # not a setting: there is none
         self.beta, self.gamma_beta_ratio = beta, gamma_beta_ratio
 
     def preference_loss(self, logps: PairLogps) -> PairLosses:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import cast
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lpc_lightning.policy.head import check_head, head_of
-from lpc_lightning.policy.masks import block_mask, layer_windows
+from lpc_lightning.policy.head import UnsupportedPolicyError, check_head, head_of
+from lpc_lightning.policy.masks import FORMS, FULL, block_mask, layer_windows
+from lpc_lightning.policy.piecewise import PIECEWISE, blocks_of
 from lpc_lightning.readout import Reading
 from lpc_lightning.types import LogitHead, PreferenceBatch
 
@@ -32,10 +34,13 @@ class CausalPolicy(nn.Module):
         """
         super().__init__()
         self.model = model
-        check_head(self.causal_lm, self.backbone)
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
-        self.takes_block_mask = self._honours_block_mask()
-        """Whether rows may hold several pieces: the kernel takes a mask, and all layers honour it and the positions."""
+        with _uncompiled():
+            check_head(self.causal_lm, self.backbone)
+            self.attends_by_piece = self._attends_by_piece()
+            """Whether packed rows on a CPU cost no more attention than their pieces: rows may have any width."""
+            self.takes_block_mask = self.attends_by_piece or self._honours_block_mask()
+            """Whether rows may hold several pieces: the kernel takes a mask; all layers honour it and the positions."""
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -58,9 +63,17 @@ class CausalPolicy(nn.Module):
         """d, the width of a hidden state."""
         return self.head.weight.shape[1]
 
+    def _attends_by_piece(self) -> bool:
+        config = self.backbone.config
+        if config._attn_implementation != PIECEWISE or not self._takes_positions:
+            return False
+        self.attends_by_piece = layer_windows(config) == {FULL: None}
+        # Families that do not pass on what their layers are called with would attend to everything.
+        return self.attends_by_piece and self._keeps_pieces_apart()
+
     def _honours_block_mask(self) -> bool:
         config = self.backbone.config
-        masked = config._attn_implementation in ("eager", "sdpa") and self._takes_positions
+        masked = config._attn_implementation in FORMS and self._takes_positions
         return masked and layer_windows(config) is not None and self._keeps_pieces_apart()
 
     @torch.no_grad()
@@ -84,6 +97,27 @@ class CausalPolicy(nn.Module):
         new = f"activation_checkpointing_{verb}"
         change = getattr(model, new if hasattr(model, new) else f"gradient_checkpointing_{verb}")
         change(*([{"use_reentrant": False}] if on else []))
+        if on:
+            # A hook that re-entrant checkpoints would need. It makes frozen embeddings part of the backward pass, and
+            # is a local function, with which no policy can be handed from one process to another.
+            model.disable_input_require_grads()
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Have torch compile the decoder layers: one graph for all of them, for rows of any number and width.
+
+        The layers stay the modules that they are, under the same names; embedding, masks, head and losses are not
+        compiled.
+
+        Args:
+            backend: Of `torch.compile`.
+        """
+        for layer in self.layers:
+            layer.compile(backend=backend, dynamic=True)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
+        return decoder_layers(self.causal_lm)
 
     def read(self, batch: PreferenceBatch) -> Reading:
         """One backbone pass."""
@@ -98,20 +132,58 @@ class CausalPolicy(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, segments: Tensor | None, position_ids: Tensor
     ) -> Tensor:
         """(R, T, d) last hidden states of tokens laid out as `PreferenceBatch` tells."""
-        mask: Tensor | dict[str, Tensor] = attention_mask
+        if input_ids.device.type == "cpu" and torch.is_grad_enabled():
+            self._check_trains_on_cpu()
+        mask: Any = attention_mask
+        options: dict[str, Any] = {"position_ids": position_ids} if self._takes_positions else {}
         if segments is not None:
             config, device = self.backbone.config, input_ids.device.type
-            scores = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
-            mask = block_mask(segments, position_ids, config, config._attn_implementation, scores)
-        places = {"position_ids": position_ids} if self._takes_positions else {}
-        return self.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **places).last_hidden_state
+            kernel = config._attn_implementation
+            if self.attends_by_piece and kernel == PIECEWISE and device == "cpu":
+                # Four dimensions: transformers takes it for a finished mask and makes none. The blocks stand in for it.
+                mask, options["blocks"] = input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool), blocks_of(segments)
+            else:
+                scores = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+                mask = block_mask(segments, position_ids, config, kernel, scores)
+        return self.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **options).last_hidden_state
+
+    def _check_trains_on_cpu(self) -> None:
+        if self.backbone.config._attn_implementation == "flex_attention":
+            raise UnsupportedPolicyError(
+                "policy.attention: found flex_attention on a CPU, where torch has no backward pass for it. Expected "
+                "auto, sdpa or eager there."
+            )
+        if getattr(self.causal_lm, "is_loaded_in_4bit", False):
+            raise UnsupportedPolicyError(
+                "policy.quantization: found weights in 4 bits on a CPU, where bitsandbytes repacks them for inference, "
+                "without a backward pass. Expected a GPU, or null."
+            )
 
     @contextmanager
     def as_reference(self) -> Iterator[CausalPolicy]:
-        """The policy with its adapter off and without gradient: the reference of a LoRA policy."""
-        if not isinstance(self.model, PeftModel):
-            raise TypeError(
-                "as_reference: found a policy without an adapter, expected LoRA; keep a frozen copy instead."
-            )
-        with torch.no_grad(), self.model.disable_adapter():
+        """The policy as published: without gradient, and its adapter, where it has one, off.
+
+        Without an adapter that is the reference as long as the policy has not been trained.
+        """
+        bare = self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+        with torch.no_grad(), bare:
             yield self
+
+    def reference_logps(self, batch: PreferenceBatch) -> Tensor:
+        """(2B,) log-probability of each answer under the policy as published; see `as_reference`."""
+        with self.as_reference() as reference:
+            return reference.read(batch).logps()
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """A model's decoder layers, by the class that transformers says must not be split."""
+    kinds = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """For a handful of tokens `flex_attention` need not be compiled, of which transformers has it warn."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield

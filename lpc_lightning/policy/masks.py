@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
+from lpc_lightning.policy.piecewise import PIECEWISE
 from lpc_lightning.types import PIECES
 
 WINDOWED, FULL = "sliding_attention", "full_attention"
+Sight = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def visible(segments: Tensor, position_ids: Tensor, window: int | None) -> Tensor:
-    """Which tokens each token may look at.
+def sight(segments: Tensor, position_ids: Tensor, window: int | None) -> Sight:
+    """The rule of who sees whom, for any token of a row: the form in which `flex_attention` takes a mask.
 
     Args:
         segments: (R, T) `PreferenceBatch.segments`.
@@ -20,15 +26,30 @@ def visible(segments: Tensor, position_ids: Tensor, window: int | None) -> Tenso
         window: Sliding window in tokens (distances below it are seen), or None.
 
     Returns:
-        (R, 1, T, T) bool; row q says what q sees. Padding sees padding, so that no row is empty.
+        A function of row, head, query and key (numbers of tokens in the row): whether the query sees the key. Padding
+        sees padding, so that no query is blind.
     """
-    query, key = segments[:, :, None], segments[:, None, :]
-    own_prompt = (key == query - query % PIECES) & (query >= 0)
-    tokens = torch.arange(segments.shape[1], device=segments.device)
-    seen = ((key == query) | own_prompt) & (tokens[:, None] >= tokens[None, :])
-    if window is not None:
-        seen &= position_ids[:, :, None] - position_ids[:, None, :] < window
-    return seen[:, None]
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        mine, other = segments[row, query], segments[row, key]
+        own_prompt = (other == mine - mine % PIECES) & (mine >= 0)
+        seen = ((other == mine) | own_prompt) & (query >= key)
+        if window is not None:
+            seen = seen & (position_ids[row, query] - position_ids[row, key] < window)
+        return seen
+
+    return sees
+
+
+def visible(segments: Tensor, position_ids: Tensor, window: int | None) -> Tensor:
+    """Which tokens each token may look at: `sight`, asked of all pairs of tokens.
+
+    Returns:
+        (R, 1, T, T) bool; row q says what q sees.
+    """
+    rows, tokens = (torch.arange(size, device=segments.device) for size in segments.shape)
+    everywhere = rows[:, None, None], rows[:1], tokens[None, :, None], tokens[None, None, :]
+    return sight(segments, position_ids, window)(*everywhere)[:, None]
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None] | None:
@@ -40,20 +61,46 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None] | None:
     return {kind: window if kind == WINDOWED else None for kind in sorted(kinds)}
 
 
+Form = Callable[[Tensor, Tensor, int | None, torch.dtype], Any]
+"""Segments, positions, window and type of the scores to the mask that a kernel takes."""
+
+
+def truth(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> Tensor:
+    """(R, 1, T, T) bool, for `sdpa`."""
+    return visible(segments, position_ids, window)
+
+
+def addend(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> Tensor:
+    """(R, 1, T, T) in the type of the scores, to which `eager` adds it."""
+    seen = visible(segments, position_ids, window)
+    return torch.zeros_like(seen, dtype=scores).masked_fill(~seen, torch.finfo(scores).min)
+
+
+def blocks(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> BlockMask:
+    """Which blocks of 128 x 128 tokens hold anything to see, for `flex_attention`, which leaves the others out."""
+    rows, tokens = segments.shape
+    rule = sight(segments, position_ids, window)
+    return create_block_mask(rule, rows, None, tokens, tokens, device=segments.device)
+
+
+FORMS: dict[str, Form] = {"sdpa": truth, PIECEWISE: truth, "eager": addend, "flex_attention": blocks}
+"""The kernels that take a block mask, and the form in which they take it."""
+
+
 def block_mask(
     segments: Tensor, position_ids: Tensor, config: PreTrainedConfig, attention: str, dtype: torch.dtype
-) -> Tensor | dict[str, Tensor]:
-    """The mask in the form that the model's attention kernel takes: one tensor, or one for each kind of layer.
+) -> Any:
+    """The mask in the form that the model's attention kernel takes: one, or one for each kind of layer.
 
     Args:
         segments: (R, T) `PreferenceBatch.segments`.
         position_ids: (R, T).
         config: The backbone's config.
-        attention: `sdpa` takes a bool mask, `eager` one that is added to the scores.
+        attention: The kernel. One that is not in `FORMS` gets what sdpa gets.
         dtype: Type of the scores, for `eager`.
 
     Returns:
-        (R, 1, T, T), or a dictionary of such by layer type.
+        A mask, or a dictionary of masks by layer type.
 
     Raises:
         ValueError: The model has layers that take no mask.
@@ -61,8 +108,6 @@ def block_mask(
     windows = layer_windows(config)
     if windows is None:
         raise ValueError(f"layout: {config.model_type} has layers that take no block mask; set `data.layout: padded`.")
-    masks = {kind: visible(segments, position_ids, window) for kind, window in windows.items()}
-    if attention == "eager":
-        low = torch.finfo(dtype).min
-        masks = {kind: torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, low) for kind, mask in masks.items()}
+    form = FORMS.get(attention, truth)
+    masks = {kind: form(segments, position_ids, window, dtype) for kind, window in windows.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from lpc_lightning.errors import SettingError
 from lpc_lightning.policy.head import UnsupportedPolicyError
 from lpc_lightning.policy.spec import Policy
 
@@ -22,17 +25,41 @@ from lpc_lightning.policy.spec import Policy
 class PretrainedPolicy(Policy):
     """A model from the hub, from a folder, or from a GGUF file."""
 
-    def __init__(self, path: str, revision: str = "main", tokenizer: str | None = None, **policy: Any) -> None:
+    def __init__(
+        self,
+        path: str,
+        revision: str = "main",
+        tokenizer: str | None = None,
+        quantization: Literal["nf4"] | None = None,
+        **policy: Any,
+    ) -> None:
         """Say where the weights are.
 
         Args:
             path: Hub name (`mistralai/Mistral-7B-v0.1`), local folder, or GGUF file (`model.Q4_1.gguf`, dequantised).
             revision: Branch, tag or commit on the hub.
             tokenizer: Hub name or folder of another tokenizer. null takes the model's own.
+            quantization: Keep the frozen weights of the linear layers in 4 bits while an adapter is trained (QLoRA,
+                arXiv 2305.14314): `nf4`, with quantised scales, by bitsandbytes. dtype is then that of the arithmetic.
+                A checkpoint holds the adapter alone; with null in place of nf4 it goes onto the unquantised weights, as
+                for merging the two.
             policy: Settings of `Policy`.
+
+        Raises:
+            SettingError: Quantization without an adapter, or of a GGUF file.
         """
         super().__init__(**policy)
-        self.path, self.revision, self.tokenizer = path, revision, tokenizer
+        self.path, self.revision, self.tokenizer, self.quantization = path, revision, tokenizer, quantization
+        if quantization is not None and self.lora is None:
+            raise SettingError(
+                f"policy.quantization: found {quantization} without an adapter, expected policy.lora: quantised "
+                "weights cannot be trained."
+            )
+        if quantization is not None and path.endswith(".gguf"):
+            raise SettingError(
+                f"policy.quantization: found {quantization} for {path}, whose weights are dequantised once already. "
+                "Expected a folder or a hub name."
+            )
 
     def load_config(self) -> PreTrainedConfig:
         """The config beside the weights."""
@@ -45,7 +72,7 @@ class PretrainedPolicy(Policy):
                 f"policy.path: found {self.path} ({config.model_type}), an encoder-decoder, "
                 "expected a decoder-only model."
             )
-        model = self._load(AutoModelForCausalLM, config=config, dtype=dtype)
+        model = self._load(AutoModelForCausalLM, config=config, dtype=dtype, **self._quantized(dtype))
         if not self.path.endswith(".gguf"):
             return model
         # A model that carries a quantisation config refuses to be saved: give its weights to one that has none.
@@ -60,6 +87,23 @@ class PretrainedPolicy(Policy):
         if self.tokenizer is not None:
             return AutoTokenizer.from_pretrained(self.tokenizer)
         return self._load(AutoTokenizer)
+
+    def _quantized(self, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
+        if self.quantization is None:
+            return {}
+        if find_spec("bitsandbytes") is None:
+            raise SettingError(
+                f"policy.quantization: found {self.quantization}, which needs bitsandbytes, and that is not installed. "
+                "`pip install -c constraints.txt -e '.[qlora]'`, or set it to null."
+            )
+        return {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=self.quantization,
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        }
 
     def _load(self, kind: Any, **options: Any) -> Any:
         file = Path(self.path)

@@ -8,12 +8,14 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpc_lightning.policy.causal import CausalPolicy
+from lpc_lightning.policy.causal import CausalPolicy, decoder_layers
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_vocabulary
+from lpc_lightning.policy.lean_layers import make_lean
 from lpc_lightning.policy.lora import LoRA
+from lpc_lightning.policy.piecewise import PIECEWISE
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+Attention = Literal["auto", "piecewise", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
 class Policy(ABC):
@@ -25,20 +27,24 @@ class Policy(ABC):
         attention: Attention = "auto",
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         """Keep the settings that all policies share.
 
         Args:
             dtype: Type of the weights. Full fine-tuning in bfloat16 loses updates smaller than 1/256 of a weight; keep
                 float32 and let `trainer.precision: bf16-mixed` do the arithmetic in bfloat16.
-            attention: Attention kernel of transformers. `auto` is sdpa, or eager for families that soft-cap their
-                attention scores, which sdpa cannot.
+            attention: Attention kernel: one of transformers, or `piecewise`, which is sdpa but for packed rows on a
+                CPU, where it computes no more than each piece sees. `auto` is piecewise, and so sdpa on a GPU; or eager
+                for families that soft-cap their attention scores, which sdpa cannot.
             lora: Train an adapter in place of the weights. null trains all weights.
             gradient_checkpointing: Keep one state a layer and compute the rest again in the backward pass: less
                 memory, about a third more time.
+            compile: Have torch.compile make one program of each decoder layer, for training. The first steps take a
+                minute or so; a C++ compiler (CPU) or Triton (GPU) has to be there.
         """
         self.dtype, self.attention = dtype, attention
-        self.lora, self.gradient_checkpointing = lora, gradient_checkpointing
+        self.lora, self.gradient_checkpointing, self.compile = lora, gradient_checkpointing, compile
 
     @abstractmethod
     def load_config(self) -> PreTrainedConfig:
@@ -72,6 +78,8 @@ class Policy(ABC):
         model = self.load_model(config, getattr(torch, self.dtype))
         check_vocabulary(model, self.load_tokenizer() if tokenizer is None else tokenizer)
         model.eval()
+        if not self.compile:  # a compiler chooses by itself what to keep
+            make_lean(decoder_layers(model))
         policy = CausalPolicy(model if self.lora is None else self.lora.apply(model))
         if self.gradient_checkpointing:
             policy.set_gradient_checkpointing(True)
@@ -81,11 +89,11 @@ class Policy(ABC):
     def _kernel(self, config: PreTrainedConfig) -> str:
         # Also where the cap is set to null: such families have no sdpa at all.
         capped = hasattr(config.get_text_config(), "attn_logit_softcapping")
-        if self.attention == "sdpa" and capped:
+        if self.attention in ("sdpa", PIECEWISE) and capped:
             raise UnsupportedPolicyError(
-                f"policy.attention: found sdpa for {config.model_type}, which soft-caps its attention scores; "
-                "sdpa cannot do that. Expected auto, eager or flex_attention."
+                f"policy.attention: found {self.attention} for {config.model_type}, which soft-caps its attention "
+                "scores; sdpa cannot do that. Expected auto, eager or flex_attention."
             )
         if self.attention != "auto":
             return self.attention
-        return "eager" if capped else "sdpa"
+        return "eager" if capped else PIECEWISE

@@ -93,8 +93,13 @@ def pairs(make_pairs: MakePairs) -> list[TokenizedPair]:
     return make_pairs([(3, 2, 4)] * 11)
 
 
-def loader(pairs: list[TokenizedPair], seed: int = 0, batch_size: int = 2, **options: Any) -> TrainingLoader:
-    return TrainingLoader(pairs, TrainingBatches(len(pairs), batch_size, seed), PaddedLayout(0), **options)
+def loader(
+    pairs: list[TokenizedPair], seed: int = 0, batch_size: int = 2, window: int | None = None, **options: Any
+) -> TrainingLoader:
+    # Lengths in no order, and some of them equal.
+    lengths = [(7 * number) % 5 for number in range(len(pairs))]
+    batches = TrainingBatches(len(pairs), batch_size, seed, lengths=lengths, length_window=window)
+    return TrainingLoader(pairs, batches, PaddedLayout(0), **options)
 
 
 def ids(loader: PreferenceLoader, epoch: int = 0) -> list[tuple[str, ...]]:
@@ -103,16 +108,19 @@ def ids(loader: PreferenceLoader, epoch: int = 0) -> list[tuple[str, ...]]:
     return [batch.ids for batch in loader]
 
 
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 1, 4, 6])
-def test_a_stopped_epoch_goes_on_with_its_next_batch(pairs: list[TokenizedPair], workers: int, taken: int) -> None:
-    whole, next_epoch = ids(loader(pairs), epoch=3), ids(loader(pairs), epoch=4)
-    stopped = loader(pairs, workers=workers)
+def test_a_stopped_epoch_goes_on_with_its_next_batch(
+    pairs: list[TokenizedPair], window: int | None, workers: int, taken: int
+) -> None:
+    whole, next_epoch = (ids(loader(pairs, window=window), epoch=epoch) for epoch in (3, 4))
+    stopped = loader(pairs, workers=workers, window=window)
     stopped.sampler.set_epoch(3)
     batches = iter(stopped)
     assert [next(batches).ids for _ in range(taken)] == whole[:taken]
 
-    resumed = loader(pairs, workers=workers)
+    resumed = loader(pairs, workers=workers, window=window)
     resumed.load_state_dict(stopped.state_dict())
     assert len(resumed) == 6
     assert ids(resumed, epoch=3) == whole[taken:]
@@ -133,6 +141,7 @@ def test_a_stop_between_epochs_goes_on_with_a_whole_epoch(pairs: list[TokenizedP
     [
         ({"seed": 1}, "'seed': 1"),
         ({"batch_size": 3}, "'batch_size': 3"),
+        ({"window": 4}, "'length_window': 4"),
         ({"pairs": 10}, "'pairs': 10"),
     ],
 )

@@ -139,6 +139,7 @@ def test_columns_may_have_other_names(data: Any, write_rows: Any) -> None:
         ({"batch_size": 0}, r"data\.batch_size: found 0, expected at least 1"),
         ({"eval_batch_size": -1}, r"data\.eval_batch_size: found -1, expected at least 1"),
         ({"row_tokens": 0}, r"data\.row_tokens: found 0, expected at least 1"),
+        ({"length_window": 0}, r"data\.length_window: found 0, expected at least 1"),
         ({"max_length": 0}, r"max_length=0: expected a number of tokens from 1 on"),
         ({"validation_share": 1.0}, r"data\.validation_share: found 1\.0, expected a share from 0 to below 1"),
         ({"path": {"test": "a.jsonl"}}, r"data\.path: found files for \['test'\], expected train"),
@@ -260,6 +261,22 @@ def test_every_stage_is_told_under_its_own_name(tmp_path: Path) -> None:
 
 
 # Batches and layouts.
+
+
+def test_a_length_window_gathers_pairs_of_like_length(tmp_path: Path) -> None:
+    def spread(window: int | None) -> tuple[float, list[str]]:
+        sizes: dict[str, Any] = {"train_pairs": 40, "validation_pairs": 0, "batch_size": 4}
+        made = SyntheticPreferences(**sizes, length_window=window, cache_dir=str(tmp_path / "cache"))
+        Fit(tmp_path / f"window {window}", made)
+        pairs = made.pairs["train"]
+        of = {pair.id: length for pair, length in zip(pairs, pairs.lengths, strict=True)}
+        batches = [[of[name] for name in batch.ids] for batch in made.train_dataloader()]
+        names = [name for batch in made.train_dataloader() for name in batch.ids]
+        return sum(max(batch) - min(batch) for batch in batches) / len(batches), sorted(names)
+
+    (plain, names), (grouped, same) = spread(None), spread(10)
+    assert grouped < plain / 4
+    assert names == same
 
 
 def test_training_follows_the_runs_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

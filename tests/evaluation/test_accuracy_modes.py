@@ -33,9 +33,9 @@ from lpc_lightning.types import PreferenceBatch, TokenizedPair
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5), (2, 2, 2)]
 CODES: dict[str, Any] = {"codes": 3, "spread": 3.0, "hidden": 8}
 ALGORITHMS: dict[str, Callable[..., PreferenceModule]] = {
-    "dpo": lambda **module: DPO(beta=0.3, **module),
-    "cdpo": lambda **module: DPO(beta=0.3, label_smoothing=0.2, **module),
-    "ipo": lambda **module: IPO(beta=0.2, **module),
+    "dpo": lambda **module: DPO(beta=0.3, reference="live", **module),
+    "cdpo": lambda **module: DPO(beta=0.3, label_smoothing=0.2, reference="live", **module),
+    "ipo": lambda **module: IPO(beta=0.2, reference="live", **module),
     "simpo": lambda **module: SimPO(beta=2.5, gamma_beta_ratio=0.4, **module),
 }
 SPACES: dict[str, Callable[[], LatentSpace]] = {
@@ -72,7 +72,7 @@ def build(tiny_spec: Callable[..., Any], perturb: Callable[..., None], exact: Ca
         module.configure_model()
         exact(module.policy)
         if module.reference is not None:
-            exact(module.reference)
+            exact(module.reference.policy)
         perturb(module.policy, deviation=0.1)
         if space is not None:
             space.double()
@@ -128,7 +128,7 @@ class Naive:
             if self.algorithm == "simpo":
                 found.append(logp / len(answer))
             else:
-                found.append(logp - answer_logp(self.module.reference, self.pair.prompt_ids, answer))
+                found.append(logp - answer_logp(self.module.reference.policy, self.pair.prompt_ids, answer))
         return found[0], found[1]
 
     def margin(self, z: Tensor | float) -> Tensor:

@@ -162,7 +162,7 @@ def test_collecting_starts_anew_and_is_idle_without_pairs() -> None:
 def test_each_space_says_what_it_has(
     latent: Any, tiny_spec: Callable[..., Any], perturb: Callable[..., None], make_pairs: Callable[..., Any]
 ) -> None:
-    module = DPO(policy=tiny_spec(), latent=latent)
+    module = DPO(policy=tiny_spec(), latent=latent, reference="live")
     module.configure_model()
     perturb(module.policy)
     if latent is not None:

@@ -42,7 +42,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a fit of three steps, with three codes that matter."""
     folder = tmp_path_factory.mktemp("fit")
     flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
-    flags += "--model.optimizer=AdamW --model.optimizer.lr=0.03 --latent=MarginalSpace --latent.codes=3 "
+    flags += "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.03 --latent=MarginalSpace --latent.codes=3 "
     flags += "--latent.spread=2 --data=SyntheticPreferences --data.train_pairs=6 --data.validation_pairs=2 "
     flags += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
     flags += f"--trainer.max_steps=3 --trainer.log_every_n_steps=1 --data.batch_size=2 --data.cache_dir={folder} "

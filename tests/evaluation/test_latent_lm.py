@@ -11,7 +11,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -413,11 +413,16 @@ def test_auto_goes_on_with_smaller_batches_where_memory_runs_out(
 # What was handed in, and what is told
 
 
+def hooks(model: nn.Module) -> list[tuple[int, int]]:
+    return [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()]
+
+
 def test_policy_and_tokenizer_stay_as_they_are(tiny: Build, tiny_spec: Build) -> None:
     policy, tokenizer = tiny("llama", dtype="float32"), tiny_spec("llama").load_tokenizer()
     tokenizer.pad_token, tokenizer.padding_side = None, "right"
     before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
     identities = {name: id(parameter) for name, parameter in policy.named_parameters()}
+    hooked = hooks(policy)
     lm = LatentLM(policy, tokenizer, make_prior())
     lm.loglikelihood(texts())
     lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("A text.",)]))
@@ -425,7 +430,7 @@ def test_policy_and_tokenizer_stay_as_they_are(tiny: Build, tiny_spec: Build) ->
     assert (tokenizer.pad_token, tokenizer.padding_side) == (None, "right")
     assert {name: id(parameter) for name, parameter in policy.named_parameters()} == identities
     assert all(torch.equal(parameter, before[name]) for name, parameter in policy.named_parameters())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in policy.modules())
+    assert hooks(policy) == hooked
 
 
 def test_only_what_the_user_should_know_is_said(

@@ -28,7 +28,8 @@ SHARES = ((slice(0, 3), slice(3, 5)), (slice(5, 7),))
 
 def built():
     torch.manual_seed(0)
-    module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=MarginalSpace(codes=4, spread=2.0))
+    policy, latent = TinyPolicy(width=16, layers=1, heads=2), MarginalSpace(codes=4, spread=2.0)
+    module = DPO(policy=policy, latent=latent, reference="live")
     module.configure_model()
     with torch.no_grad():
         for parameter in (*module.policy.parameters(), *module.latent.parameters()):

@@ -17,7 +17,12 @@ from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_poli
 from lpc_lightning.policy import PretrainedPolicy, TinyPolicy
 
 FLAGS = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2", "--model=DPO"]
-FLAGS += ["--model.optimizer=AdamW", "--model.optimizer.lr=0.01", "--model.latent_lr=0.05", "--model.beta=0.5"]
+FLAGS += [
+    "--model.optimizer=torch.optim.AdamW",
+    "--model.optimizer.lr=0.01",
+    "--model.latent_lr=0.05",
+    "--model.beta=0.5",
+]
 FLAGS += ["--latent=ExpectedSpace", "--latent.codes=3", "--latent.spread=1.0", "--data=PreferenceData"]
 FLAGS += ["--data.batch_size=3", "--data.validation_share=0.4", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
 FLAGS += ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
@@ -80,6 +85,7 @@ def test_a_checkpoint_is_scored_by_its_own_reward(checkpoint: Path, data: Prefer
         found.metrics
     )
     module = open_module(str(checkpoint))
+    reference = module.policy_spec.build()
     pairs = pairs_of(data, module.tokenizer)
     assert [item["id"] for item in found.items] == [pair.id for pair in pairs]
     assert (found.pairs, found.metrics["pairs"], found.metrics["pairs/source/a"]) == (6, 6, 4)
@@ -88,7 +94,7 @@ def test_a_checkpoint_is_scored_by_its_own_reward(checkpoint: Path, data: Prefer
         for mode, shift in (("prior", z), ("no_latent", 0.0)):
             rewards = [
                 naive_logp(module.policy, pair.prompt_ids, answer, shift)
-                - naive_logp(module.reference, pair.prompt_ids, answer)
+                - naive_logp(reference, pair.prompt_ids, answer)
                 for answer in (pair.chosen_ids, pair.rejected_ids)
             ]
             assert item["margins"][mode] == pytest.approx(0.5 * (rewards[0] - rewards[1]), abs=1e-4)

@@ -133,7 +133,7 @@ def padded() -> Callable[..., dict[str, Tensor]]:
     return pad
 
 
-FIT = ["--model=DPO", "--model.optimizer=AdamW", "--model.optimizer.lr=0.01", "--model.latent_lr=0.05"]
+FIT = ["--model=DPO", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01", "--model.latent_lr=0.05"]
 FIT += ["--data=SyntheticPreferences", "--data.train_pairs=4", "--data.validation_pairs=2", "--data.test_pairs=0"]
 FIT += ["--data.batch_size=2", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
 FIT += [

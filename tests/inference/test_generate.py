@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of a fit of three steps, with three codes that matter."""
     folder = tmp_path_factory.mktemp("fit")
     flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO "
-    flags += "--model.optimizer=AdamW --model.optimizer.lr=0.01 --latent=MarginalSpace --latent.codes=3 "
+    flags += "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.01 --latent=MarginalSpace --latent.codes=3 "
     flags += "--latent.spread=2 --data=SyntheticPreferences --data.train_pairs=6 --data.validation_pairs=2 "
     flags += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
     flags += (

@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.latent import VectorSpace
 from lpc_lightning.modules import DPO, IPO, PreferenceModule
+from lpc_lightning.modules.reference import FrozenCopy
 from lpc_lightning.types import TokenizedPair
 
 PRECISION = 1e-5
@@ -54,9 +55,9 @@ def sides(tiny_spec: Callable[..., Any], perturb: Callable[..., None], tmp_path:
         kind, ours, theirs = ALGORITHMS[algorithm]
         # Windows and eager attention leave no number to a row of padding, which TRL's own code would read.
         options = {"sliding_window": 64} if family == "gemma2" else None
-        module = kind(policy=tiny_spec(family, options=options), **ours, **latent)
+        module = kind(policy=tiny_spec(family, options=options), reference="live", **ours, **latent)
         module.configure_model()
-        assert module.reference is not None
+        assert isinstance(module.reference, FrozenCopy)
         perturb(module.policy, seed=1)
         perturb(module.reference, seed=2)
         if module.latent is not None:
@@ -74,7 +75,7 @@ def sides(tiny_spec: Callable[..., Any], perturb: Callable[..., None], tmp_path:
         )
         trainer = DPOTrainer(
             copy.deepcopy(module.policy.causal_lm),
-            copy.deepcopy(module.reference.causal_lm),
+            copy.deepcopy(module.reference.policy.causal_lm),
             config,
             train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
             processing_class=module.tokenizer,

@@ -170,7 +170,7 @@ def command_line(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_the_command_line_saved_builds_itself(
     flags: list[str], lora: list[str], kind: type, command_line: Any, predict: Any
 ) -> None:
-    done = command_line(*flags, *lora, "--model.optimizer=AdamW", "--model.optimizer.lr=0.01")
+    done = command_line(*flags, *lora, "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01")
     (path,) = Path(done.trainer.log_dir).glob("checkpoints/*.ckpt")
     loaded = LightningModule.load_from_checkpoint(path, weights_only=True)
     assert type(loaded) is kind

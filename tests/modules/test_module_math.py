@@ -28,6 +28,7 @@ from lpc_lightning.latent import (
 )
 from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
 from lpc_lightning.modules import DPO, IPO, PreferenceModule, SimPO
+from lpc_lightning.modules.reference import AdapterOff
 from lpc_lightning.policy import LoRA
 from lpc_lightning.types import PairLogps, TokenizedPair
 
@@ -100,7 +101,8 @@ def make(tiny_spec: Callable[..., Any], perturb: Callable[..., None]) -> Make:
     def module(algorithm: str = "dpo", latent: LatentSpace | None = None, **policy: Any) -> PreferenceModule:
         kind, settings, *_ = ALGORITHMS[algorithm]
         torch.manual_seed(5)
-        made = kind(policy=tiny_spec("llama", **policy), latent=latent, **settings)
+        live = {"reference": "live"} if kind.needs_reference else {}
+        made = kind(policy=tiny_spec("llama", **policy), latent=latent, **live, **settings)
         made.configure_model()
         if latent is not None and policy.get("dtype", "float64") == "float64":
             latent.double()
@@ -131,7 +133,7 @@ def test_a_step_is_the_mean_loss_of_a_loop_over_pairs(
 ) -> None:
     module = make(algorithm)
     policy = exact(module.policy)
-    reference = None if module.reference is None else exact(module.reference)
+    reference = None if module.reference is None else exact(module.reference.policy)
     assert (reference is None) == (algorithm == "simpo")
     policy_of = naive_logps(policy.model, pairs)
     reference_of = torch.full_like(policy_of, torch.nan)
@@ -174,7 +176,7 @@ def test_without_a_latent_a_step_is_the_plain_algorithm_to_the_last_bit(
     logps = policy.read(batch).logps()
     of_reference = (None, None)
     if reference is not None:
-        of_reference = reference.read(batch).logps().detach().chunk(2)
+        of_reference = reference.policy.read(batch).logps().detach().chunk(2)
     lengths = batch.lengths.to(logps.dtype).chunk(2)
     loss = ALGORITHMS[algorithm][2](PairLogps(*logps.chunk(2), *of_reference, *lengths)).losses.mean()
     loss.backward()
@@ -197,7 +199,7 @@ def test_with_an_adapter_the_reference_is_the_policy_without_it(
     train_step: Callable[..., Any],
 ) -> None:
     module = make("dpo", lora=LoRA(rank=3))
-    assert module.reference is None
+    assert isinstance(module.reference, AdapterOff)
     with torch.no_grad():
         policy, reference = (
             naive_logps(module.policy.model, pairs),
@@ -214,7 +216,7 @@ def test_with_an_adapter_the_reference_is_the_policy_without_it(
 def test_an_untrained_policy_is_undecided(
     pairs: list[TokenizedPair], tiny_spec: Callable[..., Any], train_step: Callable[..., Any]
 ) -> None:
-    metrics = train_step(DPO(policy=tiny_spec("llama")), pairs).metrics
+    metrics = train_step(DPO(policy=tiny_spec("llama"), reference="live"), pairs).metrics
     assert float(metrics["train/loss"]) == pytest.approx(math.log(2), abs=1e-15)
     assert float(metrics["train/rewards/margins"]) == 0
     assert float(metrics["train/rewards/accuracies"]) == 0.5
@@ -377,7 +379,7 @@ def test_predictions_are_each_pairs_rewards_under_the_prior(
     code = module.latent.codebook.weight[2]
     module.policy.backbone.norm.register_forward_hook(lambda _, inputs, states: states + code)
     with torch.no_grad():
-        ratios = naive_logps(module.policy.model, pairs) - naive_logps(module.reference.model, pairs)
+        ratios = naive_logps(module.policy.model, pairs) - naive_logps(module.reference.policy.model, pairs)
     for name, expected in (
         ("rewards/chosen", 0.3 * ratios[:4]),
         ("rewards/rejected", 0.3 * ratios[4:]),

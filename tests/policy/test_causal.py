@@ -311,9 +311,11 @@ def test_the_reference_of_an_adapter_has_no_gradient_and_its_policy_trains_the_a
     adapted.zero_grad()
 
 
-def test_a_policy_without_an_adapter_is_no_reference_of_itself(llama: CausalPolicy) -> None:
-    with pytest.raises(TypeError, match="found a policy without an adapter"), llama.as_reference():
-        pass
+def test_a_policy_without_an_adapter_is_its_own_reference(llama: CausalPolicy, pairs: list[TokenizedPair]) -> None:
+    batch = LAYOUTS["narrow rows"](pairs)
+    found = llama.reference_logps(batch)
+    assert torch.equal(found, llama.read(batch).logps())
+    assert not found.requires_grad
 
 
 # Which layouts a policy takes

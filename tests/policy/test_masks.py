@@ -90,3 +90,21 @@ def test_layers_that_take_no_mask_are_refused(make_pairs) -> None:
     config = AutoConfig.for_model("llama4_text", num_hidden_layers=4)
     with pytest.raises(ValueError, match=r"llama4_text has layers that take no block mask.*data\.layout: padded"):
         block_mask(batch.segments, batch.position_ids, config, "sdpa", torch.float32)
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_flex_attention_gets_the_blocks_that_hold_something_to_see(window, make_pairs) -> None:
+    batch = SharedPrefixLayout(0, 700)(make_pairs([(20, 300, 290), (140, 130, 20)]))
+    config = AutoConfig.for_model("mistral", sliding_window=window)
+    found = block_mask(batch.segments, batch.position_ids, config, "flex_attention", torch.float32)
+    seen = visible(batch.segments, batch.position_ids, window)[:, 0]
+    rows, width = batch.segments.shape
+    places = torch.meshgrid(*(torch.arange(size) for size in (rows, width, width)), indexing="ij")
+    assert torch.equal(found.mask_mod(places[0], torch.tensor(0), *places[1:]), seen)
+    sides = -(-width // 128)
+    assert sides >= 3
+    padded = torch.zeros(rows, 128 * sides, 128 * sides, dtype=torch.bool)
+    padded[:, :width, :width] = seen
+    expected = padded.view(rows, sides, 128, sides, 128).any(4).any(2)
+    assert torch.equal(found.to_dense()[:, 0].bool(), expected)
+    assert not expected.tril().equal(torch.ones(rows, sides, sides, dtype=torch.bool).tril()), "nothing is left out"

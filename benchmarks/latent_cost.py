@@ -1,0 +1,118 @@
+"""What a latent costs: steps with and without it in turn, in one process, on the same batches.
+
+A few percent are less than two runs of the same thing differ by on a shared machine. Step by step in turn, they show.
+
+    python -m benchmarks.latent_cost --data ../shared/data/preferences/hh_helpful_harmless.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.live_memory import peak_bytes
+from lpc_lightning.data import PreferenceData
+from lpc_lightning.data.layouts import SharedPrefixLayout
+from lpc_lightning.data.loading import TrainingBatches
+from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
+from lpc_lightning.modules import DPO
+from lpc_lightning.policy import PretrainedPolicy
+from lpc_lightning.types import PreferenceBatch
+
+LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
+    "no latent": None,
+    "gumbel, K = 32": lambda: GumbelSpace(codes=32),
+    "marginal, K = 32": lambda: MarginalSpace(codes=32),
+    "marginal, K = 128": lambda: MarginalSpace(codes=128),
+}
+PLAIN = "no latent"
+
+
+class Stepper:
+    """A module and its optimizer, one step at a time."""
+
+    def __init__(self, model: str, latent: LatentSpace | None) -> None:
+        self.module = DPO(policy=PretrainedPolicy(model), latent=latent)
+        self.module.configure_model()
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+
+    def loss(self, batch: PreferenceBatch) -> Tensor:
+        """As `PreferenceModule.training_step` has it, metrics included."""
+        with torch.autocast("cpu", torch.bfloat16):
+            reading, score = self.module.read(batch)
+            terms = self.module.training_terms(reading.states, score, 0.5)
+            self.module.train_metrics.update(terms, reading.states)
+            return (terms.pairs.losses + terms.penalty).mean()
+
+    def step(self, batch: PreferenceBatch) -> None:
+        """Forward, backward, clip, step."""
+        self.loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.module.train_metrics.collect()
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="folder of the policy")
+    parser.add_argument("--data", type=Path, required=True, help="file of preference pairs")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=512)
+    options = parser.parse_args()
+    data = PreferenceData(
+        str(options.data),
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        too_long="truncate_answer",
+        validation_share=0.0,
+        test_split=None,
+    )
+    pairs = data.load("train", PretrainedPolicy(options.model).load_tokenizer())
+    assert pairs is not None
+    pairs = pairs.with_reference(np.zeros((len(pairs), 2)))  # what they are does not change what a step takes
+    layout = SharedPrefixLayout(0, None)
+    plan = list(TrainingBatches(len(pairs), options.batch_size, 0))[: options.steps + 1]
+    batches = [layout([pairs[place] for place in places]) for places in plan]
+
+    sides = {name: Stepper(options.model, latent and latent()) for name, latent in LATENTS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number, batch in enumerate(batches):
+        names = list(sides)
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            sides[name].step(batch)
+            seconds[name].append(time.perf_counter() - start)
+    largest = max(batches, key=lambda batch: batch.input_ids.numel())
+    peaks = {name: peak_bytes(lambda side=side: side.step(largest)) for name, side in sides.items()}  # type: ignore[misc]
+    print(_table(seconds, peaks, {name: _state(side) for name, side in sides.items()}))
+
+
+def _state(side: Stepper) -> int:
+    """Bytes of weights and moments, which are there before a step."""
+    return 3 * sum(parameter.numel() * parameter.element_size() for parameter in side.module.parameters())
+
+
+def _table(seconds: dict[str, list[float]], peaks: dict[str, int], states: dict[str, int]) -> str:
+    lines = ["| | s/step | time vs no latent | peak GiB of tensors | memory vs no latent |", "|---|---|---|---|---|"]
+    for name, taken in seconds.items():
+        ratio = statistics.median(mine / plain for mine, plain in zip(taken[1:], seconds[PLAIN][1:], strict=True))
+        memory, plain_memory = peaks[name] + states[name], peaks[PLAIN] + states[PLAIN]
+        median = statistics.median(taken[1:])
+        cells = [f"{median:.2f}", f"{ratio:.3f}", f"{memory / 2**30:.3f}", f"{memory / plain_memory:.4f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

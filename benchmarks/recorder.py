@@ -1,0 +1,67 @@
+"""Our side's recorder: a callback that any `lpc-lightning fit` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from benchmarks.phases import Phases
+from benchmarks.recording import Recording
+from lpc_lightning.modules.cached_reference import CachedReference
+from lpc_lightning.types import PreferenceBatch
+
+
+class StepRecorder(Callback):
+    """Writes when each step ended, its loss, margin and pairs, and the peak memory, at the end of the run.
+
+    One batch a step: for benchmarks, which do not accumulate.
+    """
+
+    def __init__(self, output: str, split: bool = False) -> None:
+        """Say where to.
+
+        Args:
+            output: JSON file to write.
+            split: Also time the parts of a step. That costs a little time itself.
+        """
+        self.output, self.recording = output, Recording()
+        self.phases = Phases() if split else None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the reference took by now, and begin to time the parts."""
+        self.recording.reference = _reference_of(pl_module)
+        if self.phases is not None:
+            self.phases.watch(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: PreferenceBatch, batch_idx: int
+    ) -> None:
+        """The data has arrived."""
+        if self.phases is not None:
+            self.phases.start_step()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
+    ) -> None:
+        """Note the step."""
+        metrics = trainer.callback_metrics
+        self.recording.end_step(float(metrics["train/loss"]), float(metrics["train/rewards/margins"]), list(batch.ids))
+        if self.phases is not None:
+            self.phases.end_step()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        if self.phases is not None:
+            self.recording.shares = self.phases.steps
+        self.recording.write(self.output)
+
+
+def _reference_of(module: Any) -> dict[str, Any]:
+    """See `Recording.reference`."""
+    passes = list(module.reference.passes.values()) if isinstance(module.reference, CachedReference) else []
+    return {
+        "in_step": module.reference is not None and not isinstance(module.reference, CachedReference),
+        "pairs": sum(each.pairs for each in passes),
+        "seconds": sum(each.seconds for each in passes),
+    }

@@ -1,0 +1,140 @@
+"""TRL's side: its `DPOTrainer` as its users run it, on our tokens in our order."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from benchmarks.recording import Recording
+
+
+class TokenisedDPOTrainer(DPOTrainer):
+    """Takes the pairs as token ids, so that both sides train on the same tokens, and times the reference's own pass.
+
+    TRL's own tokenisation would put a newline behind each answer where the chat template writes one there.
+    """
+
+    precompute_seconds = 0.0
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, *arguments: Any, **options: Any) -> Dataset:
+        start = time.perf_counter()
+        found = super()._precompute_ref_logps(*arguments, **options)
+        self.precompute_seconds += time.perf_counter() - start
+        return found
+
+
+class Recorder(TrainerCallback):
+    """Fills the recording from what the trainer logs."""
+
+    def __init__(self, pairs: list[list[str]]) -> None:
+        self.recording, self._pairs = Recording(), pairs
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """One log a step."""
+        if logs and "loss" in logs:
+            step = len(self.recording.loss)
+            self.recording.end_step(float(logs["loss"]), float(logs["rewards/margins"]), self._pairs[step])
+
+
+def main() -> None:
+    """Train and write the recording."""
+    options = _options()
+    steps = [json.loads(line)["pairs"] for line in options.pairs.read_text().splitlines()]
+    weights = torch.bfloat16 if options.precision == "bf16-true" else torch.float32
+    mixed = options.precision == "bf16-mixed"
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            folder,
+            beta=options.beta,
+            per_device_train_batch_size=len(steps[0]),
+            max_steps=len(steps),
+            max_length=None,  # the pairs are cut already
+            learning_rate=options.lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=0,
+            optim="adamw_torch_fused",
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_epsilon=1e-8,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=mixed,
+            activation_checkpointing=False,
+            train_sampling_strategy="sequential",
+            use_liger_kernel=options.liger,
+            precompute_ref_log_probs=options.precompute,
+            use_cpu=options.device == "cpu",
+            dataloader_pin_memory=options.device != "cpu",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=weights)
+        # With precomputed log-probabilities TRL needs no second model: the policy is asked before it is trained.
+        reference = None if options.precompute else AutoModelForCausalLM.from_pretrained(options.model, dtype=weights)
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        rows = [{column: pair[column] for column in columns} for step in steps for pair in step]
+        recorder = Recorder([[pair["id"] for pair in step] for step in steps])
+        trainer = TokenisedDPOTrainer(
+            policy,
+            reference,
+            config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(options.model),
+            callbacks=[recorder],
+        )
+        _check_tokens(trainer, steps)
+        trainer.train()
+    if options.precompute:
+        passed = {"in_step": False, "pairs": len(rows), "seconds": trainer.precompute_seconds}
+        recorder.recording.reference = passed
+    recorder.recording.write(options.output)
+
+
+def _check_tokens(trainer: DPOTrainer, steps: list[list[dict[str, Any]]]) -> None:
+    """Compare what the trainer's loader yields with the pairs, batch by batch.
+
+    Raises:
+        RuntimeError: They differ.
+    """
+    for number, (batch, step) in enumerate(zip(trainer.get_train_dataloader(), steps, strict=True)):
+        mask = batch["attention_mask"].bool()
+        found = [row[seen].tolist() for row, seen in zip(batch["input_ids"], mask, strict=True)]
+        expected = [pair["prompt_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids") for pair in step]
+        answers = [len(pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in step]
+        if found != expected or batch["completion_mask"].sum(1).tolist() != answers:
+            raise RuntimeError(
+                f"step {number}: TRL's batch does not hold our tokens in our order; nothing was measured."
+            )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--pairs", type=Path, required=True, help="written by benchmarks.workload")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--precision", choices=["bf16-mixed", "bf16-true", "32-true"], required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--lr", type=float, required=True)
+    parser.add_argument("--beta", type=float, required=True)
+    parser.add_argument("--liger", action="store_true", help="Liger's kernels, for GPUs")
+    parser.add_argument("--precompute", action="store_true", help="the reference's log-probabilities before training")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Log-probabilities under the reference that were worked out before training, or by an earlier run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.module import Stage
+from lpc_lightning.data.reference_cache import ReferenceCache
+from lpc_lightning.errors import SettingError
+from lpc_lightning.modules.reference_pass import Score, score_pairs
+from lpc_lightning.modules.sharding import reshard
+from lpc_lightning.policy import CausalPolicy, Policy, fingerprint
+from lpc_lightning.types import PreferenceBatch
+
+if TYPE_CHECKING:
+    from lpc_lightning.modules.preference import PreferenceModule
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a run had to work out before its first step."""
+
+    pairs: int
+    """Pairs that the cache did not hold."""
+    seconds: float
+    """What these took, the cache's own reading and writing included."""
+
+
+class CachedReference:
+    """A reference that is not in memory: batches bring its log-probabilities along.
+
+    Before a run, what it will read and the cache does not hold is worked out by the policy itself: that is the
+    reference until a checkpoint is loaded or training begins. For a policy that has been trained already, the published
+    weights are loaded beside it for as long as that takes.
+    """
+
+    def __init__(self, policy: CausalPolicy, spec: Policy) -> None:
+        """Note whose log-probabilities they are.
+
+        Args:
+            policy: The policy, not trained yet.
+            spec: What it was built from.
+        """
+        self._policy, self._spec = policy, spec
+        self._weights = fingerprint(policy)
+        self.passes: dict[Stage, Pass] = {}
+        """What the last run worked out, by stage."""
+
+    def logps(self, batch: PreferenceBatch) -> Tensor:
+        """(2B,) log-probabilities that the batch brings along.
+
+        Raises:
+            SettingError: It brings none.
+        """
+        if batch.reference_logps is None:
+            raise SettingError(
+                f"model.reference: found cached, and pairs without log-probabilities under the reference (the first is "
+                f"{batch.ids[0]!r}). Expected batches that a PreferenceDataModule makes for a run of the trainer; set "
+                "model.reference: live for others."
+            )
+        exact = torch.float64 if self._policy.causal_lm.dtype == torch.float64 else torch.float32
+        return torch.tensor(batch.reference_logps, dtype=exact, device=batch.input_ids.device)
+
+    def prepare(self, module: PreferenceModule, untouched: bool) -> None:
+        """Fill the cache with what this run will read, and have the batches bring it along.
+
+        Raises:
+            SettingError: The trainer's data cannot do so, or the published weights have changed.
+        """
+        trainer: Any = module.trainer
+        data = trainer.datamodule
+        if not isinstance(data, PreferenceDataModule):
+            raise SettingError(
+                f"model.reference: found cached with data of {type(data).__name__}, expected a PreferenceDataModule: "
+                "pairs are known by their place in its token cache. Set model.reference: live for other data."
+            )
+        # Lightning builds models under the run's device as the default one.
+        with torch.device("cpu"):
+            for stage in data.stages:
+                self._prepare_stage(stage, data, trainer, module, untouched)
+
+    def _prepare_stage(
+        self, stage: Stage, data: PreferenceDataModule, trainer: Any, module: PreferenceModule, untouched: bool
+    ) -> None:
+        pairs, reads, start = data.pairs[stage], data.reads(stage), time.perf_counter()
+        cache = ReferenceCache(self._key(trainer), pairs, data.cache_dir)
+        # As the first device sees it: all have to agree on what is missing.
+        logps = trainer.strategy.broadcast(cache.read())
+        missing = [place for place in sorted(reads) if np.isnan(logps[place, 0])]
+        if missing:
+            with self._published(module, untouched) as score:
+                title = f"reference, {stage} pairs"
+                for places, found in score_pairs(pairs, missing, data.make_layout(), score, trainer, title):
+                    logps[places] = found
+                    if trainer.is_global_zero:
+                        _keep(cache, places, found)
+            # Another run may have added the same pairs first. What a resumed run will find counts for this one, too.
+            kept = trainer.strategy.broadcast(cache.read())
+            logps = np.where(np.isnan(kept), logps, kept)
+        data.attach_reference(stage, logps)
+        self.passes[stage] = passed = Pass(len(missing), time.perf_counter() - start)
+        took = f"{passed.pairs} computed in {passed.seconds:.1f} s" if missing else "none computed"
+        reused = len(reads) - len(missing)
+        rank_zero_info(f"{stage}: reference log-probabilities in {cache.folder}: {reused} pairs reused, {took}.")
+
+    def _key(self, trainer: Any) -> dict[str, str]:
+        return {
+            "weights": self._weights,
+            "attention": self._policy.causal_lm.config._attn_implementation,
+            "precision": trainer.precision,
+            "products": torch.get_float32_matmul_precision(),
+        }
+
+    @contextmanager
+    def _published(self, module: PreferenceModule, untouched: bool) -> Iterator[Score]:
+        """The published weights on the run's device and in its precision."""
+        trainer: Any = module.trainer
+        policy = self._policy if untouched else self._spec.build()
+        if not untouched and fingerprint(policy) != self._weights:
+            raise SettingError(
+                "policy: found other weights than those that this module was built from, expected the same: its "
+                "reference is lost. Build the module anew, or set model.reference: live before it is trained."
+            )
+        trainer.precision_plugin.convert_module(policy).to(trainer.strategy.root_device)
+        yield module.reference_step if untouched else policy.reference_logps
+        reshard(module)
+
+
+def _keep(cache: ReferenceCache, places: np.ndarray, logps: np.ndarray) -> None:
+    try:
+        cache.add(places, logps)
+    except OSError as error:
+        rank_zero_warn(
+            f"The reference's log-probabilities cannot be kept in {cache.folder}: {error}. This run goes on without; "
+            "the next one works them out again. Set data.cache_dir to a folder with room."
+        )

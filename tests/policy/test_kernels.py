@@ -1,0 +1,158 @@
+"""Attention kernels and compiled layers: the same numbers as plain sdpa, forward and backward, where they can run here.
+
+flash_attention_2 and 3 need a GPU. flex_attention runs forward on a CPU, not compiled; its backward pass needs a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.modules import DPO
+from lpc_lightning.modules.sharding import policies_of
+from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.types import TokenizedPair
+
+LENGTHS = [(5, 3, 7), (11, 9, 1), (40, 100, 60), (3, 13, 5)]
+LAYOUTS = {"padded": PaddedLayout(0), "packed": SharedPrefixLayout(0, row_tokens=256)}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+Tiny = Callable[..., CausalPolicy]
+pytestmark = [
+    # transformers builds the padded layout's mask for flex_attention so.
+    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
+    # torch's own compiler.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def pairs(make_pairs: Callable[..., list[TokenizedPair]]) -> list[TokenizedPair]:
+    return make_pairs(LENGTHS)
+
+
+def outcome(policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probabilities, and the gradient of their sum of squares."""
+    policy.zero_grad(set_to_none=True)
+    logps = policy.read(layout(pairs)).logps()
+    logps.square().mean().backward()
+    named = policy.named_parameters()
+    return logps.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def assert_same(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-4)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in found[1].items():
+        assert (gradient - expected[1][name]).abs().max() <= 1e-4 * expected[1][name].abs().max(), name
+
+
+@every_layout
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_eager_and_sdpa_agree(family: str, layout: Layout, pairs: list[TokenizedPair], tiny: Tiny) -> None:
+    eager, sdpa = (tiny(family, dtype="float32", attention=kernel, context=256) for kernel in ("eager", "sdpa"))
+    assert_same(outcome(eager, layout, pairs), outcome(sdpa, layout, pairs))
+
+
+@every_layout
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_auto_agrees_with_sdpa_and_is_sdpa_where_it_may_not_go_by_piece(
+    family: str, layout: Layout, pairs: list[TokenizedPair], tiny: Tiny
+) -> None:
+    """As on a GPU, where rows get the block mask."""
+    auto, sdpa = (tiny(family, dtype="float32", attention=kernel, context=256) for kernel in ("auto", "sdpa"))
+    expected = outcome(sdpa, layout, pairs)
+    assert_same(outcome(auto, layout, pairs), expected)
+    auto.attends_by_piece = False
+    masked = outcome(auto, layout, pairs)
+    assert torch.equal(masked[0], expected[0])
+    assert all(torch.equal(gradient, expected[1][name]) for name, gradient in masked[1].items())
+
+
+@every_layout
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@torch.compiler.set_stance("force_eager")  # torch's compiler makes C++ of it that does not compile
+@torch.no_grad()
+def test_flex_attention_agrees(family: str, layout: Layout, pairs: list[TokenizedPair], tiny: Tiny) -> None:
+    size = {"dtype": "float32", "context": 256, "width": 64}
+    flex, plain = (tiny(family, attention=kernel, **size) for kernel in ("flex_attention", "eager"))
+    assert flex.takes_block_mask
+    assert flex.backbone.config._attn_implementation == "flex_attention"
+    found, expected = (policy.read(layout(pairs)).logps() for policy in (flex, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_flex_attention_does_not_train_on_a_cpu(pairs: list[TokenizedPair], tiny: Tiny) -> None:
+    policy = tiny("llama", dtype="float32", attention="flex_attention", context=256)
+    with pytest.raises(UnsupportedPolicyError, match=r"policy\.attention: found flex_attention on a CPU"):
+        policy.read(LAYOUTS["packed"](pairs))
+
+
+@pytest.mark.parametrize(("checkpointing", "name"), [(False, "packed"), (True, "padded")])
+def test_compiled_layers_agree(checkpointing: bool, name: str, pairs: list[TokenizedPair], tiny: Tiny) -> None:
+    torch._dynamo.reset()
+    plain, compiled = (
+        tiny(
+            "llama",
+            dtype="float32",
+            attention="sdpa",
+            context=256,
+            gradient_checkpointing=checkpointing,
+            compile=on,
+        )
+        for on in (False, True)
+    )
+    compiled.compile_layers("aot_eager")
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    for some in (pairs, pairs[:2]):
+        assert_same(outcome(compiled, LAYOUTS[name], some), outcome(plain, LAYOUTS[name], some))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_compiled_layers_with_an_adapter_agree(pairs: list[TokenizedPair], tiny: Tiny) -> None:
+    torch._dynamo.reset()
+    plain, compiled = (
+        tiny("llama", dtype="float32", attention="sdpa", context=256, lora=LoRA(rank=2, alpha=4), compile=on)
+        for on in (False, True)
+    )
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_layers("aot_eager")
+    assert_same(outcome(compiled, LAYOUTS["packed"], pairs), outcome(plain, LAYOUTS["packed"], pairs))
+    with compiled.as_reference() as found, plain.as_reference() as expected:
+        batch = LAYOUTS["packed"](pairs)
+        torch.testing.assert_close(found.read(batch).logps(), expected.read(batch).logps(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["piecewise", "sdpa"])
+def test_compiled_layers_are_not_compiled_again_for_other_batches(
+    kernel: str, make_pairs: Callable[..., list[TokenizedPair]], tiny: Tiny
+) -> None:
+    """Batches of other pairs, widths and numbers of blocks, with rows that hold one pair and several."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (
+        tiny("llama", dtype="float32", attention=kernel, context=512, compile=on) for on in (False, True)
+    )
+    compiled.compile_layers("aot_eager")
+    graphs = []
+    for lengths in (LENGTHS[:2], [(70, 90, 30)], LENGTHS, [(130, 80, 70), (8, 3, 3), (1, 1, 1)]):
+        some = make_pairs(lengths, seed=len(graphs))
+        layout = SharedPrefixLayout(0, row_tokens=512)
+        assert_same(outcome(compiled, layout, some), outcome(plain, layout, some))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs == graphs[:1] * len(graphs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_setting_compiles_every_layer_of_a_module(compiled: bool) -> None:
+    module = DPO(policy=TinyPolicy(width=16, layers=2, heads=2, compile=compiled), reference="live")
+    module.configure_model()
+    layers = [layer for policy in policies_of(module) for layer in policy.layers]
+    assert len(layers) == 4
+    assert all((layer._compiled_call_impl is not None) == compiled for layer in layers)

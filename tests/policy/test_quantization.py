@@ -1,0 +1,120 @@
+"""QLoRA: 4-bit weights under an adapter, with bitsandbytes' CPU kernels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lpc_lightning.data.layouts import SharedPrefixLayout
+from lpc_lightning.errors import SettingError
+from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.types import TokenizedPair
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved policy of a size that 4-bit blocks of 64 fit."""
+    folder = tmp_path_factory.mktemp("saved")
+    spec = TinyPolicy(width=128, layers=2, heads=4)
+    copy.deepcopy(spec.build().causal_lm).save_pretrained(folder)
+    spec.load_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(make_pairs: Callable[..., list[TokenizedPair]]) -> list[TokenizedPair]:
+    return make_pairs([(5, 3, 7), (11, 9, 1)])
+
+
+def test_without_an_adapter_it_is_refused(folder: str) -> None:
+    with pytest.raises(SettingError, match=r"policy\.quantization: found nf4 without an adapter, expected"):
+        PretrainedPolicy(folder, quantization="nf4")
+
+
+def test_a_gguf_file_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"policy\.quantization: found nf4 for model\.Q4_1\.gguf"):
+        PretrainedPolicy("model.Q4_1.gguf", quantization="nf4", lora=LoRA())
+
+
+def test_without_bitsandbytes_it_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lpc_lightning.policy.pretrained.find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=r"needs bitsandbytes, .* `pip install .* '\.\[qlora\]'`"):
+        PretrainedPolicy(folder, quantization="nf4", lora=LoRA()).build()
+
+
+@pytest.fixture(scope="module")
+def bitsandbytes() -> Iterator[Any]:
+    """Part of the development environment. Its kernels for inference, which round more, are off."""
+    found = pytest.importorskip("bitsandbytes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def quantised(folder: str, bitsandbytes: Any) -> Any:
+    """A quantised policy with an adapter."""
+    torch.manual_seed(0)
+    return PretrainedPolicy(folder, quantization="nf4", lora=LoRA(rank=4, alpha=8)).build()
+
+
+def test_linear_layers_are_in_4_bits_and_the_head_is_not(quantised: Any, bitsandbytes: Any) -> None:
+    layers = [module for module in quantised.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 2 * 7
+    assert all(layer.weight.dtype == torch.uint8 and layer.weight.quant_type == "nf4" for layer in layers)
+    assert quantised.head.weight.dtype == torch.float32
+    trained = [name for name, parameter in quantised.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * len(layers)
+    assert all("lora_" in name for name in trained)
+
+
+def test_log_probabilities_are_those_of_the_dequantised_weights(
+    quantised: Any, folder: str, bitsandbytes: Any, pairs: list[TokenizedPair]
+) -> None:
+    plain = PretrainedPolicy(folder).build()
+    named = dict(plain.causal_lm.named_modules())
+    with torch.no_grad():
+        for name, module in quantised.causal_lm.named_modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                named[name.removesuffix(".base_layer")].weight.copy_(weight)
+        batch = SharedPrefixLayout(0, 64)(pairs)
+        torch.testing.assert_close(quantised.read(batch).logps(), plain.read(batch).logps(), rtol=1e-4, atol=1e-3)
+
+
+def test_the_adapter_learns(quantised: Any, pairs: list[TokenizedPair]) -> None:
+    """By the model's own loss: to the suite, training on a CPU is refused."""
+    trained = [parameter for parameter in quantised.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    ids, losses = torch.tensor([pairs[1].prompt_ids + pairs[1].chosen_ids]), []
+    for _ in range(5):
+        loss = quantised.model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_training_on_a_cpu_is_refused(quantised: Any, pairs: list[TokenizedPair]) -> None:
+    with pytest.raises(UnsupportedPolicyError, match=r"policy\.quantization: found weights in 4 bits on a CPU"):
+        quantised.read(SharedPrefixLayout(0, 64)(pairs))
+
+
+def test_the_adapter_goes_onto_the_whole_weights(quantised: Any, folder: str, pairs: list[TokenizedPair]) -> None:
+    """What a checkpoint holds of a quantised policy fits the same policy with `quantization: null`."""
+    whole = PretrainedPolicy(folder, lora=LoRA(rank=4, alpha=8)).build()
+    adapter = {name: value for name, value in quantised.state_dict().items() if "lora_" in name}
+    missing, unexpected = whole.load_state_dict(adapter, strict=False)
+    assert not unexpected
+    assert not [name for name in missing if "lora_" in name]
+    batch = SharedPrefixLayout(0, 64)(pairs)
+    with torch.no_grad():
+        found, coarse = whole.read(batch).logps(), quantised.read(batch).logps()
+        merged = whole.model.merge_and_unload()
+    assert (found - coarse).abs().max() < 0.1 * coarse.abs().max()
+    assert type(merged).__name__ == "LlamaForCausalLM"

@@ -1,0 +1,127 @@
+"""configs/slurm/fit.sbatch with Slurm played by two small programs: `srun` starts two tasks, `scontrol` takes notes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from evaluation.evaluate import evaluate
+from lpc_lightning.cli import main
+from lpc_lightning.sharded_checkpoint import is_sharded, read_outline, read_sharded
+
+ROOT = Path(__file__).parents[1]
+SRUN = """#!{python}
+import os, subprocess, sys
+sys.argv[1:2] = ["-m", "lpc_lightning"]  # the console script may not be installed
+tasks = [
+    subprocess.Popen(
+        ["{python}", *sys.argv[1:]],
+        env=os.environ | {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}},
+    )
+    for rank in range(2)
+]
+open("{folder}/tasks", "w").write(" ".join(str(task.pid) for task in tasks))
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$@" >> {folder}/scontrol
+"""
+FLAGS = [
+    "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2",
+    "--data=SyntheticPreferences --data.train_pairs=40 --data.validation_pairs=4 --data.batch_size=1",
+    "--model=DPO --latent=GumbelSpace --latent.codes=4",
+    "--trainer.accelerator=cpu --trainer.devices=2 --trainer.strategy=fsdp2",
+    "--trainer.precision=32-true --trainer.accumulate_grad_batches=2 --trainer.enable_progress_bar=false",
+    "--callbacks+=callbacks.GracefulStop",
+    "--callbacks+=lightning.pytorch.callbacks.ModelCheckpoint --callbacks.every_n_train_steps=2",
+]
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The job's command, to be started in `tmp_path`; its variables are those of two tasks on one node."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        program = programs / name
+        program.write_text(text.format(python=sys.executable, folder=tmp_path))
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tasks = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1", "NODELIST": "localhost", "JOB_ID": str(os.getpid())}
+    for name, value in (tasks | {"JOB_NAME": "lpc"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    flags = " ".join(FLAGS).split()
+    return ["bash", str(ROOT / "configs/slurm/fit.sbatch"), *flags, f"--data.cache_dir={tmp_path / 'cache'}"]
+
+
+def test_a_job_whose_time_is_up_is_put_back_goes_on_and_is_exported(sbatch: list[str], tmp_path: Path) -> None:
+    runs = tmp_path / "runs" / f"slurm-{os.getpid()}"
+    length = ["--trainer.max_epochs=50"]
+    with (tmp_path / "out").open("w") as out:
+        job = subprocess.Popen([*sbatch, *length], cwd=tmp_path, stdout=out, stderr=out)
+        deadline = time.monotonic() + 120
+        while not list(runs.glob("version_*/checkpoints/epoch*.ckpt")):
+            assert job.poll() is None, (tmp_path / "out").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        # Slurm signals all tasks; that one of them is enough shows that they agree on where to stop.
+        os.kill(int((tmp_path / "tasks").read_text().split()[1]), signal.SIGTERM)
+        assert job.wait(timeout=60) == 143, (tmp_path / "out").read_text()[-3000:]
+    assert (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
+    (stopped,) = runs.glob("version_*/checkpoints/stopped.ckpt")
+    assert is_sharded(stopped)
+    step = read_outline(stopped)["global_step"]
+    assert step > 0
+
+    again = subprocess.run(
+        [*sbatch, f"--trainer.max_steps={step + 3}"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"as in {stopped.relative_to(tmp_path)}" in again.stdout
+    assert f"`Trainer.fit` stopped: `max_steps={step + 3}` reached." in again.stderr
+    assert len((tmp_path / "scontrol").read_text().splitlines()) == 1
+
+    assert_commands_open_it(stopped, tmp_path)
+
+
+def assert_commands_open_it(stopped: Path, tmp_path: Path) -> None:
+    """What two processes wrote in shards is exported, answers and is scored in one."""
+    folder = tmp_path / "exported"
+    main(["export", "--checkpoint", str(stopped), "--output", str(folder)])
+    weights = read_sharded(stopped)["state_dict"]
+    exported = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert exported
+    assert all(torch.equal(value, weights[f"policy.model.{name}"]) for name, value in exported.items())
+    latent = load_file(folder / "latent.safetensors")
+    assert torch.equal(latent["codebook"], weights["latent.codebook.weight"])
+
+    answers = []
+    for model in (stopped, folder):
+        said = tmp_path / "answers.json"
+        given = ["--prompt", "How do I boil an egg?", "--codes", "1", "--max_new_tokens", "8", "--output", str(said)]
+        main(["generate", "--model", str(model), *given])
+        answers.append([json.loads(line) | {"model": ""} for line in said.read_text().splitlines()])
+    assert answers[0] == answers[1]
+    assert answers[0]
+
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Say {word}.", "chosen": "Yes.", "rejected": "No."} for word in ("one", "two", "three")]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    results = tmp_path / "results"
+    evaluate([str(stopped)], tasks=["none"], preferences=str(pairs), output=str(results), names=["sharded"])
+    assert json.loads((results / "sharded" / "results.json").read_text())
