@@ -7,6 +7,7 @@ devices' batches in turn and draws what each of them would draw (`two_processes.
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from lpc_lightning.checkpoint_io import WholeCheckpointIO
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.sharded_checkpoint import is_sharded, read_sharded
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("two_processes.py")
 spec = importlib.util.spec_from_file_location("two_processes", PROGRAM)
 assert spec is not None
@@ -35,9 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """What two processes left: their results and their checkpoints."""
     folder = tmp_path_factory.mktemp("two")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, str(PROGRAM), str(folder), str(cache_dir)], capture_output=True, text=True, timeout=300
-    )
+    # For benchmarks/, which is not installed.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [*torchrun, str(PROGRAM), str(folder), str(cache_dir)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
