@@ -2,7 +2,9 @@
 
 from callbacks.codebook_monitor import CodebookMonitor
 from callbacks.final_validation import FinalValidation
+from callbacks.flip_order import ByAnnotator, FlipOrder, LongerWins, SmallMarginsFirst, Uniform
 from callbacks.graceful_stop import GracefulStop
+from callbacks.label_flip import LabelFlipNoise
 from callbacks.lm_eval import LMEvaluation
 from callbacks.predictions import WritePredictions
 from callbacks.preference_accuracy import PreferenceAccuracy
@@ -11,13 +13,19 @@ from callbacks.resources import ResourceMonitor
 from callbacks.run_summary import RunSummary
 
 __all__ = [
+    "ByAnnotator",
     "CodebookMonitor",
     "FinalValidation",
+    "FlipOrder",
     "GracefulStop",
     "LMEvaluation",
+    "LabelFlipNoise",
+    "LongerWins",
     "PreferenceAccuracy",
     "PreferenceProgressBar",
     "ResourceMonitor",
     "RunSummary",
+    "SmallMarginsFirst",
+    "Uniform",
     "WritePredictions",
 ]

@@ -40,12 +40,14 @@ GROUPS = ("policy", "latent", "callbacks")
 class PreferenceCLI(LightningCLI):
     """LightningCLI with policy, latent and callbacks as groups of their own, each from a file or from flags."""
 
-    def __init__(self, arguments: list[str] | None = None) -> None:
+    def __init__(self, arguments: list[str] | None = None, run_folder: Path | None = None) -> None:
         """Parse and run.
 
         Args:
             arguments: What stands behind the program's name; None reads the command line.
+            run_folder: Where the run writes. None: a new folder `version_N` in `trainer.default_root_dir`.
         """
+        self._run_folder = run_folder
         super().__init__(
             PreferenceModule,
             PreferenceDataModule,
@@ -117,7 +119,9 @@ class PreferenceCLI(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Give the run a folder of its own, which its config does not name: run again, it is another run."""
         trainer = self.config[str(self.subcommand)].trainer
-        if trainer.logger in (None, True):
+        if self._run_folder is not None:
+            options["logger"] = run_loggers(self._run_folder.parent, self._run_folder.name)
+        elif trainer.logger in (None, True):
             root = Path(trainer.default_root_dir or "runs")
             options["logger"] = run_loggers(root, next_version(root))
         return super().instantiate_trainer(**options)
@@ -185,8 +189,9 @@ def next_version(root: Path) -> str:
 
 def run_loggers(root: Path, version: str) -> list[Logger]:
     """CSV and TensorBoard, side by side in one run folder."""
-    # CSV first: it warns when it finds its folder in use.
-    return [kind(str(root), name="", version=version) for kind in (CSVLogger, TensorBoardLogger)]
+    # CSV first: it warns when it finds its folder in use. Row by row: a run that is killed leaves those before.
+    rows = CSVLogger(str(root), name="", version=version, flush_logs_every_n_steps=1)
+    return [rows, TensorBoardLogger(str(root), name="", version=version)]
 
 
 def _fit(arguments: list[str]) -> None:
@@ -263,9 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     known = commands()
     if not arguments or arguments[0] not in known:
         _usage(arguments, known)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.msg)
+    set_up_logging()
     run, _ = known[arguments[0]]
     try:
         run(arguments)
@@ -274,6 +277,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except SIGTERMException:
         sys.exit(143)
+
+
+def set_up_logging() -> None:
+    """Warnings and the log as a command shows them."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.msg)
 
 
 def _usage(arguments: list[str], known: dict[str, Command]) -> None:

@@ -43,6 +43,10 @@ class PreferenceExample:
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Any further columns of the row, untouched."""
 
+    def swapped(self) -> PreferenceExample:
+        """The same comparison labelled the other way round."""
+        return replace(self, chosen=self.rejected, rejected=self.chosen, flipped=not self.flipped)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
@@ -59,6 +63,8 @@ class TokenizedPair:
     factor: str = ""
     annotator: str = ""
     flipped: bool = False
+    place: int = 0
+    """Its number among the examples that were read, from 0: some of them may have been left out."""
     reference_logps: tuple[float, float] | None = None
     """Log-probabilities of the chosen and the rejected answer under the reference, in nats, where they are cached."""
 

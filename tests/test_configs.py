@@ -10,9 +10,11 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 
+from callbacks import LabelFlipNoise
+from evaluation.ablation.grid import read_grid
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.errors import SettingError
@@ -165,3 +167,43 @@ def test_every_algorithm_trains_two_steps_with_every_latent(
     assert torch.isfinite(losses["val/loss"])
     fresh = done.model.policy_spec.build().state_dict()
     assert any(not torch.equal(fresh[name], value) for name, value in done.model.policy.state_dict().items())
+
+
+INHERITED = {"refresh_rate", "process_position", "leave"}
+"""Of Lightning's progress bar."""
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("callbacks/*.yaml")), ids=name_of)
+def test_a_file_of_callbacks_states_every_argument_of_ours(path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback", required=True)
+    for stated in yaml.safe_load(path.read_text()):
+        if stated["class_path"].startswith("callbacks."):
+            parsed = parser.parse_object({"callback": stated}).as_dict()["callback"]
+            ours = {"init_args": {}} | parsed
+            assert set(stated.get("init_args", {})) >= set(ours["init_args"]) - INHERITED, stated["class_path"]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sorted(CONFIGS.glob("callbacks/*.yaml")) if "label_flip" in path.stem], ids=name_of
+)
+def test_label_noise_is_added_to_an_experiment_and_changed_by_flags(path: Path, swap: list[str]) -> None:
+    base = CONFIGS / "experiment" / "smollm2" / "dpo.yaml"
+    built = Parsed([f"--config={base}", *swap, f"--callbacks+={path}", "--callbacks.rate=0.1"])
+    (noise,) = [each for each in built.trainer.callbacks if isinstance(each, LabelFlipNoise)]
+    assert (noise.rate, noise.marker) == (0.1, "[FLIP]" if "marked" in path.stem else None)
+    assert any(type(each).__name__ == "GracefulStop" for each in built.trainer.callbacks)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablation/*.yaml")), ids=name_of)
+def test_an_ablation_opens_with_its_command_and_its_first_cell_takes_two_steps(
+    path: Path, swap: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    first, second, *_ = path.read_text().splitlines()
+    assert first.startswith(f"# lpc-lightning ablate configs/{name_of(path)}")
+    assert second.startswith("# ")
+    cells = read_grid(path).cells()
+    steps = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.precision=32-true"]
+    done = PreferenceCLI(["fit", *cells[0].arguments, *swap, *steps])
+    assert done.trainer.global_step == 2

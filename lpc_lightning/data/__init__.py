@@ -1,6 +1,7 @@
 """From rows of any known form to batches of preference pairs."""
 
 from lpc_lightning.data.formats import Columns
+from lpc_lightning.data.label_noise import LabelNoise
 from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.module import PreferenceDataModule
 from lpc_lightning.data.preferences import PreferenceData
@@ -10,6 +11,7 @@ from lpc_lightning.data.synthetic_data import SyntheticPreferences
 __all__ = [
     "Columns",
     "DataError",
+    "LabelNoise",
     "Layout",
     "PaddedLayout",
     "PreferenceData",

@@ -156,6 +156,7 @@ class TrainingLoader(PreferenceLoader):
         super().__init__(pairs, batches, *layout, **options)
         self.sampler = batches
         self._data = pairs.fingerprint if isinstance(pairs, TokenStore) else ""
+        self._noise = pairs.noise if isinstance(pairs, TokenStore) else ""
         self._epoch = self._taken = 0
         self._taken_before: dict[int, int] = {}
 
@@ -176,14 +177,19 @@ class TrainingLoader(PreferenceLoader):
 
     def state_dict(self) -> dict[str, int | str | None]:
         """Where the run is, and what decides the order."""
-        return {"epoch": self._epoch, "taken": self._taken, **self._order}
+        return {"epoch": self._epoch, "taken": self._taken, "noise": self._noise, **self._order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the epoch up after the batches already taken; a later epoch starts with its first batch.
 
         Raises:
-            DataError: The order would not be that of the run to be resumed.
+            DataError: The order or the labels would not be those of the run to be resumed.
         """
+        if self._noise != state["noise"]:
+            raise DataError(
+                f"resume: found {self._noise or 'no label noise'}, expected {state['noise'] or 'no label noise'} as in "
+                "the checkpoint. Resume with the same settings of LabelFlipNoise, or start anew from the weights."
+            )
         expected = {name: state[name] for name in self._order}
         if self._order != expected:
             raise DataError(

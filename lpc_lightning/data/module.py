@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from lpc_lightning.data.label_noise import LabelNoise, MarkedSource, noise_among
 from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.lengths import LengthPolicy
 from lpc_lightning.data.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
@@ -98,6 +99,8 @@ class PreferenceDataModule(LightningDataModule):
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pairs: dict[Stage, TokenStore] = {}
         self.reports: dict[Stage, DataReport] = {}
+        self._swaps: np.ndarray | None = None
+        self._noise = ""
 
     @abstractmethod
     def source(self, stage: Stage) -> ExampleSource | None:
@@ -115,6 +118,8 @@ class PreferenceDataModule(LightningDataModule):
         for name in STAGES[stage]:
             if self.load(name, self._tokenizer) is None:
                 continue
+            if name == "train":
+                self._relabel()
             report = self.reports[name]
             rank_zero_info(f"{name}: {report}")
             for logger in self.trainer.loggers:
@@ -131,6 +136,8 @@ class PreferenceDataModule(LightningDataModule):
         source = self.source(stage)
         if source is None:
             return None
+        if stage == "train" and (noise := self.label_noise) and noise.marks_prompts:
+            source = MarkedSource(source, noise)
         template = make_template(tokenizer, self.template)
         self.pairs[stage], self.reports[stage] = load_or_tokenize(
             source,
@@ -140,6 +147,27 @@ class PreferenceDataModule(LightningDataModule):
             cache_dir=self.cache_dir,
         )
         return self.pairs[stage]
+
+    # Wrong labels
+
+    @property
+    def label_noise(self) -> LabelNoise | None:
+        """What says which training labels are wrong: one of the trainer's callbacks, or nothing."""
+        return None if self.trainer is None else noise_among(self.trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's connector
+
+    @property
+    def training_pairs(self) -> TokenStore:
+        """The pairs that are trained on, labelled as they are there."""
+        return self.pairs["train"].relabelled(self._swaps, self._noise)
+
+    def _relabel(self) -> None:
+        """Note which labels are wrong. Tokens and reference stay those of the clean pairs, whatever the noise."""
+        noise, source = self.label_noise, self.source("train")
+        self._swaps, self._noise = None, "" if noise is None else noise.key()
+        if noise is not None and source is not None and not noise.marks_prompts:
+            # Texts, scores and all are no longer known behind the tokens.
+            examples = list(source.read(DataReport()))
+            self._swaps = noise.flips(examples)[self.pairs["train"].places]
 
     # What the reference says of the pairs
 
@@ -163,7 +191,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled batches that a resumed run takes up where it stopped."""
-        pairs = self.pairs["train"]
+        pairs = self.training_pairs
         return TrainingLoader(pairs, self._training_batches(), self.make_layout(), self.workers, self._on_gpu)
 
     def _training_batches(self) -> TrainingBatches:

@@ -22,6 +22,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from lpc_lightning.data.cache_lock import one_at_a_time
 from lpc_lightning.data.lengths import LengthPolicy
 from lpc_lightning.data.report import DataReport
 from lpc_lightning.data.rows import DataError
@@ -31,7 +32,7 @@ from lpc_lightning.data.tokens import SCHEMA, TokenStore, tokenize_examples
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the entries. Raise it whenever the same settings would now give other tokens."""
 
 
@@ -70,11 +71,26 @@ def load_or_tokenize(
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     root = (cache_dir or default_cache_dir()) / "tokens"
     entry = root / fingerprint[:32]
-    if entry.exists():
-        try:
-            return _open_entry(entry)
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            log.warning("The cached tokens in %s are damaged (%s). They are made anew.", entry, error)
+    if stored := _stored(entry):
+        return stored
+    with one_at_a_time(entry):
+        return _stored(entry) or _make_entry(entry, source, template, lengths, bad_rows)
+
+
+def _stored(entry: Path) -> tuple[TokenStore, DataReport] | None:
+    if not entry.exists():
+        return None
+    try:
+        return _open_entry(entry)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        log.warning("The cached tokens in %s are damaged (%s). They are made anew.", entry, error)
+        return None
+
+
+def _make_entry(
+    entry: Path, source: ExampleSource, template: Template, lengths: LengthPolicy, bad_rows: str
+) -> tuple[TokenStore, DataReport]:
+    root = entry.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import overload
 
@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         ("factor", pa.string()),
         ("annotator", pa.string()),
         ("flipped", pa.bool_()),
+        ("place", pa.int64()),
     ]
 )
 assert [*SCHEMA.names, "reference_logps"] == [f.name for f in fields(TokenizedPair)]
@@ -47,7 +48,7 @@ def tokenize_examples(
     Raises:
         DataError: A pair is too long, and the length policy is `error`.
     """
-    for example in examples:
+    for place, example in enumerate(examples):
         try:
             pair = template.tokenize(example)
         except BadRow as fault:
@@ -60,7 +61,7 @@ def tokenize_examples(
         if fitted.cut:
             report.count_cut(fitted.cut)
         report.kept += 1
-        yield fitted.pair
+        yield replace(fitted.pair, place=place)
 
 
 class TokenStore(Sequence[TokenizedPair]):
@@ -70,21 +71,37 @@ class TokenStore(Sequence[TokenizedPair]):
         folder: An entry of the cache.
         reference_logps: (pairs, 2) log-probabilities of the chosen and of the rejected answers under the reference, NaN
             where they are unknown; or None.
+        swaps: (pairs,) bool, which pairs are given labelled the other way round; or None.
+        noise: What made the labels wrong, in words. Empty: they are as in the data.
     """
 
-    def __init__(self, folder: Path, reference_logps: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        reference_logps: np.ndarray | None = None,
+        swaps: np.ndarray | None = None,
+        noise: str = "",
+    ) -> None:
         self.folder, self._reference_logps = folder, reference_logps
+        self._swaps, self.noise = swaps, noise
         with pa.memory_map(str(folder / "pairs.arrow")) as file:
             self._table = pa.ipc.open_stream(file).read_all()
         if self._table.schema != SCHEMA:
             raise pa.ArrowInvalid(f"{folder} holds other columns: {self._table.schema.names}")
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, np.ndarray | None]]:
-        return TokenStore, (self.folder, self._reference_logps)
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, np.ndarray | None, np.ndarray | None, str]]:
+        return TokenStore, (self.folder, self._reference_logps, self._swaps, self.noise)
 
     def with_reference(self, logps: np.ndarray) -> TokenStore:
-        """The same pairs with their log-probabilities under the reference, (pairs, 2), NaN where unknown."""
-        return TokenStore(self.folder, logps)
+        """The same pairs with their log-probabilities under the reference, (pairs, 2), NaN where unknown.
+
+        They are those of the answers as the data has them chosen and rejected, and change places where labels do.
+        """
+        return TokenStore(self.folder, logps, self._swaps, self.noise)
+
+    def relabelled(self, swaps: np.ndarray | None, noise: str) -> TokenStore:
+        """The same pairs, those of `swaps` (pairs,) labelled the other way round, and `noise` saying why."""
+        return TokenStore(self.folder, self._reference_logps, swaps, noise)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -100,7 +117,8 @@ class TokenStore(Sequence[TokenizedPair]):
             raise IndexError(f"pair {index} of {len(self)}")
         place = index % len(self)
         values = {name: self._table[name][place].as_py() for name in SCHEMA.names}
-        return TokenizedPair(**values, reference_logps=self._reference_of(place))
+        pair = TokenizedPair(**values, reference_logps=self._reference_of(place))
+        return pair if self._swaps is None or not self._swaps[place] else pair.swapped()
 
     def _reference_of(self, place: int) -> tuple[float, float] | None:
         if self._reference_logps is None:
@@ -112,6 +130,17 @@ class TokenStore(Sequence[TokenizedPair]):
     def fingerprint(self) -> str:
         """Names all that decided these tokens: the rows, the template and the limits."""
         return self.folder.name
+
+    @property
+    def places(self) -> np.ndarray:
+        """(pairs,) number of each pair among the examples that were read."""
+        return self._table["place"].to_numpy()
+
+    @property
+    def flipped(self) -> np.ndarray:
+        """(pairs,) bool: which pairs have the wrong label."""
+        stored = self._table["flipped"].to_numpy()
+        return stored if self._swaps is None else stored ^ self._swaps
 
     @property
     def piece_lengths(self) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.cache_lock import one_at_a_time
 from lpc_lightning.data.module import Stage
 from lpc_lightning.data.reference_cache import ReferenceCache
 from lpc_lightning.errors import SettingError
@@ -94,16 +95,17 @@ class CachedReference:
     ) -> None:
         pairs, reads, start = data.pairs[stage], data.reads(stage), time.perf_counter()
         cache = ReferenceCache(self._key(trainer), pairs, data.cache_dir)
-        # As the first device sees it: all have to agree on what is missing.
-        logps = trainer.strategy.broadcast(cache.read())
-        missing = [place for place in sorted(reads) if np.isnan(logps[place, 0])]
+        logps, missing = _known(cache, reads, trainer)
         if missing:
-            with self._published(module, untouched) as score:
-                title = f"reference, {stage} pairs"
-                for places, found in score_pairs(pairs, missing, data.make_layout(), score, trainer, title):
-                    logps[places] = found
-                    if trainer.is_global_zero:
-                        _keep(cache, places, found)
+            with _alone(cache, trainer):
+                logps, missing = _known(cache, reads, trainer)
+                if missing:
+                    with self._published(module, untouched) as score:
+                        title = f"reference, {stage} pairs"
+                        for places, found in score_pairs(pairs, missing, data.make_layout(), score, trainer, title):
+                            logps[places] = found
+                            if trainer.is_global_zero:
+                                _keep(cache, places, found)
             # Another run may have added the same pairs first. What a resumed run will find counts for this one, too.
             kept = trainer.strategy.broadcast(cache.read())
             logps = np.where(np.isnan(kept), logps, kept)
@@ -134,6 +136,23 @@ class CachedReference:
         trainer.precision_plugin.convert_module(policy).to(trainer.strategy.root_device)
         yield module.reference_step if untouched else policy.reference_logps
         reshard(module)
+
+
+WAIT = 300
+"""Seconds that several devices wait for another run: longer, and those that wait for the first device give up."""
+
+
+def _known(cache: ReferenceCache, reads: set[int], trainer: Any) -> tuple[np.ndarray, list[int]]:
+    """What the cache holds, and which of the pairs to be read it does not, as the first device sees it."""
+    logps = trainer.strategy.broadcast(cache.read())
+    return logps, [place for place in sorted(reads) if np.isnan(logps[place, 0])]
+
+
+def _alone(cache: ReferenceCache, trainer: Any) -> AbstractContextManager[None]:
+    """Has other runs that miss the same values wait for this one's."""
+    if not trainer.is_global_zero:
+        return nullcontext()
+    return one_at_a_time(cache.folder, None if trainer.world_size == 1 else WAIT)
 
 
 def _keep(cache: ReferenceCache, places: np.ndarray, logps: np.ndarray) -> None:

@@ -25,7 +25,7 @@ from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_
 from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
 from lpc_lightning.modules.reference import Reference, live_reference
-from lpc_lightning.modules.scoring import BatchScorer, Evaluated
+from lpc_lightning.modules.scoring import BatchScorer, Evaluated, TrainingOutput
 from lpc_lightning.modules.sharding import check_strategy, policies_of, shard
 from lpc_lightning.modules.share_out import share_out
 from lpc_lightning.policy import Policy
@@ -206,16 +206,19 @@ class PreferenceModule(LatentMixin, LightningModule):
         """Tie the step's random draws to its place in the run (see `seeding`)."""
         torch.manual_seed(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank))
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Mean over pairs of the preference loss and the latent's penalty."""
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> TrainingOutput:
+        """Mean over pairs of the preference loss and the latent's penalty. Callbacks get what it is a mean of."""
         reading, score = self.read(batch)
         terms = self.training_terms(reading.states, score, self.progress)
-        loss = (terms.pairs.losses + terms.penalty).mean()
+        losses = terms.pairs.losses + terms.penalty
+        loss = losses.mean()
         self._check_finite(loss, batch, batch_idx)
         self.train_metrics.update(terms, reading.states)
         if self._closes_window(batch_idx):
             self._report("train", self.train_metrics)
-        return loss * self._share_of_window(batch, batch_idx)
+        margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
+        share = self._share_of_window(batch, batch_idx)
+        return {"loss": loss * share, "losses": losses.detach(), "margins": margins}
 
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Drop the gradients with the step: Lightning would keep them through the next forward pass."""

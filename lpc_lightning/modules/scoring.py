@@ -14,6 +14,17 @@ from lpc_lightning.readout import Reading
 from lpc_lightning.types import PairLogps, PairLosses, PairStates
 
 
+class TrainingOutput(TypedDict):
+    """What a training step makes of a batch, for the trainer and for callbacks."""
+
+    loss: Tensor
+    """What is minimised."""
+    losses: Tensor
+    """(B,) each pair's loss, the latent's penalty included, without gradient."""
+    margins: Tensor
+    """(B,) reward margins, without gradient."""
+
+
 class Evaluated(TypedDict):
     """What validation and test make of a batch, for callbacks: further z cost no further backbone pass."""
 

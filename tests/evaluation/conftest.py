@@ -1,9 +1,11 @@
-"""Benchmarks of a few documents, in the layout and the schemas of the real ones, and a model that answers them."""
+"""Benchmarks of a few documents, in the layout and the schemas of the real ones, a model that answers them, and folders
+of ablations with numbers that a test has chosen."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,64 @@ def stock(loud_policy: tuple[CausalPolicy, PreTrainedTokenizerBase]) -> HFLM:
     """Stock HFLM on it."""
     policy, tokenizer = loud_policy
     return HFLM(pretrained=policy.causal_lm, tokenizer=tokenizer, batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def write_ablation(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes the folder of an ablation as `lpc-lightning ablate` does, and gives its path.
+
+    `value` gives `val/rewards/accuracies` for a cell's values in order and its seed: a number; a text, which is the
+    error that the cell failed with; or None, and the cell was never begun. The metric rises to the value over four
+    validations, and the training loss falls from 0.7 over eight steps.
+    """
+
+    def write(
+        axes: Mapping[str, Sequence[Any]],
+        seeds: Sequence[int | None],
+        value: Callable[..., float | str | None],
+        name: str = "trial",
+    ) -> Path:
+        folder = tmp_path_factory.mktemp("ablation") / name
+        folder.mkdir()
+        about: dict[str, Any] = {"name": name, "base": ["--config=base.yaml", "--trainer.max_steps=8"]}
+        about |= {"axes": {**axes, **({} if None in seeds else {"seed": seeds})}, "skip": []}
+        about |= {"command": f"lpc-lightning ablate {name}.yaml"}
+        about |= {"versions": {"date": "2026-11-22", "packages": {"torch": "2.13.0"}}}
+        (folder / "ablation.json").write_text(json.dumps(about))
+        for values in product(*axes.values()):
+            for seed in seeds:
+                if (found := value(*values, seed)) is not None:
+                    _write_cell(folder / "cells", dict(zip(axes, values, strict=True)), seed, found)
+        return folder
+
+    return write
+
+
+def _write_cell(folder: Path, axes: Mapping[str, Any], seed: int | None, value: float | str) -> None:
+    parts = [f"{axis}={each}" for axis, each in axes.items()] + ([] if seed is None else [f"seed={seed}"])
+    cell, failed = folder / ",".join(parts), isinstance(value, str)
+    run = cell / "run"
+    run.mkdir(parents=True)
+    latent = None if axes.get("latent") in (None, "none") else {"class_path": "lpc.Space", "init_args": {"codes": 4}}
+    model = {"class_path": "lpc.DPO", "init_args": {"beta": 0.1}}
+    config: dict[str, Any] = {"seed_everything": seed, "model": model, "latent": latent, "trainer": {"max_steps": 8}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    axes = axes if seed is None else {**axes, "seed": seed}
+    state: dict[str, Any] = {"axes": axes, "seed": seed, "fingerprint": "f", "arguments": ["fit"], "attempts": 1}
+    state |= {"status": "failed" if failed else "finished", "error": value if failed else None}
+    state |= {"seconds": 10.0 + (seed or 0), "peak_bytes": 2**30 * (2 if latent else 1)}
+    (cell / "cell.json").write_text(json.dumps(state))
+    if isinstance(value, str):
+        return
+    lines = ["epoch,step,train/loss,val/latent/codebook_perplexity,val/rewards/accuracies"]
+    for step in range(8):
+        lines.append(f"0,{step},{0.7 - step / 20},,")
+        if step % 2:
+            lines.append(f"0,{step},,{9 - step if latent else ''},{0.5 + (value - 0.5) * (step + 1) / 8}")
+    (run / "metrics.csv").write_text("\n".join(lines) + "\n")
+    results: dict[str, Any] = {
+        "axes": axes,
+        "metrics": {"val/rewards/accuracies": value, "test/rewards/accuracies": value - 0.1},
+    }
+    results |= {"parameters": {"policy": 1000, "latent": 24 if latent else 0}, "step": 8}
+    (cell / "results.json").write_text(json.dumps(results))

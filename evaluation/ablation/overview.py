@@ -1,0 +1,47 @@
+"""`ablation.json`: what the cells in a folder have in common."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from evaluation.ablation.folder import write_json
+from evaluation.ablation.grid import Axis, Grid
+from evaluation.provenance import provenance
+from lpc_lightning.errors import SettingError
+
+
+def write_overview(output: Path, grid: Grid, command: str) -> None:
+    """Tell what the grid is; values that earlier commands have run stay on its axes.
+
+    Args:
+        output: The ablation's folder.
+        grid: The grid.
+        command: The command that runs it.
+
+    Raises:
+        SettingError: The folder holds a grid with other axes.
+    """
+    path = output / "ablation.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"axes": {}}
+    names = [axis.name for axis in grid.axes]
+    if before["axes"] and set(before["axes"]) != set(names):
+        raise SettingError(
+            f"output: found a grid over {', '.join(before['axes'])} in {output}, expected one over {', '.join(names)}. "
+            "Give another folder by --output."
+        )
+    told = {
+        "name": grid.name,
+        "base": [*grid.base, *grid.settings],
+        "axes": {axis.name: _values(axis, before["axes"].get(axis.name, [])) for axis in grid.axes},
+        "skip": [dict(combination) for combination in grid.skip],
+        "command": command,
+        "versions": provenance(),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(path, told)
+
+
+def _values(axis: Axis, before: list[Any]) -> list[Any]:
+    return [*axis.values, *(value for value in before if value not in axis.values)]

@@ -1,0 +1,50 @@
+"""One of two processes that train on noisy labels: writes which pairs it saw flipped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from callbacks import LabelFlipNoise
+from lpc_lightning.data import SyntheticPreferences
+from lpc_lightning.modules import DPO
+from lpc_lightning.policy import TinyPolicy
+
+
+class Note(Callback):
+    """Keeps who was flipped."""
+
+    def __init__(self) -> None:
+        self.flipped: dict[str, bool] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.flipped |= dict(zip(batch.ids, batch.flipped.tolist(), strict=True))
+
+
+def main(folder: Path) -> None:
+    note = Note()
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        default_root_dir=folder,
+        callbacks=[note, LabelFlipNoise(rate=0.4)],
+        **quiet,
+    )
+    data = SyntheticPreferences(train_pairs=40, validation_pairs=0, batch_size=10, cache_dir=str(folder / "cache"))
+    trainer.fit(DPO(policy=TinyPolicy(width=16, layers=1, heads=2)), data)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    told = {"flipped": note.flipped, "metrics": metrics}
+    (folder / f"{trainer.global_rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,89 @@
+"""A small grid of real fits, and what it comes to when nothing goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evaluation.ablation.command import ablate
+
+BASE = {
+    "model": "DPO",
+    "model.optimizer.lr": "1e-2",
+    "policy": "TinyPolicy",
+    "policy.width": "16",
+    "policy.layers": "1",
+    "policy.heads": "2",
+    "data": "SyntheticPreferences",
+    "data.train_pairs": "24",
+    "data.validation_pairs": "4",
+    "data.test_pairs": "4",
+    "data.batch_size": "2",
+    "trainer.accelerator": "cpu",
+    "trainer.precision": "32-true",
+    "trainer.max_epochs": "2",
+    "trainer.num_sanity_val_steps": "0",
+    "trainer.log_every_n_steps": "1",
+    "trainer.enable_model_summary": "false",
+}
+CALLBACKS = [
+    "--callbacks+=callbacks.GracefulStop",
+    "--callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+    "--callbacks.every_n_train_steps=3",
+    "--callbacks.save_last=true",
+]
+
+
+@pytest.fixture(scope="session")
+def write_grid() -> Callable[[Path], Path]:
+    """A grid of four cells, its caches beside it."""
+
+    def write(folder: Path) -> Path:
+        base = [*(f"--{name}={value}" for name, value in BASE.items()), *CALLBACKS]
+        grid = {
+            "base": [*base, f"--data.cache_dir={folder / 'cache'}"],
+            "axes": {
+                "latent": {"none": ["--latent=null"], "gumbel": ["--latent=GumbelSpace", "--latent.codes=4"]},
+                "noise": {
+                    "values": [0, 0.5],
+                    "arguments": ["--callbacks+=callbacks.LabelFlipNoise", "--callbacks.rate={value}"],
+                },
+                "seed": {"values": [1], "key": "seed_everything"},
+            },
+        }
+        path = folder / "small.yaml"
+        path.write_text(yaml.safe_dump(grid, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def grid(write_grid: Callable[[Path], Path], tmp_path: Path) -> Path:
+    """The grid's file, in a folder of its own."""
+    return write_grid(tmp_path)
+
+
+Results = dict[str, bytes]
+
+
+def results_in(output: Path) -> Results:
+    """`results.json` of every cell, by name."""
+    return {path.parent.name: path.read_bytes() for path in sorted(output.glob("cells/*/results.json"))}
+
+
+@pytest.fixture(scope="session")
+def read_results() -> Callable[[Path], Results]:
+    """See `results_in`."""
+    return results_in
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(write_grid: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a grid whose cells ran one after the other, from the first to the last."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert ablate([str(write_grid(folder))], output=str(folder / "out"), threads=1)
+    return folder / "out"

@@ -1,0 +1,79 @@
+"""What makes a finished cell stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evaluation.ablation import fingerprint as module
+from evaluation.ablation.fingerprint import code_version, fingerprint
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config that names a group, which names a data file in the current folder, and the folder of a model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("1")
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    (tmp_path / "groups" / "data.yaml").write_text("init_args: {path: pairs.jsonl, cache_dir: model}")
+    (tmp_path / "fit.yaml").write_text("data: groups/data.yaml")
+    return tmp_path
+
+
+ARGUMENTS = ["--config=fit.yaml", "--policy.path=model", "--model.beta=0.1"]
+
+
+def of(arguments: list[str] = ARGUMENTS, weights: str = "last") -> str:
+    module._file.cache_clear()
+    return fingerprint(arguments, weights)
+
+
+@pytest.mark.parametrize("file", ["fit.yaml", "groups/data.yaml", "pairs.jsonl", "model/weights"])
+def test_a_file_that_is_changed_changes_it(config: Path, file: str) -> None:
+    before = of()
+    assert of() == before
+    path = config / file
+    path.write_text(path.read_text() + "  ")
+    assert of() != before
+
+
+def test_arguments_and_weights_change_it(config: Path) -> None:
+    assert len({of(), of([*ARGUMENTS, "--seed_everything=1"]), of(weights="best")}) == 3
+
+
+def test_what_a_run_writes_does_not(config: Path) -> None:
+    arguments = ["--trainer.default_root_dir=model", "--data.cache_dir=model"]
+    before = of(arguments)
+    (config / "model" / "weights").write_text("other")
+    assert of(arguments) == before
+
+
+def test_the_code_of_a_fit_counts_and_that_of_a_report_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "lpc_lightning/deep/loss.py": "x = 1",
+        "callbacks/__init__.py": "def f():\n    from evaluation.near import x",
+        "evaluation/near.py": "from evaluation.far import y",
+        "evaluation/far.py": "y = 1",
+        "evaluation/report.py": "z = 1",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(module, "_package", lambda name: tmp_path / name)
+
+    def version() -> str:
+        code_version.cache_clear()
+        return code_version()
+
+    before = version()
+    for name in files:
+        (tmp_path / name).write_text(files[name] + "\n# a comment")
+        assert (version() != before) == (name != "evaluation/report.py"), name
+        (tmp_path / name).write_text(files[name])
+    monkeypatch.undo()
+    code_version.cache_clear()

@@ -1,0 +1,117 @@
+"""From a file to cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evaluation.ablation.grid import Grid, read_grid
+from lpc_lightning.errors import SettingError
+
+GRID: dict[str, Any] = {
+    "base": ["--config=a.yaml"],
+    "axes": {
+        "algorithm": {"dpo": ["--model=DPO"], "simpo": ["--model=SimPO", "--model.beta=2"]},
+        "noise": {"values": [0, 0.1], "arguments": ["--callbacks+=F", '--callbacks.x={"rate": {value}}']},
+        "codes": {"values": [8, None], "key": "latent.codes"},
+    },
+}
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Any:
+    def write_and_read(told: Any) -> Grid:
+        path = tmp_path / "grid.yaml"
+        path.write_text(yaml.safe_dump(told, sort_keys=False))
+        return read_grid(path)
+
+    return write_and_read
+
+
+def test_every_combination_is_a_cell_with_its_arguments(read: Any) -> None:
+    cells = read(GRID).cells()
+    assert [tuple(cell.axes.values()) for cell in cells] == [
+        (algorithm, noise, codes) for algorithm in ("dpo", "simpo") for noise in (0, 0.1) for codes in (8, None)
+    ]
+    assert cells[-1].name == "algorithm=simpo,noise=0.1,codes=null"
+    assert cells[-1].arguments == (
+        "--config=a.yaml",
+        "--model=SimPO",
+        "--model.beta=2",
+        "--callbacks+=F",
+        '--callbacks.x={"rate": 0.1}',
+        "--latent.codes=null",
+    )
+
+
+def test_combinations_are_left_out(read: Any) -> None:
+    cells = read({**GRID, "skip": [{"algorithm": "simpo", "noise": [0.1]}, {"codes": None, "noise": 0}]}).cells()
+    assert [tuple(cell.axes.values()) for cell in cells] == [
+        ("dpo", 0, 8),
+        ("dpo", 0.1, 8),
+        ("dpo", 0.1, None),
+        ("simpo", 0, 8),
+    ]
+
+
+def test_the_command_line_trims_widens_and_sets(read: Any) -> None:
+    grid = read(GRID).changed(["algorithm=simpo", "noise=0.2,0.3,0.4", "codes=8", "trainer.max_steps=5"])
+    cells = grid.cells()
+    assert [tuple(cell.axes.values()) for cell in cells] == [("simpo", rate, 8) for rate in (0.2, 0.3, 0.4)]
+    assert all(cell.arguments[-1] == "--trainer.max_steps=5" for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("algorithm=ppo", "algorithm: found ppo, expected dpo, simpo"),
+        ("sede=1", "found 'sede=1', expected AXIS=VALUE,VALUE with one of the axes algorithm, noise, codes"),
+        ("noise", "found 'noise', expected AXIS=VALUE"),
+    ],
+)
+def test_a_change_that_means_nothing_is_told(read: Any, change: str, told: str) -> None:
+    with pytest.raises(SettingError, match=told):
+        read(GRID).changed([change])
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        ([1], "found list, expected base, axes"),
+        ({"base": []}, "found base, expected base, axes"),
+        ({**GRID, "axis": {}}, "found base, axes, axis, expected"),
+        ({**GRID, "base": ["fit"]}, "base: found 'fit', expected arguments of fit"),
+        ({**GRID, "axes": {"seed": [1]}}, r"axes.seed: found \[1\], expected names"),
+        ({**GRID, "axes": {"seed": {"values": [1]}}}, "axes.seed: found values, expected a list of values, and either"),
+        ({**GRID, "axes": {"seed": {"values": 1, "key": "s"}}}, "expected a list of values"),
+        ({**GRID, "skip": [{"sede": 1}]}, "skip: found {'sede': 1}, expected values for some of algorithm"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_told(read: Any, grid: Any, told: str) -> None:
+    with pytest.raises(SettingError, match=told):
+        read(grid)
+
+
+def test_no_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"found no file .*none\.yaml"):
+        read_grid(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(("change", "told"), [("seed=1,1", "a value twice"), ("skip", "found no cell")])
+def test_no_cell_and_cells_that_are_the_same_are_told(read: Any, change: str, told: str) -> None:
+    grid = {"base": [], "axes": {"seed": {"values": [1], "key": "seed_everything"}}}
+    changed = read(grid).changed([change]) if "=" in change else read({**grid, "skip": [{"seed": 1}]})
+    with pytest.raises(SettingError, match=told):
+        changed.cells()
+
+
+def test_names_are_safe_and_tell_cells_apart(read: Any) -> None:
+    values = ["a/b", "a b", "a_b", "x" * 300, "x" * 299 + "y"]
+    cells = read({"base": [], "axes": {"path": {"values": values, "key": "data.path"}}}).cells()
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(values)
+    assert all("/" not in name and len(name.encode()) < 255 for name in names)
+    assert names[2] == "path=a_b"
