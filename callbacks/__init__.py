@@ -1,6 +1,7 @@
 """What happens around training: one callback a file."""
 
 from callbacks.codebook_monitor import CodebookMonitor
+from callbacks.few_shot import FewShotAnnotators
 from callbacks.final_validation import FinalValidation
 from callbacks.flip_order import ByAnnotator, FlipOrder, LongerWins, SmallMarginsFirst, Uniform
 from callbacks.graceful_stop import GracefulStop
@@ -15,6 +16,7 @@ from callbacks.run_summary import RunSummary
 __all__ = [
     "ByAnnotator",
     "CodebookMonitor",
+    "FewShotAnnotators",
     "FinalValidation",
     "FlipOrder",
     "GracefulStop",

@@ -24,9 +24,11 @@ class CodebookMonitor(Callback):
     """Logs what the codes say about the pairs, and draws it; idle for a policy without a latent.
 
     In each validation, under `val/`: `mutual_information/...` between the prior's likeliest code and source, factor,
-    annotator and length difference (see `information`); of the posterior, which the module does not run there,
-    `posterior_mutual_information/...` and `latent/{kl,agreement,posterior_entropy,posterior_perplexity}`. Perplexity,
-    dead codes and entropy of the prior are the module's own metrics.
+    annotator and length difference (see `information`), and how well that code names factor and annotator,
+    `codebook/{matched,purity}/...` (see `recovery`). The same of the posterior, which the module does not run there
+    (`posterior_mutual_information/...`, `codebook/posterior_matched/...`), and of the exact posterior, prior times
+    evidence (`exact_...`); and `latent/{kl,agreement,posterior_entropy,posterior_perplexity}`. Perplexity, dead codes
+    and entropy of the prior are the module's own metrics.
 
     Drawn: the use of each code; codes by source and by factor; a t-SNE (UMAP where `umap-learn` is installed) of z
     coloured by source. As PNG in `codebook/` of the run folder, and as images in TensorBoard.

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from evaluation.accuracy_modes import AccuracyModes, AccuracyReport, Group
+from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.modules.scoring import Evaluated
 from lpc_lightning.types import PreferenceBatch
 
@@ -19,6 +20,9 @@ class PreferenceAccuracy(Callback):
     a pass through the LM head, all codes together cost one. Each number stands behind `/source/NAME` and
     `/factor/NAME` again, and, where labels were flipped, behind `/clean` and `/flipped`; `pairs/...` says how many
     pairs it rests on. docs/accuracy_modes.md tells how to read them.
+
+    Of data that knows the best accuracy that the prompt allows (the built-in preferences), `share_of_best` is the
+    headline as a share of it: above 1 only by the luck of a finite sample.
 
     Args:
         by: Labels by whose values pairs are told apart: `source`, `factor`, `annotator`.
@@ -64,11 +68,11 @@ class PreferenceAccuracy(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the round, over all devices."""
-        self._log("val", pl_module)
+        self._log("val", trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the round, over all devices."""
-        self._log("test", pl_module)
+        self._log("test", trainer, pl_module)
 
     def _start(self, pl_module: LightningModule) -> None:
         self.modes.reset()
@@ -78,11 +82,13 @@ class PreferenceAccuracy(Callback):
         with trainer.precision_plugin.forward_context():  # the step's own has been left
             self.modes.update(outputs, batch, pl_module.latent)  # type: ignore[arg-type]  # of a `PreferenceModule`
 
-    def _log(self, stage: str, pl_module: LightningModule) -> None:
+    def _log(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = self.modes.collect()
+        found = dict(self.report.metrics)
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
+        if isinstance(data, PreferenceDataModule) and data.ceiling is not None and found:
+            found["share_of_best"] = found["accuracy/prior"] / data.ceiling.from_prompt
         # Tensors: Lightning would round numbers to float32, and the headline would not be the module's to the last bit.
-        metrics = {
-            f"{stage}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.report.metrics.items()
-        }
+        metrics = {f"{stage}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
         # All devices hold the same values by now; sync_dist only keeps Lightning from warning that they might not.
         pl_module.log_dict(metrics, batch_size=1, sync_dist=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,8 +18,10 @@ from evaluation.mutual_information import (
     normalised_information,
     quantile_bins,
     shuffled_information,
+    shuffled_mean,
 )
 from evaluation.pair_table import PairTable, Row, pair_labels
+from evaluation.recovery import STATISTICS
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.latent.divergence import categorical_kl
 from lpc_lightning.modules.metrics import CodeUse, PairMeans, latent_values
@@ -27,7 +30,10 @@ from lpc_lightning.seeding import derive
 from lpc_lightning.types import PreferenceBatch
 
 LABELS = ("source", "factor", "annotator")
-PREFIXES = {"code": "mutual_information", "posterior_code": "posterior_mutual_information"}
+TRUTHS = ("factor", "annotator")
+"""Labels that codes may be hoped to recover."""
+CODES = {"code": "", "posterior_code": "posterior_", "exact_code": "exact_"}
+"""What the metrics of a code begin with, by its column."""
 
 
 class CodeMass(CodeUse):
@@ -128,6 +134,9 @@ class CodebookStatistics(nn.Module):
             logged = latent_values(terms, states)  # by the module, which runs no posterior in validation
             values = latent_values(known, states)
             self.means.update({name: value for name, value in values.items() if name not in logged})
+        exact = space.log_exact_posterior(states, score)
+        if exact is not None:
+            numbers["exact_code"] = exact.argmax(-1)
         self.table.update(numbers, pair_labels(batch))
         self.sample.update(terms.z, batch.ids)
 
@@ -149,7 +158,7 @@ class CodebookStatistics(nn.Module):
             metrics |= {name: float(value) for name, value in self.means.compute().items()}
             metrics["latent/posterior_perplexity"] = float(np.exp(entropy(posterior)))
         report = CodebookReport(
-            metrics=metrics | information(numbers, rows),
+            metrics=metrics | information(numbers, rows) | recovery(numbers, rows),
             rows=rows,
             codes=numbers["code"].long().numpy() if "code" in numbers else None,
             prior=prior,
@@ -169,22 +178,49 @@ def information(numbers: dict[str, Tensor], rows: list[Row]) -> dict[str, float]
     estimate says of shuffled labels: that much is chance.
 
     Args:
-        numbers: (n,) `length_difference` in tokens; `code` and `posterior_code`, where there are such.
+        numbers: (n,) `length_difference` in tokens, and codes: the prior's (`code`), that of the space's posterior
+            (`posterior_code`) and that of the exact one (`exact_code`), where there are such.
         rows: The labels of each pair.
     """
     labels = {name: np.array([row[name] for row in rows]) for name in LABELS}
     labels["length_difference"] = quantile_bins(numbers["length_difference"].numpy()).astype(str)
     found = {}
-    for column, prefix in PREFIXES.items():
-        for name, values in labels.items():
-            labelled = values != ""
-            if column in numbers and len(np.unique(values[labelled])) > 1:
-                codes, metric = numbers[column].long().numpy()[labelled], f"{prefix}/{name}"
-                values = values[labelled]
-                found[metric] = mutual_information(codes, values)
-                found[f"{metric}_normalised"] = normalised_information(codes, values)
-                found[f"{metric}_shuffled"] = shuffled_information(codes, values, seed=derive(metric))
+    for prefix, name, codes, values in _labelled(numbers, labels):
+        metric = f"{prefix}mutual_information/{name}"
+        found[metric] = mutual_information(codes, values)
+        found[f"{metric}_normalised"] = normalised_information(codes, values)
+        found[f"{metric}_shuffled"] = shuffled_information(codes, values, seed=derive(metric))
     return found
+
+
+def recovery(numbers: dict[str, Tensor], rows: list[Row]) -> dict[str, float]:
+    """How well the likeliest codes name the factor or the annotator: `codebook/matched/LABEL`, `codebook/purity/LABEL`.
+
+    Each with `_shuffled`, which is what chance has. Labels, pairs and arguments as for `information`, whose
+    `_normalised` is the third measure of the same thing.
+    """
+    labels = {name: np.array([row[name] for row in rows]) for name in TRUTHS}
+    found = {}
+    for prefix, name, codes, values in _labelled(numbers, labels):
+        for kind, statistic in STATISTICS.items():
+            metric = f"codebook/{prefix}{kind}/{name}"
+            found[metric] = statistic(codes, values)
+            found[f"{metric}_shuffled"] = shuffled_mean(statistic, codes, values, seed=derive(metric))
+    return found
+
+
+def _labelled(
+    numbers: dict[str, Tensor], labels: dict[str, NDArray[np.str_]]
+) -> Iterator[tuple[str, str, NDArray[np.int64], NDArray[np.str_]]]:
+    """Each kind of code against each label of two values or more, over the pairs that have it.
+
+    Gives the prefix of the code's metrics, the label's name, the codes and the labels.
+    """
+    for column, prefix in CODES.items():
+        for name, values in labels.items():
+            members = values != ""
+            if column in numbers and len(np.unique(values[members])) > 1:
+                yield prefix, name, numbers[column].long().numpy()[members], values[members]
 
 
 def _shares(mass: CodeMass) -> NDArray[np.float64] | None:

@@ -7,7 +7,7 @@ for the very samples at hand: read the estimate against it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,9 +40,17 @@ def normalised_information(one: ArrayLike, other: ArrayLike) -> float:
 
 
 def shuffled_information(one: ArrayLike, other: ArrayLike, seed: int, times: int = 20) -> float:
-    """Mean mutual information after one of the labels is shuffled: what the estimate says where there is nothing.
+    """Mean mutual information after one of the labels is shuffled; see `shuffled_mean`."""
+    return shuffled_mean(mutual_information, one, other, seed, times)
+
+
+def shuffled_mean(
+    statistic: Callable[[ArrayLike, ArrayLike], float], one: ArrayLike, other: ArrayLike, seed: int, times: int = 20
+) -> float:
+    """Mean of a statistic after one of the labels is shuffled: what the estimate says where there is nothing.
 
     Args:
+        statistic: Of two labels of the same items.
         one: (n,) labels.
         other: (n,) labels.
         seed: Of the shuffles. No global generator is touched.
@@ -51,7 +59,7 @@ def shuffled_information(one: ArrayLike, other: ArrayLike, seed: int, times: int
     # By number: sorting text again at each turn would take seconds.
     first, second = (np.unique(np.asarray(side), return_inverse=True)[1] for side in (one, other))
     generator = np.random.default_rng(seed)
-    return float(np.mean([mutual_information(first, generator.permutation(second)) for _ in range(times)]))
+    return float(np.mean([statistic(first, generator.permutation(second)) for _ in range(times)]))
 
 
 def contingency(one: ArrayLike, other: ArrayLike) -> NDArray[np.int64]:

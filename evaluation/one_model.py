@@ -147,7 +147,7 @@ def _parts(
         del run
     if pairs is None:
         return
-    pairs.template = trained_template(opened)
+    pairs.template = trained_template(opened.origin)
     scored: PreferenceModule | OpenedPolicy
     if kind == "checkpoint":
         del opened  # its module, with the reference, takes the place of the bare policy

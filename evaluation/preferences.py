@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from evaluation.accuracy_modes import AccuracyModes, Group
 from evaluation.pair_table import Row
 from lpc_lightning.data import DataError, PreferenceDataModule
+from lpc_lightning.data.report import DataReport
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
-from lpc_lightning.latent import LatentTerms
+from lpc_lightning.latent import LatentSpace, LatentTerms
 from lpc_lightning.losses import simpo_loss
 from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.modules.scoring import BatchScorer, Evaluated
@@ -74,25 +76,9 @@ def preference_accuracy(
     if isinstance(model, str):
         model = open_module(model) if model.endswith(".ckpt") else open_policy(model)
     module = Likelihood(model) if isinstance(model, OpenedPolicy) else model
-    device = next(module.parameters()).device
-    collect = _Collect(AccuracyModes(by))
-    trainer = Trainer(
-        accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        precision=precision,
-        callbacks=[collect],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=progress_bar,
-    )
-    run = trainer.test if split == "test" else trainer.validate
-    with isolate_rng():
-        run(module, datamodule=data, verbose=False)
-    module.to(device)  # the trainer has left it on the CPU
-    report, rows = collect.modes.collect(), data.reports.get(split)
-    if rows is None or not report.items:
-        raise DataError(f"preferences: found no {split} pairs, expected at least one.{f' {rows}' if rows else ''}")
+    modes = AccuracyModes(by)
+    rows = pass_over(module, data, modes, split, precision, progress_bar)
+    report = modes.collect()
     return PreferenceResults(
         metrics=report.metrics,
         standard_errors=report.standard_errors,
@@ -103,6 +89,63 @@ def preference_accuracy(
         bad=rows.bad,
         cut=rows.cut,
     )
+
+
+class Collector(Protocol):
+    """What takes in evaluated batches: `AccuracyModes`, `FewShotPairs`."""
+
+    def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
+        """Take in a batch, in the precision of the step."""
+        ...
+
+    def to(self, device: torch.device) -> Any:
+        """Move to where the batches are."""
+        ...
+
+
+def pass_over(
+    module: PreferenceModule | Likelihood,
+    data: PreferenceDataModule,
+    collector: Collector,
+    split: Literal["validation", "test"] = "test",
+    precision: Any = None,
+    progress_bar: bool = True,
+) -> DataReport:
+    """Evaluate each pair once, on the device that the module is on, and have a collector take in every batch.
+
+    Args:
+        module: Built.
+        data: The pairs.
+        collector: Takes them in.
+        split: Which of the pairs.
+        precision: Of the computation, as `trainer.precision`; None computes in the weights' own type.
+        progress_bar: Show one.
+
+    Returns:
+        What became of the data's rows.
+
+    Raises:
+        DataError: There are no such pairs, or there is something wrong with them.
+    """
+    device = next(module.parameters()).device
+    trainer = Trainer(
+        accelerator="gpu" if device.type == "cuda" else device.type,
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        precision=precision,
+        callbacks=[_Collect(collector)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress_bar,
+    )
+    run = trainer.test if split == "test" else trainer.validate
+    with isolate_rng():
+        run(module, datamodule=data, verbose=False)
+    module.to(device)  # the trainer has left it on the CPU
+    rows = data.reports.get(split)
+    if rows is None or not len(data.pairs[split]):
+        raise DataError(f"preferences: found no {split} pairs, expected at least one.{f' {rows}' if rows else ''}")
+    return rows
 
 
 class Likelihood(LightningModule):
@@ -139,11 +182,11 @@ def mean_logps(logps: PairLogps) -> PairLosses:
 class _Collect(Callback):
     """Takes in every batch, in the precision of the step."""
 
-    def __init__(self, modes: AccuracyModes) -> None:
-        self.modes = modes
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.modes.to(trainer.strategy.root_device)
+        self.collector.to(trainer.strategy.root_device)
 
     def on_validation_batch_end(
         self,
@@ -155,6 +198,6 @@ class _Collect(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         with trainer.precision_plugin.forward_context():
-            self.modes.update(outputs, batch, pl_module.latent)  # type: ignore[arg-type]  # a space, or None
+            self.collector.update(outputs, batch, pl_module.latent)  # type: ignore[arg-type]  # a space, or None
 
     on_test_batch_end = on_validation_batch_end

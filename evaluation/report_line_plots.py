@@ -34,7 +34,7 @@ def against_axes(subject: Subject) -> Drawn:
 
 def _against(study: Study, axis: str, metric: str) -> Plot | NoPlot:
     title = f"{metric} against {axis}"
-    panels = _panels(study, study.groups, (axis,), lambda label, groups: _line(label, groups, axis, metric))
+    panels = spread_panels(study, study.groups, (axis,), lambda label, groups: _line(label, groups, axis, metric))
     if not any(line.level is None for lines in panels.values() for line in lines):
         return NoPlot(title, f"no finished run with a value of {axis} has logged {metric}")
     figure, grid = draw_panels(panels, True, axis, metric)
@@ -43,7 +43,7 @@ def _against(study: Study, axis: str, metric: str) -> Plot | NoPlot:
         quiet_grid(axes)
         _scale(axes, values)
     caption = f"Mean over seeds. {BAND} A line without markers: runs to which {axis} does not apply."
-    return Plot(file_name(f"{metric}_by_{axis}"), title, figure, _in_words(title, panels), caption + _cut(panels))
+    return Plot(file_name(f"{metric}_by_{axis}"), title, figure, in_words(title, panels), caption + told_cut(panels))
 
 
 def _line(label: str, groups: Sequence[Group], axis: str, metric: str) -> Line | None:
@@ -83,7 +83,7 @@ def codebook_use(subject: Subject) -> Drawn:
 
 def _curves(study: Study, metric: str, title: str) -> Plot | NoPlot:
     groups = [group for group in study.groups if _with_curve(group, metric)]
-    panels = _panels(study, groups, (), lambda label, found: _curve_line(label, found, metric))
+    panels = spread_panels(study, groups, (), lambda label, found: _curve_line(label, found, metric))
     if not panels:
         return NoPlot(title, f"no finished run has logged {metric} at two steps or more")
     figure, grid = draw_panels(panels, False, "optimizer steps", metric)
@@ -93,7 +93,7 @@ def _curves(study: Study, metric: str, title: str) -> Plot | NoPlot:
     longest = max(len(each.curves[metric].steps) for group in groups for each in _with_curve(group, metric))
     if longest > MOST_POINTS:
         caption += f" Neighbouring steps are averaged to {MOST_POINTS} points."
-    return Plot(file_name(f"{metric}_curve"), title, figure, _in_words(title, panels), caption + _cut(panels))
+    return Plot(file_name(f"{metric}_curve"), title, figure, in_words(title, panels), caption + told_cut(panels))
 
 
 def _with_curve(group: Group, metric: str) -> list[RunRecord]:
@@ -119,7 +119,7 @@ def _at(curve: Curve, steps: Sequence[int]) -> list[float]:
 # In common
 
 
-def _panels(
+def spread_panels(
     study: Study,
     groups: Sequence[Group],
     without: tuple[str, ...],
@@ -141,12 +141,14 @@ def _panels(
     return {panel: lines for panel, lines in found.items() if lines}
 
 
-def _cut(panels: Mapping[str, Sequence[Line]]) -> str:
+def told_cut(panels: Mapping[str, Sequence[Line]]) -> str:
+    """A sentence where there are more lines than looks."""
     labels = {line.label for lines in panels.values() for line in lines}
     return f" The first {len(LOOKS)} of {len(labels)} lines are shown." if len(labels) > len(LOOKS) else ""
 
 
-def _in_words(title: str, panels: Mapping[str, Sequence[Line]]) -> str:
+def in_words(title: str, panels: Mapping[str, Sequence[Line]], at: Callable[[float], float] = float) -> str:
+    """A plot's ends, line by line; `at` makes the number that is told of a place on the horizontal axis."""
     told = []
     for panel, lines in panels.items():
         for line in lines:
@@ -154,7 +156,7 @@ def _in_words(title: str, panels: Mapping[str, Sequence[Line]]) -> str:
             if line.level is not None:
                 told.append(f"{name}: {told_mean(line.level)} throughout")
             else:
-                first, last = line.places[0], line.places[-1]
+                first, last = at(line.places[0]), at(line.places[-1])
                 told.append(f"{name}: {told_mean(line.means[0])} at {first:g}, {told_mean(line.means[-1])} at {last:g}")
     more = "; and more, which the tables have" if len(told) > MOST_ALT else ""
     return f"{title}. {'; '.join(told[:MOST_ALT])}{more}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from evaluation.report_few_shot import few_shot_annotators
 from evaluation.report_figures import NoPlot, Plot
 from evaluation.report_group_plots import costs, differences, means
 from evaluation.report_line_plots import against_axes, codebook_use, training_curves
@@ -15,6 +16,7 @@ MAKERS: tuple[Callable[[Subject], Drawn], ...] = (
     means,
     training_curves,
     codebook_use,
+    few_shot_annotators,
     costs,
 )
 """In the order in which a page shows them."""

@@ -49,6 +49,16 @@ class PreferenceExample:
 
 
 @dataclass(frozen=True, slots=True)
+class Ceiling:
+    """The best accuracies that can be expected on some data, where its makers know what decides."""
+
+    from_prompt: float
+    """Of a predictor that sees the prompt and both answers."""
+    given_annotator: float
+    """Of one that knows as well who labelled the pair, and what that annotator wants."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizedPair:
     """A `PreferenceExample` as token ids. The prompt's ids are a true prefix of both sequences.
 

@@ -20,6 +20,7 @@ from lightning.pytorch import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evaluation.evaluate import evaluate
+from evaluation.few_shot_command import few_shot
 from lpc_lightning.cli import commands, main
 from lpc_lightning.inference.alpaca import alpaca
 from lpc_lightning.inference.export import export
@@ -123,6 +124,7 @@ FUNCTIONS = {
     "generate": generate,
     "alpaca": alpaca,
     "evaluate": evaluate,
+    "few-shot": few_shot,
 }
 
 

@@ -13,8 +13,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 
-from callbacks import LabelFlipNoise
+from callbacks import FewShotAnnotators, LabelFlipNoise
 from evaluation.ablation.grid import read_grid
+from evaluation.few_shot_scores import SHOTS
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.errors import SettingError
@@ -192,6 +193,14 @@ def test_label_noise_is_added_to_an_experiment_and_changed_by_flags(path: Path, 
     built = Parsed([f"--config={base}", *swap, f"--callbacks+={path}", "--callbacks.rate=0.1"])
     (noise,) = [each for each in built.trainer.callbacks if isinstance(each, LabelFlipNoise)]
     assert (noise.rate, noise.marker) == (0.1, "[FLIP]" if "marked" in path.stem else None)
+    assert any(type(each).__name__ == "GracefulStop" for each in built.trainer.callbacks)
+
+
+def test_few_shot_annotators_are_added_to_an_experiment_and_changed_by_flags(swap: list[str]) -> None:
+    base, path = CONFIGS / "experiment" / "smollm2" / "dpo_lpc.yaml", CONFIGS / "callbacks" / "few_shot.yaml"
+    built = Parsed([f"--config={base}", *swap, f"--callbacks+={path}", "--callbacks.column=factor"])
+    (added,) = [each for each in built.trainer.callbacks if isinstance(each, FewShotAnnotators)]
+    assert (added.pairs.column, added.pairs.shots, added.pairs.rounds) == ("factor", SHOTS, 20)
     assert any(type(each).__name__ == "GracefulStop" for each in built.trainer.callbacks)
 
 

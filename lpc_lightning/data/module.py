@@ -23,6 +23,7 @@ from lpc_lightning.data.templates import TemplateKind, make_template
 from lpc_lightning.data.token_cache import load_or_tokenize
 from lpc_lightning.data.tokens import TokenStore
 from lpc_lightning.seeding import run_seed
+from lpc_lightning.types import Ceiling
 
 Stage = Literal["train", "validation", "test"]
 STAGES: dict[str, tuple[Stage, ...]] = {
@@ -105,6 +106,11 @@ class PreferenceDataModule(LightningDataModule):
     @abstractmethod
     def source(self, stage: Stage) -> ExampleSource | None:
         """The examples of a stage, or None where there are none."""
+
+    @property
+    def ceiling(self) -> Ceiling | None:
+        """The best accuracy that can be had on clean pairs, where it is known: of generated data it is."""
+        return None
 
     def prepare_data(self) -> None:
         """Fill the token cache, in one process of the machine."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lpc_lightning.data.module import PreferenceDataModule, Stage
 from lpc_lightning.data.sources import ExamplesInMemory
 from lpc_lightning.data.synthetic import PreferenceGenerator, Truth
+from lpc_lightning.types import Ceiling
 
 
 class SyntheticPreferences(PreferenceDataModule):
@@ -46,6 +47,11 @@ class SyntheticPreferences(PreferenceDataModule):
     def truth(self) -> Truth:
         """What decides, and the best accuracy that can be had from the prompt alone."""
         return self.generator.truth
+
+    @property
+    def ceiling(self) -> Ceiling:
+        """Exact. Who knows the annotator knows the factor that decides, and so every label."""
+        return Ceiling(from_prompt=self.truth.best_accuracy, given_annotator=1.0)
 
     def source(self, stage: Stage) -> ExamplesInMemory | None:
         """The generated pairs of a stage."""

@@ -57,8 +57,8 @@ def generate(
         codes: Numbers of codes to answer under as well, from 0.
         prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: as the
             model's own settings say.
-        code_weights: A mixture of the codes to answer under as well: K numbers, used as they are, or a JSON file with
-            a list of them.
+        code_weights: A mixture of the codes to answer under as well: K numbers, used as they are; a JSON file with a
+            list of them; or one with lists by name, such as the `code_weights.json` of `few-shot`, and a name.
         max_new_tokens: Tokens of an answer at most.
         temperature: Divides the logits before a token is drawn. 0 takes the likeliest token.
         top_p: Draw among the likeliest tokens that together have this probability.
@@ -114,17 +114,29 @@ def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
     codes = opened.prior.codes if opened.prior else None
     values: Sequence[object] = given
     try:
-        if len(given) == 1 and given[0].endswith(".json"):
-            values = json.loads(Path(given[0]).read_text())
+        if given[0].endswith(".json"):
+            values = _read_weights(given[0], ",".join(given[1:]))  # a comma in a name has set its parts apart
         weights = tuple(float(value) for value in values)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise DataError(f"code_weights: there is no file {given[0]}.") from None
+    except SettingError:
+        raise
     except (TypeError, ValueError) as error:
         raise SettingError(f"code_weights: found {' '.join(given)} ({error}), expected a list of numbers.") from error
     if len(weights) != codes:
         expected = "but it has no codes" if codes is None else f"expected {codes}, one for each code"
         raise SettingError(f"code_weights: found {len(weights)} numbers for {opened.name}, {expected}.")
     return weights
+
+
+def _read_weights(path: str, name: str) -> Sequence[object]:
+    """The list in a file, or that of a name where the file has several."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    if isinstance(found, dict) and name not in found:
+        raise SettingError(f"code_weights: found {name or 'no name'} for {path}, expected one of {', '.join(found)}.")
+    if name and not isinstance(found, dict):
+        raise SettingError(f"code_weights: found the name {name} for {path}, which holds no lists by name.")
+    return found[name] if isinstance(found, dict) else found
 
 
 def _report(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -126,7 +126,7 @@ def answers(
         DataError: The template refuses a prompt, or a prompt fills the whole context. Before anything is generated.
         ValueError: A condition that the policy's latent does not have.
     """
-    template = make_template(opened.tokenizer, trained_template(opened))
+    template = make_template(opened.tokenizer, trained_template(opened.origin))
     encoded = []
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -144,10 +144,13 @@ def answers(
     )
 
 
-def trained_template(opened: OpenedPolicy) -> TemplateKind:
-    """What prompts were put into when the policy was trained; `auto` for a model that does not say."""
-    origin = opened.origin.get("training", opened.origin)
-    kind: TemplateKind = (origin.get("data") or {}).get("init_args", {}).get("template", "auto")
+def trained_template(origin: Mapping[str, Any]) -> TemplateKind:
+    """What prompts were put into when the policy was trained; `auto` for a model that does not say.
+
+    Args:
+        origin: Of an `OpenedPolicy`, or a run's config.
+    """
+    kind: TemplateKind = (origin.get("training", origin).get("data") or {}).get("init_args", {}).get("template", "auto")
     return kind
 
 

@@ -79,6 +79,10 @@ class DiscreteSpace(LatentSpace):
         """(B, K) log p_k - l_k, with p the prior and l_k the pair's loss under code k."""
         return self.log_prior(prompt) - score.under_codes(self.codebook.weight)[0].losses
 
+    def log_exact_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
+        """(B, K) prior times evidence, normalised."""
+        return self.log_joint(states.prompt, score).log_softmax(-1)
+
     def log_evidence(self, prompt: Tensor, score: PairScorer) -> Tensor:
         """(B,) log sum_k p_k exp(-l_k), exact."""
         return self.log_joint(prompt, score).logsumexp(-1)

@@ -127,7 +127,7 @@ class MarginalSpace(DiscreteSpace):
 
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """The exact posterior: q_k proportional to p_k exp(-l_k)."""
-        return self.log_joint(states.prompt, score).log_softmax(-1)
+        return self.log_exact_posterior(states, score)
 
 
 def averaged(pairs: PairLosses, logps: PairLogps, log_weights: Tensor, losses: Tensor) -> tuple[PairLosses, PairLogps]:

@@ -101,6 +101,10 @@ class LatentSpace(nn.Module, ABC):
         """(B, K) log-probabilities of the codes given the labelled pairs, or None where there is no such thing."""
         return None
 
+    def log_exact_posterior(self, states: PairStates, score: PairScorer) -> Tensor | None:
+        """(B, K) log of p_k exp(-l_k) / sum_j p_j exp(-l_j), however the space was trained; None without codes."""
+        return None
+
     def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor | None:
         """z (B, d) at the mean of the posterior, which sees the label; None without one. For evaluation."""
         return None

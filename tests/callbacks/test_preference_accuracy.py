@@ -94,6 +94,30 @@ def test_every_mode_is_logged_for_all_pairs_and_for_each_group(
     assert {name.removeprefix("val/"): said[name] for name in ours} == callback.report.metrics
 
 
+@pytest.mark.parametrize("deciding", ["visible", "hidden"])
+def test_the_headline_as_a_share_of_the_best(
+    deciding: Any, tmp_path: Path, make_module: Any, make_trainer: Callable[..., Trainer]
+) -> None:
+    """The best is 1 where the prompt shows the factor, and the generator's own number where annotators are hidden."""
+    data = SyntheticPreferences(deciding, validation_pairs=9, test_pairs=7, batch_size=4, cache_dir=str(tmp_path))
+    best = data.generator.examples(1)[0].meta["best_accuracy"]
+    assert best == 1 if deciding == "visible" else 0.5 < best < 1
+    trainer = make_trainer(callbacks=[PreferenceAccuracy()])
+    for run, stage in ((trainer.validate, "val"), (trainer.test, "test")):
+        (said,) = run(make_module(None), datamodule=data, verbose=False)
+        assert said[f"{stage}/share_of_best"] == pytest.approx(said[f"{stage}/rewards/accuracies"] / best, abs=1e-9)
+
+
+def test_data_that_does_not_know_its_best_has_no_share_of_it(
+    data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
+) -> None:
+    make_trainer().validate(make_module(None, SimPO), datamodule=data, verbose=False)
+    loader, trainer = data.val_dataloader(), make_trainer(callbacks=[PreferenceAccuracy()])
+    (said,) = trainer.validate(make_module(None, SimPO), loader, verbose=False)
+    assert "val/accuracy/prior" in said
+    assert "val/share_of_best" not in said
+
+
 def test_a_plain_run_has_the_prior_alone(
     data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from evaluation.codebook import CodebookReport, CodebookStatistics, PointSample, point_key
+from evaluation.recovery import matched_accuracy, purity
 from lpc_lightning.data.layouts import PaddedLayout
 from lpc_lightning.latent import ExpectedSpace, GaussianSpace, LatentTerms, MarginalSpace, MLPSpace
 from lpc_lightning.modules import DPO
@@ -32,6 +34,10 @@ class Stated(MarginalSpace):
 
     def log_posterior(self, states: PairStates, score: Any) -> Tensor | None:  # type: ignore[override]
         return None if self.stated is None else self.stated[states.prompt[:, 0].long()]
+
+    def log_exact_posterior(self, states: PairStates, score: Any) -> Tensor | None:  # type: ignore[override]
+        stated = self.log_posterior(states, score)
+        return None if stated is None else stated.flip(-1)
 
 
 def known(sources: Sequence[str], factors: Sequence[str], seed: int = 0) -> tuple[PreferenceBatch, Evaluated, Tensor]:
@@ -105,7 +111,10 @@ def test_against_torch_and_scikit_learn(batch_size: int) -> None:
     differences = np.array(chosen) - np.array(rejected)
     quartiles = sum((differences >= np.quantile(differences, share)).astype(int) for share in (0.25, 0.5, 0.75))
     some = np.array([bool(factor) for factor in factors])
-    for column, prefix in ((codes, "mutual_information"), (posterior_codes, "posterior_mutual_information")):
+    for column, kind in ((codes, ""), (posterior_codes, "posterior_"), (CODES - 1 - posterior_codes, "exact_")):
+        prefix = f"{kind}mutual_information"
+        expected[f"codebook/{kind}matched/factor"] = matched_accuracy(column[some], np.array(factors)[some])
+        expected[f"codebook/{kind}purity/factor"] = purity(column[some], np.array(factors)[some])
         for name, labels, members in (
             ("source", np.array(sources), np.ones(COUNT, dtype=bool)),
             ("factor", np.array(factors), some),
@@ -115,7 +124,7 @@ def test_against_torch_and_scikit_learn(batch_size: int) -> None:
             expected[f"{prefix}/{name}_normalised"] = normalized_mutual_info_score(column[members], labels[members])
     shuffled = {name for name in report.metrics if name.endswith("_shuffled")}
     assert {
-        name for name in expected if name.count("/") == 1 and "information" in name and "normalised" not in name
+        name for name in expected if ("information" in name and "normalised" not in name) or "codebook/" in name
     } == {name.removesuffix("_shuffled") for name in shuffled}
     found = {name: value for name, value in report.metrics.items() if name not in shuffled}
     assert found == pytest.approx(expected, rel=1e-6)
@@ -179,6 +188,32 @@ def test_each_space_says_what_it_has(
     assert report.points.shape == (3, 16)
     assert (report.codes is not None) == (report.prior is not None) == isinstance(latent, ExpectedSpace)
     assert ("latent/agreement" in report.metrics) == isinstance(latent, ExpectedSpace)
+
+
+def test_the_exact_posterior_is_prior_times_evidence_whatever_the_space_has_learned(
+    tiny_spec: Callable[..., Any], perturb: Callable[..., None], make_pairs: Callable[..., Any]
+) -> None:
+    """Labels that the exact posterior's likeliest codes spell out are recovered in full by it alone."""
+    space = ExpectedSpace(codes=3, spread=2.0)
+    module = DPO(policy=tiny_spec(), latent=space, reference="live", beta=2.0)
+    module.configure_model()
+    perturb(module.policy)
+    perturb(space.double())
+    batch = PaddedLayout(0)(make_pairs([(2 + number % 3, 3, 4) for number in range(24)]))
+    with torch.no_grad():
+        evaluated = module.validation_step(batch, 0)
+        states, score = evaluated["states"], evaluated["score"]
+        losses = torch.stack([score.under(code.expand(24, -1))[0].losses for code in space.codebook.weight], dim=-1)
+        exact = (space.log_prior(states.prompt).exp() * (-losses).exp()).argmax(-1)
+        assert len(exact.unique()) > 1
+        labelled = replace(batch, factors=tuple(f"factor {int(code)}" for code in exact))
+        statistics = CodebookStatistics(space)
+        statistics.update(evaluated, labelled, space)
+    metrics = statistics.collect().metrics
+    assert metrics["codebook/exact_matched/factor"] == metrics["codebook/exact_purity/factor"] == 1
+    assert metrics["exact_mutual_information/factor_normalised"] == pytest.approx(1)
+    assert metrics["codebook/posterior_matched/factor"] < 1
+    assert 1 / 3 < metrics["codebook/exact_matched/factor_shuffled"] < 1
 
 
 def test_the_sample_is_the_same_whatever_the_batches_and_bounded_in_memory() -> None:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from evaluation.accuracy_modes import AccuracyModes
 from evaluation.codebook import CodebookStatistics
+from evaluation.few_shot_pairs import FewShotPairs
 from lpc_lightning.data import SharedPrefixLayout
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.data.templates import make_template
@@ -50,13 +51,15 @@ def batches(module):
 def said(module, parts, most_points=4):
     """Everything that is reported of some batches."""
     modes, codebook = AccuracyModes(), CodebookStatistics(module.latent, most_points)
+    few_shot = FewShotPairs("source", (0, 1, 2), rounds=3)
     for number, batch in enumerate(parts):
         evaluated = module.validation_step(batch, number)
         modes.update(evaluated, batch, module.latent)
         codebook.update(evaluated, batch, module.latent)
+        few_shot.update(evaluated, batch, module.latent)
     accuracy, use = modes.collect(), codebook.collect()
     return {
-        "metrics": accuracy.metrics | use.metrics,
+        "metrics": accuracy.metrics | use.metrics | few_shot.collect().metrics,
         "errors": accuracy.standard_errors,
         "items": accuracy.items,
         "codes": use.codes.tolist(),

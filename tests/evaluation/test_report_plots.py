@@ -211,6 +211,7 @@ def test_what_has_no_data_is_told() -> None:
         "Codebook use: val/latent/codebook_perplexity over training",
         "Codebook use: val/latent/dead_codes over training",
         "Codebook use: val/mutual_information/factor over training",
+        "Accuracy on an annotator's pairs, given others of the same annotator",
         f"{METRIC} against time and memory",
     ]
     assert all(each.why for each in others)

@@ -141,8 +141,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of three real runs: DPO, DPO with three codes, and the test of the latter's checkpoint."""
     folder = tmp_path_factory.mktemp("fits")
     flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO "
-    flags += "--model.optimizer=AdamW --data=SyntheticPreferences --data.train_pairs=6 --data.validation_pairs=2 "
-    flags += "--data.test_pairs=2 --data.batch_size=2 --trainer.accelerator=cpu --trainer.precision=32-true "
+    flags += "--model.optimizer=torch.optim.AdamW --data=SyntheticPreferences --data.train_pairs=6 "
+    flags += "--data.validation_pairs=2 --data.test_pairs=2 --data.batch_size=2 --trainer.accelerator=cpu "
+    flags += "--trainer.precision=32-true "
     flags += "--trainer.enable_progress_bar=false --trainer.max_steps=3 --trainer.log_every_n_steps=1 "
     flags += f"--trainer.enable_model_summary=false --data.cache_dir={folder / 'cache'} "
     flags += f"--trainer.default_root_dir={folder / 'runs'} --seed_everything=3"

@@ -134,6 +134,36 @@ def test_weights_on_the_command_line_are_those_of_a_code(generate: Run, checkpoi
     assert mixed["text"] == code["text"]
 
 
+def test_an_annotators_weights_are_taken_from_a_file_of_several(generate: Run, checkpoint: str, tmp_path: Path) -> None:
+    """As `few-shot` writes it; a name with a comma is one name."""
+    weights, output = tmp_path / "code_weights.json", tmp_path / "answers.jsonl"
+    weights.write_text(json.dumps({"anna": [1, 0, 0], "ben, of Rome": [0, 1, 0]}))
+    for name, code in (("anna", 0), ("ben, of Rome", 1)):
+        flags = ["--code-weights", str(weights), name, "--codes", str(code), "--max-new-tokens=5", f"--output={output}"]
+        assert generate("--model", checkpoint, "--prompt", PROMPT, *flags)[0] == 0
+        _, mixed, alone = written(output)[0]["answers"]
+        assert (mixed["under"], mixed["text"]) == ("code weights", alone["text"])
+
+
+@pytest.mark.parametrize(
+    ("held", "names", "told"),
+    [
+        ({"anna": [1, 0, 0], "ben": [0, 1, 0]}, ["cleo"], "found cleo for WEIGHTS, expected one of anna, ben."),
+        ({"anna": [1, 0, 0], "ben": [0, 1, 0]}, [], "found no name for WEIGHTS, expected one of anna, ben."),
+        ([1, 0, 0], ["anna"], "found the name anna for WEIGHTS, which holds no lists by name."),
+        ({"anna": [1, 0]}, ["anna"], "found 2 numbers for version_0-"),
+    ],
+)
+def test_weights_that_are_not_there_are_told(
+    held: Any, names: list[str], told: str, generate: Run, checkpoint: str, tmp_path: Path
+) -> None:
+    weights = tmp_path / "code_weights.json"
+    weights.write_text(json.dumps(held))
+    code, _, err = generate("--model", checkpoint, "--prompt=a", "--code-weights", str(weights), *names)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"error: code_weights: {told.replace('WEIGHTS', str(weights))}")
+
+
 def test_a_plain_model_answers_without_codes(generate: Run, plain: str, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     code, out, _ = generate("--model", plain, "--prompt", PROMPT, "--max-new-tokens=3", f"--output={output}")

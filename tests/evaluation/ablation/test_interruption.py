@@ -154,7 +154,8 @@ def test_sigterm_has_cells_write_a_checkpoint(
     start: Callable[[], BaseProcess], arguments: list[str], grid: Path, uninterrupted: Path, read_results: Read
 ) -> None:
     process = start()
-    assert until(process, lambda: bool(list(grid.parent.glob("out/cells/*/run/metrics.csv"))))
+    # Training has begun: before, there is nothing to save, and SIGTERM ends a cell at once.
+    assert until(process, lambda: bool(list(grid.parent.glob("out/cells/*/run/checkpoints/last.ckpt"))))
     process.terminate()
     assert end(process) == 130
     ((cell, told),) = records(grid).items()
