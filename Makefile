@@ -1,6 +1,6 @@
 # make demo   a fit on a real model, from nothing, in minutes
 # make test   the whole test suite
-# make bench  this project and TRL side by side; BENCH='--data hh --steps 4' for less
+# make bench  this project and TRL side by side; BENCH='--data my_pairs.jsonl' for your own pairs
 # make lint   ruff and mypy
 PYTHON ?= python3.11
 VENV := .venv

@@ -1,6 +1,6 @@
 """Run the project and TRL in turn on the same work, each measurement in a fresh process, and tabulate.
 
-    python -m benchmarks.run --data-dir ../shared/data/preferences
+    python -m benchmarks.run --data my_pairs.jsonl
 
 README.md beside this file says what is measured and how.
 """
@@ -20,14 +20,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.data_files import NAMES, find_files
 from benchmarks.report import SPLIT, render
 
 BETA, SEED = 0.1, 0
-FILES = {
-    "hh": "hh_helpful_harmless.jsonl",
-    "ultrafeedback": "ultrafeedback_binarized_1200.jsonl",
-    "polite": "polite_vs_impolite_1100.jsonl",
-}
 DATA = {"validation_share": 0.0, "test_split": None, "too_long": "truncate_answer"}
 """Settings of our data that make the pairs TRL's: all rows of the file's train split, answers cut at the end where a
 sequence is too long (TRL's `keep_start`)."""
@@ -49,31 +45,34 @@ STANDARD = ["TRL", "TRL precomputed", "ours, live reference", "ours", "ours + LP
 def main() -> None:
     """Measure everything that was asked for."""
     options = _options()
+    files = find_files(options.data, options.data_dir)
     options.out.mkdir(parents=True, exist_ok=True)
     machine = options.out / "machine.json"
     measure = ["-m", "benchmarks.machine", options.device, str(options.peak_seconds), str(machine)]
     _call(measure, options.out / "machine.log")
     cells: list[dict[str, Any]] = []
     results = {"command": shlex.join(sys.argv), "machine": json.loads(machine.read_text()), "cells": cells}
-    for data, precision in product(options.data, options.precision):
-        cells.append(_cell(options, data, precision))
+    for (data, path), precision in product(files.items(), options.precision):
+        cells.append(_cell(options, data, path, precision))
         # Each time: a long benchmark that is stopped keeps what it has.
         (options.out / "results.json").write_text(json.dumps(results, indent=1))
         (options.out / "table.md").write_text(render(results))
     print(render(results))
 
 
-def _cell(options: argparse.Namespace, data: str, precision: str) -> dict[str, Any]:
+def _cell(options: argparse.Namespace, data: str, path: Path, precision: str) -> dict[str, Any]:
     """One data set at one precision: all sides, in turn, `rounds` times."""
     folder = options.out / f"{data}-{precision}"
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as cache:
-        return _measure(options, data, precision, folder, Path(cache))
+        return _measure(options, data, path, precision, folder, Path(cache))
 
 
-def _measure(options: argparse.Namespace, data: str, precision: str, folder: Path, cache: Path) -> dict[str, Any]:
+def _measure(
+    options: argparse.Namespace, data: str, path: Path, precision: str, folder: Path, cache: Path
+) -> dict[str, Any]:
     settings = {
-        "path": str(options.data_dir / FILES[data]),
+        "path": str(path),
         "batch_size": options.batch_size,
         "max_length": options.max_length,
         **DATA,
@@ -198,8 +197,15 @@ def _check_order(sides: dict[str, list[dict[str, Any]]], steps: list[dict[str, A
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="folder of the policy")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=list(NAMES),
+        metavar="FILE",
+        help="files of preference pairs, in any form that `data.path` takes, of whose split column `train` is read; "
+        f"or {', '.join(NAMES)}: known files in --data-dir (default: these)",
+    )
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data/preferences"))
-    parser.add_argument("--data", nargs="+", choices=list(FILES), default=list(FILES))
     parser.add_argument(
         "--precision", nargs="+", choices=["bf16-mixed", "bf16-true", "32-true"], default=["bf16-mixed"]
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from lpc_lightning.data import PreferenceData
+from lpc_lightning.data import DataError, PreferenceData
 from lpc_lightning.types import TokenizedPair
 
 
@@ -25,14 +25,17 @@ def write_pairs(model: str, data: dict[str, Any], seed: int, steps: int, output:
         output: File to write.
 
     Raises:
-        ValueError: The data holds fewer pairs.
+        DataError: The data cannot be read, or holds fewer pairs.
     """
     module = PreferenceData(**data)
     store = module.load("train", AutoTokenizer.from_pretrained(model))
     assert store is not None
     batches = list(module.training_batches(store, seed))[:steps]
     if len(batches) < steps:
-        raise ValueError(f"{data['path']}: found {len(store)} pairs, expected {steps} batches of {module.batch_size}.")
+        raise DataError(
+            f"{data['path']}: found {len(store)} pairs to train on, expected {steps} batches of {module.batch_size}. "
+            "Take fewer steps, smaller batches, or a larger file."
+        )
     config = AutoConfig.from_pretrained(model).get_text_config()
     with output.open("w") as file:
         for batch in batches:
@@ -74,7 +77,10 @@ def work(pairs: list[TokenizedPair], config: Any) -> Work:
 def main() -> None:
     """`python -m benchmarks.workload '{"model": ...}' pairs.jsonl`, in a process of its own: it needs torch."""
     settings, output = sys.argv[1:]
-    write_pairs(**json.loads(settings), output=Path(output))
+    try:
+        write_pairs(**json.loads(settings), output=Path(output))
+    except DataError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,16 @@ def test_ours_and_trl_agree_step_by_step(tmp_path: Path) -> None:
     spec.build().causal_lm.save_pretrained(tmp_path / "model")
     spec.load_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"id": str(n), "prompt": f"say {n}", "chosen": "yes " * n, "rejected": "no " * 5} for n in range(1, 20)]
-    (tmp_path / "hh_helpful_harmless.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [sys.executable, "-m", "benchmarks.run", "--data", "hh", "--precision", "32-true", "--steps", "4"]
+    pairs = tmp_path / "my_pairs.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, "-m", "benchmarks.run", "--data", str(pairs), "--precision", "32-true", "--steps", "4"]
     command += ["--sides", "TRL", "TRL precomputed", "ours", "--split"]
     command += ["--out", str(tmp_path / "out"), "--lr", "1e-3"]
-    command += ["--model", str(tmp_path / "model"), "--data-dir", str(tmp_path), "--peak-seconds", "0.01"]
+    command += ["--model", str(tmp_path / "model"), "--peak-seconds", "0.01"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (cell,) = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    assert cell["data"] == "my_pairs"
     sides = cell["sides"]
     theirs = sides["TRL"][0]
     assert len(theirs["ended"]) == 4

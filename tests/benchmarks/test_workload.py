@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.workload import work, write_pairs
-from lpc_lightning.data import PreferenceData
+from lpc_lightning.data import DataError, PreferenceData
 from lpc_lightning.data.loading import TrainingBatches
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import TokenizedPair
@@ -68,5 +68,5 @@ def test_the_pairs_are_those_that_our_loader_draws(tmp_path: Path) -> None:
     expected = [[store[n] for n in batch] for batch in TrainingBatches(9, 3, 7)][:2]
     assert [[pair["id"] for pair in step["pairs"]] for step in steps] == [[p.id for p in batch] for batch in expected]
     assert steps[0]["pairs"][0]["chosen_ids"] == expected[0][0].chosen_ids
-    with pytest.raises(ValueError, match=r"found 9 pairs, expected 4 batches of 3"):
+    with pytest.raises(DataError, match=r"found 9 pairs to train on, expected 4 batches of 3\. Take fewer steps"):
         write_pairs(str(folder), data, 7, 4, tmp_path / "out.jsonl")
