@@ -223,7 +223,8 @@ class PreferenceModule(LatentMixin, LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Drop the gradients with the step: Lightning would keep them through the next forward pass."""
         if self._closes_window(batch_idx):
-            self.optimizers(use_pl_optimizer=False).zero_grad()  # type: ignore[union-attr]
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
         """Score the pairs as the policy is used: under the prior. Callbacks get the pass, to ask more of it."""
