@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.live_memory import peak_bytes
-from lpc_lightning.data import PreferenceData
+from lpc_lightning.data import DataError, PreferenceData
 from lpc_lightning.data.layouts import SharedPrefixLayout
 from lpc_lightning.data.loading import TrainingBatches
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.modules import DPO
-from lpc_lightning.policy import PretrainedPolicy
+from lpc_lightning.policy import Policy, PretrainedPolicy
 from lpc_lightning.types import PreferenceBatch
 
 LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
@@ -38,14 +40,14 @@ PLAIN = "no latent"
 class Stepper:
     """A module and its optimizer, one step at a time."""
 
-    def __init__(self, model: str, latent: LatentSpace | None) -> None:
-        self.module = DPO(policy=PretrainedPolicy(model), latent=latent)
+    def __init__(self, policy: Policy, latent: LatentSpace | None) -> None:
+        self.module = DPO(policy=policy, latent=latent)
         self.module.configure_model()
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
     def loss(self, batch: PreferenceBatch) -> Tensor:
         """As `PreferenceModule.training_step` has it, metrics included."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.module.device.type, torch.bfloat16):
             reading, score = self.module.read(batch)
             terms = self.module.training_terms(reading.states, score, 0.5)
             self.module.train_metrics.update(terms, reading.states)
@@ -69,22 +71,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
     options = parser.parse_args()
-    data = PreferenceData(
-        str(options.data),
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        too_long="truncate_answer",
-        validation_share=0.0,
-        test_split=None,
-    )
-    pairs = data.load("train", PretrainedPolicy(options.model).load_tokenizer())
-    assert pairs is not None
-    pairs = pairs.with_reference(np.zeros((len(pairs), 2)))  # what they are does not change what a step takes
-    layout = SharedPrefixLayout(0, None)
-    plan = list(TrainingBatches(len(pairs), options.batch_size, 0))[: options.steps + 1]
-    batches = [layout([pairs[place] for place in places]) for places in plan]
+    policy = PretrainedPolicy(options.model)
+    try:
+        batches = _batches(options, policy)
+    except DataError as error:
+        sys.exit(str(error))
 
-    sides = {name: Stepper(options.model, latent and latent()) for name, latent in LATENTS.items()}
+    sides = {name: Stepper(policy, latent and latent()) for name, latent in LATENTS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number, batch in enumerate(batches):
         names = list(sides)
@@ -94,8 +87,31 @@ def main() -> None:
             sides[name].step(batch)
             seconds[name].append(time.perf_counter() - start)
     largest = max(batches, key=lambda batch: batch.input_ids.numel())
-    peaks = {name: peak_bytes(lambda side=side: side.step(largest)) for name, side in sides.items()}  # type: ignore[misc]
+    peaks = {name: peak_bytes(partial(side.step, largest)) for name, side in sides.items()}
     print(_table(seconds, peaks, {name: _state(side) for name, side in sides.items()}))
+
+
+def _batches(options: argparse.Namespace, policy: Policy) -> list[PreferenceBatch]:
+    """One for each step that counts, and one before them."""
+    data = PreferenceData(
+        str(options.data),
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        too_long="truncate_answer",
+        validation_share=0.0,
+        test_split=None,
+    )
+    pairs = data.load("train", policy.load_tokenizer())
+    assert pairs is not None
+    plan = list(TrainingBatches(len(pairs), options.batch_size, 0))[: options.steps + 1]
+    if len(plan) <= options.steps:
+        raise DataError(
+            f"{options.data}: found {len(pairs)} pairs to train on, expected {options.steps + 1} batches of "
+            f"{options.batch_size}. Take fewer steps, smaller batches, or a larger file."
+        )
+    pairs = pairs.with_reference(np.zeros((len(pairs), 2)))  # what they are does not change what a step takes
+    layout = SharedPrefixLayout(0, None)
+    return [layout([pairs[place] for place in places]) for places in plan]
 
 
 def _state(side: Stepper) -> int:
@@ -104,6 +120,7 @@ def _state(side: Stepper) -> int:
 
 
 def _table(seconds: dict[str, list[float]], peaks: dict[str, int], states: dict[str, int]) -> str:
+    """Medians over the steps but the first. A ratio of times is the median of the ratios of the same steps."""
     lines = ["| | s/step | time vs no latent | peak GiB of tensors | memory vs no latent |", "|---|---|---|---|---|"]
     for name, taken in seconds.items():
         ratio = statistics.median(mine / plain for mine, plain in zip(taken[1:], seconds[PLAIN][1:], strict=True))
