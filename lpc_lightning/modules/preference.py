@@ -26,7 +26,7 @@ from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
 from lpc_lightning.modules.reference import Reference, live_reference
 from lpc_lightning.modules.scoring import BatchScorer, Evaluated, TrainingOutput
-from lpc_lightning.modules.sharding import check_strategy, policies_of, shard
+from lpc_lightning.modules.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
 from lpc_lightning.modules.share_out import share_out
 from lpc_lightning.policy import Policy
 from lpc_lightning.readout import Reading
@@ -101,8 +101,9 @@ class PreferenceModule(LatentMixin, LightningModule):
     # Building
 
     def setup(self, stage: str) -> None:
-        """Refuse a strategy under which the module cannot run; note that a run begins, whose data is set up by now."""
+        """Check and set up the strategy; note that a run begins, whose data is set up by now."""
         check_strategy(self.trainer.strategy)
+        tell_micro_batch_size(self.trainer.strategy)
         self._starting = True
 
     def configure_model(self) -> None:

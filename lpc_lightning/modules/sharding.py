@@ -37,10 +37,7 @@ def shard(module: LightningModule, mesh: DeviceMesh) -> None:
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse what would take weights away that are read outside any `forward`; tell DeepSpeed what it would ask for.
-
-    For its log of samples per second, Lightning has it ask the training data for their batch size, before there is a
-    policy by which batches are laid out. 1 is what it takes of a loader that does not say.
+    """Refuse what would take weights away that are read outside any `forward`.
 
     Raises:
         SettingError: DeepSpeed with ZeRO stage 3.
@@ -51,6 +48,14 @@ def check_strategy(strategy: Strategy) -> None:
             "`forward` of their own layer only; the LM head and the codebook are read outside it. Expected stage 1 or "
             "2, or fsdp2, which shares out the weights too."
         )
+
+
+def tell_micro_batch_size(strategy: Strategy) -> None:
+    """Tell DeepSpeed the batch size of a device, which is used for its log of samples per second alone.
+
+    Untold, Lightning would ask the training data, before there is a policy by which batches are laid out. 1 is what it
+    takes of a loader that does not say.
+    """
     if isinstance(strategy, DeepSpeedStrategy):
         strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)  # type: ignore[union-attr]  # a dictionary
 

@@ -1,10 +1,10 @@
-"""Strategies that the module cannot run under. (That two processes are as good as one: `test_distributed.py`.)"""
+"""Strategies that are refused, and what one is told. (Two processes against one: `test_distributed.py`.)"""
 
 import pytest
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy
 
 from lpc_lightning.errors import SettingError
-from lpc_lightning.modules.sharding import check_strategy
+from lpc_lightning.modules.sharding import check_strategy, tell_micro_batch_size
 
 
 class DeepSpeedOfStage(DeepSpeedStrategy):
@@ -16,9 +16,24 @@ class DeepSpeedOfStage(DeepSpeedStrategy):
 
 def test_deepspeed_must_leave_the_weights_whole() -> None:
     for stage in (1, 2):
-        strategy = DeepSpeedOfStage(stage)
-        check_strategy(strategy)
-        # Left out, it would be asked of the training data, before there is a policy.
-        assert strategy.config["train_micro_batch_size_per_gpu"] == 1
+        check_strategy(DeepSpeedOfStage(stage))
     with pytest.raises(SettingError, match=r"trainer\.strategy: found DeepSpeed with stage 3, .* Expected stage 1"):
         check_strategy(DeepSpeedOfStage(3))
+
+
+def test_deepspeed_is_told_a_batch_size_unless_it_has_one() -> None:
+    strategy = DeepSpeedOfStage(2)
+    settings = dict(strategy.config)
+    check_strategy(strategy)
+    assert strategy.config == settings
+    tell_micro_batch_size(strategy)
+    assert strategy.config == settings | {"train_micro_batch_size_per_gpu": 1}
+    strategy.config["train_micro_batch_size_per_gpu"] = 7
+    tell_micro_batch_size(strategy)
+    assert strategy.config["train_micro_batch_size_per_gpu"] == 7
+
+
+def test_other_strategies_pass() -> None:
+    strategy = SingleDeviceStrategy()
+    check_strategy(strategy)
+    tell_micro_batch_size(strategy)
