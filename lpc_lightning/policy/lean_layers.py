@@ -65,6 +65,10 @@ class GatedMLP(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
+    # Not `torch.nn.functional.rms_norm`: on a CPU that is made of smaller operations and keeps x and x / rms(x), both
+    # in float32, as the published layer does; and in bfloat16 it rounds after the product with w, so that it says
+    # otherwise.
+
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         inverse = torch.rsqrt(states.float().square().mean(-1, keepdim=True) + epsilon)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from lpc_lightning.data.layouts import SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, spec
@@ -120,8 +122,8 @@ def test_a_part_that_only_looks_like_one_is_left_alone() -> None:
     assert type(part) is _Clipped
 
 
-def kept(policy: CausalPolicy, tokens: int) -> int:
-    """Bytes that a pass over one row keeps for the backward pass, of tensors that have a value for each token."""
+def kept(run: Callable[[], Tensor], tokens: int) -> int:
+    """Bytes that `run` keeps for the backward pass, of tensors that have a value for each token."""
     storages: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -129,18 +131,34 @@ def kept(policy: CausalPolicy, tokens: int) -> int:
             storages[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    row = torch.arange(tokens)[None]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        states = policy.states(row, torch.ones_like(row), torch.zeros_like(row), row)
-    assert states.requires_grad
+        result = run()
+    assert result.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def states(policy: CausalPolicy, tokens: int) -> Tensor:
+    """The hidden states of one row."""
+    row = torch.arange(tokens)[None]
+    return policy.states(row, torch.ones_like(row), torch.zeros_like(row), row)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=str)
+def test_torchs_own_norm_keeps_a_second_copy(dtype: torch.dtype, size: int) -> None:
+    """If this fails, torch has become better: its `rms_norm` may do in place of ours."""
+    tokens, width = 37, 32
+    lean = next(part for part in TinyPolicy(width=width).build().layers[0].modules() if isinstance(part, RMSNorm))
+    norm, x = lean.to(dtype), torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    assert kept(lambda: norm(x), tokens) == tokens * (size * width + 4)
+    assert kept(lambda: rms_norm(x, (width,), norm.weight, 1e-6), tokens) == tokens * (2 * 4 * width + 4)
 
 
 def test_a_layer_keeps_what_is_normalised_once_what_is_multiplied_once_and_attention() -> None:
     tokens, width = 37, 32
 
     def layer(**settings: Any) -> int:
-        two, one = (kept(TinyPolicy(width=width, heads=4, layers=n, **settings).build(), tokens) for n in (2, 1))
+        policies = [TinyPolicy(width=width, heads=4, layers=n, **settings).build() for n in (2, 1)]
+        two, one = (kept(partial(states, policy, tokens), tokens) for policy in policies)
         return two - one
 
     config = TinyPolicy(width=width, heads=4, layers=1).load_config()
