@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from lpc_lightning.data.loading import TrainingLoader
 from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
+from lpc_lightning.modules.accumulation import closes_window, share_of_window
 from lpc_lightning.modules.cached_reference import CachedReference
 from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_last_step, trained_shapes
 from lpc_lightning.modules.latent_mixin import LatentMixin
@@ -215,15 +216,15 @@ class PreferenceModule(LatentMixin, LightningModule):
         loss = losses.mean()
         self._check_finite(loss, batch, batch_idx)
         self.train_metrics.update(terms, reading.states)
-        if self._closes_window(batch_idx):
+        if closes_window(self.trainer, batch_idx):
             self._report("train", self.train_metrics)
         margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
-        share = self._share_of_window(batch, batch_idx)
+        share = share_of_window(self.trainer, batch.pairs, batch_idx)
         return {"loss": loss * share, "losses": losses.detach(), "margins": margins}
 
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Drop the gradients with the step: Lightning would keep them through the next forward pass."""
-        if self._closes_window(batch_idx):
+        if closes_window(self.trainer, batch_idx):
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()
 
@@ -260,6 +261,15 @@ class PreferenceModule(LatentMixin, LightningModule):
         """0 at the first optimizer step, 1 at the last."""
         return min(1.0, self.trainer.global_step / max(1, self._total_steps() - 1))
 
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise SettingError(
+                "trainer: found no end of training, expected max_steps or max_epochs: the schedules of the learning "
+                "rate, g and tau run over the whole of it."
+            )
+        return int(steps)
+
     def _infer(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
         torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))
         reading, score = self.read(batch)
@@ -284,35 +294,6 @@ class PreferenceModule(LatentMixin, LightningModule):
             "(model.optimizer, model.latent_lr) or latent.spread, set trainer.gradient_clip_val, or take a wider "
             "trainer.precision; the last checkpoint is whole."
         )
-
-    # Accumulation
-
-    def _closes_window(self, batch_idx: int) -> bool:
-        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self._is_last(batch_idx)
-
-    def _is_last(self, batch_idx: int) -> bool:
-        return batch_idx + 1 == self.trainer.num_training_batches
-
-    def _share_of_window(self, batch: PreferenceBatch, batch_idx: int) -> float:
-        """What makes the accumulated loss the mean over the window's pairs.
-
-        The trainer divides by `accumulate_grad_batches`, also where a micro-batch or the epoch's last window is short.
-        """
-        loader, micro_batches = self.trainer.train_dataloader, self.trainer.accumulate_grad_batches
-        if micro_batches == 1 or not isinstance(loader, TrainingLoader):
-            return 1.0
-        start = batch_idx - batch_idx % micro_batches
-        end = min(start + micro_batches, int(self.trainer.num_training_batches))
-        return batch.pairs * micro_batches / sum(loader.batch_sizes[start:end])
-
-    def _total_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise SettingError(
-                "trainer: found no end of training, expected max_steps or max_epochs: the schedules of the learning "
-                "rate, g and tau run over the whole of it."
-            )
-        return int(steps)
 
     # Checkpoints
 

@@ -1,17 +1,53 @@
-"""Gradients live from the first micro-batch of a step to its end, and the step is that of a plain loop."""
+"""Windows of accumulated micro-batches: what each weighs, how long gradients live, and steps like a plain loop's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from lpc_lightning.latent import MarginalSpace
-from lpc_lightning.modules import DPO
+from lpc_lightning.modules import DPO, SimPO
+from lpc_lightning.modules.accumulation import closes_window, share_of_window
+
+
+class Windows(Callback):
+    """Where windows end, and what each micro-batch weighs."""
+
+    def __init__(self) -> None:
+        self.closing: list[int] = []
+        self.shares: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.shares.append(share_of_window(trainer, batch.pairs, batch_idx))
+        if closes_window(trainer, batch_idx):
+            self.closing.append(batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("settings", "closing", "shares"),
+    [
+        # 21 pairs, 2 in a micro-batch: the last window has 5 of them, or 3, or 1.
+        ({"accumulate_grad_batches": 4}, [3, 7, 10], [1.0] * 8 + [4 * 2 / 5, 4 * 2 / 5, 4 * 1 / 5]),
+        ({"accumulate_grad_batches": 3}, [2, 5, 8, 10], [1.0] * 9 + [3 * 2 / 3, 3 * 1 / 3]),
+        ({"accumulate_grad_batches": 2}, [1, 3, 5, 7, 9, 10], [1.0] * 10 + [2.0]),
+        ({"accumulate_grad_batches": 1}, list(range(11)), [1.0] * 11),
+        ({"accumulate_grad_batches": 4, "limit_train_batches": 6}, [3, 5], [1.0] * 4 + [2.0] * 2),
+    ],
+    ids=str,
+)
+def test_windows_end_when_full_or_with_the_epoch_and_weigh_by_pairs(
+    settings: dict[str, Any], closing: list[int], shares: list[float], small_policy: Any, fit_run: Any
+) -> None:
+    seen = Windows()
+    fit_run(SimPO(policy=small_policy()), max_epochs=1, limit_val_batches=0, callbacks=[seen], **settings)
+    assert seen.closing == closing
+    assert seen.shares == pytest.approx(shares, abs=1e-12)
 
 
 class Gradients(Callback):
