@@ -489,6 +489,7 @@ def test_an_unknown_policy_is_told(command: Command, places: list[str], tmp_path
             ["--latent=GumbelSpace", "--latent.tau=Exponential", "--latent.tau.end=0"],
             r"Exponential: found start 1\.0 and end 0",
         ),
+        (["--model.beta=0"], r"beta: found 0\.0, expected a number above 0\."),
         (["--model.label_smoothing=0.6"], r"label_smoothing: found 0\.6, expected a share from 0 and at most 0\.5"),
         (["--trainer.max_epochs=-1"], r"trainer: found no end of training, expected max_steps or max_epochs"),
         (["--data.max_length=20"], r"No pair is left\..*6 dropped: pair longer than max_length.*the length limits"),

@@ -2,6 +2,7 @@
 
 from torch.nn.functional import logsigmoid
 
+from lpc_lightning.losses.checks import check_beta
 from lpc_lightning.losses.log_ratios import log_ratios
 from lpc_lightning.types import PairLogps, PairLosses
 
@@ -21,8 +22,9 @@ def dpo_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.0, 
         robust: Take the unbiased rDPO estimate in place of cDPO's smoothed one. Needs `label_smoothing` below 0.5.
 
     Raises:
-        ValueError: `label_smoothing` is out of range, or the reference is missing.
+        ValueError: `beta` or `label_smoothing` is out of range, or the reference is missing.
     """
+    check_beta(beta)
     top = "below 0.5" if robust else "at most 0.5"
     if not 0.0 <= label_smoothing <= 0.5 or (robust and label_smoothing == 0.5):
         raise ValueError(f"label_smoothing: found {label_smoothing}, expected a share from 0 and {top}.")

@@ -1,5 +1,6 @@
 """Identity Preference Optimization."""
 
+from lpc_lightning.losses.checks import check_beta
 from lpc_lightning.losses.log_ratios import log_ratios
 from lpc_lightning.types import PairLogps, PairLosses
 
@@ -16,8 +17,9 @@ def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) 
         length_average: Divide r_w and r_l by their own answers' tokens first.
 
     Raises:
-        ValueError: The reference is missing.
+        ValueError: `beta` is out of range, or the reference is missing.
     """
+    check_beta(beta)
     chosen, rejected = log_ratios(logps)
     if length_average:
         chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths

@@ -2,6 +2,7 @@
 
 from torch.nn.functional import logsigmoid
 
+from lpc_lightning.losses.checks import check_beta
 from lpc_lightning.types import PairLogps, PairLosses
 
 
@@ -14,7 +15,11 @@ def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.
         logps: Log-probabilities of the pairs; the reference's are not looked at.
         beta: Scale of the length-averaged log-probabilities.
         gamma_beta_ratio: Target margin gamma, in units of beta.
+
+    Raises:
+        ValueError: `beta` is out of range.
     """
+    check_beta(beta)
     chosen = logps.policy_chosen / logps.chosen_lengths
     rejected = logps.policy_rejected / logps.rejected_lengths
     losses = -logsigmoid(beta * (chosen - rejected - gamma_beta_ratio))

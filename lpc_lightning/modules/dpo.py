@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lpc_lightning.losses import dpo_loss
 from lpc_lightning.modules.preference import PreferenceModule
 from lpc_lightning.types import PairLogps, PairLosses
@@ -22,10 +20,13 @@ class DPO(PreferenceModule):
             label_smoothing: Share of labels believed to be flipped, 0 to 0.5 (cDPO).
             robust: With label_smoothing below 0.5, the unbiased loss of rDPO in place of cDPO's.
             module: Settings of `PreferenceModule`.
+
+        Raises:
+            ValueError: A setting is out of range.
         """
         super().__init__(**module)
         self.beta, self.label_smoothing, self.robust = beta, label_smoothing, robust
-        self.preference_loss(PairLogps(*torch.zeros(6, 1)))  # tells settings out of range now, not at the first step
+        self.check_settings()
 
     def preference_loss(self, logps: PairLogps) -> PairLosses:
         """See `dpo_loss`."""

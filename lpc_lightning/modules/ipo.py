@@ -19,9 +19,13 @@ class IPO(PreferenceModule):
             beta: The paper's tau: the loss aims at a margin of 1 / (2 beta) nats.
             length_average: Divide each answer's log-ratio by its tokens first (as TRL does).
             module: Settings of `PreferenceModule`.
+
+        Raises:
+            ValueError: A setting is out of range.
         """
         super().__init__(**module)
         self.beta, self.length_average = beta, length_average
+        self.check_settings()
 
     def preference_loss(self, logps: PairLogps) -> PairLosses:
         """See `ipo_loss`."""

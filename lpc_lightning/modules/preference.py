@@ -92,6 +92,14 @@ class PreferenceModule(LatentMixin, LightningModule):
     def preference_loss(self, logps: PairLogps) -> PairLosses:
         """The algorithm's loss of each pair."""
 
+    def check_settings(self) -> None:
+        """Ask for the loss of one pair: settings out of range are told now and not at the first step.
+
+        Raises:
+            ValueError: As the loss says.
+        """
+        self.preference_loss(PairLogps(*torch.zeros(6, 1)))
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""

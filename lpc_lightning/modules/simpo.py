@@ -21,9 +21,13 @@ class SimPO(PreferenceModule):
             beta: Scale of the length-averaged log-probabilities.
             gamma_beta_ratio: Target margin gamma, in units of beta.
             module: Settings of `PreferenceModule`.
+
+        Raises:
+            ValueError: A setting is out of range.
         """
         super().__init__(reference="live", **module)  # not a setting: there is none
         self.beta, self.gamma_beta_ratio = beta, gamma_beta_ratio
+        self.check_settings()
 
     def preference_loss(self, logps: PairLogps) -> PairLosses:
         """See `simpo_loss`."""

@@ -223,6 +223,13 @@ def test_a_label_smoothing_out_of_range_is_refused(smoothing: float, robust: boo
         dpo_loss(GOLDEN, 0.1, smoothing, robust)
 
 
+@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss, simpo_loss])
+@pytest.mark.parametrize("beta", [0, -0.1, math.nan, math.inf])
+def test_a_beta_that_is_not_above_zero_is_refused(loss: Callable[..., PairLosses], beta: float) -> None:
+    with pytest.raises(ValueError, match=rf"^beta: found {beta}, expected a number above 0\.$"):
+        loss(GOLDEN, beta=beta)
+
+
 @with_reference
 @pytest.mark.parametrize("missing", ["reference_chosen", "reference_rejected"])
 def test_a_missing_reference_is_named(name: str, missing: str) -> None:

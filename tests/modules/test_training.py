@@ -231,6 +231,12 @@ def test_a_learning_rate_out_of_hand_is_told_as_well(small_policy: Any, fit_run:
         fit_run(module, max_epochs=1)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_a_beta_out_of_range_is_refused_before_anything_is_built(algorithm: Any, small_policy: Any) -> None:
+    with pytest.raises(ValueError, match=r"beta: found -1\.0, expected a number above 0\."):
+        algorithm(policy=small_policy(), beta=-1.0)
+
+
 def test_training_without_an_end_is_refused(small_policy: Any, fit_run: Any) -> None:
     with pytest.raises(ValueError, match="trainer: found no end of training, expected max_steps or max_epochs"):
         fit_run(DPO(policy=small_policy()), max_epochs=-1)
