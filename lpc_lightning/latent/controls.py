@@ -5,13 +5,14 @@ Gains of LPC may come from extra parameters or from noise. Each control keeps on
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax
 
-from lpc_lightning.latent.discrete import DiscreteSpace
+from lpc_lightning.latent.discrete import MODES, DiscreteSpace
 from lpc_lightning.latent.divergence import WeightedKL, gaussian_kl
 from lpc_lightning.latent.estimators import GumbelSpace
 from lpc_lightning.latent.networks import Codebook, Posterior, Prior, state_deviation
@@ -56,9 +57,26 @@ class PosteriorOnlySpace(GumbelSpace):
 class DeterministicSpace(LatentSpace):
     """A z that is a function of the prompt, or of nothing: no distribution, no KL, and one z for every prior mode."""
 
+    @abstractmethod
+    def z(self, prompt: Tensor) -> Tensor:
+        """(B, d) from the states at the last prompt tokens (B, d)."""
+
+    def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
+        """z, the same by every mode.
+
+        Raises:
+            ValueError: `mode` asks for a code.
+        """
+        if mode is not None and mode not in MODES:
+            raise ValueError(
+                f"latent.prior_mode: found {mode!r}, expected one of {', '.join(MODES)} (the same here): this latent "
+                "has no codes."
+            )
+        return self.z(prompt)
+
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """The pairs' losses under their z."""
-        z = self.infer(states.prompt)
+        z = self.z(states.prompt)
         return LatentTerms(*score.under(z), z=z)
 
 
@@ -79,7 +97,7 @@ class VectorSpace(DeterministicSpace):
         scale = self.spread / state_deviation(head) if self.spread else 0.0
         self.vector = nn.Parameter(scale * torch.randn(width))
 
-    def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
+    def z(self, prompt: Tensor) -> Tensor:
         """The vector, once for each prompt."""
         return self.vector.expand(prompt.shape[0], -1)
 
@@ -95,7 +113,7 @@ class MLPSpace(DeterministicSpace):
         """Make the network, whose last layer starts at zero."""
         self.network = Prior(width, self.hidden, width, self.detach)
 
-    def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
+    def z(self, prompt: Tensor) -> Tensor:
         """MLP(h_x): (B, d)."""
         return self.network(prompt)
 
@@ -130,11 +148,15 @@ class GaussianSpace(LatentSpace):
             g: Share of the prior in the training mixture. A number, or a schedule; null is the line from 0 to 1.
             prior_mode: How z is taken from the prior at inference: its `mean`, or a `sample`.
             networks: Settings of `LatentSpace`.
+
+        Raises:
+            ValueError: `prior_mode` is neither.
         """
         super().__init__(**networks)
         self.codes, self.spread, self.prior_mode = codes, spread, prior_mode
         self.divergence = WeightedKL(kl_weight, free_bits)
         self.g = as_schedule(Linear() if g is None else g)
+        self._weights_by(prior_mode, *torch.zeros(2, 1, codes))
 
     def build(self, width: int, head: LogitHead) -> None:
         """Make codebook, prior and posterior."""
@@ -164,14 +186,18 @@ class GaussianSpace(LatentSpace):
             ValueError: `mode` asks for a code.
         """
         mean, log_std = self.prior(prompt).chunk(2, dim=-1)
-        match self.prior_mode if mode is None else mode:
+        return self.codebook(self._weights_by(self.prior_mode if mode is None else mode, mean, log_std))
+
+    def _weights_by(self, mode: PriorMode, mean: Tensor, log_std: Tensor) -> Tensor:
+        """c (B, K)."""
+        match mode:
             case "mean":
-                return self.codebook(mean)
+                return mean
             case "sample":
-                return self.codebook(_draw(mean, log_std))
+                return _draw(mean, log_std)
             case other:
                 raise ValueError(
-                    f"prior mode: found {other!r}, expected mean or sample: a Gaussian latent has no codes."
+                    f"latent.prior_mode: found {other!r}, expected mean or sample: a Gaussian latent has no codes."
                 )
 
     def inference_form(self) -> InferenceForm:

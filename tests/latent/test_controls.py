@@ -42,7 +42,7 @@ every_space = pytest.mark.parametrize("name", list(SPACES))
 def test_the_vector_is_one_z_for_every_prompt_and_mode(toy: Any, build: Callable[..., Any]) -> None:
     space = build(VectorSpace(), toy)
     z = space.vector.expand(4, -1)
-    for mode in (None, "mean", "sample", 3):
+    for mode in (None, "mean", "sample", "argmax"):
         assert torch.equal(space.infer(toy.states.prompt, mode), z)
     expected = toy.naive_losses(z)
     for terms in (space.training_terms(toy.states, toy.score, 0.5), space.inference_terms(toy.states, toy.score)):
@@ -76,7 +76,7 @@ def test_the_mlp_is_its_network_of_the_prompt(
     space = build(MLPSpace(hidden=8), toy)
     z = naive_network(space.network, toy.states.prompt)
     assert z.shape == (4, 6)
-    for mode in (None, "mean", "sample", 3):
+    for mode in (None, "mean", "sample", "argmax"):
         torch.testing.assert_close(space.infer(toy.states.prompt, mode), z, rtol=1e-12, atol=1e-12)
     terms = space.training_terms(toy.states, toy.score, 0.5)
     torch.testing.assert_close(terms.pairs.losses, toy.naive_losses(z), rtol=1e-11, atol=1e-11)
@@ -136,8 +136,27 @@ def test_a_gaussian_is_inferred_at_its_mean_or_drawn_and_has_no_codes(
     weights = out[:, :3] + out[:, 3:].exp() * torch.randn(4, 3, dtype=torch.float64)
     torch.testing.assert_close(drawn, weights @ space.codebook.weight, rtol=1e-12, atol=1e-12)
     for mode in ("argmax", 0):
-        with pytest.raises(ValueError, match=f"prior mode: found {mode!r}, expected mean or sample: a Gaussian"):
+        with pytest.raises(
+            ValueError, match=rf"latent\.prior_mode: found {mode!r}, expected mean or sample: a Gaussian"
+        ):
             space.infer(prompt, mode)
+        with pytest.raises(
+            ValueError, match=rf"latent\.prior_mode: found {mode!r}, expected mean or sample: a Gaussian"
+        ):
+            GaussianSpace(**DISCRETE, prior_mode=mode)
+
+
+@pytest.mark.parametrize("name", ["mlp", "vector"])
+@pytest.mark.parametrize("mode", [3, 0, "code"])
+def test_a_space_without_codes_has_no_code_to_choose(
+    name: str, mode: Any, dpo_toy: Any, build: Callable[..., Any]
+) -> None:
+    space = build(SPACES[name](), dpo_toy)
+    expected = (
+        rf"latent\.prior_mode: found {mode!r}, expected one of mean, sample, argmax \(the same here\): this latent"
+    )
+    with pytest.raises(ValueError, match=expected):
+        space.infer(dpo_toy.states.prompt, mode)
 
 
 @every_space
