@@ -278,7 +278,8 @@ class TestFromACheckpoint:
     def test_a_resumed_run_goes_on_and_keeps_the_models_settings(
         self, checkpoint: Path, fit: Command, runs: Path
     ) -> None:
-        said = fit(f"--ckpt_path={checkpoint}", "--model.beta=9", "--policy.width=32", "--latent=null")
+        with pytest.warns(UserWarning, match=r"resume: found trainer\.max_epochs 2 \(before: 1\)"):
+            said = fit(f"--ckpt_path={checkpoint}", "--model.beta=9", "--policy.width=32", "--latent=null")
         assert said.code == 0, said.err
         told = f"Model, policy and latent are set as in {checkpoint}; flags and config files do not change them."
         assert told in said.out
@@ -344,6 +345,12 @@ class TestFromACheckpoint:
         said = fit(f"--ckpt_path={checkpoint}", "--policy.width=32", "--trainer.max_epochs=2")
         assert_one_error(
             said, r"checkpoint: its weights are of another architecture: .*found \(3, 16\), expected \(3, 32\)"
+        )
+
+    def test_steps_of_another_size_are_told(self, checkpoint: Path, fit: Command) -> None:
+        said = fit(f"--ckpt_path={checkpoint}", "--trainer.accumulate_grad_batches=2")
+        assert_one_error(
+            said, r"trainer\.accumulate_grad_batches: found 2, expected 1 as in the checkpoint\. Resume with"
         )
 
     @pytest.mark.parametrize("change", ["--seed_everything=5", "--data.train_pairs=8", "--data.batch_size=3"])

@@ -26,6 +26,7 @@ from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_
 from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
 from lpc_lightning.modules.reference import Reference, live_reference
+from lpc_lightning.modules.run_length import compare_run_length, run_length
 from lpc_lightning.modules.scoring import BatchScorer, Evaluated, TrainingOutput
 from lpc_lightning.modules.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
 from lpc_lightning.modules.share_out import share_out
@@ -85,7 +86,7 @@ class PreferenceModule(LatentMixin, LightningModule):
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the rest
         self.reference_kind = reference
         self._built = self._starting = False
-        self._data_state: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @abstractmethod
@@ -110,10 +111,13 @@ class PreferenceModule(LatentMixin, LightningModule):
     # Building
 
     def setup(self, stage: str) -> None:
-        """Check and set up the strategy; note that a run begins, whose data is set up by now."""
+        """Check and set up the strategy; note that a run begins, whose data is set up by now.
+
+        What a checkpoint said that was loaded earlier, for its weights, is not this run's to go on with.
+        """
         check_strategy(self.trainer.strategy)
         tell_micro_batch_size(self.trainer.strategy)
-        self._starting = True
+        self._starting, self._resumed = True, {}
 
     def configure_model(self) -> None:
         """Build policy, reference and latent space, once; have the reference ready for the run that begins."""
@@ -198,14 +202,17 @@ class PreferenceModule(LatentMixin, LightningModule):
         return self.policy.reference_logps(batch)
 
     def on_train_start(self) -> None:
-        """Take up the data where a resumed run left it.
+        """Take up the data where a resumed run left it, and tell where this run is set up otherwise.
 
         Lightning would give the loader its state, but not to one that exists before the loops are restored (as ours
         does, by `estimated_stepping_batches`), and not after a whole epoch, when order and data have to match as well.
         """
-        if self._data_state is not None and isinstance(loader := self.trainer.train_dataloader, TrainingLoader):
-            loader.load_state_dict(self._data_state)
-        self._data_state = None
+        loader = self.trainer.train_dataloader
+        if "training_data" in self._resumed and isinstance(loader, TrainingLoader):
+            loader.load_state_dict(self._resumed["training_data"])
+        if "run_length" in self._resumed:
+            compare_run_length(self.trainer, self._resumed["run_length"])
+        self._resumed = {}
 
     def on_train_epoch_start(self) -> None:
         """Have the data follow this run's epochs: resumed under `max_steps`, Lightning's count for it is one ahead."""
@@ -314,6 +321,7 @@ class PreferenceModule(LatentMixin, LightningModule):
             window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
             taken = rewind_to_last_step(checkpoint["loops"], window, batches)
             checkpoint["training_data"] = loader.state_dict() | {"taken": taken}
+        checkpoint["run_length"] = run_length(trainer)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose weights are not this model's. (DeepSpeed has loaded its own before it asks.)"""
@@ -321,7 +329,7 @@ class PreferenceModule(LatentMixin, LightningModule):
             self._build()
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
-        self._data_state = checkpoint.get("training_data")
+        self._resumed = {name: checkpoint[name] for name in ("training_data", "run_length") if name in checkpoint}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch does; frozen weights, which no checkpoint holds, are not told as missing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,9 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
 from lpc_lightning.data.rows import DataError
+from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import Exponential, GumbelSpace
 from lpc_lightning.modules import DPO, PreferenceModule
 from lpc_lightning.policy import LoRA, TinyPolicy
@@ -198,6 +200,62 @@ def test_resuming_with_another_order_is_refused(
     ):
         fit_run(module, small_data(**data), seed, path, callbacks=savers(tmp_path), max_epochs=2)
     assert all(torch.equal(weight, before) for weight, before in weights_of(path, module))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("checkpoint", ["batch-step=4", "epoch-step=11"])
+@pytest.mark.parametrize(
+    ("trainer", "found"),
+    [
+        ({"accumulate_grad_batches": 2}, "2"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1, 1: 3})]}, "{0: 1, 1: 3}"),
+    ],
+    ids=["a number", "by epoch"],
+)
+def test_resuming_in_steps_of_another_size_is_refused(
+    checkpoint: str, trainer: dict[str, Any], found: str, stopped: Path, small_policy: Any, fit_run: Any
+) -> None:
+    told = rf"trainer\.accumulate_grad_batches: found {re.escape(found)}, expected 1 as in the checkpoint\. Resume with"
+    with pytest.raises(SettingError, match=told):
+        fit_run(MODULES["dpo"](small_policy), ckpt_path=stopped / f"{checkpoint}.ckpt", max_epochs=2, **trainer)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    ("trainer", "told", "left"),
+    [
+        ({"max_epochs": 2}, r"trainer\.max_epochs 2 \(before: 1\): .* of a run of 22 steps\.", 18),
+        (
+            {"max_steps": 6},
+            r"trainer\.max_epochs -1 \(before: 1\), trainer\.max_steps 6 \(before: -1\): .* of a run of 6 steps\.",
+            2,
+        ),
+        (
+            {"max_epochs": 1, "limit_train_batches": 8},
+            r"trainer\.limit_train_batches 8 \(before: 1\.0\): .* of a run of 8 steps\.",
+            4,
+        ),
+    ],
+    ids=["epochs", "steps", "part of an epoch"],
+)
+def test_resuming_a_run_that_ends_elsewhere_is_told(
+    trainer: dict[str, Any], told: str, left: int, stopped: Path, small_policy: Any, fit_run: Any
+) -> None:
+    with pytest.warns(UserWarning, match=f"resume: found {told}"):
+        resumed = fit_run(MODULES["dpo"](small_policy), ckpt_path=stopped / "batch-step=4.ckpt", **trainer)
+    assert len(resumed.optimizer) == left
+
+
+def test_a_run_from_the_weights_alone_begins_at_its_beginning(
+    stopped: Path, small_policy: Any, small_data: Any, fit_run: Any
+) -> None:
+    """On any data, in steps of any size, for any length."""
+    module = DPO.load_from_checkpoint(stopped / "batch-step=4.ckpt", policy=small_policy(), optimizer=adam)
+    before = weights_of(stopped / "batch-step=4.ckpt", module)
+    assert before
+    assert all(torch.equal(weight, kept) for weight, kept in before)
+    run = fit_run(module, small_data(batch_size=3), seed=5, max_epochs=2, accumulate_grad_batches=2)
+    assert len(run.batches) == 2 * 7
 
 
 def weights_of(path: Path, module: PreferenceModule) -> list[tuple[torch.Tensor, torch.Tensor]]:
