@@ -31,6 +31,7 @@ class Cell:
     p_corrected: float | None = None
     """The test's p-value, corrected by Holm for all tests of the comparison."""
     note: str = ""
+    """Why there is no test, or what is to be kept in mind of the one there is."""
 
     @property
     def stands_out(self) -> bool:
@@ -57,7 +58,8 @@ def compare(models: Sequence[ModelScores], seed: int = 0) -> Comparison:
     """Put models side by side and test each against the first.
 
     Only like is tested against like: a model whose task ran in another version, with other few-shot examples, on other
-    items and so on gets its score and a note in place of a test.
+    items and so on gets its score and a note in place of a test. One that was evaluated in another precision is tested,
+    with a note.
 
     Args:
         models: At least one; their names differ. The first is the baseline.
@@ -79,7 +81,7 @@ def _cell(measure: Measure, model: ModelScores, baseline: ModelScores, seed: int
         return Cell(measure, model.name, value, stderr, note=note)
     ours, theirs = baseline.items[measure], model.items[measure]
     test = paired_test([ours[item] for item in ours], [theirs[item] for item in ours], seed)
-    return Cell(measure, model.name, value, stderr, test)
+    return Cell(measure, model.name, value, stderr, test, note=_reservation(model, baseline))
 
 
 def _obstacle(measure: Measure, model: ModelScores, baseline: ModelScores) -> str:
@@ -100,6 +102,12 @@ def _obstacle(measure: Measure, model: ModelScores, baseline: ModelScores) -> st
     return "" if shared > 1 else "no test: there is one item"
 
 
+def _reservation(model: ModelScores, baseline: ModelScores) -> str:
+    """What else than the models may be in their difference, or nothing."""
+    ours, theirs = baseline.precision, model.precision
+    return f"evaluated in {theirs}, and {baseline.name} in {ours}" if ours and theirs and ours != theirs else ""
+
+
 def to_markdown(comparison: Comparison) -> str:
     """The scores, a star where a difference stands out, and below them what is known of each difference."""
     scores = [[measure.task, measure.metric, *(_score(cell) for cell in cells)] for measure, cells in comparison.rows()]
@@ -112,9 +120,11 @@ def to_markdown(comparison: Comparison) -> str:
         )
         header = ["task", "metric", "model", "difference", "95 % interval", "p", "Holm", "items"]
         parts.append(markdown_table(header, tested, left=3))
+        notes = dict.fromkeys(f"{cell.model} was {cell.note}" for cell in comparison.cells if cell.test and cell.note)
+        parts += [f"{note}: its differences hold rounding, too." for note in notes]
     untested: dict[tuple[str, str, str], list[str]] = {}
     for cell in comparison.cells:
-        if cell.note and cell.value is not None:
+        if cell.note and not cell.test and cell.value is not None:
             untested.setdefault((cell.measure.task, cell.model, cell.note), []).append(cell.measure.metric)
     if untested:
         rows = [[task, model, note, ", ".join(metrics)] for (task, model, note), metrics in untested.items()]

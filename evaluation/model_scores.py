@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from evaluation.results import BenchmarkResults, scores
+from evaluation.stored import REQUEST
 
 
 class Measure(NamedTuple):
@@ -35,6 +36,8 @@ class ModelScores:
     """The scores of single items, for metrics that are their mean."""
     conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By task: what must be the same for a comparison (version, few-shot, limit ...)."""
+    precision: str | None = None
+    """Of the arithmetic, `float32` or `bfloat16`; None where it is not known. Scores differ by rounding."""
 
 
 CONDITIONS = {
@@ -77,6 +80,7 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
             task: {told: record[key] for key, told in CONDITIONS.items() if key in record} | shared
             for task, record in results.record.get("tasks", {}).items()
         },
+        precision=results.origin.get(REQUEST, {}).get("precision"),
     )
 
 

@@ -86,6 +86,24 @@ def test_unlike_is_not_tested(other: ModelScores, note: str) -> None:
     assert all(cell.value is not None for cell in found.cells)
 
 
+@pytest.mark.parametrize("kinds", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_another_precision_is_tested_with_a_note(kinds: tuple[str, str], tmp_path: Path) -> None:
+    base, other = (replace(model(name), precision=kind) for name, kind in zip(("base", "other"), kinds, strict=True))
+    found, plain = compare([base, other]), compare([model("base"), model("other")])
+    assert differences(found) == differences(plain)
+    note = f"evaluated in {kinds[1]}, and base in {kinds[0]}"
+    assert [cell.note for cell in found.cells] == ["", note, "", note]
+    assert to_markdown(found) == f"{to_markdown(plain)}\n\nother was {note}: its differences hold rounding, too."
+    write_comparison(tmp_path, found)
+    assert [row["note"] for row in json.loads((tmp_path / "comparison.json").read_text())] == ["", note, "", note]
+
+
+@pytest.mark.parametrize("kinds", [("float32", "float32"), ("bfloat16", None), (None, "float32")])
+def test_the_same_precision_or_one_that_is_not_known_has_no_note(kinds: tuple[str | None, str | None]) -> None:
+    base, other = (replace(model(name), precision=kind) for name, kind in zip(("base", "other"), kinds, strict=True))
+    assert compare([base, other]) == compare([model("base"), model("other")])
+
+
 def test_only_the_task_that_differs_is_left_out() -> None:
     other = model("other")
     other = replace(other, conditions=other.conditions | {"arc_easy": {"version": 9}})

@@ -93,7 +93,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], data_dir: Path, tmp_path: Path)
     def run(*arguments: Any) -> Said:
         capsys.readouterr()
         try:
-            main(["evaluate", *map(str, arguments), *fixed])
+            main(["evaluate", *fixed, *map(str, arguments)])
             code: Any = 0
         except SystemExit as end:
             code = end.code
@@ -476,7 +476,15 @@ def test_models_on_other_items_are_not_tested_against_each_other(
     said = evaluate(tmp_path / "results" / "plain", checkpoint, "--tasks=arc_easy", "--limit=5")
     assert said.code == 0
     assert "unlike: limit is 5, and 4 for plain" in said.out
-    assert "| Holm |" not in said.out
+    assert "Below: differences to" not in said.out
+
+
+def test_models_in_another_precision_are_compared_with_a_note(evaluate: Run, plain: str, tmp_path: Path) -> None:
+    evaluate(plain, "--tasks=arc_easy", "--limit=4")
+    said = evaluate(tmp_path / "results" / "plain", plain, "--tasks=arc_easy", "--limit=4", "--precision=bfloat16")
+    assert said.code == 0, said.err
+    assert "plain-2 was evaluated in bfloat16, and plain in float32: its differences hold rounding, too." in said.out
+    assert "Below: differences to plain" in said.out
 
 
 def test_names_are_short_and_no_two_alike() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from evaluation.model_scores import Item, Measure, scores_of
@@ -55,5 +56,12 @@ def test_conditions_are_what_makes_scores_comparable() -> None:
     assert scores_of("mine", results(**RECORD)).conditions == {"quiz": expected}
 
 
+def test_the_precision_is_the_one_that_was_asked_for() -> None:
+    asked = replace(results(**RECORD), origin={"request": {"precision": "bfloat16", "limit": None}})
+    assert scores_of("mine", asked).precision == "bfloat16"
+
+
 def test_results_that_say_nothing_of_themselves() -> None:
-    assert scores_of("mine", results()).conditions == {}
+    found = scores_of("mine", results())
+    assert found.conditions == {}
+    assert found.precision is None
