@@ -6,6 +6,8 @@ is no shard (settings, counters, schedules).
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
@@ -29,6 +31,28 @@ STATES = "optimizer_states"
 def is_sharded(path: Path) -> bool:
     """Whether there is a sharded checkpoint."""
     return (path / REST).is_file() and (path / INDEX).is_file()
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Have a checkpoint that is whole take the place of the one before, which is there until then.
+
+    Args:
+        partial: Where it was written, beside its place.
+        path: Its place; a folder, a file or nothing.
+    """
+    old = path.with_name(f".{path.name}.old")
+    _remove(old)  # a process that was killed here may have left it
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_outline(path: Path) -> dict[str, Any]:

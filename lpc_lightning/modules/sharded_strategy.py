@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from datetime import timedelta
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lpc_lightning.sharded_checkpoint import OPTIMIZER, WEIGHTS, is_sharded, read_outline
+from lpc_lightning.sharded_checkpoint import OPTIMIZER, WEIGHTS, is_sharded, put_in_place, read_outline
 
 SHARDS = StateDictOptions(cpu_offload=True, ignore_frozen_params=True, strict=False)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -87,13 +86,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
+        partial = path.with_name(f".{path.name}.partial")
+        if self.is_global_zero:
+            # What a killed run has left. The others wait for the first device before they write.
+            shutil.rmtree(partial, ignore_errors=True)
         super().save_checkpoint(checkpoint, partial, storage_options)
         if self.is_global_zero:
-            if path.exists():
-                os.replace(path, old)
-            os.replace(partial, path)
-            shutil.rmtree(old, ignore_errors=True)
+            put_in_place(partial, path)
         self.barrier()
 
     # Loading
