@@ -11,6 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lpc_lightning.modules.accumulation import closes_window
+
 
 class GracefulStop(Callback):
     """On SIGTERM, finish the optimizer step, save `stopped.ckpt`, and stop.
@@ -35,9 +37,8 @@ class GracefulStop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop where the batch closed a step."""
-        closes_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         requested = trainer.strategy.reduce_boolean_decision(self._requested, all=False)
-        if not requested or not (closes_step or batch_idx + 1 == trainer.num_training_batches):
+        if not requested or not closes_window(trainer, batch_idx):
             return
         path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "stopped.ckpt"
         trainer.save_checkpoint(path)

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from callbacks.flip_order import FlipOrder, Uniform
 from lpc_lightning.data import LabelNoise, PreferenceDataModule
 from lpc_lightning.errors import SettingError
+from lpc_lightning.modules.accumulation import closes_window
 from lpc_lightning.modules.metrics import accuracies
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
@@ -155,7 +156,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         """Take in the batch, and log where it closes a step."""
         self._metrics.to(pl_module.device)
         self._metrics.update(outputs["losses"], outputs["margins"], batch.flipped)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches:
+        if closes_window(trainer, batch_idx):
             found = {f"train/noise/{name}": value for name, value in self._metrics.compute().items()}
             self._metrics.reset()
             pl_module.log_dict(found, batch_size=1)  # the same on all devices

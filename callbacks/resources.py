@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lpc_lightning.modules.accumulation import closes_window
 from lpc_lightning.types import PreferenceBatch
 
 
@@ -43,8 +44,7 @@ class ResourceMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
         """Stop it with the last one, and log."""
-        last = batch_idx + 1 == trainer.num_training_batches
-        if (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not last:
+        if not closes_window(trainer, batch_idx):
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
