@@ -31,7 +31,6 @@ from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.modules.checkpoint import CheckpointError
 from lpc_lightning.policy import Policy, UnsupportedPolicyError
 from lpc_lightning.precision import is_bfloat16_fast
-from lpc_lightning.sharded_checkpoint import is_sharded, read_outline
 
 GROUPS = ("policy", "latent", "callbacks")
 """Settings that stand at the top of a config and belong to the module or to the trainer."""
@@ -151,8 +150,7 @@ class PreferenceCLI(LightningCLI):
         if not path or path in ("best", "last"):
             return
         try:
-            read = read_outline if is_sharded(Path(path)) else read_checkpoint
-            settings = dict(read(Path(path)).get("hyper_parameters", {}))
+            settings = dict(read_checkpoint(Path(path), weights=False).get("hyper_parameters", {}))
         except CheckpointError as error:
             raise CheckpointError(f"ckpt_path: {error}") from error
         if "_class_path" not in settings:

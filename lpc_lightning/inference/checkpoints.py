@@ -15,35 +15,41 @@ from lightning.pytorch.cli import instantiate_module
 
 from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.modules.checkpoint import CheckpointError
-from lpc_lightning.sharded_checkpoint import is_sharded, read_sharded
+from lpc_lightning.sharded_checkpoint import is_sharded, read_outline, read_sharded
 
 EXAMPLE = "runs/version_0/checkpoints/best.ckpt"
 TRAINER = ("precision", "max_steps", "max_epochs", "gradient_clip_val", "accumulate_grad_batches", "devices")
 """What of the trainer's settings decides about the result."""
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, weights: bool = True) -> dict[str, Any]:
     """Read a checkpoint; its tensors (the optimizer's among them) stay on disk until they are used.
 
     The weights of a sharded one are put together in memory, and its optimizer's state is left out.
 
+    Args:
+        path: A file, or a folder of shards.
+        weights: False leaves a sharded one's weights where they are, and gives their shapes.
+
     Raises:
         CheckpointError: There is none, or it cannot be read.
     """
-    if path.is_dir() and not is_sharded(path):
+    sharded = is_sharded(path)
+    if path.is_dir() and not sharded:
         raise CheckpointError(f"{path} is a folder without shards, expected a checkpoint such as {EXAMPLE}.")
     if not path.exists():
         raise CheckpointError(f"found no file {path}, expected a checkpoint such as {EXAMPLE}.")
-    if is_sharded(path):
-        return read_sharded(path, optimizers=False)
-    if not zipfile.is_zipfile(path):
+    if not sharded and not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path} is no checkpoint, or one that was cut short, expected one such as {EXAMPLE}.")
     try:
+        if sharded:
+            return read_sharded(path, optimizers=False) if weights else read_outline(path)
         return dict(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
     except Exception as error:  # what is no checkpoint fails in as many ways as there are files
+        said = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}), expected a checkpoint that "
-            "this suite wrote. Take another one of the run."
+            f"{path} cannot be read ({type(error).__name__}: {said}), expected a checkpoint that this suite wrote. "
+            "Take another one of the run."
         ) from error
 
 

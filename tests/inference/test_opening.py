@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from lpc_lightning.errors import SettingError
+from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.inference.opening import load_policy, open_module, open_policy
 from lpc_lightning.modules import DPO
 from lpc_lightning.modules.checkpoint import CheckpointError
@@ -245,6 +246,11 @@ def test_what_is_no_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     sharded.mkdir()
     with pytest.raises(CheckpointError, match=r"sharded.ckpt is a folder without shards, expected a checkpoint"):
         open_policy(str(sharded))
+    for file in ("meta.pt", ".metadata"):
+        (sharded / file).write_bytes(b"cut short")
+    for weights in (True, False):
+        with pytest.raises(CheckpointError, match=r"sharded.ckpt cannot be read \(UnpicklingError: .*Take another one"):
+            read_checkpoint(sharded, weights)
 
 
 def test_a_module_that_was_built_in_code(tmp_path: Path, make_trainer: Any, make_loader: Any, make_pairs: Any) -> None:
