@@ -7,15 +7,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from evaluation.ablation.folder import CellFolder, write_json
+from evaluation.ablation.folder import CellFolder, Weights, write_json
 from lpc_lightning.cli import PreferenceCLI, set_up_logging
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.report import DataReport
 from lpc_lightning.modules import PreferenceModule
-
-Weights = Literal["last", "best"]
 
 
 def run_cell(path: Path, weights: Weights) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from evaluation.ablation.cell_run import Weights
+from evaluation.ablation.folder import Weights
 from evaluation.ablation.grid import read_grid
 from evaluation.ablation.local import run_locally
 from evaluation.ablation.overview import write_overview

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Status = Literal["running", "finished", "failed", "stopped"]
+Weights = Literal["last", "best"]
+"""Those that are validated and tested: of the last step, or of `best.ckpt`."""
 LINES = 20
 """Of the log, in the record of a cell that failed."""
 

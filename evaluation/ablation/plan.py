@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.ablation.cell_run import Weights
 from evaluation.ablation.fingerprint import fingerprint
-from evaluation.ablation.folder import CellFolder, Record
+from evaluation.ablation.folder import CellFolder, Record, Weights
 from evaluation.ablation.grid import Cell
 
 

@@ -2,37 +2,23 @@
 
 Such processes are forked from a server that has imported everything and done nothing: a cell starts in a fraction of
 the time that the imports take, and finds no trace of any other cell. The server starts with the first cell, and goes
-with the process that started it.
+with the process that started it, which need import nothing of it: what a cell does is in `work`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import os
-import resource
 import signal
-import sys
-import time
-import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from filelock import FileLock, Timeout
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-from evaluation.ablation.cell_run import Weights, run_cell
-from evaluation.ablation.folder import CellFolder, Record
-from lpc_lightning.cli import MENDABLE
+from evaluation.ablation.folder import CellFolder, Record, Weights
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["evaluation.ablation.process", "callbacks"])
+FORKED.set_forkserver_preload(["evaluation.ablation.work", "callbacks"])
 TAKEN = 75
 """Exit code: another command is at work on the cell."""
-WAIT = 10.0
-"""Seconds that a cell's lock is waited for: what a killed command has left behind is gone by then."""
 
 
 @dataclass(frozen=True)
@@ -95,64 +81,6 @@ class CellProcess:
 
 
 def _work(job: Job) -> None:
-    _end_with_the_server()
-    # The command hears Ctrl-C as well, and then asks its cells to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if job.environment is not None:
-        os.environ.clear()
-        os.environ.update(job.environment)
-    os.environ["OMP_NUM_THREADS"] = str(job.threads)  # of the processes that this one starts
-    os.chdir(job.directory)
-    torch.set_num_threads(job.threads)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(job.folder / "lock", timeout=WAIT):
-            _attempt(job)
-    except Timeout:
-        os._exit(TAKEN)
+    from evaluation.ablation.work import work  # torch and Lightning, which the server alone needs
 
-
-def _attempt(job: Job) -> None:
-    folder, start = CellFolder(job.folder), time.monotonic()
-    before = folder.record()
-    if before is not None and before.fingerprint == job.record.fingerprint and folder.is_finished:
-        return  # another command was faster
-    record = folder.begin(job.record)
-    with folder.log.open("a") as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
-    print(f"\n=== attempt {record.attempts}: lpc-lightning fit {' '.join(record.arguments)}", flush=True)
-    error = None
-    try:
-        run_cell(job.folder, job.weights)
-    except SIGTERMException:
-        error, record = "stopped by SIGTERM", replace(record, status="stopped")
-    except MENDABLE as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        record = replace(record, status="failed")
-    except BaseException:
-        traceback.print_exc()
-        record = replace(record, status="failed")
-    else:
-        record = replace(record, status="finished")
-    for stream_object in (sys.stdout, sys.stderr):
-        stream_object.flush()
-    if record.status == "failed":
-        error = folder.last_lines()
-    seconds, peak = record.seconds + time.monotonic() - start, max(record.peak_bytes, _peak_bytes())
-    folder.write(replace(record, error=error, seconds=seconds, peak_bytes=peak))
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _end_with_the_server() -> None:
-    """Have the kernel end this process when the server ends, as it does when the command is killed (Linux alone).
-
-    Elsewhere the cell goes on; it holds its lock, and the next command leaves it alone.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    work(job)

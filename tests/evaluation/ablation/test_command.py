@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +16,8 @@ import torch
 import yaml
 
 from evaluation.ablation import fingerprint
-from evaluation.ablation.cell_run import Weights
 from evaluation.ablation.command import ablate, main
+from evaluation.ablation.folder import Weights
 from lpc_lightning.errors import SettingError
 
 Read = Callable[[Path], dict[str, bytes]]
@@ -80,23 +79,8 @@ def test_neither_order_nor_company_changes_a_cell(uninterrupted: Path, grid: Pat
     assert len(computed) == 3  # for training, validation and test: cells side by side wait for one another
 
 
-def test_a_cell_is_what_a_fresh_process_makes_of_it(uninterrupted: Path, tmp_path: Path, read_results: Read) -> None:
-    for name in ("latent=gumbel,noise=0.5,seed=1",):
-        cell = tmp_path / "cells" / name
-        cell.mkdir(parents=True)
-        shutil.copy(uninterrupted / "cells" / name / "cell.json", cell)
-        code = "import sys, torch; torch.set_num_threads(1); from pathlib import Path; "
-        code += "from evaluation.ablation.cell_run import run_cell; run_cell(Path(sys.argv[1]), 'last')"
-        subprocess.run([sys.executable, "-c", code, str(cell)], check=True, capture_output=True)
-        assert (cell / "results.json").read_bytes() == read_results(uninterrupted)[name]
-        weights, expected = (
-            torch.load(each / "cells" / name / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-            for each in (tmp_path, uninterrupted)
-        )
-        assert all(torch.equal(weights[each], expected[each]) for each in expected)
-
-
 def test_a_cell_is_what_fit_makes_of_its_arguments(uninterrupted: Path, tmp_path: Path) -> None:
+    """In a fresh process, and of the last of four cells that ran one after the other."""
     cell = uninterrupted / "cells" / "latent=gumbel,noise=0.5,seed=1"
     fit = [sys.executable, "-m", "lpc_lightning", "fit", *record(cell)["arguments"]]
     subprocess.run([*fit, f"--trainer.default_root_dir={tmp_path}"], check=True, capture_output=True)
