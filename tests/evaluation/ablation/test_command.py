@@ -80,10 +80,11 @@ def test_neither_order_nor_company_changes_a_cell(uninterrupted: Path, grid: Pat
 
 
 def test_a_cell_is_what_fit_makes_of_its_arguments(uninterrupted: Path, tmp_path: Path) -> None:
-    """In a fresh process, and of the last of four cells that ran one after the other."""
+    """In a fresh process with as many threads, and of the last of four cells that ran one after the other."""
     cell = uninterrupted / "cells" / "latent=gumbel,noise=0.5,seed=1"
     fit = [sys.executable, "-m", "lpc_lightning", "fit", *record(cell)["arguments"]]
-    subprocess.run([*fit, f"--trainer.default_root_dir={tmp_path}"], check=True, capture_output=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*fit, f"--trainer.default_root_dir={tmp_path}"], check=True, capture_output=True, env=environment)
     weights, expected = (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for run in (tmp_path / "version_0", cell / "run")
