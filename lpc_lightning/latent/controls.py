@@ -111,7 +111,7 @@ class MLPSpace(DeterministicSpace):
 
     def build(self, width: int, head: LogitHead) -> None:
         """Make the network, whose last layer starts at zero."""
-        self.network = Prior(width, self.hidden, width, self.detach)
+        self.network = Prior(width, width, self.networks)
 
     def z(self, prompt: Tensor) -> Tensor:
         """MLP(h_x): (B, d)."""
@@ -161,8 +161,8 @@ class GaussianSpace(LatentSpace):
     def build(self, width: int, head: LogitHead) -> None:
         """Make codebook, prior and posterior."""
         self.codebook = Codebook(self.codes, width, self.spread, head)
-        self.prior = Prior(width, self.hidden, 2 * self.codes, self.detach)
-        self.posterior = Posterior(width, self.hidden, 2 * self.codes, self.detach)
+        self.prior = Prior(width, 2 * self.codes, self.networks)
+        self.posterior = Posterior(width, 2 * self.codes, self.networks)
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """One reparametrised z for each pair, and lambda KL."""

@@ -52,7 +52,7 @@ class DiscreteSpace(LatentSpace):
     def build(self, width: int, head: LogitHead) -> None:
         """Make codebook and prior."""
         self.codebook = Codebook(self.codes, width, self.spread, head)
-        self.prior = Prior(width, self.hidden, self.codes, self.detach)
+        self.prior = Prior(width, self.codes, self.networks)
 
     def log_prior(self, prompt: Tensor) -> Tensor:
         """log p(k given x): (B, d) prompt states to (B, K)."""

@@ -36,7 +36,7 @@ class PosteriorSpace(DiscreteSpace):
     def build(self, width: int, head: LogitHead) -> None:
         """Make codebook, prior and posterior."""
         super().build(width, head)
-        self.posterior = Posterior(width, self.hidden, self.codes, self.detach)
+        self.posterior = Posterior(width, self.codes, self.networks)
 
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """log q(k given x, y_w over y_l): (B, K), as the network says; `score` is not asked."""

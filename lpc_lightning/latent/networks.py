@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu, rms_norm
 
+from lpc_lightning.latent.moments import RunningMoments
 from lpc_lightning.types import LogitHead, PairStates
 
 
@@ -41,30 +45,42 @@ class Codebook(nn.Module):
         return weights.to(self.weight.dtype) @ self.weight
 
 
+@dataclass(frozen=True, slots=True)
+class NetworkSettings:
+    """What the networks of a latent space share."""
+
+    hidden: int
+    """Width of the hidden layer."""
+    detach: bool
+    """Read the hidden states without sending gradient into the backbone."""
+    standardise: bool
+    """Read what tells the states apart: see `RunningMoments`."""
+
+
 class StateNetwork(nn.Module):
-    """Two layers on hidden states, which are first brought to unit root mean square. The second one starts at zero.
+    """Two layers on hidden states at unit root mean square, less what all have in common. The second starts at zero.
 
     Zero makes prior and posterior start alike (uniform), so that an empty codebook is the plain algorithm, KL included.
     The states' scale differs by two orders of magnitude between model families; without the normalisation the same
     learning rate and initialisation would start one family from a uniform prior and another from a one-hot one.
     """
 
-    def __init__(self, inputs: int, width: int, hidden: int, outputs: int, detach: bool) -> None:
+    def __init__(self, inputs: int, width: int, outputs: int, settings: NetworkSettings) -> None:
         """Build the two layers.
 
         Args:
             inputs: How many states are read side by side.
             width: d, width of each.
-            hidden: Width of the hidden layer.
             outputs: Width of the output.
-            detach: Read the states without sending gradient into the backbone.
+            settings: What the networks of a space share.
         """
         super().__init__()
-        self.first = nn.Linear(inputs * width, hidden)
-        self.second = nn.Linear(hidden, outputs)
+        self.moments = RunningMoments(inputs * width) if settings.standardise else None
+        self.first = nn.Linear(inputs * width, settings.hidden)
+        self.second = nn.Linear(settings.hidden, outputs)
         nn.init.zeros_(self.second.weight)
         nn.init.zeros_(self.second.bias)
-        self.detach = detach
+        self.detach = settings.detach
 
     def forward(self, *states: Tensor) -> Tensor:
         """Hidden states, each (B, d), to (B, outputs), outside autocast in the type of the weights.
@@ -73,13 +89,22 @@ class StateNetwork(nn.Module):
         """
         kind = self.first.weight.dtype
         with torch.autocast(states[0].device.type, enabled=False):
-            normal = [nn.functional.rms_norm(self._read(state).to(kind), state.shape[-1:]) for state in states]
-            output = self.second(nn.functional.gelu(self.first(torch.cat(normal, dim=-1))))
+            normal = torch.cat([rms_norm(self._read(state).to(kind), state.shape[-1:]) for state in states], dim=-1)
+            if self.moments is not None:
+                normal = self.moments(normal).to(kind)
+            output = self.second(gelu(self.first(normal)))
         return output.to(torch.promote_types(kind, torch.float32))
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """The layers' tensors, detached, each under `name.` and its own name."""
-        return {f"{name}.{own}": tensor for own, tensor in self.state_dict().items()}
+        """The layers' tensors, detached, each under `name.` and its own name.
+
+        Standardisation goes into the first layer: its tensors are new, and all are float32 or wider.
+        """
+        tensors = nn.ModuleDict({"first": self.first, "second": self.second}).state_dict()
+        if self.moments is not None:
+            tensors["first.weight"], tensors["first.bias"] = self.moments.folded(self.first)
+            tensors = {own: tensor.to(self.moments.mean.dtype) for own, tensor in tensors.items()}
+        return {f"{name}.{own}": tensor for own, tensor in tensors.items()}
 
     def _read(self, state: Tensor) -> Tensor:
         return state.detach() if self.detach else state
@@ -88,17 +113,17 @@ class StateNetwork(nn.Module):
 class Prior(StateNetwork):
     """a_p = MLP_prior(h_x): prior logits from the prompt alone."""
 
-    def __init__(self, width: int, hidden: int, outputs: int, detach: bool) -> None:
+    def __init__(self, width: int, outputs: int, settings: NetworkSettings) -> None:
         """See `StateNetwork`."""
-        super().__init__(1, width, hidden, outputs, detach)
+        super().__init__(1, width, outputs, settings)
 
 
 class Posterior(StateNetwork):
     """a_q = MLP_post([h_w ; h_l]). It sees which answer won, so it exists in training only."""
 
-    def __init__(self, width: int, hidden: int, outputs: int, detach: bool) -> None:
+    def __init__(self, width: int, outputs: int, settings: NetworkSettings) -> None:
         """See `StateNetwork`."""
-        super().__init__(2, width, hidden, outputs, detach)
+        super().__init__(2, width, outputs, settings)
 
     def of(self, states: PairStates) -> Tensor:
         """(B, outputs) posterior logits of labelled pairs."""

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from lpc_lightning.latent.moments import RunningMoments
+from lpc_lightning.latent.networks import NetworkSettings
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
 
 PriorMode = Literal["mean", "sample", "argmax"] | int
@@ -58,7 +60,7 @@ class InferenceForm:
     settings: Mapping[str, Any]
     """JSON values by name; `prior_mode` always, `codes` where there is a codebook."""
     tensors: Mapping[str, Tensor]
-    """The function's weights by name, detached, sharing memory with the space's parameters."""
+    """The function's weights by name, detached; they may share memory with the space's parameters."""
 
 
 class LatentSpace(nn.Module, ABC):
@@ -67,15 +69,17 @@ class LatentSpace(nn.Module, ABC):
     A space is declared before the policy is known: `__init__` keeps settings, `build` makes the parameters.
     """
 
-    def __init__(self, detach: bool = False, hidden: int = 256) -> None:
+    def __init__(self, detach: bool = False, hidden: int = 256, standardise: bool = True) -> None:
         """Keep the settings that all spaces share.
 
         Args:
             detach: Read the hidden states that feed prior and posterior without sending gradient into the backbone.
             hidden: Width of the hidden layer of the prior and posterior networks.
+            standardise: Have these networks read what tells the states apart: less their running mean, over their
+                running deviation. Unless that is done they hardly see the prompt (see `RunningMoments`).
         """
         super().__init__()
-        self.detach, self.hidden = detach, hidden
+        self.networks = NetworkSettings(hidden, detach, standardise)
 
     @abstractmethod
     def build(self, width: int, head: LogitHead) -> None:
@@ -84,6 +88,12 @@ class LatentSpace(nn.Module, ABC):
     @abstractmethod
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """The loss of each labelled pair at `progress` (0 at the first optimizer step, 1 at the last)."""
+
+    def close_window(self) -> None:
+        """Called before each optimizer step: what training has read since the last one joins the running moments."""
+        for part in self.modules():
+            if isinstance(part, RunningMoments):
+                part.close_window()
 
     @abstractmethod
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:

@@ -8,15 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lpc_lightning.latent import LatentSpace
+
 
 class CheckpointError(ValueError):
     """A checkpoint that does not belong to the model that is to take it."""
 
 
 def trained_shapes(module: nn.Module) -> dict[str, torch.Size]:
-    """Names and shapes of what training changes: all but frozen weights, and so without the reference."""
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {name: parameter.shape for name, parameter in parameters if parameter.requires_grad}
+    """Names and shapes of what training changes: weights that are not frozen, and all that a latent space keeps.
+
+    So without the reference. A latent space has moments beside its weights.
+    """
+    weights = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    spaces = ((name, part) for name, part in module.named_modules() if isinstance(part, LatentSpace))
+    kept = [space.state_dict(prefix=f"{name}.") for name, space in spaces]
+    return {name: value.shape for part in (weights, *kept) for name, value in part.items()}
 
 
 def rewind_to_last_step(loops: Mapping[str, Any], window: int, batches: float) -> int:

@@ -237,6 +237,11 @@ class PreferenceModule(LatentMixin, LightningModule):
         share = share_of_window(self.trainer, batch.pairs, batch_idx)
         return {"loss": loss * share, "losses": losses.detach(), "margins": margins}
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Close the window for the latent space as well, whose moments go by steps."""
+        if self.latent is not None:
+            self.latent.close_window()
+
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Drop the gradients with the step: Lightning would keep them through the next forward pass."""
         if closes_window(self.trainer, batch_idx):

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lpc_lightning.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import SettingError
 from lpc_lightning.inference.export import export
-from lpc_lightning.inference.opening import open_policy
+from lpc_lightning.inference.opening import open_module, open_policy
 from lpc_lightning.modules.checkpoint import CheckpointError
 
 CODED = ["--latent=MarginalSpace", "--latent.codes=5", "--latent.hidden=8", "--latent.spread=1.0"]
@@ -186,6 +186,12 @@ def test_latent_and_weights_are_those_of_the_checkpoint(exported: dict[str, Path
     latent = load_file(exported["codes"] / "latent.safetensors")
     assert torch.equal(latent.pop("codebook"), state["latent.codebook.weight"])
     assert latent.keys() == {f"prior.{layer}.{what}" for layer in ("first", "second") for what in ("weight", "bias")}
+    assert state["latent.prior.moments.pairs"] > 0
+    deviation = open_module(str(checkpoint)).latent.prior.moments.deviation  # type: ignore[union-attr, operator]
+    weight = state["latent.prior.first.weight"] / deviation
+    bias = state["latent.prior.first.bias"] - weight @ state["latent.prior.moments.mean"]
+    assert torch.equal(latent.pop("prior.first.weight"), weight)
+    assert torch.equal(latent.pop("prior.first.bias"), bias)
     assert all(torch.equal(state[f"latent.{name}"], value) for name, value in latent.items())
 
 

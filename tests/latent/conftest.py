@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lpc_lightning.data.layouts import PaddedLayout
 from lpc_lightning.latent import LatentSpace
+from lpc_lightning.latent.networks import StateNetwork
 from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
 from lpc_lightning.modules.scoring import BatchScorer
 from lpc_lightning.readout import Reading
@@ -98,15 +99,36 @@ def dpo_toy(make_pairs: Callable[..., list[TokenizedPair]]) -> Toy:
     return Toy("dpo", make_pairs([(3, 2, 4), (1, 1, 3), (2, 5, 1), (4, 3, 3)], vocabulary=VOCABULARY), seed=0)
 
 
+def earlier_states(inputs: int) -> list[Tensor]:
+    """What networks of so many states have met: seven pairs whose states, (7, d) each, have much in common."""
+    generator = torch.Generator().manual_seed(9)
+    draws = torch.randn(inputs, 7, WIDTH, generator=generator, dtype=torch.float64)
+    return list(draws + 3 * torch.randn(WIDTH, generator=generator, dtype=torch.float64))
+
+
 @pytest.fixture
-def build(perturb: Callable[..., None]) -> Callable[..., Any]:
-    """Builds a space for a toy's head, float64, with noise on all of its parameters."""
+def meet() -> Callable[[nn.Module], None]:
+    """Has all networks in a module read seven pairs and take an optimizer step."""
+
+    def met(module: nn.Module) -> None:
+        for network in module.modules():
+            if isinstance(network, StateNetwork) and network.moments is not None:
+                network(*earlier_states(network.first.in_features // WIDTH))
+                network.moments.close_window()
+
+    return met
+
+
+@pytest.fixture
+def build(perturb: Callable[..., None], meet: Callable[[nn.Module], None]) -> Callable[..., Any]:
+    """Builds a space for a toy's head, float64, with noise on all of its parameters, that has met some pairs."""
 
     def made(space: LatentSpace, toy: Toy, seed: int = 3) -> LatentSpace:
         torch.manual_seed(seed)
         space.build(WIDTH, toy.head)
         space.double()
         perturb(space, deviation=0.4, seed=seed)
+        meet(space)
         return space
 
     return made
@@ -114,15 +136,27 @@ def build(perturb: Callable[..., None]) -> Callable[..., Any]:
 
 @pytest.fixture
 def naive_network() -> Callable[..., Tensor]:
-    """Two layers on states of unit root mean square, one pair at a time."""
+    """Two layers on states of unit root mean square, one pair at a time.
+
+    A network that standardises has met seven earlier pairs and, for deviations, one more at a distance of 1.
+    """
+
+    def rows_of(states: Sequence[Tensor]) -> list[Tensor]:
+        rows = range(states[0].shape[0])
+        return [torch.cat([state[row] / torch.sqrt((state[row] ** 2).mean()) for state in states]) for row in rows]
 
     def forward(network: nn.Module, *states: Tensor) -> Tensor:
-        rows = []
-        for row in range(states[0].shape[0]):
-            read = [state[row] / torch.sqrt((state[row] ** 2).mean()) for state in states]
-            hidden = network.first.weight @ torch.cat(read) + network.first.bias
+        rows = rows_of(states)
+        if network.moments is not None:
+            earlier = rows_of(earlier_states(len(states)))
+            mean = sum(earlier) / 7
+            deviation = torch.sqrt((1 + sum((row - mean) ** 2 for row in earlier)) / 8)
+            rows = [(row - mean) / deviation for row in rows]
+        outputs = []
+        for row in rows:
+            hidden = network.first.weight @ row + network.first.bias
             hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
-            rows.append(network.second.weight @ hidden + network.second.bias)
-        return torch.stack(rows)
+            outputs.append(network.second.weight @ hidden + network.second.bias)
+        return torch.stack(outputs)
 
     return forward

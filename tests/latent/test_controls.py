@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -170,7 +171,7 @@ def test_a_state_dict_holds_all_of_a_space(name: str, toy: Any, build: Callable[
         return [space.infer(prompt), terms.pairs.losses + terms.penalty]
 
     assert not any(torch.equal(one, other) for one, other in zip(answers(first), answers(second), strict=True))
-    assert set(first.state_dict()) == {parameter for parameter, _ in first.named_parameters()}
+    assert set(first.state_dict()) == {own for own, _ in chain(first.named_parameters(), first.named_buffers())}
     second.load_state_dict(first.state_dict())
     assert all(torch.equal(one, other) for one, other in zip(answers(first), answers(second), strict=True))
 

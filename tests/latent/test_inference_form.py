@@ -23,7 +23,7 @@ from lpc_lightning.latent import (
 
 NETWORK = ("first.weight", "first.bias", "second.weight", "second.bias")
 PRIOR = {f"prior.{name}" for name in NETWORK}
-CODED = {"codes": 3, "hidden": 4}
+CODED: dict[str, Any] = {"codes": 3, "hidden": 4, "standardise": False}
 DISCRETE = [GumbelSpace, ExpectedSpace, MarginalSpace, PriorOnlySpace, PosteriorOnlySpace]
 FORMS: list[tuple[LatentSpace, str, dict[str, Any], set[str]]] = [
     *(
@@ -36,7 +36,7 @@ FORMS: list[tuple[LatentSpace, str, dict[str, Any], set[str]]] = [
         {"codes": 3, "prior_mode": "sample"},
         {"codebook", *PRIOR},
     ),
-    (MLPSpace(hidden=4), "mlp", {"prior_mode": "mean"}, {f"network.{name}" for name in NETWORK}),
+    (MLPSpace(hidden=4, standardise=False), "mlp", {"prior_mode": "mean"}, {f"network.{name}" for name in NETWORK}),
     (VectorSpace(spread=1.0), "vector", {"prior_mode": "mean"}, {"vector"}),
 ]
 
@@ -54,3 +54,26 @@ def test_it_holds_what_the_prompt_needs_and_no_posterior(
         own = weights["codebook.weight" if name == "codebook" else name]
         assert torch.equal(tensor, own)
         assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("space", "network"), [(MarginalSpace(codes=3, hidden=4), "prior"), (MLPSpace(hidden=4), "network")]
+)
+@pytest.mark.parametrize("weights", [torch.float64, torch.bfloat16])
+def test_standardisation_is_in_the_first_layer(
+    space: LatentSpace, network: str, weights: torch.dtype, dpo_toy: Any, build: Callable[..., Any]
+) -> None:
+    """In the type of the moments, whatever that of the weights."""
+    build(space, dpo_toy).to(weights)
+    form = space.inference_form()
+    own = getattr(space, network)
+    mean, deviation = own.moments.mean, own.moments.deviation
+    assert deviation.max() < 0.95
+    read = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = (read - mean) / deviation @ own.first.weight.double().T + own.first.bias.double()
+    tensors = {name.removeprefix(f"{network}."): tensor for name, tensor in form.tensors.items()}
+    found = read @ tensors["first.weight"].T + tensors["first.bias"]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for name in ("second.weight", "second.bias"):
+        assert torch.equal(tensors[name], own.second.get_parameter(name.removeprefix("second.")).double())
+    assert not any(tensor.requires_grad for tensor in tensors.values())

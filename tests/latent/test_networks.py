@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lpc_lightning.latent.networks import Codebook, Posterior, Prior, state_deviation
+from lpc_lightning.latent.networks import Codebook, NetworkSettings, Posterior, Prior, state_deviation
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.policy.head import head_of
 from lpc_lightning.types import LogitHead, PairStates
 
 CODES = 2000
+PLAIN, STANDARDISED = (NetworkSettings(8, False, standardise) for standardise in (False, True))
+both = pytest.mark.parametrize("settings", [PLAIN, STANDARDISED], ids=["plain", "standardised"])
 
 
 def tied_llama() -> LogitHead:
@@ -106,11 +108,16 @@ def states(pairs: int = 5, width: int = 6) -> PairStates:
     return PairStates(*(draw.requires_grad_() for draw in draws))
 
 
+@both
 @pytest.mark.parametrize("outputs", [1, 4])
-def test_the_networks_are_two_layers_on_normalised_states(outputs: int, naive_network: Callable[..., Tensor]) -> None:
+def test_the_networks_are_two_layers_on_normalised_states(
+    outputs: int, settings: NetworkSettings, meet: Callable[..., None], naive_network: Callable[..., Tensor]
+) -> None:
     torch.manual_seed(0)
     seen = states()
-    prior, posterior = (kind(6, 8, outputs, detach=False).double() for kind in (Prior, Posterior))
+    prior, posterior = (kind(6, outputs, settings).double() for kind in (Prior, Posterior))
+    for network in (prior, posterior):
+        meet(network)
     for ours, theirs in (
         (prior(seen.prompt), naive_network(prior, seen.prompt)),
         (posterior.of(seen), naive_network(posterior, seen.chosen, seen.rejected)),
@@ -125,24 +132,44 @@ def test_the_networks_are_two_layers_on_normalised_states(outputs: int, naive_ne
                 torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_the_scale_of_a_state_does_not_count(perturb: Callable[..., None]) -> None:
-    prior, seen = Prior(6, 8, 4, detach=False).double(), states()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_not_standardised_it_is_the_two_layers_to_the_last_bit(
+    dtype: torch.dtype, perturb: Callable[..., None]
+) -> None:
+    prior, prompt = Prior(6, 4, PLAIN).to(dtype), states().prompt.detach().to(dtype)
+    perturb(prior)
+    layers = nn.Sequential(nn.RMSNorm(6, elementwise_affine=False), prior.first, nn.GELU(), prior.second)
+    exact = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(prior(prompt), layers(prompt).to(exact))
+    assert torch.equal(prior.eval()(prompt), layers(prompt).to(exact))
+    assert set(prior.state_dict()) == {
+        f"{layer}.{name}" for layer in ("first", "second") for name in ("weight", "bias")
+    }
+
+
+@both
+def test_the_scale_of_a_state_does_not_count(settings: NetworkSettings, perturb: Callable[..., None]) -> None:
+    prior, seen = Prior(6, 4, settings).double(), states()
     perturb(prior)
     torch.testing.assert_close(prior(100 * seen.prompt), prior(seen.prompt), rtol=1e-12, atol=1e-12)
 
 
-def test_the_posterior_knows_which_answer_won(perturb: Callable[..., None]) -> None:
-    posterior, seen = Posterior(6, 8, 4, detach=False).double(), states()
+@both
+def test_the_posterior_knows_which_answer_won(settings: NetworkSettings, perturb: Callable[..., None]) -> None:
+    posterior, seen = Posterior(6, 4, settings).double(), states()
     perturb(posterior)
     turned_over = replace(seen, chosen=seen.rejected, rejected=seen.chosen)
     assert (posterior.of(seen) - posterior.of(turned_over)).abs().amax(-1).min() > 1e-3
 
 
+@both
 @pytest.mark.parametrize("kind", [Prior, Posterior])
-def test_detach_cuts_the_states_off_and_nothing_else(kind: Any, perturb: Callable[..., None]) -> None:
+def test_detach_cuts_the_states_off_and_nothing_else(
+    kind: Any, settings: NetworkSettings, perturb: Callable[..., None]
+) -> None:
     for detach in (False, True):
         seen = states()
-        network = kind(6, 8, 4, detach=detach).double()
+        network = kind(6, 4, replace(settings, detach=detach)).double()
         perturb(network)
         inputs = [seen.prompt] if kind is Prior else [seen.chosen, seen.rejected]
         (network(*inputs) ** 2).sum().backward()
@@ -150,20 +177,23 @@ def test_detach_cuts_the_states_off_and_nothing_else(kind: Any, perturb: Callabl
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
 
 
+@both
 @pytest.mark.parametrize("kind", [Prior, Posterior])
-def test_the_networks_start_at_zero(kind: Any) -> None:
-    network, seen = kind(6, 8, 4, detach=False).double(), states()
+def test_the_networks_start_at_zero(kind: Any, settings: NetworkSettings) -> None:
+    network, seen = kind(6, 4, settings).double(), states()
     inputs = [seen.prompt] if kind is Prior else [seen.chosen, seen.rejected]
     assert not network(*inputs).any()
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_networks_work_in_the_type_of_their_weights_also_under_autocast(
-    dtype: torch.dtype, perturb: Callable[..., None]
+    dtype: torch.dtype, settings: NetworkSettings, perturb: Callable[..., None], meet: Callable[..., None]
 ) -> None:
-    prior = Prior(6, 8, 4, detach=False)
+    prior = Prior(6, 4, settings)
     perturb(prior)
     seen = states().prompt.detach().to(dtype)
+    meet(prior)
     expected = prior(seen.float())
     with torch.autocast("cpu", torch.bfloat16):
         found = prior(seen)
@@ -171,8 +201,11 @@ def test_the_networks_work_in_the_type_of_their_weights_also_under_autocast(
     assert torch.equal(found, expected)
 
 
-def test_a_distribution_from_bfloat16_weights_still_sums_to_one(perturb: Callable[..., None]) -> None:
-    prior = Prior(6, 32, 64, detach=False).bfloat16()
+@both
+def test_a_distribution_from_bfloat16_weights_still_sums_to_one(
+    settings: NetworkSettings, perturb: Callable[..., None]
+) -> None:
+    prior = Prior(6, 64, replace(settings, hidden=32)).bfloat16()
     perturb(prior)
     out = prior(states().prompt.detach().bfloat16())
     assert out.dtype == torch.float32

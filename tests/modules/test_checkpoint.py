@@ -94,10 +94,11 @@ def test_it_holds_what_was_trained_and_nothing_else(
         expected = {f"policy.{name}" for name, _ in policy.build().named_parameters()}
     else:
         linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        assert len(trained) == 2 * len(linear) + (len(list(module.latent.parameters())) if module.latent else 0)
+        assert len(trained) == 2 * len(linear) + (len(module.latent.state_dict()) if module.latent else 0)
         expected = {name for name in trained if any(f"{kind}.lora_" in name for kind in linear)}
     if module.latent is not None:
-        expected |= {f"latent.{name}" for name, _ in module.latent.named_parameters()}
+        expected |= {f"latent.{name}" for name in module.latent.state_dict()}
+        assert {f"latent.{network}.moments.mean" for network in ("prior", "posterior")} < expected
     assert set(trained) == expected
     assert all(torch.equal(trained[name], value) for name, value in module.state_dict().items() if name in expected)
 
@@ -107,6 +108,26 @@ def test_it_holds_what_was_trained_and_nothing_else(
     assert path.stat().st_size < 3 * weights + 2_000 * len(trained) + 10_000
     if lora is not None:
         assert weights < 0.5 * sum(parameter.nbytes for parameter in policy.build().parameters())
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights", "moments"),
+    [
+        ("bf16-true", torch.bfloat16, torch.float32),
+        ("bf16-mixed", torch.float32, torch.float32),
+        ("64-true", torch.float64, torch.float64),
+    ],
+)
+def test_moments_are_as_exact_as_float32_at_least(
+    precision: str, weights: torch.dtype, moments: torch.dtype, saved: Any, small_policy: Any
+) -> None:
+    module = DPO(policy=small_policy(), latent=gumbel(), optimizer=adam)
+    kept = torch.load(saved(module, precision=precision), weights_only=True)["state_dict"]
+    assert kept["latent.prior.first.weight"].dtype == weights
+    for network in ("prior", "posterior"):
+        mean, pairs = (kept[f"latent.{network}.moments.{name}"] for name in ("mean", "pairs"))
+        assert (mean.dtype, pairs.item()) == (moments, 4)
+        assert mean.any()
 
 
 # What comes back.
@@ -218,9 +239,9 @@ SPACES: dict[str, Space | None] = {
             r"12 missing \(first: policy\..*\); 14 unknown \(first: policy\..*lora_A",
         ),
         (("lora", "plain"), ("lora of rank 4", "plain"), r"lora_A.*: found \(2, \d+\), expected \(4, \d+\)"),
-        (("full", "plain"), ("full", "gumbel"), r"9 missing \(first: latent\.codebook\.weight\)"),
-        (("full", "gumbel"), ("full", "plain"), r"9 unknown \(first: latent\.codebook\.weight\)"),
-        (("full", "gumbel"), ("full", "marginal"), r"4 unknown \(first: latent\.posterior\."),
+        (("full", "plain"), ("full", "gumbel"), r"15 missing \(first: latent\.codebook\.weight\)"),
+        (("full", "gumbel"), ("full", "plain"), r"15 unknown \(first: latent\.codebook\.weight\)"),
+        (("full", "gumbel"), ("full", "marginal"), r"7 unknown \(first: latent\.posterior\."),
         (
             ("full", "gumbel"),
             ("full", "gumbel of 5 codes"),

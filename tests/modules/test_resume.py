@@ -138,6 +138,9 @@ def test_resumed_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
         assert list(resumed.training.values()) == list(expected.training.values())[start:], name
         assert resumed.optimizer == expected.optimizer[start:], name
         assert resumed.batches == expected.batches[-len(resumed.batches) :], name
+        state = resumed.module.state_dict()
+        differing = [key for key, value in expected.module.state_dict().items() if not torch.equal(state[key], value)]
+        assert not differing, name
         assert same(resumed.weights, expected.weights), name
         assert same(resumed.trainer.optimizers[0].state_dict(), expected.trainer.optimizers[0].state_dict()), name
         validations = list(expected.log.having("val/").values())

@@ -118,7 +118,7 @@ def fit(
     """Train for two epochs of 22 pairs, 4 in a batch of all devices and 8 in a step; the last batch and step are short.
 
     Returns:
-        Metrics of each training step and of each validation, and the weights, whole.
+        Metrics of each training step and of each validation, and the weights and moments, whole.
     """
     seed_everything(SEED, verbose=False)
     rows = Rows()
@@ -156,7 +156,7 @@ def fit(
             for row in rows.having("train/loss")
         ],
         "val": rows.having("val/loss"),
-        "weights": {name: whole(parameter) for name, parameter in module.named_parameters()},
+        "weights": {name: whole(value) for name, value in module.state_dict().items()},
         "steps": trainer.global_step,
         "tokens": [
             round(row["resources/tokens_per_second"] * row["resources/seconds_per_step"])
