@@ -218,6 +218,7 @@ class Reading:
             prompt=hidden[batch.prompt_end],
             chosen=hidden[batch.completion_end[: batch.pairs]],
             rejected=hidden[batch.completion_end[batch.pairs :]],
+            annotators=batch.annotators,
         )
         self._hidden = hidden[batch.read_at]
         self._batch = batch

@@ -155,7 +155,7 @@ class PreferenceBatch:
 
 @dataclass(frozen=True, slots=True)
 class PairStates:
-    """The hidden states that speak for a pair: last layer, after the final norm, what enters the LM head."""
+    """What speaks for a pair: hidden states (last layer, after the final norm, what enters the head), and a name."""
 
     prompt: Tensor
     """(B, d) h_x, at the last prompt token."""
@@ -163,6 +163,8 @@ class PairStates:
     """(B, d) h_w, at the last token of the chosen answer."""
     rejected: Tensor
     """(B, d) h_l, at the last token of the rejected answer."""
+    annotators: tuple[str, ...] = ()
+    """(B,) who labelled each pair, "" where that is not known; empty where nobody is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from lpc_lightning.data.annotator_runs import group_by_annotator
 from lpc_lightning.data.length_windows import group_by_length
 from lpc_lightning.data.rows import DataError
 from lpc_lightning.data.tokens import TokenStore
@@ -33,6 +34,8 @@ class TrainingBatches(Sampler[list[int]]):
         devices: int = 1,
         lengths: Sequence[int] | None = None,
         length_window: int | None = None,
+        annotators: Sequence[str] | None = None,
+        annotator_run: int | None = None,
     ) -> None:
         """Plan the batches of a device.
 
@@ -44,10 +47,13 @@ class TrainingBatches(Sampler[list[int]]):
             devices: Devices that share the epoch.
             lengths: Tokens of every pair, where there is a window.
             length_window: Steps among which pairs are sorted by length (see `length_windows`); None does not sort.
+            annotators: Who labelled each pair, where there are runs.
+            annotator_run: Pairs of one annotator that stand together in a batch (see `annotator_runs`); None: as drawn.
         """
         self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rank, self.devices = rank, devices
         self.lengths, self.length_window = lengths, length_window
+        self.annotators, self.annotator_run = annotators, annotator_run
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -75,6 +81,9 @@ class TrainingBatches(Sampler[list[int]]):
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive("order", self.seed, epoch))
         order = torch.randperm(self.pairs, generator=generator).tolist()
+        if self.annotator_run is not None and self.annotators is not None:
+            sizes = (self.batch_size, self.devices, self.annotator_run)
+            order = group_by_annotator(order, self.annotators, *sizes, generator)
         share = math.ceil(self.pairs / self.devices)
         filled = [order[place % self.pairs] for place in range(share * self.devices)]
         if self.length_window is None or self.lengths is None:
@@ -194,8 +203,8 @@ class TrainingLoader(PreferenceLoader):
         if self._order != expected:
             raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
-                "same seed_everything, data, data.batch_size, data.length_window and devices, or start anew from the "
-                "weights."
+                "same seed_everything, data, data.batch_size, data.length_window, data.annotator_run and devices, or "
+                "start anew from the weights."
             )
         self._epoch, self._taken = state["epoch"], state["taken"]
         self._taken_before = {self._epoch: self._taken}
@@ -203,5 +212,6 @@ class TrainingLoader(PreferenceLoader):
     @property
     def _order(self) -> dict[str, int | str | None]:
         sampler = self.sampler
-        sizes = {name: getattr(sampler, name) for name in ("pairs", "batch_size", "devices", "length_window")}
+        names = ("pairs", "batch_size", "devices", "length_window", "annotator_run")
+        sizes = {name: getattr(sampler, name) for name in names}
         return {"seed": sampler.seed, "data": self._data, **sizes}

@@ -52,6 +52,7 @@ class PreferenceDataModule(LightningDataModule):
         too_long: Literal["drop", "truncate_prompt", "truncate_answer", "error"] = "drop",
         bad_rows: Literal["error", "skip"] = "error",
         length_window: int | None = None,
+        annotator_run: int | None = None,
         workers: int = 0,
         cache_dir: str | None = None,
     ) -> None:
@@ -78,6 +79,9 @@ class PreferenceDataModule(LightningDataModule):
                 row_tokens 1024 (one row a batch has none), and several devices wait less for each other; but the
                 largest batches hold long pairs alone, 5768 tokens in place of 3480, and set the peak memory. null:
                 plain shuffling.
+            annotator_run: Has training batches hold so many pairs of one annotator together, a divisor of batch_size,
+                so that they can share what they say about the codes (MarginalSpace, annotators). Every pair still comes
+                once an epoch (see `annotator_runs`). Not together with length_window. null: plain shuffling.
             workers: Processes that lay out batches ahead of time. 0 does it in the training process.
             cache_dir: Where tokens are kept. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning.
 
@@ -90,13 +94,24 @@ class PreferenceDataModule(LightningDataModule):
             ("eval_batch_size", eval_batch_size),
             ("row_tokens", row_tokens),
             ("length_window", length_window),
+            ("annotator_run", annotator_run),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}: found {value}, expected at least 1.")
+        if annotator_run is not None and batch_size % annotator_run:
+            raise ValueError(
+                f"data.annotator_run: found {annotator_run}, expected a divisor of data.batch_size ({batch_size})."
+            )
+        if annotator_run is not None and length_window is not None:
+            raise ValueError(
+                f"data.length_window: found {length_window} beside data.annotator_run, expected one of them: a batch "
+                "holds pairs of like length, or pairs of one annotator."
+            )
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.layout, self.row_tokens, self.template = layout, row_tokens, template
         self.lengths = LengthPolicy(max_length, max_prompt_length, too_long)
-        self.bad_rows, self.length_window, self.workers = bad_rows, length_window, workers
+        self.bad_rows, self.workers = bad_rows, workers
+        self.length_window, self.annotator_run = length_window, annotator_run
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pairs: dict[Stage, TokenStore] = {}
         self.reports: dict[Stage, DataReport] = {}
@@ -204,9 +219,20 @@ class PreferenceDataModule(LightningDataModule):
         return self.training_batches(self.pairs["train"], run_seed(), *self._place)
 
     def training_batches(self, pairs: TokenStore, seed: int, rank: int = 0, devices: int = 1) -> TrainingBatches:
-        """The plan of a device, under these settings. Needs no trainer."""
+        """The plan of a device, under these settings. Needs no trainer.
+
+        Raises:
+            DataError: Pairs are to be grouped by annotator, and none is known.
+        """
         lengths = None if self.length_window is None else pairs.lengths
-        return TrainingBatches(len(pairs), self.batch_size, seed, rank, devices, lengths, self.length_window)
+        annotators = None if self.annotator_run is None else pairs.annotators
+        if annotators is not None and not any(annotators):
+            raise DataError(
+                f"data.annotator_run: found no annotator in {len(pairs)} training pairs, expected a column `annotator` "
+                "(or the name of another one, data.columns.annotator), or data.annotator_run null."
+            )
+        sizes = (len(pairs), self.batch_size, seed, rank, devices)
+        return TrainingBatches(*sizes, lengths, self.length_window, annotators, self.annotator_run)
 
     def val_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
         """Each validation pair once."""

@@ -137,6 +137,11 @@ class TokenStore(Sequence[TokenizedPair]):
         return self._table["place"].to_numpy()
 
     @property
+    def annotators(self) -> list[str]:
+        """Who labelled each pair."""
+        return self._table["annotator"].to_pylist()
+
+    @property
     def flipped(self) -> np.ndarray:
         """(pairs,) bool: which pairs have the wrong label."""
         stored = self._table["flipped"].to_numpy()

@@ -13,6 +13,7 @@ from torch.nn.functional import gumbel_softmax
 
 from lpc_lightning.latent.discrete import DiscreteSpace
 from lpc_lightning.latent.divergence import WeightedKL, categorical_kl
+from lpc_lightning.latent.evidence import given_earlier_pairs
 from lpc_lightning.latent.networks import Posterior
 from lpc_lightning.latent.schedules import Linear, Schedule, as_schedule
 from lpc_lightning.latent.space import LatentTerms, PairScorer
@@ -108,19 +109,38 @@ class MarginalSpace(DiscreteSpace):
     For DPO and SimPO this is -log sum_k p_k sigmoid(beta D_k), the marginal likelihood of the label, of which the
     paper's objective is a lower bound; the posterior is exact, q_k proportional to p_k exp(-l_k). No posterior network,
     no Gumbel noise, and no label can leak. For IPO it is the soft minimum over codes.
+
+    With `annotators`, p_k is what the annotator's earlier pairs in the batch leave of the prior. The losses of an
+    annotator's pairs then add up to the marginal of all their labels together, which can find what single pairs cannot:
+    where half of the annotators want the opposite of the other half, each label is as likely under a code for each half
+    as under none (see docs/latent_spaces.md).
     """
 
+    def __init__(self, annotators: bool = False, **space: Any) -> None:
+        """Keep the settings.
+
+        Args:
+            annotators: Have the pairs of one annotator in a batch share what they say about the codes: each is scored
+                given the ones before it, as few-shot annotators are. Needs an annotator column, and batches that hold
+                several pairs of an annotator (data.annotator_run); batches of other devices, and those that are
+                accumulated for a step, share nothing.
+            space: Settings of `DiscreteSpace`.
+        """
+        super().__init__(**space)
+        self.annotators = annotators
+
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
-        """The exact loss; rewards and log-probabilities are reported under the prior."""
+        """The exact loss; rewards and log-probabilities are reported under the prior, the posterior against p_k."""
         prior = self.log_prior(states.prompt)
         pairs, logps = score.under_codes(self.codebook.weight)
-        joint = prior - pairs.losses
+        given = given_earlier_pairs(prior, pairs.losses, states.annotators) if self.annotators else prior
+        joint = given - pairs.losses
         losses = -joint.logsumexp(-1)
         posterior = (joint + losses[:, None]).detach()
         return LatentTerms(
             *averaged(pairs, logps, prior, losses),
             z=self.codebook(prior.exp()).detach(),
-            kl=categorical_kl(posterior, prior.detach()),
+            kl=categorical_kl(posterior, given.detach()),
             prior=prior,
             posterior=posterior,
         )

@@ -94,11 +94,19 @@ def pairs(make_pairs: MakePairs) -> list[TokenizedPair]:
 
 
 def loader(
-    pairs: list[TokenizedPair], seed: int = 0, batch_size: int = 2, window: int | None = None, **options: Any
+    pairs: list[TokenizedPair],
+    seed: int = 0,
+    batch_size: int = 2,
+    window: int | None = None,
+    run: int | None = None,
+    **options: Any,
 ) -> TrainingLoader:
     # Lengths in no order, and some of them equal.
     lengths = [(7 * number) % 5 for number in range(len(pairs))]
-    batches = TrainingBatches(len(pairs), batch_size, seed, lengths=lengths, length_window=window)
+    names = [f"annotator {number % 3}" for number in range(len(pairs))]
+    batches = TrainingBatches(
+        len(pairs), batch_size, seed, lengths=lengths, length_window=window, annotators=names, annotator_run=run
+    )
     return TrainingLoader(pairs, batches, PaddedLayout(0), **options)
 
 
@@ -108,19 +116,19 @@ def ids(loader: PreferenceLoader, epoch: int = 0) -> list[tuple[str, ...]]:
     return [batch.ids for batch in loader]
 
 
-@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("order", [{}, {"window": 2}, {"run": 2}], ids=["plain", "by length", "by annotator"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 1, 4, 6])
 def test_a_stopped_epoch_goes_on_with_its_next_batch(
-    pairs: list[TokenizedPair], window: int | None, workers: int, taken: int
+    pairs: list[TokenizedPair], order: dict[str, int], workers: int, taken: int
 ) -> None:
-    whole, next_epoch = (ids(loader(pairs, window=window), epoch=epoch) for epoch in (3, 4))
-    stopped = loader(pairs, workers=workers, window=window)
+    whole, next_epoch = (ids(loader(pairs, **order), epoch=epoch) for epoch in (3, 4))
+    stopped = loader(pairs, workers=workers, **order)
     stopped.sampler.set_epoch(3)
     batches = iter(stopped)
     assert [next(batches).ids for _ in range(taken)] == whole[:taken]
 
-    resumed = loader(pairs, workers=workers, window=window)
+    resumed = loader(pairs, workers=workers, **order)
     resumed.load_state_dict(stopped.state_dict())
     assert len(resumed) == 6
     assert ids(resumed, epoch=3) == whole[taken:]
@@ -142,6 +150,7 @@ def test_a_stop_between_epochs_goes_on_with_a_whole_epoch(pairs: list[TokenizedP
         ({"seed": 1}, "'seed': 1"),
         ({"batch_size": 3}, "'batch_size': 3"),
         ({"window": 4}, "'length_window': 4"),
+        ({"run": 2}, "'annotator_run': 2"),
         ({"pairs": 10}, "'pairs': 10"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -331,6 +332,19 @@ def test_every_precision_takes_the_same_step(
         assert steps[1].loss.item() == pytest.approx(steps[0].loss.item(), rel=tolerance)
     assert all(torch.isfinite(gradient).all() for gradient in steps[1].gradients.values())
     assert set(steps[0].gradients) == set(steps[1].gradients)
+
+
+@every_layout
+def test_names_of_annotators_reach_the_latent(
+    layout: Layout, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any]
+) -> None:
+    named = [replace(pair, annotator=name) for pair, name in zip(pairs, "abab", strict=True)]
+    losses = {}
+    for shares, examples in ((False, named), (True, pairs), (True, named)):
+        latent = MarginalSpace(codes=4, spread=2.0, annotators=shares)
+        losses[shares, examples is named] = train_step(make("dpo", latent), examples, layout).loss
+    assert torch.equal(losses[True, False], losses[False, True])
+    assert abs(losses[True, True] - losses[True, False]) > 1e-3
 
 
 @pytest.mark.parametrize("name", list(FULL))
