@@ -6,6 +6,8 @@ time, are reduced to one number a token (or K, one a code), and are worked out a
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -234,6 +236,24 @@ class Reading:
     def logps_per_code(self, codes: Tensor) -> Tensor:
         """(2B, K) log-probability of each answer under every code of `codes` (K, d)."""
         return self._sum(token_logps_per_code(self._hidden, self._batch.targets, self._head, codes))
+
+    def first_order(self) -> tuple[Tensor, Tensor]:
+        """(2B,) log-probability of each answer without z, and (2B, d) its gradient with respect to z at z = 0."""
+        hidden = self._hidden.detach().requires_grad_()
+        head = replace(self._head, weight=self._head.weight.detach())
+        with torch.enable_grad():
+            per_token = token_logps(hidden, self._batch.targets, head)
+        (pulls,) = torch.autograd.grad(per_token, hidden, torch.ones_like(per_token))
+        return self._sum(per_token.detach()), self._sum(pulls)
+
+    @torch.no_grad()
+    def mean_token(self) -> Tensor:
+        """(V,) log of the mean, over all tokens of all answers, of the distribution that they are drawn from."""
+        chunks = [
+            logits_of(self._hidden[chunk], self._head) for chunk in _chunks(len(self._hidden), len(self._head.weight))
+        ]
+        total = torch.stack([logits.log_softmax(-1).logsumexp(0) for logits in chunks]).logsumexp(0)
+        return total - math.log(len(self._hidden))
 
     def _sum(self, per_token: Tensor) -> Tensor:
         sums = per_token.new_zeros(2 * self._batch.pairs, *per_token.shape[1:])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import nll_loss
 
 from lpc_lightning.latent.networks import Codebook, Prior
 from lpc_lightning.latent.space import InferenceForm, LatentSpace, PairScorer, PriorMode
@@ -27,6 +28,9 @@ def one_hot(codes: Tensor, like: Tensor) -> Tensor:
 
 class DiscreteSpace(LatentSpace):
     """A codebook E (K, d) and a prior over it. Subclasses say how the two are learned."""
+
+    annotators: bool = False
+    """Pairs of one annotator share what they say about the codes."""
 
     def __init__(self, codes: int = 32, spread: float = 0.1, prior_mode: PriorMode = "mean", **networks: Any) -> None:
         """Keep the settings.
@@ -69,6 +73,10 @@ class DiscreteSpace(LatentSpace):
             settings={"codes": self.codes, "prior_mode": self.prior_mode},
             tensors={"codebook": self.codebook.weight.detach(), **self.prior.weights("prior")},
         )
+
+    def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
+        """(B,) nats that the networks are from saying `codes` (B,) of these pairs."""
+        return nll_loss(self.log_prior(states.prompt), codes, reduction="none")
 
     def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor | None:
         """z = q E, where the space has a posterior q."""

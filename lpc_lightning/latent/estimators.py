@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import gumbel_softmax
+from torch.nn.functional import gumbel_softmax, nll_loss
 
 from lpc_lightning.latent.discrete import DiscreteSpace
 from lpc_lightning.latent.divergence import WeightedKL, categorical_kl
@@ -42,6 +42,11 @@ class PosteriorSpace(DiscreteSpace):
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """log q(k given x, y_w over y_l): (B, K), as the network says; `score` is not asked."""
         return self.posterior.of(states).log_softmax(-1)
+
+    def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
+        """Of prior and posterior, added."""
+        posterior = self.posterior.of(states).log_softmax(-1)
+        return super().imitation_loss(states, codes) + nll_loss(posterior, codes, reduction="none")
 
 
 class GumbelSpace(PosteriorSpace):

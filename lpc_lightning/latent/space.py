@@ -69,7 +69,7 @@ class LatentSpace(nn.Module, ABC):
     A space is declared before the policy is known: `__init__` keeps settings, `build` makes the parameters.
     """
 
-    def __init__(self, detach: bool = False, hidden: int = 256, standardise: bool = True) -> None:
+    def __init__(self, detach: bool = False, hidden: int = 256, standardise: bool = True, rehearse: int = 0) -> None:
         """Keep the settings that all spaces share.
 
         Args:
@@ -77,8 +77,16 @@ class LatentSpace(nn.Module, ABC):
             hidden: Width of the hidden layer of the prior and posterior networks.
             standardise: Have these networks read what tells the states apart: less their running mean, over their
                 running deviation. Unless that is done they hardly see the prompt (see `RunningMoments`).
+            rehearse: Training pairs to which the space is fitted before the first step, with a policy that is linear in
+                z (see `modules.rehearsal`). Codes are then found by looking at all of them at once. 0: none.
+
+        Raises:
+            ValueError: `rehearse` is negative.
         """
         super().__init__()
+        if rehearse < 0:
+            raise ValueError(f"latent.rehearse: found {rehearse}, expected at least 0.")
+        self.rehearse = rehearse
         self.networks = NetworkSettings(hidden, detach, standardise)
 
     @abstractmethod

@@ -18,7 +18,7 @@ from lpc_lightning.data.cache_lock import one_at_a_time
 from lpc_lightning.data.module import Stage
 from lpc_lightning.data.reference_cache import ReferenceCache
 from lpc_lightning.errors import SettingError
-from lpc_lightning.modules.reference_pass import Score, score_pairs
+from lpc_lightning.modules.pair_pass import Ask, ask_of_pairs
 from lpc_lightning.modules.sharding import reshard
 from lpc_lightning.policy import CausalPolicy, Policy, fingerprint
 from lpc_lightning.types import PreferenceBatch
@@ -102,7 +102,7 @@ class CachedReference:
                 if missing:
                     with self._published(module, untouched) as score:
                         title = f"reference, {stage} pairs"
-                        for places, found in score_pairs(pairs, missing, data.make_layout(), score, trainer, title):
+                        for places, found in ask_of_pairs(pairs, missing, data.make_layout(), score, trainer, title):
                             logps[places] = found
                             if trainer.is_global_zero:
                                 _keep(cache, places, found)
@@ -124,7 +124,7 @@ class CachedReference:
         }
 
     @contextmanager
-    def _published(self, module: PreferenceModule, untouched: bool) -> Iterator[Score]:
+    def _published(self, module: PreferenceModule, untouched: bool) -> Iterator[Ask]:
         """The published weights on the run's device and in its precision."""
         trainer: Any = module.trainer
         policy = self._policy if untouched else self._spec.build()
@@ -134,7 +134,8 @@ class CachedReference:
                 "reference is lost. Build the module anew, or set model.reference: live before it is trained."
             )
         trainer.precision_plugin.convert_module(policy).to(trainer.strategy.root_device)
-        yield module.reference_step if untouched else policy.reference_logps
+        logps = module.reference_step if untouched else policy.reference_logps
+        yield lambda batch: logps(batch).view(2, -1).T
         reshard(module)
 
 

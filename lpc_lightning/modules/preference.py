@@ -26,6 +26,7 @@ from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_
 from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
 from lpc_lightning.modules.reference import Reference, live_reference
+from lpc_lightning.modules.rehearsal.rehearse import rehearse
 from lpc_lightning.modules.run_length import compare_run_length, run_length
 from lpc_lightning.modules.scoring import BatchScorer, Evaluated, TrainingOutput
 from lpc_lightning.modules.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
@@ -213,6 +214,8 @@ class PreferenceModule(LatentMixin, LightningModule):
         if "run_length" in self._resumed:
             compare_run_length(self.trainer, self._resumed["run_length"])
         self._resumed = {}
+        if self.latent is not None and self.latent.rehearse and self.trainer.global_step == 0:
+            rehearse(self, self.latent)
 
     def on_train_epoch_start(self) -> None:
         """Have the data follow this run's epochs: resumed under `max_steps`, Lightning's count for it is one ahead."""

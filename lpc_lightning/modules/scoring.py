@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 from torch import Tensor
 
 from lpc_lightning.latent import LatentTerms
-from lpc_lightning.readout import Reading
 from lpc_lightning.types import PairLogps, PairLosses, PairStates
 
 
@@ -36,11 +35,26 @@ class Evaluated(TypedDict):
     """The same under any other z."""
 
 
+class Answers(Protocol):
+    """Log-probabilities of a batch's answers under any z, as a `Reading` has them."""
+
+    def logps(self, z: Tensor | None = None) -> Tensor:
+        """(2B,) under `z` (B, d) of each pair, or without."""
+        ...
+
+    def logps_per_code(self, codes: Tensor) -> Tensor:
+        """(2B, K) under every code of `codes` (K, d)."""
+        ...
+
+
 class BatchScorer:
     """Losses and log-probabilities of one batch under any z, from one backbone pass (a `PairScorer`)."""
 
+    reference: Tensor | None
+    """(2B,) log-probabilities under the reference, where there is one."""
+
     def __init__(
-        self, reading: Reading, lengths: Tensor, reference: Tensor | None, loss: Callable[[PairLogps], PairLosses]
+        self, reading: Answers, lengths: Tensor, reference: Tensor | None, loss: Callable[[PairLogps], PairLosses]
     ) -> None:
         """Keep what does not depend on z.
 
@@ -50,18 +64,18 @@ class BatchScorer:
             reference: (2B,) the reference's log-probabilities, or None for an algorithm without one.
             loss: The preference loss.
         """
-        self._reading, self._lengths, self._reference, self._loss = reading, lengths, reference, loss
+        self._reading, self._lengths, self.reference, self._loss = reading, lengths, reference, loss
         # Of one batch several things are asked under the same codes: one pass through the head answers them all.
         self._logps_per_code = lru_cache(maxsize=1)(reading.logps_per_code)
         self._swapped = False
 
     def under(self, z: Tensor | None) -> tuple[PairLosses, PairLogps]:
         """(B,) losses and log-probabilities with each pair's z (B, d) added before the head; None: the plain policy."""
-        return self._score(self._reading.logps(z), self._lengths, self._reference)
+        return self._score(self._reading.logps(z), self._lengths, self.reference)
 
     def under_codes(self, codes: Tensor) -> tuple[PairLosses, PairLogps]:
         """(B, K) losses and log-probabilities under every code of `codes` (K, d)."""
-        reference = None if self._reference is None else self._reference[:, None]
+        reference = None if self.reference is None else self.reference[:, None]
         return self._score(self._logps_per_code(codes), self._lengths[:, None], reference)
 
     def swapped(self) -> BatchScorer:

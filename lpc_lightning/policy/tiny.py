@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lpc_lightning.errors import SettingError
 from lpc_lightning.policy.spec import Policy
 
 TOKENIZER = Path(__file__).with_name("tiny_tokenizer.json")
@@ -35,6 +36,7 @@ class TinyPolicy(Policy):
         heads: int = 4,
         context: int = 2048,
         seed: int = 0,
+        reader: bool = False,
         options: dict[str, Any] | None = None,
         **policy: Any,
     ) -> None:
@@ -47,10 +49,19 @@ class TinyPolicy(Policy):
             heads: Attention heads; half as many for keys and values where the family groups them.
             context: Longest sequence in tokens.
             seed: Seed of the random weights, whatever the run's seed: policy and reference start from the same ones.
+            reader: Start as a policy whose state at the last prompt token holds the mean of the prompt's tokens: values
+                and outputs of attention are rotations, queries and keys as small as ever, and logits have a deviation
+                of 1 nat. Otherwise that state says little of the prompt, in which no pretrained model is like it.
             options: Further fields of the family's config.
             policy: Settings of `Policy`.
+
+        Raises:
+            SettingError: `reader` with gpt2, whose attention has no values of their own.
         """
         super().__init__(**policy)
+        if reader and family == "gpt2":
+            raise SettingError("policy.reader: found true with family gpt2, expected another family, or false.")
+        self.reader = reader
         self.family, self.width, self.layers, self.heads = family, width, layers, heads
         self.context, self.seed, self.options = context, seed, options or {}
 
@@ -77,7 +88,10 @@ class TinyPolicy(Policy):
         """Random weights by the seed; the caller's random state is left as it was."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if self.reader:
+                _make_reader(model)
+            return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Byte-level BPE of 1024 tokens, learned on the built-in preferences, in the ChatML format."""
@@ -90,3 +104,13 @@ class TinyPolicy(Policy):
         )
         tokenizer.chat_template = CHAT_TEMPLATE
         return tokenizer
+
+
+@torch.no_grad()
+def _make_reader(model: PreTrainedModel) -> None:
+    """Small queries and keys attend to all tokens alike; what they fetch is to arrive with none of it lost."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("v_proj.weight", "o_proj.weight")):
+            parameter.copy_(torch.nn.init.orthogonal_(torch.empty(parameter.shape)))
+    head = model.get_output_embeddings().weight
+    head.normal_(std=head.shape[1] ** -0.5)

@@ -14,7 +14,7 @@ from benchmarks.live_memory import peak_bytes
 from benchmarks.memory_model import LLAMA_3_8B, Architecture, Machine, Step, cases, memory, table
 from lpc_lightning import readout
 from lpc_lightning.data import SyntheticPreferences
-from lpc_lightning.modules import DPO, reference_pass
+from lpc_lightning.modules import DPO, pair_pass
 from lpc_lightning.policy import TinyPolicy
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -93,7 +93,7 @@ def test_the_formula_is_within_15_percent(
     if chunked:
         monkeypatch.setattr(readout, "CHUNK_ELEMENTS", 2**19)
         monkeypatch.setattr("benchmarks.memory_model.CHUNK_ELEMENTS", 2**19)
-    monkeypatch.setattr(reference_pass, "BATCH_TOKENS", ROWS)
+    monkeypatch.setattr(pair_pass, "BATCH_TOKENS", ROWS)
     policy = TinyPolicy(**MODELS[model], attention="sdpa", gradient_checkpointing=checkpointing)
     largest = Largest()
     data = SyntheticPreferences(

@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import Callback
 
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.data.reference_cache import ReferenceCache
-from lpc_lightning.modules import DPO, FSDP2Strategy, reference_pass
+from lpc_lightning.modules import DPO, FSDP2Strategy, pair_pass
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import PreferenceBatch
 
-reference_pass.BATCH_TOKENS, reference_pass.ROUNDS = 700, 2  # several batches and parts, also of few pairs
+pair_pass.BATCH_TOKENS, pair_pass.ROUNDS = 700, 2  # several batches and parts, also of few pairs
 
 
 class Losses(Callback):
@@ -128,7 +128,7 @@ def empty(cache: Path, kept: Path) -> None:
 
 def slowly(cache: str) -> None:
     """Computes, a part of few pairs at a time, until it is killed."""
-    reference_pass.BATCH_TOKENS, reference_pass.ROUNDS = 1, 1
+    pair_pass.BATCH_TOKENS, pair_pass.ROUNDS = 1, 1
     add = ReferenceCache.add
 
     def add_and_wait(self: ReferenceCache, *values: Any) -> None:

@@ -20,14 +20,14 @@ BATCH_TOKENS = 8192
 ROUNDS = 32
 """Batches of each device after which the values are handed over, to be kept."""
 
-Score = Callable[[PreferenceBatch], Tensor]
-"""(2B,) log-probabilities of a batch's answers."""
+Ask = Callable[[PreferenceBatch], Tensor]
+"""(B, m) numbers about a batch's pairs."""
 
 
-def score_pairs(
-    pairs: TokenStore, places: Sequence[int], layout: Layout, score: Score, trainer: Any, title: str
+def ask_of_pairs(
+    pairs: TokenStore, places: Sequence[int], layout: Layout, ask: Ask, trainer: Any, title: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Score some pairs of a data set, in the trainer's precision and on all its devices.
+    """Ask something of some pairs of a data set, in the trainer's precision and on all its devices.
 
     All devices take equally many batches, as a sharded policy needs: where there are none left for some, these repeat
     the last one for nothing.
@@ -36,15 +36,15 @@ def score_pairs(
         pairs: The data set.
         places: Which of its pairs; the same on every device.
         layout: Lays batches out.
-        score: Log-probabilities under the policy.
+        ask: What is asked, such as log-probabilities of both answers.
         trainer: Whose devices, precision and progress bar are taken.
         title: What stands before the bar.
 
     Yields:
-        (n,) places and (n, 2) log-probabilities of chosen and rejected answers, the same on every device.
+        (n,) places and (n, m) numbers, the same on every device.
 
     Raises:
-        FloatingPointError: A log-probability is not a finite number.
+        FloatingPointError: One of them is not finite.
     """
     devices, rank, device = trainer.world_size, trainer.global_rank, trainer.strategy.root_device
     batches = batches_by_length(pairs.lengths, places)
@@ -58,15 +58,15 @@ def score_pairs(
                 number = first + rank
                 batch = several[min(number, len(several) - 1)]
                 with trainer.precision_plugin.forward_context():
-                    logps = score(layout([pairs[place] for place in batch]).to(device))
+                    values = ask(layout([pairs[place] for place in batch]).to(device))
                 if not len(found):
-                    found = logps.new_zeros(ends[-1], 2)
+                    found = values.new_zeros(ends[-1], values.shape[1])
                 if number < len(several):
-                    found[ends[number] : ends[number + 1]] = logps.view(2, -1).T
+                    found[ends[number] : ends[number + 1]] = values
                 bar.update(ends[min(first + devices, len(several))] - ends[first])
             found = trainer.strategy.reduce(found, reduce_op="sum")
             scored = [place for batch in several for place in batch]
-            _check_finite(found, pairs, scored)
+            _check_finite(found, pairs, scored, title)
             yield np.array(scored), found.cpu().numpy()
 
 
@@ -89,10 +89,11 @@ def batches_by_length(lengths: Sequence[int], places: Sequence[int], budget: int
     return batches
 
 
-def _check_finite(found: Tensor, pairs: TokenStore, places: Sequence[int]) -> None:
+def _check_finite(found: Tensor, pairs: TokenStore, places: Sequence[int], title: str) -> None:
     if (bad := (~found.isfinite()).any(dim=1).nonzero()).numel():
         place = int(bad[0])
+        values = found[place][~found[place].isfinite()][:2].tolist()
         raise FloatingPointError(
-            f"reference: found log-probabilities {found[place].tolist()} of pair {pairs[places[place]].id!r}, expected "
-            "finite numbers. Take a wider trainer.precision or policy.dtype, or other weights."
+            f"{title}: found {values} for pair {pairs[places[place]].id!r}, expected finite numbers. Take a wider "
+            "trainer.precision or policy.dtype, or other weights."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpc_lightning.modules.reference_pass import batches_by_length
+from lpc_lightning.modules.pair_pass import batches_by_length
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), budget=st.integers(1, 60), data=st.data())

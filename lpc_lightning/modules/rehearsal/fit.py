@@ -1,0 +1,129 @@
+"""A latent space fitted to pairs under the sketch of a policy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot, rms_norm
+
+from lpc_lightning.latent import DiscreteSpace, LatentSpace
+from lpc_lightning.latent.networks import Codebook
+from lpc_lightning.modules.rehearsal.kinds import kinds_of_pairs, subjects
+from lpc_lightning.modules.rehearsal.sketch import SketchedPairs
+
+HELD_OUT = 0.1
+"""Share of the pairs by which scales and epochs are chosen."""
+BATCH = 32
+"""Pairs in a step."""
+AT_ONCE = 256
+"""Pairs that are looked at together without gradient."""
+EPOCHS = 8
+"""Of imitation, and of the algorithm's own loss."""
+CALM = 0.3
+"""Share of `latent_lr` by which networks learn once they imitate the kinds."""
+SCALES = tuple(10.0 ** (power / 4) for power in range(-4, 11))
+"""Deviations, in nats, of log pi(y_w|x, e_k) - log pi(y_l|x, e_k) over codes and pairs, among which one is chosen."""
+CODE_STEP = 0.03
+"""Learning rate of a codebook, as a share of its root mean square."""
+
+
+def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> float:
+    """Fit `space`, which is changed, in float32.
+
+    Args:
+        space: Built, in float32.
+        pairs: Shuffled.
+        latent_lr: Learning rate of the networks.
+
+    Returns:
+        The mean loss of held-out pairs, in nats.
+    """
+    held = max(1, round(HELD_OUT * len(pairs)))
+    held_out, fitted = (torch.arange(len(pairs))[part] for part in (slice(held), slice(held, None)))
+    with torch.no_grad():
+        space.train()
+        for places in fitted.split(AT_ONCE):
+            space.training_terms(*pairs.take(places), 0.0)
+        space.close_window()
+        space.eval()
+
+    def step(places: Tensor, progress: float) -> Tensor:
+        terms = space.training_terms(*pairs.take(places), progress)
+        return (terms.pairs.losses + terms.penalty).mean()
+
+    if isinstance(space, DiscreteSpace):
+        kinds = _take_kinds(space, pairs, fitted)
+
+        def imitate(places: Tensor, progress: float) -> Tensor:
+            return space.imitation_loss(pairs.take(places)[0], kinds[places]).mean()
+
+        networks = [parameter for name, parameter in space.named_parameters() if not name.startswith("codebook")]
+        _descend(space, [{"params": networks, "lr": latent_lr}], imitate, fitted, held_out)
+        _take_scale(space, pairs, held_out)
+    return _descend(space, _groups(space, CALM * latent_lr), step, fitted, held_out)
+
+
+def _take_kinds(space: DiscreteSpace, pairs: SketchedPairs, fitted: Tensor) -> Tensor:
+    """Give codes the directions of kinds; (N,) the kind of each pair."""
+    if space.annotators:
+        names = {name: number for number, name in enumerate(dict.fromkeys(pairs.annotators))}
+        known = one_hot(torch.tensor([names[name] for name in pairs.annotators])).float()
+    else:
+        prompts = rms_norm(pairs.prompt, pairs.prompt.shape[-1:])
+        known = subjects((prompts - prompts.mean(0)) / prompts.std(0).clamp_min(1e-6), pairs.pulls.sum(1)).cpu()
+    codes, kinds = kinds_of_pairs(known, pairs.pull.cpu(), space.codes)
+    space.codebook.weight.data.copy_(codes)
+    return kinds.to(pairs.prompt.device)
+
+
+@torch.no_grad()
+def _take_scale(space: DiscreteSpace, pairs: SketchedPairs, held_out: Tensor) -> None:
+    """Give the codebook the scale under which held-out labels have the highest evidence."""
+    states, score = pairs.take(held_out)
+    log_prior = space.log_prior(states.prompt)
+    directions = space.codebook.weight / (pairs.pull[held_out] @ space.codebook.weight.T).std()
+    evidence = [(log_prior - score.under_codes(scale * directions)[0].losses).logsumexp(-1).mean() for scale in SCALES]
+    space.codebook.weight.copy_(SCALES[int(torch.stack(evidence).argmax())] * directions)
+
+
+def _groups(space: LatentSpace, latent_lr: float) -> list[dict[str, object]]:
+    """Codebooks move by a share of their size, networks by `latent_lr`."""
+    books = [part.weight for part in space.modules() if isinstance(part, Codebook)]
+    others = [p for p in space.parameters() if not any(p is weight for weight in books)]
+    groups: list[dict[str, object]] = [{"params": others, "lr": latent_lr}] if others else []
+    return groups + [{"params": [w], "lr": CODE_STEP * float(w.detach().square().mean().sqrt())} for w in books]
+
+
+def _descend(
+    space: nn.Module,
+    groups: list[dict[str, object]],
+    loss_of: Callable[[Tensor, float], Tensor],
+    fitted: Tensor,
+    held_out: Tensor,
+) -> float:
+    """Adam over `EPOCHS`, steps falling to 0; keep the epoch whose held-out loss is lowest, the start among them."""
+    optimizer = torch.optim.Adam(groups)
+    steps = EPOCHS * max(1, len(fitted) // BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    best, best_state = _mean(loss_of, held_out), copy.deepcopy(space.state_dict())
+    for epoch in range(EPOCHS):
+        order = fitted[torch.randperm(len(fitted))]
+        for number, places in enumerate(order.split(BATCH)[: steps // EPOCHS]):
+            optimizer.zero_grad()
+            loss_of(places, (epoch * (steps // EPOCHS) + number) / steps).backward()
+            optimizer.step()
+            schedule.step()
+        if (now := _mean(loss_of, held_out)) < best:
+            best, best_state = now, copy.deepcopy(space.state_dict())
+    space.load_state_dict(best_state)
+    return best
+
+
+@torch.no_grad()
+def _mean(loss_of: Callable[[Tensor, float], Tensor], places: Tensor) -> float:
+    """Mean loss at the end of training, in batches like those of training."""
+    batches = places.split(BATCH)
+    return sum(float(loss_of(batch, 1.0)) * len(batch) for batch in batches) / len(places)

@@ -1,0 +1,78 @@
+"""Kinds of pairs: what the prompt or the annotator lets expect of a pair's pull, clustered.
+
+One pull is mostly noise, the words that two answers happen to differ in. What remains of it given the prompt (or the
+annotator) is the preference. Of the prompt, that counts which has to do with what is answered, and that can be told
+without a label.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.cluster import AgglomerativeClustering, KMeans
+from sklearn.linear_model import RidgeCV
+from torch import Tensor
+
+FEW = 0.1
+"""Mean variances added to every direction's before features are brought to equal variance: next to nothing."""
+MANY = 10.0
+"""The same for pulls: of the directions in which words differ most, a few have more than this and are made smaller."""
+ALPHAS = tuple(10.0 ** (power / 2) for power in range(-4, 11))
+"""Weights of the ridge that are tried, by leaving one pair out."""
+AT_ONCE = 4096
+"""Pairs whose distances are looked at all with all."""
+
+
+def subjects(prompts: Tensor, said: Tensor) -> Tensor:
+    """What prompts are about: their canonical variates with what is said to them, each times its correlation squared.
+
+    Args:
+        prompts: (N, d) states.
+        said: (N, m) about both answers, whichever won: flipped labels do not change it.
+
+    Returns:
+        (N, d) or (N, m), whichever is less wide.
+    """
+    first, second = (whitened(values - values.mean(0), FEW) for values in (prompts, said))
+    axes, correlations, _ = torch.linalg.svd(first.T @ second / len(first), full_matrices=False)
+    return first @ axes * correlations.square()
+
+
+def kinds_of_pairs(known: Tensor, pulls: Tensor, kinds: int) -> tuple[Tensor, Tensor]:
+    """Cluster pairs by the direction of the pull that is to be expected of them.
+
+    Pulls are regressed on what is known (ridge), Ward's clusters of the predicted directions are refined by k-means.
+
+    Args:
+        known: (N, m) beside the label.
+        pulls: (N, d).
+        kinds: K, at most N.
+
+    Returns:
+        (K, d) the mean of each kind, of a common scale that means nothing, and (N,) the kind of each pair. A kind
+        without a pair, where there are fewer different pairs than kinds, has mean 0.
+    """
+    equal = whitener(pulls, MANY)
+    expected = RidgeCV(ALPHAS).fit(known.numpy(), (pulls @ equal).numpy()).predict(known.numpy())
+    directions = expected / np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-12)
+    found = directions[:AT_ONCE]
+    different = len(np.unique(found.round(6), axis=0))
+    parts = AgglomerativeClustering(min(kinds, different)).fit(found).labels_
+    centres = np.stack([found[parts == part].mean(0) for part in range(parts.max() + 1)])
+    kind_of = KMeans(len(centres), init=centres, n_init=1).fit(directions).labels_ if len(centres) > 1 else parts
+    means = np.zeros((kinds, pulls.shape[1]), expected.dtype)
+    for kind in np.unique(kind_of):
+        means[kind] = expected[kind_of == kind].mean(0)
+    return torch.from_numpy(means).to(pulls.dtype) @ equal, torch.from_numpy(kind_of).long()
+
+
+def whitener(values: Tensor, shrinkage: float) -> Tensor:
+    """(d, d) matrix that brings all directions of `values` (N, d) to a mean square of 1, or below: see `shrinkage`."""
+    squares, axes = torch.linalg.eigh((values.T @ values / len(values)).double())
+    scale = (squares + shrinkage * squares.mean()).rsqrt()
+    return (axes @ torch.diag(scale) @ axes.T).to(values.dtype)
+
+
+def whitened(values: Tensor, shrinkage: float) -> Tensor:
+    """`values` (N, d) by their `whitener`."""
+    return values @ whitener(values, shrinkage)

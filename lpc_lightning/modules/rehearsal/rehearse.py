@@ -1,0 +1,93 @@
+"""The rehearsal of a run: see the package."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.errors import SettingError
+from lpc_lightning.latent import LatentSpace
+from lpc_lightning.modules.pair_pass import ask_of_pairs
+from lpc_lightning.modules.rehearsal.fit import fit
+from lpc_lightning.modules.rehearsal.sketch import MeanToken, SketchedPairs, row_of
+from lpc_lightning.seeding import derive, run_seed
+from lpc_lightning.types import PreferenceBatch
+
+TOKEN_PAIRS = 16
+"""Pairs over whose tokens the policy's mean token is taken."""
+
+if TYPE_CHECKING:
+    from lpc_lightning.modules.preference import PreferenceModule
+
+
+def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
+    """Fit `space` to `space.rehearse` training pairs, labelled as they are trained on. The policy is not changed.
+
+    Raises:
+        SettingError: Data whose pairs are not known beforehand, fewer pairs than codes, or sharded weights.
+    """
+    started, trainer = time.perf_counter(), module.trainer
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
+    if not isinstance(data, PreferenceDataModule):
+        raise SettingError(
+            f"latent.rehearse: found {space.rehearse} with data of {type(data).__name__}, expected a "
+            "PreferenceDataModule, or 0: no rehearsal."
+        )
+    if module.device_mesh is not None:
+        raise SettingError(
+            f"latent.rehearse: found {space.rehearse} with sharded weights, expected 0, or another strategy."
+        )
+    pairs, seed = data.training_pairs, derive("rehearsal", run_seed())
+    places = np.random.default_rng(seed).permutation(len(pairs))[: space.rehearse].tolist()
+    fewest = 2 * getattr(space, "codes", 1)
+    if len(places) < fewest:
+        raise SettingError(f"latent.rehearse: found {len(places)} training pairs, expected {fewest} or more.")
+
+    rows: dict[int, np.ndarray] = {}
+    ask = ask_of_pairs(pairs, places, data.make_layout(), lambda batch: _row(module, batch), trainer, "rehearsal")
+    for found, values in ask:
+        rows |= dict(zip(found.tolist(), values, strict=True))
+    table = torch.from_numpy(np.stack([rows[place] for place in places])).to(module.device)
+    annotators = [pairs[place].annotator for place in places]
+    token = _mean_token(module, data.make_layout()([pairs[place] for place in places[:TOKEN_PAIRS]]))
+    sketched = SketchedPairs(table, token, annotators, module.needs_reference, module.preference_loss)
+
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        trained = copy.deepcopy(space).float()
+        loss = fit(trained, sketched, module.latent_lr)
+    space.load_state_dict(trained.state_dict())
+    for tensor in (*space.parameters(), *space.buffers()):
+        tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
+    took = time.perf_counter() - started
+    rank_zero_info(
+        f"rehearsal: {len(places)} training pairs, in {took:.1f} s; {loss:.4f} nats of loss a held-out pair, "
+        f"{_plain_loss(sketched):.4f} without a latent."
+    )
+
+
+@torch.no_grad()
+def _mean_token(module: PreferenceModule, batch: PreferenceBatch) -> MeanToken:
+    with module.trainer.precision_plugin.forward_context():
+        log_p = module.read(batch.to(module.device))[0].mean_token()
+    head = module.policy.head
+    return MeanToken(replace(head, weight=head.weight.detach().float()), log_p)
+
+
+@torch.no_grad()
+def _row(module: PreferenceModule, batch: PreferenceBatch) -> Tensor:
+    reading, score = module.read(batch)
+    return row_of(reading.states, *reading.first_order(), score.reference, batch)
+
+
+def _plain_loss(pairs: SketchedPairs) -> float:
+    _, score = pairs.take(torch.arange(len(pairs)))
+    return float(score.under(None)[0].losses.mean())
