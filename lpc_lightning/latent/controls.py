@@ -39,7 +39,8 @@ class PriorOnlySpace(DiscreteSpace):
         """One z for each pair, sampled from its prior."""
         prior, tau = self.log_prior(states.prompt), self.tau(progress)
         z = self.codebook(gumbel_softmax(prior, tau, hard=self.hard))
-        return LatentTerms(*score.under(z), z=z, prior=prior, settings={"tau": tau})
+        penalty = self.unevenness(prior)
+        return LatentTerms(*score.under(z), penalty=penalty, z=z, prior=prior, settings={"tau": tau})
 
 
 class PosteriorOnlySpace(GumbelSpace):

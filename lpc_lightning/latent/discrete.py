@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,14 @@ class DiscreteSpace(LatentSpace):
     annotators: bool = False
     """Pairs of one annotator share what they say about the codes."""
 
-    def __init__(self, codes: int = 32, spread: float = 0.1, prior_mode: PriorMode = "mean", **networks: Any) -> None:
+    def __init__(
+        self,
+        codes: int = 32,
+        spread: float = 0.1,
+        prior_mode: PriorMode = "mean",
+        usage_weight: float = 0.0,
+        **networks: Any,
+    ) -> None:
         """Keep the settings.
 
         Args:
@@ -40,16 +48,22 @@ class DiscreteSpace(LatentSpace):
             spread: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 starts at the plain
                 algorithm, with codes that only noise can part.
             prior_mode: How z is taken from the prior at inference: `mean`, `sample`, `argmax`, or a code's number.
+            usage_weight: What it costs, a nat, that the prior's mean over a micro-batch falls short of an even use of
+                the codes (the diversity loss of wav2vec 2.0, arXiv 2006.11477, eq. 4). Against a prior that
+                collapses to few codes.
             networks: Settings of `LatentSpace`.
 
         Raises:
-            ValueError: `codes` is below 1, `spread` is negative, or `prior_mode` names no code.
+            ValueError: `codes` is below 1, `spread` or `usage_weight` is negative, or `prior_mode` names no code.
         """
         if codes < 1:
             raise ValueError(f"latent.codes: found {codes}, expected at least 1.")
         if spread < 0:
             raise ValueError(f"latent.spread: found {spread}, expected at least 0.")
+        if usage_weight < 0:
+            raise ValueError(f"latent.usage_weight: found {usage_weight}, expected at least 0.")
         super().__init__(**networks)
+        self.usage_weight = usage_weight
         self.codes, self.spread, self.prior_mode = codes, spread, prior_mode
         self.weights_by(prior_mode, torch.zeros(1, codes))
 
@@ -73,6 +87,12 @@ class DiscreteSpace(LatentSpace):
             settings={"codes": self.codes, "prior_mode": self.prior_mode},
             tensors={"codebook": self.codebook.weight.detach(), **self.prior.weights("prior")},
         )
+
+    def unevenness(self, log_prior: Tensor) -> Tensor:
+        """(B, K) log p_k of a micro-batch to `usage_weight` (log K - H(mean p)), in nats, for each pair (B,)."""
+        use = log_prior.exp().mean(0)
+        short = math.log(self.codes) + torch.xlogy(use, use).sum()
+        return (self.usage_weight * short).expand(len(log_prior))
 
     def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
         """(B,) nats that the networks are from saying `codes` (B,) of these pairs."""

@@ -14,7 +14,7 @@ from torch.nn.functional import gumbel_softmax, nll_loss
 from lpc_lightning.latent.discrete import DiscreteSpace
 from lpc_lightning.latent.divergence import WeightedKL, categorical_kl
 from lpc_lightning.latent.evidence import given_earlier_pairs
-from lpc_lightning.latent.networks import Posterior
+from lpc_lightning.latent.networks import Posterior, PosteriorReads
 from lpc_lightning.latent.schedules import Linear, Schedule, as_schedule
 from lpc_lightning.latent.space import LatentTerms, PairScorer
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
@@ -23,21 +23,29 @@ from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
 class PosteriorSpace(DiscreteSpace):
     """A discrete space with a learned posterior, tied to the prior by lambda KL."""
 
-    def __init__(self, kl_weight: float | Schedule = 0.1, free_bits: float = 0.0, **space: Any) -> None:
+    def __init__(
+        self,
+        kl_weight: float | Schedule = 0.1,
+        free_bits: float = 0.0,
+        posterior_reads: PosteriorReads = "both",
+        **space: Any,
+    ) -> None:
         """Keep the settings.
 
         Args:
             kl_weight: lambda, the weight of the KL between posterior and prior. A number, or a schedule (`WarmUp`).
             free_bits: KL in nats below which a pair pays no more for less.
+            posterior_reads: What the posterior is shown: `both` answers' states side by side, as in the paper; their
+                `difference` h_w - h_l; or their `sum`, which is the same whichever won, so that no label can leak.
             space: Settings of `DiscreteSpace`.
         """
         super().__init__(**space)
-        self.divergence = WeightedKL(kl_weight, free_bits)
+        self.divergence, self.posterior_reads = WeightedKL(kl_weight, free_bits), posterior_reads
 
     def build(self, width: int, head: LogitHead) -> None:
         """Make codebook, prior and posterior."""
         super().build(width, head)
-        self.posterior = Posterior(width, self.codes, self.networks)
+        self.posterior = Posterior(width, self.codes, self.networks, self.posterior_reads)
 
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """log q(k given x, y_w over y_l): (B, K), as the network says; `score` is not asked."""
@@ -80,7 +88,7 @@ class GumbelSpace(PosteriorSpace):
         kl = categorical_kl(posterior, prior)
         return LatentTerms(
             *score.under(z),
-            penalty=self.divergence(kl, progress),
+            penalty=self.divergence(kl, progress) + self.unevenness(prior),
             z=z,
             kl=kl,
             prior=prior,
@@ -100,7 +108,7 @@ class ExpectedSpace(PosteriorSpace):
         kl = categorical_kl(posterior, prior)
         return LatentTerms(
             *averaged(pairs, logps, posterior, losses),
-            penalty=self.divergence(kl, progress),
+            penalty=self.divergence(kl, progress) + self.unevenness(prior),
             z=self.codebook(posterior.exp()).detach(),
             kl=kl,
             prior=prior,
@@ -144,6 +152,7 @@ class MarginalSpace(DiscreteSpace):
         posterior = (joint + losses[:, None]).detach()
         return LatentTerms(
             *averaged(pairs, logps, prior, losses),
+            penalty=self.unevenness(prior),
             z=self.codebook(prior.exp()).detach(),
             kl=categorical_kl(posterior, given.detach()),
             prior=prior,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -118,13 +120,29 @@ class Prior(StateNetwork):
         super().__init__(1, width, outputs, settings)
 
 
+PosteriorReads = Literal["both", "difference", "sum"]
+READS: dict[PosteriorReads, Callable[[PairStates], tuple[Tensor, ...]]] = {
+    "both": lambda states: (states.chosen, states.rejected),
+    "difference": lambda states: (states.chosen - states.rejected,),
+    "sum": lambda states: (states.chosen + states.rejected,),
+}
+"""What a posterior may be shown of labelled pairs: states, each (B, d)."""
+
+
 class Posterior(StateNetwork):
     """a_q = MLP_post([h_w ; h_l]). It sees which answer won, so it exists in training only."""
 
-    def __init__(self, width: int, outputs: int, settings: NetworkSettings) -> None:
-        """See `StateNetwork`."""
-        super().__init__(2, width, outputs, settings)
+    def __init__(self, width: int, outputs: int, settings: NetworkSettings, reads: PosteriorReads = "both") -> None:
+        """See `StateNetwork`; `reads` says what it is shown, by the names of `READS`.
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        if reads not in READS:
+            raise ValueError(f"latent.posterior_reads: found {reads!r}, expected one of {', '.join(READS)}.")
+        super().__init__(2 if reads == "both" else 1, width, outputs, settings)
+        self.reads = reads
 
     def of(self, states: PairStates) -> Tensor:
         """(B, outputs) posterior logits of labelled pairs."""
-        return self(states.chosen, states.rejected)
+        return self(*READS[self.reads](states))
