@@ -64,9 +64,16 @@ def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 def swap(tmp_path: Path) -> list[str]:
     """What is put in place of weights, data and GPUs that cannot be had here."""
     data = ["--data=SyntheticPreferences", "--data.train_pairs=6", "--data.validation_pairs=2", "--data.batch_size=2"]
-    policy = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
+    policy = [
+        "--policy=TinyPolicy",
+        "--policy.width=16",
+        "--policy.layers=1",
+        "--policy.heads=2",
+        "--policy.options=null",
+    ]
     trainer = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1"]
-    return [*policy, *data, f"--data.cache_dir={tmp_path}", *trainer, f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    data += ["--data.workers=0", f"--data.cache_dir={tmp_path}"]
+    return [*policy, *data, *trainer, f"--trainer.default_root_dir={tmp_path / 'runs'}"]
 
 
 @pytest.mark.parametrize("path", groups(), ids=name_of)
@@ -160,7 +167,12 @@ def test_every_algorithm_trains_two_steps_with_every_latent(
     algorithm: str, latent: Path | None, swap: list[str]
 ) -> None:
     path = CONFIGS / "experiment" / "smollm2" / f"{algorithm}.yaml"
-    steps = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.precision=32-true"]
+    steps = [
+        "--data.train_pairs=32",
+        "--trainer.max_steps=2",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.precision=32-true",
+    ]
     done = PreferenceCLI(["fit", f"--config={path}", f"--latent={latent or 'null'}", *swap, *steps])
     assert done.trainer.global_step == 2
     losses = done.trainer.callback_metrics
@@ -213,6 +225,11 @@ def test_an_ablation_opens_with_its_command_and_its_first_cell_takes_two_steps(
     assert first.startswith(f"# lpc-lightning ablate configs/{name_of(path)}")
     assert second.startswith("# ")
     cells = read_grid(path).cells()
-    steps = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.precision=32-true"]
+    steps = [
+        "--data.train_pairs=32",
+        "--trainer.max_steps=2",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.precision=32-true",
+    ]
     done = PreferenceCLI(["fit", *cells[0].arguments, *swap, *steps])
     assert done.trainer.global_step == 2

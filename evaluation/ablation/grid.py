@@ -156,11 +156,13 @@ def _axis(name: str, told: Any, path: Path) -> Axis:
     where = f"{path} axes.{name}"
     if not isinstance(told, dict) or not told:
         raise SettingError(f"{where}: found {told!r}, expected names with their arguments, or key and values.")
-    if "values" not in told:
-        named = {str(value): tuple(_arguments(given, f"{where}.{value}")) for value, given in told.items()}
-        return Axis(name, named, tuple(named))
-    if set(told) not in ({"values", "key"}, {"values", "arguments"}) or not isinstance(told["values"], list):
-        raise SettingError(f"{where}: found {', '.join(told)}, expected a list of values, and either key or arguments.")
+    values = told.get("values", list(told))
+    if not isinstance(values, list) or set(told) == {"values"}:
+        raise SettingError(f"{where}: found {', '.join(told)}, expected a list of values, and key, arguments or names.")
+    if set(told) not in ({"values", "key"}, {"values", "arguments"}):
+        given = {str(value): of for value, of in told.items() if value != "values"}
+        named = {value: tuple(_arguments(of, f"{where}.{value}")) for value, of in given.items()}
+        return Axis(name, named, tuple(named)).over(values)
     arguments = [f"--{told['key']}={{value}}"] if "key" in told else _arguments(told["arguments"], where)
     return Axis(name, tuple(arguments), tuple(told["values"]))
 

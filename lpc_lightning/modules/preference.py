@@ -26,7 +26,7 @@ from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_
 from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
 from lpc_lightning.modules.reference import Reference, live_reference
-from lpc_lightning.modules.rehearsal.rehearse import rehearse
+from lpc_lightning.modules.rehearsal.rehearse import places_to_rehearse, rehearse
 from lpc_lightning.modules.run_length import compare_run_length, run_length
 from lpc_lightning.modules.scoring import BatchScorer, Evaluated, TrainingOutput
 from lpc_lightning.modules.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
@@ -201,6 +201,10 @@ class PreferenceModule(LatentMixin, LightningModule):
     def reference_step(self, batch: PreferenceBatch) -> Tensor:
         """(2B,) log-probabilities under the policy as published: before it is trained, or with its adapter off."""
         return self.policy.reference_logps(batch)
+
+    def pairs_to_rehearse(self, pairs: int) -> set[int]:
+        """Which of so many training pairs the latent space looks at before the first step."""
+        return set() if self.latent is None else set(places_to_rehearse(self.latent, pairs))
 
     def on_train_start(self) -> None:
         """Take up the data where a resumed run left it, and tell where this run is set up otherwise.

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from lpc_lightning.modules.preference import PreferenceModule
 
 
+def places_to_rehearse(space: LatentSpace, pairs: int) -> list[int]:
+    """Which of so many training pairs a run's rehearsal takes, by the run's seed."""
+    return np.random.default_rng(derive("rehearsal", run_seed())).permutation(pairs)[: space.rehearse].tolist()
+
+
 def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
     """Fit `space` to `space.rehearse` training pairs, labelled as they are trained on. The policy is not changed.
 
@@ -45,8 +50,8 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
         raise SettingError(
             f"latent.rehearse: found {space.rehearse} with sharded weights, expected 0, or another strategy."
         )
-    pairs, seed = data.training_pairs, derive("rehearsal", run_seed())
-    places = np.random.default_rng(seed).permutation(len(pairs))[: space.rehearse].tolist()
+    pairs = data.training_pairs
+    places = places_to_rehearse(space, len(pairs))
     fewest = 2 * getattr(space, "codes", 1)
     if len(places) < fewest:
         raise SettingError(f"latent.rehearse: found {len(places)} training pairs, expected {fewest} or more.")
@@ -61,7 +66,7 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
     sketched = SketchedPairs(table, token, annotators, module.needs_reference, module.preference_loss)
 
     with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.manual_seed(derive("rehearsal", run_seed()))
         trained = copy.deepcopy(space).float()
         loss = fit(trained, sketched, module.latent_lr)
     space.load_state_dict(trained.state_dict())

@@ -64,6 +64,15 @@ def test_the_command_line_trims_widens_and_sets(read: Any) -> None:
     assert all(cell.arguments[-1] == "--trainer.max_steps=5" for cell in cells)
 
 
+def test_names_may_be_more_than_those_taken_by_default(read: Any) -> None:
+    algorithm = {"values": ["simpo"], **GRID["axes"]["algorithm"]}
+    grid = read({**GRID, "axes": {**GRID["axes"], "algorithm": algorithm}})
+    assert {cell.axes["algorithm"] for cell in grid.cells()} == {"simpo"}
+    assert grid.changed(["algorithm=dpo,simpo"]).cells() == read(GRID).cells()
+    with pytest.raises(SettingError, match="algorithm: found ppo, expected dpo, simpo"):
+        read({**GRID, "axes": {"algorithm": algorithm | {"values": ["ppo"]}}})
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -85,7 +94,7 @@ def test_a_change_that_means_nothing_is_told(read: Any, change: str, told: str) 
         ({**GRID, "axis": {}}, "found base, axes, axis, expected"),
         ({**GRID, "base": ["fit"]}, "base: found 'fit', expected arguments of fit"),
         ({**GRID, "axes": {"seed": [1]}}, r"axes.seed: found \[1\], expected names"),
-        ({**GRID, "axes": {"seed": {"values": [1]}}}, "axes.seed: found values, expected a list of values, and either"),
+        ({**GRID, "axes": {"seed": {"values": [1]}}}, "axes.seed: found values, expected a list of values, and key"),
         ({**GRID, "axes": {"seed": {"values": 1, "key": "s"}}}, "expected a list of values"),
         ({**GRID, "skip": [{"sede": 1}]}, "skip: found {'sede': 1}, expected values for some of algorithm"),
     ],
