@@ -88,8 +88,10 @@ class DiscreteSpace(LatentSpace):
             tensors={"codebook": self.codebook.weight.detach(), **self.prior.weights("prior")},
         )
 
-    def unevenness(self, log_prior: Tensor) -> Tensor:
+    def unevenness(self, log_prior: Tensor) -> Tensor | float:
         """(B, K) log p_k of a micro-batch to `usage_weight` (log K - H(mean p)), in nats, for each pair (B,)."""
+        if not self.usage_weight:
+            return 0.0
         use = log_prior.exp().mean(0)
         short = math.log(self.codes) + torch.xlogy(use, use).sum()
         return (self.usage_weight * short).expand(len(log_prior))
