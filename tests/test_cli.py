@@ -430,7 +430,7 @@ def test_a_bad_row_is_named(kind: str, command: Command, places: list[str], tmp_
     assert_one_error(said, pattern)
     if not rows:
         return
-    assert "Correct them, or go on without them with `bad_rows: skip`." in said.err
+    assert "Correct or remove them; a fit can go on without them (`data.bad_rows: skip`)." in said.err
     went_on = command(
         "fit", *POLICY, *MODEL, *flags, *TRAINER, *places, "--data.bad_rows=skip", "--trainer.max_steps=1"
     )

@@ -12,12 +12,12 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 import zipfile
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -77,9 +77,9 @@ class ReferenceCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
-        handle, scratch = tempfile.mkstemp(suffix=_UNFINISHED, dir=self.folder)
+        scratch = self.folder / f"{uuid4().hex}{_UNFINISHED}"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with scratch.open("xb") as file:
                 np.savez(file, places=places, logps=logps)  # a zip, which holds checksums
                 file.flush()
                 os.fsync(file.fileno())
@@ -91,7 +91,7 @@ class ReferenceCache:
                 except FileExistsError:  # another process was faster
                     continue
         finally:
-            os.unlink(scratch)
+            scratch.unlink()
 
     def _open(self, part: Path) -> tuple[np.ndarray, np.ndarray]:
         with part.open("rb") as file, np.load(file) as kept:

@@ -88,7 +88,7 @@ def read_rows(
     def bad(place: str, fault: BadRow) -> None:
         nonlocal counted
         if on_bad is None:
-            raise DataError(f"{place}: {fault}. Correct or remove it, or skip such rows (`bad_rows: skip`).")
+            raise DataError(f"{place}: {fault}. Correct or remove it; a fit may skip it (`data.bad_rows: skip`).")
         counted += 1
         on_bad(place, fault)
 

@@ -124,8 +124,8 @@ def _write_entry(
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
     if report.bad and bad_rows == "error":
         raise DataError(
-            f"{sum(report.bad.values())} rows cannot be used.\n{report}\nCorrect them, or go on without them with "
-            "`bad_rows: skip`."
+            f"{sum(report.bad.values())} rows cannot be used.\n{report}\nCorrect or remove them; a fit can go on "
+            "without them (`data.bad_rows: skip`)."
         )
     if not report.kept:
         raise DataError(f"No pair is left.\n{report}\nLook at the split, the columns and the length limits.")

@@ -259,7 +259,7 @@ def test_bad_rows_stop_the_run_with_all_of_them_named(data: Any, write_rows: Any
     assert text.startswith("4 rows cannot be used.")
     for number, reason in ((2, "missing answer"), (3, "empty answer"), (4, "equal answers"), (5, "invalid JSON")):
         assert f"{reason}: pairs.jsonl line {number}" in text
-    assert "`bad_rows: skip`" in text
+    assert "`data.bad_rows: skip`" in text
 
 
 def test_every_stage_is_told_under_its_own_name(tmp_path: Path) -> None:

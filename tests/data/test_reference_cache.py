@@ -52,6 +52,16 @@ def test_what_was_added_is_read_and_nothing_else_is_known(cache: ReferenceCache)
     assert known(cache) == {0: (0.0, 0.0), 1: (-1.0, -2.5), 3: (-3.0, -7.5)}
 
 
+def test_parts_may_be_read_by_whom_the_umask_lets(cache: ReferenceCache) -> None:
+    before = os.umask(0o027)
+    try:
+        cache.add(np.array([0]), np.zeros((1, 2)))
+    finally:
+        os.umask(before)
+    (part,) = cache.folder.glob("*.npz")
+    assert part.stat().st_mode & 0o777 == 0o640
+
+
 def test_a_value_that_is_there_stays(cache: ReferenceCache) -> None:
     cache.add(*values(1, 2))
     cache.add(*values(2, 3, salt=0.125))

@@ -116,7 +116,7 @@ def test_unreadable_lines_are_told_or_raised(tmp_path):
         ("pairs.jsonl line 6", "invalid JSON"),
         ("pairs.jsonl line 7", "invalid JSON"),
     ]
-    with pytest.raises(DataError, match=r"pairs\.jsonl line 2: invalid JSON: .*begins with.*bad_rows: skip"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl line 2: invalid JSON: .*begins with.*data\.bad_rows: skip"):
         list(read_rows(path))
 
 
