@@ -97,11 +97,15 @@ class LatentSpace(nn.Module, ABC):
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """The loss of each labelled pair at `progress` (0 at the first optimizer step, 1 at the last)."""
 
-    def close_window(self) -> None:
-        """Called before each optimizer step: what training has read since the last one joins the running moments."""
+    def close_window(self, alike: bool = False) -> None:
+        """Called before each optimizer step: what training has read since the last one joins the running moments.
+
+        Args:
+            alike: All devices have read the same pairs, which count once.
+        """
         for part in self.modules():
             if isinstance(part, RunningMoments):
-                part.close_window()
+                part.close_window(alike)
 
     @abstractmethod
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:

@@ -111,6 +111,7 @@ def _make_reader(model: PreTrainedModel) -> None:
     """Small queries and keys attend to all tokens alike; what they fetch is to arrive with none of it lost."""
     for name, parameter in model.named_parameters():
         if name.endswith(("v_proj.weight", "o_proj.weight")):
-            parameter.copy_(torch.nn.init.orthogonal_(torch.empty(parameter.shape)))
+            # In float32, which a trainer of `bf16-true` does not build in: no decomposition is there for bfloat16.
+            parameter.copy_(torch.nn.init.orthogonal_(torch.empty(parameter.shape, dtype=torch.float32)))
     head = model.get_output_embeddings().weight
     head.normal_(std=head.shape[1] ** -0.5)

@@ -30,32 +30,33 @@ CODE_STEP = 0.03
 """Learning rate of a codebook, as a share of its root mean square."""
 
 
-def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> float:
+def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> tuple[float, float]:
     """Fit `space`, which is changed, in float32.
 
     Args:
         space: Built, in float32.
-        pairs: Shuffled.
+        pairs: Four or more, shuffled, the same on all devices.
         latent_lr: Learning rate of the networks.
 
     Returns:
-        The mean loss of held-out pairs, in nats.
+        Mean losses of held-out pairs, in nats: without a latent, and as the space has been fitted.
     """
-    held = max(1, round(HELD_OUT * len(pairs)))
+    held = max(2, round(HELD_OUT * len(pairs)))
     held_out, fitted = (torch.arange(len(pairs))[part] for part in (slice(held), slice(held, None)))
     with torch.no_grad():
         space.train()
         for places in fitted.split(AT_ONCE):
             space.training_terms(*pairs.take(places), 0.0)
-        space.close_window()
+        space.close_window(alike=True)
         space.eval()
+        plain = float(pairs.take(held_out)[1].under(None)[0].losses.mean())
 
     def step(places: Tensor, progress: float) -> Tensor:
         terms = space.training_terms(*pairs.take(places), progress)
         return (terms.pairs.losses + terms.penalty).mean()
 
     if isinstance(space, DiscreteSpace):
-        kinds = _take_kinds(space, pairs, fitted)
+        kinds = _take_kinds(space, pairs)
 
         def imitate(places: Tensor, progress: float) -> Tensor:
             return space.imitation_loss(pairs.take(places)[0], kinds[places]).mean()
@@ -63,12 +64,12 @@ def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> float:
         networks = [parameter for name, parameter in space.named_parameters() if not name.startswith("codebook")]
         _descend(space, [{"params": networks, "lr": latent_lr}], imitate, fitted, held_out)
         _take_scale(space, pairs, held_out)
-    return _descend(space, _groups(space, CALM * latent_lr), step, fitted, held_out)
+    return plain, _descend(space, _groups(space, CALM * latent_lr), step, fitted, held_out)
 
 
-def _take_kinds(space: DiscreteSpace, pairs: SketchedPairs, fitted: Tensor) -> Tensor:
+def _take_kinds(space: DiscreteSpace, pairs: SketchedPairs) -> Tensor:
     """Give codes the directions of kinds; (N,) the kind of each pair."""
-    if space.annotators:
+    if space.annotators and any(pairs.annotators):
         names = {name: number for number, name in enumerate(dict.fromkeys(pairs.annotators))}
         known = one_hot(torch.tensor([names[name] for name in pairs.annotators])).float()
     else:
@@ -84,7 +85,7 @@ def _take_scale(space: DiscreteSpace, pairs: SketchedPairs, held_out: Tensor) ->
     """Give the codebook the scale under which held-out labels have the highest evidence."""
     states, score = pairs.take(held_out)
     log_prior = space.log_prior(states.prompt)
-    directions = space.codebook.weight / (pairs.pull[held_out] @ space.codebook.weight.T).std()
+    directions = space.codebook.weight / (pairs.pull[held_out] @ space.codebook.weight.T).std().clamp_min(1e-12)
     evidence = [(log_prior - score.under_codes(scale * directions)[0].losses).logsumexp(-1).mean() for scale in SCALES]
     space.codebook.weight.copy_(SCALES[int(torch.stack(evidence).argmax())] * directions)
 

@@ -49,8 +49,9 @@ def kinds_of_pairs(known: Tensor, pulls: Tensor, kinds: int) -> tuple[Tensor, Te
         kinds: K, at most N.
 
     Returns:
-        (K, d) the mean of each kind, of a common scale that means nothing, and (N,) the kind of each pair. A kind
-        without a pair, where there are fewer different pairs than kinds, has mean 0.
+        (K, d) codes, of a common scale that means nothing, and (N,) the kind of each pair. A pull times a code is the
+        product of the whitened pull with the mean that is expected in that kind. A kind without a pair, where there
+        are fewer different pairs than kinds, has code 0.
     """
     equal = whitener(pulls, MANY)
     expected = RidgeCV(ALPHAS).fit(known.numpy(), (pulls @ equal).numpy()).predict(known.numpy())

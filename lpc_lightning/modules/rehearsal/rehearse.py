@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
 
 
 def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
-    """Fit `space` to `space.rehearse` training pairs, labelled as they are trained on. The policy is not changed.
+    """Fit `space` to `space.rehearse` of the pairs that the run will train on. The policy is not changed.
+
+    Labels are those that the run sees, wrong ones included.
 
     Raises:
-        SettingError: Data whose pairs are not known beforehand, fewer pairs than codes, or sharded weights.
+        SettingError: Data whose pairs are not known beforehand, fewer than four pairs or two a code, or weights that a strategy
+            shares out or keeps another copy of.
     """
     started, trainer = time.perf_counter(), module.trainer
     data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
@@ -41,15 +45,20 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
             f"latent.rehearse: found {space.rehearse} with data of {type(data).__name__}, expected a "
             "PreferenceDataModule, or 0: no rehearsal."
         )
-    if module.device_mesh is not None:
+    # DeepSpeed's optimizer has a copy of the weights, which would take back what is fitted here with the first step.
+    if module.device_mesh is not None or isinstance(trainer.strategy, DeepSpeedStrategy):
         raise SettingError(
-            f"latent.rehearse: found {space.rehearse} with sharded weights, expected 0, or another strategy."
+            f"latent.rehearse: found {space.rehearse} with {type(trainer.strategy).__name__}, expected 0: no rehearsal, "
+            "or a strategy under which each device has the weights to itself (trainer.strategy: auto, ddp)."
         )
     pairs, seed = data.training_pairs, derive("rehearsal", run_seed())
-    places = np.random.default_rng(seed).permutation(len(pairs))[: space.rehearse].tolist()
-    fewest = 2 * getattr(space, "codes", 1)
+    places = np.random.default_rng(seed).permutation(sorted(data.reads("train")))[: space.rehearse].tolist()
+    fewest = 2 * max(2, getattr(space, "codes", 1))
     if len(places) < fewest:
-        raise SettingError(f"latent.rehearse: found {len(places)} training pairs, expected {fewest} or more.")
+        raise SettingError(
+            f"latent.rehearse: found {len(places)} training pairs (of {space.rehearse} asked for), expected at least "
+            f"{fewest} (two for each code). Take more pairs, fewer codes (latent.codes), or 0: no rehearsal."
+        )
 
     rows: dict[int, np.ndarray] = {}
     ask = ask_of_pairs(pairs, places, data.make_layout(), lambda batch: _row(module, batch), trainer, "rehearsal")
@@ -63,14 +72,14 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         trained = copy.deepcopy(space).float()
-        loss = fit(trained, sketched, module.latent_lr)
+        plain, loss = fit(trained, sketched, module.latent_lr)
     space.load_state_dict(trained.state_dict())
     for tensor in (*space.parameters(), *space.buffers()):
         tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
     took = time.perf_counter() - started
     rank_zero_info(
         f"rehearsal: {len(places)} training pairs, in {took:.1f} s; {loss:.4f} nats of loss a held-out pair, "
-        f"{_plain_loss(sketched):.4f} without a latent."
+        f"{plain:.4f} without a latent."
     )
 
 
@@ -79,15 +88,10 @@ def _mean_token(module: PreferenceModule, batch: PreferenceBatch) -> MeanToken:
     with module.trainer.precision_plugin.forward_context():
         log_p = module.read(batch.to(module.device))[0].mean_token()
     head = module.policy.head
-    return MeanToken(replace(head, weight=head.weight.detach().float()), log_p)
+    return MeanToken(replace(head, weight=head.weight.detach().float()), log_p.float())
 
 
 @torch.no_grad()
 def _row(module: PreferenceModule, batch: PreferenceBatch) -> Tensor:
     reading, score = module.read(batch)
     return row_of(reading.states, *reading.first_order(), score.reference, batch)
-
-
-def _plain_loss(pairs: SketchedPairs) -> float:
-    _, score = pairs.take(torch.arange(len(pairs)))
-    return float(score.under(None)[0].losses.mean())
