@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, rms_norm
 
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
+from lpc_lightning.latent.evidence import given_earlier_pairs
 from lpc_lightning.latent.networks import Codebook
 from lpc_lightning.modules.rehearsal.kinds import kinds_of_pairs, subjects
 from lpc_lightning.modules.rehearsal.sketch import SketchedPairs
@@ -82,12 +83,22 @@ def _take_kinds(space: DiscreteSpace, pairs: SketchedPairs) -> Tensor:
 
 @torch.no_grad()
 def _take_scale(space: DiscreteSpace, pairs: SketchedPairs, held_out: Tensor) -> None:
-    """Give the codebook the scale under which held-out labels have the highest evidence."""
+    """Give the codebook the scale under which held-out labels have the highest evidence.
+
+    Where annotators' pairs share what they say, each is scored given the earlier ones: two opposite codes, each with
+    weight 1/2, say nothing of single pairs at any scale.
+    """
     states, score = pairs.take(held_out)
     log_prior = space.log_prior(states.prompt)
     directions = space.codebook.weight / (pairs.pull[held_out] @ space.codebook.weight.T).std().clamp_min(1e-12)
-    evidence = [(log_prior - score.under_codes(scale * directions)[0].losses).logsumexp(-1).mean() for scale in SCALES]
-    space.codebook.weight.copy_(SCALES[int(torch.stack(evidence).argmax())] * directions)
+
+    def evidence(scale: float) -> Tensor:
+        losses = score.under_codes(scale * directions)[0].losses
+        given = given_earlier_pairs(log_prior, losses, states.annotators) if space.annotators else log_prior
+        return (given - losses).logsumexp(-1).mean()
+
+    best = int(torch.stack([evidence(scale) for scale in SCALES]).argmax())
+    space.codebook.weight.copy_(SCALES[best] * directions)
 
 
 def _groups(space: LatentSpace, latent_lr: float) -> list[dict[str, object]]:
