@@ -26,7 +26,6 @@ from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_
 from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
 from lpc_lightning.modules.reference import Reference, live_reference
-from lpc_lightning.modules.rehearsal.rehearse import rehearse
 from lpc_lightning.modules.run_length import compare_run_length, run_length
 from lpc_lightning.modules.scoring import BatchScorer, Evaluated, TrainingOutput
 from lpc_lightning.modules.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
@@ -217,6 +216,9 @@ class PreferenceModule(LatentMixin, LightningModule):
         self._rehearsed = "rehearsed" in self._resumed
         self._resumed = {}
         if self.latent is not None and self.latent.rehearse and self.trainer.global_step == 0 and not self._rehearsed:
+            # Scikit-learn, which it needs, takes a while to import.
+            from lpc_lightning.modules.rehearsal.rehearse import rehearse
+
             rehearse(self, self.latent)
             self._rehearsed = True
 

@@ -43,7 +43,7 @@ def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> tuple[flo
         Mean losses of held-out pairs, in nats: without a latent, and as the space has been fitted.
     """
     held = max(2, round(HELD_OUT * len(pairs)))
-    held_out, fitted = (torch.arange(len(pairs))[part] for part in (slice(held), slice(held, None)))
+    fitted, held_out = torch.arange(len(pairs)).split([len(pairs) - held, held])
     with torch.no_grad():
         space.train()
         for places in fitted.split(AT_ONCE):
@@ -57,7 +57,7 @@ def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> tuple[flo
         return (terms.pairs.losses + terms.penalty).mean()
 
     if isinstance(space, DiscreteSpace):
-        kinds = _take_kinds(space, pairs)
+        kinds = _take_kinds(space, pairs, len(fitted))
 
         def imitate(places: Tensor, progress: float) -> Tensor:
             return space.imitation_loss(pairs.take(places)[0], kinds[places]).mean()
@@ -68,15 +68,15 @@ def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> tuple[flo
     return plain, _descend(space, _groups(space, CALM * latent_lr), step, fitted, held_out)
 
 
-def _take_kinds(space: DiscreteSpace, pairs: SketchedPairs) -> Tensor:
-    """Give codes the directions of kinds; (N,) the kind of each pair."""
+def _take_kinds(space: DiscreteSpace, pairs: SketchedPairs, fitted: int) -> Tensor:
+    """Give codes the directions of kinds, by the labels of the first `fitted` pairs; (N,) the kind of each pair."""
     if space.annotators and any(pairs.annotators):
         names = {name: number for number, name in enumerate(dict.fromkeys(pairs.annotators))}
         known = one_hot(torch.tensor([names[name] for name in pairs.annotators])).float()
     else:
         prompts = rms_norm(pairs.prompt, pairs.prompt.shape[-1:])
         known = subjects((prompts - prompts.mean(0)) / prompts.std(0).clamp_min(1e-6), pairs.pulls.sum(1)).cpu()
-    codes, kinds = kinds_of_pairs(known, pairs.pull.cpu(), space.codes)
+    codes, kinds = kinds_of_pairs(known, pairs.pull[:fitted].cpu(), space.codes)
     space.codebook.weight.data.copy_(codes)
     return kinds.to(pairs.prompt.device)
 

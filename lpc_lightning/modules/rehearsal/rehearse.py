@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from lpc_lightning.latent import LatentSpace
 from lpc_lightning.modules.pair_pass import ask_of_pairs
 from lpc_lightning.modules.rehearsal.fit import fit
 from lpc_lightning.modules.rehearsal.sketch import MeanToken, SketchedPairs, row_of
+from lpc_lightning.modules.sharding import keeps_weights_elsewhere
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PreferenceBatch
 
@@ -35,8 +35,8 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
     Labels are those that the run sees, wrong ones included.
 
     Raises:
-        SettingError: Data whose pairs are not known beforehand, fewer than four pairs or two a code, or weights that a strategy
-            shares out or keeps another copy of.
+        SettingError: Data whose pairs are not known beforehand, fewer than four pairs or two a code, or a strategy that
+            keeps weights elsewhere.
     """
     started, trainer = time.perf_counter(), module.trainer
     data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
@@ -45,11 +45,10 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
             f"latent.rehearse: found {space.rehearse} with data of {type(data).__name__}, expected a "
             "PreferenceDataModule, or 0: no rehearsal."
         )
-    # DeepSpeed's optimizer has a copy of the weights, which would take back what is fitted here with the first step.
-    if module.device_mesh is not None or isinstance(trainer.strategy, DeepSpeedStrategy):
+    if keeps_weights_elsewhere(trainer.strategy):
         raise SettingError(
-            f"latent.rehearse: found {space.rehearse} with {type(trainer.strategy).__name__}, expected 0: no rehearsal, "
-            "or a strategy under which each device has the weights to itself (trainer.strategy: auto, ddp)."
+            f"latent.rehearse: found {space.rehearse} with {type(trainer.strategy).__name__}, expected 0: no "
+            "rehearsal, or a strategy under which each device has the weights to itself (trainer.strategy: auto, ddp)."
         )
     pairs, seed = data.training_pairs, derive("rehearsal", run_seed())
     places = np.random.default_rng(seed).permutation(sorted(data.reads("train")))[: space.rehearse].tolist()

@@ -26,7 +26,9 @@ class Planted:
     The policy finds all answers alike, so that without a latent the loss is log 2.
     """
 
-    def __init__(self, pairs: int = 400, subjects: int = 4, opposed: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, pairs: int = 400, subjects: int = 4, opposed: bool = False, flipped: float = 0.0, seed: int = 0
+    ) -> None:
         draws = np.random.default_rng(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -40,6 +42,7 @@ class Planted:
         answers = told[self.subject][:, None] + 2 * draw(pairs, 2, WIDTH)
         lean = 1 - 2 * self.annotator
         ahead = ((answers[:, 0] - answers[:, 1]) * self.directions[self.subject]).sum(-1) * lean
+        ahead[torch.from_numpy(draws.random(pairs)) < flipped] *= -1
         self.pulls = torch.where(ahead[:, None, None] > 0, answers, answers.flip(1))
         lengths = torch.from_numpy(draws.integers(8, 13, size=(pairs, 2))).float()
         scalars = [torch.full((pairs, 4), -20.0), lengths]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lpc_lightning import latent
-from lpc_lightning.latent import LatentSpace, MarginalSpace, MLPSpace
+from lpc_lightning.latent import LatentSpace
 from lpc_lightning.modules.rehearsal import fit as module
 from lpc_lightning.modules.rehearsal.fit import HELD_OUT, fit
 from lpc_lightning.modules.rehearsal.sketch import SketchedPairs
@@ -35,7 +35,8 @@ def make(planted: Any, name: str = "MarginalSpace", **settings: Any) -> Any:
 
 
 def held_out(pairs: SketchedPairs) -> Tensor:
-    return torch.arange(round(HELD_OUT * len(pairs)))
+    """The last ones."""
+    return torch.arange(len(pairs))[-round(HELD_OUT * len(pairs)) :]
 
 
 def test_a_marginal_space_finds_what_was_planted(planted: Callable[..., Any]) -> None:
@@ -51,7 +52,7 @@ def test_a_marginal_space_finds_what_was_planted(planted: Callable[..., Any]) ->
     assert cosine_similarity(space.infer(states.prompt), data.wanted).mean() > 0.8
     # Also of the pairs that it has not seen.
     rewards = space.eval().inference_terms(states, score).pairs
-    assert (rewards.chosen_rewards > rewards.rejected_rewards)[400:].float().mean() > 0.9
+    assert (rewards.chosen_rewards > rewards.rejected_rewards)[400:].float().mean() > 0.85
 
 
 def test_what_it_says_of_the_held_out_pairs_is_so(planted: Callable[..., Any]) -> None:
@@ -62,6 +63,20 @@ def test_what_it_says_of_the_held_out_pairs_is_so(planted: Callable[..., Any]) -
     evidence = space.eval().log_evidence(states.prompt, score).detach()
     assert loss == pytest.approx(-float(evidence.mean()), abs=1e-5)
     assert plain == pytest.approx(float(score.under(None)[0].losses.mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [60, 200])
+def test_labels_that_mean_nothing_teach_next_to_nothing(pairs: int, planted: Callable[..., Any]) -> None:
+    """Held-out labels are not seen before scale and epoch are chosen by them: noise would look like knowledge."""
+    told, unseen = [], []
+    for seed in range(6):
+        data = planted(pairs=pairs + 500, flipped=0.5, seed=seed)
+        space = make(data)
+        told.append(fit(space, data.part(0, pairs), 1e-2)[1])
+        states, score = data.pairs.take(torch.arange(pairs, pairs + 500))
+        unseen.append(-float(space.eval().log_evidence(states.prompt, score).detach().mean()))
+    assert sum(told) / 6 > math.log(2) - 0.08
+    assert sum(unseen) / 6 < math.log(2) + 0.08
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -145,7 +160,7 @@ def test_two_annotators_who_want_the_opposite_are_found(planted: Callable[..., A
 
 def _told(space: Any, data: Any) -> float:
     """Share of pairs that are answered right under the code that fits the annotator's pairs best."""
-    states, score = data.pairs.take(torch.arange(len(data.pairs)))
+    _, score = data.pairs.take(torch.arange(len(data.pairs)))
     losses = score.under_codes(space.codebook.weight)[0].losses
     right = 0
     for who in range(2):

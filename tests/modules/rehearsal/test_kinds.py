@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -45,6 +44,15 @@ def test_labels_the_other_way_round_are_the_same_kinds_with_codes_turned_round(p
     (codes, found), (turned, same) = kinds_of_pairs(known, pulls, 4), kinds_of_pairs(known, -pulls, 4)
     assert normalized_mutual_info_score(found, same) == pytest.approx(1.0)
     torch.testing.assert_close(turned[same], -codes[found], rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_whose_pull_is_not_known_get_the_kind_that_is_expected_of_them(planted_kinds: Any) -> None:
+    known, pulls, kind, _ = planted_kinds
+    codes, found = kinds_of_pairs(known, pulls[:200], 4)
+    assert normalized_mutual_info_score(kind[200:], found[200:]) > 0.8
+    same_codes, same = kinds_of_pairs(known[:200], pulls[:200], 4)
+    assert torch.equal(codes, same_codes)
+    assert torch.equal(found[:200], same)
 
 
 def test_a_few_pairs_looked_at_all_with_all_will_do(planted_kinds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +138,10 @@ def test_what_is_not_related_is_no_subject(related: tuple[Tensor, Tensor]) -> No
 @pytest.mark.parametrize("shrinkage", [0.0, 0.1, 10.0])
 def test_whitening_brings_directions_to_one_or_below(shrinkage: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(500, 4, generator=generator, dtype=torch.float64) @ torch.diag(torch.tensor([9.0, 3, 1, 0.1])).double()
+    values = (
+        torch.randn(500, 4, generator=generator, dtype=torch.float64)
+        @ torch.diag(torch.tensor([9.0, 3, 1, 0.1])).double()
+    )
     before, axes = torch.linalg.eigh(values.T @ values / 500)
     after = whitened(values, shrinkage)
     expected = axes @ torch.diag(before / (before + shrinkage * before.mean())) @ axes.T
