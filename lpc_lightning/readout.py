@@ -249,11 +249,11 @@ class Reading:
     @torch.no_grad()
     def mean_token(self) -> Tensor:
         """(V,) log of the mean, over all tokens of all answers, of the distribution that they are drawn from."""
-        chunks = [
-            logits_of(self._hidden[chunk], self._head) for chunk in _chunks(len(self._hidden), len(self._head.weight))
+        sums = [
+            logits_of(self._hidden[chunk], self._head).log_softmax(-1).logsumexp(0)
+            for chunk in _chunks(len(self._hidden), len(self._head.weight))
         ]
-        total = torch.stack([logits.log_softmax(-1).logsumexp(0) for logits in chunks]).logsumexp(0)
-        return total - math.log(len(self._hidden))
+        return torch.stack(sums).logsumexp(0) - math.log(len(self._hidden))
 
     def _sum(self, per_token: Tensor) -> Tensor:
         sums = per_token.new_zeros(2 * self._batch.pairs, *per_token.shape[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -345,3 +346,78 @@ def test_a_readings_sums_are_its_tokens_sums_under_each_pairs_own_z(
         assert torch.equal(state, case.hidden[rows])
     ends = [len(pair.prompt_ids) + len(pair.rejected_ids) - 1 for pair in pairs]
     assert torch.equal(reading.states.rejected, case.hidden[[(3 + n) * width + end for n, end in enumerate(ends)]])
+
+
+def reading_of(case: Case, make_pairs: Callable[..., Any]) -> Reading:
+    """A reading of three pairs, from states that a backbone would send gradient through."""
+    pairs = make_pairs([(3, 4, 2), (1, 1, 5), (2, 3, 1)], vocabulary=11)
+    return Reading(case.hidden, PaddedLayout(pad_id=0)(pairs), case.head)
+
+
+@every_head
+@every_chunking
+def test_the_first_order_is_the_gradient_at_no_z(
+    kind: str, tokens_at_once: int, make_pairs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk(monkeypatch, tokens_at_once)
+    case = Case(kind, tokens=42)
+    reading = reading_of(case, make_pairs)
+    with torch.no_grad():
+        plain, pulls = reading.first_order()
+    assert not plain.requires_grad
+    assert not pulls.requires_grad
+    assert torch.equal(plain, reading.logps())
+    z = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)
+    logps = reading.logps(z)
+    for answer in range(6):
+        (gradient,) = torch.autograd.grad(logps[answer], z, retain_graph=True)
+        torch.testing.assert_close(pulls[answer], gradient[answer % 3], rtol=1e-11, atol=1e-11)
+    step = 1e-5
+    with torch.no_grad():
+        for axis in range(5):
+            ahead = step * torch.eye(5, dtype=torch.float64)[axis].expand(3, -1)
+            slope = (reading.logps(ahead) - reading.logps(-ahead)) / (2 * step)
+            torch.testing.assert_close(pulls[:, axis], slope, rtol=1e-7, atol=1e-7)
+
+
+def test_the_first_order_leaves_no_gradient_behind(make_pairs: Callable[..., Any]) -> None:
+    case = Case("bias", tokens=42)
+    reading_of(case, make_pairs).first_order()
+    assert all(leaf.grad is None for leaf in case.leaves)
+
+
+@every_head
+@every_chunking
+def test_the_mean_token_is_the_mean_of_the_distributions(
+    kind: str, tokens_at_once: int, make_pairs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk(monkeypatch, tokens_at_once)
+    case = Case(kind, tokens=42)
+    log_p = reading_of(case, make_pairs).mean_token()
+    pairs = make_pairs([(3, 4, 2), (1, 1, 5), (2, 3, 1)], vocabulary=11)
+    width, places = case.hidden.shape[0] // 6, []
+    for row in range(6):
+        pair = pairs[row % 3]
+        answer = pair.chosen_ids if row < 3 else pair.rejected_ids
+        places += [row * width + len(pair.prompt_ids) - 1 + place for place in range(len(answer))]
+    naive = torch.stack([logits_of(case.hidden[place : place + 1], case.head)[0].softmax(-1) for place in places])
+    assert not log_p.requires_grad
+    torch.testing.assert_close(log_p.exp(), naive.mean(0).detach(), rtol=1e-12, atol=1e-12)
+    assert log_p.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+
+
+def test_the_mean_token_holds_no_more_logits_than_a_chunk(
+    make_pairs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk(monkeypatch, 2)
+    case, alive, most = Case(tokens=42), weakref.WeakSet(), 0  # type: ignore[var-annotated]
+
+    def watched(*values: Any) -> Tensor:
+        nonlocal most
+        alive.add(found := logits_of(*values))
+        most = max(most, len(alive))
+        return found
+
+    monkeypatch.setattr(readout, "logits_of", watched)
+    reading_of(case, make_pairs).mean_token()
+    assert most == 1

@@ -66,11 +66,15 @@ class RunningMoments(nn.Module):
         return apart / self.deviation
 
     @torch.no_grad()
-    def close_window(self) -> None:
-        """Have all that was read in training mode since the last time, on all devices, join the moments."""
+    def close_window(self, alike: bool = False) -> None:
+        """Have all that was read in training mode since the last time, on all devices, join the moments.
+
+        Args:
+            alike: All devices have read the same, which counts once.
+        """
         if self._met is None:
             return
-        if dist.is_initialized():
+        if dist.is_initialized() and not alike:
             dist.all_reduce(self._met)
         (joining, *_), apart, square = self._met
         pairs = self.pairs + joining

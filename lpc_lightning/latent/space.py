@@ -77,8 +77,9 @@ class LatentSpace(nn.Module, ABC):
             hidden: Width of the hidden layer of the prior and posterior networks.
             standardise: Have these networks read what tells the states apart: less their running mean, over their
                 running deviation. Unless that is done they hardly see the prompt (see `RunningMoments`).
-            rehearse: Training pairs to which the space is fitted before the first step, with a policy that is linear in
-                z (see `modules.rehearsal`). Codes are then found by looking at all of them at once. 0: none.
+            rehearse: Training pairs, at most, to which the space is fitted before the first step, in a sketch of the
+                policy (see `modules.rehearsal` and docs/latent_spaces.md). Codes are then found by looking at all of
+                them at once. At least two for each code. 0: none.
 
         Raises:
             ValueError: `rehearse` is negative.
@@ -97,11 +98,15 @@ class LatentSpace(nn.Module, ABC):
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """The loss of each labelled pair at `progress` (0 at the first optimizer step, 1 at the last)."""
 
-    def close_window(self) -> None:
-        """Called before each optimizer step: what training has read since the last one joins the running moments."""
+    def close_window(self, alike: bool = False) -> None:
+        """Called before each optimizer step: what training has read since the last one joins the running moments.
+
+        Args:
+            alike: All devices have read the same pairs, which count once.
+        """
         for part in self.modules():
             if isinstance(part, RunningMoments):
-                part.close_window()
+                part.close_window(alike)
 
     @abstractmethod
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:

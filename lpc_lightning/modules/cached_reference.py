@@ -94,8 +94,6 @@ class CachedReference:
         self, stage: Stage, data: PreferenceDataModule, trainer: Any, module: PreferenceModule, untouched: bool
     ) -> None:
         pairs, reads, start = data.pairs[stage], data.reads(stage), time.perf_counter()
-        if stage == "train":
-            reads = reads | module.pairs_to_rehearse(len(pairs))
         cache = ReferenceCache(self._key(trainer), pairs, data.cache_dir)
         logps, missing = _known(cache, reads, trainer)
         if missing:

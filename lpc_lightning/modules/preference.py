@@ -26,7 +26,6 @@ from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_
 from lpc_lightning.modules.latent_mixin import LatentMixin
 from lpc_lightning.modules.metrics import PreferenceMetrics
 from lpc_lightning.modules.reference import Reference, live_reference
-from lpc_lightning.modules.rehearsal.rehearse import places_to_rehearse, rehearse
 from lpc_lightning.modules.run_length import compare_run_length, run_length
 from lpc_lightning.modules.scoring import BatchScorer, Evaluated, TrainingOutput
 from lpc_lightning.modules.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
@@ -86,7 +85,7 @@ class PreferenceModule(LatentMixin, LightningModule):
         self.latent_lr, self.lr_schedule, self.warmup = latent_lr, lr_schedule, warmup
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the rest
         self.reference_kind = reference
-        self._built = self._starting = False
+        self._built = self._starting = self._rehearsed = False
         self._resumed: dict[str, Any] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -118,7 +117,7 @@ class PreferenceModule(LatentMixin, LightningModule):
         """
         check_strategy(self.trainer.strategy)
         tell_micro_batch_size(self.trainer.strategy)
-        self._starting, self._resumed = True, {}
+        self._starting, self._resumed, self._rehearsed = True, {}, False
 
     def configure_model(self) -> None:
         """Build policy, reference and latent space, once; have the reference ready for the run that begins."""
@@ -202,10 +201,6 @@ class PreferenceModule(LatentMixin, LightningModule):
         """(2B,) log-probabilities under the policy as published: before it is trained, or with its adapter off."""
         return self.policy.reference_logps(batch)
 
-    def pairs_to_rehearse(self, pairs: int) -> set[int]:
-        """Which of so many training pairs the latent space looks at before the first step."""
-        return set() if self.latent is None else set(places_to_rehearse(self.latent, pairs))
-
     def on_train_start(self) -> None:
         """Take up the data where a resumed run left it, and tell where this run is set up otherwise.
 
@@ -217,9 +212,15 @@ class PreferenceModule(LatentMixin, LightningModule):
             loader.load_state_dict(self._resumed["training_data"])
         if "run_length" in self._resumed:
             compare_run_length(self.trainer, self._resumed["run_length"])
+        # A checkpoint of step 0 may have been written before the rehearsal, or within the first step, after it.
+        self._rehearsed = "rehearsed" in self._resumed
         self._resumed = {}
-        if self.latent is not None and self.latent.rehearse and self.trainer.global_step == 0:
+        if self.latent is not None and self.latent.rehearse and self.trainer.global_step == 0 and not self._rehearsed:
+            # Scikit-learn, which it needs, takes a while to import.
+            from lpc_lightning.modules.rehearsal.rehearse import rehearse
+
             rehearse(self, self.latent)
+            self._rehearsed = True
 
     def on_train_epoch_start(self) -> None:
         """Have the data follow this run's epochs: resumed under `max_steps`, Lightning's count for it is one ahead."""
@@ -334,6 +335,8 @@ class PreferenceModule(LatentMixin, LightningModule):
             taken = rewind_to_last_step(checkpoint["loops"], window, batches)
             checkpoint["training_data"] = loader.state_dict() | {"taken": taken}
         checkpoint["run_length"] = run_length(trainer)
+        if self._rehearsed:
+            checkpoint["rehearsed"] = True
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose weights are not this model's. (DeepSpeed has loaded its own before it asks.)"""
@@ -341,7 +344,8 @@ class PreferenceModule(LatentMixin, LightningModule):
             self._build()
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
-        self._resumed = {name: checkpoint[name] for name in ("training_data", "run_length") if name in checkpoint}
+        told = ("training_data", "run_length", "rehearsed")
+        self._resumed = {name: checkpoint[name] for name in told if name in checkpoint}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch does; frozen weights, which no checkpoint holds, are not told as missing."""

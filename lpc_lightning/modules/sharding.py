@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -48,6 +48,11 @@ def check_strategy(strategy: Strategy) -> None:
             "`forward` of their own layer only; the LM head and the codebook are read outside it. Expected stage 1 or "
             "2, or fsdp2, which shares out the weights too."
         )
+
+
+def keeps_weights_elsewhere(strategy: Strategy) -> bool:
+    """Weights cannot be set in place: they are shared out, or the optimizer has a copy and writes it over them."""
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))
 
 
 def tell_micro_batch_size(strategy: Strategy) -> None:

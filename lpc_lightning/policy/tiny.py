@@ -50,8 +50,9 @@ class TinyPolicy(Policy):
             context: Longest sequence in tokens.
             seed: Seed of the random weights, whatever the run's seed: policy and reference start from the same ones.
             reader: Start as a policy whose state at the last prompt token holds the mean of the prompt's tokens: values
-                and outputs of attention are rotations, queries and keys as small as ever, and logits have a deviation
-                of 1 nat. Otherwise that state says little of the prompt, in which no pretrained model is like it.
+                and outputs of attention are rotations (the values of grouped heads a part of one: set
+                options.num_key_value_heads to `heads` for the whole), queries and keys as small as ever, and logits
+                have a deviation of 1 nat. Otherwise that state says little of the prompt, unlike a pretrained model's.
             options: Further fields of the family's config.
             policy: Settings of `Policy`.
 
@@ -111,6 +112,7 @@ def _make_reader(model: PreTrainedModel) -> None:
     """Small queries and keys attend to all tokens alike; what they fetch is to arrive with none of it lost."""
     for name, parameter in model.named_parameters():
         if name.endswith(("v_proj.weight", "o_proj.weight")):
-            parameter.copy_(torch.nn.init.orthogonal_(torch.empty(parameter.shape)))
+            # In float32, which a trainer of `bf16-true` does not build in: no decomposition is there for bfloat16.
+            parameter.copy_(torch.nn.init.orthogonal_(torch.empty(parameter.shape, dtype=torch.float32)))
     head = model.get_output_embeddings().weight
     head.normal_(std=head.shape[1] ** -0.5)

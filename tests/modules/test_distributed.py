@@ -62,6 +62,7 @@ def one(cache_dir: Path) -> dict[str, Result]:
         environment.setenv("PL_GLOBAL_SEED", "0")
         found = {name: two_processes.fit("one", 1, two_processes.module(name), str(cache_dir)) for name in QUIET}
         found["live"] = two_processes.fit("one", 1, two_processes.module("plain", reference="live"), str(cache_dir))
+        found["rehearsed"] = two_processes.fit("one", 1, two_processes.rehearsing(), str(cache_dir))
         found["gumbel"] = two_processes.fit_as_two("gumbel", str(cache_dir))
         found["lora"] = two_processes.fit_as_two("gumbel", str(cache_dir), "lora")
     return found
@@ -88,6 +89,16 @@ def test_two_processes_are_one(strategy: str, run: str, two: Any, one: Any) -> N
     result, expected = two[f"{strategy} {run}"], one[run]
     assert result["steps"] == expected["steps"] == 6
     assert_same(result, expected)
+
+
+def test_two_processes_rehearse_as_one(two: Any, one: Any) -> None:
+    result, expected = two["ddp rehearsed"], one["rehearsed"]
+    assert result["weights"]["latent.prior.moments.pairs"] == expected["weights"]["latent.prior.moments.pairs"]
+    assert_same(result, expected)
+
+
+def test_a_rehearsal_needs_the_weights_whole(two: Any) -> None:
+    assert two["fsdp rehearsed"]["told"].startswith("latent.rehearse: found 16 with FSDP2Strategy, expected 0")
 
 
 def test_what_is_compared_moves(one: Any) -> None:

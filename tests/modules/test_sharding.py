@@ -1,10 +1,11 @@
 """Strategies that are refused, and what one is told. (Two processes against one: `test_distributed.py`.)"""
 
 import pytest
-from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from lpc_lightning.errors import SettingError
-from lpc_lightning.modules.sharding import check_strategy, tell_micro_batch_size
+from lpc_lightning.modules import FSDP2Strategy
+from lpc_lightning.modules.sharding import check_strategy, keeps_weights_elsewhere, tell_micro_batch_size
 
 
 class DeepSpeedOfStage(DeepSpeedStrategy):
@@ -31,6 +32,13 @@ def test_deepspeed_is_told_a_batch_size_unless_it_has_one() -> None:
     strategy.config["train_micro_batch_size_per_gpu"] = 7
     tell_micro_batch_size(strategy)
     assert strategy.config["train_micro_batch_size_per_gpu"] == 7
+
+
+def test_weights_are_elsewhere_where_they_are_shared_out_or_copied() -> None:
+    assert keeps_weights_elsewhere(DeepSpeedOfStage(1))
+    assert keeps_weights_elsewhere(FSDP2Strategy())
+    assert not keeps_weights_elsewhere(SingleDeviceStrategy())
+    assert not keeps_weights_elsewhere(DDPStrategy())
 
 
 def test_other_strategies_pass() -> None:

@@ -21,6 +21,7 @@ from callbacks.resources import peak_memory
 from lpc_lightning.checkpoint_io import WholeCheckpointIO
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.data.loading import TrainingBatches
+from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import GumbelSpace, MarginalSpace
 from lpc_lightning.modules import DPO, FSDP2Strategy
 from lpc_lightning.modules.checkpoint import CheckpointError
@@ -54,6 +55,11 @@ def module(latent: str, lora: str = "full", reference: Any = "cached", kind: typ
     # Checkpointed, as large policies are: the same numbers.
     policy = TinyPolicy(width=16, layers=2, heads=2, lora=LORAS[lora](), gradient_checkpointing=CHECKPOINTED[latent])
     return kind(policy=policy, latent=LATENTS[latent](), reference=reference, optimizer=adam, latent_lr=1e-2)
+
+
+def rehearsing() -> DPO:
+    latent = MarginalSpace(codes=4, hidden=8, rehearse=16)
+    return DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=latent, optimizer=adam, latent_lr=1e-2)
 
 
 class Rows(Logger):
@@ -221,6 +227,11 @@ def runs(folder: Path, cache: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for written, lora in (("ddp gumbel", "full"), ("fsdp gumbel", "full"), ("fsdp in one file lora", "lora")):
             resumed = fit(strategy, 2, module("gumbel", lora), cache, resume=folder / f"{written}.ckpt")
             yield f"{strategy} from {written}", resumed
+    yield "ddp rehearsed", fit("ddp", 2, rehearsing(), cache)
+    try:
+        fit("fsdp", 2, rehearsing(), cache)
+    except SettingError as error:
+        yield "fsdp rehearsed", {"told": str(error)}
     for strategy in ("ddp", "fsdp"):
         yield f"{strategy} mixed", fit(strategy, 2, module("marginal"), cache, precision="bf16-mixed")
     for written in ("ddp gumbel", "fsdp gumbel"):

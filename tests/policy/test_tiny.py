@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from lpc_lightning.data.layouts import SharedPrefixLayout
+from lpc_lightning.data.synthetic import PreferenceGenerator
+from lpc_lightning.errors import SettingError
 from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, UnsupportedPolicyError
 
 FAMILIES = ["llama", "mistral", "qwen2", "gpt2", "gemma2"]
@@ -137,3 +143,88 @@ def test_the_tokenizer_speaks_chatml() -> None:
     chat = [{"role": "user", "content": "Hi?"}]
     rendered = TinyPolicy().load_tokenizer().apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert rendered == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+
+
+READERS = ["llama", "mistral", "qwen2", "gemma2"]
+
+
+@pytest.mark.parametrize("family", READERS)
+def test_a_readers_values_and_outputs_lose_nothing(family: str) -> None:
+    policy = TinyPolicy(family=family, width=32, heads=4, reader=True, options={"num_key_value_heads": 4}).build()
+    grouped = TinyPolicy(family=family, width=32, heads=4, reader=True).build()
+    found = 0
+    for built, values in ((policy, 32), (grouped, 16)):
+        for name, weight in built.named_parameters():
+            if name.endswith(("v_proj.weight", "o_proj.weight")):
+                found += 1
+                assert len(weight) == (values if "v_proj" in name else 32)
+                torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)), rtol=0, atol=1e-5)
+    assert found == 2 * 2 * 2
+    # Of a state as the final norm leaves it, whose mean square is 1.
+    assert policy.head.weight.std().item() == pytest.approx(32**-0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("family", READERS)
+def test_a_readers_weights_belong_to_its_seed(family: str, tiny_spec: Callable[..., TinyPolicy]) -> None:
+    built = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        built.append(tiny_spec(family, reader=True).build().state_dict())
+        assert torch.equal(torch.get_rng_state(), before)
+    first, second = built
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    plain, other = (
+        tiny_spec(family, **settings).build().state_dict() for settings in ({}, {"seed": 1, "reader": True})
+    )
+    changed = {name.split(".")[-2] for name in first if not torch.equal(first[name], plain[name])}
+    assert changed == {"v_proj", "o_proj", "lm_head"} | ({"embed_tokens"} if family == "gemma2" else set())
+    name = next(name for name in first if "v_proj" in name)
+    assert not torch.equal(first[name], other[name])
+
+
+@torch.no_grad()
+def test_a_reader_knows_what_a_prompt_is_about() -> None:
+    """A linear probe of the built-in preferences' domain from the state at the last prompt token."""
+    examples = PreferenceGenerator(seed=0).examples(1000, "train")
+    domains = [example.source for example in examples]
+    scores = []
+    for reader in (False, True):
+        policy = TinyPolicy(width=128, layers=1, reader=reader, options={"num_key_value_heads": 4}).build()
+        tokenizer = TinyPolicy().load_tokenizer()
+        prompts = [
+            tokenizer.apply_chat_template(list(example.prompt), add_generation_prompt=True, return_dict=False)
+            for example in examples
+        ]
+        states = torch.stack([policy.backbone(torch.tensor([prompt]))[0][0, -1] for prompt in prompts]).numpy()
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        scores.append(cross_val_score(probe, states, domains, cv=4).mean())
+    without, with_reading = scores
+    assert len(set(domains)) == 10
+    assert with_reading > without + 0.12
+    assert with_reading > 0.85
+
+
+def test_a_reader_of_gpt2_is_refused() -> None:
+    with pytest.raises(
+        SettingError, match=r"policy\.reader: found true with family gpt2, expected another family, or false"
+    ):
+        TinyPolicy(family="gpt2", reader=True)
+    TinyPolicy(family="gpt2")
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_a_reader_in_bfloat16(default: torch.dtype) -> None:
+    """Also where modules are built in bfloat16, as by a trainer of `bf16-true`: it has the weights, rounded."""
+    wide = TinyPolicy(width=32, reader=True).build().state_dict()
+    torch.set_default_dtype(default)
+    try:
+        narrow = TinyPolicy(width=32, reader=True, dtype="bfloat16").build().state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, weight in narrow.items():
+        assert weight.dtype == torch.bfloat16
+        if "v_proj" in name:
+            square = weight.float() @ weight.float().T
+            torch.testing.assert_close(square, torch.eye(len(weight)), rtol=0, atol=0.01)
+    assert narrow.keys() == wide.keys()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, rms_norm
 
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
+from lpc_lightning.latent.evidence import given_earlier_pairs
 from lpc_lightning.latent.networks import Codebook
 from lpc_lightning.modules.rehearsal.kinds import kinds_of_pairs, subjects
 from lpc_lightning.modules.rehearsal.sketch import SketchedPairs
@@ -30,32 +31,33 @@ CODE_STEP = 0.03
 """Learning rate of a codebook, as a share of its root mean square."""
 
 
-def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> float:
+def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> tuple[float, float]:
     """Fit `space`, which is changed, in float32.
 
     Args:
         space: Built, in float32.
-        pairs: Shuffled.
+        pairs: Four or more, shuffled, the same on all devices.
         latent_lr: Learning rate of the networks.
 
     Returns:
-        The mean loss of held-out pairs, in nats.
+        Mean losses of held-out pairs, in nats: without a latent, and as the space has been fitted.
     """
-    held = max(1, round(HELD_OUT * len(pairs)))
-    held_out, fitted = (torch.arange(len(pairs))[part] for part in (slice(held), slice(held, None)))
+    held = max(2, round(HELD_OUT * len(pairs)))
+    fitted, held_out = torch.arange(len(pairs)).split([len(pairs) - held, held])
     with torch.no_grad():
         space.train()
         for places in fitted.split(AT_ONCE):
             space.training_terms(*pairs.take(places), 0.0)
-        space.close_window()
+        space.close_window(alike=True)
         space.eval()
+        plain = float(pairs.take(held_out)[1].under(None)[0].losses.mean())
 
     def step(places: Tensor, progress: float) -> Tensor:
         terms = space.training_terms(*pairs.take(places), progress)
         return (terms.pairs.losses + terms.penalty).mean()
 
     if isinstance(space, DiscreteSpace):
-        kinds = _take_kinds(space, pairs, fitted)
+        kinds = _take_kinds(space, pairs, len(fitted))
 
         def imitate(places: Tensor, progress: float) -> Tensor:
             return space.imitation_loss(pairs.take(places)[0], kinds[places]).mean()
@@ -63,30 +65,40 @@ def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> float:
         networks = [parameter for name, parameter in space.named_parameters() if not name.startswith("codebook")]
         _descend(space, [{"params": networks, "lr": latent_lr}], imitate, fitted, held_out)
         _take_scale(space, pairs, held_out)
-    return _descend(space, _groups(space, CALM * latent_lr), step, fitted, held_out)
+    return plain, _descend(space, _groups(space, CALM * latent_lr), step, fitted, held_out)
 
 
-def _take_kinds(space: DiscreteSpace, pairs: SketchedPairs, fitted: Tensor) -> Tensor:
-    """Give codes the directions of kinds; (N,) the kind of each pair."""
-    if space.annotators:
+def _take_kinds(space: DiscreteSpace, pairs: SketchedPairs, fitted: int) -> Tensor:
+    """Give codes the directions of kinds, by the labels of the first `fitted` pairs; (N,) the kind of each pair."""
+    if space.annotators and any(pairs.annotators):
         names = {name: number for number, name in enumerate(dict.fromkeys(pairs.annotators))}
         known = one_hot(torch.tensor([names[name] for name in pairs.annotators])).float()
     else:
         prompts = rms_norm(pairs.prompt, pairs.prompt.shape[-1:])
         known = subjects((prompts - prompts.mean(0)) / prompts.std(0).clamp_min(1e-6), pairs.pulls.sum(1)).cpu()
-    codes, kinds = kinds_of_pairs(known, pairs.pull.cpu(), space.codes)
+    codes, kinds = kinds_of_pairs(known, pairs.pull[:fitted].cpu(), space.codes)
     space.codebook.weight.data.copy_(codes)
     return kinds.to(pairs.prompt.device)
 
 
 @torch.no_grad()
 def _take_scale(space: DiscreteSpace, pairs: SketchedPairs, held_out: Tensor) -> None:
-    """Give the codebook the scale under which held-out labels have the highest evidence."""
+    """Give the codebook the scale under which held-out labels have the highest evidence.
+
+    Where annotators' pairs share what they say, each is scored given the earlier ones: two opposite codes, each with
+    weight 1/2, say nothing of single pairs at any scale.
+    """
     states, score = pairs.take(held_out)
     log_prior = space.log_prior(states.prompt)
-    directions = space.codebook.weight / (pairs.pull[held_out] @ space.codebook.weight.T).std()
-    evidence = [(log_prior - score.under_codes(scale * directions)[0].losses).logsumexp(-1).mean() for scale in SCALES]
-    space.codebook.weight.copy_(SCALES[int(torch.stack(evidence).argmax())] * directions)
+    directions = space.codebook.weight / (pairs.pull[held_out] @ space.codebook.weight.T).std().clamp_min(1e-12)
+
+    def evidence(scale: float) -> Tensor:
+        losses = score.under_codes(scale * directions)[0].losses
+        given = given_earlier_pairs(log_prior, losses, states.annotators) if space.annotators else log_prior
+        return (given - losses).logsumexp(-1).mean()
+
+    best = int(torch.stack([evidence(scale) for scale in SCALES]).argmax())
+    space.codebook.weight.copy_(SCALES[best] * directions)
 
 
 def _groups(space: LatentSpace, latent_lr: float) -> list[dict[str, object]]:

@@ -45,24 +45,26 @@ def kinds_of_pairs(known: Tensor, pulls: Tensor, kinds: int) -> tuple[Tensor, Te
 
     Args:
         known: (N, m) beside the label.
-        pulls: (N, d).
-        kinds: K, at most N.
+        pulls: (n, d) of the first n pairs. Of the others it is not seen: they get the kind nearest to what is expected.
+        kinds: K, at most n.
 
     Returns:
-        (K, d) the mean of each kind, of a common scale that means nothing, and (N,) the kind of each pair. A kind
-        without a pair, where there are fewer different pairs than kinds, has mean 0.
+        (K, d) codes, of a common scale that means nothing, and (N,) the kind of each pair. A pull times a code is the
+        product of the whitened pull with the mean that is expected in that kind. A kind without a pair, where there
+        are fewer different pairs than kinds, has code 0.
     """
     equal = whitener(pulls, MANY)
-    expected = RidgeCV(ALPHAS).fit(known.numpy(), (pulls @ equal).numpy()).predict(known.numpy())
+    ridge = RidgeCV(ALPHAS).fit(known[: len(pulls)].numpy(), (pulls @ equal).numpy())
+    expected = ridge.predict(known.numpy())
     directions = expected / np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-12)
-    found = directions[:AT_ONCE]
+    found = directions[: min(AT_ONCE, len(pulls))]
     different = len(np.unique(found.round(6), axis=0))
     parts = AgglomerativeClustering(min(kinds, different)).fit(found).labels_
     centres = np.stack([found[parts == part].mean(0) for part in range(parts.max() + 1)])
-    kind_of = KMeans(len(centres), init=centres, n_init=1).fit(directions).labels_ if len(centres) > 1 else parts
+    kind_of = KMeans(len(centres), init=centres, n_init=1).fit(directions[: len(pulls)]).predict(directions)
     means = np.zeros((kinds, pulls.shape[1]), expected.dtype)
-    for kind in np.unique(kind_of):
-        means[kind] = expected[kind_of == kind].mean(0)
+    for kind in np.unique(kind_of[: len(pulls)]):
+        means[kind] = expected[: len(pulls)][kind_of[: len(pulls)] == kind].mean(0)
     return torch.from_numpy(means).to(pulls.dtype) @ equal, torch.from_numpy(kind_of).long()
 
 

@@ -18,6 +18,7 @@ from lpc_lightning.latent import LatentSpace
 from lpc_lightning.modules.pair_pass import ask_of_pairs
 from lpc_lightning.modules.rehearsal.fit import fit
 from lpc_lightning.modules.rehearsal.sketch import MeanToken, SketchedPairs, row_of
+from lpc_lightning.modules.sharding import keeps_weights_elsewhere
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PreferenceBatch
 
@@ -28,16 +29,14 @@ if TYPE_CHECKING:
     from lpc_lightning.modules.preference import PreferenceModule
 
 
-def places_to_rehearse(space: LatentSpace, pairs: int) -> list[int]:
-    """Which of so many training pairs a run's rehearsal takes, by the run's seed."""
-    return np.random.default_rng(derive("rehearsal", run_seed())).permutation(pairs)[: space.rehearse].tolist()
-
-
 def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
-    """Fit `space` to `space.rehearse` training pairs, labelled as they are trained on. The policy is not changed.
+    """Fit `space` to `space.rehearse` of the pairs that the run will train on. The policy is not changed.
+
+    Labels are those that the run sees, wrong ones included.
 
     Raises:
-        SettingError: Data whose pairs are not known beforehand, fewer pairs than codes, or sharded weights.
+        SettingError: Data whose pairs are not known beforehand, fewer than four pairs or two a code, or a strategy that
+            keeps weights elsewhere.
     """
     started, trainer = time.perf_counter(), module.trainer
     data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
@@ -46,15 +45,19 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
             f"latent.rehearse: found {space.rehearse} with data of {type(data).__name__}, expected a "
             "PreferenceDataModule, or 0: no rehearsal."
         )
-    if module.device_mesh is not None:
+    if keeps_weights_elsewhere(trainer.strategy):
         raise SettingError(
-            f"latent.rehearse: found {space.rehearse} with sharded weights, expected 0, or another strategy."
+            f"latent.rehearse: found {space.rehearse} with {type(trainer.strategy).__name__}, expected 0: no "
+            "rehearsal, or a strategy under which each device has the weights to itself (trainer.strategy: auto, ddp)."
         )
-    pairs = data.training_pairs
-    places = places_to_rehearse(space, len(pairs))
-    fewest = 2 * getattr(space, "codes", 1)
+    pairs, seed = data.training_pairs, derive("rehearsal", run_seed())
+    places = np.random.default_rng(seed).permutation(sorted(data.reads("train")))[: space.rehearse].tolist()
+    fewest = 2 * max(2, getattr(space, "codes", 1))
     if len(places) < fewest:
-        raise SettingError(f"latent.rehearse: found {len(places)} training pairs, expected {fewest} or more.")
+        raise SettingError(
+            f"latent.rehearse: found {len(places)} training pairs (of {space.rehearse} asked for), expected at least "
+            f"{fewest} (two for each code). Take more pairs, fewer codes (latent.codes), or 0: no rehearsal."
+        )
 
     rows: dict[int, np.ndarray] = {}
     ask = ask_of_pairs(pairs, places, data.make_layout(), lambda batch: _row(module, batch), trainer, "rehearsal")
@@ -66,16 +69,16 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
     sketched = SketchedPairs(table, token, annotators, module.needs_reference, module.preference_loss)
 
     with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(derive("rehearsal", run_seed()))
+        torch.manual_seed(seed)
         trained = copy.deepcopy(space).float()
-        loss = fit(trained, sketched, module.latent_lr)
+        plain, loss = fit(trained, sketched, module.latent_lr)
     space.load_state_dict(trained.state_dict())
     for tensor in (*space.parameters(), *space.buffers()):
         tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
     took = time.perf_counter() - started
     rank_zero_info(
         f"rehearsal: {len(places)} training pairs, in {took:.1f} s; {loss:.4f} nats of loss a held-out pair, "
-        f"{_plain_loss(sketched):.4f} without a latent."
+        f"{plain:.4f} without a latent."
     )
 
 
@@ -84,15 +87,10 @@ def _mean_token(module: PreferenceModule, batch: PreferenceBatch) -> MeanToken:
     with module.trainer.precision_plugin.forward_context():
         log_p = module.read(batch.to(module.device))[0].mean_token()
     head = module.policy.head
-    return MeanToken(replace(head, weight=head.weight.detach().float()), log_p)
+    return MeanToken(replace(head, weight=head.weight.detach().float()), log_p.float())
 
 
 @torch.no_grad()
 def _row(module: PreferenceModule, batch: PreferenceBatch) -> Tensor:
     reading, score = module.read(batch)
     return row_of(reading.states, *reading.first_order(), score.reference, batch)
-
-
-def _plain_loss(pairs: SketchedPairs) -> float:
-    _, score = pairs.take(torch.arange(len(pairs)))
-    return float(score.under(None)[0].losses.mean())
