@@ -226,6 +226,7 @@ def test_an_ablation_opens_with_its_command_and_its_first_cell_takes_two_steps(
     assert second.startswith("# ")
     cells = read_grid(path).cells()
     steps = [
+        "--trainer.accumulate_grad_batches=1",
         "--data.batch_size=16",
         "--data.train_pairs=32",
         "--trainer.max_steps=2",
