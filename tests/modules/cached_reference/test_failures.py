@@ -63,7 +63,9 @@ class Nan(Callback):
 def test_values_that_are_no_numbers_are_told_and_not_kept(
     small_policy: Any, own_data: Any, fit_run: Any, entries: Any
 ) -> None:
-    with pytest.raises(FloatingPointError, match=r"reference, train pairs: found \[nan, nan\] for pair '.*', expected fi"):
+    with pytest.raises(
+        FloatingPointError, match=r"reference, train pairs: found \[nan, nan\] for pair '.*', expected fi"
+    ):
         fit_run(DPO(policy=small_policy()), own_data(), max_steps=1, callbacks=[Nan()])
     assert entries() == []
 
