@@ -18,7 +18,7 @@ LOSS, MEMORISING = "train/loss", "train/noise/flipped/accuracy_true"
 """Of pairs with a wrong label, the accuracy by the true one falls where a policy memorises noise."""
 CODEBOOK = ("val/latent/codebook_perplexity", "val/latent/dead_codes", "val/mutual_information/factor")
 """What tells how a codebook is used."""
-MOST_POINTS = 200
+MOST_POINTS = 40
 """Points of a curve; of a longer one, neighbours are averaged."""
 BAND = "Bands: Student's 95 % interval of the mean over seeds; one seed has none."
 

@@ -158,8 +158,8 @@ def test_long_curves_are_averaged(tmp_path: Path) -> None:
     plot = drawn(curve, tmp_path)
     (line,) = panels(plot.figure)[0].lines
     assert len(x_of(line)) == MOST_POINTS
-    assert x_of(line)[0] == pytest.approx(2.0)
-    assert y_of(line)[0] == pytest.approx(0.002)
+    assert x_of(line)[0] == pytest.approx(12.0)
+    assert y_of(line)[0] == pytest.approx(0.012)
     assert f"averaged to {MOST_POINTS} points" in plot.caption
 
 
