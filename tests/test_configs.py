@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,19 @@ def test_an_ablation_opens_with_its_command_and_its_first_cell_takes_two_steps(
     ]
     done = PreferenceCLI(["fit", *cells[0].arguments, *swap, *steps])
     assert done.trainer.global_step == 2
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablation/*.yaml")), ids=name_of)
+def test_every_value_of_an_ablations_axes_is_understood(
+    path: Path, swap: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those too that are not taken unless the command line asks for them."""
+    monkeypatch.chdir(CONFIGS.parent)
+    grid = read_grid(path)
+    named = [axis for axis in grid.axes if isinstance(axis.arguments, Mapping)]
+    met: set[tuple[str, str]] = set()
+    for cell in grid.changed([f"{axis.name}={','.join(axis.arguments)}" for axis in named]).cells():
+        values = {(axis, str(value)) for axis, value in cell.axes.items()}
+        if values - met:
+            Parsed([*cell.arguments, *swap, "--trainer.precision=32-true"])
+        met |= values

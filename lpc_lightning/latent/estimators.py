@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import gumbel_softmax, nll_loss
+from torch.nn.functional import cross_entropy, gumbel_softmax
 
 from lpc_lightning.latent.discrete import DiscreteSpace
 from lpc_lightning.latent.divergence import WeightedKL, categorical_kl
@@ -53,8 +53,8 @@ class PosteriorSpace(DiscreteSpace):
 
     def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
         """Of prior and posterior, added."""
-        posterior = self.posterior.of(states).log_softmax(-1)
-        return super().imitation_loss(states, codes) + nll_loss(posterior, codes, reduction="none")
+        of_posterior = cross_entropy(self.posterior.of(states), codes, reduction="none")
+        return super().imitation_loss(states, codes) + of_posterior
 
 
 class GumbelSpace(PosteriorSpace):

@@ -121,12 +121,12 @@ class Prior(StateNetwork):
 
 
 PosteriorReads = Literal["both", "difference", "sum"]
-READS: dict[PosteriorReads, Callable[[PairStates], tuple[Tensor, ...]]] = {
-    "both": lambda states: (states.chosen, states.rejected),
-    "difference": lambda states: (states.chosen - states.rejected,),
-    "sum": lambda states: (states.chosen + states.rejected,),
+READS: dict[PosteriorReads, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "both": lambda chosen, rejected: (chosen, rejected),
+    "difference": lambda chosen, rejected: (chosen - rejected,),
+    "sum": lambda chosen, rejected: (chosen + rejected,),
 }
-"""What a posterior may be shown of labelled pairs: states, each (B, d)."""
+"""What a posterior may be shown of h_w and h_l, (B, d) each: states of the same shape, to be read side by side."""
 
 
 class Posterior(StateNetwork):
@@ -140,9 +140,10 @@ class Posterior(StateNetwork):
         """
         if reads not in READS:
             raise ValueError(f"latent.posterior_reads: found {reads!r}, expected one of {', '.join(READS)}.")
-        super().__init__(2 if reads == "both" else 1, width, outputs, settings)
+        shown = READS[reads](torch.empty(0), torch.empty(0))
+        super().__init__(len(shown), width, outputs, settings)
         self.reads = reads
 
     def of(self, states: PairStates) -> Tensor:
         """(B, outputs) posterior logits of labelled pairs."""
-        return self(*READS[self.reads](states))
+        return self(*READS[self.reads](states.chosen, states.rejected))

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
+from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.loading import TrainingLoader
 from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
@@ -215,12 +216,23 @@ class PreferenceModule(LatentMixin, LightningModule):
         # A checkpoint of step 0 may have been written before the rehearsal, or within the first step, after it.
         self._rehearsed = "rehearsed" in self._resumed
         self._resumed = {}
+        self._check_annotators()
         if self.latent is not None and self.latent.rehearse and self.trainer.global_step == 0 and not self._rehearsed:
             # Scikit-learn, which it needs, takes a while to import.
             from lpc_lightning.modules.rehearsal.rehearse import rehearse
 
             rehearse(self, self.latent)
             self._rehearsed = True
+
+    def _check_annotators(self) -> None:
+        """Refuse to share what annotators say where nobody is known to have labelled anything."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
+        shares = isinstance(self.latent, DiscreteSpace) and self.latent.annotators
+        if shares and isinstance(data, PreferenceDataModule) and not any(data.training_pairs.annotators):
+            raise SettingError(
+                f"latent.annotators: found true, and no annotator in {len(data.training_pairs)} training pairs, expected "
+                "a column `annotator` (or another one's name, data.columns.annotator), or latent.annotators false."
+            )
 
     def on_train_epoch_start(self) -> None:
         """Have the data follow this run's epochs: resumed under `max_steps`, Lightning's count for it is one ahead."""

@@ -140,10 +140,11 @@ def test_a_checkpoint_from_before_the_rehearsal_is_rehearsed(
 
 @pytest.mark.parametrize("kind", [DPO, SimPO])
 def test_wrong_labels_are_rehearsed_as_they_are_trained_on(
-    kind: type[PreferenceModule], module: Any, fit_run: Any, rehearsals: list[SketchedPairs]
+    kind: type[PreferenceModule], module: Any, fit_run: Any, rehearsals: list[SketchedPairs], tmp_path: Path
 ) -> None:
     for rate in (0.0, 0.4, 1.0):
-        fit_run(module(marginal(21), kind), callbacks=[LabelFlipNoise(rate)], max_epochs=1)
+        noise = [LabelFlipNoise(rate)]
+        fit_run(module(marginal(21), kind), callbacks=noise, max_epochs=1, default_root_dir=tmp_path)
     clean, some, all_wrong = rehearsals
     assert torch.equal(clean.prompt, some.prompt)
     assert torch.equal(clean.prompt, all_wrong.prompt)
@@ -256,3 +257,9 @@ def test_too_few_pairs_are_refused(codes: int, rehearse: int, fewest: int, modul
 def test_fewer_than_none_cannot_be_asked_for() -> None:
     with pytest.raises(ValueError, match=r"latent\.rehearse: found -1, expected at least 0\."):
         marginal(-1)
+
+
+def test_annotators_who_are_not_there_cannot_share(module: Any, fit_run: Any) -> None:
+    shares = MarginalSpace(codes=2, annotators=True)
+    with pytest.raises(SettingError, match=r"latent\.annotators: found true, and no annotator in \d+ training pairs"):
+        fit_run(module(shares), max_steps=1)
