@@ -231,7 +231,7 @@ class PreferenceModule(LatentMixin, LightningModule):
         if shares and isinstance(data, PreferenceDataModule) and not any(data.training_pairs.annotators):
             raise SettingError(
                 f"latent.annotators: found true, and no annotator in {len(data.training_pairs)} training pairs, "
-                "expected a column `annotator` (or another one's name, data.columns.annotator), or latent.annotators false."
+                "expected a column `annotator` (see data.columns.annotator), or latent.annotators false."
             )
 
     def on_train_epoch_start(self) -> None:
