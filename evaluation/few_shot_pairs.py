@@ -79,8 +79,8 @@ class FewShotPairs(nn.Module):
         if isinstance(space, DiscreteSpace):
             codes = space.codebook.weight
             numbers |= _by_code("log_prior", space.log_prior(states.prompt))
-            numbers |= _by_code("losses", score.under_codes(codes)[0].losses)
-            numbers |= _by_code("swapped", score.swapped().under_codes(codes)[0].losses)
+            numbers |= _by_code("losses", -score.under_codes(codes)[0].evidence)
+            numbers |= _by_code("swapped", -score.swapped().under_codes(codes)[0].evidence)
         if isinstance(space, PosteriorSpace):
             numbers |= _by_code("log_posterior", space.log_posterior(states, score))
         self.table.update(numbers, pair_labels(batch))

@@ -19,6 +19,8 @@ CHUNK_ELEMENTS = 2**25
 """Logits alive at once: 128 MiB in float32."""
 THIN_RANGE = 60.0
 """Nats between a code's largest and smallest logit bias up to which exp() in float32 loses nothing that counts."""
+WIDE_RANGE = 600.0
+"""The same in float64, up to which sums over the vocabulary are then taken. Losses without a reference go there."""
 
 
 def token_logps(hidden: Tensor, targets: Tensor, head: LogitHead) -> Tensor:
@@ -40,8 +42,9 @@ def token_logps_per_code(hidden: Tensor, targets: Tensor, head: LogitHead, codes
 
     With a = head(h) and b_k = scale W e_k, the normaliser under code k is
     logsumexp_v(a_v + b_kv) = logsumexp_v(a_v) + log sum_v softmax(a)_v exp(b_kv): a thin (N, V) by (V, K) product, at
-    about K/d of the head's own cost. A soft-capped head is not linear and takes K passes; so do codes with a logit
-    range beyond `THIN_RANGE`, for which exp(b_k - max b_k) would underflow.
+    about K/d of the head's own cost. Where a code has a logit range beyond `THIN_RANGE`, exp(b_k - max b_k) would
+    underflow in float32, and all that comes after a is float64. K passes are left for a soft-capped head, which is not
+    linear, for ranges beyond `WIDE_RANGE`, and for devices without float64.
 
     Args:
         hidden: (N, d) states that enter the head, without any code.
@@ -54,8 +57,13 @@ def token_logps_per_code(hidden: Tensor, targets: Tensor, head: LogitHead, codes
     """
     if head.softcap is None:
         table = code_logits(head, codes)
-        if (table.detach().amax(-1) - table.detach().amin(-1)).max() <= THIN_RANGE:
+        across = (table.detach().amax(-1) - table.detach().amin(-1)).max()
+        if across <= THIN_RANGE:
             return _TokenLogps.apply(hidden, head.weight, head.bias, table, targets, head.scale, None)
+        if across <= WIDE_RANGE and hidden.device.type != "mps":
+            exact = _types(hidden)[1]
+            found = _TokenLogps.apply(hidden, head.weight, head.bias, table.double(), targets, head.scale, None)
+            return found.to(exact)
     return torch.stack([token_logps(hidden + code.to(hidden.dtype), targets, head) for code in codes], dim=-1)
 
 
@@ -96,7 +104,10 @@ def logits_of(hidden: Tensor, head: LogitHead) -> Tensor:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """(N, K) log-probabilities of `targets` under K logit biases `table` (K, V), or (N, 1) without a table."""
+    """(N, K) log-probabilities of `targets` under K logit biases `table` (K, V), or (N, 1) without a table.
+
+    A table in float64 has everything after the head's matrix product in float64.
+    """
 
     @staticmethod
     def forward(
@@ -110,6 +121,8 @@ class _TokenLogps(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         product, exact = _types(hidden)
+        if table is not None and table.dtype == torch.float64:
+            exact = torch.float64
         ctx.scale, ctx.softcap, ctx.product = scale, softcap, product
         with torch.autocast(hidden.device.type, enabled=False):
             states, rows = hidden.to(product), weight.to(product)

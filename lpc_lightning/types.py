@@ -205,3 +205,10 @@ class PairLosses:
     chosen_rewards: Tensor
     """Implicit reward of the chosen answer, scaled by beta, without gradient."""
     rejected_rewards: Tensor
+    nats: float = 1.0
+    """What one unit of the loss counts as evidence: 1 where it is a negative log-likelihood."""
+
+    @property
+    def evidence(self) -> Tensor:
+        """Log-likelihood of each label, in nats, up to a constant: what tells one code from another."""
+        return -self.nats * self.losses

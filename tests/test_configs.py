@@ -169,6 +169,7 @@ def test_every_algorithm_trains_two_steps_with_every_latent(
 ) -> None:
     path = CONFIGS / "experiment" / "smollm2" / f"{algorithm}.yaml"
     steps = [
+        "--data.deciding=hidden",
         "--data.train_pairs=32",
         "--trainer.max_steps=2",
         "--trainer.enable_progress_bar=false",

@@ -226,6 +226,22 @@ def test_the_thin_product_is_the_separate_heads_in_float32(kind: str, monkeypatc
     torch.testing.assert_close(thin, torch.stack(separate, dim=-1), rtol=0, atol=1e-4)
 
 
+@linear_head
+@pytest.mark.parametrize("code_scale", [20.0, 200.0], ids=["float64", "separate heads"])
+def test_codes_of_any_range_are_as_exact_as_separate_heads(kind: str, code_scale: float) -> None:
+    case = Case(kind, tokens=16, vocabulary=64, width=8, codes=4, dtype=torch.float32, code_scale=code_scale)
+    exact = case.in_float64()
+    table = readout.code_logits(exact.head, exact.codes)
+    across = (table.amax(-1) - table.amin(-1)).max().item()
+    assert (readout.THIN_RANGE < across < readout.WIDE_RANGE) == (code_scale == 20.0), across
+    found, truth = token_logps_per_code(case.hidden, case.targets, case.head, case.codes), exact.naive()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(case.gradients(found), exact.gradients(truth), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
 def errors(case: Case, logps: Tensor, exact: Case) -> dict[str, float]:
     """How far values, differences between codes, and gradients are from float64, relative but for the values."""
     truth = exact.naive()

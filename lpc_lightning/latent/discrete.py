@@ -106,8 +106,8 @@ class DiscreteSpace(LatentSpace):
         return None if log_posterior is None else self.codebook(log_posterior.exp())
 
     def log_joint(self, prompt: Tensor, score: PairScorer) -> Tensor:
-        """(B, K) log p_k - l_k, with p the prior and l_k the pair's loss under code k."""
-        return self.log_prior(prompt) - score.under_codes(self.codebook.weight)[0].losses
+        """(B, K) log p_k - l_k, with p the prior and l_k the pair's loss under code k, in nats of evidence."""
+        return self.log_prior(prompt) + score.under_codes(self.codebook.weight)[0].evidence
 
     def log_exact_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """(B, K) prior times evidence, normalised."""

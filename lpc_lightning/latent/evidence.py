@@ -15,20 +15,20 @@ def earlier_pairs(annotators: Sequence[str], device: torch.device) -> Tensor:
     return (who[:, None] == who).tril(-1)
 
 
-def given_earlier_pairs(log_prior: Tensor, losses: Tensor, annotators: Sequence[str]) -> Tensor:
+def given_earlier_pairs(log_prior: Tensor, evidence: Tensor, annotators: Sequence[str]) -> Tensor:
     """log p(k given x_i and the pairs j < i of the same annotator), which is p_k(x_i) prod_j exp(-l_jk), normalised.
 
     Args:
         log_prior: (B, K) log p_k(x_i).
-        losses: (B, K) l_ik, the loss of each pair under each code.
+        evidence: (B, K) -l_ik, what each pair says of each code (`PairLosses.evidence`).
         annotators: Who labelled each pair; empty where nobody is known.
 
     Returns:
-        (B, K). Where there is no such pair it is the prior, to the last bit. Gradient flows through the losses as well.
+        (B, K). Where there is no such pair it is the prior, to the last bit. Gradient flows through the evidence as well.
     """
     if not any(annotators):
         return log_prior
-    earlier = earlier_pairs(annotators, losses.device)
+    earlier = earlier_pairs(annotators, evidence.device)
     # A sum, and not a product of matrices, which autocast or TF32 would round.
-    evidence = -torch.where(earlier[:, :, None], losses, 0.0).sum(1)
-    return torch.where(earlier.any(-1, keepdim=True), (log_prior + evidence).log_softmax(-1), log_prior)
+    said = torch.where(earlier[:, :, None], evidence, 0.0).sum(1)
+    return torch.where(earlier.any(-1, keepdim=True), (log_prior + said).log_softmax(-1), log_prior)

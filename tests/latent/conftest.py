@@ -87,6 +87,11 @@ class Toy:
                 losses.append(torch.log(1 + torch.exp(-margin * (0.7 if self.algorithm == "dpo" else 1.0))))
         return torch.stack(losses)
 
+    @property
+    def naive_nats(self) -> float:
+        """What one unit of loss counts as evidence: IPO's is a share of what it is at a margin of 0."""
+        return 1 / 1.25**2 if self.algorithm == "ipo" else 1.0
+
 
 @pytest.fixture(params=list(LOSSES))
 def toy(request: pytest.FixtureRequest, make_pairs: Callable[..., list[TokenizedPair]]) -> Toy:

@@ -73,8 +73,9 @@ def test_the_marginal_is_the_soft_minimum_over_codes(
     prior, by_code = softmax(naive_network(space.prior, toy.states.prompt)), losses_by_code(space, toy)
     expected = []
     for pair in range(4):
-        likelihood = sum(prior[pair, code] * torch.exp(-by_code[pair, code]) for code in range(CODES))
-        expected.append(-torch.log(likelihood))
+        said = torch.exp(-toy.naive_nats * by_code[pair])
+        likelihood = sum(prior[pair, code] * said[code] for code in range(CODES))
+        expected.append(-torch.log(likelihood) / toy.naive_nats)
     assert_same_loss_and_gradients(total(terms), torch.stack(expected).mean(), space, toy)
     assert terms.penalty == 0
 
@@ -95,7 +96,9 @@ def test_for_dpo_the_marginal_is_the_likelihood_of_the_label(
 def test_the_marginals_posterior_is_exact(toy: Any, build: Callable[..., Any], naive_network: Network) -> None:
     space = build(MarginalSpace(**SIZE), toy)
     terms = space.training_terms(toy.states, toy.score, 0.0)
-    joint = softmax(naive_network(space.prior, toy.states.prompt)) * torch.exp(-losses_by_code(space, toy))
+    joint = softmax(naive_network(space.prior, toy.states.prompt)) * torch.exp(
+        -toy.naive_nats * losses_by_code(space, toy)
+    )
     posterior = joint / joint.sum(-1, keepdim=True)
     torch.testing.assert_close(terms.posterior.exp(), posterior.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(terms.kl, kl_of(posterior, terms.prior.exp()).detach(), rtol=1e-8, atol=1e-12)
@@ -108,14 +111,14 @@ def test_under_the_exact_posterior_the_bound_is_tight_and_under_any_other_it_is_
     toy: Any, build: Callable[..., Any]
 ) -> None:
     marginal = build(MarginalSpace(**SIZE), toy)
-    expected = build(ExpectedSpace(**SIZE, kl_weight=1.0), toy)
+    expected = build(ExpectedSpace(**SIZE, kl_weight=1 / toy.naive_nats), toy)
     expected.codebook.load_state_dict(marginal.codebook.state_dict())
     expected.prior.load_state_dict(marginal.prior.state_dict())
     exact = marginal.training_terms(toy.states, toy.score, 0.0)
     bound = expected.training_terms(toy.states, toy.score, 0.0)
     assert (bound.pairs.losses + bound.penalty > exact.pairs.losses + 1e-6).all()
     by_code, _ = toy.score.under_codes(marginal.codebook.weight)
-    tight = (exact.posterior.exp() * by_code.losses).sum(-1) + exact.kl
+    tight = (exact.posterior.exp() * by_code.losses).sum(-1) + exact.kl / toy.naive_nats
     torch.testing.assert_close(tight, exact.pairs.losses, rtol=1e-11, atol=1e-11)
 
 

@@ -48,7 +48,7 @@ some_names = st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=1, max_size
 @given(some_names, st.integers(1, 4))
 def test_pairs_are_scored_given_the_earlier_ones_of_their_annotator(annotators: list[str], codes: int) -> None:
     prior, losses = draw(annotators, codes)
-    found = given_earlier_pairs(prior, losses, annotators)
+    found = given_earlier_pairs(prior, -losses, annotators)
     torch.testing.assert_close(found.exp(), naive(prior.exp(), losses, annotators), rtol=1e-11, atol=1e-13)
     for row, name in enumerate(annotators):
         if not name or name not in annotators[:row]:
@@ -57,8 +57,8 @@ def test_pairs_are_scored_given_the_earlier_ones_of_their_annotator(annotators: 
 
 def test_gradient_flows_through_the_evidence_as_well() -> None:
     prior, losses = (values.requires_grad_() for values in draw("aabab"))
-    assert torch.autograd.gradcheck(lambda *values: given_earlier_pairs(*values, "aabab"), (prior, losses))
-    given_earlier_pairs(prior, losses, "aabab")[3, 0].backward()
+    assert torch.autograd.gradcheck(lambda prior, losses: given_earlier_pairs(prior, -losses, "aabab"), (prior, losses))
+    given_earlier_pairs(prior, -losses, "aabab")[3, 0].backward()
     assert [row for row in range(5) if losses.grad[row].any()] == [0, 1]
     assert [row for row in range(5) if prior.grad[row].any()] == [3]
 
@@ -69,7 +69,7 @@ def test_an_annotators_losses_are_the_marginal_of_all_labels_in_any_order(annota
     prior = prior[:1].expand_as(prior)
     order = random.sample(range(len(annotators)), len(annotators))
     shuffled, named = losses[order], [annotators[row] for row in order]
-    terms = -(given_earlier_pairs(prior, shuffled, named) - shuffled).logsumexp(-1)
+    terms = -(given_earlier_pairs(prior, -shuffled, named) - shuffled).logsumexp(-1)
     for name in {"a", "b", "c"} & set(annotators):
         own = [row for row, other in enumerate(annotators) if other == name]
         expected = -torch.log((prior[0].exp() * torch.exp(-losses[own].sum(0))).sum())
@@ -80,8 +80,8 @@ def test_an_annotators_losses_are_the_marginal_of_all_labels_in_any_order(annota
 def test_the_sum_over_pairs_is_as_exact_under_autocast() -> None:
     prior, losses = (values.float() for values in draw("aaaa"))
     with torch.autocast("cpu", torch.bfloat16):
-        found = given_earlier_pairs(prior, losses, "aaaa")
-    assert torch.equal(found, given_earlier_pairs(prior, losses, "aaaa"))
+        found = given_earlier_pairs(prior, -losses, "aaaa")
+    assert torch.equal(found, given_earlier_pairs(prior, -losses, "aaaa"))
 
 
 @pytest.mark.parametrize("names", NAMES, ids="-".join)
@@ -91,10 +91,12 @@ def test_the_marginal_given_earlier_pairs(
     space = build(MarginalSpace(**SIZE, annotators=True), toy)
     terms = space.training_terms(replace(toy.states, annotators=names), toy.score, 0.3)
     prior = naive_network(space.prior, toy.states.prompt).softmax(-1)
-    losses = torch.stack([toy.naive_losses(code.expand(4, -1)) for code in space.codebook.weight], dim=1)
+    losses = toy.naive_nats * torch.stack(
+        [toy.naive_losses(code.expand(4, -1)) for code in space.codebook.weight], dim=1
+    )
     weights = naive(prior, losses, names)
     joint = weights * torch.exp(-losses)
-    expected = -torch.log(joint.sum(-1))
+    expected = -torch.log(joint.sum(-1)) / toy.naive_nats
     torch.testing.assert_close(terms.pairs.losses, expected, rtol=1e-10, atol=1e-11)
     leaves = [toy.hidden, toy.weight, *space.parameters()]
     gradients = [torch.autograd.grad(loss.sum(), leaves, retain_graph=True) for loss in (terms.pairs.losses, expected)]
@@ -140,7 +142,7 @@ def opposite_losses(codes: Tensor, names: Sequence[str]) -> Tensor:
     wants = torch.tensor([want for _, want in WANTS], dtype=codes.dtype)
     losses = -torch.nn.functional.logsigmoid(wants[:, None] * codes)
     prior = torch.full_like(losses, math.log(0.5))
-    return -(given_earlier_pairs(prior, losses, names) - losses).logsumexp(-1)
+    return -(given_earlier_pairs(prior, -losses, names) - losses).logsumexp(-1)
 
 
 @given(st.floats(-8, 8), st.floats(-8, 8))

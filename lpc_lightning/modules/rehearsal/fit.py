@@ -93,9 +93,9 @@ def _take_scale(space: DiscreteSpace, pairs: SketchedPairs, held_out: Tensor) ->
     directions = space.codebook.weight / (pairs.pull[held_out] @ space.codebook.weight.T).std().clamp_min(1e-12)
 
     def evidence(scale: float) -> Tensor:
-        losses = score.under_codes(scale * directions)[0].losses
-        given = given_earlier_pairs(log_prior, losses, states.annotators) if space.annotators else log_prior
-        return (given - losses).logsumexp(-1).mean()
+        said = score.under_codes(scale * directions)[0].evidence
+        given = given_earlier_pairs(log_prior, said, states.annotators) if space.annotators else log_prior
+        return (given + said).logsumexp(-1).mean()
 
     best = int(torch.stack([evidence(scale) for scale in SCALES]).argmax())
     space.codebook.weight.copy_(SCALES[best] * directions)
