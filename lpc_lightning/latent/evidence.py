@@ -24,7 +24,7 @@ def given_earlier_pairs(log_prior: Tensor, evidence: Tensor, annotators: Sequenc
         annotators: Who labelled each pair; empty where nobody is known.
 
     Returns:
-        (B, K). Where there is no such pair it is the prior, to the last bit. Gradient flows through the evidence as well.
+        (B, K). The prior, to the last bit, where there is no such pair. Gradient flows through the evidence as well.
     """
     if not any(annotators):
         return log_prior
