@@ -24,7 +24,7 @@ from lpc_lightning.policy import CausalPolicy, Policy, fingerprint
 from lpc_lightning.types import PreferenceBatch
 
 if TYPE_CHECKING:
-    from lpc_lightning.modules.preference import PreferenceModule
+    from lpc_lightning.modules.policy_module import PolicyModule
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class CachedReference:
         exact = torch.float64 if self._policy.causal_lm.dtype == torch.float64 else torch.float32
         return torch.tensor(batch.reference_logps, dtype=exact, device=batch.input_ids.device)
 
-    def prepare(self, module: PreferenceModule, untouched: bool) -> None:
+    def prepare(self, module: PolicyModule, untouched: bool) -> None:
         """Fill the cache with what this run will read, and have the batches bring it along.
 
         Raises:
@@ -91,7 +91,7 @@ class CachedReference:
                 self._prepare_stage(stage, data, trainer, module, untouched)
 
     def _prepare_stage(
-        self, stage: Stage, data: PreferenceDataModule, trainer: Any, module: PreferenceModule, untouched: bool
+        self, stage: Stage, data: PreferenceDataModule, trainer: Any, module: PolicyModule, untouched: bool
     ) -> None:
         pairs, reads, start = data.pairs[stage], data.reads(stage), time.perf_counter()
         cache = ReferenceCache(self._key(trainer), pairs, data.cache_dir)
@@ -124,7 +124,7 @@ class CachedReference:
         }
 
     @contextmanager
-    def _published(self, module: PreferenceModule, untouched: bool) -> Iterator[Ask]:
+    def _published(self, module: PolicyModule, untouched: bool) -> Iterator[Ask]:
         """The published weights on the run's device and in its precision."""
         trainer: Any = module.trainer
         policy = self._policy if untouched else self._spec.build()

@@ -4,49 +4,34 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.loading import TrainingLoader
 from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.modules.accumulation import closes_window, share_of_window
-from lpc_lightning.modules.cached_reference import CachedReference
-from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_last_step, trained_shapes
-from lpc_lightning.modules.latent_mixin import LatentMixin
+from lpc_lightning.modules.checkpoint import check_same_architecture, rewind_to_last_step
 from lpc_lightning.modules.metrics import PreferenceMetrics
-from lpc_lightning.modules.reference import Reference, live_reference
+from lpc_lightning.modules.policy_module import REFERENCES, PolicyModule
 from lpc_lightning.modules.run_length import compare_run_length, run_length
 from lpc_lightning.modules.scoring import BatchScorer, Evaluated, TrainingOutput
-from lpc_lightning.modules.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
-from lpc_lightning.modules.share_out import share_out
 from lpc_lightning.policy import Policy
 from lpc_lightning.readout import Reading
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
-PARTS = ("policy", "reference", "latent")
-"""What is built."""
-REFERENCES: dict[str, Callable[..., Reference]] = {"cached": CachedReference, "live": live_reference}
 PROGRESS_BAR = ("loss", "rewards/accuracies", "rewards/margins", "latent/codebook_perplexity")
 
 
-class PreferenceModule(LatentMixin, LightningModule):
+class PreferenceModule(PolicyModule):
     """Fits a policy to preference pairs; a subclass says its loss and whether it needs a reference."""
-
-    needs_reference = True
-    reference: Reference | None
 
     def __init__(
         self,
@@ -86,9 +71,8 @@ class PreferenceModule(LatentMixin, LightningModule):
         self.latent_lr, self.lr_schedule, self.warmup = latent_lr, lr_schedule, warmup
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the rest
         self.reference_kind = reference
-        self._built = self._starting = self._rehearsed = False
+        self._rehearsed = False
         self._resumed: dict[str, Any] = {}
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @abstractmethod
     def preference_loss(self, logps: PairLogps) -> PairLosses:
@@ -102,89 +86,10 @@ class PreferenceModule(LatentMixin, LightningModule):
         """
         self.preference_loss(PairLogps(*torch.zeros(6, 1)))
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
-        if self._tokenizer is None:
-            self._tokenizer = self.policy_spec.load_tokenizer()
-        return self._tokenizer
-
-    # Building
-
     def setup(self, stage: str) -> None:
-        """Check and set up the strategy; note that a run begins, whose data is set up by now.
-
-        What a checkpoint said that was loaded earlier, for its weights, is not this run's to go on with.
-        """
-        check_strategy(self.trainer.strategy)
-        tell_micro_batch_size(self.trainer.strategy)
-        self._starting, self._resumed, self._rehearsed = True, {}, False
-
-    def configure_model(self) -> None:
-        """Build policy, reference and latent space, once; have the reference ready for the run that begins."""
-        fresh = not self._built
-        if fresh:
-            self._build()
-        if self._starting and self.reference is not None:
-            self.reference.prepare(self, untouched=fresh or self.policy_spec.lora is not None)
-        self._starting = False
-
-    def _build(self) -> None:
-        if self.device_mesh is None:
-            self._make_parts()
-            self._compile()
-        else:
-            mesh = self.device_mesh["data_parallel"]
-            share_out(self, PARTS, self._make_parts, partial(self._shard, mesh), mesh)
-        codes = self.latent.codes if isinstance(self.latent, DiscreteSpace) else None
-        self.train_metrics, self.val_metrics, self.test_metrics = (PreferenceMetrics(codes) for _ in range(3))
-        self._trained = trained_shapes(self)
-        self._built = True
-
-    def _make_parts(self) -> None:
-        torch.manual_seed(derive("weights", run_seed()))
-        self.policy = self.policy_spec.build(self.tokenizer)
-        make_reference = REFERENCES[self.reference_kind]
-        self.reference = make_reference(self.policy, self.policy_spec) if self.needs_reference else None
-        self.build_latent(self.policy.width, self.policy.head)
-
-    def _compile(self) -> None:
-        if self.policy_spec.compile:
-            for policy in policies_of(self):
-                policy.compile_layers()
-
-    def _shard(self, mesh: DeviceMesh) -> None:
-        self._compile()
-        shard(self, mesh)
-
-    def configure_optimizers(self) -> Any:
-        """AdamW (or whatever `optimizer` says) over two groups, with warm-up and decay by optimizer step."""
-        backbone = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": backbone, "name": "backbone"}]
-        if latent := self.latent_parameters():
-            groups.append({"params": latent, "name": "latent", "lr": self.latent_lr})
-        optimizer = self.optimizer_of(groups)
-        steps = self._total_steps()
-        schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup * steps), steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by `trainer.gradient_clip_val`.
-
-        Lightning refuses to clip for a fused optimizer under mixed precision, because float16's loss scaler unscales
-        inside such an optimizer. bfloat16 has no scaler: its own clipping function will do.
-        """
-        plugin = self.trainer.precision_plugin
-        unscaled = isinstance(plugin, MixedPrecision) and plugin.scaler is None
-        if gradient_clip_val and unscaled and gradient_clip_algorithm in (None, "norm"):
-            plugin.clip_grad_by_norm(optimizer, gradient_clip_val)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Begin a run: what a checkpoint said that was loaded earlier, for its weights, is not its to go on with."""
+        super().setup(stage)
+        self._resumed, self._rehearsed = {}, False
 
     # The step
 
@@ -197,10 +102,6 @@ class PreferenceModule(LatentMixin, LightningModule):
         reading = self.policy.read(batch)
         reference = None if self.reference is None else self.reference.logps(batch)
         return reading, BatchScorer(reading, batch.lengths, reference, self.preference_loss)
-
-    def reference_step(self, batch: PreferenceBatch) -> Tensor:
-        """(2B,) log-probabilities under the policy as published: before it is trained, or with its adapter off."""
-        return self.policy.reference_logps(batch)
 
     def on_train_start(self) -> None:
         """Take up the data where a resumed run left it, and tell where this run is set up otherwise.
@@ -295,20 +196,6 @@ class PreferenceModule(LatentMixin, LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log means over all test pairs, on all devices."""
         self._report("test", self.test_metrics)
-
-    @property
-    def progress(self) -> float:
-        """0 at the first optimizer step, 1 at the last."""
-        return min(1.0, self.trainer.global_step / max(1, self._total_steps() - 1))
-
-    def _total_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise SettingError(
-                "trainer: found no end of training, expected max_steps or max_epochs: the schedules of the learning "
-                "rate, g and tau run over the whole of it."
-            )
-        return int(steps)
 
     def _infer(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
         torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))

@@ -11,13 +11,13 @@ from lpc_lightning.policy import CausalPolicy, Policy
 from lpc_lightning.types import PreferenceBatch
 
 if TYPE_CHECKING:
-    from lpc_lightning.modules.preference import PreferenceModule
+    from lpc_lightning.modules.policy_module import PolicyModule
 
 
 class Reference(Protocol):
     """What a module asks for the reference's log-probabilities."""
 
-    def prepare(self, module: PreferenceModule, untouched: bool) -> None:
+    def prepare(self, module: PolicyModule, untouched: bool) -> None:
         """Get ready for a run of the module's trainer, before any checkpoint is loaded.
 
         Args:
@@ -40,7 +40,7 @@ class AdapterOff:
         """
         self.logps = policy.reference_logps
 
-    def prepare(self, module: PreferenceModule, untouched: bool) -> None:
+    def prepare(self, module: PolicyModule, untouched: bool) -> None:
         """Nothing to do."""
 
 
@@ -58,7 +58,7 @@ class FrozenCopy(nn.Module):
         self.policy = copy.deepcopy(policy).requires_grad_(False)
         self.policy.set_gradient_checkpointing(False)
 
-    def prepare(self, module: PreferenceModule, untouched: bool) -> None:
+    def prepare(self, module: PolicyModule, untouched: bool) -> None:
         """Nothing to do."""
 
     def logps(self, batch: PreferenceBatch) -> Tensor:
