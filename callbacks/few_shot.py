@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from evaluation.accuracy_modes import Group
+from evaluation.collect import CollectPairs, log_round
 from evaluation.few_shot_files import write_few_shot
 from evaluation.few_shot_pairs import FewShotPairs, FewShotReport
 from evaluation.few_shot_scores import SHOTS
 from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.modules.scoring import Evaluated
-from lpc_lightning.types import PreferenceBatch
 
 
-class FewShotAnnotators(Callback):
+class FewShotAnnotators(CollectPairs):
     """Logs `few_shot/exact/N` and, where a posterior is learned, `few_shot/amortised/N`, under val/ or test/.
 
     Each is the accuracy on an annotator's pairs when the codes are inferred from N others of the same annotator: by
@@ -42,67 +39,19 @@ class FewShotAnnotators(Callback):
         self, column: Group = "annotator", shots: list[int] | None = None, rounds: int = 20, seed: int = 0
     ) -> None:
         self.pairs = FewShotPairs(column, SHOTS if shots is None else shots, rounds, seed)
+        super().__init__(self.pairs)
         self.report = FewShotReport()
         """Of the last round."""
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with no pairs."""
-        self._start(pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with no pairs."""
-        self._start(pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: PreferenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep what the batch's pairs say under every code."""
-        self._update(trainer, pl_module, outputs, batch)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: PreferenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep what the batch's pairs say under every code."""
-        self._update(trainer, pl_module, outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the round, over all devices."""
-        self._finish("val", trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the round, over all devices."""
-        self._finish("test", trainer, pl_module)
-
-    def _start(self, pl_module: LightningModule) -> None:
-        self.pairs.reset()
-        self.pairs.to(pl_module.device)
-
-    def _update(self, trainer: Trainer, pl_module: LightningModule, outputs: Evaluated, batch: PreferenceBatch) -> None:
-        with trainer.precision_plugin.forward_context():  # the step's own has been left
-            self.pairs.update(outputs, batch, pl_module.latent)  # type: ignore[arg-type]  # of a `PreferenceModule`
-
-    def _finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = self.pairs.collect()
         found = dict(self.report.metrics)
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         known = data.ceiling if isinstance(data, PreferenceDataModule) and self.pairs.column == "annotator" else None
         if found and known is not None:
             found["few_shot/ceiling"] = known.given_annotator
-        metrics = {f"{stage}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
-        # All devices hold the same values by now; sync_dist only keeps Lightning from warning that they might not.
-        pl_module.log_dict(metrics, batch_size=1, sync_dist=True)
+        log_round(pl_module, stage, found)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all devices
         if found and trainer.is_global_zero and not trainer.sanity_checking:
             write_few_shot(folder, self.report, self.pairs)

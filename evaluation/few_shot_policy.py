@@ -30,8 +30,12 @@ class PolicyUnderMixtures:
             column: The label that says whose pair it is.
         """
         self.mixtures, self.column = mixtures, column
-        self._right: dict[int, list[float]] = {n: [] for n in mixtures}
-        self._annotators: dict[int, list[str]] = {n: [] for n in mixtures}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all pairs."""
+        self._right: dict[int, list[float]] = {n: [] for n in self.mixtures}
+        self._annotators: dict[int, list[str]] = {n: [] for n in self.mixtures}
 
     def to(self, device: torch.device) -> None:
         """Nothing is kept on a device."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.accuracy_modes import AccuracyModes, Group
+from evaluation.collect import Collector, CollectPairs
 from evaluation.pair_table import Row
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.data.report import DataReport
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
-from lpc_lightning.latent import LatentSpace, LatentTerms
+from lpc_lightning.latent import LatentTerms
 from lpc_lightning.losses import simpo_loss
 from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.modules.scoring import BatchScorer, Evaluated
@@ -91,18 +91,6 @@ def preference_accuracy(
     )
 
 
-class Collector(Protocol):
-    """What takes in evaluated batches: `AccuracyModes`, `FewShotPairs`."""
-
-    def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
-        """Take in a batch, in the precision of the step."""
-        ...
-
-    def to(self, device: torch.device) -> Any:
-        """Move to where the batches are."""
-        ...
-
-
 def pass_over(
     module: PreferenceModule | Likelihood,
     data: PreferenceDataModule,
@@ -132,7 +120,7 @@ def pass_over(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=[device.index or 0] if device.type == "cuda" else 1,
         precision=precision,
-        callbacks=[_Collect(collector)],
+        callbacks=[CollectPairs(collector)],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -177,27 +165,3 @@ class Likelihood(LightningModule):
 def mean_logps(logps: PairLogps) -> PairLosses:
     """Each answer's mean log-probability per token as its reward, in nats."""
     return simpo_loss(logps, beta=1.0, gamma_beta_ratio=0.0)
-
-
-class _Collect(Callback):
-    """Takes in every batch, in the precision of the step."""
-
-    def __init__(self, collector: Collector) -> None:
-        self.collector = collector
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.collector.to(trainer.strategy.root_device)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: PreferenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        with trainer.precision_plugin.forward_context():
-            self.collector.update(outputs, batch, pl_module.latent)  # type: ignore[arg-type]  # a space, or None
-
-    on_test_batch_end = on_validation_batch_end
