@@ -1,4 +1,4 @@
-"""SIGTERM ends a run at the next whole step, with a checkpoint."""
+"""SIGTERM ends a run at the next whole step, with a checkpoint, or at once where there has been none."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ from lpc_lightning.modules.accumulation import closes_window
 
 
 class GracefulStop(Callback):
-    """On SIGTERM, finish the optimizer step, save `stopped.ckpt`, and stop.
+    """On SIGTERM, finish the optimizer step, save `stopped.ckpt`, and stop; before the first step, stop at once.
 
+    A run that is still preparing (rehearsing its latent, which may take an hour) has nothing to save.
     Lightning's own handler stops after the batch: in the middle of an accumulation window, whose gradients no
     checkpoint holds. A run resumed from `stopped.ckpt` goes on as if it had never stopped.
 
     Raises:
-        SIGTERMException: After the checkpoint is written. The command line turns it into exit code 143.
+        SIGTERMException: After the checkpoint is written, or in the midst of what comes before the first step. The command line turns it into exit code 143.
     """
 
     def __init__(self) -> None:
         """Listen from `on_train_start` on."""
-        self._requested = False
+        self._requested = self._stepping = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signal over from Lightning, which puts the previous handler back after the run."""
-        self._requested = False
+        self._requested = self._stepping = False
         signal.signal(signal.SIGTERM, self._request)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on a step is under way."""
+        self._stepping = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,3 +52,5 @@ class GracefulStop(Callback):
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
+        if not self._stepping:
+            raise SIGTERMException

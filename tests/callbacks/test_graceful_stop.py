@@ -78,3 +78,21 @@ def test_sigterm_ends_the_step_saves_and_the_resumed_run_ends_where_the_whole_on
     assert set(found) == set(expected)
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
+
+
+def test_sigterm_in_the_rehearsal_ends_the_run_at_once(command: list[str], tmp_path: Path) -> None:
+    slow = [*command, "--data.train_pairs=4096", "--latent.rehearse=4096"]
+    process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    assert process.stdout is not None
+    output = ""
+    while "rehearsal:" not in output:
+        output += (character := process.stdout.read(1))
+        assert character, output
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    output += process.communicate(timeout=120)[0]
+    assert process.returncode == 143, output
+    assert time.monotonic() - sent < 30
+    assert "nats of loss a held-out pair" not in output, "it was over already"
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs" / "version_0" / "checkpoints" / "stopped.ckpt").exists()
