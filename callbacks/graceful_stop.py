@@ -22,7 +22,8 @@ class GracefulStop(Callback):
     checkpoint holds. A run resumed from `stopped.ckpt` goes on as if it had never stopped.
 
     Raises:
-        SIGTERMException: After the checkpoint is written, or in the midst of what comes before the first step. The command line turns it into exit code 143.
+        SIGTERMException: After the checkpoint is written, or in the midst of what comes before the first step. The
+            command line turns it into exit code 143.
     """
 
     def __init__(self) -> None:
