@@ -24,6 +24,8 @@ LOOKS = [(COLOURS[place % 7], MARKERS[place % 4], LINES[place // 7]) for place i
 MOST_LINES = 7
 """Lines in one panel before they are spread over several."""
 LONGEST_NAME = 64
+BEYOND = 1.0
+"""How far bands are shown above and below all lines, as a share of how far these are apart."""
 PANELS_IN_ROW = 3
 DPI = 160
 """Of PNG files."""
@@ -89,6 +91,7 @@ def draw_panels(
         for line in lines:
             if line.label in looks:
                 handles[line.label] = _draw(axes, line, looks[line.label], markers)
+    _keep_lines_apart(grid[0], [line for lines in panels.values() for line in lines if line.label in looks])
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for axes in grid[: len(panels) : across]:
@@ -99,6 +102,15 @@ def draw_panels(
         axes.tick_params(labelbottom=True)
     add_legend(figure, handles)
     return figure, grid[: len(panels)]
+
+
+def _keep_lines_apart(axes: Axes, lines: Sequence[Line]) -> None:
+    """Cut bands that are far wider than the lines are apart, as those of two seeds: the lines would be all but one."""
+    means = [each.mean for line in lines for each in (line.means if line.level is None else [line.level])]
+    if not means or (across := max(means) - min(means)) == 0:
+        return
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, min(means) - BEYOND * across), min(top, max(means) + BEYOND * across))
 
 
 def _draw(axes: Axes, line: Line, look: tuple[str, str, str], markers: bool) -> Artist:

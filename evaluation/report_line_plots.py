@@ -20,7 +20,10 @@ CODEBOOK = ("val/latent/codebook_perplexity", "val/latent/dead_codes", "val/mutu
 """What tells how a codebook is used."""
 MOST_POINTS = 40
 """Points of a curve; of a longer one, neighbours are averaged."""
-BAND = "Bands: Student's 95 % interval of the mean over seeds; one seed has none."
+BAND = (
+    "Bands: Student's 95 % interval of the mean over seeds; one seed has none. Those far wider than the lines are apart "
+    "are cut."
+)
 
 
 def against_axes(subject: Subject) -> Drawn:

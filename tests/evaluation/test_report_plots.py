@@ -163,6 +163,24 @@ def test_long_curves_are_averaged(tmp_path: Path) -> None:
     assert f"averaged to {MOST_POINTS} points" in plot.caption
 
 
+@pytest.mark.parametrize("spread", [0.001, 2.0], ids=["narrow", "wide"])
+def test_a_wide_band_does_not_flatten_the_lines(tmp_path: Path, spread: float) -> None:
+    records = [
+        RunRecord(
+            f"{latent}{seed}", {"latent": latent}, seed, curves={"train/loss": Curve((0, 10), (level, level + side))}
+        )
+        for latent, level in (("none", 0.0), ("x", 1.0))
+        for seed, side in ((1, -spread), (2, spread))
+    ]
+    plot = drawn(list(training_curves(subject(records)))[-2], tmp_path)
+    (axes,) = panels(plot.figure)
+    bottom, top = axes.get_ylim()
+    if spread == 2.0:
+        assert (bottom, top) == (-1, 2)
+    else:
+        assert -0.1 < bottom < 0 < 1 < top < 1.1
+
+
 def test_the_use_of_the_codebook_is_drawn_where_there_is_one(tmp_path: Path) -> None:
     perplexity = Curve((0, 10), (8.0, 4.0))
     record = RunRecord("r", {}, 1, curves={"val/latent/codebook_perplexity": perplexity})
