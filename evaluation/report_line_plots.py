@@ -21,8 +21,8 @@ CODEBOOK = ("val/latent/codebook_perplexity", "val/latent/dead_codes", "val/mutu
 MOST_POINTS = 40
 """Points of a curve; of a longer one, neighbours are averaged."""
 BAND = (
-    "Bands: Student's 95 % interval of the mean over seeds; one seed has none. Those far wider than the lines are apart "
-    "are cut."
+    "Bands: Student's 95 % interval of the mean over seeds; one seed has none. "
+    "Those far wider than the lines are apart are cut."
 )
 
 
