@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.data.cache_lock import one_at_a_time
 from lpc_lightning.data.module import Stage
-from lpc_lightning.data.reference_cache import ReferenceCache
+from lpc_lightning.data.pair_cache import PairCache
 from lpc_lightning.errors import SettingError
-from lpc_lightning.modules.pair_pass import Ask, ask_of_pairs
+from lpc_lightning.modules.pair_pass import Ask
 from lpc_lightning.modules.sharding import reshard
+from lpc_lightning.modules.shared_pass import shared_pass
 from lpc_lightning.policy import CausalPolicy, Policy, fingerprint
 from lpc_lightning.types import PreferenceBatch
 
@@ -93,35 +94,17 @@ class CachedReference:
     def _prepare_stage(
         self, stage: Stage, data: PreferenceDataModule, trainer: Any, module: PolicyModule, untouched: bool
     ) -> None:
-        pairs, reads, start = data.pairs[stage], data.reads(stage), time.perf_counter()
-        cache = ReferenceCache(self._key(trainer), pairs, data.cache_dir)
-        logps, missing = _known(cache, reads, trainer)
-        if missing:
-            with _alone(cache, trainer):
-                logps, missing = _known(cache, reads, trainer)
-                if missing:
-                    with self._published(module, untouched) as score:
-                        title = f"reference, {stage} pairs"
-                        for places, found in ask_of_pairs(pairs, missing, data.make_layout(), score, trainer, title):
-                            logps[places] = found
-                            if trainer.is_global_zero:
-                                _keep(cache, places, found)
-            # Another run may have added the same pairs first. What a resumed run will find counts for this one, too.
-            kept = trainer.strategy.broadcast(cache.read())
-            logps = np.where(np.isnan(kept), logps, kept)
+        pairs, reads, start = data.pairs[stage], sorted(data.reads(stage)), time.perf_counter()
+        cache = PairCache("reference", 2, how_computed(self._weights, self._policy, trainer), pairs, data.cache_dir)
+        asking, title = partial(self._published, module, untouched), f"reference, {stage} pairs"
+        found, missing = shared_pass(cache, pairs, reads, data.make_layout(), asking, trainer, title)
+        logps = np.full((len(pairs), 2), np.nan)
+        logps[reads] = found
         data.attach_reference(stage, logps)
-        self.passes[stage] = passed = Pass(len(missing), time.perf_counter() - start)
+        self.passes[stage] = passed = Pass(missing, time.perf_counter() - start)
         took = f"{passed.pairs} computed in {passed.seconds:.1f} s" if missing else "none computed"
-        reused = len(reads) - len(missing)
+        reused = len(reads) - missing
         rank_zero_info(f"{stage}: reference log-probabilities in {cache.folder}: {reused} pairs reused, {took}.")
-
-    def _key(self, trainer: Any) -> dict[str, str]:
-        return {
-            "weights": self._weights,
-            "attention": self._policy.causal_lm.config._attn_implementation,
-            "precision": trainer.precision,
-            "products": torch.get_float32_matmul_precision(),
-        }
 
     @contextmanager
     def _published(self, module: PolicyModule, untouched: bool) -> Iterator[Ask]:
@@ -139,28 +122,11 @@ class CachedReference:
         reshard(module)
 
 
-WAIT = 300
-"""Seconds that several devices wait for another run: longer, and those that wait for the first device give up."""
-
-
-def _known(cache: ReferenceCache, reads: set[int], trainer: Any) -> tuple[np.ndarray, list[int]]:
-    """What the cache holds, and which of the pairs to be read it does not, as the first device sees it."""
-    logps = trainer.strategy.broadcast(cache.read())
-    return logps, [place for place in sorted(reads) if np.isnan(logps[place, 0])]
-
-
-def _alone(cache: ReferenceCache, trainer: Any) -> AbstractContextManager[None]:
-    """Has other runs that miss the same values wait for this one's."""
-    if not trainer.is_global_zero:
-        return nullcontext()
-    return one_at_a_time(cache.folder, None if trainer.world_size == 1 else WAIT)
-
-
-def _keep(cache: ReferenceCache, places: np.ndarray, logps: np.ndarray) -> None:
-    try:
-        cache.add(places, logps)
-    except OSError as error:
-        rank_zero_warn(
-            f"The reference's log-probabilities cannot be kept in {cache.folder}: {error}. This run goes on without; "
-            "the next one works them out again. Set data.cache_dir to a folder with room."
-        )
+def how_computed(weights: str, policy: CausalPolicy, trainer: Any) -> dict[str, str]:
+    """What decides the numbers that a policy of these weights says of pairs: the key of a `PairCache`."""
+    return {
+        "weights": weights,
+        "attention": policy.causal_lm.config._attn_implementation,
+        "precision": trainer.precision,
+        "products": torch.get_float32_matmul_precision(),
+    }

@@ -16,17 +16,18 @@ UNTOLD = ("_name_or_path", "architectures", "transformers_version")
 """Config fields that say where a model comes from and not what it answers."""
 
 
-def fingerprint(policy: CausalPolicy) -> str:
-    """Name a policy as published, in about a second a gigabyte and processor: an adapter's weights do not count.
+def fingerprint(policy: CausalPolicy, adapter: bool = False) -> str:
+    """Name a policy, in about a second a gigabyte and processor.
 
     Args:
         policy: Whole, on any device.
+        adapter: Whether an adapter's weights count. Without them it is the policy as published.
 
     Returns:
         64 hexadecimal digits, equal for equal weights in one type under one config, wherever they were loaded from.
     """
     model = policy.causal_lm
-    adapted = isinstance(policy.model, PeftModel)  # which trains the adapter and nothing else
+    adapted = isinstance(policy.model, PeftModel) and not adapter  # which trains the adapter and nothing else
     tensors: list[Tensor] = [parameter for parameter in model.parameters() if not (adapted and parameter.requires_grad)]
     tensors += list(model.buffers())
     config = {name: value for name, value in model.config.to_dict().items() if name not in UNTOLD}

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 
 from lpc_lightning.data import SyntheticPreferences
-from lpc_lightning.data.reference_cache import ReferenceCache
+from lpc_lightning.data.pair_cache import PairCache
 from lpc_lightning.modules import DPO, FSDP2Strategy, pair_pass
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import PreferenceBatch
@@ -129,13 +129,13 @@ def empty(cache: Path, kept: Path) -> None:
 def slowly(cache: str) -> None:
     """Computes, a part of few pairs at a time, until it is killed."""
     pair_pass.BATCH_TOKENS, pair_pass.ROUNDS = 1, 1
-    add = ReferenceCache.add
+    add = PairCache.add
 
-    def add_and_wait(self: ReferenceCache, *values: Any) -> None:
+    def add_and_wait(self: PairCache, *values: Any) -> None:
         add(self, *values)
         time.sleep(0.2)
 
-    ReferenceCache.add = add_and_wait  # type: ignore[method-assign]
+    PairCache.add = add_and_wait  # type: ignore[method-assign]
     fit(cache)
 
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.modules.pair_pass import ask_of_pairs
 from lpc_lightning.modules.rehearsal.fit import fit
-from lpc_lightning.modules.rehearsal.sketch import MeanToken, SketchedPairs, row_of
+from lpc_lightning.modules.rehearsal.rows import labelled_rows, reference_logps
+from lpc_lightning.modules.rehearsal.sketch import MeanToken, SketchedPairs
 from lpc_lightning.modules.sharding import keeps_weights_elsewhere
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PreferenceBatch
@@ -59,14 +58,11 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
             f"{fewest} (two for each code). Take more pairs, fewer codes (latent.codes), or 0: no rehearsal."
         )
 
-    rows: dict[int, np.ndarray] = {}
-    ask = ask_of_pairs(pairs, places, data.make_layout(), lambda batch: _row(module, batch), trainer, "rehearsal")
-    for found, values in ask:
-        rows |= dict(zip(found.tolist(), values, strict=True))
-    table = torch.from_numpy(np.stack([rows[place] for place in places])).to(module.device)
-    annotators = [pairs[place].annotator for place in places]
-    token = _mean_token(module, data.make_layout()([pairs[place] for place in places[:TOKEN_PAIRS]]))
-    sketched = SketchedPairs(table, token, annotators, module.needs_reference, module.preference_loss)
+    labelled = [pairs[place] for place in places]
+    rows, computed = labelled_rows(module, data, places)
+    reference = None if module.reference is None else reference_logps(module.reference, data, places, trainer)
+    token = _mean_token(module, data.make_layout()(labelled[:TOKEN_PAIRS]))
+    sketched = SketchedPairs(rows, reference, token, [pair.annotator for pair in labelled], module.preference_loss)
 
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
@@ -77,20 +73,14 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
         tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
     took = time.perf_counter() - started
     rank_zero_info(
-        f"rehearsal: {len(places)} training pairs, in {took:.1f} s; {loss:.4f} nats of loss a held-out pair, "
-        f"{plain:.4f} without a latent."
+        f"rehearsal: {len(places)} training pairs ({len(places) - computed} reused), in {took:.1f} s; "
+        f"{loss:.4f} nats of loss a held-out pair, {plain:.4f} without a latent."
     )
 
 
 @torch.no_grad()
 def _mean_token(module: PreferenceModule, batch: PreferenceBatch) -> MeanToken:
     with module.trainer.precision_plugin.forward_context():
-        log_p = module.read(batch.to(module.device))[0].mean_token()
+        log_p = module.policy.read(batch.to(module.device)).mean_token()
     head = module.policy.head
     return MeanToken(replace(head, weight=head.weight.detach().float()), log_p.float())
-
-
-@torch.no_grad()
-def _row(module: PreferenceModule, batch: PreferenceBatch) -> Tensor:
-    reading, score = module.read(batch)
-    return row_of(reading.states, *reading.first_order(), score.reference, batch)

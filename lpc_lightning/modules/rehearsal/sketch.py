@@ -58,31 +58,30 @@ class SketchReading:
 
 
 class SketchedPairs:
-    """What one pass over labelled pairs keeps of each: 5 d + 6 numbers."""
+    """What one pass over labelled pairs keeps of each: 5 d + 4 numbers, and two of the reference."""
 
     def __init__(
         self,
         rows: Tensor,
+        reference: Tensor | None,
         token: MeanToken,
         annotators: Sequence[str],
-        has_reference: bool,
         loss: Callable[[PairLogps], PairLosses],
     ) -> None:
         """Take the rows apart.
 
         Args:
-            rows: (N, 5 d + 6), as `row_of` makes them.
+            rows: (N, 5 d + 4), as `row_of` makes them.
+            reference: (N, 2) log-probabilities of both answers under the reference; None for an algorithm without one.
             token: The policy's mean token.
             annotators: (N,) who labelled each pair.
-            has_reference: The algorithm has a reference.
             loss: The algorithm's loss.
         """
         width = token.head.weight.shape[1]
-        states, pulls, scalars = rows.split([3 * width, 2 * width, 6], dim=1)
+        states, pulls, self.plain, self.lengths = rows.split([3 * width, 2 * width, 2, 2], dim=1)
         self.prompt, self.chosen, self.rejected = states.split(width, dim=1)
-        self.pulls, self.scalars = pulls.unflatten(1, (2, width)), scalars.unflatten(1, (3, 2))
-        self.annotators, self._token = tuple(annotators), token
-        self._has_reference, self._loss = has_reference, loss
+        self.pulls, self.reference = pulls.unflatten(1, (2, width)), reference
+        self.annotators, self._token, self._loss = tuple(annotators), token, loss
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -94,7 +93,8 @@ class SketchedPairs:
 
     def take(self, places: Tensor) -> tuple[PairStates, BatchScorer]:
         """The states of the pairs at `places` (B,), and their losses as a function of z."""
-        plain, reference, lengths = (values.T.flatten() for values in self.scalars[places].unbind(1))
+        plain, lengths = (values[places].T.flatten() for values in (self.plain, self.lengths))
+        reference = None if self.reference is None else self.reference[places].T.flatten()
         pulls = self.pulls[places].transpose(0, 1).flatten(0, 1)
         reading = SketchReading(plain, pulls, lengths, self._token)
         states = PairStates(
@@ -103,23 +103,26 @@ class SketchedPairs:
             self.rejected[places],
             tuple(self.annotators[place] for place in places.tolist()),
         )
-        return states, BatchScorer(reading, lengths, reference if self._has_reference else None, self._loss)
+        return states, BatchScorer(reading, lengths, reference, self._loss)
 
 
-def row_of(
-    states: PairStates, plain: Tensor, pulls: Tensor, reference: Tensor | None, batch: PreferenceBatch
-) -> Tensor:
-    """(B, 5 d + 6) float32: h_x, h_w, h_l, both pulls, and log-probabilities, those of the reference, and lengths.
+def row_of(states: PairStates, plain: Tensor, pulls: Tensor, batch: PreferenceBatch) -> Tensor:
+    """(B, 5 d + 4) float32: h_x, h_w, h_l, both pulls, log-probabilities and lengths.
 
     Args:
         states: Of the batch's pairs.
         plain: (2B,) log-probabilities of the answers.
         pulls: (2B, d) their gradients.
-        reference: (2B,) log-probabilities under the reference; None becomes 0.
         batch: The batch.
     """
-    known = torch.zeros_like(plain) if reference is None else reference
-    of_answers = [torch.cat(values.chunk(2), dim=1) for values in (pulls, *(v[:, None] for v in (plain, known)))]
-    lengths = torch.stack(batch.lengths.chunk(2), dim=1)
-    parts = [states.prompt, states.chosen, states.rejected, *of_answers, lengths]
+    of_answers = [torch.cat(values.chunk(2), dim=1) for values in (pulls, plain[:, None], batch.lengths[:, None])]
+    parts = [states.prompt, states.chosen, states.rejected, *of_answers]
     return torch.cat([part.detach().float() for part in parts], dim=1)
+
+
+def relabelled(rows: Tensor, swaps: Tensor) -> Tensor:
+    """Rows of the same pairs, those of `swaps` (N,) bool labelled the other way round."""
+    width = (rows.shape[1] - 4) // 5
+    prompt, *of_answers = rows.split([width, 2 * width, 2 * width, 2, 2], dim=1)
+    swapped = [torch.cat(values.chunk(2, dim=1)[::-1], dim=1) for values in of_answers]
+    return torch.where(swaps[:, None], torch.cat([prompt, *swapped], dim=1), rows)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from lpc_lightning.data import PaddedLayout
-from lpc_lightning.data.reference_cache import ReferenceCache
+from lpc_lightning.data.pair_cache import PairCache
 from lpc_lightning.errors import SettingError
 from lpc_lightning.modules import DPO
 from lpc_lightning.types import TokenizedPair
@@ -76,7 +76,7 @@ def test_a_cache_that_cannot_be_written_costs_no_run(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ReferenceCache, "add", full)
+    monkeypatch.setattr(PairCache, "add", full)
     with pytest.warns(UserWarning, match="cannot be kept in .*No space left on device.* This run goes on without"):
         cached = fit_run(DPO(policy=small_policy()), own_data(), max_epochs=1)
     live = fit_run(DPO(policy=small_policy(), reference="live"), own_data(), max_epochs=1)

@@ -48,8 +48,8 @@ def test_it_is_the_cache_that_is_read(small_policy: Any, own_data: Any, fit_run:
     before = run()
     for part in parts():
         with np.load(part) as kept:
-            places, logps = kept["places"], kept["logps"]
-        np.savez(part, places=places, logps=logps + np.array([1.0, 3.0]))
+            places, logps = kept["places"], kept["values"]
+        np.savez(part, places=places, values=logps + np.array([1.0, 3.0]))
     after = run()
     (one,), (other,) = before.training.values(), after.training.values()
     assert other["train/rewards/chosen"] - one["train/rewards/chosen"] == pytest.approx(-0.1, abs=1e-5)

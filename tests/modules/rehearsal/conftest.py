@@ -45,8 +45,8 @@ class Planted:
         ahead[torch.from_numpy(draws.random(pairs)) < flipped] *= -1
         self.pulls = torch.where(ahead[:, None, None] > 0, answers, answers.flip(1))
         lengths = torch.from_numpy(draws.integers(8, 13, size=(pairs, 2))).float()
-        scalars = [torch.full((pairs, 4), -20.0), lengths]
-        self.rows = torch.cat([states, self.pulls.flatten(1), *scalars], dim=1)
+        self.plain = torch.full((pairs, 2), -20.0)
+        self.rows = torch.cat([states, self.pulls.flatten(1), self.plain, lengths], dim=1)
         self.head = LogitHead(0.3 * draw(VOCABULARY, WIDTH))
         self.token = MeanToken(self.head, draw(VOCABULARY).log_softmax(-1))
         self.names = ["ab"[int(number)] for number in self.annotator] if opposed else [""] * pairs
@@ -55,7 +55,7 @@ class Planted:
     def part(self, start: int, stop: int) -> SketchedPairs:
         """Some of the pairs."""
         loss, part = partial(dpo_loss, beta=1.0), slice(start, stop)
-        return SketchedPairs(self.rows[part], self.token, self.names[part], True, loss)
+        return SketchedPairs(self.rows[part], self.plain[part], self.token, self.names[part], loss)
 
     @property
     def wanted(self) -> Tensor:

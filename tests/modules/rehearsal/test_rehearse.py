@@ -149,7 +149,10 @@ def test_wrong_labels_are_rehearsed_as_they_are_trained_on(
     assert torch.equal(clean.prompt, some.prompt)
     assert torch.equal(clean.prompt, all_wrong.prompt)
     torch.testing.assert_close(all_wrong.pulls, clean.pulls.flip(1))
-    torch.testing.assert_close(all_wrong.scalars, clean.scalars.flip(2))
+    torch.testing.assert_close(all_wrong.plain, clean.plain.flip(1))
+    torch.testing.assert_close(all_wrong.lengths, clean.lengths.flip(1))
+    if kind is DPO:
+        torch.testing.assert_close(all_wrong.reference, clean.reference.flip(1))
     torch.testing.assert_close(all_wrong.chosen, clean.rejected)
     kept = torch.tensor([torch.allclose(*pair, atol=1e-5) for pair in zip(some.pulls, clean.pulls, strict=True)])
     assert 5 <= kept.sum() <= 17
@@ -183,14 +186,19 @@ def test_only_pairs_that_the_run_reads_are_rehearsed(
 
 
 def test_it_says_what_it_came_to(
-    module: Any, fit_run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    module: Any,
+    fit_run: Any,
+    small_data: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        fit_run(module(), max_steps=8)
+        fit_run(module(), small_data(cache_dir=str(tmp_path)), max_steps=8)
     # Lightning's own handler and ours may both be there.
     (line,) = {record.message for record in caplog.records if record.message.startswith("rehearsal: ")}
-    assert line.startswith("rehearsal: 16 training pairs, in ")
+    assert line.startswith("rehearsal: 16 training pairs (0 reused), in ")
     assert line.endswith("0.6931 without a latent.")
 
 
@@ -233,7 +241,9 @@ def test_an_adapter_and_a_live_reference(small_policy: Any, fit_run: Any, rehear
         fit_run(DPO(policy=policy, latent=marginal(), reference="live", optimizer=adam), max_steps=8)
     whole, adapted = rehearsals
     torch.testing.assert_close(whole.pulls, adapted.pulls)
-    torch.testing.assert_close(whole.scalars, adapted.scalars)
+    torch.testing.assert_close(whole.plain, adapted.plain)
+    torch.testing.assert_close(whole.reference, whole.plain, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(whole.reference, adapted.reference)
 
 
 def test_other_data_is_refused(small_policy: Any, make_loader: Any, make_pairs: Any, make_trainer: Any) -> None:

@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from lpc_lightning.data.layouts import PaddedLayout
 from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
-from lpc_lightning.modules.rehearsal.sketch import MeanToken, SketchedPairs, SketchReading, row_of
+from lpc_lightning.modules.rehearsal.sketch import MeanToken, SketchedPairs, SketchReading, relabelled, row_of
 from lpc_lightning.modules.scoring import BatchScorer
 from lpc_lightning.readout import Reading
 from lpc_lightning.types import LogitHead, PairLogps, PreferenceBatch
@@ -101,13 +101,14 @@ def test_a_pairs_row_says_what_its_reading_says(algorithm: str, make_pairs: Call
     real, loss = Real(make_pairs, alike=False), LOSSES[algorithm]
     reference = None if algorithm == "simpo" else real.reading.logps() + real.draw(6)
     plain, pulls = real.reading.first_order()
-    rows = row_of(real.reading.states, plain, pulls, reference, real.batch)
-    assert rows.shape == (3, 5 * WIDTH + 6)
+    rows = row_of(real.reading.states, plain, pulls, real.batch)
+    assert rows.shape == (3, 5 * WIDTH + 4)
     assert rows.dtype == torch.float32
     # Of a longer table, in another order.
     filler = torch.full((2, rows.shape[1]), torch.nan)
     table = torch.cat([filler[:1], rows[[2, 0]], filler[1:], rows[[1]]]).double()
-    pairs = SketchedPairs(table, real.token, ["", "ann", "bob", "", "cem"], reference is not None, loss)
+    of_pairs = None if reference is None else reference.view(2, 3).T[[0, 2, 0, 0, 1]]
+    pairs = SketchedPairs(table, of_pairs, real.token, ["", "ann", "bob", "", "cem"], loss)
     assert len(pairs) == 5
     places = torch.tensor([2, 4, 1])
     states, score = pairs.take(places)
@@ -126,6 +127,23 @@ def test_a_pairs_row_says_what_its_reading_says(algorithm: str, make_pairs: Call
     z, codes = real.draw(3, WIDTH), real.draw(4, WIDTH)
     assert_same(score.under(z), sketched.under(z))
     assert_same(score.under_codes(codes), sketched.under_codes(codes))
+
+
+def test_other_labels_change_the_two_answers_about(make_pairs: Callable[..., Any]) -> None:
+    real = Real(make_pairs, alike=False)
+    rows = row_of(real.reading.states, *real.reading.first_order(), real.batch).double()
+    swaps = torch.tensor([True, False, True])
+    both = [
+        SketchedPairs(each, None, real.token, [""] * 3, LOSSES["simpo"]) for each in (rows, relabelled(rows, swaps))
+    ]
+    every, z = torch.arange(3), real.draw(3, WIDTH)
+    (states, score), (others, other) = (pairs.take(every) for pairs in both)
+    assert torch.equal(states.prompt, others.prompt)
+    for place, swap in enumerate(swaps.tolist()):
+        scorer = score.swapped() if swap else score
+        torch.testing.assert_close(other.under(z)[0].losses[place], scorer.under(z)[0].losses[place])
+        assert torch.equal(others.chosen[place], (states.rejected if swap else states.chosen)[place])
+        assert torch.equal(others.rejected[place], (states.chosen if swap else states.rejected)[place])
 
 
 def assert_same(found: tuple[Any, PairLogps], expected: tuple[Any, PairLogps]) -> None:

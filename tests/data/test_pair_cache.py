@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from lpc_lightning.data import PaddedLayout, SyntheticPreferences
-from lpc_lightning.data.reference_cache import ReferenceCache
+from lpc_lightning.data.pair_cache import PairCache
 from lpc_lightning.data.tokens import TokenStore
 from lpc_lightning.policy import TinyPolicy
 
 PAIRS = 40
+EVERY = np.arange(PAIRS)
 KEY = {"weights": "a", "precision": "32-true"}
 
 
@@ -31,28 +32,28 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 @pytest.fixture
-def cache(store: TokenStore, tmp_path: Path) -> ReferenceCache:
-    return ReferenceCache(KEY, store, tmp_path)
+def cache(store: TokenStore, tmp_path: Path) -> PairCache:
+    return PairCache("reference", 2, KEY, store, tmp_path)
 
 
 def values(*places: int, salt: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     return np.array(places), np.array([[-place - salt, -2.5 * place - salt] for place in places], dtype=np.float32)
 
 
-def known(cache: ReferenceCache) -> dict[int, tuple[float, float]]:
-    return {place: tuple(pair) for place, pair in enumerate(cache.read().tolist()) if not np.isnan(pair[0])}
+def known(cache: PairCache) -> dict[int, tuple[float, float]]:
+    return {place: tuple(pair) for place, pair in enumerate(cache.read(EVERY).tolist()) if not np.isnan(pair[0])}
 
 
-def test_what_was_added_is_read_and_nothing_else_is_known(cache: ReferenceCache) -> None:
-    assert cache.read().shape == (PAIRS, 2)
-    assert np.isnan(cache.read()).all()
+def test_what_was_added_is_read_and_nothing_else_is_known(cache: PairCache) -> None:
+    assert cache.read(EVERY).shape == (PAIRS, 2)
+    assert np.isnan(cache.read(EVERY)).all()
     assert not cache.folder.exists(), "looking writes nothing"
     cache.add(*values(3, 1))
     cache.add(*values(0))
     assert known(cache) == {0: (0.0, 0.0), 1: (-1.0, -2.5), 3: (-3.0, -7.5)}
 
 
-def test_parts_may_be_read_by_whom_the_umask_lets(cache: ReferenceCache) -> None:
+def test_parts_may_be_read_by_whom_the_umask_lets(cache: PairCache) -> None:
     before = os.umask(0o027)
     try:
         cache.add(np.array([0]), np.zeros((1, 2)))
@@ -62,17 +63,35 @@ def test_parts_may_be_read_by_whom_the_umask_lets(cache: ReferenceCache) -> None
     assert part.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_value_that_is_there_stays(cache: ReferenceCache) -> None:
+def test_some_are_read_in_the_order_asked_for(cache: PairCache) -> None:
+    cache.add(*values(3, 1))
+    cache.add(*values(1, 0, 7, salt=0.125))
+    found = cache.read(np.array([7, 1, 2, 3]))
+    assert np.array_equal(found, [[-7.125, -17.625], [-1, -2.5], [np.nan] * 2, [-3, -7.5]], equal_nan=True)
+    assert cache.read(np.array([], dtype=int)).shape == (0, 2)
+
+
+def test_as_many_numbers_of_the_type_asked_for(store: TokenStore, tmp_path: Path) -> None:
+    wide = PairCache("rows", 5, KEY, store, tmp_path, np.float32)
+    rows = np.random.default_rng(0).random((2, 5)).astype(np.float32)
+    wide.add(np.array([4, 2]), rows)
+    found = wide.read(np.array([2, 4]))
+    assert found.dtype == np.float32
+    assert np.array_equal(found, rows[::-1])
+    assert wide.folder.parent == tmp_path / "rows"
+
+
+def test_a_value_that_is_there_stays(cache: PairCache) -> None:
     cache.add(*values(1, 2))
     cache.add(*values(2, 3, salt=0.125))
     assert known(cache) == {1: (-1, -2.5), 2: (-2, -5), 3: (-3.125, -7.625)}
 
 
 @pytest.mark.parametrize("exact", [np.float32, np.float64])
-def test_values_come_back_to_the_last_bit(exact: type, cache: ReferenceCache) -> None:
+def test_values_come_back_to_the_last_bit(exact: type, cache: PairCache) -> None:
     logps = (-np.random.default_rng(0).random((PAIRS, 2)) * 1000).astype(exact)
     cache.add(np.arange(PAIRS), logps)
-    assert np.array_equal(cache.read().astype(exact), logps)
+    assert np.array_equal(cache.read(EVERY).astype(exact), logps)
 
 
 def flip_a_bit(part: Path) -> None:
@@ -88,16 +107,16 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut short": lambda part: part.write_bytes(part.read_bytes()[:-30]),
     "empty": lambda part: part.write_bytes(b""),
     "something else": lambda part: part.write_bytes(b"no zip at all" * 50),
-    "places beyond the data": lambda part: np.savez(part, places=np.array([PAIRS]), logps=np.zeros((1, 2))),
-    "fewer values than places": lambda part: np.savez(part, places=np.arange(3), logps=np.zeros((2, 2))),
+    "places beyond the data": lambda part: np.savez(part, places=np.array([PAIRS]), values=np.zeros((1, 2))),
+    "fewer values than places": lambda part: np.savez(part, places=np.arange(3), values=np.zeros((2, 2))),
     "no values": lambda part: np.savez(part, places=np.arange(3)),
-    "no numbers": lambda part: np.savez(part, places=np.arange(1), logps=np.full((1, 2), np.nan)),
+    "no numbers": lambda part: np.savez(part, places=np.arange(1), values=np.full((1, 2), np.nan)),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_part_is_told_and_not_read(
-    damage: Callable[[Path], object], cache: ReferenceCache, caplog: pytest.LogCaptureFixture
+    damage: Callable[[Path], object], cache: PairCache, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.add(*values(1, 3))
     cache.add(*values(4))
@@ -108,7 +127,7 @@ def test_a_damaged_part_is_told_and_not_read(
     assert set(known(cache)) == {1, 3, 4}
 
 
-def test_a_killed_process_leaves_only_what_is_cleared_a_day_later(cache: ReferenceCache) -> None:
+def test_a_killed_process_leaves_only_what_is_cleared_a_day_later(cache: PairCache) -> None:
     cache.add(*values(1))
     old, new = cache.folder / "tmpa.unfinished", cache.folder / "tmpb.unfinished"
     for scratch in (old, new):
@@ -121,30 +140,30 @@ def test_a_killed_process_leaves_only_what_is_cleared_a_day_later(cache: Referen
 
 @pytest.mark.parametrize("change", ["weights", "precision", "tokens", "nothing"])
 def test_each_part_of_the_key_has_an_entry_of_its_own(
-    change: str, store: TokenStore, cache: ReferenceCache, tmp_path: Path
+    change: str, store: TokenStore, cache: PairCache, tmp_path: Path
 ) -> None:
     cache.add(*values(1))
-    other = ReferenceCache(KEY | ({} if change in ("tokens", "nothing") else {change: "b"}), store, tmp_path)
+    other = PairCache("reference", 2, KEY | ({} if change in ("tokens", "nothing") else {change: "b"}), store, tmp_path)
     if change == "tokens":
         data = SyntheticPreferences(train_pairs=PAIRS, data_seed=7, cache_dir=str(tmp_path))
-        other = ReferenceCache(KEY, data.load("train", TinyPolicy().load_tokenizer()), tmp_path)  # type: ignore[arg-type]
+        other = PairCache("reference", 2, KEY, data.load("train", TinyPolicy().load_tokenizer()), tmp_path)  # type: ignore[arg-type]
     assert (known(other) == {}) == (change != "nothing")
 
 
 def test_it_lies_where_tokens_do(store: TokenStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LPC_LIGHTNING_CACHE", str(tmp_path / "all"))
-    assert ReferenceCache(KEY, store).folder.parent == tmp_path / "all" / "reference"
+    assert PairCache("reference", 2, KEY, store).folder.parent == tmp_path / "all" / "reference"
 
 
 ADDER = """
 import sys, time
 import numpy as np
 from pathlib import Path
-from lpc_lightning.data.reference_cache import ReferenceCache
+from lpc_lightning.data.pair_cache import PairCache
 from lpc_lightning.data.tokens import TokenStore
 
 store, root, salt, ready, go = sys.argv[1:]
-cache = ReferenceCache({"weights": "a", "precision": "32-true"}, TokenStore(Path(store)), Path(root))
+cache = PairCache("reference", 2, {"weights": "a", "precision": "32-true"}, TokenStore(Path(store)), Path(root))
 Path(ready).touch()
 while not Path(go).exists():
     time.sleep(0.001)
@@ -153,7 +172,7 @@ for place in range(40):
 """
 
 
-def test_two_processes_add_at_once(store: TokenStore, cache: ReferenceCache, tmp_path: Path) -> None:
+def test_two_processes_add_at_once(store: TokenStore, cache: PairCache, tmp_path: Path) -> None:
     ready, go = [tmp_path / "ready 1", tmp_path / "ready 2"], tmp_path / "go"
     adders = [
         subprocess.Popen([sys.executable, "-c", ADDER, str(store.folder), str(tmp_path), salt, str(mine), str(go)])
