@@ -60,12 +60,15 @@ def contrasts(
 ) -> tuple[list[Contrast], list[LeftOut]]:
     """Every group against the group that has the baseline's values, and the same values on all other axes.
 
-    Where an axis does not apply to the baseline (the codes of no latent), it does not count.
+    Where an axis does not apply to the baseline (the codes of no latent), it does not count. Nor do metrics that no run
+    of a baseline has logged (what the codes know); that those lack them is told of the means.
 
     Returns:
         The contrasts, metric by metric, and the groups that have no baseline.
     """
     found, alone = list[Contrast](), list[LeftOut]()
+    plain = [group for group in study.groups if _is(group, baseline)]
+    metrics = [metric for metric in metrics if any(group.values(metric) for group in plain)]
     for group in study.groups if baseline else ():
         if _is(group, baseline):
             continue
