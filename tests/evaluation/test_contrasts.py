@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,10 +114,9 @@ def test_what_does_not_apply_to_the_baseline_does_not_count() -> None:
 
 
 def test_what_no_run_of_the_baseline_has_logged_is_not_compared() -> None:
-    records = [run(seed, 0.5 + 0.1 * seed, latent=latent) for latent in ("none", "x") for seed in (1, 2)]
-    records = [
-        replace(each, metrics={**each.metrics, "codes": 1.0}) if each.axes["latent"] == "x" else each for each in records
-    ]
+    plain = [run(seed, 0.5 + 0.1 * seed, latent="none") for seed in (1, 2)]
+    coded = [RunRecord(f"x {seed}", {"latent": "x"}, seed, metrics={METRIC: 0.7, "codes": 1.0}) for seed in (1, 2)]
+    records = [*plain, *coded]
     found, alone = contrasts(make_study(records), ["codes", METRIC], {"latent": "none"})
     assert [each.metric for each in found] == [METRIC]
     assert alone == []
