@@ -8,5 +8,6 @@ be found by looking at some thousand pairs at once.
 - `sketch`: pairs under that policy.
 - `kinds`: what the prompts (or the annotators) let expect of the pairs' gradients, clustered.
 - `fit`: codes and networks from these clusters, and then the algorithm's own loss.
-- `rehearse`: the pass over the data, and the whole.
+- `rows`: the pass over the data, shared between runs.
+- `rehearse`: the whole.
 """
