@@ -44,8 +44,7 @@ def labelled_rows(module: PolicyModule, data: PreferenceDataModule, places: Sequ
     asking = partial(_in_evaluation, policy)
     found, computed = shared_pass(cache, pairs, places, data.make_layout(), asking, trainer, "rehearsal")
     rows = torch.from_numpy(found[np.searchsorted(np.sort(places), places)])
-    training_pairs = data.training_pairs
-    swaps = torch.tensor([training_pairs[place].flipped != pairs[place].flipped for place in places])
+    swaps = torch.from_numpy((data.training_pairs.flipped != pairs.flipped)[list(places)])
     return relabelled(rows, swaps).to(module.device), computed
 
 
