@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,24 @@ import numpy as np
 import pytest
 import torch
 
+from lpc_lightning.modules import pair_pass
+
 PROGRAM = Path(__file__).with_name("reference_processes.py")
 TRAIN, VALIDATION = 22, 5
 
 
 @pytest.fixture(scope="module")
-def fit() -> Callable[..., dict[str, Any]]:
+def fit() -> Iterator[Callable[..., dict[str, Any]]]:
     """One run in this process."""
     spec = importlib.util.spec_from_file_location("reference_processes", PROGRAM)
     assert spec is not None
     assert spec.loader is not None
     program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    return program.fit  # type: ignore[no-any-return]
+    with pytest.MonkeyPatch.context() as sizes:
+        for name in ("BATCH_TOKENS", "ROUNDS"):  # the program sets its own
+            sizes.setattr(pair_pass, name, getattr(pair_pass, name))
+        spec.loader.exec_module(program)
+        yield program.fit
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def values_in(root: Path) -> dict[str, dict[int, list[list[float]]]]:
     found: dict[str, dict[int, list[list[float]]]] = {}
     for path in sorted((root / "reference").glob("*/*.npz")):
         with np.load(path) as part:
-            for place, logps in zip(part["places"].tolist(), part["logps"].tolist(), strict=True):
+            for place, logps in zip(part["places"].tolist(), part["values"].tolist(), strict=True):
                 found.setdefault(path.parent.name, {}).setdefault(place, []).append(logps)
     return found
 
