@@ -37,7 +37,8 @@ def rehearsed(
         latent = latent or MarginalSpace(codes=3, hidden=8)
         latent.rehearse = rehearse
         caplog.clear()
-        fit_run(kind(policy=policy, latent=latent, optimizer=adam), data(), **({"max_epochs": 1} | options))
+        options = {"max_epochs": 1, "default_root_dir": tmp_path} | options
+        fit_run(kind(policy=policy, latent=latent, optimizer=adam), data(), **options)
         told = {re.match(r"rehearsal: (\d+) training pairs \((\d+) reused\)", each.message) for each in caplog.records}
         (line,) = told - {None}
         return int(line[1]), int(line[2])
@@ -86,9 +87,8 @@ def test_a_run_that_reuses_is_the_run_that_computes(
     def run(cache: str) -> Any:
         latent = MarginalSpace(codes=3, hidden=8, rehearse=16)
         module = DPO(policy=small_policy(), latent=latent, optimizer=adam)
-        return fit_run(
-            module, small_data(cache_dir=str(tmp_path / cache)), callbacks=[LabelFlipNoise(0.3)], max_steps=8
-        )
+        data, noise = small_data(cache_dir=str(tmp_path / cache)), [LabelFlipNoise(0.3)]
+        return fit_run(module, data, callbacks=noise, max_steps=8, default_root_dir=tmp_path)
 
     first, again, elsewhere = run("one"), run("one"), run("two")
     for other in (again, elsewhere):
