@@ -36,7 +36,7 @@ def draw_few_shot(
         ceiling: The best that can be had given the annotator, where it is known.
         metric: What is on the vertical axis.
     """
-    figure, grid = draw_panels(panels, True, "labelled pairs of the annotator", metric)
+    figure, grid = draw_panels(panels, True, "labelled pairs of the annotator", metric, ceiling)
     for axes in grid:
         quiet_grid(axes)
         axes.set_xticks([place_of(n) for n in shots], [str(n) for n in shots])

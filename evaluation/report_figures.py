@@ -68,7 +68,7 @@ class Line:
 
 
 def draw_panels(
-    panels: Mapping[str, Sequence[Line]], markers: bool, along: str, metric: str
+    panels: Mapping[str, Sequence[Line]], markers: bool, along: str, metric: str, level: float | None = None
 ) -> tuple[Figure, list[Axes]]:
     """Panels side by side with one scale and one legend; each label looks the same in all of them.
 
@@ -77,6 +77,7 @@ def draw_panels(
         markers: Whether to mark the places where there are values.
         along: What is on the horizontal axis.
         metric: What is on the vertical one.
+        level: A value that stays in view beside the lines.
     """
     labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
     looks = dict(zip(labels, LOOKS, strict=False))
@@ -91,7 +92,9 @@ def draw_panels(
         for line in lines:
             if line.label in looks:
                 handles[line.label] = _draw(axes, line, looks[line.label], markers)
-    _keep_lines_apart(grid[0], [line for lines in panels.values() for line in lines if line.label in looks])
+    shown = [line for lines in panels.values() for line in lines if line.label in looks]
+    means = [each.mean for line in shown for each in (line.means if line.level is None else [line.level])]
+    _keep_lines_apart(grid[0], means if level is None else [*means, level])
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for axes in grid[: len(panels) : across]:
@@ -104,11 +107,12 @@ def draw_panels(
     return figure, grid[: len(panels)]
 
 
-def _keep_lines_apart(axes: Axes, lines: Sequence[Line]) -> None:
+def _keep_lines_apart(axes: Axes, means: Sequence[float]) -> None:
     """Cut bands that are far wider than the lines are apart, as those of two seeds: the lines would be all but one."""
-    means = [each.mean for line in lines for each in (line.means if line.level is None else [line.level])]
     if not means or (across := max(means) - min(means)) == 0:
         return
+    axes.update_datalim([(axes.dataLim.x0, value) for value in (min(means), max(means))], updatex=False)
+    axes.autoscale_view(scalex=False)
     bottom, top = axes.get_ylim()
     axes.set_ylim(max(bottom, min(means) - BEYOND * across), min(top, max(means) + BEYOND * across))
 

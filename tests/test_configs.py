@@ -251,5 +251,5 @@ def test_every_value_of_an_ablations_axes_is_understood(
     for cell in grid.changed([f"{axis.name}={','.join(axis.arguments)}" for axis in named]).cells():
         values = {(axis, str(value)) for axis, value in cell.axes.items()}
         if values - met:
-            Parsed([*cell.arguments, *swap, "--trainer.precision=32-true"])
+            Parsed([*cell.arguments, *swap, "--data.batch_size=16", "--trainer.precision=32-true"])
         met |= values

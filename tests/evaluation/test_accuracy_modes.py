@@ -150,10 +150,11 @@ class Naive:
         }[self.algorithm]()
 
     def likelihoods(self, swapped: bool) -> list[Decimal]:
-        """p_k exp(-l_k) by code, with digits to spare."""
+        """p_k exp(-l_k) by code, with digits to spare; IPO's loss counts by what it is at a margin of 0."""
         space: Any = self.module.latent
         prior = network(space.prior, self.h_x).exp()
-        losses = [self.loss(code, swapped) for code in space.codebook.weight]
+        nats = 1 / 2.5**2 if self.algorithm == "ipo" else 1.0
+        losses = [nats * self.loss(code, swapped) for code in space.codebook.weight]
         return [
             Decimal(float(p / prior.sum())) * Decimal(-float(loss)).exp() for p, loss in zip(prior, losses, strict=True)
         ]

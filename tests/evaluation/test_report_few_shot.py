@@ -63,6 +63,7 @@ def test_each_inference_has_a_line_a_group(records: list[RunRecord], tmp_path: P
     assert drawn[1][1] == pytest.approx(rising(0.63))
     assert drawn[2][1] == pytest.approx(rising(0.5))
     assert drawn[3] == ([0, 1], [1, 1]), "the ceiling"
+    assert axes.get_ylim()[1] > 1, "in view"
     assert len(axes.collections) == 3, "bands"
     assert "latent none: 0.600 at 0, 0.600 at 16" in exact.alt
     assert "marginal: 0.630 at 0, 0.880 at 16" in exact.alt
