@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 
 from evaluation.codebook import CodebookReport, CodebookStatistics
 from evaluation.codebook_plots import code_use, heat_map, render, scatter
+from evaluation.collect import CollectValidation, log_round
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.seeding import derive
-from lpc_lightning.types import PreferenceBatch
 
 KINDS = ("source", "factor")
 
 
-class CodebookMonitor(Callback):
+class CodebookMonitor(CollectValidation):
     """Logs what the codes say about the pairs, and draws it; idle for a policy without a latent.
 
     In each validation, under `val/`: `mutual_information/...` between the prior's likeliest code and source, factor,
@@ -44,14 +44,14 @@ class CodebookMonitor(Callback):
         self.every, self.most_points = every, most_points
         self.report = CodebookReport()
         """Of the last validation."""
-        self._statistics: CodebookStatistics | None = None
+        self.collector: CodebookStatistics | None = None
         self._rounds = 0
         self._drawn = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start with no rounds."""
-        space = _space(pl_module)
-        self._statistics = None if space is None else CodebookStatistics(space, self.most_points)
+        space: LatentSpace | None = pl_module.latent  # type: ignore[assignment]  # of a `PreferenceModule`
+        self.collector = None if space is None else CodebookStatistics(space, self.most_points)
         self._rounds, self._drawn = 0, True
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,34 +62,11 @@ class CodebookMonitor(Callback):
         """See `state_dict`."""
         self._rounds = state_dict["rounds"]
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with no pairs."""
-        if self._statistics is not None:
-            self._statistics.reset()
-            self._statistics.to(pl_module.device)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: PreferenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Take in the batch; nothing but the posterior is worked out."""
-        if self._statistics is not None:
-            with trainer.precision_plugin.forward_context():
-                self._statistics.update(outputs, batch, _space(pl_module))
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the round, over all devices; draw it where its turn has come."""
-        if self._statistics is None:
-            return
-        self.report = self._statistics.collect()
-        metrics = {f"val/{name}": value for name, value in self.report.metrics.items()}
-        # All devices hold the same values by now; sync_dist only keeps Lightning from warning that they might not.
-        pl_module.log_dict(metrics, batch_size=1, sync_dist=True)
+        assert self.collector is not None
+        self.report = self.collector.collect()
+        log_round(pl_module, stage, self.report.metrics)
         if trainer.sanity_checking:
             return
         self._rounds += 1
@@ -135,7 +112,3 @@ def figures(report: CodebookReport, step: int) -> dict[str, Figure]:
         title = f"z of {len(labels)} pairs, step {step}"
         drawn["z"] = scatter(report.points, labels, kind, title, seed=derive("embedding"))
     return drawn
-
-
-def _space(pl_module: LightningModule) -> LatentSpace | None:
-    return pl_module.latent  # type: ignore[return-value]  # of a `PreferenceModule`

@@ -29,24 +29,20 @@ class Collector(Protocol):
         ...
 
 
-class CollectPairs(Callback):
-    """Has a collector take in every batch of validation and test; a subclass says what a round comes to."""
+class CollectValidation(Callback):
+    """Has a collector take in every batch of validation; a subclass says what a round comes to."""
 
-    def __init__(self, collector: Collector) -> None:
-        """Keep the collector.
-
-        Args:
-            collector: Starts each round with no pairs.
-        """
-        self.collector = collector
+    collector: Collector | None
+    """Starts each round with no pairs. None: idle."""
 
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         """The round is over; `stage` is `val` or `test`."""
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with no pairs."""
-        self.collector.reset()
-        self.collector.to(pl_module.device)
+        if self.collector is not None:
+            self.collector.reset()
+            self.collector.to(pl_module.device)
 
     def on_validation_batch_end(
         self,
@@ -58,19 +54,29 @@ class CollectPairs(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take in the batch."""
-        with trainer.precision_plugin.forward_context():  # the step's own has been left
-            self.collector.update(outputs, batch, pl_module.latent)  # type: ignore[arg-type]  # a space, or None
+        if self.collector is not None:
+            with trainer.precision_plugin.forward_context():  # the step's own has been left
+                self.collector.update(outputs, batch, pl_module.latent)  # type: ignore[arg-type]  # a space, or None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See `finish`."""
-        self.finish("val", trainer, pl_module)
+        if self.collector is not None:
+            self.finish("val", trainer, pl_module)
+
+
+class CollectPairs(CollectValidation):
+    """The same in validation and in test."""
+
+    def __init__(self, collector: Collector) -> None:
+        """Keep the collector."""
+        self.collector = collector
+
+    on_test_epoch_start = CollectValidation.on_validation_epoch_start
+    on_test_batch_end = CollectValidation.on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See `finish`."""
         self.finish("test", trainer, pl_module)
-
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_batch_end = on_validation_batch_end
 
 
 def log_round(pl_module: LightningModule, stage: str, found: Mapping[str, float]) -> None:

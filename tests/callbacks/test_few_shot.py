@@ -20,7 +20,7 @@ from evaluation.few_shot_scores import few_shot_scores
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import ExpectedSpace, GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
-from lpc_lightning.modules import DPO
+from lpc_lightning.modules import DPO, IPO
 from lpc_lightning.policy import TinyPolicy
 
 CODES: dict[str, Any] = {"codes": 4, "spread": 2.0}
@@ -47,11 +47,11 @@ def data(tmp_path: Path) -> SyntheticPreferences:
 
 
 @pytest.fixture
-def make_module(perturb: Callable[..., None]) -> Callable[..., DPO]:
+def make_module(perturb: Callable[..., None]) -> Callable[..., DPO | IPO]:
     """A policy that has left its reference, with codes that matter."""
 
-    def make(latent: LatentSpace | None) -> DPO:
-        module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=latent, beta=1.0, reference="live")
+    def make(latent: LatentSpace | None, kind: type[DPO | IPO] = DPO) -> DPO | IPO:
+        module = kind(policy=TinyPolicy(width=16, layers=1, heads=2), latent=latent, beta=1.0, reference="live")
         module.configure_model()
         perturb(module.policy, deviation=0.05)
         if latent is not None:
@@ -66,12 +66,17 @@ def few_shot(said: Any) -> dict[str, float]:
     return {name.partition("few_shot/")[2]: value for name, value in said.items() if "few_shot/" in name}
 
 
+@pytest.mark.parametrize("kind", [DPO, IPO])
 @pytest.mark.parametrize("latent", [MarginalSpace(**CODES), ExpectedSpace(**CODES), GumbelSpace(**CODES)])
 def test_against_the_module_asked_again(
-    latent: LatentSpace, data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
+    latent: LatentSpace,
+    kind: type[DPO | IPO],
+    data: SyntheticPreferences,
+    make_module: Any,
+    make_trainer: Callable[..., Trainer],
 ) -> None:
     """Every pair alone, code after code, the swapped pair as a pair of its own: then the arithmetic that is tested."""
-    module, callback = make_module(latent), FewShotAnnotators(shots=[0, 1, 3], rounds=4, seed=7)
+    module, callback = make_module(latent, kind), FewShotAnnotators(shots=[0, 1, 3], rounds=4, seed=7)
     trainer = make_trainer(callbacks=[callback])
     (said,) = trainer.validate(module, data, verbose=False)
     tables, ids, annotators = tables_of(module, data)
@@ -97,7 +102,8 @@ def tables_of(module: Any, data: SyntheticPreferences) -> tuple[CodeTables, list
         for labelled in (pair, pair.swapped()):
             batch = layout([labelled])
             reading, score = module.read(batch)
-            losses = [score.under(code[None])[0].losses for code in space.codebook.weight]
+            nats = 4.0 if isinstance(module, IPO) else 1.0  # its loss is 1/4 at a margin of 0, with beta = 1
+            losses = [nats * score.under(code[None])[0].losses for code in space.codebook.weight]
             rows.append(torch.cat(losses))
             if labelled is pair:
                 prior = space.log_prior(reading.states.prompt)[0]

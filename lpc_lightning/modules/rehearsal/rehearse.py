@@ -15,7 +15,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.modules.rehearsal.fit import fit
-from lpc_lightning.modules.rehearsal.rows import labelled_rows, reference_logps
+from lpc_lightning.modules.rehearsal.rows import evaluating, labelled_rows, reference_logps
 from lpc_lightning.modules.rehearsal.sketch import MeanToken, SketchedPairs
 from lpc_lightning.modules.sharding import keeps_weights_elsewhere
 from lpc_lightning.seeding import derive, run_seed
@@ -80,7 +80,7 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
 
 @torch.no_grad()
 def _mean_token(module: PreferenceModule, batch: PreferenceBatch) -> MeanToken:
-    with module.trainer.precision_plugin.forward_context():
+    with module.trainer.precision_plugin.forward_context(), evaluating(module.policy):
         log_p = module.policy.read(batch.to(module.device)).mean_token()
     head = module.policy.head
     return MeanToken(replace(head, weight=head.weight.detach().float()), log_p.float())

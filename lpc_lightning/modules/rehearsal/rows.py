@@ -41,7 +41,7 @@ def labelled_rows(module: PolicyModule, data: PreferenceDataModule, places: Sequ
     pairs, policy = data.pairs["train"], module.policy
     key = how_computed(fingerprint(policy, adapter=True), policy, trainer)
     cache = PairCache("rehearsal", 5 * policy.width + 4, key, pairs, data.cache_dir, np.float32)
-    asking = partial(_in_evaluation, policy)
+    asking = partial(_asking, policy)
     found, computed = shared_pass(cache, pairs, places, data.make_layout(), asking, trainer, "rehearsal")
     rows = torch.from_numpy(found[np.searchsorted(np.sort(places), places)])
     swaps = torch.from_numpy((data.training_pairs.flipped != pairs.flipped)[list(places)])
@@ -66,15 +66,21 @@ def reference_logps(reference: Reference, data: PreferenceDataModule, places: Se
 
 
 @contextmanager
-def _in_evaluation(policy: CausalPolicy) -> Iterator[Ask]:
-    """The policy without an adapter's dropout."""
+def evaluating(policy: CausalPolicy) -> Iterator[None]:
+    """Without an adapter's dropout."""
     modes = [(part, part.training) for part in policy.modules()]
     policy.eval()
     try:
-        yield partial(_rows, policy)
+        yield
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def _asking(policy: CausalPolicy) -> Iterator[Ask]:
+    with evaluating(policy):
+        yield partial(_rows, policy)
 
 
 @torch.no_grad()
