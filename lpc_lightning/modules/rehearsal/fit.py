@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, rms_norm
 
+from lpc_lightning.data.annotator_runs import group_by_annotator
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.latent.evidence import given_earlier_pairs
 from lpc_lightning.latent.networks import Codebook
 from lpc_lightning.modules.rehearsal.kinds import kinds_of_pairs, subjects
 from lpc_lightning.modules.rehearsal.sketch import SketchedPairs
 
-HELD_OUT = 0.1
-"""Share of the pairs by which scales and epochs are chosen."""
 BATCH = 32
 """Pairs in a step."""
 AT_ONCE = 256
@@ -31,19 +31,24 @@ CODE_STEP = 0.03
 """Learning rate of a codebook, as a share of its root mean square."""
 
 
-def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> tuple[float, float]:
+def fit(
+    space: LatentSpace, pairs: SketchedPairs, held: int, latent_lr: float, annotator_run: int | None = None
+) -> tuple[float, float]:
     """Fit `space`, which is changed, in float32.
 
     Args:
         space: Built, in float32.
         pairs: Four or more, shuffled, the same on all devices.
+        held: How many of them, the last ones, are held out (see `hold_out`).
         latent_lr: Learning rate of the networks.
+        annotator_run: Pairs of one annotator that stand together in a batch (see `annotator_runs`); None: as drawn.
 
     Returns:
         Mean losses of held-out pairs, in nats: without a latent, and as the space has been fitted.
     """
-    held = max(2, round(HELD_OUT * len(pairs)))
     fitted, held_out = torch.arange(len(pairs)).split([len(pairs) - held, held])
+    batches = partial(_batches, pairs.annotators, annotator_run)
+    tested = batches(held_out)
     with torch.no_grad():
         space.train()
         for places in fitted.split(AT_ONCE):
@@ -63,9 +68,9 @@ def fit(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> tuple[flo
             return space.imitation_loss(pairs.take(places)[0], kinds[places]).mean()
 
         networks = [parameter for name, parameter in space.named_parameters() if not name.startswith("codebook")]
-        _descend(space, [{"params": networks, "lr": latent_lr}], imitate, fitted, held_out)
+        _descend(space, [{"params": networks, "lr": latent_lr}], imitate, fitted, tested, batches)
         _take_scale(space, pairs, held_out)
-    return plain, _descend(space, _groups(space, CALM * latent_lr), step, fitted, held_out)
+    return plain, _descend(space, _groups(space, CALM * latent_lr), step, fitted, tested, batches)
 
 
 def _take_kinds(space: DiscreteSpace, pairs: SketchedPairs, fitted: int) -> Tensor:
@@ -114,28 +119,35 @@ def _descend(
     groups: list[dict[str, object]],
     loss_of: Callable[[Tensor, float], Tensor],
     fitted: Tensor,
-    held_out: Tensor,
+    tested: Sequence[Tensor],
+    batches: Callable[[Tensor], Sequence[Tensor]],
 ) -> float:
     """Adam over `EPOCHS`, steps falling to 0; keep the epoch whose held-out loss is lowest, the start among them."""
     optimizer = torch.optim.Adam(groups)
     steps = EPOCHS * max(1, len(fitted) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    best, best_state = _mean(loss_of, held_out), copy.deepcopy(space.state_dict())
+    best, best_state = _mean(loss_of, tested), copy.deepcopy(space.state_dict())
     for epoch in range(EPOCHS):
-        order = fitted[torch.randperm(len(fitted))]
-        for number, places in enumerate(order.split(BATCH)[: steps // EPOCHS]):
+        for number, places in enumerate(batches(fitted[torch.randperm(len(fitted))])[: steps // EPOCHS]):
             optimizer.zero_grad()
             loss_of(places, (epoch * (steps // EPOCHS) + number) / steps).backward()
             optimizer.step()
             schedule.step()
-        if (now := _mean(loss_of, held_out)) < best:
+        if (now := _mean(loss_of, tested)) < best:
             best, best_state = now, copy.deepcopy(space.state_dict())
     space.load_state_dict(best_state)
     return best
 
 
 @torch.no_grad()
-def _mean(loss_of: Callable[[Tensor, float], Tensor], places: Tensor) -> float:
-    """Mean loss at the end of training, in batches like those of training."""
-    batches = places.split(BATCH)
-    return sum(float(loss_of(batch, 1.0)) * len(batch) for batch in batches) / len(places)
+def _mean(loss_of: Callable[[Tensor, float], Tensor], batches: Sequence[Tensor]) -> float:
+    """Mean loss of a pair at the end of training."""
+    return sum(float(loss_of(batch, 1.0)) * len(batch) for batch in batches) / sum(map(len, batches))
+
+
+def _batches(annotators: Sequence[str], annotator_run: int | None, places: Tensor) -> Sequence[Tensor]:
+    """The pairs at `places`, which are shuffled, in batches like those of training."""
+    if annotator_run is not None:
+        generator = torch.default_generator
+        places = torch.tensor(group_by_annotator(places.tolist(), annotators, BATCH, 1, annotator_run, generator))
+    return places.split(BATCH)

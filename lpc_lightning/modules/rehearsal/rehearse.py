@@ -15,6 +15,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.modules.rehearsal.fit import fit
+from lpc_lightning.modules.rehearsal.held_out import hold_out
 from lpc_lightning.modules.rehearsal.rows import evaluating, labelled_rows, reference_logps
 from lpc_lightning.modules.rehearsal.sketch import MeanToken, SketchedPairs
 from lpc_lightning.modules.sharding import keeps_weights_elsewhere
@@ -58,6 +59,8 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
             f"{fewest} (two for each code). Take more pairs, fewer codes (latent.codes), or 0: no rehearsal."
         )
 
+    order, held = hold_out([tuple(pairs[place].prompt_ids) for place in places])
+    places = [places[number] for number in order]
     labelled = [pairs[place] for place in places]
     rows, computed = labelled_rows(module, data, places)
     reference = None if module.reference is None else reference_logps(module.reference, data, places, trainer)
@@ -67,7 +70,7 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         trained = copy.deepcopy(space).float()
-        plain, loss = fit(trained, sketched, module.latent_lr)
+        plain, loss = fit(trained, sketched, held, module.latent_lr, data.annotator_run)
     space.load_state_dict(trained.state_dict())
     for tensor in (*space.parameters(), *space.buffers()):
         tensor.data.copy_(trainer.strategy.broadcast(tensor.data))

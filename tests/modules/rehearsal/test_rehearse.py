@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks import LabelFlipNoise
+from lpc_lightning.data import PreferenceData
 from lpc_lightning.errors import SettingError
 from lpc_lightning.latent import GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
 from lpc_lightning.modules import DPO, IPO, PreferenceModule, SimPO
@@ -60,9 +62,9 @@ def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[SketchedPairs]:
     seen: list[SketchedPairs] = []
     fit = stage.fit
 
-    def watched(space: LatentSpace, pairs: SketchedPairs, latent_lr: float) -> tuple[float, float]:
+    def watched(space: LatentSpace, pairs: SketchedPairs, *rest: Any) -> tuple[float, float]:
         seen.append(pairs)
-        return fit(space, pairs, latent_lr)
+        return fit(space, pairs, *rest)
 
     monkeypatch.setattr(stage, "fit", watched)
     return seen
@@ -273,3 +275,31 @@ def test_annotators_who_are_not_there_cannot_share(module: Any, fit_run: Any) ->
     shares = MarginalSpace(codes=2, annotators=True)
     with pytest.raises(SettingError, match=r"latent\.annotators: found true, and no annotator in \d+ training pairs"):
         fit_run(module(shares), max_steps=1)
+
+
+def test_no_prompt_of_the_held_out_pairs_was_fitted(
+    module: Any, fit_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten prompts with four labels each: states of a prompt are the same in all of its pairs."""
+    rows = [
+        {"id": f"{prompt}-{who}", "prompt": f"Name {prompt}!", "chosen": who, "rejected": "no", "annotator": who}
+        for who in "abcd"
+        for prompt in range(10)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen, fit = [], stage.fit
+
+    def watched(space: LatentSpace, pairs: SketchedPairs, held: int, *rest: Any) -> tuple[float, float]:
+        seen.append((pairs, held, *rest))
+        return fit(space, pairs, held, *rest)
+
+    monkeypatch.setattr(stage, "fit", watched)
+    settings = {"validation_share": 0.0, "test_split": None, "batch_size": 4, "annotator_run": 2}
+    data = PreferenceData(str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), **settings)
+    fit_run(module(marginal(40, annotators=True)), data=data, max_epochs=1)
+    ((pairs, held, latent_lr, run),) = seen
+    assert (len(pairs), held, latent_lr, run) == (40, 4, 1e-2, 2)
+    apart = (pairs.prompt[:-4, None] - pairs.prompt[-4:]).abs().amax(-1)
+    assert float(apart.min()) > 1e-3
+    assert float((pairs.prompt[-4:] - pairs.prompt[-1]).abs().max()) < 1e-5
+    assert sorted(pairs.annotators[-4:]) == list("abcd")
