@@ -15,7 +15,7 @@ from torch.nn.functional import gumbel_softmax
 from lpc_lightning.latent.discrete import MODES, DiscreteSpace
 from lpc_lightning.latent.divergence import WeightedKL, gaussian_kl
 from lpc_lightning.latent.estimators import GumbelSpace
-from lpc_lightning.latent.networks import Codebook, Posterior, Prior, state_deviation
+from lpc_lightning.latent.networks import Codebook, Posterior, Prior, check_codebook, state_deviation
 from lpc_lightning.latent.schedules import Linear, Schedule, as_schedule
 from lpc_lightning.latent.space import InferenceForm, LatentSpace, LatentTerms, PairScorer, PriorMode
 from lpc_lightning.types import LogitHead, PairStates
@@ -151,8 +151,9 @@ class GaussianSpace(LatentSpace):
             networks: Settings of `LatentSpace`.
 
         Raises:
-            ValueError: `prior_mode` is neither.
+            ValueError: `codes` is below 1, `spread` is negative, or `prior_mode` is neither.
         """
+        check_codebook(codes, spread)
         super().__init__(**networks)
         self.codes, self.spread, self.prior_mode = codes, spread, prior_mode
         self.divergence = WeightedKL(kl_weight, free_bits)

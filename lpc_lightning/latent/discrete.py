@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from lpc_lightning.latent.networks import Codebook, Prior
+from lpc_lightning.latent.networks import Codebook, Prior, check_codebook
 from lpc_lightning.latent.space import InferenceForm, LatentSpace, PairScorer, PriorMode
 from lpc_lightning.types import LogitHead, PairStates
 
@@ -56,10 +56,7 @@ class DiscreteSpace(LatentSpace):
         Raises:
             ValueError: `codes` is below 1, `spread` or `usage_weight` is negative, or `prior_mode` names no code.
         """
-        if codes < 1:
-            raise ValueError(f"latent.codes: found {codes}, expected at least 1.")
-        if spread < 0:
-            raise ValueError(f"latent.spread: found {spread}, expected at least 0.")
+        check_codebook(codes, spread)
         if usage_weight < 0:
             raise ValueError(f"latent.usage_weight: found {usage_weight}, expected at least 0.")
         super().__init__(**networks)

@@ -26,6 +26,18 @@ def state_deviation(head: LogitHead) -> float:
     return abs(head.scale) * float(spread)
 
 
+def check_codebook(codes: int, spread: float) -> None:
+    """Refuse settings of no codebook.
+
+    Raises:
+        ValueError: `codes` is below 1, or `spread` is negative.
+    """
+    if codes < 1:
+        raise ValueError(f"latent.codes: found {codes}, expected at least 1.")
+    if spread < 0:
+        raise ValueError(f"latent.spread: found {spread}, expected at least 0.")
+
+
 class Codebook(nn.Module):
     """E: one vector for each preference factor."""
 

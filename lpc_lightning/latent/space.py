@@ -82,9 +82,11 @@ class LatentSpace(nn.Module, ABC):
                 them at once. At least two for each code. 0: none.
 
         Raises:
-            ValueError: `rehearse` is negative.
+            ValueError: `hidden` is below 1, or `rehearse` is negative.
         """
         super().__init__()
+        if hidden < 1:
+            raise ValueError(f"latent.hidden: found {hidden}, expected at least 1.")
         if rehearse < 0:
             raise ValueError(f"latent.rehearse: found {rehearse}, expected at least 0.")
         self.rehearse = rehearse
