@@ -227,7 +227,9 @@ def test_an_ablation_opens_with_its_command_and_its_first_cell_takes_two_steps(
     assert first.startswith(f"# lpc-lightning ablate configs/{name_of(path)}")
     assert second.startswith("# ")
     cells = read_grid(path).cells()
+    by_annotator = any("annotator_run" in argument for argument in cells[0].arguments)
     steps = [
+        f"--data.deciding={'hidden' if by_annotator else 'visible'}",
         "--trainer.accumulate_grad_batches=1",
         "--data.batch_size=16",
         "--data.train_pairs=32",

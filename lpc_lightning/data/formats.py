@@ -13,7 +13,10 @@ from lpc_lightning.types import Message, PreferenceExample
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a row. Only the two answers must exist; all columns not named here go to `meta`."""
+    """Names of the columns of a row. Only the two answers must exist; all columns not named here go to `meta`.
+
+    Source, factor and annotator may be the same column: `annotator: factor` has a person for each factor.
+    """
 
     prompt: str = "prompt"
     """The prompt: text, Human/Assistant text or messages. May be absent where the answers are whole conversations."""
@@ -31,7 +34,8 @@ class Columns:
     """A name for the pair, unique in the data set. Absent: the place of the row."""
 
     def __post_init__(self) -> None:
-        names = [getattr(self, f.name) for f in fields(self)]
+        labels = {self.source, self.factor, self.annotator}
+        names = [self.prompt, self.chosen, self.rejected, self.id, *labels]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"columns: {twice} named for more than one purpose; give each its own column")
 

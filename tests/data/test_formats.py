@@ -151,6 +151,15 @@ cells = st.recursive(
 )
 
 
+def test_what_decided_may_name_who_labelled() -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "domain": "law", "note": 1}
+    example = to_example(row, "row 1", Columns(factor="domain", annotator="domain"))
+    assert (example.source, example.factor, example.annotator) == ("", "law", "law")
+    assert example.meta == {"note": 1}
+    with pytest.raises(ValueError, match=r"\['domain'\] named for more than one purpose"):
+        Columns(id="domain", annotator="domain")
+
+
 @given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "id", "source"]), cells))
 def test_any_row_is_an_example_or_a_bad_row(row):
     try:
