@@ -205,10 +205,17 @@ class PairLosses:
     chosen_rewards: Tensor
     """Implicit reward of the chosen answer, scaled by beta, without gradient."""
     rejected_rewards: Tensor
-    nats: float = 1.0
-    """What one unit of the loss counts as evidence: 1 where it is a negative log-likelihood."""
+    log_likelihood: Tensor | None = None
+    """Of each label, in nats, up to a constant. None: the loss is a negative log-likelihood itself."""
+    parts: tuple[tuple[float, Tensor], ...] = ()
+    """Weights and log-likelihoods of which the loss is the negative sum. Empty: it is -`evidence`."""
 
     @property
     def evidence(self) -> Tensor:
         """Log-likelihood of each label, in nats, up to a constant: what tells one code from another."""
-        return -self.nats * self.losses
+        return -self.losses if self.log_likelihood is None else self.log_likelihood
+
+    def of_mixture(self, log_weights: Tensor) -> Tensor:
+        """(B,) the loss of a mixture of codes, of log-weights (B, K): likelihoods are averaged before the logarithm."""
+        parts = self.parts or ((1.0, self.evidence),)
+        return torch.stack([-weight * (log_weights + part).logsumexp(-1) for weight, part in parts]).sum(0)

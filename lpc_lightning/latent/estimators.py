@@ -121,8 +121,9 @@ class MarginalSpace(DiscreteSpace):
 
     For DPO and SimPO this is -log sum_k p_k sigmoid(beta D_k), the marginal likelihood of the label, of which the
     paper's objective is a lower bound; the posterior is exact, q_k proportional to p_k exp(-l_k). No posterior network,
-    no Gumbel noise, and no label can leak. For IPO, whose loss is no log-likelihood, it is the soft minimum over codes
-    -1/s log sum_k p_k exp(-s l_k), with s what makes nats of the loss (`ipo_loss`).
+    no Gumbel noise, and no label can leak. Two losses are no log-likelihoods. For IPO it is the soft minimum over codes
+    -1/s log sum_k p_k exp(-s l_k), with s what makes nats of the loss (`ipo_loss`); for rDPO its unbiased sum is taken
+    of the marginals of the label and of its opposite (`dpo_loss`).
 
     With `annotators`, p_k is what the annotator's earlier pairs in the batch leave of the prior. The losses of an
     annotator's pairs then add up to the marginal of all their labels together, which can find what single pairs cannot:
@@ -148,11 +149,9 @@ class MarginalSpace(DiscreteSpace):
         prior = self.log_prior(states.prompt)
         pairs, logps = score.under_codes(self.codebook.weight)
         given = given_earlier_pairs(prior, pairs.evidence, states.annotators) if self.annotators else prior
-        joint = given + pairs.evidence
-        log_evidence = joint.logsumexp(-1)
-        posterior = (joint - log_evidence[:, None]).detach()
+        posterior = (given + pairs.evidence).log_softmax(-1).detach()
         return LatentTerms(
-            *averaged(pairs, logps, prior, -log_evidence / pairs.nats),
+            *averaged(pairs, logps, prior, pairs.of_mixture(given)),
             penalty=self.unevenness(prior),
             z=self.codebook(prior.exp()).detach(),
             kl=categorical_kl(posterior, given.detach()),

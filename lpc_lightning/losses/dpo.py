@@ -15,6 +15,11 @@ def dpo_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.0, 
     - `robust`, rDPO (Chowdhury et al., 2024, arXiv 2403.00409, eq. 12):
       `[-(1-eps) log sigmoid(beta D) + eps log sigmoid(-beta D)] / (1 - 2 eps)`, unbiased under label flips at rate eps
 
+    rDPO's loss is no negative log-likelihood: it falls without end as D grows, and by exp(-loss) the codes would follow
+    every label, wrong ones included. So each of the two likelihoods of which it is made is averaged over the codes,
+    which leaves the loss of a mixture unbiased as well; and what a label says of a code is its likelihood where labels
+    flip at rate eps, `(1-eps) sigmoid(beta D) + eps sigmoid(-beta D)`.
+
     Args:
         logps: Log-probabilities of the pairs, the reference's among them.
         beta: Strength of the pull towards the reference, per nat.
@@ -31,8 +36,9 @@ def dpo_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.0, 
     chosen, rejected = log_ratios(logps)
     logits = beta * (chosen - rejected)
     agree, disagree = -logsigmoid(logits), -logsigmoid(-logits)
-    if robust:
-        losses = ((1 - label_smoothing) * agree - label_smoothing * disagree) / (1 - 2 * label_smoothing)
-    else:
-        losses = (1 - label_smoothing) * agree + label_smoothing * disagree
-    return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
+    rewards = beta * chosen.detach(), beta * rejected.detach()
+    if not robust or not label_smoothing:
+        return PairLosses((1 - label_smoothing) * agree + label_smoothing * disagree, *rewards)
+    kept, flipped = ((1 - label_smoothing) / (1 - 2 * label_smoothing), -label_smoothing / (1 - 2 * label_smoothing))
+    said = (label_smoothing + (1 - 2 * label_smoothing) * logits.sigmoid()).log()
+    return PairLosses(kept * agree + flipped * disagree, *rewards, said, parts=((kept, -agree), (flipped, -disagree)))

@@ -28,4 +28,6 @@ def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) 
     if length_average:
         chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
     losses = (chosen - rejected - 1 / (2 * beta)).square()
-    return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach(), nats=(2 * beta) ** 2)
+    nats = (2 * beta) ** 2
+    said = -nats * losses
+    return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach(), said, parts=((1 / nats, said),))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -184,6 +184,34 @@ def test_robust_dpo_is_unbiased_when_labels_flip_at_its_rate(rate: float) -> Non
     logps = random_logps(6)
     clean, flipped = (dpo_loss(pairs, 0.1, rate, robust=True).losses for pairs in (logps, swapped(logps)))
     torch.testing.assert_close((1 - rate) * clean + rate * flipped, dpo_loss(logps, 0.1).losses, rtol=1e-12, atol=1e-13)
+
+
+@every_loss
+def test_a_mixture_of_codes_that_say_the_same_is_the_loss(name: str) -> None:
+    logps = random_logps(6)
+    rows = PairLogps(**{column.name: getattr(logps, column.name)[:, None] for column in fields(PairLogps)})
+    codes = replace(rows, policy_chosen=rows.policy_chosen.expand(6, 3))
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    mixture = LOSSES[name](codes).of_mixture(weights.log().expand(6, 3))
+    torch.testing.assert_close(mixture, LOSSES[name](logps).losses, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.45])
+def test_robust_dpo_of_a_mixture_is_unbiased_and_what_a_label_says_is_its_likelihood(rate: float) -> None:
+    logps, weights = random_logps(6, codes=3), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    seen, other = (dpo_loss(pairs, 0.1, rate, robust=True) for pairs in (logps, swapped(logps)))
+    mixtures = [losses.of_mixture(weights.log().expand(6, 3)) for losses in (seen, other)]
+    for pair in range(6):
+        rewards = [logps.policy_chosen[pair, code] - logps.policy_rejected[pair, code] for code in range(3)]
+        off = logps.reference_chosen[pair, 0] - logps.reference_rejected[pair, 0]
+        right = [1 / (1 + math.exp(-0.1 * float(reward - off))) for reward in rewards]
+        marginal = -math.log(sum(float(weight) * chance for weight, chance in zip(weights, right, strict=True)))
+        expected = (1 - rate) * mixtures[0][pair] + rate * mixtures[1][pair]
+        assert float(expected) == pytest.approx(marginal, rel=1e-12)
+        for code, chance in enumerate(right):
+            likelihood = (1 - rate) * chance + rate * (1 - chance)
+            assert float(seen.evidence[pair, code].exp()) == pytest.approx(likelihood, rel=1e-12)
+            assert float(other.evidence[pair, code].exp()) == pytest.approx(1 - likelihood, rel=1e-12)
 
 
 def test_simpo_ignores_the_reference() -> None:
