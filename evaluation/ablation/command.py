@@ -100,7 +100,8 @@ def ablate(
     here, environment = Path.cwd(), dict(os.environ)
     jobs = [Job(each.folder.path, each.wanted, weights, threads or share, here, environment) for each in to_run]
     left = len(planned if cell is None else [cell]) - len(jobs)
-    print(f"{len(jobs)} cells to run in {folder / 'cells'}" + (f", {left} left as they are." if left else "."))
+    to_go = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
+    print(f"{to_go} to run in {folder / 'cells'}" + (f", {left} left as they are." if left else "."))
     progress = Progress(len(jobs))
     try:
         if launcher == "ray":

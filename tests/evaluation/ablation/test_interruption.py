@@ -21,6 +21,8 @@ from evaluation.ablation.process import FORKED
 
 Read = Callable[[Path], dict[str, bytes]]
 
+SAVED_EVERY = 3  # steps, see the grid's callbacks
+
 
 @pytest.fixture
 def arguments(grid: Path) -> list[str]:
@@ -134,7 +136,10 @@ def test_a_cell_is_killed(
     with (stopped / "run" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert steps == sorted(set(steps))
-    assert len(steps) == 24
+    # Lightning saves a step's checkpoint before it logs that step: a kill between the two takes this one row.
+    lost = set(range(24)) - set(steps)
+    assert len(lost) <= 1
+    assert all((step + 1) % SAVED_EVERY == 0 for step in lost)
 
 
 def test_a_cell_killed_between_fit_and_results_is_only_evaluated(
