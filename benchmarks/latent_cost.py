@@ -15,14 +15,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.batches import first_batches
 from benchmarks.live_memory import peak_bytes
-from lpc_lightning.data import DataError, PreferenceData
-from lpc_lightning.data.layouts import SharedPrefixLayout
-from lpc_lightning.data.loading import TrainingBatches
+from lpc_lightning.data import DataError
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.modules import DPO
 from lpc_lightning.policy import Policy, PretrainedPolicy
@@ -72,8 +70,8 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     options = parser.parse_args()
     policy = PretrainedPolicy(options.model)
-    try:
-        batches = _batches(options, policy)
+    try:  # one for each step that counts, and one before them
+        batches = first_batches(options.data, policy, options.steps + 1, options.batch_size, options.max_length)
     except DataError as error:
         sys.exit(str(error))
 
@@ -89,29 +87,6 @@ def main() -> None:
     largest = max(batches, key=lambda batch: batch.input_ids.numel())
     peaks = {name: peak_bytes(partial(side.step, largest)) for name, side in sides.items()}
     print(_table(seconds, peaks, {name: _state(side) for name, side in sides.items()}))
-
-
-def _batches(options: argparse.Namespace, policy: Policy) -> list[PreferenceBatch]:
-    """One for each step that counts, and one before them."""
-    data = PreferenceData(
-        str(options.data),
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        too_long="truncate_answer",
-        validation_share=0.0,
-        test_split=None,
-    )
-    pairs = data.load("train", policy.load_tokenizer())
-    assert pairs is not None
-    plan = list(TrainingBatches(len(pairs), options.batch_size, 0))[: options.steps + 1]
-    if len(plan) <= options.steps:
-        raise DataError(
-            f"{options.data}: found {len(pairs)} pairs to train on, expected {options.steps + 1} batches of "
-            f"{options.batch_size}. Take fewer steps, smaller batches, or a larger file."
-        )
-    pairs = pairs.with_reference(np.zeros((len(pairs), 2)))  # what they are does not change what a step takes
-    layout = SharedPrefixLayout(0, None)
-    return [layout([pairs[place] for place in places]) for places in plan]
 
 
 def _state(side: Stepper) -> int:

@@ -1,0 +1,49 @@
+"""Batches of a file's pairs, for what is measured without a trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lpc_lightning.data import DataError, PreferenceData
+from lpc_lightning.data.layouts import SharedPrefixLayout
+from lpc_lightning.data.loading import TrainingBatches
+from lpc_lightning.policy import Policy
+from lpc_lightning.types import PreferenceBatch
+
+
+def first_batches(
+    data: Path, policy: Policy, count: int, batch_size: int = 4, max_length: int = 512
+) -> list[PreferenceBatch]:
+    """The first `count` batches that a fit would train on, their reference's log-probabilities 0.
+
+    Args:
+        data: File of preference pairs.
+        policy: Whose tokens they are.
+        count: Batches.
+        batch_size: Pairs in a batch.
+        max_length: Tokens of prompt and answer; answers are cut.
+
+    Raises:
+        DataError: Unreadable data, or too few pairs.
+    """
+    source = PreferenceData(
+        str(data),
+        batch_size=batch_size,
+        max_length=max_length,
+        too_long="truncate_answer",
+        validation_share=0.0,
+        test_split=None,
+    )
+    pairs = source.load("train", policy.load_tokenizer())
+    assert pairs is not None
+    plan = list(TrainingBatches(len(pairs), batch_size, 0))[:count]
+    if len(plan) < count:
+        raise DataError(
+            f"{data}: found {len(pairs)} pairs to train on, expected {count} batches of "
+            f"{batch_size}. Take fewer steps, smaller batches, or a larger file."
+        )
+    pairs = pairs.with_reference(np.zeros((len(pairs), 2)))  # what they are does not change what a step takes
+    layout = SharedPrefixLayout(0, None)
+    return [layout([pairs[place] for place in places]) for places in plan]
