@@ -42,7 +42,7 @@ def first_batches(
     if len(plan) < count:
         raise DataError(
             f"{data}: found {len(pairs)} pairs to train on, expected {count} batches of "
-            f"{batch_size}. Take fewer steps, smaller batches, or a larger file."
+            f"{batch_size}. Take fewer or smaller batches, or a larger file."
         )
     pairs = pairs.with_reference(np.zeros((len(pairs), 2)))  # what they are does not change what a step takes
     layout = SharedPrefixLayout(0, None)

@@ -16,8 +16,8 @@ class DPO(PreferenceModule):
         """Keep the settings.
 
         Args:
-            beta: Strength of the pull towards the reference, per nat. In bf16 a margin is off by about a nat; with beta
-                near 1 take trainer.precision 32-true.
+            beta: Strength of the pull towards the reference, per nat. Rounding in bf16 puts the margin of long answers
+                off by about a nat: with beta near 1, trainer.precision 32-true.
             label_smoothing: Share of labels believed to be flipped, 0 to 0.5 (cDPO).
             robust: With label_smoothing below 0.5, the unbiased loss of rDPO in place of cDPO's.
             module: Settings of `PreferenceModule`.
