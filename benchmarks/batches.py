@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from lpc_lightning.data import DataError, PreferenceData
-from lpc_lightning.data.layouts import SharedPrefixLayout
-from lpc_lightning.data.loading import TrainingBatches
+from lpc_lightning.data.batching.layouts import SharedPrefixLayout
+from lpc_lightning.data.batching.loading import TrainingBatches
 from lpc_lightning.policy import Policy
 from lpc_lightning.types import PreferenceBatch
 

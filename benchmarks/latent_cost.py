@@ -20,9 +20,9 @@ from torch import Tensor
 
 from benchmarks.batches import first_batches
 from benchmarks.live_memory import peak_bytes
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import DataError
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
-from lpc_lightning.modules import DPO
 from lpc_lightning.policy import Policy, PretrainedPolicy
 from lpc_lightning.types import PreferenceBatch
 

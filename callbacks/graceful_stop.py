@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lpc_lightning.modules.accumulation import closes_window
+from lpc_lightning.algorithms.accumulation import closes_window
 
 
 class GracefulStop(Callback):

@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
 
-from callbacks.flip_order import FlipOrder, Uniform
+from lpc_lightning.algorithms.accumulation import closes_window
+from lpc_lightning.algorithms.metrics import accuracies
+from lpc_lightning.callbacks.flip_order import FlipOrder, Uniform
 from lpc_lightning.data import LabelNoise, PreferenceDataModule
 from lpc_lightning.errors import SettingError
-from lpc_lightning.modules.accumulation import closes_window
-from lpc_lightning.modules.metrics import accuracies
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
 

@@ -13,20 +13,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from evaluation.benchmarks import PAPER_TASKS, load_tasks
-from evaluation.checks import check_chat_template, check_counts, check_tasks
-from evaluation.preserve import preserved
-from evaluation.results import BenchmarkResults, scores, write_results
-from evaluation.tables import markdown_table, score
-from evaluation.trial import Trial, reason
+from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.errors import SettingError
+from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, check_counts, check_tasks
+from lpc_lightning.evaluation.benchmarks.preserve import preserved
+from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores, write_results
+from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
+from lpc_lightning.evaluation.benchmarks.trial import Trial, reason
+from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.inference.prior import inference_prior
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.seeding import run_seed
 
 if TYPE_CHECKING:
-    from evaluation.latent_lm import LatentLM
+    from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class LMEvaluation(Callback):
 
     def _lm(self, trainer: Trainer, module: PreferenceModule) -> LatentLM:
         # Imports lm-eval: a second that runs without this callback should not pay.
-        from evaluation.latent_lm import LatentLM
+        from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 
         return LatentLM(
             module.policy,
@@ -177,7 +177,7 @@ class LMEvaluation(Callback):
         )
 
     def _benchmarks(self, trainer: Trainer, module: PreferenceModule, limit: int | None) -> BenchmarkResults:
-        from evaluation.run import run_benchmarks
+        from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 
         return run_benchmarks(
             self._lm(trainer, module),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lpc_lightning.modules.accumulation import closes_window
+from lpc_lightning.algorithms.accumulation import closes_window
 from lpc_lightning.types import PreferenceBatch
 
 

@@ -21,16 +21,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lpc_lightning.checkpoint_io import CheckpointWriteError
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.data import DataError, PreferenceDataModule
+from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import SettingError
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.modules import PreferenceModule
-from lpc_lightning.modules.checkpoint import CheckpointError
 from lpc_lightning.policy import Policy, UnsupportedPolicyError
-from lpc_lightning.precision import is_bfloat16_fast
+from lpc_lightning.policy.precision import is_bfloat16_fast
 
 GROUPS = ("policy", "latent", "callbacks")
 """Settings that stand at the top of a config and belong to the module or to the trainer."""
@@ -102,7 +102,7 @@ class PreferenceCLI(LightningCLI):
             # Lightning refuses a bar among the callbacks then; our default callbacks hold one.
             trainer.callbacks = [each for each in trainer.callbacks or [] if "ProgressBar" not in each.class_path]
         if trainer.plugins is None:
-            trainer.plugins = [{"class_path": "lpc_lightning.checkpoint_io.WholeCheckpointIO"}]
+            trainer.plugins = [{"class_path": "lpc_lightning.distributed.checkpoint_io.WholeCheckpointIO"}]
 
     def instantiate_classes(self) -> None:
         """Build everything.

@@ -11,11 +11,13 @@ from hypothesis import HealthCheck, settings
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from lpc_lightning.data.layouts import Layout, PaddedLayout
-from lpc_lightning.data.loading import EvaluationBatches, PreferenceLoader
-from lpc_lightning.modules.preference import PreferenceModule
+from lpc_lightning.algorithms.base import PreferenceModule
+from lpc_lightning.data.batching.layouts import Layout, PaddedLayout
+from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
+
+pytest_plugins = ["tests.fixtures.training_runs"]
 
 # A fresh clone first works out tables of Unicode, on whatever is left of a shared machine: time says nothing here.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

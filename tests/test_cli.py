@@ -19,9 +19,9 @@ import yaml
 from lightning.pytorch import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluation.evaluate import evaluate
-from evaluation.few_shot_command import few_shot
 from lpc_lightning.cli import commands, main
+from lpc_lightning.evaluation.adaptation.command import few_shot
+from lpc_lightning.evaluation.comparison.command import evaluate
 from lpc_lightning.inference.alpaca import alpaca
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.generate import generate
@@ -112,7 +112,7 @@ def test_commands_of_other_packages_are_told_and_not_imported() -> None:
     """lpc_lightning imports nothing from evaluation, whose lm-eval takes seconds."""
     code = (
         "import sys; from lpc_lightning.cli import commands; told = commands()['evaluate'][1]; "
-        "assert not {'evaluation.evaluate', 'lm_eval'} & set(sys.modules); print(told)"
+        "assert not {'lpc_lightning.evaluation.comparison.command', 'lm_eval'} & set(sys.modules); print(told)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "benchmarks and preference accuracy of any models, side by side\n"
@@ -307,7 +307,7 @@ class TestFromACheckpoint:
 
     def test_its_pairs_are_predicted(self, checkpoint: Path, command: Command, places: list[str], runs: Path) -> None:
         options = [*ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}"]
-        said = command("predict", *options, "--callbacks+=callbacks.WritePredictions")
+        said = command("predict", *options, "--callbacks+=lpc_lightning.callbacks.WritePredictions")
         assert said.code == 0, said.err
         (file,) = runs.glob("*/predictions_0.jsonl")
         rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -14,14 +14,14 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 
-from callbacks import FewShotAnnotators, LabelFlipNoise
-from evaluation.ablation.grid import read_grid
-from evaluation.few_shot_scores import SHOTS
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.callbacks import FewShotAnnotators, LabelFlipNoise
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.errors import SettingError
+from lpc_lightning.evaluation.ablation.grid import read_grid
+from lpc_lightning.evaluation.adaptation.scores import SHOTS
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.policy import Policy, TinyPolicy
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -12,16 +12,16 @@ from typing import Literal
 
 import torch
 
-from evaluation.ablation.folder import Weights
-from evaluation.ablation.grid import read_grid
-from evaluation.ablation.local import run_locally
-from evaluation.ablation.overview import write_overview
-from evaluation.ablation.plan import Planned, plan
-from evaluation.ablation.process import Job
-from evaluation.ablation.progress import Progress
-from evaluation.ablation.ray_cluster import run_on_ray
-from evaluation.ablation.slurm import array_script
 from lpc_lightning.errors import SettingError
+from lpc_lightning.evaluation.ablation.folder import Weights
+from lpc_lightning.evaluation.ablation.grid import read_grid
+from lpc_lightning.evaluation.ablation.local import run_locally
+from lpc_lightning.evaluation.ablation.overview import write_overview
+from lpc_lightning.evaluation.ablation.plan import Planned, plan
+from lpc_lightning.evaluation.ablation.process import Job
+from lpc_lightning.evaluation.ablation.progress import Progress
+from lpc_lightning.evaluation.ablation.ray_cluster import run_on_ray
+from lpc_lightning.evaluation.ablation.slurm import array_script
 from lpc_lightning.function_command import run_function
 
 

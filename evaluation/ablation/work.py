@@ -15,10 +15,10 @@ import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from evaluation.ablation.cell_run import run_cell
-from evaluation.ablation.folder import CellFolder
-from evaluation.ablation.process import TAKEN, Job
 from lpc_lightning.cli import MENDABLE
+from lpc_lightning.evaluation.ablation.cell_run import run_cell
+from lpc_lightning.evaluation.ablation.folder import CellFolder
+from lpc_lightning.evaluation.ablation.process import TAKEN, Job
 
 WAIT = 10.0
 """Seconds that a cell's lock is waited for: what a killed command has left behind is gone by then."""

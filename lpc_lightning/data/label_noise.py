@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lpc_lightning.data.report import DataReport
-from lpc_lightning.data.sources import ExampleSource
+from lpc_lightning.data.sources.example_source import ExampleSource
+from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.errors import SettingError
 from lpc_lightning.types import PreferenceExample
 

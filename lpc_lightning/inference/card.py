@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.data.template import Template
+from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.types import Message
 
 PAPER = "[Latent Preference Coding](https://arxiv.org/abs/2505.04993)"

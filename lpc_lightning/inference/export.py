@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lpc_lightning.checkpoint_io import CheckpointWriteError
-from lpc_lightning.data.template import Template
-from lpc_lightning.data.templates import make_template
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.data.tokenization.template import Template
+from lpc_lightning.data.tokenization.templates import make_template
+from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import SettingError
 from lpc_lightning.inference.card import Exported, model_card
 from lpc_lightning.inference.checkpoints import run_folder
@@ -25,7 +26,6 @@ from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_l
 from lpc_lightning.inference.opening import ORIGIN, load_policy
 from lpc_lightning.inference.prior import inference_prior
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.modules import PreferenceModule
 
 BIASES = "code_biases.safetensors"
 SHARD = "5GB"

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from lpc_lightning.data import DataError
-from lpc_lightning.data.rows import BadRow
-from lpc_lightning.data.templates import TemplateKind, make_template
+from lpc_lightning.data.sources.rows import BadRow
+from lpc_lightning.data.tokenization.templates import TemplateKind, make_template
 from lpc_lightning.errors import SettingError
 from lpc_lightning.inference.opening import OpenedPolicy
 from lpc_lightning.latent import PriorMode

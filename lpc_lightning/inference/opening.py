@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.errors import SettingError
 from lpc_lightning.inference.checkpoints import build_module, checkpoint_origin, read_checkpoint
 from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, InferencePrior, latent_causal_lm, load_prior
 from lpc_lightning.inference.prior import inference_prior
-from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.policy import CausalPolicy, Policy, PretrainedPolicy, UnsupportedPolicyError
 
 ORIGIN = "training.json"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_head, head_of
+from lpc_lightning.policy.logprobs import Reading
 from lpc_lightning.policy.masks import FORMS, FULL, block_mask, layer_windows
-from lpc_lightning.policy.piecewise import PIECEWISE, blocks_of
-from lpc_lightning.readout import Reading
+from lpc_lightning.policy.segment_attention import PIECEWISE, blocks_of
 from lpc_lightning.types import LogitHead, PreferenceBatch
 
 

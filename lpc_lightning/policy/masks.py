@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
-from lpc_lightning.policy.piecewise import PIECEWISE
+from lpc_lightning.policy.segment_attention import PIECEWISE
 from lpc_lightning.types import PIECES
 
 WINDOWED, FULL = "sliding_attention", "full_attention"

@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lpc_lightning.policy.causal import CausalPolicy, decoder_layers
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_vocabulary
-from lpc_lightning.policy.lean_layers import make_lean
 from lpc_lightning.policy.lora import LoRA
-from lpc_lightning.policy.piecewise import PIECEWISE
+from lpc_lightning.policy.memory_efficient_layers import make_lean
+from lpc_lightning.policy.segment_attention import PIECEWISE
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Attention = Literal["auto", "piecewise", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]

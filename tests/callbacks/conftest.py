@@ -10,9 +10,9 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import MarginalSpace
-from lpc_lightning.modules import DPO
 from lpc_lightning.policy import TinyPolicy
 
 

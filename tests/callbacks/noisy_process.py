@@ -9,9 +9,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from callbacks import LabelFlipNoise
+from lpc_lightning.algorithms import DPO
+from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.data import SyntheticPreferences
-from lpc_lightning.modules import DPO
 from lpc_lightning.policy import TinyPolicy
 
 

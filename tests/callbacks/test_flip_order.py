@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from callbacks import ByAnnotator, FlipOrder, LabelFlipNoise, LongerWins, SmallMarginsFirst, Uniform
+from lpc_lightning.callbacks import ByAnnotator, FlipOrder, LabelFlipNoise, LongerWins, SmallMarginsFirst, Uniform
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import SettingError
 from lpc_lightning.types import Message, PreferenceExample

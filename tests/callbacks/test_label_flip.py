@@ -16,12 +16,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from callbacks import LabelFlipNoise
+from lpc_lightning.algorithms import DPO
+from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.data import DataError, SyntheticPreferences
 from lpc_lightning.data.label_noise import MarkedSource
-from lpc_lightning.data.report import DataReport
+from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.errors import SettingError
-from lpc_lightning.modules import DPO
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
 

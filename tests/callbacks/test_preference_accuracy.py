@@ -11,10 +11,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from callbacks import CodebookMonitor, PreferenceAccuracy
+from lpc_lightning.algorithms import DPO, SimPO
+from lpc_lightning.callbacks import CodebookMonitor, PreferenceAccuracy
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
-from lpc_lightning.modules import DPO, SimPO
 from lpc_lightning.policy import TinyPolicy
 
 CODES: dict[str, Any] = {"codes": 4, "spread": 2.0}

@@ -4,9 +4,9 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from callbacks import PreferenceAccuracy, ResourceMonitor, RunSummary
+from lpc_lightning.algorithms import DPO
+from lpc_lightning.callbacks import PreferenceAccuracy, ResourceMonitor, RunSummary
 from lpc_lightning.latent import MarginalSpace
-from lpc_lightning.modules import DPO
 
 
 class Validations(Callback):

@@ -147,7 +147,7 @@ CODED = ["--latent=MarginalSpace", f"--latent.codes={CODES}", "--latent.hidden=8
 CALLBACKS = """
 - class_path: ModelCheckpoint
   init_args: {filename: best, monitor: val/rewards/accuracies, mode: max, save_last: true}
-- class_path: callbacks.RunSummary
+- class_path: lpc_lightning.callbacks.RunSummary
 """
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lpc_lightning.data.templates import make_template
+from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.inference.card import Exported, model_card
 from lpc_lightning.policy import TinyPolicy
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lpc_lightning.checkpoint_io import CheckpointWriteError
+from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import SettingError
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.opening import open_module, open_policy
-from lpc_lightning.modules.checkpoint import CheckpointError
 
 CODED = ["--latent=MarginalSpace", "--latent.codes=5", "--latent.hidden=8", "--latent.spread=1.0"]
 GEMMA = '{"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}'

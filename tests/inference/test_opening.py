@@ -13,11 +13,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+from lpc_lightning.algorithms import DPO
+from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.errors import SettingError
 from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.inference.opening import load_policy, open_module, open_policy
-from lpc_lightning.modules import DPO
-from lpc_lightning.modules.checkpoint import CheckpointError
 from lpc_lightning.policy import TinyPolicy, UnsupportedPolicyError
 
 CODED = ["--latent=MarginalSpace", "--latent.codes=5", "--latent.hidden=8", "--latent.spread=1.0"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
-from lpc_lightning.modules import DPO
-from lpc_lightning.modules.sharding import policies_of
+from lpc_lightning.algorithms import DPO
+from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.distributed.sharding import policies_of
 from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, UnsupportedPolicyError
 from lpc_lightning.types import TokenizedPair
 

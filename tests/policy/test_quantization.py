@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lpc_lightning.data.layouts import SharedPrefixLayout
+from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.errors import SettingError
 from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
 from lpc_lightning.types import TokenizedPair

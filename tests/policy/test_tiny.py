@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from lpc_lightning.data.layouts import SharedPrefixLayout
+from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import SettingError
 from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, UnsupportedPolicyError

@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 
-from evaluation.ablation import fingerprint
-from evaluation.ablation.command import ablate, main
-from evaluation.ablation.folder import Weights
 from lpc_lightning.errors import SettingError
+from lpc_lightning.evaluation.ablation import fingerprint
+from lpc_lightning.evaluation.ablation.command import ablate, main
+from lpc_lightning.evaluation.ablation.folder import Weights
 
 Read = Callable[[Path], dict[str, bytes]]
 
@@ -166,8 +166,9 @@ def test_one_cell_of_an_array_is_run_as_the_script_says(
     assert "#SBATCH --array=0-3%16" in script
     programs = tmp_path / "bin"
     programs.mkdir()
-    code = "import sys; from evaluation.ablation.command import main\\nif __name__ == '__main__': main(sys.argv[1:])"
-    (programs / "ablate.py").write_text(code.replace("\\n", "\n"))
+    code = ["import sys", "from lpc_lightning.evaluation.ablation.command import main"]
+    code += ["if __name__ == '__main__': main(sys.argv[1:])"]
+    (programs / "ablate.py").write_text("\n".join(code))
     (programs / "lpc-lightning").write_text(f'#!/bin/sh\nexec {sys.executable} {programs / "ablate.py"} "$@"\n')
     (programs / "srun").write_text('#!/bin/sh\nexec "$@"\n')
     for program in programs.iterdir():

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from evaluation.ablation.grid import Grid, read_grid
 from lpc_lightning.errors import SettingError
+from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
 
 GRID: dict[str, Any] = {
     "base": ["--config=a.yaml"],
