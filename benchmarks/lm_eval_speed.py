@@ -82,7 +82,7 @@ def _codes_of_zeros(policy: CausalPolicy, codes: int = 32, hidden: int = 256) ->
     biases = {f"prior.{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
     tensors = {"codebook": torch.zeros(codes, policy.width), **layers, **biases}
     device = policy.head.weight.device
-    return InferencePrior.of({"kind": "discrete", "codes": codes, "prior_mode": "mean"}, tensors).to(device)
+    return InferencePrior.of({"kind": "discrete", "num_codes": codes, "prior_mode": "mean"}, tensors).to(device)
 
 
 def _requests(task: str, data_dir: str, limit: int | None) -> list[Instance]:

@@ -48,8 +48,8 @@ class Phases:
         if module.reference is not None:
             self._wrap(module.reference, "logps", "reference")
         self._wrap(module, "training_terms", "latent and loss")
-        self._wrap(logprobs.Reading, "logps", "head forward")
-        self._wrap(logprobs.Reading, "logps_per_code", "head forward")
+        self._wrap(logprobs.BatchForward, "logps", "head forward")
+        self._wrap(logprobs.BatchForward, "logps_per_code", "head forward")
         self._wrap_backward(logprobs._TokenLogps)
         self._wrap(trainer.strategy, "backward", "backbone backward")
         for optimizer in trainer.optimizers:

@@ -1,6 +1,6 @@
 """What happens around training: one callback a file."""
 
-from lpc_lightning.callbacks.adaptation import FewShotAnnotators
+from lpc_lightning.callbacks.adaptation import AnnotatorAdaptation
 from lpc_lightning.callbacks.codebook_monitor import CodebookMonitor
 from lpc_lightning.callbacks.final_validation import FinalValidation
 from lpc_lightning.callbacks.flip_order import ByAnnotator, FlipOrder, LongerWins, SmallMarginsFirst, Uniform
@@ -14,9 +14,9 @@ from lpc_lightning.callbacks.resources import ResourceMonitor
 from lpc_lightning.callbacks.run_summary import RunSummary
 
 __all__ = [
+    "AnnotatorAdaptation",
     "ByAnnotator",
     "CodebookMonitor",
-    "FewShotAnnotators",
     "FinalValidation",
     "FlipOrder",
     "GracefulStop",

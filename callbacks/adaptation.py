@@ -9,22 +9,23 @@ from lightning.pytorch import LightningModule, Trainer
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round
-from lpc_lightning.evaluation.adaptation.files import write_few_shot
-from lpc_lightning.evaluation.adaptation.pairs import FewShotPairs, FewShotReport
+from lpc_lightning.evaluation.adaptation.files import write_adaptation
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
 from lpc_lightning.evaluation.adaptation.scores import SHOTS
 
 
-class FewShotAnnotators(CollectPairs):
-    """Logs `few_shot/exact/N` and, where a posterior is learned, `few_shot/amortised/N`, under val/ or test/.
+class AnnotatorAdaptation(CollectPairs):
+    """Logs `adaptation/exact/N` and, where a posterior is learned, `adaptation/amortised/N`, under val/ or test/.
 
     Each is the accuracy on an annotator's pairs when the codes are inferred from N others of the same annotator: by
     prior times evidence, or by the average of the learned posteriors (see `evaluation.adaptation.inference`). A policy
     without codes has nothing to infer: its `exact/N` is the policy as it is, over the same pairs.
 
-    Beside them `few_shot/prior`, the policy as it is used for anybody; `few_shot/no_latent`, the same policy at z = 0,
-    where it has a latent; and `few_shot/ceiling`, the best there is given the annotator, where the data knows it.
+    Beside them `adaptation/prior`, the policy as it is used for anybody; `adaptation/no_latent`, the same policy at z
+    = 0,
+    where it has a latent; and `adaptation/ceiling`, the best there is given the annotator, where the data knows it.
 
-    The run folder gets `few_shot.json` with all of it, standard errors and counts, and `code_weights.json` with each
+    The run folder gets `adaptation.json` with all of it, standard errors and counts, and `code_weights.json` with each
     annotator's weights over the codes, for `lpc-lightning generate --code-weights code_weights.json ANNOTATOR`; both of
     the last round, the sanity check left out.
 
@@ -38,9 +39,9 @@ class FewShotAnnotators(CollectPairs):
     def __init__(
         self, column: Group = "annotator", shots: list[int] | None = None, rounds: int = 20, seed: int = 0
     ) -> None:
-        self.pairs = FewShotPairs(column, SHOTS if shots is None else shots, rounds, seed)
+        self.pairs = AdaptationPairs(column, SHOTS if shots is None else shots, rounds, seed)
         super().__init__(self.pairs)
-        self.report = FewShotReport()
+        self.report = AdaptationReport()
         """Of the last round."""
 
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,8 +51,8 @@ class FewShotAnnotators(CollectPairs):
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         known = data.ceiling if isinstance(data, PreferenceDataModule) and self.pairs.column == "annotator" else None
         if found and known is not None:
-            found["few_shot/ceiling"] = known.given_annotator
+            found["adaptation/ceiling"] = known.given_annotator
         log_round(pl_module, stage, found)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all devices
         if found and trainer.is_global_zero and not trainer.sanity_checking:
-            write_few_shot(folder, self.report, self.pairs)
+            write_adaptation(folder, self.report, self.pairs)

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, check_counts, check_tasks
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores, write_results
@@ -78,9 +78,9 @@ class LMEvaluation(Callback):
             seed: Seed of few-shot examples and of whatever is drawn.
         """
         if every_n_steps is not None and every_n_steps < 1:
-            raise SettingError(f"every_n_steps: found {every_n_steps}, expected at least 1, or null.")
+            raise ConfigError(f"every_n_steps: found {every_n_steps}, expected at least 1, or null.")
         if step_limit < 1:
-            raise SettingError(f"step_limit: found {step_limit}, expected at least one document.")
+            raise ConfigError(f"step_limit: found {step_limit}, expected at least one document.")
         self.tasks, self.data_dir, self.limit = tuple(tasks), data_dir, limit
         self.every_n_steps, self.step_limit = every_n_steps, step_limit
         self.num_fewshot, self.batch_size, self.prior_mode = num_fewshot, batch_size, prior_mode
@@ -91,7 +91,7 @@ class LMEvaluation(Callback):
         """Refuse, before anything is trained, what could not run at the end, and get data from the hub.
 
         Raises:
-            SettingError: An unknown task, a file that is not there, settings that mean nothing.
+            ConfigError: An unknown task, a file that is not there, settings that mean nothing.
         """
         if stage != "fit":
             return
@@ -112,7 +112,7 @@ class LMEvaluation(Callback):
         """Refuse settings that the model, which is built by now, cannot be evaluated with.
 
         Raises:
-            SettingError: No such batch size, or no such mode of the prior.
+            ConfigError: No such batch size, or no such mode of the prior.
         """
         assert isinstance(pl_module, PreferenceModule)
         if not isinstance(trainer.strategy, SHARDED):

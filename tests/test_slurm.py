@@ -39,7 +39,7 @@ echo "$@" >> {folder}/scontrol
 FLAGS = [
     "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2",
     "--data=SyntheticPreferences --data.train_pairs=40 --data.validation_pairs=4 --data.batch_size=1",
-    "--model=DPO --latent=GumbelSpace --latent.codes=4",
+    "--model=DPO --latent=GumbelSpace --latent.num_codes=4",
     "--trainer.accelerator=cpu --trainer.devices=2 --trainer.strategy=fsdp2",
     "--trainer.precision=32-true --trainer.accumulate_grad_batches=2 --trainer.enable_progress_bar=false",
     "--callbacks+=lpc_lightning.callbacks.GracefulStop",

@@ -14,7 +14,7 @@ from lpc_lightning.types import PreferenceBatch
 
 
 class Collector(Protocol):
-    """What takes in evaluated batches: `AccuracyModes`, `FewShotPairs`."""
+    """What takes in evaluated batches: `AccuracyModes`, `AdaptationPairs`."""
 
     def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
         """Take in a batch, in the precision of the step."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from lpc_lightning.data import DataError
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.preferences import pass_over
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
-from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, write_few_shot
-from lpc_lightning.evaluation.adaptation.pairs import FewShotPairs, FewShotReport
-from lpc_lightning.evaluation.adaptation.plots import draw_few_shot, score_estimate, score_line, shots_at
+from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, write_adaptation
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
+from lpc_lightning.evaluation.adaptation.plots import draw_adaptation, score_estimate, score_line, shots_at
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
 from lpc_lightning.evaluation.adaptation.scores import SHOTS, Score
 from lpc_lightning.evaluation.comparison.command import name_models
@@ -31,19 +31,19 @@ from lpc_lightning.latent import DiscreteSpace
 UNDER_Z = "exact_z"
 """Of scores under z = sum_k w_k e_k, the weights inferred as for `exact`."""
 NAMES = {UNDER_Z: "exact, under z", "prior": "prior, for anybody", "no_latent": "no latent (z = 0)"}
-TABLE = "few_shot.md"
+TABLE = "adaptation.md"
 
 
 def main(arguments: list[str]) -> None:
     """Run the command."""
-    run_function(few_shot, arguments[1:], arguments[0])
+    run_function(adapt, arguments[1:], arguments[0])
 
 
-def few_shot(
+def adapt(
     models: list[str],
     preferences: str,
     annotator_column: Group = "annotator",
-    output: str = "few_shot",
+    output: str = "adaptation",
     names: list[str] | None = None,
     split: str | None = None,
     shots: list[int] | None = None,
@@ -64,7 +64,7 @@ def few_shot(
     probability is above 1/2. `exact, under z` asks the policy under the mixture z of the codes instead, under which
     `generate` answers. A policy without codes, such as plain DPO, has nothing to adapt and stands beside as a level.
 
-    OUTPUT gets few_shot.md, the plot as .svg and .png, and for each model MODEL/few_shot.json, with standard errors
+    OUTPUT gets adaptation.md, the plot as .svg and .png, and for each model MODEL/adaptation.json, with standard errors
     over pairs, and MODEL/code_weights.json, with each annotator's weights from all of their pairs, under which
     `lpc-lightning generate --code-weights OUTPUT/MODEL/code_weights.json ANNOTATOR` answers.
 
@@ -87,18 +87,18 @@ def few_shot(
         seed: Seed of the random choices.
 
     Raises:
-        SettingError: No model has codes, or a setting is out of range.
+        ConfigError: No model has codes, or a setting is out of range.
         DataError: There are no such pairs, none that says whose it is, or no annotator with enough of them.
     """
     named = name_models(models, names)
-    asked = FewShotPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
-    reports: dict[str, FewShotReport] = {}
+    asked = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
+    reports: dict[str, AdaptationReport] = {}
     for name, path in named:
         pairs = PairsFile(preferences, split=split, limit=limit, batch_size=batch_size, max_length=max_length)
         pairs.template = trained_template(run_config(Path(path)))
         module = open_module(path, device)
         if len(named) == 1 and not isinstance(module.latent, DiscreteSpace):
-            raise SettingError(f"models: {path} has no codes: there is nothing to infer from labelled pairs.")
+            raise ConfigError(f"models: {path} has no codes: there is nothing to infer from labelled pairs.")
         rows = pass_over(module, pairs, asked, precision=precision)
         print(f"{name}: {rows}")
         report = asked.collect()
@@ -107,16 +107,16 @@ def few_shot(
             policy = PolicyUnderMixtures(report.mixtures, annotator_column)
             pass_over(module, pairs, policy, precision=precision)
             report = replace(report, scores={**report.scores, UNDER_Z: policy.scores()})
-        write_few_shot(Path(output) / name, report, asked)
+        write_adaptation(Path(output) / name, report, asked)
         reports[name] = report
         del module
         gc.collect()  # its parts know each other, which only the collector sees through
     if not any(report.weights for report in reports.values()):
-        raise SettingError(f"models: none of {', '.join(models)} has codes: there is nothing to infer.")
+        raise ConfigError(f"models: none of {', '.join(models)} has codes: there is nothing to infer.")
     _write(Path(output), reports, asked.shots)
 
 
-def _check_annotators(report: FewShotReport, asked: FewShotPairs, preferences: str) -> None:
+def _check_annotators(report: AdaptationReport, asked: AdaptationPairs, preferences: str) -> None:
     if not report.annotators:
         raise DataError(
             f"annotator_column: found no {asked.column} in any pair of {preferences}, expected whose pair it is. Take "
@@ -130,17 +130,17 @@ def _check_annotators(report: FewShotReport, asked: FewShotPairs, preferences: s
         )
 
 
-def _write(folder: Path, reports: Mapping[str, FewShotReport], shots: Sequence[int]) -> None:
+def _write(folder: Path, reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> None:
     told = "\n".join([table(reports, shots), *(f"\n{each}" for each in left_out(reports, shots))])
     (folder / TABLE).write_text(told + "\n", encoding="utf-8")
     found, title = panels(reports), "Accuracy on an annotator's pairs, given others of the same annotator"
-    figure = draw_few_shot(found, sorted(set(shots)), None, "accuracy")
-    plot = Plot("few_shot", title, figure, in_words(title, found, shots_at), "Bands: 95 % over pairs.")
+    figure = draw_adaptation(found, sorted(set(shots)), None, "accuracy")
+    plot = Plot("adaptation", title, figure, in_words(title, found, shots_at), "Bands: 95 % over pairs.")
     list(write_plots(folder, [plot]))
     print(f"\n{told}\n\nWrote {folder / TABLE} and the plot, and {SCORES} and {WEIGHTS} of each model beside them.")
 
 
-def table(reports: Mapping[str, FewShotReport], shots: Sequence[int]) -> str:
+def table(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> str:
     """Accuracies with standard errors: a line a model and way of inference, a column a number of shots."""
     numbers = sorted({0, *shots})  # 0: where the levels stand
     rows = []
@@ -154,7 +154,7 @@ def table(reports: Mapping[str, FewShotReport], shots: Sequence[int]) -> str:
     return markdown_table(["model", "codes by", *(f"given {n}" for n in numbers)], rows, left=2)
 
 
-def left_out(reports: Mapping[str, FewShotReport], shots: Sequence[int]) -> list[str]:
+def left_out(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> list[str]:
     """A sentence for each number of shots at which annotators have too few pairs, and a model where they differ."""
     told: dict[str, list[str]] = {}
     for name, report in reports.items():
@@ -167,7 +167,7 @@ def left_out(reports: Mapping[str, FewShotReport], shots: Sequence[int]) -> list
     return [f"{', '.join(names)}, {sentence}" for sentence, names in told.items()]
 
 
-def panels(reports: Mapping[str, FewShotReport]) -> dict[str, list[Line]]:
+def panels(reports: Mapping[str, AdaptationReport]) -> dict[str, list[Line]]:
     """Of one model all curves and the level at z = 0. Of several a panel each way of inference, with a line a model."""
     if len(reports) == 1:
         (report,) = reports.values()
@@ -184,7 +184,7 @@ def panels(reports: Mapping[str, FewShotReport]) -> dict[str, list[Line]]:
     }
 
 
-def _curves(report: FewShotReport) -> Mapping[str, Mapping[int, Score]]:
+def _curves(report: AdaptationReport) -> Mapping[str, Mapping[int, Score]]:
     """Of a policy without codes none: it stays at its level."""
     return report.scores if report.weights else {}
 

@@ -6,13 +6,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from lpc_lightning.evaluation.adaptation.pairs import FewShotPairs, FewShotReport
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
 
-SCORES, WEIGHTS = "few_shot.json", "code_weights.json"
+SCORES, WEIGHTS = "adaptation.json", "code_weights.json"
 
 
-def write_few_shot(folder: Path, report: FewShotReport, asked: FewShotPairs) -> None:
-    """Write `few_shot.json` and, where there are codes, `code_weights.json`: K numbers by annotator.
+def write_adaptation(folder: Path, report: AdaptationReport, asked: AdaptationPairs) -> None:
+    """Write `adaptation.json` and, where there are codes, `code_weights.json`: K numbers by annotator.
 
     Args:
         folder: Made where it is missing.

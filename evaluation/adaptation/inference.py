@@ -31,7 +31,7 @@ class CodeTables:
     log_prior: Table
     """(n, K) log p_k(x)."""
     losses: Table
-    """(n, K) l_k of the pair as labelled, in nats of evidence (`PairLosses.evidence`)."""
+    """(n, K) l_k of the pair as labelled, in nats of evidence (`PairLosses.label_log_likelihood`)."""
     swapped: Table
     """(n, K) l_k of the pair labelled the other way round."""
     log_posterior: Table | None = None

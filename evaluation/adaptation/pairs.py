@@ -17,9 +17,9 @@ from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weigh
 from lpc_lightning.evaluation.adaptation.scores import (
     SHOTS,
     Score,
-    check_few_shot,
-    few_shot_mixtures,
-    few_shot_scores,
+    adaptation_mixtures,
+    adaptation_scores,
+    check_shots,
     mean_score,
 )
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
@@ -30,31 +30,32 @@ BASELINES = ("prior", "no_latent")
 
 
 @dataclass(frozen=True)
-class FewShotReport:
-    """What `FewShotPairs` has found."""
+class AdaptationReport:
+    """What `AdaptationPairs` has found."""
 
     annotators: Mapping[str, int] = field(default_factory=dict)
     """How many pairs each of them labelled."""
     scores: Mapping[str, Mapping[int, Score]] = field(default_factory=dict)
-    """By inference and labelled pairs given; see `few_shot_scores`. A policy without codes counts as one with a single
+    """By inference and labelled pairs given; see `adaptation_scores`. A policy without codes counts as one with a
+    single
     code, of which labelled pairs change nothing: it has `exact`, for comparison over the same pairs."""
     baselines: Mapping[str, Score] = field(default_factory=dict)
     """`prior`: the policy as it is used, for any annotator. `no_latent`: the same at z = 0, where it has a latent."""
     weights: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     """(K,) each annotator's weights over the codes, from all their pairs. Empty where the policy has no codes."""
     mixtures: Mapping[int, Mapping[str, NDArray[np.float64]]] = field(default_factory=dict)
-    """(K,) weights for a pair, from some others of its annotator, by how many and its id: see `few_shot_mixtures`."""
+    """(K,) weights for a pair, from some others of its annotator, by how many and its id: see `adaptation_mixtures`."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """`few_shot/exact/8` and so on, `few_shot/prior`, and `few_shot/no_latent` where there is a latent."""
-        found = {f"few_shot/{name}": each.accuracy for name, each in self.baselines.items()}
+        """`adaptation/exact/8` and so on, `adaptation/prior`, and `adaptation/no_latent` where there is a latent."""
+        found = {f"adaptation/{name}": each.accuracy for name, each in self.baselines.items()}
         for kind, scores in self.scores.items():
-            found |= {f"few_shot/{kind}/{n}": each.accuracy for n, each in scores.items()}
+            found |= {f"adaptation/{kind}/{n}": each.accuracy for n, each in scores.items()}
         return found
 
 
-class FewShotPairs(nn.Module):
+class AdaptationPairs(nn.Module):
     """Takes in batches, and says how well each annotator's labels follow from some of them, over all devices."""
 
     def __init__(
@@ -69,10 +70,10 @@ class FewShotPairs(nn.Module):
             seed: Of these.
 
         Raises:
-            SettingError: A setting out of range.
+            ConfigError: A setting out of range.
         """
         super().__init__()
-        check_few_shot(shots, rounds)
+        check_shots(shots, rounds)
         self.column, self.shots, self.rounds, self.seed = column, tuple(shots), rounds, seed
         self.table = PairTable()
 
@@ -86,8 +87,8 @@ class FewShotPairs(nn.Module):
         if isinstance(space, DiscreteSpace):
             codes = space.codebook.weight
             numbers |= _by_code("log_prior", space.log_prior(states.prompt))
-            numbers |= _by_code("losses", -score.under_codes(codes)[0].evidence)
-            numbers |= _by_code("swapped", -score.swapped().under_codes(codes)[0].evidence)
+            numbers |= _by_code("losses", -score.under_codes(codes)[0].label_log_likelihood)
+            numbers |= _by_code("swapped", -score.swapped().under_codes(codes)[0].label_log_likelihood)
         if isinstance(space, PosteriorSpace):
             numbers |= _by_code("log_posterior", space.log_posterior(states, score))
         self.table.update(numbers, pair_labels(batch))
@@ -96,7 +97,7 @@ class FewShotPairs(nn.Module):
         """Forget all pairs."""
         self.table.reset()
 
-    def collect(self) -> FewShotReport:
+    def collect(self) -> AdaptationReport:
         """What is known of all pairs since the last call, on all devices; starts anew."""
         numbers, rows = self.table.read()
         # In the order of their names: sums round alike whatever the batches and the devices.
@@ -105,14 +106,14 @@ class FewShotPairs(nn.Module):
         )
         self.reset()
         if not order:
-            return FewShotReport()
+            return AdaptationReport()
         columns = {name: values.numpy()[order] for name, values in numbers.items()}
         ids = [str(rows[place]["id"]) for place in order]
         annotators = [str(rows[place][self.column]) for place in order]
         tables = _tables(columns)
-        found = FewShotReport(
+        found = AdaptationReport(
             annotators=dict(sorted(Counter(annotators).items())),
-            scores=few_shot_scores(
+            scores=adaptation_scores(
                 tables or single_code(columns["prior"]), ids, annotators, self.shots, self.rounds, self.seed
             ),
             baselines={
@@ -124,7 +125,7 @@ class FewShotPairs(nn.Module):
         return replace(
             found,
             weights=code_weights(tables, annotators),
-            mixtures=few_shot_mixtures(tables, ids, annotators, self.shots, self.seed),
+            mixtures=adaptation_mixtures(tables, ids, annotators, self.shots, self.seed),
         )
 
 

@@ -25,7 +25,7 @@ def shots_at(place: float) -> float:
     return 0.0 if place == 0 else 2.0 ** (place - 1)
 
 
-def draw_few_shot(
+def draw_adaptation(
     panels: Mapping[str, Sequence[Line]], shots: Sequence[int], ceiling: float | None, metric: str
 ) -> Figure:
     """Lines over labelled pairs.

@@ -26,7 +26,7 @@ class PolicyUnderMixtures:
         """Start with no pairs.
 
         Args:
-            mixtures: (K,) weights by labelled pairs given and the pair's id: see `few_shot_mixtures`.
+            mixtures: (K,) weights by labelled pairs given and the pair's id: see `adaptation_mixtures`.
             column: The label that says whose pair it is.
         """
         self.mixtures, self.column = mixtures, column

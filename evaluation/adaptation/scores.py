@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, Table, adapted, correct, margins
 from lpc_lightning.seeding import derive
 
@@ -62,9 +62,9 @@ def turns(
         seed: Of the orders.
 
     Raises:
-        SettingError: A negative number of shots, or less than one round.
+        ConfigError: A negative number of shots, or less than one round.
     """
-    check_few_shot(shots, rounds)
+    check_shots(shots, rounds)
     names = np.asarray(annotators)
     said = {kind: table for kind, each in INFERENCES.items() if (table := each.says(tables)) is not None}
     for name in np.unique(names):
@@ -76,7 +76,7 @@ def turns(
                 yield Turn(kind, n, rows, weights)
 
 
-def few_shot_scores(
+def adaptation_scores(
     tables: CodeTables,
     ids: Sequence[str],
     annotators: Sequence[str],
@@ -108,7 +108,7 @@ def few_shot_scores(
     }
 
 
-def few_shot_mixtures(
+def adaptation_mixtures(
     tables: CodeTables, ids: Sequence[str], annotators: Sequence[str], shots: Sequence[int] = SHOTS, seed: int = 0
 ) -> dict[int, dict[str, Table]]:
     """(K,) weights over the codes for each pair from n others of its annotator: `exact`, in the first round.
@@ -162,13 +162,13 @@ def mean_score(values: Table, annotators: NDArray[np.str_]) -> Score:
     )
 
 
-def check_few_shot(shots: Sequence[int], rounds: int) -> None:
+def check_shots(shots: Sequence[int], rounds: int) -> None:
     """Refuse settings that mean nothing.
 
     Raises:
-        SettingError: Says which.
+        ConfigError: Says which.
     """
     if not shots or min(shots) < 0:
-        raise SettingError(f"shots: found {list(shots)}, expected numbers of labelled pairs, 0 or more.")
+        raise ConfigError(f"shots: found {list(shots)}, expected numbers of labelled pairs, 0 or more.")
     if rounds < 1:
-        raise SettingError(f"rounds: found {rounds}, expected at least 1.")
+        raise ConfigError(f"rounds: found {rounds}, expected at least 1.")

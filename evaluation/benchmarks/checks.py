@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.tasks import LOCAL_DATA, PAPER_TASKS, is_task_file, layout, task_manager
 
 if TYPE_CHECKING:
@@ -18,22 +18,22 @@ def check_counts(limit: int | None, num_fewshot: int | None) -> None:
     """Refuse numbers that mean nothing.
 
     Raises:
-        SettingError: Says which.
+        ConfigError: Says which.
     """
     if limit is not None and limit < 1:
-        raise SettingError(f"limit: found {limit}, expected at least one document, or null for all of them.")
+        raise ConfigError(f"limit: found {limit}, expected at least one document, or null for all of them.")
     if num_fewshot is not None and num_fewshot < 0:
-        raise SettingError(f"num_fewshot: found {num_fewshot}, expected 0 or more, or null for each task's own number.")
+        raise ConfigError(f"num_fewshot: found {num_fewshot}, expected 0 or more, or null for each task's own number.")
 
 
 def check_chat_template(tokenizer: Any) -> None:
     """Refuse a tokenizer that cannot put prompts as conversations.
 
     Raises:
-        SettingError: It has no chat template.
+        ConfigError: It has no chat template.
     """
     if tokenizer is not None and not getattr(tokenizer, "chat_template", None):
-        raise SettingError("apply_chat_template: the model's tokenizer has no chat template; leave the setting out.")
+        raise ConfigError("apply_chat_template: the model's tokenizer has no chat template; leave the setting out.")
 
 
 def check_tasks(tasks: Sequence[str], data_dir: str | None = None, manager: TaskManager | None = None) -> None:
@@ -45,10 +45,10 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None = None, manager: Task
         manager: Knows the names; None: `task_manager()`, where names have to be looked up at all.
 
     Raises:
-        SettingError: No tasks, an unknown one, or a file that is not there.
+        ConfigError: No tasks, an unknown one, or a file that is not there.
     """
     if not tasks:
-        raise SettingError(f"tasks: found none, expected lm-eval task names such as {', '.join(PAPER_TASKS)}.")
+        raise ConfigError(f"tasks: found none, expected lm-eval task names such as {', '.join(PAPER_TASKS)}.")
     names = [name for name in dict.fromkeys(tasks) if not is_task_file(name)]
     if data_dir is not None:
         _check_local(names, Path(data_dir))
@@ -56,7 +56,7 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None = None, manager: Task
         known = (manager or task_manager()).all_tasks
         for name in names:
             if name not in known:
-                raise SettingError(
+                raise ConfigError(
                     f"tasks: found {name!r}, which lm-eval does not know, expected {_near(name, known)}. "
                     "`lm-eval ls tasks` lists all of them."
                 )
@@ -65,14 +65,14 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None = None, manager: Task
 def _check_local(names: Sequence[str], data_dir: Path) -> None:
     for name in names:
         if name not in LOCAL_DATA:
-            raise SettingError(
+            raise ConfigError(
                 f"tasks: found {name!r} with data_dir, expected {_near(name, list(LOCAL_DATA))}: these are the tasks "
                 "whose local files are known. Leave data_dir out to read its data from the hub, or give a task file "
                 "(.yaml) that says where its data is."
             )
         missing = [file for file in LOCAL_DATA[name].files(data_dir).values() if not file.is_file()]
         if missing:
-            raise SettingError(
+            raise ConfigError(
                 f"data_dir: found no file {missing[0].relative_to(data_dir)} for task {name} in {data_dir.absolute()}, "
                 f"expected {layout(name)}: JSON lines with the columns of the hub data set {LOCAL_DATA[name].hub}."
             )

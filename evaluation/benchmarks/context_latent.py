@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.seeding import derive
@@ -28,14 +28,14 @@ class ContextLatent:
             seed: Together with a context's tokens, the seed of its draw.
 
         Raises:
-            SettingError: The prior has no such mode.
+            ConfigError: The prior has no such mode.
         """
         self.prior, self.seed = prior, seed
         self.mode = prior.settings["prior_mode"] if mode is None else mode
         try:  # now, and not after the benchmarks have been loaded
             self(torch.zeros(1, prior.width, device=next(prior.parameters()).device), [()])
         except ValueError as error:
-            raise SettingError(str(error)) from None
+            raise ConfigError(str(error)) from None
 
     @property
     def draws(self) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.context_latent import ContextLatent, Latent
 from lpc_lightning.evaluation.benchmarks.contexts import Request
 from lpc_lightning.evaluation.benchmarks.ranks import TorchDistributed
@@ -88,7 +88,7 @@ class LatentLM(TorchDistributed, HFLM):
             seed: Seed of the draws of mode `sample`.
 
         Raises:
-            SettingError: No such batch size, or no such mode of this prior.
+            ConfigError: No such batch size, or no such mode of this prior.
         """
         _check_batch_size(batch_size)
         with _expecting_a_model():
@@ -220,7 +220,7 @@ class LatentLM(TorchDistributed, HFLM):
 
 def _check_batch_size(size: int | str) -> None:
     if not (str(size).startswith("auto") or (str(size).isdecimal() and int(size) > 0)):
-        raise SettingError(f"batch_size: found {size!r}, expected a number from 1 on, or auto.")
+        raise ConfigError(f"batch_size: found {size!r}, expected a number from 1 on, or auto.")
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def run_benchmarks(
         manager: Knows the tasks. None: the one of this process.
 
     Raises:
-        SettingError: Settings or files that no task could run with; told before anything runs.
+        ConfigError: Settings or files that no task could run with; told before anything runs.
     """
     check_counts(limit=limit, num_fewshot=num_fewshot)
     if apply_chat_template:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lpc_lightning.evaluation.benchmarks.context_latent import Latent
 from lpc_lightning.evaluation.benchmarks.contexts import Group, Request, batches, group_by_context, kept_of, lay_out
 from lpc_lightning.policy import CausalPolicy
-from lpc_lightning.policy.logprobs import token_verdicts
+from lpc_lightning.policy.logprobs import token_logps_and_greedy
 
 Answer = tuple[float, bool]
 """Log-probability of a continuation in nats, and whether greedy decoding would write it."""
@@ -90,7 +90,7 @@ def score(policy: CausalPolicy, groups: Sequence[Group], latent: Latent | None, 
     if latent is not None:
         z = latent(hidden[batch.context_end.to(device)], [group.whole for group in groups])
         states = states + z.to(states.dtype)[batch.group[batch.owner].to(device)]
-    logps, greedy = token_verdicts(states, batch.targets.to(device), head)
+    logps, greedy = token_logps_and_greedy(states, batch.targets.to(device), head)
     sums = torch.zeros(len(batch.group), dtype=torch.float64).index_add(0, batch.owner, logps.cpu().double())
     misses = torch.zeros(len(batch.group)).index_add(0, batch.owner, (~greedy).cpu().float())
     return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from torch import distributed
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.tasks import DataUnreachableError
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Trial:
 
 def reason(error: BaseException) -> str:
     """What went wrong: our own sentence, or an error with its causes, first lines only, and the line that raised."""
-    if isinstance(error, SettingError | DataUnreachableError):
+    if isinstance(error, ConfigError | DataUnreachableError):
         return str(error)
     said = []
     cause: BaseException | None = error

@@ -112,7 +112,7 @@ class CodebookStatistics(nn.Module):
             most_points: Pairs whose z is kept.
         """
         super().__init__()
-        codes = space.codes if isinstance(space, DiscreteSpace) else 0
+        codes = space.num_codes if isinstance(space, DiscreteSpace) else 0
         self.table, self.means, self.sample = PairTable(), PairMeans(), PointSample(most_points)
         self.prior, self.posterior = CodeMass(codes), CodeMass(codes)
 

@@ -11,12 +11,12 @@ from typing import Literal
 
 import torch
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS
 from lpc_lightning.evaluation.comparison.comparison import compare, to_markdown, write_comparison
 from lpc_lightning.evaluation.comparison.model_scores import ModelScores, scores_of
-from lpc_lightning.evaluation.comparison.one_model import Wanted, evaluate_model, told
+from lpc_lightning.evaluation.comparison.one_model import EvalRequest, describe, evaluate_model
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.opening import short_name
@@ -83,11 +83,11 @@ def evaluate(
         Whether all models have all results.
 
     Raises:
-        SettingError: Settings that no model could be evaluated with; told before anything runs.
+        ConfigError: Settings that no model could be evaluated with; told before anything runs.
         DataError: The file of preference pairs is not there or holds none.
     """
     named = name_models(models, names)
-    wanted = Wanted(
+    wanted = EvalRequest(
         tasks=PAPER_TASKS if tasks is None else tuple(task for task in tasks if task != "none"),
         data_dir=data_dir,
         preferences=preferences,
@@ -110,7 +110,7 @@ def evaluate(
         try:
             results, missing = evaluate_model(model, name, wanted, Path(output), again)
         except Exception as error:  # whatever it is, the other models are worth having
-            failures.append(f"{name}: {told(error)}")
+            failures.append(f"{name}: {describe(error)}")
             continue
         failures += [f"{name}, {task}: {why}" for task, why in missing.items()]
         print(f"\n{table(results)}\n", flush=True)
@@ -128,7 +128,7 @@ def name_models(models: Sequence[str], names: Sequence[str] | None) -> list[tupl
     """A name for each model, no two alike.
 
     Raises:
-        SettingError: Other than one name a model, or two alike.
+        ConfigError: Other than one name a model, or two alike.
     """
     if names is None:
         short = [short_name(model) for model in models]
@@ -138,9 +138,9 @@ def name_models(models: Sequence[str], names: Sequence[str] | None) -> list[tupl
             seen[name] += 1
             names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     if len(names) != len(models):
-        raise SettingError(f"names: found {len(names)} for {len(models)} models, expected one for each.")
+        raise ConfigError(f"names: found {len(names)} for {len(models)} models, expected one for each.")
     if len(set(names)) < len(names):
-        raise SettingError(f"names: found {', '.join(names)}, expected no two alike.")
+        raise ConfigError(f"names: found {', '.join(names)}, expected no two alike.")
     return list(zip(names, models, strict=True))
 
 

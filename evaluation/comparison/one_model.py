@@ -13,7 +13,7 @@ import torch
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.data import DataError
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, score_pairs
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks
@@ -37,12 +37,12 @@ from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_poli
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy import UnsupportedPolicyError
 
-TOLD = (SettingError, DataError, CheckpointError, UnsupportedPolicyError)
+TOLD = (ConfigError, DataError, CheckpointError, UnsupportedPolicyError)
 """Errors whose text names what was found and what to do."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalRequest:
     """What is asked of every model; `evaluate` tells what each setting means."""
 
     tasks: tuple[str, ...]
@@ -62,16 +62,16 @@ class Wanted:
         """Refuse what no model could be evaluated with.
 
         Raises:
-            SettingError: A setting that means nothing, an unknown task, or a benchmark's file that is not there.
+            ConfigError: A setting that means nothing, an unknown task, or a benchmark's file that is not there.
             DataError: No file of preference pairs, or nothing in it.
         """
         check_counts(self.limit, self.num_fewshot)
         if self.tasks:
             check_tasks(self.tasks, self.data_dir)
         elif self.preferences is None:
-            raise SettingError("tasks: found none, expected some, or a file of preference pairs (--preferences).")
+            raise ConfigError("tasks: found none, expected some, or a file of preference pairs (--preferences).")
         if self.preferences is not None and self.prior_mode is not None:
-            raise SettingError(
+            raise ConfigError(
                 f"prior_mode: found {self.prior_mode!r} with a file of preference pairs, which are scored by the "
                 "model's own setting alone. Score them in a run of their own."
             )
@@ -94,7 +94,7 @@ class Wanted:
 
 
 def evaluate_model(
-    model: str, name: str, wanted: Wanted, output: Path, again: bool = False
+    model: str, name: str, wanted: EvalRequest, output: Path, again: bool = False
 ) -> tuple[BenchmarkResults, dict[str, str]]:
     """Run what has no results yet, and write them; each part as soon as it is done.
 
@@ -109,7 +109,7 @@ def evaluate_model(
         All that is known of the model under these settings; and by task, why something that is wanted is missing there.
 
     Raises:
-        CheckpointError, UnsupportedPolicyError, SettingError: The model cannot be opened.
+        CheckpointError, UnsupportedPolicyError, ConfigError: The model cannot be opened.
         DataError: There are results which cannot be read.
     """
     if holds_results(model):
@@ -135,7 +135,7 @@ def evaluate_model(
 
 
 def _parts(
-    model: str, name: str, wanted: Wanted, request: dict[str, Any], tasks: list[str], pairs: PairsFile | None
+    model: str, name: str, wanted: EvalRequest, request: dict[str, Any], tasks: list[str], pairs: PairsFile | None
 ) -> Iterator[BenchmarkResults]:
     """The results of one benchmark after the other, then those of the pairs."""
     opened = open_policy(model, _dtype(wanted), wanted.device, name)
@@ -157,12 +157,12 @@ def _parts(
     yield replace(_preferences(scored, pairs, wanted), origin=origin)
 
 
-def told(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """What to say of an error: our own say all there is to say, of others it helps to know where they come from."""
     return str(error) if isinstance(error, TOLD) else reason(error)
 
 
-def _dtype(wanted: Wanted) -> str:
+def _dtype(wanted: EvalRequest) -> str:
     return "float32" if wanted.precision == "float32" else "auto"
 
 
@@ -171,15 +171,15 @@ def _are_scored(pairs: PairsFile, results: BenchmarkResults | None) -> bool:
     return bool(record.get("version") == pairs.content)
 
 
-def _preferences(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, wanted: Wanted) -> BenchmarkResults:
+def _preferences(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, wanted: EvalRequest) -> BenchmarkResults:
     try:
         return score_pairs(model, pairs, precision="bf16-mixed" if wanted.precision == "bfloat16" else None)
     except Exception as error:  # whatever it is, the benchmarks are worth having
         record = {"tasks": {}, "settings": {"tasks": [PREFERENCES]}, "seconds": 0.0, **provenance()}
-        return BenchmarkResults({}, [], {PREFERENCES: told(error)}, record)
+        return BenchmarkResults({}, [], {PREFERENCES: describe(error)}, record)
 
 
-def _benchmarks(opened: OpenedPolicy, wanted: Wanted) -> Callable[[list[str]], BenchmarkResults]:
+def _benchmarks(opened: OpenedPolicy, wanted: EvalRequest) -> Callable[[list[str]], BenchmarkResults]:
     # lm-eval takes seconds to import: not for results that are only read.
     from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
     from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.figures import write_plots
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.evaluation.report.contrasts import contrasts, read_baseline
 from lpc_lightning.evaluation.report.page import Page, picture, run_details, to_html
 from lpc_lightning.evaluation.report.plots import draw
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import FINISHED, Making, joined, with_axes
+from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, joined, with_axes
 from lpc_lightning.evaluation.report.runs.settings import agreeing, as_value, dotted
 from lpc_lightning.evaluation.report.study import ACCURACIES, LeftOut, Study, make_study
 from lpc_lightning.evaluation.report.subject import Subject, numeric_axes
@@ -68,7 +68,7 @@ def report(
         title: Of the page. null: the ablation's name.
 
     Raises:
-        SettingError: No runs there, or no such metric, axis or baseline; names those that there are.
+        ConfigError: No runs there, or no such metric, axis or baseline; names those that there are.
         DataError: A run's file that cannot be read.
     """
     loaded = load_folders(runs)
@@ -97,7 +97,7 @@ def report(
     page = Page(
         title=title or " and ".join(_names(loaded.makings)) or f"{len(records)} runs",
         summary=_summary(study),
-        makings=[Making(making.name, making.command, _flat(making.facts)) for making in loaded.makings],
+        makings=[RunProvenance(making.name, making.command, _flat(making.facts)) for making in loaded.makings],
         axes=_axes(study),
         settings=common,
         versions=_flat({**provenance(), "command": _command(runs, out, baseline, metric, x, title)}),
@@ -127,7 +127,7 @@ def _metrics(study: Study, asked: Sequence[str] | None) -> list[str]:
         unknown = [name for name in wanted if name not in known] or list(ACCURACIES)
         whole = sorted((name for name in known), key=lambda name: (name.count("/"), name))
         more = f" and {len(whole) - MOST_TOLD} more" if len(whole) > MOST_TOLD else ""
-        raise SettingError(
+        raise ConfigError(
             f"metric: no finished run has {' or '.join(unknown)}, expected some of "
             f"{', '.join(whole[:MOST_TOLD])}{more}."
         )
@@ -138,11 +138,11 @@ def _along(study: Study, asked: Sequence[str] | None) -> list[str]:
     known = numeric_axes(study)
     if unknown := [axis for axis in asked or () if axis not in known]:
         there = ", ".join(known) or "none here"
-        raise SettingError(f"x: found {', '.join(unknown)}, expected axes of two numbers or more: {there}.")
+        raise ConfigError(f"x: found {', '.join(unknown)}, expected axes of two numbers or more: {there}.")
     return known if asked is None else list(asked)
 
 
-def _names(makings: Sequence[Making]) -> list[str]:
+def _names(makings: Sequence[RunProvenance]) -> list[str]:
     return list(dict.fromkeys(making.name for making in makings))[:3]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.report.runs.settings import Value, as_value
 from lpc_lightning.evaluation.report.study import Group, LeftOut, Study
 from lpc_lightning.evaluation.statistics.seeds import SeedDifference, paired_difference
@@ -37,7 +37,7 @@ def read_baseline(study: Study, asked: Sequence[str] | None) -> dict[str, Value]
         Nothing where none is asked for and no run is plain.
 
     Raises:
-        SettingError: No such axis or value, or nothing to compare with it.
+        ConfigError: No such axis or value, or nothing to compare with it.
     """
     if asked is None:
         here = all(value in study.axes.get(axis, ()) for axis, value in PLAIN.items())
@@ -48,10 +48,10 @@ def read_baseline(study: Study, asked: Sequence[str] | None) -> dict[str, Value]
     for text in asked:
         axis, _, value = text.partition("=")
         if as_value(value) not in study.axes.get(axis, ()):
-            raise SettingError(f"baseline: found {text!r}, {expected}")
+            raise ConfigError(f"baseline: found {text!r}, {expected}")
         baseline[axis] = as_value(value)
     if not any(_is(group, baseline) for group in study.groups):
-        raise SettingError(f"baseline: no run has {' and '.join(asked)}, {expected}")
+        raise ConfigError(f"baseline: no run has {' and '.join(asked)}, {expected}")
     return baseline
 
 

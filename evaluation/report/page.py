@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from lpc_lightning.evaluation.figures import NoPlot, Plot
-from lpc_lightning.evaluation.report.runs.records import Making, RunRecord
+from lpc_lightning.evaluation.report.runs.records import RunProvenance, RunRecord
 from lpc_lightning.evaluation.report.study import LeftOut
 from lpc_lightning.evaluation.report.table_files import Table
 
@@ -51,7 +51,7 @@ class Page:
 
     title: str
     summary: str
-    makings: Sequence[Making]
+    makings: Sequence[RunProvenance]
     axes: Mapping[str, str]
     settings: Mapping[str, Any]
     """In which all runs agree."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lpc_lightning.evaluation.figures import NoPlot, Plot
-from lpc_lightning.evaluation.report.adaptation_plots import few_shot_annotators
+from lpc_lightning.evaluation.report.adaptation_plots import annotator_adaptation
 from lpc_lightning.evaluation.report.group_plots import costs, differences, means
 from lpc_lightning.evaluation.report.line_plots import against_axes, codebook_use, training_curves
 from lpc_lightning.evaluation.report.subject import Drawn, Subject
@@ -16,7 +16,7 @@ MAKERS: tuple[Callable[[Subject], Drawn], ...] = (
     means,
     training_curves,
     codebook_use,
-    few_shot_annotators,
+    annotator_adaptation,
     costs,
 )
 """In the order in which a page shows them."""

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lpc_lightning.data.batching.loading import TrainingLoader
 
 
-def closes_window(trainer: Trainer, batch_idx: int) -> bool:
+def is_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:
     """Whether the optimizer steps after this micro-batch of the epoch: its window is full, or the epoch ends."""
     number = batch_idx + 1
     return number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches

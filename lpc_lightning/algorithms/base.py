@@ -12,7 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpc_lightning.algorithms.accumulation import closes_window, share_of_window
+from lpc_lightning.algorithms.accumulation import is_optimizer_step, share_of_window
 from lpc_lightning.algorithms.checkpoint import check_same_architecture, rewind_to_last_step
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
@@ -20,10 +20,10 @@ from lpc_lightning.algorithms.run_length import compare_run_length, run_length
 from lpc_lightning.algorithms.scoring import BatchScorer, Evaluated, TrainingOutput
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
-from lpc_lightning.policy import Policy
-from lpc_lightning.policy.logprobs import Reading
+from lpc_lightning.policy import PolicySpec
+from lpc_lightning.policy.logprobs import BatchForward
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
@@ -35,13 +35,13 @@ class PreferenceModule(PolicyModule):
 
     def __init__(
         self,
-        policy: Policy,
+        policy: PolicySpec,
         latent: LatentSpace | None = None,
         reference: Literal["cached", "live"] = "cached",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0, fused=True),
         latent_lr: float = 1e-3,
         lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
-        warmup: float = 0.1,
+        warmup_ratio: float = 0.1,
     ) -> None:
         """Keep the settings; models are built in `configure_model`.
 
@@ -54,7 +54,7 @@ class PreferenceModule(PolicyModule):
             optimizer: Optimizer of both parameter groups; its learning rate is the policy's.
             latent_lr: Learning rate of the latent space: fresh networks need a larger one than a pretrained backbone.
             lr_schedule: What the learning rates do after warm-up; cosine and linear go down to 0.
-            warmup: Share of the optimizer steps over which the learning rates rise from 0.
+            warmup_ratio: Share of the optimizer steps over which the learning rates rise from 0.
         """
         super().__init__()
         with warnings.catch_warnings():
@@ -66,12 +66,12 @@ class PreferenceModule(PolicyModule):
         if not self.needs_reference:
             self.remove_ignored_hparams(["reference"])
         if reference not in REFERENCES:
-            raise SettingError(f"model.reference: found {reference!r}, expected {' or '.join(REFERENCES)}.")
+            raise ConfigError(f"model.reference: found {reference!r}, expected {' or '.join(REFERENCES)}.")
         self.policy_spec, self.latent, self.optimizer_of = policy, latent, optimizer
-        self.latent_lr, self.lr_schedule, self.warmup = latent_lr, lr_schedule, warmup
+        self.latent_lr, self.lr_schedule, self.warmup_ratio = latent_lr, lr_schedule, warmup_ratio
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the rest
         self.reference_kind = reference
-        self._rehearsed = False
+        self._warm_started = False
         self._resumed: dict[str, Any] = {}
 
     @abstractmethod
@@ -89,11 +89,11 @@ class PreferenceModule(PolicyModule):
     def setup(self, stage: str) -> None:
         """Begin a run: what a checkpoint said that was loaded earlier, for its weights, is not its to go on with."""
         super().setup(stage)
-        self._resumed, self._rehearsed = {}, False
+        self._resumed, self._warm_started = {}, False
 
     # The step
 
-    def read(self, batch: PreferenceBatch) -> tuple[Reading, BatchScorer]:
+    def read(self, batch: PreferenceBatch) -> tuple[BatchForward, BatchScorer]:
         """One backbone pass of the policy, and (where there is one) of the reference.
 
         Returns:
@@ -114,23 +114,28 @@ class PreferenceModule(PolicyModule):
             loader.load_state_dict(self._resumed["training_data"])
         if "run_length" in self._resumed:
             compare_run_length(self.trainer, self._resumed["run_length"])
-        # A checkpoint of step 0 may have been written before the rehearsal, or within the first step, after it.
-        self._rehearsed = "rehearsed" in self._resumed
+        # A checkpoint of step 0 may have been written before the warm start, or within the first step, after it.
+        self._warm_started = "warm_started" in self._resumed
         self._resumed = {}
         self._check_annotators()
-        if self.latent is not None and self.latent.rehearse and self.trainer.global_step == 0 and not self._rehearsed:
+        if (
+            self.latent is not None
+            and self.latent.warm_start_pairs
+            and self.trainer.global_step == 0
+            and not self._warm_started
+        ):
             # Scikit-learn, which it needs, takes a while to import.
-            from lpc_lightning.algorithms.warm_start.warm_start import rehearse
+            from lpc_lightning.algorithms.warm_start.warm_start import warm_start
 
-            rehearse(self, self.latent)
-            self._rehearsed = True
+            warm_start(self, self.latent)
+            self._warm_started = True
 
     def _check_annotators(self) -> None:
         """Refuse to share what annotators say where nobody is known to have labelled anything."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         shares = isinstance(self.latent, DiscreteSpace) and self.latent.annotators
         if shares and isinstance(data, PreferenceDataModule) and not any(data.training_pairs.annotators):
-            raise SettingError(
+            raise ConfigError(
                 f"latent.annotators: found true, and no annotator in {len(data.training_pairs)} training pairs, "
                 "expected a column `annotator` (see data.columns.annotator), or latent.annotators false."
             )
@@ -152,7 +157,7 @@ class PreferenceModule(PolicyModule):
         loss = losses.mean()
         self._check_finite(loss, batch, batch_idx)
         self.train_metrics.update(terms, reading.states)
-        if closes_window(self.trainer, batch_idx):
+        if is_optimizer_step(self.trainer, batch_idx):
             self._report("train", self.train_metrics)
         margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
         share = share_of_window(self.trainer, batch.pairs, batch_idx)
@@ -165,7 +170,7 @@ class PreferenceModule(PolicyModule):
 
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Drop the gradients with the step: Lightning would keep them through the next forward pass."""
-        if closes_window(self.trainer, batch_idx):
+        if is_optimizer_step(self.trainer, batch_idx):
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()
 
@@ -218,7 +223,8 @@ class PreferenceModule(PolicyModule):
         raise FloatingPointError(
             f"train/loss: found {loss.item()} at step {self.trainer.global_step} (epoch {self.current_epoch}, batch "
             f"{batch_idx}, pairs {', '.join(batch.ids)}), expected a finite number. Lower the learning rates "
-            "(model.optimizer, model.latent_lr) or latent.spread, set trainer.gradient_clip_val, or take a wider "
+            "(model.optimizer, model.latent_lr) or latent.init_logit_std, set trainer.gradient_clip_val, or take a "
+            "wider "
             "trainer.precision; the last checkpoint is whole."
         )
 
@@ -234,8 +240,8 @@ class PreferenceModule(PolicyModule):
             taken = rewind_to_last_step(checkpoint["loops"], window, batches)
             checkpoint["training_data"] = loader.state_dict() | {"taken": taken}
         checkpoint["run_length"] = run_length(trainer)
-        if self._rehearsed:
-            checkpoint["rehearsed"] = True
+        if self._warm_started:
+            checkpoint["warm_started"] = True
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose weights are not this model's. (DeepSpeed has loaded its own before it asks.)"""
@@ -243,7 +249,7 @@ class PreferenceModule(PolicyModule):
             self._build()
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
-        told = ("training_data", "run_length", "rehearsed")
+        told = ("training_data", "run_length", "warm_started")
         self._resumed = {name: checkpoint[name] for name in told if name in checkpoint}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

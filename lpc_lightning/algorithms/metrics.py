@@ -67,15 +67,15 @@ class CodeUse(Metric):
 
     full_state_update = False
 
-    def __init__(self, codes: int) -> None:
+    def __init__(self, num_codes: int) -> None:
         """Start counting.
 
         Args:
-            codes: K.
+            num_codes: K.
         """
         super().__init__()
-        self.add_state("mass", torch.zeros(codes, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("leads", torch.zeros(codes, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("mass", torch.zeros(num_codes, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("leads", torch.zeros(num_codes, dtype=torch.long), dist_reduce_fx="sum")
         self.mass: Tensor
         self.leads: Tensor
 
@@ -122,15 +122,15 @@ class PairMeans(Metric):
 class PreferenceMetrics(torch.nn.Module):
     """Everything that one stage (training, validation, test) reports."""
 
-    def __init__(self, codes: int | None) -> None:
+    def __init__(self, num_codes: int | None) -> None:
         """Start counting.
 
         Args:
-            codes: K of a discrete latent space, or None.
+            num_codes: K of a discrete latent space, or None.
         """
         super().__init__()
         self.means = PairMeans()
-        self.use = None if codes is None else CodeUse(codes)
+        self.use = None if num_codes is None else CodeUse(num_codes)
         self.settings: dict[str, float] = {}
 
     def update(self, terms: LatentTerms, states: PairStates) -> None:

@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from lpc_lightning.algorithms.checkpoint import trained_shapes
 from lpc_lightning.algorithms.latent_mixin import LatentMixin
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
-from lpc_lightning.distributed.build_sharded import share_out
+from lpc_lightning.distributed.build_sharded import build_sharded
 from lpc_lightning.distributed.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace
-from lpc_lightning.policy import CausalPolicy, Policy
+from lpc_lightning.policy import CausalPolicy, PolicySpec
 from lpc_lightning.reference.cached import CachedReference
 from lpc_lightning.reference.live import Reference, live_reference
 from lpc_lightning.seeding import derive, run_seed
@@ -39,12 +39,12 @@ class PolicyModule(LatentMixin, LightningModule):
     needs_reference = True
     policy: CausalPolicy
     reference: Reference | None
-    policy_spec: Policy
+    policy_spec: PolicySpec
     reference_kind: str
     optimizer_of: OptimizerCallable
     latent_lr: float
     lr_schedule: str
-    warmup: float
+    warmup_ratio: float
     _built = _starting = False
     _tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -76,8 +76,8 @@ class PolicyModule(LatentMixin, LightningModule):
             self._compile()
         else:
             mesh = self.device_mesh["data_parallel"]
-            share_out(self, PARTS, self._make_parts, partial(self._shard, mesh), mesh)
-        codes = self.latent.codes if isinstance(self.latent, DiscreteSpace) else None
+            build_sharded(self, PARTS, self._make_parts, partial(self._shard, mesh), mesh)
+        codes = self.latent.num_codes if isinstance(self.latent, DiscreteSpace) else None
         self.train_metrics, self.val_metrics, self.test_metrics = (PreferenceMetrics(codes) for _ in range(3))
         self._trained = trained_shapes(self)
         self._built = True
@@ -110,7 +110,7 @@ class PolicyModule(LatentMixin, LightningModule):
             groups.append({"params": latent, "name": "latent", "lr": self.latent_lr})
         optimizer = self.optimizer_of(groups)
         steps = self._total_steps()
-        schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup * steps), steps)
+        schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -139,7 +139,7 @@ class PolicyModule(LatentMixin, LightningModule):
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise SettingError(
+            raise ConfigError(
                 "trainer: found no end of training, expected max_steps or max_epochs: the schedules of the learning "
                 "rate, g and tau run over the whole of it."
             )

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 
 LENGTH = ("max_epochs", "max_steps", "limit_train_batches")
 """The trainer's settings that say when training ends."""
@@ -31,12 +31,12 @@ def compare_run_length(trainer: Trainer, before: dict[str, Any]) -> None:
         before: `run_length` of the run that wrote the checkpoint.
 
     Raises:
-        SettingError: Another `accumulate_grad_batches`.
+        ConfigError: Another `accumulate_grad_batches`.
     """
     now = run_length(trainer)
     name = "accumulate_grad_batches"
     if now[name] != before[name]:
-        raise SettingError(
+        raise ConfigError(
             f"trainer.{name}: found {now[name]}, expected {before[name]} as in the checkpoint. Resume with the same, "
             "or start anew from the weights."
         )

@@ -36,7 +36,7 @@ class Evaluated(TypedDict):
 
 
 class Answers(Protocol):
-    """Log-probabilities of a batch's answers under any z, as a `Reading` has them."""
+    """Log-probabilities of a batch's answers under any z, as a `BatchForward` has them."""
 
     def logps(self, z: Tensor | None = None) -> Tensor:
         """(2B,) under `z` (B, d) of each pair, or without."""

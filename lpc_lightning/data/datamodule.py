@@ -52,8 +52,8 @@ class PreferenceDataModule(LightningDataModule):
         too_long: Literal["drop", "truncate_prompt", "truncate_answer", "error"] = "drop",
         bad_rows: Literal["error", "skip"] = "error",
         length_window: int | None = None,
-        annotator_run: int | None = None,
-        workers: int = 0,
+        pairs_per_annotator: int | None = None,
+        num_workers: int = 0,
         cache_dir: str | None = None,
     ) -> None:
         """Keep the settings.
@@ -65,7 +65,7 @@ class PreferenceDataModule(LightningDataModule):
                 pairs in a row; `auto`, shared_prefix where the policy's attention kernel takes a mask.
             row_tokens: Most tokens that a row of `shared_prefix` may hold; the width that costs least is chosen below
                 it. A longer pair widens the rows of its batch. null: one row a batch where attention costs no more for
-                it (policy.attention piecewise, on a CPU), elsewhere 1024.
+                it (policy.attention segment, on a CPU), elsewhere 1024.
             template: `chat`, the tokenizer's own; `plain`, User:/Assistant: text; `auto`, chat where there is one.
             max_length: Most tokens of a prompt with its longer answer. null: no limit.
             max_prompt_length: Most tokens of a prompt. null: no limit.
@@ -79,10 +79,11 @@ class PreferenceDataModule(LightningDataModule):
                 row_tokens 1024 (one row a batch has none), and several devices wait less for each other; but the
                 largest batches hold long pairs alone, 5768 tokens in place of 3480, and set the peak memory. null:
                 plain shuffling.
-            annotator_run: Has training batches hold so many pairs of one annotator together, a divisor of batch_size,
+            pairs_per_annotator: Has training batches hold so many pairs of one annotator together, a divisor of
+            batch_size,
                 so that they can share what they say about the codes (MarginalSpace, annotators). Every pair still comes
-                once an epoch (see `annotator_runs`). Not together with length_window. null: plain shuffling.
-            workers: Processes that lay out batches ahead of time. 0 does it in the training process.
+                once an epoch (see `annotator_batches`). Not together with length_window. null: plain shuffling.
+            num_workers: Processes that lay out batches ahead of time. 0 does it in the training process.
             cache_dir: Where tokens are kept. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning.
 
         Raises:
@@ -94,24 +95,26 @@ class PreferenceDataModule(LightningDataModule):
             ("eval_batch_size", eval_batch_size),
             ("row_tokens", row_tokens),
             ("length_window", length_window),
-            ("annotator_run", annotator_run),
+            ("pairs_per_annotator", pairs_per_annotator),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}: found {value}, expected at least 1.")
-        if annotator_run is not None and batch_size % annotator_run:
+        if pairs_per_annotator is not None and batch_size % pairs_per_annotator:
             raise ValueError(
-                f"data.annotator_run: found {annotator_run}, expected a divisor of data.batch_size ({batch_size})."
+                f"data.pairs_per_annotator: found {pairs_per_annotator}, expected a divisor of data.batch_size "
+                f"({batch_size})."
             )
-        if annotator_run is not None and length_window is not None:
+        if pairs_per_annotator is not None and length_window is not None:
             raise ValueError(
-                f"data.length_window: found {length_window} beside data.annotator_run, expected one of them: a batch "
+                f"data.length_window: found {length_window} beside data.pairs_per_annotator, expected one of them: "
+                f"a batch "
                 "holds pairs of like length, or pairs of one annotator."
             )
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.layout, self.row_tokens, self.template = layout, row_tokens, template
         self.lengths = LengthPolicy(max_length, max_prompt_length, too_long)
-        self.bad_rows, self.workers = bad_rows, workers
-        self.length_window, self.annotator_run = length_window, annotator_run
+        self.bad_rows, self.num_workers = bad_rows, num_workers
+        self.length_window, self.pairs_per_annotator = length_window, pairs_per_annotator
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pairs: dict[Stage, TokenStore] = {}
         self.reports: dict[Stage, DataReport] = {}
@@ -213,7 +216,7 @@ class PreferenceDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled batches that a resumed run takes up where it stopped."""
         pairs = self.training_pairs
-        return TrainingLoader(pairs, self._training_batches(), self.make_layout(), self.workers, self._on_gpu)
+        return TrainingLoader(pairs, self._training_batches(), self.make_layout(), self.num_workers, self._on_gpu)
 
     def _training_batches(self) -> TrainingBatches:
         return self.training_batches(self.pairs["train"], run_seed(), *self._place)
@@ -225,14 +228,15 @@ class PreferenceDataModule(LightningDataModule):
             DataError: Pairs are to be grouped by annotator, and none is known.
         """
         lengths = None if self.length_window is None else pairs.lengths
-        annotators = None if self.annotator_run is None else pairs.annotators
+        annotators = None if self.pairs_per_annotator is None else pairs.annotators
         if annotators is not None and not any(annotators):
             raise DataError(
-                f"data.annotator_run: found no annotator in {len(pairs)} training pairs, expected a column `annotator` "
-                "(or the name of another one, data.columns.annotator), or data.annotator_run null."
+                f"data.pairs_per_annotator: found no annotator in {len(pairs)} training pairs, expected a column "
+                f"`annotator` "
+                "(or the name of another one, data.columns.annotator), or data.pairs_per_annotator null."
             )
         sizes = (len(pairs), self.batch_size, seed, rank, devices)
-        return TrainingBatches(*sizes, lengths, self.length_window, annotators, self.annotator_run)
+        return TrainingBatches(*sizes, lengths, self.length_window, annotators, self.pairs_per_annotator)
 
     def val_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
         """Each validation pair once."""
@@ -251,7 +255,7 @@ class PreferenceDataModule(LightningDataModule):
             return []
         rank, devices = self._place
         batches = EvaluationBatches(len(self.pairs[stage]), self.eval_batch_size, rank, devices)
-        return PreferenceLoader(self.pairs[stage], batches, self.make_layout(), self.workers, self._on_gpu)
+        return PreferenceLoader(self.pairs[stage], batches, self.make_layout(), self.num_workers, self._on_gpu)
 
     def make_layout(self) -> Layout:
         """What lays batches out for the policy that is being trained.
@@ -268,7 +272,7 @@ class PreferenceDataModule(LightningDataModule):
         pad_id = make_template(self._tokenizer, self.template).pad_id
         if self.layout == "padded" or not takes_mask:
             return PaddedLayout(pad_id)
-        free = self._module.policy.attends_by_piece and not self._on_gpu
+        free = self._module.policy.attends_by_segment and not self._on_gpu
         return SharedPrefixLayout(pad_id, self.row_tokens or (None if free else ROW_TOKENS))
 
     @property

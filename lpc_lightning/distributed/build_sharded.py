@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 
 
-def share_out(
+def build_sharded(
     module: nn.Module, parts: Sequence[str], build: Callable[[], None], shard: Callable[[], None], mesh: DeviceMesh
 ) -> None:
     """Build parts of a module in the first process, and give each process its share of their weights.
@@ -32,7 +32,7 @@ def share_out(
         mesh: The devices that shard them.
 
     Raises:
-        SettingError: Quantised weights, which cannot be sharded.
+        ConfigError: Quantised weights, which cannot be sharded.
     """
     first = dist.get_rank() == 0
     message: list[Any] = [None]
@@ -73,7 +73,7 @@ class _Blueprinter(pickle.Pickler):
         if not isinstance(value, nn.Parameter):
             return NotImplemented
         if not value.is_floating_point():
-            raise SettingError(
+            raise ConfigError(
                 "policy.quantization: found quantised weights to be sharded, expected weights in floating point. Train "
                 "on one GPU, or under ddp."
             )

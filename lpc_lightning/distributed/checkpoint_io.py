@@ -18,7 +18,7 @@ class CheckpointWriteError(OSError):
     """A checkpoint that could not be written; the ones before it are untouched."""
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, flushes to disk, and renames into place; reads sharded checkpoints as well.
 
     Lightning writes into the system's temporary folder and moves from there, which across file systems is a copy that

@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import CausalPolicy
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step", "reference_step")
@@ -40,10 +40,10 @@ def check_strategy(strategy: Strategy) -> None:
     """Refuse what would take weights away that are read outside any `forward`.
 
     Raises:
-        SettingError: DeepSpeed with ZeRO stage 3.
+        ConfigError: DeepSpeed with ZeRO stage 3.
     """
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        raise SettingError(
+        raise ConfigError(
             "trainer.strategy: found DeepSpeed with stage 3, which shares out the weights and brings them back for the "
             "`forward` of their own layer only; the LM head and the codebook are read outside it. Expected stage 1 or "
             "2, or fsdp2, which shares out the weights too."

@@ -68,7 +68,7 @@ def token_logps_per_code(hidden: Tensor, targets: Tensor, head: LogitHead, codes
 
 
 @torch.no_grad()
-def token_verdicts(hidden: Tensor, targets: Tensor, head: LogitHead) -> tuple[Tensor, Tensor]:
+def token_logps_and_greedy(hidden: Tensor, targets: Tensor, head: LogitHead) -> tuple[Tensor, Tensor]:
     """`token_logps` without gradient, and whether greedy decoding would choose each target.
 
     Args:
@@ -215,7 +215,7 @@ def _lifts(table: Tensor, exact: torch.dtype) -> Tensor:
     return (biases - biases.amax(-1, keepdim=True)).exp()
 
 
-class Reading:
+class BatchForward:
     """What one backbone pass says of a batch: the answers' log-probabilities under any z, and the states of each pair.
 
     Hidden states do not depend on z, so that one reading serves every latent.
@@ -256,8 +256,8 @@ class Reading:
         head = replace(self._head, weight=self._head.weight.detach())
         with torch.enable_grad():
             per_token = token_logps(hidden, self._batch.targets, head)
-        (pulls,) = torch.autograd.grad(per_token, hidden, torch.ones_like(per_token))
-        return self._sum(per_token.detach()), self._sum(pulls)
+        (z_gradients,) = torch.autograd.grad(per_token, hidden, torch.ones_like(per_token))
+        return self._sum(per_token.detach()), self._sum(z_gradients)
 
     @torch.no_grad()
     def mean_token(self) -> Tensor:

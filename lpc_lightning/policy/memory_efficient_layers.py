@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def make_lean(layers: list[nn.Module]) -> None:
+def make_memory_efficient(layers: list[nn.Module]) -> None:
     """Have decoder layers keep less, in parts of known kinds that are found to say the same. Names stay.
 
     Args:

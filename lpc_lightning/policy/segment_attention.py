@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lpc_lightning.types import PIECES
 
-PIECEWISE = "piecewise"
+SEGMENT = "segment"
 """Name of the kernel in transformers' registry. Where it is not told the pieces of the rows, it is `sdpa`."""
 BLOCK = 64
 """Most queries of a block: what lies above the diagonal of a block is computed in vain."""
@@ -73,7 +73,7 @@ def blocks_of(segments: Tensor) -> Blocks:
     return Blocks(blocks)
 
 
-def piecewise_attention(
+def attend_by_segment(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -112,8 +112,8 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scalin
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
-AttentionInterface.register(PIECEWISE, piecewise_attention)
-AttentionMaskInterface.register(PIECEWISE, sdpa_mask)
+AttentionInterface.register(SEGMENT, attend_by_segment)
+AttentionMaskInterface.register(SEGMENT, sdpa_mask)
 
 
 class _Attention(torch.autograd.Function):

@@ -17,8 +17,8 @@ from torch import Tensor
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.distributed.sharding import reshard
-from lpc_lightning.errors import SettingError
-from lpc_lightning.policy import CausalPolicy, Policy, fingerprint
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
 from lpc_lightning.reference.pair_cache import PairCache
 from lpc_lightning.reference.pair_pass import Ask
 from lpc_lightning.reference.shared_pass import shared_pass
@@ -46,7 +46,7 @@ class CachedReference:
     weights are loaded beside it for as long as that takes.
     """
 
-    def __init__(self, policy: CausalPolicy, spec: Policy) -> None:
+    def __init__(self, policy: CausalPolicy, spec: PolicySpec) -> None:
         """Note whose log-probabilities they are.
 
         Args:
@@ -62,10 +62,10 @@ class CachedReference:
         """(2B,) log-probabilities that the batch brings along.
 
         Raises:
-            SettingError: It brings none.
+            ConfigError: It brings none.
         """
         if batch.reference_logps is None:
-            raise SettingError(
+            raise ConfigError(
                 f"model.reference: found cached, and pairs without log-probabilities under the reference (the first is "
                 f"{batch.ids[0]!r}). Expected batches that a PreferenceDataModule makes for a run of the trainer; set "
                 "model.reference: live for others."
@@ -77,12 +77,12 @@ class CachedReference:
         """Fill the cache with what this run will read, and have the batches bring it along.
 
         Raises:
-            SettingError: The trainer's data cannot do so, or the published weights have changed.
+            ConfigError: The trainer's data cannot do so, or the published weights have changed.
         """
         trainer: Any = module.trainer
         data = trainer.datamodule
         if not isinstance(data, PreferenceDataModule):
-            raise SettingError(
+            raise ConfigError(
                 f"model.reference: found cached with data of {type(data).__name__}, expected a PreferenceDataModule: "
                 "pairs are known by their place in its token cache. Set model.reference: live for other data."
             )
@@ -112,7 +112,7 @@ class CachedReference:
         trainer: Any = module.trainer
         policy = self._policy if untouched else self._spec.build()
         if not untouched and fingerprint(policy) != self._weights:
-            raise SettingError(
+            raise ConfigError(
                 "policy: found other weights than those that this module was built from, expected the same: its "
                 "reference is lost. Build the module anew, or set model.reference: live before it is trained."
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from lpc_lightning.policy import CausalPolicy, Policy
+from lpc_lightning.policy import CausalPolicy, PolicySpec
 from lpc_lightning.types import PreferenceBatch
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class FrozenCopy(nn.Module):
         return self.policy.reference_logps(batch)
 
 
-def live_reference(policy: CausalPolicy, spec: Policy) -> Reference:
+def live_reference(policy: CausalPolicy, spec: PolicySpec) -> Reference:
     """A reference that is asked at every batch.
 
     Args:

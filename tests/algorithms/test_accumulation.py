@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from lpc_lightning.algorithms import DPO, SimPO
-from lpc_lightning.algorithms.accumulation import closes_window, share_of_window
+from lpc_lightning.algorithms.accumulation import is_optimizer_step, share_of_window
 from lpc_lightning.latent import MarginalSpace
 
 
@@ -25,7 +25,7 @@ class Windows(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.shares.append(share_of_window(trainer, batch.pairs, batch_idx))
-        if closes_window(trainer, batch_idx):
+        if is_optimizer_step(trainer, batch_idx):
             self.closing.append(batch_idx)
 
 
@@ -74,7 +74,7 @@ class Gradients(Callback):
 def test_they_go_with_the_step_and_stay_between_its_micro_batches(small_policy: Any, fit_run: Any) -> None:
     """11 micro-batches in an epoch, the last one a step of its own; validation comes in between."""
     seen = Gradients()
-    module = DPO(policy=small_policy(), latent=MarginalSpace(codes=4, hidden=8, spread=1.0))
+    module = DPO(policy=small_policy(), latent=MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0))
     fit_run(module, max_epochs=2, accumulate_grad_batches=2, val_check_interval=4, callbacks=[seen])
     trained = sum(parameter.requires_grad for parameter in module.parameters())
     assert seen.at_steps == [trained] * 2 * 6
@@ -92,7 +92,7 @@ def test_accumulated_steps_are_those_of_a_plain_loop(
         beta=beta,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate),
         lr_schedule="constant_with_warmup",
-        warmup=0.0,
+        warmup_ratio=0.0,
     )
     run = fit_run(module, data, max_epochs=1, precision="64-true", accumulate_grad_batches=2)
 

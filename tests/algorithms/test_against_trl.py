@@ -142,7 +142,7 @@ def test_one_learned_vector_is_trl_with_it_added_before_the_head(
     pairs: list[TokenizedPair],
     train_step: Callable[..., Any],
 ) -> None:
-    module, trainer = sides(algorithm, family, latent=VectorSpace(spread=0.5))
+    module, trainer = sides(algorithm, family, latent=VectorSpace(init_logit_std=0.5))
     z = module.latent.vector.detach().clone().requires_grad_()
     add_before_head(trainer.model, family, z.expand(len(pairs), -1))
     theirs = trainer.compute_loss(trainer.model, collated(trainer, pairs))

@@ -26,7 +26,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def gumbel(codes: int = 4) -> GumbelSpace:
-    return GumbelSpace(codes=codes, hidden=8, spread=1.0)
+    return GumbelSpace(num_codes=codes, hidden=8, init_logit_std=1.0)
 
 
 def quiet_trainer() -> Trainer:
@@ -183,8 +183,11 @@ def command_line(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatc
     ("flags", "kind"),
     [
         (["--model=DPO", "--model.beta=0.7", "--latent=null"], DPO),
-        (["--model=SimPO", "--model.beta=3", "--latent=MarginalSpace", "--latent.codes=3", "--latent.hidden=8"], SimPO),
-        (["--model=DPO", "--latent=GumbelSpace", "--latent.codes=3", "--latent.tau=Exponential"], DPO),
+        (
+            ["--model=SimPO", "--model.beta=3", "--latent=MarginalSpace", "--latent.num_codes=3", "--latent.hidden=8"],
+            SimPO,
+        ),
+        (["--model=DPO", "--latent=GumbelSpace", "--latent.num_codes=3", "--latent.tau=Exponential"], DPO),
     ],
     ids=["plain", "marginal", "gumbel"],
 )
@@ -214,7 +217,7 @@ SPACES: dict[str, Space | None] = {
     "plain": None,
     "gumbel": gumbel,
     "gumbel of 5 codes": lambda: gumbel(5),
-    "marginal": lambda: MarginalSpace(codes=4, hidden=8, spread=1.0),
+    "marginal": lambda: MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0),
 }
 
 

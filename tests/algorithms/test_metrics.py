@@ -127,7 +127,7 @@ def test_many_small_float32_values_keep_their_mean() -> None:
 
 
 def test_a_stage_collects_everything_and_starts_anew() -> None:
-    metrics = PreferenceMetrics(codes=2)
+    metrics = PreferenceMetrics(num_codes=2)
     prior = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]).log()
     metrics.update(terms(prior=prior, settings={"g": 0.1}), STATES)
     metrics.update(terms(prior=prior, settings={"g": 0.3}), STATES)
@@ -140,6 +140,6 @@ def test_a_stage_collects_everything_and_starts_anew() -> None:
     again = metrics.collect()
     assert float(again["latent/dead_codes"]) == 1
     assert float(again["loss"]) == pytest.approx(2.0)
-    plain = PreferenceMetrics(codes=None)
+    plain = PreferenceMetrics(num_codes=None)
     plain.update(terms(), STATES)
     assert not any(name.startswith("latent/") for name in plain.collect())

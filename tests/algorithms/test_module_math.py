@@ -227,13 +227,13 @@ def test_an_untrained_policy_is_undecided(
 
 
 ZERO: dict[str, Callable[..., LatentSpace]] = {
-    "gumbel": lambda **space: GumbelSpace(codes=3, spread=0.0, **space),
-    "hard gumbel": lambda **space: GumbelSpace(codes=3, spread=0.0, hard=True, **space),
-    "posterior only": lambda **space: PosteriorOnlySpace(codes=3, spread=0.0, **space),
-    "expected": lambda **space: ExpectedSpace(codes=3, spread=0.0, **space),
-    "gaussian": lambda **space: GaussianSpace(codes=3, spread=0.0, **space),
-    "prior only": lambda **space: PriorOnlySpace(codes=3, spread=0.0),
-    "marginal": lambda **space: MarginalSpace(codes=3, spread=0.0),
+    "gumbel": lambda **space: GumbelSpace(num_codes=3, init_logit_std=0.0, **space),
+    "hard gumbel": lambda **space: GumbelSpace(num_codes=3, init_logit_std=0.0, hard=True, **space),
+    "posterior only": lambda **space: PosteriorOnlySpace(num_codes=3, init_logit_std=0.0, **space),
+    "expected": lambda **space: ExpectedSpace(num_codes=3, init_logit_std=0.0, **space),
+    "gaussian": lambda **space: GaussianSpace(num_codes=3, init_logit_std=0.0, **space),
+    "prior only": lambda **space: PriorOnlySpace(num_codes=3, init_logit_std=0.0),
+    "marginal": lambda **space: MarginalSpace(num_codes=3, init_logit_std=0.0),
     "mlp": lambda **space: MLPSpace(hidden=8),
     "vector": lambda **space: VectorSpace(),
 }
@@ -289,13 +289,13 @@ def test_with_codes_of_zero_validation_is_the_plain_algorithms(
 
 
 FULL: dict[str, Callable[[], LatentSpace]] = {
-    "gumbel": lambda: GumbelSpace(codes=3, spread=1.0),
-    "posterior only": lambda: PosteriorOnlySpace(codes=3, spread=1.0),
-    "expected": lambda: ExpectedSpace(codes=3, spread=1.0),
-    "marginal": lambda: MarginalSpace(codes=3, spread=1.0),
-    "prior only": lambda: PriorOnlySpace(codes=3, spread=1.0),
-    "gaussian": lambda: GaussianSpace(codes=3, spread=1.0),
-    "vector": lambda: VectorSpace(spread=1.0),
+    "gumbel": lambda: GumbelSpace(num_codes=3, init_logit_std=1.0),
+    "posterior only": lambda: PosteriorOnlySpace(num_codes=3, init_logit_std=1.0),
+    "expected": lambda: ExpectedSpace(num_codes=3, init_logit_std=1.0),
+    "marginal": lambda: MarginalSpace(num_codes=3, init_logit_std=1.0),
+    "prior only": lambda: PriorOnlySpace(num_codes=3, init_logit_std=1.0),
+    "gaussian": lambda: GaussianSpace(num_codes=3, init_logit_std=1.0),
+    "vector": lambda: VectorSpace(init_logit_std=1.0),
     "mlp": lambda: MLPSpace(),
 }
 
@@ -341,7 +341,7 @@ def test_names_of_annotators_reach_the_latent(
     named = [replace(pair, annotator=name) for pair, name in zip(pairs, "abab", strict=True)]
     losses = {}
     for shares, examples in ((False, named), (True, pairs), (True, named)):
-        latent = MarginalSpace(codes=4, spread=2.0, annotators=shares)
+        latent = MarginalSpace(num_codes=4, init_logit_std=2.0, annotators=shares)
         losses[shares, examples is named] = train_step(make("dpo", latent), examples, layout).loss
     assert torch.equal(losses[True, False], losses[False, True])
     assert abs(losses[True, True] - losses[True, False]) > 1e-3
@@ -387,7 +387,7 @@ def test_predictions_are_each_pairs_rewards_under_the_prior(
     make_loader: Callable[..., Any],
     naive_logps: Callable[..., Tensor],
 ) -> None:
-    module = make("dpo", MarginalSpace(codes=3, spread=1.0, prior_mode=2))
+    module = make("dpo", MarginalSpace(num_codes=3, init_logit_std=1.0, prior_mode=2))
     batches = make_trainer().predict(module, make_loader(pairs, batch_size=3))
     assert [name for batch in batches for name in batch["ids"]] == [pair.id for pair in pairs]
     code = module.latent.codebook.weight[2]
@@ -415,7 +415,7 @@ def test_schedules_run_from_the_first_step_to_the_last(
             if batch_idx % 2:
                 seen.append(tuple(float(trainer.callback_metrics[f"train/latent/{name}"]) for name in ("g", "tau")))
 
-    module = make("dpo", GumbelSpace(codes=3, tau=Exponential(1.0, 0.0625)))
+    module = make("dpo", GumbelSpace(num_codes=3, tau=Exponential(1.0, 0.0625)))
     loader = make_loader(pairs * 2, batch_size=1)
     trainer = make_trainer(max_steps=5, limit_val_batches=0, callbacks=[Watch()], accumulate_grad_batches=2)
     trainer.fit(module, loader, loader)

@@ -16,8 +16,8 @@ from lpc_lightning.policy import logprobs
 
 LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
     "plain": None,
-    "gumbel": lambda: GumbelSpace(codes=4, hidden=8, spread=1.0),
-    "marginal": lambda: MarginalSpace(codes=4, hidden=8, spread=1.0),
+    "gumbel": lambda: GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0),
+    "marginal": lambda: MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0),
 }
 
 

@@ -24,12 +24,12 @@ from lpc_lightning.types import TokenizedPair
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5), (1, 6, 1), (17, 2, 11)]
 STEPS: dict[str, tuple[type[PreferenceModule], Callable[[], LatentSpace] | None]] = {
     "DPO": (DPO, None),
-    "DPO gumbel": (DPO, lambda: GumbelSpace(codes=4, hidden=8, spread=1.0)),
-    "DPO marginal": (DPO, lambda: MarginalSpace(codes=4, hidden=8, spread=1.0)),
+    "DPO gumbel": (DPO, lambda: GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0)),
+    "DPO marginal": (DPO, lambda: MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0)),
     "SimPO": (SimPO, None),
     "IPO": (IPO, None),
-    "IPO gumbel": (IPO, lambda: GumbelSpace(codes=4, hidden=8, spread=1.0)),
-    "SimPO marginal": (SimPO, lambda: MarginalSpace(codes=4, hidden=8, spread=1.0)),
+    "IPO gumbel": (IPO, lambda: GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0)),
+    "SimPO marginal": (SimPO, lambda: MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0)),
 }
 
 
@@ -49,7 +49,7 @@ class Way:
 
 
 ONE_ROW, SOME_ROWS, ROW_A_PAIR = (SharedPrefixLayout(0, tokens) for tokens in (None, 40, 1))
-PIECEWISE, EAGER = {"attention": "piecewise"}, {"attention": "eager"}
+SEGMENT, EAGER = {"attention": "segment"}, {"attention": "eager"}
 WAYS = {
     "shared prefix, all pairs in a row": Way(ONE_ROW),
     "shared prefix, several pairs in each of several rows": Way(SOME_ROWS),
@@ -59,13 +59,13 @@ WAYS = {
     "cached reference": Way(reference="cached"),
     "eager": Way(policy=EAGER, float64=1e-5),  # transformers takes its softmax in float32
     "eager, packed": Way(SOME_ROWS, policy=EAGER, float64=1e-5),
-    "piecewise, padded": Way(policy=PIECEWISE),
-    "piecewise, packed": Way(SOME_ROWS, policy=PIECEWISE),
+    "segment, padded": Way(policy=SEGMENT),
+    "segment, packed": Way(SOME_ROWS, policy=SEGMENT),
     "layers recomputed": Way(policy={"gradient_checkpointing": True}),
-    "layers recomputed, piecewise": Way(ONE_ROW, policy=PIECEWISE | {"gradient_checkpointing": True}),
+    "layers recomputed, segment": Way(ONE_ROW, policy=SEGMENT | {"gradient_checkpointing": True}),
     "compiled": Way(compiled=True, float64=None),
     "compiled, packed": Way(SOME_ROWS, compiled=True, float64=None),
-    "what a CPU gets": Way(ONE_ROW, reference="cached", tokens_at_once=16, policy=PIECEWISE),
+    "what a CPU gets": Way(ONE_ROW, reference="cached", tokens_at_once=16, policy=SEGMENT),
     "what a GPU gets": Way(SOME_ROWS, reference="cached", tokens_at_once=16, policy={"gradient_checkpointing": True}),
 }
 pytestmark = [

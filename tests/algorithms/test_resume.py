@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 
 from lpc_lightning.algorithms import DPO, PreferenceModule
 from lpc_lightning.data.sources.rows import DataError
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import Exponential, GumbelSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
 
@@ -25,7 +25,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 def gumbel() -> GumbelSpace:
     """Noise, and a tau and a g that change with every step."""
-    return GumbelSpace(codes=4, hidden=8, spread=1.0, tau=Exponential(1.0, 0.2), g=None)
+    return GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0, tau=Exponential(1.0, 0.2), g=None)
 
 
 MODULES: dict[str, Callable[[Callable[..., TinyPolicy]], PreferenceModule]] = {
@@ -65,7 +65,7 @@ class Case(NamedTuple):
 
     trainer: dict[str, Any]
     checkpoints: list[str]
-    workers: int = 0
+    num_workers: int = 0
 
 
 # An epoch has 11 micro-batches, the last of them of one pair; accumulated by 4 its last step has only 3.
@@ -90,7 +90,9 @@ CASES = {
     "part of an epoch": Case(
         {"max_epochs": 2, "limit_train_batches": 7, "accumulate_grad_batches": 2}, ["batch-step=2", "epoch-step=4"]
     ),
-    "workers": Case({"max_epochs": 2, "accumulate_grad_batches": 2}, ["batch-step=2", "epoch-step=6"], workers=2),
+    "num_workers": Case(
+        {"max_epochs": 2, "accumulate_grad_batches": 2}, ["batch-step=2", "epoch-step=6"], num_workers=2
+    ),
 }
 # The loss is the same whoever asks; what can go wrong differs with the noise, so that some cases need one module only.
 RUNS = [(case, module) for case in ("one batch a step", "accumulated", "validated in mid-epoch") for module in MODULES]
@@ -115,7 +117,7 @@ def whole(
     case, folder = CASES[name], tmp_path_factory.mktemp("whole")
 
     def fit(folder: Path, ckpt_path: Path | None = None, seed: int = 1, **data: Any) -> Any:
-        settings = {"workers": case.workers} | data
+        settings = {"num_workers": case.num_workers} | data
         options = case.trainer | {"callbacks": savers(folder), "ckpt_path": ckpt_path}
         return fit_run(MODULES[module](small_policy), small_data(**settings), seed, **options)
 
@@ -219,7 +221,7 @@ def test_resuming_in_steps_of_another_size_is_refused(
     checkpoint: str, trainer: dict[str, Any], found: str, stopped: Path, small_policy: Any, fit_run: Any
 ) -> None:
     told = rf"trainer\.accumulate_grad_batches: found {re.escape(found)}, expected 1 as in the checkpoint\. Resume with"
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(ConfigError, match=told):
         fit_run(MODULES["dpo"](small_policy), ckpt_path=stopped / f"{checkpoint}.ckpt", max_epochs=2, **trainer)
 
 

@@ -22,7 +22,7 @@ def adam(lr: float) -> Callable[..., torch.optim.Optimizer]:
 
 
 def marginal(**space: Any) -> MarginalSpace:
-    return MarginalSpace(**({"codes": 4, "hidden": 8, "spread": 1.0} | space))
+    return MarginalSpace(**({"num_codes": 4, "hidden": 8, "init_logit_std": 1.0} | space))
 
 
 # Accumulation. 21 pairs: the third and last step of an epoch has 5 of them, in micro-batches of 2, 2 and 1.
@@ -62,7 +62,7 @@ def test_accumulation_equals_the_large_batch(
 
 def noisy(policy: Any) -> DPO:
     """All that draws random numbers: fresh weights, dropout, Gumbel noise, codes sampled in validation."""
-    space = GumbelSpace(codes=4, hidden=8, spread=1.0, prior_mode="sample")
+    space = GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0, prior_mode="sample")
     policy = policy(lora=LoRA(rank=4, alpha=8, dropout=0.3))
     return DPO(policy=policy, latent=space, optimizer=adam(1e-2), latent_lr=1e-2)
 
@@ -169,7 +169,7 @@ def test_dpo_learns_what_each_domain_prefers(
     latent: Callable[..., LatentSpace] | None, small_policy: Any, small_data: Any, fit_run: Any
 ) -> None:
     """Fresh pairs throughout, and held-out prompts. Measured: losses 0.53, 0.54, 0.56, 0.57; accuracy 0.68 and 0.67."""
-    space = latent(codes=8, hidden=32, spread=0.1) if latent else None
+    space = latent(codes=8, hidden=32, init_logit_std=0.1) if latent else None
     module = DPO(policy=small_policy(width=32), latent=space, optimizer=adam(3e-3), latent_lr=1e-3)
     data = small_data(train_pairs=1600, validation_pairs=256, batch_size=8)
     done = fit_run(module, data, max_epochs=1)
@@ -197,7 +197,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_run(small_policy: Any
     for checkpointing in (False, True):
         module = DPO(
             policy=small_policy(gradient_checkpointing=checkpointing),
-            latent=GumbelSpace(codes=4, hidden=8, spread=1.0),
+            latent=GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0),
             optimizer=adam(1e-2),
         )
         runs.append(fit_run(module, max_epochs=1, limit_val_batches=0, callbacks=[CountPasses()]))
@@ -226,7 +226,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_its_pairs(small_policy: Any
 
 
 def test_a_learning_rate_out_of_hand_is_told_as_well(small_policy: Any, fit_run: Any) -> None:
-    module = DPO(policy=small_policy(), optimizer=adam(1e30), lr_schedule="constant_with_warmup", warmup=0.0)
+    module = DPO(policy=small_policy(), optimizer=adam(1e30), lr_schedule="constant_with_warmup", warmup_ratio=0.0)
     with pytest.raises(FloatingPointError, match=r"found (nan|inf) at step \d \(epoch 0, .*Lower the learning rates"):
         fit_run(module, max_epochs=1)
 

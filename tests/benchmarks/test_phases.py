@@ -22,8 +22,8 @@ SLOW = 0.1
 """Seconds by which a part is slowed down: far more than all of a tiny step takes."""
 LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
     "plain": None,
-    "gumbel": lambda: GumbelSpace(codes=3, hidden=8),
-    "marginal": lambda: MarginalSpace(codes=3, hidden=8),
+    "gumbel": lambda: GumbelSpace(num_codes=3, hidden=8),
+    "marginal": lambda: MarginalSpace(num_codes=3, hidden=8),
 }
 
 
@@ -31,7 +31,7 @@ LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StepRecorder]:
     """Three recorded steps of a module, after something was done to it."""
     # What is wrapped for good in a benchmark's process is put back here.
-    for owner, name in ((logprobs.Reading, "logps"), (logprobs.Reading, "logps_per_code")):
+    for owner, name in ((logprobs.BatchForward, "logps"), (logprobs.BatchForward, "logps_per_code")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(logprobs._TokenLogps, "backward", staticmethod(logprobs._TokenLogps.backward))
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")

@@ -33,7 +33,7 @@ def fitted(tmp_path: Path) -> Callable[..., Trainer]:
             "accelerator": "cpu",
         }
         done = Trainer(callbacks=list(callbacks), **(settings | trainer))
-        done.fit(DPO(policy=policy, latent=MarginalSpace(codes=4, spread=0.5)), data)
+        done.fit(DPO(policy=policy, latent=MarginalSpace(num_codes=4, init_logit_std=0.5)), data)
         return done
 
     return fit

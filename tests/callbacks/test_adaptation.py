@@ -15,15 +15,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from lpc_lightning.algorithms import DPO, IPO
-from lpc_lightning.callbacks import FewShotAnnotators, PreferenceAccuracy
+from lpc_lightning.callbacks import AnnotatorAdaptation, PreferenceAccuracy
 from lpc_lightning.data import SyntheticPreferences
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights
-from lpc_lightning.evaluation.adaptation.scores import few_shot_scores
+from lpc_lightning.evaluation.adaptation.scores import adaptation_scores
 from lpc_lightning.latent import ExpectedSpace, GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
 from lpc_lightning.policy import TinyPolicy
 
-CODES: dict[str, Any] = {"codes": 4, "spread": 2.0}
+CODES: dict[str, Any] = {"num_codes": 4, "init_logit_std": 2.0}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def make_module(perturb: Callable[..., None]) -> Callable[..., DPO | IPO]:
 
 def few_shot(said: Any) -> dict[str, float]:
     """The callback's own metrics."""
-    return {name.partition("few_shot/")[2]: value for name, value in said.items() if "few_shot/" in name}
+    return {name.partition("adaptation/")[2]: value for name, value in said.items() if "adaptation/" in name}
 
 
 @pytest.mark.parametrize("kind", [DPO, IPO])
@@ -76,11 +76,11 @@ def test_against_the_module_asked_again(
     make_trainer: Callable[..., Trainer],
 ) -> None:
     """Every pair alone, code after code, the swapped pair as a pair of its own: then the arithmetic that is tested."""
-    module, callback = make_module(latent, kind), FewShotAnnotators(shots=[0, 1, 3], rounds=4, seed=7)
+    module, callback = make_module(latent, kind), AnnotatorAdaptation(shots=[0, 1, 3], rounds=4, seed=7)
     trainer = make_trainer(callbacks=[callback])
     (said,) = trainer.validate(module, data, verbose=False)
     tables, ids, annotators = tables_of(module, data)
-    expected = few_shot_scores(tables, ids, annotators, (0, 1, 3), rounds=4, seed=7)
+    expected = adaptation_scores(tables, ids, annotators, (0, 1, 3), rounds=4, seed=7)
     assert set(expected) == ({"exact"} if isinstance(latent, MarginalSpace) else {"exact", "amortised"})
     found = few_shot(said)
     assert set(found) == {f"{kind}/{n}" for kind in expected for n in (0, 1, 3)} | {"prior", "no_latent", "ceiling"}
@@ -118,12 +118,12 @@ def test_none_given_is_the_marginal_accuracy_to_the_bit(
     data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
 ) -> None:
     module = make_module(MarginalSpace(**CODES))
-    trainer = make_trainer(callbacks=[FewShotAnnotators(), PreferenceAccuracy()])
+    trainer = make_trainer(callbacks=[AnnotatorAdaptation(), PreferenceAccuracy()])
     for run, stage in ((trainer.validate, "val"), (trainer.test, "test")):
         (said,) = run(module, datamodule=data, verbose=False)
-        assert said[f"{stage}/few_shot/exact/0"] == said[f"{stage}/accuracy/marginal"]
-        assert said[f"{stage}/few_shot/prior"] == said[f"{stage}/rewards/accuracies"]
-        assert said[f"{stage}/few_shot/no_latent"] == said[f"{stage}/accuracy/no_latent"]
+        assert said[f"{stage}/adaptation/exact/0"] == said[f"{stage}/accuracy/marginal"]
+        assert said[f"{stage}/adaptation/prior"] == said[f"{stage}/rewards/accuracies"]
+        assert said[f"{stage}/adaptation/no_latent"] == said[f"{stage}/accuracy/no_latent"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 14])
@@ -132,12 +132,12 @@ def test_batches_do_not_matter(
 ) -> None:
     module, found = make_module(ExpectedSpace(**CODES)), []
     for data.eval_batch_size in (4, batch_size):
-        (said,) = make_trainer(callbacks=[FewShotAnnotators(shots=[0, 2])]).validate(module, data, verbose=False)
+        (said,) = make_trainer(callbacks=[AnnotatorAdaptation(shots=[0, 2])]).validate(module, data, verbose=False)
         found.append(few_shot(said))
     assert found[0] == pytest.approx(found[1], abs=1e-9)
 
 
-@pytest.mark.parametrize("latent", [None, MLPSpace(hidden=4), GaussianSpace(codes=3, spread=1.0)])
+@pytest.mark.parametrize("latent", [None, MLPSpace(hidden=4), GaussianSpace(num_codes=3, init_logit_std=1.0)])
 def test_without_codes_labelled_pairs_change_nothing(
     latent: LatentSpace | None,
     data: SyntheticPreferences,
@@ -146,7 +146,7 @@ def test_without_codes_labelled_pairs_change_nothing(
 ) -> None:
     """Over the pairs that have as many others, it is the policy as it is."""
     data.counts["validation"] = 13
-    few, modes = FewShotAnnotators(shots=[0, 2, 6]), PreferenceAccuracy()
+    few, modes = AnnotatorAdaptation(shots=[0, 2, 6]), PreferenceAccuracy()
     (said,) = make_trainer(callbacks=[few, modes]).validate(make_module(latent), data, verbose=False)
     found = few_shot(said)
     assert set(found) == {"prior", "ceiling", "exact/0", "exact/2", "exact/6"} | (
@@ -159,7 +159,7 @@ def test_without_codes_labelled_pairs_change_nothing(
         right = [item["margins"]["prior"] > 0 for item in items]
         assert found[f"exact/{n}"] == pytest.approx(np.mean(right), abs=1e-12)
     assert found["exact/0"] == found["prior"] == said["val/rewards/accuracies"]
-    assert Path("few_shot.json").is_file()
+    assert Path("adaptation.json").is_file()
     assert not Path("code_weights.json").exists()
 
 
@@ -169,10 +169,10 @@ def test_pairs_of_nobody_are_left_out_and_columns_can_be_chosen(
     """Where domains decide there is no annotator; the factor can stand for one."""
     data = SyntheticPreferences(validation_pairs=12, batch_size=4, cache_dir=str(tmp_path / "cache"))
     module = make_module(MarginalSpace(**CODES))
-    (said,) = make_trainer(callbacks=[FewShotAnnotators()]).validate(module, data, verbose=False)
+    (said,) = make_trainer(callbacks=[AnnotatorAdaptation()]).validate(module, data, verbose=False)
     assert few_shot(said) == {}
-    assert not Path("few_shot.json").exists()
-    callback = FewShotAnnotators(column="factor", shots=[0, 1])
+    assert not Path("adaptation.json").exists()
+    callback = AnnotatorAdaptation(column="factor", shots=[0, 1])
     (said,) = make_trainer(callbacks=[callback]).validate(module, data, verbose=False)
     assert set(few_shot(said)) == {"exact/0", "exact/1", "prior", "no_latent"}
     examples = data.generator.examples(12, "validation")
@@ -184,29 +184,29 @@ def test_a_fit_logs_it_and_leaves_its_files_in_the_run_folder(
     data: SyntheticPreferences, make_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=GumbelSpace(**CODES))
-    callback = FewShotAnnotators(shots=[0, 1, 2], rounds=2)
+    callback = AnnotatorAdaptation(shots=[0, 1, 2], rounds=2)
     logger = CSVLogger(tmp_path, name="", version="run")
     trainer = make_trainer(
         callbacks=[callback], logger=logger, max_epochs=1, num_sanity_val_steps=1, log_every_n_steps=1
     )
     trainer.fit(module, data)
     metrics = trainer.callback_metrics
-    record = json.loads((tmp_path / "run" / "few_shot.json").read_text())
+    record = json.loads((tmp_path / "run" / "adaptation.json").read_text())
     assert (record["column"], record["shots"], record["rounds"], record["seed"]) == ("annotator", [0, 1, 2], 2, 0)
     assert sum(record["annotators"].values()) == 14
     for kind in ("exact", "amortised"):
         for n in ("0", "1", "2"):
-            assert record["scores"][kind][n]["accuracy"] == float(metrics[f"val/few_shot/{kind}/{n}"])
+            assert record["scores"][kind][n]["accuracy"] == float(metrics[f"val/adaptation/{kind}/{n}"])
             assert record["scores"][kind][n]["pairs"] == 14
     weights = json.loads((tmp_path / "run" / "code_weights.json").read_text())
     assert set(weights) == set(record["annotators"])
     for each in weights.values():
         assert len(each) == 4
         assert np.sum(each) == pytest.approx(1)
-    assert "val/few_shot/exact/2" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
-    assert not any("few_shot" in name for name in trainer.progress_bar_metrics)
+    assert "val/adaptation/exact/2" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+    assert not any("adaptation" in name for name in trainer.progress_bar_metrics)
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(SettingError, match=r"shots: found \[-1\]"):
-        FewShotAnnotators(shots=[-1])
+    with pytest.raises(ConfigError, match=r"shots: found \[-1\]"):
+        AnnotatorAdaptation(shots=[-1])

@@ -24,7 +24,7 @@ from lpc_lightning.latent import GaussianSpace, GumbelSpace, LatentSpace, Margin
 from lpc_lightning.policy import TinyPolicy
 
 PICTURES = {"use", "heatmap_source", "heatmap_factor", "z"}
-CODES: dict[str, Any] = {"codes": 4, "spread": 1.0}
+CODES: dict[str, Any] = {"num_codes": 4, "init_logit_std": 1.0}
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from lpc_lightning.algorithms import DPO
 from lpc_lightning.callbacks import GracefulStop, LMEvaluation
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import SyntheticPreferences
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.evaluation.benchmarks.results import read_results
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
@@ -83,7 +83,7 @@ class Losses(Callback):
 
 
 def gumbel() -> GumbelSpace:
-    return GumbelSpace(codes=4, hidden=8, spread=1.0)
+    return GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0)
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def test_sigterm_on_the_way_stops_after_the_benchmarks_and_at_the_end_at_once(fi
 )
 def test_what_could_not_run_is_refused_before_training(settings, said, fit, task) -> None:
     losses = Losses()
-    with pytest.raises(SettingError, match=said):
+    with pytest.raises(ConfigError, match=said):
         fit("run", losses, LMEvaluation(**({"tasks": [task]} | settings)))
     assert losses.seen == []
 

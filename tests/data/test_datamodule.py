@@ -140,14 +140,14 @@ def test_columns_may_have_other_names(data: Any, write_rows: Any) -> None:
         ({"eval_batch_size": -1}, r"data\.eval_batch_size: found -1, expected at least 1"),
         ({"row_tokens": 0}, r"data\.row_tokens: found 0, expected at least 1"),
         ({"length_window": 0}, r"data\.length_window: found 0, expected at least 1"),
-        ({"annotator_run": 0}, r"data\.annotator_run: found 0, expected at least 1"),
+        ({"pairs_per_annotator": 0}, r"data\.pairs_per_annotator: found 0, expected at least 1"),
         (
-            {"annotator_run": 3, "batch_size": 8},
-            r"annotator_run: found 3, expected a divisor of data\.batch_size \(8\)",
+            {"pairs_per_annotator": 3, "batch_size": 8},
+            r"pairs_per_annotator: found 3, expected a divisor of data\.batch_size \(8\)",
         ),
         (
-            {"annotator_run": 2, "length_window": 4},
-            r"data\.length_window: found 4 beside data\.annotator_run, expected one",
+            {"pairs_per_annotator": 2, "length_window": 4},
+            r"data\.length_window: found 4 beside data\.pairs_per_annotator, expected one",
         ),
         ({"max_length": 0}, r"max_length=0: expected a number of tokens from 1 on"),
         ({"validation_share": 1.0}, r"data\.validation_share: found 1\.0, expected a share from 0 to below 1"),
@@ -289,7 +289,7 @@ def test_a_length_window_gathers_pairs_of_like_length(tmp_path: Path) -> None:
 
 
 def test_runs_gather_the_pairs_of_an_annotator(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"train_pairs": 64, "validation_pairs": 0, "batch_size": 4, "annotator_run": 4}
+    sizes: dict[str, Any] = {"train_pairs": 64, "validation_pairs": 0, "batch_size": 4, "pairs_per_annotator": 4}
     made = SyntheticPreferences(deciding="hidden", annotators=8, **sizes, cache_dir=str(tmp_path / "cache"))
     Fit(tmp_path, made)
     batches = list(made.train_dataloader())
@@ -299,8 +299,12 @@ def test_runs_gather_the_pairs_of_an_annotator(tmp_path: Path) -> None:
 
 
 def test_runs_of_pairs_that_nobody_signed_are_refused(tmp_path: Path) -> None:
-    made = SyntheticPreferences(train_pairs=8, validation_pairs=0, annotator_run=2, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"data\.annotator_run: found no annotator in 8 training pairs, expected a col"):
+    made = SyntheticPreferences(
+        train_pairs=8, validation_pairs=0, pairs_per_annotator=2, cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(
+        DataError, match=r"data\.pairs_per_annotator: found no annotator in 8 training pairs, expected a col"
+    ):
         Fit(tmp_path, made)
 
 
@@ -317,7 +321,7 @@ def test_training_follows_the_runs_seed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "latent", [None, lambda: MarginalSpace(codes=3, hidden=8, spread=1.0)], ids=["plain", "marginal"]
+    "latent", [None, lambda: MarginalSpace(num_codes=3, hidden=8, init_logit_std=1.0)], ids=["plain", "marginal"]
 )
 def test_all_layouts_measure_the_same(latent: Any, tmp_path: Path, perturb: Any) -> None:
     module = DPO(policy=tiny(dtype="float64"), latent=latent and latent())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError, WholeCheckpointIO
+from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO, CheckpointWriteError
 
 
 def small() -> dict:
@@ -19,7 +19,7 @@ def small() -> dict:
 
 def test_what_is_saved_comes_back_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / "last.ckpt"
-    WholeCheckpointIO().save_checkpoint(small(), path)
+    AtomicCheckpointIO().save_checkpoint(small(), path)
     assert torch.equal(torch.load(path)["state_dict"]["weight"], torch.arange(6.0))
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
@@ -27,13 +27,13 @@ def test_what_is_saved_comes_back_and_nothing_is_left_beside_it(tmp_path: Path) 
 def test_a_full_disk_is_one_clear_error_and_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
     """The limit on a file's size stops the write in its middle, as a full disk does, with an error of the system."""
     path = tmp_path / "last.ckpt"
-    WholeCheckpointIO().save_checkpoint(small(), path)
+    AtomicCheckpointIO().save_checkpoint(small(), path)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
         with pytest.raises(CheckpointWriteError) as error:
-            WholeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(1 << 20)}}, path)
+            AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(1 << 20)}}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
@@ -45,24 +45,24 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_earlier_checkpoint_whole(
 def test_a_folder_that_cannot_be_made_is_the_same_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointWriteError, match="could not write"):
-        WholeCheckpointIO().save_checkpoint(small(), tmp_path / "file" / "last.ckpt")
+        AtomicCheckpointIO().save_checkpoint(small(), tmp_path / "file" / "last.ckpt")
 
 
 def test_killed_while_writing_it_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    WholeCheckpointIO().save_checkpoint(small(), path)
+    AtomicCheckpointIO().save_checkpoint(small(), path)
     before = path.read_bytes()
     script = f"""
         import time, torch
         from pathlib import Path
-        from lpc_lightning.distributed.checkpoint_io import WholeCheckpointIO
+        from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 
         class Stuck:
             def __reduce__(self):
                 Path({str(tmp_path / "stuck")!r}).touch()
                 time.sleep(600)
 
-        WholeCheckpointIO().save_checkpoint({{"state_dict": torch.ones(1000), "x": Stuck()}}, {str(path)!r})
+        AtomicCheckpointIO().save_checkpoint({{"state_dict": torch.ones(1000), "x": Stuck()}}, {str(path)!r})
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
     try:

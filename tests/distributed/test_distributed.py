@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lpc_lightning.data import SyntheticPreferences
-from lpc_lightning.distributed.checkpoint_io import WholeCheckpointIO
+from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_sharded
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def one(cache_dir: Path) -> dict[str, Result]:
         environment.setenv("PL_GLOBAL_SEED", "0")
         found = {name: two_processes.fit("one", 1, two_processes.module(name), str(cache_dir)) for name in QUIET}
         found["live"] = two_processes.fit("one", 1, two_processes.module("plain", reference="live"), str(cache_dir))
-        found["rehearsed"] = two_processes.fit("one", 1, two_processes.rehearsing(), str(cache_dir))
+        found["warm_started"] = two_processes.fit("one", 1, two_processes.warm_starting(), str(cache_dir))
         found["gumbel"] = two_processes.fit_as_two("gumbel", str(cache_dir))
         found["lora"] = two_processes.fit_as_two("gumbel", str(cache_dir), "lora")
     return found
@@ -92,13 +92,15 @@ def test_two_processes_are_one(strategy: str, run: str, two: Any, one: Any) -> N
 
 
 def test_two_processes_rehearse_as_one(two: Any, one: Any) -> None:
-    result, expected = two["ddp rehearsed"], one["rehearsed"]
+    result, expected = two["ddp warm_started"], one["warm_started"]
     assert result["weights"]["latent.prior.moments.pairs"] == expected["weights"]["latent.prior.moments.pairs"]
     assert_same(result, expected)
 
 
 def test_a_rehearsal_needs_the_weights_whole(two: Any) -> None:
-    assert two["fsdp rehearsed"]["told"].startswith("latent.rehearse: found 16 with FSDP2Strategy, expected 0")
+    assert two["fsdp warm_started"]["told"].startswith(
+        "latent.warm_start_pairs: found 16 with FSDP2Strategy, expected 0"
+    )
 
 
 def test_what_is_compared_moves(one: Any) -> None:
@@ -171,7 +173,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def test_one_process_validates_what_two_wrote(written: str, folder: Path, two: Any, cache_dir: Path) -> None:
     pairs = SyntheticPreferences(train_pairs=22, validation_pairs=7, test_pairs=5, cache_dir=str(cache_dir))
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = Trainer(accelerator="cpu", plugins=[WholeCheckpointIO()], **quiet)
+    trainer = Trainer(accelerator="cpu", plugins=[AtomicCheckpointIO()], **quiet)
     module = two_processes.module("gumbel")
     (said,) = trainer.validate(module, pairs, ckpt_path=folder / f"{written}.ckpt", verbose=False, weights_only=True)
     weights = torch.load(folder / "ddp gumbel.ckpt", weights_only=True)["state_dict"]

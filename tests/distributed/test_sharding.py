@@ -5,7 +5,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from lpc_lightning.algorithms import FSDP2Strategy
 from lpc_lightning.distributed.sharding import check_strategy, keeps_weights_elsewhere, tell_micro_batch_size
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 
 
 class DeepSpeedOfStage(DeepSpeedStrategy):
@@ -18,7 +18,7 @@ class DeepSpeedOfStage(DeepSpeedStrategy):
 def test_deepspeed_must_leave_the_weights_whole() -> None:
     for stage in (1, 2):
         check_strategy(DeepSpeedOfStage(stage))
-    with pytest.raises(SettingError, match=r"trainer\.strategy: found DeepSpeed with stage 3, .* Expected stage 1"):
+    with pytest.raises(ConfigError, match=r"trainer\.strategy: found DeepSpeed with stage 3, .* Expected stage 1"):
         check_strategy(DeepSpeedOfStage(3))
 
 

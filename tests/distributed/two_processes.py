@@ -22,16 +22,16 @@ from lpc_lightning.callbacks import ResourceMonitor
 from lpc_lightning.callbacks.resources import peak_memory
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.data.batching.loading import TrainingBatches
-from lpc_lightning.distributed.checkpoint_io import WholeCheckpointIO
-from lpc_lightning.errors import SettingError
+from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import GumbelSpace, MarginalSpace
 from lpc_lightning.policy import CausalPolicy, LoRA, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
 from lpc_lightning.seeding import derive, run_seed
 
 LATENTS = {
     "plain": lambda: None,
-    "marginal": lambda: MarginalSpace(codes=4, hidden=8, spread=1.0),
-    "gumbel": lambda: GumbelSpace(codes=4, hidden=8, spread=1.0, g=None),
+    "marginal": lambda: MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0),
+    "gumbel": lambda: GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0, g=None),
 }
 CHECKPOINTED = {"plain": True, "marginal": False, "gumbel": True}
 LORAS = {"full": lambda: None, "lora": lambda: LoRA(rank=2, alpha=4)}
@@ -57,8 +57,8 @@ def module(latent: str, lora: str = "full", reference: Any = "cached", kind: typ
     return kind(policy=policy, latent=LATENTS[latent](), reference=reference, optimizer=adam, latent_lr=1e-2)
 
 
-def rehearsing() -> DPO:
-    latent = MarginalSpace(codes=4, hidden=8, rehearse=16)
+def warm_starting() -> DPO:
+    latent = MarginalSpace(num_codes=4, hidden=8, warm_start_pairs=16)
     return DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=latent, optimizer=adam, latent_lr=1e-2)
 
 
@@ -137,7 +137,7 @@ def fit(
         strategy=STRATEGIES[strategy](),
         logger=rows,
         callbacks=callbacks,
-        plugins=[WholeCheckpointIO()],
+        plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -227,11 +227,11 @@ def runs(folder: Path, cache: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for written, lora in (("ddp gumbel", "full"), ("fsdp gumbel", "full"), ("fsdp in one file lora", "lora")):
             resumed = fit(strategy, 2, module("gumbel", lora), cache, resume=folder / f"{written}.ckpt")
             yield f"{strategy} from {written}", resumed
-    yield "ddp rehearsed", fit("ddp", 2, rehearsing(), cache)
+    yield "ddp warm_started", fit("ddp", 2, warm_starting(), cache)
     try:
-        fit("fsdp", 2, rehearsing(), cache)
-    except SettingError as error:
-        yield "fsdp rehearsed", {"told": str(error)}
+        fit("fsdp", 2, warm_starting(), cache)
+    except ConfigError as error:
+        yield "fsdp warm_started", {"told": str(error)}
     for strategy in ("ddp", "fsdp"):
         yield f"{strategy} mixed", fit(strategy, 2, module("marginal"), cache, precision="bf16-mixed")
     for written in ("ddp gumbel", "fsdp gumbel"):

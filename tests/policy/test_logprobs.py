@@ -16,12 +16,12 @@ from torch import Tensor
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.policy import logprobs
 from lpc_lightning.policy.logprobs import (
-    Reading,
+    BatchForward,
     code_logits,
     logits_of,
     token_logps,
+    token_logps_and_greedy,
     token_logps_per_code,
-    token_verdicts,
 )
 from lpc_lightning.types import LogitHead
 
@@ -148,7 +148,7 @@ def test_verdicts_are_the_log_softmax_and_whether_no_token_is_likelier(
     # Every other target is the likeliest token.
     likeliest = torch.stack([logits_of(state[None], case.head)[0].argsort()[-1] for state in hidden])
     case.targets = torch.where(torch.arange(40) % 2 == 0, likeliest, case.targets)
-    logps, greedy = token_verdicts(hidden, case.targets, case.head)
+    logps, greedy = token_logps_and_greedy(hidden, case.targets, case.head)
     torch.testing.assert_close(logps, case.naive()[:, 0].detach(), rtol=1e-12, atol=1e-12)
     assert not logps.requires_grad
     others = [logits_of(state[None], case.head)[0].tolist() for state in hidden]
@@ -159,7 +159,7 @@ def test_verdicts_are_the_log_softmax_and_whether_no_token_is_likelier(
 
 def test_of_equal_logits_the_lowest_token_is_greedy() -> None:
     head = LogitHead(torch.tensor([[0.0], [1.0], [1.0]]))
-    _, greedy = token_verdicts(torch.ones(2, 1), torch.tensor([1, 2]), head)
+    _, greedy = token_logps_and_greedy(torch.ones(2, 1), torch.tensor([1, 2]), head)
     assert greedy.tolist() == [True, False]
 
 
@@ -279,7 +279,7 @@ def test_autocast_without_codes_rounds_the_product_and_nothing_after_it() -> Non
     with torch.autocast("cpu", torch.bfloat16):
         found = token_logps(case.hidden, case.targets, case.head)
         logits = case.hidden.bfloat16() @ case.head.weight.bfloat16().T
-        verdicts, _ = token_verdicts(case.hidden, case.targets, case.head)
+        verdicts, _ = token_logps_and_greedy(case.hidden, case.targets, case.head)
     expected = logits.double().log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(verdicts, found)
@@ -334,7 +334,7 @@ def test_a_readings_sums_are_its_tokens_sums_under_each_pairs_own_z(
     pairs = make_pairs([(3, 4, 2), (1, 1, 5), (2, 3, 1)], vocabulary=11)
     batch = PaddedLayout(pad_id=0)(pairs)
     case = Case("bias", tokens=batch.input_ids.numel(), codes=3, dtype=dtype)
-    reading, z = Reading(case.hidden, batch, case.head), case.codes
+    reading, z = BatchForward(case.hidden, batch, case.head), case.codes
     width = batch.input_ids.shape[1]
     expected_plain, expected_z = torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
     exact = case.in_float64()
@@ -364,10 +364,10 @@ def test_a_readings_sums_are_its_tokens_sums_under_each_pairs_own_z(
     assert torch.equal(reading.states.rejected, case.hidden[[(3 + n) * width + end for n, end in enumerate(ends)]])
 
 
-def reading_of(case: Case, make_pairs: Callable[..., Any]) -> Reading:
+def reading_of(case: Case, make_pairs: Callable[..., Any]) -> BatchForward:
     """A reading of three pairs, from states that a backbone would send gradient through."""
     pairs = make_pairs([(3, 4, 2), (1, 1, 5), (2, 3, 1)], vocabulary=11)
-    return Reading(case.hidden, PaddedLayout(pad_id=0)(pairs), case.head)
+    return BatchForward(case.hidden, PaddedLayout(pad_id=0)(pairs), case.head)
 
 
 @every_head
@@ -379,21 +379,21 @@ def test_the_first_order_is_the_gradient_at_no_z(
     case = Case(kind, tokens=42)
     reading = reading_of(case, make_pairs)
     with torch.no_grad():
-        plain, pulls = reading.first_order()
+        plain, z_gradients = reading.first_order()
     assert not plain.requires_grad
-    assert not pulls.requires_grad
+    assert not z_gradients.requires_grad
     assert torch.equal(plain, reading.logps())
     z = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)
     logps = reading.logps(z)
     for answer in range(6):
         (gradient,) = torch.autograd.grad(logps[answer], z, retain_graph=True)
-        torch.testing.assert_close(pulls[answer], gradient[answer % 3], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(z_gradients[answer], gradient[answer % 3], rtol=1e-11, atol=1e-11)
     step = 1e-5
     with torch.no_grad():
         for axis in range(5):
             ahead = step * torch.eye(5, dtype=torch.float64)[axis].expand(3, -1)
             slope = (reading.logps(ahead) - reading.logps(-ahead)) / (2 * step)
-            torch.testing.assert_close(pulls[:, axis], slope, rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(z_gradients[:, axis], slope, rtol=1e-7, atol=1e-7)
 
 
 def test_the_first_order_leaves_no_gradient_behind(make_pairs: Callable[..., Any]) -> None:

@@ -24,8 +24,8 @@ CHUNK = 32
 """Tokens in a chunk."""
 LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
     "plain": None,
-    "gumbel": lambda: GumbelSpace(codes=32, hidden=8, spread=0.1),
-    "marginal": lambda: MarginalSpace(codes=32, hidden=8, spread=0.1),
+    "gumbel": lambda: GumbelSpace(num_codes=32, hidden=8, init_logit_std=0.1),
+    "marginal": lambda: MarginalSpace(num_codes=32, hidden=8, init_logit_std=0.1),
 }
 
 
@@ -57,7 +57,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Callable[[Pref
 
     def of(latent: str, precision: str) -> Callable[[PreferenceBatch], None]:
         space = LATENTS[latent]
-        policy = TinyPolicy(width=8, layers=1, heads=1, attention="piecewise")
+        policy = TinyPolicy(width=8, layers=1, heads=1, attention="segment")
         module = DPO(policy=policy, latent=space and space(), reference="live")
         module.configure_model()
 
@@ -103,7 +103,7 @@ def test_memory_follows_the_chunk_and_not_the_tokens(
 
 def test_the_accounting_sees_logits_that_are_held(batch: PreferenceBatch) -> None:
     """In forward and in backward, where there are two of them."""
-    policy = TinyPolicy(width=8, layers=1, heads=1, attention="piecewise").build()
+    policy = TinyPolicy(width=8, layers=1, heads=1, attention="segment").build()
 
     def naive() -> None:
         logits = logits_of(policy.hidden(batch)[batch.read_at], policy.head)

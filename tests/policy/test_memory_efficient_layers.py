@@ -30,7 +30,7 @@ def batch(make_pairs: Callable[..., Any]) -> PreferenceBatch:
 def published_layers() -> Iterator[None]:
     """Policies that are built here keep transformers' own layers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spec, "make_lean", lambda layers: None)
+        patch.setattr(spec, "make_memory_efficient", lambda layers: None)
         yield
 
 
@@ -118,7 +118,7 @@ class _Clipped(nn.Module):
 
 def test_a_part_that_only_looks_like_one_is_left_alone() -> None:
     part = _Clipped()
-    spec.make_lean([nn.Sequential(part)])
+    spec.make_memory_efficient([nn.Sequential(part)])
     assert type(part) is _Clipped
 
 

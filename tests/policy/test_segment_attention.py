@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, segment_attention
 from lpc_lightning.policy.masks import visible
-from lpc_lightning.policy.segment_attention import blocks_of, piecewise_attention
+from lpc_lightning.policy.segment_attention import attend_by_segment, blocks_of
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5)]
@@ -41,7 +41,7 @@ def draw(
 
 def by_piece(states: list[Tensor], batch: PreferenceBatch, scaling: float) -> Tensor:
     assert batch.segments is not None
-    return piecewise_attention(nn.Identity(), *states, None, blocks=blocks_of(batch.segments), scaling=scaling)[0]
+    return attend_by_segment(nn.Identity(), *states, None, blocks=blocks_of(batch.segments), scaling=scaling)[0]
 
 
 @settings(deadline=None, max_examples=40)
@@ -135,7 +135,7 @@ def test_nothing_that_grows_with_the_square_of_the_tokens_is_kept(make_pairs: Ma
 @pytest.fixture(scope="module")
 def kernels(tiny: Callable[..., CausalPolicy]) -> dict[str, CausalPolicy]:
     """The same policy under every kernel that takes packed rows here."""
-    return {name: tiny("llama", attention=name) for name in ("piecewise", "sdpa", "eager")}
+    return {name: tiny("llama", attention=name) for name in ("segment", "sdpa", "eager")}
 
 
 def test_policies_under_all_kernels_say_the_same(
@@ -151,16 +151,16 @@ def test_policies_under_all_kernels_say_the_same(
         logps = policy.read(batch).logps()
         weights = torch.linspace(-1, 1, len(logps), dtype=torch.float64)
         found[name] = [logps, *torch.autograd.grad((weights * logps).sum(), list(policy.parameters()))]
-        assert (len(calls) - before) == (2 if name == "piecewise" else 0), "one call a layer, by this kernel alone"
-    for name in ("piecewise", "eager"):
+        assert (len(calls) - before) == (2 if name == "segment" else 0), "one call a layer, by this kernel alone"
+    for name in ("segment", "eager"):
         # transformers' eager kernel takes its softmax in float32.
-        tolerance = 1e-9 if name == "piecewise" else 1e-4
+        tolerance = 1e-9 if name == "segment" else 1e-4
         for mine, theirs in zip(found[name], found["sdpa"], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_checkpointed_layers_have_the_same_gradients(kernels: dict[str, CausalPolicy], make_pairs: MakePairs) -> None:
-    policy, batch = kernels["piecewise"], SharedPrefixLayout(0, 35)(make_pairs(LENGTHS))
+    policy, batch = kernels["segment"], SharedPrefixLayout(0, 35)(make_pairs(LENGTHS))
     weights = list(policy.parameters())
     plain = torch.autograd.grad(policy.read(batch).logps().sum(), weights)
     policy.set_gradient_checkpointing(True)
@@ -173,7 +173,7 @@ def test_checkpointed_layers_have_the_same_gradients(kernels: dict[str, CausalPo
 
 
 def test_rows_of_one_sequence_and_generation_are_left_to_sdpa(kernels: dict[str, CausalPolicy]) -> None:
-    ours, theirs = (kernels[name].causal_lm for name in ("piecewise", "sdpa"))
+    ours, theirs = (kernels[name].causal_lm for name in ("segment", "sdpa"))
     tokens = torch.tensor([[0, 0, 5, 6, 7], [4, 5, 6, 7, 8]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     assert torch.equal(ours(tokens, attention_mask=mask).logits, theirs(tokens, attention_mask=mask).logits)
@@ -183,7 +183,7 @@ def test_rows_of_one_sequence_and_generation_are_left_to_sdpa(kernels: dict[str,
 
 def test_a_saved_model_does_not_name_the_kernel(kernels: dict[str, CausalPolicy]) -> None:
     """transformers alone, which does not know it, has to open an exported folder."""
-    assert "piecewise" not in kernels["piecewise"].causal_lm.config.to_json_string()
+    assert "segment" not in kernels["segment"].causal_lm.config.to_json_string()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_families_without_windows_and_soft_caps_attend_by_piece(
     family: str, by_piece: bool, tiny: Callable[..., CausalPolicy]
 ) -> None:
     policy = tiny(family)
-    assert policy.attends_by_piece == by_piece
+    assert policy.attends_by_segment == by_piece
     assert policy.takes_block_mask
 
 
@@ -209,7 +209,7 @@ def test_a_family_that_does_not_pass_the_blocks_on_falls_back_to_the_mask(
     deaf = CausalPolicy.__new__(CausalPolicy)
     nn.Module.__init__(deaf)
     deaf.model, deaf._takes_positions = policy.model, True
-    deaf.attends_by_piece = deaf._attends_by_piece()
-    assert not deaf.attends_by_piece
+    deaf.attends_by_segment = deaf._attends_by_piece()
+    assert not deaf.attends_by_segment
     assert deaf._honours_block_mask()
     torch.testing.assert_close(deaf.read(batch).logps(), expected, rtol=1e-9, atol=1e-9)

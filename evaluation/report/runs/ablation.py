@@ -18,7 +18,7 @@ from lpc_lightning.evaluation.report.runs.records import (
     FINISHED,
     MISSING,
     Loaded,
-    Making,
+    RunProvenance,
     RunRecord,
     finite,
     split_seed,
@@ -34,7 +34,7 @@ def load_ablation(folder: Path) -> Loaded:
     grid = {name: tuple(as_value(value) for value in values) for name, values in about["axes"].items()}
     cells = reduce(add, (load_cell(path.parent) for path in sorted(folder.glob(f"cells/*/{CELL}"))), Loaded())
     facts = {"base": shlex.join(about["base"]), **about["versions"], "folder": str(folder)}
-    making = Making(about["name"], about["command"], facts)
+    making = RunProvenance(about["name"], about["command"], facts)
     axes = {name: values for name, values in grid.items() if name != "seed"}
     missing = tuple(_missing(grid, about.get("skip", ()), cells.records))
     return Loaded(axes=axes, makings=(making,)) + cells + Loaded(records=missing)

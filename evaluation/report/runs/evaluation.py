@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from lpc_lightning.evaluation.benchmarks.results import RESULTS, scores
-from lpc_lightning.evaluation.report.runs.records import Loaded, Making, Measured, finite
+from lpc_lightning.evaluation.report.runs.records import Loaded, Measured, RunProvenance, finite
 from lpc_lightning.inference.checkpoints import run_folder
 
 
@@ -24,4 +24,4 @@ def load_evaluation(folder: Path) -> Loaded:
     name = str(origin.get("name") or folder.name)
     facts = {"versions": results.get("packages"), "settings": results.get("settings"), "git": results.get("git")}
     measured = Measured(name, metrics, run_folder(Path(model)) if is_run else None, folder, origin.get("seed"))
-    return Loaded(measured=(measured,), makings=(Making(f"evaluate {name}", facts=facts),))
+    return Loaded(measured=(measured,), makings=(RunProvenance(f"evaluate {name}", facts=facts),))

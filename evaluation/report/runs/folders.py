@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from lpc_lightning.data import DataError
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import RESULTS
 from lpc_lightning.evaluation.report.runs.ablation import ABLATION, CELL, load_ablation, load_cell
 from lpc_lightning.evaluation.report.runs.evaluation import load_evaluation
@@ -49,7 +49,7 @@ def load_folders(paths: Sequence[str]) -> Loaded:
         paths: Ablations, cells, run folders, results of `evaluate`, or folders that hold any of these.
 
     Raises:
-        SettingError: A path at which there is nothing of the kind.
+        ConfigError: A path at which there is nothing of the kind.
         DataError: A file that cannot be read.
     """
     found: dict[Path, FolderKind] = {}
@@ -57,7 +57,7 @@ def load_folders(paths: Sequence[str]) -> Loaded:
         below = dict(_find(Path(path)))
         if not below:
             known = "; ".join(f"{kind.about} ({kind.mark})" for kind in KINDS)
-            raise SettingError(f"runs: found no results in {path}, expected a folder that is or holds {known}.")
+            raise ConfigError(f"runs: found no results in {path}, expected a folder that is or holds {known}.")
         found |= {place.resolve(): kind for place, kind in below.items()}
     loaded = reduce(add, (_read(kind, place) for place, kind in found.items()))
     # What was measured of a run is told apart by how the run was made: read it as well, where it is still there.

@@ -69,7 +69,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Making:
+class RunProvenance:
     """How an ablation or a set of results was made."""
 
     name: str
@@ -84,7 +84,7 @@ class Loaded:
 
     records: tuple[RunRecord, ...] = ()
     measured: tuple[Measured, ...] = ()
-    makings: tuple[Making, ...] = ()
+    makings: tuple[RunProvenance, ...] = ()
     axes: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     """The values of axes in the order in which their makers name them."""
 

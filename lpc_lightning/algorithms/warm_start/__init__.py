@@ -6,8 +6,8 @@ gradient of each answer is, for which one pass will do. A step of the latent spa
 be found by looking at some thousand pairs at once.
 
 - `sketch`: pairs under that policy.
-- `kinds`: what the prompts (or the annotators) let expect of the pairs' gradients, clustered.
+- `clusters`: what the prompts (or the annotators) let expect of the pairs' gradients, clustered.
 - `fit`: codes and networks from these clusters, and then the algorithm's own loss.
 - `rows`: the pass over the data, shared between runs.
-- `rehearse`: the whole.
+- `warm_start_pairs`: the whole.
 """

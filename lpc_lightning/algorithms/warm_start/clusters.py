@@ -16,14 +16,15 @@ from torch import Tensor
 FEW = 0.1
 """Mean variances added to every direction's before features are brought to equal variance: next to nothing."""
 MANY = 10.0
-"""The same for pulls: of the directions in which words differ most, a few have more than this and are made smaller."""
+"""The same for z_gradients: of the directions in which words differ most, a few have more than this and are made
+smaller."""
 ALPHAS = tuple(10.0 ** (power / 2) for power in range(-4, 11))
 """Weights of the ridge that are tried, by leaving one pair out."""
 AT_ONCE = 4096
 """Pairs whose distances are looked at all with all."""
 
 
-def subjects(prompts: Tensor, said: Tensor) -> Tensor:
+def prompt_canonical_variates(prompts: Tensor, said: Tensor) -> Tensor:
     """What prompts are about: their canonical variates with what is said to them, each times its correlation squared.
 
     Args:
@@ -38,34 +39,35 @@ def subjects(prompts: Tensor, said: Tensor) -> Tensor:
     return first @ axes * correlations.square()
 
 
-def kinds_of_pairs(known: Tensor, pulls: Tensor, kinds: int) -> tuple[Tensor, Tensor]:
+def cluster_pairs(known: Tensor, z_gradients: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Cluster pairs by the direction of the pull that is to be expected of them.
 
     Pulls are regressed on what is known (ridge), Ward's clusters of the predicted directions are refined by k-means.
 
     Args:
         known: (N, m) beside the label.
-        pulls: (n, d) of the first n pairs. Of the others it is not seen: they get the kind nearest to what is expected.
-        kinds: K, at most n.
+        z_gradients: (n, d) of the first n pairs. Of the others it is not seen: they get the kind nearest to what is
+        expected.
+        clusters: K, at most n.
 
     Returns:
         (K, d) codes, of a common scale that means nothing, and (N,) the kind of each pair. A pull times a code is the
         product of the whitened pull with the mean that is expected in that kind. A kind without a pair, where there
-        are fewer different pairs than kinds, has code 0.
+        are fewer different pairs than clusters, has code 0.
     """
-    equal = whitener(pulls, MANY)
-    ridge = RidgeCV(ALPHAS).fit(known[: len(pulls)].numpy(), (pulls @ equal).numpy())
+    equal = whitener(z_gradients, MANY)
+    ridge = RidgeCV(ALPHAS).fit(known[: len(z_gradients)].numpy(), (z_gradients @ equal).numpy())
     expected = ridge.predict(known.numpy())
     directions = expected / np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-12)
-    found = directions[: min(AT_ONCE, len(pulls))]
+    found = directions[: min(AT_ONCE, len(z_gradients))]
     different = len(np.unique(found.round(6), axis=0))
-    parts = AgglomerativeClustering(min(kinds, different)).fit(found).labels_
+    parts = AgglomerativeClustering(min(clusters, different)).fit(found).labels_
     centres = np.stack([found[parts == part].mean(0) for part in range(parts.max() + 1)])
-    kind_of = KMeans(len(centres), init=centres, n_init=1).fit(directions[: len(pulls)]).predict(directions)
-    means = np.zeros((kinds, pulls.shape[1]), expected.dtype)
-    for kind in np.unique(kind_of[: len(pulls)]):
-        means[kind] = expected[: len(pulls)][kind_of[: len(pulls)] == kind].mean(0)
-    return torch.from_numpy(means).to(pulls.dtype) @ equal, torch.from_numpy(kind_of).long()
+    cluster_of = KMeans(len(centres), init=centres, n_init=1).fit(directions[: len(z_gradients)]).predict(directions)
+    means = np.zeros((clusters, z_gradients.shape[1]), expected.dtype)
+    for kind in np.unique(cluster_of[: len(z_gradients)]):
+        means[kind] = expected[: len(z_gradients)][cluster_of[: len(z_gradients)] == kind].mean(0)
+    return torch.from_numpy(means).to(z_gradients.dtype) @ equal, torch.from_numpy(cluster_of).long()
 
 
 def whitener(values: Tensor, shrinkage: float) -> Tensor:

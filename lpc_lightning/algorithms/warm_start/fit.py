@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, rms_norm
 
-from lpc_lightning.algorithms.warm_start.clusters import kinds_of_pairs, subjects
-from lpc_lightning.algorithms.warm_start.linearized_policy import SketchedPairs
+from lpc_lightning.algorithms.warm_start.clusters import cluster_pairs, prompt_canonical_variates
+from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.data.batching.annotator_batches import group_by_annotator
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.latent.evidence import given_earlier_pairs
@@ -24,7 +24,7 @@ AT_ONCE = 256
 EPOCHS = 8
 """Of imitation, and of the algorithm's own loss."""
 CALM = 0.3
-"""Share of `latent_lr` by which networks learn once they imitate the kinds."""
+"""Share of `latent_lr` by which networks learn once they imitate the clusters."""
 SCALES = tuple(10.0 ** (power / 4) for power in range(-4, 11))
 """Deviations, in nats, of log pi(y_w|x, e_k) - log pi(y_l|x, e_k) over codes and pairs, among which one is chosen."""
 CODE_STEP = 0.03
@@ -32,7 +32,7 @@ CODE_STEP = 0.03
 
 
 def fit(
-    space: LatentSpace, pairs: SketchedPairs, held: int, latent_lr: float, annotator_run: int | None = None
+    space: LatentSpace, pairs: LinearizedPairs, held: int, latent_lr: float, pairs_per_annotator: int | None = None
 ) -> tuple[float, float]:
     """Fit `space`, which is changed, in float32.
 
@@ -41,31 +41,32 @@ def fit(
         pairs: Four or more, shuffled, the same on all devices.
         held: How many of them, the last ones, are held out (see `hold_out`).
         latent_lr: Learning rate of the networks.
-        annotator_run: Pairs of one annotator that stand together in a batch (see `annotator_runs`); None: as drawn.
+        pairs_per_annotator: Pairs of one annotator that stand together in a batch (see `annotator_batches`); None: as
+        drawn.
 
     Returns:
         Mean losses of held-out pairs, in nats: without a latent, and as the space has been fitted.
     """
     fitted, held_out = torch.arange(len(pairs)).split([len(pairs) - held, held])
-    batches = partial(_batches, pairs.annotators, annotator_run)
+    batches = partial(_batches, pairs.annotators, pairs_per_annotator)
     tested = batches(held_out)
     with torch.no_grad():
         space.train()
-        for places in fitted.split(AT_ONCE):
-            space.training_terms(*pairs.take(places), 0.0)
+        for indices in fitted.split(AT_ONCE):
+            space.training_terms(*pairs.take(indices), 0.0)
         space.close_window(alike=True)
         space.eval()
         plain = float(pairs.take(held_out)[1].under(None)[0].losses.mean())
 
-    def step(places: Tensor, progress: float) -> Tensor:
-        terms = space.training_terms(*pairs.take(places), progress)
+    def step(indices: Tensor, progress: float) -> Tensor:
+        terms = space.training_terms(*pairs.take(indices), progress)
         return (terms.pairs.losses + terms.penalty).mean()
 
     if isinstance(space, DiscreteSpace):
-        kinds = _take_kinds(space, pairs, len(fitted))
+        clusters = _take_clusters(space, pairs, len(fitted))
 
-        def imitate(places: Tensor, progress: float) -> Tensor:
-            return space.imitation_loss(pairs.take(places)[0], kinds[places]).mean()
+        def imitate(indices: Tensor, progress: float) -> Tensor:
+            return space.imitation_loss(pairs.take(indices)[0], clusters[indices]).mean()
 
         networks = [parameter for name, parameter in space.named_parameters() if not name.startswith("codebook")]
         _descend(space, [{"params": networks, "lr": latent_lr}], imitate, fitted, tested, batches)
@@ -73,21 +74,23 @@ def fit(
     return plain, _descend(space, _groups(space, CALM * latent_lr), step, fitted, tested, batches)
 
 
-def _take_kinds(space: DiscreteSpace, pairs: SketchedPairs, fitted: int) -> Tensor:
-    """Give codes the directions of kinds, by the labels of the first `fitted` pairs; (N,) the kind of each pair."""
+def _take_clusters(space: DiscreteSpace, pairs: LinearizedPairs, fitted: int) -> Tensor:
+    """Give codes the directions of clusters, by the labels of the first `fitted` pairs; (N,) the kind of each pair."""
     if space.annotators and any(pairs.annotators):
         names = {name: number for number, name in enumerate(dict.fromkeys(pairs.annotators))}
         known = one_hot(torch.tensor([names[name] for name in pairs.annotators])).float()
     else:
         prompts = rms_norm(pairs.prompt, pairs.prompt.shape[-1:])
-        known = subjects((prompts - prompts.mean(0)) / prompts.std(0).clamp_min(1e-6), pairs.pulls.sum(1)).cpu()
-    codes, kinds = kinds_of_pairs(known, pairs.pull[:fitted].cpu(), space.codes)
+        known = prompt_canonical_variates(
+            (prompts - prompts.mean(0)) / prompts.std(0).clamp_min(1e-6), pairs.z_gradients.sum(1)
+        ).cpu()
+    codes, clusters = cluster_pairs(known, pairs.z_gradient_difference[:fitted].cpu(), space.num_codes)
     space.codebook.weight.data.copy_(codes)
-    return kinds.to(pairs.prompt.device)
+    return clusters.to(pairs.prompt.device)
 
 
 @torch.no_grad()
-def _take_scale(space: DiscreteSpace, pairs: SketchedPairs, held_out: Tensor) -> None:
+def _take_scale(space: DiscreteSpace, pairs: LinearizedPairs, held_out: Tensor) -> None:
     """Give the codebook the scale under which held-out labels have the highest evidence.
 
     Where annotators' pairs share what they say, each is scored given the earlier ones: two opposite codes, each with
@@ -95,10 +98,12 @@ def _take_scale(space: DiscreteSpace, pairs: SketchedPairs, held_out: Tensor) ->
     """
     states, score = pairs.take(held_out)
     log_prior = space.log_prior(states.prompt)
-    directions = space.codebook.weight / (pairs.pull[held_out] @ space.codebook.weight.T).std().clamp_min(1e-12)
+    directions = space.codebook.weight / (
+        pairs.z_gradient_difference[held_out] @ space.codebook.weight.T
+    ).std().clamp_min(1e-12)
 
     def evidence(scale: float) -> Tensor:
-        said = score.under_codes(scale * directions)[0].evidence
+        said = score.under_codes(scale * directions)[0].label_log_likelihood
         given = given_earlier_pairs(log_prior, said, states.annotators) if space.annotators else log_prior
         return (given + said).logsumexp(-1).mean()
 
@@ -128,9 +133,9 @@ def _descend(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     best, best_state = _mean(loss_of, tested), copy.deepcopy(space.state_dict())
     for epoch in range(EPOCHS):
-        for number, places in enumerate(batches(fitted[torch.randperm(len(fitted))])[: steps // EPOCHS]):
+        for number, indices in enumerate(batches(fitted[torch.randperm(len(fitted))])[: steps // EPOCHS]):
             optimizer.zero_grad()
-            loss_of(places, (epoch * (steps // EPOCHS) + number) / steps).backward()
+            loss_of(indices, (epoch * (steps // EPOCHS) + number) / steps).backward()
             optimizer.step()
             schedule.step()
         if (now := _mean(loss_of, tested)) < best:
@@ -145,9 +150,11 @@ def _mean(loss_of: Callable[[Tensor, float], Tensor], batches: Sequence[Tensor])
     return sum(float(loss_of(batch, 1.0)) * len(batch) for batch in batches) / sum(map(len, batches))
 
 
-def _batches(annotators: Sequence[str], annotator_run: int | None, places: Tensor) -> Sequence[Tensor]:
-    """The pairs at `places`, which are shuffled, in batches like those of training."""
-    if annotator_run is not None:
+def _batches(annotators: Sequence[str], pairs_per_annotator: int | None, indices: Tensor) -> Sequence[Tensor]:
+    """The pairs at `indices`, which are shuffled, in batches like those of training."""
+    if pairs_per_annotator is not None:
         generator = torch.default_generator
-        places = torch.tensor(group_by_annotator(places.tolist(), annotators, BATCH, 1, annotator_run, generator))
-    return places.split(BATCH)
+        indices = torch.tensor(
+            group_by_annotator(indices.tolist(), annotators, BATCH, 1, pairs_per_annotator, generator)
+        )
+    return indices.split(BATCH)

@@ -1,4 +1,4 @@
-"""Which pairs of a rehearsal are held out: scales and epochs are chosen by them."""
+"""Which pairs of a warm start are held out: scales and epochs are chosen by them."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates, Pr
 
 @dataclass(frozen=True, slots=True)
 class MeanToken:
-    """The distribution of the policy's next token, over all places."""
+    """The distribution of the policy's next token, over all indices."""
 
     head: LogitHead
     log_p: Tensor
@@ -34,12 +34,12 @@ class MeanToken:
 
 
 @dataclass(frozen=True, slots=True)
-class SketchReading:
-    """What a `Reading` is to a batch, in the sketch."""
+class LinearizedForward:
+    """What a `BatchForward` is to a batch, in the sketch."""
 
     plain: Tensor
     """(2B,) log-probabilities without z, chosen answers first."""
-    pulls: Tensor
+    z_gradients: Tensor
     """(2B, d) their gradients with respect to z at z = 0."""
     lengths: Tensor
     """(2B,) tokens."""
@@ -50,14 +50,14 @@ class SketchReading:
         if z is None:
             return self.plain
         lost = self.lengths * self.token.divergence(z).repeat(2)
-        return self.plain + (self.pulls * z.repeat(2, 1)).sum(-1) - lost
+        return self.plain + (self.z_gradients * z.repeat(2, 1)).sum(-1) - lost
 
     def logps_per_code(self, codes: Tensor) -> Tensor:
         """(2B, K) under every code of `codes` (K, d)."""
-        return self.plain[:, None] + self.pulls @ codes.T - self.lengths[:, None] * self.token.divergence(codes)
+        return self.plain[:, None] + self.z_gradients @ codes.T - self.lengths[:, None] * self.token.divergence(codes)
 
 
-class SketchedPairs:
+class LinearizedPairs:
     """What one pass over labelled pairs keeps of each: 5 d + 4 numbers, and two of the reference."""
 
     def __init__(
@@ -78,44 +78,44 @@ class SketchedPairs:
             loss: The algorithm's loss.
         """
         width = token.head.weight.shape[1]
-        states, pulls, self.plain, self.lengths = rows.split([3 * width, 2 * width, 2, 2], dim=1)
+        states, z_gradients, self.plain, self.lengths = rows.split([3 * width, 2 * width, 2, 2], dim=1)
         self.prompt, self.chosen, self.rejected = states.split(width, dim=1)
-        self.pulls, self.reference = pulls.unflatten(1, (2, width)), reference
+        self.z_gradients, self.reference = z_gradients.unflatten(1, (2, width)), reference
         self.annotators, self._token, self._loss = tuple(annotators), token, loss
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     @property
-    def pull(self) -> Tensor:
+    def z_gradient_difference(self) -> Tensor:
         """(N, d) gradients of log pi(y_w|x, z) - log pi(y_l|x, z): the direction that a pair wants z to have."""
-        return self.pulls[:, 0] - self.pulls[:, 1]
+        return self.z_gradients[:, 0] - self.z_gradients[:, 1]
 
-    def take(self, places: Tensor) -> tuple[PairStates, BatchScorer]:
-        """The states of the pairs at `places` (B,), and their losses as a function of z."""
-        plain, lengths = (values[places].T.flatten() for values in (self.plain, self.lengths))
-        reference = None if self.reference is None else self.reference[places].T.flatten()
-        pulls = self.pulls[places].transpose(0, 1).flatten(0, 1)
-        reading = SketchReading(plain, pulls, lengths, self._token)
+    def take(self, indices: Tensor) -> tuple[PairStates, BatchScorer]:
+        """The states of the pairs at `indices` (B,), and their losses as a function of z."""
+        plain, lengths = (values[indices].T.flatten() for values in (self.plain, self.lengths))
+        reference = None if self.reference is None else self.reference[indices].T.flatten()
+        z_gradients = self.z_gradients[indices].transpose(0, 1).flatten(0, 1)
+        reading = LinearizedForward(plain, z_gradients, lengths, self._token)
         states = PairStates(
-            self.prompt[places],
-            self.chosen[places],
-            self.rejected[places],
-            tuple(self.annotators[place] for place in places.tolist()),
+            self.prompt[indices],
+            self.chosen[indices],
+            self.rejected[indices],
+            tuple(self.annotators[place] for place in indices.tolist()),
         )
         return states, BatchScorer(reading, lengths, reference, self._loss)
 
 
-def row_of(states: PairStates, plain: Tensor, pulls: Tensor, batch: PreferenceBatch) -> Tensor:
-    """(B, 5 d + 4) float32: h_x, h_w, h_l, both pulls, log-probabilities and lengths.
+def row_of(states: PairStates, plain: Tensor, z_gradients: Tensor, batch: PreferenceBatch) -> Tensor:
+    """(B, 5 d + 4) float32: h_x, h_w, h_l, both z_gradients, log-probabilities and lengths.
 
     Args:
         states: Of the batch's pairs.
         plain: (2B,) log-probabilities of the answers.
-        pulls: (2B, d) their gradients.
+        z_gradients: (2B, d) their gradients.
         batch: The batch.
     """
-    of_answers = [torch.cat(values.chunk(2), dim=1) for values in (pulls, plain[:, None], batch.lengths[:, None])]
+    of_answers = [torch.cat(values.chunk(2), dim=1) for values in (z_gradients, plain[:, None], batch.lengths[:, None])]
     parts = [states.prompt, states.chosen, states.rejected, *of_answers]
     return torch.cat([part.detach().float() for part in parts], dim=1)
 

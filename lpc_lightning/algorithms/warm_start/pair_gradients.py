@@ -1,4 +1,4 @@
-"""The pass over the pairs of a rehearsal. What it finds does not depend on labels or algorithm, and is shared."""
+"""The pass over the pairs of a warm start. What it finds does not depend on labels or algorithm, and is shared."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ if TYPE_CHECKING:
     from lpc_lightning.algorithms.policy_module import PolicyModule
 
 
-def labelled_rows(module: PolicyModule, data: PreferenceDataModule, places: Sequence[int]) -> tuple[Tensor, int]:
+def labelled_rows(module: PolicyModule, data: PreferenceDataModule, indices: Sequence[int]) -> tuple[Tensor, int]:
     """What the policy says of training pairs, labelled as they are trained on.
 
     Args:
         module: Its policy, as it is now.
         data: The data.
-        places: (n,) of the pairs.
+        indices: (n,) of the pairs.
 
     Returns:
-        (n, 5 d + 4) rows on the module's device, in the order of `places` (see `row_of`), and of how many pairs they
+        (n, 5 d + 4) rows on the module's device, in the order of `indices` (see `row_of`), and of how many pairs they
         were not known before.
     """
     trainer: Any = module.trainer
     pairs, policy = data.pairs["train"], module.policy
     key = how_computed(fingerprint(policy, adapter=True), policy, trainer)
-    cache = PairCache("rehearsal", 5 * policy.width + 4, key, pairs, data.cache_dir, np.float32)
+    cache = PairCache("warm_start", 5 * policy.width + 4, key, pairs, data.cache_dir, np.float32)
     asking = partial(_asking, policy)
-    found, computed = shared_pass(cache, pairs, places, data.make_layout(), asking, trainer, "rehearsal")
-    rows = torch.from_numpy(found[np.searchsorted(np.sort(places), places)])
-    swaps = torch.from_numpy((data.training_pairs.flipped != pairs.flipped)[list(places)])
+    found, computed = shared_pass(cache, pairs, indices, data.make_layout(), asking, trainer, "warm start")
+    rows = torch.from_numpy(found[np.searchsorted(np.sort(indices), indices)])
+    swaps = torch.from_numpy((data.training_pairs.flipped != pairs.flipped)[list(indices)])
     return relabelled(rows, swaps).to(module.device), computed
 
 
-def reference_logps(reference: Reference, data: PreferenceDataModule, places: Sequence[int], trainer: Any) -> Tensor:
+def reference_logps(reference: Reference, data: PreferenceDataModule, indices: Sequence[int], trainer: Any) -> Tensor:
     """(n, 2) log-probabilities of both answers under the reference, labelled as they are trained on."""
     pairs = data.training_pairs
-    known = [pairs[place].reference_logps for place in places]
+    known = [pairs[place].reference_logps for place in indices]
     if None not in known:
         return torch.tensor(known, dtype=torch.float32, device=trainer.strategy.root_device)
     rows: dict[int, np.ndarray] = {}
@@ -59,9 +59,9 @@ def reference_logps(reference: Reference, data: PreferenceDataModule, places: Se
     def ask(batch: PreferenceBatch) -> Tensor:
         return reference.logps(batch).view(2, -1).T
 
-    for found, logps in ask_of_pairs(pairs, places, data.make_layout(), ask, trainer, "rehearsal, reference"):
+    for found, logps in ask_of_pairs(pairs, indices, data.make_layout(), ask, trainer, "warm start, reference"):
         rows |= dict(zip(found.tolist(), logps, strict=True))
-    asked = torch.from_numpy(np.stack([rows[place] for place in places]))
+    asked = torch.from_numpy(np.stack([rows[place] for place in indices]))
     return asked.to(trainer.strategy.root_device, torch.float32)
 
 

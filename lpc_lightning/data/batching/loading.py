@@ -35,7 +35,7 @@ class TrainingBatches(Sampler[list[int]]):
         lengths: Sequence[int] | None = None,
         length_window: int | None = None,
         annotators: Sequence[str] | None = None,
-        annotator_run: int | None = None,
+        pairs_per_annotator: int | None = None,
     ) -> None:
         """Plan the batches of a device.
 
@@ -48,12 +48,13 @@ class TrainingBatches(Sampler[list[int]]):
             lengths: Tokens of every pair, where there is a window.
             length_window: Steps among which pairs are sorted by length (see `length_windows`); None does not sort.
             annotators: Who labelled each pair, where there are runs.
-            annotator_run: Pairs of one annotator that stand together in a batch (see `annotator_runs`); None: as drawn.
+            pairs_per_annotator: Pairs of one annotator that stand together in a batch (see `annotator_batches`);
+            None: as drawn.
         """
         self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rank, self.devices = rank, devices
         self.lengths, self.length_window = lengths, length_window
-        self.annotators, self.annotator_run = annotators, annotator_run
+        self.annotators, self.pairs_per_annotator = annotators, pairs_per_annotator
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,8 +82,8 @@ class TrainingBatches(Sampler[list[int]]):
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive("order", self.seed, epoch))
         order = torch.randperm(self.pairs, generator=generator).tolist()
-        if self.annotator_run is not None and self.annotators is not None:
-            sizes = (self.batch_size, self.devices, self.annotator_run)
+        if self.pairs_per_annotator is not None and self.annotators is not None:
+            sizes = (self.batch_size, self.devices, self.pairs_per_annotator)
             order = group_by_annotator(order, self.annotators, *sizes, generator)
         share = math.ceil(self.pairs / self.devices)
         filled = [order[place % self.pairs] for place in range(share * self.devices)]
@@ -127,7 +128,7 @@ class PreferenceLoader:
         pairs: Sequence[TokenizedPair],
         batches: TrainingBatches | EvaluationBatches,
         layout: Callable[[Sequence[TokenizedPair]], PreferenceBatch],
-        workers: int = 0,
+        num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         """Put data, order and layout together.
@@ -136,14 +137,14 @@ class PreferenceLoader:
             pairs: The tokenised pairs.
             batches: Which of them make up each batch.
             layout: Lays a batch out.
-            workers: Processes that lay batches out ahead of time; 0 does it in the training process.
+            num_workers: Processes that lay batches out ahead of time; 0 does it in the training process.
             pin_memory: Put batches into page-locked memory, for a GPU.
         """
         self.loader: DataLoader[Any] = DataLoader(
             pairs,  # type: ignore[arg-type]  # a Sequence is a map-style data set
             batch_sampler=batches,
             collate_fn=layout,
-            num_workers=workers,
+            num_workers=num_workers,
             pin_memory=pin_memory,
         )
 
@@ -203,7 +204,8 @@ class TrainingLoader(PreferenceLoader):
         if self._order != expected:
             raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
-                "same seed_everything, data, data.batch_size, data.length_window, data.annotator_run and devices, or "
+                "same seed_everything, data, data.batch_size, data.length_window, data.pairs_per_annotator and "
+                "devices, or "
                 "start anew from the weights."
             )
         self._epoch, self._taken = state["epoch"], state["taken"]
@@ -212,6 +214,6 @@ class TrainingLoader(PreferenceLoader):
     @property
     def _order(self) -> dict[str, int | str | None]:
         sampler = self.sampler
-        names = ("pairs", "batch_size", "devices", "length_window", "annotator_run")
+        names = ("pairs", "batch_size", "devices", "length_window", "pairs_per_annotator")
         sizes = {name: getattr(sampler, name) for name in names}
         return {"seed": sampler.seed, "data": self._data, **sizes}

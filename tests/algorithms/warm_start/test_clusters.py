@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, one_hot
 
 from lpc_lightning.algorithms.warm_start import clusters as module
-from lpc_lightning.algorithms.warm_start.clusters import FEW, kinds_of_pairs, subjects, whitened
+from lpc_lightning.algorithms.warm_start.clusters import FEW, cluster_pairs, prompt_canonical_variates, whitened
 
 
 @pytest.fixture
 def planted_kinds() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is known (300, 7), pulls (300, 6), which kind (300,), and the directions of four kinds."""
+    """What is known (300, 7), z_gradients (300, 6), which kind (300,), and the directions of four clusters."""
     generator = torch.Generator().manual_seed(0)
     kind = torch.randint(4, (300,), generator=generator)
     directions = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0][:4]
@@ -28,43 +28,43 @@ def planted_kinds() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_planted_kinds_are_found_in_noise(planted_kinds: Any) -> None:
-    known, pulls, kind, directions = planted_kinds
-    codes, found = kinds_of_pairs(known, pulls, 4)
+    known, z_gradients, kind, directions = planted_kinds
+    codes, found = cluster_pairs(known, z_gradients, 4)
     assert normalized_mutual_info_score(kind, found) == pytest.approx(1.0)
     assert codes.shape == (4, 6)
     for number in range(4):
         (code,) = found[kind == number].unique().tolist()
         assert cosine_similarity(codes[code], directions[number], dim=0) > 0.8
         # On average the pairs of a kind want their own code most.
-        assert (pulls[kind == number] @ codes.T).mean(0).argmax() == code
+        assert (z_gradients[kind == number] @ codes.T).mean(0).argmax() == code
 
 
 def test_labels_the_other_way_round_are_the_same_kinds_with_codes_turned_round(planted_kinds: Any) -> None:
-    known, pulls, _, _ = planted_kinds
-    (codes, found), (turned, same) = kinds_of_pairs(known, pulls, 4), kinds_of_pairs(known, -pulls, 4)
+    known, z_gradients, _, _ = planted_kinds
+    (codes, found), (turned, same) = cluster_pairs(known, z_gradients, 4), cluster_pairs(known, -z_gradients, 4)
     assert normalized_mutual_info_score(found, same) == pytest.approx(1.0)
     torch.testing.assert_close(turned[same], -codes[found], rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_whose_pull_is_not_known_get_the_kind_that_is_expected_of_them(planted_kinds: Any) -> None:
-    known, pulls, kind, _ = planted_kinds
-    codes, found = kinds_of_pairs(known, pulls[:200], 4)
+    known, z_gradients, kind, _ = planted_kinds
+    codes, found = cluster_pairs(known, z_gradients[:200], 4)
     assert normalized_mutual_info_score(kind[200:], found[200:]) > 0.8
-    same_codes, same = kinds_of_pairs(known[:200], pulls[:200], 4)
+    same_codes, same = cluster_pairs(known[:200], z_gradients[:200], 4)
     assert torch.equal(codes, same_codes)
     assert torch.equal(found[:200], same)
 
 
 def test_a_few_pairs_looked_at_all_with_all_will_do(planted_kinds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AT_ONCE", 40)
-    known, pulls, kind, _ = planted_kinds
-    _, found = kinds_of_pairs(known, pulls, 4)
+    known, z_gradients, kind, _ = planted_kinds
+    _, found = cluster_pairs(known, z_gradients, 4)
     assert normalized_mutual_info_score(kind, found) == pytest.approx(1.0)
 
 
 def test_more_codes_than_different_pairs_leave_codes_at_zero(planted_kinds: Any) -> None:
-    _, pulls, kind, _ = planted_kinds
-    codes, found = kinds_of_pairs(one_hot(kind).float(), pulls, 9)
+    _, z_gradients, kind, _ = planted_kinds
+    codes, found = cluster_pairs(one_hot(kind).float(), z_gradients, 9)
     assert normalized_mutual_info_score(kind, found) == pytest.approx(1.0)
     used = torch.zeros(9, dtype=torch.bool).index_fill_(0, found.unique(), True)
     assert used.sum() == 4
@@ -74,20 +74,20 @@ def test_more_codes_than_different_pairs_leave_codes_at_zero(planted_kinds: Any)
 
 @pytest.mark.parametrize("known", ["all alike", "prompts"])
 def test_one_kind_holds_all_pairs(known: str, planted_kinds: Any) -> None:
-    prompts, pulls, _, _ = planted_kinds
-    codes, found = kinds_of_pairs(torch.ones(300, 1) if known == "all alike" else prompts, pulls, 1)
+    prompts, z_gradients, _, _ = planted_kinds
+    codes, found = cluster_pairs(torch.ones(300, 1) if known == "all alike" else prompts, z_gradients, 1)
     assert not found.any()
-    assert (pulls @ codes[0]).mean() > 0
+    assert (z_gradients @ codes[0]).mean() > 0
     if known == "all alike":
         # The whitened mean: Fisher's direction, up to scale.
-        square = (pulls.T @ pulls / 300).double()
+        square = (z_gradients.T @ z_gradients / 300).double()
         square += module.MANY * square.diagonal().mean() * torch.eye(6)
-        fisher = torch.linalg.solve(square, pulls.mean(0).double())
+        fisher = torch.linalg.solve(square, z_gradients.mean(0).double())
         assert cosine_similarity(codes[0].double(), fisher, dim=0) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_the_fewest_pairs_pass() -> None:
-    codes, found = kinds_of_pairs(torch.randn(4, 3), torch.randn(4, 5), 2)
+    codes, found = cluster_pairs(torch.randn(4, 3), torch.randn(4, 5), 2)
     assert codes.isfinite().all()
     assert set(found.tolist()) == {0, 1}
 
@@ -116,7 +116,7 @@ def test_subjects_are_the_regularised_canonical_variates(related: tuple[Tensor, 
         square += FEW * square.trace() / len(square) * torch.eye(len(square)).numpy()
     squares, axes = scipy.linalg.eigh(across @ scipy.linalg.solve(outer, across.T), inner)
     expected = torch.from_numpy((first @ axes * squares)[:, ::-1][:, :5].copy())
-    found = subjects(*related)
+    found = prompt_canonical_variates(*related)
     assert found.shape == (2000, 5)
     signs = (found * expected).sum(0).sign()
     torch.testing.assert_close(found, expected * signs, rtol=1e-6, atol=1e-8)
@@ -124,13 +124,13 @@ def test_subjects_are_the_regularised_canonical_variates(related: tuple[Tensor, 
 
 def test_the_leading_subject_is_that_of_a_plain_cca(related: tuple[Tensor, Tensor]) -> None:
     scores, _ = CCA(n_components=1).fit_transform(*(values.numpy() for values in related))
-    found = subjects(*related)[:, 0]
+    found = prompt_canonical_variates(*related)[:, 0]
     together = torch.corrcoef(torch.stack([found, torch.from_numpy(scores[:, 0])]))[0, 1]
     assert together.abs() > 0.9
 
 
 def test_what_is_not_related_is_no_subject(related: tuple[Tensor, Tensor]) -> None:
-    sizes = subjects(*related).std(0)
+    sizes = prompt_canonical_variates(*related).std(0)
     assert sizes[0] > 2 * sizes[1]
     assert sizes[1] > 20 * sizes[2:].max()
 

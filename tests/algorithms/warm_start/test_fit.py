@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from lpc_lightning import latent
 from lpc_lightning.algorithms.warm_start import fit as module
 from lpc_lightning.algorithms.warm_start.fit import fit
-from lpc_lightning.algorithms.warm_start.linearized_policy import SketchedPairs
+from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.latent import LatentSpace
 
 SIZES: dict[str, dict[str, Any]] = {"VectorSpace": {}, "MLPSpace": {"hidden": 16}}
@@ -29,17 +29,17 @@ SPACES = [
 def make(planted: Any, name: str = "MarginalSpace", **settings: Any) -> Any:
     """A space, built for planted pairs."""
     torch.manual_seed(0)
-    space = getattr(latent, name)(**(SIZES.get(name, {"hidden": 16, "codes": 4}) | settings))
+    space = getattr(latent, name)(**(SIZES.get(name, {"hidden": 16, "num_codes": 4}) | settings))
     space.build(planted.head.weight.shape[1], planted.head)
     return space
 
 
-def tenth(pairs: SketchedPairs) -> int:
+def tenth(pairs: LinearizedPairs) -> int:
     """How many of them, two at least."""
     return max(2, round(len(pairs) / 10))
 
 
-def held_out(pairs: SketchedPairs) -> Tensor:
+def held_out(pairs: LinearizedPairs) -> Tensor:
     """The last ones."""
     return torch.arange(len(pairs))[-tenth(pairs) :]
 
@@ -140,16 +140,16 @@ def test_it_is_the_same_by_the_same_seed(planted: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("codes", [1, 2])
 def test_four_pairs_are_enough(codes: int, planted: Callable[..., Any]) -> None:
-    data = planted(pairs=4, subjects=1)
-    space = make(data, codes=codes)
+    data = planted(pairs=4, prompt_canonical_variates=1)
+    space = make(data, num_codes=codes)
     _, loss = fit(space, data.pairs, tenth(data.pairs), 1e-2)
     assert math.isfinite(loss)
     assert space.codebook.weight.isfinite().all()
 
 
 def test_two_annotators_who_want_the_opposite_are_found(planted: Callable[..., Any]) -> None:
-    data = planted(pairs=600, subjects=1, opposed=True)
-    alone, together = make(data, codes=2), make(data, codes=2, annotators=True)
+    data = planted(pairs=600, prompt_canonical_variates=1, opposed=True)
+    alone, together = make(data, num_codes=2), make(data, num_codes=2, annotators=True)
     fit(alone, data.pairs, tenth(data.pairs), 1e-2)
     plain, loss = fit(together, data.pairs, tenth(data.pairs), 1e-2)
     assert loss < plain - 0.2
@@ -185,10 +185,10 @@ def test_pairs_of_an_annotator_stand_together_as_in_training(
     planted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 270 fitted pairs by two annotators, batches of 32 in runs of 8, or as drawn."""
-    data, shares = planted(pairs=300, subjects=1, opposed=True), []
+    data, shares = planted(pairs=300, prompt_canonical_variates=1, opposed=True), []
     for run in (8, None):
         seen: list[tuple[str, ...]] = []
-        space = make(data, codes=2, annotators=True)
+        space = make(data, num_codes=2, annotators=True)
         terms = space.training_terms
 
         def watched(states: Any, *rest: Any, terms: Any = terms, seen: Any = seen) -> Any:

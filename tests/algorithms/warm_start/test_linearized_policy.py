@@ -14,15 +14,15 @@ from torch.distributions import Categorical, kl_divergence
 
 from lpc_lightning.algorithms.scoring import BatchScorer
 from lpc_lightning.algorithms.warm_start.linearized_policy import (
+    LinearizedForward,
+    LinearizedPairs,
     MeanToken,
-    SketchedPairs,
-    SketchReading,
     relabelled,
     row_of,
 )
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
-from lpc_lightning.policy.logprobs import Reading
+from lpc_lightning.policy.logprobs import BatchForward
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PreferenceBatch
 
 WIDTH, VOCABULARY = 5, 11
@@ -51,9 +51,9 @@ class Real:
         if settings.pop("bias", False):
             settings["bias"] = self.draw(VOCABULARY)
         self.head = LogitHead(self.draw(VOCABULARY, WIDTH), **settings)
-        self.reading = Reading(hidden, self.batch, self.head)
+        self.reading = BatchForward(hidden, self.batch, self.head)
         self.token = MeanToken(self.head, self.reading.mean_token())
-        self.sketch = SketchReading(*self.reading.first_order(), self.batch.lengths, self.token)
+        self.sketch = LinearizedForward(*self.reading.first_order(), self.batch.lengths, self.token)
 
 
 @pytest.mark.parametrize("settings", [{}, {"bias": True}, {"bias": True, "scale": 0.3}])
@@ -108,18 +108,18 @@ def test_the_divergence_is_torchs(make_pairs: Callable[..., Any]) -> None:
 def test_a_pairs_row_says_what_its_reading_says(algorithm: str, make_pairs: Callable[..., Any]) -> None:
     real, loss = Real(make_pairs, alike=False), LOSSES[algorithm]
     reference = None if algorithm == "simpo" else real.reading.logps() + real.draw(6)
-    plain, pulls = real.reading.first_order()
-    rows = row_of(real.reading.states, plain, pulls, real.batch)
+    plain, z_gradients = real.reading.first_order()
+    rows = row_of(real.reading.states, plain, z_gradients, real.batch)
     assert rows.shape == (3, 5 * WIDTH + 4)
     assert rows.dtype == torch.float32
     # Of a longer table, in another order.
     filler = torch.full((2, rows.shape[1]), torch.nan)
     table = torch.cat([filler[:1], rows[[2, 0]], filler[1:], rows[[1]]]).double()
     of_pairs = None if reference is None else reference.view(2, 3).T[[0, 2, 0, 0, 1]]
-    pairs = SketchedPairs(table, of_pairs, real.token, ["", "ann", "bob", "", "cem"], loss)
+    pairs = LinearizedPairs(table, of_pairs, real.token, ["", "ann", "bob", "", "cem"], loss)
     assert len(pairs) == 5
-    places = torch.tensor([2, 4, 1])
-    states, score = pairs.take(places)
+    indices = torch.tensor([2, 4, 1])
+    states, score = pairs.take(indices)
     assert states.annotators == ("bob", "cem", "ann")
     for found, expected in zip(
         (states.prompt, states.chosen, states.rejected),
@@ -127,14 +127,16 @@ def test_a_pairs_row_says_what_its_reading_says(algorithm: str, make_pairs: Call
         strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(pairs.pull[places], pulls[:3] - pulls[3:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        pairs.z_gradient_difference[indices], z_gradients[:3] - z_gradients[3:], rtol=1e-6, atol=1e-6
+    )
 
     truth = BatchScorer(real.reading, real.batch.lengths, reference, loss)
     assert_same(score.under(None), truth.under(None))
-    sketched = BatchScorer(real.sketch, real.batch.lengths, reference, loss)
+    linearized = BatchScorer(real.sketch, real.batch.lengths, reference, loss)
     z, codes = real.draw(3, WIDTH), real.draw(4, WIDTH)
-    assert_same(score.under(z), sketched.under(z))
-    assert_same(score.under_codes(codes), sketched.under_codes(codes))
+    assert_same(score.under(z), linearized.under(z))
+    assert_same(score.under_codes(codes), linearized.under_codes(codes))
 
 
 def test_other_labels_change_the_two_answers_about(make_pairs: Callable[..., Any]) -> None:
@@ -142,7 +144,7 @@ def test_other_labels_change_the_two_answers_about(make_pairs: Callable[..., Any
     rows = row_of(real.reading.states, *real.reading.first_order(), real.batch).double()
     swaps = torch.tensor([True, False, True])
     both = [
-        SketchedPairs(each, None, real.token, [""] * 3, LOSSES["simpo"]) for each in (rows, relabelled(rows, swaps))
+        LinearizedPairs(each, None, real.token, [""] * 3, LOSSES["simpo"]) for each in (rows, relabelled(rows, swaps))
     ]
     every, z = torch.arange(3), real.draw(3, WIDTH)
     (states, score), (others, other) = (pairs.take(every) for pairs in both)

@@ -24,22 +24,22 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 @pytest.fixture
-def rehearsed(
+def warm_started(
     small_policy: Any, small_data: Any, fit_run: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> Callable[..., tuple[int, int]]:
-    """Runs on a cache of the test's own; (rehearsed, reused) pairs of the run."""
+    """Runs on a cache of the test's own; (warm_started, reused) pairs of the run."""
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     logging.getLogger("lightning.pytorch").propagate = True
     data = partial(small_data, cache_dir=str(tmp_path))
 
-    def run(kind: Any = DPO, latent: Any = None, rehearse: int = 12, **options: Any) -> tuple[int, int]:
+    def run(kind: Any = DPO, latent: Any = None, warm_start_pairs: int = 12, **options: Any) -> tuple[int, int]:
         policy = small_policy(**options.pop("policy", {}))
-        latent = latent or MarginalSpace(codes=3, hidden=8)
-        latent.rehearse = rehearse
+        latent = latent or MarginalSpace(num_codes=3, hidden=8)
+        latent.warm_start_pairs = warm_start_pairs
         caplog.clear()
         options = {"max_epochs": 1, "default_root_dir": tmp_path} | options
         fit_run(kind(policy=policy, latent=latent, optimizer=adam), data(), **options)
-        told = {re.match(r"rehearsal: (\d+) training pairs \((\d+) reused\)", each.message) for each in caplog.records}
+        told = {re.match(r"warm start: (\d+) training pairs \((\d+) reused\)", each.message) for each in caplog.records}
         (line,) = told - {None}
         return int(line[1]), int(line[2])
 
@@ -49,17 +49,17 @@ def rehearsed(
 SAME: dict[str, dict[str, Any]] = {
     "algorithm": {"kind": SimPO},
     "another with a reference": {"kind": IPO},
-    "latent": {"latent": GumbelSpace(codes=2, hidden=4)},
+    "latent": {"latent": GumbelSpace(num_codes=2, hidden=4)},
     "no codes": {"latent": MLPSpace(hidden=8)},
     "labels": {"callbacks": [LabelFlipNoise(0.5)]},
-    "seed": {"seed": 2, "rehearse": 21},
+    "seed": {"seed": 2, "warm_start_pairs": 21},
 }
 
 
 @pytest.mark.parametrize("change", SAME)
-def test_what_changes_no_row_reads_all_that_is_there(change: str, rehearsed: Callable[..., tuple[int, int]]) -> None:
-    assert rehearsed(rehearse=21) == (21, 0)
-    assert rehearsed(**({"rehearse": 21} | SAME[change])) == (21, 21)
+def test_what_changes_no_row_reads_all_that_is_there(change: str, warm_started: Callable[..., tuple[int, int]]) -> None:
+    assert warm_started(warm_start_pairs=21) == (21, 0)
+    assert warm_started(**({"warm_start_pairs": 21} | SAME[change])) == (21, 21)
 
 
 OTHER: dict[str, dict[str, Any]] = {
@@ -70,22 +70,22 @@ OTHER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", OTHER)
-def test_what_changes_rows_has_its_own(change: str, rehearsed: Callable[..., tuple[int, int]]) -> None:
-    assert rehearsed() == (12, 0)
-    assert rehearsed(**OTHER[change]) == (12, 0)
+def test_what_changes_rows_has_its_own(change: str, warm_started: Callable[..., tuple[int, int]]) -> None:
+    assert warm_started() == (12, 0)
+    assert warm_started(**OTHER[change]) == (12, 0)
 
 
-def test_pairs_that_are_missing_are_added(rehearsed: Callable[..., tuple[int, int]]) -> None:
-    assert rehearsed(rehearse=8) == (8, 0)
-    assert rehearsed(rehearse=21) == (21, 8)
-    assert rehearsed(rehearse=13, seed=7) == (13, 13)
+def test_pairs_that_are_missing_are_added(warm_started: Callable[..., tuple[int, int]]) -> None:
+    assert warm_started(warm_start_pairs=8) == (8, 0)
+    assert warm_started(warm_start_pairs=21) == (21, 8)
+    assert warm_started(warm_start_pairs=13, seed=7) == (13, 13)
 
 
 def test_a_run_that_reuses_is_the_run_that_computes(
     small_policy: Any, small_data: Any, fit_run: Any, tmp_path: Path
 ) -> None:
     def run(cache: str) -> Any:
-        latent = MarginalSpace(codes=3, hidden=8, rehearse=16)
+        latent = MarginalSpace(num_codes=3, hidden=8, warm_start_pairs=16)
         module = DPO(policy=small_policy(), latent=latent, optimizer=adam)
         data, noise = small_data(cache_dir=str(tmp_path / cache)), [LabelFlipNoise(0.3)]
         return fit_run(module, data, callbacks=noise, max_steps=8, default_root_dir=tmp_path)
@@ -107,7 +107,7 @@ def test_a_trained_adapter_is_not_taken_for_a_new_one(small_policy: Any, small_d
                 codebooks.append(pl_module.latent.codebook.weight.detach().clone())
 
     def make() -> DPO:
-        latent = MarginalSpace(codes=3, hidden=8, rehearse=16)
+        latent = MarginalSpace(num_codes=3, hidden=8, warm_start_pairs=16)
         return DPO(policy=small_policy(lora=LoRA(rank=2, dropout=0.5)), latent=latent, optimizer=adam)
 
     for module, fits in ((make(), 2), (make(), 1)):

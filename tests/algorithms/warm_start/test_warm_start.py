@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
 from lpc_lightning.algorithms.warm_start import warm_start as stage
-from lpc_lightning.algorithms.warm_start.linearized_policy import SketchedPairs
+from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.data import PreferenceData
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
 
@@ -27,8 +27,8 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2)
 
 
-def marginal(rehearse: int = 16, **settings: Any) -> MarginalSpace:
-    return MarginalSpace(codes=3, hidden=8, rehearse=rehearse, **settings)
+def marginal(warm_start_pairs: int = 16, **settings: Any) -> MarginalSpace:
+    return MarginalSpace(num_codes=3, hidden=8, warm_start_pairs=warm_start_pairs, **settings)
 
 
 @pytest.fixture
@@ -57,12 +57,12 @@ class Start(Callback):
 
 
 @pytest.fixture
-def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[SketchedPairs]:
-    """The pairs of each rehearsal that there was."""
-    seen: list[SketchedPairs] = []
+def warm_starts(monkeypatch: pytest.MonkeyPatch) -> list[LinearizedPairs]:
+    """The pairs of each warm start that there was."""
+    seen: list[LinearizedPairs] = []
     fit = stage.fit
 
-    def watched(space: LatentSpace, pairs: SketchedPairs, *rest: Any) -> tuple[float, float]:
+    def watched(space: LatentSpace, pairs: LinearizedPairs, *rest: Any) -> tuple[float, float]:
         seen.append(pairs)
         return fit(space, pairs, *rest)
 
@@ -77,18 +77,18 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def test_the_latent_space_is_fitted_and_the_policy_is_not(module: Any, small_policy: Any, fit_run: Any) -> None:
     starts = []
-    for rehearse in (0, 16):
+    for warm_start_pairs in (0, 16):
         starts.append(start := Start())
-        fit_run(module(marginal(rehearse)), callbacks=[start], max_steps=8)
-    plain, rehearsed = starts
-    assert same(plain.of("policy"), rehearsed.of("policy"))
+        fit_run(module(marginal(warm_start_pairs)), callbacks=[start], max_steps=8)
+    plain, warm_started = starts
+    assert same(plain.of("policy"), warm_started.of("policy"))
     published = small_policy().build().state_dict()
-    assert same({f"policy.{name}": value for name, value in published.items()}, rehearsed.of("policy"))
+    assert same({f"policy.{name}": value for name, value in published.items()}, warm_started.of("policy"))
     assert not plain.of("latent")["latent.prior.moments.pairs"]
-    assert rehearsed.of("latent")["latent.prior.moments.pairs"] == 16 - 2
+    assert warm_started.of("latent")["latent.prior.moments.pairs"] == 16 - 2
     for name in ("latent.codebook.weight", "latent.prior.first.weight", "latent.prior.moments.mean"):
-        assert not torch.equal(plain.weights[name], rehearsed.weights[name])
-    assert all(value.isfinite().all() for value in rehearsed.of("latent").values())
+        assert not torch.equal(plain.weights[name], warm_started.weights[name])
+    assert all(value.isfinite().all() for value in warm_started.of("latent").values())
 
 
 def test_it_belongs_to_the_runs_seed(module: Any, fit_run: Any) -> None:
@@ -96,7 +96,9 @@ def test_it_belongs_to_the_runs_seed(module: Any, fit_run: Any) -> None:
     for seed in (1, 1, 2):
         torch.manual_seed(len(starts))  # must not matter
         starts.append(start := Start())
-        fit_run(module(GumbelSpace(codes=3, hidden=8, rehearse=16)), seed=seed, callbacks=[start], max_steps=8)
+        fit_run(
+            module(GumbelSpace(num_codes=3, hidden=8, warm_start_pairs=16)), seed=seed, callbacks=[start], max_steps=8
+        )
     first, again, other = (start.of("latent") for start in starts)
     assert same(first, again)
     assert not torch.equal(first["latent.codebook.weight"], other["latent.codebook.weight"])
@@ -115,20 +117,20 @@ class Save(Callback):
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_resumed_run_does_not_rehearse_again(
-    batch: int, module: Any, fit_run: Any, tmp_path: Path, rehearsals: list[SketchedPairs]
+    batch: int, module: Any, fit_run: Any, tmp_path: Path, warm_starts: list[LinearizedPairs]
 ) -> None:
     options: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 4}
     whole = fit_run(module(), callbacks=[Save(tmp_path)], **options)
-    assert len(rehearsals) == 1
+    assert len(warm_starts) == 1
     checkpoint = torch.load(tmp_path / f"{batch}.ckpt", weights_only=True)
     assert checkpoint["global_step"] == batch // 4
     resumed = fit_run(module(), ckpt_path=tmp_path / f"{batch}.ckpt", **options)
-    assert len(rehearsals) == 1
+    assert len(warm_starts) == 1
     assert same(whole.weights, resumed.weights)
 
 
 def test_a_checkpoint_from_before_the_rehearsal_is_rehearsed(
-    module: Any, fit_run: Any, tmp_path: Path, rehearsals: list[SketchedPairs]
+    module: Any, fit_run: Any, tmp_path: Path, warm_starts: list[LinearizedPairs]
 ) -> None:
     class Early(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,37 +138,39 @@ def test_a_checkpoint_from_before_the_rehearsal_is_rehearsed(
 
     whole = fit_run(module(), callbacks=[Early()], max_steps=8)
     resumed = fit_run(module(), ckpt_path=tmp_path / "early.ckpt", max_steps=8)
-    assert len(rehearsals) == 2
+    assert len(warm_starts) == 2
     assert same(whole.weights, resumed.weights)
 
 
 @pytest.mark.parametrize("kind", [DPO, SimPO])
 def test_wrong_labels_are_rehearsed_as_they_are_trained_on(
-    kind: type[PreferenceModule], module: Any, fit_run: Any, rehearsals: list[SketchedPairs], tmp_path: Path
+    kind: type[PreferenceModule], module: Any, fit_run: Any, warm_starts: list[LinearizedPairs], tmp_path: Path
 ) -> None:
     for rate in (0.0, 0.4, 1.0):
         noise = [LabelFlipNoise(rate)]
         fit_run(module(marginal(21), kind), callbacks=noise, max_epochs=1, default_root_dir=tmp_path)
-    clean, some, all_wrong = rehearsals
+    clean, some, all_wrong = warm_starts
     assert torch.equal(clean.prompt, some.prompt)
     assert torch.equal(clean.prompt, all_wrong.prompt)
-    torch.testing.assert_close(all_wrong.pulls, clean.pulls.flip(1))
+    torch.testing.assert_close(all_wrong.z_gradients, clean.z_gradients.flip(1))
     torch.testing.assert_close(all_wrong.plain, clean.plain.flip(1))
     torch.testing.assert_close(all_wrong.lengths, clean.lengths.flip(1))
     if kind is DPO:
         torch.testing.assert_close(all_wrong.reference, clean.reference.flip(1))
     torch.testing.assert_close(all_wrong.chosen, clean.rejected)
-    kept = torch.tensor([torch.allclose(*pair, atol=1e-5) for pair in zip(some.pulls, clean.pulls, strict=True)])
+    kept = torch.tensor(
+        [torch.allclose(*pair, atol=1e-5) for pair in zip(some.z_gradients, clean.z_gradients, strict=True)]
+    )
     assert 5 <= kept.sum() <= 17
-    torch.testing.assert_close(some.pulls[~kept], clean.pulls[~kept].flip(1))
+    torch.testing.assert_close(some.z_gradients[~kept], clean.z_gradients[~kept].flip(1))
 
 
 def test_it_reads_the_pairs_as_the_policy_does(
-    module: Any, fit_run: Any, small_data: Any, small_policy: Any, naive_logps: Any, rehearsals: list[SketchedPairs]
+    module: Any, fit_run: Any, small_data: Any, small_policy: Any, naive_logps: Any, warm_starts: list[LinearizedPairs]
 ) -> None:
     data = small_data()
     fit_run(module(marginal(1000)), data, max_epochs=1)
-    (pairs,) = rehearsals
+    (pairs,) = warm_starts
     assert len(pairs) == 21
     with torch.no_grad():
         expected = naive_logps(small_policy().build().causal_lm, data.training_pairs[:]).view(2, -1).T
@@ -179,12 +183,12 @@ def test_it_reads_the_pairs_as_the_policy_does(
 
 
 def test_only_pairs_that_the_run_reads_are_rehearsed(
-    module: Any, fit_run: Any, rehearsals: list[SketchedPairs], small_data: Any
+    module: Any, fit_run: Any, warm_starts: list[LinearizedPairs], small_data: Any
 ) -> None:
     """Of others a cached reference says nothing."""
     fit_run(module(marginal(1000)), small_data(), max_steps=4)
     fit_run(module(marginal(7)), small_data(), max_steps=4)
-    assert [len(pairs) for pairs in rehearsals] == [8, 7]
+    assert [len(pairs) for pairs in warm_starts] == [8, 7]
 
 
 def test_it_says_what_it_came_to(
@@ -199,27 +203,27 @@ def test_it_says_what_it_came_to(
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit_run(module(), small_data(cache_dir=str(tmp_path)), max_steps=8)
     # Lightning's own handler and ours may both be there.
-    (line,) = {record.message for record in caplog.records if record.message.startswith("rehearsal: ")}
-    assert line.startswith("rehearsal: 16 training pairs (0 reused), in ")
+    (line,) = {record.message for record in caplog.records if record.message.startswith("warm start: ")}
+    assert line.startswith("warm start: 16 training pairs (0 reused), in ")
     assert line.endswith("0.6931 without a latent.")
 
 
 LATENTS: dict[str, Callable[[], LatentSpace]] = {
     "annotators": lambda: marginal(annotators=True),
-    "gumbel": lambda: GumbelSpace(codes=3, hidden=8, rehearse=16),
-    "gaussian": lambda: GaussianSpace(codes=3, hidden=8, rehearse=16),
-    "mlp": lambda: MLPSpace(hidden=8, rehearse=16),
+    "gumbel": lambda: GumbelSpace(num_codes=3, hidden=8, warm_start_pairs=16),
+    "gaussian": lambda: GaussianSpace(num_codes=3, hidden=8, warm_start_pairs=16),
+    "mlp": lambda: MLPSpace(hidden=8, warm_start_pairs=16),
 }
 
 
 @pytest.mark.parametrize("kind", [DPO, IPO, SimPO])
 @pytest.mark.parametrize("latent", list(LATENTS))
 def test_any_latent_rehearses_with_any_algorithm(
-    latent: str, kind: type[PreferenceModule], module: Any, fit_run: Any, small_data: Any, rehearsals: Any
+    latent: str, kind: type[PreferenceModule], module: Any, fit_run: Any, small_data: Any, warm_starts: Any
 ) -> None:
     data = small_data(deciding="hidden", annotators=3)
     run = fit_run(module(LATENTS[latent](), kind), data, max_steps=8)
-    (pairs,) = rehearsals
+    (pairs,) = warm_starts
     assert len(set(pairs.annotators)) == 3
     assert all(weight.isfinite().all() for weight in run.weights.values())
 
@@ -237,12 +241,12 @@ def test_any_precision(precision: Any, module: Any, fit_run: Any) -> None:
     assert all(weight.isfinite().all() for weight in run.weights.values())
 
 
-def test_an_adapter_and_a_live_reference(small_policy: Any, fit_run: Any, rehearsals: list[SketchedPairs]) -> None:
+def test_an_adapter_and_a_live_reference(small_policy: Any, fit_run: Any, warm_starts: list[LinearizedPairs]) -> None:
     for lora in (None, LoRA(rank=2)):
         policy = small_policy(lora=lora)
         fit_run(DPO(policy=policy, latent=marginal(), reference="live", optimizer=adam), max_steps=8)
-    whole, adapted = rehearsals
-    torch.testing.assert_close(whole.pulls, adapted.pulls)
+    whole, adapted = warm_starts
+    torch.testing.assert_close(whole.z_gradients, adapted.z_gradients)
     torch.testing.assert_close(whole.plain, adapted.plain)
     torch.testing.assert_close(whole.reference, whole.plain, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(whole.reference, adapted.reference)
@@ -251,29 +255,30 @@ def test_an_adapter_and_a_live_reference(small_policy: Any, fit_run: Any, rehear
 def test_other_data_is_refused(small_policy: Any, make_loader: Any, make_pairs: Any, make_trainer: Any) -> None:
     module = DPO(policy=small_policy(), latent=marginal(), reference="live", optimizer=adam)
     loader = make_loader(make_pairs([(3, 4, 2)] * 8))
-    with pytest.raises(SettingError, match=r"latent\.rehearse: found 16 with data of NoneType, expected a Preference"):
+    with pytest.raises(
+        ConfigError, match=r"latent\.warm_start_pairs: found 16 with data of NoneType, expected a Preference"
+    ):
         make_trainer(max_steps=1, limit_val_batches=0).fit(module, loader, loader)
 
 
-@pytest.mark.parametrize(("codes", "rehearse", "fewest"), [(3, 5, 6), (11, 1000, 22), (1, 3, 4)])
-def test_too_few_pairs_are_refused(codes: int, rehearse: int, fewest: int, module: Any, fit_run: Any) -> None:
-    latent = MarginalSpace(codes=codes, hidden=8, rehearse=rehearse)
-    found = min(rehearse, 21)
-    expected = (
-        rf"latent\.rehearse: found {found} training pairs \(of {rehearse} asked for\), expected at least {fewest} "
-    )
-    with pytest.raises(SettingError, match=expected):
+@pytest.mark.parametrize(("codes", "warm_start_pairs", "fewest"), [(3, 5, 6), (11, 1000, 22), (1, 3, 4)])
+def test_too_few_pairs_are_refused(codes: int, warm_start_pairs: int, fewest: int, module: Any, fit_run: Any) -> None:
+    latent = MarginalSpace(num_codes=codes, hidden=8, warm_start_pairs=warm_start_pairs)
+    found = min(warm_start_pairs, 21)
+    expected = rf"latent\.warm_start_pairs: found {found} training pairs \(of {warm_start_pairs} asked for\), "
+    expected += f"expected at least {fewest} "
+    with pytest.raises(ConfigError, match=expected):
         fit_run(module(latent), max_epochs=1)
 
 
 def test_fewer_than_none_cannot_be_asked_for() -> None:
-    with pytest.raises(ValueError, match=r"latent\.rehearse: found -1, expected at least 0\."):
+    with pytest.raises(ValueError, match=r"latent\.warm_start_pairs: found -1, expected at least 0\."):
         marginal(-1)
 
 
 def test_annotators_who_are_not_there_cannot_share(module: Any, fit_run: Any) -> None:
-    shares = MarginalSpace(codes=2, annotators=True)
-    with pytest.raises(SettingError, match=r"latent\.annotators: found true, and no annotator in \d+ training pairs"):
+    shares = MarginalSpace(num_codes=2, annotators=True)
+    with pytest.raises(ConfigError, match=r"latent\.annotators: found true, and no annotator in \d+ training pairs"):
         fit_run(module(shares), max_steps=1)
 
 
@@ -289,12 +294,12 @@ def test_no_prompt_of_the_held_out_pairs_was_fitted(
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen, fit = [], stage.fit
 
-    def watched(space: LatentSpace, pairs: SketchedPairs, held: int, *rest: Any) -> tuple[float, float]:
+    def watched(space: LatentSpace, pairs: LinearizedPairs, held: int, *rest: Any) -> tuple[float, float]:
         seen.append((pairs, held, *rest))
         return fit(space, pairs, held, *rest)
 
     monkeypatch.setattr(stage, "fit", watched)
-    settings = {"validation_share": 0.0, "test_split": None, "batch_size": 4, "annotator_run": 2}
+    settings = {"validation_share": 0.0, "test_split": None, "batch_size": 4, "pairs_per_annotator": 2}
     data = PreferenceData(str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), **settings)
     fit_run(module(marginal(40, annotators=True)), data=data, max_epochs=1)
     ((pairs, held, latent_lr, run),) = seen

@@ -20,7 +20,7 @@ def plan(names: list[str], batch_size: int, devices: int, run: int | None, epoch
     """The epoch's batches of each device."""
     found = []
     for rank in range(devices):
-        batches = TrainingBatches(len(names), batch_size, 5, rank, devices, annotators=names, annotator_run=run)
+        batches = TrainingBatches(len(names), batch_size, 5, rank, devices, annotators=names, pairs_per_annotator=run)
         batches.set_epoch(epoch)
         found.append(list(batches))
         assert batches.sizes == [len(batch) for batch in found[-1]], "known beforehand"
@@ -73,7 +73,7 @@ def test_another_epoch_has_other_runs_and_the_same_one_the_same() -> None:
 def test_who_labelled_a_pair_does_not_decide_when_it_is_read() -> None:
     """As under plain shuffling, each pair is in each step with the same chance."""
     names, epochs = ["a"] * 7 + ["b"] * 3 + ["", "c", "d"], 2000
-    batches = TrainingBatches(len(names), 2, 0, annotators=names, annotator_run=2)
+    batches = TrainingBatches(len(names), 2, 0, annotators=names, pairs_per_annotator=2)
     counts = torch.zeros(len(names), len(batches))
     for epoch in range(epochs):
         batches.set_epoch(epoch)
@@ -97,4 +97,4 @@ def test_pairs_of_many_annotators_meet(devices: int) -> None:
 
     assert share() < 0.1
     # Of an annotator's 8 pairs, which fill two runs, all but two.
-    assert share(annotators=names, annotator_run=4) >= 0.75
+    assert share(annotators=names, pairs_per_annotator=4) >= 0.75

@@ -105,7 +105,7 @@ def loader(
     lengths = [(7 * number) % 5 for number in range(len(pairs))]
     names = [f"annotator {number % 3}" for number in range(len(pairs))]
     batches = TrainingBatches(
-        len(pairs), batch_size, seed, lengths=lengths, length_window=window, annotators=names, annotator_run=run
+        len(pairs), batch_size, seed, lengths=lengths, length_window=window, annotators=names, pairs_per_annotator=run
     )
     return TrainingLoader(pairs, batches, PaddedLayout(0), **options)
 
@@ -117,18 +117,18 @@ def ids(loader: PreferenceLoader, epoch: int = 0) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("order", [{}, {"window": 2}, {"run": 2}], ids=["plain", "by length", "by annotator"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 1, 4, 6])
 def test_a_stopped_epoch_goes_on_with_its_next_batch(
-    pairs: list[TokenizedPair], order: dict[str, int], workers: int, taken: int
+    pairs: list[TokenizedPair], order: dict[str, int], num_workers: int, taken: int
 ) -> None:
     whole, next_epoch = (ids(loader(pairs, **order), epoch=epoch) for epoch in (3, 4))
-    stopped = loader(pairs, workers=workers, **order)
+    stopped = loader(pairs, num_workers=num_workers, **order)
     stopped.sampler.set_epoch(3)
     batches = iter(stopped)
     assert [next(batches).ids for _ in range(taken)] == whole[:taken]
 
-    resumed = loader(pairs, workers=workers, **order)
+    resumed = loader(pairs, num_workers=num_workers, **order)
     resumed.load_state_dict(stopped.state_dict())
     assert len(resumed) == 6
     assert ids(resumed, epoch=3) == whole[taken:]
@@ -150,7 +150,7 @@ def test_a_stop_between_epochs_goes_on_with_a_whole_epoch(pairs: list[TokenizedP
         ({"seed": 1}, "'seed': 1"),
         ({"batch_size": 3}, "'batch_size': 3"),
         ({"window": 4}, "'length_window': 4"),
-        ({"run": 2}, "'annotator_run': 2"),
+        ({"run": 2}, "'pairs_per_annotator': 2"),
         ({"pairs": 10}, "'pairs': 10"),
     ],
 )

@@ -46,7 +46,7 @@ def write_grid() -> Callable[[Path], Path]:
         grid = {
             "base": [*base, f"--data.cache_dir={folder / 'cache'}"],
             "axes": {
-                "latent": {"none": ["--latent=null"], "gumbel": ["--latent=GumbelSpace", "--latent.codes=4"]},
+                "latent": {"none": ["--latent=null"], "gumbel": ["--latent=GumbelSpace", "--latent.num_codes=4"]},
                 "noise": {
                     "values": [0, 0.5],
                     "arguments": ["--callbacks+=lpc_lightning.callbacks.LabelFlipNoise", "--callbacks.rate={value}"],

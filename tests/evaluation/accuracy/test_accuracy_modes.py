@@ -39,7 +39,7 @@ from lpc_lightning.latent import (
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5), (2, 2, 2)]
-CODES: dict[str, Any] = {"codes": 3, "spread": 3.0, "hidden": 8}
+CODES: dict[str, Any] = {"num_codes": 3, "init_logit_std": 3.0, "hidden": 8}
 ALGORITHMS: dict[str, Callable[..., PreferenceModule]] = {
     "dpo": lambda **module: DPO(beta=0.3, reference="live", **module),
     "cdpo": lambda **module: DPO(beta=0.3, label_smoothing=0.2, reference="live", **module),
@@ -53,7 +53,7 @@ SPACES: dict[str, Callable[[], LatentSpace]] = {
     "marginal": lambda: MarginalSpace(**CODES),
     "prior only": lambda: PriorOnlySpace(**CODES),
     "gaussian": lambda: GaussianSpace(**CODES),
-    "vector": lambda: VectorSpace(spread=3.0),
+    "vector": lambda: VectorSpace(init_logit_std=3.0),
     "mlp": lambda: MLPSpace(hidden=8),
 }
 DETERMINISTIC = {"prior", "no_latent", "shuffled"}
@@ -282,7 +282,7 @@ def leak_module(build: Build, make_pairs: Callable[..., Any], leaking: bool) -> 
     pairs = make_pairs([(3 + number, 1, 1) for number in range(8)])
     pairs = [replace(pair, chosen_ids=[A], rejected_ids=[B]) for pair in pairs]
     pairs[::3] = [replace(pair, chosen_ids=[B], rejected_ids=[A]) for pair in pairs[::3]]
-    module = build("dpo", GumbelSpace(codes=2, hidden=2, spread=1.0))
+    module = build("dpo", GumbelSpace(num_codes=2, hidden=2, init_logit_std=1.0))
     space: Any = module.latent
     reading = module.policy.read(PaddedLayout(0)(pairs))
     first_is_a = torch.tensor([pair.chosen_ids == [A] for pair in pairs])

@@ -17,7 +17,7 @@ from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.distributed.sharding import shard
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes
-from lpc_lightning.evaluation.adaptation.pairs import FewShotPairs
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
 from lpc_lightning.evaluation.codebook.statistics import CodebookStatistics
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import TinyPolicy
@@ -29,7 +29,7 @@ SHARES = ((slice(0, 3), slice(3, 5)), (slice(5, 7),))
 
 def built():
     torch.manual_seed(0)
-    policy, latent = TinyPolicy(width=16, layers=1, heads=2), MarginalSpace(codes=4, spread=2.0)
+    policy, latent = TinyPolicy(width=16, layers=1, heads=2), MarginalSpace(num_codes=4, init_logit_std=2.0)
     module = DPO(policy=policy, latent=latent, reference="live")
     module.configure_model()
     with torch.no_grad():
@@ -51,7 +51,7 @@ def batches(module):
 def said(module, parts, most_points=4):
     """Everything that is reported of some batches."""
     modes, codebook = AccuracyModes(), CodebookStatistics(module.latent, most_points)
-    few_shot = FewShotPairs("source", (0, 1, 2), rounds=3)
+    few_shot = AdaptationPairs("source", (0, 1, 2), rounds=3)
     for number, batch in enumerate(parts):
         evaluated = module.validation_step(batch, number)
         modes.update(evaluated, batch, module.latent)

@@ -23,7 +23,7 @@ FLAGS += [
     "--model.latent_lr=0.05",
     "--model.beta=0.5",
 ]
-FLAGS += ["--latent=ExpectedSpace", "--latent.codes=3", "--latent.spread=1.0", "--data=PreferenceData"]
+FLAGS += ["--latent=ExpectedSpace", "--latent.num_codes=3", "--latent.init_logit_std=1.0", "--data=PreferenceData"]
 FLAGS += ["--data.batch_size=3", "--data.validation_share=0.4", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
 FLAGS += ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
 

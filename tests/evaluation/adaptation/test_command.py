@@ -1,4 +1,4 @@
-"""`lpc-lightning few-shot` as a user gives it, and its weights in `generate`."""
+"""`lpc-lightning adapt` as a user gives it, and its weights in `generate`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from lpc_lightning.cli import main as lpc_lightning
 from lpc_lightning.data import DataError
 from lpc_lightning.data.synthetic import PreferenceGenerator
-from lpc_lightning.errors import SettingError
-from lpc_lightning.evaluation.adaptation.command import few_shot, main, panels
-from lpc_lightning.evaluation.adaptation.pairs import FewShotReport
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.adaptation.command import adapt, main, panels
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationReport
 from lpc_lightning.evaluation.adaptation.scores import Score
 
 FLAGS = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
@@ -27,8 +27,8 @@ FLAGS += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable
 FLAGS += "--trainer.max_steps=2 --trainer.log_every_n_steps=1 --trainer.enable_model_summary=false"
 SPACES = {
     "plain": [],
-    "expected": ["--latent=ExpectedSpace", "--latent.codes=3", "--latent.spread=2"],
-    "gaussian": ["--latent=GaussianSpace", "--latent.codes=3", "--latent.spread=2"],
+    "expected": ["--latent=ExpectedSpace", "--latent.num_codes=3", "--latent.init_logit_std=2"],
+    "gaussian": ["--latent=GaussianSpace", "--latent.num_codes=3", "--latent.init_logit_std=2"],
 }
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "preferences"
@@ -72,9 +72,9 @@ def test_models_side_by_side_and_their_weights_in_generate(
 ) -> None:
     models = [checkpoints["expected"], checkpoints["plain"]]
     flags = ["--names=lpc,dpo", f"--output={tmp_path}", "--shots", "0", "1", "4", "--rounds=3", "--device=cpu"]
-    main(["few-shot", *models, "--preferences", file, *flags])
+    main(["adapt", *models, "--preferences", file, *flags])
     out = capsys.readouterr().out
-    lines = (tmp_path / "few_shot.md").read_text().splitlines()
+    lines = (tmp_path / "adaptation.md").read_text().splitlines()
     assert "\n".join(lines) in out
     assert len(lines) == 8, "nobody is left out"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -87,16 +87,16 @@ def test_models_side_by_side_and_their_weights_in_generate(
         ["lpc", "no latent (z = 0)"],
         ["dpo", "prior, for anybody"],
     ]
-    record = json.loads((tmp_path / "lpc" / "few_shot.json").read_text())
+    record = json.loads((tmp_path / "lpc" / "adaptation.json").read_text())
     assert sum(record["annotators"].values()) == 24
     assert set(record["annotators"]) == {f"annotator-{number}" for number in range(3)}
     first = record["scores"]["exact"]["4"]
     assert cells[2][4] == f"{first['accuracy']:.4f} ± {first['standard_error']:.4f}"
-    plain = json.loads((tmp_path / "dpo" / "few_shot.json").read_text())
+    plain = json.loads((tmp_path / "dpo" / "adaptation.json").read_text())
     assert plain["scores"]["exact"]["4"]["by_annotator"] == pytest.approx(plain["baselines"]["prior"]["by_annotator"])
     assert not (tmp_path / "dpo" / "code_weights.json").exists()
-    assert (tmp_path / "few_shot.png").stat().st_size > 5000
-    assert (tmp_path / "few_shot.svg").is_file()
+    assert (tmp_path / "adaptation.png").stat().st_size > 5000
+    assert (tmp_path / "adaptation.svg").is_file()
 
     weights, output = tmp_path / "lpc" / "code_weights.json", tmp_path / "answers.jsonl"
     asked = ["--model", checkpoints["expected"], "--prompt=Why?", "--max-new-tokens=3", f"--output={output}"]
@@ -108,8 +108,8 @@ def test_the_plot_of_one_model_and_that_of_several() -> None:
     """One: its curves and the level at z = 0. Several: a panel each way of inference, and levels for plain policies."""
     known = Score(0.5, 0.1, None, 20, {"anna": 0.5})
     levels, curves = {"prior": known, "no_latent": known}, {"exact": {0: known, 2: known}, "exact_z": {0: known}}
-    lpc = FewShotReport({"anna": 20}, curves, levels, {"anna": np.ones(1)})
-    dpo = FewShotReport({"anna": 20}, {"exact": {0: known, 2: known}}, {"prior": known})
+    lpc = AdaptationReport({"anna": 20}, curves, levels, {"anna": np.ones(1)})
+    dpo = AdaptationReport({"anna": 20}, {"exact": {0: known, 2: known}}, {"prior": known})
     gumbel = replace(lpc, scores={"exact": {0: known}, "amortised": {0: known}})
     (alone,) = panels({"lpc": lpc}).values()
     assert [(line.label, len(line.places)) for line in alone] == [
@@ -126,7 +126,7 @@ def test_the_plot_of_one_model_and_that_of_several() -> None:
 def test_any_column_can_say_whose_pair_it_is_and_splits_and_limits_hold(
     checkpoints: dict[str, str], file: str, tmp_path: Path
 ) -> None:
-    few_shot(
+    adapt(
         [checkpoints["expected"]],
         file,
         annotator_column="factor",
@@ -137,7 +137,7 @@ def test_any_column_can_say_whose_pair_it_is_and_splits_and_limits_hold(
         shots=[0, 1],
         device="cpu",
     )
-    record = json.loads((tmp_path / "lpc" / "few_shot.json").read_text())
+    record = json.loads((tmp_path / "lpc" / "adaptation.json").read_text())
     examples = PreferenceGenerator("hidden", annotators=3).examples(10, "train")
     assert record["annotators"] == {
         factor: sum(each.factor == factor for each in examples) for factor in sorted({e.factor for e in examples})
@@ -148,14 +148,14 @@ def test_any_column_can_say_whose_pair_it_is_and_splits_and_limits_hold(
 def test_a_policy_without_codes_alone_is_refused(
     space: str, checkpoints: dict[str, str], file: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(SettingError, match=r"models: .*\.ckpt has no codes: there is nothing to infer"):
-        few_shot([checkpoints[space]], file, output=str(tmp_path), device="cpu")
+    with pytest.raises(ConfigError, match=r"models: .*\.ckpt has no codes: there is nothing to infer"):
+        adapt([checkpoints[space]], file, output=str(tmp_path), device="cpu")
     assert not list(tmp_path.iterdir())
 
 
 def test_several_policies_without_codes_are_refused(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"models: none of .*, .*\.ckpt has codes: there is nothing to infer"):
-        few_shot([checkpoints["plain"], checkpoints["gaussian"]], file, output=str(tmp_path), limit=4, device="cpu")
+    with pytest.raises(ConfigError, match=r"models: none of .*, .*\.ckpt has codes: there is nothing to infer"):
+        adapt([checkpoints["plain"], checkpoints["gaussian"]], file, output=str(tmp_path), limit=4, device="cpu")
 
 
 def test_prompts_stand_in_the_template_of_the_training(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
@@ -165,14 +165,14 @@ def test_prompts_stand_in_the_template_of_the_training(checkpoints: dict[str, st
     config.write_text(told.replace("template: auto", "template: verse"))
     try:
         with pytest.raises(DataError, match="verse"):
-            few_shot([checkpoints["expected"]], file, output=str(tmp_path), limit=4, device="cpu")
+            adapt([checkpoints["expected"]], file, output=str(tmp_path), limit=4, device="cpu")
     finally:
         config.write_text(told)
 
 
 def test_pairs_of_nobody_are_told(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"annotator_column: found no source in any pair of .*pairs.jsonl"):
-        few_shot([checkpoints["expected"]], file, annotator_column="source", output=str(tmp_path), device="cpu")
+        adapt([checkpoints["expected"]], file, annotator_column="source", output=str(tmp_path), device="cpu")
 
 
 def test_annotators_with_too_few_pairs_are_left_out_and_told(
@@ -185,15 +185,15 @@ def test_annotators_with_too_few_pairs_are_left_out_and_told(
         written += [row for row in rows if row["annotator"] == name and row["split"] == "test"][:count]
     some.write_text("\n".join(map(json.dumps, written)))
     flags: dict[str, Any] = {"output": str(tmp_path), "names": ["lpc"], "device": "cpu"}
-    few_shot([checkpoints["expected"]], str(some), shots=[1, 2], **flags)
+    adapt([checkpoints["expected"]], str(some), shots=[1, 2], **flags)
     out = capsys.readouterr().out
     assert "lpc, given 1: 2 of 3 pairs, annotators left out for having 1 or fewer: 1.\n" in out
     assert "lpc, given 2: 0 of 3 pairs, annotators left out for having 2 or fewer: 2.\n" in out
-    scores = json.loads((tmp_path / "lpc" / "few_shot.json").read_text())["scores"]
+    scores = json.loads((tmp_path / "lpc" / "adaptation.json").read_text())["scores"]
     assert {kind: list(each) for kind, each in scores.items()} == {"exact": ["1"], "amortised": ["1"], "exact_z": ["1"]}
     assert scores["exact"]["1"]["by_annotator"].keys() == {"annotator-0"}
     with pytest.raises(DataError, match=r"shots: found 2 at least, and in .*some.jsonl no annotator with more than 2"):
-        few_shot([checkpoints["expected"]], str(some), shots=[2, 3], **flags)
+        adapt([checkpoints["expected"]], str(some), shots=[2, 3], **flags)
 
 
 @pytest.mark.real
@@ -208,7 +208,7 @@ def test_annotators_with_too_few_pairs_are_left_out_and_told(
 def test_real_pairs_whose_factor_is_the_annotator(
     name: str, limit: int, annotators: set[str], checkpoints: dict[str, str], tmp_path: Path
 ) -> None:
-    few_shot(
+    adapt(
         [checkpoints["expected"]],
         str(REAL / f"{name}.jsonl"),
         annotator_column="factor",
@@ -219,7 +219,7 @@ def test_real_pairs_whose_factor_is_the_annotator(
         under_z=False,
         device="cpu",
     )
-    record = json.loads((tmp_path / "lpc" / "few_shot.json").read_text())
+    record = json.loads((tmp_path / "lpc" / "adaptation.json").read_text())
     assert set(record["annotators"]) == annotators
     assert set(record["scores"]["exact"]) == {"0", "2"}
     assert set(json.loads((tmp_path / "lpc" / "code_weights.json").read_text())) == annotators
@@ -227,11 +227,11 @@ def test_real_pairs_whose_factor_is_the_annotator(
 
 def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        main(["few-shot", "--help"])
+        main(["adapt", "--help"])
     said = capsys.readouterr().out
-    assert all(f"--{name}" in said for name in list(inspect.signature(few_shot).parameters)[1:])
+    assert all(f"--{name}" in said for name in list(inspect.signature(adapt).parameters)[1:])
 
 
 def test_settings_are_refused_before_a_model_is_opened(file: str) -> None:
-    with pytest.raises(SettingError, match="rounds: found 0"):
-        few_shot(["no.ckpt"], file, rounds=0)
+    with pytest.raises(ConfigError, match="rounds: found 0"):
+        adapt(["no.ckpt"], file, rounds=0)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from lpc_lightning.algorithms.metrics import accuracies
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, code_weights, correct, margins
-from lpc_lightning.evaluation.adaptation.scores import circles, few_shot_mixtures, few_shot_scores, mean_score
+from lpc_lightning.evaluation.adaptation.scores import adaptation_mixtures, adaptation_scores, circles, mean_score
 from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
 from lpc_lightning.types import PairLogps
 
@@ -67,7 +67,7 @@ def naive_scores(kind: str, tables: CodeTables, names: Sequence[str], n: int, ro
             continue
         right = dict.fromkeys(members, 0.0)
         for turn in range(rounds):
-            ring = sorted(members, key=lambda pair: hashed("few-shot", seed, turn, IDS[pair]))
+            ring = sorted(members, key=lambda pair: hashed("adapt", seed, turn, IDS[pair]))
             for place, pair in enumerate(ring):
                 given = [ring[(place + step) % len(ring)] for step in range(1, n + 1)]
                 assert pair not in given
@@ -88,7 +88,7 @@ def naive_means(values: Sequence[float], n: int) -> dict[str, float]:
 @pytest.mark.parametrize("seed", [0, 5])
 def test_against_a_loop(kind: str, seed: int) -> None:
     tables, shots = random_tables(len(NAMES), seed=seed), (0, 1, 2, 4, 8)
-    found = few_shot_scores(tables, IDS, NAMES, shots, rounds=3, seed=seed)[kind]
+    found = adaptation_scores(tables, IDS, NAMES, shots, rounds=3, seed=seed)[kind]
     assert list(found) == [0, 1, 2, 4], "nobody has more than 8 pairs"
     for n, score in found.items():
         values = naive_scores(kind, tables, NAMES, n, 3, seed)
@@ -102,7 +102,7 @@ def test_against_a_loop(kind: str, seed: int) -> None:
 def test_none_given_is_the_prior_to_the_bit(kind: str) -> None:
     tables = random_tables(len(NAMES), seed=3)
     for rounds in (1, 7, 20):
-        score = few_shot_scores(tables, IDS, NAMES, (0, 3), rounds)[kind][0]
+        score = adaptation_scores(tables, IDS, NAMES, (0, 3), rounds)[kind][0]
         assert score == mean_score(correct(margins(tables.log_prior, tables)), np.array(NAMES))
 
 
@@ -117,7 +117,7 @@ def test_a_posterior_in_closed_form() -> None:
     tables = even_tables([[0.8, 0.2]] * 6, [[0.2, 0.8]] * 6)
     (weights,) = code_weights(tables, ["anna"] * 6).values()
     assert weights == pytest.approx([4**6 / (4**6 + 1), 1 / (4**6 + 1)], rel=1e-12)
-    scores = few_shot_scores(tables, IDS, ["anna"] * 6, (0, 1, 5))["exact"]
+    scores = adaptation_scores(tables, IDS, ["anna"] * 6, (0, 1, 5))["exact"]
     # Even codes say nothing; one label is enough for all others.
     assert [scores[n].accuracy for n in (0, 1, 5)] == pytest.approx([0.5, 1, 1])
     assert scores[1].standard_error == pytest.approx(0)
@@ -140,7 +140,7 @@ def test_opposite_annotators_are_told_apart_and_the_prior_cannot() -> None:
     anna, ben = [0.9, 0.1, 0.5], [0.1, 0.9, 0.5]
     tables = even_tables([anna] * 20 + [ben] * 20, [ben] * 20 + [anna] * 20)
     names = ["anna"] * 20 + ["ben"] * 20
-    scores = few_shot_scores(tables, IDS, names, (0, 1, 16))
+    scores = adaptation_scores(tables, IDS, names, (0, 1, 16))
     assert [scores["exact"][n].accuracy for n in (0, 1, 16)] == pytest.approx([0.5, 1, 1])
     assert list(scores) == ["exact"], "no posterior was learned"
     weights = code_weights(tables, names)
@@ -176,9 +176,9 @@ def test_the_order_of_what_is_given_does_not_matter(kind: str) -> None:
 @pytest.mark.parametrize("seed", [0, 5])
 def test_mixtures_are_those_of_the_first_round(seed: int) -> None:
     tables = random_tables(len(NAMES), seed=seed)
-    found = few_shot_mixtures(tables, IDS, NAMES, (0, 2, 4), seed)
+    found = adaptation_mixtures(tables, IDS, NAMES, (0, 2, 4), seed)
     assert {n: len(each) for n, each in found.items()} == {0: 15, 2: 12, 4: 12}
-    ring = sorted(range(7), key=lambda pair: hashed("few-shot", seed, 0, IDS[pair]))  # anna's
+    ring = sorted(range(7), key=lambda pair: hashed("adapt", seed, 0, IDS[pair]))  # anna's
     for place, pair in enumerate(ring):
         for n in (0, 2, 4):
             given = [ring[(place + step) % 7] for step in range(1, n + 1)]
@@ -219,7 +219,7 @@ def test_each_error_is_what_samples_vary_by() -> None:
 
 def test_an_annotator_is_scored_alike_whoever_else_there_is() -> None:
     tables = random_tables(12, seed=4)
-    alone = few_shot_scores(tables.take(np.arange(6)), IDS, ["anna"] * 6, (2,))["exact"][2]
+    alone = adaptation_scores(tables.take(np.arange(6)), IDS, ["anna"] * 6, (2,))["exact"][2]
     values = naive_scores("exact", tables, ["anna"] * 6 + ["ben"] * 6, 2, 20, 0)
     assert alone.accuracy == pytest.approx(np.mean(values[:6]), abs=1e-12)
 
@@ -227,7 +227,7 @@ def test_an_annotator_is_scored_alike_whoever_else_there_is() -> None:
 def test_losses_far_from_zero_do_not_overflow() -> None:
     """IPO's losses are squares: their exponentials vanish, and their weights do not."""
     tables = CodeTables(np.log(np.full((8, 2), 0.5)), np.tile([900.0, 2000.0], (8, 1)), np.tile([950.0, 10.0], (8, 1)))
-    scores = few_shot_scores(tables, IDS, ["anna"] * 8, (0, 4))["exact"]
+    scores = adaptation_scores(tables, IDS, ["anna"] * 8, (0, 4))["exact"]
     assert [scores[0].accuracy, scores[4].accuracy] == [0, 1]
     assert code_weights(tables, ["anna"] * 8)["anna"].tolist() == [1, 0]
 
@@ -261,5 +261,5 @@ def test_what_is_right_is_what_the_suite_calls_right() -> None:
     ],
 )
 def test_settings_that_mean_nothing(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingError, match=told):
-        few_shot_scores(random_tables(3), IDS, ["anna"] * 3, **settings)
+    with pytest.raises(ConfigError, match=told):
+        adaptation_scores(random_tables(3), IDS, ["anna"] * 3, **settings)

@@ -12,7 +12,7 @@ import torch
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
-from lpc_lightning.evaluation.adaptation.pairs import FewShotPairs
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
 from lpc_lightning.latent import MarginalSpace
 
@@ -21,7 +21,7 @@ ANNOTATORS = ["cleo"] + ["anna"] * 6 + ["ben"] * 5
 
 @pytest.fixture
 def module(tiny_spec: Callable[..., Any], perturb: Callable[..., None]) -> DPO:
-    space = MarginalSpace(codes=3, spread=2.0)
+    space = MarginalSpace(num_codes=3, init_logit_std=2.0)
     found = DPO(policy=tiny_spec(), latent=space, reference="live", beta=2.0)
     found.configure_model()
     perturb(found.policy)
@@ -55,7 +55,7 @@ def right(module: DPO, batches: list[Any], name: str, weights: Any) -> float:
 
 
 def test_against_pairs_asked_one_by_one(module: DPO, batches: list[Any]) -> None:
-    report = taken(module, batches, FewShotPairs(shots=(0, 1, 4), seed=3)).collect()
+    report = taken(module, batches, AdaptationPairs(shots=(0, 1, 4), seed=3)).collect()
     scores = taken(module, batches, PolicyUnderMixtures(report.mixtures, "annotator")).scores()
     assert [(n, score.pairs) for n, score in scores.items()] == [(0, 12), (1, 11), (4, 11)]
     for n, score in scores.items():
@@ -69,7 +69,7 @@ def test_against_pairs_asked_one_by_one(module: DPO, batches: list[Any]) -> None
 
 def test_given_none_it_is_the_policy_as_it_is_used(module: DPO, batches: list[Any]) -> None:
     """And not the mixture of the codes' predictions, which is another number."""
-    report = taken(module, batches, FewShotPairs(shots=(0,))).collect()
+    report = taken(module, batches, AdaptationPairs(shots=(0,))).collect()
     scores = taken(module, batches, PolicyUnderMixtures(report.mixtures, "annotator")).scores()
     assert scores[0] == report.baselines["prior"]
 

@@ -23,7 +23,7 @@ def made(kind: str) -> InferencePrior:
         "prior.second.bias": (outputs,),
     }
     tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    return InferencePrior.of({"kind": kind, "codes": CODES, "prior_mode": "argmax"}, tensors)
+    return InferencePrior.of({"kind": kind, "num_codes": CODES, "prior_mode": "argmax"}, tensors)
 
 
 CONTEXTS = [[1, 2, 3], [4], [1, 2], [9, 9, 9, 9]]

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedT
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.policy import CausalPolicy
@@ -67,7 +67,7 @@ def make_prior(spread: float = 1.0, dtype: torch.dtype = torch.float32, mode: st
     tensors = {name: torch.randn(size, generator=generator).to(dtype) for name, size in sizes.items()}
     tensors["codebook"] *= spread
     tensors["prior.second.weight"] *= 0.3  # no code is sure
-    return InferencePrior.of({"kind": "discrete", "codes": CODES, "prior_mode": mode}, tensors)
+    return InferencePrior.of({"kind": "discrete", "num_codes": CODES, "prior_mode": mode}, tensors)
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +477,7 @@ def test_settings_that_cannot_be_are_refused_at_once(
     setting: dict[str, Any], policies: Build, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     (name,) = setting
-    with pytest.raises(SettingError, match=f"{name}: found {setting[name]!r}, expected"):
+    with pytest.raises(ConfigError, match=f"{name}: found {setting[name]!r}, expected"):
         LatentLM(policies("llama"), tokenizer, make_prior(), **setting)
 
 

@@ -83,7 +83,7 @@ def make_prior(spread: float) -> InferencePrior:
     }
     tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
     tensors["codebook"] *= spread
-    return InferencePrior.of({"kind": "discrete", "codes": CODES, "prior_mode": "sample"}, tensors)
+    return InferencePrior.of({"kind": "discrete", "num_codes": CODES, "prior_mode": "sample"}, tensors)
 
 
 def evaluated(lm: HFLM, tasks: list[dict[str, Any]]) -> dict[str, Any] | None:

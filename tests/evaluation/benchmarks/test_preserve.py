@@ -28,7 +28,10 @@ class StopError(Exception):
 @pytest.fixture
 def module() -> DPO:
     """In the middle of training: modes are mixed, some parameters are frozen, some have gradients."""
-    built = DPO(policy=TinyPolicy(width=16, layers=2, heads=2, context=1024), latent=GumbelSpace(codes=4, spread=0.5))
+    built = DPO(
+        policy=TinyPolicy(width=16, layers=2, heads=2, context=1024),
+        latent=GumbelSpace(num_codes=4, init_logit_std=0.5),
+    )
     built.configure_model()
     built.train()
     layers = [part for part in built.policy.modules() if isinstance(part, nn.Linear)]

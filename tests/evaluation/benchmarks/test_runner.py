@@ -20,7 +20,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import read_results, scores, stderr_name, write_results
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from lpc_lightning.evaluation.benchmarks.shared_requests import shares_of
@@ -238,7 +238,7 @@ def test_the_seed_picks_the_examples_and_nothing_else_does(counting, data_dir) -
     ],
 )
 def test_settings_are_refused_before_anything_runs(settings, said, counting) -> None:
-    with pytest.raises(SettingError, match=said):
+    with pytest.raises(ConfigError, match=said):
         run_benchmarks(counting, **settings)
     assert counting.asked == []
 
@@ -248,7 +248,7 @@ def test_a_conversation_needs_a_chat_template(loud_policy, data_dir) -> None:
     lm = HFLM(pretrained=policy.causal_lm, tokenizer=tokenizer)
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
-        with pytest.raises(SettingError, match="no chat template"):
+        with pytest.raises(ConfigError, match="no chat template"):
             run_benchmarks(lm, ["arc_easy"], data_dir=str(data_dir), apply_chat_template=True)
     finally:
         tokenizer.chat_template = template

@@ -10,7 +10,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.checks import check_tasks
 from lpc_lightning.evaluation.benchmarks.tasks import (
     LOCAL_DATA,
@@ -134,7 +134,7 @@ def test_a_missing_file_is_named_with_what_is_expected(name, data_dir) -> None:
     for file in LOCAL_DATA[name].files(data_dir).values():
         text = file.read_bytes()
         file.unlink()
-        with pytest.raises(SettingError) as said:
+        with pytest.raises(ConfigError) as said:
             check_tasks(["arc_easy", name], str(data_dir))
         assert f"found no file {file.relative_to(data_dir)} for task" in str(said.value)
         assert f"in {data_dir}" in str(said.value)
@@ -154,7 +154,7 @@ def test_a_missing_file_is_named_with_what_is_expected(name, data_dir) -> None:
     ],
 )
 def test_an_unknown_task_is_refused_with_names_like_it(tasks, local, said, data_dir) -> None:
-    with pytest.raises(SettingError, match=said):
+    with pytest.raises(ConfigError, match=said):
         check_tasks(tasks, str(data_dir) if local else None)
 
 

@@ -166,7 +166,7 @@ def test_collecting_starts_anew_and_is_idle_without_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    "latent", [None, MLPSpace(hidden=4), GaussianSpace(codes=3, spread=1.0), ExpectedSpace(codes=3)]
+    "latent", [None, MLPSpace(hidden=4), GaussianSpace(num_codes=3, init_logit_std=1.0), ExpectedSpace(num_codes=3)]
 )
 def test_each_space_says_what_it_has(
     latent: Any, tiny_spec: Callable[..., Any], perturb: Callable[..., None], make_pairs: Callable[..., Any]
@@ -194,7 +194,7 @@ def test_the_exact_posterior_is_prior_times_evidence_whatever_the_space_has_lear
     tiny_spec: Callable[..., Any], perturb: Callable[..., None], make_pairs: Callable[..., Any]
 ) -> None:
     """Labels that the exact posterior's likeliest codes spell out are recovered in full by it alone."""
-    space = ExpectedSpace(codes=3, spread=2.0)
+    space = ExpectedSpace(num_codes=3, init_logit_std=2.0)
     module = DPO(policy=tiny_spec(), latent=space, reference="live", beta=2.0)
     module.configure_model()
     perturb(module.policy)

@@ -21,7 +21,7 @@ import lpc_lightning.evaluation.benchmarks.runner
 import lpc_lightning.evaluation.comparison.one_model
 from lpc_lightning.cli import main
 from lpc_lightning.data import PreferenceData
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import read_results
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from lpc_lightning.evaluation.comparison.command import name_models
@@ -42,8 +42,10 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a fit of three steps, with three codes that matter."""
     folder = tmp_path_factory.mktemp("fit")
     flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
-    flags += "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.03 --latent=MarginalSpace --latent.codes=3 "
-    flags += "--latent.spread=2 --data=SyntheticPreferences --data.train_pairs=6 --data.validation_pairs=2 "
+    flags += (
+        "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.03 --latent=MarginalSpace --latent.num_codes=3 "
+    )
+    flags += "--latent.init_logit_std=2 --data=SyntheticPreferences --data.train_pairs=6 --data.validation_pairs=2 "
     flags += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
     flags += f"--trainer.max_steps=3 --trainer.log_every_n_steps=1 --data.batch_size=2 --data.cache_dir={folder} "
     flags += f"--trainer.default_root_dir={folder / 'runs'} --trainer.enable_model_summary=false"
@@ -495,5 +497,5 @@ def test_names_are_short_and_no_two_alike() -> None:
         ("hub-name", models[2]),
     ]
     assert name_models(models, ["x", "y", "z"])[2] == ("z", models[2])
-    with pytest.raises(SettingError, match="names: found x, y, x, expected no two alike"):
+    with pytest.raises(ConfigError, match="names: found x, y, x, expected no two alike"):
         name_models(models, ["x", "y", "x"])

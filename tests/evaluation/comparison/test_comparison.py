@@ -76,7 +76,7 @@ def test_items_are_matched_by_what_they_are_and_not_by_their_order() -> None:
         (model("other", items=10, limit=40), "unlike: only 10 of 40 items are the same"),
         (model("other", template="chat"), "unlike: template is chat, and None for base"),
     ],
-    ids=["version", "few-shot", "limit", "items", "a condition that one has"],
+    ids=["version", "adapt", "limit", "items", "a condition that one has"],
 )
 def test_unlike_is_not_tested(other: ModelScores, note: str) -> None:
     found = compare([model("base"), other])

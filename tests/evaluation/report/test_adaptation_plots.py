@@ -10,10 +10,10 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from lpc_lightning.evaluation.adaptation.plots import draw_few_shot, place_of, score_line, shots_at
+from lpc_lightning.evaluation.adaptation.plots import draw_adaptation, place_of, score_line, shots_at
 from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.evaluation.figures import NoPlot, Plot, write_plots
-from lpc_lightning.evaluation.report.adaptation_plots import TITLE, few_shot_annotators
+from lpc_lightning.evaluation.report.adaptation_plots import TITLE, annotator_adaptation
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import make_study
 from lpc_lightning.evaluation.report.subject import Subject
@@ -22,14 +22,14 @@ SHOTS = (0, 1, 2, 4, 8, 16)
 
 
 def run(latent: str, seed: int, kinds: dict[str, list[float]], stage: str = "val", **others: float) -> RunRecord:
-    metrics = {f"{stage}/few_shot/{name}": value for name, value in others.items()}
+    metrics = {f"{stage}/adaptation/{name}": value for name, value in others.items()}
     for kind, values in kinds.items():
-        metrics |= {f"{stage}/few_shot/{kind}/{n}": value for n, value in zip(SHOTS, values, strict=True)}
+        metrics |= {f"{stage}/adaptation/{kind}/{n}": value for n, value in zip(SHOTS, values, strict=True)}
     return RunRecord(f"{latent},{seed}", {"latent": latent}, seed, metrics=metrics)
 
 
 def plots(records: list[RunRecord]) -> list[Plot | NoPlot]:
-    return list(few_shot_annotators(Subject(make_study(records), [], [], "", [])))
+    return list(annotator_adaptation(Subject(make_study(records), [], [], "", [])))
 
 
 def rising(start: float) -> list[float]:
@@ -72,7 +72,7 @@ def test_each_inference_has_a_line_a_group(records: list[RunRecord], tmp_path: P
     for plot, svg in write_plots(tmp_path, [exact, amortised]):
         assert svg.startswith(b"<?xml")
         assert (tmp_path / f"{plot.name}.png").stat().st_size > 5000
-    assert {exact.name, amortised.name} == {"val_few_shot_exact", "val_few_shot_amortised"}
+    assert {exact.name, amortised.name} == {"val_adaptation_exact", "val_adaptation_amortised"}
 
 
 def test_validation_and_test_are_plots_of_their_own(records: list[RunRecord]) -> None:
@@ -82,11 +82,11 @@ def test_validation_and_test_are_plots_of_their_own(records: list[RunRecord]) ->
 
 def test_without_the_callback_it_says_what_is_missing() -> None:
     (told,) = plots([RunRecord("r", {}, 1, metrics={"val/rewards/accuracies": 0.5})])
-    assert told == NoPlot(TITLE, "no finished run has logged few_shot/exact at two numbers of labelled pairs or more")
+    assert told == NoPlot(TITLE, "no finished run has logged adaptation/exact at two numbers of labelled pairs or more")
 
 
 def test_one_number_of_labelled_pairs_makes_no_curve() -> None:
-    (told,) = plots([RunRecord("r", {}, 1, metrics={"val/few_shot/exact/8": 0.5})])
+    (told,) = plots([RunRecord("r", {}, 1, metrics={"val/adaptation/exact/8": 0.5})])
     assert isinstance(told, NoPlot)
 
 
@@ -103,7 +103,7 @@ def test_one_models_scores_have_the_interval_of_their_errors() -> None:
     first, last = line.means
     assert (first.low, first.high) == (pytest.approx(0.304), pytest.approx(0.696))
     assert (last.low, last.high) == (None, None)
-    figure: Any = draw_few_shot({"": [line]}, [0, 4], None, "accuracy")
+    figure: Any = draw_adaptation({"": [line]}, [0, 4], None, "accuracy")
     axes: Axes = figure.axes[0]
     assert axes.get_ylabel() == "accuracy"
     assert len(axes.lines) == 1

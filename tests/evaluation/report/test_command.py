@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.report.command import main, report
 
 Write = Callable[..., Path]
@@ -195,6 +195,6 @@ def test_metrics_axes_and_baseline_are_chosen(write_ablation: Write, tmp_path: P
     ],
 )
 def test_what_is_not_there_is_told(ablation: Path, settings: dict[str, list[str]], told: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(ConfigError, match=told):
         report([str(ablation)], out=str(tmp_path / "out"), **settings)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.report.contrasts import contrasts, read_baseline
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import Group, Study, make_study
@@ -115,7 +115,7 @@ def test_what_does_not_apply_to_the_baseline_does_not_count() -> None:
 
 def test_what_no_run_of_the_baseline_has_logged_is_not_compared() -> None:
     plain = [run(seed, 0.5 + 0.1 * seed, latent="none") for seed in (1, 2)]
-    coded = [RunRecord(f"x {seed}", {"latent": "x"}, seed, metrics={METRIC: 0.7, "codes": 1.0}) for seed in (1, 2)]
+    coded = [RunRecord(f"x {seed}", {"latent": "x"}, seed, metrics={METRIC: 0.7, "num_codes": 1.0}) for seed in (1, 2)]
     records = [*plain, *coded]
     found, alone = contrasts(make_study(records), ["codes", METRIC], {"latent": "none"})
     assert [each.metric for each in found] == [METRIC]
@@ -147,13 +147,13 @@ def test_the_plain_runs_are_the_baseline_where_there_are_any(noisy: Study) -> No
 @pytest.mark.parametrize("asked", ["latent=nothing", "latent", "codes=4", "noise=0.31"])
 def test_an_unknown_baseline_is_told_with_those_there_are(noisy: Study, asked: str) -> None:
     expected = rf"baseline: found '{asked}', expected AXIS=VALUE of latent = none, gumbel, marginal; noise = 0.0, 0.3"
-    with pytest.raises(SettingError, match=expected):
+    with pytest.raises(ConfigError, match=expected):
         read_baseline(noisy, [asked])
 
 
 def test_a_baseline_that_no_run_has_is_told() -> None:
     study = make_study([run(1, 0.5, latent="none", noise=0), run(1, 0.6, latent="x", noise=0.3)])
-    with pytest.raises(SettingError, match=r"no run has latent=none and noise=0\.3"):
+    with pytest.raises(ConfigError, match=r"no run has latent=none and noise=0\.3"):
         read_baseline(study, ["latent=none", "noise=0.3"])
-    with pytest.raises(SettingError, match="the runs differ in nothing but the seed"):
+    with pytest.raises(ConfigError, match="the runs differ in nothing but the seed"):
         read_baseline(make_study([run(1, 0.5)]), ["latent=none"])

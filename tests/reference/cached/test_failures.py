@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import PaddedLayout
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.reference.pair_cache import PairCache
 from lpc_lightning.types import TokenizedPair
 
@@ -22,7 +22,7 @@ def test_published_weights_that_have_changed_are_told(small_policy: Any, own_dat
     fit_run(module, own_data(), max_steps=1)
     spec.seed = 5
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    with pytest.raises(SettingError, match="policy: found other weights than those that this module was built from"):
+    with pytest.raises(ConfigError, match="policy: found other weights than those that this module was built from"):
         trainer.test(module, datamodule=own_data(), verbose=False)
 
 
@@ -30,19 +30,19 @@ def test_other_data_is_refused(
     small_policy: Any, make_pairs: Callable[..., list[TokenizedPair]], make_loader: Any, make_trainer: Any
 ) -> None:
     loader = make_loader(make_pairs([(3, 4, 5), (2, 2, 2)]))
-    with pytest.raises(SettingError, match=r"model\.reference: found cached with data of NoneType, expected a Prefer"):
+    with pytest.raises(ConfigError, match=r"model\.reference: found cached with data of NoneType, expected a Prefer"):
         make_trainer(max_steps=1).fit(DPO(policy=small_policy()), loader, loader)
 
 
 def test_batches_without_values_are_refused(small_policy: Any, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
     module = DPO(policy=small_policy())
     module.configure_model()
-    with pytest.raises(SettingError, match=r"found cached, and pairs without .* \(the first is 'pair 0'\)\. Expected"):
+    with pytest.raises(ConfigError, match=r"found cached, and pairs without .* \(the first is 'pair 0'\)\. Expected"):
         module.read(PaddedLayout(0)(make_pairs([(3, 4, 5), (2, 2, 2)])))
 
 
 def test_no_such_reference(small_policy: Any) -> None:
-    with pytest.raises(SettingError, match=r"model\.reference: found 'frozen', expected cached or live\."):
+    with pytest.raises(ConfigError, match=r"model\.reference: found 'frozen', expected cached or live\."):
         DPO(policy=small_policy(), reference="frozen")
 
 

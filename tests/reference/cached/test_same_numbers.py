@@ -19,11 +19,11 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def gumbel() -> GumbelSpace:
-    return GumbelSpace(codes=4, hidden=8, spread=1.0)
+    return GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0)
 
 
 def marginal() -> MarginalSpace:
-    return MarginalSpace(codes=4, hidden=8, spread=1.0)
+    return MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0)
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=4)], ids=["full", "lora"])

@@ -19,7 +19,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def marginal() -> MarginalSpace:
-    return MarginalSpace(codes=4, hidden=8, spread=1.0)
+    return MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0)
 
 
 def test_a_second_run_computes_nothing(small_policy: Any, own_data: Any, fit_run: Any, told: Any, parts: Any) -> None:
@@ -61,7 +61,7 @@ SHARED: dict[str, Change] = {
     "layout": {"data": {"layout": "padded"}},
     "rows": {"data": {"row_tokens": 300}},
     "batch size": {"data": {"batch_size": 3}},
-    "workers": {"data": {"workers": 2}},
+    "num_workers": {"data": {"num_workers": 2}},
     "accumulation": {"trainer": {"accumulate_grad_batches": 4}},
     "seed": {"run": {"seed": 9}},
     "beta": {"module": {"beta": 0.7}},

@@ -82,7 +82,7 @@ def test_epochs_that_each_read_a_part_are_covered(
 
 def test_a_longer_run_adds_what_it_lacks(small_policy: Any, own_data: Any, fit_run: Any, told: Any) -> None:
     def run(steps: int) -> Any:
-        module = DPO(policy=small_policy(), optimizer=adam, lr_schedule="constant_with_warmup", warmup=0.0)
+        module = DPO(policy=small_policy(), optimizer=adam, lr_schedule="constant_with_warmup", warmup_ratio=0.0)
         return fit_run(module, own_data(), max_steps=steps, limit_val_batches=0)
 
     short, whole = run(3), run(11)

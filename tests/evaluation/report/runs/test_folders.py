@@ -12,7 +12,7 @@ import pytest
 
 from lpc_lightning.cli import main
 from lpc_lightning.data import DataError
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
 from lpc_lightning.evaluation.report.runs.fit import read_curves
 from lpc_lightning.evaluation.report.runs.folders import load_folders
@@ -99,7 +99,7 @@ def test_a_cell_and_a_folder_of_ablations_do_too(write_ablation: Callable[..., P
 def test_what_is_nothing_is_told(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "nowhere"):
-        with pytest.raises(SettingError, match=r"found no results in .*ablate.*ablation\.json"):
+        with pytest.raises(ConfigError, match=r"found no results in .*ablate.*ablation\.json"):
             load_folders([str(path)])
 
 
@@ -156,7 +156,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             "--callbacks+=lpc_lightning.callbacks.ResourceMonitor",
             "--callbacks+=lpc_lightning.callbacks.RunSummary",
         ]
-        main(["fit", *flags.split(), "--latent=MarginalSpace", "--latent.codes=3", *summary])
+        main(["fit", *flags.split(), "--latent=MarginalSpace", "--latent.num_codes=3", *summary])
         (checkpoint,) = folder.glob("runs/version_1/checkpoints/*.ckpt")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The dirpath has changed")
@@ -174,7 +174,7 @@ def test_a_fit_is_read_as_it_is(runs: Path) -> None:
     assert record.curves["train/loss"].steps == (0, 1, 2)
     assert record.seconds == pytest.approx(3 * summary["resources"]["seconds_per_step"])
     assert record.peak_bytes == pytest.approx(2**30 * summary["resources"]["peak_memory_gib"])
-    assert record.settings["latent.codes"] == 3
+    assert record.settings["latent.num_codes"] == 3
     assert record.parameters["latent"] > 3 * 16
     assert record.parameters["policy"] == load_folders([str(runs / "version_0")]).records[0].parameters["policy"]
 
@@ -192,7 +192,7 @@ def test_runs_are_told_apart_by_their_settings_and_a_test_joins_its_run(runs: Pa
     records, notes = joined(with_axes(loaded.records), loaded.measured)
     plain, coded = records
     assert (plain.axes["latent"], coded.axes["latent"]) == ("none", "MarginalSpace")
-    assert "latent.codes" not in coded.axes
+    assert "latent.num_codes" not in coded.axes
     assert 0 <= coded.metrics["test/rewards/accuracies"] <= 1
     assert "test/rewards/accuracies" not in plain.metrics
     assert notes == []

@@ -58,7 +58,7 @@ def test_settings_stand_under_the_names_of_their_flags() -> None:
         "model.optimizer.lr": 1e-5,
         "model.optimizer.betas": "[0.9, 0.999]",
         "latent": "MarginalSpace",
-        "latent.codes": 4,
+        "latent.num_codes": 4,
         "callbacks.LabelFlipNoise": "LabelFlipNoise",
         "lpc_lightning.callbacks.LabelFlipNoise.rate": 0.3,
         "lpc_lightning.callbacks.RunSummary": "RunSummary",
@@ -92,7 +92,7 @@ def test_what_comes_with_a_class_does_not_tell_runs_apart() -> None:
 
 def test_what_differs_within_a_class_does() -> None:
     runs = [settings(latent=space) for space in (None, latent("M", codes=4), latent("M", codes=8))]
-    assert differing(runs) == ["latent", "latent.codes"]
+    assert differing(runs) == ["latent", "latent.num_codes"]
 
 
 def test_no_callbacks_are_an_empty_list_of_them() -> None:
