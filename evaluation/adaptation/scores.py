@@ -137,7 +137,7 @@ def circles(members: NDArray[np.int64], ids: Sequence[str], rounds: int, seed: i
         rounds: How many orders.
         seed: Of the hash.
     """
-    keys = [[derive("few-shot", seed, number, ids[place]) for place in members] for number in range(rounds)]
+    keys = [[derive("adapt", seed, number, ids[place]) for place in members] for number in range(rounds)]
     return members[np.argsort(keys, axis=-1, kind="stable")]
 
 

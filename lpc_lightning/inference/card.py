@@ -138,7 +138,7 @@ def _steer(model: Exported, latent: Mapping[str, Any]) -> str:
     if latent["kind"] == "discrete":
         last = latent["num_codes"] - 1
         calls['prior_mode="argmax"'] = "the likeliest code"
-        calls[f"prior_mode={last}"] = f"one code, here the last of {latent['codes']}"
+        calls[f"prior_mode={last}"] = f"one code, here the last of {latent['num_codes']}"
         calls["code_weights=weights"] = "your own mixture: a tensor (K,), or (B, K)"
     parts = [
         "## Steer",

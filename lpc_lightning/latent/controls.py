@@ -89,7 +89,7 @@ class VectorSpace(DeterministicSpace):
 
         Args:
             init_logit_std: Initial deviation of LMHead(z) over the vocabulary, in logits (nats). 0 starts at the
-            plain policy.
+                plain policy.
         """
         super().__init__()
         self.init_logit_std = init_logit_std

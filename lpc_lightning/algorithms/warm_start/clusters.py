@@ -47,7 +47,7 @@ def cluster_pairs(known: Tensor, z_gradients: Tensor, clusters: int) -> tuple[Te
     Args:
         known: (N, m) beside the label.
         z_gradients: (n, d) of the first n pairs. Of the others it is not seen: they get the kind nearest to what is
-        expected.
+            expected.
         clusters: K, at most n.
 
     Returns:

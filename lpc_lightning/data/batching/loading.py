@@ -49,7 +49,7 @@ class TrainingBatches(Sampler[list[int]]):
             length_window: Steps among which pairs are sorted by length (see `length_windows`); None does not sort.
             annotators: Who labelled each pair, where there are runs.
             pairs_per_annotator: Pairs of one annotator that stand together in a batch (see `annotator_batches`);
-            None: as drawn.
+                None: as drawn.
         """
         self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rank, self.devices = rank, devices

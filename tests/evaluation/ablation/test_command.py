@@ -102,7 +102,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(
     command: dict[str, Any] = {"output": str(output), "threads": 1}
     wanted = [str(grid), "noise=0.5"]
     broken.parent.mkdir()
-    broken.write_text("class_path: lpc_lightning.latent.GumbelSpace\ninit_args: {codes: 0}\n")
+    broken.write_text("class_path: lpc_lightning.latent.GumbelSpace\ninit_args: {num_codes: 0}\n")
     assert not ablate(wanted, **command)
     failed = record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")
     assert failed["status"] == "failed"
@@ -116,7 +116,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(
     assert record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")["attempts"] == 2
 
     fingerprint._file.cache_clear()
-    broken.write_text("class_path: lpc_lightning.latent.GumbelSpace\ninit_args: {codes: 4}\n")
+    broken.write_text("class_path: lpc_lightning.latent.GumbelSpace\ninit_args: {num_codes: 4}\n")
     assert ablate(wanted, **command)  # another file: run anew without being asked
     assert record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")["attempts"] == 1
     expected = read_results(uninterrupted)
