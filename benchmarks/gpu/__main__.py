@@ -100,6 +100,7 @@ def main() -> None:
     import torch
 
     from benchmarks.gpu.cases import best_batch_cases, further_cases, main_cases
+    from benchmarks.gpu.guard import free_memory
     from benchmarks.gpu.lengths import measure, read
     from benchmarks.gpu.measure import Bench
     from benchmarks.gpu.report import Results
@@ -112,6 +113,7 @@ def main() -> None:
     if device == "cpu" and not options.tiny:
         raise SystemExit("found no GPU, expected one; `--tiny` runs everything in miniature on a CPU.")
     peak = peak_flops(device, torch.bfloat16, options.peak_seconds)
+    free_memory()
     facts = describe(device) | {
         "command": shlex.join(sys.argv),
         "bf16_tflops": round(peak / 1e12, 2),

@@ -44,8 +44,7 @@ def attempt(run: Callable[[], dict[str, Any]], limit: float, log: TextIO) -> dic
         except BaseException as error:  # SystemExit of a command included
             status = describe(error)
             log.write("".join(traceback.format_exception(error)))
-            # The frames hold models and batches.
-            traceback.clear_frames(error.__traceback__)
+            _clear_frames(error)
     log.flush()
     free_memory()
     return {"status": status, "seconds": time.perf_counter() - start, **values}
@@ -60,6 +59,14 @@ def describe(error: BaseException) -> str:
     ours = [frame for frame in frames if _is_ours(frame.filename)]
     places = dict.fromkeys(f"{_short(frame.filename)}:{frame.lineno}" for frame in [*ours[-1:], *frames[-1:]])
     return f"error: {last} ({' > '.join(places)})"
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Empty the frames of an error and of those behind it, which hold models and batches."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
 
 
 def free_memory() -> None:

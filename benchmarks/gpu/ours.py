@@ -67,6 +67,12 @@ class StepRecorder(Callback):
         if self.clock.host[-1] - self.clock.host[0] > self.limit:
             trainer.should_stop = True
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Release weights and moments. The trainer would copy them to the CPU, for seconds that belong to no step."""
+        trainer.strategy.optimizers = []
+        for parameter in pl_module.parameters():
+            parameter.data = torch.empty(0)
+
 
 def fit(case: Case, lengths: Path, scratch: Path, device: str, extra: Callback | None = None) -> StepRecorder:
     """Train and return what was recorded.

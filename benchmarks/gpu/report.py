@@ -137,7 +137,16 @@ def _group(rows: list[Row]) -> str:
                 f"{row['reference_s']:.1f} s",
             ]
         )
-    return table(head, lines)
+    return "\n\n".join(part for part in (table(head, lines), _first_step(ours, trl)) if part)
+
+
+def _first_step(ours: Row | None, trl: Row | None) -> str:
+    """What both sides computed of the same tokens with the same weights."""
+    if ours is None or trl is None:
+        return ""
+    metrics = [name for name, value in ours["first_step"].items() if None not in (value, trl["first_step"][name])]
+    values = [f"{name} {ours['first_step'][name]:.4f} and {trl['first_step'][name]:.4f}" for name in metrics]
+    return f"First step, ours and TRL: {', '.join(values)}." if values else ""
 
 
 def _profiles(profiles: list[Row]) -> str:

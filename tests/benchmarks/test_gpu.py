@@ -31,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `--tiny` wrote."""
     output = tmp_path_factory.mktemp("bench")
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--peak-seconds", "0.05", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout
     content: dict[str, Any] = json.loads((output / "results.json").read_text())
     assert (output / "results.md").read_text() == render(content)
