@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lpc_lightning.modules.accumulation import closes_window
+from lpc_lightning.algorithms.accumulation import is_optimizer_step
 from lpc_lightning.types import PreferenceBatch
 
 
@@ -44,7 +44,7 @@ class ResourceMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
         """Stop it with the last one, and log."""
-        if not closes_window(trainer, batch_idx):
+        if not is_optimizer_step(trainer, batch_idx):
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)

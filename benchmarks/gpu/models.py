@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpc_lightning.policy import Policy, TinyPolicy
+from lpc_lightning.policy import PolicySpec, TinyPolicy
 
 SHAPES: dict[str, dict[str, Any]] = {
     # SmolLM2-135M.
@@ -81,7 +81,7 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, seed: int) -> PreTrain
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-class RandomLlama(Policy):
+class RandomLlama(PolicySpec):
     """A Llama of one of `SHAPES` with random weights."""
 
     def __init__(self, shape: Shape, seed: int = 0, **policy: Any) -> None:
@@ -90,7 +90,7 @@ class RandomLlama(Policy):
         Args:
             shape: Name of the shape.
             seed: Seed of the weights.
-            policy: Settings of `Policy`.
+            policy: Settings of `PolicySpec`.
         """
         super().__init__(**policy)
         self.shape, self.seed = shape, seed

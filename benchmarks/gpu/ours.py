@@ -139,7 +139,7 @@ def arguments(case: Case, lengths: Path, scratch: Path, device: str) -> list[str
         "model": CONFIGS / "algorithm" / "dpo_small.yaml",
         "model.beta": BETA,
         "model.optimizer.lr": LEARNING_RATE,
-        "model.warmup": 0.0,
+        "model.warmup_ratio": 0.0,
         "seed_everything": SEED,
         "callbacks": json.dumps(callbacks),
     }

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.gpu.lengths import Lengths
 from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.data.module import Stage
-from lpc_lightning.data.report import DataReport
-from lpc_lightning.data.tokens import SCHEMA, TokenStore
+from lpc_lightning.data.datamodule import Stage
+from lpc_lightning.data.sources.report import DataReport
+from lpc_lightning.data.tokenization.tokens import SCHEMA, TokenStore
 
 
 class RandomTokens(PreferenceDataModule):

@@ -57,13 +57,13 @@ class Smoke:
             )
             for control in ("vector", "mlp", "gaussian", "prior_only", "posterior_only"):
                 yield self._fit(control, f"DPO, {control}", "dpo", control, precision=mixed)
-            annotators = {"data.deciding": "hidden", "data.annotator_run": 2}
+            annotators = {"data.deciding": "hidden", "data.pairs_per_annotator": 2}
             yield self._fit("annotators", "DPO, marginal_annotators", "dpo", "marginal_annotators", more=annotators)
             wide = {"policy.attention": "flash_attention_2"}
             yield self._fit(
                 "flash", "DPO, flash_attention_2, float32 weights", precision="bf16-mixed", more=wide, needs=FLASH
             )
-        warm = {"latent.rehearse": 8, "latent.codes": 4}
+        warm = {"latent.warm_start_pairs": 8, "latent.num_codes": 4}
         yield self._fit("warm", "DPO, marginal, warm start, checkpoint", "dpo", "marginal", more=warm, saved=True)
         run = self.folder / "warm"
         checkpoint = run / "version_0" / "checkpoints" / "last.ckpt"
