@@ -81,7 +81,7 @@ class Smoke:
             yield Cell("generate, exported folder", asked)
             yield Cell("evaluate", ["evaluate", str(checkpoint), "--tasks", "none", *scored])
             given = ["--shots", "0", "2", "--rounds", "2", "--output", str(self.folder / "given")]
-            yield Cell("few-shot", ["few-shot", str(checkpoint), *scored[:2], *given, "--device", self.device])
+            yield Cell("adapt", ["adapt", str(checkpoint), *scored[:2], *given, "--device", self.device])
             if gpu:
                 yield self._fit("flex", "DPO, flex_attention", attention="flex_attention", precision=mixed)
             compiled = {"policy.compile": "true"}

@@ -223,7 +223,8 @@ class PreferenceModule(PolicyModule):
         raise FloatingPointError(
             f"train/loss: found {loss.item()} at step {self.trainer.global_step} (epoch {self.current_epoch}, batch "
             f"{batch_idx}, pairs {', '.join(batch.ids)}), expected a finite number. Lower the learning rates "
-            "(model.optimizer, model.latent_lr) or latent.init_logit_std, set trainer.gradient_clip_val, or take a wider "
+            "(model.optimizer, model.latent_lr) or latent.init_logit_std, set trainer.gradient_clip_val, or take a "
+            "wider "
             "trainer.precision; the last checkpoint is whole."
         )
 
