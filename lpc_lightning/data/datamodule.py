@@ -179,8 +179,7 @@ class PreferenceDataModule(LightningDataModule):
     @property
     def label_noise(self) -> LabelNoise | None:
         """What says which training labels are wrong: one of the trainer's callbacks, or nothing."""
-        return None if self.trainer is None else noise_among(self.trainer.callbacks)  # type: ignore[attr-defined]  #
-        set by Lightning's connector 
+        return None if self.trainer is None else noise_among(self.trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's connector
     @property
     def training_pairs(self) -> TokenStore:
         """The pairs that are trained on, labelled as they are there."""
