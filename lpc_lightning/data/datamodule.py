@@ -80,14 +80,11 @@ class PreferenceDataModule(LightningDataModule):
                 largest batches hold long pairs alone, 5768 tokens in place of 3480, and set the peak memory. null:
                 plain shuffling.
             pairs_per_annotator: Has training batches hold so many pairs of one annotator together, a divisor of
-                batch_size, so that they can share what they say about the codes (MarginalSpace, annotators). Every
-                pair still comes
-                once an epoch (see `annotator_batches`). Not together with
-                length_window. null: plain shuffling.
-            num_workers: Processes that lay out batches ahead of
-                time. 0 does it in the training process.
-            cache_dir: Where tokens are kept. null:
-                $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning. 
+                batch_size. They share what they say about the codes (MarginalSpace, annotators). Every pair still comes
+                once an epoch (see `annotator_batches`). Not together with length_window. null: plain shuffling.
+            num_workers: Processes that lay out batches ahead of time. 0 does it in the training process.
+            cache_dir: Where tokens are kept. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning.
+
         Raises:
             ValueError: A setting is out of range.
         """
@@ -180,6 +177,7 @@ class PreferenceDataModule(LightningDataModule):
     def label_noise(self) -> LabelNoise | None:
         """What says which training labels are wrong: one of the trainer's callbacks, or nothing."""
         return None if self.trainer is None else noise_among(self.trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's connector
+
     @property
     def training_pairs(self) -> TokenStore:
         """The pairs that are trained on, labelled as they are there."""
@@ -200,8 +198,8 @@ class PreferenceDataModule(LightningDataModule):
     def stages(self) -> list[Stage]:
         """What this run of the trainer reads, of what there is."""
         assert self.trainer is not None
-        return [stage for stage in STAGES[str(self.trainer.state.fn.value)] if stage in self.pairs]  # type:
-        ignore[union-attr] 
+        return [stage for stage in STAGES[str(self.trainer.state.fn.value)] if stage in self.pairs]  # type: ignore[union-attr]
+
     def reads(self, stage: Stage) -> set[int]:
         """The pairs of a stage that this run will read, on all its devices."""
         if stage == "train":
