@@ -160,12 +160,9 @@ def test_exact_uses_the_prior_of_the_new_pair() -> None:
     prior = np.array([[1 / 3, 1 / 3, 1 / 3], [0.01, 0.9, 0.09], [0.9, 0.01, 0.09]])
     tables = CodeTables(np.log(prior), -np.log(right), -np.log(1 - right))
     likelihood = -tables.losses[[0, 0]]
-    own = margins(INFERENCES["exact"].log_weights(tables.log_prior[1:], likelihood), tables.take(np.array([1, 2])))
-    assert (own > 0).all()
-    swapped = margins(
-        INFERENCES["exact"].log_weights(tables.log_prior[[2, 1]], likelihood), tables.take(np.array([1, 2]))
-    )
-    assert (swapped < 0).all()
+    new_pairs, infer = tables.take(np.array([1, 2])), INFERENCES["exact"].log_weights
+    assert (margins(infer(tables.log_prior[1:], likelihood), new_pairs) > 0).all()
+    assert (margins(infer(tables.log_prior[[2, 1]], likelihood), new_pairs) < 0).all()
 
 
 @pytest.mark.parametrize("kind", list(INFERENCES))
