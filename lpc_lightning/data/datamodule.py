@@ -171,7 +171,7 @@ class PreferenceDataModule(LightningDataModule):
             return
         # Texts and scores are not kept with the tokens.
         examples = list(source.read(DataReport()))
-        self._swaps = noise.flips(examples)[self.pairs["train"].places]
+        self._swaps = noise.flips(examples)[self.pairs["train"].indices]
 
     def prepare_data(self) -> None:
         """Fill the token cache, in one process of the machine."""
