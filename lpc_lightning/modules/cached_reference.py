@@ -64,14 +64,14 @@ class CachedReference:
         Raises:
             SettingError: It brings none.
         """
-        if batch.reference_logps is None:
+        logps = batch.reference_logps
+        if logps is None:
             raise SettingError(
                 f"model.reference: found cached, and pairs without log-probabilities under the reference (the first is "
                 f"{batch.ids[0]!r}). Expected batches that a PreferenceDataModule makes for a run of the trainer; set "
                 "model.reference: live for others."
             )
-        exact = torch.float64 if self._policy.causal_lm.dtype == torch.float64 else torch.float32
-        return torch.tensor(batch.reference_logps, dtype=exact, device=batch.input_ids.device)
+        return logps.to(torch.float64 if self._policy.causal_lm.dtype == torch.float64 else torch.float32)
 
     def prepare(self, module: PolicyModule, untouched: bool) -> None:
         """Fill the cache with what this run will read, and have the batches bring it along.
