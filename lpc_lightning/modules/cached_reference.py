@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from lpc_lightning.modules.pair_pass import Ask
 from lpc_lightning.modules.sharding import reshard
 from lpc_lightning.modules.shared_pass import shared_pass
 from lpc_lightning.policy import CausalPolicy, Policy, fingerprint
+from lpc_lightning.policy.piecewise import PIECEWISE
 from lpc_lightning.types import PreferenceBatch
 
 if TYPE_CHECKING:
@@ -123,10 +125,27 @@ class CachedReference:
 
 
 def how_computed(weights: str, policy: CausalPolicy, trainer: Any) -> dict[str, str]:
-    """What decides the numbers that a policy of these weights says of pairs: the key of a `PairCache`."""
+    """What decides the numbers that a policy of these weights says of pairs: the key of a `PairCache`.
+
+    In bfloat16, log-probabilities of long answers are about a nat apart between a CPU and a GPU.
+
+    Args:
+        weights: Fingerprint of the weights.
+        policy: Has them.
+        trainer: Whose device and precision are used.
+    """
+    device = trainer.strategy.root_device
     return {
         "weights": weights,
-        "attention": policy.causal_lm.config._attn_implementation,
+        "attention": attention_kernel(policy.causal_lm.config._attn_implementation, device),
         "precision": trainer.precision,
         "products": torch.get_float32_matmul_precision(),
+        "device": device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
+
+
+def attention_kernel(setting: str, device: torch.device) -> str:
+    """The attention kernel that runs on a device for the kernel that a model is set to."""
+    return "sdpa" if setting == PIECEWISE and device.type != "cpu" else setting

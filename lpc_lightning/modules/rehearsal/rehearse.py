@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lpc_lightning.data import PreferenceDataModule
@@ -19,7 +20,7 @@ from lpc_lightning.modules.rehearsal.held_out import hold_out
 from lpc_lightning.modules.rehearsal.rows import evaluating, labelled_rows, reference_logps
 from lpc_lightning.modules.rehearsal.sketch import MeanToken, SketchedPairs
 from lpc_lightning.modules.sharding import keeps_weights_elsewhere
-from lpc_lightning.seeding import derive, run_seed
+from lpc_lightning.seeding import derive, own_random_state, run_seed
 from lpc_lightning.types import PreferenceBatch
 
 TOKEN_PAIRS = 16
@@ -67,13 +68,16 @@ def rehearse(module: PreferenceModule, space: LatentSpace) -> None:
     token = _mean_token(module, data.make_layout()(labelled[:TOKEN_PAIRS]))
     sketched = SketchedPairs(rows, reference, token, [pair.annotator for pair in labelled], module.preference_loss)
 
-    with torch.random.fork_rng(), torch.enable_grad():
+    with own_random_state(module.device), torch.enable_grad():
         torch.manual_seed(seed)
         trained = copy.deepcopy(space).float()
         plain, loss = fit(trained, sketched, held, module.latent_lr, data.annotator_run)
     space.load_state_dict(trained.state_dict())
-    for tensor in (*space.parameters(), *space.buffers()):
-        tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
+    if trainer.world_size > 1:
+        # Tensor by tensor. A strategy's own `broadcast` pickles them, and each process would open them on the device of
+        # the first one.
+        for tensor in (*space.parameters(), *space.buffers()):
+            dist.broadcast(tensor.data, src=0)
     took = time.perf_counter() - started
     rank_zero_info(
         f"rehearsal: {len(places)} training pairs ({len(places) - computed} reused), in {took:.1f} s; "
