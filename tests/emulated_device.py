@@ -52,6 +52,9 @@ class _Backend(_DummyBackendModule):
         pass
 
 
+_COMPOSITE = set(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+
+
 class Emulated(Tensor):
     """A tensor on the emulated device."""
 
@@ -59,16 +62,17 @@ class Emulated(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Emulated:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            held.size(),
-            strides=held.stride(),
-            storage_offset=held.storage_offset(),
-            dtype=held.dtype,
-            layout=held.layout,
-            device=DEVICE,
-            requires_grad=held.requires_grad,
-        )
+        with torch.inference_mode(False):  # wrappers of inference tensors could not be detached
+            return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                held.size(),
+                strides=held.stride(),
+                storage_offset=held.storage_offset(),
+                dtype=held.dtype,
+                layout=held.layout,
+                device=DEVICE,
+                requires_grad=held.requires_grad,
+            )
 
     def __init__(self, held: Tensor) -> None:
         self.held = held
@@ -79,6 +83,18 @@ class Emulated(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.held = _held(value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.held.__reduce_ex__(protocol)  # read back on the CPU, where `map_location` has the suite read all
 
     def tolist(self) -> Any:
         _note("tolist")
@@ -111,6 +127,11 @@ class Waits(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._lifted)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in _COMPOSITE:  # whole operations arrive in inference mode, where nothing is taken apart before
+            with self:
+                found = func.decompose(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
         return _run(func, args, kwargs or {})
 
     @contextmanager
