@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from lpc_lightning.data import DataError, PreferenceData
-from lpc_lightning.data.layouts import SharedPrefixLayout
-from lpc_lightning.data.loading import TrainingBatches
-from lpc_lightning.policy import Policy
+from lpc_lightning.data.batching.layouts import SharedPrefixLayout
+from lpc_lightning.data.batching.loading import TrainingBatches
+from lpc_lightning.policy import PolicySpec
 from lpc_lightning.types import PreferenceBatch
 
 
 def first_batches(
-    data: Path, policy: Policy, count: int, batch_size: int = 4, max_length: int = 512
+    data: Path, policy: PolicySpec, count: int, batch_size: int = 4, max_length: int = 512
 ) -> list[PreferenceBatch]:
     """The first `count` batches that a fit would train on, their reference's log-probabilities 0.
 

@@ -20,17 +20,17 @@ from torch import Tensor
 
 from benchmarks.batches import first_batches
 from benchmarks.live_memory import peak_bytes
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import DataError
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
-from lpc_lightning.modules import DPO
-from lpc_lightning.policy import Policy, PretrainedPolicy
+from lpc_lightning.policy import PolicySpec, PretrainedPolicy
 from lpc_lightning.types import PreferenceBatch
 
 LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
     "no latent": None,
-    "gumbel, K = 32": lambda: GumbelSpace(codes=32),
-    "marginal, K = 32": lambda: MarginalSpace(codes=32),
-    "marginal, K = 128": lambda: MarginalSpace(codes=128),
+    "gumbel, K = 32": lambda: GumbelSpace(num_codes=32),
+    "marginal, K = 32": lambda: MarginalSpace(num_codes=32),
+    "marginal, K = 128": lambda: MarginalSpace(num_codes=128),
 }
 PLAIN = "no latent"
 
@@ -38,7 +38,7 @@ PLAIN = "no latent"
 class Stepper:
     """A module and its optimizer, one step at a time."""
 
-    def __init__(self, policy: Policy, latent: LatentSpace | None) -> None:
+    def __init__(self, policy: PolicySpec, latent: LatentSpace | None) -> None:
         self.module = DPO(policy=policy, latent=latent)
         self.module.configure_model()
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6, weight_decay=0.0, fused=True)

@@ -17,10 +17,10 @@ import time
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lpc_lightning.evaluation.benchmarks.checks import check_tasks
+from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
+from lpc_lightning.evaluation.benchmarks.tasks import load_tasks
 
-from evaluation.benchmarks import load_tasks
-from evaluation.checks import check_tasks
-from evaluation.latent_lm import LatentLM
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy
 
@@ -82,7 +82,7 @@ def _codes_of_zeros(policy: CausalPolicy, codes: int = 32, hidden: int = 256) ->
     biases = {f"prior.{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
     tensors = {"codebook": torch.zeros(codes, policy.width), **layers, **biases}
     device = policy.head.weight.device
-    return InferencePrior.of({"kind": "discrete", "codes": codes, "prior_mode": "mean"}, tensors).to(device)
+    return InferencePrior.of({"kind": "discrete", "num_codes": codes, "prior_mode": "mean"}, tensors).to(device)
 
 
 def _requests(task: str, data_dir: str, limit: int | None) -> list[Instance]:

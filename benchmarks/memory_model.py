@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from lpc_lightning.readout import CHUNK_ELEMENTS
+from lpc_lightning.policy.logprobs import CHUNK_ELEMENTS
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 GIB = 2**30
@@ -178,7 +178,7 @@ def gathered_weights(model: Architecture, step: Step) -> float:
 
 
 def layer_activations(model: Architecture, step: Step) -> float:
-    """Bytes of a token that the backward pass of one layer needs (`lpc_lightning.policy.lean_layers`).
+    """Bytes of a token that the backward pass of one layer needs (`lpc_lightning.policy.memory_efficient_layers`).
 
     Two norms keep their input (wide) and give their output to products (narrow); attention keeps queries, keys and
     values (repeated for grouped queries), its output, and a row of the mask; the feed-forward network keeps gate and

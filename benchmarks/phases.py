@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lpc_lightning import readout
+from lpc_lightning.policy import logprobs
 
 PARTS = (
     "data",
@@ -48,9 +48,9 @@ class Phases:
         if module.reference is not None:
             self._wrap(module.reference, "logps", "reference")
         self._wrap(module, "training_terms", "latent and loss")
-        self._wrap(readout.Reading, "logps", "head forward")
-        self._wrap(readout.Reading, "logps_per_code", "head forward")
-        self._wrap_backward(readout._TokenLogps)
+        self._wrap(logprobs.BatchForward, "logps", "head forward")
+        self._wrap(logprobs.BatchForward, "logps_per_code", "head forward")
+        self._wrap_backward(logprobs._TokenLogps)
         self._wrap(trainer.strategy, "backward", "backbone backward")
         for optimizer in trainer.optimizers:
             self._wrap(optimizer, "zero_grad", "optimizer")

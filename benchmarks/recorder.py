@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.phases import Phases
 from benchmarks.recording import Recording
-from lpc_lightning.modules.cached_reference import CachedReference
+from lpc_lightning.reference.cached import CachedReference
 from lpc_lightning.types import PreferenceBatch
 
 

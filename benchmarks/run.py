@@ -153,7 +153,7 @@ def _ours(
         "trainer.enable_model_summary": "false",
         "model.beta": BETA,
         "model.optimizer.lr": options.lr,
-        "model.warmup": 0.0,
+        "model.warmup_ratio": 0.0,
         "policy.dtype": "bfloat16" if precision == "bf16-true" else "float32",
         "callbacks": json.dumps([recorder]),
         "policy.path": options.model,

@@ -1,22 +1,22 @@
 """What happens around training: one callback a file."""
 
-from callbacks.codebook_monitor import CodebookMonitor
-from callbacks.few_shot import FewShotAnnotators
-from callbacks.final_validation import FinalValidation
-from callbacks.flip_order import ByAnnotator, FlipOrder, LongerWins, SmallMarginsFirst, Uniform
-from callbacks.graceful_stop import GracefulStop
-from callbacks.label_flip import LabelFlipNoise
-from callbacks.lm_eval import LMEvaluation
-from callbacks.predictions import WritePredictions
-from callbacks.preference_accuracy import PreferenceAccuracy
-from callbacks.progress import PreferenceProgressBar
-from callbacks.resources import ResourceMonitor
-from callbacks.run_summary import RunSummary
+from lpc_lightning.callbacks.adaptation import AnnotatorAdaptation
+from lpc_lightning.callbacks.codebook_monitor import CodebookMonitor
+from lpc_lightning.callbacks.final_validation import FinalValidation
+from lpc_lightning.callbacks.flip_order import ByAnnotator, FlipOrder, LongerWins, SmallMarginsFirst, Uniform
+from lpc_lightning.callbacks.graceful_stop import GracefulStop
+from lpc_lightning.callbacks.label_flip import LabelFlipNoise
+from lpc_lightning.callbacks.lm_eval import LMEvaluation
+from lpc_lightning.callbacks.predictions import WritePredictions
+from lpc_lightning.callbacks.preference_accuracy import PreferenceAccuracy
+from lpc_lightning.callbacks.progress import PreferenceProgressBar
+from lpc_lightning.callbacks.resources import ResourceMonitor
+from lpc_lightning.callbacks.run_summary import RunSummary
 
 __all__ = [
     "ByAnnotator",
     "CodebookMonitor",
-    "FewShotAnnotators",
+    "AnnotatorAdaptation",
     "FinalValidation",
     "FlipOrder",
     "GracefulStop",

@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lpc_lightning.evaluation.accuracy.collect import CollectValidation, log_round
+from lpc_lightning.evaluation.codebook.plots import code_use, heat_map, render, scatter
+from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics
 from matplotlib.figure import Figure
 
-from evaluation.codebook import CodebookReport, CodebookStatistics
-from evaluation.codebook_plots import code_use, heat_map, render, scatter
-from evaluation.collect import CollectValidation, log_round
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.seeding import derive
 

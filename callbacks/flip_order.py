@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lpc_lightning.data import DataError
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.types import PreferenceExample
 
 
@@ -93,7 +93,7 @@ class ByAnnotator(FlipOrder):
         """
         for name, share in (*shares.items(), ("others", others)):
             if not 0 <= share <= 1:
-                raise SettingError(f"order.shares: found {share} for {name}, expected a probability from 0 to 1.")
+                raise ConfigError(f"order.shares: found {share} for {name}, expected a probability from 0 to 1.")
         self.shares, self.others = shares, others
 
     def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:

@@ -13,13 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lpc_lightning.modules.accumulation import closes_window
+from lpc_lightning.algorithms.accumulation import is_optimizer_step
 
 
 class GracefulStop(Callback):
     """On SIGTERM, finish the optimizer step, save `stopped.ckpt`, and stop; before the first step, stop at once.
 
-    A run that is still preparing (rehearsing its latent, which may take an hour) has nothing to save.
+    A run that is still preparing (warm-starting its latent, which may take an hour) has nothing to save.
     Lightning's own handler stops after the batch: in the middle of an accumulation window, whose gradients no
     checkpoint holds. A run resumed from `stopped.ckpt` goes on as if it had never stopped.
 
@@ -52,7 +52,7 @@ class GracefulStop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop where the batch closed a step."""
-        if not closes_window(trainer, batch_idx) or not self._requested_anywhere():
+        if not is_optimizer_step(trainer, batch_idx) or not self._requested_anywhere():
             return
         path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "stopped.ckpt"
         trainer.save_checkpoint(path)

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lpc_lightning.callbacks.flip_order import FlipOrder, Uniform
 from torch import Tensor
 from torchmetrics import Metric
 
-from callbacks.flip_order import FlipOrder, Uniform
+from lpc_lightning.algorithms.accumulation import is_optimizer_step
+from lpc_lightning.algorithms.metrics import accuracies
 from lpc_lightning.data import LabelNoise, PreferenceDataModule
-from lpc_lightning.errors import SettingError
-from lpc_lightning.modules.accumulation import closes_window
-from lpc_lightning.modules.metrics import accuracies
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
 
@@ -67,9 +67,9 @@ class LabelFlipNoise(LabelNoise, Callback):
             factors: Only pairs that these factors decided. null: that any did.
         """
         if not 0 <= rate <= 1:
-            raise SettingError(f"LabelFlipNoise.rate: found {rate}, expected a rate from 0 to 1.")
+            raise ConfigError(f"LabelFlipNoise.rate: found {rate}, expected a rate from 0 to 1.")
         if marker is not None and not marker.strip():
-            raise SettingError(f"LabelFlipNoise.marker: found {marker!r}, expected a text, or null for no marker.")
+            raise ConfigError(f"LabelFlipNoise.marker: found {marker!r}, expected a text, or null for no marker.")
         self.rate, self.order, self.marker, self.marker_at = rate, order or Uniform(), marker, marker_at
         self.sources, self.factors = sources, factors
         self._seed = seed
@@ -117,13 +117,13 @@ class LabelFlipNoise(LabelNoise, Callback):
         """Say how many pairs are flipped, and write which.
 
         Raises:
-            SettingError: The data is not a `PreferenceDataModule`, which would not ask for noise.
+            ConfigError: The data is not a `PreferenceDataModule`, which would not ask for noise.
         """
         if stage != "fit":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         if not isinstance(data, PreferenceDataModule):
-            raise SettingError(
+            raise ConfigError(
                 f"LabelFlipNoise: found data of {type(data).__name__}, expected a PreferenceDataModule, which takes "
                 "label noise from among the trainer's callbacks."
             )
@@ -158,7 +158,7 @@ class LabelFlipNoise(LabelNoise, Callback):
             return
         self._metrics.to(pl_module.device)
         self._metrics.update(outputs["losses"], outputs["margins"], batch.flipped)
-        if closes_window(trainer, batch_idx):
+        if is_optimizer_step(trainer, batch_idx):
             found = {f"train/noise/{name}": value for name, value in self._metrics.compute().items()}
             self._metrics.reset()
             pl_module.log_dict(found, batch_size=1)  # the same on all devices

@@ -12,21 +12,21 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, check_counts, check_tasks
+from lpc_lightning.evaluation.benchmarks.preserve import preserved
+from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores, write_results
+from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
+from lpc_lightning.evaluation.benchmarks.trial import Trial, reason
+from lpc_lightning.evaluation.tables import markdown_table, score
 
-from evaluation.benchmarks import PAPER_TASKS, load_tasks
-from evaluation.checks import check_chat_template, check_counts, check_tasks
-from evaluation.preserve import preserved
-from evaluation.results import BenchmarkResults, scores, write_results
-from evaluation.tables import markdown_table, score
-from evaluation.trial import Trial, reason
-from lpc_lightning.errors import SettingError
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.prior import inference_prior
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.modules import PreferenceModule
 from lpc_lightning.seeding import run_seed
 
 if TYPE_CHECKING:
-    from evaluation.latent_lm import LatentLM
+    from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +78,9 @@ class LMEvaluation(Callback):
             seed: Seed of few-shot examples and of whatever is drawn.
         """
         if every_n_steps is not None and every_n_steps < 1:
-            raise SettingError(f"every_n_steps: found {every_n_steps}, expected at least 1, or null.")
+            raise ConfigError(f"every_n_steps: found {every_n_steps}, expected at least 1, or null.")
         if step_limit < 1:
-            raise SettingError(f"step_limit: found {step_limit}, expected at least one document.")
+            raise ConfigError(f"step_limit: found {step_limit}, expected at least one document.")
         self.tasks, self.data_dir, self.limit = tuple(tasks), data_dir, limit
         self.every_n_steps, self.step_limit = every_n_steps, step_limit
         self.num_fewshot, self.batch_size, self.prior_mode = num_fewshot, batch_size, prior_mode
@@ -91,7 +91,7 @@ class LMEvaluation(Callback):
         """Refuse, before anything is trained, what could not run at the end, and get data from the hub.
 
         Raises:
-            SettingError: An unknown task, a file that is not there, settings that mean nothing.
+            ConfigError: An unknown task, a file that is not there, settings that mean nothing.
         """
         if stage != "fit":
             return
@@ -112,7 +112,7 @@ class LMEvaluation(Callback):
         """Refuse settings that the model, which is built by now, cannot be evaluated with.
 
         Raises:
-            SettingError: No such batch size, or no such mode of the prior.
+            ConfigError: No such batch size, or no such mode of the prior.
         """
         assert isinstance(pl_module, PreferenceModule)
         if not isinstance(trainer.strategy, SHARDED):
@@ -164,7 +164,7 @@ class LMEvaluation(Callback):
 
     def _lm(self, trainer: Trainer, module: PreferenceModule) -> LatentLM:
         # Imports lm-eval: a second that runs without this callback should not pay.
-        from evaluation.latent_lm import LatentLM
+        from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 
         return LatentLM(
             module.policy,
@@ -177,7 +177,7 @@ class LMEvaluation(Callback):
         )
 
     def _benchmarks(self, trainer: Trainer, module: PreferenceModule, limit: int | None) -> BenchmarkResults:
-        from evaluation.run import run_benchmarks
+        from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 
         return run_benchmarks(
             self._lm(trainer, module),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
+from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, AccuracyReport, Group
+from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round
 
-from evaluation.accuracy_modes import AccuracyModes, AccuracyReport, Group
-from evaluation.collect import CollectPairs, log_round
 from lpc_lightning.data import PreferenceDataModule
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lpc_lightning.modules.accumulation import closes_window
+from lpc_lightning.algorithms.accumulation import is_optimizer_step
 from lpc_lightning.types import PreferenceBatch
 
 Time = float | torch.cuda.Event
@@ -52,7 +52,7 @@ class ResourceMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
         """Stop it with the last one; read the clock and log where the step is logged."""
-        if not closes_window(trainer, batch_idx):
+        if not is_optimizer_step(trainer, batch_idx):
             return
         self._step.end = _now(pl_module.device)
         self._steps.append(self._step)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-
-from callbacks.resources import ResourceMonitor
+from lpc_lightning.callbacks.resources import ResourceMonitor
 
 ROWS = {
     "loss": "loss",

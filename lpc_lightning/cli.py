@@ -21,16 +21,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lpc_lightning.checkpoint_io import CheckpointWriteError
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.data import DataError, PreferenceDataModule
-from lpc_lightning.errors import SettingError
+from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.modules import PreferenceModule
-from lpc_lightning.modules.checkpoint import CheckpointError
-from lpc_lightning.policy import Policy, UnsupportedPolicyError
-from lpc_lightning.precision import is_bfloat16_fast
+from lpc_lightning.policy import PolicySpec, UnsupportedPolicyError
+from lpc_lightning.policy.precision import is_bfloat16_fast
 
 GROUPS = ("policy", "latent", "callbacks")
 """Settings that stand at the top of a config and belong to the module or to the trainer."""
@@ -59,7 +59,7 @@ class PreferenceCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the groups and say where they belong."""
-        parser.add_subclass_arguments(Policy, "policy", instantiate=False, help="The model to train.")
+        parser.add_subclass_arguments(PolicySpec, "policy", instantiate=False, help="The model to train.")
         parser.add_argument(
             "--latent",
             type=LatentSpace | None,
@@ -82,17 +82,17 @@ class PreferenceCLI(LightningCLI):
         """Fill in what depends on the machine and on the runs that are there already."""
         config = self.config[str(self.subcommand)]
         for name, base, example in (
-            ("policy", Policy, "--policy TinyPolicy"),
+            ("policy", PolicySpec, "--policy TinyPolicy"),
             ("model", PreferenceModule, "--model DPO"),
             ("data", PreferenceDataModule, "--data PreferenceData --data.path pairs.jsonl"),
         ):
             # Settings without a class are taken to be the base class's.
             if config[name] is None or config[name].class_path.endswith(f".{base.__name__}"):
-                raise SettingError(f"{name}: found no class, expected one, as in `{example}`.")
+                raise ConfigError(f"{name}: found no class, expected one, as in `{example}`.")
         trainer = config.trainer
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         if "deepspeed" in str(strategy).lower() and find_spec("deepspeed") is None:
-            raise SettingError(
+            raise ConfigError(
                 f"trainer.strategy: found {strategy}, which needs DeepSpeed, and that is not installed. "
                 "`pip install -c constraints.txt -e '.[deepspeed]'`, or set it to fsdp2."
             )
@@ -102,18 +102,18 @@ class PreferenceCLI(LightningCLI):
             # Lightning refuses a bar among the callbacks then; our default callbacks hold one.
             trainer.callbacks = [each for each in trainer.callbacks or [] if "ProgressBar" not in each.class_path]
         if trainer.plugins is None:
-            trainer.plugins = [{"class_path": "lpc_lightning.checkpoint_io.WholeCheckpointIO"}]
+            trainer.plugins = [{"class_path": "lpc_lightning.distributed.checkpoint_io.AtomicCheckpointIO"}]
 
     def instantiate_classes(self) -> None:
         """Build everything.
 
         Raises:
-            SettingError: A class refuses its settings.
+            ConfigError: A class refuses its settings.
         """
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise SettingError(_reason(error)) from error
+            raise ConfigError(_reason(error)) from error
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Give the run a folder of its own, which its config does not name: run again, it is another run."""
@@ -248,8 +248,8 @@ def _about(command: EntryPoint) -> str:
     return told[:1].lower() + told[1:]
 
 
-MENDABLE = (
-    SettingError,
+USER_ERRORS = (
+    ConfigError,
     DataError,
     UnsupportedPolicyError,
     CheckpointError,
@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     run, _ = known[arguments[0]]
     try:
         run(arguments)
-    except MENDABLE as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except SIGTERMException:

@@ -1,5 +1,5 @@
 """An error that is nobody's bug and belongs to no room."""
 
 
-class SettingError(ValueError):
+class ConfigError(ValueError):
     """Settings that no run can have. The message names them, what was found and what was expected."""

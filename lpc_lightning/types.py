@@ -216,14 +216,14 @@ class PairLosses:
     log_likelihood: Tensor | None = None
     """Of each label, in nats, up to a constant. None: the loss is a negative log-likelihood itself."""
     parts: tuple[tuple[float, Tensor], ...] = ()
-    """Weights and log-likelihoods of which the loss is the negative sum. Empty: it is -`evidence`."""
+    """Weights and log-likelihoods of which the loss is the negative sum. Empty: it is -`label_log_likelihood`."""
 
     @property
-    def evidence(self) -> Tensor:
+    def label_log_likelihood(self) -> Tensor:
         """Log-likelihood of each label, in nats, up to a constant: what tells one code from another."""
         return -self.losses if self.log_likelihood is None else self.log_likelihood
 
     def of_mixture(self, log_weights: Tensor) -> Tensor:
         """(B,) the loss of a mixture of codes, of log-weights (B, K): likelihoods are averaged before the logarithm."""
-        parts = self.parts or ((1.0, self.evidence),)
+        parts = self.parts or ((1.0, self.label_log_likelihood),)
         return torch.stack([-weight * (log_weights + part).logsumexp(-1) for weight, part in parts]).sum(0)

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, settings
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from lpc_lightning.data.layouts import Layout, PaddedLayout
-from lpc_lightning.data.loading import EvaluationBatches, PreferenceLoader
-from lpc_lightning.modules.preference import PreferenceModule
+from lpc_lightning.algorithms.base import PreferenceModule
+from lpc_lightning.data.batching.layouts import Layout, PaddedLayout
+from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule
+from lpc_lightning.evaluation.adaptation.command import adapt
+from lpc_lightning.evaluation.comparison.command import evaluate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluation.evaluate import evaluate
-from evaluation.few_shot_command import few_shot
 from lpc_lightning.cli import commands, main
 from lpc_lightning.inference.alpaca import alpaca
 from lpc_lightning.inference.export import export
@@ -30,7 +30,7 @@ from lpc_lightning.policy.prepare import prepare
 
 POLICY = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
 MODEL = ["--model=DPO", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01"]
-LATENT = ["--latent=MarginalSpace", "--latent.codes=3", "--latent.hidden=8"]
+LATENT = ["--latent=MarginalSpace", "--latent.num_codes=3", "--latent.hidden=8"]
 DATA = ["--data=SyntheticPreferences", "--data.train_pairs=6", "--data.validation_pairs=3", "--data.test_pairs=3"]
 TRAINER = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
 TRAINER += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--seed_everything=4"]
@@ -112,7 +112,7 @@ def test_commands_of_other_packages_are_told_and_not_imported() -> None:
     """lpc_lightning imports nothing from evaluation, whose lm-eval takes seconds."""
     code = (
         "import sys; from lpc_lightning.cli import commands; told = commands()['evaluate'][1]; "
-        "assert not {'evaluation.evaluate', 'lm_eval'} & set(sys.modules); print(told)"
+        "assert not {'lpc_lightning.evaluation.comparison.command', 'lm_eval'} & set(sys.modules); print(told)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "benchmarks and preference accuracy of any models, side by side\n"
@@ -124,7 +124,7 @@ FUNCTIONS = {
     "generate": generate,
     "alpaca": alpaca,
     "evaluate": evaluate,
-    "few-shot": few_shot,
+    "few-shot": adapt,
 }
 
 
@@ -176,17 +176,26 @@ def test_fit_help_tells_every_group(command: Command, monkeypatch: pytest.Monkey
 
 
 SETTINGS = {
-    ("model", "DPO"): ["beta", "label_smoothing", "robust", "latent_lr", "lr_schedule", "warmup", "optimizer"],
+    ("model", "DPO"): ["beta", "label_smoothing", "robust", "latent_lr", "lr_schedule", "warmup_ratio", "optimizer"],
     ("model", "IPO"): ["beta", "length_average"],
     ("model", "SimPO"): ["beta", "gamma_beta_ratio"],
-    ("latent", "GumbelSpace"): ["tau", "hard", "g", "kl_weight", "free_bits", "codes", "spread", "prior_mode"],
-    ("latent", "MarginalSpace"): ["codes", "spread", "prior_mode", "detach", "hidden"],
-    ("latent", "GaussianSpace"): ["codes", "g", "kl_weight"],
-    ("latent", "VectorSpace"): ["spread"],
+    ("latent", "GumbelSpace"): [
+        "tau",
+        "hard",
+        "g",
+        "kl_weight",
+        "free_bits",
+        "num_codes",
+        "init_logit_std",
+        "prior_mode",
+    ],
+    ("latent", "MarginalSpace"): ["num_codes", "init_logit_std", "prior_mode", "detach", "hidden"],
+    ("latent", "GaussianSpace"): ["num_codes", "g", "kl_weight"],
+    ("latent", "VectorSpace"): ["init_logit_std"],
     ("policy", "TinyPolicy"): ["family", "width", "dtype", "attention", "lora", "gradient_checkpointing"],
     ("policy", "PretrainedPolicy"): ["path", "revision", "tokenizer", "lora"],
     ("data", "PreferenceData"): ["path", "validation_share", "columns", "batch_size", "layout", "too_long", "bad_rows"],
-    ("data", "SyntheticPreferences"): ["deciding", "train_pairs", "workers", "cache_dir"],
+    ("data", "SyntheticPreferences"): ["deciding", "train_pairs", "num_workers", "cache_dir"],
 }
 
 
@@ -251,11 +260,11 @@ def test_a_run_is_repeated_from_the_config_in_its_folder(
 
 def test_a_config_file_and_flags_make_one_run(command: Command, places: list[str], runs: Path, tmp_path: Path) -> None:
     """Groups from files of their own, relative to the file that names them, and a flag that wins over both."""
-    group = {"class_path": "lpc_lightning.latent.MarginalSpace", "init_args": {"codes": 5, "hidden": 8}}
+    group = {"class_path": "lpc_lightning.latent.MarginalSpace", "init_args": {"num_codes": 5, "hidden": 8}}
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "latent.yaml").write_text(yaml.safe_dump(group))
     (tmp_path / "run.yaml").write_text("latent: parts/latent.yaml\n")
-    flags = [*POLICY, *MODEL, *DATA, *TRAINER, *places, "--trainer.max_steps=1", "--latent.codes=4"]
+    flags = [*POLICY, *MODEL, *DATA, *TRAINER, *places, "--trainer.max_steps=1", "--latent.num_codes=4"]
     assert command("fit", f"--config={tmp_path / 'run.yaml'}", *flags).code == 0
     (path,) = (runs / "version_0").glob("checkpoints/*.ckpt")
     assert torch.load(path, weights_only=True)["state_dict"]["latent.codebook.weight"].shape == (4, 16)
@@ -287,7 +296,7 @@ class TestFromACheckpoint:
         assert len(resumed["train/loss"]) == 3
         assert resumed["train/latent/prior_entropy"]
         module = LightningModule.load_from_checkpoint(next((runs / "version_1").glob("checkpoints/*.ckpt")))
-        assert (module.beta, module.policy_spec.width, module.latent.codes) == (0.1, 16, 3)
+        assert (module.beta, module.policy_spec.width, module.latent.num_codes) == (0.1, 16, 3)
 
     @pytest.mark.parametrize(("name", "prefix"), [("validate", "val"), ("test", "test")])
     def test_it_is_measured(
@@ -307,7 +316,7 @@ class TestFromACheckpoint:
 
     def test_its_pairs_are_predicted(self, checkpoint: Path, command: Command, places: list[str], runs: Path) -> None:
         options = [*ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}"]
-        said = command("predict", *options, "--callbacks+=callbacks.WritePredictions")
+        said = command("predict", *options, "--callbacks+=lpc_lightning.callbacks.WritePredictions")
         assert said.code == 0, said.err
         (file,) = runs.glob("*/predictions_0.jsonl")
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -487,7 +496,7 @@ def test_an_unknown_policy_is_told(command: Command, places: list[str], tmp_path
     [
         (["--data.batch_size=0"], r"data\.batch_size: found 0, expected at least 1"),
         (["--data.max_length=0"], r"max_length=0: expected a number of tokens from 1 on"),
-        (["--latent.codes=0"], r"latent\.codes: found 0, expected at least 1"),
+        (["--latent.num_codes=0"], r"latent\.codes: found 0, expected at least 1"),
         (
             ["--latent.prior_mode=3"],
             r"latent\.prior_mode: found 3, expected one of mean, sample, argmax, or the number",
@@ -505,7 +514,7 @@ def test_an_unknown_policy_is_told(command: Command, places: list[str], tmp_path
             r"Pair 'visible-train-\d+': pair longer than max_length\. It has",
         ),
         (
-            ["--model.optimizer.lr=1e30", "--model.warmup=0"],
+            ["--model.optimizer.lr=1e30", "--model.warmup_ratio=0"],
             r"train/loss: found nan at step \d \(epoch 0, .*pairs visible-train",
         ),
         (

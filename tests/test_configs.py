@@ -13,20 +13,20 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
+from lpc_lightning.callbacks import AnnotatorAdaptation, LabelFlipNoise
+from lpc_lightning.evaluation.ablation.grid import read_grid
+from lpc_lightning.evaluation.adaptation.scores import SHOTS
 
-from callbacks import FewShotAnnotators, LabelFlipNoise
-from evaluation.ablation.grid import read_grid
-from evaluation.few_shot_scores import SHOTS
+from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.modules import PreferenceModule
-from lpc_lightning.policy import Policy, TinyPolicy
+from lpc_lightning.policy import PolicySpec, TinyPolicy
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASES: dict[str, type] = {
-    "policy": Policy,
+    "policy": PolicySpec,
     "latent": LatentSpace,
     "data": PreferenceDataModule,
     "algorithm": PreferenceModule,
@@ -73,7 +73,7 @@ def swap(tmp_path: Path) -> list[str]:
         "--policy.options=null",
     ]
     trainer = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1"]
-    data += ["--data.workers=0", f"--data.cache_dir={tmp_path}"]
+    data += ["--data.num_workers=0", f"--data.cache_dir={tmp_path}"]
     return [*policy, *data, *trainer, f"--trainer.default_root_dir={tmp_path / 'runs'}"]
 
 
@@ -153,7 +153,7 @@ def test_what_is_not_installed_is_named_in_one_sentence(
     monkeypatch.setattr("lpc_lightning.cli.find_spec", lambda name: None)
     where = [f"--trainer={strategy}"] if isinstance(strategy, Path) else [f"--trainer.strategy={strategy}"]
     swap = [each for each in swap if "strategy" not in each]
-    with pytest.raises(SettingError, match=r"needs DeepSpeed, .* `pip install .* '\.\[deepspeed\]'`, or set"):
+    with pytest.raises(ConfigError, match=r"needs DeepSpeed, .* `pip install .* '\.\[deepspeed\]'`, or set"):
         Parsed(["--model=DPO", *swap, *where])
 
 
@@ -211,9 +211,9 @@ def test_label_noise_is_added_to_an_experiment_and_changed_by_flags(path: Path, 
 
 
 def test_few_shot_annotators_are_added_to_an_experiment_and_changed_by_flags(swap: list[str]) -> None:
-    base, path = CONFIGS / "experiment" / "smollm2" / "dpo_lpc.yaml", CONFIGS / "callbacks" / "few_shot.yaml"
+    base, path = CONFIGS / "experiment" / "smollm2" / "dpo_lpc.yaml", CONFIGS / "callbacks" / "adaptation.yaml"
     built = Parsed([f"--config={base}", *swap, f"--callbacks+={path}", "--callbacks.column=factor"])
-    (added,) = [each for each in built.trainer.callbacks if isinstance(each, FewShotAnnotators)]
+    (added,) = [each for each in built.trainer.callbacks if isinstance(each, AnnotatorAdaptation)]
     assert (added.pairs.column, added.pairs.shots, added.pairs.rounds) == ("factor", SHOTS, 20)
     assert any(type(each).__name__ == "GracefulStop" for each in built.trainer.callbacks)
 
@@ -227,7 +227,7 @@ def test_an_ablation_opens_with_its_command_and_its_first_cell_takes_two_steps(
     assert first.startswith(f"# lpc-lightning ablate configs/{name_of(path)}")
     assert second.startswith("# ")
     cells = read_grid(path).cells()
-    by_annotator = any("annotator_run" in argument for argument in cells[0].arguments)
+    by_annotator = any("pairs_per_annotator" in argument for argument in cells[0].arguments)
     steps = [
         f"--data.deciding={'hidden' if by_annotator else 'visible'}",
         "--trainer.accumulate_grad_batches=1",

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lpc_lightning.evaluation.comparison.command import evaluate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from evaluation.evaluate import evaluate
 from lpc_lightning.cli import main
-from lpc_lightning.sharded_checkpoint import is_sharded, read_outline, read_sharded
+from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outline, read_sharded
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!{python}
@@ -39,10 +39,10 @@ echo "$@" >> {folder}/scontrol
 FLAGS = [
     "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2",
     "--data=SyntheticPreferences --data.train_pairs=40 --data.validation_pairs=4 --data.batch_size=1",
-    "--model=DPO --latent=GumbelSpace --latent.codes=4",
+    "--model=DPO --latent=GumbelSpace --latent.num_codes=4",
     "--trainer.accelerator=cpu --trainer.devices=2 --trainer.strategy=fsdp2",
     "--trainer.precision=32-true --trainer.accumulate_grad_batches=2 --trainer.enable_progress_bar=false",
-    "--callbacks+=callbacks.GracefulStop",
+    "--callbacks+=lpc_lightning.callbacks.GracefulStop",
     "--callbacks+=lightning.pytorch.callbacks.ModelCheckpoint --callbacks.every_n_train_steps=2",
 ]
 

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from lpc_lightning.evaluation.ablation.folder import Weights
+from lpc_lightning.evaluation.ablation.grid import read_grid
+from lpc_lightning.evaluation.ablation.local import run_locally
+from lpc_lightning.evaluation.ablation.overview import write_overview
+from lpc_lightning.evaluation.ablation.plan import Planned, plan
+from lpc_lightning.evaluation.ablation.process import Job
+from lpc_lightning.evaluation.ablation.progress import Progress
+from lpc_lightning.evaluation.ablation.ray_cluster import run_on_ray
+from lpc_lightning.evaluation.ablation.slurm import array_script
 
-from evaluation.ablation.folder import Weights
-from evaluation.ablation.grid import read_grid
-from evaluation.ablation.local import run_locally
-from evaluation.ablation.overview import write_overview
-from evaluation.ablation.plan import Planned, plan
-from evaluation.ablation.process import Job
-from evaluation.ablation.progress import Progress
-from evaluation.ablation.ray_cluster import run_on_ray
-from evaluation.ablation.slurm import array_script
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.function_command import run_function
 
 
@@ -81,15 +81,15 @@ def ablate(
         Whether all cells that ran, or were to run, are finished.
 
     Raises:
-        SettingError: The file is no grid, or a setting means nothing; told before anything runs.
+        ConfigError: The file is no grid, or a setting means nothing; told before anything runs.
     """
     if processes < 1:
-        raise SettingError(f"processes: found {processes}, expected at least 1.")
+        raise ConfigError(f"processes: found {processes}, expected at least 1.")
     wanted = read_grid(Path(grid[0])).changed(grid[1:])
     folder = Path(output or f"runs/ablation/{wanted.name}").absolute()
     planned = plan(folder, wanted.cells(), weights)
     if cell is not None and not 0 <= cell < len(planned):
-        raise SettingError(f"cell: found {cell}, expected a number from 0 to {len(planned) - 1}.")
+        raise ConfigError(f"cell: found {cell}, expected a number from 0 to {len(planned) - 1}.")
     to_run = [each for each in planned if cell in (None, each.number) and each.is_to_run(retry_failed, keep_stale)]
     if print_array:
         command = ["lpc-lightning", "ablate", *grid, f"--output={folder}", f"--weights={weights}"]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lpc_lightning.evaluation.provenance import package_versions
 
-from evaluation.provenance import package_versions
 from lpc_lightning.inference.fingerprint import weights_of
 
 WRITTEN = ("default_root_dir", "cache_dir", "dirpath", "save_dir")

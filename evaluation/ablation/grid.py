@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 
 FIT = ("seed_everything", "trainer", "policy", "data", "model", "latent", "callbacks")
 """What a setting of `fit` begins with."""
@@ -41,12 +41,12 @@ class Axis:
         """The same axis over other values.
 
         Raises:
-            SettingError: A name that the axis does not know.
+            ConfigError: A name that the axis does not know.
         """
         if isinstance(self.arguments, Mapping):
             values = [str(value) for value in values]
             if unknown := [value for value in values if value not in self.arguments]:
-                raise SettingError(f"{self.name}: found {', '.join(unknown)}, expected {', '.join(self.arguments)}.")
+                raise ConfigError(f"{self.name}: found {', '.join(unknown)}, expected {', '.join(self.arguments)}.")
         return replace(self, values=tuple(values))
 
 
@@ -86,7 +86,7 @@ class Grid:
         """The same grid after `AXIS=VALUE,VALUE` and `SETTING=VALUE` from the command line.
 
         Raises:
-            SettingError: Neither an axis nor a setting of `fit`, or a value that the axis does not know.
+            ConfigError: Neither an axis nor a setting of `fit`, or a value that the axis does not know.
         """
         axes, settings = {axis.name: axis for axis in self.axes}, list(self.settings)
         for change in changes:
@@ -96,7 +96,7 @@ class Grid:
             elif name.split(".")[0] in FIT and equals:
                 settings.append(f"--{name}={value}")
             else:
-                raise SettingError(
+                raise ConfigError(
                     f"ablate: found {change!r}, expected AXIS=VALUE,VALUE with one of the axes {', '.join(axes)}, or a "
                     "setting of fit such as trainer.max_steps=20."
                 )
@@ -106,13 +106,13 @@ class Grid:
         """Every combination that is not skipped, the last axis changing fastest.
 
         Raises:
-            SettingError: None is left, or two are the same.
+            ConfigError: None is left, or two are the same.
         """
         cells = [cell for values in product(*(axis.values for axis in self.axes)) if (cell := self._cell(values))]
         if not cells:
-            raise SettingError(f"{self.name}: found no cell, expected some: an axis is empty, or skip leaves all out.")
+            raise ConfigError(f"{self.name}: found no cell, expected some: an axis is empty, or skip leaves all out.")
         if len({cell.name for cell in cells}) < len(cells):
-            raise SettingError(f"{self.name}: found a value twice on an axis, expected each once.")
+            raise ConfigError(f"{self.name}: found a value twice on an axis, expected each once.")
         return cells
 
     def _cell(self, values: Sequence[Any]) -> Cell | None:
@@ -127,23 +127,23 @@ def read_grid(path: Path) -> Grid:
     """Read a grid from a YAML file; `configs/ablation/noise_tiny.yaml` shows all there is.
 
     Raises:
-        SettingError: The file is not there, or is no such grid.
+        ConfigError: The file is not there, or is no such grid.
     """
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SettingError(f"ablate: found no file {path} ({error.strerror}), expected a grid as YAML.") from error
+        raise ConfigError(f"ablate: found no file {path} ({error.strerror}), expected a grid as YAML.") from error
     except yaml.YAMLError as error:
-        raise SettingError(f"{path}: found no YAML: {error}") from error
+        raise ConfigError(f"{path}: found no YAML: {error}") from error
     known = {"base", "axes", "skip"}
     if not isinstance(told, dict) or not {"base", "axes"} <= set(told) <= known:
         found = ", ".join(map(str, told)) if isinstance(told, dict) else type(told).__name__
-        raise SettingError(f"{path}: found {found}, expected base, axes, and perhaps skip.")
+        raise ConfigError(f"{path}: found {found}, expected base, axes, and perhaps skip.")
     axes = tuple(_axis(str(name), axis, path) for name, axis in told["axes"].items())
     names, skip = [axis.name for axis in axes], tuple(told.get("skip") or ())
     for left_out in skip:
         if not isinstance(left_out, dict) or not set(left_out) <= set(names):
-            raise SettingError(f"{path} skip: found {left_out}, expected values for some of {', '.join(names)}.")
+            raise ConfigError(f"{path} skip: found {left_out}, expected values for some of {', '.join(names)}.")
     return Grid(path.stem, tuple(_arguments(told["base"], f"{path} base")), axes, skip)
 
 
@@ -155,10 +155,10 @@ def spelled(value: Any) -> str:
 def _axis(name: str, told: Any, path: Path) -> Axis:
     where = f"{path} axes.{name}"
     if not isinstance(told, dict) or not told:
-        raise SettingError(f"{where}: found {told!r}, expected names with their arguments, or key and values.")
+        raise ConfigError(f"{where}: found {told!r}, expected names with their arguments, or key and values.")
     values = told.get("values", list(told))
     if not isinstance(values, list) or set(told) == {"values"}:
-        raise SettingError(f"{where}: found {', '.join(told)}, expected a list of values, and key, arguments or names.")
+        raise ConfigError(f"{where}: found {', '.join(told)}, expected a list of values, and key, arguments or names.")
     if set(told) not in ({"values", "key"}, {"values", "arguments"}):
         given = {str(value): of for value, of in told.items() if value != "values"}
         named = {value: tuple(_arguments(of, f"{where}.{value}")) for value, of in given.items()}
@@ -170,7 +170,7 @@ def _axis(name: str, told: Any, path: Path) -> Axis:
 def _arguments(told: Any, where: str) -> Iterator[str]:
     for argument in told or []:
         if not isinstance(argument, str) or not argument.startswith("--"):
-            raise SettingError(f"{where}: found {argument!r}, expected arguments of fit, such as --model.beta=0.1.")
+            raise ConfigError(f"{where}: found {argument!r}, expected arguments of fit, such as --model.beta=0.1.")
         yield argument
 
 

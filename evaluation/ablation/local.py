@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from types import FrameType
 
-from evaluation.ablation.folder import Record
-from evaluation.ablation.process import CellProcess, Job
+from lpc_lightning.evaluation.ablation.folder import Record
+from lpc_lightning.evaluation.ablation.process import CellProcess, Job
 
 Done = Callable[[Job, Record | None], None]
 """Told of each cell that has ended; None where another command is at work on it."""

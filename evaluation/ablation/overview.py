@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evaluation.ablation.folder import write_json
-from evaluation.ablation.grid import Axis, Grid
-from evaluation.provenance import provenance
-from lpc_lightning.errors import SettingError
+from lpc_lightning.evaluation.ablation.folder import write_json
+from lpc_lightning.evaluation.ablation.grid import Axis, Grid
+from lpc_lightning.evaluation.provenance import provenance
+
+from lpc_lightning.errors import ConfigError
 
 
 def write_overview(output: Path, grid: Grid, command: str) -> None:
@@ -21,13 +22,13 @@ def write_overview(output: Path, grid: Grid, command: str) -> None:
         command: The command that runs it.
 
     Raises:
-        SettingError: The folder holds a grid with other axes.
+        ConfigError: The folder holds a grid with other axes.
     """
     path = output / "ablation.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"axes": {}}
     names = [axis.name for axis in grid.axes]
     if before["axes"] and set(before["axes"]) != set(names):
-        raise SettingError(
+        raise ConfigError(
             f"output: found a grid over {', '.join(before['axes'])} in {output}, expected one over {', '.join(names)}. "
             "Give another folder by --output."
         )

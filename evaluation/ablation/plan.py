@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.ablation.fingerprint import fingerprint
-from evaluation.ablation.folder import CellFolder, Record, Weights
-from evaluation.ablation.grid import Cell
+from lpc_lightning.evaluation.ablation.fingerprint import fingerprint
+from lpc_lightning.evaluation.ablation.folder import CellFolder, Record, Weights
+from lpc_lightning.evaluation.ablation.grid import Cell
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.ablation.folder import CellFolder, Record, Weights
+from lpc_lightning.evaluation.ablation.folder import CellFolder, Record, Weights
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["evaluation.ablation.work", "callbacks"])
+FORKED.set_forkserver_preload(["lpc_lightning.evaluation.ablation.work", "callbacks"])
 TAKEN = 75
 """Exit code: another command is at work on the cell."""
 
@@ -81,6 +81,6 @@ class CellProcess:
 
 
 def _work(job: Job) -> None:
-    from evaluation.ablation.work import work  # torch and Lightning, which the server alone needs
+    from lpc_lightning.evaluation.ablation.work import work  # torch and Lightning, which the server alone needs
 
     work(job)

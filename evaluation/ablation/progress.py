@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
+from lpc_lightning.evaluation.ablation.folder import CellFolder, Record
+from lpc_lightning.evaluation.ablation.process import Job
 from tqdm import tqdm
-
-from evaluation.ablation.folder import CellFolder, Record
-from evaluation.ablation.process import Job
 
 
 class Progress:

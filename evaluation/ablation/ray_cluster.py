@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from evaluation.ablation.folder import CellFolder, Record
-from evaluation.ablation.local import Done
-from evaluation.ablation.process import CellProcess, Job
-from lpc_lightning.errors import SettingError
+from lpc_lightning.evaluation.ablation.folder import CellFolder, Record
+from lpc_lightning.evaluation.ablation.local import Done
+from lpc_lightning.evaluation.ablation.process import CellProcess, Job
+
+from lpc_lightning.errors import ConfigError
 
 
 class CellStoppedError(Exception):
@@ -29,17 +30,17 @@ def run_on_ray(jobs: Sequence[Job], cpus: float, gpus: float, retries: int, done
         done: Told of each cell that has ended.
 
     Raises:
-        SettingError: Ray is not installed, or there is no cluster.
+        ConfigError: Ray is not installed, or there is no cluster.
     """
     try:
         import ray
     except ImportError as error:
-        raise SettingError("launcher: found ray, which is not installed: pip install 'lpc-lightning[ray]'.") from error
+        raise ConfigError("launcher: found ray, which is not installed: pip install 'lpc-lightning[ray]'.") from error
     if not ray.is_initialized():
         try:
             ray.init(address="auto", log_to_driver=False, configure_logging=False)
         except ConnectionError as error:
-            raise SettingError(
+            raise ConfigError(
                 "launcher: found ray and no cluster to run on. Start one (`ray start --head`), or set RAY_ADDRESS."
             ) from error
     options: Any = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": [CellStoppedError]}

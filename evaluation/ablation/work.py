@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lpc_lightning.evaluation.ablation.cell_run import run_cell
+from lpc_lightning.evaluation.ablation.folder import CellFolder
+from lpc_lightning.evaluation.ablation.process import TAKEN, Job
 
-from evaluation.ablation.cell_run import run_cell
-from evaluation.ablation.folder import CellFolder
-from evaluation.ablation.process import TAKEN, Job
-from lpc_lightning.cli import MENDABLE
+from lpc_lightning.cli import USER_ERRORS
 
 WAIT = 10.0
 """Seconds that a cell's lock is waited for: what a killed command has left behind is gone by then."""
@@ -62,7 +62,7 @@ def _attempt(job: Job) -> None:
         run_cell(job.folder, job.weights)
     except SIGTERMException:
         error, record = "stopped by SIGTERM", replace(record, status="stopped")
-    except MENDABLE as fault:
+    except USER_ERRORS as fault:
         print(f"error: {fault}", file=sys.stderr)
         record = replace(record, status="failed")
     except BaseException:

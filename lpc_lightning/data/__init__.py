@@ -1,11 +1,11 @@
 """From rows of any known form to batches of preference pairs."""
 
-from lpc_lightning.data.formats import Columns
+from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.data.datamodule import PreferenceDataModule
 from lpc_lightning.data.label_noise import LabelNoise
-from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
-from lpc_lightning.data.module import PreferenceDataModule
-from lpc_lightning.data.preferences import PreferenceData
-from lpc_lightning.data.rows import DataError
+from lpc_lightning.data.preference_data import PreferenceData
+from lpc_lightning.data.sources.formats import Columns
+from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.synthetic_data import SyntheticPreferences
 
 __all__ = [

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lpc_lightning.data.report import DataReport
-from lpc_lightning.data.sources import ExampleSource
-from lpc_lightning.errors import SettingError
+from lpc_lightning.data.sources.example_source import ExampleSource
+from lpc_lightning.data.sources.report import DataReport
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.types import PreferenceExample
 
 
@@ -70,10 +70,10 @@ def noise_among(callbacks: Sequence[object]) -> LabelNoise | None:
     """The label noise among a trainer's callbacks.
 
     Raises:
-        SettingError: There is more than one.
+        ConfigError: There is more than one.
     """
     found = [each for each in callbacks if isinstance(each, LabelNoise)]
     if len(found) > 1:
         told = "; ".join(each.key() for each in found)
-        raise SettingError(f"callbacks: found {len(found)} kinds of label noise ({told}), expected one at most.")
+        raise ConfigError(f"callbacks: found {len(found)} kinds of label noise ({told}), expected one at most.")
     return found[0] if found else None

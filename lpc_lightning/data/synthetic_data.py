@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any, Literal
 
-from lpc_lightning.data.module import PreferenceDataModule, Stage
-from lpc_lightning.data.sources import ExamplesInMemory
+from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
+from lpc_lightning.data.sources.example_source import ExamplesInMemory
 from lpc_lightning.data.synthetic import PreferenceGenerator, Truth
 from lpc_lightning.types import Ceiling
 

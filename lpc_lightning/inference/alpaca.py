@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lpc_lightning.data import DataError
-from lpc_lightning.data.rows import read_rows
-from lpc_lightning.errors import SettingError
+from lpc_lightning.data.sources.rows import read_rows
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.fingerprint import weights_of
 from lpc_lightning.inference.generate import conditions
 from lpc_lightning.inference.generation import Decoding, answers
@@ -63,7 +63,7 @@ def alpaca(
         device: Where to run: `auto`, `cpu`, `cuda` ...
     """
     if limit is not None and limit < 1:
-        raise SettingError(f"limit: found {limit}, expected at least 1.")
+        raise ConfigError(f"limit: found {limit}, expected at least 1.")
     asked = read_instructions(instructions)[:limit]
     decoding = Decoding(max_new_tokens, temperature, top_p, seed=seed, batch_size=batch_size)
     opened = open_policy(model, dtype=dtype, device=device, name=generator)
@@ -130,12 +130,12 @@ def _taken_up(path: Path, asked: Sequence[Row], settings: Mapping[str, Any]) -> 
     for name, value in settings.items():
         if written.get(name) != value:
             found = written.get(name)
-            raise SettingError(f"output: {path} was written with {name} {found!r}, now it is {value!r}. {advice}")
+            raise ConfigError(f"output: {path} was written with {name} {found!r}, now it is {value!r}. {advice}")
     for number, (row, wanted) in enumerate(zip(rows, asked, strict=False), 1):
         if {**row, **wanted} != row:
-            raise SettingError(f"output: row {number} of {path} answers another instruction. {advice}")
+            raise ConfigError(f"output: row {number} of {path} answers another instruction. {advice}")
     if len(rows) > len(asked):
-        raise SettingError(f"output: {path} holds {len(rows)} answers to {len(asked)} instructions. {advice}")
+        raise ConfigError(f"output: {path} holds {len(rows)} answers to {len(asked)} instructions. {advice}")
     return rows
 
 

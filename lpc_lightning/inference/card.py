@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.data.template import Template
+from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.types import Message
 
 PAPER = "[Latent Preference Coding](https://arxiv.org/abs/2505.04993)"
@@ -136,7 +136,7 @@ def _steer(model: Exported, latent: Mapping[str, Any]) -> str:
     if latent["kind"] in ("discrete", "gaussian"):
         calls['prior_mode="sample"'] = "a draw; each returned sequence has its own"
     if latent["kind"] == "discrete":
-        last = latent["codes"] - 1
+        last = latent["num_codes"] - 1
         calls['prior_mode="argmax"'] = "the likeliest code"
         calls[f"prior_mode={last}"] = f"one code, here the last of {latent['codes']}"
         calls["code_weights=weights"] = "your own mixture: a tensor (K,), or (B, K)"
@@ -176,10 +176,10 @@ def _as_bias(model: Exported, latent: Mapping[str, Any]) -> list[str]:
 
 def _what_z_is(latent: Mapping[str, Any]) -> str:
     told = {
-        "discrete": f"A codebook of {latent.get('codes')} vectors, one for each preference factor. A network of two "
+        "discrete": f"A codebook of {latent.get('num_codes')} vectors, one for each preference factor. A network of two "
         "layers reads the hidden state at the prompt's last token and says how likely each code is; z is taken from "
         "that distribution. The codes have no names: what one of them stands for is found by answering under it.",
-        "gaussian": f"A codebook of {latent.get('codes')} vectors under continuous weights: a network of two layers "
+        "gaussian": f"A codebook of {latent.get('num_codes')} vectors under continuous weights: a network of two layers "
         "reads the hidden state at the prompt's last token and gives the weights' mean and deviation.",
         "mlp": "A network of two layers on the hidden state at the prompt's last token: a control without codes.",
         "vector": "One learned vector for all prompts: a control without codes.",

@@ -13,9 +13,9 @@ import torch
 import yaml
 from lightning.pytorch.cli import instantiate_module
 
-from lpc_lightning.modules import PreferenceModule
-from lpc_lightning.modules.checkpoint import CheckpointError
-from lpc_lightning.sharded_checkpoint import is_sharded, read_outline, read_sharded
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outline, read_sharded
 
 EXAMPLE = "runs/version_0/checkpoints/best.ckpt"
 TRAINER = ("precision", "max_steps", "max_epochs", "gradient_clip_val", "accumulate_grad_batches", "devices")

@@ -15,17 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lpc_lightning.checkpoint_io import CheckpointWriteError
-from lpc_lightning.data.template import Template
-from lpc_lightning.data.templates import make_template
-from lpc_lightning.errors import SettingError
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.data.tokenization.template import Template
+from lpc_lightning.data.tokenization.templates import make_template
+from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.card import Exported, model_card
 from lpc_lightning.inference.checkpoints import run_folder
 from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm
 from lpc_lightning.inference.opening import ORIGIN, load_policy
 from lpc_lightning.inference.prior import inference_prior
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.modules import PreferenceModule
 
 BIASES = "code_biases.safetensors"
 SHARD = "5GB"
@@ -61,7 +61,7 @@ def export(
     Raises:
         CheckpointError: The checkpoint cannot be read or built.
         UnsupportedPolicyError: Its policy cannot be loaded.
-        SettingError: A setting that this checkpoint cannot have, or a folder that is not free.
+        ConfigError: A setting that this checkpoint cannot have, or a folder that is not free.
         CheckpointWriteError: The folder cannot be written.
     """
     target = Path(output).absolute()
@@ -97,28 +97,28 @@ def export(
 
 def _check_free(target: Path, overwrite: bool) -> None:
     if target.is_file():
-        raise SettingError(f"output: {target} is a file, expected a folder that is new or empty.")
+        raise ConfigError(f"output: {target} is a file, expected a folder that is new or empty.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not (target / ORIGIN).is_file():
-        raise SettingError(
+        raise ConfigError(
             f"output: {target} is not empty and no earlier export, expected a folder that is new or empty."
         )
     if not overwrite:
-        raise SettingError(f"output: {target} holds an earlier export. Expected another folder, or --overwrite.")
+        raise ConfigError(f"output: {target} holds an earlier export. Expected another folder, or --overwrite.")
 
 
 def _prior(module: PreferenceModule, mode: PriorMode | None) -> InferencePrior | None:
     if module.latent is None:
         if mode is not None:
-            raise SettingError(f"prior_mode: found {mode!r} for a policy that was trained without a latent.")
+            raise ConfigError(f"prior_mode: found {mode!r} for a policy that was trained without a latent.")
         return None
     prior = inference_prior(module.latent)
     if mode is not None:
         try:
             prior(torch.zeros(1, prior.width), mode)
         except ValueError as error:
-            raise SettingError(str(error)) from error
+            raise ConfigError(str(error)) from error
         prior.settings["prior_mode"] = mode
     return prior
 
@@ -143,11 +143,11 @@ def _published(module: PreferenceModule, template: Template) -> PreTrainedModel:
 
 def _biases(model: Any, prior: InferencePrior | None) -> torch.Tensor:
     if prior is None:
-        raise SettingError("code_biases: the policy was trained without a latent.")
+        raise ConfigError("code_biases: the policy was trained without a latent.")
     try:
         return model.code_biases()
     except ValueError as error:
-        raise SettingError(str(error)) from error
+        raise ConfigError(str(error)) from error
 
 
 def _is_linear(model: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from lpc_lightning.data import DataError
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.generation import Answered, Condition, Decoding, answers
 from lpc_lightning.inference.opening import OpenedPolicy, open_policy
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
@@ -58,7 +58,7 @@ def generate(
         prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: as the
             model's own settings say.
         code_weights: A mixture of the codes to answer under as well: K numbers, used as they are; a JSON file with a
-            list of them; or one with lists by name, such as the `code_weights.json` of `few-shot`, and a name.
+            list of them; or one with lists by name, such as the `code_weights.json` of `adapt`, and a name.
         max_new_tokens: Tokens of an answer at most.
         temperature: Divides the logits before a token is drawn. 0 takes the likeliest token.
         top_p: Draw among the likeliest tokens that together have this probability.
@@ -71,9 +71,9 @@ def generate(
         device: Where to run: `auto`, `cpu`, `cuda` ...
     """
     if (prompt is None) == (prompts is None):
-        raise SettingError("prompt: expected either a prompt (--prompt) or a file of prompts (--prompts).")
+        raise ConfigError("prompt: expected either a prompt (--prompt) or a file of prompts (--prompts).")
     if prompt is not None and not prompt.strip():
-        raise SettingError(f"prompt: found {prompt!r}, expected text.")
+        raise ConfigError(f"prompt: found {prompt!r}, expected text.")
     asked = [text_prompt(prompt, system)] if prompt is not None else read_prompts(str(prompts), system)
     decoding = Decoding(max_new_tokens, temperature, top_p, num_beams, seed, batch_size)
     opened = open_policy(model, dtype=dtype, device=device)
@@ -87,31 +87,31 @@ def conditions(
     """The prior, the mixture where there is one, and each code.
 
     Raises:
-        SettingError: The policy has no such code, or no codes at all.
+        ConfigError: The policy has no such code, or no codes at all.
     """
     prior = opened.prior
     if prior is None:
         for name, value in (("codes", codes), ("code_weights", code_weights), ("prior_mode", prior_mode)):
             if value not in (None, []):
-                raise SettingError(f"{name}: {opened.name} has no latent, so that there is nothing to choose.")
+                raise ConfigError(f"{name}: {opened.name} has no latent, so that there is nothing to choose.")
         return [Condition("plain")]
     try:
         prior(torch.zeros(1, prior.width, device=opened.policy.model.device), prior_mode)
     except ValueError as error:
-        raise SettingError(str(error)) from error
+        raise ConfigError(str(error)) from error
     found = [Condition("prior" if prior_mode is None else f"prior, {prior_mode}", prior_mode)]
     if code_weights is not None:
         found.append(Condition("code weights", code_weights=_weights(code_weights, opened)))
     for code in codes:
-        if prior.codes is None or not 0 <= code < prior.codes:
-            kind = "has no codes" if prior.codes is None else f"has the codes 0 to {prior.codes - 1}"
-            raise SettingError(f"codes: found {code}, but the latent of {opened.name} {kind}.")
+        if prior.num_codes is None or not 0 <= code < prior.num_codes:
+            kind = "has no codes" if prior.num_codes is None else f"has the codes 0 to {prior.num_codes - 1}"
+            raise ConfigError(f"codes: found {code}, but the latent of {opened.name} {kind}.")
         found.append(Condition(f"code {code}", code))
     return found
 
 
 def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
-    codes = opened.prior.codes if opened.prior else None
+    codes = opened.prior.num_codes if opened.prior else None
     values: Sequence[object] = given
     try:
         if given[0].endswith(".json"):
@@ -119,13 +119,13 @@ def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
         weights = tuple(float(value) for value in values)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise DataError(f"code_weights: there is no file {given[0]}.") from None
-    except SettingError:
+    except ConfigError:
         raise
     except (TypeError, ValueError) as error:
-        raise SettingError(f"code_weights: found {' '.join(given)} ({error}), expected a list of numbers.") from error
+        raise ConfigError(f"code_weights: found {' '.join(given)} ({error}), expected a list of numbers.") from error
     if len(weights) != codes:
         expected = "but it has no codes" if codes is None else f"expected {codes}, one for each code"
-        raise SettingError(f"code_weights: found {len(weights)} numbers for {opened.name}, {expected}.")
+        raise ConfigError(f"code_weights: found {len(weights)} numbers for {opened.name}, {expected}.")
     return weights
 
 
@@ -133,9 +133,9 @@ def _read_weights(path: str, name: str) -> Sequence[object]:
     """The list in a file, or that of a name where the file has several."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     if isinstance(found, dict) and name not in found:
-        raise SettingError(f"code_weights: found {name or 'no name'} for {path}, expected one of {', '.join(found)}.")
+        raise ConfigError(f"code_weights: found {name or 'no name'} for {path}, expected one of {', '.join(found)}.")
     if name and not isinstance(found, dict):
-        raise SettingError(f"code_weights: found the name {name} for {path}, which holds no lists by name.")
+        raise ConfigError(f"code_weights: found the name {name} for {path}, which holds no lists by name.")
     return found[name] if isinstance(found, dict) else found
 
 

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from lpc_lightning.data import DataError
-from lpc_lightning.data.rows import BadRow
-from lpc_lightning.data.templates import TemplateKind, make_template
-from lpc_lightning.errors import SettingError
+from lpc_lightning.data.sources.rows import BadRow
+from lpc_lightning.data.tokenization.templates import TemplateKind, make_template
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.opening import OpenedPolicy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.seeding import derive
@@ -36,7 +36,7 @@ class Decoding:
     """How an answer is written.
 
     Raises:
-        SettingError: A value out of range, or two that contradict each other.
+        ConfigError: A value out of range, or two that contradict each other.
     """
 
     max_new_tokens: int = 256
@@ -55,17 +55,15 @@ class Decoding:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "batch_size"):
             if getattr(self, name) < 1:
-                raise SettingError(f"{name}: found {getattr(self, name)}, expected at least 1.")
+                raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 1.")
         if self.temperature < 0:
-            raise SettingError(f"temperature: found {self.temperature}, expected at least 0.")
+            raise ConfigError(f"temperature: found {self.temperature}, expected at least 0.")
         if not 0 < self.top_p <= 1:
-            raise SettingError(f"top_p: found {self.top_p}, expected a share above 0 and at most 1.")
+            raise ConfigError(f"top_p: found {self.top_p}, expected a share above 0 and at most 1.")
         if self.top_p < 1 and not self.temperature:
-            raise SettingError(
-                f"top_p: found {self.top_p} at temperature 0, where nothing is drawn; set a temperature."
-            )
+            raise ConfigError(f"top_p: found {self.top_p} at temperature 0, where nothing is drawn; set a temperature.")
         if self.num_beams > 1 and self.temperature:
-            raise SettingError(
+            raise ConfigError(
                 f"num_beams: found {self.num_beams} at temperature {self.temperature}; beams go with temperature 0."
             )
 

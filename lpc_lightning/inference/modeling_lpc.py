@@ -49,13 +49,13 @@ class InferencePrior(nn.Module):
     """z = f(h_x; mode): what is left of a latent space once training is over. Each kind is a subclass.
 
     Attributes:
-        settings: JSON values: `kind`, `prior_mode`, and `codes` where there is a codebook.
+        settings: JSON values: `kind`, `prior_mode`, and `num_codes` where there is a codebook.
         codebook: (K, d), or None.
-        codes: K, where a single code is a way to answer; else None.
+        num_codes: K, where a single code is a way to answer; else None.
     """
 
     kinds: ClassVar[dict[str, type[InferencePrior]]] = {}
-    codes: int | None = None
+    num_codes: int | None = None
     codebook: Any
 
     def __init_subclass__(cls, kind: str) -> None:
@@ -72,7 +72,7 @@ class InferencePrior(nn.Module):
         """The prior of a kind.
 
         Args:
-            settings: `kind`, `prior_mode` and, where there is a codebook, `codes`.
+            settings: `kind`, `prior_mode` and, where there is a codebook, `num_codes`.
             tensors: Its weights by name; they are copied.
 
         Raises:
@@ -178,7 +178,7 @@ class DiscretePrior(InferencePrior, kind="discrete"):
         super().__init__(settings, tensors)
         self.codebook = _copied(tensors["codebook"])
         self.prior = _Network(tensors, "prior")
-        self.codes = self.codebook.shape[0]
+        self.num_codes = self.codebook.shape[0]
 
     @property
     def width(self) -> int:
@@ -440,7 +440,7 @@ class LatentGenerationMixin(Stock):
         Raises:
             ValueError: The latent has no codes, or the head is not linear.
         """
-        if self.latent_prior.codes is None:
+        if self.latent_prior.num_codes is None:
             raise ValueError(f"code_biases: a latent of kind {self.latent_prior.settings['kind']} has no codes.")
         return self.logit_biases(self.latent_prior.codebook)
 

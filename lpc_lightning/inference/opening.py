@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.checkpoints import build_module, checkpoint_origin, read_checkpoint
 from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, InferencePrior, latent_causal_lm, load_prior
 from lpc_lightning.inference.prior import inference_prior
-from lpc_lightning.modules import PreferenceModule
-from lpc_lightning.policy import CausalPolicy, Policy, PretrainedPolicy, UnsupportedPolicyError
+from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy, UnsupportedPolicyError
 
 ORIGIN = "training.json"
 """What an exported folder keeps of its checkpoint's origin."""
@@ -61,10 +61,10 @@ def open_policy(path: str, dtype: str = "auto", device: str = "auto", name: str 
     Raises:
         CheckpointError: A checkpoint that cannot be read or built.
         UnsupportedPolicyError: A path that is none of these, or a model that cannot be served.
-        SettingError: No such dtype or device.
+        ConfigError: No such dtype or device.
     """
     if dtype not in ("auto", *DTYPES):
-        raise SettingError(f"dtype: found {dtype!r}, expected auto, {', '.join(DTYPES)}.")
+        raise ConfigError(f"dtype: found {dtype!r}, expected auto, {', '.join(DTYPES)}.")
     to, opener = _device(device), _open_checkpoint if _is_checkpoint(path) else _open_model
     kind, policy, tokenizer, prior, origin = opener(path, dtype)
     policy.requires_grad_(False).eval().to(to)
@@ -80,7 +80,7 @@ def open_module(path: str, device: str = "auto") -> PreferenceModule:
     Raises:
         CheckpointError: The checkpoint cannot be read or built.
         UnsupportedPolicyError: Its policy cannot be loaded.
-        SettingError: No such device.
+        ConfigError: No such device.
     """
     to, checkpoint = _device(device), read_checkpoint(Path(path))
     return build_module(checkpoint, Path(path), lambda module: None).to(to)
@@ -107,7 +107,7 @@ def load_policy(path: str, dtype: str = "auto") -> tuple[PreferenceModule, dict[
     return build_module(checkpoint, Path(path), change), checkpoint_origin(checkpoint, Path(path))
 
 
-def _stored(state: dict[str, torch.Tensor], spec: Policy) -> str:
+def _stored(state: dict[str, torch.Tensor], spec: PolicySpec) -> str:
     """An adapter's weights say nothing of its policy's type; a whole policy's do (`trainer.precision: bf16-true`)."""
     found = {tensor.dtype for name, tensor in state.items() if name.startswith("policy.")}
     return str(found.pop()).removeprefix("torch.") if spec.lora is None and len(found) == 1 else spec.dtype
@@ -153,7 +153,7 @@ def _device(device: str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         said = str(error).splitlines()[0]
-        raise SettingError(f"device: found {device!r} ({said}), expected auto, cpu, cuda, cuda:1 ...") from error
+        raise ConfigError(f"device: found {device!r} ({said}), expected auto, cpu, cuda, cuda:1 ...") from error
 
 
 def short_name(path: str) -> str:

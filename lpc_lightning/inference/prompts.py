@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lpc_lightning.data.formats import to_example
-from lpc_lightning.data.rows import BadRow, DataError, read_rows
+from lpc_lightning.data.sources.formats import to_example
+from lpc_lightning.data.sources.rows import BadRow, DataError, read_rows
 from lpc_lightning.types import Message
 
 Prompt = tuple[Message, ...]

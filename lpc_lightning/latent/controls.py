@@ -84,18 +84,18 @@ class DeterministicSpace(LatentSpace):
 class VectorSpace(DeterministicSpace):
     """One learned vector for all prompts: a bias on the logits."""
 
-    def __init__(self, spread: float = 0.0) -> None:
+    def __init__(self, init_logit_std: float = 0.0) -> None:
         """Keep the settings.
 
         Args:
-            spread: Initial deviation of LMHead(z) over the vocabulary, in logits (nats). 0 starts at the plain policy.
+            init_logit_std: Initial deviation of LMHead(z) over the vocabulary, in logits (nats). 0 starts at the plain policy.
         """
         super().__init__()
-        self.spread = spread
+        self.init_logit_std = init_logit_std
 
     def build(self, width: int, head: LogitHead) -> None:
         """Make the vector."""
-        scale = self.spread / state_deviation(head) if self.spread else 0.0
+        scale = self.init_logit_std / state_deviation(head) if self.init_logit_std else 0.0
         self.vector = nn.Parameter(scale * torch.randn(width))
 
     def z(self, prompt: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ class GaussianSpace(LatentSpace):
 
     def __init__(
         self,
-        codes: int = 32,
-        spread: float = 0.1,
+        num_codes: int = 32,
+        init_logit_std: float = 0.1,
         kl_weight: float | Schedule = 0.1,
         free_bits: float = 0.0,
         g: float | Schedule | None = None,
@@ -142,8 +142,8 @@ class GaussianSpace(LatentSpace):
         """Keep the settings.
 
         Args:
-            codes: K, vectors in the codebook and dimensions of the Gaussian.
-            spread: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats).
+            num_codes: K, vectors in the codebook and dimensions of the Gaussian.
+            init_logit_std: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats).
             kl_weight: lambda, the weight of the KL between posterior and prior. A number or a schedule.
             free_bits: KL in nats below which a pair pays no more for less.
             g: Share of the prior in the training mixture. A number, or a schedule; null is the line from 0 to 1.
@@ -151,20 +151,20 @@ class GaussianSpace(LatentSpace):
             networks: Settings of `LatentSpace`.
 
         Raises:
-            ValueError: `codes` is below 1, `spread` is negative, or `prior_mode` is neither.
+            ValueError: `num_codes` is below 1, `init_logit_std` is negative, or `prior_mode` is neither.
         """
-        check_codebook(codes, spread)
+        check_codebook(num_codes, init_logit_std)
         super().__init__(**networks)
-        self.codes, self.spread, self.prior_mode = codes, spread, prior_mode
+        self.num_codes, self.init_logit_std, self.prior_mode = num_codes, init_logit_std, prior_mode
         self.divergence = WeightedKL(kl_weight, free_bits)
         self.g = as_schedule(Linear() if g is None else g)
-        self._weights_by(prior_mode, *torch.zeros(2, 1, codes))
+        self._weights_by(prior_mode, *torch.zeros(2, 1, num_codes))
 
     def build(self, width: int, head: LogitHead) -> None:
         """Make codebook, prior and posterior."""
-        self.codebook = Codebook(self.codes, width, self.spread, head)
-        self.prior = Prior(width, 2 * self.codes, self.networks)
-        self.posterior = Posterior(width, 2 * self.codes, self.networks)
+        self.codebook = Codebook(self.num_codes, width, self.init_logit_std, head)
+        self.prior = Prior(width, 2 * self.num_codes, self.networks)
+        self.posterior = Posterior(width, 2 * self.num_codes, self.networks)
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """One reparametrised z for each pair, and lambda KL."""
@@ -206,7 +206,7 @@ class GaussianSpace(LatentSpace):
         """Codebook and prior."""
         return InferenceForm(
             kind="gaussian",
-            settings={"codes": self.codes, "prior_mode": self.prior_mode},
+            settings={"num_codes": self.num_codes, "prior_mode": self.prior_mode},
             tensors={"codebook": self.codebook.weight.detach(), **self.prior.weights("prior")},
         )
 

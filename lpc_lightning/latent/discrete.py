@@ -37,39 +37,39 @@ class DiscreteSpace(LatentSpace):
 
     def __init__(
         self,
-        codes: int = 32,
-        spread: float = 0.1,
+        num_codes: int = 32,
+        init_logit_std: float = 0.1,
         prior_mode: PriorMode = "mean",
-        usage_weight: float = 0.0,
+        diversity_weight: float = 0.0,
         **networks: Any,
     ) -> None:
         """Keep the settings.
 
         Args:
-            codes: K, vectors in the codebook. The paper's results peak at 32 to 64.
-            spread: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 starts at the plain
+            num_codes: K, vectors in the codebook. The paper's results peak at 32 to 64.
+            init_logit_std: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 starts at the plain
                 algorithm, with codes that only noise can part.
             prior_mode: How z is taken from the prior at inference: `mean`, `sample`, `argmax`, or a code's number.
-            usage_weight: What it costs, a nat, that the prior's mean over a micro-batch falls short of an even use of
+            diversity_weight: What it costs, a nat, that the prior's mean over a micro-batch falls short of an even use of
                 the codes (the diversity loss of wav2vec 2.0, arXiv 2006.11477, eq. 4). Against a prior that
                 collapses to few codes.
             networks: Settings of `LatentSpace`.
 
         Raises:
-            ValueError: `codes` is below 1, `spread` or `usage_weight` is negative, or `prior_mode` names no code.
+            ValueError: `num_codes` is below 1, `init_logit_std` or `diversity_weight` is negative, or `prior_mode` names no code.
         """
-        check_codebook(codes, spread)
-        if usage_weight < 0:
-            raise ValueError(f"latent.usage_weight: found {usage_weight}, expected at least 0.")
+        check_codebook(num_codes, init_logit_std)
+        if diversity_weight < 0:
+            raise ValueError(f"latent.diversity_weight: found {diversity_weight}, expected at least 0.")
         super().__init__(**networks)
-        self.usage_weight = usage_weight
-        self.codes, self.spread, self.prior_mode = codes, spread, prior_mode
-        self.weights_by(prior_mode, torch.zeros(1, codes))
+        self.diversity_weight = diversity_weight
+        self.num_codes, self.init_logit_std, self.prior_mode = num_codes, init_logit_std, prior_mode
+        self.weights_by(prior_mode, torch.zeros(1, num_codes))
 
     def build(self, width: int, head: LogitHead) -> None:
         """Make codebook and prior."""
-        self.codebook = Codebook(self.codes, width, self.spread, head)
-        self.prior = Prior(width, self.codes, self.networks)
+        self.codebook = Codebook(self.num_codes, width, self.init_logit_std, head)
+        self.prior = Prior(width, self.num_codes, self.networks)
 
     def log_prior(self, prompt: Tensor) -> Tensor:
         """log p(k given x): (B, d) prompt states to (B, K)."""
@@ -83,17 +83,17 @@ class DiscreteSpace(LatentSpace):
         """Codebook and prior."""
         return InferenceForm(
             kind="discrete",
-            settings={"codes": self.codes, "prior_mode": self.prior_mode},
+            settings={"num_codes": self.num_codes, "prior_mode": self.prior_mode},
             tensors={"codebook": self.codebook.weight.detach(), **self.prior.weights("prior")},
         )
 
     def unevenness(self, log_prior: Tensor) -> Tensor | float:
-        """(B, K) log p_k of a micro-batch to `usage_weight` (log K - H(mean p)), in nats, for each pair (B,)."""
-        if not self.usage_weight:
+        """(B, K) log p_k of a micro-batch to `diversity_weight` (log K - H(mean p)), in nats, for each pair (B,)."""
+        if not self.diversity_weight:
             return 0.0
         use = log_prior.exp().mean(0)
-        short = math.log(self.codes) + torch.xlogy(use, use).sum()
-        return (self.usage_weight * short).expand(len(log_prior))
+        short = math.log(self.num_codes) + torch.xlogy(use, use).sum()
+        return (self.diversity_weight * short).expand(len(log_prior))
 
     def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
         """(B,) nats that the networks are from saying `codes` (B,) of these pairs."""
@@ -106,7 +106,7 @@ class DiscreteSpace(LatentSpace):
 
     def log_joint(self, prompt: Tensor, score: PairScorer) -> Tensor:
         """(B, K) log p_k - l_k, with p the prior and l_k the pair's loss under code k, in nats of evidence."""
-        return self.log_prior(prompt) + score.under_codes(self.codebook.weight)[0].evidence
+        return self.log_prior(prompt) + score.under_codes(self.codebook.weight)[0].label_log_likelihood
 
     def log_exact_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """(B, K) prior times evidence, normalised."""
@@ -122,11 +122,11 @@ class DiscreteSpace(LatentSpace):
         Raises:
             ValueError: `mode` is no known name, or the number of no code.
         """
-        if isinstance(mode, int) and 0 <= mode < self.codes:
+        if isinstance(mode, int) and 0 <= mode < self.num_codes:
             return one_hot(torch.full(log_prior.shape[:1], mode, device=log_prior.device), log_prior)
         if mode in MODES:
             return MODES[str(mode)](log_prior)
         raise ValueError(
             f"latent.prior_mode: found {mode!r}, expected one of {', '.join(MODES)}, "
-            f"or the number of a code from 0 to {self.codes - 1}."
+            f"or the number of a code from 0 to {self.num_codes - 1}."
         )

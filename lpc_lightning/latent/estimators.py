@@ -45,7 +45,7 @@ class PosteriorSpace(DiscreteSpace):
     def build(self, width: int, head: LogitHead) -> None:
         """Make codebook, prior and posterior."""
         super().build(width, head)
-        self.posterior = Posterior(width, self.codes, self.networks, self.posterior_reads)
+        self.posterior = Posterior(width, self.num_codes, self.networks, self.posterior_reads)
 
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """log q(k given x, y_w over y_l): (B, K), as the network says; `score` is not asked."""
@@ -141,7 +141,7 @@ class MarginalSpace(DiscreteSpace):
         Args:
             annotators: Have the pairs of one annotator in a batch share what they say about the codes: each is scored
                 given the ones before it, as few-shot annotators are. Needs an annotator column, and batches that hold
-                several pairs of an annotator (data.annotator_run); batches of other devices, and those that are
+                several pairs of an annotator (data.pairs_per_annotator); batches of other devices, and those that are
                 accumulated for a step, share nothing.
             space: Settings of `DiscreteSpace`.
         """
@@ -152,8 +152,8 @@ class MarginalSpace(DiscreteSpace):
         """The exact loss; rewards and log-probabilities are reported under the prior, the posterior against p_k."""
         prior = self.log_prior(states.prompt)
         pairs, logps = score.under_codes(self.codebook.weight)
-        given = given_earlier_pairs(prior, pairs.evidence, states.annotators) if self.annotators else prior
-        posterior = (given + pairs.evidence).log_softmax(-1).detach()
+        given = given_earlier_pairs(prior, pairs.label_log_likelihood, states.annotators) if self.annotators else prior
+        posterior = (given + pairs.label_log_likelihood).log_softmax(-1).detach()
         return LatentTerms(
             *averaged(pairs, logps, prior, pairs.of_mixture(given)),
             penalty=self.unevenness(prior),

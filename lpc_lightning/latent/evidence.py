@@ -22,7 +22,7 @@ def given_earlier_pairs(log_prior: Tensor, evidence: Tensor, annotators: Sequenc
 
     Args:
         log_prior: (B, K) log p_k(x_i).
-        evidence: (B, K) -l_ik, what each pair says of each code (`PairLosses.evidence`).
+        evidence: (B, K) -l_ik, what each pair says of each code (`PairLosses.label_log_likelihood`).
         annotators: Who labelled each pair; empty where nobody is known.
 
     Returns:

@@ -22,37 +22,37 @@ def state_deviation(head: LogitHead) -> float:
     """
     weight = head.weight.detach()
     exact = weight.dtype if weight.dtype == torch.float64 else torch.float32
-    spread = weight.to(exact).var(dim=0, correction=0).sum().sqrt()
-    return abs(head.scale) * float(spread)
+    deviation = weight.to(exact).var(dim=0, correction=0).sum().sqrt()
+    return abs(head.scale) * float(deviation)
 
 
-def check_codebook(codes: int, spread: float) -> None:
+def check_codebook(num_codes: int, init_logit_std: float) -> None:
     """Refuse settings of no codebook.
 
     Raises:
-        ValueError: `codes` is below 1, or `spread` is negative.
+        ValueError: `num_codes` is below 1, or `init_logit_std` is negative.
     """
-    if codes < 1:
-        raise ValueError(f"latent.codes: found {codes}, expected at least 1.")
-    if spread < 0:
-        raise ValueError(f"latent.spread: found {spread}, expected at least 0.")
+    if num_codes < 1:
+        raise ValueError(f"latent.num_codes: found {num_codes}, expected at least 1.")
+    if init_logit_std < 0:
+        raise ValueError(f"latent.init_logit_std: found {init_logit_std}, expected at least 0.")
 
 
 class Codebook(nn.Module):
     """E: one vector for each preference factor."""
 
-    def __init__(self, codes: int, width: int, spread: float, head: LogitHead) -> None:
-        """Draw codes from a normal whose effect on the logits has the deviation `spread`.
+    def __init__(self, num_codes: int, width: int, init_logit_std: float, head: LogitHead) -> None:
+        """Draw codes from a normal whose effect on the logits has the deviation `init_logit_std`.
 
         Args:
-            codes: K.
+            num_codes: K.
             width: d.
-            spread: Deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 makes all codes zero.
+            init_logit_std: Deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 makes all codes zero.
             head: The policy's head, which sets the scale of a state against a logit.
         """
         super().__init__()
-        scale = spread / state_deviation(head) if spread else 0.0
-        self.weight = nn.Parameter(scale * torch.randn(codes, width))
+        scale = init_logit_std / state_deviation(head) if init_logit_std else 0.0
+        self.weight = nn.Parameter(scale * torch.randn(num_codes, width))
 
     def forward(self, weights: Tensor) -> Tensor:
         """z = c E: weights (B, K) over the codes to preference representations (B, d)."""

@@ -69,7 +69,9 @@ class LatentSpace(nn.Module, ABC):
     A space is declared before the policy is known: `__init__` keeps settings, `build` makes the parameters.
     """
 
-    def __init__(self, detach: bool = False, hidden: int = 256, standardise: bool = True, rehearse: int = 0) -> None:
+    def __init__(
+        self, detach: bool = False, hidden: int = 256, standardise: bool = True, warm_start_pairs: int = 0
+    ) -> None:
         """Keep the settings that all spaces share.
 
         Args:
@@ -77,19 +79,19 @@ class LatentSpace(nn.Module, ABC):
             hidden: Width of the hidden layer of the prior and posterior networks.
             standardise: Have these networks read what tells the states apart: less their running mean, over their
                 running deviation. Unless that is done they hardly see the prompt (see `RunningMoments`).
-            rehearse: Training pairs, at most, to which the space is fitted before the first step, in a sketch of the
-                policy (see `modules.rehearsal` and docs/latent_spaces.md). Codes are then found by looking at all of
+            warm_start_pairs: Training pairs, at most, to which the space is fitted before the first step, in a sketch of the
+                policy (see `algorithms.warm_start` and docs/latent_spaces.md). Codes are then found by looking at all of
                 them at once. At least two for each code. 0: none.
 
         Raises:
-            ValueError: `hidden` is below 1, or `rehearse` is negative.
+            ValueError: `hidden` is below 1, or `warm_start_pairs` is negative.
         """
         super().__init__()
         if hidden < 1:
             raise ValueError(f"latent.hidden: found {hidden}, expected at least 1.")
-        if rehearse < 0:
-            raise ValueError(f"latent.rehearse: found {rehearse}, expected at least 0.")
-        self.rehearse = rehearse
+        if warm_start_pairs < 0:
+            raise ValueError(f"latent.warm_start_pairs: found {warm_start_pairs}, expected at least 0.")
+        self.warm_start_pairs = warm_start_pairs
         self.networks = NetworkSettings(hidden, detach, standardise)
 
     @abstractmethod

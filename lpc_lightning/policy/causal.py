@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_head, head_of
+from lpc_lightning.policy.logprobs import BatchForward
 from lpc_lightning.policy.masks import FORMS, FULL, block_mask, layer_windows
-from lpc_lightning.policy.piecewise import PIECEWISE, blocks_of
-from lpc_lightning.readout import Reading
+from lpc_lightning.policy.segment_attention import SEGMENT, blocks_of
 from lpc_lightning.types import LogitHead, PreferenceBatch
 
 
@@ -37,9 +37,9 @@ class CausalPolicy(nn.Module):
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         with _uncompiled():
             check_head(self.causal_lm, self.backbone)
-            self.attends_by_piece = self._attends_by_piece()
+            self.attends_by_segment = self._attends_by_piece()
             """Whether packed rows on a CPU cost no more attention than their pieces: rows may have any width."""
-            self.takes_block_mask = self.attends_by_piece or self._honours_block_mask()
+            self.takes_block_mask = self.attends_by_segment or self._honours_block_mask()
             """Whether rows may hold several pieces: the kernel takes a mask; all layers honour it and the positions."""
 
     @property
@@ -65,11 +65,11 @@ class CausalPolicy(nn.Module):
 
     def _attends_by_piece(self) -> bool:
         config = self.backbone.config
-        if config._attn_implementation != PIECEWISE or not self._takes_positions:
+        if config._attn_implementation != SEGMENT or not self._takes_positions:
             return False
-        self.attends_by_piece = layer_windows(config) == {FULL: None}
+        self.attends_by_segment = layer_windows(config) == {FULL: None}
         # Families that do not pass on what their layers are called with would attend to everything.
-        return self.attends_by_piece and self._keeps_pieces_apart()
+        return self.attends_by_segment and self._keeps_pieces_apart()
 
     def _honours_block_mask(self) -> bool:
         config = self.backbone.config
@@ -119,9 +119,9 @@ class CausalPolicy(nn.Module):
         """The decoder layers."""
         return decoder_layers(self.causal_lm)
 
-    def read(self, batch: PreferenceBatch) -> Reading:
+    def read(self, batch: PreferenceBatch) -> BatchForward:
         """One backbone pass."""
-        return Reading(self.hidden(batch), batch, self.head)
+        return BatchForward(self.hidden(batch), batch, self.head)
 
     def hidden(self, batch: PreferenceBatch) -> Tensor:
         """(R T, d) last hidden states of all tokens, flattened."""
@@ -139,7 +139,7 @@ class CausalPolicy(nn.Module):
         if segments is not None:
             config, device = self.backbone.config, input_ids.device.type
             kernel = config._attn_implementation
-            if self.attends_by_piece and kernel == PIECEWISE and device == "cpu":
+            if self.attends_by_segment and kernel == SEGMENT and device == "cpu":
                 # Four dimensions: transformers takes it for a finished mask and makes none. The blocks stand in for it.
                 mask, options["blocks"] = input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool), blocks_of(segments)
             else:

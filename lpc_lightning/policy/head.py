@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lpc_lightning.readout import logits_of
+from lpc_lightning.policy.logprobs import logits_of
 from lpc_lightning.types import LogitHead
 
 SCALES: dict[str, Callable[[float], float]] = {

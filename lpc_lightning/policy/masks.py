@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
-from lpc_lightning.policy.piecewise import PIECEWISE
+from lpc_lightning.policy.segment_attention import SEGMENT
 from lpc_lightning.types import PIECES
 
 WINDOWED, FULL = "sliding_attention", "full_attention"
@@ -83,7 +83,7 @@ def blocks(segments: Tensor, position_ids: Tensor, window: int | None, scores: t
     return create_block_mask(rule, rows, None, tokens, tokens, device=segments.device)
 
 
-FORMS: dict[str, Form] = {"sdpa": truth, PIECEWISE: truth, "eager": addend, "flex_attention": blocks}
+FORMS: dict[str, Form] = {"sdpa": truth, SEGMENT: truth, "eager": addend, "flex_attention": blocks}
 """The kernels that take a block mask, and the form in which they take it."""
 
 

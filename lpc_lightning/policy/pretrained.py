@@ -17,12 +17,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy.head import UnsupportedPolicyError
-from lpc_lightning.policy.spec import Policy
+from lpc_lightning.policy.spec import PolicySpec
 
 
-class PretrainedPolicy(Policy):
+class PretrainedPolicy(PolicySpec):
     """A model from the hub, from a folder, or from a GGUF file."""
 
     def __init__(
@@ -43,20 +43,20 @@ class PretrainedPolicy(Policy):
                 arXiv 2305.14314): `nf4`, with quantised scales, by bitsandbytes. dtype is then that of the arithmetic.
                 A checkpoint holds the adapter alone; with null in place of nf4 it goes onto the unquantised weights, as
                 for merging the two.
-            policy: Settings of `Policy`.
+            policy: Settings of `PolicySpec`.
 
         Raises:
-            SettingError: Quantization without an adapter, or of a GGUF file.
+            ConfigError: Quantization without an adapter, or of a GGUF file.
         """
         super().__init__(**policy)
         self.path, self.revision, self.tokenizer, self.quantization = path, revision, tokenizer, quantization
         if quantization is not None and self.lora is None:
-            raise SettingError(
+            raise ConfigError(
                 f"policy.quantization: found {quantization} without an adapter, expected policy.lora: quantised "
                 "weights cannot be trained."
             )
         if quantization is not None and path.endswith(".gguf"):
-            raise SettingError(
+            raise ConfigError(
                 f"policy.quantization: found {quantization} for {path}, whose weights are dequantised once already. "
                 "Expected a folder or a hub name."
             )
@@ -92,7 +92,7 @@ class PretrainedPolicy(Policy):
         if self.quantization is None:
             return {}
         if find_spec("bitsandbytes") is None:
-            raise SettingError(
+            raise ConfigError(
                 f"policy.quantization: found {self.quantization}, which needs bitsandbytes, and that is not installed. "
                 "`pip install -c constraints.txt -e '.[qlora]'`, or set it to null."
             )

@@ -10,15 +10,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lpc_lightning.policy.causal import CausalPolicy, decoder_layers
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_vocabulary
-from lpc_lightning.policy.lean_layers import make_lean
 from lpc_lightning.policy.lora import LoRA
-from lpc_lightning.policy.piecewise import PIECEWISE
+from lpc_lightning.policy.memory_efficient_layers import make_memory_efficient
+from lpc_lightning.policy.segment_attention import SEGMENT
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-Attention = Literal["auto", "piecewise", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+Attention = Literal["auto", "segment", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
-class Policy(ABC):
+class PolicySpec(ABC):
     """A causal language model to be trained, and its tokenizer."""
 
     def __init__(
@@ -34,8 +34,8 @@ class Policy(ABC):
         Args:
             dtype: Type of the weights. Full fine-tuning in bfloat16 loses updates smaller than 1/256 of a weight; keep
                 float32 and let `trainer.precision: bf16-mixed` do the arithmetic in bfloat16.
-            attention: Attention kernel: one of transformers, or `piecewise`, which is sdpa but for packed rows on a
-                CPU, where it computes no more than each piece sees. `auto` is piecewise, and so sdpa on a GPU; or eager
+            attention: Attention kernel: one of transformers, or `segment`, which is sdpa but for packed rows on a
+                CPU, where it computes no more than each piece sees. `auto` is segment, and so sdpa on a GPU; or eager
                 for families that soft-cap their attention scores, which sdpa cannot.
             lora: Train an adapter in place of the weights. null trains all weights.
             gradient_checkpointing: Keep one state a layer and compute the rest again in the backward pass: less
@@ -79,7 +79,7 @@ class Policy(ABC):
         check_vocabulary(model, self.load_tokenizer() if tokenizer is None else tokenizer)
         model.eval()
         if not self.compile:  # a compiler chooses by itself what to keep
-            make_lean(decoder_layers(model))
+            make_memory_efficient(decoder_layers(model))
         policy = CausalPolicy(model if self.lora is None else self.lora.apply(model))
         if self.gradient_checkpointing:
             policy.set_gradient_checkpointing(True)
@@ -89,11 +89,11 @@ class Policy(ABC):
     def _kernel(self, config: PreTrainedConfig) -> str:
         # Also where the cap is set to null: such families have no sdpa at all.
         capped = hasattr(config.get_text_config(), "attn_logit_softcapping")
-        if self.attention in ("sdpa", PIECEWISE) and capped:
+        if self.attention in ("sdpa", SEGMENT) and capped:
             raise UnsupportedPolicyError(
                 f"policy.attention: found {self.attention} for {config.model_type}, which soft-caps its attention "
                 "scores; sdpa cannot do that. Expected auto, eager or flex_attention."
             )
         if self.attention != "auto":
             return self.attention
-        return "eager" if capped else PIECEWISE
+        return "eager" if capped else SEGMENT

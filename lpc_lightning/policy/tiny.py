@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lpc_lightning.errors import SettingError
-from lpc_lightning.policy.spec import Policy
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.policy.spec import PolicySpec
 
 TOKENIZER = Path(__file__).with_name("tiny_tokenizer.json")
 CHAT_TEMPLATE = (
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class TinyPolicy(Policy):
+class TinyPolicy(PolicySpec):
     """A config-only model of a known family, with a byte-level tokenizer that can write any text."""
 
     def __init__(
@@ -54,14 +54,14 @@ class TinyPolicy(Policy):
                 options.num_key_value_heads to `heads` for the whole), queries and keys as small as ever, and logits
                 have a deviation of 1 nat. Otherwise that state says little of the prompt, unlike a pretrained model's.
             options: Further fields of the family's config.
-            policy: Settings of `Policy`.
+            policy: Settings of `PolicySpec`.
 
         Raises:
-            SettingError: `reader` with gpt2, whose attention has no values of their own.
+            ConfigError: `reader` with gpt2, whose attention has no values of their own.
         """
         super().__init__(**policy)
         if reader and family == "gpt2":
-            raise SettingError("policy.reader: found true with family gpt2, expected another family, or false.")
+            raise ConfigError("policy.reader: found true with family gpt2, expected another family, or false.")
         self.reader = reader
         self.family, self.width, self.layers, self.heads = family, width, layers, heads
         self.context, self.seed, self.options = context, seed, options or {}

@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.live_memory import peak_bytes
 from benchmarks.memory_model import LLAMA_3_8B, Architecture, Machine, Step, cases, memory, table
-from lpc_lightning import readout
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import SyntheticPreferences
-from lpc_lightning.modules import DPO, pair_pass
-from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.policy import TinyPolicy, logprobs
+from lpc_lightning.reference import pair_pass
 
 MODELS: dict[str, dict[str, Any]] = {
     "wide, large vocabulary": {
@@ -91,7 +91,7 @@ def test_the_formula_is_within_15_percent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if chunked:
-        monkeypatch.setattr(readout, "CHUNK_ELEMENTS", 2**19)
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 2**19)
         monkeypatch.setattr("benchmarks.memory_model.CHUNK_ELEMENTS", 2**19)
     monkeypatch.setattr(pair_pass, "BATCH_TOKENS", ROWS)
     policy = TinyPolicy(**MODELS[model], attention="sdpa", gradient_checkpointing=checkpointing)

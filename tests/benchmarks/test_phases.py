@@ -13,18 +13,17 @@ from lightning.pytorch import Trainer, seed_everything
 
 from benchmarks.phases import PARTS
 from benchmarks.recorder import StepRecorder
-from lpc_lightning import readout
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
-from lpc_lightning.modules import DPO
-from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.policy import TinyPolicy, logprobs
 
 SLOW = 0.1
 """Seconds by which a part is slowed down: far more than all of a tiny step takes."""
 LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
     "plain": None,
-    "gumbel": lambda: GumbelSpace(codes=3, hidden=8),
-    "marginal": lambda: MarginalSpace(codes=3, hidden=8),
+    "gumbel": lambda: GumbelSpace(num_codes=3, hidden=8),
+    "marginal": lambda: MarginalSpace(num_codes=3, hidden=8),
 }
 
 
@@ -32,9 +31,9 @@ LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StepRecorder]:
     """Three recorded steps of a module, after something was done to it."""
     # What is wrapped for good in a benchmark's process is put back here.
-    for owner, name in ((readout.Reading, "logps"), (readout.Reading, "logps_per_code")):
+    for owner, name in ((logprobs.BatchForward, "logps"), (logprobs.BatchForward, "logps_per_code")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(readout._TokenLogps, "backward", staticmethod(readout._TokenLogps.backward))
+    monkeypatch.setattr(logprobs._TokenLogps, "backward", staticmethod(logprobs._TokenLogps.backward))
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
     def run(module: DPO, change: Callable[[DPO], None] = lambda module: None) -> StepRecorder:
@@ -61,13 +60,13 @@ def test_a_part_that_is_slow_is_the_one_that_is_named(
     reference: Any, latent: str, record: Callable[..., StepRecorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pause in the head's backward pass shows there, and not in the backbone's around it; likewise the others."""
-    real = readout._TokenLogps.backward
+    real = logprobs._TokenLogps.backward
 
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         time.sleep(SLOW)
         return real(ctx, grad)
 
-    monkeypatch.setattr(readout._TokenLogps, "backward", staticmethod(backward))
+    monkeypatch.setattr(logprobs._TokenLogps, "backward", staticmethod(backward))
 
     def slow_down(module: DPO) -> None:
         def pause(*_: Any) -> None:

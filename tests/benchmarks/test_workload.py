@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.workload import work, write_pairs
 from lpc_lightning.data import DataError, PreferenceData
-from lpc_lightning.data.loading import TrainingBatches
+from lpc_lightning.data.batching.loading import TrainingBatches
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import TokenizedPair
 

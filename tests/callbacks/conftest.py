@@ -10,9 +10,9 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import MarginalSpace
-from lpc_lightning.modules import DPO
 from lpc_lightning.policy import TinyPolicy
 
 
@@ -33,7 +33,7 @@ def fitted(tmp_path: Path) -> Callable[..., Trainer]:
             "accelerator": "cpu",
         }
         done = Trainer(callbacks=list(callbacks), **(settings | trainer))
-        done.fit(DPO(policy=policy, latent=MarginalSpace(codes=4, spread=0.5)), data)
+        done.fit(DPO(policy=policy, latent=MarginalSpace(num_codes=4, init_logit_std=0.5)), data)
         return done
 
     return fit

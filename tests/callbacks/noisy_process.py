@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lpc_lightning.callbacks import LabelFlipNoise
 
-from callbacks import LabelFlipNoise
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import SyntheticPreferences
-from lpc_lightning.modules import DPO
 from lpc_lightning.policy import TinyPolicy
 
 

@@ -1,6 +1,5 @@
 from lightning.pytorch.callbacks import ModelCheckpoint
-
-from callbacks import FinalValidation
+from lpc_lightning.callbacks import FinalValidation
 
 
 def test_a_run_that_ends_in_mid_epoch_is_validated_and_its_checkpoint_chosen(fitted, tmp_path) -> None:

@@ -9,10 +9,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from lpc_lightning.callbacks import ByAnnotator, FlipOrder, LabelFlipNoise, LongerWins, SmallMarginsFirst, Uniform
 
-from callbacks import ByAnnotator, FlipOrder, LabelFlipNoise, LongerWins, SmallMarginsFirst, Uniform
 from lpc_lightning.data import DataError
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.types import Message, PreferenceExample
 
 PAIRS = 4000
@@ -144,5 +144,5 @@ def test_a_missing_score_is_told(column: str) -> None:
     ],
 )
 def test_settings_out_of_range_are_refused(make: Any, told: str) -> None:
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(ConfigError, match=told):
         make()

@@ -24,7 +24,7 @@ def command(tmp_path: Path) -> list[str]:
         "model": "DPO",
         "model.optimizer.lr": "1e-3",
         "latent": "GumbelSpace",
-        "latent.codes": "4",
+        "latent.num_codes": "4",
         "policy": "TinyPolicy",
         "policy.width": "16",
         "policy.layers": "1",
@@ -81,11 +81,11 @@ def test_sigterm_ends_the_step_saves_and_the_resumed_run_ends_where_the_whole_on
 
 
 def test_sigterm_in_the_rehearsal_ends_the_run_at_once(command: list[str], tmp_path: Path) -> None:
-    slow = [*command, "--data.train_pairs=4096", "--latent.rehearse=4096"]
+    slow = [*command, "--data.train_pairs=4096", "--latent.warm_start_pairs=4096"]
     process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     assert process.stdout is not None
     output = ""
-    while "rehearsal:" not in output:
+    while "warm start:" not in output:
         output += (character := process.stdout.read(1))
         assert character, output
     process.send_signal(signal.SIGTERM)

@@ -15,13 +15,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lpc_lightning.callbacks import LabelFlipNoise
 
-from callbacks import LabelFlipNoise
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import DataError, SyntheticPreferences
 from lpc_lightning.data.label_noise import MarkedSource
-from lpc_lightning.data.report import DataReport
-from lpc_lightning.errors import SettingError
-from lpc_lightning.modules import DPO
+from lpc_lightning.data.sources.report import DataReport
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
 
@@ -64,7 +64,7 @@ def run(tmp_path: Path, cache: Path) -> Callable[..., tuple[Watch, Trainer]]:
     def fit(
         *callbacks: Callback,
         reference: Literal["cached", "live"] = "cached",
-        workers: int = 0,
+        num_workers: int = 0,
         ckpt_path: Path | None = None,
         name: str = "run",
         **trainer: Any,
@@ -83,15 +83,15 @@ def run(tmp_path: Path, cache: Path) -> Callable[..., tuple[Watch, Trainer]]:
             reference=reference,
             optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
         )
-        done.fit(module, data(cache, workers), ckpt_path=ckpt_path)
+        done.fit(module, data(cache, num_workers), ckpt_path=ckpt_path)
         return watch, done
 
     return fit
 
 
-def data(cache: Path, workers: int = 0) -> SyntheticPreferences:
+def data(cache: Path, num_workers: int = 0) -> SyntheticPreferences:
     return SyntheticPreferences(
-        train_pairs=40, validation_pairs=8, test_pairs=8, batch_size=8, workers=workers, cache_dir=str(cache)
+        train_pairs=40, validation_pairs=8, test_pairs=8, batch_size=8, num_workers=num_workers, cache_dir=str(cache)
     )
 
 
@@ -139,7 +139,9 @@ def test_cached_values_go_with_their_answers(run: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_workers_see_the_same_labels(run: Any) -> None:
-    one, two = (run(LabelFlipNoise(rate=0.4), workers=workers, name=str(workers))[0] for workers in (0, 2))
+    one, two = (
+        run(LabelFlipNoise(rate=0.4), num_workers=num_workers, name=str(num_workers))[0] for num_workers in (0, 2)
+    )
     assert one.flipped == two.flipped
     assert one.answers == two.answers
 
@@ -210,14 +212,14 @@ def test_two_processes_flip_the_same_pairs_and_log_the_same_means(tmp_path: Path
 def test_two_kinds_of_noise_are_refused(cache: Path) -> None:
     pairs = data(cache)
     pairs.trainer = type("Run", (), {"callbacks": [LabelFlipNoise(rate=0.1), LabelFlipNoise(rate=0.2)]})()
-    with pytest.raises(SettingError, match=r"found 2 kinds of label noise .*0\.1.*0\.2.*expected one at most"):
+    with pytest.raises(ConfigError, match=r"found 2 kinds of label noise .*0\.1.*0\.2.*expected one at most"):
         _ = pairs.label_noise
 
 
 def test_other_data_is_refused(make_trainer: Any, make_loader: Any, make_pairs: Any) -> None:
     loader = make_loader(make_pairs([(3, 4, 5)]))
     module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), reference="live")
-    with pytest.raises(SettingError, match="found data of NoneType, expected a PreferenceDataModule"):
+    with pytest.raises(ConfigError, match="found data of NoneType, expected a PreferenceDataModule"):
         make_trainer(max_steps=1, limit_val_batches=0, callbacks=[LabelFlipNoise(rate=0.1)]).fit(module, loader, loader)
 
 

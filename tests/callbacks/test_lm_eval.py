@@ -22,18 +22,18 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lm_eval.models.huggingface import HFLM
+from lpc_lightning.callbacks import GracefulStop, LMEvaluation
+from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
+from lpc_lightning.evaluation.benchmarks.results import read_results
+from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import GracefulStop, LMEvaluation
-from evaluation.latent_lm import LatentLM
-from evaluation.results import read_results
-from evaluation.run import run_benchmarks
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import SyntheticPreferences
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.prior import inference_prior
 from lpc_lightning.latent import GumbelSpace
-from lpc_lightning.modules import DPO
 from lpc_lightning.policy import LoRA, TinyPolicy
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "callbacks"
@@ -83,7 +83,7 @@ class Losses(Callback):
 
 
 def gumbel() -> GumbelSpace:
-    return GumbelSpace(codes=4, hidden=8, spread=1.0)
+    return GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0)
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def test_sigterm_on_the_way_stops_after_the_benchmarks_and_at_the_end_at_once(fi
 )
 def test_what_could_not_run_is_refused_before_training(settings, said, fit, task) -> None:
     losses = Losses()
-    with pytest.raises(SettingError, match=said):
+    with pytest.raises(ConfigError, match=said):
         fit("run", losses, LMEvaluation(**({"tasks": [task]} | settings)))
     assert losses.seen == []
 

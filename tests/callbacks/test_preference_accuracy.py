@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lpc_lightning.callbacks import CodebookMonitor, PreferenceAccuracy
 
-from callbacks import CodebookMonitor, PreferenceAccuracy
+from lpc_lightning.algorithms import DPO, SimPO
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
-from lpc_lightning.modules import DPO, SimPO
 from lpc_lightning.policy import TinyPolicy
 
-CODES: dict[str, Any] = {"codes": 4, "spread": 2.0}
+CODES: dict[str, Any] = {"num_codes": 4, "init_logit_std": 2.0}
 MODES = {"prior", "posterior", "marginal", "no_latent", "shuffled"}
 
 

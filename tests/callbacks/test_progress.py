@@ -1,4 +1,4 @@
-from callbacks import PreferenceProgressBar
+from lpc_lightning.callbacks import PreferenceProgressBar
 
 
 def test_the_bar_shows_what_matters_by_short_names(fitted) -> None:

@@ -3,9 +3,8 @@ import csv
 import pytest
 import torch
 from lightning.pytorch import Callback
-
-from callbacks import ResourceMonitor
-from callbacks.resources import peak_memory
+from lpc_lightning.callbacks import ResourceMonitor
+from lpc_lightning.callbacks.resources import peak_memory
 
 
 class Count(Callback):

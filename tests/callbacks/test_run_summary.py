@@ -3,10 +3,10 @@ import json
 import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lpc_lightning.callbacks import PreferenceAccuracy, ResourceMonitor, RunSummary
 
-from callbacks import PreferenceAccuracy, ResourceMonitor, RunSummary
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.latent import MarginalSpace
-from lpc_lightning.modules import DPO
 
 
 class Validations(Callback):
@@ -45,7 +45,7 @@ def test_the_numbers_are_those_of_the_untrained_and_of_the_trained_policy(fitted
     done = fitted(RunSummary(), num_sanity_val_steps=-1, enable_checkpointing=False)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     trained = done.lightning_module
-    untrained = DPO(policy=trained.policy_spec, latent=MarginalSpace(codes=4, spread=0.5))
+    untrained = DPO(policy=trained.policy_spec, latent=MarginalSpace(num_codes=4, init_logit_std=0.5))
     for module, stage in ((untrained, "before"), (trained, "after")):
         trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
         (said,) = trainer.validate(module, datamodule=done.datamodule, verbose=False)

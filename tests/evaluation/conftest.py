@@ -186,7 +186,9 @@ def _write_cell(folder: Path, axes: Mapping[str, Any], seed: int | None, value: 
     cell, failed = folder / ",".join(parts), isinstance(value, str)
     run = cell / "run"
     run.mkdir(parents=True)
-    latent = None if axes.get("latent") in (None, "none") else {"class_path": "lpc.Space", "init_args": {"codes": 4}}
+    latent = (
+        None if axes.get("latent") in (None, "none") else {"class_path": "lpc.Space", "init_args": {"num_codes": 4}}
+    )
     model = {"class_path": "lpc.DPO", "init_args": {"beta": 0.1}}
     config: dict[str, Any] = {"seed_everything": seed, "model": model, "latent": latent, "trainer": {"max_steps": 8}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))

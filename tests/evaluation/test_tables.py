@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evaluation.tables import markdown_table, p_value, score
+from lpc_lightning.evaluation.tables import markdown_table, p_value, score
 
 
 def test_a_table_reads_well_as_it_is() -> None:

@@ -77,7 +77,7 @@ def make_latent(perturb: Callable[..., None], exact: Callable[..., CausalPolicy]
             exact(built)
         built.eval().requires_grad_(False)
         built.causal_lm.generation_config.eos_token_id = None  # answers run to their full length
-        space = space or MarginalSpace(codes=CODES, hidden=8, spread=1.5)
+        space = space or MarginalSpace(num_codes=CODES, hidden=8, init_logit_std=1.5)
         torch.manual_seed(5)
         space.build(built.width, built.head)
         space.to(getattr(torch, dtype))
@@ -143,11 +143,11 @@ FIT += [
     "--seed_everything=4",
 ]
 TINY = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
-CODED = ["--latent=MarginalSpace", f"--latent.codes={CODES}", "--latent.hidden=8", "--latent.spread=1.0"]
+CODED = ["--latent=MarginalSpace", f"--latent.num_codes={CODES}", "--latent.hidden=8", "--latent.init_logit_std=1.0"]
 CALLBACKS = """
 - class_path: ModelCheckpoint
   init_args: {filename: best, monitor: val/rewards/accuracies, mode: max, save_last: true}
-- class_path: callbacks.RunSummary
+- class_path: lpc_lightning.callbacks.RunSummary
 """
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lpc_lightning.data.templates import make_template
+from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.inference.card import Exported, model_card
 from lpc_lightning.policy import TinyPolicy
 
@@ -28,7 +28,7 @@ ORIGIN: dict[str, Any] = {
     "latent": {
         "class_path": "lpc_lightning.latent.GumbelSpace",
         "init_args": {
-            "codes": 8,
+            "num_codes": 8,
             "kl_weight": {"class_path": "lpc_lightning.latent.WarmUp", "init_args": {"value": 0.1}},
         },
     },
@@ -40,7 +40,7 @@ ORIGIN: dict[str, Any] = {
     "trainer": {"precision": "bf16-mixed", "gradient_clip_val": 1.0, "accumulate_grad_batches": 4},
     "dtype": "bfloat16",
 }
-CODES = {"kind": "discrete", "codes": 8, "prior_mode": "mean"}
+CODES = {"kind": "discrete", "num_codes": 8, "prior_mode": "mean"}
 
 
 def card(origin: dict[str, Any] | None = None, template: str = "chat", **told: Any) -> str:

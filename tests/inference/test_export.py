@@ -18,20 +18,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lpc_lightning.checkpoint_io import CheckpointWriteError
-from lpc_lightning.errors import SettingError
+from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.opening import open_module, open_policy
-from lpc_lightning.modules.checkpoint import CheckpointError
 
-CODED = ["--latent=MarginalSpace", "--latent.codes=5", "--latent.hidden=8", "--latent.spread=1.0"]
+CODED = ["--latent=MarginalSpace", "--latent.num_codes=5", "--latent.hidden=8", "--latent.init_logit_std=1.0"]
 GEMMA = '{"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}'
 CASES: dict[str, list[str]] = {
     "codes": CODED,
     "adapter": [*CODED, "--policy.lora.rank=2"],
     "tied": [*CODED, "--policy.family=gpt2", "--latent.prior_mode=argmax"],
     "soft-cap": [*CODED, "--policy.family=gemma2", f"--policy.options={GEMMA}"],
-    "gaussian": ["--latent=GaussianSpace", "--latent.codes=5", "--latent.spread=1.0", "--model=SimPO"],
+    "gaussian": ["--latent=GaussianSpace", "--latent.num_codes=5", "--latent.init_logit_std=1.0", "--model=SimPO"],
     "bf16": [*CODED, "--trainer.precision=bf16-true"],
     "plain": [],
 }
@@ -173,7 +173,7 @@ def test_config(exported: dict[str, Path]) -> None:
     assert config["model_type"] == "llama"
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_lpc.LatentCausalLM"}
-    assert config["lpc"] == {"kind": "discrete", "codes": 5, "prior_mode": "mean"}
+    assert config["lpc"] == {"kind": "discrete", "num_codes": 5, "prior_mode": "mean"}
     plain = json.loads((exported["plain"] / "config.json").read_text())
     assert not {"lpc", "auto_map"} & set(plain)
 
@@ -274,7 +274,7 @@ def test_the_suite_opens_its_own_exports(checkpoint: Path, exported: dict[str, P
     assert (opened.kind, opened.name) == ("export", "codes")
     assert opened.prior.settings == trained.prior.settings
     assert torch.equal(opened.causal_lm(**batch()).logits, trained.causal_lm(**batch()).logits)
-    assert opened.origin["latent"] == {"kind": "discrete", "codes": 5, "prior_mode": "mean"}
+    assert opened.origin["latent"] == {"kind": "discrete", "num_codes": 5, "prior_mode": "mean"}
     assert opened.origin["training"]["algorithm"] == "DPO"
     assert opened.origin["training"]["step"] == 2
     assert json.loads(json.dumps(opened.origin)) == opened.origin
@@ -293,7 +293,7 @@ def test_settings_that_the_checkpoint_cannot_have(fitted: Callable[..., Path], t
         ("soft-cap", {"code_biases": True}, "found a head that is not linear"),
     ]
     for case, asked, said in refused:
-        with pytest.raises(SettingError, match=said):
+        with pytest.raises(ConfigError, match=said):
             export(str(fitted(*CASES[case])), str(tmp_path / "out"), **asked)
         assert list(tmp_path.iterdir()) == []
     with pytest.raises(CheckpointError, match="found no file"):
@@ -302,13 +302,13 @@ def test_settings_that_the_checkpoint_cannot_have(fitted: Callable[..., Path], t
 
 def test_a_folder_that_is_not_free(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(SettingError, match=r"output: .*/file is a file, expected a folder"):
+    with pytest.raises(ConfigError, match=r"output: .*/file is a file, expected a folder"):
         export(str(checkpoint), str(tmp_path / "file"))
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(SettingError, match=r"output: .*/mine is not empty and no earlier export"):
+        with pytest.raises(ConfigError, match=r"output: .*/mine is not empty and no earlier export"):
             export(str(checkpoint), str(mine), overwrite=overwrite)
     assert (mine / "thesis.tex").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
@@ -320,7 +320,7 @@ def test_an_earlier_export_is_replaced_on_request_alone(
 ) -> None:
     folder = export(str(checkpoint), str(tmp_path / "out"))
     with pytest.raises(
-        SettingError, match=r"output: .*/out holds an earlier export. Expected another folder, or --over"
+        ConfigError, match=r"output: .*/out holds an earlier export. Expected another folder, or --over"
     ):
         export(str(fitted()), str(folder))
     export(str(fitted()), str(folder), overwrite=True)

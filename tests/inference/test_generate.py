@@ -32,8 +32,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of a fit of three steps, with three codes that matter."""
     folder = tmp_path_factory.mktemp("fit")
     flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO "
-    flags += "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.01 --latent=MarginalSpace --latent.codes=3 "
-    flags += "--latent.spread=2 --data=SyntheticPreferences --data.train_pairs=6 --data.validation_pairs=2 "
+    flags += (
+        "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.01 --latent=MarginalSpace --latent.num_codes=3 "
+    )
+    flags += "--latent.init_logit_std=2 --data=SyntheticPreferences --data.train_pairs=6 --data.validation_pairs=2 "
     flags += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
     flags += (
         f"--trainer.max_steps=3 --trainer.log_every_n_steps=1 --data.batch_size=2 --data.cache_dir={folder / 'cache'} "
@@ -135,7 +137,7 @@ def test_weights_on_the_command_line_are_those_of_a_code(generate: Run, checkpoi
 
 
 def test_an_annotators_weights_are_taken_from_a_file_of_several(generate: Run, checkpoint: str, tmp_path: Path) -> None:
-    """As `few-shot` writes it; a name with a comma is one name."""
+    """As `adapt` writes it; a name with a comma is one name."""
     weights, output = tmp_path / "code_weights.json", tmp_path / "answers.jsonl"
     weights.write_text(json.dumps({"anna": [1, 0, 0], "ben, of Rome": [0, 1, 0]}))
     for name, code in (("anna", 0), ("ben, of Rome", 1)):

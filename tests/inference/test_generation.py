@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lpc_lightning.data import DataError
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.generation import Answer, Answered, Condition, Decoding, _GumbelNoise, answers
 from lpc_lightning.inference.opening import OpenedPolicy
 from lpc_lightning.inference.prior import inference_prior
@@ -81,7 +81,7 @@ def case(tiny: Callable[..., CausalPolicy], perturb: Callable[..., None]) -> Cal
         built = tiny(family, **({"context": 256} | policy))
         if kind is None:
             return Case(built, None)
-        space = kind(codes=3, hidden=8, spread=1.0)  # type: ignore[call-arg]
+        space = kind(num_codes=3, hidden=8, init_logit_std=1.0)  # type: ignore[call-arg]
         torch.manual_seed(0)
         space.build(built.width, built.head)
         space.to(built.model.dtype)
@@ -289,5 +289,5 @@ def test_a_prompt_that_the_template_refuses_is_named(case: Callable[..., Case]) 
     ],
 )
 def test_a_setting_that_cannot_be_is_told(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(ConfigError, match=told):
         Decoding(**settings)

@@ -367,7 +367,7 @@ def test_a_latent_of_another_width_is_refused(llama: Any) -> None:
 
 def test_a_forward_that_goes_past_its_head_is_refused(make_latent: Callable[..., Any], prompts: Any) -> None:
     """As with losses that multiply by the head's weight themselves."""
-    latent = make_latent("llama", MarginalSpace(codes=2, hidden=4))
+    latent = make_latent("llama", MarginalSpace(num_codes=2, hidden=4))
 
     class Fused(LlamaForCausalLM):
         def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]

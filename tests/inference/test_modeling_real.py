@@ -27,7 +27,7 @@ NEW = 10
 def test_smollm2_answers_under_a_latent(tmp_path: Path, perturb: Any) -> None:
     opened = open_policy(str(SMOLLM2))
     stock, tokenizer = opened.policy.causal_lm, opened.tokenizer
-    space = MarginalSpace(codes=4, hidden=16, spread=1.0)
+    space = MarginalSpace(num_codes=4, hidden=16, init_logit_std=1.0)
     torch.manual_seed(0)
     space.build(opened.policy.width, opened.policy.head)
     perturb(space.prior, deviation=0.3)

@@ -13,14 +13,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from lpc_lightning.errors import SettingError
+from lpc_lightning.algorithms import DPO
+from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.inference.opening import load_policy, open_module, open_policy
-from lpc_lightning.modules import DPO
-from lpc_lightning.modules.checkpoint import CheckpointError
 from lpc_lightning.policy import TinyPolicy, UnsupportedPolicyError
 
-CODED = ["--latent=MarginalSpace", "--latent.codes=5", "--latent.hidden=8", "--latent.spread=1.0"]
+CODED = ["--latent=MarginalSpace", "--latent.num_codes=5", "--latent.hidden=8", "--latent.init_logit_std=1.0"]
 IDS = torch.randint(3, 1024, (1, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -54,7 +54,7 @@ def test_a_checkpoint_is_policy_and_prior_as_trained(checkpoint: Path) -> None:
 
     assert opened.kind == "checkpoint"
     assert opened.prior is not None
-    assert opened.prior.settings == {"kind": "discrete", "codes": 5, "prior_mode": "mean"}
+    assert opened.prior.settings == {"kind": "discrete", "num_codes": 5, "prior_mode": "mean"}
     assert torch.equal(opened.prior.codebook, state["latent.codebook.weight"])
     space = open_module(str(checkpoint)).latent
     states = torch.randn(3, 16)
@@ -111,7 +111,7 @@ def test_origin_tells_where_it_comes_from(checkpoint: Path) -> None:
     assert origin["settings"]["optimizer"]["init_args"]["lr"] == 0.01
     assert not {"policy", "latent", "_class_path", "_instantiator"} & set(origin["settings"])
     assert origin["policy"]["init_args"]["width"] == 16
-    assert origin["latent"]["init_args"]["codes"] == 5
+    assert origin["latent"]["init_args"]["num_codes"] == 5
     assert (origin["seed"], origin["training_pairs"], origin["dtype"]) == (4, 4, "float32")
     assert origin["data"]["init_args"]["train_pairs"] == 4
     assert origin["trainer"]["precision"] == "32-true"
@@ -300,5 +300,5 @@ def test_a_path_that_is_nothing(tmp_path: Path, checkpoint: Path, monkeypatch: p
     ],
 )
 def test_settings_out_of_range(asked: dict[str, str], said: str, checkpoint: Path) -> None:
-    with pytest.raises(SettingError, match=said):
+    with pytest.raises(ConfigError, match=said):
         open_policy(str(checkpoint), **asked)

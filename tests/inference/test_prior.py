@@ -27,7 +27,7 @@ from lpc_lightning.latent.networks import StateNetwork
 from lpc_lightning.types import LogitHead
 
 WIDTH, CODES = 6, 4
-CODED = {"codes": CODES, "hidden": 8}
+CODED = {"num_codes": CODES, "hidden": 8}
 DISCRETE = [GumbelSpace, ExpectedSpace, MarginalSpace, PriorOnlySpace, PosteriorOnlySpace]
 MODES = ["mean", "sample", "argmax"]
 CASES = [
@@ -35,7 +35,7 @@ CASES = [
     *((MarginalSpace, CODED | {"prior_mode": mode}, None) for mode in ["sample", "argmax", 1]),
     *((GaussianSpace, CODED | {"prior_mode": own}, mode) for own in MODES[:2] for mode in [None, "mean", "sample"]),
     *((MLPSpace, {"hidden": 8}, mode) for mode in [None, *MODES]),
-    *((VectorSpace, {"spread": 1.0}, mode) for mode in [None, *MODES]),
+    *((VectorSpace, {"init_logit_std": 1.0}, mode) for mode in [None, *MODES]),
 ]
 
 
@@ -104,12 +104,12 @@ def test_its_tensors_are_its_own(trained: Any) -> None:
 def test_codes_and_log_prior(trained: Any) -> None:
     space = trained(MarginalSpace, CODED)
     prior = inference_prior(space)
-    assert prior.codes == CODES
+    assert prior.num_codes == CODES
     assert torch.equal(prior.codebook, space.codebook.weight)
     torch.testing.assert_close(prior.log_prior(states()), space.log_prior(states()))
     for kind, settings in ((GaussianSpace, CODED), (MLPSpace, {}), (VectorSpace, {})):
         other = inference_prior(trained(kind, settings))
-        assert other.codes is None
+        assert other.num_codes is None
         assert other.log_prior(states()) is None
 
 

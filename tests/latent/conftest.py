@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lpc_lightning.data.layouts import PaddedLayout
+from lpc_lightning.algorithms.scoring import BatchScorer
+from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.latent.networks import StateNetwork
 from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
-from lpc_lightning.modules.scoring import BatchScorer
-from lpc_lightning.readout import Reading
+from lpc_lightning.policy.logprobs import BatchForward
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates, TokenizedPair
 
 WIDTH, VOCABULARY = 6, 13
@@ -40,7 +40,7 @@ class Toy:
         self.weight = draw(VOCABULARY, WIDTH).requires_grad_()
         self.bias = draw(VOCABULARY)
         self.head = LogitHead(self.weight, self.bias, scale=0.8)
-        self.reading = Reading(self.hidden, self.batch, self.head)
+        self.reading = BatchForward(self.hidden, self.batch, self.head)
         # Within a nat or two of the policy, so that no sigmoid saturates.
         self.reference = self.reading.logps().detach() + draw(2 * len(pairs))
         reference = None if algorithm == "simpo" else self.reference

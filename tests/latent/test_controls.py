@@ -25,7 +25,7 @@ from lpc_lightning.latent import (
 )
 from lpc_lightning.types import LogitHead
 
-DISCRETE = {"codes": 3, "spread": 1.0, "hidden": 8}
+DISCRETE = {"num_codes": 3, "init_logit_std": 1.0, "hidden": 8}
 SPACES: dict[str, Callable[..., LatentSpace]] = {
     "gumbel": lambda **networks: GumbelSpace(**DISCRETE, **networks),
     "hard gumbel": lambda **networks: GumbelSpace(**DISCRETE, hard=True, **networks),
@@ -35,7 +35,7 @@ SPACES: dict[str, Callable[..., LatentSpace]] = {
     "posterior only": lambda **networks: PosteriorOnlySpace(**DISCRETE, **networks),
     "gaussian": lambda **networks: GaussianSpace(**DISCRETE, **networks),
     "mlp": lambda **networks: MLPSpace(hidden=8, **networks),
-    "vector": lambda **networks: VectorSpace(spread=1.0),
+    "vector": lambda **networks: VectorSpace(init_logit_std=1.0),
 }
 every_space = pytest.mark.parametrize("name", list(SPACES))
 
@@ -65,7 +65,7 @@ def test_a_vector_starts_at_the_plain_policy_or_at_its_spread() -> None:
     deviations = []
     for seed in range(200):
         torch.manual_seed(seed)
-        space = VectorSpace(spread=0.5)
+        space = VectorSpace(init_logit_std=0.5)
         space.build(400, head)
         deviations.append((head.weight @ space.vector.detach()).std(correction=0))
     assert torch.stack(deviations).mean().item() == pytest.approx(0.5, rel=0.02)

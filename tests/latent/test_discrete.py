@@ -25,7 +25,7 @@ every_space = pytest.mark.parametrize("kind", SPACES)
 
 @pytest.fixture
 def space(dpo_toy: Any, build: Callable[..., Any]) -> MarginalSpace:
-    return build(MarginalSpace(codes=5, spread=1.0, hidden=8), dpo_toy)
+    return build(MarginalSpace(num_codes=5, init_logit_std=1.0, hidden=8), dpo_toy)
 
 
 def prior_of(space: MarginalSpace, prompt: Tensor, naive_network: Callable[..., Tensor]) -> Tensor:
@@ -80,7 +80,7 @@ def test_samples_are_whole_codes_as_often_as_the_prior_says(
 
 @pytest.mark.parametrize("mode", ["mean", "argmax", 2])
 def test_the_setting_is_the_default_mode(mode: Any, dpo_toy: Any, build: Callable[..., Any]) -> None:
-    space = build(MarginalSpace(codes=5, spread=1.0, hidden=8, prior_mode=mode), dpo_toy)
+    space = build(MarginalSpace(num_codes=5, init_logit_std=1.0, hidden=8, prior_mode=mode), dpo_toy)
     modes = {name: space.infer(dpo_toy.states.prompt, name) for name in ("mean", "argmax", 2)}
     assert torch.equal(space.infer(dpo_toy.states.prompt), modes.pop(mode))
     assert not any(torch.equal(space.infer(dpo_toy.states.prompt), other) for other in modes.values())
@@ -91,14 +91,16 @@ def test_the_setting_is_the_default_mode(mode: Any, dpo_toy: Any, build: Callabl
 def test_a_mode_that_names_nothing_is_refused(kind: Any, mode: Any, dpo_toy: Any, build: Callable[..., Any]) -> None:
     said = re.escape(f"latent.prior_mode: found {mode!r}, expected one of mean, sample, argmax, or the number of a")
     with pytest.raises(ValueError, match=said + " code from 0 to 4"):
-        kind(codes=5, prior_mode=mode)
-    space = build(kind(codes=5, hidden=8), dpo_toy)
+        kind(num_codes=5, prior_mode=mode)
+    space = build(kind(num_codes=5, hidden=8), dpo_toy)
     with pytest.raises(ValueError, match=said):
         space.infer(dpo_toy.states.prompt, mode)
 
 
 @pytest.mark.parametrize("kind", [*SPACES, GaussianSpace])
-@pytest.mark.parametrize(("setting", "value"), [("codes", 0), ("codes", -3), ("spread", -0.1), ("hidden", 0)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("num_codes", 0), ("num_codes", -3), ("init_logit_std", -0.1), ("hidden", 0)]
+)
 def test_settings_out_of_range_are_refused(kind: Any, setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"latent.{setting}: found {value}"):
         kind(**{setting: value})
@@ -108,7 +110,7 @@ def test_settings_out_of_range_are_refused(kind: Any, setting: str, value: float
 def test_inference_scores_the_pairs_under_the_prior_and_runs_no_posterior(
     kind: Any, toy: Any, build: Callable[..., Any]
 ) -> None:
-    space = build(kind(codes=5, spread=1.0, hidden=8, prior_mode="argmax"), toy)
+    space = build(kind(num_codes=5, init_logit_std=1.0, hidden=8, prior_mode="argmax"), toy)
     runs: list[str] = []
     if hasattr(space, "posterior"):
         space.posterior.register_forward_hook(lambda *_: runs.append("posterior"))

@@ -23,7 +23,7 @@ from lpc_lightning.latent import (
 )
 
 CODES = 3
-SIZE: dict[str, Any] = {"codes": CODES, "spread": 1.0, "hidden": 8}
+SIZE: dict[str, Any] = {"num_codes": CODES, "init_logit_std": 1.0, "hidden": 8}
 Network = Callable[..., Tensor]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.latent.evidence import given_earlier_pairs
 
-SIZE: dict[str, Any] = {"codes": 3, "spread": 1.0, "hidden": 8}
+SIZE: dict[str, Any] = {"num_codes": 3, "init_logit_std": 1.0, "hidden": 8}
 NAMES = [("a", "a", "a", "a"), ("a", "b", "a", "b"), ("", "a", "", "a"), ("b", "a", "a", "")]
 
 

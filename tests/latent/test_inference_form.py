@@ -23,21 +23,21 @@ from lpc_lightning.latent import (
 
 NETWORK = ("first.weight", "first.bias", "second.weight", "second.bias")
 PRIOR = {f"prior.{name}" for name in NETWORK}
-CODED: dict[str, Any] = {"codes": 3, "hidden": 4, "standardise": False}
+CODED: dict[str, Any] = {"num_codes": 3, "hidden": 4, "standardise": False}
 DISCRETE = [GumbelSpace, ExpectedSpace, MarginalSpace, PriorOnlySpace, PosteriorOnlySpace]
 FORMS: list[tuple[LatentSpace, str, dict[str, Any], set[str]]] = [
     *(
-        (kind(**CODED, prior_mode=mode), "discrete", {"codes": 3, "prior_mode": mode}, {"codebook", *PRIOR})
+        (kind(**CODED, prior_mode=mode), "discrete", {"num_codes": 3, "prior_mode": mode}, {"codebook", *PRIOR})
         for kind, mode in zip(DISCRETE, ("mean", "sample", "argmax", 2, 0), strict=True)
     ),
     (
         GaussianSpace(**CODED, prior_mode="sample"),
         "gaussian",
-        {"codes": 3, "prior_mode": "sample"},
+        {"num_codes": 3, "prior_mode": "sample"},
         {"codebook", *PRIOR},
     ),
     (MLPSpace(hidden=4, standardise=False), "mlp", {"prior_mode": "mean"}, {f"network.{name}" for name in NETWORK}),
-    (VectorSpace(spread=1.0), "vector", {"prior_mode": "mean"}, {"vector"}),
+    (VectorSpace(init_logit_std=1.0), "vector", {"prior_mode": "mean"}, {"vector"}),
 ]
 
 
@@ -57,7 +57,7 @@ def test_it_holds_what_the_prompt_needs_and_no_posterior(
 
 
 @pytest.mark.parametrize(
-    ("space", "network"), [(MarginalSpace(codes=3, hidden=4), "prior"), (MLPSpace(hidden=4), "network")]
+    ("space", "network"), [(MarginalSpace(num_codes=3, hidden=4), "prior"), (MLPSpace(hidden=4), "network")]
 )
 @pytest.mark.parametrize("weights", [torch.float64, torch.bfloat16])
 def test_standardisation_is_in_the_first_layer(

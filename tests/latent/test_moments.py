@@ -1,6 +1,6 @@
 """Running moments against numpy over the pairs themselves, and what a network reads by them.
 
-That devices hold the same ones is tested by whole runs, in tests/modules/test_distributed.py.
+That devices hold the same ones is tested by whole runs, in tests/distributed/test_distributed.py.
 """
 
 from __future__ import annotations

@@ -60,20 +60,20 @@ HEADS = [tied_llama, gpt2, scaled, turned, offset, uneven]
 
 
 @pytest.mark.parametrize("make", HEADS)
-@pytest.mark.parametrize("spread", [0.1, 2.0])
-def test_codes_move_the_logits_by_the_spread(make: Callable[[], LogitHead], spread: float) -> None:
+@pytest.mark.parametrize("init_logit_std", [0.1, 2.0])
+def test_codes_move_the_logits_by_the_spread(make: Callable[[], LogitHead], init_logit_std: float) -> None:
     torch.manual_seed(1)
     head = make()
     torch.manual_seed(2)
-    codes = Codebook(CODES, 64, spread, head).weight.detach()
+    codes = Codebook(CODES, 64, init_logit_std, head).weight.detach()
     logits = head.scale * codes @ head.weight.detach().T
     deviations = logits.std(dim=-1, correction=0)
-    # Each squared deviation is a quadratic form in 64 normals: its mean is spread^2, up to their sampling error.
+    # Each squared deviation is a quadratic form in 64 normals: its mean is init_logit_std^2, up to their sampling error.
     squares = deviations.square()
     error = squares.std() / CODES**0.5
-    assert error < 0.02 * spread**2
-    assert (squares.mean() - spread**2).abs() < 4 * error
-    assert deviations.mean().item() == pytest.approx(spread, rel=0.02)
+    assert error < 0.02 * init_logit_std**2
+    assert (squares.mean() - init_logit_std**2).abs() < 4 * error
+    assert deviations.mean().item() == pytest.approx(init_logit_std, rel=0.02)
 
 
 def test_the_deviation_of_a_head_is_the_trace_of_its_covariance() -> None:

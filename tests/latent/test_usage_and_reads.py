@@ -20,7 +20,7 @@ from lpc_lightning.latent import (
 )
 from lpc_lightning.types import PairStates
 
-SIZE: dict[str, Any] = {"codes": 3, "spread": 1.0, "hidden": 8}
+SIZE: dict[str, Any] = {"num_codes": 3, "init_logit_std": 1.0, "hidden": 8}
 DISCRETE = [MarginalSpace, ExpectedSpace, GumbelSpace, PriorOnlySpace, PosteriorOnlySpace]
 WITH_POSTERIOR = [ExpectedSpace, GumbelSpace, PosteriorOnlySpace]
 Build = Callable[..., Any]
@@ -29,7 +29,7 @@ Build = Callable[..., Any]
 @pytest.mark.parametrize("kind", DISCRETE)
 def test_uneven_use_costs_what_the_mean_prior_lacks_in_entropy(kind: Any, dpo_toy: Any, build: Build) -> None:
     def step(weight: float) -> Any:
-        space = build(kind(usage_weight=weight, **SIZE), dpo_toy)
+        space = build(kind(diversity_weight=weight, **SIZE), dpo_toy)
         torch.manual_seed(0)
         terms = space.training_terms(dpo_toy.states, dpo_toy.score, 0.5)
         return space, terms.pairs.losses + terms.penalty
@@ -44,7 +44,7 @@ def test_uneven_use_costs_what_the_mean_prior_lacks_in_entropy(kind: Any, dpo_to
 
 
 def test_its_gradient_spreads_the_prior(dpo_toy: Any, build: Build) -> None:
-    space = build(MarginalSpace(usage_weight=1.0, **SIZE), dpo_toy)
+    space = build(MarginalSpace(diversity_weight=1.0, **SIZE), dpo_toy)
     logits = torch.tensor([[3.0, 0.0, 0.0], [3.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     space.unevenness(logits.log_softmax(-1)).mean().backward()
     assert (logits.grad[:, 0] > 0).all()
@@ -52,14 +52,14 @@ def test_its_gradient_spreads_the_prior(dpo_toy: Any, build: Build) -> None:
 
 
 def test_even_use_costs_nothing_also_where_each_prompt_has_one_code(dpo_toy: Any, build: Build) -> None:
-    space = build(MarginalSpace(usage_weight=1.0, **SIZE), dpo_toy)
+    space = build(MarginalSpace(diversity_weight=1.0, **SIZE), dpo_toy)
     sure = torch.eye(3, dtype=torch.float64).log()
     assert float(space.unevenness(sure).abs().max()) < 1e-12
 
 
 def test_a_negative_price_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"latent\.usage_weight: found -0\.1, expected at least 0"):
-        MarginalSpace(usage_weight=-0.1)
+    with pytest.raises(ValueError, match=r"latent\.diversity_weight: found -0\.1, expected at least 0"):
+        MarginalSpace(diversity_weight=-0.1)
 
 
 @pytest.mark.parametrize("kind", WITH_POSTERIOR)

@@ -210,8 +210,8 @@ def test_robust_dpo_of_a_mixture_is_unbiased_and_what_a_label_says_is_its_likeli
         assert float(expected) == pytest.approx(marginal, rel=1e-12)
         for code, chance in enumerate(right):
             likelihood = (1 - rate) * chance + rate * (1 - chance)
-            assert float(seen.evidence[pair, code].exp()) == pytest.approx(likelihood, rel=1e-12)
-            assert float(other.evidence[pair, code].exp()) == pytest.approx(1 - likelihood, rel=1e-12)
+            assert float(seen.label_log_likelihood[pair, code].exp()) == pytest.approx(likelihood, rel=1e-12)
+            assert float(other.label_log_likelihood[pair, code].exp()) == pytest.approx(1 - likelihood, rel=1e-12)
 
 
 def test_simpo_ignores_the_reference() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
-from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, LoRA
 from lpc_lightning.types import TokenizedPair
 

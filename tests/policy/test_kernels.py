@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpc_lightning.data.layouts import Layout, PaddedLayout, SharedPrefixLayout
-from lpc_lightning.modules import DPO
-from lpc_lightning.modules.sharding import policies_of
+from lpc_lightning.algorithms import DPO
+from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.distributed.sharding import policies_of
 from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, UnsupportedPolicyError
 from lpc_lightning.types import TokenizedPair
 
@@ -68,7 +68,7 @@ def test_auto_agrees_with_sdpa_and_is_sdpa_where_it_may_not_go_by_piece(
     auto, sdpa = (tiny(family, dtype="float32", attention=kernel, context=256) for kernel in ("auto", "sdpa"))
     expected = outcome(sdpa, layout, pairs)
     assert_same(outcome(auto, layout, pairs), expected)
-    auto.attends_by_piece = False
+    auto.attends_by_segment = False
     masked = outcome(auto, layout, pairs)
     assert torch.equal(masked[0], expected[0])
     assert all(torch.equal(gradient, expected[1][name]) for name, gradient in masked[1].items())
@@ -128,7 +128,7 @@ def test_compiled_layers_with_an_adapter_agree(pairs: list[TokenizedPair], tiny:
         torch.testing.assert_close(found.read(batch).logps(), expected.read(batch).logps(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", ["piecewise", "sdpa"])
+@pytest.mark.parametrize("kernel", ["segment", "sdpa"])
 def test_compiled_layers_are_not_compiled_again_for_other_batches(
     kernel: str, make_pairs: Callable[..., list[TokenizedPair]], tiny: Tiny
 ) -> None:

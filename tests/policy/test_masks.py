@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from lpc_lightning.data.layouts import SharedPrefixLayout
+from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.policy.masks import block_mask, layer_windows, visible
 from lpc_lightning.types import PIECES
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import T5Config
 
-from lpc_lightning.data.layouts import PaddedLayout, SharedPrefixLayout
+from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
 from lpc_lightning.types import TokenizedPair
 

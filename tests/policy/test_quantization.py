@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lpc_lightning.data.layouts import SharedPrefixLayout
-from lpc_lightning.errors import SettingError
+from lpc_lightning.data.batching.layouts import SharedPrefixLayout
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
 from lpc_lightning.types import TokenizedPair
 
@@ -31,18 +31,18 @@ def pairs(make_pairs: Callable[..., list[TokenizedPair]]) -> list[TokenizedPair]
 
 
 def test_without_an_adapter_it_is_refused(folder: str) -> None:
-    with pytest.raises(SettingError, match=r"policy\.quantization: found nf4 without an adapter, expected"):
+    with pytest.raises(ConfigError, match=r"policy\.quantization: found nf4 without an adapter, expected"):
         PretrainedPolicy(folder, quantization="nf4")
 
 
 def test_a_gguf_file_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"policy\.quantization: found nf4 for model\.Q4_1\.gguf"):
+    with pytest.raises(ConfigError, match=r"policy\.quantization: found nf4 for model\.Q4_1\.gguf"):
         PretrainedPolicy("model.Q4_1.gguf", quantization="nf4", lora=LoRA())
 
 
 def test_without_bitsandbytes_it_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lpc_lightning.policy.pretrained.find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=r"needs bitsandbytes, .* `pip install .* '\.\[qlora\]'`"):
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes, .* `pip install .* '\.\[qlora\]'`"):
         PretrainedPolicy(folder, quantization="nf4", lora=LoRA()).build()
 
 

@@ -13,9 +13,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from lpc_lightning.data.layouts import SharedPrefixLayout
+from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.data.synthetic import PreferenceGenerator
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, UnsupportedPolicyError
 
 FAMILIES = ["llama", "mistral", "qwen2", "gpt2", "gemma2"]
@@ -207,7 +207,7 @@ def test_a_reader_knows_what_a_prompt_is_about() -> None:
 
 def test_a_reader_of_gpt2_is_refused() -> None:
     with pytest.raises(
-        SettingError, match=r"policy\.reader: found true with family gpt2, expected another family, or false"
+        ConfigError, match=r"policy\.reader: found true with family gpt2, expected another family, or false"
     ):
         TinyPolicy(family="gpt2", reader=True)
     TinyPolicy(family="gpt2")

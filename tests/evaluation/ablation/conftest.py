@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from evaluation.ablation.command import ablate
+from lpc_lightning.evaluation.ablation.command import ablate
 
 BASE = {
     "model": "DPO",
@@ -30,7 +29,7 @@ BASE = {
     "trainer.enable_model_summary": "false",
 }
 CALLBACKS = [
-    "--callbacks+=callbacks.GracefulStop",
+    "--callbacks+=lpc_lightning.callbacks.GracefulStop",
     "--callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
     "--callbacks.every_n_train_steps=3",
     "--callbacks.save_last=true",
@@ -46,10 +45,10 @@ def write_grid() -> Callable[[Path], Path]:
         grid = {
             "base": [*base, f"--data.cache_dir={folder / 'cache'}"],
             "axes": {
-                "latent": {"none": ["--latent=null"], "gumbel": ["--latent=GumbelSpace", "--latent.codes=4"]},
+                "latent": {"none": ["--latent=null"], "gumbel": ["--latent=GumbelSpace", "--latent.num_codes=4"]},
                 "noise": {
                     "values": [0, 0.5],
-                    "arguments": ["--callbacks+=callbacks.LabelFlipNoise", "--callbacks.rate={value}"],
+                    "arguments": ["--callbacks+=lpc_lightning.callbacks.LabelFlipNoise", "--callbacks.rate={value}"],
                 },
                 "seed": {"values": [1], "key": "seed_everything"},
             },

@@ -14,11 +14,11 @@ from typing import Any, cast
 import pytest
 import torch
 import yaml
+from lpc_lightning.evaluation.ablation import fingerprint
+from lpc_lightning.evaluation.ablation.command import ablate, main
+from lpc_lightning.evaluation.ablation.folder import Weights
 
-from evaluation.ablation import fingerprint
-from evaluation.ablation.command import ablate, main
-from evaluation.ablation.folder import Weights
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 
 Read = Callable[[Path], dict[str, bytes]]
 
@@ -146,14 +146,14 @@ def test_best_weights_are_those_of_the_best_checkpoint(grid: Path) -> None:
     [({"processes": 0}, "processes: found 0"), ({"cell": 4}, "cell: found 4, expected a number from 0 to 3")],
 )
 def test_settings_that_mean_nothing_are_told(grid: Path, settings: dict[str, int], told: str) -> None:
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(ConfigError, match=told):
         ablate([str(grid)], output=str(grid.parent / "out"), **settings)  # type: ignore[arg-type]
 
 
 def test_another_grid_in_the_same_folder_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("base: []\naxes: {rate: {values: [1], key: model.beta}}")
-    with pytest.raises(SettingError, match=r"found a grid over latent, noise, seed in .*expected one over rate"):
+    with pytest.raises(ConfigError, match=r"found a grid over latent, noise, seed in .*expected one over rate"):
         ablate([str(other)], output=str(uninterrupted))
 
 
@@ -166,7 +166,7 @@ def test_one_cell_of_an_array_is_run_as_the_script_says(
     assert "#SBATCH --array=0-3%16" in script
     programs = tmp_path / "bin"
     programs.mkdir()
-    code = "import sys; from evaluation.ablation.command import main\\nif __name__ == '__main__': main(sys.argv[1:])"
+    code = "import sys; from lpc_lightning.evaluation.ablation.command import main\\nif __name__ == '__main__': main(sys.argv[1:])"
     (programs / "ablate.py").write_text(code.replace("\\n", "\n"))
     (programs / "lpc-lightning").write_text(f'#!/bin/sh\nexec {sys.executable} {programs / "ablate.py"} "$@"\n')
     (programs / "srun").write_text('#!/bin/sh\nexec "$@"\n')

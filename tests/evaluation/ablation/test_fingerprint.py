@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from evaluation.ablation import fingerprint as module
-from evaluation.ablation.fingerprint import code_version, fingerprint
+from lpc_lightning.evaluation.ablation import fingerprint as module
+from lpc_lightning.evaluation.ablation.fingerprint import code_version, fingerprint
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ def test_the_code_of_a_fit_counts_and_that_of_a_report_does_not(
         "callbacks/__init__.py": "def f():\n    from evaluation.near import x",
         "evaluation/near.py": "from evaluation.far import y",
         "evaluation/far.py": "y = 1",
-        "evaluation/report.py": "z = 1",
+        "evaluation/report/command.py": "z = 1",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +72,7 @@ def test_the_code_of_a_fit_counts_and_that_of_a_report_does_not(
     before = version()
     for name in files:
         (tmp_path / name).write_text(files[name] + "\n# a comment")
-        assert (version() != before) == (name != "evaluation/report.py"), name
+        assert (version() != before) == (name != "evaluation/report/command.py"), name
         (tmp_path / name).write_text(files[name])
     monkeypatch.undo()
     code_version.cache_clear()

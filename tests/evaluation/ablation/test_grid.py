@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import yaml
+from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
 
-from evaluation.ablation.grid import Grid, read_grid
-from lpc_lightning.errors import SettingError
+from lpc_lightning.errors import ConfigError
 
 GRID: dict[str, Any] = {
     "base": ["--config=a.yaml"],
     "axes": {
         "algorithm": {"dpo": ["--model=DPO"], "simpo": ["--model=SimPO", "--model.beta=2"]},
         "noise": {"values": [0, 0.1], "arguments": ["--callbacks+=F", '--callbacks.x={"rate": {value}}']},
-        "codes": {"values": [8, None], "key": "latent.codes"},
+        "codes": {"values": [8, None], "key": "latent.num_codes"},
     },
 }
 
@@ -43,7 +43,7 @@ def test_every_combination_is_a_cell_with_its_arguments(read: Any) -> None:
         "--model.beta=2",
         "--callbacks+=F",
         '--callbacks.x={"rate": 0.1}',
-        "--latent.codes=null",
+        "--latent.num_codes=null",
     )
 
 
@@ -69,7 +69,7 @@ def test_names_may_be_more_than_those_taken_by_default(read: Any) -> None:
     grid = read({**GRID, "axes": {**GRID["axes"], "algorithm": algorithm}})
     assert {cell.axes["algorithm"] for cell in grid.cells()} == {"simpo"}
     assert grid.changed(["algorithm=dpo,simpo"]).cells() == read(GRID).cells()
-    with pytest.raises(SettingError, match="algorithm: found ppo, expected dpo, simpo"):
+    with pytest.raises(ConfigError, match="algorithm: found ppo, expected dpo, simpo"):
         read({**GRID, "axes": {"algorithm": algorithm | {"values": ["ppo"]}}})
 
 
@@ -82,7 +82,7 @@ def test_names_may_be_more_than_those_taken_by_default(read: Any) -> None:
     ],
 )
 def test_a_change_that_means_nothing_is_told(read: Any, change: str, told: str) -> None:
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(ConfigError, match=told):
         read(GRID).changed([change])
 
 
@@ -100,12 +100,12 @@ def test_a_change_that_means_nothing_is_told(read: Any, change: str, told: str) 
     ],
 )
 def test_a_file_that_is_no_grid_is_told(read: Any, grid: Any, told: str) -> None:
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(ConfigError, match=told):
         read(grid)
 
 
 def test_no_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"found no file .*none\.yaml"):
+    with pytest.raises(ConfigError, match=r"found no file .*none\.yaml"):
         read_grid(tmp_path / "none.yaml")
 
 
@@ -113,7 +113,7 @@ def test_no_file_is_told(tmp_path: Path) -> None:
 def test_no_cell_and_cells_that_are_the_same_are_told(read: Any, change: str, told: str) -> None:
     grid = {"base": [], "axes": {"seed": {"values": [1], "key": "seed_everything"}}}
     changed = read(grid).changed([change]) if "=" in change else read({**grid, "skip": [{"seed": 1}]})
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(ConfigError, match=told):
         changed.cells()
 
 

@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
-
-from evaluation.ablation.command import main
-from evaluation.ablation.process import FORKED
+from lpc_lightning.evaluation.ablation.command import main
+from lpc_lightning.evaluation.ablation.process import FORKED
 
 Read = Callable[[Path], dict[str, bytes]]
 

@@ -24,7 +24,7 @@ cluster.shutdown()
 """
 ABLATE = """
 import sys
-from evaluation.ablation.command import main
+from lpc_lightning.evaluation.ablation.command import main
 if __name__ == "__main__":
     main(["ablate", *sys.argv[1:]])
 """

@@ -1,0 +1,9 @@
+"""The algorithms, as LightningModules over one base and one latent mixin."""
+
+from lpc_lightning.algorithms.base import PreferenceModule
+from lpc_lightning.algorithms.dpo import DPO
+from lpc_lightning.algorithms.ipo import IPO
+from lpc_lightning.algorithms.simpo import SimPO
+from lpc_lightning.distributed.sharded_strategy import FSDP2Strategy
+
+__all__ = ["DPO", "IPO", "FSDP2Strategy", "PreferenceModule", "SimPO"]

@@ -1,0 +1,150 @@
+"""What a preference module is made of, and how: policy, reference and latent space, and their optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from lpc_lightning.algorithms.checkpoint import trained_shapes
+from lpc_lightning.algorithms.latent_mixin import LatentMixin
+from lpc_lightning.algorithms.metrics import PreferenceMetrics
+from lpc_lightning.distributed.build_sharded import build_sharded
+from lpc_lightning.distributed.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.latent import DiscreteSpace
+from lpc_lightning.policy import CausalPolicy, PolicySpec
+from lpc_lightning.reference.cached import CachedReference
+from lpc_lightning.reference.live import Reference, live_reference
+from lpc_lightning.seeding import derive, run_seed
+from lpc_lightning.types import PreferenceBatch
+
+PARTS = ("policy", "reference", "latent")
+"""What is built."""
+REFERENCES: dict[str, Callable[..., Reference]] = {"cached": CachedReference, "live": live_reference}
+
+
+class PolicyModule(LatentMixin, LightningModule):
+    """A policy with its reference and latent space, built from what the settings say, on one device or shared out."""
+
+    needs_reference = True
+    policy: CausalPolicy
+    reference: Reference | None
+    policy_spec: PolicySpec
+    reference_kind: str
+    optimizer_of: OptimizerCallable
+    latent_lr: float
+    lr_schedule: str
+    warmup_ratio: float
+    _built = _starting = False
+    _tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = self.policy_spec.load_tokenizer()
+        return self._tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Check and set up the strategy; note that a run begins, whose data is set up by now."""
+        check_strategy(self.trainer.strategy)
+        tell_micro_batch_size(self.trainer.strategy)
+        self._starting = True
+
+    def configure_model(self) -> None:
+        """Build policy, reference and latent space, once; have the reference ready for the run that begins."""
+        fresh = not self._built
+        if fresh:
+            self._build()
+        if self._starting and self.reference is not None:
+            self.reference.prepare(self, untouched=fresh or self.policy_spec.lora is not None)
+        self._starting = False
+
+    def _build(self) -> None:
+        if self.device_mesh is None:
+            self._make_parts()
+            self._compile()
+        else:
+            mesh = self.device_mesh["data_parallel"]
+            build_sharded(self, PARTS, self._make_parts, partial(self._shard, mesh), mesh)
+        codes = self.latent.num_codes if isinstance(self.latent, DiscreteSpace) else None
+        self.train_metrics, self.val_metrics, self.test_metrics = (PreferenceMetrics(codes) for _ in range(3))
+        self._trained = trained_shapes(self)
+        self._built = True
+
+    def _make_parts(self) -> None:
+        torch.manual_seed(derive("weights", run_seed()))
+        self.policy = self.policy_spec.build(self.tokenizer)
+        make_reference = REFERENCES[self.reference_kind]
+        self.reference = make_reference(self.policy, self.policy_spec) if self.needs_reference else None
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # the same first values on every device
+            self.build_latent(self.policy.width, self.policy.head)
+        if self.latent is not None:
+            self.latent.to(device)
+
+    def _compile(self) -> None:
+        if self.policy_spec.compile:
+            for policy in policies_of(self):
+                policy.compile_layers()
+
+    def _shard(self, mesh: DeviceMesh) -> None:
+        self._compile()
+        shard(self, mesh)
+
+    def reference_step(self, batch: PreferenceBatch) -> Tensor:
+        """(2B,) log-probabilities under the policy as published: before it is trained, or with its adapter off."""
+        return self.policy.reference_logps(batch)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW (or whatever `optimizer` says) over two groups, with warm-up and decay by optimizer step."""
+        backbone = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": backbone, "name": "backbone"}]
+        if latent := self.latent_parameters():
+            groups.append({"params": latent, "name": "latent", "lr": self.latent_lr})
+        optimizer = self.optimizer_of(groups)
+        steps = self._total_steps()
+        schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by `trainer.gradient_clip_val`.
+
+        Lightning refuses to clip for a fused optimizer under mixed precision, because float16's loss scaler unscales
+        inside such an optimizer. bfloat16 has no scaler: its own clipping function will do.
+        """
+        plugin = self.trainer.precision_plugin
+        unscaled = isinstance(plugin, MixedPrecision) and plugin.scaler is None
+        if gradient_clip_val and unscaled and gradient_clip_algorithm in (None, "norm"):
+            plugin.clip_grad_by_norm(optimizer, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    @property
+    def progress(self) -> float:
+        """0 at the first optimizer step, 1 at the last."""
+        return min(1.0, self.trainer.global_step / max(1, self._total_steps() - 1))
+
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ConfigError(
+                "trainer: found no end of training, expected max_steps or max_epochs: the schedules of the learning "
+                "rate, g and tau run over the whole of it."
+            )
+        return int(steps)

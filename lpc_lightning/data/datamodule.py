@@ -1,0 +1,292 @@
+"""The DataModule that all algorithms share: examples to tokens to batches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
+from lpc_lightning.data.batching.run_reads import evaluation_reads, training_reads
+from lpc_lightning.data.label_noise import LabelNoise, MarkedSource, noise_among
+from lpc_lightning.data.sources.example_source import ExampleSource
+from lpc_lightning.data.sources.report import DataReport
+from lpc_lightning.data.sources.rows import DataError
+from lpc_lightning.data.tokenization.lengths import LengthPolicy
+from lpc_lightning.data.tokenization.templates import TemplateKind, make_template
+from lpc_lightning.data.tokenization.token_cache import load_or_tokenize
+from lpc_lightning.data.tokenization.tokens import TokenStore
+from lpc_lightning.seeding import run_seed
+from lpc_lightning.types import Ceiling
+
+Stage = Literal["train", "validation", "test"]
+STAGES: dict[str, tuple[Stage, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+"""What each command of the trainer reads."""
+ROW_TOKENS = 1024
+"""Most tokens of a row where attention is worked out over whole rows."""
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Batches of preference pairs for the policy that is being trained; subclasses say where the examples come from."""
+
+    def __init__(
+        self,
+        batch_size: int = 4,
+        eval_batch_size: int | None = None,
+        layout: Literal["auto", "padded", "shared_prefix"] = "auto",
+        row_tokens: int | None = None,
+        template: TemplateKind = "auto",
+        max_length: int | None = 1024,
+        max_prompt_length: int | None = None,
+        too_long: Literal["drop", "truncate_prompt", "truncate_answer", "error"] = "drop",
+        bad_rows: Literal["error", "skip"] = "error",
+        length_window: int | None = None,
+        pairs_per_annotator: int | None = None,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            batch_size: Pairs in a batch of one device. `trainer.accumulate_grad_batches` of them make a step.
+            eval_batch_size: Pairs in a batch of validation and test. null: as many as in training.
+            layout: `padded`, a row a sequence; `shared_prefix`, the prompt once with both answers behind it and several
+                pairs in a row; `auto`, shared_prefix where the policy's attention kernel takes a mask.
+            row_tokens: Most tokens that a row of `shared_prefix` may hold; the width that costs least is chosen below
+                it. A longer pair widens the rows of its batch. null: one row a batch where attention costs no more for
+                it (policy.attention segment, on a CPU), elsewhere 1024.
+            template: `chat`, the tokenizer's own; `plain`, User:/Assistant: text; `auto`, chat where there is one.
+            max_length: Most tokens of a prompt with its longer answer. null: no limit.
+            max_prompt_length: Most tokens of a prompt. null: no limit.
+            too_long: What becomes of longer pairs: `drop`; `truncate_prompt`, keeping its end; `truncate_answer`, which
+                loses the end-of-answer token; `error`. What is dropped or cut is counted in the log and as a metric.
+            bad_rows: `error` stops at rows that cannot be used, naming them; `skip` goes on and counts them.
+            length_window: Has training batches hold pairs of like length: pairs are shuffled, sorted by length within
+                windows of so many batches (of all devices), and the batches shuffled again. Every pair still comes
+                once an epoch, and the expected loss is the same (see `length_windows`). On HH in batches of 8, a window
+                of 50 takes padding from 51 to 17 % of all tokens in `padded`, from 8 to 2 % in `shared_prefix` with
+                row_tokens 1024 (one row a batch has none), and several devices wait less for each other; but the
+                largest batches hold long pairs alone, 5768 tokens in place of 3480, and set the peak memory. null:
+                plain shuffling.
+            pairs_per_annotator: Has training batches hold so many pairs of one annotator together, a divisor of batch_size,
+                so that they can share what they say about the codes (MarginalSpace, annotators). Every pair still comes
+                once an epoch (see `annotator_batches`). Not together with length_window. null: plain shuffling.
+            num_workers: Processes that lay out batches ahead of time. 0 does it in the training process.
+            cache_dir: Where tokens are kept. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("row_tokens", row_tokens),
+            ("length_window", length_window),
+            ("pairs_per_annotator", pairs_per_annotator),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}: found {value}, expected at least 1.")
+        if pairs_per_annotator is not None and batch_size % pairs_per_annotator:
+            raise ValueError(
+                f"data.pairs_per_annotator: found {pairs_per_annotator}, expected a divisor of data.batch_size ({batch_size})."
+            )
+        if pairs_per_annotator is not None and length_window is not None:
+            raise ValueError(
+                f"data.length_window: found {length_window} beside data.pairs_per_annotator, expected one of them: a batch "
+                "holds pairs of like length, or pairs of one annotator."
+            )
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.layout, self.row_tokens, self.template = layout, row_tokens, template
+        self.lengths = LengthPolicy(max_length, max_prompt_length, too_long)
+        self.bad_rows, self.num_workers = bad_rows, num_workers
+        self.length_window, self.pairs_per_annotator = length_window, pairs_per_annotator
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.pairs: dict[Stage, TokenStore] = {}
+        self.reports: dict[Stage, DataReport] = {}
+        self._swaps: np.ndarray | None = None
+        self._noise = ""
+
+    @abstractmethod
+    def source(self, stage: Stage) -> ExampleSource | None:
+        """The examples of a stage, or None where there are none."""
+
+    @property
+    def ceiling(self) -> Ceiling | None:
+        """The best accuracy that can be had on clean pairs, where it is known: of generated data it is."""
+        return None
+
+    def prepare_data(self) -> None:
+        """Fill the token cache, in one process of the machine."""
+        assert self.trainer is not None
+        for stage in STAGES[str(self.trainer.state.fn.value)]:  # type: ignore[union-attr]
+            self.load(stage, self._tokenizer)
+
+    def setup(self, stage: str) -> None:
+        """Open the tokens, and tell the log and the loggers what became of every row."""
+        assert self.trainer is not None
+        for name in STAGES[stage]:
+            if self.load(name, self._tokenizer) is None:
+                continue
+            if name == "train":
+                self._relabel()
+            report = self.reports[name]
+            rank_zero_info(f"{name}: {report}")
+            for logger in self.trainer.loggers:
+                logger.log_metrics(
+                    {key.replace("data/", f"data/{name}/", 1): n for key, n in report.metrics().items()}, 0
+                )
+
+    def load(self, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> TokenStore | None:
+        """The tokens of a stage and, in `reports`, how they came about. Needs no trainer.
+
+        Raises:
+            DataError: There is something wrong with the data; see `load_or_tokenize`.
+        """
+        source = self.source(stage)
+        if source is None:
+            return None
+        if stage == "train" and (noise := self.label_noise) and noise.marks_prompts:
+            source = MarkedSource(source, noise)
+        template = make_template(tokenizer, self.template)
+        self.pairs[stage], self.reports[stage] = load_or_tokenize(
+            source,
+            template,
+            self.lengths,
+            bad_rows=self.bad_rows,
+            cache_dir=self.cache_dir,
+        )
+        return self.pairs[stage]
+
+    # Wrong labels
+
+    @property
+    def label_noise(self) -> LabelNoise | None:
+        """What says which training labels are wrong: one of the trainer's callbacks, or nothing."""
+        return None if self.trainer is None else noise_among(self.trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's connector
+
+    @property
+    def training_pairs(self) -> TokenStore:
+        """The pairs that are trained on, labelled as they are there."""
+        return self.pairs["train"].relabelled(self._swaps, self._noise)
+
+    def _relabel(self) -> None:
+        """Note which labels are wrong. Tokens and reference stay those of the clean pairs, whatever the noise."""
+        noise, source = self.label_noise, self.source("train")
+        self._swaps, self._noise = None, "" if noise is None else noise.key()
+        if noise is not None and source is not None and not noise.marks_prompts:
+            # Texts, scores and all are no longer known behind the tokens.
+            examples = list(source.read(DataReport()))
+            self._swaps = noise.flips(examples)[self.pairs["train"].places]
+
+    # What the reference says of the pairs
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What this run of the trainer reads, of what there is."""
+        assert self.trainer is not None
+        return [stage for stage in STAGES[str(self.trainer.state.fn.value)] if stage in self.pairs]  # type: ignore[union-attr]
+
+    def reads(self, stage: Stage) -> set[int]:
+        """The pairs of a stage that this run will read, on all its devices."""
+        if stage == "train":
+            return training_reads(self._training_batches(), self.trainer)
+        return evaluation_reads(len(self.pairs[stage]), self.eval_batch_size, self.trainer)
+
+    def attach_reference(self, stage: Stage, logps: np.ndarray) -> None:
+        """Have the batches of a stage carry `logps`; see `TokenStore.with_reference`."""
+        self.pairs[stage] = self.pairs[stage].with_reference(logps)
+
+    # Batches
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Shuffled batches that a resumed run takes up where it stopped."""
+        pairs = self.training_pairs
+        return TrainingLoader(pairs, self._training_batches(), self.make_layout(), self.num_workers, self._on_gpu)
+
+    def _training_batches(self) -> TrainingBatches:
+        return self.training_batches(self.pairs["train"], run_seed(), *self._place)
+
+    def training_batches(self, pairs: TokenStore, seed: int, rank: int = 0, devices: int = 1) -> TrainingBatches:
+        """The plan of a device, under these settings. Needs no trainer.
+
+        Raises:
+            DataError: Pairs are to be grouped by annotator, and none is known.
+        """
+        lengths = None if self.length_window is None else pairs.lengths
+        annotators = None if self.pairs_per_annotator is None else pairs.annotators
+        if annotators is not None and not any(annotators):
+            raise DataError(
+                f"data.pairs_per_annotator: found no annotator in {len(pairs)} training pairs, expected a column `annotator` "
+                "(or the name of another one, data.columns.annotator), or data.pairs_per_annotator null."
+            )
+        sizes = (len(pairs), self.batch_size, seed, rank, devices)
+        return TrainingBatches(*sizes, lengths, self.length_window, annotators, self.pairs_per_annotator)
+
+    def val_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
+        """Each validation pair once."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
+        """Each test pair once."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
+        """Each test pair once."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, stage: Stage) -> PreferenceLoader | list[PreferenceLoader]:
+        if stage not in self.pairs:
+            return []
+        rank, devices = self._place
+        batches = EvaluationBatches(len(self.pairs[stage]), self.eval_batch_size, rank, devices)
+        return PreferenceLoader(self.pairs[stage], batches, self.make_layout(), self.num_workers, self._on_gpu)
+
+    def make_layout(self) -> Layout:
+        """What lays batches out for the policy that is being trained.
+
+        Raises:
+            DataError: The policy cannot read the layout that is set.
+        """
+        takes_mask = self._module.policy.takes_block_mask
+        if self.layout == "shared_prefix" and not takes_mask:
+            raise DataError(
+                "data.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask. "
+                "Expected padded (or auto), or policy.attention sdpa or eager."
+            )
+        pad_id = make_template(self._tokenizer, self.template).pad_id
+        if self.layout == "padded" or not takes_mask:
+            return PaddedLayout(pad_id)
+        free = self._module.policy.attends_by_segment and not self._on_gpu
+        return SharedPrefixLayout(pad_id, self.row_tokens or (None if free else ROW_TOKENS))
+
+    @property
+    def _module(self) -> Any:
+        # A `PreferenceModule`, which stands above this one in the order of imports.
+        assert self.trainer is not None
+        return self.trainer.lightning_module
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._module.tokenizer
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        assert self.trainer is not None
+        return self.trainer.global_rank, self.trainer.world_size
+
+    @property
+    def _on_gpu(self) -> bool:
+        assert self.trainer is not None
+        return self.trainer.strategy.root_device.type == "cuda"

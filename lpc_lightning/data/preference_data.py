@@ -1,0 +1,83 @@
+"""Preference pairs from files or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
+from lpc_lightning.data.sources.example_source import RowSource
+from lpc_lightning.data.sources.formats import Columns
+
+
+class PreferenceData(PreferenceDataModule):
+    """Pairs from JSON lines, JSON, CSV, Parquet, or a Hugging Face data set, in any known row form."""
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        config: str | None = None,
+        train_split: str = "train",
+        validation_split: str | None = None,
+        test_split: str | None = "test",
+        validation_share: float = 0.05,
+        split_column: str = "split",
+        columns: Columns | None = None,
+        **data: Any,
+    ) -> None:
+        """Say where the pairs are.
+
+        Args:
+            path: A local file, a folder written by `datasets`, or a hub name; or one file for each of `train`,
+                `validation`, `test`.
+            config: Configuration of a hub data set.
+            train_split: Rows to train on: a hub split, or the value of a file's split column.
+            validation_split: Rows to validate on. null holds out a share of the training prompts.
+            test_split: Rows to test on. null: none.
+            validation_share: Share of the training prompts to hold out where there is no validation split, chosen by a
+                hash of the prompt, so that no prompt is on both sides. 0: no validation.
+            split_column: Column of a file that says which split a row belongs to; rows without it are `train`.
+            columns: Names of the columns. null: those of `Columns`.
+            data: Settings of `PreferenceDataModule`.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        super().__init__(**data)
+        known = ("train", "validation", "test")
+        if isinstance(path, dict) and not ({"train"} <= set(path) <= set(known)):
+            raise ValueError(f"data.path: found files for {sorted(path)}, expected train and perhaps {known[1:]}.")
+        if not 0 <= validation_share < 1:
+            raise ValueError(f"data.validation_share: found {validation_share}, expected a share from 0 to below 1.")
+        self.path, self.config, self.split_column = path, config, split_column
+        self.columns = columns or Columns()
+        self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
+        self.validation_share = validation_share
+
+    def source(self, stage: Stage) -> RowSource | None:
+        """The rows of a stage: a file of its own, a split, or what is held out of training."""
+        if self._has_own_rows(stage):
+            held_out = False if stage == "train" and self._holds_out else None
+            return self._rows(stage, held_out)
+        if stage == "validation" and self._holds_out:
+            return self._rows("train", held_out=True)
+        return None
+
+    @property
+    def _holds_out(self) -> bool:
+        return self.validation_share > 0 and not self._has_own_rows("validation")
+
+    def _has_own_rows(self, stage: Stage) -> bool:
+        return stage in self.path if isinstance(self.path, dict) else self.splits[stage] is not None
+
+    def _rows(self, stage: Stage, held_out: bool | None) -> RowSource:
+        shared: dict[str, Any] = {
+            "columns": self.columns,
+            "held_out": held_out,
+            "held_out_share": 0.0 if held_out is None else self.validation_share,
+        }
+        if isinstance(self.path, dict):
+            return RowSource(self.path[stage], **shared)
+        if Path(self.path).is_file():
+            return RowSource(self.path, split=self.splits[stage], split_column=self.split_column, **shared)
+        return RowSource(self.path, config=self.config, dataset_split=self.splits[stage], **shared)

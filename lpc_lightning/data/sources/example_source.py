@@ -1,0 +1,95 @@
+"""Where examples come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+from lpc_lightning.data.sources.formats import Columns, to_example
+from lpc_lightning.data.sources.report import DataReport
+from lpc_lightning.data.sources.rows import BadRow, read_rows, source_key
+from lpc_lightning.data.sources.splits import held_out, select_split
+from lpc_lightning.types import PreferenceExample
+
+
+class ExampleSource(Protocol):
+    """Something that gives examples, and can tell whether they are still the same ones."""
+
+    def key(self) -> str:
+        """A text that changes whenever `read` would give other examples."""
+        ...
+
+    def read(self, report: DataReport) -> Iterator[PreferenceExample]:
+        """The examples, with every row on the way counted in `report`."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """The examples in a file, a saved folder or a hub data set (see `read_rows` for the known kinds)."""
+
+    path: str
+    """A file, a folder or a hub name."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    dataset_split: str | None = None
+    """Split of a hub data set or a saved folder, such as `train_prefs`. None: `train`."""
+    columns: Columns = field(default_factory=Columns)
+    """Names of the columns."""
+    split: str | None = None
+    """Take only rows whose split column says this; a row without one counts as `train`. None: all rows."""
+    split_column: str = "split"
+    """The column that `split` looks at."""
+    held_out: bool | None = None
+    """True: only the prompts held out. False: only the others. None: all."""
+    held_out_share: float = 0.0
+    """Share of prompts to hold out, in [0, 1], by a hash of the prompt's text."""
+    held_out_seed: int = 0
+    """Another seed holds out other prompts."""
+
+    def key(self) -> str:
+        """See `ExampleSource.key`."""
+        settings = {name: value for name, value in asdict(self).items() if name != "path"}
+        content = source_key(self.path, config=self.config, split=self.dataset_split)
+        return json.dumps([content, settings], sort_keys=True)
+
+    def read(self, report: DataReport) -> Iterator[PreferenceExample]:
+        """See `ExampleSource.read`."""
+        rows = read_rows(self.path, config=self.config, split=self.dataset_split, on_bad=report.count_unread)
+        rows = report.counting(rows)
+        if self.split is not None:
+            rows = select_split(rows, self.split, self.split_column, report.count_other_split)
+        for place, row in rows:
+            try:
+                example = to_example(row, place, self.columns)
+            except BadRow as fault:
+                report.count_bad(place, fault)
+                continue
+            if self._is_wanted(example):
+                yield example
+            else:
+                report.held_apart += 1
+
+    def _is_wanted(self, example: PreferenceExample) -> bool:
+        if self.held_out is None:
+            return True
+        return self.held_out == held_out(example.prompt, self.held_out_share, self.held_out_seed)
+
+
+@dataclass(frozen=True)
+class ExamplesInMemory:
+    """Examples that are already there, such as generated ones."""
+
+    examples: Sequence[PreferenceExample]
+    name: str
+    """A text that names this very content: the generator's settings and seed, for example."""
+
+    def key(self) -> str:
+        """See `ExampleSource.key`."""
+        return f"memory {self.name}"
+
+    def read(self, report: DataReport) -> Iterator[PreferenceExample]:
+        """See `ExampleSource.read`."""
+        return report.counting(self.examples)

@@ -1,0 +1,133 @@
+"""What became of every row: nothing is left out in silence."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from lpc_lightning.data.sources.rows import BadRow
+
+T = TypeVar("T")
+
+PLACES = 3
+"""How many places of each fault are remembered."""
+
+
+@dataclass
+class DataReport:
+    """Counts of rows, from the reader to the tokens. `read = kept + other splits + held apart + bad + dropped`."""
+
+    read: int = 0
+    """Rows seen, unreadable lines included."""
+    kept: int = 0
+    """Pairs that came out as tokens, cut ones included."""
+    other_splits: dict[str, int] = field(default_factory=dict)
+    """Rows left to another split, by the value of their split column."""
+    held_apart: int = 0
+    """Rows on the other side of a hold-out by prompt."""
+    bad: dict[str, int] = field(default_factory=dict)
+    """Rows that cannot be used, by reason."""
+    bad_places: dict[str, list[str]] = field(default_factory=dict)
+    """Where the first three of each reason are, and what was found there."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Good pairs that the length policy left out, by reason."""
+    cut: dict[str, int] = field(default_factory=dict)
+    """Kept pairs that the length policy shortened, by what was cut."""
+
+    def counting(self, rows: Iterable[T]) -> Iterator[T]:
+        """The same rows, each counted as read."""
+        for row in rows:
+            self.read += 1
+            yield row
+
+    def count_bad(self, place: str, fault: BadRow) -> None:
+        """Count one row that cannot be used."""
+        self.bad[fault.reason] = self.bad.get(fault.reason, 0) + 1
+        places = self.bad_places.setdefault(fault.reason, [])
+        if len(places) < PLACES:
+            places.append(f"{place} ({fault.detail})")
+
+    def count_unread(self, place: str, fault: BadRow) -> None:
+        """Count one line that the reader could not read: fits `read_rows(on_bad=...)`."""
+        self.read += 1
+        self.count_bad(place, fault)
+
+    def count_other_split(self, split: str) -> None:
+        """Count one row that belongs to another split."""
+        self.other_splits[split] = self.other_splits.get(split, 0) + 1
+
+    def count_dropped(self, reason: str) -> None:
+        """Count one pair that the length policy left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def count_cut(self, what: str) -> None:
+        """Count one pair that the length policy shortened."""
+        self.cut[what] = self.cut.get(what, 0) + 1
+
+    def merged(self, other: DataReport) -> DataReport:
+        """The counts of both, as a new report."""
+        places = {reason: list(found) for reason, found in self.bad_places.items()}
+        for reason, found in other.bad_places.items():
+            places[reason] = (places.get(reason, []) + found)[:PLACES]
+        return DataReport(
+            read=self.read + other.read,
+            kept=self.kept + other.kept,
+            other_splits=_sum(self.other_splits, other.other_splits),
+            held_apart=self.held_apart + other.held_apart,
+            bad=_sum(self.bad, other.bad),
+            bad_places=places,
+            dropped=_sum(self.dropped, other.dropped),
+            cut=_sum(self.cut, other.cut),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Counts under metric names: `data/read`, `data/kept`, `data/bad/empty_answer`, `data/dropped/...`, ..."""
+        named = {"read": self.read, "kept": self.kept, "held_apart": self.held_apart}
+        groups = {"other_splits": self.other_splits, "bad": self.bad, "dropped": self.dropped, "cut": self.cut}
+        for group, counts in groups.items():
+            named |= {f"{group}/{_slug(reason)}": count for reason, count in counts.items()}
+        return {f"data/{name}": float(count) for name, count in named.items()}
+
+    def describe(self) -> str:
+        """A short text for the log: one line of totals, then one line a reason."""
+        lines = [f"{self.read} rows read, {self.kept} pairs kept"]
+        lines += [f"  {n} left to split {split!r}" for split, n in self.other_splits.items()]
+        lines += [f"  {self.held_apart} on the other side of the hold-out by prompt"] if self.held_apart else []
+        for reason, n in self.bad.items():
+            places = self.bad_places.get(reason, [])
+            more = "; ..." if n > len(places) else ""
+            lines.append(f"  {n} bad: {reason}: {'; '.join(places)}{more}")
+        lines += [f"  {n} dropped: {reason}" for reason, n in self.dropped.items()]
+        lines += [f"  {n} kept with a cut {what}" for what, n in self.cut.items()]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return json.dumps(asdict(self), ensure_ascii=True, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> DataReport:
+        """A report that `to_json` wrote.
+
+        Raises:
+            ValueError: The text is not such an object.
+        """
+        values: Any = json.loads(text)
+        expected = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or set(values) != expected:
+            raise ValueError(f"not a data report: expected an object with {sorted(expected)}, found {text[:80]!r}")
+        return cls(**values)
+
+
+def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {reason: one.get(reason, 0) + other.get(reason, 0) for reason in [*one, *(set(other) - set(one))]}
+
+
+def _slug(reason: str) -> str:
+    return re.sub(r"\W+", "_", reason).strip("_").lower()

@@ -1,0 +1,38 @@
+"""A plain text for base models, which have no chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from lpc_lightning.data.tokenization.template import AnswerFrame, Template
+from lpc_lightning.data.tokenization.text_encoder import eos_id, special_texts
+from lpc_lightning.types import Message
+
+
+class PlainTemplate(Template):
+    """A plain text for base models: "System: ...\\n\\nUser: ...\\n\\nAssistant:", the answer after one space, then eos.
+
+    The beginning-of-sequence token stands before it exactly when the tokenizer by itself adds one.
+
+    Args:
+        tokenizer: Any tokenizer with an eos token.
+
+    Raises:
+        DataError: The tokenizer has no eos token.
+    """
+
+    kind = "plain"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        bare = tokenizer.encode("User", add_special_tokens=False)
+        full = tokenizer.encode("User")
+        lead = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        super().__init__(
+            tokenizer, AnswerFrame(end_id=eos_id(tokenizer), before=" "), special_texts(tokenizer), lead_ids=full[:lead]
+        )
+
+    def render(self, prompt: Sequence[Message]) -> str:
+        """See `Template.render`."""
+        return "".join(f"{turn['role'].capitalize()}: {turn['content']}\n\n" for turn in prompt) + "Assistant:"

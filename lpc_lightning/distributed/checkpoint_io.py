@@ -1,0 +1,68 @@
+"""Checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_sharded
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint that could not be written; the ones before it are untouched."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, flushes to disk, and renames into place; reads sharded checkpoints as well.
+
+    Lightning writes into the system's temporary folder and moves from there, which across file systems is a copy that
+    a full disk cuts short.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save to a local path; other targets (`s3://...`) go Lightning's own way.
+
+        Raises:
+            CheckpointWriteError: The disk is full, or cannot be written.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        except (OSError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError of its zip writer.
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            size = sum(value.nbytes for value in _tensors(checkpoint))
+            raise CheckpointWriteError(
+                f"checkpoint: could not write {target} (about {size / 2**20:.0f} MiB): {error}. Expected a folder with "
+                "room: free some, or set trainer.default_root_dir elsewhere. Earlier checkpoints are whole."
+            ) from error
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Load a file, or put the shards of a folder together, for a run whose strategy does not shard."""
+        if "://" not in str(path) and is_sharded(Path(path)):
+            return read_sharded(Path(path))
+        return super().load_checkpoint(path, *args, **options)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []

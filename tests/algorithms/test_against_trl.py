@@ -1,0 +1,191 @@
+"""Losses, gradients and metrics against TRL's DPOTrainer, on the same models and the same padded batch.
+
+TRL works its log-probabilities out in float32 whatever the type of the model, by a kernel of its own; the models are
+float64, so that nothing else is rounded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from trl import DPOConfig, DPOTrainer
+
+from lpc_lightning.algorithms import DPO, IPO, PreferenceModule
+from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.latent import VectorSpace
+from lpc_lightning.reference.live import FrozenCopy
+from lpc_lightning.types import TokenizedPair
+
+PRECISION = 1e-5
+ALGORITHMS: dict[str, tuple[type[PreferenceModule], dict[str, Any], dict[str, Any]]] = {
+    "dpo": (DPO, {"beta": 0.3}, {"loss_type": "sigmoid", "beta": 0.3}),
+    "rdpo": (
+        DPO,
+        {"beta": 0.2, "label_smoothing": 0.15, "robust": True},
+        {"loss_type": "robust", "label_smoothing": 0.15, "beta": 0.2},
+    ),
+    "ipo": (IPO, {"beta": 0.4, "length_average": True}, {"loss_type": "ipo", "beta": 0.4}),
+}
+LAYOUTS: dict[str, Layout] = {"padded": PaddedLayout(0), "shared prefix": SharedPrefixLayout(0, row_tokens=40)}
+FINAL_NORM = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gemma2": "model.norm"}
+
+every_algorithm = pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+every_family = pytest.mark.parametrize("family", list(FINAL_NORM))
+Sides = tuple[PreferenceModule, DPOTrainer]
+
+
+@pytest.fixture
+def pairs(make_pairs: Callable[..., list[TokenizedPair]]) -> list[TokenizedPair]:
+    return make_pairs([(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5)])
+
+
+@pytest.fixture
+def sides(tiny_spec: Callable[..., Any], perturb: Callable[..., None], tmp_path: Path) -> Callable[..., Sides]:
+    """Our module and TRL's trainer with equal weights; policies that have moved away from their references."""
+
+    def make(algorithm: str, family: str, **latent: Any) -> Sides:
+        kind, ours, theirs = ALGORITHMS[algorithm]
+        # Windows and eager attention leave no number to a row of padding, which TRL's own code would read.
+        options = {"sliding_window": 64} if family == "gemma2" else None
+        module = kind(policy=tiny_spec(family, options=options), reference="live", **ours, **latent)
+        module.configure_model()
+        assert isinstance(module.reference, FrozenCopy)
+        perturb(module.policy, seed=1)
+        perturb(module.reference, seed=2)
+        if module.latent is not None:
+            module.latent.double()
+        config = DPOConfig(
+            str(tmp_path),
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            activation_checkpointing=False,
+            max_length=None,
+            save_strategy="no",
+            disable_tqdm=True,
+            **theirs,
+        )
+        trainer = DPOTrainer(
+            copy.deepcopy(module.policy.causal_lm),
+            copy.deepcopy(module.reference.policy.causal_lm),
+            config,
+            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
+            processing_class=module.tokenizer,
+        )
+        return module, trainer
+
+    return make
+
+
+def collated(trainer: DPOTrainer, pairs: list[TokenizedPair]) -> dict[str, Tensor]:
+    """The pairs as TRL lays them out."""
+    batch = trainer.data_collator(
+        [{"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in pairs]
+    )
+    assert (batch["attention_mask"] == 0).any(), "a batch without padding proves less"
+    return batch
+
+
+def add_before_head(model: nn.Module, family: str, z: Tensor) -> None:
+    """Adds z (B, d) to all states that enter the head, of the chosen and of the rejected answers."""
+    norm = model.get_submodule(FINAL_NORM[family])
+    norm.register_forward_hook(lambda _, inputs, states: states + torch.cat([z, z])[:, None])
+
+
+def assert_close(found: Tensor, expected: Tensor, name: str = "") -> None:
+    assert expected.abs().max() > 0, name
+    tolerance = {"rtol": PRECISION, "atol": PRECISION * float(expected.abs().max())}
+    torch.testing.assert_close(found.double(), expected.double(), **tolerance, msg=lambda text: f"{name}: {text}")
+
+
+def assert_same_gradients(module: PreferenceModule, gradients: dict[str, Tensor], trainer: DPOTrainer) -> None:
+    theirs = {f"policy.model.{name}": parameter.grad for name, parameter in trainer.model.named_parameters()}
+    assert set(gradients) - {"latent.vector"} == set(theirs)
+    for name, gradient in theirs.items():
+        assert gradient is not None
+        assert_close(gradients[name], gradient, name)
+
+
+@every_family
+@every_algorithm
+@every_layout
+def test_a_training_step_has_trls_loss_and_gradients(
+    family: str,
+    algorithm: str,
+    layout: Layout,
+    sides: Callable[..., Sides],
+    pairs: list[TokenizedPair],
+    train_step: Callable[..., Any],
+) -> None:
+    module, trainer = sides(algorithm, family)
+    theirs = trainer.compute_loss(trainer.model, collated(trainer, pairs))
+    theirs.backward()
+    ours = train_step(module, pairs, layout)
+    assert_close(ours.loss, theirs.detach(), "loss")
+    assert_same_gradients(module, ours.gradients, trainer)
+
+
+@every_family
+@every_algorithm
+def test_one_learned_vector_is_trl_with_it_added_before_the_head(
+    family: str,
+    algorithm: str,
+    sides: Callable[..., Sides],
+    pairs: list[TokenizedPair],
+    train_step: Callable[..., Any],
+) -> None:
+    module, trainer = sides(algorithm, family, latent=VectorSpace(init_logit_std=0.5))
+    z = module.latent.vector.detach().clone().requires_grad_()
+    add_before_head(trainer.model, family, z.expand(len(pairs), -1))
+    theirs = trainer.compute_loss(trainer.model, collated(trainer, pairs))
+    theirs.backward()
+    ours = train_step(module, pairs)
+    assert_close(ours.loss, theirs.detach(), "loss")
+    assert_close(ours.gradients["latent.vector"], z.grad, "z")
+    assert_same_gradients(module, ours.gradients, trainer)
+
+
+@every_algorithm
+@every_layout
+def test_a_z_for_each_pair_is_trl_with_it_added_before_the_head(
+    algorithm: str, layout: Layout, sides: Callable[..., Sides], pairs: list[TokenizedPair]
+) -> None:
+    module, trainer = sides(algorithm, "llama")
+    generator = torch.Generator().manual_seed(0)
+    ours_z = torch.randn(len(pairs), module.policy.width, generator=generator, dtype=torch.float64)
+    theirs_z = ours_z.clone().requires_grad_()
+    add_before_head(trainer.model, "llama", theirs_z)
+    theirs = trainer.compute_loss(trainer.model, collated(trainer, pairs))
+    theirs.backward()
+    plain = module.read(layout(pairs))[1].under(None)[0].losses.mean()
+    ours = module.read(layout(pairs))[1].under(ours_z.requires_grad_())[0].losses.mean()
+    assert (plain - ours).abs() > 1e-2
+    ours.backward()
+    assert_close(ours.detach(), theirs.detach(), "loss")
+    assert_close(ours_z.grad, theirs_z.grad, "z")
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert_same_gradients(module, gradients, trainer)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "rdpo"])
+def test_metrics_that_have_trls_names_have_its_values(
+    algorithm: str, sides: Callable[..., Sides], pairs: list[TokenizedPair], train_step: Callable[..., Any]
+) -> None:
+    module, trainer = sides(algorithm, "llama")
+    trainer.compute_loss(trainer.model, collated(trainer, pairs))
+    ours = train_step(module, pairs).metrics
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        (theirs,) = trainer._metrics["train"][name]
+        assert float(ours[f"train/{name}"]) == pytest.approx(theirs, rel=PRECISION)
+    for name in ("logps/chosen", "logps/rejected"):
+        (theirs,) = trainer._metrics["train"][name]
+        assert float(ours[f"train/{name}"]) == pytest.approx(theirs, rel=PRECISION)
+    assert 0 < float(ours["train/rewards/accuracies"]) < 1

@@ -1,0 +1,274 @@
+"""What a checkpoint holds, what comes back out of it, and which ones are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lpc_lightning.algorithms import DPO, PreferenceModule, SimPO
+from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.cli import PreferenceCLI
+from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
+from lpc_lightning.policy import LoRA
+
+Space = Callable[[], LatentSpace]
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def gumbel(codes: int = 4) -> GumbelSpace:
+    return GumbelSpace(num_codes=codes, hidden=8, init_logit_std=1.0)
+
+
+def quiet_trainer() -> Trainer:
+    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    return [tensor for item in items for tensor in tensors(item)]
+
+
+@pytest.fixture(scope="module")
+def predict(small_data: Any) -> Callable[[LightningModule], dict[str, Any]]:
+    """Rewards and priors of the test pairs, by a trainer of its own, and the policy's bare log-probabilities."""
+
+    def say(module: Any) -> dict[str, Any]:
+        data = small_data()
+        trainer = quiet_trainer()
+        batches = trainer.predict(module, datamodule=data)
+        values = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0] if name.startswith("rew")}
+        if module.latent is not None:
+            values["prior"] = torch.cat([batch["prior"] for batch in batches])
+        with torch.no_grad():
+            values["logps"] = torch.cat([module.policy.read(batch).logps() for batch in data.test_dataloader()])
+        return values
+
+    return say
+
+
+def assert_says_the_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.fixture
+def saved(tmp_path: Path, fit_run: Any, small_data: Any) -> Callable[..., Path]:
+    """Trains a module for two steps and saves it."""
+
+    def save(module: PreferenceModule, **trainer: Any) -> Path:
+        keep = ModelCheckpoint(dirpath=tmp_path, filename="saved")
+        fit_run(module, small_data(train_pairs=4), max_epochs=1, callbacks=[keep], **trainer)
+        return tmp_path / "saved.ckpt"
+
+    return save
+
+
+# What it holds.
+
+
+@pytest.mark.parametrize("algorithm", [DPO, SimPO], ids=["with a reference", "without"])
+@pytest.mark.parametrize("latent", [None, gumbel], ids=["plain", "gumbel"])
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=4)], ids=["full", "lora"])
+def test_it_holds_what_was_trained_and_nothing_else(
+    algorithm: type[PreferenceModule], latent: Space | None, lora: LoRA | None, saved: Any, small_policy: Any
+) -> None:
+    policy = small_policy(lora=lora)
+    module = algorithm(policy=policy, latent=latent and latent(), optimizer=adam)
+    path = saved(module)
+    kept = torch.load(path, weights_only=True)
+    trained = kept["state_dict"]
+    if lora is None:
+        expected = {f"policy.{name}" for name, _ in policy.build().named_parameters()}
+    else:
+        linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        assert len(trained) == 2 * len(linear) + (len(module.latent.state_dict()) if module.latent else 0)
+        expected = {name for name in trained if any(f"{kind}.lora_" in name for kind in linear)}
+    if module.latent is not None:
+        expected |= {f"latent.{name}" for name in module.latent.state_dict()}
+        assert {f"latent.{network}.moments.mean" for network in ("prior", "posterior")} < expected
+    assert set(trained) == expected
+    assert all(torch.equal(trained[name], value) for name, value in module.state_dict().items() if name in expected)
+
+    # Weights and Adam's two moments, with some room for names and counters.
+    weights = sum(tensor.nbytes for tensor in trained.values())
+    assert sum(tensor.nbytes for tensor in tensors(kept)) <= 3 * weights + 8 * len(trained)
+    assert path.stat().st_size < 3 * weights + 2_000 * len(trained) + 10_000
+    if lora is not None:
+        assert weights < 0.5 * sum(parameter.nbytes for parameter in policy.build().parameters())
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights", "moments"),
+    [
+        ("bf16-true", torch.bfloat16, torch.float32),
+        ("bf16-mixed", torch.float32, torch.float32),
+        ("64-true", torch.float64, torch.float64),
+    ],
+)
+def test_moments_are_as_exact_as_float32_at_least(
+    precision: str, weights: torch.dtype, moments: torch.dtype, saved: Any, small_policy: Any
+) -> None:
+    module = DPO(policy=small_policy(), latent=gumbel(), optimizer=adam)
+    kept = torch.load(saved(module, precision=precision), weights_only=True)["state_dict"]
+    assert kept["latent.prior.first.weight"].dtype == weights
+    for network in ("prior", "posterior"):
+        mean, pairs = (kept[f"latent.{network}.moments.{name}"] for name in ("mean", "pairs"))
+        assert (mean.dtype, pairs.item()) == (moments, 4)
+        assert mean.any()
+
+
+# What comes back.
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=4)], ids=["full", "lora"])
+def test_in_code_it_loads_with_policy_and_latent_given(
+    lora: LoRA | None, saved: Any, small_policy: Any, predict: Any
+) -> None:
+    module = DPO(policy=small_policy(lora=lora), latent=gumbel(), optimizer=adam, beta=0.7, latent_lr=1e-2)
+    path = saved(module)
+    expected = predict(module)
+    loaded = DPO.load_from_checkpoint(path, policy=small_policy(lora=lora), latent=gumbel())
+    assert (loaded.beta, loaded.latent_lr) == (0.7, 1e-2)
+    assert_says_the_same(predict(loaded), expected)
+    fresh = DPO(policy=small_policy(lora=lora), latent=gumbel(), beta=0.7)
+    assert not torch.equal(predict(fresh)["rewards/chosen"], expected["rewards/chosen"])
+
+
+def test_a_trainer_loads_it_too(saved: Any, small_policy: Any, small_data: Any) -> None:
+    path = saved(module := DPO(policy=small_policy(), latent=gumbel(), optimizer=adam))
+    fresh = DPO(policy=small_policy(), latent=gumbel())
+    keep = ModelCheckpoint(dirpath=path.parent)
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[keep], enable_progress_bar=False)
+    (said,) = trainer.validate(fresh, datamodule=small_data(), ckpt_path=path, verbose=False)
+    (expected,) = trainer.validate(module, datamodule=small_data(), verbose=False)
+    assert said == expected
+
+
+@pytest.fixture
+def command_line(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PreferenceCLI]:
+    """Two steps by the command line, whose checkpoints know how to build their module."""
+    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
+
+    def fit(*flags: str) -> PreferenceCLI:
+        policy = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
+        data = [
+            "--data=SyntheticPreferences",
+            "--data.train_pairs=4",
+            "--data.validation_pairs=2",
+            "--data.batch_size=2",
+        ]
+        trainer = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+        quiet = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
+        places = [f"--data.cache_dir={cache_dir}", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+        return PreferenceCLI(["fit", *policy, *data, *trainer, *quiet, *places, *flags])
+
+    return fit
+
+
+@pytest.mark.parametrize("lora", [[], ["--policy.lora.rank=2"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        (["--model=DPO", "--model.beta=0.7", "--latent=null"], DPO),
+        (
+            ["--model=SimPO", "--model.beta=3", "--latent=MarginalSpace", "--latent.num_codes=3", "--latent.hidden=8"],
+            SimPO,
+        ),
+        (["--model=DPO", "--latent=GumbelSpace", "--latent.num_codes=3", "--latent.tau=Exponential"], DPO),
+    ],
+    ids=["plain", "marginal", "gumbel"],
+)
+def test_what_the_command_line_saved_builds_itself(
+    flags: list[str], lora: list[str], kind: type, command_line: Any, predict: Any
+) -> None:
+    done = command_line(*flags, *lora, "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01")
+    (path,) = Path(done.trainer.log_dir).glob("checkpoints/*.ckpt")
+    loaded = LightningModule.load_from_checkpoint(path, weights_only=True)
+    assert type(loaded) is kind
+    assert loaded.beta == done.model.beta
+    assert (loaded.policy_spec.lora is None) == (not lora)
+    assert type(loaded.latent) is type(done.model.latent)
+    assert_says_the_same(predict(loaded), predict(done.model))
+
+
+# What is refused.
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "wider": {"width": 32},
+    "deeper": {"layers": 2},
+    "lora": {"lora": LoRA(rank=2, alpha=4)},
+    "lora of rank 4": {"lora": LoRA(rank=4, alpha=4)},
+}
+SPACES: dict[str, Space | None] = {
+    "plain": None,
+    "gumbel": gumbel,
+    "gumbel of 5 codes": lambda: gumbel(5),
+    "marginal": lambda: MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrote", "reads", "told"),
+    [
+        (
+            ("full", "plain"),
+            ("wider", "plain"),
+            r"policy\.model\.lm_head\.weight: found \(1024, 16\), expected \(1024, 32\)",
+        ),
+        (("full", "plain"), ("deeper", "plain"), r"\d+ missing \(first: policy\.model\.model\.layers\.1\."),
+        (("deeper", "plain"), ("full", "plain"), r"\d+ unknown \(first: policy\.model\.model\.layers\.1\."),
+        (
+            ("full", "plain"),
+            ("lora", "plain"),
+            r"14 missing \(first: policy\..*lora_A.*\); 12 unknown \(first: policy\.",
+        ),
+        (
+            ("lora", "plain"),
+            ("full", "plain"),
+            r"12 missing \(first: policy\..*\); 14 unknown \(first: policy\..*lora_A",
+        ),
+        (("lora", "plain"), ("lora of rank 4", "plain"), r"lora_A.*: found \(2, \d+\), expected \(4, \d+\)"),
+        (("full", "plain"), ("full", "gumbel"), r"15 missing \(first: latent\.codebook\.weight\)"),
+        (("full", "gumbel"), ("full", "plain"), r"15 unknown \(first: latent\.codebook\.weight\)"),
+        (("full", "gumbel"), ("full", "marginal"), r"7 unknown \(first: latent\.posterior\."),
+        (
+            ("full", "gumbel"),
+            ("full", "gumbel of 5 codes"),
+            r"latent\.codebook\.weight: found \(4, 16\), expected \(5, 16\)",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_another_architecture_is_refused(
+    wrote: tuple[str, str], reads: tuple[str, str], told: str, saved: Any, small_policy: Any, small_data: Any
+) -> None:
+    def module(names: tuple[str, str]) -> DPO:
+        policy, space = names
+        latent = SPACES[space]
+        return DPO(policy=small_policy(**SETTINGS[policy]), latent=latent and latent(), optimizer=adam)
+
+    path = saved(module(wrote))
+    sentence = (
+        rf"^checkpoint: its weights are of another architecture: .*{told}.* Expected the \d+ trained weights of this"
+    )
+    trainer = quiet_trainer()
+    with pytest.raises(CheckpointError, match=sentence):
+        trainer.validate(module(reads), datamodule=small_data(), ckpt_path=path)
+    policy, space = reads
+    latent = SPACES[space]
+    with pytest.raises(CheckpointError, match=sentence):
+        DPO.load_from_checkpoint(path, policy=small_policy(**SETTINGS[policy]), latent=latent and latent())

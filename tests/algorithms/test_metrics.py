@@ -1,0 +1,145 @@
+"""Metrics against closed forms and plain means."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+from lpc_lightning.algorithms.metrics import CodeUse, PairMeans, PreferenceMetrics, entropy, latent_values, pair_values
+from lpc_lightning.latent import LatentTerms
+from lpc_lightning.types import PairLogps, PairLosses, PairStates
+
+
+def column(*values: float) -> Tensor:
+    return torch.tensor(values)
+
+
+def terms(**extra: object) -> LatentTerms:
+    pairs = PairLosses(column(0.5, 1.5, 4.0), column(1.0, -2.0, 3.0), column(0.0, -2.0, 5.0))
+    logps = PairLogps(column(-1, -2, -3), column(-4, -5, -6), None, None, column(1, 1, 1), column(1, 1, 1))
+    return LatentTerms(pairs, logps, **extra)
+
+
+STATES = PairStates(*(torch.tensor([[3.0, 4.0], [0.0, 2.0], [6.0, 8.0]]) for _ in range(3)))
+
+
+def test_a_tie_is_half_right() -> None:
+    values = pair_values(terms())
+    assert values["rewards/accuracies"].tolist() == [1.0, 0.5, 0.0]
+    assert values["rewards/margins"].tolist() == [1.0, 0.0, -2.0]
+
+
+def test_the_loss_counts_the_penalty() -> None:
+    assert pair_values(terms())["loss"].tolist() == [0.5, 1.5, 4.0]
+    paid = pair_values(terms(penalty=column(0.5, 0.0, 1.0).requires_grad_()))
+    assert paid["loss"].tolist() == [1.0, 1.5, 5.0]
+    assert not any(value.requires_grad for value in paid.values())
+
+
+def test_values_bear_trls_names() -> None:
+    values = pair_values(terms())
+    assert set(values) == {
+        *("loss", "logps/chosen", "logps/rejected"),
+        *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    }
+    assert values["logps/chosen"].tolist() == [-1, -2, -3]
+    assert values["logps/rejected"].tolist() == [-4, -5, -6]
+
+
+def test_latent_values_are_those_that_the_space_has() -> None:
+    assert latent_values(terms(), STATES) == {}
+    prior = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.1, 0.1, 0.8]])
+    posterior = torch.tensor([[0.9, 0.05, 0.05], [0.2, 0.2, 0.6], [0.8, 0.1, 0.1]])
+    z = torch.tensor([[0.0, 5.0], [0.0, 1.0], [0.0, 0.0]])
+    full = terms(z=z, kl=column(0.1, 0.2, 0.3), penalty=column(0.01, 0.02, 0.03), prior=prior.log())
+    values = latent_values(full, STATES)
+    assert values["latent/z_norm_ratio"].tolist() == [1.0, 0.5, 0.0]
+    assert values["latent/kl"].tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert values["latent/kl_weighted"].tolist() == pytest.approx([0.01, 0.02, 0.03])
+    torch.testing.assert_close(values["latent/prior_entropy"], Categorical(probs=prior).entropy())
+    assert "latent/posterior_entropy" not in values
+    both = latent_values(terms(prior=prior.log(), posterior=posterior.log()), STATES)
+    torch.testing.assert_close(both["latent/posterior_entropy"], Categorical(probs=posterior).entropy())
+    assert both["latent/agreement"].tolist()[::2] == [1.0, 0.0]
+
+
+def test_entropy_is_that_of_torch_distributions() -> None:
+    logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = entropy(logits.log_softmax(-1))
+    torch.testing.assert_close(found, Categorical(logits=logits.detach()).entropy(), rtol=1e-12, atol=1e-12)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("rows", "perplexity", "dead"),
+    [
+        # Every prompt on the same code.
+        ([[1.0, 0, 0, 0]] * 5, 1.0, 3),
+        # Each code for one prompt in four: all are in use.
+        ([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]], 4.0, 0),
+        # Half of the prompts each on two codes.
+        ([[1.0, 0, 0, 0], [0, 0, 0, 1.0]] * 3, 2.0, 2),
+        # The mean prior is (1/2, 1/4, 1/8, 1/8): 7/4 bits.
+        ([[0.75, 0.25, 0, 0], [0.25, 0.25, 0.25, 0.25]], 2**1.75, None),
+        # Three prompts and one: (3/4, 1/4).
+        ([[1.0, 0, 0, 0]] * 3 + [[0, 1.0, 0, 0]], 4 / 3**0.75, 2),
+        # Nearly even for every prompt, one code always ahead: a high perplexity that says little.
+        ([[0.28, 0.24, 0.24, 0.24]] * 2, math.exp(-0.28 * math.log(0.28) - 0.72 * math.log(0.24)), 3),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_code_use(rows: list[list[float]], perplexity: float, dead: int | None, batch_size: int) -> None:
+    use = CodeUse(4)
+    log_prior = torch.tensor(rows).log()
+    for start in range(0, len(rows), batch_size):
+        use.update(log_prior[start : start + batch_size])
+    found = use.compute()
+    assert float(found["latent/codebook_perplexity"]) == pytest.approx(perplexity, rel=1e-6)
+    if dead is not None:
+        assert float(found["latent/dead_codes"]) == dead
+    use.reset()
+    use.update(torch.tensor([[0.0, 0, 1.0, 0]]).log())
+    assert float(use.compute()["latent/codebook_perplexity"]) == pytest.approx(1.0)
+
+
+def test_means_weigh_every_pair_alike_whatever_its_batch() -> None:
+    means = PairMeans()
+    values = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for start, end in ((0, 4), (4, 5), (5, 7)):
+        means.update({"a": values[start:end], "b": values[start:end].square()})
+    found = means.compute()
+    assert float(found["a"]) == pytest.approx(math.fsum(values.tolist()) / 7, rel=1e-14)
+    assert float(found["b"]) == pytest.approx(math.fsum(value**2 for value in values.tolist()) / 7, rel=1e-14)
+    means.reset()
+    means.update({"a": column(3.0, 4.0)})
+    assert {name: float(value) for name, value in means.compute().items()} == {"a": 3.5}
+
+
+def test_many_small_float32_values_keep_their_mean() -> None:
+    means = PairMeans()
+    for _ in range(1000):
+        means.update({"a": torch.full((10,), 0.1)})
+    assert float(means.compute()["a"]) == pytest.approx(float(torch.tensor(0.1)), rel=1e-14)
+
+
+def test_a_stage_collects_everything_and_starts_anew() -> None:
+    metrics = PreferenceMetrics(num_codes=2)
+    prior = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]).log()
+    metrics.update(terms(prior=prior, settings={"g": 0.1}), STATES)
+    metrics.update(terms(prior=prior, settings={"g": 0.3}), STATES)
+    found = metrics.collect()
+    assert float(found["loss"]) == pytest.approx(2.0)
+    assert float(found["rewards/accuracies"]) == 0.5
+    assert found["latent/g"] == 0.3
+    assert float(found["latent/dead_codes"]) == 0
+    metrics.update(terms(prior=prior[:, [1, 0]] * torch.tensor([1.0, 0.0]) + torch.tensor([-9.0, -1e-9])), STATES)
+    again = metrics.collect()
+    assert float(again["latent/dead_codes"]) == 1
+    assert float(again["loss"]) == pytest.approx(2.0)
+    plain = PreferenceMetrics(num_codes=None)
+    plain.update(terms(), STATES)
+    assert not any(name.startswith("latent/") for name in plain.collect())

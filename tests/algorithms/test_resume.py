@@ -1,0 +1,280 @@
+"""A resumed run is the run that was never interrupted, to the last bit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+
+from lpc_lightning.algorithms import DPO, PreferenceModule
+from lpc_lightning.data.sources.rows import DataError
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.latent import Exponential, GumbelSpace
+from lpc_lightning.policy import LoRA, TinyPolicy
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def gumbel() -> GumbelSpace:
+    """Noise, and a tau and a g that change with every step."""
+    return GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0, tau=Exponential(1.0, 0.2), g=None)
+
+
+MODULES: dict[str, Callable[[Callable[..., TinyPolicy]], PreferenceModule]] = {
+    "dpo": lambda policy: DPO(policy=policy(), optimizer=adam),
+    "gumbel": lambda policy: DPO(policy=policy(), optimizer=adam, latent=gumbel(), latent_lr=1e-2),
+    "gumbel, lora with dropout": lambda policy: DPO(
+        policy=policy(lora=LoRA(rank=4, alpha=8, dropout=0.3)), optimizer=adam, latent=gumbel(), latent_lr=1e-2
+    ),
+}
+
+
+class Within(Callback):
+    """Saves in the middle of a step: after the fifth of all batches."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.seen += 1
+        if self.seen == 5:
+            trainer.save_checkpoint(self.folder / "within.ckpt")
+
+
+def savers(folder: Path) -> list[Callback]:
+    """Checkpoints at each kind of moment: after a step, within one, at an epoch's end, with a validation."""
+    every: dict[str, Any] = {"dirpath": folder, "save_top_k": -1}
+    return [
+        Within(folder),
+        ModelCheckpoint(**every, filename="batch-{step}", every_n_train_steps=1),
+        ModelCheckpoint(**every, filename="epoch-{step}", every_n_epochs=1, save_on_train_epoch_end=True),
+        ModelCheckpoint(**every, filename="validation-{step}", monitor="val/loss", save_on_train_epoch_end=False),
+    ]
+
+
+class Case(NamedTuple):
+    """How a run is set up, and from which of its checkpoints it is resumed."""
+
+    trainer: dict[str, Any]
+    checkpoints: list[str]
+    num_workers: int = 0
+
+
+# An epoch has 11 micro-batches, the last of them of one pair; accumulated by 4 its last step has only 3.
+CASES = {
+    "one batch a step": Case(
+        {"max_epochs": 2}, ["batch-step=4", "epoch-step=11", "validation-step=11", "batch-step=11", "batch-step=14"]
+    ),
+    "accumulated": Case(
+        {"max_epochs": 2, "accumulate_grad_batches": 4},
+        ["batch-step=2", "within", "batch-step=3", "epoch-step=3", "batch-step=4"],
+    ),
+    "validated in mid-epoch": Case(
+        {"max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 4},
+        ["validation-step=2", "batch-step=2", "batch-step=3", "validation-step=4", "epoch-step=6", "validation-step=8"],
+    ),
+    "validated within a step": Case(
+        {"max_epochs": 2, "accumulate_grad_batches": 4, "val_check_interval": 6}, ["validation-step=1", "batch-step=2"]
+    ),
+    "ended by steps": Case(
+        {"max_steps": 9, "accumulate_grad_batches": 2}, ["batch-step=2", "batch-step=6", "epoch-step=6", "batch-step=8"]
+    ),
+    "part of an epoch": Case(
+        {"max_epochs": 2, "limit_train_batches": 7, "accumulate_grad_batches": 2}, ["batch-step=2", "epoch-step=4"]
+    ),
+    "num_workers": Case(
+        {"max_epochs": 2, "accumulate_grad_batches": 2}, ["batch-step=2", "epoch-step=6"], num_workers=2
+    ),
+}
+# The loss is the same whoever asks; what can go wrong differs with the noise, so that some cases need one module only.
+RUNS = [(case, module) for case in ("one batch a step", "accumulated", "validated in mid-epoch") for module in MODULES]
+RUNS += [(case, "gumbel, lora with dropout") for case in CASES if (case, "dpo") not in RUNS]
+
+
+class Whole(NamedTuple):
+    """A run that was never interrupted, and how to make it again."""
+
+    folder: Path
+    case: Case
+    run: Any
+    fit: Callable[..., Any]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=" - ".join)
+def whole(
+    request: Any, tmp_path_factory: pytest.TempPathFactory, small_policy: Any, small_data: Any, fit_run: Any
+) -> Whole:
+    """The run, with checkpoints all along the way."""
+    name, module = request.param
+    case, folder = CASES[name], tmp_path_factory.mktemp("whole")
+
+    def fit(folder: Path, ckpt_path: Path | None = None, seed: int = 1, **data: Any) -> Any:
+        settings = {"num_workers": case.num_workers} | data
+        options = case.trainer | {"callbacks": savers(folder), "ckpt_path": ckpt_path}
+        return fit_run(MODULES[module](small_policy), small_data(**settings), seed, **options)
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PL_GLOBAL_SEED", "0")
+        return Whole(folder, case, fit(folder), fit)
+
+
+# Lightning tells that the best score of the old folder does not count in the new one.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_resumed_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
+    expected = whole.run
+    for name in whole.case.checkpoints:
+        checkpoint = whole.folder / f"{name}.ckpt"
+        start = torch.load(checkpoint, weights_only=True)["global_step"]
+        torch.manual_seed(99)  # a new process is not where the old one was
+        resumed = whole.fit(tmp_path / name, checkpoint)
+
+        assert 0 < start < expected.trainer.global_step, name
+        assert list(resumed.training.values()) == list(expected.training.values())[start:], name
+        assert resumed.optimizer == expected.optimizer[start:], name
+        assert resumed.batches == expected.batches[-len(resumed.batches) :], name
+        state = resumed.module.state_dict()
+        differing = [key for key, value in expected.module.state_dict().items() if not torch.equal(state[key], value)]
+        assert not differing, name
+        assert same(resumed.weights, expected.weights), name
+        assert same(resumed.trainer.optimizers[0].state_dict(), expected.trainer.optimizers[0].state_dict()), name
+        validations = list(expected.log.having("val/").values())
+        later = list(resumed.log.having("val/").values())
+        assert later == validations[len(validations) - len(later) :], name
+        if not (name == "epoch-step=6" and "max_steps" in whole.case.trainer):
+            # Lightning numbers the rows one too high after a whole epoch under max_steps.
+            assert list(resumed.training) == list(expected.training)[start:], name
+
+
+def test_noise_and_schedules_are_in_what_is_compared(whole: Whole) -> None:
+    rows = list(whole.run.training.values())
+    rates = [step["backbone"] for step in whole.run.optimizer]
+    assert len(set(rates[2:])) == len(rates) - 2
+    assert len({row["train/loss"] for row in rows}) > len(rows) / 2
+    if whole.run.module.latent is not None:
+        taus, shares = ([row[f"train/latent/{name}"] for row in rows] for name in ("tau", "g"))
+        steps = [step / (len(rows) - 1) for step in range(len(rows))]
+        assert taus == pytest.approx([0.2**progress for progress in steps], rel=1e-6)
+        assert shares == pytest.approx(steps, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, small_policy: Any, small_data: Any, fit_run: Any) -> Path:
+    """Checkpoints of a short run."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PL_GLOBAL_SEED", "0")
+        fit_run(MODULES["dpo"](small_policy), max_epochs=1, callbacks=savers(folder))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+@pytest.mark.parametrize("checkpoint", ["batch-step=4", "epoch-step=11"])
+@pytest.mark.parametrize(
+    ("seed", "data", "told"),
+    [
+        (2, {}, "'seed': 2, .*'seed': 1, "),
+        (1, {"batch_size": 3}, "'batch_size': 3, .*'batch_size': 2, "),
+        (1, {"train_pairs": 20}, "'pairs': 20, .*'pairs': 21, "),
+        (1, {"data_seed": 5}, "'data': '[0-9a-f]{32}', .*'data': '[0-9a-f]{32}', "),
+        (1, {"max_length": 150}, "'data': '[0-9a-f]{32}', "),
+    ],
+    ids=["seed", "batch size", "number of pairs", "other pairs", "length limit"],
+)
+def test_resuming_with_another_order_is_refused(
+    checkpoint: str,
+    seed: int,
+    data: dict[str, Any],
+    told: str,
+    stopped: Path,
+    tmp_path: Path,
+    small_policy: Any,
+    small_data: Any,
+    fit_run: Any,
+) -> None:
+    module, path = MODULES["dpo"](small_policy), stopped / f"{checkpoint}.ckpt"
+    with pytest.raises(
+        DataError, match=rf"resume: found data order .*{told}.* as in the checkpoint\. Resume with the same"
+    ):
+        fit_run(module, small_data(**data), seed, path, callbacks=savers(tmp_path), max_epochs=2)
+    assert all(torch.equal(weight, before) for weight, before in weights_of(path, module))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("checkpoint", ["batch-step=4", "epoch-step=11"])
+@pytest.mark.parametrize(
+    ("trainer", "found"),
+    [
+        ({"accumulate_grad_batches": 2}, "2"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1, 1: 3})]}, "{0: 1, 1: 3}"),
+    ],
+    ids=["a number", "by epoch"],
+)
+def test_resuming_in_steps_of_another_size_is_refused(
+    checkpoint: str, trainer: dict[str, Any], found: str, stopped: Path, small_policy: Any, fit_run: Any
+) -> None:
+    told = rf"trainer\.accumulate_grad_batches: found {re.escape(found)}, expected 1 as in the checkpoint\. Resume with"
+    with pytest.raises(ConfigError, match=told):
+        fit_run(MODULES["dpo"](small_policy), ckpt_path=stopped / f"{checkpoint}.ckpt", max_epochs=2, **trainer)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    ("trainer", "told", "left"),
+    [
+        ({"max_epochs": 2}, r"trainer\.max_epochs 2 \(before: 1\): .* of a run of 22 steps\.", 18),
+        (
+            {"max_steps": 6},
+            r"trainer\.max_epochs -1 \(before: 1\), trainer\.max_steps 6 \(before: -1\): .* of a run of 6 steps\.",
+            2,
+        ),
+        (
+            {"max_epochs": 1, "limit_train_batches": 8},
+            r"trainer\.limit_train_batches 8 \(before: 1\.0\): .* of a run of 8 steps\.",
+            4,
+        ),
+    ],
+    ids=["epochs", "steps", "part of an epoch"],
+)
+def test_resuming_a_run_that_ends_elsewhere_is_told(
+    trainer: dict[str, Any], told: str, left: int, stopped: Path, small_policy: Any, fit_run: Any
+) -> None:
+    with pytest.warns(UserWarning, match=f"resume: found {told}"):
+        resumed = fit_run(MODULES["dpo"](small_policy), ckpt_path=stopped / "batch-step=4.ckpt", **trainer)
+    assert len(resumed.optimizer) == left
+
+
+def test_a_run_from_the_weights_alone_begins_at_its_beginning(
+    stopped: Path, small_policy: Any, small_data: Any, fit_run: Any
+) -> None:
+    """On any data, in steps of any size, for any length."""
+    module = DPO.load_from_checkpoint(stopped / "batch-step=4.ckpt", policy=small_policy(), optimizer=adam)
+    before = weights_of(stopped / "batch-step=4.ckpt", module)
+    assert before
+    assert all(torch.equal(weight, kept) for weight, kept in before)
+    run = fit_run(module, small_data(batch_size=3), seed=5, max_epochs=2, accumulate_grad_batches=2)
+    assert len(run.batches) == 2 * 7
+
+
+def weights_of(path: Path, module: PreferenceModule) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights of a module next to those in a checkpoint."""
+    kept = torch.load(path, weights_only=True)["state_dict"]
+    return [(weight, kept[name]) for name, weight in module.state_dict().items() if name in kept]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the last bit, in all parts."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)

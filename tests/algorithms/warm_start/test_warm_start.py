@@ -1,0 +1,309 @@
+"""Rehearsals of real runs: what they see, what they change, and what they leave alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lpc_lightning.callbacks import LabelFlipNoise
+from torch import Tensor
+
+from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+from lpc_lightning.algorithms.warm_start import warm_start as stage
+from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
+from lpc_lightning.data import PreferenceData
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.latent import GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
+from lpc_lightning.policy import LoRA, TinyPolicy
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def marginal(warm_start_pairs: int = 16, **settings: Any) -> MarginalSpace:
+    return MarginalSpace(num_codes=3, hidden=8, warm_start_pairs=warm_start_pairs, **settings)
+
+
+@pytest.fixture
+def module(small_policy: Callable[..., TinyPolicy]) -> Callable[..., PreferenceModule]:
+    """A module with a marginal latent that rehearses 16 pairs."""
+
+    def make(latent: LatentSpace | None = None, kind: type[PreferenceModule] = DPO, **policy: Any) -> PreferenceModule:
+        settings: dict[str, Any] = {"optimizer": adam, "latent_lr": 1e-2}
+        return kind(policy=small_policy(**policy), latent=latent or marginal(), **settings)
+
+    return make
+
+
+class Start(Callback):
+    """All weights as the first training batch finds them."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.weights:
+            self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    def of(self, part: str) -> dict[str, Tensor]:
+        return {name: value for name, value in self.weights.items() if name.startswith(part)}
+
+
+@pytest.fixture
+def warm_starts(monkeypatch: pytest.MonkeyPatch) -> list[LinearizedPairs]:
+    """The pairs of each warm start that there was."""
+    seen: list[LinearizedPairs] = []
+    fit = stage.fit
+
+    def watched(space: LatentSpace, pairs: LinearizedPairs, *rest: Any) -> tuple[float, float]:
+        seen.append(pairs)
+        return fit(space, pairs, *rest)
+
+    monkeypatch.setattr(stage, "fit", watched)
+    return seen
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_the_latent_space_is_fitted_and_the_policy_is_not(module: Any, small_policy: Any, fit_run: Any) -> None:
+    starts = []
+    for warm_start_pairs in (0, 16):
+        starts.append(start := Start())
+        fit_run(module(marginal(warm_start_pairs)), callbacks=[start], max_steps=8)
+    plain, warm_started = starts
+    assert same(plain.of("policy"), warm_started.of("policy"))
+    published = small_policy().build().state_dict()
+    assert same({f"policy.{name}": value for name, value in published.items()}, warm_started.of("policy"))
+    assert not plain.of("latent")["latent.prior.moments.pairs"]
+    assert warm_started.of("latent")["latent.prior.moments.pairs"] == 16 - 2
+    for name in ("latent.codebook.weight", "latent.prior.first.weight", "latent.prior.moments.mean"):
+        assert not torch.equal(plain.weights[name], warm_started.weights[name])
+    assert all(value.isfinite().all() for value in warm_started.of("latent").values())
+
+
+def test_it_belongs_to_the_runs_seed(module: Any, fit_run: Any) -> None:
+    starts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(starts))  # must not matter
+        starts.append(start := Start())
+        fit_run(
+            module(GumbelSpace(num_codes=3, hidden=8, warm_start_pairs=16)), seed=seed, callbacks=[start], max_steps=8
+        )
+    first, again, other = (start.of("latent") for start in starts)
+    assert same(first, again)
+    assert not torch.equal(first["latent.codebook.weight"], other["latent.codebook.weight"])
+
+
+class Save(Callback):
+    """Saves after the second batch, within a step of four, and after the sixth."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if (batch := args[-1]) in (1, 5):
+            trainer.save_checkpoint(self.folder / f"{batch}.ckpt")
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_resumed_run_does_not_rehearse_again(
+    batch: int, module: Any, fit_run: Any, tmp_path: Path, warm_starts: list[LinearizedPairs]
+) -> None:
+    options: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 4}
+    whole = fit_run(module(), callbacks=[Save(tmp_path)], **options)
+    assert len(warm_starts) == 1
+    checkpoint = torch.load(tmp_path / f"{batch}.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == batch // 4
+    resumed = fit_run(module(), ckpt_path=tmp_path / f"{batch}.ckpt", **options)
+    assert len(warm_starts) == 1
+    assert same(whole.weights, resumed.weights)
+
+
+def test_a_checkpoint_from_before_the_rehearsal_is_rehearsed(
+    module: Any, fit_run: Any, tmp_path: Path, warm_starts: list[LinearizedPairs]
+) -> None:
+    class Early(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    whole = fit_run(module(), callbacks=[Early()], max_steps=8)
+    resumed = fit_run(module(), ckpt_path=tmp_path / "early.ckpt", max_steps=8)
+    assert len(warm_starts) == 2
+    assert same(whole.weights, resumed.weights)
+
+
+@pytest.mark.parametrize("kind", [DPO, SimPO])
+def test_wrong_labels_are_rehearsed_as_they_are_trained_on(
+    kind: type[PreferenceModule], module: Any, fit_run: Any, warm_starts: list[LinearizedPairs], tmp_path: Path
+) -> None:
+    for rate in (0.0, 0.4, 1.0):
+        noise = [LabelFlipNoise(rate)]
+        fit_run(module(marginal(21), kind), callbacks=noise, max_epochs=1, default_root_dir=tmp_path)
+    clean, some, all_wrong = warm_starts
+    assert torch.equal(clean.prompt, some.prompt)
+    assert torch.equal(clean.prompt, all_wrong.prompt)
+    torch.testing.assert_close(all_wrong.z_gradients, clean.z_gradients.flip(1))
+    torch.testing.assert_close(all_wrong.plain, clean.plain.flip(1))
+    torch.testing.assert_close(all_wrong.lengths, clean.lengths.flip(1))
+    if kind is DPO:
+        torch.testing.assert_close(all_wrong.reference, clean.reference.flip(1))
+    torch.testing.assert_close(all_wrong.chosen, clean.rejected)
+    kept = torch.tensor(
+        [torch.allclose(*pair, atol=1e-5) for pair in zip(some.z_gradients, clean.z_gradients, strict=True)]
+    )
+    assert 5 <= kept.sum() <= 17
+    torch.testing.assert_close(some.z_gradients[~kept], clean.z_gradients[~kept].flip(1))
+
+
+def test_it_reads_the_pairs_as_the_policy_does(
+    module: Any, fit_run: Any, small_data: Any, small_policy: Any, naive_logps: Any, warm_starts: list[LinearizedPairs]
+) -> None:
+    data = small_data()
+    fit_run(module(marginal(1000)), data, max_epochs=1)
+    (pairs,) = warm_starts
+    assert len(pairs) == 21
+    with torch.no_grad():
+        expected = naive_logps(small_policy().build().causal_lm, data.training_pairs[:]).view(2, -1).T
+    _, score = pairs.take(torch.arange(21))
+    losses, found = score.under(None)
+    torch.testing.assert_close(found.policy_chosen.sort()[0].double(), expected[:, 0].sort()[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.policy_rejected.sort()[0].double(), expected[:, 1].sort()[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.reference_chosen, found.policy_chosen, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(losses.losses, torch.full((21,), 2.0).log(), rtol=1e-3, atol=0)
+
+
+def test_only_pairs_that_the_run_reads_are_rehearsed(
+    module: Any, fit_run: Any, warm_starts: list[LinearizedPairs], small_data: Any
+) -> None:
+    """Of others a cached reference says nothing."""
+    fit_run(module(marginal(1000)), small_data(), max_steps=4)
+    fit_run(module(marginal(7)), small_data(), max_steps=4)
+    assert [len(pairs) for pairs in warm_starts] == [8, 7]
+
+
+def test_it_says_what_it_came_to(
+    module: Any,
+    fit_run: Any,
+    small_data: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit_run(module(), small_data(cache_dir=str(tmp_path)), max_steps=8)
+    # Lightning's own handler and ours may both be there.
+    (line,) = {record.message for record in caplog.records if record.message.startswith("warm start: ")}
+    assert line.startswith("warm start: 16 training pairs (0 reused), in ")
+    assert line.endswith("0.6931 without a latent.")
+
+
+LATENTS: dict[str, Callable[[], LatentSpace]] = {
+    "annotators": lambda: marginal(annotators=True),
+    "gumbel": lambda: GumbelSpace(num_codes=3, hidden=8, warm_start_pairs=16),
+    "gaussian": lambda: GaussianSpace(num_codes=3, hidden=8, warm_start_pairs=16),
+    "mlp": lambda: MLPSpace(hidden=8, warm_start_pairs=16),
+}
+
+
+@pytest.mark.parametrize("kind", [DPO, IPO, SimPO])
+@pytest.mark.parametrize("latent", list(LATENTS))
+def test_any_latent_rehearses_with_any_algorithm(
+    latent: str, kind: type[PreferenceModule], module: Any, fit_run: Any, small_data: Any, warm_starts: Any
+) -> None:
+    data = small_data(deciding="hidden", annotators=3)
+    run = fit_run(module(LATENTS[latent](), kind), data, max_steps=8)
+    (pairs,) = warm_starts
+    assert len(set(pairs.annotators)) == 3
+    assert all(weight.isfinite().all() for weight in run.weights.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_any_precision(precision: Any, module: Any, fit_run: Any) -> None:
+    dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64, "bf16-mixed": torch.float32}[precision]
+    wide, narrow = Start(), Start()
+    fit_run(module(), callbacks=[wide], max_steps=8)
+    run = fit_run(module(reader=True), callbacks=[narrow], max_steps=8, precision=precision)
+    assert narrow.weights["latent.codebook.weight"].dtype == dtype
+    assert narrow.weights["latent.prior.moments.mean"].dtype == (dtype if precision == "64-true" else torch.float32)
+    assert narrow.weights["latent.prior.moments.pairs"] == wide.weights["latent.prior.moments.pairs"]
+    assert narrow.weights["latent.codebook.weight"].any()
+    assert all(weight.isfinite().all() for weight in run.weights.values())
+
+
+def test_an_adapter_and_a_live_reference(small_policy: Any, fit_run: Any, warm_starts: list[LinearizedPairs]) -> None:
+    for lora in (None, LoRA(rank=2)):
+        policy = small_policy(lora=lora)
+        fit_run(DPO(policy=policy, latent=marginal(), reference="live", optimizer=adam), max_steps=8)
+    whole, adapted = warm_starts
+    torch.testing.assert_close(whole.z_gradients, adapted.z_gradients)
+    torch.testing.assert_close(whole.plain, adapted.plain)
+    torch.testing.assert_close(whole.reference, whole.plain, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(whole.reference, adapted.reference)
+
+
+def test_other_data_is_refused(small_policy: Any, make_loader: Any, make_pairs: Any, make_trainer: Any) -> None:
+    module = DPO(policy=small_policy(), latent=marginal(), reference="live", optimizer=adam)
+    loader = make_loader(make_pairs([(3, 4, 2)] * 8))
+    with pytest.raises(
+        ConfigError, match=r"latent\.warm_start_pairs: found 16 with data of NoneType, expected a Preference"
+    ):
+        make_trainer(max_steps=1, limit_val_batches=0).fit(module, loader, loader)
+
+
+@pytest.mark.parametrize(("codes", "warm_start_pairs", "fewest"), [(3, 5, 6), (11, 1000, 22), (1, 3, 4)])
+def test_too_few_pairs_are_refused(codes: int, warm_start_pairs: int, fewest: int, module: Any, fit_run: Any) -> None:
+    latent = MarginalSpace(num_codes=codes, hidden=8, warm_start_pairs=warm_start_pairs)
+    found = min(warm_start_pairs, 21)
+    expected = rf"latent\.warm_start_pairs: found {found} training pairs \(of {warm_start_pairs} asked for\), expected at least {fewest} "
+    with pytest.raises(ConfigError, match=expected):
+        fit_run(module(latent), max_epochs=1)
+
+
+def test_fewer_than_none_cannot_be_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"latent\.warm_start_pairs: found -1, expected at least 0\."):
+        marginal(-1)
+
+
+def test_annotators_who_are_not_there_cannot_share(module: Any, fit_run: Any) -> None:
+    shares = MarginalSpace(num_codes=2, annotators=True)
+    with pytest.raises(ConfigError, match=r"latent\.annotators: found true, and no annotator in \d+ training pairs"):
+        fit_run(module(shares), max_steps=1)
+
+
+def test_no_prompt_of_the_held_out_pairs_was_fitted(
+    module: Any, fit_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten prompts with four labels each: states of a prompt are the same in all of its pairs."""
+    rows = [
+        {"id": f"{prompt}-{who}", "prompt": f"Name {prompt}!", "chosen": who, "rejected": "no", "annotator": who}
+        for who in "abcd"
+        for prompt in range(10)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen, fit = [], stage.fit
+
+    def watched(space: LatentSpace, pairs: LinearizedPairs, held: int, *rest: Any) -> tuple[float, float]:
+        seen.append((pairs, held, *rest))
+        return fit(space, pairs, held, *rest)
+
+    monkeypatch.setattr(stage, "fit", watched)
+    settings = {"validation_share": 0.0, "test_split": None, "batch_size": 4, "pairs_per_annotator": 2}
+    data = PreferenceData(str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), **settings)
+    fit_run(module(marginal(40, annotators=True)), data=data, max_epochs=1)
+    ((pairs, held, latent_lr, run),) = seen
+    assert (len(pairs), held, latent_lr, run) == (40, 4, 1e-2, 2)
+    apart = (pairs.prompt[:-4, None] - pairs.prompt[-4:]).abs().amax(-1)
+    assert float(apart.min()) > 1e-3
+    assert float((pairs.prompt[-4:] - pairs.prompt[-1]).abs().max()) < 1e-5
+    assert sorted(pairs.annotators[-4:]) == list("abcd")

@@ -1,0 +1,93 @@
+"""Steps of pairs of like length: plain shuffling's pairs, sorted window by window, at places not decided by length."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lpc_lightning.data.batching.loading import TrainingBatches
+
+Batches = list[list[list[int]]]
+
+
+def plan(lengths: list[int], batch_size: int, devices: int, window: int | None, epoch: int = 0) -> Batches:
+    """The epoch's batches of each device."""
+    found = []
+    for rank in range(devices):
+        batches = TrainingBatches(len(lengths), batch_size, 5, rank, devices, lengths, window)
+        batches.set_epoch(epoch)
+        found.append(list(batches))
+        assert len(batches) == len(found[-1])
+        assert batches.sizes == [len(batch) for batch in found[-1]], "known beforehand"
+        for count in range(len(batches) + 1):
+            first = TrainingBatches(len(lengths), batch_size, 5, rank, devices, lengths, window).first(count, epoch)
+            assert set(found[-1][count - 1] if count else []) <= set(first)
+    return found
+
+
+def steps(epoch: Batches) -> list[list[int]]:
+    """Step by step, the pairs of all devices."""
+    return [[pair for batch in batches for pair in batch] for batches in zip(*epoch, strict=True)]
+
+
+some_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=50)
+some_windows = st.integers(1, 6)
+
+
+@example(lengths=[3], batch_size=2, devices=3, window=2, epoch=0)
+@given(some_lengths, st.integers(1, 8), st.integers(1, 4), some_windows, st.integers(0, 3))
+def test_steps_are_runs_of_sorted_windows_of_the_plain_order(
+    lengths: list[int], batch_size: int, devices: int, window: int, epoch: int
+) -> None:
+    plain, grouped = (steps(plan(lengths, batch_size, devices, it, epoch)) for it in (None, window))
+    size = batch_size * devices
+    # The same pairs, equally often: each once, but for those that fill up the last devices.
+    assert Counter(pair for step in plain for pair in step) == Counter(pair for step in grouped for pair in step)
+    assert {pair for step in grouped for pair in step} == set(range(len(lengths)))
+    assert sum(map(len, grouped)) == math.ceil(len(lengths) / devices) * devices
+    full = [step for step in plain if len(step) == size]
+    expected = []
+    for start in range(0, len(full), window):
+        ordered = sorted(lengths[pair] for step in full[start : start + window] for pair in step)
+        expected += [tuple(ordered[place : place + size]) for place in range(0, len(ordered), size)]
+    found = [tuple(sorted(lengths[pair] for pair in step)) for step in grouped[: len(full)]]
+    assert sorted(found) == sorted(expected)
+    if len(grouped) > len(full):
+        assert sorted(grouped[-1]) == sorted(plain[-1]), "the short step is plain shuffling's"
+
+
+@given(some_lengths, st.integers(1, 8), st.integers(2, 4), some_windows)
+def test_devices_get_batches_of_like_size_in_a_step(
+    lengths: list[int], batch_size: int, devices: int, window: int
+) -> None:
+    for batches in zip(*plan(lengths, batch_size, devices, window), strict=True):
+        tokens = [sum(lengths[pair] for pair in batch) for batch in batches]
+        of_step = [lengths[pair] for batch in batches for pair in batch]
+        assert max(tokens) - min(tokens) <= max(of_step) - min(of_step)
+
+
+def test_another_epoch_has_other_steps_and_the_same_one_the_same() -> None:
+    lengths = list(range(40))
+    first, again, other = (steps(plan(lengths, 4, 1, 3, epoch)) for epoch in (1, 1, 2))
+    assert first == again
+    assert {frozenset(step) for step in first} != {frozenset(step) for step in other}
+
+
+def test_length_does_not_decide_when_a_pair_is_read() -> None:
+    """As under plain shuffling, each pair is in each step with the same chance: the mean of a step is that of all."""
+    lengths, epochs = [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200], 2000
+    batches = TrainingBatches(len(lengths), 2, 0, lengths=lengths, length_window=2)
+    counts = torch.zeros(len(lengths), len(batches))
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        for step, batch in enumerate(batches):
+            counts[batch, step] += 1
+    expected = epochs * torch.tensor([2 / 13] * 6 + [1 / 13])
+    # 91 counts with a standard deviation of about 16 and 12: five of them.
+    assert ((counts - expected).abs() / expected.sqrt()).max() < 5
+    means = (counts.T @ torch.tensor(lengths, dtype=torch.float32)) / counts.sum(0)
+    assert (means / (sum(lengths) / 13) - 1).abs().max() < 0.1

@@ -1,0 +1,191 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lpc_lightning.data.sources.formats import Columns, to_example
+from lpc_lightning.data.sources.rows import BadRow
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: An egg?\n\nAssistant:"
+HH_PROMPT = (user("Hi"), assistant("Hello"), user("An egg?"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "expected"),
+    [
+        ("Hi", "yes", "no", (user("Hi"),)),
+        (" Hi\n", "yes", "no", (user(" Hi\n"),)),
+        ([SYSTEM, user("Hi")], "yes", "no", (SYSTEM, user("Hi"))),
+        ([user("Hi")], [assistant("yes")], [assistant("no")], (user("Hi"),)),
+        ("Hi", [assistant("yes")], "no", (user("Hi"),)),
+        ("Hi", assistant("yes"), assistant("no"), (user("Hi"),)),
+        (None, [user("Hi"), assistant("yes")], [user("Hi"), assistant("no")], (user("Hi"),)),
+        ("Hi", [user("Hi"), assistant("yes")], [user("Hi"), assistant("no")], (user("Hi"),)),
+        ([user("Hi")], [user("Hi"), assistant("yes")], [user("Hi"), assistant("no")], (user("Hi"),)),
+        (HH, "yes", "no", HH_PROMPT),
+        (HH, " yes", " no", HH_PROMPT),
+        (HH.removesuffix("\n\nAssistant:"), "yes", "no", HH_PROMPT),
+        (HH.lstrip() + " ", "yes", [assistant("no")], HH_PROMPT),
+        (None, HH + " yes", HH + " no", HH_PROMPT),
+        ("", HH.lstrip() + " yes ", HH.lstrip() + "no", HH_PROMPT),
+        (HH, HH + " yes", HH + " no", HH_PROMPT),
+        ("Human: or machine?", "yes", "no", (user("Human: or machine?"),)),
+        (
+            None,
+            [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}],
+            [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "no"}],
+            (user("Hi"),),
+        ),
+    ],
+)
+def test_known_forms(prompt, chosen, rejected, expected):
+    row = {"chosen": chosen, "rejected": rejected} | ({} if prompt is None else {"prompt": prompt})
+    example = to_example(row, "x line 1")
+    assert (example.prompt, example.chosen, example.rejected) == (expected, "yes", "no")
+
+
+def test_a_dialogue_may_be_an_answer_to_a_prompt_of_its_own():
+    dialogue = "Human: Hi\n\nAssistant: Hello"
+    example = to_example({"prompt": "Write a dialogue.", "chosen": dialogue, "rejected": "Human: no"}, "x")
+    assert example.prompt == (user("Write a dialogue."),)
+    assert example.chosen == dialogue
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "missing answer"),
+        ({"prompt": "p", "chosen": None, "rejected": "b"}, "missing answer"),
+        ({"prompt": "p", "chosen": " \n", "rejected": "b"}, "empty answer"),
+        ({"prompt": "p", "chosen": "a", "rejected": [assistant("")]}, "empty answer"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "equal answers"),
+        ({"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("a")]}, "equal answers"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"prompt": [], "chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "no prompt"),
+        ({"prompt": "", "chosen": "a", "rejected": "b"}, "empty prompt"),
+        ({"prompt": [SYSTEM, user("  ")], "chosen": "a", "rejected": "b"}, "empty prompt"),
+        ({"prompt": [user("p"), assistant("q")], "chosen": "a", "rejected": "b"}, "prompt does not end in a user turn"),
+        ({"prompt": [SYSTEM], "chosen": "a", "rejected": "b"}, "prompt does not end in a user turn"),
+        (
+            {"prompt": [user("q")], "chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]},
+            "prompt differs from the conversations",
+        ),
+        (
+            {"chosen": [user("p"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+            "conversations differ before the last turn",
+        ),
+        (
+            {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("a"), user("q"), assistant("b")]},
+            "conversations differ before the last turn",
+        ),
+        ({"chosen": HH + " a", "rejected": HH + " a\n\nHuman: b"}, "conversations differ before the last turn"),
+        (
+            {"chosen": [user("p"), user("a")], "rejected": [user("p"), user("b")]},
+            "conversation does not end in an answer",
+        ),
+        (
+            {"prompt": "p", "chosen": [user("a")], "rejected": [assistant("b")]},
+            "conversation does not end in an answer",
+        ),
+        ({"prompt": [{"role": "tool", "content": "p"}], "chosen": "a", "rejected": "b"}, "unknown role"),
+        ({"prompt": [{"content": "p"}], "chosen": "a", "rejected": "b"}, "unknown role"),
+        ({"prompt": [{"role": ["user"], "content": "p"}], "chosen": "a", "rejected": "b"}, "unknown role"),
+        ({"prompt": [{"role": "user", "content": None}], "chosen": "a", "rejected": "b"}, "wrong type"),
+        ({"prompt": "p", "chosen": 7, "rejected": "b"}, "wrong type"),
+        ({"prompt": "p", "chosen": [], "rejected": "b"}, "wrong type"),
+        ({"prompt": "p", "chosen": ["a"], "rejected": "b"}, "wrong type"),
+        ({"prompt": "p", "chosen": [user("p"), assistant("a")], "rejected": "b"}, "wrong type"),
+        ({"prompt": 7, "chosen": "a", "rejected": "b"}, "unknown form"),
+        ({"prompt": {"text": "p"}, "chosen": "a", "rejected": "b"}, "unknown form"),
+        ({"prompt": "p\ud800", "chosen": "a", "rejected": "b"}, "invalid text"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "source": "\udc00"}, "invalid text"),
+    ],
+)
+def test_bad_rows(row, reason):
+    with pytest.raises(BadRow) as caught:
+        to_example(row, "x line 1")
+    assert caught.value.reason == reason
+    assert caught.value.detail
+
+
+def test_a_missing_answer_tells_the_columns_there_are():
+    with pytest.raises(BadRow, match=r"no 'chosen'; the row has \['answer_a', 'prompt'\]"):
+        to_example({"prompt": "p", "answer_a": "x"}, "x")
+
+
+def test_columns_and_meta():
+    row = {"q": "p", "good": "a", "bad": "b", "who": 3, "id": "other", "score": [1, 2], "factor": None}
+    columns = Columns(prompt="q", chosen="good", rejected="bad", annotator="who", id="number")
+    example = to_example(row, "x line 4", columns)
+    assert (example.id, example.annotator, example.source, example.factor) == ("x line 4", "3", "", "")
+    assert example.meta == {"id": "other", "score": [1, 2]}
+    assert to_example({**row, "number": 0}, "x line 4", columns).id == "0"
+
+
+def test_one_column_cannot_serve_two_purposes():
+    with pytest.raises(ValueError, match=r"\['answer'\] named for more than one purpose"):
+        Columns(chosen="answer", rejected="answer")
+
+
+text = st.text(st.characters(codec="utf-8"))
+cells = st.recursive(
+    st.none() | st.booleans() | st.integers() | text,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def test_what_decided_may_name_who_labelled() -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "domain": "law", "note": 1}
+    example = to_example(row, "row 1", Columns(factor="domain", annotator="domain"))
+    assert (example.source, example.factor, example.annotator) == ("", "law", "law")
+    assert example.meta == {"note": 1}
+    with pytest.raises(ValueError, match=r"\['domain'\] named for more than one purpose"):
+        Columns(id="domain", annotator="domain")
+
+
+@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "id", "source"]), cells))
+def test_any_row_is_an_example_or_a_bad_row(row):
+    try:
+        example = to_example(row, "x")
+    except BadRow:
+        return
+    assert example.prompt[-1]["role"] == "user"
+    assert example.chosen.strip()
+    assert example.rejected.strip()
+
+
+@given(st.lists(text, min_size=1, max_size=5), text, text)
+def test_every_form_says_the_same(turns, chosen, rejected):
+    """One conversation written as text, messages, whole conversations and JSON gives one example."""
+    messages = [user(turn) if i % 2 == 0 else assistant(turn) for i, turn in enumerate([*turns, "q"][-len(turns) :])]
+    messages = messages if messages[-1]["role"] == "user" else messages[:-1]
+    forms = [
+        {"prompt": messages, "chosen": chosen, "rejected": rejected},
+        {"prompt": messages, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]},
+        {"chosen": [*messages, assistant(chosen)], "rejected": [*messages, assistant(rejected)]},
+    ]
+    forms.append(json.loads(json.dumps(forms[2])))
+    results = []
+    for form in forms:
+        try:
+            results.append(to_example(form, "x"))
+        except BadRow as fault:
+            results.append(fault.reason)
+    assert all(result == results[0] for result in results)

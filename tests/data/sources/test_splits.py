@@ -1,0 +1,43 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lpc_lightning.data.sources.splits import held_out, select_split, split_of
+
+
+def test_a_row_without_the_column_is_for_training():
+    assert [split_of(row) for row in ({}, {"split": None}, {"split": ""}, {"split": "test"})] == [
+        "train",
+        "train",
+        "train",
+        "test",
+    ]
+
+
+def test_select_split_tells_of_the_others():
+    rows = [("1", {"part": "train"}), ("2", {"part": "test"}), ("3", {}), ("4", {"part": "val"})]
+    others: list[str] = []
+    assert [place for place, _ in select_split(rows, "train", "part", others.append)] == ["1", "3"]
+    assert others == ["test", "val"]
+
+
+@given(st.text(), st.integers(0, 5))
+def test_hold_out_is_a_function_of_the_prompt_and_grows_with_the_share(prompt, seed):
+    sides = [held_out(prompt, share, seed) for share in (0.0, 0.1, 0.5, 0.9, 1.0)]
+    assert sides == sorted(sides)
+    assert not sides[0]
+    assert sides[-1]
+    assert held_out([{"role": "user", "content": prompt}], 0.5, seed) == sides[2]
+
+
+def test_hold_out_takes_the_share_and_another_seed_takes_others():
+    prompts = [f"question {i}" for i in range(4000)]
+    one = {prompt for prompt in prompts if held_out(prompt, 0.1, seed=1)}
+    other = {prompt for prompt in prompts if held_out(prompt, 0.1, seed=2)}
+    assert len(one) == pytest.approx(400, abs=100)
+    assert len(one & other) < 100
+
+
+def test_share_out_of_range():
+    with pytest.raises(ValueError, match=r"share=1\.5.*between 0 and 1"):
+        held_out("x", 1.5)

@@ -1,0 +1,398 @@
+"""From files to the batches of a real trainer: splits, limits and bad rows, and what the loggers are told of them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lpc_lightning.algorithms import DPO
+from lpc_lightning.data import Columns, PreferenceData, PreferenceDataModule, SyntheticPreferences
+from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
+from lpc_lightning.data.sources.rows import DataError
+from lpc_lightning.latent import MarginalSpace
+from lpc_lightning.policy import PretrainedPolicy, TinyPolicy
+
+Row = dict[str, str]
+
+
+def tiny(**policy: Any) -> TinyPolicy:
+    return TinyPolicy(**({"width": 16, "layers": 1, "heads": 2} | policy))
+
+
+def row(number: int, **columns: str) -> Row:
+    return {"prompt": f"Question {number}?", "chosen": f"Good {number}.", "rejected": f"Bad {number}."} | columns
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Callable[..., PreferenceData]:
+    """`PreferenceData` with a cache of its own."""
+
+    def make(path: Any, **settings: Any) -> PreferenceData:
+        path = {name: str(file) for name, file in path.items()} if isinstance(path, dict) else str(path)
+        return PreferenceData(path, cache_dir=str(tmp_path / "cache"), **({"batch_size": 4} | settings))
+
+    return make
+
+
+def ids(data: PreferenceDataModule, stage: Any) -> list[str]:
+    pairs = data.load(stage, tiny().load_tokenizer())
+    return [] if pairs is None else [pair.id for pair in pairs]
+
+
+def prompts(data: PreferenceDataModule, stage: Any) -> list[str]:
+    tokenizer = tiny().load_tokenizer()
+    pairs = data.load(stage, tokenizer)
+    assert pairs is not None
+    return [tokenizer.decode(pair.prompt_ids) for pair in pairs]
+
+
+# Which rows belong to which stage.
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_held_out_prompt_is_never_trained_on(share: float, data: Any, write_rows: Any) -> None:
+    """Each prompt comes three times, once as a conversation, so that pairs held out at random would share prompts."""
+    rows: list[Any] = []
+    for number in range(200):
+        messages = [{"role": "user", "content": f"Question {number}?"}]
+        rows += [row(number), row(number, chosen="Other."), row(number) | {"prompt": messages, "rejected": "None."}]
+    found = data(write_rows(rows), validation_share=share)
+    train, validation = prompts(found, "train"), prompts(found, "validation")
+    assert set(train).isdisjoint(validation)
+    assert len(set(train) | set(validation)) == 200
+    assert len(train) + len(validation) == 600
+    assert len(set(validation)) / 200 == pytest.approx(share, abs=0.1)
+    assert found.reports["train"].held_apart == len(validation)
+
+
+def test_nothing_is_held_out_where_the_share_is_0(data: Any, write_rows: Any) -> None:
+    found = data(write_rows([row(n) for n in range(20)]), validation_share=0.0)
+    assert len(ids(found, "train")) == 20
+    assert found.source("validation") is None
+
+
+def test_the_split_column_of_a_file_parts_train_and_test(data: Any, write_rows: Any) -> None:
+    places = {0: {}, 1: {"split": "train"}, 2: {"split": "test"}, 3: {"split": "held"}, 4: {"split": "test"}}
+    path = write_rows([row(n, **column) for n, column in places.items()])
+    found = data(path, validation_split="held")
+    assert ids(found, "train") == ["pairs.jsonl line 1", "pairs.jsonl line 2"]
+    assert ids(found, "validation") == ["pairs.jsonl line 4"]
+    assert ids(found, "test") == ["pairs.jsonl line 3", "pairs.jsonl line 5"]
+    assert found.reports["train"].other_splits == {"test": 2, "held": 1}
+
+
+def test_each_stage_may_have_a_file_of_its_own(data: Any, write_rows: Any) -> None:
+    files = {name: write_rows([row(n)], f"{name}.jsonl") for n, name in enumerate(("train", "validation", "test"))}
+    found = data(files)
+    for stage in files:
+        assert ids(found, stage) == [f"{stage}.jsonl line 1"]
+
+
+def test_files_without_one_for_validation_hold_some_of_training_out(data: Any, write_rows: Any) -> None:
+    train = write_rows([row(n) for n in range(100)], "train.jsonl")
+    found = data({"train": train}, validation_share=0.3)
+    held = ids(found, "validation")
+    assert 15 < len(held) < 45
+    assert sorted(held + ids(found, "train")) == sorted(f"train.jsonl line {n}" for n in range(1, 101))
+    assert found.source("test") is None
+
+
+def test_a_saved_data_set_is_read_by_its_own_splits(data: Any, tmp_path: Path) -> None:
+    """As `HuggingFaceH4/ultrafeedback_binarized` lies on the hub: splits and messages of its own."""
+
+    def message(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    def conversation(number: int) -> dict[str, Any]:
+        question, answers = message("user", f"Question {number}?"), (f"Good {number}.", f"Bad {number}.")
+        chosen, rejected = ([question, message("assistant", answer)] for answer in answers)
+        return {"prompt": question["content"], "chosen": chosen, "rejected": rejected, "score": 1.0}
+
+    splits = {"train_prefs": range(6), "test_prefs": range(6, 8), "train_sft": range(8, 20)}
+    saved = {name: Dataset.from_list([conversation(n) for n in numbers]) for name, numbers in splits.items()}
+    DatasetDict(saved).save_to_disk(tmp_path / "ultra")
+    found = data(tmp_path / "ultra", train_split="train_prefs", validation_split="test_prefs", test_split=None)
+    assert ids(found, "train") == [f"ultra[train_prefs] row {n}" for n in range(1, 7)]
+    assert ids(found, "validation") == ["ultra[test_prefs] row 1", "ultra[test_prefs] row 2"]
+    assert found.source("test") is None
+    assert "Question 6?" in prompts(found, "validation")[0]
+
+
+def test_columns_may_have_other_names(data: Any, write_rows: Any) -> None:
+    rows = [{"question": "Why?", "good": "So.", "bad": "No.", "rater": "anna", "key": "pair 1"}]
+    columns = Columns(prompt="question", chosen="good", rejected="bad", annotator="rater", id="key")
+    pairs = data(write_rows(rows), columns=columns, validation_share=0.0).load("train", tiny().load_tokenizer())
+    assert (pairs[0].id, pairs[0].annotator) == ("pair 1", "anna")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"batch_size": 0}, r"data\.batch_size: found 0, expected at least 1"),
+        ({"eval_batch_size": -1}, r"data\.eval_batch_size: found -1, expected at least 1"),
+        ({"row_tokens": 0}, r"data\.row_tokens: found 0, expected at least 1"),
+        ({"length_window": 0}, r"data\.length_window: found 0, expected at least 1"),
+        ({"pairs_per_annotator": 0}, r"data\.pairs_per_annotator: found 0, expected at least 1"),
+        (
+            {"pairs_per_annotator": 3, "batch_size": 8},
+            r"pairs_per_annotator: found 3, expected a divisor of data\.batch_size \(8\)",
+        ),
+        (
+            {"pairs_per_annotator": 2, "length_window": 4},
+            r"data\.length_window: found 4 beside data\.pairs_per_annotator, expected one",
+        ),
+        ({"max_length": 0}, r"max_length=0: expected a number of tokens from 1 on"),
+        ({"validation_share": 1.0}, r"data\.validation_share: found 1\.0, expected a share from 0 to below 1"),
+        ({"path": {"test": "a.jsonl"}}, r"data\.path: found files for \['test'\], expected train"),
+        ({"path": {"train": "a.jsonl", "dev": "b.jsonl"}}, r"data\.path: found files for \['dev', 'train'\]"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        PreferenceData(**({"path": "pairs.jsonl"} | settings))
+
+
+# Through a trainer.
+
+
+class Fit:
+    """A run of one epoch, and what stands in its metrics.csv."""
+
+    def __init__(self, folder: Path, data: PreferenceDataModule, **policy: Any) -> None:
+        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        logger = CSVLogger(folder, name="", version="run")
+        trainer = Trainer(accelerator="cpu", logger=logger, max_epochs=1, log_every_n_steps=1, **quiet)
+        trainer.fit(DPO(policy=tiny(**policy)), datamodule=data)
+        with (folder / "run" / "metrics.csv").open() as file:
+            cells = [(name, float(value)) for line in csv.DictReader(file) for name, value in line.items() if value]
+        self.trainer = trainer
+        self.told = {name: value for name, value in cells if name.startswith("data/")}
+
+
+def long_rows() -> list[Row]:
+    """Prompts and answers of growing length."""
+    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu"
+    sizes = [(1, 1, 2), (8, 2, 1), (2, 9, 1), (2, 1, 9), (9, 9, 1), (12, 1, 2), (1, 12, 11)]
+    texts = [[" ".join((words * size).split()[: 6 * size]) for size in triple] for triple in sizes]
+    return [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in texts]
+
+
+def token_counts(rows: list[Row]) -> list[tuple[int, int]]:
+    """Tokens of each prompt, and of the prompt with its longer answer, by the chat template as a text."""
+    tokenizer = tiny().load_tokenizer()
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    found = []
+    for example in rows:
+        prompt = count(f"<|im_start|>user\n{example['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+        answers = [count(example[side]) + 1 for side in ("chosen", "rejected")]
+        found.append((prompt, prompt + max(answers)))
+    return found
+
+
+LIMITS = {"max_length": 90, "max_prompt_length": 60}
+
+
+def test_too_long_pairs_are_dropped_and_counted(data: Any, write_rows: Any, tmp_path: Path) -> None:
+    counts = token_counts(long_rows())
+    prompt = sum(prompt > 60 for prompt, _ in counts)
+    pair = sum(prompt <= 60 and whole > 90 for prompt, whole in counts)
+    assert prompt
+    assert pair
+    assert prompt + pair < len(counts)
+    done = Fit(tmp_path, data(write_rows(long_rows()), validation_share=0.0, too_long="drop", **LIMITS))
+    assert done.told == {
+        "data/train/read": len(counts),
+        "data/train/held_apart": 0,
+        "data/train/kept": len(counts) - prompt - pair,
+        "data/train/dropped/prompt_longer_than_max_prompt_length": prompt,
+        "data/train/dropped/pair_longer_than_max_length": pair,
+    }
+
+
+@pytest.mark.parametrize("too_long", ["truncate_prompt", "truncate_answer"])
+def test_too_long_pairs_are_cut_and_counted(too_long: str, data: Any, write_rows: Any, tmp_path: Path) -> None:
+    cut = data(write_rows(long_rows()), validation_share=0.0, too_long=too_long, max_length=90)
+    told = Fit(tmp_path, cut).told
+    long = [whole > 90 for _, whole in token_counts(long_rows())]
+    dropped = sum(value for name, value in told.items() if "/dropped/" in name)
+    what = too_long.replace("truncate_answer", "truncate_answers").removeprefix("truncate_")
+    assert told[f"data/train/cut/{what}"] == sum(long) - dropped > 0
+    assert told["data/train/kept"] == len(long) - dropped == len(cut.pairs["train"])
+    for pair in cut.pairs["train"]:
+        assert len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= 90
+
+
+def test_a_too_long_pair_may_be_an_error(data: Any, write_rows: Any, tmp_path: Path) -> None:
+    rows = data(write_rows(long_rows()), validation_share=0.0, too_long="error", **LIMITS)
+    prompt, _ = token_counts(long_rows())[1]
+    with pytest.raises(DataError, match=rf"Pair 'pairs\.jsonl line 2': .*{prompt} prompt tokens .*max_length=90"):
+        Fit(tmp_path, rows)
+
+
+def faulty_rows() -> list[Any]:
+    return [row(0), row(1) | {"chosen": None}, row(2, rejected=" "), row(3, chosen="Bad 3."), "{oops", row(5)]
+
+
+def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(data: Any, write_rows: Any, tmp_path: Path) -> None:
+    done = Fit(tmp_path, data(write_rows(faulty_rows()), validation_share=0.0, bad_rows="skip"))
+    kinds = ("missing_answer", "empty_answer", "equal_answers", "invalid_json")
+    counts = {"read": 6, "kept": 2, "held_apart": 0} | {f"bad/{kind}": 1 for kind in kinds}
+    assert done.told == {f"data/train/{name}": count for name, count in counts.items()}
+    assert done.trainer.global_step == 1
+
+
+def test_bad_rows_stop_the_run_with_all_of_them_named(data: Any, write_rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as told:
+        Fit(tmp_path, data(write_rows(faulty_rows()), validation_share=0.0))
+    text = str(told.value)
+    assert text.startswith("4 rows cannot be used.")
+    for number, reason in ((2, "missing answer"), (3, "empty answer"), (4, "equal answers"), (5, "invalid JSON")):
+        assert f"{reason}: pairs.jsonl line {number}" in text
+    assert "`data.bad_rows: skip`" in text
+
+
+def test_every_stage_is_told_under_its_own_name(tmp_path: Path) -> None:
+    made = SyntheticPreferences(train_pairs=6, validation_pairs=3, batch_size=2, cache_dir=str(tmp_path / "cache"))
+    told = Fit(tmp_path, made).told
+    assert told["data/train/kept"] == 6
+    assert told["data/validation/kept"] == 3
+
+
+# Batches and layouts.
+
+
+def test_a_length_window_gathers_pairs_of_like_length(tmp_path: Path) -> None:
+    def spread(window: int | None) -> tuple[float, list[str]]:
+        sizes: dict[str, Any] = {"train_pairs": 40, "validation_pairs": 0, "batch_size": 4}
+        made = SyntheticPreferences(**sizes, length_window=window, cache_dir=str(tmp_path / "cache"))
+        Fit(tmp_path / f"window {window}", made)
+        pairs = made.pairs["train"]
+        of = {pair.id: length for pair, length in zip(pairs, pairs.lengths, strict=True)}
+        batches = [[of[name] for name in batch.ids] for batch in made.train_dataloader()]
+        names = [name for batch in made.train_dataloader() for name in batch.ids]
+        return sum(max(batch) - min(batch) for batch in batches) / len(batches), sorted(names)
+
+    (plain, names), (grouped, same) = spread(None), spread(10)
+    assert grouped < plain / 4
+    assert names == same
+
+
+def test_runs_gather_the_pairs_of_an_annotator(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"train_pairs": 64, "validation_pairs": 0, "batch_size": 4, "pairs_per_annotator": 4}
+    made = SyntheticPreferences(deciding="hidden", annotators=8, **sizes, cache_dir=str(tmp_path / "cache"))
+    Fit(tmp_path, made)
+    batches = list(made.train_dataloader())
+    assert sorted(name for batch in batches for name in batch.ids) == sorted(pair.id for pair in made.pairs["train"])
+    alone = [batch for batch in batches if len(set(batch.annotators)) == 1]
+    assert sum(len(batch.annotators) for batch in alone) >= 64 - 8 * 3
+
+
+def test_runs_of_pairs_that_nobody_signed_are_refused(tmp_path: Path) -> None:
+    made = SyntheticPreferences(
+        train_pairs=8, validation_pairs=0, pairs_per_annotator=2, cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(
+        DataError, match=r"data\.pairs_per_annotator: found no annotator in 8 training pairs, expected a col"
+    ):
+        Fit(tmp_path, made)
+
+
+def test_training_follows_the_runs_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SyntheticPreferences(train_pairs=30, validation_pairs=0, batch_size=4, cache_dir=str(tmp_path / "cache"))
+    Fit(tmp_path, made)
+
+    def order(seed: int) -> list[tuple[str, ...]]:
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        return [batch.ids for batch in made.train_dataloader()]
+
+    assert order(3) == order(3) != order(4)
+    assert sorted(sum(order(3), ())) == sorted(sum(order(4), ())) == sorted(pair.id for pair in made.pairs["train"])
+
+
+@pytest.mark.parametrize(
+    "latent", [None, lambda: MarginalSpace(num_codes=3, hidden=8, init_logit_std=1.0)], ids=["plain", "marginal"]
+)
+def test_all_layouts_measure_the_same(latent: Any, tmp_path: Path, perturb: Any) -> None:
+    module = DPO(policy=tiny(dtype="float64"), latent=latent and latent())
+    said = {}
+    for name, layout in {
+        "auto": "auto",
+        "padded": "padded",
+        "wide rows": "shared_prefix",
+        "rows": "shared_prefix",
+    }.items():
+        made = SyntheticPreferences(
+            validation_pairs=9,
+            batch_size=4,
+            layout=layout,
+            row_tokens=1000 if name == "wide rows" else 256,
+            cache_dir=str(tmp_path),
+        )
+        trainer = Trainer(accelerator="cpu", precision="64-true", logger=False, enable_progress_bar=False)
+        if not said:  # a policy that is not its own reference
+            module.configure_model()
+            perturb(module.policy, 0.1)
+        (said[name],) = trainer.validate(module, datamodule=made, verbose=False)
+        kind = PaddedLayout if name == "padded" else SharedPrefixLayout
+        assert isinstance(made.val_dataloader().loader.collate_fn, kind)
+    assert abs(said["padded"]["val/rewards/margins"]) > 0.01
+    for name, metrics in said.items():
+        assert metrics == pytest.approx(said["padded"], rel=1e-9, abs=1e-9), name
+
+
+class TestLayersThatTakeNoMask:
+    """A recurrent layer remembers the other answer of a packed row."""
+
+    @pytest.fixture
+    def recurrent(self, tmp_path: Path) -> PretrainedPolicy:
+        tokenizer = tiny().load_tokenizer()
+        sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+        sizes |= {"lru_width": 16, "attention_window_size": 64, "conv1d_width": 3, "vocab_size": len(tokenizer)}
+        # Its soft cap is one that this suite does not know: set out of reach.
+        config = AutoConfig.for_model("recurrent_gemma", num_key_value_heads=1, logits_soft_cap=1e8, **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "recurrent")
+        tokenizer.save_pretrained(tmp_path / "recurrent")
+        return PretrainedPolicy(str(tmp_path / "recurrent"))
+
+    def validate(self, policy: PretrainedPolicy, layout: Any, folder: Path) -> PreferenceDataModule:
+        made = SyntheticPreferences(validation_pairs=2, batch_size=2, layout=layout, cache_dir=str(folder))
+        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        trainer.validate(DPO(policy=policy), datamodule=made, verbose=False)
+        return made
+
+    def test_shared_prefix_is_refused(self, recurrent: PretrainedPolicy, tmp_path: Path) -> None:
+        told = r"data\.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask"
+        with pytest.raises(DataError, match=told):
+            self.validate(recurrent, "shared_prefix", tmp_path)
+
+    def test_auto_pads(self, recurrent: PretrainedPolicy, tmp_path: Path) -> None:
+        assert isinstance(self.validate(recurrent, "auto", tmp_path).val_dataloader().loader.collate_fn, PaddedLayout)
+
+
+def test_a_stage_without_pairs_has_no_batches(tmp_path: Path) -> None:
+    made = SyntheticPreferences(train_pairs=2, validation_pairs=0, test_pairs=0, cache_dir=str(tmp_path / "cache"))
+    done = Fit(tmp_path, made)
+    assert done.trainer.global_step == 1
+    assert made.val_dataloader() == []
+    assert made.test_dataloader() == []
+    assert not any(name.startswith("data/validation") for name in done.told)
+
+
+def test_the_cache_is_used_by_the_next_run(data: Any, write_rows: Any, tmp_path: Path) -> None:
+    path = write_rows([row(n) for n in range(8)])
+    first = Fit(tmp_path / "one", data(path, validation_share=0.0))
+    entries = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    second = Fit(tmp_path / "two", data(path, validation_share=0.0))
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()} == entries
+    assert second.told == first.told

@@ -1,0 +1,30 @@
+"""A sharded checkpoint takes the place of another one, whatever a killed process has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lpc_lightning.distributed.sharded_checkpoint import put_in_place
+
+
+def make(path: Path, kind: str) -> None:
+    """A folder with something in it, or a file."""
+    if kind == "folder":
+        path.mkdir()
+        (path / "shard").write_text(path.name)
+    elif kind == "file":
+        path.write_text(path.name)
+
+
+@pytest.mark.parametrize("left", ["nothing", "folder", "file"])
+@pytest.mark.parametrize("before", ["nothing", "folder", "file"])
+def test_the_new_one_is_there_and_nothing_else(before: str, left: str, tmp_path: Path) -> None:
+    partial, path = tmp_path / ".last.ckpt.partial", tmp_path / "last.ckpt"
+    make(partial, "folder")
+    make(path, before)
+    make(tmp_path / ".last.ckpt.old", left)
+    put_in_place(partial, path)
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+    assert (path / "shard").read_text() == partial.name

@@ -1,0 +1,443 @@
+"""Every mode against one sequence at a time; groups against loops; posteriors that leak and that do not, by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
+
+import pytest
+import torch
+from lpc_lightning.evaluation.accuracy.accuracy_modes import (
+    OTHERS,
+    SWAPPED,
+    AccuracyModes,
+    AccuracyReport,
+    largest,
+    mode_margins,
+    turnover,
+)
+from lpc_lightning.evaluation.accuracy.pair_table import PairTable
+from torch import Tensor
+
+from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+from lpc_lightning.algorithms.scoring import Evaluated
+from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from lpc_lightning.latent import (
+    ExpectedSpace,
+    GaussianSpace,
+    GumbelSpace,
+    LatentSpace,
+    MarginalSpace,
+    MLPSpace,
+    PosteriorOnlySpace,
+    PriorOnlySpace,
+    VectorSpace,
+)
+from lpc_lightning.types import PreferenceBatch, TokenizedPair
+
+LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5), (2, 2, 2)]
+CODES: dict[str, Any] = {"num_codes": 3, "init_logit_std": 3.0, "hidden": 8}
+ALGORITHMS: dict[str, Callable[..., PreferenceModule]] = {
+    "dpo": lambda **module: DPO(beta=0.3, reference="live", **module),
+    "cdpo": lambda **module: DPO(beta=0.3, label_smoothing=0.2, reference="live", **module),
+    "ipo": lambda **module: IPO(beta=0.2, reference="live", **module),
+    "simpo": lambda **module: SimPO(beta=2.5, gamma_beta_ratio=0.4, **module),
+}
+SPACES: dict[str, Callable[[], LatentSpace]] = {
+    "gumbel": lambda: GumbelSpace(**CODES),
+    "posterior only": lambda: PosteriorOnlySpace(**CODES),
+    "expected": lambda: ExpectedSpace(**CODES),
+    "marginal": lambda: MarginalSpace(**CODES),
+    "prior only": lambda: PriorOnlySpace(**CODES),
+    "gaussian": lambda: GaussianSpace(**CODES),
+    "vector": lambda: VectorSpace(init_logit_std=3.0),
+    "mlp": lambda: MLPSpace(hidden=8),
+}
+DETERMINISTIC = {"prior", "no_latent", "shuffled"}
+ALL = DETERMINISTIC | {"marginal", "posterior", SWAPPED}
+MODES = {
+    "gumbel": ALL,
+    "posterior only": ALL,
+    "expected": ALL,
+    "marginal": ALL,
+    "prior only": DETERMINISTIC | {"marginal"},
+    "gaussian": DETERMINISTIC | {"posterior", SWAPPED},
+    "vector": DETERMINISTIC,
+    "mlp": DETERMINISTIC,
+}
+Build = Callable[..., PreferenceModule]
+
+
+@pytest.fixture
+def build(tiny_spec: Callable[..., Any], perturb: Callable[..., None], exact: Callable[..., Any]) -> Build:
+    """A float64 module whose policy has left its reference, and whose latent is noise in all its parts."""
+
+    def made(algorithm: str, space: LatentSpace | None) -> PreferenceModule:
+        module = ALGORITHMS[algorithm](policy=tiny_spec(), latent=space)
+        module.configure_model()
+        exact(module.policy)
+        if module.reference is not None:
+            exact(module.reference.policy)
+        perturb(module.policy, deviation=0.1)
+        if space is not None:
+            space.double()
+            perturb(space, deviation=0.5, seed=3)
+        return module.requires_grad_(False)
+
+    return made
+
+
+def evaluated(module: PreferenceModule, batch: PreferenceBatch) -> Evaluated:
+    return module.validation_step(batch, 0)
+
+
+# The slow way
+
+
+def backbone(policy: Any, tokens: list[int]) -> Tensor:
+    return policy.backbone(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+
+
+def answer_logp(policy: Any, prompt: list[int], answer: list[int], z: Tensor | float = 0.0) -> Tensor:
+    states = backbone(policy, prompt + answer) + z
+    logps = torch.log_softmax(policy.causal_lm.lm_head(states), -1)
+    return sum(logps[len(prompt) - 1 + place, token] for place, token in enumerate(answer))  # type: ignore[return-value]
+
+
+def network(net: Any, *states: Tensor) -> Tensor:
+    read = torch.cat([state / state.square().mean().sqrt() for state in states])
+    hidden = net.first.weight @ read + net.first.bias
+    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    return net.second.weight @ hidden + net.second.bias
+
+
+@dataclass
+class Naive:
+    """One pair, all sequences run on their own, formulas as in method.md."""
+
+    algorithm: str
+    module: PreferenceModule
+    pair: TokenizedPair
+
+    def __post_init__(self) -> None:
+        prompt, chosen, rejected = self.pair.prompt_ids, self.pair.chosen_ids, self.pair.rejected_ids
+        policy = self.module.policy
+        self.h_x = backbone(policy, prompt)[-1]
+        self.h_w, self.h_l = (backbone(policy, prompt + answer)[-1] for answer in (chosen, rejected))
+
+    def rewards(self, z: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Of the chosen and of the rejected answer, before beta."""
+        found = []
+        for answer in (self.pair.chosen_ids, self.pair.rejected_ids):
+            logp = answer_logp(self.module.policy, self.pair.prompt_ids, answer, z)
+            if self.algorithm == "simpo":
+                found.append(logp / len(answer))
+            else:
+                found.append(logp - answer_logp(self.module.reference.policy, self.pair.prompt_ids, answer))
+        return found[0], found[1]
+
+    def margin(self, z: Tensor | float) -> Tensor:
+        chosen, rejected = self.rewards(z)
+        return {"dpo": 0.3, "cdpo": 0.3, "ipo": 0.2, "simpo": 2.5}[self.algorithm] * (chosen - rejected)
+
+    def loss(self, z: Tensor, swapped: bool) -> Tensor:
+        chosen, rejected = self.rewards(z)
+        d = rejected - chosen if swapped else chosen - rejected
+
+        def nll(x: Tensor) -> Tensor:
+            return torch.log(1 + torch.exp(-x))
+
+        return {
+            "dpo": lambda: nll(0.3 * d),
+            "cdpo": lambda: 0.8 * nll(0.3 * d) + 0.2 * nll(-0.3 * d),
+            "ipo": lambda: (d - 2.5) ** 2,
+            "simpo": lambda: nll(2.5 * (d - 0.4)),
+        }[self.algorithm]()
+
+    def likelihoods(self, swapped: bool) -> list[Decimal]:
+        """p_k exp(-l_k) by code, with digits to spare; IPO's loss counts by what it is at a margin of 0."""
+        space: Any = self.module.latent
+        prior = network(space.prior, self.h_x).exp()
+        nats = 1 / 2.5**2 if self.algorithm == "ipo" else 1.0
+        losses = [nats * self.loss(code, swapped) for code in space.codebook.weight]
+        return [
+            Decimal(float(p / prior.sum())) * Decimal(-float(loss)).exp() for p, loss in zip(prior, losses, strict=True)
+        ]
+
+    def prior_z(self) -> Tensor:
+        space: Any = self.module.latent
+        if isinstance(space, VectorSpace):
+            return space.vector
+        if isinstance(space, MLPSpace):
+            return network(space.network, self.h_x)
+        weights = network(space.prior, self.h_x)
+        weights = weights[:3] if isinstance(space, GaussianSpace) else weights.exp() / weights.exp().sum()
+        return weights @ space.codebook.weight
+
+    def posterior_z(self, swapped: bool) -> Tensor:
+        space: Any = self.module.latent
+        if isinstance(space, MarginalSpace):
+            likelihoods = self.likelihoods(swapped)
+            weights = torch.tensor([float(each / sum(likelihoods)) for each in likelihoods], dtype=torch.float64)
+        else:
+            handed = (self.h_l, self.h_w) if swapped else (self.h_w, self.h_l)
+            weights = network(space.posterior, *handed)
+            weights = weights[:3] if isinstance(space, GaussianSpace) else weights.exp() / weights.exp().sum()
+        return weights @ space.codebook.weight
+
+    def margins(self, others_z: Tensor, modes: set[str]) -> dict[str, Tensor]:
+        ways = {
+            "prior": lambda: self.margin(self.prior_z()),
+            "no_latent": lambda: self.margin(0.0),
+            "shuffled": lambda: self.margin(others_z),
+            "posterior": lambda: self.margin(self.posterior_z(swapped=False)),
+            SWAPPED: lambda: self.margin(self.posterior_z(swapped=True)),
+            "marginal": lambda: sum(self.likelihoods(False)).ln() - sum(self.likelihoods(True)).ln(),
+        }
+        return {mode: ways[mode]() for mode in modes}
+
+
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+@pytest.mark.parametrize("space", list(SPACES))
+def test_every_mode_is_what_one_sequence_at_a_time_gives(
+    algorithm: str, space: str, build: Build, make_pairs: Callable[..., list[TokenizedPair]]
+) -> None:
+    pairs = make_pairs(LENGTHS)
+    module = build(algorithm, SPACES[space]())
+    found = mode_margins(evaluated(module, SharedPrefixLayout(0, row_tokens=40)(pairs)), module.latent)
+    assert set(found) == MODES[space]
+    naive = [Naive(algorithm, module, pair) for pair in pairs]
+    for number, one in enumerate(naive):
+        for mode, margin in one.margins(naive[(number - 2) % 5].prior_z(), MODES[space]).items():
+            assert float(found[mode][number]) == pytest.approx(float(margin), rel=1e-9, abs=1e-9), mode
+    apart = {mode for mode in found if (found[mode] - found["prior"]).abs().max() > 1e-3}
+    assert apart == MODES[space] - {"prior"} - ({"shuffled"} if space == "vector" else set()), (
+        "modes must be told apart"
+    )
+
+
+def test_a_plain_policy_has_one_mode(build: Build, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
+    pairs, module = make_pairs(LENGTHS), build("dpo", None)
+    found = mode_margins(evaluated(module, PaddedLayout(0)(pairs)), None)
+    assert set(found) == {"prior"}
+    for number, pair in enumerate(pairs):
+        assert float(found["prior"][number]) == pytest.approx(float(Naive("dpo", module, pair).margin(0.0)), abs=1e-9)
+
+
+def test_for_dpo_the_marginal_is_the_odds_of_the_label(
+    build: Build, make_pairs: Callable[..., list[TokenizedPair]]
+) -> None:
+    """sum_k p_k sigmoid(beta D_k) against one half."""
+    pairs, module = make_pairs(LENGTHS), build("dpo", MarginalSpace(**CODES))
+    found = mode_margins(evaluated(module, PaddedLayout(0)(pairs)), module.latent)["marginal"]
+    for number, pair in enumerate(pairs):
+        naive, space = Naive("dpo", module, pair), module.latent
+        assert isinstance(space, MarginalSpace)
+        prior = torch.softmax(network(space.prior, naive.h_x), -1)
+        margins = [Decimal(float(naive.margin(code))) for code in space.codebook.weight]
+        right, wrong = (
+            sum(Decimal(float(p)) / (1 + (sign * margin).exp()) for p, margin in zip(prior, margins, strict=True))
+            for sign in (-1, 1)
+        )
+        assert float(found[number]) == pytest.approx(float((right / wrong).ln()), rel=1e-9)
+
+
+def test_all_modes_cost_one_backbone_pass_and_one_pass_under_all_codes(
+    build: Build, make_pairs: Callable[..., list[TokenizedPair]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = build("dpo", MarginalSpace(**CODES))
+    calls: dict[str, int] = {}
+
+    def counting(kind: type, name: str) -> None:
+        original = getattr(kind, name)
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(kind, name, wrapped)
+
+    counting(type(module.policy), "states")
+    counting(type(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS)))["score"]._reading), "logps_per_code")
+    calls.clear()
+    mode_margins(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS))), module.latent)
+    assert calls == {"states": 2, "logps_per_code": 1}, "one of the policy and one of the reference"
+
+
+# Label leak, by hand
+
+A, B = 7, 11
+"""Two tokens, each an answer."""
+
+
+def leak_module(build: Build, make_pairs: Callable[..., Any], leaking: bool) -> tuple[PreferenceModule, Any]:
+    """Answers are A or B, code 0 lifts A and code 1 lifts B; the posterior tells which of the two it was handed first.
+
+    The posterior's hidden layer holds u and -u with u = s(first) - s(second), s the projection on what tells the two
+    tokens apart, and gelu(u) - gelu(-u) = u: its logits are +-u. One that ignores the order reads s(first) + s(second).
+    """
+    pairs = make_pairs([(3 + number, 1, 1) for number in range(8)])
+    pairs = [replace(pair, chosen_ids=[A], rejected_ids=[B]) for pair in pairs]
+    pairs[::3] = [replace(pair, chosen_ids=[B], rejected_ids=[A]) for pair in pairs[::3]]
+    module = build("dpo", GumbelSpace(num_codes=2, hidden=2, init_logit_std=1.0))
+    space: Any = module.latent
+    reading = module.policy.read(PaddedLayout(0)(pairs))
+    first_is_a = torch.tensor([pair.chosen_ids == [A] for pair in pairs])
+    states = torch.nn.functional.rms_norm(reading.states.chosen, (16,))
+    others = torch.nn.functional.rms_norm(reading.states.rejected, (16,))
+    a, b = (torch.where(first_is_a[:, None], *each) for each in ((states, others), (others, states)))
+    direction = (a - b).mean(0)
+    assert ((a - b) @ direction > 0).all(), "the projection tells the tokens apart"
+    sign = -1.0 if leaking else 1.0
+    row = torch.cat([direction, sign * direction])
+    space.posterior.first.weight.copy_(20 * torch.stack([row, -row]))
+    space.posterior.first.bias.zero_()
+    space.posterior.second.weight.copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+    space.posterior.second.bias.zero_()
+    head = module.policy.head.weight
+    lift = 30 * (head[A] - head[B]) / (head[A] - head[B]).norm() ** 2
+    space.codebook.weight.copy_(torch.stack([lift, -lift]))
+    return module, pairs
+
+
+def report_of(module: PreferenceModule, batches: list[PreferenceBatch], **options: Any) -> AccuracyReport:
+    modes = AccuracyModes(**options)
+    for batch in batches:
+        modes.update(evaluated(module, batch), batch, module.latent)
+    return modes.collect()
+
+
+def test_a_posterior_that_leaks_turns_over_with_the_order(build: Build, make_pairs: Callable[..., Any]) -> None:
+    module, pairs = leak_module(build, make_pairs, leaking=True)
+    found = report_of(module, [PaddedLayout(0)(pairs)]).metrics
+    assert found["swap_turnover"] == 1.0
+    assert found["accuracy/posterior"] == 1.0, "it merely says what it was handed"
+
+
+def test_a_posterior_that_ignores_the_order_never_turns_over(build: Build, make_pairs: Callable[..., Any]) -> None:
+    module, pairs = leak_module(build, make_pairs, leaking=False)
+    found = report_of(module, [PaddedLayout(0)(pairs)])
+    assert found.metrics["swap_turnover"] == 0.0
+    margins = [item["margins"] for item in found.items]
+    assert max(abs(margin["posterior"]) for margin in margins) > 1, "and yet it says something"
+    assert 0 < found.metrics["accuracy/posterior"] < 1
+
+
+def test_turnover_counts_contradictions_and_half_of_the_ties() -> None:
+    one, other = torch.tensor([[2.0, 3.0, 1.0, 0.0, 0.0, -1.0], [-0.5, 4.0, 0.0, -2.0, 0.0, -9.0]])
+    assert turnover(one, other).tolist() == [1, 0, 0.5, 0.5, 0, 0]
+    assert torch.equal(turnover(one, other), turnover(other, one))
+
+
+# Groups, counts, means
+
+
+def labelled(pairs: list[TokenizedPair]) -> list[TokenizedPair]:
+    sources = ["wide", "wide", "high/er", "", "ünï"]
+    return [
+        replace(pair, source=source, factor="terse" if number % 2 else "", flipped=number in (1, 4))
+        for number, (pair, source) in enumerate(zip(pairs, sources, strict=True))
+    ]
+
+
+def test_groups_are_means_over_their_pairs(build: Build, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
+    pairs, layout = labelled(make_pairs(LENGTHS)), PaddedLayout(0)
+    module = build("ipo", GumbelSpace(**CODES))
+    report = report_of(module, [layout(pairs[:3]), layout(pairs[3:])])
+    assert [item["id"] for item in report.items] == [pair.id for pair in pairs]
+    groups: dict[str, list[int]] = {
+        "": [0, 1, 2, 3, 4], "/clean": [0, 2, 3], "/flipped": [1, 4], "/factor/terse": [1, 3],
+        "/source/wide": [0, 1], "/source/high/er": [2], "/source/ünï": [4],
+    }  # fmt: skip
+    expected: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for name, members in groups.items():
+        expected[f"pairs{name}"] = len(members)
+        columns: dict[str, list[float]] = {}
+        for margins in (report.items[member]["margins"] for member in members):
+            for mode in ("prior", "posterior", "marginal", "no_latent", "shuffled"):
+                margin = margins[mode]
+                columns.setdefault(f"margin/{mode}", []).append(margin)
+                columns.setdefault(f"accuracy/{mode}", []).append(1.0 if margin > 0 else 0.0 if margin < 0 else 0.5)
+            columns.setdefault("swap_turnover", []).append(float(margins["posterior"] * margins[SWAPPED] < 0))
+        for value, numbers in columns.items():
+            mean = sum(numbers) / len(numbers)
+            expected[value + name] = mean
+            if len(numbers) > 1:
+                variance = sum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1)
+                errors[value + name] = math.sqrt(variance / len(numbers))
+    assert report.metrics == pytest.approx(expected, rel=1e-12)
+    assert report.standard_errors == pytest.approx(errors, rel=1e-9)
+
+
+def test_nothing_is_said_of_flips_where_there_are_none(build: Build, make_pairs: Callable[..., Any]) -> None:
+    found = report_of(build("dpo", None), [PaddedLayout(0)(make_pairs(LENGTHS))])
+    assert set(found.metrics) == {"accuracy/prior", "margin/prior", "pairs"}
+    assert set(found.standard_errors) == {"accuracy/prior", "margin/prior"}
+    assert set(found.items[0]) == {"id", "source", "factor", "annotator", "flipped", "margins"}
+
+
+def test_a_pair_alone_cannot_be_shuffled_and_is_counted(build: Build, make_pairs: Callable[..., Any]) -> None:
+    pairs, layout = labelled(make_pairs(LENGTHS)), PaddedLayout(0)
+    module = build("dpo", MLPSpace(hidden=8))
+    report = report_of(module, [layout(pairs[:2]), layout(pairs[2:3]), layout(pairs[3:])])
+    assert report.metrics["pairs/not_shuffled"] == 1
+    assert ["shuffled" in item["margins"] for item in report.items] == [True, True, False, True, True]
+    margins = [item["margins"]["shuffled"] for item in report.items if "shuffled" in item["margins"]]
+    assert report.metrics["margin/shuffled"] == pytest.approx(sum(margins) / 4)
+    assert "accuracy/shuffled/source/high/er" not in report.metrics
+    assert report.metrics["accuracy/prior/source/high/er"] in (0.0, 1.0)
+    alone = report_of(module, [layout([pair]) for pair in pairs]).metrics
+    assert alone["pairs/not_shuffled"] == 5
+    assert not any("shuffled" in name for name in alone if name != "pairs/not_shuffled")
+
+
+def test_collecting_starts_anew(build: Build, make_pairs: Callable[..., Any]) -> None:
+    module, layout = build("dpo", None), PaddedLayout(0)
+    pairs, modes = make_pairs(LENGTHS), AccuracyModes()
+    assert modes.collect() == AccuracyReport()
+    for part in (pairs, pairs[:2]):
+        batch = layout(part)
+        modes.update(evaluated(module, batch), batch, None)
+        assert modes.collect() == report_of(module, [batch])
+    assert modes.collect() == AccuracyReport()
+
+
+def test_a_diverged_policy_is_seen(build: Build, make_pairs: Callable[..., Any]) -> None:
+    """No mode drops pairs that are not a number."""
+    module = build("dpo", MLPSpace(hidden=8))
+    module.latent.network.second.bias[0] = torch.nan  # type: ignore[union-attr, operator]
+    found = report_of(module, [PaddedLayout(0)(make_pairs(LENGTHS))]).metrics
+    assert math.isnan(found["accuracy/prior"])
+    assert math.isnan(found["margin/shuffled"])
+    assert not math.isnan(found["margin/no_latent"])
+
+
+@pytest.mark.parametrize("layout", [PaddedLayout(0), SharedPrefixLayout(0, row_tokens=40)], ids=["padded", "shared"])
+def test_small_groups_are_taken_together(layout: Layout, build: Build, make_pairs: Callable[..., Any]) -> None:
+    pairs = labelled(make_pairs(LENGTHS))
+    module = build("dpo", None)
+    found = report_of(module, [layout(pairs)], by=["source"], most=1).metrics
+    assert {name for name in found if name.startswith("pairs")} == {
+        "pairs", "pairs/clean", "pairs/flipped", "pairs/source/wide", f"pairs/source/{OTHERS}",
+    }  # fmt: skip
+    assert found[f"pairs/source/{OTHERS}"] == 2
+
+
+def test_largest_keeps_by_size_and_then_by_name() -> None:
+    assert largest(["b", "a", "", "b", "c", "a", "d"], 2) == ["b", "a", "", "b", OTHERS, "a", OTHERS]
+    assert largest(["d", "c", "b", "a"], 2) == [OTHERS, OTHERS, "b", "a"]
+    assert largest([], 2) == []
+
+
+def test_a_table_gives_back_its_rows() -> None:
+    table = PairTable()
+    assert table.read() == ({}, [])
+    table.update({"a": torch.tensor([1.5, 2.0]), "b": torch.tensor([1, 2])}, [{"id": "x\n"}, {"id": "\u2028 é"}])
+    table.update({"a": torch.tensor([3.25]), "b": torch.tensor([3])}, [{"id": '"', "flag": True}])
+    numbers, rows = table.read()
+    assert {name: values.tolist() for name, values in numbers.items()} == {"a": [1.5, 2.0, 3.25], "b": [1, 2, 3]}
+    assert rows == [{"id": "x\n"}, {"id": "\u2028 é"}, {"id": '"', "flag": True}]

@@ -1,0 +1,76 @@
+"""z of a context: the prior's own, and in mode `sample` one draw that belongs to the context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lpc_lightning.evaluation.benchmarks.context_latent import ContextLatent
+
+from lpc_lightning.inference.modeling_lpc import InferencePrior
+from lpc_lightning.seeding import derive
+
+WIDTH, CODES = 6, 4
+
+
+def made(kind: str) -> InferencePrior:
+    generator = torch.Generator().manual_seed(0)
+    outputs = {"discrete": CODES, "gaussian": 2 * CODES}[kind]
+    sizes = {
+        "codebook": (CODES, WIDTH),
+        "prior.first.weight": (5, WIDTH),
+        "prior.first.bias": (5,),
+        "prior.second.weight": (outputs, 5),
+        "prior.second.bias": (outputs,),
+    }
+    tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    return InferencePrior.of({"kind": kind, "num_codes": CODES, "prior_mode": "argmax"}, tensors)
+
+
+CONTEXTS = [[1, 2, 3], [4], [1, 2], [9, 9, 9, 9]]
+STATES = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("mode", ["mean", "argmax", 2])
+def test_a_mode_that_draws_nothing_is_the_priors(mode: str | int) -> None:
+    latent = ContextLatent(made("discrete"), mode, seed=0)
+    assert not latent.draws
+    assert torch.equal(latent(STATES, CONTEXTS), made("discrete")(STATES, mode))
+
+
+def test_without_a_mode_the_priors_own_setting_counts() -> None:
+    assert ContextLatent(made("discrete"), None, seed=0).mode == "argmax"
+
+
+@pytest.mark.parametrize("kind", ["discrete", "gaussian"])
+def test_a_draw_belongs_to_its_context_alone(kind: str) -> None:
+    prior = made(kind)
+    latent = ContextLatent(prior, "sample", seed=3)
+    together = latent(STATES, CONTEXTS)
+    for number, context in enumerate(CONTEXTS):
+        torch.manual_seed(derive(3, *context))
+        assert torch.equal(together[number], prior(STATES[number : number + 1], "sample")[0])
+    order = [2, 0, 3, 1]
+    assert torch.equal(latent(STATES[order], [CONTEXTS[number] for number in order]), together[order])
+    assert torch.equal(latent(STATES[:1].expand(2, -1), [[1, 2, 3]] * 2), together[:1].expand(2, -1))
+
+
+def test_draws_follow_the_prior_over_contexts_and_seeds() -> None:
+    prior = made("discrete")
+    state = STATES[:1]
+    shares = prior.log_prior(state)[0].exp()
+    draws = 4000
+    contexts = [[number] for number in range(draws)]
+    drawn = ContextLatent(prior, "sample", 0)(state.expand(draws, -1), contexts)
+    codes = torch.cdist(drawn, prior.codebook).argmin(-1)
+    found = torch.bincount(codes, minlength=CODES) / draws
+    assert (found - shares).abs().max() < 4 * (shares * (1 - shares) / draws).sqrt().max()
+    again = ContextLatent(prior, "sample", 1)(state.expand(draws, -1), contexts)
+    same = (codes == torch.cdist(again, prior.codebook).argmin(-1)).float().mean()
+    assert abs(same - shares.square().sum()) < 0.05, "another seed, other draws"
+
+
+def test_drawing_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    ContextLatent(made("gaussian"), "sample", seed=3)(STATES, CONTEXTS)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,166 @@
+"""Text that LatentLM writes, against stock HFLM at z = 0 and a loop that decodes one prompt without a cache under z."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
+from transformers import PreTrainedTokenizerBase
+
+from lpc_lightning.inference.modeling_lpc import InferencePrior
+from lpc_lightning.policy import CausalPolicy
+from lpc_lightning.seeding import derive
+
+WIDTH, CODES, WINDOW, SEED, NEW = 16, 5, 64, 7, 12
+Build = Callable[..., Any]
+PROMPTS = [
+    "Question: What do you do when a friend asks for help?\nAnswer:",
+    "Hello",
+    "It was raining all day, and ",
+    "You asked me about the weather, and I said that it was raining. " * 8,
+    "A",
+]
+"""Of different lengths, so that a batch is padded, and one beyond the window."""
+
+
+def instances(prompts: Sequence[str], **options: Any) -> list[Instance]:
+    settings = {"max_gen_toks": NEW} | options
+    return [Instance("generate_until", {}, (prompt, dict(settings)), n) for n, prompt in enumerate(prompts)]
+
+
+def make_prior(spread: float) -> InferencePrior:
+    generator = torch.Generator().manual_seed(3)
+    sizes = {
+        "codebook": (CODES, WIDTH),
+        "prior.first.weight": (8, WIDTH),
+        "prior.first.bias": (8,),
+        "prior.second.weight": (CODES, 8),
+        "prior.second.bias": (CODES,),
+    }
+    tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    tensors["codebook"] *= spread
+    return InferencePrior.of({"kind": "discrete", "num_codes": CODES, "prior_mode": "mean"}, tensors)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_spec: Build) -> PreTrainedTokenizerBase:
+    return tiny_spec("llama").load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def policies(tiny: Build) -> Callable[[str], CausalPolicy]:
+    built: dict[str, CausalPolicy] = {}
+
+    def policy(family: str) -> CausalPolicy:
+        if family not in built:
+            built[family] = tiny(family, dtype="float32", context=WINDOW)
+        return built[family]
+
+    return policy
+
+
+@torch.no_grad()
+def decoded(
+    policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, prompt: str, prior: InferencePrior, mode: str | int
+) -> str:
+    """Greedy tokens of a prompt, the whole sequence read again for each."""
+    model = policy.causal_lm
+    tokens = tokenizer.encode(prompt)[-(WINDOW - NEW) :]
+    start, z = len(tokens), None
+    while len(tokens) < start + NEW and (len(tokens) == start or tokens[-1] != tokenizer.eos_token_id):
+        states = model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False).hidden_states[-1][0, -1]
+        if z is None:
+            torch.manual_seed(derive(SEED, *tokens))
+            z = prior(states[None], mode)[0]
+        tokens.append(int(model.get_output_embeddings()(states + z).argmax()))
+    return tokenizer.decode(tokens[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("prior", [None, make_prior(0.0)], ids=["no prior", "z = 0"])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_at_z_of_0_it_writes_what_stock_writes(
+    family: str,
+    prior: InferencePrior | None,
+    precision: torch.dtype | None,
+    policies: Build,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "mixed_precision_dtype": precision}
+    stock = HFLM(policies(family).causal_lm, tokenizer=tokenizer, **options)
+    ours = LatentLM(policies(family), tokenizer, prior, **options)
+    for settings in ({"until": ["\n"]}, {"do_sample": True, "temperature": 1.0}):
+        torch.manual_seed(0)
+        expected = stock.generate_until(instances(PROMPTS, **settings))
+        torch.manual_seed(0)
+        assert ours.generate_until(instances(PROMPTS, **settings)) == expected
+        assert any(expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("mode", ["mean", "argmax", 3, "sample"])
+def test_under_z_it_writes_what_the_loop_writes(
+    family: str, mode: str | int, policies: Build, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    policy, prior = policies(family), make_prior(2.0)
+    expected = [decoded(policy, tokenizer, prompt, prior, mode) for prompt in PROMPTS]
+    plain = [decoded(policy, tokenizer, prompt, make_prior(0.0), mode) for prompt in PROMPTS]
+    assert expected != plain
+    for batch_size in (1, 2, 16):
+        lm = LatentLM(policy, tokenizer, prior, prior_mode=mode, batch_size=batch_size, seed=SEED)
+        assert lm.generate_until(instances(PROMPTS)) == expected
+    order = list(range(len(PROMPTS)))
+    random.Random(1).shuffle(order)
+    lm = LatentLM(policy, tokenizer, prior, prior_mode=mode, batch_size=3, seed=SEED)
+    assert lm.generate_until(instances([PROMPTS[n] for n in order])) == [expected[n] for n in order]
+
+
+def test_it_stops_where_a_stop_string_begins(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+    policy, prior = policies("llama"), make_prior(2.0)
+    whole = [decoded(policy, tokenizer, prompt, prior, "mean") for prompt in PROMPTS]
+    until = [whole[0][3:5], whole[2][4:6]]
+    assert all(len(stop) == 2 for stop in until)
+    expected = [text[: min([text.find(stop) for stop in until if stop in text] or [len(text)])] for text in whole]
+    assert expected != whole
+    lm = LatentLM(policy, tokenizer, prior, batch_size=4)
+    assert lm.generate_until(instances(PROMPTS, until=until)) == expected
+
+
+def test_beams_share_the_z_of_their_prompt(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Under a head without a soft cap, z is a bias on the logits: stock beam search under that bias is the oracle."""
+    policy, prior = policies("llama"), make_prior(2.0)
+    lm = LatentLM(policy, tokenizer, prior, prior_mode=1, batch_size=3)
+    found = lm.generate_until(instances(PROMPTS[:3], num_beams=3))
+    head = policy.causal_lm.get_output_embeddings()
+    biased = torch.nn.Linear(WIDTH, head.out_features)
+    biased.weight = head.weight
+    with torch.no_grad():
+        biased.bias = torch.nn.Parameter(head(prior.codebook[1]))
+        policy.causal_lm.set_output_embeddings(biased)
+        try:
+            stock = HFLM(policy.causal_lm, tokenizer=tokenizer, batch_size=3)
+            expected = stock.generate_until(instances(PROMPTS[:3], num_beams=3))
+        finally:
+            policy.causal_lm.set_output_embeddings(head)
+    assert found == expected
+    assert found != HFLM(policy.causal_lm, tokenizer=tokenizer).generate_until(instances(PROMPTS[:3], num_beams=3))
+
+
+def test_the_plain_policy_is_back_after_writing(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+    lm = LatentLM(policies("llama"), tokenizer, make_prior(2.0))
+    lm.generate_until(instances(PROMPTS[:1]))
+    assert lm.model is policies("llama").causal_lm
+
+
+def test_auto_takes_a_fixed_batch_on_a_cpu(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+    policy, prior = policies("llama"), make_prior(2.0)
+    lm = LatentLM(policy, tokenizer, prior, batch_size="auto", max_batch_size=3)
+    assert lm.generate_until(instances(PROMPTS)) == [
+        decoded(policy, tokenizer, prompt, prior, "mean") for prompt in PROMPTS
+    ]

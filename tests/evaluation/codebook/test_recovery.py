@@ -1,0 +1,64 @@
+"""Matched accuracy and purity against closed forms and against every match there is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import permutations
+
+import numpy as np
+import pytest
+from lpc_lightning.evaluation.codebook.mutual_information import shuffled_mean
+from lpc_lightning.evaluation.codebook.recovery import STATISTICS, matched_accuracy, purity
+from numpy.typing import NDArray
+
+
+def best_match(codes: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
+    """Every way to give each label a code of its own, or a code that nobody has."""
+    names = list(range(max(codes.max(), labels.max()) + 1))
+    tried = [np.mean([partner[label] == code for code, label in zip(codes, labels, strict=True)])
+             for partner in permutations(names)]  # fmt: skip
+    return float(max(tried))
+
+
+def by_majority(codes: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
+    """Code by code, the pairs of its most frequent label."""
+    members = [[label for label, each in zip(labels, codes, strict=True) if each == code] for code in set(codes)]
+    return sum(Counter(found).most_common(1)[0][1] for found in members) / len(codes)
+
+
+@pytest.mark.parametrize(("codes", "labels"), [(3, 3), (6, 4), (3, 6), (1, 4), (5, 1)])
+@pytest.mark.parametrize("seed", range(4))
+def test_against_every_match(codes: int, labels: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    one, other = draw.integers(0, codes, 60), draw.integers(0, labels, 60)
+    assert matched_accuracy(one, other) == pytest.approx(best_match(one, other), abs=1e-12)
+    assert purity(one, other) == pytest.approx(by_majority(one, other), abs=1e-12)
+    assert matched_accuracy(one, other) == pytest.approx(matched_accuracy(other, one), abs=1e-12)
+    assert matched_accuracy(one, other) <= purity(one, other)
+
+
+def test_closed_forms() -> None:
+    labels = ["a"] * 4 + ["b"] * 4
+    assert [matched_accuracy([2] * 4 + [7] * 4, labels), purity([2] * 4 + [7] * 4, labels)] == [1, 1]
+    # Two codes for each label: one of each two finds no partner, and both are of one label.
+    assert [matched_accuracy([0, 0, 1, 1, 2, 2, 3, 3], labels), purity([0, 0, 1, 1, 2, 2, 3, 3], labels)] == [0.5, 1]
+    # Greedy matching would give code 0 its 6 of a, and leave code 1 nothing: the best match is the other one.
+    codes = [0] * 6 + [0] * 5 + [1] * 5
+    matched = matched_accuracy(codes, ["a"] * 6 + ["b"] * 5 + ["a"] * 5)
+    assert matched == 10 / 16
+    assert [matched_accuracy([0] * 8, labels), purity([0] * 8, labels)] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("statistic", STATISTICS.values())
+def test_names_do_not_matter(statistic: object) -> None:
+    draw = np.random.default_rng(3)
+    codes, labels = draw.integers(0, 5, 80), draw.integers(0, 3, 80)
+    renamed = np.array(["terse", "kind", "formal"])[labels]
+    assert callable(statistic)
+    assert statistic(codes, labels) == statistic(np.array([4, 0, 3, 1, 2])[codes], renamed)
+
+
+def test_shuffled_labels_have_what_chance_has() -> None:
+    labels = np.repeat([0, 1, 2, 3], 500)
+    assert shuffled_mean(matched_accuracy, labels, labels, seed=0) == pytest.approx(0.25, abs=0.03)
+    assert shuffled_mean(purity, labels, labels, seed=0) == shuffled_mean(purity, labels, labels, seed=0)

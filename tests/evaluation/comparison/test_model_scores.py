@@ -1,0 +1,67 @@
+"""From results to what is compared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults
+from lpc_lightning.evaluation.comparison.model_scores import Item, Measure, scores_of
+
+ACC, F1 = Measure("quiz", "acc"), Measure("quiz", "f1")
+
+
+def results(**record: Any) -> BenchmarkResults:
+    """Two items; `acc` is their mean, `f1` is not, and `perplexity` is of pairs of numbers."""
+    metrics = {"quiz": {"acc": 0.5, "acc_stderr": 0.1, "f1": 0.9, "perplexity": 12.0}, "group": {"acc": 0.5}}
+    items = [
+        {
+            "task": "quiz",
+            "doc_id": n,
+            "doc_hash": f"h{n}",
+            "metrics": {"acc": float(n), "f1": 0.5, "perplexity": [1, 2]},
+        }
+        for n in range(2)
+    ]
+    return BenchmarkResults(metrics, items, {}, record)
+
+
+RECORD = {
+    "tasks": {"quiz": {"version": 2.0, "num_fewshot": 3, "limit": None, "seconds": 4.0}},
+    "settings": {"apply_chat_template": True},
+    "seeds": {"fewshot": 9},
+}
+
+
+def test_scores_and_errors_by_measure() -> None:
+    found = scores_of("mine", results(**RECORD))
+    assert found.name == "mine"
+    assert found.scores == {ACC: 0.5, F1: 0.9, Measure("quiz", "perplexity"): 12.0, Measure("group", "acc"): 0.5}
+    assert found.stderrs == {ACC: 0.1}
+
+
+def test_items_are_kept_where_the_score_is_their_mean() -> None:
+    assert scores_of("mine", results(**RECORD)).items == {ACC: {Item(0, "h0"): 0.0, Item(1, "h1"): 1.0}}
+
+
+def test_a_score_that_is_no_number_has_no_items() -> None:
+    broken = results(**RECORD)
+    broken.items[1]["metrics"]["acc"] = math.nan
+    assert scores_of("mine", broken).items == {}
+
+
+def test_conditions_are_what_makes_scores_comparable() -> None:
+    expected = {"version": 2.0, "few-shot examples": 3, "limit": None, "chat template": True, "few-shot seed": 9}
+    assert scores_of("mine", results(**RECORD)).conditions == {"quiz": expected}
+
+
+def test_the_precision_is_the_one_that_was_asked_for() -> None:
+    asked = replace(results(**RECORD), origin={"request": {"precision": "bfloat16", "limit": None}})
+    assert scores_of("mine", asked).precision == "bfloat16"
+
+
+def test_results_that_say_nothing_of_themselves() -> None:
+    found = scores_of("mine", results())
+    assert found.conditions == {}
+    assert found.precision is None

@@ -1,0 +1,75 @@
+"""Tables on disk, to the letter."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from lpc_lightning.evaluation.report.table_files import (
+    Cell,
+    Column,
+    Table,
+    number_cell,
+    text_cell,
+    to_latex,
+    to_markdown,
+    write_table,
+)
+
+TABLE = Table(
+    "means",
+    "Means over seeds",
+    [Column("latent_space"), Column("accuracy", True), Column("95 % interval", True)],
+    [
+        [text_cell("none"), number_cell(0.12345678901234567), Cell("[0.1, 0.2]", 0.1)],
+        [text_cell("a & b <c>"), number_cell(None), Cell("-")],
+    ],
+    [{"latent": "none", "mean": 0.12345678901234567}, {"latent": "a & b", "mean": None, "n": 0}],
+    ["How to read it."],
+)
+
+
+def test_markdown() -> None:
+    assert to_markdown(TABLE) == (
+        "## Means over seeds\n\n"
+        "| latent_space | accuracy | 95 % interval |\n"
+        "| ------------ | -------: | ------------: |\n"
+        "| none         |   0.1235 |    [0.1, 0.2] |\n"
+        "| a & b <c>    |        - |             - |\n\n"
+        "How to read it.\n"
+    )
+
+
+def test_latex_has_booktabs_rules_and_escapes() -> None:
+    assert to_latex(TABLE) == (
+        "% Means over seeds\n"
+        "% How to read it.\n"
+        "\\begin{tabular}{lrr}\n"
+        "\\toprule\n"
+        "latent\\_space & accuracy & 95 \\% interval \\\\\n"
+        "\\midrule\n"
+        "none & 0.1235 & [0.1, 0.2] \\\\\n"
+        "a \\& b $<$c$>$ & - & - \\\\\n"
+        "\\bottomrule\n"
+        "\\end{tabular}\n"
+    )
+
+
+def test_a_row_cannot_become_an_argument_of_the_line_before() -> None:
+    table = Table("t", "T", [Column("x")], [[Cell("[0, 1]")], [Cell("* 3")], [Cell("\\x{y}^~$#")]], [])
+    assert to_latex(table).splitlines()[5:8] == [
+        "{}[0, 1] \\\\",
+        "{}* 3 \\\\",
+        "\\textbackslash{}x\\{y\\}\\textasciicircum{}\\textasciitilde{}\\$\\# \\\\",
+    ]
+
+
+def test_csv_keeps_every_digit(tmp_path: Path) -> None:
+    write_table(tmp_path, TABLE)
+    with (tmp_path / "means.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert float(first["mean"]) == 0.12345678901234567
+    assert first["n"] == ""
+    assert second == {"latent": "a & b", "mean": "", "n": "0"}
+    assert (tmp_path / "means.md").read_text() == to_markdown(TABLE)
+    assert (tmp_path / "means.tex").read_text() == to_latex(TABLE)

@@ -1,0 +1,163 @@
+"""The reference's cache among processes: devices of one run, runs at once, and one that is killed in the middle."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lpc_lightning.reference import pair_pass
+
+PROGRAM = Path(__file__).with_name("reference_processes.py")
+TRAIN, VALIDATION = 22, 5
+
+
+@pytest.fixture(scope="module")
+def fit() -> Iterator[Callable[..., dict[str, Any]]]:
+    """One run in this process."""
+    spec = importlib.util.spec_from_file_location("reference_processes", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as sizes:
+        for name in ("BATCH_TOKENS", "ROUNDS"):  # the program sets its own
+            sizes.setattr(pair_pass, name, getattr(pair_pass, name))
+        spec.loader.exec_module(program)
+        yield program.fit
+
+
+@pytest.fixture(scope="module")
+def alone(fit: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run on one device, whose cache was empty."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PL_GLOBAL_SEED", "0")
+        return fit(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    """What both devices found, and the folder of their caches."""
+    folder = tmp_path_factory.mktemp("together")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, str(PROGRAM), "two", str(folder)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank {rank}.pt", weights_only=True) for rank in range(2)], folder
+
+
+def values_in(root: Path) -> dict[str, dict[int, list[list[float]]]]:
+    """By entry and place, all values that its parts hold."""
+    found: dict[str, dict[int, list[list[float]]]] = {}
+    for path in sorted((root / "reference").glob("*/*.npz")):
+        with np.load(path) as part:
+            for place, logps in zip(part["places"].tolist(), part["values"].tolist(), strict=True):
+                found.setdefault(path.parent.name, {}).setdefault(place, []).append(logps)
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_devices_work_out_what_one_does(
+    strategy: str, together: tuple[list[dict[str, Any]], Path], alone: dict[str, Any]
+) -> None:
+    ranks, folder = together
+    for rank in ranks:
+        found = rank[f"{strategy} cached"]
+        for ours, theirs in zip(found["logps"], alone["logps"], strict=True):
+            assert np.allclose(ours, theirs, rtol=1e-6, atol=0)
+        assert found["logps"] == rank[f"{strategy} again"]["logps"]
+        assert found["losses"] == rank[f"{strategy} again"]["losses"]
+    assert ranks[0][f"{strategy} cached"]["logps"] == ranks[1][f"{strategy} cached"]["logps"]
+    assert ranks[0][f"{strategy} again"]["passes"] == ranks[1][f"{strategy} again"]["passes"] == 0
+    kept = values_in(folder / f"{strategy} kept")
+    assert sorted(map(len, kept.values())) == [VALIDATION, TRAIN]
+    assert all(len(values) == 1 for entry in kept.values() for values in entry.values()), "every pair once"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_devices_take_equally_many_batches(
+    strategy: str, together: tuple[list[dict[str, Any]], Path], alone: dict[str, Any]
+) -> None:
+    """FSDP2 gathers weights for each: a device that took one less would leave the others waiting."""
+    first, second = (rank[f"{strategy} cached"]["passes"] for rank in together[0])
+    assert first == second > alone["passes"] / 2, "of an odd number, one device repeats the last for nothing"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_devices_train_as_with_a_live_reference(
+    strategy: str, together: tuple[list[dict[str, Any]], Path], alone: dict[str, Any]
+) -> None:
+    ranks, _ = together
+    for rank in ranks:
+        live, cached = rank[f"{strategy} live"], rank[f"{strategy} cached"]
+        assert len(cached["losses"]) == 6
+        assert cached["losses"] == pytest.approx(live["losses"], rel=1e-5)
+        assert cached["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert cached["validation"] == pytest.approx(live["validation"], rel=1e-5)
+        assert live["held"] == pytest.approx(2 * cached["held"], rel=0.01)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_weights_that_come_later_find_nothing_of_the_published_ones(
+    strategy: str, together: tuple[list[dict[str, Any]], Path]
+) -> None:
+    """What FSDP2 gathers for a step without gradient it would keep for the next one."""
+    for rank in together[0]:
+        cached, live, plain = (rank[f"{strategy} {run}"] for run in ("moved", "moved live", "cached"))
+        assert cached["losses"] == pytest.approx(live["losses"], rel=1e-5)
+        assert np.allclose(cached["logps"][0], plain["logps"][0], rtol=1e-6, atol=0)
+        assert abs(cached["losses"][0] - plain["losses"][0]) > 1e-3
+
+
+def test_two_devices_resume_without_the_cache(together: tuple[list[dict[str, Any]], Path]) -> None:
+    """The published weights work it out before the checkpoint is loaded."""
+    for rank in together[0]:
+        whole, resumed = rank["ddp cached"], rank["ddp resumed"]
+        assert abs(whole["losses"][-1] - whole["losses"][0]) > 1e-3
+        assert resumed["logps"] == whole["logps"]
+        assert resumed["losses"] == whole["losses"][3:]
+        assert resumed["validation"] == whole["validation"]
+
+
+def start(command: str, cache: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(PROGRAM), command, str(cache)], env=environment)
+
+
+def test_two_runs_at_once(fit: Callable[..., dict[str, Any]], alone: dict[str, Any], tmp_path: Path) -> None:
+    runs = [start("fit", tmp_path) for _ in range(2)]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    kept = values_in(tmp_path)
+    assert sorted(map(len, kept.values())) == [VALIDATION, TRAIN]
+    assert not list((tmp_path / "reference").glob("*/*.unfinished"))
+    later = fit(tmp_path)
+    assert later["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+
+
+def test_a_run_that_is_killed_leaves_what_it_had(
+    fit: Callable[..., dict[str, Any]], alone: dict[str, Any], tmp_path: Path
+) -> None:
+    run = start("slowly", tmp_path)
+    while len(list((tmp_path / "reference").glob("*/*.npz"))) < 3:
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    (before,) = values_in(tmp_path).values()
+    assert 3 <= len(before) < TRAIN, "killed in the middle"
+
+    later = fit(tmp_path)
+    assert later["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    for ours, theirs in zip(later["logps"], alone["logps"], strict=True):
+        assert np.allclose(ours, theirs, rtol=1e-6, atol=0)
+    after = max(values_in(tmp_path).values(), key=len)
+    assert all(after[place] == values for place, values in before.items()), "nothing was worked out twice"
+    assert len(after) == TRAIN
