@@ -14,9 +14,9 @@ from lpc_lightning.callbacks.resources import ResourceMonitor
 from lpc_lightning.callbacks.run_summary import RunSummary
 
 __all__ = [
+    "AnnotatorAdaptation",
     "ByAnnotator",
     "CodebookMonitor",
-    "AnnotatorAdaptation",
     "FinalValidation",
     "FlipOrder",
     "GracefulStop",

@@ -5,23 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
+
+from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round
 from lpc_lightning.evaluation.adaptation.files import write_adaptation
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
 from lpc_lightning.evaluation.adaptation.scores import SHOTS
 
-from lpc_lightning.data import PreferenceDataModule
-
 
 class AnnotatorAdaptation(CollectPairs):
     """Logs `adaptation/exact/N` and, where a posterior is learned, `adaptation/amortised/N`, under val/ or test/.
 
     Each is the accuracy on an annotator's pairs when the codes are inferred from N others of the same annotator: by
-    prior times evidence, or by the average of the learned posteriors (see `lpc_lightning.evaluation.adaptation.inference`). A policy without
-    codes has nothing to infer: its `exact/N` is the policy as it is, over the same pairs, and what there is to beat.
+    prior times evidence, or by the average of the learned posteriors (see `evaluation.adaptation.inference`). A policy
+    without codes has nothing to infer: its `exact/N` is the policy as it is, over the same pairs.
 
-    Beside them `adaptation/prior`, the policy as it is used for anybody; `adaptation/no_latent`, the same policy at z = 0,
+    Beside them `adaptation/prior`, the policy as it is used for anybody; `adaptation/no_latent`, the same policy at z
+    = 0,
     where it has a latent; and `adaptation/ceiling`, the best there is given the annotator, where the data knows it.
 
     The run folder gets `adaptation.json` with all of it, standard errors and counts, and `code_weights.json` with each

@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.figure import Figure
+
 from lpc_lightning.evaluation.accuracy.collect import CollectValidation, log_round
 from lpc_lightning.evaluation.codebook.plots import code_use, heat_map, render, scatter
 from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics
-from matplotlib.figure import Figure
-
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.seeding import derive
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lpc_lightning.callbacks.flip_order import FlipOrder, Uniform
 from torch import Tensor
 from torchmetrics import Metric
 
 from lpc_lightning.algorithms.accumulation import is_optimizer_step
 from lpc_lightning.algorithms.metrics import accuracies
+from lpc_lightning.callbacks.flip_order import FlipOrder, Uniform
 from lpc_lightning.data import LabelNoise, PreferenceDataModule
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.seeding import run_seed

@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, check_counts, check_tasks
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores, write_results
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
 from lpc_lightning.evaluation.benchmarks.trial import Trial, reason
 from lpc_lightning.evaluation.tables import markdown_table, score
-
-from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.prior import inference_prior
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.seeding import run_seed

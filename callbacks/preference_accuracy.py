@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, AccuracyReport, Group
-from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round
 
 from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, AccuracyReport, Group
+from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round
 
 
 class PreferenceAccuracy(CollectPairs):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+
 from lpc_lightning.callbacks.resources import ResourceMonitor
 
 ROWS = {

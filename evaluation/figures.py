@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from lpc_lightning.evaluation.codebook.plots import COLOURS, MARKERS
-from lpc_lightning.evaluation.statistics.seeds import Estimate
 from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from lpc_lightning.evaluation.codebook.plots import COLOURS, MARKERS
+from lpc_lightning.evaluation.statistics.seeds import Estimate
 
 LINES = ("-", "--", ":", "-.")
 LOOKS = [(COLOURS[place % 7], MARKERS[place % 4], LINES[place // 7]) for place in range(28)]

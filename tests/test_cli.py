@@ -17,11 +17,11 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule
-from lpc_lightning.evaluation.adaptation.command import adapt
-from lpc_lightning.evaluation.comparison.command import evaluate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lpc_lightning.cli import commands, main
+from lpc_lightning.evaluation.adaptation.command import adapt
+from lpc_lightning.evaluation.comparison.command import evaluate
 from lpc_lightning.inference.alpaca import alpaca
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.generate import generate
@@ -124,7 +124,7 @@ FUNCTIONS = {
     "generate": generate,
     "alpaca": alpaca,
     "evaluate": evaluate,
-    "few-shot": adapt,
+    "adapt": adapt,
 }
 
 
@@ -496,7 +496,7 @@ def test_an_unknown_policy_is_told(command: Command, places: list[str], tmp_path
     [
         (["--data.batch_size=0"], r"data\.batch_size: found 0, expected at least 1"),
         (["--data.max_length=0"], r"max_length=0: expected a number of tokens from 1 on"),
-        (["--latent.num_codes=0"], r"latent\.codes: found 0, expected at least 1"),
+        (["--latent.num_codes=0"], r"latent\.num_codes: found 0, expected at least 1"),
         (
             ["--latent.prior_mode=3"],
             r"latent\.prior_mode: found 3, expected one of mean, sample, argmax, or the number",

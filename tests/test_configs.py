@@ -13,14 +13,14 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
-from lpc_lightning.callbacks import AnnotatorAdaptation, LabelFlipNoise
-from lpc_lightning.evaluation.ablation.grid import read_grid
-from lpc_lightning.evaluation.adaptation.scores import SHOTS
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.callbacks import AnnotatorAdaptation, LabelFlipNoise
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.ablation.grid import read_grid
+from lpc_lightning.evaluation.adaptation.scores import SHOTS
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec, TinyPolicy
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lpc_lightning.evaluation.comparison.command import evaluate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lpc_lightning.cli import main
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outline, read_sharded
+from lpc_lightning.evaluation.comparison.command import evaluate
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!{python}

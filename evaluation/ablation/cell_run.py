@@ -9,12 +9,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.evaluation.ablation.folder import CellFolder, Weights, write_json
-
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli import PreferenceCLI, set_up_logging
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
+from lpc_lightning.evaluation.ablation.folder import CellFolder, Weights, write_json
 
 
 def run_cell(path: Path, weights: Weights) -> None:

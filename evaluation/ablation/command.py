@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.folder import Weights
 from lpc_lightning.evaluation.ablation.grid import read_grid
 from lpc_lightning.evaluation.ablation.local import run_locally
@@ -20,8 +22,6 @@ from lpc_lightning.evaluation.ablation.process import Job
 from lpc_lightning.evaluation.ablation.progress import Progress
 from lpc_lightning.evaluation.ablation.ray_cluster import run_on_ray
 from lpc_lightning.evaluation.ablation.slurm import array_script
-
-from lpc_lightning.errors import ConfigError
 from lpc_lightning.function_command import run_function
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lpc_lightning.evaluation.provenance import package_versions
 
+from lpc_lightning.evaluation.provenance import package_versions
 from lpc_lightning.inference.fingerprint import weights_of
 
 WRITTEN = ("default_root_dir", "cache_dir", "dirpath", "save_dir")
@@ -37,7 +37,9 @@ def fingerprint(arguments: Sequence[str], weights: str) -> str:
 @cache
 def code_version() -> str:
     """The source of what a fit may import from this project, and the versions of the packages below it."""
-    files = {path for package in ("lpc_lightning", "callbacks") for path in _package(package).rglob("*.py")}
+    package = _package("lpc_lightning")
+    # In a checkout, callbacks/ and evaluation/ are links, which `rglob` does not follow.
+    files = {*package.rglob("*.py"), *(package / "callbacks").rglob("*.py")} - {*(package / "evaluation").rglob("*.py")}
     pending = list(files)
     while pending:
         found = {path for name in _imports(pending.pop()) if (path := _evaluation_module(name)) and path not in files}
@@ -64,9 +66,10 @@ def _imports(path: Path) -> Iterator[str]:
 
 def _evaluation_module(name: str) -> Path | None:
     """The file of a module of `evaluation`, which mostly reads what runs have written and is no part of them."""
-    package, _, module = name.partition(".")
-    path = _package(package).joinpath(*module.split(".")).with_suffix(".py") if package == "evaluation" else None
-    return path if path and path.is_file() else None
+    if not name.startswith("lpc_lightning.evaluation."):
+        return None
+    path = _package("lpc_lightning").joinpath(*name.split(".")[1:]).with_suffix(".py")
+    return path if path.is_file() else None
 
 
 def _named(argument: str) -> Iterator[str]:

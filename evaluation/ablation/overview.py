@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.folder import write_json
 from lpc_lightning.evaluation.ablation.grid import Axis, Grid
 from lpc_lightning.evaluation.provenance import provenance
-
-from lpc_lightning.errors import ConfigError
 
 
 def write_overview(output: Path, grid: Grid, command: str) -> None:

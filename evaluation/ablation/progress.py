@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 
+from tqdm import tqdm
+
 from lpc_lightning.evaluation.ablation.folder import CellFolder, Record
 from lpc_lightning.evaluation.ablation.process import Job
-from tqdm import tqdm
 
 
 class Progress:

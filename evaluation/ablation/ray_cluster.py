@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.folder import CellFolder, Record
 from lpc_lightning.evaluation.ablation.local import Done
 from lpc_lightning.evaluation.ablation.process import CellProcess, Job
-
-from lpc_lightning.errors import ConfigError
 
 
 class CellStoppedError(Exception):

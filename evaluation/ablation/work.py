@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lpc_lightning.cli import USER_ERRORS
 from lpc_lightning.evaluation.ablation.cell_run import run_cell
 from lpc_lightning.evaluation.ablation.folder import CellFolder
 from lpc_lightning.evaluation.ablation.process import TAKEN, Job
-
-from lpc_lightning.cli import USER_ERRORS
 
 WAIT = 10.0
 """Seconds that a cell's lock is waited for: what a killed command has left behind is gone by then."""

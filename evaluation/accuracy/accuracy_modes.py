@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from torch import Tensor, nn
 
 from lpc_lightning.algorithms.metrics import PairMeans, accuracies
 from lpc_lightning.algorithms.scoring import Evaluated
+from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import PairLosses, PairStates, PreferenceBatch
 

@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, Group
-from lpc_lightning.evaluation.accuracy.collect import Collector, CollectPairs
-from lpc_lightning.evaluation.accuracy.pair_table import Row
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.algorithms.scoring import BatchScorer, Evaluated
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
+from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, Group
+from lpc_lightning.evaluation.accuracy.collect import Collector, CollectPairs
+from lpc_lightning.evaluation.accuracy.pair_table import Row
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.latent import LatentTerms
 from lpc_lightning.losses import simpo_loss

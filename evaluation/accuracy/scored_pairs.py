@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
-from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, plain, stderr_name
-from lpc_lightning.evaluation.provenance import provenance
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.algorithms.metrics import accuracies
@@ -23,6 +20,9 @@ from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.example_source import ExampleSource, RowSource
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import read_rows
+from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
+from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, plain, stderr_name
+from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.opening import OpenedPolicy
 from lpc_lightning.types import PreferenceExample
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from lpc_lightning.data import DataError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.preferences import pass_over
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
@@ -20,9 +22,6 @@ from lpc_lightning.evaluation.comparison.command import name_models
 from lpc_lightning.evaluation.figures import Line, Plot, write_plots
 from lpc_lightning.evaluation.report.line_plots import in_words
 from lpc_lightning.evaluation.tables import markdown_table, score
-
-from lpc_lightning.data import DataError
-from lpc_lightning.errors import ConfigError
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoints import run_config
 from lpc_lightning.inference.generation import trained_template

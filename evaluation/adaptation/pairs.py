@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lpc_lightning.algorithms.scoring import Evaluated
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, pair_labels
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights, correct, single_code
@@ -18,10 +22,6 @@ from lpc_lightning.evaluation.adaptation.scores import (
     check_shots,
     mean_score,
 )
-from numpy.typing import NDArray
-from torch import Tensor, nn
-
-from lpc_lightning.algorithms.scoring import Evaluated
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.latent.estimators import PosteriorSpace
 from lpc_lightning.types import PairLosses, PreferenceBatch
@@ -36,7 +36,8 @@ class AdaptationReport:
     annotators: Mapping[str, int] = field(default_factory=dict)
     """How many pairs each of them labelled."""
     scores: Mapping[str, Mapping[int, Score]] = field(default_factory=dict)
-    """By inference and labelled pairs given; see `adaptation_scores`. A policy without codes counts as one with a single
+    """By inference and labelled pairs given; see `adaptation_scores`. A policy without codes counts as one with a
+    single
     code, of which labelled pairs change nothing: it has `exact`, for comparison over the same pairs."""
     baselines: Mapping[str, Score] = field(default_factory=dict)
     """`prior`: the policy as it is used, for any annotator. `no_latent`: the same at z = 0, where it has a latent."""

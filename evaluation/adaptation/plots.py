@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from matplotlib.figure import Figure
+
 from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.evaluation.figures import QUIET, Line, draw_panels, quiet_grid
 from lpc_lightning.evaluation.statistics.seeds import Estimate
-from matplotlib.figure import Figure
 
 NORMAL_95 = 1.96
 """Standard errors from the mean to an end of its 95 % interval, of many pairs."""

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+
+from lpc_lightning.algorithms.scoring import Evaluated
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import pair_labels
 from lpc_lightning.evaluation.adaptation.inference import Table, correct
 from lpc_lightning.evaluation.adaptation.scores import Score, mean_score
-
-from lpc_lightning.algorithms.scoring import Evaluated
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.types import PreferenceBatch
 

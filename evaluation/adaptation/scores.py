@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, Table, adapted, correct, margins
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, Table, adapted, correct, margins
 from lpc_lightning.seeding import derive
 
 SHOTS = (0, 1, 2, 4, 8, 16)
@@ -137,7 +137,7 @@ def circles(members: NDArray[np.int64], ids: Sequence[str], rounds: int, seed: i
         rounds: How many orders.
         seed: Of the hash.
     """
-    keys = [[derive("few-shot", seed, number, ids[place]) for place in members] for number in range(rounds)]
+    keys = [[derive("adapt", seed, number, ids[place]) for place in members] for number in range(rounds)]
     return members[np.argsort(keys, axis=-1, kind="stable")]
 
 

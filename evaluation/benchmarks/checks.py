@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpc_lightning.evaluation.benchmarks.tasks import LOCAL_DATA, PAPER_TASKS, is_task_file, layout, task_manager
-
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.benchmarks.tasks import LOCAL_DATA, PAPER_TASKS, is_task_file, layout, task_manager
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

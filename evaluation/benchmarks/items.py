@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from lpc_lightning.evaluation.benchmarks.results import plain
 
 NUMBERS = (int, float, np.number)

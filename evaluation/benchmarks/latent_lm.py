@@ -15,15 +15,15 @@ from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.utils import warning_once
-from lpc_lightning.evaluation.benchmarks.context_latent import ContextLatent, Latent
-from lpc_lightning.evaluation.benchmarks.contexts import Request
-from lpc_lightning.evaluation.benchmarks.ranks import TorchDistributed
-from lpc_lightning.evaluation.benchmarks.scoring import Answer, SharedScorer, score_like_stock
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.benchmarks.context_latent import ContextLatent, Latent
+from lpc_lightning.evaluation.benchmarks.contexts import Request
+from lpc_lightning.evaluation.benchmarks.ranks import TorchDistributed
+from lpc_lightning.evaluation.benchmarks.scoring import Answer, SharedScorer, score_like_stock
 from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy import CausalPolicy

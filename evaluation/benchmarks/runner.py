@@ -25,6 +25,8 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
+from tqdm import tqdm
+
 from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, check_counts, check_tasks
 from lpc_lightning.evaluation.benchmarks.items import items_of_task, scores_of_task
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, plain
@@ -32,7 +34,6 @@ from lpc_lightning.evaluation.benchmarks.shared_requests import SharedRequests
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
 from lpc_lightning.evaluation.benchmarks.trial import Trial
 from lpc_lightning.evaluation.provenance import provenance
-from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from lm_eval.models.utils_hf import clear_torch_cache, pad_and_concat
-from lpc_lightning.evaluation.benchmarks.context_latent import Latent
-from lpc_lightning.evaluation.benchmarks.contexts import Group, Request, batches, group_by_context, kept_of, lay_out
 from torch import Tensor, nn
 
+from lpc_lightning.evaluation.benchmarks.context_latent import Latent
+from lpc_lightning.evaluation.benchmarks.contexts import Group, Request, batches, group_by_context, kept_of, lay_out
 from lpc_lightning.policy import CausalPolicy
 from lpc_lightning.policy.logprobs import token_logps_and_greedy
 

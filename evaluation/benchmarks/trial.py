@@ -7,10 +7,10 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from lpc_lightning.evaluation.benchmarks.tasks import DataUnreachableError
 from torch import distributed
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.benchmarks.tasks import DataUnreachableError
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from lpc_lightning.evaluation.accuracy.accuracy_modes import OTHERS, largest
-from lpc_lightning.evaluation.codebook.embedding import embed
-from lpc_lightning.evaluation.codebook.mutual_information import entropy
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from lpc_lightning.evaluation.accuracy.accuracy_modes import OTHERS, largest
+from lpc_lightning.evaluation.codebook.embedding import embed
+from lpc_lightning.evaluation.codebook.mutual_information import entropy
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 """Okabe and Ito (2008), which colour-blind readers tell apart; their yellow is left out, for it is lost on white."""

@@ -6,9 +6,10 @@ Both statistics rise with the number of codes, and of labels that one of them do
 
 from __future__ import annotations
 
-from lpc_lightning.evaluation.codebook.mutual_information import contingency
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
+
+from lpc_lightning.evaluation.codebook.mutual_information import contingency
 
 
 def matched_accuracy(codes: ArrayLike, labels: ArrayLike) -> float:

@@ -7,6 +7,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lpc_lightning.algorithms.metrics import CodeUse, PairMeans, latent_values
+from lpc_lightning.algorithms.scoring import Evaluated
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from lpc_lightning.evaluation.codebook.mutual_information import (
     entropy,
@@ -17,13 +24,6 @@ from lpc_lightning.evaluation.codebook.mutual_information import (
     shuffled_mean,
 )
 from lpc_lightning.evaluation.codebook.recovery import STATISTICS
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
-
-from lpc_lightning.algorithms.metrics import CodeUse, PairMeans, latent_values
-from lpc_lightning.algorithms.scoring import Evaluated
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.latent.divergence import categorical_kl
 from lpc_lightning.seeding import derive

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS
 from lpc_lightning.evaluation.comparison.comparison import compare, to_markdown, write_comparison
 from lpc_lightning.evaluation.comparison.model_scores import ModelScores, scores_of
 from lpc_lightning.evaluation.comparison.one_model import EvalRequest, describe, evaluate_model
 from lpc_lightning.evaluation.tables import markdown_table, score
-
-from lpc_lightning.errors import ConfigError
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.opening import short_name
 from lpc_lightning.latent import PriorMode

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.data import DataError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, score_pairs
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks
@@ -26,11 +31,6 @@ from lpc_lightning.evaluation.comparison.stored import (
     read,
 )
 from lpc_lightning.evaluation.provenance import provenance
-
-from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.algorithms.checkpoint import CheckpointError
-from lpc_lightning.data import DataError
-from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.fingerprint import weights_of
 from lpc_lightning.inference.generation import trained_template
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy

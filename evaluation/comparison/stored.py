@@ -8,10 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.data import DataError
 from lpc_lightning.evaluation.benchmarks.results import RESULTS, BenchmarkResults, plain, read_results
 from lpc_lightning.evaluation.benchmarks.tasks import LOCAL_DATA
-
-from lpc_lightning.data import DataError
 from lpc_lightning.inference.fingerprint import fingerprint
 
 REQUEST = "request"

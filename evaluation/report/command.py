@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.figures import write_plots
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.evaluation.report.contrasts import contrasts, read_baseline
@@ -26,8 +27,6 @@ from lpc_lightning.evaluation.report.tables import (
     means_table,
     runs_table,
 )
-
-from lpc_lightning.errors import ConfigError
 from lpc_lightning.function_command import run_function
 
 PAGE, TEXT, PLOTS = "report.html", "report.md", "plots"

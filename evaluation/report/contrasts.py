@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.report.runs.settings import Value, as_value
 from lpc_lightning.evaluation.report.study import Group, LeftOut, Study
 from lpc_lightning.evaluation.statistics.seeds import SeedDifference, paired_difference
 from lpc_lightning.evaluation.statistics.significance import holm
-
-from lpc_lightning.errors import ConfigError
 
 PLAIN = {"latent": "none"}
 """The baseline where none is asked for, and there are such runs."""

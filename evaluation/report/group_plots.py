@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from matplotlib.artist import Artist
+
 from lpc_lightning.evaluation.codebook.plots import COLOURS
 from lpc_lightning.evaluation.comparison.comparison import LEVEL
 from lpc_lightning.evaluation.figures import (
@@ -21,7 +23,6 @@ from lpc_lightning.evaluation.figures import (
 from lpc_lightning.evaluation.report.subject import MOST_ALT, Drawn, Subject, file_name, numeric_axes, told_mean
 from lpc_lightning.evaluation.report.tables import cost
 from lpc_lightning.evaluation.statistics.seeds import Estimate
-from matplotlib.artist import Artist
 
 MOST_ROWS = 80
 """Groups in one figure of means."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator, ScalarFormatter
+
 from lpc_lightning.evaluation.figures import LOOKS, MOST_LINES, Line, NoPlot, Plot, draw_panels, quiet_grid
 from lpc_lightning.evaluation.report.runs.records import Curve, RunRecord
 from lpc_lightning.evaluation.report.study import Group, Study
 from lpc_lightning.evaluation.report.subject import MOST_ALT, Drawn, Subject, file_name, told_mean
 from lpc_lightning.evaluation.statistics.seeds import estimate
-from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator, ScalarFormatter
 
 LOSS, MEMORISING = "train/loss", "train/noise/flipped/accuracy_true"
 """Of pairs with a wrong label, the accuracy by the true one falls where a policy memorises noise."""

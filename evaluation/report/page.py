@@ -10,11 +10,12 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
 from lpc_lightning.evaluation.figures import NoPlot, Plot
 from lpc_lightning.evaluation.report.runs.records import RunProvenance, RunRecord
 from lpc_lightning.evaluation.report.study import LeftOut
 from lpc_lightning.evaluation.report.table_files import Table
-from markupsafe import Markup
 
 PIXELS = 96
 """Of a browser's inch."""
@@ -93,4 +94,4 @@ def to_html(page: Page) -> str:
 
 @cache
 def _file(name: str) -> str:
-    return files("evaluation").joinpath("page", name).read_text(encoding="utf-8")
+    return files("lpc_lightning.evaluation.report").joinpath("assets", name).read_text(encoding="utf-8")

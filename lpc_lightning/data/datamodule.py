@@ -79,8 +79,8 @@ class PreferenceDataModule(LightningDataModule):
                 row_tokens 1024 (one row a batch has none), and several devices wait less for each other; but the
                 largest batches hold long pairs alone, 5768 tokens in place of 3480, and set the peak memory. null:
                 plain shuffling.
-            pairs_per_annotator: Has training batches hold so many pairs of one annotator together, a divisor of batch_size,
-                so that they can share what they say about the codes (MarginalSpace, annotators). Every pair still comes
+            pairs_per_annotator: Has training batches hold so many pairs of one annotator together, a divisor of
+                batch_size. They share what they say about the codes (MarginalSpace, annotators). Every pair still comes
                 once an epoch (see `annotator_batches`). Not together with length_window. null: plain shuffling.
             num_workers: Processes that lay out batches ahead of time. 0 does it in the training process.
             cache_dir: Where tokens are kept. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning.
@@ -100,11 +100,13 @@ class PreferenceDataModule(LightningDataModule):
                 raise ValueError(f"data.{name}: found {value}, expected at least 1.")
         if pairs_per_annotator is not None and batch_size % pairs_per_annotator:
             raise ValueError(
-                f"data.pairs_per_annotator: found {pairs_per_annotator}, expected a divisor of data.batch_size ({batch_size})."
+                f"data.pairs_per_annotator: found {pairs_per_annotator}, expected a divisor of data.batch_size "
+                f"({batch_size})."
             )
         if pairs_per_annotator is not None and length_window is not None:
             raise ValueError(
-                f"data.length_window: found {length_window} beside data.pairs_per_annotator, expected one of them: a batch "
+                f"data.length_window: found {length_window} beside data.pairs_per_annotator, expected one of them: "
+                f"a batch "
                 "holds pairs of like length, or pairs of one annotator."
             )
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
@@ -228,7 +230,8 @@ class PreferenceDataModule(LightningDataModule):
         annotators = None if self.pairs_per_annotator is None else pairs.annotators
         if annotators is not None and not any(annotators):
             raise DataError(
-                f"data.pairs_per_annotator: found no annotator in {len(pairs)} training pairs, expected a column `annotator` "
+                f"data.pairs_per_annotator: found no annotator in {len(pairs)} training pairs, expected a column "
+                f"`annotator` "
                 "(or the name of another one, data.columns.annotator), or data.pairs_per_annotator null."
             )
         sizes = (len(pairs), self.batch_size, seed, rank, devices)

@@ -138,7 +138,7 @@ def _steer(model: Exported, latent: Mapping[str, Any]) -> str:
     if latent["kind"] == "discrete":
         last = latent["num_codes"] - 1
         calls['prior_mode="argmax"'] = "the likeliest code"
-        calls[f"prior_mode={last}"] = f"one code, here the last of {latent['codes']}"
+        calls[f"prior_mode={last}"] = f"one code, here the last of {latent['num_codes']}"
         calls["code_weights=weights"] = "your own mixture: a tensor (K,), or (B, K)"
     parts = [
         "## Steer",
@@ -176,10 +176,12 @@ def _as_bias(model: Exported, latent: Mapping[str, Any]) -> list[str]:
 
 def _what_z_is(latent: Mapping[str, Any]) -> str:
     told = {
-        "discrete": f"A codebook of {latent.get('num_codes')} vectors, one for each preference factor. A network of two "
+        "discrete": f"A codebook of {latent.get('num_codes')} vectors, one for each preference factor. A network "
+        "of two "
         "layers reads the hidden state at the prompt's last token and says how likely each code is; z is taken from "
         "that distribution. The codes have no names: what one of them stands for is found by answering under it.",
-        "gaussian": f"A codebook of {latent.get('num_codes')} vectors under continuous weights: a network of two layers "
+        "gaussian": f"A codebook of {latent.get('num_codes')} vectors under continuous weights: a network of two "
+        "layers "
         "reads the hidden state at the prompt's last token and gives the weights' mean and deviation.",
         "mlp": "A network of two layers on the hidden state at the prompt's last token: a control without codes.",
         "vector": "One learned vector for all prompts: a control without codes.",

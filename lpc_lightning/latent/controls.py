@@ -88,7 +88,8 @@ class VectorSpace(DeterministicSpace):
         """Keep the settings.
 
         Args:
-            init_logit_std: Initial deviation of LMHead(z) over the vocabulary, in logits (nats). 0 starts at the plain policy.
+            init_logit_std: Initial deviation of LMHead(z) over the vocabulary, in logits (nats). 0 starts at the
+                plain policy.
         """
         super().__init__()
         self.init_logit_std = init_logit_std

@@ -47,16 +47,17 @@ class DiscreteSpace(LatentSpace):
 
         Args:
             num_codes: K, vectors in the codebook. The paper's results peak at 32 to 64.
-            init_logit_std: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 starts at the plain
-                algorithm, with codes that only noise can part.
+            init_logit_std: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 starts at the
+                plain algorithm, with codes that only noise can part.
             prior_mode: How z is taken from the prior at inference: `mean`, `sample`, `argmax`, or a code's number.
-            diversity_weight: What it costs, a nat, that the prior's mean over a micro-batch falls short of an even use of
-                the codes (the diversity loss of wav2vec 2.0, arXiv 2006.11477, eq. 4). Against a prior that
+            diversity_weight: What it costs, a nat, that the prior's mean over a micro-batch falls short of an even
+                use of the codes (the diversity loss of wav2vec 2.0, arXiv 2006.11477, eq. 4). Against a prior that
                 collapses to few codes.
             networks: Settings of `LatentSpace`.
 
         Raises:
-            ValueError: `num_codes` is below 1, `init_logit_std` or `diversity_weight` is negative, or `prior_mode` names no code.
+            ValueError: `num_codes` is below 1, `init_logit_std` or `diversity_weight` is negative, or `prior_mode`
+                names no code.
         """
         check_codebook(num_codes, init_logit_std)
         if diversity_weight < 0:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lpc_lightning.callbacks import LabelFlipNoise
 
 from lpc_lightning.algorithms import DPO
+from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.policy import TinyPolicy
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lpc_lightning.callbacks import AnnotatorAdaptation, PreferenceAccuracy
-from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights
-from lpc_lightning.evaluation.adaptation.scores import adaptation_scores
 
 from lpc_lightning.algorithms import DPO, IPO
+from lpc_lightning.callbacks import AnnotatorAdaptation, PreferenceAccuracy
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights
+from lpc_lightning.evaluation.adaptation.scores import adaptation_scores
 from lpc_lightning.latent import ExpectedSpace, GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
 from lpc_lightning.policy import TinyPolicy
 

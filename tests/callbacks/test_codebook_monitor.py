@@ -13,12 +13,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lpc_lightning.callbacks import CodebookMonitor
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.algorithms.metrics import entropy
+from lpc_lightning.callbacks import CodebookMonitor
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace, VectorSpace
 from lpc_lightning.policy import TinyPolicy

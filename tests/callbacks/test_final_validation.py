@@ -1,4 +1,5 @@
 from lightning.pytorch.callbacks import ModelCheckpoint
+
 from lpc_lightning.callbacks import FinalValidation
 
 

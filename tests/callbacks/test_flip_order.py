@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from lpc_lightning.callbacks import ByAnnotator, FlipOrder, LabelFlipNoise, LongerWins, SmallMarginsFirst, Uniform
 
+from lpc_lightning.callbacks import ByAnnotator, FlipOrder, LabelFlipNoise, LongerWins, SmallMarginsFirst, Uniform
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.types import Message, PreferenceExample

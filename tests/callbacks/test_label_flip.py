@@ -15,9 +15,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lpc_lightning.callbacks import LabelFlipNoise
 
 from lpc_lightning.algorithms import DPO
+from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.data import DataError, SyntheticPreferences
 from lpc_lightning.data.label_noise import MarkedSource
 from lpc_lightning.data.sources.report import DataReport

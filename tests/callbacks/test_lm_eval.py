@@ -22,16 +22,16 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lm_eval.models.huggingface import HFLM
-from lpc_lightning.callbacks import GracefulStop, LMEvaluation
-from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
-from lpc_lightning.evaluation.benchmarks.results import read_results
-from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lpc_lightning.algorithms import DPO
+from lpc_lightning.callbacks import GracefulStop, LMEvaluation
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
+from lpc_lightning.evaluation.benchmarks.results import read_results
+from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from lpc_lightning.inference.prior import inference_prior
 from lpc_lightning.latent import GumbelSpace
 from lpc_lightning.policy import LoRA, TinyPolicy

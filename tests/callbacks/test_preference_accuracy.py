@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lpc_lightning.callbacks import CodebookMonitor, PreferenceAccuracy
 
 from lpc_lightning.algorithms import DPO, SimPO
+from lpc_lightning.callbacks import CodebookMonitor, PreferenceAccuracy
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import TinyPolicy

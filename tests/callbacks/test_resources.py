@@ -3,6 +3,7 @@ import csv
 import pytest
 import torch
 from lightning.pytorch import Callback
+
 from lpc_lightning.callbacks import ResourceMonitor
 from lpc_lightning.callbacks.resources import peak_memory
 

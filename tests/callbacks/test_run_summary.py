@@ -3,9 +3,9 @@ import json
 import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lpc_lightning.callbacks import PreferenceAccuracy, ResourceMonitor, RunSummary
 
 from lpc_lightning.algorithms import DPO
+from lpc_lightning.callbacks import PreferenceAccuracy, ResourceMonitor, RunSummary
 from lpc_lightning.latent import MarginalSpace
 
 

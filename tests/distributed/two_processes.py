@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import Logger
-from lpc_lightning.callbacks import ResourceMonitor
-from lpc_lightning.callbacks.resources import peak_memory
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.live_memory import peak_bytes
 from lpc_lightning.algorithms import DPO, FSDP2Strategy
 from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.callbacks import ResourceMonitor
+from lpc_lightning.callbacks.resources import peak_memory
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.data.batching.loading import TrainingBatches
 from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO

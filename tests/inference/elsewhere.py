@@ -15,7 +15,7 @@ class Nowhere(MetaPathFinder):
     """Makes the project, and what only it needs, impossible to import."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("lpc_lightning", "callbacks", "evaluation", "lightning", "jsonargparse"):
+        if name.partition(".")[0] in ("lpc_lightning", "lightning", "jsonargparse"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 

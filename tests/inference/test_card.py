@@ -82,7 +82,7 @@ def test_a_base_model_that_only_lies_here_is_no_name_on_the_hub(tmp_path: Any) -
 def test_training_tells_every_setting() -> None:
     told = {row[0]: row[1] for row in rows(card(latent=CODES), "Training")}
     assert told["algorithm"] == "SimPO (beta 2.0, optimizer AdamW (lr 5e-07))"
-    assert told["latent"] == "GumbelSpace (codes 8, kl_weight WarmUp (value 0.1))"
+    assert told["latent"] == "GumbelSpace (num_codes 8, kl_weight WarmUp (value 0.1))"
     assert told["policy"] == "PretrainedPolicy (path `somebody/Base-7B`, revision `main`)"
     assert told["data"] == r"PreferenceData (path `pairs\|mine.jsonl`)"
     assert (told["training pairs"], told["optimizer steps"], told["seed"]) == ("1000", "120", "3")

@@ -68,7 +68,8 @@ def test_codes_move_the_logits_by_the_spread(make: Callable[[], LogitHead], init
     codes = Codebook(CODES, 64, init_logit_std, head).weight.detach()
     logits = head.scale * codes @ head.weight.detach().T
     deviations = logits.std(dim=-1, correction=0)
-    # Each squared deviation is a quadratic form in 64 normals: its mean is init_logit_std^2, up to their sampling error.
+    # Each squared deviation is a quadratic form in 64 normals: its mean is init_logit_std^2, up to their sampling
+    # error.
     squares = deviations.square()
     error = squares.std() / CODES**0.5
     assert error < 0.02 * init_logit_std**2

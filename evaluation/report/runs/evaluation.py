@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lpc_lightning.evaluation.benchmarks.results import RESULTS, scores
 from lpc_lightning.evaluation.report.runs.records import Loaded, Measured, RunProvenance, finite
-
 from lpc_lightning.inference.checkpoints import run_folder
 
 

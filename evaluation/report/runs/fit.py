@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lpc_lightning.evaluation.report.runs.records import FINISHED, UNKNOWN, Curve, Loaded, Measured, RunRecord
-from lpc_lightning.evaluation.report.runs.settings import SEED, dotted
 
 from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.evaluation.report.runs.records import FINISHED, UNKNOWN, Curve, Loaded, Measured, RunRecord
+from lpc_lightning.evaluation.report.runs.settings import SEED, dotted
 from lpc_lightning.inference.checkpoints import read_checkpoint, run_folder
 
 CONFIG, METRICS = "config.yaml", "metrics.csv"

@@ -9,14 +9,14 @@ from operator import add
 from pathlib import Path
 
 import yaml
+
+from lpc_lightning.data import DataError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import RESULTS
 from lpc_lightning.evaluation.report.runs.ablation import ABLATION, CELL, load_ablation, load_cell
 from lpc_lightning.evaluation.report.runs.evaluation import load_evaluation
 from lpc_lightning.evaluation.report.runs.fit import CONFIG, load_run
 from lpc_lightning.evaluation.report.runs.records import Loaded
-
-from lpc_lightning.data import DataError
-from lpc_lightning.errors import ConfigError
 
 DEEPEST = 4
 """Folders below a given one in which runs are looked for."""

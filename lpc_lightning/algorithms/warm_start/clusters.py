@@ -16,7 +16,8 @@ from torch import Tensor
 FEW = 0.1
 """Mean variances added to every direction's before features are brought to equal variance: next to nothing."""
 MANY = 10.0
-"""The same for z_gradients: of the directions in which words differ most, a few have more than this and are made smaller."""
+"""The same for z_gradients: of the directions in which words differ most, a few have more than this and are made
+smaller."""
 ALPHAS = tuple(10.0 ** (power / 2) for power in range(-4, 11))
 """Weights of the ridge that are tried, by leaving one pair out."""
 AT_ONCE = 4096
@@ -45,7 +46,8 @@ def cluster_pairs(known: Tensor, z_gradients: Tensor, clusters: int) -> tuple[Te
 
     Args:
         known: (N, m) beside the label.
-        z_gradients: (n, d) of the first n pairs. Of the others it is not seen: they get the kind nearest to what is expected.
+        z_gradients: (n, d) of the first n pairs. Of the others it is not seen: they get the kind nearest to what is
+            expected.
         clusters: K, at most n.
 
     Returns:

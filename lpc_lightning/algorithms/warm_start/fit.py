@@ -41,7 +41,8 @@ def fit(
         pairs: Four or more, shuffled, the same on all devices.
         held: How many of them, the last ones, are held out (see `hold_out`).
         latent_lr: Learning rate of the networks.
-        pairs_per_annotator: Pairs of one annotator that stand together in a batch (see `annotator_batches`); None: as drawn.
+        pairs_per_annotator: Pairs of one annotator that stand together in a batch (see `annotator_batches`); None: as
+            drawn.
 
     Returns:
         Mean losses of held-out pairs, in nats: without a latent, and as the space has been fitted.

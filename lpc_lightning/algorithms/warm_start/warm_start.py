@@ -48,7 +48,8 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> None:
         )
     if keeps_weights_elsewhere(trainer.strategy):
         raise ConfigError(
-            f"latent.warm_start_pairs: found {space.warm_start_pairs} with {type(trainer.strategy).__name__}, expected 0: no "
+            f"latent.warm_start_pairs: found {space.warm_start_pairs} with {type(trainer.strategy).__name__}, "
+            f"expected 0: no "
             "warm start, or a strategy under which each device has the weights to itself (trainer.strategy: auto, ddp)."
         )
     pairs, seed = data.training_pairs, derive("warm start", run_seed())
@@ -56,7 +57,8 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> None:
     fewest = 2 * max(2, getattr(space, "num_codes", 1))
     if len(indices) < fewest:
         raise ConfigError(
-            f"latent.warm_start_pairs: found {len(indices)} training pairs (of {space.warm_start_pairs} asked for), expected at least "
+            f"latent.warm_start_pairs: found {len(indices)} training pairs (of {space.warm_start_pairs} asked "
+            f"for), expected at least "
             f"{fewest} (two for each code). Take more pairs, fewer codes (latent.num_codes), or 0: no warm start."
         )
 

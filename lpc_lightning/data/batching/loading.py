@@ -48,7 +48,8 @@ class TrainingBatches(Sampler[list[int]]):
             lengths: Tokens of every pair, where there is a window.
             length_window: Steps among which pairs are sorted by length (see `length_windows`); None does not sort.
             annotators: Who labelled each pair, where there are runs.
-            pairs_per_annotator: Pairs of one annotator that stand together in a batch (see `annotator_batches`); None: as drawn.
+            pairs_per_annotator: Pairs of one annotator that stand together in a batch (see `annotator_batches`);
+                None: as drawn.
         """
         self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rank, self.devices = rank, devices
@@ -203,7 +204,8 @@ class TrainingLoader(PreferenceLoader):
         if self._order != expected:
             raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
-                "same seed_everything, data, data.batch_size, data.length_window, data.pairs_per_annotator and devices, or "
+                "same seed_everything, data, data.batch_size, data.length_window, data.pairs_per_annotator and "
+                "devices, or "
                 "start anew from the weights."
             )
         self._epoch, self._taken = state["epoch"], state["taken"]

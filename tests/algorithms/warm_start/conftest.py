@@ -18,9 +18,11 @@ WIDTH, VOCABULARY = 12, 40
 
 
 class Planted:
-    """N pairs of K prompt_canonical_variates, each with a direction of its own along which the better answer is further.
+    """N pairs of K prompt_canonical_variates, each with a direction of its own along which the better answer is
+    further.
 
-    All states show the subject beside noise, and both answers' z_gradients have something of it in common. Between the two
+    All states show the subject beside noise, and both answers' z_gradients have something of it in common. Between
+    the two
     lies noise in all directions, and the label says which is further along the subject's own direction, or against it
     for annotator `b`.
     The policy finds all answers alike, so that without a latent the loss is log 2.

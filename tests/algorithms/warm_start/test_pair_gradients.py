@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lpc_lightning.callbacks import LabelFlipNoise
 
 from lpc_lightning.algorithms import DPO, IPO, SimPO
+from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.latent import GumbelSpace, MarginalSpace, MLPSpace
 from lpc_lightning.policy import LoRA
 

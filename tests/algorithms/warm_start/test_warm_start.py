@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lpc_lightning.callbacks import LabelFlipNoise
 from torch import Tensor
 
 from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
 from lpc_lightning.algorithms.warm_start import warm_start as stage
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
+from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.data import PreferenceData
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
@@ -265,7 +265,8 @@ def test_other_data_is_refused(small_policy: Any, make_loader: Any, make_pairs: 
 def test_too_few_pairs_are_refused(codes: int, warm_start_pairs: int, fewest: int, module: Any, fit_run: Any) -> None:
     latent = MarginalSpace(num_codes=codes, hidden=8, warm_start_pairs=warm_start_pairs)
     found = min(warm_start_pairs, 21)
-    expected = rf"latent\.warm_start_pairs: found {found} training pairs \(of {warm_start_pairs} asked for\), expected at least {fewest} "
+    expected = rf"latent\.warm_start_pairs: found {found} training pairs \(of {warm_start_pairs} asked for\), "
+    expected += f"expected at least {fewest} "
     with pytest.raises(ConfigError, match=expected):
         fit_run(module(latent), max_epochs=1)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from lpc_lightning.evaluation.ablation.command import ablate
 
 BASE = {

@@ -14,11 +14,11 @@ from typing import Any, cast
 import pytest
 import torch
 import yaml
+
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation import fingerprint
 from lpc_lightning.evaluation.ablation.command import ablate, main
 from lpc_lightning.evaluation.ablation.folder import Weights
-
-from lpc_lightning.errors import ConfigError
 
 Read = Callable[[Path], dict[str, bytes]]
 
@@ -102,7 +102,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(
     command: dict[str, Any] = {"output": str(output), "threads": 1}
     wanted = [str(grid), "noise=0.5"]
     broken.parent.mkdir()
-    broken.write_text("class_path: lpc_lightning.latent.GumbelSpace\ninit_args: {codes: 0}\n")
+    broken.write_text("class_path: lpc_lightning.latent.GumbelSpace\ninit_args: {num_codes: 0}\n")
     assert not ablate(wanted, **command)
     failed = record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")
     assert failed["status"] == "failed"
@@ -116,7 +116,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(
     assert record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")["attempts"] == 2
 
     fingerprint._file.cache_clear()
-    broken.write_text("class_path: lpc_lightning.latent.GumbelSpace\ninit_args: {codes: 4}\n")
+    broken.write_text("class_path: lpc_lightning.latent.GumbelSpace\ninit_args: {num_codes: 4}\n")
     assert ablate(wanted, **command)  # another file: run anew without being asked
     assert record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")["attempts"] == 1
     expected = read_results(uninterrupted)
@@ -166,8 +166,9 @@ def test_one_cell_of_an_array_is_run_as_the_script_says(
     assert "#SBATCH --array=0-3%16" in script
     programs = tmp_path / "bin"
     programs.mkdir()
-    code = "import sys; from lpc_lightning.evaluation.ablation.command import main\\nif __name__ == '__main__': main(sys.argv[1:])"
-    (programs / "ablate.py").write_text(code.replace("\\n", "\n"))
+    code = ["import sys", "from lpc_lightning.evaluation.ablation.command import main"]
+    code += ["if __name__ == '__main__': main(sys.argv[1:])"]
+    (programs / "ablate.py").write_text("\n".join(code))
     (programs / "lpc-lightning").write_text(f'#!/bin/sh\nexec {sys.executable} {programs / "ablate.py"} "$@"\n')
     (programs / "srun").write_text('#!/bin/sh\nexec "$@"\n')
     for program in programs.iterdir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from lpc_lightning.evaluation.ablation import fingerprint as module
 from lpc_lightning.evaluation.ablation.fingerprint import code_version, fingerprint
 
@@ -55,10 +56,10 @@ def test_the_code_of_a_fit_counts_and_that_of_a_report_does_not(
 ) -> None:
     files = {
         "lpc_lightning/deep/loss.py": "x = 1",
-        "callbacks/__init__.py": "def f():\n    from evaluation.near import x",
-        "evaluation/near.py": "from evaluation.far import y",
-        "evaluation/far.py": "y = 1",
-        "evaluation/report/command.py": "z = 1",
+        "lpc_lightning/callbacks/__init__.py": "def f():\n    from lpc_lightning.evaluation.near import x",
+        "lpc_lightning/evaluation/near.py": "from lpc_lightning.evaluation.far import y",
+        "lpc_lightning/evaluation/far.py": "y = 1",
+        "lpc_lightning/evaluation/report/command.py": "z = 1",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ def test_the_code_of_a_fit_counts_and_that_of_a_report_does_not(
     before = version()
     for name in files:
         (tmp_path / name).write_text(files[name] + "\n# a comment")
-        assert (version() != before) == (name != "evaluation/report/command.py"), name
+        assert (version() != before) == (name != "lpc_lightning/evaluation/report/command.py"), name
         (tmp_path / name).write_text(files[name])
     monkeypatch.undo()
     code_version.cache_clear()

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from lpc_lightning.evaluation.ablation.command import main
 from lpc_lightning.evaluation.ablation.process import FORKED
 

@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+from lpc_lightning.algorithms.scoring import Evaluated
+from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.evaluation.accuracy.accuracy_modes import (
     OTHERS,
     SWAPPED,
@@ -20,11 +25,6 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import (
     turnover,
 )
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable
-from torch import Tensor
-
-from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
-from lpc_lightning.algorithms.scoring import Evaluated
-from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.latent import (
     ExpectedSpace,
     GaussianSpace,

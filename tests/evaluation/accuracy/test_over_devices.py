@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes
-from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
-from lpc_lightning.evaluation.codebook.statistics import CodebookStatistics
 from torch.distributed.device_mesh import init_device_mesh
 
 from lpc_lightning.algorithms import DPO
@@ -19,6 +16,9 @@ from lpc_lightning.data import SharedPrefixLayout
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.distributed.sharding import shard
+from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
+from lpc_lightning.evaluation.codebook.statistics import CodebookStatistics
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import TinyPolicy
 

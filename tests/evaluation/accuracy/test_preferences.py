@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
 from torch import Tensor
 
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import DataError, PreferenceData
+from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.policy import PretrainedPolicy, TinyPolicy
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lpc_lightning.evaluation.adaptation.command import adapt, main, panels
-from lpc_lightning.evaluation.adaptation.pairs import AdaptationReport
-from lpc_lightning.evaluation.adaptation.scores import Score
 
 from lpc_lightning.cli import main as lpc_lightning
 from lpc_lightning.data import DataError
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.adaptation.command import adapt, main, panels
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationReport
+from lpc_lightning.evaluation.adaptation.scores import Score
 
 FLAGS = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
 FLAGS += "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.03 --data=SyntheticPreferences "

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, code_weights, correct, margins
-from lpc_lightning.evaluation.adaptation.scores import adaptation_mixtures, adaptation_scores, circles, mean_score
 
 from lpc_lightning.algorithms.metrics import accuracies
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, code_weights, correct, margins
+from lpc_lightning.evaluation.adaptation.scores import adaptation_mixtures, adaptation_scores, circles, mean_score
 from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
 from lpc_lightning.types import PairLogps
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
-from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
+from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
 from lpc_lightning.latent import MarginalSpace
 
 ANNOTATORS = ["cleo"] + ["anna"] * 6 + ["ben"] * 5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lpc_lightning.evaluation.benchmarks.context_latent import ContextLatent
 
+from lpc_lightning.evaluation.benchmarks.context_latent import ContextLatent
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.seeding import derive
 

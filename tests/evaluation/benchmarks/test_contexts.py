@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from lpc_lightning.evaluation.benchmarks.contexts import (
     ContextBatch,
     Group,
@@ -16,7 +17,6 @@ from lpc_lightning.evaluation.benchmarks.contexts import (
     kept_of,
     lay_out,
 )
-
 from lpc_lightning.types import PIECES
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=9).map(tuple)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.policy import CausalPolicy
 from lpc_lightning.seeding import derive

@@ -10,9 +10,9 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from transformers import PreTrainedTokenizerBase
 
+from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.policy import CausalPolicy
 from lpc_lightning.seeding import derive

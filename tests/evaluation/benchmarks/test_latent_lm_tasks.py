@@ -15,8 +15,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 
+from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy
 

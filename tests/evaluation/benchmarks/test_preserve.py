@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from lpc_lightning.evaluation.benchmarks.preserve import preserved
-from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from torch import nn
 
 from lpc_lightning.algorithms import DPO
+from lpc_lightning.evaluation.benchmarks.preserve import preserved
+from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from lpc_lightning.latent import GumbelSpace
 from lpc_lightning.policy import TinyPolicy
 

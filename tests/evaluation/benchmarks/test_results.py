@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from lpc_lightning.evaluation.benchmarks.results import (
     BenchmarkResults,
     plain,

@@ -19,12 +19,12 @@ import yaml
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import read_results, scores, stderr_name, write_results
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from lpc_lightning.evaluation.benchmarks.shared_requests import shares_of
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks, task_manager
-
-from lpc_lightning.errors import ConfigError
 
 EXACT = {"rel": 1e-9, "abs": 1e-12}
 RAISES = "def process_results(doc, results):\n    raise LookupError('the moon is not in reach')\n"
@@ -285,7 +285,6 @@ def test_shares_hold_every_request_once_and_keep_contexts_whole() -> None:
 def on_every_process(data_dir: str, result: str) -> None:
     """Scores; on the second of several processes the model fails when it is asked for texts."""
     from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
-
     from lpc_lightning.policy import TinyPolicy
 
     class Fails(LatentLM):

@@ -9,6 +9,8 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
+
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.checks import check_tasks
 from lpc_lightning.evaluation.benchmarks.tasks import (
     LOCAL_DATA,
@@ -18,8 +20,6 @@ from lpc_lightning.evaluation.benchmarks.tasks import (
     no_network,
     task_manager,
 )
-
-from lpc_lightning.errors import ConfigError
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "benchmarks"
 

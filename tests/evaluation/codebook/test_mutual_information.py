@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
+
 from lpc_lightning.evaluation.codebook.mutual_information import (
     contingency,
     entropy,
@@ -14,7 +16,6 @@ from lpc_lightning.evaluation.codebook.mutual_information import (
     quantile_bins,
     shuffled_information,
 )
-from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
 
 def spread_out(counts: list[list[int]]) -> tuple[list[int], list[str]]:

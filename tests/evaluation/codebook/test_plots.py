@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lpc_lightning.evaluation.accuracy.accuracy_modes import OTHERS
-from lpc_lightning.evaluation.codebook.embedding import LEAST, embed
-from lpc_lightning.evaluation.codebook.plots import MOST_CODES, MOST_COLUMNS, code_use, heat_map, render, scatter
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+
+from lpc_lightning.evaluation.accuracy.accuracy_modes import OTHERS
+from lpc_lightning.evaluation.codebook.embedding import LEAST, embed
+from lpc_lightning.evaluation.codebook.plots import MOST_CODES, MOST_COLUMNS, code_use, heat_map, render, scatter
 
 
 def texts(figure: Figure) -> list[str]:

@@ -7,9 +7,10 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from lpc_lightning.evaluation.codebook.mutual_information import shuffled_mean
 from lpc_lightning.evaluation.codebook.recovery import STATISTICS, matched_accuracy, purity
-from numpy.typing import NDArray
 
 
 def best_match(codes: NDArray[np.int64], labels: NDArray[np.int64]) -> float:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lpc_lightning.evaluation.codebook.recovery import matched_accuracy, purity
-from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics, PointSample, point_key
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
@@ -19,6 +17,8 @@ from torch.distributions import Categorical, kl_divergence
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.algorithms.scoring import Evaluated
 from lpc_lightning.data.batching.layouts import PaddedLayout
+from lpc_lightning.evaluation.codebook.recovery import matched_accuracy, purity
+from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics, PointSample, point_key
 from lpc_lightning.latent import ExpectedSpace, GaussianSpace, LatentTerms, MarginalSpace, MLPSpace
 from lpc_lightning.types import PairLogps, PairLosses, PairStates, PreferenceBatch, TokenizedPair
 

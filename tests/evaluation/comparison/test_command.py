@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lpc_lightning.evaluation.benchmarks.runner
-import lpc_lightning.evaluation.comparison.one_model
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lm_eval.models.huggingface import HFLM
-from lpc_lightning.evaluation.benchmarks.results import read_results
-from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
-from lpc_lightning.evaluation.comparison.command import name_models
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lpc_lightning.evaluation.benchmarks.runner
+import lpc_lightning.evaluation.comparison.one_model
 from lpc_lightning.cli import main
 from lpc_lightning.data import PreferenceData
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.benchmarks.results import read_results
+from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
+from lpc_lightning.evaluation.comparison.command import name_models
 from lpc_lightning.inference.opening import open_module
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lpc_lightning.evaluation.comparison.comparison import Comparison, compare, to_markdown, write_comparison
 from lpc_lightning.evaluation.comparison.model_scores import Item, Measure, ModelScores
 from lpc_lightning.evaluation.statistics.significance import holm, paired_test

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
 from lpc_lightning.evaluation.comparison.stored import REQUEST, added, apart, holds_results, missing_tasks, place_of
 

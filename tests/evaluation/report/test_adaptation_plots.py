@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
 from lpc_lightning.evaluation.adaptation.plots import draw_adaptation, place_of, score_line, shots_at
 from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.evaluation.figures import NoPlot, Plot, write_plots
@@ -14,8 +17,6 @@ from lpc_lightning.evaluation.report.adaptation_plots import TITLE, annotator_ad
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import make_study
 from lpc_lightning.evaluation.report.subject import Subject
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 SHOTS = (0, 1, 2, 4, 8, 16)
 

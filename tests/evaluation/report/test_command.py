@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from lpc_lightning.evaluation.report.command import main, report
 from scipy import stats
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.report.command import main, report
 
 Write = Callable[..., Path]
 VALUES = {

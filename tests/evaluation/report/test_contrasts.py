@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from lpc_lightning.evaluation.report.contrasts import contrasts, read_baseline
-from lpc_lightning.evaluation.report.runs.records import RunRecord
-from lpc_lightning.evaluation.report.study import Group, Study, make_study
 from scipy import stats
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.report.contrasts import contrasts, read_baseline
+from lpc_lightning.evaluation.report.runs.records import RunRecord
+from lpc_lightning.evaluation.report.study import Group, Study, make_study
 
 METRIC = "val/rewards/accuracies"
 

@@ -9,6 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
 from lpc_lightning.evaluation.figures import LOOKS, NoPlot, Plot, short, to_svg, write_plots
 from lpc_lightning.evaluation.report.contrasts import contrasts
 from lpc_lightning.evaluation.report.group_plots import costs, differences, means
@@ -18,10 +23,6 @@ from lpc_lightning.evaluation.report.runs.records import Curve, RunRecord
 from lpc_lightning.evaluation.report.study import make_study
 from lpc_lightning.evaluation.report.subject import Subject, numeric_axes
 from lpc_lightning.evaluation.statistics.seeds import estimate
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from PIL import Image
 
 METRIC = "val/rewards/accuracies"
 

@@ -6,6 +6,7 @@ from math import nan
 from typing import Any
 
 import pytest
+
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import make_study
 

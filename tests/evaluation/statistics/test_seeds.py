@@ -7,8 +7,9 @@ from math import sqrt
 
 import numpy as np
 import pytest
-from lpc_lightning.evaluation.statistics.seeds import Estimate, estimate, paired_difference, sign_flip_test
 from scipy import stats
+
+from lpc_lightning.evaluation.statistics.seeds import Estimate, estimate, paired_difference, sign_flip_test
 
 
 def test_the_interval_by_hand() -> None:

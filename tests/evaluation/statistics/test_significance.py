@@ -7,6 +7,7 @@ from math import comb, sqrt
 
 import numpy as np
 import pytest
+
 from lpc_lightning.evaluation.statistics import significance
 from lpc_lightning.evaluation.statistics.significance import RESAMPLES, holm, paired_test
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
-from lpc_lightning.evaluation.report.runs.fit import read_curves
-from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import Curve, RunRecord, joined, with_axes
 
 from lpc_lightning.cli import main
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
+from lpc_lightning.evaluation.report.runs.fit import read_curves
+from lpc_lightning.evaluation.report.runs.folders import load_folders
+from lpc_lightning.evaluation.report.runs.records import Curve, RunRecord, joined, with_axes
 
 
 def by_name(records: list[RunRecord] | tuple[RunRecord, ...]) -> dict[str, RunRecord]:

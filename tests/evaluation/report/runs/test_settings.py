@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from lpc_lightning.evaluation.report.runs.settings import agreeing, as_value, differing, dotted
 
 
@@ -40,7 +41,7 @@ def test_settings_stand_under_the_names_of_their_flags() -> None:
         "seed_everything": 4,
         "trainer": {"max_steps": 20, "logger": None},
         "model": {"class_path": "lpc_lightning.algorithms.DPO", "init_args": {"beta": 0.1, "optimizer": optimizer}},
-        "latent": latent("MarginalSpace", codes=4),
+        "latent": latent("MarginalSpace", num_codes=4),
         "callbacks": [
             {"class_path": "lpc_lightning.callbacks.LabelFlipNoise", "init_args": {"rate": 0.3}},
             {"class_path": "lpc_lightning.callbacks.RunSummary"},
@@ -59,10 +60,10 @@ def test_settings_stand_under_the_names_of_their_flags() -> None:
         "latent": "MarginalSpace",
         "latent.num_codes": 4,
         "callbacks.LabelFlipNoise": "LabelFlipNoise",
-        "lpc_lightning.callbacks.LabelFlipNoise.rate": 0.3,
-        "lpc_lightning.callbacks.RunSummary": "RunSummary",
-        "lpc_lightning.callbacks.LabelFlipNoise-2": "LabelFlipNoise",
-        "lpc_lightning.callbacks.LabelFlipNoise-2.rate": 0.1,
+        "callbacks.LabelFlipNoise.rate": 0.3,
+        "callbacks.RunSummary": "RunSummary",
+        "callbacks.LabelFlipNoise-2": "LabelFlipNoise",
+        "callbacks.LabelFlipNoise-2.rate": 0.1,
     }
 
 
@@ -85,12 +86,12 @@ def test_a_seed_that_goes_with_the_runs_seed_is_none_of_its_own() -> None:
 def test_what_comes_with_a_class_does_not_tell_runs_apart() -> None:
     """SimPO has a beta of its own, and no latent has no codes."""
     dpo, simpo = latent("DPO", beta=0.1, robust=False), latent("SimPO", beta=2.0)
-    runs = [settings(model=model, latent=space) for model in (dpo, simpo) for space in (None, latent("M", codes=4))]
+    runs = [settings(model=model, latent=space) for model in (dpo, simpo) for space in (None, latent("M", num_codes=4))]
     assert differing(runs) == ["model", "latent"]
 
 
 def test_what_differs_within_a_class_does() -> None:
-    runs = [settings(latent=space) for space in (None, latent("M", codes=4), latent("M", codes=8))]
+    runs = [settings(latent=space) for space in (None, latent("M", num_codes=4), latent("M", num_codes=8))]
     assert differing(runs) == ["latent", "latent.num_codes"]
 
 

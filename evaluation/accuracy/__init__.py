@@ -1,0 +1,1 @@
+"""Preference accuracy under several choices of z."""

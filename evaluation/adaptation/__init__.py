@@ -1,0 +1,1 @@
+"""Annotators with few labels: their codes, and accuracy on their other pairs."""

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness tasks on a policy with its latent."""

@@ -1,0 +1,1 @@
+"""Several models evaluated side by side."""

@@ -1,0 +1,1 @@
+"""Runs as tables, plots and one HTML page."""

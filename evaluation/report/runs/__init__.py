@@ -1,0 +1,1 @@
+"""Readers for the folders that `fit`, `ablate` and `evaluate` write."""

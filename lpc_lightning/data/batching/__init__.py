@@ -1,0 +1,1 @@
+"""Token ids as batches: order, packing and layout."""

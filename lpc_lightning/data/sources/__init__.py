@@ -1,0 +1,1 @@
+"""Rows of files and hub data sets, as preference examples."""

@@ -1,0 +1,1 @@
+"""Preference examples as token ids: templates, length limits and the cache of tokens."""

@@ -1,0 +1,1 @@
+"""Sharded strategies, and checkpoints that are written and read by several processes."""

@@ -1,0 +1,1 @@
+"""Log-probabilities under the reference: computed at every step, or cached before training."""
