@@ -143,7 +143,7 @@ class LabelFlipNoise(LabelNoise, Callback):
             "pairs": len(pairs),
             "flipped": len(flipped),
             "data": pairs.fingerprint,
-            "places": [pairs[number].place for number in flipped],
+            "places": [pairs[number].index for number in flipped],
             "ids": [pairs[number].id for number in flipped],
         }
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,12 +15,12 @@ from lpc_lightning.evaluation.accuracy.preferences import pass_over
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, write_adaptation
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
-from lpc_lightning.evaluation.adaptation.plots import draw_adaptation, score_estimate, score_line, shots_at
+from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, score_estimate, score_line, to_shots
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
 from lpc_lightning.evaluation.adaptation.scores import SHOTS, Score
 from lpc_lightning.evaluation.comparison.command import name_models
-from lpc_lightning.evaluation.figures import Line, Plot, write_plots
-from lpc_lightning.evaluation.report.line_plots import in_words
+from lpc_lightning.evaluation.figures import Plot, write_plots
+from lpc_lightning.evaluation.line_panels import Line, describe_lines
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoints import run_config
@@ -133,9 +133,9 @@ def _check_annotators(report: AdaptationReport, asked: AdaptationPairs, preferen
 def _write(folder: Path, reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> None:
     told = "\n".join([table(reports, shots), *(f"\n{each}" for each in left_out(reports, shots))])
     (folder / TABLE).write_text(told + "\n", encoding="utf-8")
-    found, title = panels(reports), "Accuracy on an annotator's pairs, given others of the same annotator"
+    found = panels(reports)
     figure = draw_adaptation(found, sorted(set(shots)), None, "accuracy")
-    plot = Plot("adaptation", title, figure, in_words(title, found, shots_at), "Bands: 95 % over pairs.")
+    plot = Plot("adaptation", TITLE, figure, describe_lines(TITLE, found, to_shots), "Bands: 95 % over pairs.")
     list(write_plots(folder, [plot]))
     print(f"\n{told}\n\nWrote {folder / TABLE} and the plot, and {SCORES} and {WEIGHTS} of each model beside them.")
 

@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from lpc_lightning.evaluation.accuracy.accuracy_modes import OTHERS, largest
 from lpc_lightning.evaluation.codebook.embedding import embed
 from lpc_lightning.evaluation.codebook.mutual_information import entropy
+from lpc_lightning.evaluation.figures import COLOURS, MARKERS
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-"""Okabe and Ito (2008), which colour-blind readers tell apart; their yellow is left out, for it is lost on white."""
-MARKERS = ("o", "^", "s", "D")
 OTHERS_COLOUR = "#BBBBBB"
 MOST_CODES, MOST_COLUMNS, MOST_COLOURS = 40, 20, 14
 MOST_NUMBERED_CELLS = 260

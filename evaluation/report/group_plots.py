@@ -7,20 +7,21 @@ from dataclasses import dataclass
 
 from matplotlib.artist import Artist
 
-from lpc_lightning.evaluation.codebook.plots import COLOURS
 from lpc_lightning.evaluation.comparison.comparison import LEVEL
 from lpc_lightning.evaluation.figures import (
-    LOOKS,
-    QUIET,
+    COLOURS,
+    GREY,
+    STYLES,
     NoPlot,
     Plot,
     add_legend,
+    add_light_grid,
     legend_height,
     make_figure,
-    quiet_grid,
-    short,
+    shorten,
 )
-from lpc_lightning.evaluation.report.subject import MOST_ALT, Drawn, Subject, file_name, numeric_axes, told_mean
+from lpc_lightning.evaluation.line_panels import MAX_DESCRIBED, format_mean
+from lpc_lightning.evaluation.report.subject import Drawn, Subject, file_name, numeric_axes
 from lpc_lightning.evaluation.report.tables import cost
 from lpc_lightning.evaluation.statistics.seeds import Estimate
 
@@ -81,7 +82,7 @@ def _forest(name: str, title: str, metric: str, rows: Sequence[_Row], caption: s
     shown = rows[:MOST_ROWS]
     figure = make_figure(8.0, 1.1 + 0.26 * len(shown))
     axes = figure.subplots()
-    quiet_grid(axes, "x")
+    add_light_grid(axes, "x")
     if zero:
         axes.axvline(0, color="black", linewidth=1)
     for place, row in enumerate(shown):
@@ -91,13 +92,13 @@ def _forest(name: str, title: str, metric: str, rows: Sequence[_Row], caption: s
         axes.plot(
             row.mean.mean, place, "o", color=COLOURS[0], markerfacecolor=fill, markersize=6.5, markeredgewidth=1.6
         )
-        axes.plot(row.seeds, [place + 0.26] * len(row.seeds), ".", color=QUIET, markersize=4)
-    axes.set_yticks(range(len(shown)), [short(row.label) for row in shown], fontsize=9)
+        axes.plot(row.seeds, [place + 0.26] * len(row.seeds), ".", color=GREY, markersize=4)
+    axes.set_yticks(range(len(shown)), [shorten(row.label) for row in shown], fontsize=9)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlabel(metric, fontsize=10)
     axes.tick_params(axis="y", length=0)
-    told = "; ".join(f"{row.label}: {told_mean(row.mean)}" for row in rows[:MOST_ALT])
-    alt = f"{title}. {told}{'; and more, which the table has' if len(rows) > MOST_ALT else ''}."
+    told = "; ".join(f"{row.label}: {format_mean(row.mean)}" for row in rows[:MAX_DESCRIBED])
+    alt = f"{title}. {told}{'; and more, which the table has' if len(rows) > MAX_DESCRIBED else ''}."
     if len(rows) > len(shown):
         caption += f" The first {len(shown)} of {len(rows)} are shown."
     return Plot(file_name(name), title, figure, alt, caption)
@@ -117,12 +118,12 @@ def costs(subject: Subject) -> Drawn:
         yield NoPlot(title, "no finished run tells its time or its memory")
         return
     named = {id(group): study.label(group, *numeric_axes(study)) for group in study.groups}
-    looks = dict(zip(dict.fromkeys(named.values()), LOOKS, strict=False))
+    looks = dict(zip(dict.fromkeys(named.values()), STYLES, strict=False))
     figure = make_figure(8.6, 3.4 + legend_height(list(looks)))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     handles: dict[str, Artist] = {}
     for axes, (name, found) in zip(grid, panels.items(), strict=True):
-        quiet_grid(axes)
+        add_light_grid(axes)
         for group, mean, place in found:
             if (label := named[id(group)]) not in looks:
                 continue
@@ -138,11 +139,11 @@ def costs(subject: Subject) -> Drawn:
         f"{study.label(group)}: {mean.mean:.3f}"
         + (f", {seconds.mean:.1f} s" if seconds else "")
         + (f", {peak:.2f} GiB" if peak is not None else "")
-        for group, mean, seconds, peak in points[:MOST_ALT]
+        for group, mean, seconds, peak in points[:MAX_DESCRIBED]
     )
     caption = (
         "A point a group: mean over seeds, with Student's 95 % interval. The table of time and memory tells how both "
         "are measured."
     )
-    alt = f"{title}. {told}{'; and more, which the table has' if len(points) > MOST_ALT else ''}."
+    alt = f"{title}. {told}{'; and more, which the table has' if len(points) > MAX_DESCRIBED else ''}."
     yield Plot(file_name(f"{metric}_cost"), title, figure, alt, caption)

@@ -190,7 +190,7 @@ class PreferenceDataModule(LightningDataModule):
         if noise is not None and source is not None and not noise.marks_prompts:
             # Texts, scores and all are no longer known behind the tokens.
             examples = list(source.read(DataReport()))
-            self._swaps = noise.flips(examples)[self.pairs["train"].places]
+            self._swaps = noise.flips(examples)[self.pairs["train"].indices]
 
     # What the reference says of the pairs
 

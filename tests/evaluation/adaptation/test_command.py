@@ -112,7 +112,7 @@ def test_the_plot_of_one_model_and_that_of_several() -> None:
     dpo = AdaptationReport({"anna": 20}, {"exact": {0: known, 2: known}}, {"prior": known})
     gumbel = replace(lpc, scores={"exact": {0: known}, "amortised": {0: known}})
     (alone,) = panels({"lpc": lpc}).values()
-    assert [(line.label, len(line.places)) for line in alone] == [
+    assert [(line.label, len(line.positions)) for line in alone] == [
         ("exact", 2), ("exact, under z", 1), ("no latent (z = 0)", 0),
     ]  # fmt: skip
     several = panels({"lpc": lpc, "dpo": dpo, "gumbel": gumbel})

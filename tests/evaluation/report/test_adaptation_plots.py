@@ -10,10 +10,10 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from lpc_lightning.evaluation.adaptation.plots import draw_adaptation, place_of, score_line, shots_at
+from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, score_line, to_position, to_shots
 from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.evaluation.figures import NoPlot, Plot, write_plots
-from lpc_lightning.evaluation.report.adaptation_plots import TITLE, annotator_adaptation
+from lpc_lightning.evaluation.report.adaptation_plots import annotator_adaptation
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import make_study
 from lpc_lightning.evaluation.report.subject import Subject
@@ -92,14 +92,14 @@ def test_one_number_of_labelled_pairs_makes_no_curve() -> None:
 
 @pytest.mark.parametrize("shots", [0, 1, 2, 3, 16, 100])
 def test_places_double(shots: int) -> None:
-    assert shots_at(place_of(shots)) == pytest.approx(shots)
-    assert place_of(2 * shots) == pytest.approx(place_of(shots) + (shots > 0))
+    assert to_shots(to_position(shots)) == pytest.approx(shots)
+    assert to_position(2 * shots) == pytest.approx(to_position(shots) + (shots > 0))
 
 
 def test_one_models_scores_have_the_interval_of_their_errors() -> None:
     scores = {0: Score(0.5, 0.1, None, 20, {"anna": 0.5}), 4: Score(0.9, None, None, 1, {"anna": 0.9})}
     line = score_line("exact", scores)
-    assert list(line.places) == [0, 3]
+    assert list(line.positions) == [0, 3]
     first, last = line.means
     assert (first.low, first.high) == (pytest.approx(0.304), pytest.approx(0.696))
     assert (last.low, last.high) == (None, None)

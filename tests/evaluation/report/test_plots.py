@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from lpc_lightning.evaluation.figures import LOOKS, NoPlot, Plot, short, to_svg, write_plots
+from lpc_lightning.evaluation.figures import STYLES, NoPlot, Plot, shorten, to_svg, write_plots
 from lpc_lightning.evaluation.report.contrasts import contrasts
 from lpc_lightning.evaluation.report.group_plots import costs, differences, means
-from lpc_lightning.evaluation.report.line_plots import MOST_POINTS, against_axes, codebook_use, training_curves
+from lpc_lightning.evaluation.report.line_plots import MAX_POINTS, against_axes, codebook_use, training_curves
 from lpc_lightning.evaluation.report.plots import MAKERS, draw
 from lpc_lightning.evaluation.report.runs.records import Curve, RunRecord
 from lpc_lightning.evaluation.report.study import make_study
@@ -131,7 +131,7 @@ def test_many_lines_are_spread_over_panels(tmp_path: Path) -> None:
 
 
 def test_each_of_28_lines_has_a_look_of_its_own_and_more_are_told() -> None:
-    assert len({look[:2] for look in LOOKS}) == len(LOOKS) == 28
+    assert len({look[:2] for look in STYLES}) == len(STYLES) == 28
     records = [run(1, 0.5, one=one, two=f"b{n}", noise=noise) for one in "xy" for n in range(30) for noise in (0, 1)]
     records += [run(1, 0.5, one=f"a{n}", two="b0", noise=noise) for n in range(30) for noise in (0, 1)]
     plot = next(against_axes(subject(records)))
@@ -157,10 +157,10 @@ def test_long_curves_are_averaged(tmp_path: Path) -> None:
     curve, *_ = training_curves(subject([run(1, 0.5, steps)]))
     plot = drawn(curve, tmp_path)
     (line,) = panels(plot.figure)[0].lines
-    assert len(x_of(line)) == MOST_POINTS
+    assert len(x_of(line)) == MAX_POINTS
     assert x_of(line)[0] == pytest.approx(12.0)
     assert y_of(line)[0] == pytest.approx(0.012)
-    assert f"averaged to {MOST_POINTS} points" in plot.caption
+    assert f"averaged to {MAX_POINTS} points" in plot.caption
 
 
 @pytest.mark.parametrize("spread", [0.001, 2.0], ids=["narrow", "wide"])
@@ -232,7 +232,7 @@ def test_what_has_no_data_is_told() -> None:
         "Accuracy on an annotator's pairs, given others of the same annotator",
         f"{METRIC} against time and memory",
     ]
-    assert all(each.why for each in others)
+    assert all(each.reason for each in others)
     plots, others = draw(subject([RunRecord("r", {"noise": noise}, 1, "failed") for noise in (0, 1)]))
     assert plots == []
     assert len(others) >= len(MAKERS)
@@ -243,7 +243,7 @@ def test_long_names_and_formulas_stay_text(tmp_path: Path) -> None:
     plot = drawn(next(means(subject(grid(latent=names)))), tmp_path)
     labels = [label.get_text() for label in panels(plot.figure)[0].get_yticklabels()]
     assert max(map(len, labels)) <= 65
-    assert labels[1] == short(names[1]) == "\\$\\frac{1\\$"
+    assert labels[1] == shorten(names[1]) == "\\$\\frac{1\\$"
 
 
 def test_the_same_figure_is_the_same_file() -> None:
