@@ -80,7 +80,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         """What the pairs are drawn by."""
         return run_seed() if self._seed is None else self._seed
 
-    # What the data module asks
+    # The interface of `LabelNoise`
 
     def key(self) -> str:
         """See `LabelNoise.key`."""
@@ -117,16 +117,14 @@ class LabelFlipNoise(LabelNoise, Callback):
         """Say how many pairs are flipped, and write which.
 
         Raises:
-            ConfigError: The data is not a `PreferenceDataModule`, which would not ask for noise.
+            ConfigError: The data is not a `PreferenceDataModule`, which takes no label noise.
         """
         if stage != "fit":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         if not isinstance(data, PreferenceDataModule):
-            raise ConfigError(
-                f"LabelFlipNoise: found data of {type(data).__name__}, expected a PreferenceDataModule, which takes "
-                "label noise from among the trainer's callbacks."
-            )
+            raise ConfigError(f"LabelFlipNoise: found data of {type(data).__name__}, expected a PreferenceDataModule.")
+        data.set_label_noise(self)
         self._metrics.to(pl_module.device)
         pairs = data.training_pairs
         flipped = np.flatnonzero(pairs.flipped).tolist()

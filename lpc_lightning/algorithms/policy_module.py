@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from lpc_lightning.algorithms.checkpoint import trained_shapes
 from lpc_lightning.algorithms.latent_mixin import LatentMixin
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
+from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.distributed.build_sharded import build_sharded
 from lpc_lightning.distributed.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
 from lpc_lightning.errors import ConfigError
@@ -55,6 +56,12 @@ class PolicyModule(LatentMixin, LightningModule):
             self._tokenizer = self.policy_spec.load_tokenizer()
         return self._tokenizer
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Hand the tokenizer to the DataModule. This is a run's first hook, and `prepare_data` needs it."""
+        if isinstance(data := self.trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by Lightning's connector
+            data.set_tokenizer(self.tokenizer)
+        return []
+
     def setup(self, stage: str) -> None:
         """Check and set up the strategy; note that a run begins, whose data is set up by now."""
         check_strategy(self.trainer.strategy)
@@ -66,6 +73,8 @@ class PolicyModule(LatentMixin, LightningModule):
         fresh = not self._built
         if fresh:
             self._build()
+        if self._starting and isinstance(data := self.trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]
+            data.set_policy(self.policy)
         if self._starting and self.reference is not None:
             self.reference.prepare(self, untouched=fresh or self.policy_spec.lora is not None)
         self._starting = False
