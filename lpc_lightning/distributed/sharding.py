@@ -65,7 +65,7 @@ def tell_micro_batch_size(strategy: Strategy) -> None:
         strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)  # type: ignore[union-attr]  # a dictionary
 
 
-def reshard(module: LightningModule) -> None:
+def reshard(module: object) -> None:
     """Give back what a step without gradient has gathered: it would outlive new weights that a checkpoint brings."""
     if isinstance(module, FSDPModule):
         module.reshard()

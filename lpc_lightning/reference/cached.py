@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +21,11 @@ from lpc_lightning.distributed.sharding import reshard
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
 from lpc_lightning.policy.segment_attention import SEGMENT
+from lpc_lightning.reference.live import PolicyOwner
 from lpc_lightning.reference.pair_cache import PairCache
 from lpc_lightning.reference.pair_pass import Ask
 from lpc_lightning.reference.shared_pass import shared_pass
 from lpc_lightning.types import PreferenceBatch
-
-if TYPE_CHECKING:
-    from lpc_lightning.algorithms.policy_module import PolicyModule
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class CachedReference:
             )
         return logps.to(torch.float64 if self._policy.causal_lm.dtype == torch.float64 else torch.float32)
 
-    def prepare(self, module: PolicyModule, untouched: bool) -> None:
+    def prepare(self, module: PolicyOwner, untouched: bool) -> None:
         """Fill the cache with what this run will read, and have the batches bring it along.
 
         Raises:
@@ -94,7 +92,7 @@ class CachedReference:
                 self._prepare_stage(stage, data, trainer, module, untouched)
 
     def _prepare_stage(
-        self, stage: Stage, data: PreferenceDataModule, trainer: Any, module: PolicyModule, untouched: bool
+        self, stage: Stage, data: PreferenceDataModule, trainer: Any, module: PolicyOwner, untouched: bool
     ) -> None:
         pairs, reads, start = data.pairs[stage], sorted(data.reads(stage)), time.perf_counter()
         cache = PairCache("reference", 2, how_computed(self._weights, self._policy, trainer), pairs, data.cache_dir)
@@ -109,7 +107,7 @@ class CachedReference:
         rank_zero_info(f"{stage}: reference log-probabilities in {cache.folder}: {reused} pairs reused, {took}.")
 
     @contextmanager
-    def _published(self, module: PolicyModule, untouched: bool) -> Iterator[Ask]:
+    def _published(self, module: PolicyOwner, untouched: bool) -> Iterator[Ask]:
         """The published weights on the run's device and in its precision."""
         trainer: Any = module.trainer
         policy = self._policy if untouched else self._spec.build()

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from lpc_lightning.policy import CausalPolicy, PolicySpec
 from lpc_lightning.types import PreferenceBatch
 
-if TYPE_CHECKING:
-    from lpc_lightning.algorithms.policy_module import PolicyModule
+
+class PolicyOwner(Protocol):
+    """What a reference needs of the LightningModule that owns the policy."""
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer of the current run."""
+
+    def reference_step(self, batch: PreferenceBatch) -> Tensor:
+        """(2B,) log-probabilities of the answers under the published weights."""
 
 
 class Reference(Protocol):
     """What a module asks for the reference's log-probabilities."""
 
-    def prepare(self, module: PolicyModule, untouched: bool) -> None:
+    def prepare(self, module: PolicyOwner, untouched: bool) -> None:
         """Get ready for a run of the module's trainer, before any checkpoint is loaded.
 
         Args:
@@ -40,7 +48,7 @@ class AdapterOff:
         """
         self.logps = policy.reference_logps
 
-    def prepare(self, module: PolicyModule, untouched: bool) -> None:
+    def prepare(self, module: PolicyOwner, untouched: bool) -> None:
         """Nothing to do."""
 
 
@@ -58,7 +66,7 @@ class FrozenCopy(nn.Module):
         self.policy = copy.deepcopy(policy).requires_grad_(False)
         self.policy.set_gradient_checkpointing(False)
 
-    def prepare(self, module: PolicyModule, untouched: bool) -> None:
+    def prepare(self, module: PolicyOwner, untouched: bool) -> None:
         """Nothing to do."""
 
     def logps(self, batch: PreferenceBatch) -> Tensor:
