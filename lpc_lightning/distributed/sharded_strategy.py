@@ -139,7 +139,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Sharding over all devices; see FSDP2Strategy.")
-)
 
 
 def _bare(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
