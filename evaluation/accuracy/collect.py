@@ -84,6 +84,8 @@ def log_round(pl_module: LightningModule, stage: str, values: Mapping[str, float
 
     Lightning would round plain numbers to float32. The logged accuracy would then differ from the module's.
     """
-    metrics = {f"{stage}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    # One transfer to the module's device, where Lightning averages the values over processes.
+    on_device = torch.tensor(list(values.values()), dtype=torch.float64).to(pl_module.device).unbind()
+    metrics = {f"{stage}/{name}": value for name, value in zip(values, on_device, strict=True)}
     # sync_dist=True only suppresses Lightning's warning about possibly different values per device.
     pl_module.log_dict(metrics, batch_size=1, sync_dist=True)

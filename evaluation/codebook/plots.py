@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from lpc_lightning.evaluation.accuracy.accuracy_modes import OTHERS, keep_largest
 from lpc_lightning.evaluation.codebook.embedding import embed
 from lpc_lightning.evaluation.codebook.mutual_information import entropy
+from lpc_lightning.evaluation.figures import COLOURS, MARKERS
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-"""Colour-blind safe palette of Okabe and Ito (2008), without its yellow, which is hard to see on white."""
-MARKERS = ("o", "^", "s", "D")
 OTHERS_COLOUR = "#BBBBBB"
 MAX_CODES, MAX_COLUMNS, MAX_COLOURS = 40, 20, 14
 """Maximum numbers of codes and labels in a heat map, and of labels in a scatter plot. Smaller groups are merged."""

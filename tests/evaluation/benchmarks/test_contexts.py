@@ -12,10 +12,10 @@ from lpc_lightning.evaluation.benchmarks.contexts import (
     ContextBatch,
     Group,
     Request,
-    make_batches,
     group_by_context,
     kept_context_length,
     lay_out,
+    make_batches,
 )
 from lpc_lightning.types import PIECES
 

@@ -14,10 +14,10 @@ import torch
 
 from lpc_lightning.evaluation.benchmarks.results import (
     BenchmarkResults,
-    to_json_value,
     read_results,
     scores,
     stderr_name,
+    to_json_value,
     write_results,
 )
 from lpc_lightning.evaluation.provenance import git_revision, package_versions, provenance

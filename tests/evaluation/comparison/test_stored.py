@@ -11,10 +11,10 @@ from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_
 from lpc_lightning.evaluation.comparison.stored import (
     REQUEST,
     add_run,
-    split_by_documents,
+    find_folder,
     holds_results,
     missing_tasks,
-    find_folder,
+    split_by_documents,
 )
 
 
