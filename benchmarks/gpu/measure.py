@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks.gpu import ours, trl_side
 from benchmarks.gpu.cases import Case
@@ -64,6 +65,7 @@ class Bench:
         """Train one case and return its numbers."""
         batches = self.batches(case)
         before = _allocated(self.device)
+        counters.clear()
         shapes: list[tuple[int, ...]]
         if case.side == "TRL":
             times, reference = trl_side.train(case, batches, self.scratch, self.device)
@@ -87,6 +89,8 @@ class Bench:
             "reference_s": reference,
             "first_step": {name: first.get(name, first.get(f"train/{name}")) for name in FIRST},
             "losses": losses,
+            "graphs": counters["stats"]["unique_graphs"],
+            "graph_breaks": dict(counters["graph_break"]),
         }
 
 

@@ -107,7 +107,8 @@ def _steps(steps: list[Row]) -> str:
 
 def _group(rows: list[Row]) -> str:
     head = ["", "step, median", "mean", "slowest", "pairs/s", "tokens/s", "MFU", "peak GiB", "speed vs TRL"]
-    head += ["memory vs TRL", "time vs ours", "padding", "shapes", "first steps of new shapes", "reference"]
+    head += ["memory vs TRL", "time vs ours", "padding", "shapes", "graphs", "breaks", "first steps of new shapes"]
+    head += ["reference"]
     done = [row for row in rows if row["status"] == "ok"]
     trl, ours = _best(done, "TRL"), _best(done, "ours")
     lines = []
@@ -133,6 +134,8 @@ def _group(rows: list[Row]) -> str:
                 _number(_ratio(row, ours, "median_s")) if mine else "",
                 _percent(row["padding"]),
                 str(row["shapes"]),
+                str(row["graphs"]),
+                str(sum(row["graph_breaks"].values())),
                 f"{first} s",
                 f"{row['reference_s']:.1f} s",
             ]

@@ -20,7 +20,7 @@ from lpc_lightning.algorithms.latent_mixin import LatentMixin
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.distributed.build_sharded import build_sharded
-from lpc_lightning.distributed.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
+from lpc_lightning.distributed.sharding import check_strategy, policies_of, set_micro_batch_size, shard
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec
@@ -65,7 +65,7 @@ class PolicyModule(LatentMixin, LightningModule):
     def setup(self, stage: str) -> None:
         """Check and set up the strategy; note that a run begins, whose data is set up by now."""
         check_strategy(self.trainer.strategy)
-        tell_micro_batch_size(self.trainer.strategy)
+        set_micro_batch_size(self.trainer.strategy)
         self._starting = True
 
     def configure_model(self) -> None:
