@@ -15,6 +15,8 @@ import torch
 
 SHAPES = ((2048, 2048, 2048), (4096, 4096, 4096), (2048, 576, 1536), (8192, 2048, 5632))
 """(rows, inner, columns) of the products tried: squares, and layers of a 135M and of a 1.1B Llama."""
+CUDA_SHAPES = (*SHAPES, (8192, 8192, 8192))
+"""The same on a GPU, which needs larger products to reach its peak."""
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -45,7 +47,8 @@ def peak_flops(device: str, dtype: torch.dtype, seconds: float) -> float:
         dtype: Type of the factors.
         seconds: About how long to try each shape.
     """
-    return max(_rate(shape, device, dtype, seconds) for shape in SHAPES)
+    shapes = CUDA_SHAPES if device == "cuda" else SHAPES
+    return max(_rate(shape, device, dtype, seconds) for shape in shapes)
 
 
 def _rate(shape: tuple[int, int, int], device: str, dtype: torch.dtype, seconds: float) -> float:

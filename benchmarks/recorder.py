@@ -30,7 +30,7 @@ class StepRecorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the reference took by now, and begin to time the parts."""
-        self.recording.reference = _reference_of(pl_module)
+        self.recording.reference = reference_of(pl_module)
         if self.phases is not None:
             self.phases.watch(trainer, pl_module)
 
@@ -57,7 +57,7 @@ class StepRecorder(Callback):
         self.recording.write(self.output)
 
 
-def _reference_of(module: Any) -> dict[str, Any]:
+def reference_of(module: Any) -> dict[str, Any]:
     """See `Recording.reference`."""
     passes = list(module.reference.passes.values()) if isinstance(module.reference, CachedReference) else []
     return {

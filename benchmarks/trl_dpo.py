@@ -48,56 +48,83 @@ class Recorder(TrainerCallback):
             self.recording.end_step(float(logs["loss"]), float(logs["rewards/margins"]), self._pairs[step])
 
 
+def dpo_config(folder: str, pairs: int, steps: int, *, mixed: bool, cpu: bool, **settings: Any) -> DPOConfig:
+    """Return TRL's settings for the benchmark: fused AdamW, cosine from the first step, nothing saved or reported.
+
+    Args:
+        folder: Output folder.
+        pairs: Pairs in a batch.
+        steps: Optimizer steps.
+        mixed: True computes in bfloat16 under autocast.
+        cpu: True trains on the CPU.
+        settings: Further fields of `DPOConfig`. `checkpointing` is activation checkpointing, whose field has one name
+            until transformers 5.22 and another one since.
+    """
+    name = "activation_checkpointing"
+    name = name if name in DPOConfig.__dataclass_fields__ else "gradient_checkpointing"
+    fixed: dict[str, Any] = {
+        "per_device_train_batch_size": pairs,
+        "max_steps": steps,
+        "max_length": None,  # the pairs are cut already
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "optim": "adamw_torch_fused",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": mixed,
+        name: settings.pop("checkpointing", False),
+        "train_sampling_strategy": "sequential",
+        "use_cpu": cpu,
+        "dataloader_pin_memory": not cpu,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return DPOConfig(folder, **(fixed | settings))
+
+
+def dataset_of(steps: list[list[dict[str, Any]]]) -> Dataset:
+    """Return the pairs of all steps, in order, as TRL's token columns."""
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return Dataset.from_list([{column: pair[column] for column in columns} for step in steps for pair in step])
+
+
 def main() -> None:
     """Train and write the recording."""
     options = _options()
     steps = [json.loads(line)["pairs"] for line in options.pairs.read_text().splitlines()]
     weights = torch.bfloat16 if options.precision == "bf16-true" else torch.float32
-    mixed = options.precision == "bf16-mixed"
     with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(
+        config = dpo_config(
             folder,
+            pairs=len(steps[0]),
+            steps=len(steps),
+            mixed=options.precision == "bf16-mixed",
+            cpu=options.device == "cpu",
             beta=options.beta,
-            per_device_train_batch_size=len(steps[0]),
-            max_steps=len(steps),
-            max_length=None,  # the pairs are cut already
             learning_rate=options.lr,
-            lr_scheduler_type="cosine",
-            warmup_steps=0,
-            optim="adamw_torch_fused",
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            adam_epsilon=1e-8,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            bf16=mixed,
-            activation_checkpointing=False,
-            train_sampling_strategy="sequential",
+            logging_steps=1,
             use_liger_kernel=options.liger,
             precompute_ref_log_probs=options.precompute,
-            use_cpu=options.device == "cpu",
-            dataloader_pin_memory=options.device != "cpu",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
         )
         policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=weights)
         # With precomputed log-probabilities TRL needs no second model: the policy is asked before it is trained.
         reference = None if options.precompute else AutoModelForCausalLM.from_pretrained(options.model, dtype=weights)
-        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-        rows = [{column: pair[column] for column in columns} for step in steps for pair in step]
+        rows = dataset_of(steps)
         recorder = Recorder([[pair["id"] for pair in step] for step in steps])
         trainer = TokenisedDPOTrainer(
             policy,
             reference,
             config,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=rows,
             processing_class=AutoTokenizer.from_pretrained(options.model),
             callbacks=[recorder],
         )
-        _check_tokens(trainer, steps)
+        check_tokens(trainer, steps)
         trainer.train()
     if options.precompute:
         passed = {"in_step": False, "pairs": len(rows), "seconds": trainer.precompute_seconds}
@@ -105,7 +132,7 @@ def main() -> None:
     recorder.recording.write(options.output)
 
 
-def _check_tokens(trainer: DPOTrainer, steps: list[list[dict[str, Any]]]) -> None:
+def check_tokens(trainer: DPOTrainer, steps: list[list[dict[str, Any]]]) -> None:
     """Compare what the trainer's loader yields with the pairs, batch by batch.
 
     Raises:

@@ -80,7 +80,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         """What the pairs are drawn by."""
         return run_seed() if self._seed is None else self._seed
 
-    # What the data module asks
+    # The interface of `LabelNoise`
 
     def key(self) -> str:
         """See `LabelNoise.key`."""
@@ -117,16 +117,14 @@ class LabelFlipNoise(LabelNoise, Callback):
         """Say how many pairs are flipped, and write which.
 
         Raises:
-            ConfigError: The data is not a `PreferenceDataModule`, which would not ask for noise.
+            ConfigError: The data is not a `PreferenceDataModule`, which takes no label noise.
         """
         if stage != "fit":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         if not isinstance(data, PreferenceDataModule):
-            raise ConfigError(
-                f"LabelFlipNoise: found data of {type(data).__name__}, expected a PreferenceDataModule, which takes "
-                "label noise from among the trainer's callbacks."
-            )
+            raise ConfigError(f"LabelFlipNoise: found data of {type(data).__name__}, expected a PreferenceDataModule.")
+        data.set_label_noise(self)
         self._metrics.to(pl_module.device)
         pairs = data.training_pairs
         flipped = np.flatnonzero(pairs.flipped).tolist()
@@ -143,7 +141,7 @@ class LabelFlipNoise(LabelNoise, Callback):
             "pairs": len(pairs),
             "flipped": len(flipped),
             "data": pairs.fingerprint,
-            "places": [pairs[number].place for number in flipped],
+            "places": [pairs[number].index for number in flipped],
             "ids": [pairs[number].id for number in flipped],
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +151,9 @@ class LabelFlipNoise(LabelNoise, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
-        """Take in the batch, and log where it closes a step."""
+        """Take in the batch of a step that is logged, and log where it closes the step."""
+        if not outputs["logged"]:
+            return
         self._metrics.to(pl_module.device)
         self._metrics.update(outputs["losses"], outputs["margins"], batch.flipped)
         if is_optimizer_step(trainer, batch_idx):
@@ -184,13 +184,14 @@ class NoiseMetrics(Metric):
         noisy = accuracies(margins)
         true = torch.where(flipped, 1 - noisy, noisy)
         values = torch.stack([torch.ones_like(noisy), losses, true, noisy], dim=1).double()
-        self.sums[0] += values[~flipped].sum(0)
-        self.sums[1] += values[flipped].sum(0)
+        # Not by a mask as an index: on a GPU the CPU would wait for the number of pairs of each kind.
+        kinds = torch.stack([~flipped, flipped])
+        self.sums += torch.where(kinds[..., None], values, 0.0).sum(1)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means by name."""
+        """Means by name, on the CPU."""
         names = ("loss", "accuracy_true", "accuracy_noisy")
-        kinds = {kind: sums for kind, sums in zip(("clean", "flipped"), self.sums, strict=True) if sums[0]}
+        kinds = {kind: sums for kind, sums in zip(("clean", "flipped"), self.sums.cpu(), strict=True) if sums[0]}
         return {
             f"{kind}/{name}": value / sums[0]
             for kind, sums in kinds.items()

@@ -1,5 +1,5 @@
-"""An error that is nobody's bug and belongs to no room."""
+"""Errors that do not belong to one part of the package."""
 
 
 class ConfigError(ValueError):
-    """Settings that no run can have. The message names them, what was found and what was expected."""
+    """Raised when a configuration value is invalid. The message names the setting, the value and what was expected."""

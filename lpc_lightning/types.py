@@ -1,7 +1,7 @@
-"""The values that travel through the suite. Every tensor's shape is told here, once.
+"""Data classes that all parts share. The shape of every tensor is documented here, once.
 
 Letters: B pairs in a batch, R rows of tokens, T tokens in a row, N completion tokens to score, K codes, d hidden width.
-The 2B sequences of a batch stand in one order everywhere: the B chosen ones, then the B rejected ones.
+The 2B sequences of a batch have one order everywhere: the B chosen ones, then the B rejected ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 PIECES = 4096
-"""A prompt and its completions have segment numbers of one such block: see `PreferenceBatch.segments`."""
+"""Size of the block of segment numbers for one prompt and its completions (see `PreferenceBatch.segments`)."""
 
 
 class Message(TypedDict):
@@ -35,32 +35,32 @@ class PreferenceExample:
     source: str = ""
     """Where the pair comes from (a data set, a domain)."""
     factor: str = ""
-    """The preference factor that decided, where it is known."""
+    """The preference factor that decided the label. Empty if unknown."""
     annotator: str = ""
-    """Who labelled the pair, where it is known."""
+    """Name of the annotator who labelled the pair. Empty if unknown."""
     flipped: bool = False
-    """True where label noise has swapped the two answers."""
+    """True if label noise has swapped the two answers."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """Any further columns of the row, untouched."""
+    """The other columns of the row, unchanged."""
 
     def swapped(self) -> PreferenceExample:
-        """The same comparison labelled the other way round."""
+        """Return the same comparison with the opposite label."""
         return replace(self, chosen=self.rejected, rejected=self.chosen, flipped=not self.flipped)
 
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """The best accuracies that can be expected on some data, where its makers know what decides."""
+    """Best expected accuracies on a data set whose labelling rule is known."""
 
     from_prompt: float
-    """Of a predictor that sees the prompt and both answers."""
+    """Accuracy of the best predictor that reads the prompt and both answers."""
     given_annotator: float
-    """Of one that knows as well who labelled the pair, and what that annotator wants."""
+    """Accuracy of the best predictor that also has the annotator and the annotator's preference factor."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """A `PreferenceExample` as token ids. The prompt's ids are a true prefix of both sequences.
+    """A `PreferenceExample` as token ids. The prompt's ids are an exact prefix of both sequences.
 
     Each completion ends with exactly one end-of-answer token, unless the length policy cut it.
     """
@@ -73,13 +73,13 @@ class TokenizedPair:
     factor: str = ""
     annotator: str = ""
     flipped: bool = False
-    place: int = 0
-    """Its number among the examples that were read, from 0: some of them may have been left out."""
+    index: int = 0
+    """Position of the pair among all examples of the source, from 0. Dropped examples are counted too."""
     reference_logps: tuple[float, float] | None = None
-    """Log-probabilities of the chosen and the rejected answer under the reference, in nats, where they are cached."""
+    """Log-probabilities of the chosen and the rejected answer under the reference, in nats. None if not cached."""
 
     def swapped(self) -> TokenizedPair:
-        """The same pair labelled the other way round: all that belongs to an answer goes with it."""
+        """Return the same pair with the opposite label. Tokens and reference log-probabilities are swapped too."""
         logps = self.reference_logps
         return replace(
             self,
@@ -92,9 +92,10 @@ class TokenizedPair:
 
 @dataclass(slots=True)
 class PreferenceBatch:
-    """Tokens, and where to read: nothing after the backbone knows how the tokens are laid out.
+    """Tokens of a batch, and the positions to read. Code after the backbone does not depend on the token layout.
 
-    Not frozen: a trainer of `bf16-true`, `16-true` or `64-true` rebuilds each batch field by field. Change none.
+    The class is not frozen, because a trainer with precision `bf16-true`, `16-true` or `64-true` rebuilds each batch
+    field by field. Treat all fields as read-only.
     """
 
     input_ids: Tensor
@@ -104,58 +105,69 @@ class PreferenceBatch:
     attention_mask: Tensor
     """(R, T) 1 at tokens, 0 at padding."""
     segments: Tensor | None
-    """(R, T) which piece each token belongs to, for rows that hold several pieces: `j PIECES` the row's j-th
-    prompt, `j PIECES + c` its c-th completion (1 the chosen, 2 the rejected), -1 padding. None where a row is one plain
+    """(R, T) segment number of each token, for rows that hold several segments. `j PIECES` is the row's j-th prompt,
+    `j PIECES + c` is its c-th completion (1 chosen, 2 rejected), and -1 is padding. None if each row is one plain
     sequence."""
     read_at: Tensor
     """(N,) positions in the flattened (R T) tokens whose next token is a completion token."""
     targets: Tensor
-    """(N,) that completion token."""
+    """(N,) the completion token after each position of `read_at`."""
     owner: Tensor
-    """(N,) which of the 2B sequences it belongs to."""
+    """(N,) number of the sequence (0 to 2B - 1) that each target belongs to."""
     prompt_end: Tensor
-    """(B,) flat position of the last prompt token: where h_x is."""
+    """(B,) flat position of the last prompt token. The hidden state h_x is read there."""
     completion_end: Tensor
-    """(2B,) flat position of the last completion token: where h_w and h_l are."""
+    """(2B,) flat position of the last completion token. The hidden states h_w and h_l are read there."""
     lengths: Tensor
-    """(2B,) completion tokens in each sequence."""
+    """(2B,) number of completion tokens in each sequence."""
     flipped: Tensor
-    """(B,) bool: label noise swapped the pair."""
+    """(B,) bool, True if label noise has swapped the pair."""
     ids: tuple[str, ...]
     sources: tuple[str, ...]
     factors: tuple[str, ...]
     annotators: tuple[str, ...]
-    reference_logps: tuple[float, ...] | None = None
-    """(2B,) log-probabilities under the reference, in nats, where they are cached for all pairs. Not a tensor, of
-    which a trainer of `bf16-true` would leave three digits."""
+    tokens: int
+    """Tokens that the backbone reads, padding not counted. Counted when the batch is laid out: the sum of a mask on a
+    GPU would have the CPU wait for it."""
+    reference_bits: Tensor | None = None
+    """(2B,) `reference_logps`, the bits of each float64 number as an int64. A trainer of `bf16-true` casts the
+    floating-point tensors of a batch, and three digits would be left."""
 
     @property
     def pairs(self) -> int:
-        """B."""
+        """Number of pairs, B."""
         return self.prompt_end.shape[0]
 
     @property
-    def tokens(self) -> int:
-        """Tokens that the backbone reads, padding not counted."""
-        return int(self.attention_mask.sum())
+    def reference_logps(self) -> Tensor | None:
+        """(2B,) log-probabilities under the reference, in nats, float64; None unless they are cached for all pairs."""
+        return None if self.reference_bits is None else self.reference_bits.view(torch.float64)
 
     def _on_tensors(self, change: Callable[[Tensor], Tensor]) -> PreferenceBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **changed)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
-        """The same batch on `device`."""
+    def to(self, device: torch.device | str) -> PreferenceBatch:
+        """Return the same batch on `device`.
+
+        The CPU does not wait for the copy to a GPU. (Lightning passes `non_blocking` for plain tensors alone.) It does
+        wait for the copy to a CPU, whose values may be read at once.
+        """
+        non_blocking = torch.device(device).type not in ("cpu", "mps")
         return self._on_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PreferenceBatch:
-        """The same batch in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
+        """Return the same batch in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
         return self._on_tensors(lambda tensor: tensor.pin_memory())
 
 
 @dataclass(frozen=True, slots=True)
 class PairStates:
-    """What speaks for a pair: hidden states (last layer, after the final norm, what enters the head), and a name."""
+    """Inputs of a latent space for each pair: hidden states and annotators.
+
+    The hidden states come from the last layer, after the final norm. They are the inputs of the LM head.
+    """
 
     prompt: Tensor
     """(B, d) h_x, at the last prompt token."""
@@ -164,12 +176,12 @@ class PairStates:
     rejected: Tensor
     """(B, d) h_l, at the last token of the rejected answer."""
     annotators: tuple[str, ...] = ()
-    """(B,) who labelled each pair, "" where that is not known; empty where nobody is."""
+    """(B,) annotator of each pair, "" if unknown. Empty if no annotator is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogitHead:
-    """How a policy turns hidden states into logits: `cap(scale * (weight h + bias))`."""
+    """Parameters of the map from hidden states to logits: `cap(scale * (weight h + bias))`."""
 
     weight: Tensor
     """(V, d)."""
@@ -183,9 +195,10 @@ class LogitHead:
 
 @dataclass(frozen=True, slots=True)
 class PairLogps:
-    """Log-probabilities of both answers, each (B,), summed over completion tokens, in nats. References may be None.
+    """Log-probabilities of both answers, each (B,), summed over completion tokens, in nats.
 
-    The policy's may be (B, K), one column a code; the others are then (B, 1), so that every loss broadcasts.
+    The reference's values are None for an algorithm without a reference. The policy's values may be (B, K), one column
+    for each code. The other fields are then (B, 1), so that every loss broadcasts.
     """
 
     policy_chosen: Tensor
@@ -193,29 +206,36 @@ class PairLogps:
     reference_chosen: Tensor | None
     reference_rejected: Tensor | None
     chosen_lengths: Tensor
-    """Completion tokens of the chosen answer."""
+    """Number of completion tokens of the chosen answer."""
     rejected_lengths: Tensor
+    """Number of completion tokens of the rejected answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairLosses:
-    """What a preference loss says of each pair, each (B,) or (B, K) like the policy's log-probabilities."""
+    """Result of a preference loss. Each tensor is (B,) or (B, K), like the policy's log-probabilities."""
 
     losses: Tensor
+    """Loss of each pair, with gradient."""
     chosen_rewards: Tensor
     """Implicit reward of the chosen answer, scaled by beta, without gradient."""
     rejected_rewards: Tensor
+    """Implicit reward of the rejected answer, scaled by beta, without gradient."""
     log_likelihood: Tensor | None = None
-    """Of each label, in nats, up to a constant. None: the loss is a negative log-likelihood itself."""
+    """Log-likelihood of each label, in nats, up to a constant. None if the loss is a negative log-likelihood itself."""
     parts: tuple[tuple[float, Tensor], ...] = ()
-    """Weights and log-likelihoods of which the loss is the negative sum. Empty: it is -`label_log_likelihood`."""
+    """Pairs of a weight and a log-likelihood. The loss is their negative weighted sum. Empty if the loss is
+    `-label_log_likelihood`."""
 
     @property
     def label_log_likelihood(self) -> Tensor:
-        """Log-likelihood of each label, in nats, up to a constant: what tells one code from another."""
+        """Log-likelihood of the observed label, in nats, up to a constant. With (B, K) values, one column per code."""
         return -self.losses if self.log_likelihood is None else self.log_likelihood
 
     def of_mixture(self, log_weights: Tensor) -> Tensor:
-        """(B,) the loss of a mixture of codes, of log-weights (B, K): likelihoods are averaged before the logarithm."""
+        """Compute the loss (B,) of a mixture of codes with log-weights (B, K).
+
+        The likelihoods are averaged over the codes before the logarithm is taken.
+        """
         parts = self.parts or ((1.0, self.label_log_likelihood),)
         return torch.stack([-weight * (log_weights + part).logsumexp(-1) for weight, part in parts]).sum(0)

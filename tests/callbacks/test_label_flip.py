@@ -211,9 +211,10 @@ def test_two_processes_flip_the_same_pairs_and_log_the_same_means(tmp_path: Path
 
 def test_two_kinds_of_noise_are_refused(cache: Path) -> None:
     pairs = data(cache)
-    pairs.trainer = type("Run", (), {"callbacks": [LabelFlipNoise(rate=0.1), LabelFlipNoise(rate=0.2)]})()
-    with pytest.raises(ConfigError, match=r"found 2 kinds of label noise .*0\.1.*0\.2.*expected one at most"):
-        _ = pairs.label_noise
+    pairs.load("train", TinyPolicy().load_tokenizer())
+    pairs.set_label_noise(LabelFlipNoise(rate=0.1))
+    with pytest.raises(ConfigError, match=r"found two kinds of label noise .*0\.1.*0\.2.*expected one at most"):
+        pairs.set_label_noise(LabelFlipNoise(rate=0.2))
 
 
 def test_other_data_is_refused(make_trainer: Any, make_loader: Any, make_pairs: Any) -> None:

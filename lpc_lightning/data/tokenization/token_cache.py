@@ -1,8 +1,9 @@
-"""Each data set is tokenized once.
+"""Cache of tokenized data sets.
 
-An entry of the cache is a folder named by a fingerprint of all that decides its content: `pairs.arrow` (an Arrow
-stream, read by memory map) and `report.json`. It is written beside its place and renamed into it, so that a process
-killed halfway leaves no entry, and of two that write at once one wins.
+An entry of the cache is a folder. Its name is a fingerprint of everything that determines its content. It holds
+`pairs.arrow` (an Arrow stream, read through a memory map) and `report.json`. An entry is written to a temporary folder
+and then renamed. So a process that is killed leaves no incomplete entry, and if two processes write the same entry, one
+of them is kept.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from lpc_lightning.data.tokenization.tokens import SCHEMA, TokenStore, tokenize_
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Version of the entries. Raise it whenever the same settings would now give other tokens."""
+FORMAT = 3
+"""Version of the entries. Increase it when the same settings give other tokens or other columns."""
 
 
 def default_cache_dir() -> Path:
-    """`$LPC_LIGHTNING_CACHE`, or else `~/.cache/lpc_lightning`."""
+    """Return `$LPC_LIGHTNING_CACHE` if it is set, and `~/.cache/lpc_lightning` otherwise."""
     return Path(os.environ.get("LPC_LIGHTNING_CACHE") or "~/.cache/lpc_lightning").expanduser()
 
 
@@ -49,21 +50,21 @@ def load_or_tokenize(
     bad_rows: Literal["error", "skip"] = "error",
     cache_dir: Path | None = None,
 ) -> tuple[TokenStore, DataReport]:
-    """The source as tokens: from the cache where it holds them, otherwise tokenized now and kept there.
+    """Load the tokens of a source from the cache, or tokenize the source and store the result in the cache.
 
     Args:
-        source: Where the examples come from.
-        template: What turns them into ids.
-        lengths: What becomes of long pairs.
-        bad_rows: `error` reads everything, then tells all rows that cannot be used in one error; `skip` leaves them
-            out, counted.
-        cache_dir: Root of the cache. Default: `default_cache_dir()`.
+        source: Source of the examples.
+        template: Template that converts the text to token ids.
+        lengths: Policy for pairs that are too long.
+        bad_rows: `error` reads everything and then raises one error that lists the invalid rows. `skip` drops and
+            counts invalid rows.
+        cache_dir: Root folder of the cache. Default: `default_cache_dir()`.
 
     Returns:
-        The pairs, and the report of how they came about (of the run that made the entry).
+        The pairs, and the report of the run that made the entry.
 
     Raises:
-        DataError: Nothing to read, rows that cannot be used, a pair too long under `error`, or no pair left.
+        DataError: The source is empty, rows are invalid, a pair is too long under `error`, or no pair is left.
     """
     if bad_rows not in ("error", "skip"):
         raise DataError(f"bad_rows={bad_rows!r}: expected 'error' or 'skip'")
@@ -71,19 +72,20 @@ def load_or_tokenize(
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     root = (cache_dir or default_cache_dir()) / "tokens"
     entry = root / fingerprint[:32]
-    if stored := _stored(entry):
+    if stored := _load_entry(entry):
         return stored
     with one_at_a_time(entry):
-        return _stored(entry) or _make_entry(entry, source, template, lengths, bad_rows)
+        return _load_entry(entry) or _make_entry(entry, source, template, lengths, bad_rows)
 
 
-def _stored(entry: Path) -> tuple[TokenStore, DataReport] | None:
+def _load_entry(entry: Path) -> tuple[TokenStore, DataReport] | None:
+    """Open an entry. Return None if it does not exist or is damaged."""
     if not entry.exists():
         return None
     try:
         return _open_entry(entry)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        log.warning("The cached tokens in %s are damaged (%s). They are made anew.", entry, error)
+        log.warning("The cached tokens in %s are damaged (%s). The data set is tokenized again.", entry, error)
         return None
 
 
@@ -98,11 +100,11 @@ def _make_entry(
     except OSError as error:
         raise DataError(
             f"The token cache {root} cannot be written: {error}. Set `cache_dir` or the environment variable "
-            "LPC_LIGHTNING_CACHE to a folder that can."
+            "LPC_LIGHTNING_CACHE to a writable folder."
         ) from error
     try:
         report = _write_entry(scratch, source, template, lengths, bad_rows)
-        _put_in_place(scratch, entry)
+        _move_entry(scratch, entry)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return TokenStore(entry), report
@@ -124,27 +126,27 @@ def _write_entry(
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
     if report.bad and bad_rows == "error":
         raise DataError(
-            f"{sum(report.bad.values())} rows cannot be used.\n{report}\nCorrect or remove them; a fit can go on "
-            "without them (`data.bad_rows: skip`)."
+            f"{sum(report.bad.values())} rows cannot be used.\n{report}\nCorrect or remove them, or set "
+            "`data.bad_rows: skip` to train without them."
         )
     if not report.kept:
-        raise DataError(f"No pair is left.\n{report}\nLook at the split, the columns and the length limits.")
-    kept = {"sha256": _sha256(path), "report": json.loads(report.to_json())}
-    (folder / "report.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        raise DataError(f"No pair is left.\n{report}\nCheck the split, the columns and the length limits.")
+    metadata = {"sha256": _sha256(path), "report": json.loads(report.to_json())}
+    (folder / "report.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
     log.info("Tokenized in %.1f s: %s", time.perf_counter() - start, report)
     return report
 
 
 def _open_entry(entry: Path) -> tuple[TokenStore, DataReport]:
-    kept = json.loads((entry / "report.json").read_text(encoding="utf-8"))
-    report = DataReport.from_json(json.dumps(kept["report"]))
-    if _sha256(entry / "pairs.arrow") != kept["sha256"]:
+    metadata = json.loads((entry / "report.json").read_text(encoding="utf-8"))
+    report = DataReport.from_json(json.dumps(metadata["report"]))
+    if _sha256(entry / "pairs.arrow") != metadata["sha256"]:
         raise ValueError("pairs.arrow does not have the checksum in report.json")
     return TokenStore(entry), report
 
 
-def _put_in_place(scratch: Path, entry: Path) -> None:
-    """Rename a finished entry into its place; where another process was faster, keep what that one made."""
+def _move_entry(scratch: Path, entry: Path) -> None:
+    """Rename a finished entry to its final path. Keep a valid entry that another process has made meanwhile."""
     try:
         os.replace(scratch, entry)
         return
@@ -154,16 +156,16 @@ def _put_in_place(scratch: Path, entry: Path) -> None:
     try:
         _open_entry(entry)
     except (OSError, ValueError, KeyError, pa.ArrowException):
-        # Renamed away first, since a folder cannot be replaced while there is something in it. Another process may
-        # have done so by now.
+        # A folder that is not empty cannot be replaced, so the damaged one is renamed first. Another process may have
+        # renamed it already.
         with tempfile.TemporaryDirectory(prefix=f"{entry.name}.", suffix=_UNFINISHED, dir=entry.parent) as aside:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(entry, Path(aside) / "damaged")
-            _put_in_place(scratch, entry)
+            _move_entry(scratch, entry)
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Remove what killed processes left a day ago or more."""
+    """Remove unfinished folders of killed processes that are at least one day old."""
     for folder in root.glob(f"*{_UNFINISHED}"):
         if time.time() - folder.stat().st_mtime > 24 * 3600:
             shutil.rmtree(folder, ignore_errors=True)

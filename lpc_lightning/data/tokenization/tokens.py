@@ -1,4 +1,4 @@
-"""Examples to tokenized pairs, and such pairs on disk."""
+"""Tokenization of examples, and tokenized pairs on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
         ("factor", pa.string()),
         ("annotator", pa.string()),
         ("flipped", pa.bool_()),
-        ("place", pa.int64()),
+        ("index", pa.int64()),
     ]
 )
 assert [*SCHEMA.names, "reference_logps"] == [f.name for f in fields(TokenizedPair)]
@@ -37,18 +37,18 @@ assert [*SCHEMA.names, "reference_logps"] == [f.name for f in fields(TokenizedPa
 def tokenize_examples(
     examples: Iterable[PreferenceExample], template: Template, lengths: LengthPolicy, report: DataReport
 ) -> Iterator[TokenizedPair]:
-    """Tokenize examples one by one; those that cannot be used or are too long are left out and counted.
+    """Tokenize examples one by one. Examples that are invalid or too long are dropped and counted.
 
     Args:
         examples: The pairs as text.
-        template: What turns them into ids.
-        lengths: What becomes of long ones.
-        report: Where all of them are counted.
+        template: Template that converts the text to token ids.
+        lengths: Policy for pairs that are too long.
+        report: Report that counts every example.
 
     Raises:
         DataError: A pair is too long, and the length policy is `error`.
     """
-    for place, example in enumerate(examples):
+    for index, example in enumerate(examples):
         try:
             pair = template.tokenize(example)
         except BadRow as fault:
@@ -61,18 +61,20 @@ def tokenize_examples(
         if fitted.cut:
             report.count_cut(fitted.cut)
         report.kept += 1
-        yield replace(fitted.pair, place=place)
+        yield replace(fitted.pair, index=index)
 
 
 class TokenStore(Sequence[TokenizedPair]):
-    """Tokenized pairs on disk, read by memory map. It pickles as its path, so that workers open the file themselves.
+    """Tokenized pairs on disk, read through a memory map.
+
+    A pickle of the store holds the path and not the tokens, so that each worker process opens the file itself.
 
     Args:
-        folder: An entry of the cache.
-        reference_logps: (pairs, 2) log-probabilities of the chosen and of the rejected answers under the reference, NaN
-            where they are unknown; or None.
-        swaps: (pairs,) bool, which pairs are given labelled the other way round; or None.
-        noise: What made the labels wrong, in words. Empty: they are as in the data.
+        folder: An entry of the token cache.
+        reference_logps: (pairs, 2) log-probabilities of the chosen and rejected answers under the reference. NaN means
+            unknown. None if there are no values.
+        swaps: (pairs,) bool, True for pairs whose label is reversed. None if no label is reversed.
+        noise: Description of the label noise. Empty if the labels are those of the data.
     """
 
     def __init__(
@@ -87,20 +89,21 @@ class TokenStore(Sequence[TokenizedPair]):
         with pa.memory_map(str(folder / "pairs.arrow")) as file:
             self._table = pa.ipc.open_stream(file).read_all()
         if self._table.schema != SCHEMA:
-            raise pa.ArrowInvalid(f"{folder} holds other columns: {self._table.schema.names}")
+            raise pa.ArrowInvalid(f"{folder}: found columns {self._table.schema.names}, expected {SCHEMA.names}")
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, np.ndarray | None, np.ndarray | None, str]]:
         return TokenStore, (self.folder, self._reference_logps, self._swaps, self.noise)
 
     def with_reference(self, logps: np.ndarray) -> TokenStore:
-        """The same pairs with their log-probabilities under the reference, (pairs, 2), NaN where unknown.
+        """Return the same pairs with their log-probabilities under the reference, (pairs, 2). NaN means unknown.
 
-        They are those of the answers as the data has them chosen and rejected, and change places where labels do.
+        The columns are the answers that are chosen and rejected in the data. Where a label is reversed, the two values
+        are swapped as well.
         """
         return TokenStore(self.folder, logps, self._swaps, self.noise)
 
     def relabelled(self, swaps: np.ndarray | None, noise: str) -> TokenStore:
-        """The same pairs, those of `swaps` (pairs,) labelled the other way round, and `noise` saying why."""
+        """Return the same pairs with reversed labels where `swaps` (pairs,) is True. `noise` describes the reason."""
         return TokenStore(self.folder, self._reference_logps, swaps, noise)
 
     def __len__(self) -> int:
@@ -114,46 +117,46 @@ class TokenStore(Sequence[TokenizedPair]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        place = index % len(self)
-        values = {name: self._table[name][place].as_py() for name in SCHEMA.names}
-        pair = TokenizedPair(**values, reference_logps=self._reference_of(place))
-        return pair if self._swaps is None or not self._swaps[place] else pair.swapped()
+            raise IndexError(f"TokenStore: found index {index}, expected one below {len(self)}")
+        row = index % len(self)
+        values = {name: self._table[name][row].as_py() for name in SCHEMA.names}
+        pair = TokenizedPair(**values, reference_logps=self._reference_of(row))
+        return pair if self._swaps is None or not self._swaps[row] else pair.swapped()
 
-    def _reference_of(self, place: int) -> tuple[float, float] | None:
+    def _reference_of(self, row: int) -> tuple[float, float] | None:
         if self._reference_logps is None:
             return None
-        chosen, rejected = self._reference_logps[place].tolist()
+        chosen, rejected = self._reference_logps[row].tolist()
         return None if math.isnan(chosen) else (chosen, rejected)
 
     @property
     def fingerprint(self) -> str:
-        """Names all that decided these tokens: the rows, the template and the limits."""
+        """Hash of everything that determines the tokens: the rows, the template and the length limits."""
         return self.folder.name
 
     @property
-    def places(self) -> np.ndarray:
-        """(pairs,) number of each pair among the examples that were read."""
-        return self._table["place"].to_numpy()
+    def indices(self) -> np.ndarray:
+        """(pairs,) position of each pair among all examples of the source (`TokenizedPair.index`)."""
+        return self._table["index"].to_numpy()
 
     @property
     def annotators(self) -> list[str]:
-        """Who labelled each pair."""
+        """Annotator of each pair, "" if unknown."""
         return self._table["annotator"].to_pylist()
 
     @property
     def flipped(self) -> np.ndarray:
-        """(pairs,) bool: which pairs have the wrong label."""
+        """(pairs,) bool, True for pairs with a wrong label."""
         stored = self._table["flipped"].to_numpy()
         return stored if self._swaps is None else stored ^ self._swaps
 
     @property
     def piece_lengths(self) -> np.ndarray:
-        """(pairs, 3) tokens of each prompt, chosen and rejected completion."""
+        """(pairs, 3) number of tokens of each prompt, chosen completion and rejected completion."""
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         return np.stack([pc.list_value_length(self._table[name]).to_numpy() for name in names], axis=1)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each pair: its prompt once and both completions."""
+        """Number of tokens of each pair: the prompt, counted once, and both completions."""
         return [int(total) for total in self.piece_lengths.sum(axis=1)]
