@@ -37,7 +37,7 @@ class LabelFlipNoise(LabelNoise, Callback):
     Without a marker only labels change: tokens and the reference's log-probabilities are those of the clean pairs, and
     runs at all rates share them.
 
-    Logs with each optimizer step, under `train/noise/clean/` and `train/noise/flipped/`, from the step's own pass:
+    Logs with each logged step, under `train/noise/clean/` and `train/noise/flipped/`, from the step's own pass:
     `loss`, `accuracy_noisy` (share of pairs for which the answer labelled as chosen is ahead) and `accuracy_true` (the
     answer that was chosen before noise). A policy that memorises noise has its `flipped/accuracy_true` fall. (Under a
     latent with a posterior, a training step has seen the label.) Writes `label_noise.json` to the run folder: settings,

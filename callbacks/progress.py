@@ -14,7 +14,7 @@ SHORT = {
 
 
 class PreferenceProgressBar(TQDMProgressBar):
-    """Loss, accuracy and margin of the last step, and how many codes are in use (the codebook's perplexity)."""
+    """Loss, accuracy and margin of the last logged step, and how many codes are in use (the codebook's perplexity)."""
 
     def get_metrics(self, trainer: Trainer, model: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         """What stands at the end of the bar."""
