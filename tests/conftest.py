@@ -23,7 +23,7 @@ from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoa
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 
-pytest_plugins = ["tests.fixtures.training_runs"]
+pytest_plugins = ["tests.fixtures.emulated_device", "tests.fixtures.training_runs"]
 
 # A fresh clone first works out tables of Unicode, on whatever is left of a shared machine: time says nothing here.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
