@@ -19,7 +19,7 @@ from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, chec
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores, write_results
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
-from lpc_lightning.evaluation.benchmarks.trial import Trial, reason
+from lpc_lightning.evaluation.benchmarks.trial import Trial, failure_reason
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.inference.prior import inference_prior
 from lpc_lightning.latent import PriorMode
@@ -158,7 +158,7 @@ class LMEvaluation(Callback):
                 results = self._benchmarks(trainer, pl_module, limit)
             except Exception as error:  # no error of an evaluation may end the training
                 log.debug("Benchmarks failed.", exc_info=error)
-                results = BenchmarkResults({}, [], dict.fromkeys(self.tasks, reason(error)))
+                results = BenchmarkResults({}, [], dict.fromkeys(self.tasks, failure_reason(error)))
         if trainer.is_global_zero:
             self._report(trainer, pl_module, results, folder, name)
         return results
