@@ -145,7 +145,7 @@ def _group(rows: list[Row]) -> str:
 
 def _first_step(ours: Row | None, trl: Row | None) -> str:
     """What both sides computed of the same tokens with the same weights."""
-    if ours is None or trl is None:
+    if ours is None or trl is None or ours["first_pairs"] != trl["first_pairs"]:
         return ""
     metrics = [name for name, value in ours["first_step"].items() if None not in (value, trl["first_step"][name])]
     values = [f"{name} {ours['first_step'][name]:.4f} and {trl['first_step'][name]:.4f}" for name in metrics]

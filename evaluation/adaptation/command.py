@@ -11,7 +11,7 @@ from typing import Literal
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
-from lpc_lightning.evaluation.accuracy.preferences import pass_over
+from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, write_adaptation
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
@@ -103,13 +103,13 @@ def adapt(
                 f"models: found no codes in {path}, so that nothing can be inferred from labelled pairs; expected a "
                 "checkpoint of a latent with codes, such as MarginalSpace."
             )
-        rows = pass_over(module, pairs, collector, precision=precision)
+        rows = evaluate_pairs(module, pairs, collector, precision=precision)
         print(f"{name}: {rows}")
         report = collector.collect()
         _check_annotators(report, collector, preferences)
         if report.weights and under_z:
             policy = PolicyUnderMixtures(report.mixtures, annotator_column)
-            pass_over(module, pairs, policy, precision=precision)
+            evaluate_pairs(module, pairs, policy, precision=precision)
             report = replace(report, scores={**report.scores, UNDER_Z: policy.scores()})
         write_adaptation(Path(output) / name, report, collector)
         reports[name] = report
