@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ def sight(segments: Tensor, position_ids: Tensor, window: int | None) -> Sight:
         sees padding, so that no query is blind.
     """
 
+    # Below every segment at padding, which has no prompt. Worked out once: a rule is applied to pairs of tokens.
+    prompts = segments - segments % PIECES
+
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        mine, other = segments[row, query], segments[row, key]
-        own_prompt = (other == mine - mine % PIECES) & (mine >= 0)
-        seen = ((other == mine) | own_prompt) & (query >= key)
+        other = segments[row, key]
+        seen = ((other == segments[row, query]) | (other == prompts[row, query])) & (query >= key)
         if window is not None:
             seen = seen & (position_ids[row, query] - position_ids[row, key] < window)
         return seen
@@ -79,8 +82,16 @@ def addend(segments: Tensor, position_ids: Tensor, window: int | None, scores: t
 def blocks(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> BlockMask:
     """Which blocks of 128 x 128 tokens hold anything to see, for `flex_attention`, which leaves the others out."""
     rows, tokens = segments.shape
-    rule = sight(segments, position_ids, window)
-    return create_block_mask(rule, rows, None, tokens, tokens, device=segments.device)
+    rule = sight(segments.int(), position_ids.int(), window)
+    make = _compiled_block_mask() if segments.is_cuda else create_block_mask
+    mask: BlockMask = make(rule, rows, None, tokens, tokens, device=segments.device)
+    return mask
+
+
+@cache
+def _compiled_block_mask() -> Callable[..., BlockMask]:
+    # Uncompiled, it writes out a table of all pairs of tokens.
+    return torch.compile(create_block_mask, dynamic=False)
 
 
 FORMS: dict[str, Form] = {"sdpa": truth, SEGMENT: truth, "eager": addend, "flex_attention": blocks}
