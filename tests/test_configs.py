@@ -250,7 +250,7 @@ def test_every_value_of_an_ablations_axes_is_understood(
     grid = read_grid(path)
     named = [axis for axis in grid.axes if isinstance(axis.arguments, Mapping)]
     met: set[tuple[str, str]] = set()
-    for cell in grid.changed([f"{axis.name}={','.join(axis.arguments)}" for axis in named]).cells():
+    for cell in grid.with_changes([f"{axis.name}={','.join(axis.arguments)}" for axis in named]).cells():
         values = {(axis, str(value)) for axis, value in cell.axes.items()}
         if values - met:
             Parsed([*cell.arguments, *swap, "--data.batch_size=16", "--trainer.precision=32-true"])

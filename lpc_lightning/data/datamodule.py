@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
 from lpc_lightning.data.batching.run_reads import evaluation_reads, micro_batches, training_reads
-from lpc_lightning.data.label_noise import LabelNoise, MarkedSource, noise_among
+from lpc_lightning.data.label_noise import LabelNoise, MarkedSource
 from lpc_lightning.data.sources.example_source import ExampleSource
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
@@ -23,6 +23,7 @@ from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.templates import TemplateKind, make_template
 from lpc_lightning.data.tokenization.token_cache import load_or_tokenize
 from lpc_lightning.data.tokenization.tokens import TokenStore
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import Ceiling
 
@@ -38,6 +39,14 @@ PLANNED_EPOCHS = 2
 """Epochs whose batches decide the shapes of all."""
 ROW_TOKENS = 1024
 """Most tokens of a row where attention is worked out over whole rows."""
+
+
+class RowReader(Protocol):
+    """What the layout of batches depends on in a policy (a `CausalPolicy` has it)."""
+
+    takes_block_mask: bool
+    attends_by_segment: bool
+    block_sparse: bool
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -128,8 +137,10 @@ class PreferenceDataModule(LightningDataModule):
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pairs: dict[Stage, TokenStore] = {}
         self.reports: dict[Stage, DataReport] = {}
+        self._noise: LabelNoise | None = None
         self._swaps: np.ndarray | None = None
-        self._noise = ""
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._policy: RowReader | None = None
 
     @abstractmethod
     def source(self, stage: Stage) -> ExampleSource | None:
@@ -140,26 +151,60 @@ class PreferenceDataModule(LightningDataModule):
         """The best accuracy that can be had on clean pairs, where it is known: of generated data it is."""
         return None
 
+    # What a run hands over
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take the policy's tokenizer. The module hands it over before `prepare_data`."""
+        self._tokenizer = tokenizer
+
+    def set_policy(self, policy: RowReader) -> None:
+        """Take the policy that will read the batches. The module hands it over once it is built."""
+        self._policy = policy
+
+    def set_label_noise(self, noise: LabelNoise) -> None:
+        """Relabel the training pairs. A callback hands its noise over in its `setup`.
+
+        Tokens and reference stay those of the clean pairs, unless the noise also marks the prompts.
+
+        Raises:
+            ConfigError: The run has label noise already.
+        """
+        if self._noise is not None:
+            raise ConfigError(
+                f"callbacks: found two kinds of label noise ({self._noise.key()}; {noise.key()}), expected one at most."
+            )
+        self._noise = noise
+        source = self.source("train")
+        if source is None:
+            return
+        if noise.marks_prompts:
+            self.load("train", handed_over(self._tokenizer))
+            self._report("train")
+            return
+        # Texts and scores are not kept with the tokens.
+        examples = list(source.read(DataReport()))
+        self._swaps = noise.flips(examples)[self.pairs["train"].indices]
+
     def prepare_data(self) -> None:
         """Fill the token cache, in one process of the machine."""
         assert self.trainer is not None
         for stage in STAGES[str(self.trainer.state.fn.value)]:  # type: ignore[union-attr]
-            self.load(stage, self._tokenizer)
+            self.load(stage, handed_over(self._tokenizer))
 
     def setup(self, stage: str) -> None:
         """Open the tokens, and tell the log and the loggers what became of every row."""
-        assert self.trainer is not None
+        self._noise = self._swaps = None
         for name in STAGES[stage]:
-            if self.load(name, self._tokenizer) is None:
-                continue
-            if name == "train":
-                self._relabel()
-            report = self.reports[name]
-            rank_zero_info(f"{name}: {report}")
-            for logger in self.trainer.loggers:
-                logger.log_metrics(
-                    {key.replace("data/", f"data/{name}/", 1): n for key, n in report.metrics().items()}, 0
-                )
+            if self.load(name, handed_over(self._tokenizer)) is not None:
+                self._report(name)
+
+    def _report(self, stage: Stage) -> None:
+        assert self.trainer is not None
+        report = self.reports[stage]
+        rank_zero_info(f"{stage}: {report}")
+        metrics = {key.replace("data/", f"data/{stage}/", 1): value for key, value in report.metrics().items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, 0)
 
     def load(self, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> TokenStore | None:
         """The tokens of a stage and, in `reports`, how they came about. Needs no trainer.
@@ -170,8 +215,8 @@ class PreferenceDataModule(LightningDataModule):
         source = self.source(stage)
         if source is None:
             return None
-        if stage == "train" and (noise := self.label_noise) and noise.marks_prompts:
-            source = MarkedSource(source, noise)
+        if stage == "train" and self._noise is not None and self._noise.marks_prompts:
+            source = MarkedSource(source, self._noise)
         template = make_template(tokenizer, self.template)
         self.pairs[stage], self.reports[stage] = load_or_tokenize(
             source,
@@ -182,26 +227,10 @@ class PreferenceDataModule(LightningDataModule):
         )
         return self.pairs[stage]
 
-    # Wrong labels
-
-    @property
-    def label_noise(self) -> LabelNoise | None:
-        """What says which training labels are wrong: one of the trainer's callbacks, or nothing."""
-        return None if self.trainer is None else noise_among(self.trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's connector
-
     @property
     def training_pairs(self) -> TokenStore:
-        """The pairs that are trained on, labelled as they are there."""
-        return self.pairs["train"].relabelled(self._swaps, self._noise)
-
-    def _relabel(self) -> None:
-        """Note which labels are wrong. Tokens and reference stay those of the clean pairs, whatever the noise."""
-        noise, source = self.label_noise, self.source("train")
-        self._swaps, self._noise = None, "" if noise is None else noise.key()
-        if noise is not None and source is not None and not noise.marks_prompts:
-            # Texts, scores and all are no longer known behind the tokens.
-            examples = list(source.read(DataReport()))
-            self._swaps = noise.flips(examples)[self.pairs["train"].indices]
+        """The training pairs with the labels of this run."""
+        return self.pairs["train"].relabelled(self._swaps, "" if self._noise is None else self._noise.key())
 
     # What the reference says of the pairs
 
@@ -290,16 +319,16 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             DataError: The policy cannot read the layout that is set.
         """
-        takes_mask = self._module.policy.takes_block_mask
+        policy = handed_over(self._policy)
+        takes_mask = policy.takes_block_mask
         if self.layout == "shared_prefix" and not takes_mask:
             raise DataError(
                 "data.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask. "
                 "Expected padded (or auto), or policy.attention sdpa or eager."
             )
-        pad_id = make_template(self._tokenizer, self.template).pad_id
+        pad_id = make_template(handed_over(self._tokenizer), self.template).pad_id
         if self.layout == "padded" or not takes_mask:
             return PaddedLayout(pad_id)
-        policy = self._module.policy
         if self._on_gpu:
             return FixedShapesLayout(pad_id, self.row_tokens or (None if policy.block_sparse else ROW_TOKENS))
         return SharedPrefixLayout(pad_id, self.row_tokens or (None if policy.attends_by_segment else ROW_TOKENS))
@@ -313,16 +342,6 @@ class PreferenceDataModule(LightningDataModule):
         )
 
     @property
-    def _module(self) -> Any:
-        # A `PreferenceModule`, which stands above this one in the order of imports.
-        assert self.trainer is not None
-        return self.trainer.lightning_module
-
-    @property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._module.tokenizer
-
-    @property
     def _place(self) -> tuple[int, int]:
         assert self.trainer is not None
         return self.trainer.global_rank, self.trainer.world_size
@@ -331,3 +350,20 @@ class PreferenceDataModule(LightningDataModule):
     def _on_gpu(self) -> bool:
         assert self.trainer is not None
         return self.trainer.strategy.root_device.type == "cuda"
+
+
+Part = TypeVar("Part")
+
+
+def handed_over(part: Part | None) -> Part:
+    """Return a part that the module hands to the DataModule at the beginning of a run.
+
+    Raises:
+        ConfigError: There is no such run.
+    """
+    if part is None:
+        raise ConfigError(
+            "data: found a DataModule without a tokenizer or a policy, expected a run of a PreferenceModule, which "
+            "hands them over. Call `load(stage, tokenizer)` where there is no trainer."
+        )
+    return part

@@ -80,8 +80,8 @@ class LatentSpace(nn.Module, ABC):
             standardise: Have these networks read what tells the states apart: less their running mean, over their
                 running deviation. Unless that is done they hardly see the prompt (see `RunningMoments`).
             warm_start_pairs: Training pairs, at most, to which the space is fitted before the first step, in a sketch
-                of the policy (see `algorithms.warm_start` and docs/latent_spaces.md). Codes are then found by looking at
-                all of them at once. At least two for each code. 0: none.
+                of the policy (see `algorithms.warm_start` and docs/latent_spaces.md). Codes are then found by
+                looking at all of them at once. At least two for each code. 0: none.
 
         Raises:
             ValueError: `hidden` is below 1, or `warm_start_pairs` is negative.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_head, head_of
-from lpc_lightning.policy.logprobs import BatchForward, CodeRange
+from lpc_lightning.policy.logprobs import BatchForward
 from lpc_lightning.policy.masks import FORMS, FULL, block_mask, layer_windows
 from lpc_lightning.policy.memory_efficient_layers import make_published
 from lpc_lightning.policy.segment_attention import SEGMENT, blocks_of
@@ -30,7 +30,6 @@ class CausalPolicy(nn.Module):
     """True if packed rows are attended to by blocks: a row may be long, since blocks that hide all cost nothing."""
     _compiled: CompiledLayers | None = None
     _compiles_head = False
-    _code_range: CodeRange | None = None
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         """Wrap a causal LM.
@@ -43,7 +42,6 @@ class CausalPolicy(nn.Module):
         """
         super().__init__()
         self.model = model
-        self._code_range = CodeRange()
         # It plans each new shape anew, for milliseconds of CPU time a call.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
@@ -135,7 +133,7 @@ class CausalPolicy(nn.Module):
 
     def read(self, batch: PreferenceBatch) -> BatchForward:
         """One backbone pass."""
-        return BatchForward(self.hidden(batch), batch, self.head, self._code_range)
+        return BatchForward(self.hidden(batch), batch, self.head)
 
     def hidden(self, batch: PreferenceBatch) -> Tensor:
         """(R T, d) last hidden states of all tokens, flattened."""

@@ -27,30 +27,6 @@ WIDE_RANGE = 600.0
 """The same in float64, up to which sums over the vocabulary are then taken. Losses without a reference go there."""
 
 
-class CodeRange:
-    """Largest range of the codes' logit biases, in nats; read from a GPU now and then, since each read waits for it.
-
-    Between two reads it is the last one. A step of training moves it by far less than the margin of `THIN_RANGE`: sums
-    in float32 hold up to about 85 nats.
-    """
-
-    EVERY = 32
-    """Calls from one read to the next on a GPU; 1 in runs that are to be deterministic, also after a resume."""
-
-    def __init__(self) -> None:
-        """Start with a read at the first call."""
-        self._calls, self._last = 0, 0.0
-
-    def __call__(self, table: Tensor) -> float:
-        """Return the range of `table` (K, V)."""
-        rare = table.is_cuda and not torch.are_deterministic_algorithms_enabled()
-        if not rare or self._calls % self.EVERY == 0:
-            biases = table.detach()
-            self._last = float((biases.amax(-1) - biases.amin(-1)).max())
-        self._calls += 1
-        return self._last
-
-
 def token_logps(
     hidden: Tensor, targets: Tensor, head: LogitHead, z: Tensor | None = None, group: Tensor | None = None
 ) -> Tensor:
@@ -81,7 +57,7 @@ def _shifted_logps(
 
 
 def token_logps_per_code(
-    hidden: Tensor, targets: Tensor, head: LogitHead, codes: Tensor, code_range: CodeRange | None = None
+    hidden: Tensor, targets: Tensor, head: LogitHead, codes: Tensor, code_range: float | None = None
 ) -> Tensor:
     """log softmax(head(hidden + e_k))[target] for each token under every code, by one pass through the head.
 
@@ -96,14 +72,15 @@ def token_logps_per_code(
         targets: (N,) token ids.
         head: The policy's head.
         codes: (K, d) the codebook.
-        code_range: Measures the range of the codes' logit biases. Default: it is read.
+        code_range: `code_range` of these codes, as of a few steps ago: the two limits have room. None: it is measured,
+            for which the CPU waits for the device.
 
     Returns:
         (N, K) in nats, float32 (float64 for float64 input).
     """
     table = code_logits(head, codes)
     if head.softcap is None:
-        across = (code_range or CodeRange())(table)
+        across = float(_range(table)) if code_range is None else code_range
         if across <= THIN_RANGE:
             return _TokenLogps.apply(hidden, head.weight, head.bias, table, None, None, targets, head)
         if across <= WIDE_RANGE and hidden.device.type != "mps":
@@ -142,6 +119,16 @@ def code_logits(head: LogitHead, codes: Tensor) -> Tensor:
     """The logit bias that each code is, LMHead(e_k) without the head's own bias: (K, V) in the type of `codes`."""
     with torch.autocast(codes.device.type, enabled=False):
         return head.scale * codes @ head.weight.to(codes.dtype).T
+
+
+@torch.no_grad()
+def code_range(head: LogitHead, codes: Tensor) -> Tensor:
+    """() the largest difference, in nats, between two logits that one code is the bias of."""
+    return _range(code_logits(head, codes))
+
+
+def _range(table: Tensor) -> Tensor:
+    return (table.detach().amax(-1) - table.detach().amin(-1)).max()
 
 
 def logits_of(hidden: Tensor, head: LogitHead) -> Tensor:
@@ -420,16 +407,13 @@ class BatchForward:
     Hidden states do not depend on z, so that one reading serves every latent.
     """
 
-    def __init__(
-        self, hidden: Tensor, batch: PreferenceBatch, head: LogitHead, code_range: CodeRange | None = None
-    ) -> None:
+    def __init__(self, hidden: Tensor, batch: PreferenceBatch, head: LogitHead) -> None:
         """Keep the states at the places that the batch says to read.
 
         Args:
             hidden: (R T, d) the backbone's last hidden states, flattened.
             batch: The batch that they come from.
             head: The LM head that reads them.
-            code_range: Measures the range of the codes' logit biases. Default: it is read each time.
         """
         # One gather: the backward pass of each is a sum over all tokens.
         at = torch.cat([batch.read_at, batch.prompt_end, batch.completion_end])
@@ -438,7 +422,6 @@ class BatchForward:
         self.states = PairStates(prompt, chosen, rejected, annotators=batch.annotators)
         self._batch = batch
         self._head = head
-        self._code_range = code_range
 
     def logps(self, z: Tensor | None = None) -> Tensor:
         """(2B,) log-probability of each answer, under `z` (B, d) of its pair, or (None) as the plain policy."""
@@ -446,10 +429,13 @@ class BatchForward:
         group = None if z is None else batch.owner % batch.pairs
         return self._sum(token_logps(self._hidden, batch.targets, self._head, z, group))
 
-    def logps_per_code(self, codes: Tensor) -> Tensor:
-        """(2B, K) log-probability of each answer under every code of `codes` (K, d)."""
+    def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
+        """(2B, K) log-probability of each answer under every code of `codes` (K, d).
+
+        See `token_logps_per_code` for `code_range`.
+        """
         batch = self._batch
-        return self._sum(token_logps_per_code(self._hidden, batch.targets, self._head, codes, self._code_range))
+        return self._sum(token_logps_per_code(self._hidden, batch.targets, self._head, codes, code_range))
 
     def first_order(self) -> tuple[Tensor, Tensor]:
         """(2B,) log-probability of each answer without z, and (2B, d) its gradient with respect to z at z = 0."""

@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 
-from lpc_lightning.algorithms import DPO, FSDP2Strategy, pair_pass
+from lpc_lightning.algorithms import DPO, FSDP2Strategy
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.reference import pair_pass
 from lpc_lightning.reference.pair_cache import PairCache
 from lpc_lightning.types import PreferenceBatch
 

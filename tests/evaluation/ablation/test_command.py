@@ -66,7 +66,7 @@ def test_finished_cells_are_left_alone(uninterrupted: Path, capsys: pytest.Captu
     assert {path: path.stat().st_mtime_ns for path in (uninterrupted / "cells").rglob("*")} == before
     said = capsys.readouterr().out
     assert "0 cells to run" in said
-    assert "4 left as they are" in said
+    assert "4 skipped" in said
     assert "lpc-lightning report" in said
 
 
@@ -115,7 +115,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(
     assert not ablate(wanted, **command, retry_failed=True)
     assert record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")["attempts"] == 2
 
-    fingerprint._file.cache_clear()
+    fingerprint._describe_file.cache_clear()
     broken.write_text("class_path: lpc_lightning.latent.GumbelSpace\ninit_args: {num_codes: 4}\n")
     assert ablate(wanted, **command)  # another file: run anew without being asked
     assert record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")["attempts"] == 1

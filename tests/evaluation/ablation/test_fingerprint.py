@@ -27,7 +27,7 @@ ARGUMENTS = ["--config=fit.yaml", "--policy.path=model", "--model.beta=0.1"]
 
 
 def of(arguments: list[str] = ARGUMENTS, weights: str = "last") -> str:
-    module._file.cache_clear()
+    module._describe_file.cache_clear()
     return fingerprint(arguments, weights)
 
 

@@ -58,7 +58,7 @@ def test_combinations_are_left_out(read: Any) -> None:
 
 
 def test_the_command_line_trims_widens_and_sets(read: Any) -> None:
-    grid = read(GRID).changed(["algorithm=simpo", "noise=0.2,0.3,0.4", "codes=8", "trainer.max_steps=5"])
+    grid = read(GRID).with_changes(["algorithm=simpo", "noise=0.2,0.3,0.4", "codes=8", "trainer.max_steps=5"])
     cells = grid.cells()
     assert [tuple(cell.axes.values()) for cell in cells] == [("simpo", rate, 8) for rate in (0.2, 0.3, 0.4)]
     assert all(cell.arguments[-1] == "--trainer.max_steps=5" for cell in cells)
@@ -68,7 +68,7 @@ def test_names_may_be_more_than_those_taken_by_default(read: Any) -> None:
     algorithm = {"values": ["simpo"], **GRID["axes"]["algorithm"]}
     grid = read({**GRID, "axes": {**GRID["axes"], "algorithm": algorithm}})
     assert {cell.axes["algorithm"] for cell in grid.cells()} == {"simpo"}
-    assert grid.changed(["algorithm=dpo,simpo"]).cells() == read(GRID).cells()
+    assert grid.with_changes(["algorithm=dpo,simpo"]).cells() == read(GRID).cells()
     with pytest.raises(ConfigError, match="algorithm: found ppo, expected dpo, simpo"):
         read({**GRID, "axes": {"algorithm": algorithm | {"values": ["ppo"]}}})
 
@@ -83,7 +83,7 @@ def test_names_may_be_more_than_those_taken_by_default(read: Any) -> None:
 )
 def test_a_change_that_means_nothing_is_told(read: Any, change: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        read(GRID).changed([change])
+        read(GRID).with_changes([change])
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_no_file_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("change", "told"), [("seed=1,1", "a value twice"), ("skip", "found no cell")])
 def test_no_cell_and_cells_that_are_the_same_are_told(read: Any, change: str, told: str) -> None:
     grid = {"base": [], "axes": {"seed": {"values": [1], "key": "seed_everything"}}}
-    changed = read(grid).changed([change]) if "=" in change else read({**grid, "skip": [{"seed": 1}]})
+    changed = read(grid).with_changes([change]) if "=" in change else read({**grid, "skip": [{"seed": 1}]})
     with pytest.raises(ConfigError, match=told):
         changed.cells()
 

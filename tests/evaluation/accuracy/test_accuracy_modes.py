@@ -20,7 +20,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import (
     SWAPPED,
     AccuracyModes,
     AccuracyReport,
-    largest,
+    keep_largest,
     mode_margins,
     turnover,
 )
@@ -428,9 +428,9 @@ def test_small_groups_are_taken_together(layout: Layout, build: Build, make_pair
 
 
 def test_largest_keeps_by_size_and_then_by_name() -> None:
-    assert largest(["b", "a", "", "b", "c", "a", "d"], 2) == ["b", "a", "", "b", OTHERS, "a", OTHERS]
-    assert largest(["d", "c", "b", "a"], 2) == [OTHERS, OTHERS, "b", "a"]
-    assert largest([], 2) == []
+    assert keep_largest(["b", "a", "", "b", "c", "a", "d"], 2) == ["b", "a", "", "b", OTHERS, "a", OTHERS]
+    assert keep_largest(["d", "c", "b", "a"], 2) == [OTHERS, OTHERS, "b", "a"]
+    assert keep_largest([], 2) == []
 
 
 def test_a_table_gives_back_its_rows() -> None:

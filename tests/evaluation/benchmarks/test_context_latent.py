@@ -33,7 +33,7 @@ STATES = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("mode", ["mean", "argmax", 2])
 def test_a_mode_that_draws_nothing_is_the_priors(mode: str | int) -> None:
     latent = ContextLatent(made("discrete"), mode, seed=0)
-    assert not latent.draws
+    assert not latent.is_random
     assert torch.equal(latent(STATES, CONTEXTS), made("discrete")(STATES, mode))
 
 

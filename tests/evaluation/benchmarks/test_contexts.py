@@ -12,10 +12,10 @@ from lpc_lightning.evaluation.benchmarks.contexts import (
     ContextBatch,
     Group,
     Request,
-    batches,
     group_by_context,
-    kept_of,
+    kept_context_length,
     lay_out,
+    make_batches,
 )
 from lpc_lightning.types import PIECES
 
@@ -67,7 +67,7 @@ def test_every_request_is_read_once_as_stock_reads_it(requests: list[Request], m
     assert answered(groups) == expected
     assert max(group.longest for group in groups) == max(len(one) + len(other) - 1 for one, other in expected)
 
-    plan = batches(groups, most)
+    plan = make_batches(groups, most)
     assert answered([group for members in plan for group in members]) == expected
     for members in plan:
         batch = lay_out(members, most)
@@ -93,7 +93,7 @@ def test_a_batch_holds_no_more_than_its_tokens_or_those_of_the_longest_sequence(
 ) -> None:
     groups = group_by_context(requests, 20)
     room = max(most, *(group.longest for group in groups))
-    plan = batches(groups, most)
+    plan = make_batches(groups, most)
     assert max(sum(group.tokens for group in members) for members in plan) <= room
     sizes = [group.tokens for members in plan for group in members]
     assert sizes == sorted(sizes, reverse=True), "the largest first: what fits, fits at once"
@@ -104,7 +104,7 @@ def test_a_batch_of_one_sequence_still_shares_what_fits() -> None:
     requests = [(context, (choice,) * 4) for choice in range(4)] + [((7,) * 60, (1, 2))]
     longest, shared = group_by_context(requests, 100)[::-1][0], group_by_context(requests, 100)[0]
     assert (longest.longest, shared.tokens) == (61, 42)
-    assert [[group.tokens for group in members] for members in batches([shared, longest], 61)] == [[61], [42]]
+    assert [[group.tokens for group in members] for members in make_batches([shared, longest], 61)] == [[61], [42]]
 
 
 def test_choices_share_their_context_and_equal_ones_each_other() -> None:
@@ -125,7 +125,7 @@ def test_contexts_cut_to_different_lengths_are_different_contexts() -> None:
     context = (1, 2, 3, 4)
     groups = group_by_context([(context, (5,)), (context, (5, 6)), (context, (6, 6))], 4)
     assert [group.context for group in groups] == [context, (2, 3, 4)]
-    assert [group.whole for group in groups] == [context, context]
+    assert [group.full_context for group in groups] == [context, context]
     assert [group.continuations for group in groups] == [((5,),), ((5, 6), (6, 6))]
 
 
@@ -155,8 +155,8 @@ def test_more_continuations_than_a_row_has_numbers_for() -> None:
 )
 def test_requests_that_cannot_be_scored(request_: Request, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        kept_of(request_, 5)
+        kept_context_length(request_, 5)
 
 
 def test_a_continuation_as_long_as_the_window_keeps_one_token_of_context() -> None:
-    assert kept_of(([1, 2, 3], [4] * 5), 5) == 1
+    assert kept_context_length(([1, 2, 3], [4] * 5), 5) == 1

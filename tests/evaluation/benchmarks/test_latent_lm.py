@@ -373,7 +373,7 @@ def test_where_no_mask_is_taken_contexts_are_read_again_and_the_log_says_so_once
 ) -> None:
     prior = make_prior()
     lms = [LatentLM(maskless, tokenizer, prior) for _ in range(2)]
-    said = [record.message for record in caplog.records if "takes no block mask" in record.message]
+    said = [record.message for record in caplog.records if "accepts no block mask" in record.message]
     assert len(said) == 1
     assert not lms[0].share_contexts
     assert_close(scored(lms[0], questions()), naive(maskless, questions(), under(prior, "mean")), 1e-4)
@@ -440,9 +440,12 @@ def test_only_what_the_user_should_know_is_said(
     lm = LatentLM(policies("llama"), tokenizer, make_prior())
     assert not caplog.records
     lm.loglikelihood(texts())
-    said = [record.message for record in caplog.records if record.name.startswith(("evaluation", "lm_eval"))]
+    said = [
+        record.message for record in caplog.records if record.name.startswith(("lpc_lightning.evaluation", "lm_eval"))
+    ]
     assert said == [
-        "2 of 10 requests are longer than the 64 tokens that the policy reads: their contexts lose their first tokens."
+        "2 of 10 requests are longer than the policy's window of 64 tokens. "
+        "The first tokens of their contexts are removed."
     ]
 
 

@@ -14,10 +14,10 @@ import torch
 
 from lpc_lightning.evaluation.benchmarks.results import (
     BenchmarkResults,
-    plain,
     read_results,
     scores,
     stderr_name,
+    to_json_value,
     write_results,
 )
 from lpc_lightning.evaluation.provenance import git_revision, package_versions, provenance
@@ -82,7 +82,7 @@ def test_values_of_other_libraries_become_plain() -> None:
         "numpy": 0.5, "truth": True, "count": 3, "table": [0, 1, 2], "7": [1, [2]],
         "tensor": [1.0, None], "dtype": "torch.bfloat16", "path": "a/b", "none": None,
     }  # fmt: skip
-    assert json.loads(json.dumps(plain(value), allow_nan=False)) == expected
+    assert json.loads(json.dumps(to_json_value(value), allow_nan=False)) == expected
 
 
 @pytest.mark.parametrize("file", ["results.json", "items.jsonl"])

@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import read_results, scores, stderr_name, write_results
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
-from lpc_lightning.evaluation.benchmarks.shared_requests import shares_of
+from lpc_lightning.evaluation.benchmarks.shared_requests import divide_requests
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks, task_manager
 
 EXACT = {"rel": 1e-9, "abs": 1e-12}
@@ -275,7 +275,7 @@ def test_shares_hold_every_request_once_and_keep_contexts_whole() -> None:
     draw = random.Random(0)
     contexts = ["".join(draw.choices("ab", k=draw.randint(1, 4))) for _ in range(60)]
     for processes in (1, 2, 3, 40):
-        shares = shares_of(contexts, processes)
+        shares = divide_requests(contexts, processes)
         assert len(shares) == processes
         assert sorted(number for share in shares for number in share) == list(range(60))
         homes = {(contexts[number], rank) for rank, share in enumerate(shares) for number in share}

@@ -146,7 +146,7 @@ def test_a_missing_file_is_named_with_what_is_expected(name, data_dir) -> None:
     ("tasks", "local", "said"),
     [
         ([], False, "tasks: found none"),
-        (["arc_eazy"], False, "found 'arc_eazy', which lm-eval does not know, expected arc_easy"),
+        (["arc_eazy"], False, "found 'arc_eazy', which is not an lm-eval task, expected arc_easy"),
         (["qqqqqqqq"], False, "expected a task name such as arc_easy, arc_challenge"),
         (["gsm8k", "truthfulqa_mc3"], True, "found 'truthfulqa_mc3' with data_dir, expected truthfulqa_mc"),
         (["hellaswag"], True, "found 'hellaswag' with data_dir"),
@@ -191,11 +191,11 @@ def test_data_on_a_hub_out_of_reach_is_told_with_the_files_to_give(monkeypatch, 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(DataUnreachableError) as said:
         load_tasks("gsm8k")
-    assert "gsm8k (openai/gsm8k, main)" in str(said.value)
-    assert "--data-dir FOLDER, where FOLDER holds gsm8k/train.jsonl, gsm8k/test.jsonl" in str(said.value)
+    assert "data of gsm8k (openai/gsm8k, main)" in str(said.value)
+    assert "--data-dir FOLDER, where FOLDER contains gsm8k/train.jsonl, gsm8k/test.jsonl" in str(said.value)
     # The hub was not tried again and again for half a minute.
     assert "OfflineModeIsEnabled" in str(said.value)
-    with pytest.raises(DataUnreachableError, match="copy the Hugging Face cache"):
+    with pytest.raises(DataUnreachableError, match="Copy the Hugging Face cache"):
         load_tasks("hellaswag")
 
 

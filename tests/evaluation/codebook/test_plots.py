@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lpc_lightning.evaluation.accuracy.accuracy_modes import OTHERS
-from lpc_lightning.evaluation.codebook.embedding import LEAST, embed
-from lpc_lightning.evaluation.codebook.plots import MOST_CODES, MOST_COLUMNS, code_use, heat_map, render, scatter
+from lpc_lightning.evaluation.codebook.embedding import MIN_POINTS, embed
+from lpc_lightning.evaluation.codebook.plots import MAX_CODES, MAX_COLUMNS, code_use, heat_map, render, scatter
 
 
 def texts(figure: Figure) -> list[str]:
@@ -61,11 +61,11 @@ def test_a_heat_map_of_many_codes_and_sources_stays_readable(tmp_path: Path) -> 
     pixels = drawn(figure, tmp_path / "map.png")
     assert max(pixels.shape) < 2000
     image = figure.axes[0].images[0].get_array()
-    assert image.shape == (MOST_CODES + 2, MOST_COLUMNS + 1)  # type: ignore[union-attr]
+    assert image.shape == (MAX_CODES + 2, MAX_COLUMNS + 1)  # type: ignore[union-attr]
     assert np.asarray(image).sum(1) == pytest.approx(1)
     read = texts(figure)
     assert OTHERS in read
-    assert any(text.startswith(f"{256 - MOST_CODES} others") for text in read)
+    assert any(text.startswith(f"{256 - MAX_CODES} others") for text in read)
     assert "all  (n = 3000)" in read
     assert not figure.axes[0].texts, "counts would not be legible"
 
@@ -120,11 +120,11 @@ def test_many_labels_are_told_apart_by_colour_and_marker(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("points", "note"),
     [
-        (np.eye(LEAST - 1, dtype=np.float32), "needs 5 points or more, found 4"),
+        (np.eye(MIN_POINTS - 1, dtype=np.float32), "needs 5 points or more, found 4"),
         (np.zeros((0, 3), dtype=np.float32), "found 0"),
-        (np.zeros((30, 3), dtype=np.float32), "All 30 points are alike"),
-        (np.full((30, 3), 0.1, dtype=np.float32), "All 30 points are alike"),
-        (1 + 1e-8 * np.random.default_rng(0).normal(size=(30, 3)), "All 30 points are alike"),
+        (np.zeros((30, 3), dtype=np.float32), "All 30 points are equal"),
+        (np.full((30, 3), 0.1, dtype=np.float32), "All 30 points are equal"),
+        (1 + 1e-8 * np.random.default_rng(0).normal(size=(30, 3)), "All 30 points are equal"),
     ],
 )
 def test_what_cannot_be_laid_out_is_told(points: NDArray[np.float32], note: str, tmp_path: Path) -> None:
@@ -133,17 +133,17 @@ def test_what_cannot_be_laid_out_is_told(points: NDArray[np.float32], note: str,
     assert any(note in text for text in texts(figure))
 
 
-@pytest.mark.parametrize("count", [LEAST, 6, 20, 90])
+@pytest.mark.parametrize("count", [MIN_POINTS, 6, 20, 90])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])
 def test_near_points_lie_near(count: int, scale: float) -> None:
     draw = np.random.default_rng(0)
     points = scale * np.concatenate([draw.normal(size=(count, 8)), 50 + draw.normal(size=(count, 8))])
     found = embed(points.astype(np.float32), seed=1)
-    assert found.places is not None
-    assert found.places.shape == (2 * count, 2)
-    assert np.isfinite(found.places).all()
+    assert found.coordinates is not None
+    assert found.coordinates.shape == (2 * count, 2)
+    assert np.isfinite(found.coordinates).all()
     if count >= 20:
-        gaps = np.linalg.norm(found.places[:, None] - found.places[None], axis=-1) + 1e9 * np.eye(2 * count)
+        gaps = np.linalg.norm(found.coordinates[:, None] - found.coordinates[None], axis=-1) + 1e9 * np.eye(2 * count)
         assert ((gaps.argmin(1) < count) == (np.arange(2 * count) < count)).all()
 
 
@@ -152,7 +152,7 @@ def test_a_layout_belongs_to_its_seed_and_touches_no_generator() -> None:
     np.random.seed(3)
     before, ours = np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr, index]
     one, other = embed(points, seed=2**40), embed(points, seed=2**40)
-    assert np.array_equal(one.places, other.places)  # type: ignore[arg-type]
+    assert np.array_equal(one.coordinates, other.coordinates)  # type: ignore[arg-type]
     assert np.random.get_state()[1].tolist() == before  # type: ignore[union-attr, index]
     assert torch.equal(torch.get_rng_state(), ours)
 

@@ -29,7 +29,7 @@ class Stated(MarginalSpace):
     """A space whose posterior is what it is told to be."""
 
     def __init__(self, posterior: Tensor | None) -> None:
-        super().__init__(codes=CODES)
+        super().__init__(num_codes=CODES)
         self.stated = posterior
 
     def log_posterior(self, states: PairStates, score: Any) -> Tensor | None:  # type: ignore[override]

@@ -222,7 +222,7 @@ def test_preference_accuracy_is_that_of_the_test_command(
     assert sum(right) / 9 == pytest.approx(metrics["accuracy/prior"])
     other = results("plain").metrics["preferences"]
     assert set(other) == {"accuracy/prior", "accuracy/prior_stderr", "margin/prior", "margin/prior_stderr"}
-    assert "unlike: reward is likelihood, and implicit for lpc-last" in said.out
+    assert "not comparable: reward is likelihood, but implicit for lpc-last" in said.out
 
 
 def test_pairs_have_a_limit_too_and_files_without_splits_are_taken_whole(
@@ -293,7 +293,7 @@ def test_more_tasks_are_added_to_what_is_there(
     run_tasks.clear()
     said = evaluate(plain, "--tasks", "truthfulqa_mc1", "gsm8k", "--limit=4")
     assert said.code == 0
-    assert "Goes on with the results in" in said.out
+    assert "Continuing with the results in" in said.out
     assert run_tasks == ["gsm8k"]
     added = results("plain")
     shutil.rmtree(tmp_path / "results")
@@ -400,7 +400,7 @@ def test_results_that_were_damaged_are_told(evaluate: Run, plain: str, tmp_path:
     (folder / "results.json").write_text("{")
     said = evaluate(plain, "--tasks=arc_easy")
     assert said.code == 1
-    assert f"{folder} holds no whole results (JSONDecodeError" in said.errors[0]
+    assert f"{folder}: found incomplete results (JSONDecodeError" in said.errors[0]
     assert (folder / "results.json").read_text() == "{"
 
 
@@ -409,7 +409,7 @@ def test_results_that_were_damaged_are_told(evaluate: Run, plain: str, tmp_path:
     [
         (["--limit=0"], "limit: found 0, expected at least one document"),
         (["--num-fewshot=-1"], "num_fewshot: found -1, expected 0 or more"),
-        (["--tasks=none"], "tasks: found none, expected some, or a file of preference pairs"),
+        (["--tasks=none"], "tasks: found none, expected a task, or a file of preference pairs"),
         (["--tasks=arc_esay"], "tasks: found 'arc_esay' with data_dir, expected arc_easy"),
         (["--names", "a", "b"], "names: found 2 for 1 models, expected one for each"),
         (["--preferences=nowhere.jsonl"], "preferences: found no file nowhere.jsonl, expected preference pairs"),
@@ -477,7 +477,7 @@ def test_models_on_other_items_are_not_tested_against_each_other(
     evaluate(plain, "--tasks=arc_easy", "--limit=4")
     said = evaluate(tmp_path / "results" / "plain", checkpoint, "--tasks=arc_easy", "--limit=5")
     assert said.code == 0
-    assert "unlike: limit is 5, and 4 for plain" in said.out
+    assert "not comparable: limit is 5, but 4 for plain" in said.out
     assert "Below: differences to" not in said.out
 
 
@@ -485,7 +485,9 @@ def test_models_in_another_precision_are_compared_with_a_note(evaluate: Run, pla
     evaluate(plain, "--tasks=arc_easy", "--limit=4")
     said = evaluate(tmp_path / "results" / "plain", plain, "--tasks=arc_easy", "--limit=4", "--precision=bfloat16")
     assert said.code == 0, said.err
-    assert "plain-2 was evaluated in bfloat16, and plain in float32: its differences hold rounding, too." in said.out
+    assert (
+        "plain-2 was evaluated in bfloat16, and plain in float32: its differences include rounding errors." in said.out
+    )
     assert "Below: differences to plain" in said.out
 
 
@@ -497,5 +499,5 @@ def test_names_are_short_and_no_two_alike() -> None:
         ("hub-name", models[2]),
     ]
     assert name_models(models, ["x", "y", "z"])[2] == ("z", models[2])
-    with pytest.raises(ConfigError, match="names: found x, y, x, expected no two alike"):
+    with pytest.raises(ConfigError, match="names: found x, y, x, expected no two equal names"):
         name_models(models, ["x", "y", "x"])

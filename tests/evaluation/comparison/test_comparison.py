@@ -70,11 +70,11 @@ def test_items_are_matched_by_what_they_are_and_not_by_their_order() -> None:
 @pytest.mark.parametrize(
     ("other", "note"),
     [
-        (model("other", version=2.0), "unlike: version is 2.0, and 1.0 for base"),
-        (model("other", num_fewshot=5), "unlike: num_fewshot is 5, and 0 for base"),
-        (model("other", items=10), "unlike: limit is 10, and 40 for base"),
-        (model("other", items=10, limit=40), "unlike: only 10 of 40 items are the same"),
-        (model("other", template="chat"), "unlike: template is chat, and None for base"),
+        (model("other", version=2.0), "not comparable: version is 2.0, but 1.0 for base"),
+        (model("other", num_fewshot=5), "not comparable: num_fewshot is 5, but 0 for base"),
+        (model("other", items=10), "not comparable: limit is 10, but 40 for base"),
+        (model("other", items=10, limit=40), "not comparable: only 10 of 40 items are the same"),
+        (model("other", template="chat"), "not comparable: template is chat, but None for base"),
     ],
     ids=["version", "adapt", "limit", "items", "a condition that one has"],
 )
@@ -93,7 +93,7 @@ def test_another_precision_is_tested_with_a_note(kinds: tuple[str, str], tmp_pat
     assert differences(found) == differences(plain)
     note = f"evaluated in {kinds[1]}, and base in {kinds[0]}"
     assert [cell.note for cell in found.cells] == ["", note, "", note]
-    assert to_markdown(found) == f"{to_markdown(plain)}\n\nother was {note}: its differences hold rounding, too."
+    assert to_markdown(found) == f"{to_markdown(plain)}\n\nother was {note}: its differences include rounding errors."
     write_comparison(tmp_path, found)
     assert [row["note"] for row in json.loads((tmp_path / "comparison.json").read_text())] == ["", note, "", note]
 
@@ -116,14 +116,14 @@ def test_another_document_under_the_same_number_is_another_item() -> None:
         Item(item.doc_id, "new" if item.doc_id == 3 else item.doc_hash): v for item, v in other.items[ARC].items()
     }
     found = compare([model("base"), replace(other, items=other.items | {ARC: changed})])
-    assert [cell.note for cell in found.cells if cell.note] == ["unlike: only 39 of 41 items are the same"]
+    assert [cell.note for cell in found.cells if cell.note] == ["not comparable: only 39 of 41 items are the same"]
 
 
 def test_what_is_not_known_of_items_is_shown_without_a_test() -> None:
     base, other = model("base"), model("other")
     other = replace(other, items={ARC: other.items[ARC]})
     found = compare([base, other])
-    assert found.cells[3].note == "no test: there are no scores of single items whose mean it is"
+    assert found.cells[3].note == "no test: the score is not a mean of stored item scores"
 
 
 def test_a_single_item_is_no_test() -> None:
@@ -135,9 +135,9 @@ def test_a_task_that_a_model_lacks() -> None:
     other = model("other")
     other = replace(other, scores={ARC: 0.5})
     found = compare([model("base"), other])
-    assert (found.cells[3].value, found.cells[3].note) == (None, "other was not measured")
+    assert (found.cells[3].value, found.cells[3].note) == (None, "other was not evaluated")
     turned = compare([replace(other, name="base"), model("other")])
-    assert turned.cells[3].note == "base was not measured"
+    assert turned.cells[3].note == "base was not evaluated"
 
 
 @pytest.fixture
@@ -162,18 +162,18 @@ def test_the_text_to_the_letter(small: Comparison) -> None:
         "| arc_easy | acc             | 0.0000 ± 0.1000 | 1.0000 ± 0.1000 * | 0.2500 ± 0.1000 |\n"
         "| wikitext | word_perplexity |         12.5000 |           12.5000 |               - |\n"
         "\n"
-        "Score ± standard error. Below: differences to base, with 95 % intervals. p: McNemar's exact test where items "
+        "Score ± standard error. Below: differences to base, with 95 % intervals. p: McNemar's exact test if all items "
         "score 0 or 1,\n"
-        "a paired bootstrap elsewhere; Holm: corrected for all tests shown. *: Holm below 0.05.\n"
+        "else a paired bootstrap; Holm: corrected for all tests shown. *: Holm below 0.05.\n"
         "\n"
         "| task     | metric | model  | difference |      95 % interval |     p |  Holm | items |\n"
         "| -------- | ------ | ------ | ---------: | -----------------: | ----: | ----: | ----: |\n"
         "| arc_easy | acc    | better |    +1.0000 | [+0.2917, +1.0000] | 0.031 | 0.031 |     6 |\n"
         "\n"
-        "| task     | model  | not compared                                                  | metrics         |\n"
-        "| -------- | ------ | ------------------------------------------------------------- | --------------- |\n"
-        "| arc_easy | other  | unlike: shots is 3, and 0 for base                            | acc             |\n"
-        "| wikitext | better | no test: there are no scores of single items whose mean it is | word_perplexity |"
+        "| task     | model  | not compared                                           | metrics         |\n"
+        "| -------- | ------ | ------------------------------------------------------ | --------------- |\n"
+        "| arc_easy | other  | not comparable: shots is 3, but 0 for base             | acc             |\n"
+        "| wikitext | better | no test: the score is not a mean of stored item scores | word_perplexity |"
     )
 
 

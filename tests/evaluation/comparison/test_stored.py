@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
-from lpc_lightning.evaluation.comparison.stored import REQUEST, added, apart, holds_results, missing_tasks, place_of
+from lpc_lightning.evaluation.comparison.stored import (
+    REQUEST,
+    add_run,
+    find_folder,
+    holds_results,
+    missing_tasks,
+    split_by_documents,
+)
 
 
 def run(metrics: Any = (), failures: Any = (), asked: Any = None, date: str = "d") -> BenchmarkResults:
@@ -45,9 +52,9 @@ def test_what_is_missing(stored: BenchmarkResults | None, tasks: list[str], miss
 
 
 def test_newer_results_take_the_place_of_older_ones_which_say_how_they_were_made() -> None:
-    first = added(None, run(["a", "b"], ["c"], date="first"))
+    first = add_run(None, run(["a", "b"], ["c"], date="first"))
     assert "earlier" not in first.record
-    second = added(first, run(["b", "c"], ["d"], date="second"))
+    second = add_run(first, run(["b", "c"], ["d"], date="second"))
     assert list(second.metrics) == ["a", "b", "c"]
     assert [(item["task"], item["response"]) for item in second.items] == [
         ("a", "first"),
@@ -64,23 +71,23 @@ def test_newer_results_take_the_place_of_older_ones_which_say_how_they_were_made
     assert (second.record["date"], second.record["seconds"]) == ("second", 3.0)
     made = {"date": "first", "packages": {}, "platform": "p", "git": None}
     assert second.record["earlier"] == [{"tasks": ["a", "b"], **made}]
-    third = added(second, run(["e"], date="third"))
+    third = add_run(second, run(["e"], date="third"))
     assert [each["date"] for each in third.record["earlier"]] == ["first", "second"]
 
 
 def test_tasks_about_the_same_documents_stay_together() -> None:
     tasks = ["truthfulqa_mc1", "arc_easy", "own.yaml", "truthfulqa_mc2", "piqa"]
-    assert apart(tasks) == [["truthfulqa_mc1", "truthfulqa_mc2"], ["arc_easy"], ["own.yaml"], ["piqa"]]
+    assert split_by_documents(tasks) == [["truthfulqa_mc1", "truthfulqa_mc2"], ["arc_easy"], ["own.yaml"], ["piqa"]]
 
 
 def test_each_request_has_a_folder_and_finds_it_again(tmp_path: Path) -> None:
     requests = [{"limit": 1, "path": Path("a")}, {"limit": 2, "path": Path("a")}]
     for number, request in enumerate(requests):
-        folder, found = place_of(tmp_path, "model", request)
+        folder, found = find_folder(tmp_path, "model", request)
         assert (folder.name, found) == (["model", "model-2"][number], None)
         write_results(folder, run([f"task {number}"]), {REQUEST: request})
     for number, request in enumerate(requests):
-        folder, found = place_of(tmp_path, "model", request)
+        folder, found = find_folder(tmp_path, "model", request)
         assert found is not None
         assert (folder.name, list(found.metrics)) == (["model", "model-2"][number], [f"task {number}"])
 

@@ -135,7 +135,7 @@ def test_the_bootstrap_keeps_its_promise(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("baseline", "other", "told"),
     [
-        ([1.0], [1.0], "found 1 and 1 items, expected as many, and at least 2"),
+        ([1.0], [1.0], "found 1 and 1 items, expected the same number of each, at least 2"),
         ([1.0, 0.0], [1.0, 0.0, 1.0], "found 2 and 3 items"),
         ([0.5, float("nan")], [0.5, 0.1], "not a finite number"),
     ],
