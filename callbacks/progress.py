@@ -14,7 +14,7 @@ SHORT_NAMES = {
 
 
 class PreferenceProgressBar(TQDMProgressBar):
-    """Progress bar with loss, accuracy and margin of the last step, and the codebook perplexity as `codes`."""
+    """Progress bar with loss, accuracy and margin of the last logged step, and the codebook perplexity as `codes`."""
 
     def get_metrics(self, trainer: Trainer, model: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         """Return the metrics at the end of the bar."""
