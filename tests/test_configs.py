@@ -172,6 +172,7 @@ def test_every_algorithm_trains_two_steps_with_every_latent(
         "--data.deciding=hidden",
         "--data.train_pairs=32",
         "--trainer.max_steps=2",
+        "--trainer.log_every_n_steps=1",
         "--trainer.enable_progress_bar=false",
         "--trainer.precision=32-true",
     ]
@@ -234,6 +235,7 @@ def test_an_ablation_opens_with_its_command_and_its_first_cell_takes_two_steps(
         "--data.batch_size=16",
         "--data.train_pairs=32",
         "--trainer.max_steps=2",
+        "--trainer.log_every_n_steps=1",
         "--trainer.enable_progress_bar=false",
         "--trainer.precision=32-true",
     ]

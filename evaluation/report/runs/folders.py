@@ -56,11 +56,11 @@ def load_folders(paths: Sequence[str]) -> Loaded:
     """
     folders: dict[Path, FolderKind] = {}
     for path in paths:
-        found = dict(_find(Path(path)))
-        if not found:
+        results = dict(_find(Path(path)))
+        if not results:
             expected = "; ".join(f"{kind.description} ({kind.marker})" for kind in KINDS)
             raise ConfigError(f"runs: found no results in {path}, expected a folder that is or contains {expected}.")
-        folders |= {folder.resolve(): kind for folder, kind in found.items()}
+        folders |= {folder.resolve(): kind for folder, kind in results.items()}
     loaded = reduce(add, (_load(kind, folder) for folder, kind in folders.items()))
     read = {record.folder.resolve() for record in loaded.records if record.folder is not None}
     measured = {measurement.run.resolve() for measurement in loaded.measurements if measurement.run is not None}

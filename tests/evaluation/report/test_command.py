@@ -78,18 +78,18 @@ def test_differences_against_scipy(reported: Path) -> None:
 
 
 def test_cost_table_by_method(reported: Path) -> None:
-    found = {row["latent"]: row for row in rows(reported / "cost.csv")}
-    assert (found["none"]["policy_parameters"], found["none"]["latent_parameters"]) == ("1000", "0")
-    assert found["marginal"]["latent_parameters"] == "24"
-    assert (float(found["none"]["seconds"]), float(found["marginal"]["peak_gib"])) == (12, 2)
+    costs = {row["latent"]: row for row in rows(reported / "cost.csv")}
+    assert (costs["none"]["policy_parameters"], costs["none"]["latent_parameters"]) == ("1000", "0")
+    assert costs["marginal"]["latent_parameters"] == "24"
+    assert (float(costs["none"]["seconds"]), float(costs["marginal"]["peak_gib"])) == (12, 2)
     assert "| 1,000 |" in re.sub(" +", " ", (reported / "cost.md").read_text())
 
 
 def test_runs_csv_has_all_metrics(reported: Path) -> None:
-    found = rows(reported / "runs.csv")
-    assert len(found) == 9
-    assert float(found[-1]["test/rewards/accuracies"]) == pytest.approx(VALUES["marginal"][2] - 0.1)
-    assert found[-1]["run"] == "latent=marginal,seed=3"
+    runs = rows(reported / "runs.csv")
+    assert len(runs) == 9
+    assert float(runs[-1]["test/rewards/accuracies"]) == pytest.approx(VALUES["marginal"][2] - 0.1)
+    assert runs[-1]["run"] == "latent=marginal,seed=3"
 
 
 class Texts(HTMLParser):
@@ -163,9 +163,9 @@ def test_report_of_an_ablation_without_finished_run(write_ablation: Write, tmp_p
 def test_report_of_few_runs(write_ablation: Write, seeds: list[int | None], latents: list[str], tmp_path: Path) -> None:
     folder = write_ablation({"latent": latents}, seeds, lambda latent, seed: 0.5 + 0.1 * (seed or 0))
     report([str(folder)], out=str(tmp_path / "out"))
-    found = rows(tmp_path / "out" / "means.csv")
-    assert [row["n"] for row in found] == [str(len(seeds))] * len(latents)
-    assert all(bool(row["low"]) == (len(seeds) > 1) for row in found)
+    means = rows(tmp_path / "out" / "means.csv")
+    assert [row["n"] for row in means] == [str(len(seeds))] * len(latents)
+    assert all(bool(row["low"]) == (len(seeds) > 1) for row in means)
 
 
 def test_report_selects_metrics_axes_and_baseline(write_ablation: Write, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ METRIC = "val/rewards/accuracies"
 
 
 def run(seed: int | None, value: float | None = None, status: str = "finished", **axes: Any) -> RunRecord:
-    name = ",".join(f"{axis}={each}" for axis, each in axes.items()) + f",seed={seed}"
+    name = ",".join(f"{axis}={axis_value}" for axis, axis_value in axes.items()) + f",seed={seed}"
     return RunRecord(name, axes, seed, status, metrics={} if value is None else {METRIC: value})
 
 
