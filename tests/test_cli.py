@@ -439,7 +439,7 @@ def test_a_bad_row_is_named(kind: str, command: Command, places: list[str], tmp_
     assert_one_error(said, pattern)
     if not rows:
         return
-    assert "Correct or remove them; a fit can go on without them (`data.bad_rows: skip`)." in said.err
+    assert "Correct or remove them, or set `data.bad_rows: skip` to train without them." in said.err
     went_on = command(
         "fit", *POLICY, *MODEL, *flags, *TRAINER, *places, "--data.bad_rows=skip", "--trainer.max_steps=1"
     )

@@ -109,10 +109,12 @@ class AccuracyModes(nn.Module):
         """Add a batch. See `mode_margins` for the arguments."""
         margins = mode_margins(evaluated, space)
         self.headline.update({"accuracy/prior": accuracies(margins["prior"]), "margin/prior": margins["prior"]})
-        alone = "no_latent" in margins and "shuffled" not in margins
-        if alone:
+        unshuffled = "no_latent" in margins and "shuffled" not in margins
+        if unshuffled:
             margins["shuffled"] = torch.full_like(margins["prior"], torch.nan)
-        self.table.update(dict(sorted(margins.items())), [{**row, "alone": alone} for row in pair_labels(batch)])
+        self.table.update(
+            dict(sorted(margins.items())), [{**row, "unshuffled": unshuffled} for row in pair_labels(batch)]
+        )
 
     def reset(self) -> None:
         """Remove all pairs."""
@@ -127,15 +129,15 @@ class AccuracyModes(nn.Module):
         means: dict[str, float] = {}
         errors: dict[str, float] = {}
         counts: dict[str, float] = {}
-        alone = torch.tensor([row["alone"] for row in rows])
+        unshuffled = torch.tensor([row["unshuffled"] for row in rows])
         for suffix, members in self._groups(rows).items():
             counts[f"pairs{suffix}"] = float(members.sum())
-            for name, values in _group_values(margins, members, alone).items():
+            for name, values in _group_values(margins, members, unshuffled).items():
                 means[name + suffix] = float(values.mean())
                 if len(values) > 1:
                     errors[name + suffix] = float(values.std() / len(values) ** 0.5)
-        if alone.any():
-            counts["pairs/not_shuffled"] = float(alone.sum())
+        if unshuffled.any():
+            counts["pairs/not_shuffled"] = float(unshuffled.sum())
         means |= {name: float(value) for name, value in self.headline.compute().items()}
         items = [_item(row, margins, index) for index, row in enumerate(rows)]
         self.reset()
@@ -164,11 +166,11 @@ def keep_largest(labels: Sequence[str], max_groups: int) -> list[str]:
     return [label if label in kept else OTHERS for label in labels]
 
 
-def _group_values(margins: dict[str, Tensor], members: Tensor, alone: Tensor) -> dict[str, Tensor]:
+def _group_values(margins: dict[str, Tensor], members: Tensor, unshuffled: Tensor) -> dict[str, Tensor]:
     """Return the values of a group's pairs by metric. The mean of the values is the metric."""
     values: dict[str, Tensor] = {}
     for mode in (mode for mode in margins if mode != SWAPPED):
-        group_margins = margins[mode][members & ~alone if mode == "shuffled" else members]
+        group_margins = margins[mode][members & ~unshuffled if mode == "shuffled" else members]
         if len(group_margins):
             values |= {f"accuracy/{mode}": accuracies(group_margins), f"margin/{mode}": group_margins}
     if SWAPPED in margins:
@@ -177,6 +179,6 @@ def _group_values(margins: dict[str, Tensor], members: Tensor, alone: Tensor) ->
 
 
 def _item(row: Row, margins: dict[str, Tensor], index: int) -> Row:
-    modes = [mode for mode in margins if not (mode == "shuffled" and row["alone"])]
-    labels = {name: value for name, value in row.items() if name != "alone"}
+    modes = [mode for mode in margins if not (mode == "shuffled" and row["unshuffled"])]
+    labels = {name: value for name, value in row.items() if name != "unshuffled"}
     return labels | {"margins": {mode: float(margins[mode][index]) for mode in modes}}

@@ -127,6 +127,9 @@ def evaluate_pairs(
         enable_model_summary=False,
         enable_progress_bar=progress_bar,
     )
+    # A `PreferenceModule` gives both to the data module itself. `LikelihoodScorer` does not.
+    data.set_tokenizer(module.tokenizer)
+    data.set_policy(module.policy)
     run = trainer.test if split == "test" else trainer.validate
     with isolate_rng():
         run(module, datamodule=data, verbose=False)

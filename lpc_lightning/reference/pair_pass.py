@@ -48,6 +48,8 @@ def ask_of_pairs(
     """
     devices, rank, device = trainer.world_size, trainer.global_rank, trainer.strategy.root_device
     batches = batches_by_length(pairs.lengths, places)
+    piece_lengths = pairs.piece_lengths
+    layout = layout.for_batches(piece_lengths[batch] for batch in batches)
     silent = trainer.progress_bar_callback is None or not trainer.is_global_zero
     with tqdm(total=len(places), desc=title, unit=" pairs", disable=silent) as bar:
         for start in range(0, len(batches), ROUNDS * devices):
