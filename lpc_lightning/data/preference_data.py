@@ -52,9 +52,7 @@ class PreferenceData(PreferenceDataModule):
         if isinstance(path, dict) and not ({"train"} <= set(path) <= set(known)):
             raise ValueError(f"data.path: found files for {sorted(path)}, expected train and optionally {known[1:]}.")
         if not 0 <= validation_share < 1:
-            raise ValueError(
-                f"data.validation_share: found {validation_share}, expected a share of at least 0 and below 1."
-            )
+            raise ValueError(f"data.validation_share: found {validation_share}, expected a share from 0 to below 1.")
         self.path, self.config, self.split_column = path, config, split_column
         self.columns = columns or Columns()
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
