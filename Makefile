@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 MODEL := models/SmolLM2-135M-Instruct
+# Real data for benchmarks and for tests marked `real`; without it they need --data, or are skipped.
+export LPC_DATA_DIR ?= $(wildcard $(CURDIR)/../shared/data)
 
 .PHONY: demo test bench bench-gpu lint format clean
 
@@ -33,7 +35,7 @@ demo: $(VENV)/.installed $(MODEL)/config.json
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal
 
-DATA_DIR ?= ../shared/data/preferences
+DATA_DIR ?= $(or $(LPC_DATA_DIR),data)/preferences
 bench: $(VENV)/.installed-dev $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.run --data-dir $(DATA_DIR) --split $(BENCH)
 

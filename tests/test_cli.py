@@ -26,7 +26,7 @@ from lpc_lightning.inference.alpaca import alpaca
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.generate import generate
 from lpc_lightning.policy import TinyPolicy
-from lpc_lightning.policy.prepare import prepare
+from lpc_lightning.prepare import prepare
 
 POLICY = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
 MODEL = ["--model=DPO", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01"]

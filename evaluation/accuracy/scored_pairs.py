@@ -24,6 +24,7 @@ from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, plain, stderr_name
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.opening import OpenedPolicy
+from lpc_lightning.paths import expand_path
 from lpc_lightning.types import PreferenceExample
 
 TASK = "preferences"
@@ -39,7 +40,7 @@ class PairsFile(PreferenceDataModule):
         """Say which pairs.
 
         Args:
-            path: A file in any form that `read_rows` knows.
+            path: A file in any form that `read_rows` knows. Environment variables are replaced.
             split: Rows whose column `split` says this. None: `test` where the file has such a column, else all rows.
             limit: Pairs, from the start. None: all of them.
             data: Settings of `PreferenceDataModule`.
@@ -48,6 +49,7 @@ class PairsFile(PreferenceDataModule):
             DataError: There is no such file, or nothing in it.
         """
         super().__init__(**data)
+        path = expand_path(path, "preferences")
         if not Path(path).is_file():
             raise DataError(f"preferences: found no file {path}, expected preference pairs such as pairs.jsonl.")
         first = next(row for _, row in read_rows(path, on_bad=lambda place, fault: None))

@@ -8,6 +8,7 @@ from typing import Any
 from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
 from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.formats import Columns
+from lpc_lightning.paths import expand_path
 
 
 class PreferenceData(PreferenceDataModule):
@@ -29,7 +30,7 @@ class PreferenceData(PreferenceDataModule):
 
         Args:
             path: A local file, a folder written by `datasets`, or a hub name; or one file for each of `train`,
-                `validation`, `test`.
+                `validation`, `test`. Environment variables are replaced: `${LPC_DATA_DIR}/preferences/pairs.jsonl`.
             config: Configuration of a hub data set.
             train_split: Rows to train on: a hub split, or the value of a file's split column.
             validation_split: Rows to validate on. null holds out a share of the training prompts.
@@ -49,7 +50,12 @@ class PreferenceData(PreferenceDataModule):
             raise ValueError(f"data.path: found files for {sorted(path)}, expected train and perhaps {known[1:]}.")
         if not 0 <= validation_share < 1:
             raise ValueError(f"data.validation_share: found {validation_share}, expected a share from 0 to below 1.")
-        self.path, self.config, self.split_column = path, config, split_column
+        self.path: str | dict[str, str] = (
+            {stage: expand_path(each, f"data.path.{stage}") for stage, each in path.items()}
+            if isinstance(path, dict)
+            else expand_path(path, "data.path")
+        )
+        self.config, self.split_column = config, split_column
         self.columns = columns or Columns()
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.validation_share = validation_share

@@ -20,8 +20,9 @@ from lpc_lightning.evaluation.benchmarks.tasks import (
     no_network,
     task_manager,
 )
+from tests.fixtures.real_data import DATA_DIR
 
-REAL = Path(__file__).parents[4] / "shared" / "data" / "benchmarks"
+REAL = DATA_DIR / "benchmarks"
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_versions_and_examples_are_the_published_ones(data_dir) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data/benchmarks")
+@pytest.mark.skipif(not REAL.is_dir(), reason="no $LPC_DATA_DIR/benchmarks")
 def test_the_real_files_hold_the_published_number_of_documents() -> None:
     check_tasks(list(LOCAL_DATA), str(REAL))
     sizes = {name: len(load_tasks(name, str(REAL))["tasks"][name].eval_docs) for name in PAPER_TASKS}
