@@ -151,7 +151,9 @@ class LabelFlipNoise(LabelNoise, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
-        """Take in the batch, and log where it closes a step."""
+        """Take in the batch of a step that is logged, and log where it closes the step."""
+        if not outputs["logged"]:
+            return
         self._metrics.to(pl_module.device)
         self._metrics.update(outputs["losses"], outputs["margins"], batch.flipped)
         if is_optimizer_step(trainer, batch_idx):
@@ -182,13 +184,14 @@ class NoiseMetrics(Metric):
         noisy = accuracies(margins)
         true = torch.where(flipped, 1 - noisy, noisy)
         values = torch.stack([torch.ones_like(noisy), losses, true, noisy], dim=1).double()
-        self.sums[0] += values[~flipped].sum(0)
-        self.sums[1] += values[flipped].sum(0)
+        # Not by a mask as an index: on a GPU the CPU would wait for the number of pairs of each kind.
+        kinds = torch.stack([~flipped, flipped])
+        self.sums += torch.where(kinds[..., None], values, 0.0).sum(1)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means by name."""
+        """Means by name, on the CPU."""
         names = ("loss", "accuracy_true", "accuracy_noisy")
-        kinds = {kind: sums for kind, sums in zip(("clean", "flipped"), self.sums, strict=True) if sums[0]}
+        kinds = {kind: sums for kind, sums in zip(("clean", "flipped"), self.sums.cpu(), strict=True) if sums[0]}
         return {
             f"{kind}/{name}": value / sums[0]
             for kind, sums in kinds.items()

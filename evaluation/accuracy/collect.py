@@ -84,6 +84,8 @@ def log_round(pl_module: LightningModule, stage: str, found: Mapping[str, float]
 
     Lightning would round plain numbers to float32, and the headline would not be the module's to the last bit.
     """
-    metrics = {f"{stage}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+    # On the module's device, over whose connection Lightning takes the mean; in one transfer.
+    values = torch.tensor(list(found.values()), dtype=torch.float64).to(pl_module.device).unbind()
+    metrics = {f"{stage}/{name}": value for name, value in zip(found, values, strict=True)}
     # sync_dist only keeps Lightning from warning that devices might hold different values.
     pl_module.log_dict(metrics, batch_size=1, sync_dist=True)

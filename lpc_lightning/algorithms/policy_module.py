@@ -96,7 +96,11 @@ class PolicyModule(LatentMixin, LightningModule):
         self.policy = self.policy_spec.build(self.tokenizer)
         make_reference = REFERENCES[self.reference_kind]
         self.reference = make_reference(self.policy, self.policy_spec) if self.needs_reference else None
-        self.build_latent(self.policy.width, self.policy.head)
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # the same first values on every device
+            self.build_latent(self.policy.width, self.policy.head)
+        if self.latent is not None:
+            self.latent.to(device)
 
     def _compile(self) -> None:
         if self.policy_spec.compile:

@@ -38,7 +38,8 @@ def build_sharded(
     message: list[Any] = [None]
     if first:
         try:
-            build()
+            with torch.device("cpu"):  # Lightning builds models under the run's device, which could not hold them
+                build()
             message = [_blueprint({name: getattr(module, name) for name in parts})]
         except Exception as error:  # the others would wait for ever
             message = [error]
@@ -50,7 +51,8 @@ def build_sharded(
         setattr(module, name, part)
     shard()
     device = torch.device(mesh.device_type)
-    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    # Buffers came with their values, on the CPU; connections between GPUs send nothing from there.
+    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     _scatter(weights, module.state_dict())
 
 

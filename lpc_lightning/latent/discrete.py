@@ -32,6 +32,8 @@ class DiscreteSpace(LatentSpace):
 
     annotators: bool = False
     """Pairs of one annotator share what they say about the codes."""
+    scores_codes: bool = False
+    """True if training scores every pair under every code."""
 
     def __init__(
         self,

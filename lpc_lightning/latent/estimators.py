@@ -100,6 +100,8 @@ class GumbelSpace(PosteriorSpace):
 class ExpectedSpace(PosteriorSpace):
     """The paper's bound without sampling noise: sum_k q_k l_k + lambda KL, q the learned posterior."""
 
+    scores_codes = True
+
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """The loss under every code, weighed by the posterior, and lambda KL."""
         prior, posterior = self.log_prior(states.prompt), self.log_posterior(states, score)
@@ -130,6 +132,8 @@ class MarginalSpace(DiscreteSpace):
     where half of the annotators want the opposite of the other half, each label is as likely under a code for each half
     as under none (see docs/latent_spaces.md).
     """
+
+    scores_codes = True
 
     def __init__(self, annotators: bool = False, **space: Any) -> None:
         """Keep the settings.

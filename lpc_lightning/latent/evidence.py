@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lpc_lightning.transfer import to_device
+
 
 def earlier_pairs(annotators: Sequence[str], device: torch.device) -> Tensor:
     """(B, B) bool: pair j stands before pair i, and the same annotator labelled both. `""` is nobody's name."""
     keys = [name or row for row, name in enumerate(annotators)]
-    who = torch.tensor([keys.index(key) for key in keys], device=device)
+    who = to_device([keys.index(key) for key in keys], device, torch.long)
     return (who[:, None] == who).tril(-1)
 
 

@@ -76,8 +76,8 @@ class RunningMoments(nn.Module):
             return
         if dist.is_initialized() and not alike:
             dist.all_reduce(self._met)
-        (joining, *_), apart, square = self._met
-        pairs = self.pairs + joining
+        counts, apart, square = self._met
+        pairs = self.pairs + counts[0]
         step = apart / pairs
         self.mean += step
         self.variance.mul_(self.pairs).add_(square).div_(pairs).sub_(step.square()).clamp_(min=0)

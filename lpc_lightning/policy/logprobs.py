@@ -37,7 +37,9 @@ def token_logps(hidden: Tensor, targets: Tensor, head: LogitHead) -> Tensor:
     return _TokenLogps.apply(hidden, head.weight, head.bias, None, targets, head.scale, head.softcap)[:, 0]
 
 
-def token_logps_per_code(hidden: Tensor, targets: Tensor, head: LogitHead, codes: Tensor) -> Tensor:
+def token_logps_per_code(
+    hidden: Tensor, targets: Tensor, head: LogitHead, codes: Tensor, code_range: float | None = None
+) -> Tensor:
     """log softmax(head(hidden + e_k))[target] for each token under every code, by one pass through the head.
 
     With a = head(h) and b_k = scale W e_k, the normaliser under code k is
@@ -51,13 +53,15 @@ def token_logps_per_code(hidden: Tensor, targets: Tensor, head: LogitHead, codes
         targets: (N,) token ids.
         head: The policy's head.
         codes: (K, d) the codebook.
+        code_range: `code_range` of these codes, as of a few steps ago: the two limits have room. None: it is measured,
+            for which the CPU waits for the device.
 
     Returns:
         (N, K) in nats, float32 (float64 for float64 input).
     """
     if head.softcap is None:
         table = code_logits(head, codes)
-        across = (table.detach().amax(-1) - table.detach().amin(-1)).max()
+        across = float(_range(table)) if code_range is None else code_range
         if across <= THIN_RANGE:
             return _TokenLogps.apply(hidden, head.weight, head.bias, table, targets, head.scale, None)
         if across <= WIDE_RANGE and hidden.device.type != "mps":
@@ -95,6 +99,16 @@ def code_logits(head: LogitHead, codes: Tensor) -> Tensor:
     """The logit bias that each code is, LMHead(e_k) without the head's own bias: (K, V) in the type of `codes`."""
     with torch.autocast(codes.device.type, enabled=False):
         return head.scale * codes @ head.weight.to(codes.dtype).T
+
+
+@torch.no_grad()
+def code_range(head: LogitHead, codes: Tensor) -> Tensor:
+    """() the largest difference, in nats, between two logits that one code is the bias of."""
+    return _range(code_logits(head, codes))
+
+
+def _range(table: Tensor) -> Tensor:
+    return (table.detach().amax(-1) - table.detach().amin(-1)).max()
 
 
 def logits_of(hidden: Tensor, head: LogitHead) -> Tensor:
@@ -246,9 +260,13 @@ class BatchForward:
             hidden = hidden + z.to(hidden.dtype)[self._batch.owner % self._batch.pairs]
         return self._sum(token_logps(hidden, self._batch.targets, self._head))
 
-    def logps_per_code(self, codes: Tensor) -> Tensor:
-        """(2B, K) log-probability of each answer under every code of `codes` (K, d)."""
-        return self._sum(token_logps_per_code(self._hidden, self._batch.targets, self._head, codes))
+    def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
+        """(2B, K) log-probability of each answer under every code of `codes` (K, d).
+
+        See `token_logps_per_code` for `code_range`.
+        """
+        per_token = token_logps_per_code(self._hidden, self._batch.targets, self._head, codes, code_range)
+        return self._sum(per_token)
 
     def first_order(self) -> tuple[Tensor, Tensor]:
         """(2B,) log-probability of each answer without z, and (2B, d) its gradient with respect to z at z = 0."""

@@ -92,7 +92,9 @@ def _become(part: nn.Module, kind: type[nn.Module], width: int) -> None:
     """Make `part` one of `kind`, if it then says the same: families scale, clip and nest in ways of their own."""
     weight = next(part.parameters())
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    states = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    # On the CPU, like the generator: a trainer builds models under its own device as the default one.
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    states = torch.randn(3, width, generator=generator, device="cpu").to(weight.device, dtype)
     theirs, published = part(states), part.__class__
     part.__class__ = kind
     if not torch.equal(part(states), theirs):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.distributed.sharding import reshard
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
+from lpc_lightning.policy.segment_attention import SEGMENT
 from lpc_lightning.reference.pair_cache import PairCache
 from lpc_lightning.reference.pair_pass import Ask
 from lpc_lightning.reference.shared_pass import shared_pass
@@ -64,14 +66,14 @@ class CachedReference:
         Raises:
             ConfigError: It brings none.
         """
-        if batch.reference_logps is None:
+        logps = batch.reference_logps
+        if logps is None:
             raise ConfigError(
                 f"model.reference: found cached, and pairs without log-probabilities under the reference (the first is "
                 f"{batch.ids[0]!r}). Expected batches that a PreferenceDataModule makes for a run of the trainer; set "
                 "model.reference: live for others."
             )
-        exact = torch.float64 if self._policy.causal_lm.dtype == torch.float64 else torch.float32
-        return torch.tensor(batch.reference_logps, dtype=exact, device=batch.input_ids.device)
+        return logps.to(torch.float64 if self._policy.causal_lm.dtype == torch.float64 else torch.float32)
 
     def prepare(self, module: PolicyModule, untouched: bool) -> None:
         """Fill the cache with what this run will read, and have the batches bring it along.
@@ -123,10 +125,27 @@ class CachedReference:
 
 
 def how_computed(weights: str, policy: CausalPolicy, trainer: Any) -> dict[str, str]:
-    """What decides the numbers that a policy of these weights says of pairs: the key of a `PairCache`."""
+    """What decides the numbers that a policy of these weights says of pairs: the key of a `PairCache`.
+
+    In bfloat16, log-probabilities of long answers are about a nat apart between a CPU and a GPU.
+
+    Args:
+        weights: Fingerprint of the weights.
+        policy: Has them.
+        trainer: Whose device and precision are used.
+    """
+    device = trainer.strategy.root_device
     return {
         "weights": weights,
-        "attention": policy.causal_lm.config._attn_implementation,
+        "attention": attention_kernel(policy.causal_lm.config._attn_implementation, device),
         "precision": trainer.precision,
         "products": torch.get_float32_matmul_precision(),
+        "device": device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
+
+
+def attention_kernel(setting: str, device: torch.device) -> str:
+    """The attention kernel that runs on a device for the kernel that a model is set to."""
+    return "sdpa" if setting == SEGMENT and device.type != "cpu" else setting

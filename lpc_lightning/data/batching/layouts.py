@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lpc_lightning.data.batching.packing import Piece, fill, last_of, place_families, predictors
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
@@ -67,13 +68,17 @@ class Layout(ABC):
             sources=tuple(pair.source for pair in pairs),
             factors=tuple(pair.factor for pair in pairs),
             annotators=tuple(pair.annotator for pair in pairs),
-            reference_logps=_reference_logps(pairs),
+            tokens=int(rows.attention_mask.sum()),
+            reference_bits=_reference_bits(pairs),
         )
 
 
-def _reference_logps(pairs: Sequence[TokenizedPair]) -> tuple[float, ...] | None:
+def _reference_bits(pairs: Sequence[TokenizedPair]) -> Tensor | None:
+    """(2B,) `PreferenceBatch.reference_bits`."""
     known = [pair.reference_logps for pair in pairs if pair.reference_logps is not None]
-    return tuple(logps[side] for side in (0, 1) for logps in known) if len(known) == len(pairs) else None
+    if len(known) != len(pairs):
+        return None
+    return torch.tensor(known, dtype=torch.float64).T.flatten().view(torch.int64)
 
 
 class PaddedLayout(Layout):
