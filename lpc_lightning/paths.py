@@ -31,7 +31,7 @@ def expand_path(path: str, setting: str) -> str:
     fault = f"but {missing[0]} is not set" if missing else f"which is {expanded}, and no such file or folder exists"
     rest = _VARIABLE.sub("", path).strip("/") or "the data"
     raise ConfigError(
-        f"{setting}: found {path}, {fault}. Set {names[0]} to the folder that holds {rest}, or set {setting} to another "
-        "file or a hub name. The files do not come with the project: docs/data.md tells where to get them. "
+        f"{setting}: found {path}, {fault}. Set {names[0]} to the folder that holds {rest}, or set {setting} to "
+        "another file or a hub name. The files do not come with the project: docs/data.md tells where to get them. "
         "`lpc-lightning prepare --pairs pairs.jsonl` writes a sample of the built-in pairs."
     )
