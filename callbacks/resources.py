@@ -1,4 +1,4 @@
-"""Tokens per second, seconds per step, and peak memory."""
+"""Tokens per second, seconds per step, and peak memory of a run."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from lpc_lightning.algorithms.accumulation import is_optimizer_step
 from lpc_lightning.types import PreferenceBatch
 
 Time = float | torch.cuda.Event
-"""Seconds of the process's clock, or an event of a GPU's stream."""
+"""Seconds of the process's clock, or an event in a stream of a GPU."""
 
 
 class ResourceMonitor(Callback):
-    """Logs `resources/{tokens_per_second,pairs_per_second,seconds_per_step,peak_memory_gib}` of each logged step.
+    """Callback that logs speed and memory of each logged step.
 
-    Time is that from the arrival of a step's first batch to the end of its last, on the device's own clock; what lies
-    between steps (validation, checkpoints, waiting for data) is left out. Tokens are those that the backbone reads,
-    without padding, on all devices. Memory is that of the device that took most: the process's largest resident size,
-    or what CUDA allocated.
+    Metrics: `resources/{tokens_per_second,pairs_per_second,seconds_per_step,peak_memory_gib}`. The time of a step is
+    from the arrival of its first batch to the end of its last one, by the device's clock. Validation, checkpoints and
+    waiting for data between steps are excluded. Tokens are those that the backbone reads on all devices, without
+    padding. Memory is that of the device with the largest use: the allocations of CUDA, or the process's largest
+    resident size.
 
     Args:
-        warmup_steps: First steps that the medians leave out.
+        warmup_steps: Number of first steps that the medians exclude.
     """
 
     def __init__(self, warmup_steps: int = 2) -> None:
         self.warmup_steps = warmup_steps
         self._rows: list[tuple[float, float, float]] = []
         self._steps: list[_Step] = []
-        """Steps since the last logged one, whose times have not been read."""
+        """Steps since the last logged one. Their times are not read yet."""
         self._step = _Step()
         self._peak = 0.0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PreferenceBatch, batch_idx: int
     ) -> None:
-        """Start the clock with a step's first batch, and count."""
+        """Start the clock at the first batch of a step, and count tokens and pairs."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._step = _Step(start=_now(pl_module.device))
         self._step.tokens += batch.tokens
@@ -51,7 +52,7 @@ class ResourceMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
-        """Stop it with the last one; read the clock and log where the step is logged."""
+        """Stop the clock at the last batch of a step. If the step is logged, read the times and log them."""
         if not is_optimizer_step(trainer, batch_idx):
             return
         self._step.end = _now(pl_module.device)
@@ -66,12 +67,12 @@ class ResourceMonitor(Callback):
             "seconds_per_step": seconds,
             "peak_memory_gib": self._peak,
         }
-        # Tensors on the CPU: Lightning would copy plain numbers to the device, and back again to log them.
+        # Tensors on the CPU, because Lightning copies plain numbers to the device and back.
         metrics = {f"resources/{name}": torch.tensor(value, device="cpu") for name, value in values.items()}
         pl_module.log_dict(metrics, batch_size=1)
 
     def _read(self, trainer: Trainer) -> None:
-        """Read the clock for all steps since the last logged one, and add up over devices."""
+        """Read the times of all steps since the last logged one, and sum the counts over devices."""
         steps, self._steps = self._steps, []
         device = trainer.strategy.root_device if trainer.world_size > 1 else torch.device("cpu")
         counts = torch.tensor([[step.tokens, step.pairs] for step in steps], dtype=torch.float64, device=device)
@@ -82,7 +83,7 @@ class ResourceMonitor(Callback):
             self._rows.append((_seconds(step.start, step.end), tokens, pairs))
 
     def summary(self) -> dict[str, float]:
-        """Medians over the steps after warm-up, and the peak up to the last step."""
+        """Return medians over the steps after warm-up, and the peak memory up to the last logged step."""
         rows = self._rows[self.warmup_steps :] or self._rows
         if not rows:
             return {}
@@ -96,7 +97,7 @@ class ResourceMonitor(Callback):
 
 @dataclass(slots=True)
 class _Step:
-    """When an optimizer step began and ended, and what it read on this device."""
+    """Start and end of an optimizer step, and its counts on this device."""
 
     start: Time = 0.0
     end: Time = 0.0
@@ -105,7 +106,7 @@ class _Step:
 
 
 def _now(device: torch.device) -> Time:
-    """The present, or on a GPU the moment at which it will have done all that was launched so far."""
+    """Return the current time. On a GPU: an event at the end of all work launched so far."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -123,7 +124,7 @@ def _seconds(start: Time, end: Time) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak so far in GiB: CUDA's allocations on a GPU, the process's resident size elsewhere."""
+    """Return the peak memory so far in GiB: CUDA's allocations on a GPU, else the process's resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -213,6 +213,10 @@ COMMANDS: dict[str, Command] = {
         partial(_call, "lpc_lightning.prepare:prepare"),
         "models/SmolLM2-135M-Instruct without a model hub, or a file of built-in pairs",
     ),
+    "configs": (
+        partial(_call, "lpc_lightning.ship_configs:configs"),
+        "a folder with the config files that come with the package",
+    ),
     "export": (
         partial(_call, "lpc_lightning.inference.export:export"),
         "a checkpoint as a folder that transformers opens, its latent included",

@@ -113,7 +113,8 @@ class PreferenceBatch:
     targets: Tensor
     """(N,) the completion token after each position of `read_at`."""
     owner: Tensor
-    """(N,) number of the sequence (0 to 2B - 1) that each target belongs to."""
+    """(N,) number of the sequence (0 to 2B - 1) that each target belongs to, in this order; then 2B, for positions that
+    only fill up N."""
     prompt_end: Tensor
     """(B,) flat position of the last prompt token. The hidden state h_x is read there."""
     completion_end: Tensor
@@ -191,6 +192,8 @@ class LogitHead:
     """Multiplies the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`)."""
     softcap: float | None = None
     """Gemma's soft cap c: logits become c tanh(logits / c). None: the head is linear."""
+    compiled: bool = False
+    """Sums over the vocabulary are compiled, each to one or two kernels."""
 
 
 @dataclass(frozen=True, slots=True)

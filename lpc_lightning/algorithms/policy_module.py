@@ -20,7 +20,7 @@ from lpc_lightning.algorithms.latent_mixin import LatentMixin
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.distributed.build_sharded import build_sharded
-from lpc_lightning.distributed.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
+from lpc_lightning.distributed.sharding import check_strategy, policies_of, set_micro_batch_size, shard
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec
@@ -31,6 +31,8 @@ from lpc_lightning.types import PreferenceBatch
 
 PARTS = ("policy", "reference", "latent")
 """What is built."""
+COMPILED_FROM = 200
+"""Micro-batches of a run from which compilation is worth its time."""
 REFERENCES: dict[str, Callable[..., Reference]] = {"cached": CachedReference, "live": live_reference}
 
 
@@ -65,7 +67,7 @@ class PolicyModule(LatentMixin, LightningModule):
     def setup(self, stage: str) -> None:
         """Check and set up the strategy; note that a run begins, whose data is set up by now."""
         check_strategy(self.trainer.strategy)
-        tell_micro_batch_size(self.trainer.strategy)
+        set_micro_batch_size(self.trainer.strategy)
         self._starting = True
 
     def configure_model(self) -> None:
@@ -102,14 +104,29 @@ class PolicyModule(LatentMixin, LightningModule):
         if self.latent is not None:
             self.latent.to(device)
 
+    def _is_to_compile(self) -> bool:
+        """Decide about `policy.compile: auto`: compilation takes about a minute and saves tenths of a second a step."""
+        if self.policy_spec.compile != "auto":
+            return self.policy_spec.compile
+        trainer: Any = self._trainer
+        if not self._on_gpu or trainer is None:
+            return False
+        data = trainer.datamodule
+        return isinstance(data, PreferenceDataModule) and data.micro_batches() >= COMPILED_FROM
+
+    @property
+    def _on_gpu(self) -> bool:
+        device = self.device if self._trainer is None else self._trainer.strategy.root_device
+        return device.type == "cuda"
+
     def _compile(self) -> None:
-        if self.policy_spec.compile:
+        if self._is_to_compile():
             for policy in policies_of(self):
-                policy.compile_layers()
+                policy.compile_layers(few_shapes=self._on_gpu)
 
     def _shard(self, mesh: DeviceMesh) -> None:
-        self._compile()
         shard(self, mesh)
+        self._compile()
 
     def reference_step(self, batch: PreferenceBatch) -> Tensor:
         """(2B,) log-probabilities under the policy as published: before it is trained, or with its adapter off."""

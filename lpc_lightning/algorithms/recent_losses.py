@@ -58,7 +58,7 @@ class RecentLosses:
                 raise FloatingPointError(
                     f"train/loss: found {value.item()} at step {loss.step} (epoch {loss.epoch}, batch {loss.batch}, "
                     f"pairs {', '.join(loss.ids)}), expected a finite number. Lower the learning rates "
-                    "(model.optimizer, model.latent_lr) or latent.init_logit_std, set trainer.gradient_clip_val, or take "
-                    "a wider trainer.precision; the last checkpoint is whole."
+                    "(model.optimizer, model.latent_lr) or latent.init_logit_std, set trainer.gradient_clip_val, or "
+                    "take a wider trainer.precision; the last checkpoint is whole."
                 )
         self._losses.clear()

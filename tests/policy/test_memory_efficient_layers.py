@@ -198,6 +198,10 @@ def test_a_copy_has_weights_of_its_own(batch: PreferenceBatch, perturb: Callable
 
 
 def test_a_compiler_gets_the_published_layers() -> None:
-    found = kinds(TinyPolicy(compile=True).build())
-    assert GatedMLP not in found
-    assert RMSNorm not in found
+    policy = TinyPolicy(lora=LoRA(rank=2)).build()
+    policy.compile_layers("eager")
+    with published_layers():
+        published = TinyPolicy(lora=LoRA(rank=2)).build()
+    assert kinds(policy) == kinds(published)
+    parts = [part for layer in policy.layers for part in layer.modules()]
+    assert not any(part._forward_pre_hooks or part._forward_pre_hooks_with_kwargs for part in parts)
