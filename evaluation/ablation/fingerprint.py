@@ -94,16 +94,10 @@ def _files_in_value(key: str, value: Any, folder: Path) -> Iterator[str]:
             yield from _files_in_value(str(name), entry, folder)
     elif isinstance(value, list):
         for entry in value:
-<<<<<<< HEAD
-            yield from _files(key, entry, folder)
-    elif isinstance(value, str) and value and len(value) < 1000 and "\n" not in value and key not in WRITTEN:
-        expanded = os.path.expandvars(value)
-        for path in {folder / expanded, Path(expanded)}:
-=======
             yield from _files_in_value(key, entry, folder)
     elif isinstance(value, str) and value and len(value) < 1000 and "\n" not in value and key not in OUTPUT_SETTINGS:
-        for path in {folder / value, Path(value)}:
->>>>>>> main
+        expanded = os.path.expandvars(value)
+        for path in {folder / expanded, Path(expanded)}:
             if path.is_file():
                 yield from _describe_file(path.resolve())
             elif key == "path" and path.is_dir():

@@ -40,16 +40,10 @@ class PairsFile(PreferenceDataModule):
         """Select pairs of a file.
 
         Args:
-<<<<<<< HEAD
-            path: A file in any form that `read_rows` knows. Environment variables are replaced.
-            split: Rows whose column `split` says this. None: `test` where the file has such a column, else all rows.
-            limit: Pairs, from the start. None: all of them.
-=======
-            path: A file in any format that `read_rows` can read.
+            path: A file in any format that `read_rows` can read. Environment variables are replaced.
             split: Value of the column `split` in the selected rows. None: `test` if the file has this column, else all
                 rows.
             limit: Maximum number of pairs, taken from the start. None: all pairs.
->>>>>>> main
             data: Settings of `PreferenceDataModule`.
 
         Raises:

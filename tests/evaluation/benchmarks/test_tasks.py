@@ -123,13 +123,8 @@ def test_versions_and_fewshot_are_published_ones(data_dir) -> None:
 
 
 @pytest.mark.real
-<<<<<<< HEAD
 @pytest.mark.skipif(not REAL.is_dir(), reason="no $LPC_DATA_DIR/benchmarks")
-def test_the_real_files_hold_the_published_number_of_documents() -> None:
-=======
-@pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data/benchmarks")
 def test_real_files_have_published_sizes() -> None:
->>>>>>> main
     check_tasks(list(LOCAL_DATA), str(REAL))
     sizes = {name: len(load_tasks(name, str(REAL))["tasks"][name].eval_docs) for name in PAPER_TASKS}
     assert sizes == {
