@@ -91,7 +91,7 @@ def test_fit_policy_settings(policy: dict[str, Any], fit: Callable[..., Trainer]
 
 
 @pytest.mark.parametrize("latent", ["none", "expected", "marginal"])
-def test_losses_are_those_of_a_cpu(latent: str, fit: Callable[..., Trainer]) -> None:
+def test_losses_equal_cpu(latent: str, fit: Callable[..., Trainer]) -> None:
     losses = []
     for accelerator in ("cpu", "cuda"):
         module = DPO(policy=tiny(), latent=LATENTS[latent]())  # gumbel draws other noise on another device

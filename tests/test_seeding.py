@@ -23,7 +23,7 @@ def test_seeds_are_the_leading_63_bits_of_sha256(parts: tuple[object, ...], digi
     assert 0 <= derive(*parts) < 2**63
 
 
-def test_every_part_and_their_order_count() -> None:
+def test_seed_depends_on_parts_and_order() -> None:
     places = list(itertools.product(["step", "evaluation"], range(3), range(11), range(12)))
     assert len({derive(*place) for place in places}) == len(places)
     assert derive("step", 1, 2) != derive("step", 2, 1)
@@ -31,7 +31,7 @@ def test_every_part_and_their_order_count() -> None:
 
 
 @pytest.mark.parametrize(("setting", "seed"), [(None, 0), ("", 0), ("0", 0), ("41", 41)])
-def test_the_run_seed_is_lightnings(monkeypatch: pytest.MonkeyPatch, setting: str | None, seed: int) -> None:
+def test_run_seed_is_lightnings(monkeypatch: pytest.MonkeyPatch, setting: str | None, seed: int) -> None:
     if setting is None:
         monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     else:

@@ -69,7 +69,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["bash", str(ROOT / "configs/slurm/fit.sbatch"), *flags, f"--data.cache_dir={tmp_path / 'cache'}"]
 
 
-def test_a_job_whose_time_is_up_is_put_back_goes_on_and_is_exported(sbatch: list[str], tmp_path: Path) -> None:
+def test_job_is_requeued_resumed_and_exported(sbatch: list[str], tmp_path: Path) -> None:
     runs = tmp_path / "runs" / f"slurm-{os.getpid()}"
     length = ["--trainer.max_epochs=50"]
     with (tmp_path / "out").open("w") as out:
