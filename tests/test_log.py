@@ -1,4 +1,4 @@
-"""What importing the package prints: nothing."""
+"""Tests that importing the package prints nothing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-import lpc_lightning  # noqa: F401 - what importing it does is tested
+import lpc_lightning  # noqa: F401 - the import itself is tested
 
 
 def test_import_of_commands_prints_nothing() -> None:
-    """On a processor with AVX512-BF16 and with bitsandbytes, that would warn of a kernel."""
+    """With bitsandbytes, on a processor with AVX512-BF16, the import would warn of a missing kernel."""
     done = subprocess.run(
         [sys.executable, "-c", "import lpc_lightning.cli"], capture_output=True, text=True, check=True
     )

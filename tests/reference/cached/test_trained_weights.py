@@ -72,7 +72,7 @@ def test_reference_of_trained_policy_is_published(
     shutil.rmtree(tmp_path / "reference")
     path = tmp_path / "checkpoints" / "trained.ckpt"
 
-    def say(reference: str) -> Any:
+    def rewards(reference: str) -> Any:
         loaded, options = module, {}
         if reference == "live" or way == "by the trainer":
             loaded, options = make(reference), {"ckpt_path": path}
@@ -85,7 +85,7 @@ def test_reference_of_trained_policy_is_published(
             return torch.cat([batch["rewards/chosen"] for batch in metrics]).tolist()
         return metrics[0][f"{command.replace('validate', 'val')}/rewards/chosen"]
 
-    live, cached = say("live"), say("cached")
+    live, cached = rewards("live"), rewards("cached")
     assert cached == pytest.approx(live, abs=1e-3)
     assert np.abs(live).max() > 0.02
     assert len(parts()) == 1
