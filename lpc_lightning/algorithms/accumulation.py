@@ -16,15 +16,15 @@ def is_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:
 def is_logged(trainer: Trainer, batch_idx: int) -> bool:
     """Return True if the step of this micro-batch is logged. Call it before the step is taken.
 
-    Logged are every `trainer.log_every_n_steps`-th step, which loggers write, and the last step of the run and of each
-    epoch, whose values callbacks may read. Metrics of other steps are not computed, because reading them would make the
-    CPU wait for the device.
+    Logged are every `trainer.log_every_n_steps`-th step, which loggers write, the first and the last step of the run,
+    and the last step of each epoch, whose values callbacks may read. Metrics of other steps are not computed, because
+    reading them would make the CPU wait for the device.
     """
     step = trainer.global_step + 1
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
     window = trainer.accumulate_grad_batches
     ends_epoch = batch_idx // window == (trainer.num_training_batches - 1) // window
-    return ends_epoch or step == trainer.max_steps or (every > 0 and step % every == 0)
+    return ends_epoch or step in (1, trainer.max_steps) or (every > 0 and step % every == 0)
 
 
 def window_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:

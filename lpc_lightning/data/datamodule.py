@@ -96,6 +96,10 @@ class PreferenceDataModule(LightningDataModule):
             pairs_per_annotator: Has training batches hold so many pairs of one annotator together, a divisor of
                 batch_size. They share what they say about the codes (MarginalSpace, annotators). Every pair still comes
                 once an epoch (see `annotator_batches`). Not together with length_window. null: plain shuffling.
+            balance_batches: Has training batches hold about as many tokens each: the pairs of 32 steps are dealt out
+                among their batches by length. Every pair still comes once an epoch (see `balanced_batches`). Padding to
+                four shapes then takes 2 to 4 % of the tokens, in place of 3 to 13 %. `auto`: on a GPU, for packed rows,
+                where neither length_window nor pairs_per_annotator is set.
             num_workers: Processes that lay out batches ahead of time. 0 does it in the training process.
             cache_dir: Where tokens are kept. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning.
 

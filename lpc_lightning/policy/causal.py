@@ -193,7 +193,8 @@ class CausalPolicy(nn.Module):
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """A model's decoder layers, by the class that transformers says must not be split."""
     kinds = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
+    # FSDP2 makes a subclass of each layer's class.
+    return [module for module in model.modules() if kinds & {base.__name__ for base in type(module).__mro__}]
 
 
 @contextmanager

@@ -395,10 +395,14 @@ def sum_by_answer(values: Tensor, owner: Tensor, answers: int) -> Tensor:
     if not values.is_cuda:
         sums = values.new_zeros(answers + 1, *values.shape[1:]).index_add(0, owner, values)
         return sums[:answers]
-    # A product with zeros and ones in float64: the same to the last bit in every run, which atomic sums are not.
-    members = torch.arange(answers, device=owner.device)[:, None] == owner
-    sums = members.double() @ values.double().flatten(1) if values.dim() > 1 else members.double() @ values.double()
-    return sums.to(values.dtype).unflatten(1, values.shape[1:]) if values.dim() > 1 else sums.to(values.dtype)
+    return sum_by_product(values, owner, answers)
+
+
+def sum_by_product(values: Tensor, owner: Tensor, answers: int) -> Tensor:
+    """`sum_by_answer` as a product with zeros and ones, in float64: the same to the last bit in every run on a GPU."""
+    members = (torch.arange(answers, device=owner.device)[:, None] == owner).double()
+    sums = members @ values.double().flatten(1) if values.dim() > 1 else members @ values.double()
+    return sums.to(values.dtype).reshape(answers, *values.shape[1:])
 
 
 class BatchForward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout
 from lpc_lightning.policy import CausalPolicy, LoRA, logprobs
@@ -168,3 +171,36 @@ def test_compiled_head_agrees(kind: str) -> None:
             leaves = [leaf for leaf in (hidden, weight, bias, codes) if leaf is not None]
             results.append([*values, *torch.autograd.grad(sum(v.square().sum() for v in values), leaves)])  # type: ignore[arg-type]
         assert_near(*results, share=1e-5)
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sharded_layers_compile_whole(
+    checkpointing: bool, mesh: DeviceMesh, epoch: list[PreferenceBatch], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2's hooks stay outside the program, which sees whole weights."""
+    monkeypatch.setattr(logprobs, "_compiled", lambda function: function)
+    plain, sharded = twins(tiny, gradient_checkpointing=checkpointing)
+    layers = sharded.layers
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    assert sharded.layers == layers
+    fully_shard(sharded, mesh=mesh)
+    register_fsdp_forward_method(sharded, "read")
+    sharded.compile_layers("aot_eager", few_shapes=True)
+    for batch in epoch[:2]:
+        logps = [policy.read(batch).logps() for policy in (sharded, plain)]
+        assert_near([logps[0].detach()], [logps[1].detach()], 1e-5)
+        for each in logps:
+            each.sum().backward()
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+    gradients = [[p.grad for p in policy.parameters() if p.grad is not None] for policy in (sharded, plain)]
+    assert_near([g.full_tensor() for g in gradients[0]], gradients[1], 1e-4)  # type: ignore[attr-defined]

@@ -80,6 +80,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         max_epochs=1,
+        log_every_n_steps=1,
     )
     data = SyntheticPreferences(
         train_pairs=22, validation_pairs=5, test_pairs=5, batch_size=4 // devices, cache_dir=str(cache)
