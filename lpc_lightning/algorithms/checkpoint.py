@@ -49,22 +49,22 @@ def rewind_to_last_step(loops: Mapping[str, Any], window: int, batches: float) -
     return int(done - since)
 
 
-def check_same_architecture(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
+def check_same_architecture(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
     """Compare the names and shapes of weights.
 
     Args:
         expected: Shapes of the model's trained weights.
-        found: Weights in the checkpoint.
+        weights: Weights in the checkpoint.
 
     Raises:
         CheckpointError: Names or shapes differ. The message lists the first differences.
     """
-    missing = sorted(set(expected) - set(found))
-    surplus = sorted(set(found) - set(expected))
+    missing = sorted(set(expected) - set(weights))
+    surplus = sorted(set(weights) - set(expected))
     shapes = [
-        f"{name}: found {tuple(found[name].shape)}, expected {tuple(expected[name])}"
-        for name in sorted(set(found) & set(expected))
-        if found[name].shape != expected[name]
+        f"{name}: found {tuple(weights[name].shape)}, expected {tuple(expected[name])}"
+        for name in sorted(set(weights) & set(expected))
+        if weights[name].shape != expected[name]
     ]
     problems = [
         *(
