@@ -27,6 +27,7 @@ LAYERS = (
 """Parts of the method, lowest first. A part imports from its own layer's name or from lower layers only."""
 EVALUATION = (
     {"provenance", "tables"},
+    {"ablation"},
     {"statistics"},
     {"figures"},
     {"line_panels"},
@@ -36,8 +37,9 @@ EVALUATION = (
     {"comparison"},
     {"adaptation"},
     {"report"},
+    {"demo"},
 )
-"""The same for evaluation. `ablation` may import the lowest layer and is imported by none."""
+"""The same for evaluation."""
 
 
 def modules(folder: Path) -> Iterator[tuple[Path, ast.ImportFrom]]:
@@ -63,7 +65,7 @@ def wrong_imports(folder: Path, prefix: str, layers: tuple[set[str], ...]) -> li
     wrong = []
     for path, node in modules(folder):
         name, module = part(path, folder), str(node.module)
-        if name in ("__init__", "ablation") or not module.startswith(f"{prefix}."):
+        if name == "__init__" or not module.startswith(f"{prefix}."):
             continue
         target = module.removeprefix(f"{prefix}.").split(".")[0]
         if target != name and rank(target, layers) >= rank(name, layers):
