@@ -1,4 +1,4 @@
-"""The package as a whole: its public names, and the direction of its imports."""
+"""Tests of the package: its public names and the direction of its imports."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ EVALUATION = (
 
 
 def modules(folder: Path) -> Iterator[tuple[Path, ast.ImportFrom]]:
-    """Every `from lpc_lightning... import ...` below a folder, with its file. Links are not followed."""
+    """Yield every `from lpc_lightning... import ...` below a folder, with its file. Links are not followed."""
     for path in sorted(path for path in folder.rglob("*.py") if path.resolve().is_relative_to(folder)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lpc_lightning."):
@@ -52,17 +52,17 @@ def modules(folder: Path) -> Iterator[tuple[Path, ast.ImportFrom]]:
 
 
 def part(path: Path, folder: Path) -> str:
-    """The part of a folder that a file belongs to."""
+    """Return the part of a folder that a file belongs to."""
     return path.relative_to(folder).parts[0].removesuffix(".py")
 
 
 def rank(name: str, layers: tuple[set[str], ...]) -> int:
-    """The number of a part's layer. An unknown part stands above all, so that the test asks for its place."""
+    """Return the number of a part's layer. An unknown part is above all others, so that the test fails for it."""
     return next((number for number, layer in enumerate(layers) if name in layer), len(layers))
 
 
 def wrong_imports(folder: Path, prefix: str, layers: tuple[set[str], ...]) -> list[str]:
-    """Imports that point upwards or sideways."""
+    """Return the imports that point upwards or sideways."""
     wrong = []
     for path, node in modules(folder):
         name, module = part(path, folder), str(node.module)
@@ -93,7 +93,7 @@ def test_evaluation_imports_no_callback() -> None:
 
 
 @pytest.mark.parametrize("folder", ["losses", "latent"])
-def test_losses_and_latent_need_torch_alone(folder: str) -> None:
+def test_losses_and_latent_need_only_torch(folder: str) -> None:
     heavy = {"transformers", "lightning", "datasets"}
     code = f"import sys, lpc_lightning.{folder}; print(*({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
