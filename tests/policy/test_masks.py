@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from lpc_lightning.data.batching.layouts import SharedPrefixLayout
-from lpc_lightning.policy.masks import block_mask, layer_windows, visible, visible_blocks
+from lpc_lightning.policy.masks import block_mask, layer_windows, visible_blocks, visible_pairs
 from lpc_lightning.types import PIECES
 
 
@@ -40,7 +40,7 @@ def spelled_out(segments: list[int], positions: list[int], window: int | None) -
 )
 def test_each_token_sees_its_prompt_and_its_own_answer(lengths, row_tokens, window, make_pairs) -> None:
     batch = SharedPrefixLayout(0, row_tokens)(make_pairs(lengths))
-    found = visible(batch.segments, batch.position_ids, window)
+    found = visible_pairs(batch.segments, batch.position_ids, window)
     assert found.shape == (len(batch.segments), 1, *[batch.segments.shape[1]] * 2)
     for row, mask in enumerate(found[:, 0]):
         assert mask.tolist() == spelled_out(batch.segments[row].tolist(), batch.position_ids[row].tolist(), window)
@@ -76,7 +76,7 @@ def test_eager_attention_gets_scores_and_sdpa_gets_truth(dtype, make_pairs) -> N
     scores = block_mask(batch.segments, batch.position_ids, config, "eager", dtype)
     assert set(truth) == set(scores) == {"full_attention", "sliding_attention"}
     for kind, window in (("full_attention", None), ("sliding_attention", 3)):
-        seen = visible(batch.segments, batch.position_ids, window)
+        seen = visible_pairs(batch.segments, batch.position_ids, window)
         assert truth[kind].dtype == torch.bool
         assert torch.equal(truth[kind], seen)
         assert scores[kind].dtype == dtype
@@ -88,7 +88,7 @@ def test_eager_attention_gets_scores_and_sdpa_gets_truth(dtype, make_pairs) -> N
 def test_layers_that_take_no_mask_are_refused(make_pairs) -> None:
     batch = SharedPrefixLayout(0, 30)(make_pairs([(4, 3, 2)]))
     config = AutoConfig.for_model("llama4_text", num_hidden_layers=4)
-    with pytest.raises(ValueError, match=r"llama4_text has layers that take no block mask.*data\.layout: padded"):
+    with pytest.raises(ValueError, match=r"data\.layout: .* for llama4_text, .* Expected padded"):
         block_mask(batch.segments, batch.position_ids, config, "sdpa", torch.float32)
 
 
@@ -97,7 +97,7 @@ def test_flex_attention_gets_the_blocks_that_hold_something_to_see(window, make_
     batch = SharedPrefixLayout(0, 700)(make_pairs([(20, 300, 290), (140, 130, 20)]))
     config = AutoConfig.for_model("mistral", sliding_window=window)
     found = block_mask(batch.segments, batch.position_ids, config, "flex_attention", torch.float32)
-    seen = visible(batch.segments, batch.position_ids, window)[:, 0]
+    seen = visible_pairs(batch.segments, batch.position_ids, window)[:, 0]
     rows, width = batch.segments.shape
     places = torch.meshgrid(*(torch.arange(size) for size in (rows, width, width)), indexing="ij")
     assert torch.equal(found.mask_mod(places[0], torch.tensor(0), *places[1:]), seen)
@@ -122,7 +122,7 @@ def test_visible_blocks_cover_all_visible_pairs(seed: int, make_pairs) -> None:
     positions = torch.nn.functional.pad(batch.position_ids, (0, padding))
     partly, fully = visible_blocks(segments, None)
     count = partly.shape[-1]
-    tiles = visible(segments, positions, None).view(count, 128, count, 128).transpose(1, 2)
+    tiles = visible_pairs(segments, positions, None).view(count, 128, count, 128).transpose(1, 2)
     assert not (tiles.any((2, 3)) & ~(partly | fully)[0]).any()
     assert tiles[fully[0]].all()
     assert not (partly & fully).any()

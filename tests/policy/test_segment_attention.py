@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, segment_attention
-from lpc_lightning.policy.masks import visible
-from lpc_lightning.policy.segment_attention import attend_by_segment, blocks_of
+from lpc_lightning.policy.masks import visible_pairs
+from lpc_lightning.policy.segment_attention import attend_by_segment, query_blocks
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5)]
@@ -41,7 +41,7 @@ def draw(
 
 def by_piece(states: list[Tensor], batch: PreferenceBatch, scaling: float) -> Tensor:
     assert batch.segments is not None
-    return attend_by_segment(nn.Identity(), *states, None, blocks=blocks_of(batch.segments), scaling=scaling)[0]
+    return attend_by_segment(nn.Identity(), *states, None, blocks=query_blocks(batch.segments), scaling=scaling)[0]
 
 
 @settings(deadline=None, max_examples=40)
@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_whole_rows_under_the_mask(
         ours = by_piece(states, batch, 0.3)
         weights = torch.linspace(-1, 1, ours[tokens].numel(), dtype=torch.float64).view_as(ours[tokens])
         found = torch.autograd.grad((weights * ours[tokens]).sum(), states)
-    theirs = whole_rows(*states, visible(batch.segments, batch.position_ids, None), 0.3)
+    theirs = whole_rows(*states, visible_pairs(batch.segments, batch.position_ids, None), 0.3)
     expected = torch.autograd.grad((weights * theirs[tokens]).sum(), states)
     torch.testing.assert_close(ours[tokens], theirs[tokens], rtol=1e-12, atol=1e-12)
     for mine, other in zip(found, expected, strict=True):
@@ -90,7 +90,7 @@ def test_padding_is_zero_and_sends_nothing_back(make_pairs: MakePairs) -> None:
 def test_bfloat16_is_about_as_exact_as_torchs_kernel(make_pairs: MakePairs) -> None:
     batch = SharedPrefixLayout(0, None)(make_pairs([(60, 40, 70), (110, 30, 20)]))
     assert batch.segments is not None
-    seen = visible(batch.segments, batch.position_ids, None)
+    seen = visible_pairs(batch.segments, batch.position_ids, None)
     rounded = [2 * states.detach() for states in draw(batch, 6, 2, 16, torch.bfloat16)]
     exact = [states.double().requires_grad_() for states in rounded]
     truth = whole_rows(*exact, seen, 0.25)
@@ -209,7 +209,7 @@ def test_a_family_that_does_not_pass_the_blocks_on_falls_back_to_the_mask(
     deaf = CausalPolicy.__new__(CausalPolicy)
     nn.Module.__init__(deaf)
     deaf.model, deaf._takes_positions = policy.model, True
-    deaf.attends_by_segment = deaf._attends_by_piece()
+    deaf.attends_by_segment = deaf._can_attend_by_segment()
     assert not deaf.attends_by_segment
-    assert deaf._honours_block_mask()
+    assert deaf._applies_block_mask()
     torch.testing.assert_close(deaf.read(batch).logps(), expected, rtol=1e-9, atol=1e-9)
