@@ -1,4 +1,4 @@
-"""Seeds are a function of their parts: the same on every machine, and apart from one another."""
+"""Derived seeds: the same on every machine, and different for different parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from lpc_lightning.seeding import derive, run_seed
 
 
-# The first 16 hex digits of `printf 'step/0/1/2/3' | sha256sum`, less the last bit.
+# The first 16 hex digits of `printf 'step/0/1/2/3' | sha256sum`, without the last bit.
 @pytest.mark.parametrize(
     ("parts", "digits"),
     [
@@ -18,20 +18,20 @@ from lpc_lightning.seeding import derive, run_seed
         (("order",), "3eeb7e96e59ce40f"),
     ],
 )
-def test_seeds_are_the_leading_63_bits_of_sha256(parts: tuple[object, ...], digits: str) -> None:
+def test_derive_is_63_bits_of_sha256(parts: tuple[object, ...], digits: str) -> None:
     assert derive(*parts) == int(digits, 16) // 2
     assert 0 <= derive(*parts) < 2**63
 
 
-def test_every_part_and_their_order_count() -> None:
-    places = list(itertools.product(["step", "evaluation"], range(3), range(11), range(12)))
-    assert len({derive(*place) for place in places}) == len(places)
+def test_derive_depends_on_parts_and_order() -> None:
+    parts = list(itertools.product(["step", "evaluation"], range(3), range(11), range(12)))
+    assert len({derive(*part) for part in parts}) == len(parts)
     assert derive("step", 1, 2) != derive("step", 2, 1)
     assert derive("step", 1, 11) != derive("step", 11, 1)
 
 
 @pytest.mark.parametrize(("setting", "seed"), [(None, 0), ("", 0), ("0", 0), ("41", 41)])
-def test_the_run_seed_is_lightnings(monkeypatch: pytest.MonkeyPatch, setting: str | None, seed: int) -> None:
+def test_run_seed_from_lightning(monkeypatch: pytest.MonkeyPatch, setting: str | None, seed: int) -> None:
     if setting is None:
         monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     else:
