@@ -1,4 +1,4 @@
-"""What happens around training: one callback a file."""
+"""Callbacks that run around training. Each file contains one callback."""
 
 from lpc_lightning.callbacks.adaptation import AnnotatorAdaptation
 from lpc_lightning.callbacks.codebook_monitor import CodebookMonitor

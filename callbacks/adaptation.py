@@ -1,4 +1,4 @@
-"""How well an annotator's labels follow from a few of them, on validation and test data."""
+"""Accuracy on an annotator's pairs, given a few of the annotator's labels, on validation and test data."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from lpc_lightning.evaluation.adaptation.scores import SHOTS
 
 
 class AnnotatorAdaptation(CollectPairs):
-    """Logs `adaptation/exact/N` and, where a posterior is learned, `adaptation/amortised/N`, under val/ or test/.
+    """Callback that logs `adaptation/exact/N` and, if a posterior is learned, `adaptation/amortised/N`.
 
-    Each is the accuracy on an annotator's pairs when the codes are inferred from N others of the same annotator: by
-    prior times evidence, or by the average of the learned posteriors (see `evaluation.adaptation.inference`). A policy
-    without codes has nothing to infer: its `exact/N` is the policy as it is, over the same pairs.
+    Names start with val/ or test/. Each metric is the accuracy on an annotator's pairs, with codes inferred from N
+    others of the same annotator: from prior times likelihood, or from the average of the learned posteriors (see
+    `evaluation.adaptation.inference`). A policy without codes has nothing to infer: its `exact/N` is its accuracy over
+    the same pairs.
 
-    Beside them `adaptation/prior`, the policy as it is used for anybody; `adaptation/no_latent`, the same policy at z
-    = 0,
-    where it has a latent; and `adaptation/ceiling`, the best there is given the annotator, where the data knows it.
+    Further metrics: `adaptation/prior`, the policy under its prior, the same for all annotators;
+    `adaptation/no_latent`, the same policy at z = 0, if it has a latent; and `adaptation/ceiling`, the best accuracy
+    that is possible given the annotator, if the data gives it.
 
-    The run folder gets `adaptation.json` with all of it, standard errors and counts, and `code_weights.json` with each
-    annotator's weights over the codes, for `lpc-lightning generate --code-weights code_weights.json ANNOTATOR`; both of
-    the last round, the sanity check left out.
+    The run folder gets `adaptation.json` with all scores, standard errors and counts, and `code_weights.json` with each
+    annotator's weights over the codes, for `lpc-lightning generate --code-weights code_weights.json ANNOTATOR`. Both
+    are of the last round, except for the sanity check.
 
     Args:
-        column: The label that says whose pair it is: `annotator`, `factor` or `source`. Pairs without one are left out.
-        shots: Labelled pairs to give. null: 0, 1, 2, 4, 8 and 16.
-        rounds: Random choices of the pairs that are given, to average over.
-        seed: Of these.
+        column: Label that identifies a pair's annotator: `annotator`, `factor` or `source`. Pairs without this label
+            are left out.
+        shots: Numbers of labelled pairs. null: 0, 1, 2, 4, 8 and 16.
+        rounds: Number of random choices of the labelled pairs, which are averaged.
+        seed: Seed of the random choices.
     """
 
     def __init__(
@@ -42,17 +44,18 @@ class AnnotatorAdaptation(CollectPairs):
         self.pairs = AdaptationPairs(column, SHOTS if shots is None else shots, rounds, seed)
         super().__init__(self.pairs)
         self.report = AdaptationReport()
-        """Of the last round."""
+        """Report of the last round."""
 
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the round, over all devices."""
+        """Log the round over all devices, and write the files."""
         self.report = self.pairs.collect()
-        found = dict(self.report.metrics)
+        metrics = dict(self.report.metrics)
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        known = data.ceiling if isinstance(data, PreferenceDataModule) and self.pairs.column == "annotator" else None
-        if found and known is not None:
-            found["adaptation/ceiling"] = known.given_annotator
-        log_round(pl_module, stage, found)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all devices
-        if found and trainer.is_global_zero and not trainer.sanity_checking:
+        by_annotator = self.pairs.column == "annotator"
+        ceiling = data.ceiling if isinstance(data, PreferenceDataModule) and by_annotator else None
+        if metrics and ceiling is not None:
+            metrics["adaptation/ceiling"] = ceiling.given_annotator
+        log_round(pl_module, stage, metrics)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
+        if metrics and trainer.is_global_zero and not trainer.sanity_checking:
             write_adaptation(folder, self.report, self.pairs)

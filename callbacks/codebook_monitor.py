@@ -1,4 +1,4 @@
-"""What the codebook has learned, in numbers and pictures."""
+"""Metrics and plots of what the codebook has learned."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ from lpc_lightning.evaluation.codebook.statistics import CodebookReport, Codeboo
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.seeding import derive
 
-KINDS = ("source", "factor")
+LABELS = ("source", "factor")
 
 
 class CodebookMonitor(CollectValidation):
-    """Logs what the codes say about the pairs, and draws it; idle for a policy without a latent.
+    """Callback that logs and plots how the codes relate to the labels of the pairs. Idle without a latent.
 
-    In each validation, under `val/`: `mutual_information/...` between the prior's likeliest code and source, factor,
-    annotator and length difference (see `information`), and how well that code names factor and annotator,
-    `codebook/{matched,purity}/...` (see `recovery`). The same of the posterior, which the module does not run there
-    (`posterior_mutual_information/...`, `codebook/posterior_matched/...`), and of the exact posterior, prior times
-    evidence (`exact_...`); and `latent/{kl,agreement,posterior_entropy,posterior_perplexity}`. Perplexity, dead codes
-    and entropy of the prior are the module's own metrics.
+    Logged in each validation, under `val/`:
 
-    Drawn: the use of each code; codes by source and by factor; a t-SNE (UMAP where `umap-learn` is installed) of z
-    coloured by source. As PNG in `codebook/` of the run folder, and as images in TensorBoard.
+    - `mutual_information/...` between the most likely code under the prior and source, factor, annotator and length
+      difference (see `information`), and the agreement of that code with factor and annotator,
+      `codebook/{matched,purity}/...` (see `recovery`).
+    - The same for the posterior, which the module does not compute in validation (`posterior_mutual_information/...`,
+      `codebook/posterior_matched/...`), and for the exact posterior, prior times likelihood (`exact_...`).
+    - `latent/{kl,agreement,posterior_entropy,posterior_perplexity}`. The module itself logs perplexity, dead codes and
+      entropy of the prior.
+
+    Plotted: the use of each code; codes by source and by factor; a t-SNE of z coloured by source (UMAP if `umap-learn`
+    is installed). The plots are written as PNG to `codebook/` in the run folder, and as images to TensorBoard.
 
     Args:
-        every: Validations from one drawing to the next. The last one of a run is always drawn, the sanity check never.
-        most_points: Pairs in the t-SNE, at most; always the same ones.
+        every: Plot every n-th validation. The last one of a run is always plotted, the sanity check never.
+        most_points: Most pairs in the t-SNE. They are the same ones in every validation.
     """
 
     def __init__(self, every: int = 5, most_points: int = 1000) -> None:
@@ -43,27 +46,27 @@ class CodebookMonitor(CollectValidation):
             raise ValueError(f"CodebookMonitor.every: found {every}, expected at least 1.")
         self.every, self.most_points = every, most_points
         self.report = CodebookReport()
-        """Of the last validation."""
+        """Report of the last validation."""
         self.collector: CodebookStatistics | None = None
         self._rounds = 0
         self._drawn = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start with no rounds."""
-        space: LatentSpace | None = pl_module.latent  # type: ignore[assignment]  # of a `PreferenceModule`
+        """Make the collector, and reset the number of rounds."""
+        space: LatentSpace | None = pl_module.latent  # type: ignore[assignment]  # an attribute of `PreferenceModule`
         self.collector = None if space is None else CodebookStatistics(space, self.most_points)
         self._rounds, self._drawn = 0, True
 
     def state_dict(self) -> dict[str, Any]:
-        """Validations so far: a resumed run draws when the whole one would."""
+        """Return the number of validations: a resumed run must plot the same ones as an uninterrupted run."""
         return {"rounds": self._rounds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Restore the number of validations."""
         self._rounds = state_dict["rounds"]
 
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the round, over all devices; draw it where its turn has come."""
+        """Log the round over all devices, and plot every n-th round."""
         assert self.collector is not None
         self.report = self.collector.collect()
         log_round(pl_module, stage, self.report.metrics)
@@ -75,18 +78,19 @@ class CodebookMonitor(CollectValidation):
             self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the last round."""
+        """Plot the last round."""
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "codebook"  # asks all devices
+        # `log_dir` is a collective call: all devices must make it.
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "codebook"
         if self._drawn or not trainer.is_global_zero:
             return
         self._drawn = True
         try:
             self._write(folder, trainer)
-        except Exception as error:  # a picture must not cost a run
-            rank_zero_warn(f"codebook: no pictures of step {trainer.global_step}: {type(error).__name__}: {error}")
+        except Exception as error:  # a failed plot must not end the training
+            rank_zero_warn(f"codebook: the plots of step {trainer.global_step} failed: {type(error).__name__}: {error}")
 
     def _write(self, folder: Path, trainer: Trainer) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,17 +102,17 @@ class CodebookMonitor(CollectValidation):
 
 
 def figures(report: CodebookReport, step: int) -> dict[str, Figure]:
-    """What there is to draw of a validation, by name."""
+    """Draw the figures of a validation for which the report has data. Returns them by name."""
     drawn: dict[str, Figure] = {}
     if report.codes is not None and report.prior is not None:
         drawn["use"] = code_use(report.prior, report.codes, report.posterior, f"Use of the codes, step {step}")
-        for kind in KINDS:
-            labels = [row[kind] for row in report.rows]
-            if any(labels):
-                drawn[f"heatmap_{kind}"] = heat_map(report.codes, labels, kind, f"Codes by {kind}, step {step}")
+        for label in LABELS:
+            values = [row[label] for row in report.rows]
+            if any(values):
+                drawn[f"heatmap_{label}"] = heat_map(report.codes, values, label, f"Codes by {label}, step {step}")
     if report.points is not None:
-        kind = next((kind for kind in KINDS if any(row[kind] for row in report.point_rows)), KINDS[0])
-        labels = [row[kind] for row in report.point_rows]
-        title = f"z of {len(labels)} pairs, step {step}"
-        drawn["z"] = scatter(report.points, labels, kind, title, seed=derive("embedding"))
+        label = next((label for label in LABELS if any(row[label] for row in report.point_rows)), LABELS[0])
+        values = [row[label] for row in report.point_rows]
+        title = f"z of {len(values)} pairs, step {step}"
+        drawn["z"] = scatter(report.points, values, label, title, seed=derive("embedding"))
     return drawn

@@ -1,4 +1,4 @@
-"""Which labels go wrong first: the kinds of label noise."""
+"""Orders in which labels are flipped: the kinds of label noise."""
 
 from __future__ import annotations
 
@@ -14,102 +14,102 @@ from lpc_lightning.types import PreferenceExample
 
 
 class FlipOrder(ABC):
-    """Gives each pair the rate from which on it is flipped: what is flipped at a rate is so at any higher one."""
+    """Rule that gives each pair a threshold. A pair is flipped at every noise rate above its threshold."""
 
     @abstractmethod
     def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:
-        """The rate above which each pair is flipped.
+        """Compute the noise rate above which each pair is flipped.
 
         Args:
             examples: The pairs that may be flipped.
-            draws: (examples,) a number in [0, 1) for each, drawn by its content.
+            draws: (examples,) a random number in [0, 1) for each pair, which depends only on its content.
 
         Returns:
-            (examples,) thresholds; infinity for pairs that are never flipped.
+            (examples,) thresholds. Infinity: the pair is never flipped.
         """
 
     def key(self) -> str:
-        """Name and settings in one line."""
+        """Return name and settings in one line."""
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({settings})"
 
 
 class Uniform(FlipOrder):
-    """Symmetric noise: every pair is flipped with probability `rate`."""
+    """Symmetric noise. Every pair is flipped with probability `rate`."""
 
     def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:
-        """The draws themselves."""
+        """Return the random numbers."""
         return draws
 
 
 class LongerWins(FlipOrder):
-    """A bias for length: where the shorter answer (in characters) was chosen, the longer one wins with probability
-    `rate`."""
+    """Length bias. A pair whose chosen answer is the shorter one, in characters, is flipped with probability `rate`."""
 
     def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:
-        """The draws where the shorter answer was chosen."""
-        shorter_won = np.array([len(each.chosen) < len(each.rejected) for each in examples], dtype=bool)
-        return np.where(shorter_won, draws, np.inf)
+        """Return the random numbers of pairs whose chosen answer is the shorter one, and infinity for the others."""
+        shorter_chosen = np.array([len(pair.chosen) < len(pair.rejected) for pair in examples], dtype=bool)
+        return np.where(shorter_chosen, draws, np.inf)
 
 
 class SmallMarginsFirst(FlipOrder):
-    """Doubtful pairs go wrong first: the share `rate` of pairs whose scores differ least; ties are drawn."""
+    """Noise on uncertain pairs. The share `rate` with the smallest score margins is flipped, with ties at random."""
 
     def __init__(self, chosen: str = "score_chosen", rejected: str | None = "score_rejected") -> None:
-        """Say where the scores are.
+        """Set the columns of the scores.
 
         Args:
-            chosen: Column with the chosen answer's score, or with the margin itself; `meta.score_chosen` is the entry
+            chosen: Column with the chosen answer's score, or with the margin. `meta.score_chosen` is the entry
                 `score_chosen` of the column `meta`.
-            rejected: Column with the rejected answer's score. null: `chosen` holds the margin.
+            rejected: Column with the rejected answer's score. null: the column `chosen` contains the margin.
         """
         self.chosen, self.rejected = chosen, rejected
 
     def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:
-        """Each pair's rank by margin, as a share of all.
+        """Return each pair's rank by margin, divided by the number of pairs.
 
         Raises:
-            DataError: A pair has no such score.
+            DataError: A pair has no score in the column.
         """
-        margins = np.array([self._margin(each) for each in examples])
+        margins = np.array([self._margin(pair) for pair in examples])
         ranks = np.empty(len(margins))
         ranks[np.lexsort((draws, margins))] = np.arange(len(margins))
         return ranks / max(1, len(margins))
 
     def _margin(self, example: PreferenceExample) -> float:
-        other = 0.0 if self.rejected is None else _score(example, self.rejected)
-        return abs(_score(example, self.chosen) - other)
+        rejected = 0.0 if self.rejected is None else _read_score(example, self.rejected)
+        return abs(_read_score(example, self.chosen) - rejected)
 
 
 class ByAnnotator(FlipOrder):
-    """Some annotators err more than others: a pair is flipped with probability `rate` times its annotator's share."""
+    """Noise by annotator. A pair is flipped with probability `rate` times the share of its annotator."""
 
     def __init__(self, shares: dict[str, float], others: float = 0.0) -> None:
-        """Say how much each annotator errs.
+        """Set the share of each annotator.
 
         Args:
-            shares: By annotator, in [0, 1]: the probability of a wrong label at rate 1.
-            others: The same for all annotators not named.
+            shares: Probability of a flip at rate 1, in [0, 1], by annotator.
+            others: The same for all annotators that are not in `shares`.
         """
         for name, share in (*shares.items(), ("others", others)):
             if not 0 <= share <= 1:
-                raise ConfigError(f"order.shares: found {share} for {name}, expected a probability from 0 to 1.")
+                raise ConfigError(f"order.shares: found {share} for {name}, expected a probability between 0 and 1.")
         self.shares, self.others = shares, others
 
     def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:
-        """The draws, the larger the less an annotator errs."""
-        shares = np.array([self.shares.get(each.annotator, self.others) for each in examples], dtype=float)
+        """Return the random numbers divided by the shares, and infinity for a share of 0."""
+        shares = np.array([self.shares.get(pair.annotator, self.others) for pair in examples], dtype=float)
         return np.divide(draws, shares, out=np.full(len(shares), np.inf), where=shares > 0)
 
 
-def _score(example: PreferenceExample, column: str) -> float:
-    found: Any = example.meta
+def _read_score(example: PreferenceExample, column: str) -> float:
+    value: Any = example.meta
     for name in column.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
+        value = value.get(name) if isinstance(value, Mapping) else None
     try:
-        return float(found)  # a CSV file holds texts
+        return float(value)  # values of a CSV file are texts
     except (TypeError, ValueError):
+        columns = ", ".join(map(str, example.meta)) or "none besides texts and labels"
         raise DataError(
-            f"label noise: found {found!r} in column {column!r} of pair {example.id!r}, expected a number. It has "
-            f"the columns {', '.join(map(str, example.meta)) or 'of text and labels alone'}; set callbacks.order."
+            f"callbacks.order: found {value!r} in column {column!r} of pair {example.id!r}, expected a number. Columns "
+            f"of the pair: {columns}. Choose one of them in the settings of callbacks.order."
         ) from None

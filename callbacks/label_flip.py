@@ -1,4 +1,4 @@
-"""Wrong labels in the training data, and how the policy takes to them."""
+"""Wrong labels in the training data, and their effect on the policy."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ FILE = "label_noise.json"
 
 
 class LabelFlipNoise(LabelNoise, Callback):
-    """Flips training labels; validation and test data stay as they are.
+    """Callback that flips training labels. Validation and test data are unchanged.
 
-    Which pairs are flipped is a function of (seed, the pair's id and texts) alone: the same ones in any order, on any
-    number of devices and after a resume, which other settings are refused for; and those flipped at a rate are flipped
-    at every higher one. Two rows that are the same pair under the same id are flipped together.
+    The flipped pairs depend only on the seed and on each pair's id and texts. They are the same in any order, on any
+    number of devices and after a resume. A resume with other settings is refused. Pairs that are flipped at a rate are
+    also flipped at every higher rate. Two rows with the same pair and the same id are flipped together.
 
-    Without a marker only labels change: tokens and the reference's log-probabilities are those of the clean pairs, and
-    runs at all rates share them.
+    Without a marker, only labels change. Tokens and reference log-probabilities are those of the clean pairs, and runs
+    at all rates share their caches.
 
-    Logs with each optimizer step, under `train/noise/clean/` and `train/noise/flipped/`, from the step's own pass:
-    `loss`, `accuracy_noisy` (share of pairs for which the answer labelled as chosen is ahead) and `accuracy_true` (the
-    answer that was chosen before noise). A policy that memorises noise has its `flipped/accuracy_true` fall. (Under a
-    latent with a posterior, a training step has seen the label.) Writes `label_noise.json` to the run folder: settings,
-    rate reached, ids of the flipped pairs.
+    Metrics of each logged optimizer step are under `train/noise/clean/` and `train/noise/flipped/`, from the step's own
+    pass: `loss`; `accuracy_noisy`, the share of pairs whose answer labelled as chosen has the higher reward; and
+    `accuracy_true`, the same for the answer that was chosen before the noise. If a policy memorises noise, its
+    `flipped/accuracy_true` falls. Under a latent with a posterior, z of a training step depends on the label.
+
+    The run folder gets `label_noise.json`: settings, reached rate, and ids of the flipped pairs.
     """
 
     def __init__(
@@ -54,17 +55,17 @@ class LabelFlipNoise(LabelNoise, Callback):
         sources: list[str] | None = None,
         factors: list[str] | None = None,
     ) -> None:
-        """Say which labels go wrong.
+        """Set which labels are flipped.
 
         Args:
-            rate: How many, from 0 to 1; `order` says of what.
-            order: Which go wrong first: `Uniform`, `LongerWins`, `SmallMarginsFirst`, `ByAnnotator`. null: Uniform.
-            seed: Another seed flips other pairs. null: the run's own (seed_everything).
-            marker: A text written into the prompts of flipped pairs, such as `[FLIP]` in the paper: it tells the policy
-                which labels are wrong. null: nothing tells.
-            marker_at: Where: at the `start` or at the `end` of the last user turn, or in the `system` turn.
-            sources: Only pairs from these sources are flipped. null: from all.
-            factors: Only pairs that these factors decided. null: that any did.
+            rate: Noise rate from 0 to 1. Its meaning depends on `order`.
+            order: Kind of noise: `Uniform`, `LongerWins`, `SmallMarginsFirst` or `ByAnnotator`. null: `Uniform`.
+            seed: Seed of the random numbers. null: the seed of the run (seed_everything).
+            marker: Text that is added to the prompts of flipped pairs, such as `[FLIP]` in the paper, so that the
+                policy can recognise wrong labels. null: no text.
+            marker_at: Position of the marker: `start` or `end` of the last user turn, or `system` turn.
+            sources: Flip only pairs from these sources. null: from all sources.
+            factors: Flip only pairs that one of these factors decided. null: all pairs.
         """
         if not 0 <= rate <= 1:
             raise ConfigError(f"LabelFlipNoise.rate: found {rate}, expected a rate from 0 to 1.")
@@ -77,24 +78,22 @@ class LabelFlipNoise(LabelNoise, Callback):
 
     @property
     def seed(self) -> int:
-        """What the pairs are drawn by."""
+        """Seed of the random numbers."""
         return run_seed() if self._seed is None else self._seed
-
-    # What the data module asks
 
     def key(self) -> str:
         """See `LabelNoise.key`."""
         marker = None if self.marker is None else f"{self.marker!r} at {self.marker_at}"
         settings = {"seed": self.seed, "marker": marker, "sources": self.sources, "factors": self.factors}
-        told = "".join(f", {name} {value}" for name, value in settings.items() if value is not None)
-        return f"label noise {self.order.key()} at rate {self.rate}{told}"
+        texts = "".join(f", {name} {value}" for name, value in settings.items() if value is not None)
+        return f"label noise {self.order.key()} at rate {self.rate}{texts}"
 
     def flips(self, examples: Sequence[PreferenceExample]) -> np.ndarray:
         """See `LabelNoise.flips`."""
-        places = [place for place, example in enumerate(examples) if self._may_flip(example)]
-        draws = np.array([draw(self.seed, examples[place]) for place in places])
+        indices = [index for index, example in enumerate(examples) if self._may_flip(example)]
+        draws = np.array([draw(self.seed, examples[index]) for index in indices])
         flips = np.zeros(len(examples), dtype=bool)
-        flips[places] = self.order.thresholds([examples[place] for place in places], draws) < self.rate
+        flips[indices] = self.order.thresholds([examples[index] for index in indices], draws) < self.rate
         return flips
 
     def _may_flip(self, example: PreferenceExample) -> bool:
@@ -111,30 +110,26 @@ class LabelFlipNoise(LabelNoise, Callback):
         assert self.marker is not None
         return replace(example, prompt=MARK[self.marker_at](example.prompt, self.marker))
 
-    # What happens in a run
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say how many pairs are flipped, and write which.
+        """Flip the labels, log the number of flipped pairs, and write their ids.
 
         Raises:
-            ConfigError: The data is not a `PreferenceDataModule`, which would not ask for noise.
+            ConfigError: The data is not a `PreferenceDataModule`, which takes no label noise.
         """
         if stage != "fit":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         if not isinstance(data, PreferenceDataModule):
-            raise ConfigError(
-                f"LabelFlipNoise: found data of {type(data).__name__}, expected a PreferenceDataModule, which takes "
-                "label noise from among the trainer's callbacks."
-            )
+            raise ConfigError(f"LabelFlipNoise: found data of {type(data).__name__}, expected a PreferenceDataModule.")
+        data.set_label_noise(self)
         self._metrics.to(pl_module.device)
         pairs = data.training_pairs
         flipped = np.flatnonzero(pairs.flipped).tolist()
         rank_zero_info(f"{self.key()}: {len(flipped)} of {len(pairs)} training pairs flipped.")
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all devices
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
         if not trainer.is_global_zero:
             return
-        told = {
+        record = {
             "noise": self.key(),
             "rate": self.rate,
             "reached": len(flipped) / len(pairs),
@@ -147,50 +142,53 @@ class LabelFlipNoise(LabelNoise, Callback):
             "ids": [pairs[number].id for number in flipped],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in told.items())
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
         (folder / FILE).write_text(f"{{{lines}}}\n")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
-        """Take in the batch, and log where it closes a step."""
+        """Add the batch of a step that is logged, and log the metrics if the batch ends the step."""
+        if not outputs["logged"]:
+            return
         self._metrics.to(pl_module.device)
         self._metrics.update(outputs["losses"], outputs["margins"], batch.flipped)
         if is_optimizer_step(trainer, batch_idx):
-            found = {f"train/noise/{name}": value for name, value in self._metrics.compute().items()}
+            metrics = {f"train/noise/{name}": value for name, value in self._metrics.compute().items()}
             self._metrics.reset()
-            pl_module.log_dict(found, batch_size=1)  # the same on all devices
+            pl_module.log_dict(metrics, batch_size=1)  # the same on all devices
 
 
 class NoiseMetrics(Metric):
-    """Mean loss and accuracies of clean and of flipped pairs, each by itself; of a kind that did not come, nothing."""
+    """Mean loss and accuracies of clean and of flipped pairs, separately. A kind without pairs has no metrics."""
 
     full_state_update = False
 
     def __init__(self) -> None:
-        """Start with no pairs."""
+        """Start without pairs."""
         super().__init__()
         self.add_state("sums", torch.zeros(2, 4, dtype=torch.float64), dist_reduce_fx="sum")
         self.sums: Tensor
 
     def update(self, losses: Tensor, margins: Tensor, flipped: Tensor) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
-            losses: (B,) losses under the labels as they are.
+            losses: (B,) losses under the noisy labels.
             margins: (B,) reward margins of the answers labelled as chosen.
-            flipped: (B,) bool.
+            flipped: (B,) bool, true for flipped pairs.
         """
         noisy = accuracies(margins)
         true = torch.where(flipped, 1 - noisy, noisy)
         values = torch.stack([torch.ones_like(noisy), losses, true, noisy], dim=1).double()
-        self.sums[0] += values[~flipped].sum(0)
-        self.sums[1] += values[flipped].sum(0)
+        # A mask as an index would make the CPU wait for the GPU, to learn the number of pairs of each kind.
+        kinds = torch.stack([~flipped, flipped])
+        self.sums += torch.where(kinds[..., None], values, 0.0).sum(1)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means by name."""
+        """Return the means by name, on the CPU."""
         names = ("loss", "accuracy_true", "accuracy_noisy")
-        kinds = {kind: sums for kind, sums in zip(("clean", "flipped"), self.sums, strict=True) if sums[0]}
+        kinds = {kind: sums for kind, sums in zip(("clean", "flipped"), self.sums.cpu(), strict=True) if sums[0]}
         return {
             f"{kind}/{name}": value / sums[0]
             for kind, sums in kinds.items()
@@ -199,12 +197,12 @@ class NoiseMetrics(Metric):
 
 
 def draw(seed: int, example: PreferenceExample) -> float:
-    """A number in [0, 1), uniform over seeds and pairs, and always the same for the same ones.
+    """Return a number in [0, 1) that depends only on seed and pair, and is uniform over both.
 
-    Ids need not be unique, so that the texts count as well.
+    Ids need not be unique, so that the texts are used, too.
     """
-    told = [seed, example.id, [[turn["role"], turn["content"]] for turn in example.prompt]]
-    text = json.dumps([*told, example.chosen, example.rejected])
+    prompt = [[turn["role"], turn["content"]] for turn in example.prompt]
+    text = json.dumps([seed, example.id, prompt, example.chosen, example.rejected])
     digest = hashlib.sha256(text.encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
@@ -230,4 +228,4 @@ def _in_system(prompt: Prompt, marker: str) -> Prompt:
 
 
 MARK: dict[str, Callable[[Prompt, str], Prompt]] = {"start": _at_start, "end": _at_end, "system": _in_system}
-"""How a marker gets into a prompt, by `marker_at`. A prompt ends in a user turn."""
+"""Functions that add a marker to a prompt, by `marker_at`. A prompt ends with a user turn."""

@@ -1,4 +1,4 @@
-"""Benchmarks of the policy with its latent, after training and on the way."""
+"""Benchmarks of the policy with its latent, after and during training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, chec
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores, write_results
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
-from lpc_lightning.evaluation.benchmarks.trial import Trial, reason
+from lpc_lightning.evaluation.benchmarks.trial import Trial, failure_reason
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.inference.prior import inference_prior
 from lpc_lightning.latent import PriorMode
@@ -35,18 +35,19 @@ SHARDED = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 
 
 class LMEvaluation(Callback):
-    """Runs lm-eval on the policy at the end of `fit`, and on the way if asked; z comes from the prior.
+    """Callback that runs lm-eval on the policy at the end of `fit`, and optionally during it. z comes from the prior.
 
-    Scores go to all loggers as `lm_eval/TASK/METRIC`, and with all that is needed to run them again to `results.json`
-    and `items.jsonl` in `lm_eval/` of the run folder. Runs on the way are in `lm_eval/step_N/`; where their limit is
-    another one they ask other questions, and are logged as `lm_eval/first_LIMIT/TASK/METRIC`. A score's step is the
-    number of optimizer steps behind the weights.
+    Scores are logged as `lm_eval/TASK/METRIC`. `lm_eval/` in the run folder gets `items.jsonl`, and `results.json` with
+    all that is needed to repeat the evaluation. Results during training are in `lm_eval/step_N/`. If their limit is not
+    that of the end, they are over other questions, and are logged as `lm_eval/first_LIMIT/TASK/METRIC`. The step of a
+    score is the number of optimizer steps before it.
 
-    By the end, training is over and its checkpoints are written: a benchmark that fails costs its scores and nothing
-    else, which a warning and `results.json` tell. The weights are the last ones; `lpc-lightning evaluate` takes any
-    checkpoint. Training goes on from a run on the way as if it had not been.
+    At the end, training is over and its checkpoints are written. If a benchmark fails, only its scores are missing: a
+    warning and `results.json` give the reason. The evaluated weights are the last ones; `lpc-lightning evaluate`
+    evaluates any checkpoint. Evaluation during training does not change the training.
 
-    Several processes (DDP) share the requests. A policy that is sharded among them (FSDP, DeepSpeed) is not evaluated.
+    With several processes (DDP), each evaluates a part of the requests. A policy that is sharded over processes (FSDP,
+    DeepSpeed) is not evaluated.
     """
 
     def __init__(
@@ -62,20 +63,20 @@ class LMEvaluation(Callback):
         apply_chat_template: bool = False,
         seed: int = 1234,
     ) -> None:
-        """Say what to run, and when.
+        """Set what to evaluate, and when.
 
         Args:
-            tasks: lm-eval's names of tasks, groups or tags, or paths of task files (.yaml).
-            data_dir: Folder with the tasks' data (arc/, gsm8k/, truthfulqa/), which is then not asked from the hub.
-            limit: Documents of each task at the end, from its start. null: all of them.
-            every_n_steps: Run after every so many optimizer steps as well. null: at the end alone.
-            step_limit: Documents of each task in the runs on the way.
-            num_fewshot: Examples in front of each question. null: each task's own number.
-            batch_size: Sequences at once, or `auto`.
-            prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: as the
-                latent space does.
-            apply_chat_template: Put prompts as conversations, in the tokenizer's chat template.
-            seed: Seed of few-shot examples and of whatever is drawn.
+            tasks: Names of lm-eval's tasks, groups or tags, or paths of task files (.yaml).
+            data_dir: Folder with the tasks' data (arc/, gsm8k/, truthfulqa/). null: download the data from the hub.
+            limit: Evaluate the first documents of each task up to this number, at the end. null: all of them.
+            every_n_steps: Also evaluate after every n-th optimizer step. null: only at the end.
+            step_limit: Same as `limit`, for evaluations during training.
+            num_fewshot: Examples before each question. null: the task's default.
+            batch_size: Sequences in a batch, or `auto`.
+            prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the index of a code. null: the
+                default of the latent space.
+            apply_chat_template: Format prompts as conversations, with the tokenizer's chat template.
+            seed: Seed of the few-shot examples and of all sampling.
         """
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(f"every_n_steps: found {every_n_steps}, expected at least 1, or null.")
@@ -88,10 +89,10 @@ class LMEvaluation(Callback):
         self._last_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before anything is trained, what could not run at the end, and get data from the hub.
+        """Check the settings before training, and download the data.
 
         Raises:
-            ConfigError: An unknown task, a file that is not there, settings that mean nothing.
+            ConfigError: A task is unknown, a file is missing, or a setting is out of range.
         """
         if stage != "fit":
             return
@@ -109,10 +110,10 @@ class LMEvaluation(Callback):
                     rank_zero_warn(f"LMEvaluation: {task} will have no scores: {trial.failure}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse settings that the model, which is built by now, cannot be evaluated with.
+        """Check the settings that depend on the model, which is built now.
 
         Raises:
-            ConfigError: No such batch size, or no such mode of the prior.
+            ConfigError: The batch size or the mode of the prior is invalid.
         """
         assert isinstance(pl_module, PreferenceModule)
         if not isinstance(trainer.strategy, SHARDED):
@@ -120,13 +121,13 @@ class LMEvaluation(Callback):
                 self._lm(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave out the step that a resumed run starts from."""
+        """Skip the step at which a resumed run starts: it was evaluated before."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Run after the step, if it is one of those; the last one is left to the end of training."""
+        """Evaluate after every n-th step. The last step is evaluated at the end of training."""
         step = trainer.global_step
         if self.every_n_steps is None or step == self._last_step or step == trainer.estimated_stepping_batches:
             return
@@ -136,12 +137,12 @@ class LMEvaluation(Callback):
             self._run(trainer, pl_module, self.step_limit, Path(f"step_{step}"), name)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run on the trained policy. All checkpoints are written by now, and signals do again what they do."""
+        """Evaluate the trained policy. All checkpoints are written, and the signal handlers are restored."""
         if isinstance(trainer.strategy, SHARDED):
-            rank_zero_warn(f"LMEvaluation: nothing was run. {_advice(trainer)}")
+            rank_zero_warn(f"LMEvaluation: no benchmark was run. {_advice(trainer)}")
             return
         assert isinstance(pl_module, PreferenceModule)
-        with _on(trainer.strategy.root_device, pl_module):
+        with _moved_to(trainer.strategy.root_device, pl_module):
             results = self._run(trainer, pl_module, self.limit, Path(), "lm_eval")
         if trainer.is_global_zero:
             print(_table(results))
@@ -150,20 +151,20 @@ class LMEvaluation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, limit: int | None, folder: Path, name: str
     ) -> BenchmarkResults:
         assert isinstance(pl_module, PreferenceModule)
-        # Lightning asks the first process for the folder, so that all have to.
+        # `log_dir` is a collective call: all processes must make it.
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "lm_eval" / folder
         with preserved(pl_module, pl_module.tokenizer):
             try:
                 results = self._benchmarks(trainer, pl_module, limit)
-            except Exception as error:  # whatever it is, the training is worth more
+            except Exception as error:  # no error of an evaluation may end the training
                 log.debug("Benchmarks failed.", exc_info=error)
-                results = BenchmarkResults({}, [], dict.fromkeys(self.tasks, reason(error)))
+                results = BenchmarkResults({}, [], dict.fromkeys(self.tasks, failure_reason(error)))
         if trainer.is_global_zero:
             self._report(trainer, pl_module, results, folder, name)
         return results
 
     def _lm(self, trainer: Trainer, module: PreferenceModule) -> LatentLM:
-        # Imports lm-eval: a second that runs without this callback should not pay.
+        # Importing lm-eval takes a second, which runs without this callback should not need.
         from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 
         return LatentLM(
@@ -192,16 +193,16 @@ class LMEvaluation(Callback):
     def _report(
         self, trainer: Trainer, module: PreferenceModule, results: BenchmarkResults, folder: Path, name: str
     ) -> None:
-        for task, why in results.failures.items():
-            rank_zero_warn(f"LMEvaluation: {task} has no scores: {why}")
+        for task, failure in results.failures.items():
+            rank_zero_warn(f"LMEvaluation: {task} has no scores: {failure}")
         try:
             write_results(folder, results, _origin(trainer, module, folder))
         except OSError as error:
             rank_zero_warn(f"LMEvaluation: could not write the results into {folder}: {error}")
         values = {
             f"{name}/{task}/{metric}": value
-            for task, found in results.metrics.items()
-            for metric, value in found.items()
+            for task, metrics in results.metrics.items()
+            for metric, value in metrics.items()
         }
         for logger in trainer.loggers if values else ():
             logger.log_metrics(values, trainer.global_step)
@@ -209,8 +210,8 @@ class LMEvaluation(Callback):
 
 
 @contextmanager
-def _on(device: torch.device, module: PreferenceModule) -> Iterator[None]:
-    """The policy on the device where it was trained, and after that where Lightning has put it (on the CPU)."""
+def _moved_to(device: torch.device, module: PreferenceModule) -> Iterator[None]:
+    """Move the policy to the device of the training, and afterwards back to where Lightning has put it (the CPU)."""
     before = module.policy.model.device
     module.policy.to(device)
     try:
@@ -221,13 +222,13 @@ def _on(device: torch.device, module: PreferenceModule) -> Iterator[None]:
 
 def _advice(trainer: Trainer) -> str:
     return (
-        f"{type(trainer.strategy).__name__} shards the policy over devices, where lm-eval cannot run it; when the fit "
-        "is over, run `lpc-lightning evaluate` on a checkpoint of the run."
+        f"{type(trainer.strategy).__name__} shards the policy over devices, and lm-eval does not support this. After "
+        "the fit, run `lpc-lightning evaluate` on a checkpoint of the run."
     )
 
 
 def _origin(trainer: Trainer, module: PreferenceModule, folder: Path) -> dict[str, Any]:
-    """What was evaluated. A module that was built in code does not know its settings, but for the names of classes."""
+    """Return what was evaluated. A module that was built in code has no recorded settings, only names of classes."""
     settings = dict(module.hparams)
     latent = None if module.latent is None else type(module.latent).__name__
     return {
@@ -245,11 +246,11 @@ def _origin(trainer: Trainer, module: PreferenceModule, folder: Path) -> dict[st
 
 
 def _table(results: BenchmarkResults) -> str:
-    """Scores with standard errors, a line each, and what has none."""
+    """Format the scores with standard errors, and the tasks that failed."""
     rows = [
-        [task, metric, score(*found)]
+        [task, metric, score(*value)]
         for task, metrics in results.metrics.items()
-        for metric, found in scores(metrics).items()
+        for metric, value in scores(metrics).items()
     ]
     rows += [[task, "failed", "-"] for task in results.failures]
     return f"\n{markdown_table(['benchmark', 'metric', 'score'], rows, left=2)}\n"

@@ -1,4 +1,4 @@
-"""What `predict` finds, on disk."""
+"""Files with the results of `predict`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class WritePredictions(Callback):
-    """Writes rewards, margin and prior of each pair to `predictions_RANK.jsonl` in the run folder, one line a pair."""
+    """Callback that writes `predictions_RANK.jsonl` to the run folder: rewards, margin and prior, one line per pair."""
 
     def on_predict_batch_end(
         self,
@@ -21,7 +21,7 @@ class WritePredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Append the batch."""
+        """Write the batch. The first batch replaces an existing file."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         columns = {name: values.tolist() for name, values in outputs.items() if name != "ids" and values is not None}

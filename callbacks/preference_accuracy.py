@@ -1,4 +1,4 @@
-"""Accuracy under the prior, the posterior, the exact marginal, no z and others' z, on validation and test data."""
+"""Accuracy under the prior, the posterior, the exact marginal, no z and swapped z, on validation and test data."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round
 
 
 class PreferenceAccuracy(CollectPairs):
-    """Logs `accuracy/MODE` and `margin/MODE` for each mode of `mode_margins`, and `swap_turnover`, under val/ or test/.
+    """Callback that logs `accuracy/MODE` and `margin/MODE` for each mode of `mode_margins`, and `swap_turnover`.
 
-    `accuracy/prior` is the module's own `rewards/accuracies`. The modes take the step's backbone pass over: each costs
-    a pass through the LM head, all codes together cost one. Each number stands behind `/source/NAME` and
-    `/factor/NAME` again, and, where labels were flipped, behind `/clean` and `/flipped`; `pairs/...` says how many
-    pairs it rests on. docs/accuracy_modes.md tells how to read them.
+    Names start with val/ or test/. `accuracy/prior` is the module's own `rewards/accuracies`. All modes use the
+    backbone pass of the step. Each mode needs a pass through the LM head; all codes together need one. Each metric is
+    also logged by group, with the suffix `/source/NAME` or `/factor/NAME`, and, if labels were flipped, with `/clean`
+    and `/flipped`. `pairs/...` is the number of pairs in each group. docs/accuracy_modes.md explains the metrics.
 
-    Of data that knows the best accuracy that the prompt allows (the built-in preferences), `share_of_best` is the
-    headline as a share of it: above 1 only by the luck of a finite sample.
+    If the data gives the best accuracy that is possible from the prompt (the built-in preferences), `share_of_best` is
+    the main accuracy divided by it. It can be above 1 only by chance, in a finite sample.
 
     Args:
-        by: Labels by whose values pairs are told apart: `source`, `factor`, `annotator`.
-        most: Groups of each kind that are told apart, the largest ones; the others are taken together as `(others)`.
+        by: Labels that define the groups: `source`, `factor`, `annotator`.
+        most: Most groups of each label. Only the largest are kept; the others form the group `(others)`.
     """
 
     def __init__(self, by: list[Group] | None = None, most: int = 32) -> None:
         self.modes = AccuracyModes(["source", "factor"] if by is None else by, most)
         super().__init__(self.modes)
         self.report = AccuracyReport()
-        """Of the last round, with a row for each pair."""
+        """Report of the last round, with a row for each pair."""
 
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the round, over all devices."""
+        """Log the round over all devices."""
         self.report = self.modes.collect()
-        found = dict(self.report.metrics)
+        metrics = dict(self.report.metrics)
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        if isinstance(data, PreferenceDataModule) and data.ceiling is not None and found:
-            found["share_of_best"] = found["accuracy/prior"] / data.ceiling.from_prompt
-        log_round(pl_module, stage, found)
+        if isinstance(data, PreferenceDataModule) and data.ceiling is not None and metrics:
+            metrics["share_of_best"] = metrics["accuracy/prior"] / data.ceiling.from_prompt
+        log_round(pl_module, stage, metrics)

@@ -1,11 +1,11 @@
-"""A progress bar that shows what matters, by short names."""
+"""Progress bar with a few metrics under short names."""
 
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-SHORT = {
+SHORT_NAMES = {
     "loss": "loss",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
@@ -14,11 +14,11 @@ SHORT = {
 
 
 class PreferenceProgressBar(TQDMProgressBar):
-    """Loss, accuracy and margin of the last step, and how many codes are in use (the codebook's perplexity)."""
+    """Progress bar with loss, accuracy and margin of the last logged step, and the codebook perplexity as `codes`."""
 
     def get_metrics(self, trainer: Trainer, model: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
-        """What stands at the end of the bar."""
-        found = super().get_metrics(trainer, model)
+        """Return the metrics at the end of the bar."""
+        metrics = super().get_metrics(trainer, model)
         stages = ("train", "val")
-        named = {f"{stage}/{long}": f"{stage} {short}" for stage in stages for long, short in SHORT.items()}
-        return {named[name].removeprefix("train "): value for name, value in found.items() if name in named}
+        named = {f"{stage}/{long}": f"{stage} {short}" for stage in stages for long, short in SHORT_NAMES.items()}
+        return {named[name].removeprefix("train "): value for name, value in metrics.items() if name in named}

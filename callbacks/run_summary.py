@@ -1,4 +1,4 @@
-"""The short table at the end of a run."""
+"""Short table of results at the end of a run."""
 
 from __future__ import annotations
 
@@ -24,47 +24,50 @@ ROWS = {
 
 
 class RunSummary(Callback):
-    """Prints validation before and after training, speed and memory; writes them to `summary.json` in the run folder.
+    """Callback that prints validation before and after training, speed and memory.
 
-    Validation before training is Lightning's sanity check: with `trainer.num_sanity_val_steps: -1` it runs over the
-    whole validation set. Its metrics also go to the loggers, at step 0.
+    It writes the same to `summary.json` in the run folder.
 
-    After `validate` and `test` it prints what they found over all pairs, and names the file that holds the groups too.
+    Validation before training is Lightning's sanity check. With `trainer.num_sanity_val_steps: -1` it covers the whole
+    validation set, and its metrics are also logged, at step 0.
+
+    After `validate` and `test`, the metrics over all pairs are printed, with the name of the file that contains the
+    metrics of groups.
     """
 
     def __init__(self) -> None:
-        """Start with nothing known."""
+        """Start without metrics."""
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what validation said before the first step."""
+        """Store the metrics of the validation before the first step."""
         self.before = _validation(trainer)
         if trainer.num_sanity_val_steps == float("inf"):
             for logger in trainer.loggers:
                 logger.log_metrics({f"val/{name}": value for name, value in self.before.items()}, 0)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the latest."""
+        """Store the metrics of the latest validation."""
         if not trainer.sanity_checking:
             self.after = _validation(trainer)
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._print_round(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print."""
+        """Print the metrics of the test."""
         self._print_round(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print and write."""
+        """Print and write the summary."""
         folder = _run_folder(trainer)
         if not trainer.is_global_zero:
             return
-        whole = trainer.num_sanity_val_steps == float("inf")
+        is_complete = trainer.num_sanity_val_steps == float("inf")
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
         monitors = [callback for callback in callbacks if isinstance(callback, ResourceMonitor)]
         resources = monitors[0].summary() if monitors else {}
-        before = self.before if whole else {}
+        before = self.before if is_complete else {}
         summary = {
             "steps": trainer.global_step,
             "validation_before": before,
@@ -81,20 +84,20 @@ class RunSummary(Callback):
         if not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-        # Behind a metric's name stands that of a group: `val/accuracy/prior/source/books`.
-        whole = {name: value for name, value in metrics.items() if name.count("/") < 3}
-        width = max(map(len, whole), default=0)
-        print("\n" + "\n".join(f"{name:<{width}}  {value:>10.4f}" for name, value in whole.items()))
+        # Metrics of a group have a longer name: `val/accuracy/prior/source/books`.
+        overall = {name: value for name, value in metrics.items() if name.count("/") < 3}
+        width = max(map(len, overall), default=0)
+        print("\n" + "\n".join(f"{name:<{width}}  {value:>10.4f}" for name, value in overall.items()))
         if trainer.loggers:
-            print(f"\nAll {len(metrics)} numbers, group by group as well: {folder / 'metrics.csv'}")
+            print(f"\nAll {len(metrics)} metrics, including those of groups: {folder / 'metrics.csv'}")
 
 
 def _run_folder(trainer: Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir)  # asks all devices
+    return Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
 
 
 def _command(name: str) -> str:
-    """How to call a program of this environment from here, activated or not."""
+    """Return how to call a program of this environment from here, even if the environment is not activated."""
     return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
 
 

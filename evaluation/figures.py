@@ -1,4 +1,4 @@
-"""The look that all plots of a report share, and their files."""
+"""The common look of all plots, and the files that they are written to."""
 
 from __future__ import annotations
 
@@ -9,137 +9,57 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lpc_lightning.evaluation.codebook.plots import COLOURS, MARKERS
-from lpc_lightning.evaluation.statistics.seeds import Estimate
-
-LINES = ("-", "--", ":", "-.")
-LOOKS = [(COLOURS[place % 7], MARKERS[place % 4], LINES[place // 7]) for place in range(28)]
-"""Of a line: neighbours differ in colour and marker, so that they can be told apart in grey as well."""
-MOST_LINES = 7
-"""Lines in one panel before they are spread over several."""
-LONGEST_NAME = 64
-BEYOND = 1.0
-"""How far bands are shown above and below all lines, as a share of how far these are apart."""
-PANELS_IN_ROW = 3
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+"""Palette of Okabe and Ito (2008), which colour-blind readers can distinguish. Its yellow is left out, because it is
+hard to see on white."""
+MARKERS = ("o", "^", "s", "D")
+LINE_STYLES = ("-", "--", ":", "-.")
+STYLES = [(COLOURS[index % 7], MARKERS[index % 4], LINE_STYLES[index // 7]) for index in range(28)]
+"""Colour, marker and line style of each line. Neighbours differ in colour and in marker, so that they can be
+distinguished in grey, too."""
+GREY = "#8A8A8A"
+"""Colour of what is drawn in the background."""
+MAX_NAME_LENGTH = 64
+"""Longest name in a plot, in characters."""
 DPI = 160
-"""Of PNG files."""
-QUIET = "#8A8A8A"
-"""Of what stands behind."""
+"""Resolution of PNG files."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, and what it says in words."""
+    """A figure with its texts."""
 
     name: str
-    """Of its files."""
+    """Name of its files, without suffix."""
     title: str
     figure: Figure
     alt: str
-    """For those who cannot see it."""
+    """Description for readers who cannot see the figure."""
     caption: str
-    """How to read it."""
+    """Explanation of what is drawn."""
 
 
 @dataclass(frozen=True)
 class NoPlot:
-    """A plot that has no data."""
+    """A plot that was left out because its data is missing."""
 
     title: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line in a panel: means over something numeric."""
-
-    label: str
-    places: Sequence[float]
-    """Rising."""
-    means: Sequence[Estimate]
-    level: Estimate | None = None
-    """In place of a line: a value that holds everywhere."""
-
-
-def draw_panels(
-    panels: Mapping[str, Sequence[Line]], markers: bool, along: str, metric: str, level: float | None = None
-) -> tuple[Figure, list[Axes]]:
-    """Panels side by side with one scale and one legend; each label looks the same in all of them.
-
-    Args:
-        panels: Lines by the panel's title.
-        markers: Whether to mark the places where there are values.
-        along: What is on the horizontal axis.
-        metric: What is on the vertical one.
-        level: A value that stays in view beside the lines.
-    """
-    labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
-    looks = dict(zip(labels, LOOKS, strict=False))
-    across = min(len(panels), PANELS_IN_ROW)
-    down = -(-len(panels) // across)
-    height = 3.4 * down if len(panels) == 1 else 2.7 * down
-    figure = make_figure(7.0 if across == 1 else 8.6, height + 0.4 + legend_height(list(looks)))
-    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel().tolist()
-    handles: dict[str, Artist] = {}
-    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
-        axes.set_title(short(title), fontsize=10)
-        for line in lines:
-            if line.label in looks:
-                handles[line.label] = _draw(axes, line, looks[line.label], markers)
-    shown = [line for lines in panels.values() for line in lines if line.label in looks]
-    means = [each.mean for line in shown for each in (line.means if line.level is None else [line.level])]
-    _keep_lines_apart(grid[0], means if level is None else [*means, level])
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    for axes in grid[: len(panels) : across]:
-        axes.set_ylabel(metric, fontsize=10)
-    # The lowest panels, those above an empty place among them.
-    for axes in grid[max(0, len(panels) - across) : len(panels)]:
-        axes.set_xlabel(along, fontsize=10)
-        axes.tick_params(labelbottom=True)
-    add_legend(figure, handles)
-    return figure, grid[: len(panels)]
-
-
-def _keep_lines_apart(axes: Axes, means: Sequence[float]) -> None:
-    """Cut bands that are far wider than the lines are apart, as those of two seeds: the lines would be all but one."""
-    if not means or (across := max(means) - min(means)) == 0:
-        return
-    axes.update_datalim([(axes.dataLim.x0, value) for value in (min(means), max(means))], updatex=False)
-    axes.autoscale_view(scalex=False)
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(max(bottom, min(means) - BEYOND * across), min(top, max(means) + BEYOND * across))
-
-
-def _draw(axes: Axes, line: Line, look: tuple[str, str, str], markers: bool) -> Artist:
-    colour, marker, style = look
-    if line.level is not None:
-        return axes.axhline(line.level.mean, color=colour, linestyle=style, linewidth=1.4)
-    (drawn,) = axes.plot(
-        line.places,
-        [each.mean for each in line.means],
-        color=colour,
-        linestyle=style,
-        linewidth=1.6,
-        marker=marker if markers or len(line.places) == 1 else "",
-        markersize=5,
-    )
-    low = [np.nan if each.low is None else each.low for each in line.means]
-    high = [np.nan if each.high is None else each.high for each in line.means]
-    if not np.isnan(low).all():
-        axes.fill_between(line.places, low, high, color=colour, alpha=0.15, linewidth=0)
-    return drawn
+    reason: str
 
 
 def add_legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """A legend below all panels, in as many columns as fit; none for a single line."""
-    names = [short(label) for label in handles]
+    """Add a legend below all panels, in as many columns as fit. A single line gets none.
+
+    Args:
+        figure: The figure, in constrained layout.
+        handles: What is drawn, by label.
+    """
+    names = [shorten(label) for label in handles]
     if len(names) == 1:
         return
     columns = _legend_columns(names)
@@ -147,8 +67,8 @@ def add_legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
 
 
 def legend_height(labels: Sequence[str]) -> float:
-    """Its height in inches."""
-    return 0.2 + 0.2 * -(-len(labels) // _legend_columns([short(label) for label in labels]))
+    """Return the height of a legend in inches."""
+    return 0.2 + 0.2 * -(-len(labels) // _legend_columns([shorten(label) for label in labels]))
 
 
 def _legend_columns(names: Sequence[str]) -> int:
@@ -156,47 +76,60 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 
 def make_figure(width: float, height: float) -> Figure:
-    """An empty figure; sizes in inches."""
+    """Make an empty figure of a size in inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def short(name: str) -> str:
-    """A name that fits, its middle left out where it is too long."""
-    # A dollar sign would open a formula.
+def shorten(name: str) -> str:
+    """Cut the middle out of a name that is too long, and escape dollar signs."""
+    # matplotlib reads text between dollar signs as a formula.
     name = name.replace("$", r"\$")
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+    half = MAX_NAME_LENGTH // 2
+    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"
 
 
-def quiet_grid(axes: Axes, along: str = "both") -> None:
-    """Thin lines behind the data, and no box around it."""
-    axes.grid(axis=along, color="#D9D9D9", linewidth=0.6)  # type: ignore[arg-type]  # one of three words
+def add_light_grid(axes: Axes, direction: str = "both") -> None:
+    """Draw thin grid lines behind the data, and remove the top and right border.
+
+    Args:
+        axes: The panel.
+        direction: Grid lines to draw: `x`, `y` or `both`.
+    """
+    axes.grid(axis=direction, color="#D9D9D9", linewidth=0.6)  # type: ignore[arg-type]  # one of three words
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def to_svg(figure: Figure) -> bytes:
-    """A figure as SVG: the same bytes for the same figure, its letters as outlines, so that no font is needed."""
+    """Return a figure as SVG. The same figure always gives the same bytes.
+
+    Letters are stored as outlines, so that the file needs no font.
+    """
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "lpc", "svg.fonttype": "path"}), _any_script():
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
+    with rc_context({"svg.hashsalt": "lpc", "svg.fonttype": "path"}), _ignore_missing_glyphs():
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     return buffer.getvalue()
 
 
 def write_plots(folder: Path, plots: Sequence[Plot]) -> Iterator[tuple[Plot, bytes]]:
-    """Write NAME.svg and NAME.png of each plot into a folder that is there; gives each plot with its SVG."""
+    """Write NAME.svg and NAME.png of each plot, and yield each plot with its SVG.
+
+    Args:
+        folder: An existing folder.
+        plots: The plots to write.
+    """
     for plot in plots:
         svg = to_svg(plot.figure)
         (folder / f"{plot.name}.svg").write_bytes(svg)
-        with _any_script():
+        with _ignore_missing_glyphs():
             plot.figure.savefig(folder / f"{plot.name}.png", dpi=DPI)
         yield plot, svg
 
 
 @contextmanager
-def _any_script() -> Iterator[None]:
-    """Names may be in any script; a missing glyph becomes a box."""
+def _ignore_missing_glyphs() -> Iterator[None]:
+    """Silence matplotlib's warning about missing glyphs: names may be in any script, and a box is drawn instead."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""Where and when a result was made: packages, git revision, time."""
+"""Provenance of a result: packages, git revision and time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("lpc-lightning", "torch", "lightning", "transformers", "peft", "lm-e
 
 
 def provenance() -> dict[str, Any]:
-    """What a result needs to be made again, as JSON: `date` (UTC), `packages`, `platform` and `git`."""
+    """Return what is needed to reproduce a result, as JSON: `date` (UTC), `packages`, `platform` and `git`."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "packages": package_versions(),
@@ -25,7 +25,7 @@ def provenance() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions by package, Python's too; None where a package is not installed as one."""
+    """Return the versions of Python and of `PACKAGES`. None: not installed as a package."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
@@ -37,9 +37,11 @@ def _version(package: str) -> str | None:
 
 
 def git_revision(file: Path = Path(lpc_lightning.__file__)) -> dict[str, Any] | None:
-    """The `revision` that a file of the project is checked out at, and whether anything is changed since (`dirty`).
+    """Return the git `revision` of a file's repository, and whether there are uncommitted changes (`dirty`).
 
-    None where git does not track the file: a repository that merely holds the environment is not the project's.
+    Returns:
+        None if git does not track the file. The repository of an environment that contains the installed package is
+        not the repository of the project.
     """
     try:
         _git(file, "ls-files", "--error-unmatch", file.name)

@@ -1,10 +1,45 @@
 """Align language models on preference pairs with Latent Preference Coding (Gong et al., ICML 2025)."""
 
 import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# Where bitsandbytes is installed, transformers and peft import it, and on some processors it warns that a CPU kernel
-# for 4-bit weights is not there. Few would miss it (QLoRA is for GPUs), and every command would begin with the warning.
-# Here and not in `cli.set_up_logging`: nothing else of ours runs before those imports.
+if TYPE_CHECKING:
+    from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+    from lpc_lightning.data import PreferenceData, PreferenceDataModule, SyntheticPreferences
+    from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
+    from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy
+
+__all__ = [
+    "DPO",
+    "IPO",
+    "ExpectedSpace",
+    "GumbelSpace",
+    "LatentSpace",
+    "LoRA",
+    "MarginalSpace",
+    "PreferenceData",
+    "PreferenceDataModule",
+    "PreferenceModule",
+    "PretrainedPolicy",
+    "SimPO",
+    "SyntheticPreferences",
+    "TinyPolicy",
+]
+
+# transformers and peft import bitsandbytes if it is installed. On some processors it then warns that a CPU kernel for
+# 4-bit weights is missing, which matters to nobody without a GPU. The filter must be set before those imports.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: `import lpc_lightning.losses` must not import transformers."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for package in ("algorithms", "data", "latent", "policy"):
+        module = import_module(f"{__name__}.{package}")
+        if name in module.__all__:
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import AbstractContextManager
+
+import torch
 
 
 def run_seed() -> int:
@@ -20,3 +23,10 @@ def derive(*parts: object) -> int:
     """Return a 63-bit seed derived from `parts`. It is the same in every process."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def own_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Put the random states of the CPU and of `device` back at the end. Those of other GPUs are not touched."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)

@@ -113,7 +113,8 @@ class PreferenceBatch:
     targets: Tensor
     """(N,) the completion token after each position of `read_at`."""
     owner: Tensor
-    """(N,) number of the sequence (0 to 2B - 1) that each target belongs to."""
+    """(N,) number of the sequence (0 to 2B - 1) that each target belongs to, in this order; then 2B, for positions that
+    only fill up N."""
     prompt_end: Tensor
     """(B,) flat position of the last prompt token. The hidden state h_x is read there."""
     completion_end: Tensor
@@ -126,9 +127,12 @@ class PreferenceBatch:
     sources: tuple[str, ...]
     factors: tuple[str, ...]
     annotators: tuple[str, ...]
-    reference_logps: tuple[float, ...] | None = None
-    """(2B,) log-probabilities under the reference, in nats. None if any pair has no cached value. Floats and not a
-    tensor, because a trainer with precision `bf16-true` would round a tensor to three digits."""
+    tokens: int
+    """Tokens that the backbone reads, padding not counted. Counted when the batch is laid out: the sum of a mask on a
+    GPU would have the CPU wait for it."""
+    reference_bits: Tensor | None = None
+    """(2B,) `reference_logps`, the bits of each float64 number as an int64. A trainer of `bf16-true` casts the
+    floating-point tensors of a batch, and three digits would be left."""
 
     @property
     def pairs(self) -> int:
@@ -136,17 +140,22 @@ class PreferenceBatch:
         return self.prompt_end.shape[0]
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens that the backbone reads, without padding."""
-        return int(self.attention_mask.sum())
+    def reference_logps(self) -> Tensor | None:
+        """(2B,) log-probabilities under the reference, in nats, float64; None unless they are cached for all pairs."""
+        return None if self.reference_bits is None else self.reference_bits.view(torch.float64)
 
     def _on_tensors(self, change: Callable[[Tensor], Tensor]) -> PreferenceBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **changed)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
-        """Return the same batch on `device`."""
+    def to(self, device: torch.device | str) -> PreferenceBatch:
+        """Return the same batch on `device`.
+
+        The CPU does not wait for the copy to a GPU. (Lightning passes `non_blocking` for plain tensors alone.) It does
+        wait for the copy to a CPU, whose values may be read at once.
+        """
+        non_blocking = torch.device(device).type not in ("cpu", "mps")
         return self._on_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PreferenceBatch:
@@ -183,6 +192,8 @@ class LogitHead:
     """Multiplies the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`)."""
     softcap: float | None = None
     """Gemma's soft cap c: logits become c tanh(logits / c). None: the head is linear."""
+    compiled: bool = False
+    """Sums over the vocabulary are compiled, each to one or two kernels."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
+
+# Before torch is imported. Its OpenMP threads wait actively at each barrier, and two test processes on two cores then
+# slow each other down by a factor of ten. Processes that tests start inherit the setting.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 from hypothesis import HealthCheck, settings
 from lightning.pytorch import Callback, Trainer
@@ -17,7 +23,7 @@ from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoa
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 
-pytest_plugins = ["tests.fixtures.training_runs"]
+pytest_plugins = ["tests.fixtures.emulated_device", "tests.fixtures.training_runs"]
 
 # A fresh clone first works out tables of Unicode, on whatever is left of a shared machine: time says nothing here.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

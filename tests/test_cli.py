@@ -439,7 +439,7 @@ def test_a_bad_row_is_named(kind: str, command: Command, places: list[str], tmp_
     assert_one_error(said, pattern)
     if not rows:
         return
-    assert "Correct or remove them; a fit can go on without them (`data.bad_rows: skip`)." in said.err
+    assert "Correct or remove them, or set `data.bad_rows: skip` to train without them." in said.err
     went_on = command(
         "fit", *POLICY, *MODEL, *flags, *TRAINER, *places, "--data.bad_rows=skip", "--trainer.max_steps=1"
     )
@@ -556,8 +556,6 @@ def full_disk() -> Iterator[None]:
 
 def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(full_disk: None, fit: Command, runs: Path) -> None:
     said = fit()
-    assert_one_error(
-        said, r"checkpoint: could not write .*version_0/checkpoints/.*\.ckpt .*Earlier checkpoints are whole"
-    )
+    assert_one_error(said, r"checkpoint: could not write .*version_0/checkpoints/.*\.ckpt .*Earlier checkpoints are")
     assert not [path for path in runs.rglob("*") if "ckpt" in path.name]
     assert len(logged(runs / "version_0")["train/loss"]) == 3

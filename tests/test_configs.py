@@ -172,6 +172,7 @@ def test_every_algorithm_trains_two_steps_with_every_latent(
         "--data.deciding=hidden",
         "--data.train_pairs=32",
         "--trainer.max_steps=2",
+        "--trainer.log_every_n_steps=1",
         "--trainer.enable_progress_bar=false",
         "--trainer.precision=32-true",
     ]
@@ -234,6 +235,7 @@ def test_an_ablation_opens_with_its_command_and_its_first_cell_takes_two_steps(
         "--data.batch_size=16",
         "--data.train_pairs=32",
         "--trainer.max_steps=2",
+        "--trainer.log_every_n_steps=1",
         "--trainer.enable_progress_bar=false",
         "--trainer.precision=32-true",
     ]
@@ -250,7 +252,7 @@ def test_every_value_of_an_ablations_axes_is_understood(
     grid = read_grid(path)
     named = [axis for axis in grid.axes if isinstance(axis.arguments, Mapping)]
     met: set[tuple[str, str]] = set()
-    for cell in grid.changed([f"{axis.name}={','.join(axis.arguments)}" for axis in named]).cells():
+    for cell in grid.with_changes([f"{axis.name}={','.join(axis.arguments)}" for axis in named]).cells():
         values = {(axis, str(value)) for axis, value in cell.axes.items()}
         if values - met:
             Parsed([*cell.arguments, *swap, "--data.batch_size=16", "--trainer.precision=32-true"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -36,11 +37,15 @@ class Run:
     folder: Path
     scratch: Path
     tiny: bool
+    only: re.Pattern[str]
+    """What the names of cases and commands have to match."""
 
     def attempt(self, name: str, part: str, run: Callable[[], dict[str, Any]], limit: float, **row: Any) -> None:
         """Run something within its limit and what is left of the time, and write what came out."""
         from benchmarks.gpu.guard import attempt
 
+        if not self.only.search(name):
+            return
         left = self.deadline - time.perf_counter()
         if left < RESERVE:
             found: dict[str, Any] = {"status": "left out: no time left", "seconds": 0.0}
@@ -113,6 +118,7 @@ def main() -> None:
     if device == "cpu" and not options.tiny:
         raise SystemExit("found no GPU, expected one; `--tiny` runs everything in miniature on a CPU.")
     peak = peak_flops(device, torch.bfloat16, options.peak_seconds)
+    torch._logging.set_logs(recompiles=True, graph_breaks=True)
     free_memory()
     facts = describe(device) | {
         "command": shlex.join(sys.argv),
@@ -127,7 +133,7 @@ def main() -> None:
         results = Results(options.output, facts)
         results.write()
         deadline = STARTED + options.seconds
-        run = Run(bench, results, log, deadline, options.output, Path(scratch), options.tiny)
+        run = Run(bench, results, log, deadline, options.output, Path(scratch), options.tiny, options.only)
         parts = options.parts.split(",")
         if "b" in parts:
             run.steps(main_cases(options.tiny))
@@ -165,6 +171,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/bench-gpu"), help="folder for results and log")
     parser.add_argument("--seconds", type=float, default=460.0, help="time for everything, imports included")
     parser.add_argument("--parts", default="a,b,c,d", help="commands, step times, profile, agreement")
+    parser.add_argument("--only", type=re.compile, default="", metavar="REGEX", help="of cases and commands, by name")
     parser.add_argument("--tiny", action="store_true", help="everything in miniature on a CPU, without timing claims")
     parser.add_argument("--lengths", type=Path, help="file of token lengths, written by benchmarks.gpu.lengths")
     parser.add_argument("--data", type=Path, help="file of preference pairs whose lengths are taken")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks.gpu import ours, trl_side
 from benchmarks.gpu.cases import Case
@@ -34,6 +35,8 @@ class Bench:
             lengths: Of all pairs; None draws them for each data set.
         """
         self.device, self.peak, self.scratch, self.lengths = device, peak, scratch, lengths
+        self._first: dict[tuple[Path, int], list[str]] = {}
+        """Ids of the first batch that our side trained on, by lengths file and batch size."""
 
     def lengths_file(self, case: Case) -> Path:
         """Write the lengths of a case's pairs, one batch a step, and return the file.
@@ -51,21 +54,33 @@ class Bench:
         path.write_text(json.dumps(lengths))
         return path
 
-    def batches(self, case: Case) -> list[list[TokenizedPair]]:
-        """Return the pairs of each step, in the order in which our loader draws them."""
+    def pairs(self, case: Case) -> dict[str, TokenizedPair]:
+        """Return all pairs of a case by id, in shuffled order."""
         file = self.lengths_file(case)
         vocabulary = SHAPES[case.shape]["vocab_size"]
         data = RandomTokens(str(file), vocabulary, batch_size=case.pairs, cache_dir=str(self.scratch))
         store = data.load("train", tokenizer_of())
         assert store is not None
-        return [[store[index] for index in batch] for batch in data.training_batches(store, ours.SEED)]
+        shuffled = [store[index] for batch in data.training_batches(store, ours.SEED) for index in batch]
+        return {pair.id: pair for pair in shuffled}
+
+    def trl_batches(self, case: Case) -> list[list[TokenizedPair]]:
+        """Return the pairs of each step of TRL: our first batch, where it is known, then the others, shuffled.
+
+        Both sides train on the same pairs. Our loader may choose which of them share a batch; TRL draws at random.
+        """
+        pairs = self.pairs(case)
+        first = self._first.get((self.lengths_file(case), case.pairs), [])
+        ids = [*first, *(each for each in pairs if each not in first)]
+        return [[pairs[each] for each in ids[start : start + case.pairs]] for start in range(0, len(ids), case.pairs)]
 
     def run(self, case: Case) -> dict[str, Any]:
         """Train one case and return its numbers."""
-        batches = self.batches(case)
         before = _allocated(self.device)
+        counters.clear()
         shapes: list[tuple[int, ...]]
         if case.side == "TRL":
+            batches = self.trl_batches(case)
             times, reference = trl_side.train(case, batches, self.scratch, self.device)
             clock, first = times.clock, times.first
             shapes = [padded_shape(batch) for batch in batches]
@@ -75,7 +90,8 @@ class Bench:
             clock, first, shapes = recorder.clock, recorder.first, recorder.shapes
             reference = float(recorder.reference["seconds"])
             losses = [each.float().tolist() for each in recorder.losses]
-            _check_order(recorder.pairs, batches)
+            batches = _batches_of(recorder.pairs, self.pairs(case))
+            self._first[self.lengths_file(case), case.pairs] = recorder.pairs[0]
         return {
             "case": asdict(case),
             "method": case.method,
@@ -86,7 +102,10 @@ class Bench:
             "start_gib": before,
             "reference_s": reference,
             "first_step": {name: first.get(name, first.get(f"train/{name}")) for name in FIRST},
+            "first_pairs": [pair.id for pair in batches[0]],
             "losses": losses,
+            "graphs": counters["stats"]["unique_graphs"],
+            "graph_breaks": dict(counters["graph_break"]),
         }
 
 
@@ -155,10 +174,16 @@ def _tokens(pair: TokenizedPair) -> int:
     return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
 
 
-def _check_order(pairs: list[list[str]], batches: list[list[TokenizedPair]]) -> None:
-    expected = [[pair.id for pair in batch] for batch in batches[: len(pairs)]]
-    if pairs != expected:
-        raise RuntimeError("ours trained on other pairs than TRL, or in another order; the comparison would be wrong.")
+def _batches_of(ids: list[list[str]], pairs: dict[str, TokenizedPair]) -> list[list[TokenizedPair]]:
+    """Return the pairs of each step that our side took.
+
+    Raises:
+        RuntimeError: A pair came twice, so that the sides did not train on the same pairs.
+    """
+    taken = [each for batch in ids for each in batch]
+    if len(set(taken)) < len(taken):
+        raise RuntimeError(f"ours: found {len(taken)} pairs in {len(ids)} steps, expected each of them once.")
+    return [[pairs[each] for each in batch] for batch in ids]
 
 
 def _allocated(device: str) -> float | None:

@@ -71,7 +71,7 @@ class StepRecorder(Callback):
         """Release weights and moments. The trainer would copy them to the CPU, for seconds that belong to no step."""
         trainer.strategy.optimizers = []
         for parameter in pl_module.parameters():
-            parameter.data = torch.empty(0)
+            parameter.data, parameter.grad = torch.empty(0), None
 
 
 def fit(case: Case, lengths: Path, scratch: Path, device: str, extra: Callback | None = None) -> StepRecorder:

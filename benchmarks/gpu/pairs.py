@@ -16,6 +16,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.tokenization.tokens import SCHEMA, TokenStore
+from lpc_lightning.types import TokenizedPair
 
 
 class RandomTokens(PreferenceDataModule):
@@ -55,15 +56,10 @@ class RandomTokens(PreferenceDataModule):
 def write(lengths: Lengths, vocabulary: int, seed: int, path: Path) -> None:
     """Write pairs of random ids as the token cache holds them."""
     random = np.random.default_rng(seed)
-    ids = [[random.integers(vocabulary, size=count).tolist() for count in pair] for pair in lengths]
-    columns = {
-        "id": [f"pair-{number}" for number in range(len(ids))],
-        "prompt_ids": [prompt for prompt, _, _ in ids],
-        "chosen_ids": [chosen for _, chosen, _ in ids],
-        "rejected_ids": [rejected for _, _, rejected in ids],
-        **{name: [""] * len(ids) for name in ("source", "factor", "annotator")},
-        "flipped": [False] * len(ids),
-        "place": list(range(len(ids))),
-    }
+    pairs = []
+    for number, pair in enumerate(lengths):
+        prompt, chosen, rejected = (random.integers(vocabulary, size=count).tolist() for count in pair)
+        pairs.append(TokenizedPair(f"pair-{number}", prompt, chosen, rejected, index=number))
+    columns = {name: [getattr(pair, name) for pair in pairs] for name in SCHEMA.names}
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
         stream.write_table(pa.Table.from_pydict(columns, schema=SCHEMA))

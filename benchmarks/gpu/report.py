@@ -107,7 +107,8 @@ def _steps(steps: list[Row]) -> str:
 
 def _group(rows: list[Row]) -> str:
     head = ["", "step, median", "mean", "slowest", "pairs/s", "tokens/s", "MFU", "peak GiB", "speed vs TRL"]
-    head += ["memory vs TRL", "time vs ours", "padding", "shapes", "first steps of new shapes", "reference"]
+    head += ["memory vs TRL", "time vs ours", "padding", "shapes", "graphs", "breaks", "first steps of new shapes"]
+    head += ["reference"]
     done = [row for row in rows if row["status"] == "ok"]
     trl, ours = _best(done, "TRL"), _best(done, "ours")
     lines = []
@@ -133,6 +134,8 @@ def _group(rows: list[Row]) -> str:
                 _number(_ratio(row, ours, "median_s")) if mine else "",
                 _percent(row["padding"]),
                 str(row["shapes"]),
+                str(row["graphs"]),
+                str(sum(row["graph_breaks"].values())),
                 f"{first} s",
                 f"{row['reference_s']:.1f} s",
             ]
@@ -142,7 +145,7 @@ def _group(rows: list[Row]) -> str:
 
 def _first_step(ours: Row | None, trl: Row | None) -> str:
     """What both sides computed of the same tokens with the same weights."""
-    if ours is None or trl is None:
+    if ours is None or trl is None or ours["first_pairs"] != trl["first_pairs"]:
         return ""
     metrics = [name for name, value in ours["first_step"].items() if None not in (value, trl["first_step"][name])]
     values = [f"{name} {ours['first_step'][name]:.4f} and {trl['first_step'][name]:.4f}" for name in metrics]

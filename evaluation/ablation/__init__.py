@@ -1,1 +1,1 @@
-"""Grids of runs: each cell a fit in a folder and a process of its own."""
+"""Grids of runs, where each cell is a separate fit in its own folder and process."""

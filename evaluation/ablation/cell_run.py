@@ -1,4 +1,4 @@
-"""One cell in this process: a fit, and what the fitted policy scores."""
+"""One cell in this process: a fit, and the scores of the fitted policy."""
 
 from __future__ import annotations
 
@@ -17,40 +17,43 @@ from lpc_lightning.evaluation.ablation.folder import CellFolder, Weights, write_
 
 
 def run_cell(path: Path, weights: Weights) -> None:
-    """Fit as the cell's record says, from its last checkpoint if there is one; validate, test, write `results.json`.
+    """Fit with the arguments of the cell's record; then validate, test, and write `results.json`.
+
+    If the cell has a checkpoint, the fit resumes from it.
 
     Args:
         path: The cell's folder.
-        weights: Which weights are validated and tested: those of the last step, or those of `best.ckpt`.
+        weights: Weights to validate and test: those of the last step, or those of `best.ckpt`.
     """
     folder = CellFolder(path)
     record = folder.record()
     assert record is not None
-    # Where a strategy starts a process a device, these run this file, too, and the first one has prepared the folder.
+    # A strategy with one process per device starts this file again for the other devices. The first process has
+    # prepared the folder for them.
     sys.argv = [__file__, str(path), weights]
-    first = "LOCAL_RANK" not in os.environ
+    is_first = "LOCAL_RANK" not in os.environ
     checkpoint = folder.checkpoint()
-    if first:
-        folder.make_way(checkpoint)
+    if is_first:
+        folder.prepare_fit(checkpoint)
     resume = [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
     set_up_logging()
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter")
-    # No bar: it would fill the log.
-    done = PreferenceCLI(["fit", *record.arguments, "--trainer.enable_progress_bar=false", *resume], folder.run)
-    module, data = done.model, done.datamodule
-    chosen = "best" if weights == "best" else None
+    # No progress bar, because it would fill the log file.
+    cli = PreferenceCLI(["fit", *record.arguments, "--trainer.enable_progress_bar=false", *resume], folder.run)
+    module, data = cli.model, cli.datamodule
+    ckpt_path = "best" if weights == "best" else None
     metrics: dict[str, Any] = {}
-    for stage, evaluate in (("validation", done.trainer.validate), ("test", done.trainer.test)):
+    for stage, evaluate in (("validation", cli.trainer.validate), ("test", cli.trainer.test)):
         if _has_pairs(data, stage):
-            evaluate(module, datamodule=data, verbose=False, ckpt_path=chosen)
-            metrics |= {name: _number(value) for name, value in done.trainer.callback_metrics.items()}
+            evaluate(module, datamodule=data, verbose=False, ckpt_path=ckpt_path)
+            metrics |= {name: _finite_or_none(value) for name, value in cli.trainer.callback_metrics.items()}
     results = {
         "axes": dict(record.axes),
         "metrics": dict(sorted(metrics.items())),
-        "parameters": _parameters(module),
-        "step": done.trainer.global_step,
+        "parameters": _count_parameters(module),
+        "step": cli.trainer.global_step,
     }
-    if done.trainer.is_global_zero:
+    if cli.trainer.is_global_zero:
         folder.join_metrics()
         write_json(folder.results, results)
 
@@ -60,18 +63,18 @@ def _has_pairs(data: PreferenceDataModule, stage: Any) -> bool:
     return source is not None and next(iter(source.read(DataReport())), None) is not None
 
 
-def _number(value: Any) -> float | None:
-    """A metric as JSON has it: nothing in place of NaN."""
+def _finite_or_none(value: Any) -> float | None:
+    """Convert a metric to a JSON number. JSON has no NaN and no infinity; they become None."""
     number = float(value)
     return number if math.isfinite(number) else None
 
 
-def _parameters(module: PreferenceModule) -> dict[str, int]:
+def _count_parameters(module: PreferenceModule) -> dict[str, int]:
     return {
-        "policy": sum(each.numel() for each in module.policy.causal_lm.parameters()),
-        "latent": sum(each.numel() for each in module.latent_parameters()),
+        "policy": sum(parameter.numel() for parameter in module.policy.causal_lm.parameters()),
+        "latent": sum(parameter.numel() for parameter in module.latent_parameters()),
     }
 
 
 if __name__ == "__main__":
-    run_cell(Path(sys.argv[1]), sys.argv[2])  # type: ignore[arg-type]  # written above
+    run_cell(Path(sys.argv[1]), sys.argv[2])  # type: ignore[arg-type]  # set by `run_cell` itself

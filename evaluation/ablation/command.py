@@ -1,4 +1,4 @@
-"""A grid of runs (algorithm, latent, noise, seed ...), each a fit of its own, resumable."""
+"""A resumable grid of runs (algorithm, latent, noise, seed ...), where each run is a separate fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lpc_lightning.evaluation.ablation.folder import Weights
 from lpc_lightning.evaluation.ablation.grid import read_grid
 from lpc_lightning.evaluation.ablation.local import run_locally
 from lpc_lightning.evaluation.ablation.overview import write_overview
-from lpc_lightning.evaluation.ablation.plan import Planned, plan
+from lpc_lightning.evaluation.ablation.plan import PlannedCell, plan
 from lpc_lightning.evaluation.ablation.process import Job
 from lpc_lightning.evaluation.ablation.progress import Progress
 from lpc_lightning.evaluation.ablation.ray_cluster import run_on_ray
@@ -26,14 +26,17 @@ from lpc_lightning.function_command import run_function
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command. Its exit code is 1 where a cell has failed, 130 where it was stopped (143 for a single cell)."""
+    """Run the command.
+
+    The exit code is 1 if a cell failed. After an interruption it is 130, or 143 with `--cell`.
+    """
     single = any(argument.partition("=")[0] == "--cell" for argument in arguments)
     try:
-        fine = run_function(ablate, arguments[1:], arguments[0])
+        is_complete = run_function(ablate, arguments[1:], arguments[0])
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        print("Stopped. Run the same command again to continue.", file=sys.stderr)
         sys.exit(143 if single else 130)
-    if not fine:
+    if not is_complete:
         sys.exit(1)
 
 
@@ -52,56 +55,60 @@ def ablate(
     cell: int | None = None,
     print_array: bool = False,
 ) -> bool:
-    """Run every cell of a grid: a fit in a folder and a process of its own, then its final validation and test.
+    """Run every cell of a grid: a fit in its own folder and process, followed by validation and test.
 
-    A grid is a YAML file: the arguments of `lpc-lightning fit` that all cells share, and axes with values (see
-    configs/ablation/). `AXIS=VALUE,VALUE` behind the file takes other values of an axis, `SETTING=VALUE` (such as
-    trainer.max_steps=20) sets something for all cells.
+    A grid is a YAML file with the arguments of `lpc-lightning fit` that all cells share, and axes with values (see
+    configs/ablation/). After the file, `AXIS=VALUE,VALUE` replaces the values of an axis, and `SETTING=VALUE` (such as
+    trainer.max_steps=20) sets a setting of all cells.
 
-    Given again, the command leaves finished cells alone and takes up those that were stopped or killed from their
-    checkpoints; cells whose settings, files or code have changed since run anew. A cell that fails is recorded with its
-    error, and the others go on. What cells share, tokens and the reference's log-probabilities, is worked out once.
+    If the command runs again, it skips finished cells and resumes interrupted cells from their checkpoints. Cells run
+    from the start if their settings, files or code have changed. If a cell fails, its error is recorded, and the other
+    cells run. Tokens and reference log-probabilities that cells share are computed once.
 
     Args:
-        grid: The grid's file, and behind it changes: noise=0,0.3 seed=1,2 trainer.max_steps=20.
-        output: Folder for the cells. null: runs/ablation/NAME, by the grid's file.
-        processes: Cells at a time on this machine.
-        threads: Of each cell. null: this machine's processors divided by `processes`; under Ray, `cpus`.
-        weights: Which weights the results are those of: of the `last` step, or of the `best` checkpoint.
-        retry_failed: Run cells again that have failed.
-        keep_stale: Leave finished cells alone whose settings, files or code have changed since.
-        launcher: `local`: processes of this machine; `ray`: tasks on a Ray cluster that is there (pip install ray).
-        cpus: CPUs of a cell, under Ray.
-        gpus: GPUs of a cell, under Ray; below 1, cells share one.
-        retries: How often Ray takes up a cell again whose process or node dies.
-        cell: Run the cell of this number alone, as in a Slurm array.
-        print_array: Print a Slurm script that runs the cells as an array, and run nothing.
+        grid: The grid's file, followed by changes: noise=0,0.3 seed=1,2 trainer.max_steps=20.
+        output: Folder for the cells. null: runs/ablation/NAME, where NAME is the name of the grid's file.
+        processes: Number of cells that run at the same time on this machine.
+        threads: Number of threads per cell. null: this machine's processors divided by `processes`; with Ray, `cpus`.
+        weights: Weights to validate and test: those of the `last` step, or those of the `best` checkpoint.
+        retry_failed: Run failed cells again.
+        keep_stale: Skip finished cells even if their settings, files or code have changed.
+        launcher: `local`: processes on this machine; `ray`: tasks on an existing Ray cluster (pip install ray).
+        cpus: Number of CPUs per cell, with Ray.
+        gpus: Number of GPUs per cell, with Ray. Cells share a GPU if it is below 1.
+        retries: Number of times that Ray resumes a cell after its process or node died.
+        cell: Run only the cell with this number, for a Slurm array.
+        print_array: Print a Slurm script that runs the cells as an array. Run no cells.
 
     Returns:
-        Whether all cells that ran, or were to run, are finished.
+        True if all selected cells are finished.
 
     Raises:
-        ConfigError: The file is no grid, or a setting means nothing; told before anything runs.
+        ConfigError: The file is not a grid, or a setting is invalid. Raised before anything runs.
     """
     if processes < 1:
         raise ConfigError(f"processes: found {processes}, expected at least 1.")
-    wanted = read_grid(Path(grid[0])).changed(grid[1:])
-    folder = Path(output or f"runs/ablation/{wanted.name}").absolute()
-    planned = plan(folder, wanted.cells(), weights)
-    if cell is not None and not 0 <= cell < len(planned):
-        raise ConfigError(f"cell: found {cell}, expected a number from 0 to {len(planned) - 1}.")
-    to_run = [each for each in planned if cell in (None, each.number) and each.is_to_run(retry_failed, keep_stale)]
+    changed_grid = read_grid(Path(grid[0])).with_changes(grid[1:])
+    folder = Path(output or f"runs/ablation/{changed_grid.name}").absolute()
+    cells = plan(folder, changed_grid.cells(), weights)
+    if cell is not None and not 0 <= cell < len(cells):
+        raise ConfigError(f"cell: found {cell}, expected a number from 0 to {len(cells) - 1}.")
+    selected = cells if cell is None else [cells[cell]]
+    to_run = [planned for planned in selected if planned.needs_run(retry_failed, keep_stale)]
     if print_array:
         command = ["lpc-lightning", "ablate", *grid, f"--output={folder}", f"--weights={weights}"]
-        print(array_script(wanted.name, command, [each.number for each in to_run]), end="")
+        print(array_script(changed_grid.name, command, [planned.number for planned in to_run]), end="")
         return True
-    write_overview(folder, wanted, shlex.join(["lpc-lightning", "ablate", *grid]))
-    share = max(1, torch.get_num_threads() // processes) if launcher == "local" else max(1, int(cpus))
-    here, environment = Path.cwd(), dict(os.environ)
-    jobs = [Job(each.folder.path, each.wanted, weights, threads or share, here, environment) for each in to_run]
-    left = len(planned if cell is None else [cell]) - len(jobs)
-    to_go = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
-    print(f"{to_go} to run in {folder / 'cells'}" + (f", {left} left as they are." if left else "."))
+    write_overview(folder, changed_grid, shlex.join(["lpc-lightning", "ablate", *grid]))
+    default_threads = max(1, torch.get_num_threads() // processes) if launcher == "local" else max(1, int(cpus))
+    directory, environment = Path.cwd(), dict(os.environ)
+    jobs = [
+        Job(planned.folder.path, planned.new_record, weights, threads or default_threads, directory, environment)
+        for planned in to_run
+    ]
+    skipped = len(selected) - len(jobs)
+    job_count = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
+    print(f"{job_count} to run in {folder / 'cells'}" + (f", {skipped} skipped." if skipped else "."))
     progress = Progress(len(jobs))
     try:
         if launcher == "ray":
@@ -110,16 +117,16 @@ def ablate(
             run_locally(jobs, processes, progress)
     finally:
         progress.close()
-        _tell(planned, folder)
-    return all(each.folder.is_finished for each in planned if cell in (None, each.number))
+        _print_summary(cells, folder)
+    return all(planned.folder.is_finished for planned in selected)
 
 
-def _tell(planned: Sequence[Planned], folder: Path) -> None:
-    """Say what there is now, and what to do with it."""
-    records = [each.folder.record() for each in planned]
+def _print_summary(cells: Sequence[PlannedCell], folder: Path) -> None:
+    """Print the number of cells by status, and the next command."""
+    records = [planned.folder.record() for planned in cells]
     counts = Counter("not run" if record is None else record.status for record in records)
     print(f"{', '.join(f'{number} {status}' for status, number in counts.items())}: {folder}")
     if counts["failed"]:
-        print("Failed cells: see error in their cell.json and their log.txt; --retry-failed runs them again.")
+        print("Failed cells: see `error` in their cell.json, and their log.txt. Use --retry-failed to run them again.")
     if counts["finished"]:
         print(f"Tables and plots: lpc-lightning report {os.path.relpath(folder)}")

@@ -1,4 +1,7 @@
-"""Whether a finished cell is still the one that is asked for: by its arguments, the files behind them, and the code."""
+"""Fingerprints of cells, from their arguments, the files that the arguments name, and the code.
+
+A finished cell is stale if its fingerprint has changed.
+"""
 
 from __future__ import annotations
 
@@ -16,35 +19,37 @@ import yaml
 from lpc_lightning.evaluation.provenance import package_versions
 from lpc_lightning.inference.fingerprint import weights_of
 
-WRITTEN = ("default_root_dir", "cache_dir", "dirpath", "save_dir")
-"""Settings that name what a run writes."""
-LARGE = 2**26
-"""Bytes from which on a file is known by name, size and time."""
+OUTPUT_SETTINGS = ("default_root_dir", "cache_dir", "dirpath", "save_dir")
+"""Settings with paths that a run writes to. They do not change its results."""
+LARGE_FILE_BYTES = 2**26
+"""Size above which a file is identified by name, size and time, not by content."""
 
 
 def fingerprint(arguments: Sequence[str], weights: str) -> str:
-    """A text that changes with anything that may change a cell's results.
+    """Return a text that changes if anything changes that may affect a cell's results.
 
     Args:
-        arguments: Arguments of `fit`. Files that they name count by content, those named in these config files as well;
-            a folder (a model, a saved data set) by the names, sizes and times of its files.
-        weights: Which weights are evaluated.
+        arguments: Arguments of `fit`. A named file is identified by its content, and so are the files named in a config
+            file. A named folder (a model, a saved data set) is identified by the names, sizes and times of its files.
+        weights: Weights that are evaluated.
     """
-    files = sorted({told for argument in arguments for told in _named(argument)})
+    files = sorted({description for argument in arguments for description in _files_in_argument(argument)})
     return hashlib.sha256(json.dumps([list(arguments), weights, files, code_version()]).encode()).hexdigest()[:16]
 
 
 @cache
 def code_version() -> str:
-    """The source of what a fit may import from this project, and the versions of the packages below it."""
+    """Return a hash of this project's code that a fit may import, and of the versions of the packages it uses."""
     package = _package("lpc_lightning")
-    # In a checkout, callbacks/ and evaluation/ are links, which `rglob` does not follow.
+    # In a repository, callbacks/ and evaluation/ are symbolic links. `rglob` does not follow them.
     files = {*package.rglob("*.py"), *(package / "callbacks").rglob("*.py")} - {*(package / "evaluation").rglob("*.py")}
     pending = list(files)
     while pending:
-        found = {path for name in _imports(pending.pop()) if (path := _evaluation_module(name)) and path not in files}
-        files |= found
-        pending += found
+        imported = {
+            path for name in _imports(pending.pop()) if (path := _evaluation_module(name)) and path not in files
+        }
+        files |= imported
+        pending += imported
     digest = hashlib.sha256(json.dumps(package_versions(), sort_keys=True).encode())
     for path in sorted(files):
         digest.update(path.read_bytes())
@@ -65,39 +70,44 @@ def _imports(path: Path) -> Iterator[str]:
 
 
 def _evaluation_module(name: str) -> Path | None:
-    """The file of a module of `evaluation`, which mostly reads what runs have written and is no part of them."""
+    """Return the file of a module in `evaluation`, or None for other modules.
+
+    Most modules in `evaluation` read the files of finished runs and do not affect a fit. Only those imported by a fit
+    count.
+    """
     if not name.startswith("lpc_lightning.evaluation."):
         return None
     path = _package("lpc_lightning").joinpath(*name.split(".")[1:]).with_suffix(".py")
     return path if path.is_file() else None
 
 
-def _named(argument: str) -> Iterator[str]:
-    """The files that an argument names, with what tells whether they have changed."""
+def _files_in_argument(argument: str) -> Iterator[str]:
+    """Yield a description of each file that an argument names. The description changes with the file."""
     key, _, value = argument.removeprefix("--").rpartition("=")
-    yield from _files(key.rpartition(".")[2].rstrip("+"), value, Path())
+    yield from _files_in_value(key.rpartition(".")[2].rstrip("+"), value, Path())
 
 
-def _files(key: str, value: Any, folder: Path) -> Iterator[str]:
+def _files_in_value(key: str, value: Any, folder: Path) -> Iterator[str]:
     if isinstance(value, dict):
         for name, entry in value.items():
-            yield from _files(str(name), entry, folder)
+            yield from _files_in_value(str(name), entry, folder)
     elif isinstance(value, list):
         for entry in value:
-            yield from _files(key, entry, folder)
-    elif isinstance(value, str) and value and len(value) < 1000 and "\n" not in value and key not in WRITTEN:
+            yield from _files_in_value(key, entry, folder)
+    elif isinstance(value, str) and value and len(value) < 1000 and "\n" not in value and key not in OUTPUT_SETTINGS:
         for path in {folder / value, Path(value)}:
             if path.is_file():
-                yield from _file(path.resolve())
+                yield from _describe_file(path.resolve())
             elif key == "path" and path.is_dir():
                 yield f"{path.resolve()} {weights_of(str(path))}"
 
 
 @cache
-def _file(path: Path) -> tuple[str, ...]:
-    if path.stat().st_size > LARGE:
+def _describe_file(path: Path) -> tuple[str, ...]:
+    if path.stat().st_size > LARGE_FILE_BYTES:
         return (f"{path} {weights_of(str(path))}",)
-    told = f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    description = f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
     if path.suffix not in (".yaml", ".yml"):
-        return (told,)
-    return told, *_files("", yaml.safe_load(path.read_text(encoding="utf-8")), path.parent)
+        return (description,)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return description, *_files_in_value("", content, path.parent)

@@ -1,4 +1,4 @@
-"""A cell's folder: what ran there, how it ended, and where it can be taken up."""
+"""The folder of a cell: its record, its log, its results, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ from typing import Any, Literal
 
 Status = Literal["running", "finished", "failed", "stopped"]
 Weights = Literal["last", "best"]
-"""Those that are validated and tested: of the last step, or of `best.ckpt`."""
-LINES = 20
-"""Of the log, in the record of a cell that failed."""
+"""Weights to validate and test: those of the last step, or those of `best.ckpt`."""
+ERROR_LINES = 20
+"""Number of log lines in the record of a failed cell."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """`cell.json`."""
+    """Content of `cell.json`."""
 
     axes: Mapping[str, Any]
     """The cell's value on each axis."""
     seed: Any
-    """Its value on the axis `seed`, or null."""
+    """The cell's value on the axis `seed`, or null."""
     fingerprint: str
-    """Of arguments, files and code; see `fingerprint`."""
+    """Fingerprint of arguments, files and code; see `fingerprint`."""
     arguments: tuple[str, ...]
-    """Of `lpc-lightning fit`."""
+    """Arguments of `lpc-lightning fit`."""
     status: Status = "running"
-    """`running` where nothing runs is a cell that was killed together with the command."""
+    """State of the cell. If it is `running` and no process runs, the cell was killed together with its command."""
     error: str | None = None
-    """The end of its log, where it did not finish."""
+    """End of the log, if the cell did not finish."""
     attempts: int = 0
+    """Number of times that the cell was started."""
     seconds: float = 0.0
-    """Over all attempts, final validation and test included."""
+    """Total time of all attempts, including the final validation and test."""
     peak_bytes: int = 0
-    """Most memory in any attempt: of the process, or on a GPU of the device."""
+    """Highest memory use of any attempt: of the process, or on a GPU, of the device."""
     started: float = field(default=0.0, metadata={"unit": "seconds since 1970"})
-    """When the last attempt began."""
+    """Start time of the last attempt."""
 
 
 class CellFolder:
-    """`OUT/cells/NAME`."""
+    """The folder `OUTPUT/cells/NAME` of a cell."""
 
     def __init__(self, path: Path) -> None:
-        """Nothing is written yet.
+        """Store the path. Nothing is written.
 
         Args:
             path: The folder.
@@ -58,77 +59,83 @@ class CellFolder:
         self.results = path / "results.json"
 
     def record(self) -> Record | None:
-        """What is known of the cell; None where it has never run."""
+        """Read the cell's record. None if the cell has never run."""
         try:
-            told = json.loads((self.path / "cell.json").read_text(encoding="utf-8"))
+            content = json.loads((self.path / "cell.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return Record(**{**told, "arguments": tuple(told["arguments"])})
+        return Record(**{**content, "arguments": tuple(content["arguments"])})
 
     @property
     def is_finished(self) -> bool:
-        """Whether there are results, be they of the settings of now or of others."""
-        found = self.record()
-        return found is not None and found.status == "finished" and self.results.exists()
+        """True if there are results, of the current fingerprint or of an older one."""
+        record = self.record()
+        return record is not None and record.status == "finished" and self.results.exists()
 
     def write(self, record: Record) -> None:
-        """Keep a record."""
+        """Write a record."""
         write_json(self.path / "cell.json", asdict(record))
 
-    def begin(self, wanted: Record) -> Record:
-        """Note that an attempt begins; what an earlier version of the cell has left is removed."""
+    def begin(self, new: Record) -> Record:
+        """Record the start of an attempt, and return the record.
+
+        If the cell's fingerprint has changed, the files of earlier attempts are removed.
+        """
         before = self.record()
-        if before is None or before.fingerprint != wanted.fingerprint:
+        if before is None or before.fingerprint != new.fingerprint:
             shutil.rmtree(self.run, ignore_errors=True)
-            for path in (self.results, self.log, *self._earlier()):
+            for path in (self.results, self.log, *self._earlier_metrics()):
                 path.unlink(missing_ok=True)
-            before = wanted
+            before = new
         elif before.status == "running":
-            before = self.given_up(before)
+            before = self.mark_stopped(before)
         now = replace(before, status="running", error=None, attempts=before.attempts + 1, started=time.time())
         self.path.mkdir(parents=True, exist_ok=True)
         self.write(now)
         return now
 
-    def given_up(self, record: Record, error: str | None = None) -> Record:
-        """The record of an attempt whose process is gone: its time is known by the last sign of life."""
-        signs = [path.stat().st_mtime for path in (self.log, self.run / "metrics.csv") if path.exists()]
-        seconds = max([sign - record.started for sign in signs], default=0.0)
+    def mark_stopped(self, record: Record, error: str | None = None) -> Record:
+        """Return the record of an attempt whose process was killed.
+
+        The end of the attempt is estimated by the last time that it wrote its log or its metrics.
+        """
+        last_writes = [path.stat().st_mtime for path in (self.log, self.run / "metrics.csv") if path.exists()]
+        seconds = max([written - record.started for written in last_writes], default=0.0)
         return replace(record, status="stopped", error=error, seconds=record.seconds + max(0.0, seconds))
 
     def last_lines(self) -> str:
-        """The end of the log."""
+        """Return the end of the log."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        return "\n".join(text.strip().splitlines()[-LINES:])[-4000:]
+        return "\n".join(text.strip().splitlines()[-ERROR_LINES:])[-4000:]
 
-    # Taking up a run
+    # Resuming a run
 
     def checkpoint(self) -> Path | None:
-        """The newest checkpoint that a fit can go on from."""
-        found = [path for path in (self.run / "checkpoints").glob("*.ckpt") if path.stem in ("last", "stopped")]
-        return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+        """Return the newest checkpoint that a fit can resume from, or None."""
+        checkpoints = [path for path in (self.run / "checkpoints").glob("*.ckpt") if path.stem in ("last", "stopped")]
+        return max(checkpoints, key=lambda path: path.stat().st_mtime_ns, default=None)
 
-    def make_way(self, checkpoint: Path | None) -> None:
-        """Have a fit write into the run's folder again; without a checkpoint, from nothing."""
+    def prepare_fit(self, checkpoint: Path | None) -> None:
+        """Prepare the run's folder for another fit. Without a checkpoint, the files of earlier fits are removed."""
         if checkpoint is None:
             shutil.rmtree(self.run, ignore_errors=True)
-            for path in self._earlier():
+            for path in self._earlier_metrics():
                 path.unlink()
             return
-        # Lightning refuses to write a second config and deletes the metrics it finds.
+        # Lightning raises if the config exists, and deletes existing metrics.
         (self.run / "config.yaml").unlink(missing_ok=True)
         metrics = self.run / "metrics.csv"
         if metrics.exists():
-            metrics.rename(self.path / f"metrics_before_{len(self._earlier())}.csv")
+            metrics.rename(self.path / f"metrics_before_{len(self._earlier_metrics())}.csv")
 
     def join_metrics(self) -> None:
-        """Put the metrics of earlier attempts in front of the last one's, up to the step where it took over."""
-        metrics, earlier = self.run / "metrics.csv", self._earlier()
+        """Put the metrics of earlier attempts before those of the last one. Each step appears once."""
+        metrics, earlier = self.run / "metrics.csv", self._earlier_metrics()
         rows: list[dict[str, str]] = []
         for path in [*earlier, *([metrics] if metrics.exists() else [])]:
             with path.open(newline="") as file:
                 new = list(csv.DictReader(file))
-            # Each attempt tells at step 0 what became of the data; where it took over, its first training step tells.
+            # Every attempt logs counts of the data at step 0. It resumed at the first step with training metrics.
             trained = [int(row["step"]) for row in new if any(row[name] for name in row if name.startswith("train/"))]
             if rows and trained:
                 rows = [row for row in rows if int(row["step"]) < min(trained)]
@@ -145,12 +152,12 @@ class CellFolder:
             for path in earlier:
                 path.unlink()
 
-    def _earlier(self) -> list[Path]:
+    def _earlier_metrics(self) -> list[Path]:
         return sorted(self.path.glob("metrics_before_*.csv"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside the place and rename, so that a file is whole or not there."""
+    """Write a JSON file atomically: into a temporary file in the same folder, which is then renamed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""What an ablation consists of: a base, axes, and a cell for each combination of their values."""
+"""A grid of cells: base arguments, axes, and a cell for each combination of their values."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ import yaml
 
 from lpc_lightning.errors import ConfigError
 
-FIT = ("seed_everything", "trainer", "policy", "data", "model", "latent", "callbacks")
-"""What a setting of `fit` begins with."""
-LONGEST = 200
-"""Characters of a cell's name: file systems take 255 bytes."""
+FIT_SETTINGS = ("seed_everything", "trainer", "policy", "data", "model", "latent", "callbacks")
+"""First parts of the names of `fit`'s settings."""
+MAX_NAME_LENGTH = 200
+"""Maximum number of characters of a cell's name. File systems allow 255 bytes."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing that is varied."""
+    """One axis of a grid."""
 
     name: str
     arguments: Mapping[str, tuple[str, ...]] | tuple[str, ...]
-    """Arguments of `fit`: those of each value by its name; or those of all, with `{value}` where the value stands."""
+    """Arguments of `fit`. Either those of each value, by the value's name; or those of all values, where `{value}` is
+    replaced by the value."""
     values: tuple[Any, ...]
-    """What it is varied over: names, or the values themselves."""
+    """Names of values, or the values themselves."""
 
-    def of(self, value: Any) -> list[str]:
-        """The arguments of `fit` that mean this value."""
+    def arguments_for(self, value: Any) -> list[str]:
+        """Return the arguments of `fit` for a value."""
         if isinstance(self.arguments, Mapping):
             return list(self.arguments[str(value)])
-        return [argument.replace("{value}", spelled(value)) for argument in self.arguments]
+        return [argument.replace("{value}", to_text(value)) for argument in self.arguments]
 
-    def over(self, values: Sequence[Any]) -> Axis:
-        """The same axis over other values.
+    def with_values(self, values: Sequence[Any]) -> Axis:
+        """Return the same axis with other values.
 
         Raises:
-            ConfigError: A name that the axis does not know.
+            ConfigError: The axis has named values, and a name is not one of them.
         """
         if isinstance(self.arguments, Mapping):
             values = [str(value) for value in values]
@@ -52,48 +53,48 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: a run."""
+    """One combination of values: one run."""
 
     axes: Mapping[str, Any]
-    """Its value on each axis."""
+    """The cell's value on each axis."""
     arguments: tuple[str, ...]
     """Arguments of `lpc-lightning fit`."""
 
     @property
     def name(self) -> str:
-        """`algorithm=dpo,seed=1`, fit for a file system; told apart by a hash where characters had to go."""
-        told = ",".join(f"{axis}={spelled(value)}" for axis, value in self.axes.items())
-        safe = re.sub(r"[^A-Za-z0-9._+,=-]", "_", told)
-        if safe == told and len(told) <= LONGEST:
-            return told
-        return f"{safe[:LONGEST]}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        """A name for files, such as `algorithm=dpo,seed=1`. If characters had to be removed, it ends with a hash."""
+        text = ",".join(f"{axis}={to_text(value)}" for axis, value in self.axes.items())
+        safe = re.sub(r"[^A-Za-z0-9._+,=-]", "_", text)
+        if safe == text and len(text) <= MAX_NAME_LENGTH:
+            return text
+        return f"{safe[:MAX_NAME_LENGTH]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All of it."""
+    """A grid of cells."""
 
     name: str
     base: tuple[str, ...]
     """Arguments of `fit` that all cells share."""
     axes: tuple[Axis, ...]
     skip: tuple[Mapping[str, Any], ...] = ()
-    """Combinations left out: a value, or a list of values, for some of the axes."""
+    """Combinations that are left out: for some of the axes, a value or a list of values."""
     settings: tuple[str, ...] = ()
-    """Arguments that stand behind those of the axes."""
+    """Arguments of all cells that come after those of the axes."""
 
-    def changed(self, changes: Sequence[str]) -> Grid:
-        """The same grid after `AXIS=VALUE,VALUE` and `SETTING=VALUE` from the command line.
+    def with_changes(self, changes: Sequence[str]) -> Grid:
+        """Return the grid after the changes `AXIS=VALUE,VALUE` and `SETTING=VALUE` from the command line.
 
         Raises:
-            ConfigError: Neither an axis nor a setting of `fit`, or a value that the axis does not know.
+            ConfigError: A change is neither for an axis nor for a setting of `fit`, or the axis has no such value.
         """
         axes, settings = {axis.name: axis for axis in self.axes}, list(self.settings)
         for change in changes:
             name, equals, value = change.partition("=")
             if name in axes and equals:
-                axes[name] = axes[name].over([yaml.safe_load(each) for each in value.split(",")])
-            elif name.split(".")[0] in FIT and equals:
+                axes[name] = axes[name].with_values([yaml.safe_load(part) for part in value.split(",")])
+            elif name.split(".")[0] in FIT_SETTINGS and equals:
                 settings.append(f"--{name}={value}")
             else:
                 raise ConfigError(
@@ -103,80 +104,91 @@ class Grid:
         return replace(self, axes=tuple(axes.values()), settings=tuple(settings))
 
     def cells(self) -> list[Cell]:
-        """Every combination that is not skipped, the last axis changing fastest.
+        """Return the cells of all combinations that are not skipped. The last axis changes fastest.
 
         Raises:
-            ConfigError: None is left, or two are the same.
+            ConfigError: There are no cells, or two cells are equal.
         """
-        cells = [cell for values in product(*(axis.values for axis in self.axes)) if (cell := self._cell(values))]
+        combinations = product(*(axis.values for axis in self.axes))
+        cells = [cell for values in combinations if (cell := self._cell(values))]
         if not cells:
-            raise ConfigError(f"{self.name}: found no cell, expected some: an axis is empty, or skip leaves all out.")
+            raise ConfigError(
+                f"{self.name}: found no cell, expected at least one: an axis has no values, or skip leaves out all "
+                "combinations."
+            )
         if len({cell.name for cell in cells}) < len(cells):
-            raise ConfigError(f"{self.name}: found a value twice on an axis, expected each once.")
+            raise ConfigError(f"{self.name}: found a value twice on an axis, expected each value once.")
         return cells
 
     def _cell(self, values: Sequence[Any]) -> Cell | None:
-        at = {axis.name: value for axis, value in zip(self.axes, values, strict=True)}
-        if any(_is_at(at, left_out) for left_out in self.skip):
+        value_by_axis = {axis.name: value for axis, value in zip(self.axes, values, strict=True)}
+        if any(_matches(value_by_axis, combination) for combination in self.skip):
             return None
-        varied = [argument for axis in self.axes for argument in axis.of(at[axis.name])]
-        return Cell(at, (*self.base, *varied, *self.settings))
+        axis_arguments = [argument for axis in self.axes for argument in axis.arguments_for(value_by_axis[axis.name])]
+        return Cell(value_by_axis, (*self.base, *axis_arguments, *self.settings))
 
 
 def read_grid(path: Path) -> Grid:
-    """Read a grid from a YAML file; `configs/ablation/noise_tiny.yaml` shows all there is.
+    """Read a grid from a YAML file. `configs/ablation/noise_tiny.yaml` shows all features.
 
     Raises:
-        ConfigError: The file is not there, or is no such grid.
+        ConfigError: The file does not exist, or is not a grid.
     """
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"ablate: found no file {path} ({error.strerror}), expected a grid as YAML.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: found no YAML: {error}") from error
-    known = {"base", "axes", "skip"}
-    if not isinstance(told, dict) or not {"base", "axes"} <= set(told) <= known:
-        found = ", ".join(map(str, told)) if isinstance(told, dict) else type(told).__name__
-        raise ConfigError(f"{path}: found {found}, expected base, axes, and perhaps skip.")
-    axes = tuple(_axis(str(name), axis, path) for name, axis in told["axes"].items())
-    names, skip = [axis.name for axis in axes], tuple(told.get("skip") or ())
-    for left_out in skip:
-        if not isinstance(left_out, dict) or not set(left_out) <= set(names):
-            raise ConfigError(f"{path} skip: found {left_out}, expected values for some of {', '.join(names)}.")
-    return Grid(path.stem, tuple(_arguments(told["base"], f"{path} base")), axes, skip)
+        raise ConfigError(f"{path}: found invalid YAML, expected a grid as YAML: {error}") from error
+    required, allowed = {"base", "axes"}, {"base", "axes", "skip"}
+    if not isinstance(content, dict) or not required <= set(content) <= allowed:
+        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ConfigError(f"{path}: found {keys}, expected base, axes, and optionally skip.")
+    axes = tuple(_axis(str(name), axis, path) for name, axis in content["axes"].items())
+    names, skip = [axis.name for axis in axes], tuple(content.get("skip") or ())
+    for combination in skip:
+        if not isinstance(combination, dict) or not set(combination) <= set(names):
+            raise ConfigError(f"{path} skip: found {combination}, expected values for some of {', '.join(names)}.")
+    return Grid(path.stem, tuple(_arguments(content["base"], f"{path} base")), axes, skip)
 
 
-def spelled(value: Any) -> str:
-    """A value as the command line spells it."""
+def to_text(value: Any) -> str:
+    """Return a value as written on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _axis(name: str, told: Any, path: Path) -> Axis:
-    where = f"{path} axes.{name}"
-    if not isinstance(told, dict) or not told:
-        raise ConfigError(f"{where}: found {told!r}, expected names with their arguments, or key and values.")
-    values = told.get("values", list(told))
-    if not isinstance(values, list) or set(told) == {"values"}:
-        raise ConfigError(f"{where}: found {', '.join(told)}, expected a list of values, and key, arguments or names.")
-    if set(told) not in ({"values", "key"}, {"values", "arguments"}):
-        given = {str(value): of for value, of in told.items() if value != "values"}
-        named = {value: tuple(_arguments(of, f"{where}.{value}")) for value, of in given.items()}
-        return Axis(name, named, tuple(named)).over(values)
-    arguments = [f"--{told['key']}={{value}}"] if "key" in told else _arguments(told["arguments"], where)
-    return Axis(name, tuple(arguments), tuple(told["values"]))
+def _axis(name: str, content: Any, path: Path) -> Axis:
+    label = f"{path} axes.{name}"
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"{label}: found {content!r}, expected names with their arguments, or key and values.")
+    values = content.get("values", list(content))
+    if not isinstance(values, list) or set(content) == {"values"}:
+        raise ConfigError(
+            f"{label}: found {', '.join(content)}, expected a list of values, and key, arguments or names."
+        )
+    if set(content) not in ({"values", "key"}, {"values", "arguments"}):
+        named_arguments = {
+            str(value): tuple(_arguments(arguments, f"{label}.{value}"))
+            for value, arguments in content.items()
+            if value != "values"
+        }
+        return Axis(name, named_arguments, tuple(named_arguments)).with_values(values)
+    arguments = [f"--{content['key']}={{value}}"] if "key" in content else _arguments(content["arguments"], label)
+    return Axis(name, tuple(arguments), tuple(content["values"]))
 
 
-def _arguments(told: Any, where: str) -> Iterator[str]:
-    for argument in told or []:
+def _arguments(content: Any, label: str) -> Iterator[str]:
+    for argument in content or []:
         if not isinstance(argument, str) or not argument.startswith("--"):
-            raise ConfigError(f"{where}: found {argument!r}, expected arguments of fit, such as --model.beta=0.1.")
+            raise ConfigError(f"{label}: found {argument!r}, expected arguments of fit, such as --model.beta=0.1.")
         yield argument
 
 
-def _is_at(cell: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    def among(value: Any, wanted: Any) -> bool:
-        several = wanted if isinstance(wanted, list) else [wanted]
-        return spelled(value) in [spelled(each) for each in several]
+def _matches(value_by_axis: Mapping[str, Any], combination: Mapping[str, Any]) -> bool:
+    """Return True if a cell has the values of a combination, or one of several values per axis."""
 
-    return all(among(cell[axis], wanted) for axis, wanted in values.items())
+    def is_among(value: Any, allowed: Any) -> bool:
+        allowed_values = allowed if isinstance(allowed, list) else [allowed]
+        return to_text(value) in [to_text(allowed_value) for allowed_value in allowed_values]
+
+    return all(is_among(value_by_axis[axis], allowed) for axis, allowed in combination.items())

@@ -1,4 +1,4 @@
-"""`ablation.json`: what the cells in a folder have in common."""
+"""The file `ablation.json`: properties that all cells of a folder share."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lpc_lightning.evaluation.provenance import provenance
 
 
 def write_overview(output: Path, grid: Grid, command: str) -> None:
-    """Tell what the grid is; values that earlier commands have run stay on its axes.
+    """Write a description of the grid. Axis values of earlier commands in the same folder are kept.
 
     Args:
         output: The ablation's folder.
         grid: The grid.
-        command: The command that runs it.
+        command: The command that runs the grid.
 
     Raises:
-        ConfigError: The folder holds a grid with other axes.
+        ConfigError: The folder has a grid with other axes.
     """
     path = output / "ablation.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"axes": {}}
@@ -29,9 +29,9 @@ def write_overview(output: Path, grid: Grid, command: str) -> None:
     if before["axes"] and set(before["axes"]) != set(names):
         raise ConfigError(
             f"output: found a grid over {', '.join(before['axes'])} in {output}, expected one over {', '.join(names)}. "
-            "Give another folder by --output."
+            "Use another folder (--output)."
         )
-    told = {
+    overview = {
         "name": grid.name,
         "base": [*grid.base, *grid.settings],
         "axes": {axis.name: _values(axis, before["axes"].get(axis.name, [])) for axis in grid.axes},
@@ -40,8 +40,8 @@ def write_overview(output: Path, grid: Grid, command: str) -> None:
         "versions": provenance(),
     }
     output.mkdir(parents=True, exist_ok=True)
-    write_json(path, told)
+    write_json(path, overview)
 
 
-def _values(axis: Axis, before: list[Any]) -> list[Any]:
-    return [*axis.values, *(value for value in before if value not in axis.values)]
+def _values(axis: Axis, earlier_values: list[Any]) -> list[Any]:
+    return [*axis.values, *(value for value in earlier_values if value not in axis.values)]

@@ -1,4 +1,4 @@
-"""Which cells of a grid are there already, and which are to run."""
+"""The cells of a grid with their folders, and the decision which of them to run."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from lpc_lightning.evaluation.ablation.grid import Cell
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A cell of the grid, what is asked of it, and its folder."""
+class PlannedCell:
+    """A cell of the grid, with its folder and the record of a new run."""
 
     number: int
-    """Its place in the grid."""
+    """Index of the cell in the grid."""
     folder: CellFolder
-    wanted: Record
-    """As it would begin."""
+    new_record: Record
+    """The record that a new run would start with."""
 
-    def is_to_run(self, retry_failed: bool, keep_stale: bool) -> bool:
-        """Whether it lacks results that this command should get; settings as of `ablate`."""
-        found = self.folder.record()
-        if found is None:
+    def needs_run(self, retry_failed: bool, keep_stale: bool) -> bool:
+        """Return True if the cell must run. See `ablate` for the settings."""
+        record = self.folder.record()
+        if record is None:
             return True
-        if found.fingerprint != self.wanted.fingerprint:
+        if record.fingerprint != self.new_record.fingerprint:
             return not (keep_stale and self.folder.is_finished)
-        return not self.folder.is_finished and (found.status != "failed" or retry_failed)
+        return not self.folder.is_finished and (record.status != "failed" or retry_failed)
 
 
-def plan(output: Path, cells: Sequence[Cell], weights: Weights) -> list[Planned]:
-    """The cells with what is known of them.
+def plan(output: Path, cells: Sequence[Cell], weights: Weights) -> list[PlannedCell]:
+    """Return the cells with their folders and new records.
 
     Args:
         output: The ablation's folder.
         cells: All cells of the grid.
-        weights: Which weights their results are those of.
+        weights: Weights to validate and test.
     """
     return [
-        Planned(
+        PlannedCell(
             number,
             CellFolder(output / "cells" / cell.name),
             Record(cell.axes, cell.axes.get("seed"), fingerprint(cell.arguments, weights), cell.arguments),

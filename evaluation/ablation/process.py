@@ -1,8 +1,8 @@
-"""One cell in a process of its own.
+"""One cell in a separate process.
 
-Such processes are forked from a server that has imported everything and done nothing: a cell starts in a fraction of
-the time that the imports take, and finds no trace of any other cell. The server starts with the first cell, and goes
-with the process that started it, which need import nothing of it: what a cell does is in `work`.
+Cell processes are forked from a server process that has imported all modules and run nothing. A cell therefore starts
+much faster than with its own imports, and is not affected by other cells. The server starts with the first cell. It
+ends with the process that started it. That process does not need the server's imports: the cell's work is in `work`.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from pathlib import Path
 from lpc_lightning.evaluation.ablation.folder import CellFolder, Record, Weights
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["lpc_lightning.evaluation.ablation.work", "callbacks"])
-TAKEN = 75
-"""Exit code: another command is at work on the cell."""
+FORKED.set_forkserver_preload(["lpc_lightning.evaluation.ablation.work", "lpc_lightning.callbacks"])
+LOCKED_EXIT_CODE = 75
+"""Exit code if another command is running the cell."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to be run, and how."""
+    """A cell to run, with the settings of its process."""
 
     folder: Path
     """The cell's folder, as an absolute path."""
     record: Record
     weights: Weights
     threads: int
-    """Of torch."""
+    """Number of torch threads."""
     directory: Path
-    """Where relative paths in the arguments start."""
+    """Working directory, for relative paths in the arguments."""
     environment: Mapping[str, str] | None = None
     """Environment variables. None: those of the server."""
 
 
 class CellProcess:
-    """A cell at work."""
+    """A running cell."""
 
     def __init__(self, job: Job) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
-            job: What to run.
+            job: The cell to run.
         """
         self.job = job
         self._process = FORKED.Process(target=_work, args=(job,))
@@ -52,35 +52,37 @@ class CellProcess:
 
     @property
     def sentinel(self) -> int:
-        """Ready once the process has ended (see `multiprocessing.connection.wait`)."""
+        """A handle that becomes ready when the process ends (see `multiprocessing.connection.wait`)."""
         return self._process.sentinel
 
     def stop(self) -> None:
-        """Ask it to write a checkpoint and end."""
+        """Send SIGTERM, after which the cell writes a checkpoint and ends."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """End it."""
+        """Send SIGKILL, which ends the process at once."""
         self._process.kill()
 
     def outcome(self) -> Record | None:
-        """Wait for it to end: the cell's record, or None where another command is at work on it."""
+        """Wait for the end of the process, and return the cell's record. None if another command is running the cell.
+
+        If the process was killed before it could write the record, the record is written here.
+        """
         self._process.join()
         code = self._process.exitcode or 0
-        if code == TAKEN:
+        if code == LOCKED_EXIT_CODE:
             return None
         folder = CellFolder(self.job.folder)
         record = folder.record()
         if record is None or record.status == "running":
-            # It could not say so itself.
             reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            record = folder.given_up(record or self.job.record, "\n".join([folder.last_lines(), reason]).strip())
+            record = folder.mark_stopped(record or self.job.record, "\n".join([folder.last_lines(), reason]).strip())
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.write(record)
         return record
 
 
 def _work(job: Job) -> None:
-    from lpc_lightning.evaluation.ablation.work import work  # torch and Lightning, which the server alone needs
+    from lpc_lightning.evaluation.ablation.work import work  # imports torch and Lightning, needed in the server only
 
     work(job)

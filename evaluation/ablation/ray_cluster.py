@@ -1,4 +1,4 @@
-"""Cells on a Ray cluster."""
+"""Execution of cells on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.folder import CellFolder, Record
-from lpc_lightning.evaluation.ablation.local import Done
+from lpc_lightning.evaluation.ablation.local import OnCellEnd
 from lpc_lightning.evaluation.ablation.process import CellProcess, Job
 
 
 class CellStoppedError(Exception):
-    """A cell whose process was killed; tried again, it goes on from its checkpoint."""
+    """Raised when a cell's process was killed. A retry resumes from the cell's checkpoint."""
 
 
-def run_on_ray(jobs: Sequence[Job], cpus: float, gpus: float, retries: int, done: Done) -> None:
-    """Run cells as tasks of the Ray cluster at hand (`RAY_ADDRESS`, or the one that runs on this machine).
+def run_on_ray(jobs: Sequence[Job], cpus: float, gpus: float, retries: int, on_end: OnCellEnd) -> None:
+    """Run cells as tasks of an existing Ray cluster: that of `RAY_ADDRESS`, or one on this machine.
 
-    Its nodes need this project installed, and see the output folder, the data and the caches under the same paths.
+    Every node needs this project installed. Output folder, data and caches must have the same paths on every node.
 
     Args:
         jobs: The cells.
-        cpus: CPUs of each, which Ray sets aside.
-        gpus: The same for GPUs; below 1, cells share one.
-        retries: How often a cell is taken up again whose process or node dies.
-        done: Told of each cell that has ended.
+        cpus: Number of CPUs that Ray reserves per cell.
+        gpus: Number of GPUs that Ray reserves per cell. Cells share a GPU if it is below 1.
+        retries: Number of times that a cell is resumed after its process or node died.
+        on_end: Function that is called after each cell.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster.
@@ -34,27 +34,31 @@ def run_on_ray(jobs: Sequence[Job], cpus: float, gpus: float, retries: int, done
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("launcher: found ray, which is not installed: pip install 'lpc-lightning[ray]'.") from error
+        raise ConfigError(
+            "launcher: found ray, which is not installed, expected local or an installed ray. Run "
+            "pip install 'lpc-lightning[ray]'."
+        ) from error
     if not ray.is_initialized():
         try:
             ray.init(address="auto", log_to_driver=False, configure_logging=False)
         except ConnectionError as error:
             raise ConfigError(
-                "launcher: found ray and no cluster to run on. Start one (`ray start --head`), or set RAY_ADDRESS."
+                "launcher: found ray and no cluster, expected a running cluster. Start one (`ray start --head`), or "
+                "set RAY_ADDRESS."
             ) from error
     options: Any = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": [CellStoppedError]}
     remote: Any = ray.remote
     task = remote(**options)(_task)
-    # Ray says which GPUs a cell may see, by the environment of its own process.
+    # environment=None: Ray selects a cell's GPUs by variables in the environment of its own process.
     pending = {task.remote(replace(job, environment=None)): job for job in jobs}
     try:
         while pending:
             (ready,), _ = ray.wait(list(pending))
             job = pending.pop(ready)
             try:
-                done(job, ray.get(ready))
+                on_end(job, ray.get(ready))
             except (CellStoppedError, ray.exceptions.RayError) as error:
-                done(job, _recorded(job, error))
+                on_end(job, _stopped_record(job, error))
     finally:
         for reference in pending:
             ray.cancel(reference, force=True)
@@ -67,6 +71,6 @@ def _task(job: Job) -> Record | None:
     return record
 
 
-def _recorded(job: Job, error: Exception) -> Record:
+def _stopped_record(job: Job, error: Exception) -> Record:
     folder = CellFolder(job.folder)
-    return folder.record() or folder.given_up(job.record, str(error))
+    return folder.record() or folder.mark_stopped(job.record, str(error))

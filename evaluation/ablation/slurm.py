@@ -1,4 +1,4 @@
-"""The cells as a Slurm job array."""
+"""A Slurm job array with one task per cell."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 
 SCRIPT = """#!/usr/bin/env bash
-# One task a cell. Change what a cell is given, and how many run at once (behind %), as your cluster has it. Then hand
-# this file to sbatch.
+# One task per cell. Adjust the resources of a cell, and the number of cells at a time (after %), to your cluster. Then
+# submit this file with sbatch.
 #SBATCH --job-name={name}
 #SBATCH --array={cells}%16
 #SBATCH --ntasks=1
@@ -19,7 +19,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --open-mode=append
 set -uo pipefail
 
-# Two minutes before its time is up a cell writes a checkpoint and ends with code 143; put back, it goes on from there.
+# Two minutes before the time limit, a cell writes a checkpoint and ends with code 143. After requeueing, it resumes.
 srun {command} --cell "$SLURM_ARRAY_TASK_ID"
 code=$?
 if [ "$code" -eq 143 ]; then
@@ -30,18 +30,18 @@ exit "$code"
 
 
 def array_script(name: str, command: Sequence[str], cells: Sequence[int]) -> str:
-    """A script for `sbatch`.
+    """Return a script for `sbatch`.
 
     Args:
-        name: Of the job.
-        command: `lpc-lightning ablate ...`, to which the cell's number is added.
-        cells: Numbers of the cells that are to run.
+        name: Name of the job.
+        command: The command `lpc-lightning ablate ...`. The script adds the cell's number.
+        cells: Numbers of the cells to run.
     """
     return SCRIPT.format(name=name, cells=_ranges(cells), command=shlex.join(command))
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """`0-3,7`."""
+    """Format sorted numbers as ranges, such as `0-3,7`."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""What the process of a cell does."""
+"""The work of a cell's process: lock, log, fit, and the record of the outcome."""
 
 from __future__ import annotations
 
@@ -18,40 +18,42 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lpc_lightning.cli import USER_ERRORS
 from lpc_lightning.evaluation.ablation.cell_run import run_cell
 from lpc_lightning.evaluation.ablation.folder import CellFolder
-from lpc_lightning.evaluation.ablation.process import TAKEN, Job
+from lpc_lightning.evaluation.ablation.process import LOCKED_EXIT_CODE, Job
 
-WAIT = 10.0
-"""Seconds that a cell's lock is waited for: what a killed command has left behind is gone by then."""
+LOCK_TIMEOUT = 10.0
+"""Maximum time to wait for a cell's lock, in seconds. The cells of a killed command end within this time."""
 
 
 def work(job: Job) -> None:
-    """Run a cell, and write down how it went.
+    """Run a cell, and write its record.
+
+    If another command is running the cell, the process ends with exit code `LOCKED_EXIT_CODE`.
 
     Args:
-        job: What to run. The process ends with exit code `TAKEN` where another command is at work on it.
+        job: The cell to run.
     """
-    _end_with_the_server()
-    # The command hears Ctrl-C as well, and then asks its cells to stop.
+    _end_with_server()
+    # Ctrl-C also reaches the command, which then stops its cells with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if job.environment is not None:
         os.environ.clear()
         os.environ.update(job.environment)
-    os.environ["OMP_NUM_THREADS"] = str(job.threads)  # of the processes that this one starts
+    os.environ["OMP_NUM_THREADS"] = str(job.threads)  # for processes started by this one
     os.chdir(job.directory)
     torch.set_num_threads(job.threads)
     job.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(job.folder / "lock", timeout=WAIT):
+        with FileLock(job.folder / "lock", timeout=LOCK_TIMEOUT):
             _attempt(job)
     except Timeout:
-        os._exit(TAKEN)
+        os._exit(LOCKED_EXIT_CODE)
 
 
 def _attempt(job: Job) -> None:
     folder, start = CellFolder(job.folder), time.monotonic()
     before = folder.record()
     if before is not None and before.fingerprint == job.record.fingerprint and folder.is_finished:
-        return  # another command was faster
+        return  # another command has finished the cell in the meantime
     record = folder.begin(job.record)
     with folder.log.open("a") as log:
         for stream in (1, 2):
@@ -84,10 +86,10 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _end_with_the_server() -> None:
-    """Have the kernel end this process when the server ends, as it does when the command is killed (Linux alone).
+def _end_with_server() -> None:
+    """Make the kernel kill this process when the server ends, for example because the command was killed (Linux only).
 
-    Elsewhere the cell goes on; it holds its lock, and the next command leaves it alone.
+    On other systems the cell continues. It keeps its lock, so the next command skips it.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,6 +1,6 @@
-"""Preference accuracy that cannot be fooled: the same pairs under the prior, the posterior, no z, and others' z.
+"""Preference accuracy of the same pairs under several choices of z: prior, posterior, none, and another pair's.
 
-`docs/accuracy_modes.md` tells how to read the numbers.
+`docs/accuracy_modes.md` explains the numbers.
 """
 
 from __future__ import annotations
@@ -20,29 +20,31 @@ from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import PairLosses, PairStates, PreferenceBatch
 
 Group = Literal["source", "factor", "annotator"]
+"""Labels by which pairs can be grouped."""
 SWAPPED = "posterior_swapped"
-"""Margins under the posterior that was handed the answers in the other order: no mode of its own."""
+"""Key of the margins under the posterior of the swapped answers. It is used for `swap_turnover` and is not a mode."""
 OTHERS = "(others)"
-"""Takes the pairs of all groups but the largest."""
+"""Label of the pairs of all groups but the largest."""
 
 
 def mode_margins(evaluated: Evaluated, space: LatentSpace | None) -> dict[str, Tensor]:
-    """The margin of each pair under every mode that the space has, from one backbone pass.
+    """Compute the margin of each pair in every mode of the space, from one backbone pass.
 
-    A margin is the reward of the chosen answer less that of the rejected one, for `marginal` the log-odds of the label:
+    A margin is the reward of the chosen answer minus that of the rejected answer. In mode `marginal` it is the log-odds
+    of the label. The modes are:
 
-    - `prior`: as the policy is used; what the module's own accuracy is made of
-    - `posterior`: z from the posterior, which is handed the label; `posterior_swapped`: handed the wrong one
-    - `marginal`: log sum_k p_k exp(-l_k) of the pair as labelled, less that of the pair labelled the other way round
-    - `no_latent`: z = 0
-    - `shuffled`: the z of another pair of the batch; absent where the batch holds a single pair
+    - `prior`: z from the prior, as the policy is used. The module's own accuracy is computed from these margins.
+    - `posterior`: z from the posterior, which uses the label. `posterior_swapped` uses the opposite label.
+    - `marginal`: log sum_k p_k exp(-l_k) of the labelled pair, minus that of the pair with the opposite label.
+    - `no_latent`: z = 0.
+    - `shuffled`: z of another pair of the batch. Absent if the batch has a single pair.
 
     Args:
-        evaluated: What `validation_step` or `test_step` returned.
+        evaluated: The return value of `validation_step` or `test_step`.
         space: The module's latent space, or None.
 
     Returns:
-        (B,) margins by mode. A policy without z has the mode `prior` alone.
+        (B,) margins by mode. A policy without z has the mode `prior` only.
     """
     terms, states, score = evaluated["terms"], evaluated["states"], evaluated["score"]
     margins = {"prior": _margins(terms.pairs)}
@@ -50,20 +52,24 @@ def mode_margins(evaluated: Evaluated, space: LatentSpace | None) -> dict[str, T
         return margins
     zs: dict[str, Tensor | None] = {"no_latent": None}
     if terms.z.shape[0] > 1:
-        # By half a batch and not by one: pairs with the same prompt, and so the same z, often stand side by side.
+        # Shift by half a batch, not by one: neighbours often have the same prompt, and thus the same z.
         zs["shuffled"] = terms.z.roll(terms.z.shape[0] // 2, dims=0)
     if space is not None:
-        exchanged = PairStates(prompt=states.prompt, chosen=states.rejected, rejected=states.chosen)
-        z, swapped = space.posterior_z(states, score), space.posterior_z(exchanged, score.swapped())
-        zs |= {} if z is None else {"posterior": z, SWAPPED: swapped}
-        evidence, against = (space.log_evidence(states.prompt, scorer) for scorer in (score, score.swapped()))
-        margins |= {} if evidence is None or against is None else {"marginal": evidence - against}
+        swapped_states = PairStates(prompt=states.prompt, chosen=states.rejected, rejected=states.chosen)
+        z, swapped_z = space.posterior_z(states, score), space.posterior_z(swapped_states, score.swapped())
+        zs |= {} if z is None else {"posterior": z, SWAPPED: swapped_z}
+        evidence, swapped_evidence = (space.log_evidence(states.prompt, scorer) for scorer in (score, score.swapped()))
+        if evidence is not None and swapped_evidence is not None:
+            margins["marginal"] = evidence - swapped_evidence
     return margins | {mode: _margins(score.under(z)[0]) for mode, z in zs.items()}
 
 
-def turnover(one: Tensor, other: Tensor) -> Tensor:
-    """1 where two predictions (the signs of margins) contradict each other, 0 where not; a tie against none is 1/2."""
-    return (accuracies(one) - accuracies(other)).abs()
+def turnover(first: Tensor, second: Tensor) -> Tensor:
+    """Compute 1 where two predictions (signs of margins) differ and 0 where they agree.
+
+    A zero margin against a nonzero margin counts 1/2.
+    """
+    return (accuracies(first) - accuracies(second)).abs()
 
 
 def _margins(pairs: PairLosses) -> Tensor:
@@ -72,102 +78,107 @@ def _margins(pairs: PairLosses) -> Tensor:
 
 @dataclass(frozen=True)
 class AccuracyReport:
-    """What `AccuracyModes` has found."""
+    """Results of `AccuracyModes`."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    """`accuracy/MODE`, `margin/MODE`, `swap_turnover`; the same behind `/source/NAME`, `/factor/NAME`, `/clean` and
-    `/flipped`; `pairs`, `pairs/source/NAME` and so on."""
+    """`accuracy/MODE`, `margin/MODE` and `swap_turnover` over all pairs; the same with the suffixes `/source/NAME`,
+    `/factor/NAME`, `/clean` and `/flipped`; and the counts `pairs`, `pairs/source/NAME` and so on."""
     standard_errors: dict[str, float] = field(default_factory=dict)
-    """Of each mean among the metrics that stands on two pairs or more."""
+    """Standard error of each mean that is taken over two pairs or more."""
     items: list[Row] = field(default_factory=list)
-    """One row a pair: id, source, factor, annotator, flipped, and `margins` by mode."""
+    """One row per pair: id, source, factor, annotator, flipped, and `margins` by mode."""
 
 
 class AccuracyModes(nn.Module):
-    """Accuracy and mean margin of every mode, over all pairs and group by group, over all devices."""
+    """Accuracy and mean margin in every mode, over all pairs and for groups of pairs, over all devices."""
 
     def __init__(self, by: Sequence[Group] = ("source", "factor"), most: int = 32) -> None:
-        """Start counting.
+        """Create empty counts.
 
         Args:
-            by: Labels by whose values pairs are told apart as well.
-            most: Groups of each kind that are told apart, the largest ones; the others are taken together.
+            by: Labels by which pairs are grouped.
+            most: Maximum number of groups per label. The smaller groups are merged into one.
         """
         super().__init__()
         self.by, self.most = tuple(by), most
         self.table = PairTable()
-        # Summed up as the module does it, so that the headline is the module's own to the last bit.
+        # Summed like the module's own metric, so that both numbers are equal to the last bit.
         self.headline = PairMeans()
 
     def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
-        """Take in a batch; arguments as for `mode_margins`."""
+        """Add a batch. See `mode_margins` for the arguments."""
         margins = mode_margins(evaluated, space)
         self.headline.update({"accuracy/prior": accuracies(margins["prior"]), "margin/prior": margins["prior"]})
-        alone = "no_latent" in margins and "shuffled" not in margins
-        if alone:
+        unshuffled = "no_latent" in margins and "shuffled" not in margins
+        if unshuffled:
             margins["shuffled"] = torch.full_like(margins["prior"], torch.nan)
-        self.table.update(dict(sorted(margins.items())), [{**row, "alone": alone} for row in pair_labels(batch)])
+        self.table.update(
+            dict(sorted(margins.items())), [{**row, "unshuffled": unshuffled} for row in pair_labels(batch)]
+        )
 
     def reset(self) -> None:
-        """Forget all pairs."""
+        """Remove all pairs."""
         self.table.reset()
         self.headline.reset()
 
     def collect(self) -> AccuracyReport:
-        """What is known of all pairs since the last call, on all devices; starts anew."""
+        """Return the results over all pairs since the last call, from all devices. Then remove all pairs."""
         margins, rows = self.table.read()
         if not rows:
             return AccuracyReport()
         means: dict[str, float] = {}
         errors: dict[str, float] = {}
         counts: dict[str, float] = {}
-        alone = torch.tensor([row["alone"] for row in rows])
-        for name, members in self._groups(rows).items():
-            counts[f"pairs{name}"] = float(members.sum())
-            for value, pairs in _values(margins, members, alone).items():
-                means[value + name] = float(pairs.mean())
-                if len(pairs) > 1:
-                    errors[value + name] = float(pairs.std() / len(pairs) ** 0.5)
-        if alone.any():
-            counts["pairs/not_shuffled"] = float(alone.sum())
+        unshuffled = torch.tensor([row["unshuffled"] for row in rows])
+        for suffix, members in self._groups(rows).items():
+            counts[f"pairs{suffix}"] = float(members.sum())
+            for name, values in _group_values(margins, members, unshuffled).items():
+                means[name + suffix] = float(values.mean())
+                if len(values) > 1:
+                    errors[name + suffix] = float(values.std() / len(values) ** 0.5)
+        if unshuffled.any():
+            counts["pairs/not_shuffled"] = float(unshuffled.sum())
         means |= {name: float(value) for name, value in self.headline.compute().items()}
-        items = [_item(row, margins, number) for number, row in enumerate(rows)]
+        items = [_item(row, margins, index) for index, row in enumerate(rows)]
         self.reset()
         return AccuracyReport(means | counts, errors, items)
 
     def _groups(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """(n,) which rows belong to a group, by the end of its metrics' names; "" is all of them."""
+        """Return the members of each group as (n,) booleans, by the suffix of the group's metrics.
+
+        The suffix "" stands for all rows.
+        """
         groups = {"": torch.ones(len(rows), dtype=torch.bool)}
         flipped = torch.tensor([row["flipped"] for row in rows])
         if flipped.any():
             groups |= {"/clean": ~flipped, "/flipped": flipped}
         for kind in self.by:
-            labels = largest([row[kind] for row in rows], self.most)
-            for label in sorted({label for label in labels if label}):
-                groups[f"/{kind}/{label}"] = torch.tensor([each == label for each in labels])
-        return {name: members for name, members in groups.items() if members.any()}
+            labels = keep_largest([row[kind] for row in rows], self.most)
+            for group in sorted({label for label in labels if label}):
+                groups[f"/{kind}/{group}"] = torch.tensor([label == group for label in labels])
+        return {suffix: members for suffix, members in groups.items() if members.any()}
 
 
-def largest(labels: Sequence[str], most: int) -> list[str]:
-    """The labels, those of all groups but the `most` largest replaced by one name. The empty label is no group."""
+def keep_largest(labels: Sequence[str], max_groups: int) -> list[str]:
+    """Replace the labels of all groups but the `max_groups` largest by `OTHERS`. The empty label is not a group."""
     sizes = Counter(sorted(label for label in labels if label))
-    kept = {label for label, _ in sizes.most_common(most)} | {""}
+    kept = {label for label, _ in sizes.most_common(max_groups)} | {""}
     return [label if label in kept else OTHERS for label in labels]
 
 
-def _values(margins: dict[str, Tensor], members: Tensor, alone: Tensor) -> dict[str, Tensor]:
-    """The numbers of some pairs whose means are metrics, by name."""
+def _group_values(margins: dict[str, Tensor], members: Tensor, unshuffled: Tensor) -> dict[str, Tensor]:
+    """Return the values of a group's pairs by metric. The mean of the values is the metric."""
     values: dict[str, Tensor] = {}
     for mode in (mode for mode in margins if mode != SWAPPED):
-        chosen = margins[mode][members & ~alone if mode == "shuffled" else members]
-        if len(chosen):
-            values |= {f"accuracy/{mode}": accuracies(chosen), f"margin/{mode}": chosen}
+        group_margins = margins[mode][members & ~unshuffled if mode == "shuffled" else members]
+        if len(group_margins):
+            values |= {f"accuracy/{mode}": accuracies(group_margins), f"margin/{mode}": group_margins}
     if SWAPPED in margins:
         values["swap_turnover"] = turnover(margins["posterior"][members], margins[SWAPPED][members])
     return values
 
 
-def _item(row: Row, margins: dict[str, Tensor], number: int) -> Row:
-    modes = [mode for mode in margins if not (mode == "shuffled" and row["alone"])]
-    labels = {name: value for name, value in row.items() if name != "alone"}
-    return labels | {"margins": {mode: float(margins[mode][number]) for mode in modes}}
+def _item(row: Row, margins: dict[str, Tensor], index: int) -> Row:
+    modes = [mode for mode in margins if not (mode == "shuffled" and row["unshuffled"])]
+    labels = {name: value for name, value in row.items() if name != "unshuffled"}
+    return labels | {"margins": {mode: float(margins[mode][index]) for mode in modes}}

@@ -1,4 +1,4 @@
-"""A callback that hands every evaluated batch to what collects pairs."""
+"""Callbacks that add every evaluated batch to a collector of pairs."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from lpc_lightning.types import PreferenceBatch
 
 
 class Collector(Protocol):
-    """What takes in evaluated batches: `AccuracyModes`, `AdaptationPairs`."""
+    """Interface of a collector of evaluated batches, such as `AccuracyModes` or `AdaptationPairs`."""
 
     def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
-        """Take in a batch, in the precision of the step."""
+        """Add a batch. It is called under the precision of the step."""
         ...
 
     def reset(self) -> None:
-        """Forget all pairs."""
+        """Remove all pairs."""
         ...
 
     def to(self, device: torch.device) -> Any:
-        """Move to where the batches are."""
+        """Move to the device of the batches."""
         ...
 
 
 class CollectValidation(Callback):
-    """Has a collector take in every batch of validation; a subclass says what a round comes to."""
+    """Base of callbacks that add every validation batch to a collector. Subclasses implement `finish`."""
 
     collector: Collector | None
-    """Starts each round with no pairs. None: idle."""
+    """The collector. It is emptied at the start of each round. None turns the callback off."""
 
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The round is over; `stage` is `val` or `test`."""
+        """Handle the end of a round. `stage` is `val` or `test`."""
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with no pairs."""
+        """Empty the collector."""
         if self.collector is not None:
             self.collector.reset()
             self.collector.to(pl_module.device)
@@ -53,37 +53,39 @@ class CollectValidation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in the batch."""
+        """Add the batch to the collector."""
         if self.collector is not None:
-            with trainer.precision_plugin.forward_context():  # the step's own has been left
+            with trainer.precision_plugin.forward_context():  # the precision context of the step has ended
                 self.collector.update(outputs, batch, pl_module.latent)  # type: ignore[arg-type]  # a space, or None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See `finish`."""
+        """Call `finish`."""
         if self.collector is not None:
             self.finish("val", trainer, pl_module)
 
 
 class CollectPairs(CollectValidation):
-    """The same in validation and in test."""
+    """A callback that adds every validation and test batch to a collector."""
 
     def __init__(self, collector: Collector) -> None:
-        """Keep the collector."""
+        """Store the collector."""
         self.collector = collector
 
     on_test_epoch_start = CollectValidation.on_validation_epoch_start
     on_test_batch_end = CollectValidation.on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See `finish`."""
+        """Call `finish`."""
         self.finish("test", trainer, pl_module)
 
 
-def log_round(pl_module: LightningModule, stage: str, found: Mapping[str, float]) -> None:
-    """Log numbers that all devices hold alike, behind `stage`, in float64.
+def log_round(pl_module: LightningModule, stage: str, values: Mapping[str, float]) -> None:
+    """Log numbers that are the same on all devices, with the prefix `stage`, in float64.
 
-    Lightning would round plain numbers to float32, and the headline would not be the module's to the last bit.
+    Lightning would round plain numbers to float32. The logged accuracy would then differ from the module's.
     """
-    metrics = {f"{stage}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
-    # sync_dist only keeps Lightning from warning that devices might hold different values.
+    # One transfer to the module's device, where Lightning averages the values over processes.
+    on_device = torch.tensor(list(values.values()), dtype=torch.float64).to(pl_module.device).unbind()
+    metrics = {f"{stage}/{name}": value for name, value in zip(values, on_device, strict=True)}
+    # sync_dist=True only suppresses Lightning's warning about possibly different values per device.
     pl_module.log_dict(metrics, batch_size=1, sync_dist=True)

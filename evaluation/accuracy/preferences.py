@@ -23,28 +23,29 @@ from lpc_lightning.losses import simpo_loss
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
 LIKELIHOOD = "mean token log-probability, no reference"
+"""Description of the reward of a policy without an algorithm and a reference."""
 
 
 @dataclass(frozen=True)
 class PreferenceResults:
-    """What a policy says of preference pairs."""
+    """Scores of a policy on preference pairs."""
 
     metrics: dict[str, float]
     """`accuracy/MODE`, `margin/MODE`, `swap_turnover`, `pairs`; see `AccuracyReport`."""
     standard_errors: dict[str, float]
-    """Of the means among the metrics."""
+    """Standard errors of the means among the metrics."""
     items: list[Row]
-    """One a pair: id, source, factor, annotator, flipped, and `margins` by mode, for paired comparisons."""
+    """One row per pair: id, source, factor, annotator, flipped, and `margins` by mode, for paired comparisons."""
     reward: str
-    """What the margins are differences of."""
+    """Description of the reward. Margins are differences of rewards."""
     pairs: int
-    """How many were scored."""
+    """Number of scored pairs."""
     dropped: dict[str, int]
-    """Pairs that the length policy left out, by reason."""
+    """Number of pairs that the length policy removed, by reason."""
     bad: dict[str, int]
-    """Rows that could not be used, by reason."""
+    """Number of unusable rows, by reason."""
     cut: dict[str, int]
-    """Scored pairs that the length policy shortened, by what was cut."""
+    """Number of scored pairs that the length policy shortened, by the shortened part."""
 
 
 def preference_accuracy(
@@ -55,35 +56,35 @@ def preference_accuracy(
     precision: Any = None,
     progress_bar: bool = True,
 ) -> PreferenceResults:
-    """Score the pairs under every mode that the policy has (see docs/accuracy_modes.md).
+    """Score preference pairs in every mode of the policy (see docs/accuracy_modes.md).
 
-    A checkpoint answers by its algorithm's reward, against its reference. An exported folder or a plain model knows
-    neither: its reward is the mean log-probability of an answer's tokens, under the prior's z where it has a prior, and
-    of the modes that need a posterior or the algorithm's loss there are none.
+    A checkpoint is scored by the reward of its algorithm, against its reference. An exported folder or a plain model
+    has no algorithm and no reference. Its reward is the mean log-probability of an answer's tokens, under the prior's z
+    if it has a prior. Modes that need a posterior or the algorithm's loss are then absent.
 
     Args:
-        model: A module (`open_module`), a policy (`open_policy`), or the path of either; paths of checkpoints end in
-            `.ckpt`.
-        data: The pairs, in any form that the data module reads.
-        split: Which of its pairs.
-        by: Labels by whose values pairs are told apart as well.
-        precision: Of the computation, as `trainer.precision`; None computes in the weights' own type.
-        progress_bar: Show one.
+        model: A module (see `open_module`), a policy (see `open_policy`), or the path of either. Paths of checkpoints
+            end in `.ckpt`.
+        data: The pairs, in any form that the data module can read.
+        split: The split to score.
+        by: Labels by which pairs are grouped.
+        precision: Precision of the computation, as in `trainer.precision`. None: the data type of the weights.
+        progress_bar: Whether to show a progress bar.
 
     Raises:
-        DataError: There are no such pairs, or there is something wrong with them.
+        DataError: There are no pairs in this split, or the data is invalid.
     """
     if isinstance(model, str):
         model = open_module(model) if model.endswith(".ckpt") else open_policy(model)
-    module = Likelihood(model) if isinstance(model, OpenedPolicy) else model
+    module = LikelihoodScorer(model) if isinstance(model, OpenedPolicy) else model
     modes = AccuracyModes(by)
-    rows = pass_over(module, data, modes, split, precision, progress_bar)
+    rows = evaluate_pairs(module, data, modes, split, precision, progress_bar)
     report = modes.collect()
     return PreferenceResults(
         metrics=report.metrics,
         standard_errors=report.standard_errors,
         items=report.items,
-        reward=LIKELIHOOD if isinstance(module, Likelihood) else f"implicit reward of {type(module).__name__}",
+        reward=LIKELIHOOD if isinstance(module, LikelihoodScorer) else f"implicit reward of {type(module).__name__}",
         pairs=len(report.items),
         dropped=rows.dropped,
         bad=rows.bad,
@@ -91,29 +92,29 @@ def preference_accuracy(
     )
 
 
-def pass_over(
-    module: PreferenceModule | Likelihood,
+def evaluate_pairs(
+    module: PreferenceModule | LikelihoodScorer,
     data: PreferenceDataModule,
     collector: Collector,
     split: Literal["validation", "test"] = "test",
     precision: Any = None,
     progress_bar: bool = True,
 ) -> DataReport:
-    """Evaluate each pair once, on the device that the module is on, and have a collector take in every batch.
+    """Evaluate each pair once, on the module's device, and add every batch to a collector.
 
     Args:
-        module: Built.
+        module: The module, with its models built.
         data: The pairs.
-        collector: Takes them in.
-        split: Which of the pairs.
-        precision: Of the computation, as `trainer.precision`; None computes in the weights' own type.
-        progress_bar: Show one.
+        collector: The collector.
+        split: The split to evaluate.
+        precision: Precision of the computation, as in `trainer.precision`. None: the data type of the weights.
+        progress_bar: Whether to show a progress bar.
 
     Returns:
-        What became of the data's rows.
+        Counts of the used, removed and shortened rows of the data.
 
     Raises:
-        DataError: There are no such pairs, or there is something wrong with them.
+        DataError: There are no pairs in this split, or the data is invalid.
     """
     device = next(module.parameters()).device
     trainer = Trainer(
@@ -126,24 +127,27 @@ def pass_over(
         enable_model_summary=False,
         enable_progress_bar=progress_bar,
     )
+    # A `PreferenceModule` gives both to the data module itself. `LikelihoodScorer` does not.
+    data.set_tokenizer(module.tokenizer)
+    data.set_policy(module.policy)
     run = trainer.test if split == "test" else trainer.validate
     with isolate_rng():
         run(module, datamodule=data, verbose=False)
-    module.to(device)  # the trainer has left it on the CPU
+    module.to(device)  # the trainer leaves the module on the CPU
     rows = data.reports.get(split)
     if rows is None or not len(data.pairs[split]):
         raise DataError(f"preferences: found no {split} pairs, expected at least one.{f' {rows}' if rows else ''}")
     return rows
 
 
-class Likelihood(LightningModule):
-    """A policy that scores answers by their mean log-probability per token: SimPO's reward at beta = 1."""
+class LikelihoodScorer(LightningModule):
+    """A policy whose reward is the mean log-probability per token of an answer: SimPO's reward at beta = 1."""
 
     latent = None
-    """No space that knows a posterior or the loss under each code."""
+    """There is no latent space, and thus no posterior and no loss per code."""
 
     def __init__(self, opened: OpenedPolicy) -> None:
-        """Take the policy as it is.
+        """Wrap a policy without changing it.
 
         Args:
             opened: An exported folder or a plain model.
@@ -153,15 +157,15 @@ class Likelihood(LightningModule):
         self.tokenizer: PreTrainedTokenizerBase = opened.tokenizer
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
-        """Score the pairs under the prior's z, or without one."""
-        reading = self.policy.read(batch)
-        score = BatchScorer(reading, batch.lengths, None, mean_logps)
-        z = None if self.prior is None else self.prior(reading.states.prompt)
-        return {"terms": LatentTerms(*score.under(z), z=z), "states": reading.states, "score": score}
+        """Score the pairs under the prior's z, or without z if there is no prior."""
+        forward = self.policy.read(batch)
+        score = BatchScorer(forward, batch.lengths, None, mean_logps)
+        z = None if self.prior is None else self.prior(forward.states.prompt)
+        return {"terms": LatentTerms(*score.under(z), z=z), "states": forward.states, "score": score}
 
     validation_step = test_step
 
 
 def mean_logps(logps: PairLogps) -> PairLosses:
-    """Each answer's mean log-probability per token as its reward, in nats."""
+    """Return rewards that are the answers' mean log-probabilities per token, in nats."""
     return simpo_loss(logps, beta=1.0, gamma_beta_ratio=0.0)

@@ -1,4 +1,4 @@
-"""Preference accuracy on a file of pairs, as one more task beside the benchmarks."""
+"""Preference accuracy on a file of pairs, as a task in the form of the benchmarks."""
 
 from __future__ import annotations
 
@@ -21,113 +21,114 @@ from lpc_lightning.data.sources.example_source import ExampleSource, RowSource
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import read_rows
 from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
-from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, plain, stderr_name
+from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, stderr_name, to_json_value
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.opening import OpenedPolicy
 from lpc_lightning.types import PreferenceExample
 
 TASK = "preferences"
-"""The task's name in results and tables."""
-WHOLE = re.compile("swap_turnover|(accuracy|margin)/[^/]+")
-"""Metrics of all pairs; others are of a group, such as `accuracy/prior/source/books`, or counts."""
+"""Name of the task in results and tables."""
+ALL_PAIRS_METRIC = re.compile("swap_turnover|(accuracy|margin)/[^/]+")
+"""Pattern of metrics over all pairs. The others are counts or metrics of a group: `accuracy/prior/source/books`."""
 
 
 class PairsFile(PreferenceDataModule):
-    """The pairs of one file, for scoring alone."""
+    """The pairs of one file, for scoring only."""
 
     def __init__(self, path: str, split: str | None = None, limit: int | None = None, **data: Any) -> None:
-        """Say which pairs.
+        """Select pairs of a file.
 
         Args:
-            path: A file in any form that `read_rows` knows.
-            split: Rows whose column `split` says this. None: `test` where the file has such a column, else all rows.
-            limit: Pairs, from the start. None: all of them.
+            path: A file in any format that `read_rows` can read.
+            split: Value of the column `split` in the selected rows. None: `test` if the file has this column, else all
+                rows.
+            limit: Maximum number of pairs, taken from the start. None: all pairs.
             data: Settings of `PreferenceDataModule`.
 
         Raises:
-            DataError: There is no such file, or nothing in it.
+            DataError: The file does not exist, or has no rows.
         """
         super().__init__(**data)
         if not Path(path).is_file():
             raise DataError(f"preferences: found no file {path}, expected preference pairs such as pairs.jsonl.")
-        first = next(row for _, row in read_rows(path, on_bad=lambda place, fault: None))
-        self.split = "test" if split is None and "split" in first else split
+        first_row = next(row for _, row in read_rows(path, on_bad=lambda location, fault: None))
+        self.split = "test" if split is None and "split" in first_row else split
         self.limit = limit
-        self._pairs = First(RowSource(path, split=self.split), limit)
+        self._pairs = FirstExamples(RowSource(path, split=self.split), limit)
 
     @property
     def content(self) -> str:
-        """A text that changes whenever other pairs would be scored."""
+        """A hash that changes if the selected pairs change."""
         return hashlib.sha256(self._pairs.key().encode()).hexdigest()[:16]
 
     def source(self, stage: Stage) -> ExampleSource | None:
-        """The pairs, as test data."""
+        """Return the pairs for the stage `test`, None for other stages."""
         return self._pairs if stage == "test" else None
 
 
 @dataclass(frozen=True)
-class First:
+class FirstExamples:
     """The first examples of a source."""
 
     source: ExampleSource
     count: int | None
-    """None: all of them."""
+    """Number of examples. None: all of them."""
 
     def key(self) -> str:
-        """See `ExampleSource.key`."""
+        """Return a key of the examples; see `ExampleSource.key`."""
         return f"{self.source.key()} first {self.count}"
 
     def read(self, report: DataReport) -> Iterator[PreferenceExample]:
-        """See `ExampleSource.read`. Rows behind the last one are not read, and so not counted."""
+        """Yield the examples; see `ExampleSource.read`. Rows after the last one are neither read nor counted."""
         return islice(self.source.read(report), self.count)
 
 
 def score_pairs(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, precision: str | None) -> BenchmarkResults:
-    """Preference accuracy in the form of a benchmark's results: task `preferences`, metrics `accuracy/MODE`.
+    """Compute preference accuracy as a benchmark's results: task `preferences`, metrics `accuracy/MODE`.
 
     Args:
-        model: A checkpoint's module, or any other policy: see `preference_accuracy`.
-        pairs: What to score.
-        precision: Of the computation, as `trainer.precision`. None: the weights' own type.
+        model: A checkpoint's module, or any other policy; see `preference_accuracy`.
+        pairs: The pairs to score.
+        precision: Precision of the computation, as in `trainer.precision`. None: the data type of the weights.
 
     Raises:
-        DataError: There are no pairs, or there is something wrong with them.
+        DataError: There are no pairs, or the data is invalid.
     """
     started = time.perf_counter()
-    found, content = preference_accuracy(model, pairs, precision=precision), pairs.content
+    scored, content = preference_accuracy(model, pairs, precision=precision), pairs.content
     metrics: dict[str, float] = {}
     groups: dict[str, float] = {}
-    for name, value in sorted(found.metrics.items(), key=_headline_first):
-        home = metrics if WHOLE.fullmatch(name) else groups
-        home[name] = value
-        if name in found.standard_errors:
-            home[stderr_name(name)] = found.standard_errors[name]
+    for name, value in sorted(scored.metrics.items(), key=_headline_first):
+        destination = metrics if ALL_PAIRS_METRIC.fullmatch(name) else groups
+        destination[name] = value
+        if name in scored.standard_errors:
+            destination[stderr_name(name)] = scored.standard_errors[name]
     record = {
         "version": content,
         "limit": pairs.limit,
-        "items": found.pairs,
+        "items": scored.pairs,
         "split": pairs.split,
-        "reward": found.reward,
-        "reward_kind": "likelihood" if found.reward == LIKELIHOOD else "implicit",
+        "reward": scored.reward,
+        "reward_kind": "likelihood" if scored.reward == LIKELIHOOD else "implicit",
         "groups": groups,
-        "dropped": found.dropped,
-        "bad": found.bad,
-        "cut": found.cut,
+        "dropped": scored.dropped,
+        "bad": scored.bad,
+        "cut": scored.cut,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    items = [_item(row, content) for row in found.items]
-    whole = {"tasks": {TASK: record}, "settings": {"tasks": [TASK]}, "seconds": record["seconds"], **provenance()}
-    return BenchmarkResults({TASK: metrics}, items, {}, plain(whole))
+    items = [_item(row, content) for row in scored.items]
+    run_record = {"tasks": {TASK: record}, "settings": {"tasks": [TASK]}, "seconds": record["seconds"], **provenance()}
+    return BenchmarkResults({TASK: metrics}, items, {}, to_json_value(run_record))
 
 
 def _headline_first(metric: tuple[str, float]) -> tuple[bool, bool]:
-    """Accuracies before margins, and the prior before the other modes."""
+    """Return a sort key: accuracies before margins, and the prior before the other modes."""
     name, _ = metric
     return not name.startswith("accuracy/"), not name.startswith(("accuracy/prior", "margin/prior"))
 
 
 def _item(row: dict[str, Any], content: str) -> dict[str, Any]:
     margins: dict[str, float] = row["margins"]
-    right = {f"accuracy/{mode}": float(accuracies(torch.tensor(margin))) for mode, margin in margins.items()}
+    correct = {f"accuracy/{mode}": float(accuracies(torch.tensor(margin))) for mode, margin in margins.items()}
     labels = {name: value for name, value in row.items() if name not in ("id", "margins")}
-    return {"task": TASK, "doc_id": row["id"], "doc_hash": content, "metrics": right, "response": margins, **labels}
+    return {"task": TASK, "doc_id": row["id"], "doc_hash": content, "metrics": correct, "response": margins, **labels}

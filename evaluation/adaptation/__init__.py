@@ -1,1 +1,1 @@
-"""Annotators with few labels: their codes, and accuracy on their other pairs."""
+"""Infer the codes of an annotator from a few labels, and measure the accuracy on the annotator's other pairs."""

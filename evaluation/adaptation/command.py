@@ -1,4 +1,4 @@
-"""Few-shot annotators: their codes from a few of their labels, and accuracy on their others."""
+"""Command `adapt`: infer each annotator's codes from a few labels, and score the annotator's other pairs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Literal
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
-from lpc_lightning.evaluation.accuracy.preferences import pass_over
+from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, write_adaptation
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
-from lpc_lightning.evaluation.adaptation.plots import draw_adaptation, score_estimate, score_line, shots_at
+from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, score_estimate, score_line, to_shots
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
 from lpc_lightning.evaluation.adaptation.scores import SHOTS, Score
 from lpc_lightning.evaluation.comparison.command import name_models
-from lpc_lightning.evaluation.figures import Line, Plot, write_plots
-from lpc_lightning.evaluation.report.line_plots import in_words
+from lpc_lightning.evaluation.figures import Plot, write_plots
+from lpc_lightning.evaluation.line_panels import Line, describe_lines
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoints import run_config
@@ -29,8 +29,8 @@ from lpc_lightning.inference.opening import open_module
 from lpc_lightning.latent import DiscreteSpace
 
 UNDER_Z = "exact_z"
-"""Of scores under z = sum_k w_k e_k, the weights inferred as for `exact`."""
-NAMES = {UNDER_Z: "exact, under z", "prior": "prior, for anybody", "no_latent": "no latent (z = 0)"}
+"""Scores under z = sum_k w_k e_k, with the weights of `exact`."""
+ROW_NAMES = {UNDER_Z: "exact, under z", "prior": "prior, any annotator", "no_latent": "no latent (z = 0)"}
 TABLE = "adaptation.md"
 
 
@@ -56,136 +56,150 @@ def adapt(
     device: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Infer each annotator's codes from a few of their labelled pairs, and score their other pairs under them.
+    """Infer each annotator's codes from a few labelled pairs, and score the annotator's other pairs under them.
 
-    The codes weigh by prior times evidence (`exact`), and where a posterior is learned also by the average of what it
-    says of the labelled pairs (`amortised`). Given none, they weigh as the prior says. A pair is right where the codes,
-    each asked for itself and then weighed, are more for its label than for the opposite one: for DPO, where the label's
-    probability is above 1/2. `exact, under z` asks the policy under the mixture z of the codes instead, under which
-    `generate` answers. A policy without codes, such as plain DPO, has nothing to adapt and stands beside as a level.
+    The weight of a code is its prior times the likelihood of the labels under it (`exact`). If a posterior is learned,
+    a second inference averages it over the labelled pairs (`amortised`). Without labelled pairs, the weights are the
+    prior. A pair is correct if the weighted predictions of the codes favour its label over the opposite one. For DPO:
+    if the probability of the label is above 1/2. `exact, under z` scores the policy under the mixture z of the codes
+    instead, which `generate` uses. A policy without codes, such as plain DPO, has nothing to adapt and is shown as a
+    level.
 
-    OUTPUT gets adaptation.md, the plot as .svg and .png, and for each model MODEL/adaptation.json, with standard errors
-    over pairs, and MODEL/code_weights.json, with each annotator's weights from all of their pairs, under which
-    `lpc-lightning generate --code-weights OUTPUT/MODEL/code_weights.json ANNOTATOR` answers.
+    OUTPUT contains adaptation.md and the plot as .svg and .png. For each model it contains MODEL/adaptation.json, with
+    standard errors over pairs, and MODEL/code_weights.json, with the weights of each annotator from all pairs. To
+    generate text for an annotator: `lpc-lightning generate --code-weights OUTPUT/MODEL/code_weights.json ANNOTATOR`.
 
     Args:
-        models: Checkpoints (runs/version_0/checkpoints/best.ckpt), at least one of them with codes.
-        preferences: A file of preference pairs; of one with a column `split`, the rows of `test`.
-        annotator_column: What says whose pair it is: the column `annotator`, `factor` or `source`.
+        models: Checkpoints (runs/version_0/checkpoints/best.ckpt). At least one must have codes.
+        preferences: File of preference pairs.
+        annotator_column: Column that identifies a pair's annotator: `annotator`, `factor` or `source`.
         output: Folder for the results.
-        names: Names of the models in tables and folders, as many as models. null: made from their paths.
-        split: Rows whose column `split` says this. null: `test`, where there is such a column.
-        shots: Labelled pairs to give. null: 0, 1, 2, 4, 8 and 16.
-        rounds: Random choices of the pairs that are given, to average over.
-        under_z: Score the policy under z = sum_k w_k e_k as well, in the first of the rounds. The pairs are gone over
-            once more.
-        limit: Pairs, from the start. null: all of them.
-        batch_size: Pairs at a time.
-        max_length: Most tokens of a prompt with its longer answer; longer pairs are left out, and told.
-        precision: Of the computation, as `trainer.precision`.
-        device: Where to run: `auto`, `cpu`, `cuda` ...
+        names: Names of the models in tables and folders, one for each model. null: made from the paths.
+        split: Use the rows with this value in the column `split`. null: `test` if the file has this column, else all.
+        shots: Numbers of labelled pairs. null: 0, 1, 2, 4, 8 and 16.
+        rounds: Number of random choices of the labelled pairs, which are averaged.
+        under_z: Also score the policy under z = sum_k w_k e_k, in the first round. This takes a second pass over the
+            pairs.
+        limit: Use the first pairs up to this number. null: all of them.
+        batch_size: Pairs in a batch.
+        max_length: Most tokens of a prompt with its longer answer. Longer pairs are left out and counted in the output.
+        precision: Precision of the computation, as `trainer.precision`.
+        device: Device: `auto`, `cpu`, `cuda` ...
         seed: Seed of the random choices.
 
     Raises:
         ConfigError: No model has codes, or a setting is out of range.
-        DataError: There are no such pairs, none that says whose it is, or no annotator with enough of them.
+        DataError: There are no such pairs, no pair has an annotator, or no annotator has enough pairs.
     """
     named = name_models(models, names)
-    asked = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
+    collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
     reports: dict[str, AdaptationReport] = {}
     for name, path in named:
         pairs = PairsFile(preferences, split=split, limit=limit, batch_size=batch_size, max_length=max_length)
         pairs.template = trained_template(run_config(Path(path)))
         module = open_module(path, device)
         if len(named) == 1 and not isinstance(module.latent, DiscreteSpace):
-            raise ConfigError(f"models: {path} has no codes: there is nothing to infer from labelled pairs.")
-        rows = pass_over(module, pairs, asked, precision=precision)
+            raise ConfigError(
+                f"models: found no codes in {path}, so that nothing can be inferred from labelled pairs; expected a "
+                "checkpoint of a latent with codes, such as MarginalSpace."
+            )
+        rows = evaluate_pairs(module, pairs, collector, precision=precision)
         print(f"{name}: {rows}")
-        report = asked.collect()
-        _check_annotators(report, asked, preferences)
+        report = collector.collect()
+        _check_annotators(report, collector, preferences)
         if report.weights and under_z:
             policy = PolicyUnderMixtures(report.mixtures, annotator_column)
-            pass_over(module, pairs, policy, precision=precision)
+            evaluate_pairs(module, pairs, policy, precision=precision)
             report = replace(report, scores={**report.scores, UNDER_Z: policy.scores()})
-        write_adaptation(Path(output) / name, report, asked)
+        write_adaptation(Path(output) / name, report, collector)
         reports[name] = report
         del module
-        gc.collect()  # its parts know each other, which only the collector sees through
+        gc.collect()  # the module contains reference cycles, which only the collector frees
     if not any(report.weights for report in reports.values()):
-        raise ConfigError(f"models: none of {', '.join(models)} has codes: there is nothing to infer.")
-    _write(Path(output), reports, asked.shots)
+        raise ConfigError(
+            f"models: found no codes in any of {', '.join(models)}; expected at least one checkpoint of a latent with "
+            "codes, such as MarginalSpace."
+        )
+    _write(Path(output), reports, collector.shots)
 
 
-def _check_annotators(report: AdaptationReport, asked: AdaptationPairs, preferences: str) -> None:
+def _check_annotators(report: AdaptationReport, pairs: AdaptationPairs, preferences: str) -> None:
     if not report.annotators:
         raise DataError(
-            f"annotator_column: found no {asked.column} in any pair of {preferences}, expected whose pair it is. Take "
-            "another column: annotator, factor or source."
+            f"annotator_column: found no value of {pairs.column} in any pair of {preferences}, expected the annotator "
+            "of each pair. Choose another column: annotator, factor or source."
         )
     most = max(report.annotators.values())
-    if most <= min(asked.shots):
+    if most <= min(pairs.shots):
         raise DataError(
-            f"shots: found {min(asked.shots)} at least, and in {preferences} no {asked.column} with more than {most} "
-            "pairs, expected one with others to predict. Give fewer, or more pairs."
+            f"shots: found {min(pairs.shots)} as the smallest number, but no {pairs.column} in {preferences} has more "
+            f"than {most} pairs; expected at least one further pair to predict. Use fewer shots or more pairs."
         )
 
 
 def _write(folder: Path, reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> None:
-    told = "\n".join([table(reports, shots), *(f"\n{each}" for each in left_out(reports, shots))])
-    (folder / TABLE).write_text(told + "\n", encoding="utf-8")
-    found, title = panels(reports), "Accuracy on an annotator's pairs, given others of the same annotator"
-    figure = draw_adaptation(found, sorted(set(shots)), None, "accuracy")
-    plot = Plot("adaptation", title, figure, in_words(title, found, shots_at), "Bands: 95 % over pairs.")
+    text = "\n".join([table(reports, shots), *(f"\n{sentence}" for sentence in left_out(reports, shots))])
+    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
+    lines = panels(reports)
+    figure = draw_adaptation(lines, sorted(set(shots)), None, "accuracy")
+    plot = Plot("adaptation", TITLE, figure, describe_lines(TITLE, lines, to_shots), "Bands: 95 % over pairs.")
     list(write_plots(folder, [plot]))
-    print(f"\n{told}\n\nWrote {folder / TABLE} and the plot, and {SCORES} and {WEIGHTS} of each model beside them.")
+    print(f"\n{text}\n\nWrote {folder / TABLE} and the plot, and {SCORES} and {WEIGHTS} of each model beside them.")
 
 
 def table(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> str:
-    """Accuracies with standard errors: a line a model and way of inference, a column a number of shots."""
-    numbers = sorted({0, *shots})  # 0: where the levels stand
+    """Format accuracies with standard errors: a row for each model and inference, a column for each number of shots."""
+    numbers = sorted({0, *shots})  # levels are in the column of 0
     rows = []
     for name, report in reports.items():
         for inference, scores in _curves(report).items():
-            cells = [score(each.accuracy, each.standard_error) if (each := scores.get(n)) else "-" for n in numbers]
-            rows.append([name, NAMES.get(inference, inference), *cells])
-        for baseline, each in report.baselines.items():
-            level = score(each.accuracy, each.standard_error)
-            rows.append([name, NAMES[baseline], level, *["-"] * (len(numbers) - 1)])
+            cells = [score(entry.accuracy, entry.standard_error) if (entry := scores.get(n)) else "-" for n in numbers]
+            rows.append([name, ROW_NAMES.get(inference, inference), *cells])
+        for baseline, entry in report.baselines.items():
+            level = score(entry.accuracy, entry.standard_error)
+            rows.append([name, ROW_NAMES[baseline], level, *["-"] * (len(numbers) - 1)])
     return markdown_table(["model", "codes by", *(f"given {n}" for n in numbers)], rows, left=2)
 
 
 def left_out(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> list[str]:
-    """A sentence for each number of shots at which annotators have too few pairs, and a model where they differ."""
-    told: dict[str, list[str]] = {}
+    """Return a sentence for each number of shots at which annotators have too few pairs.
+
+    Models with the same counts share a sentence.
+    """
+    models: dict[str, list[str]] = {}
     for name, report in reports.items():
         for n in sorted(set(shots)):
-            few = [count for count in report.annotators.values() if count <= n]
-            if few:
-                whole = sum(report.annotators.values())
-                without = f"annotators left out for having {n} or fewer: {len(few)}."
-                told.setdefault(f"given {n}: {whole - sum(few)} of {whole} pairs, {without}", []).append(name)
-    return [f"{', '.join(names)}, {sentence}" for sentence, names in told.items()]
+            too_few = [count for count in report.annotators.values() if count <= n]
+            if too_few:
+                total = sum(report.annotators.values())
+                reason = f"annotators left out for having {n} or fewer: {len(too_few)}."
+                models.setdefault(f"given {n}: {total - sum(too_few)} of {total} pairs, {reason}", []).append(name)
+    return [f"{', '.join(names)}, {sentence}" for sentence, names in models.items()]
 
 
 def panels(reports: Mapping[str, AdaptationReport]) -> dict[str, list[Line]]:
-    """Of one model all curves and the level at z = 0. Of several a panel each way of inference, with a line a model."""
+    """Return the lines of the plot by the panel's title.
+
+    One model has a single panel with all its curves and the level at z = 0. Several models have a panel for each
+    inference, with a line for each model.
+    """
     if len(reports) == 1:
         (report,) = reports.values()
-        curves = [score_line(NAMES.get(kind, kind), scores) for kind, scores in report.scores.items()]
-        return {"": [*curves, _level(NAMES["no_latent"], report.baselines["no_latent"])]}
-    kinds = dict.fromkeys(kind for report in reports.values() for kind in _curves(report))
+        curves = [score_line(ROW_NAMES.get(name, name), scores) for name, scores in report.scores.items()]
+        return {"": [*curves, _level(ROW_NAMES["no_latent"], report.baselines["no_latent"])]}
+    inferences = dict.fromkeys(name for report in reports.values() for name in _curves(report))
     return {
-        NAMES.get(kind, kind): [
-            score_line(name, report.scores[kind]) if report.weights else _level(name, report.baselines["prior"])
+        ROW_NAMES.get(inference, inference): [
+            score_line(name, report.scores[inference]) if report.weights else _level(name, report.baselines["prior"])
             for name, report in reports.items()
-            if not report.weights or kind in report.scores
+            if not report.weights or inference in report.scores
         ]
-        for kind in kinds
+        for inference in inferences
     }
 
 
 def _curves(report: AdaptationReport) -> Mapping[str, Mapping[int, Score]]:
-    """Of a policy without codes none: it stays at its level."""
+    """Return the scores by inference, or none for a policy without codes, which is shown as a level."""
     return report.scores if report.weights else {}
 
 

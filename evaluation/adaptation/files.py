@@ -1,4 +1,4 @@
-"""What few-shot inference has found, on disk: the scores, and weights that `generate` takes."""
+"""Files with the results of adaptation: the scores, and the code weights that `generate` reads."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, Adaptatio
 SCORES, WEIGHTS = "adaptation.json", "code_weights.json"
 
 
-def write_adaptation(folder: Path, report: AdaptationReport, asked: AdaptationPairs) -> None:
-    """Write `adaptation.json` and, where there are codes, `code_weights.json`: K numbers by annotator.
+def write_adaptation(folder: Path, report: AdaptationReport, pairs: AdaptationPairs) -> None:
+    """Write `adaptation.json` and, if the policy has codes, `code_weights.json` with K numbers for each annotator.
 
     Args:
-        folder: Made where it is missing.
-        report: What was found.
-        asked: By which settings.
+        folder: Output folder. It is created if it does not exist.
+        report: The results.
+        pairs: The collector that made the report. Its settings are written, too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores = {
-        "column": asked.column,
-        "shots": asked.shots,
-        "rounds": asked.rounds,
-        "seed": asked.seed,
+        "column": pairs.column,
+        "shots": pairs.shots,
+        "rounds": pairs.rounds,
+        "seed": pairs.seed,
         "annotators": report.annotators,
-        "baselines": {name: asdict(each) for name, each in report.baselines.items()},
+        "baselines": {name: asdict(score) for name, score in report.baselines.items()},
         "scores": {
-            kind: {str(n): asdict(each) for n, each in scores.items()} for kind, scores in report.scores.items()
+            inference: {str(n): asdict(score) for n, score in by_n.items()} for inference, by_n in report.scores.items()
         },
     }
     _write(folder / SCORES, scores)

@@ -1,4 +1,4 @@
-"""What few-shot inference needs of each pair, taken from evaluated batches."""
+"""Collect from evaluated batches what the adaptation to annotators needs of each pair."""
 
 from __future__ import annotations
 
@@ -31,46 +31,46 @@ BASELINES = ("prior", "no_latent")
 
 @dataclass(frozen=True)
 class AdaptationReport:
-    """What `AdaptationPairs` has found."""
+    """Results of `AdaptationPairs`."""
 
     annotators: Mapping[str, int] = field(default_factory=dict)
-    """How many pairs each of them labelled."""
+    """Number of pairs of each annotator."""
     scores: Mapping[str, Mapping[int, Score]] = field(default_factory=dict)
-    """By inference and labelled pairs given; see `adaptation_scores`. A policy without codes counts as one with a
-    single
-    code, of which labelled pairs change nothing: it has `exact`, for comparison over the same pairs."""
+    """Scores by inference and number of labelled pairs; see `adaptation_scores`. A policy without codes is treated as
+    one with a single code: labelled pairs change nothing, and `exact` allows a comparison over the same pairs."""
     baselines: Mapping[str, Score] = field(default_factory=dict)
-    """`prior`: the policy as it is used, for any annotator. `no_latent`: the same at z = 0, where it has a latent."""
+    """`prior`: the policy under its prior, the same for all annotators. `no_latent`: the policy at z = 0, only if it
+    has a latent."""
     weights: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    """(K,) each annotator's weights over the codes, from all their pairs. Empty where the policy has no codes."""
+    """(K,) weights over the codes of each annotator, from all pairs of that annotator. Empty: no codes."""
     mixtures: Mapping[int, Mapping[str, NDArray[np.float64]]] = field(default_factory=dict)
-    """(K,) weights for a pair, from some others of its annotator, by how many and its id: see `adaptation_mixtures`."""
+    """(K,) weights for each pair, by number of labelled pairs and by the pair's id; see `adaptation_mixtures`."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """`adaptation/exact/8` and so on, `adaptation/prior`, and `adaptation/no_latent` where there is a latent."""
-        found = {f"adaptation/{name}": each.accuracy for name, each in self.baselines.items()}
-        for kind, scores in self.scores.items():
-            found |= {f"adaptation/{kind}/{n}": each.accuracy for n, each in scores.items()}
-        return found
+        """Accuracies as metrics: `adaptation/exact/8`, `adaptation/prior`, `adaptation/no_latent` and so on."""
+        metrics = {f"adaptation/{name}": score.accuracy for name, score in self.baselines.items()}
+        for inference, scores in self.scores.items():
+            metrics |= {f"adaptation/{inference}/{n}": score.accuracy for n, score in scores.items()}
+        return metrics
 
 
 class AdaptationPairs(nn.Module):
-    """Takes in batches, and says how well each annotator's labels follow from some of them, over all devices."""
+    """Collector of evaluated batches that measures the adaptation to annotators, over all devices."""
 
     def __init__(
         self, column: Group = "annotator", shots: Sequence[int] = SHOTS, rounds: int = 20, seed: int = 0
     ) -> None:
-        """Start with no pairs.
+        """Start without pairs.
 
         Args:
-            column: The label that says whose pair it is; pairs without one are left out.
-            shots: Labelled pairs to give.
-            rounds: Random choices of them to average over.
-            seed: Of these.
+            column: Label that identifies a pair's annotator. Pairs without this label are left out.
+            shots: Numbers of labelled pairs.
+            rounds: Number of random choices of the labelled pairs, which are averaged.
+            seed: Seed of the random choices.
 
         Raises:
-            ConfigError: A setting out of range.
+            ConfigError: A setting is out of range.
         """
         super().__init__()
         check_shots(shots, rounds)
@@ -78,9 +78,15 @@ class AdaptationPairs(nn.Module):
         self.table = PairTable()
 
     def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
-        """Take in a batch: what `validation_step` or `test_step` returned for it, and the module's latent space."""
+        """Add a batch.
+
+        Args:
+            evaluated: The result of `validation_step` or `test_step`.
+            batch: The same batch.
+            space: The module's latent space.
+        """
         terms, states, score = evaluated["terms"], evaluated["states"], evaluated["score"]
-        # The same columns in every batch, and on every device: that of no labelled pair, too.
+        # The columns must be the same in every batch and on every device, including a batch without labelled pairs.
         numbers = {"prior": _margins(terms.pairs)}
         if terms.z is not None:
             numbers["no_latent"] = _margins(score.under(None)[0])
@@ -94,24 +100,24 @@ class AdaptationPairs(nn.Module):
         self.table.update(numbers, pair_labels(batch))
 
     def reset(self) -> None:
-        """Forget all pairs."""
+        """Remove all pairs."""
         self.table.reset()
 
     def collect(self) -> AdaptationReport:
-        """What is known of all pairs since the last call, on all devices; starts anew."""
+        """Compute the report over all pairs since the last call, on all devices, and remove the pairs."""
         numbers, rows = self.table.read()
-        # In the order of their names: sums round alike whatever the batches and the devices.
+        # Sorted by id, so that sums round equally for any batches and devices.
         order = sorted(
-            (place for place, row in enumerate(rows) if row[self.column]), key=lambda place: str(rows[place]["id"])
+            (index for index, row in enumerate(rows) if row[self.column]), key=lambda index: str(rows[index]["id"])
         )
         self.reset()
         if not order:
             return AdaptationReport()
         columns = {name: values.numpy()[order] for name, values in numbers.items()}
-        ids = [str(rows[place]["id"]) for place in order]
-        annotators = [str(rows[place][self.column]) for place in order]
+        ids = [str(rows[index]["id"]) for index in order]
+        annotators = [str(rows[index][self.column]) for index in order]
         tables = _tables(columns)
-        found = AdaptationReport(
+        report = AdaptationReport(
             annotators=dict(sorted(Counter(annotators).items())),
             scores=adaptation_scores(
                 tables or single_code(columns["prior"]), ids, annotators, self.shots, self.rounds, self.seed
@@ -121,9 +127,9 @@ class AdaptationPairs(nn.Module):
             },
         )
         if tables is None:
-            return found
+            return report
         return replace(
-            found,
+            report,
             weights=code_weights(tables, annotators),
             mixtures=adaptation_mixtures(tables, ids, annotators, self.shots, self.seed),
         )
@@ -134,16 +140,16 @@ def _margins(pairs: PairLosses) -> Tensor:
 
 
 def _by_code(name: str, values: Tensor) -> dict[str, Tensor]:
-    """(B, K) as K columns."""
+    """Split (B, K) values into K named columns."""
     return {f"{name}/{code}": value for code, value in enumerate(values.unbind(-1))}
 
 
 def _tables(columns: Mapping[str, NDArray[np.float64]]) -> CodeTables | None:
-    def table(kind: str) -> NDArray[np.float64] | None:
-        found = [values for name, values in columns.items() if name.startswith(f"{kind}/")]
-        return np.stack(found, axis=-1) if found else None
+    def table(prefix: str) -> NDArray[np.float64] | None:
+        by_code = [values for name, values in columns.items() if name.startswith(f"{prefix}/")]
+        return np.stack(by_code, axis=-1) if by_code else None
 
-    prior, losses, swapped = (table(kind) for kind in ("log_prior", "losses", "swapped"))
+    prior, losses, swapped = (table(prefix) for prefix in ("log_prior", "losses", "swapped"))
     if prior is None or losses is None or swapped is None:
         return None
     return CodeTables(prior, losses, swapped, table("log_posterior"))

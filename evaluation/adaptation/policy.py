@@ -1,4 +1,4 @@
-"""What the policy itself says once an annotator's codes are known: its margins under z = sum_k w_k e_k."""
+"""Accuracy of the policy under z = sum_k w_k e_k, with weights that were inferred for an annotator."""
 
 from __future__ import annotations
 
@@ -17,43 +17,49 @@ from lpc_lightning.types import PreferenceBatch
 
 
 class PolicyUnderMixtures:
-    """Takes in batches, and scores every pair under the mixtures of codes that were inferred for it.
+    """Collector of evaluated batches that scores every pair under its own inferred mixture of codes.
 
-    `generate --code-weights` answers under such a z. It costs a pass through the LM head for each number of shots.
+    `generate --code-weights` uses such a z. The cost is one pass through the LM head for each number of shots.
     """
 
     def __init__(self, mixtures: Mapping[int, Mapping[str, Table]], column: Group) -> None:
-        """Start with no pairs.
+        """Start without pairs.
 
         Args:
-            mixtures: (K,) weights by labelled pairs given and the pair's id: see `adaptation_mixtures`.
-            column: The label that says whose pair it is.
+            mixtures: (K,) weights by number of labelled pairs and by the pair's id; see `adaptation_mixtures`.
+            column: Label that identifies a pair's annotator.
         """
         self.mixtures, self.column = mixtures, column
         self.reset()
 
     def reset(self) -> None:
-        """Forget all pairs."""
-        self._right: dict[int, list[float]] = {n: [] for n in self.mixtures}
+        """Remove all pairs."""
+        self._correct: dict[int, list[float]] = {n: [] for n in self.mixtures}
         self._annotators: dict[int, list[str]] = {n: [] for n in self.mixtures}
 
     def to(self, device: torch.device) -> None:
-        """Nothing is kept on a device."""
+        """Do nothing: no state is on a device."""
 
     def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
-        """Take in a batch: what `test_step` returned for it, and the module's latent space."""
+        """Add a batch.
+
+        Args:
+            evaluated: The result of `test_step`.
+            batch: The same batch.
+            space: The module's latent space, which has codes.
+        """
         assert isinstance(space, DiscreteSpace)
         codes, labels = space.codebook.weight, pair_labels(batch)
-        nothing = np.zeros(len(codes))
+        zeros = np.zeros(len(codes))
         for n, mixtures in self.mixtures.items():
-            weights = np.stack([mixtures.get(name, nothing) for name in batch.ids])
+            weights = np.stack([mixtures.get(name, zeros) for name in batch.ids])
             z = space.codebook(torch.as_tensor(weights, dtype=codes.dtype, device=codes.device))
             pairs, _ = evaluated["score"].under(z)
             right = correct((pairs.chosen_rewards - pairs.rejected_rewards).double().cpu().numpy())
-            known = [place for place, name in enumerate(batch.ids) if name in mixtures]
-            self._right[n] += right[known].tolist()
-            self._annotators[n] += [str(labels[place][self.column]) for place in known]
+            scored = [index for index, name in enumerate(batch.ids) if name in mixtures]
+            self._correct[n] += right[scored].tolist()
+            self._annotators[n] += [str(labels[index][self.column]) for index in scored]
 
     def scores(self) -> dict[int, Score]:
-        """By labelled pairs given."""
-        return {n: mean_score(np.array(right), np.array(self._annotators[n])) for n, right in self._right.items()}
+        """Return scores by number of labelled pairs."""
+        return {n: mean_score(np.array(right), np.array(self._annotators[n])) for n, right in self._correct.items()}

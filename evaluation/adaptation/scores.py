@@ -1,4 +1,4 @@
-"""Accuracy on each annotator's pairs, given n others of the same annotator, and what it may vary by."""
+"""Accuracy on each annotator's pairs given n others of the same annotator, with standard errors."""
 
 from __future__ import annotations
 
@@ -10,70 +10,80 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, Table, adapted, correct, margins
+from lpc_lightning.evaluation.adaptation.inference import (
+    INFERENCES,
+    CodeTables,
+    Table,
+    correct,
+    log_weights_by_shots,
+    margins,
+)
 from lpc_lightning.seeding import derive
 
 SHOTS = (0, 1, 2, 4, 8, 16)
-"""Labelled pairs that are given, where nothing else is asked for."""
+"""Default numbers of labelled pairs."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy over pairs, each with its mean over the rounds."""
+    """An accuracy over pairs. The value of a pair is its mean over the rounds."""
 
     accuracy: float
     standard_error: float | None
-    """Over pairs, as if none had to do with another; None for one pair."""
+    """Standard error over pairs, which are taken as independent. None for one pair."""
     annotators_error: float | None
-    """Standard error over annotators, whose pairs may have to do with each other; None for one annotator."""
+    """Standard error over annotators, whose pairs may be dependent. None for one annotator."""
     pairs: int
-    """How many were predicted."""
+    """Number of predicted pairs."""
     by_annotator: Mapping[str, float]
-    """Each annotator's own."""
+    """Accuracy of each annotator."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One annotator's pairs, predicted in one way in every round."""
+class InferredWeights:
+    """Weights over the codes for all pairs of one annotator, under one inference, in every round."""
 
     inference: str
     shots: int
     rows: NDArray[np.int64]
-    """(rounds, m) where the pairs stand in the tables."""
+    """(rounds, m) indices of the pairs in the tables."""
     log_weights: Table
-    """(rounds, m, K) over the codes, from the labelled pairs given for each, up to a constant of each row."""
+    """(rounds, m, K) log weights for each pair, from its labelled pairs, up to a constant of each row."""
 
 
-def turns(
+def infer_weights(
     tables: CodeTables, ids: Sequence[str], annotators: Sequence[str], shots: Sequence[int], rounds: int, seed: int
-) -> Iterator[Turn]:
-    """Everything that is inferred: by annotator, inference and n, for annotators with more than n pairs.
+) -> Iterator[InferredWeights]:
+    """Infer weights for each annotator, each inference and each n. Annotators with n pairs or fewer are left out.
 
-    In each round an annotator's pairs stand in a circle (see `circles`), and each is told from the n that follow it:
-    every pair counts alike at every n, never sees its own label, and what is given at a smaller n is given at a larger
-    one as well.
+    In each round, the pairs of an annotator are in a circular order (see `circular_orders`). The weights of a pair come
+    from the n pairs that follow it. Every pair counts equally at every n, never uses its own label, and uses at a
+    larger n all pairs that it uses at a smaller one.
 
     Args:
-        tables: Of n pairs.
-        ids: (n,) the pairs' names.
-        annotators: (n,) who labelled each.
-        shots: Labelled pairs to give, from 0.
-        rounds: Random orders.
-        seed: Of the orders.
+        tables: Tables of all pairs.
+        ids: (pairs,) ids of the pairs.
+        annotators: (pairs,) the annotator of each pair.
+        shots: Numbers n of labelled pairs, 0 or more.
+        rounds: Number of random orders.
+        seed: Seed of the orders.
 
     Raises:
-        ConfigError: A negative number of shots, or less than one round.
+        ConfigError: `shots` is empty or has a negative number, or `rounds` is less than 1.
     """
     check_shots(shots, rounds)
     names = np.asarray(annotators)
-    said = {kind: table for kind, each in INFERENCES.items() if (table := each.says(tables)) is not None}
-    for name in np.unique(names):
-        (members,) = np.nonzero(names == name)
-        reached = [n for n in sorted(set(shots)) if n < len(members)]
-        rows = circles(members, ids, rounds, seed)
-        for kind, table in said.items():
-            for n, weights in adapted(INFERENCES[kind], tables.log_prior[rows], table[rows], reached):
-                yield Turn(kind, n, rows, weights)
+    contributions = {
+        name: table for name, inference in INFERENCES.items() if (table := inference.contributions(tables)) is not None
+    }
+    for annotator in np.unique(names):
+        (members,) = np.nonzero(names == annotator)
+        possible = [n for n in sorted(set(shots)) if n < len(members)]
+        rows = circular_orders(members, ids, rounds, seed)
+        for name, table in contributions.items():
+            by_shots = log_weights_by_shots(INFERENCES[name], tables.log_prior[rows], table[rows], possible)
+            for n, log_weights in by_shots:
+                yield InferredWeights(name, n, rows, log_weights)
 
 
 def adaptation_scores(
@@ -84,89 +94,96 @@ def adaptation_scores(
     rounds: int = 20,
     seed: int = 0,
 ) -> dict[str, dict[int, Score]]:
-    """Accuracy on each annotator's pairs, given n others of the same annotator.
+    """Compute the accuracy on each annotator's pairs, given n others of the same annotator.
 
-    At n = 0 nothing is drawn, and the score is that of the prior. Arguments and errors as for `turns`.
+    At n = 0 nothing is random, and the score is that of the prior. Arguments and errors are those of `infer_weights`.
 
     Returns:
-        By inference (`exact`, and `amortised` where there is a learned posterior) and n. Annotators with n pairs or
-        fewer are left out at this n, and an n at which none is left is missing.
+        Scores by inference (`exact`, and `amortised` if a posterior is learned) and n. At each n, annotators with n
+        pairs or fewer are left out. An n at which no annotator is left is missing.
     """
     names = np.asarray(annotators)
-    right: dict[str, dict[int, Table]] = {
-        kind: {} for kind, each in INFERENCES.items() if each.says(tables) is not None
+    sums: dict[str, dict[int, Table]] = {
+        name: {} for name, inference in INFERENCES.items() if inference.contributions(tables) is not None
     }
     predicted: dict[int, NDArray[np.bool_]] = {}
-    for turn in turns(tables, ids, annotators, shots, rounds, seed):
-        sums = right[turn.inference].setdefault(turn.shots, np.zeros(len(names)))
-        np.add.at(sums, turn.rows, correct(margins(turn.log_weights, tables.take(turn.rows))))
-        predicted.setdefault(turn.shots, np.zeros(len(names), dtype=bool))[turn.rows] = True
-    # Sums of halves are exact: only the division rounds, and what is right in every round is 1.
+    for inferred in infer_weights(tables, ids, annotators, shots, rounds, seed):
+        table = sums[inferred.inference].setdefault(inferred.shots, np.zeros(len(names)))
+        np.add.at(table, inferred.rows, correct(margins(inferred.log_weights, tables.take(inferred.rows))))
+        predicted.setdefault(inferred.shots, np.zeros(len(names), dtype=bool))[inferred.rows] = True
+    # Sums of halves are exact. Only the division rounds, so that a pair that is correct in every round has the value 1.
     return {
-        kind: {n: mean_score(sums[predicted[n]] / rounds, names[predicted[n]]) for n, sums in sorted(each.items())}
-        for kind, each in right.items()
+        name: {n: mean_score(table[predicted[n]] / rounds, names[predicted[n]]) for n, table in sorted(by_n.items())}
+        for name, by_n in sums.items()
     }
 
 
 def adaptation_mixtures(
     tables: CodeTables, ids: Sequence[str], annotators: Sequence[str], shots: Sequence[int] = SHOTS, seed: int = 0
 ) -> dict[int, dict[str, Table]]:
-    """(K,) weights over the codes for each pair from n others of its annotator: `exact`, in the first round.
+    """Compute (K,) weights over the codes for each pair from n others of its annotator: `exact`, in the first round.
 
-    Arguments and errors as for `turns`.
+    Arguments and errors are those of `infer_weights`.
 
     Returns:
-        By n and the pair's id; without the pairs of annotators with n pairs or fewer.
+        Weights by n and by the pair's id. Pairs of annotators with n pairs or fewer are left out.
     """
-    found: dict[int, dict[str, Table]] = {}
-    for turn in turns(tables, ids, annotators, shots, 1, seed):
-        if turn.inference == "exact":
-            (rows,), (weights,) = turn.rows, np.exp(log_softmax(turn.log_weights, axis=-1))
-            found.setdefault(turn.shots, {}).update(zip((ids[row] for row in rows), weights, strict=True))
-    return found
+    mixtures: dict[int, dict[str, Table]] = {}
+    for inferred in infer_weights(tables, ids, annotators, shots, 1, seed):
+        if inferred.inference == "exact":
+            (rows,), (weights,) = inferred.rows, np.exp(log_softmax(inferred.log_weights, axis=-1))
+            mixtures.setdefault(inferred.shots, {}).update(zip((ids[row] for row in rows), weights, strict=True))
+    return mixtures
 
 
-def circles(members: NDArray[np.int64], ids: Sequence[str], rounds: int, seed: int = 0) -> NDArray[np.int64]:
-    """(rounds, m) one annotator's pairs in the order of a hash of (seed, round, id).
+def circular_orders(members: NDArray[np.int64], ids: Sequence[str], rounds: int, seed: int = 0) -> NDArray[np.int64]:
+    """Order one annotator's pairs by a hash of (seed, round, id).
 
-    The order of two pairs is the same whatever other pairs there are, and in whatever order they come.
+    The order of two pairs depends neither on the other pairs nor on the order of the input.
 
     Args:
-        members: (m,) places of the pairs.
-        ids: (n,) the names of all pairs.
-        rounds: How many orders.
-        seed: Of the hash.
+        members: (m,) indices of the annotator's pairs.
+        ids: (n,) ids of all pairs.
+        rounds: Number of orders.
+        seed: Seed of the hash.
+
+    Returns:
+        (rounds, m) indices.
     """
-    keys = [[derive("adapt", seed, number, ids[place]) for place in members] for number in range(rounds)]
+    keys = [[derive("adapt", seed, number, ids[member]) for member in members] for number in range(rounds)]
     return members[np.argsort(keys, axis=-1, kind="stable")]
 
 
 def mean_score(values: Table, annotators: NDArray[np.str_]) -> Score:
-    """Mean and standard errors of (n,) values, at least one, and (n,) the annotators whose they are.
+    """Compute mean and standard errors of values over pairs.
 
-    With S_a the sum of an annotator's values less the mean, and A annotators, the error over annotators is
-    sqrt(A / (A - 1) sum_a S_a^2) / n (Liang and Zeger 1986): for annotators with as many pairs each, that of the mean
-    of their means.
+    With S_a the sum of an annotator's values minus the mean, and A annotators, the error over annotators is
+    sqrt(A / (A - 1) sum_a S_a^2) / n (Liang and Zeger 1986). For annotators with equally many pairs this is the
+    standard error of the mean of their means.
+
+    Args:
+        values: (n,) values, at least one.
+        annotators: (n,) the annotator of each value.
     """
     mean = values.mean()
-    names, of = np.unique(annotators, return_inverse=True)
-    pairs, sums = np.bincount(of), np.bincount(of, values)
+    names, owner = np.unique(annotators, return_inverse=True)
+    pairs, sums = np.bincount(owner), np.bincount(owner, values)
     several = len(names) > 1
-    spread = np.square(sums - mean * pairs).sum() * len(names) / (len(names) - 1) if several else None
+    variation = np.square(sums - mean * pairs).sum() * len(names) / (len(names) - 1) if several else None
     return Score(
         accuracy=float(mean),
         standard_error=float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None,
-        annotators_error=None if spread is None else float(spread**0.5 / len(values)),
+        annotators_error=None if variation is None else float(variation**0.5 / len(values)),
         pairs=len(values),
-        by_annotator={str(name): float(each) for name, each in zip(names, sums / pairs, strict=True)},
+        by_annotator={str(name): float(accuracy) for name, accuracy in zip(names, sums / pairs, strict=True)},
     )
 
 
 def check_shots(shots: Sequence[int], rounds: int) -> None:
-    """Refuse settings that mean nothing.
+    """Check the settings of the random choices.
 
     Raises:
-        ConfigError: Says which.
+        ConfigError: `shots` is empty or has a negative number, or `rounds` is less than 1.
     """
     if not shots or min(shots) < 0:
         raise ConfigError(f"shots: found {list(shots)}, expected numbers of labelled pairs, 0 or more.")

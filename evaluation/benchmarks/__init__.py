@@ -1,1 +1,1 @@
-"""lm-evaluation-harness tasks on a policy with its latent."""
+"""lm-evaluation-harness tasks on a policy with a latent."""

@@ -1,4 +1,4 @@
-"""Refuses what no benchmark could run with, before anything runs."""
+"""Checks of benchmark settings, made before anything runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.benchmarks.tasks import LOCAL_DATA, PAPER_TASKS, is_task_file, layout, task_manager
+from lpc_lightning.evaluation.benchmarks.tasks import (
+    LOCAL_DATA,
+    PAPER_TASKS,
+    is_task_file,
+    local_file_names,
+    task_manager,
+)
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
 def check_counts(limit: int | None, num_fewshot: int | None) -> None:
-    """Refuse numbers that mean nothing.
+    """Check that `limit` and `num_fewshot` are in range.
 
     Raises:
-        ConfigError: Says which.
+        ConfigError: `limit` is below 1, or `num_fewshot` is below 0.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: found {limit}, expected at least one document, or null for all of them.")
@@ -27,25 +33,28 @@ def check_counts(limit: int | None, num_fewshot: int | None) -> None:
 
 
 def check_chat_template(tokenizer: Any) -> None:
-    """Refuse a tokenizer that cannot put prompts as conversations.
+    """Check that a tokenizer can format prompts as conversations.
 
     Raises:
-        ConfigError: It has no chat template.
+        ConfigError: The tokenizer has no chat template.
     """
     if tokenizer is not None and not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("apply_chat_template: the model's tokenizer has no chat template; leave the setting out.")
+        raise ConfigError(
+            "apply_chat_template: found a tokenizer with no chat template, expected one with a template. Use another "
+            "model, or leave the setting out."
+        )
 
 
 def check_tasks(tasks: Sequence[str], data_dir: str | None = None, manager: TaskManager | None = None) -> None:
-    """Refuse what could not run, before anything does.
+    """Check that all tasks exist, and that their local data exists.
 
     Args:
         tasks: Names of lm-eval tasks, groups or tags, or paths of task files (.yaml).
-        data_dir: Folder of local data, in the layout of `LOCAL_DATA`; None: data comes from the hub.
-        manager: Knows the names; None: `task_manager()`, where names have to be looked up at all.
+        data_dir: Folder of local data, with the files of `LOCAL_DATA`. None: data comes from the hub.
+        manager: Task manager with the task names. None: `task_manager()`, if there are names to look up.
 
     Raises:
-        ConfigError: No tasks, an unknown one, or a file that is not there.
+        ConfigError: There are no tasks, a task is unknown, or a file does not exist.
     """
     if not tasks:
         raise ConfigError(f"tasks: found none, expected lm-eval task names such as {', '.join(PAPER_TASKS)}.")
@@ -53,12 +62,12 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None = None, manager: Task
     if data_dir is not None:
         _check_local(names, Path(data_dir))
     elif names:
-        known = (manager or task_manager()).all_tasks
+        task_names = (manager or task_manager()).all_tasks
         for name in names:
-            if name not in known:
+            if name not in task_names:
                 raise ConfigError(
-                    f"tasks: found {name!r}, which lm-eval does not know, expected {_near(name, known)}. "
-                    "`lm-eval ls tasks` lists all of them."
+                    f"tasks: found {name!r}, which is not an lm-eval task, expected {_similar(name, task_names)}. "
+                    "Run `lm-eval ls tasks` for a list of all tasks."
                 )
 
 
@@ -66,17 +75,20 @@ def _check_local(names: Sequence[str], data_dir: Path) -> None:
     for name in names:
         if name not in LOCAL_DATA:
             raise ConfigError(
-                f"tasks: found {name!r} with data_dir, expected {_near(name, list(LOCAL_DATA))}: these are the tasks "
-                "whose local files are known. Leave data_dir out to read its data from the hub, or give a task file "
-                "(.yaml) that says where its data is."
+                f"tasks: found {name!r} with data_dir, expected {_similar(name, list(LOCAL_DATA))}: only these tasks "
+                "can read local files. Leave data_dir out to load the data from the hub, or use a task file (.yaml) "
+                "that contains the path of its data."
             )
         missing = [file for file in LOCAL_DATA[name].files(data_dir).values() if not file.is_file()]
         if missing:
             raise ConfigError(
                 f"data_dir: found no file {missing[0].relative_to(data_dir)} for task {name} in {data_dir.absolute()}, "
-                f"expected {layout(name)}: JSON lines with the columns of the hub data set {LOCAL_DATA[name].hub}."
+                f"expected {local_file_names(name)}: JSON lines with the columns of the hub data set "
+                f"{LOCAL_DATA[name].hub}."
             )
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    return " or ".join(difflib.get_close_matches(name, known, n=3)) or f"a task name such as {', '.join(PAPER_TASKS)}"
+def _similar(name: str, candidates: Sequence[str]) -> str:
+    """Return the most similar names as text, or an example if none is similar."""
+    matches = difflib.get_close_matches(name, candidates, n=3)
+    return " or ".join(matches) or f"a task name such as {', '.join(PAPER_TASKS)}"

@@ -1,4 +1,4 @@
-"""The latent of a context, inferred from the context alone: whatever is batched with it, and in whatever order."""
+"""The latent of a context, inferred from that context only. Batching and order do not change it."""
 
 from __future__ import annotations
 
@@ -13,46 +13,54 @@ from lpc_lightning.latent import PriorMode
 from lpc_lightning.seeding import derive
 
 Latent = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
-"""States (G, d) at the last tokens of G contexts, and the contexts' tokens, to z (G, d)."""
+"""Function from states (G, d) at the last tokens of G contexts, and the contexts' tokens, to z (G, d)."""
 
 
 class ContextLatent:
-    """z of each context under the prior. In mode `sample` each context has one draw of its own."""
+    """z of each context under the prior. In mode `sample`, each context has its own draw."""
 
     def __init__(self, prior: InferencePrior, mode: PriorMode | None, seed: int) -> None:
-        """Keep the settings.
+        """Store the settings.
 
         Args:
             prior: The prior, on the policy's device.
-            mode: How z is taken from it; None: its own setting.
-            seed: Together with a context's tokens, the seed of its draw.
+            mode: How z is computed from the prior. None: the prior's own setting.
+            seed: Base seed. The seed of a draw is derived from it and from the context's tokens.
 
         Raises:
-            ConfigError: The prior has no such mode.
+            ConfigError: The prior does not have this mode.
         """
         self.prior, self.seed = prior, seed
         self.mode = prior.settings["prior_mode"] if mode is None else mode
-        try:  # now, and not after the benchmarks have been loaded
+        try:  # check the mode now, before the benchmarks are loaded
             self(torch.zeros(1, prior.width, device=next(prior.parameters()).device), [()])
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
     @property
-    def draws(self) -> bool:
-        """Whether z is random."""
+    def is_random(self) -> bool:
+        """True if z is sampled."""
         return self.mode == "sample"
 
     @torch.no_grad()
     def __call__(self, states: Tensor, contexts: Sequence[Sequence[int]]) -> Tensor:
-        """States (G, d) at the last tokens of `contexts` to z (G, d). The caller's random state stays as it is."""
-        if not self.draws:
+        """Compute z without changing the caller's random state.
+
+        Args:
+            states: (G, d) states at the last tokens of the contexts.
+            contexts: Tokens of the G contexts.
+
+        Returns:
+            (G, d) z of each context.
+        """
+        if not self.is_random:
             return self.prior(states, self.mode)
         device = states.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             return torch.cat(
-                [self._drawn(state[None], context) for state, context in zip(states, contexts, strict=True)]
+                [self._sample(state[None], context) for state, context in zip(states, contexts, strict=True)]
             )
 
-    def _drawn(self, state: Tensor, context: Sequence[int]) -> Tensor:
+    def _sample(self, state: Tensor, context: Sequence[int]) -> Tensor:
         torch.manual_seed(derive(self.seed, *context))
         return self.prior(state, self.mode)

@@ -1,7 +1,7 @@
-"""Contexts that several continuations share (the choices of a question), read once and not once a continuation.
+"""Requests grouped by context, so that the choices of a question share one pass over their context.
 
-A request is a context and a continuation, as tokens. Requests with the same context form a group: in the rows that the
-backbone reads, the context lies once, its distinct continuations behind it, each seeing the context and itself alone.
+A request is a context and a continuation, as tokens. Requests with the same context form a group. The model's input
+holds the context once, followed by the distinct continuations. Each continuation attends to the context and to itself.
 """
 
 from __future__ import annotations
@@ -16,67 +16,67 @@ from lpc_lightning.data.batching.packing import Rows, cheapest_rows, fill, last_
 from lpc_lightning.types import PIECES
 
 Request = tuple[Sequence[int], Sequence[int]]
-"""Tokens of a context and of a continuation, one or more each."""
+"""Tokens of a context and of a continuation, at least one each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A context and what follows it."""
+    """A context with its continuations."""
 
-    whole: tuple[int, ...]
-    """The context before the model's window cut it: a draw of z belongs to it."""
+    full_context: tuple[int, ...]
+    """The context before truncation to the model's window. It determines the seed of z."""
     kept: int
-    """Last tokens of it that the window holds."""
+    """Number of its last tokens that fit into the window."""
     continuations: tuple[tuple[int, ...], ...]
     """Distinct continuations."""
     requests: tuple[tuple[int, ...], ...]
-    """Numbers of the requests that each continuation answers."""
+    """Indices of the requests with each continuation."""
 
     @property
     def context(self) -> tuple[int, ...]:
-        """What the model reads of the context."""
-        return self.whole[len(self.whole) - self.kept :]
+        """The context after truncation, as the model reads it."""
+        return self.full_context[len(self.full_context) - self.kept :]
 
     @property
     def longest(self) -> int:
-        """Tokens that the model reads of the longest sequence. The last token of a continuation is never read."""
+        """Number of input tokens of the longest sequence. The last token of a continuation is not part of the input."""
         return self.kept + max(map(len, self.continuations)) - 1
 
     @property
     def tokens(self) -> int:
-        """Tokens that the model reads of all sequences, the context once."""
+        """Number of input tokens of all sequences. The context counts once."""
         return self.kept + sum(map(len, self.continuations)) - len(self.continuations)
 
-    def split(self, most: int) -> list[Group]:
-        """Cut the group where reading the context again costs less than attention over a wide row.
+    def split(self, max_tokens: int) -> list[Group]:
+        """Split the group where reading the context again is cheaper than attention over a wide row.
 
         Args:
-            most: Most tokens of a part. One continuation makes a part however long it is.
+            max_tokens: Maximum number of tokens of a part. A part with a single continuation may be longer.
         """
-        read = [len(continuation) - 1 for continuation in self.continuations]
-        parts = cheapest_rows(read, most, shared=self.kept)
+        input_lengths = [len(continuation) - 1 for continuation in self.continuations]
+        parts = cheapest_rows(input_lengths, max_tokens, shared=self.kept)
         return [
             replace(
                 self,
-                continuations=tuple(self.continuations[number] for number in members),
-                requests=tuple(self.requests[number] for number in members),
+                continuations=tuple(self.continuations[index] for index in members),
+                requests=tuple(self.requests[index] for index in members),
             )
             for part in parts
-            for members in _runs(part, PIECES - 1)
+            for members in _chunks(part, PIECES - 1)
         ]
 
 
-def kept_of(request: Request, max_length: int) -> int:
-    """How many of its last context tokens a request keeps, so that what is read of it is at most `max_length` tokens.
+def kept_context_length(request: Request, max_length: int) -> int:
+    """Compute how many of its last context tokens a request keeps, so that its input has at most `max_length` tokens.
 
     Raises:
-        ValueError: The continuation alone is longer than that, or one of the two is empty.
+        ValueError: The continuation is longer than `max_length`, or the context or the continuation is empty.
     """
     context, continuation = request
     if not context or not continuation:
         raise ValueError(
             f"request: found {len(context)} context and {len(continuation)} continuation tokens, expected at least "
-            "one each. An empty context is told by the prefix token."
+            "one each. Use the prefix token as the context if there is none."
         )
     if len(continuation) > max_length:
         raise ValueError(
@@ -87,64 +87,67 @@ def kept_of(request: Request, max_length: int) -> int:
 
 
 def group_by_context(requests: Iterable[Request], max_length: int) -> list[Group]:
-    """Put requests with the same context together, and each distinct continuation once.
+    """Group requests with the same context, and merge equal continuations.
 
     Args:
-        requests: The requests. Their numbers are their places here.
-        max_length: Most tokens that the model reads. A context that is too long loses its first tokens, as many as its
-            continuation needs: continuations of other lengths then have another context.
+        requests: The requests. Groups refer to them by their index.
+        max_length: Maximum number of input tokens. If a request is longer, its context loses its first tokens. The
+            number of lost tokens depends on the continuation's length, so one context can appear in several groups.
     """
-    found: dict[tuple[tuple[int, ...], int], dict[tuple[int, ...], list[int]]] = {}
-    for number, request in enumerate(requests):
+    groups: dict[tuple[tuple[int, ...], int], dict[tuple[int, ...], list[int]]] = {}
+    for index, request in enumerate(requests):
         context, continuation = map(tuple, request)
-        answers = found.setdefault((context, kept_of(request, max_length)), {})
-        answers.setdefault(continuation, []).append(number)
+        members = groups.setdefault((context, kept_context_length(request, max_length)), {})
+        members.setdefault(continuation, []).append(index)
     return [
-        Group(whole, kept, tuple(answers), tuple(map(tuple, answers.values())))
-        for (whole, kept), answers in found.items()
+        Group(full_context, kept, tuple(members), tuple(map(tuple, members.values())))
+        for (full_context, kept), members in groups.items()
     ]
 
 
-def batches(groups: Iterable[Group], most: int) -> list[list[Group]]:
-    """Groups in batches of about `most` tokens at once, the largest first; groups larger than that are split."""
-    parts = [part for group in groups for part in group.split(most)]
-    made: list[list[Group]] = []
+def make_batches(groups: Iterable[Group], max_tokens: int) -> list[list[Group]]:
+    """Put groups into batches of about `max_tokens` tokens, largest first. Larger groups are split."""
+    parts = [part for group in groups for part in group.split(max_tokens)]
+    batches: list[list[Group]] = []
     room = 0
     for part in sorted(parts, key=lambda part: -part.tokens):
         if part.tokens > room:
-            made.append([])
-            room = most
-        made[-1].append(part)
+            batches.append([])
+            room = max_tokens
+        batches[-1].append(part)
         room -= part.tokens
-    return made
+    return batches
 
 
 @dataclass(frozen=True, slots=True)
 class ContextBatch:
-    """Groups as rows of tokens, and where to read. G groups, S continuations in the order of the groups, N targets."""
+    """Groups as rows of tokens, with the positions to read.
+
+    There are G groups, S continuations in the order of the groups, and N target tokens.
+    """
 
     rows: Rows
     read_at: Tensor
-    """(N,) flat positions whose next token is one of a continuation."""
+    """(N,) flat positions whose next token is a token of a continuation."""
     targets: Tensor
     """(N,) that token."""
     owner: Tensor
-    """(N,) which of the S continuations it belongs to."""
+    """(N,) index of its continuation, below S."""
     context_end: Tensor
-    """(G,) flat position of each context's last token: where h_x is."""
+    """(G,) flat position of each context's last token, where h_x is read."""
     group: Tensor
-    """(S,) which of the G groups each continuation belongs to."""
+    """(S,) index of each continuation's group, below G."""
 
 
-def lay_out(groups: Sequence[Group], most: int) -> ContextBatch:
-    """Lay groups side by side in rows of at most about `most` tokens, as wide as costs least."""
+def lay_out(groups: Sequence[Group], max_tokens: int) -> ContextBatch:
+    """Place groups in rows of at most about `max_tokens` tokens. The row width with the lowest cost is used."""
     families = [(group.context, [tokens[:-1] for tokens in group.continuations]) for group in groups]
-    placed = place_families(families, most)
-    rows = fill((piece for context, rest in placed for piece in (context, *rest)), pad_id=0)
+    placed = place_families(families, max_tokens)
+    rows = fill((piece for context, pieces in placed for piece in (context, *pieces)), pad_id=0)
     continuations = [tokens for group in groups for tokens in group.continuations]
     lengths = torch.tensor([len(tokens) for tokens in continuations])
     reads = [
-        predictors(context, piece, len(piece.tokens) + 1, rows.width) for context, rest in placed for piece in rest
+        predictors(context, piece, len(piece.tokens) + 1, rows.width) for context, pieces in placed for piece in pieces
     ]
     return ContextBatch(
         rows=rows,
@@ -156,5 +159,5 @@ def lay_out(groups: Sequence[Group], most: int) -> ContextBatch:
     )
 
 
-def _runs(items: Sequence[int], most: int) -> Iterable[Sequence[int]]:
-    return (items[start : start + most] for start in range(0, len(items), most))
+def _chunks(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,4 +1,4 @@
-"""What was answered to each document, and what it scored, out of lm-eval's samples."""
+"""Scores and answers of single documents, extracted from lm-eval's results."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ from typing import Any
 
 import numpy as np
 
-from lpc_lightning.evaluation.benchmarks.results import plain
+from lpc_lightning.evaluation.benchmarks.results import to_json_value
 
 NUMBERS = (int, float, np.number)
 
 
-def scores_of_task(found: Mapping[str, Any]) -> dict[str, float]:
-    """A task's or group's scores and standard errors, by name.
+def scores_of_task(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores and standard errors of a task or group, by name.
 
     Args:
-        found: lm-eval's results of it: `acc,none`, `acc_stderr,none` ("N/A" where there is none), `alias`,
-            `sample_len`, and so on.
+        results: lm-eval's results of the task: `acc,none`, `acc_stderr,none` ("N/A" if absent), `alias`, `sample_len`
+            and so on. Entries that are not scores are left out.
     """
-    return {short(name): float(value) for name, value in found.items() if "," in name and isinstance(value, NUMBERS)}
+    return {
+        metric_name(name): float(value) for name, value in results.items() if "," in name and isinstance(value, NUMBERS)
+    }
 
 
-def short(metric: str) -> str:
-    """lm-eval's name, `METRIC,FILTER`, without the filter that does nothing."""
-    return metric.removesuffix(",none")
+def metric_name(lm_eval_name: str) -> str:
+    """Remove the filter `none` from lm-eval's `METRIC,FILTER`. Other filters stay."""
+    return lm_eval_name.removesuffix(",none")
 
 
 def items_of_task(task: str, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One item per document, in their order.
+    """Return one item per document, in the order of the documents.
 
     Args:
-        task: Its name.
-        samples: lm-eval's, one for each document and filter of the answers.
+        task: Name of the task.
+        samples: lm-eval's samples, one per document and answer filter.
     """
     items: dict[int, dict[str, Any]] = {}
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
@@ -41,18 +43,18 @@ def items_of_task(task: str, samples: Sequence[Mapping[str, Any]]) -> list[dict[
             "doc_id": sample["doc_id"],
             "doc_hash": sample["doc_hash"],
             "metrics": {},
-            "response": plain(_response(sample["resps"])),
+            "response": to_json_value(_response(sample["resps"])),
         }
         item = items.setdefault(sample["doc_id"], new)
         for metric in sample["metrics"]:
-            item["metrics"][short(f"{metric},{sample['filter']}")] = plain(sample[metric])
+            item["metrics"][metric_name(f"{metric},{sample['filter']}")] = to_json_value(sample[metric])
     return list(items.values())
 
 
 def _response(answers: Sequence[Sequence[Any]]) -> Any:
-    """What was answered to a document's requests, each put once or several times.
+    """Return the answers to a document's requests, where each request has one or several answers.
 
-    A log-probability comes with whether greedy decoding would have said the same, which is left out.
+    An answer with a log-probability also has a boolean: whether greedy decoding gives the same text. It is left out.
     """
     values = [[answer[0] if isinstance(answer, tuple) else answer for answer in repeats] for repeats in answers]
     single = [repeats[0] if len(repeats) == 1 else repeats for repeats in values]

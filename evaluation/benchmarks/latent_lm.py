@@ -1,4 +1,4 @@
-"""A policy and its latent as an lm-eval model: every request is answered under the z of its own prompt."""
+"""A policy with a latent as an lm-eval model. Each request is answered under the z of its own prompt."""
 
 from __future__ import annotations
 
@@ -30,31 +30,32 @@ from lpc_lightning.policy import CausalPolicy
 
 logger = logging.getLogger(__name__)
 
-AUTO_ON_CPU = 8
-"""Batch size `auto` on a CPU, which does not say when its memory ends and gains little by larger batches."""
+CPU_AUTO_BATCH_SIZE = 8
+"""Batch size `auto` on a CPU. Free memory cannot be measured there, and larger batches are only slightly faster."""
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
-"""lm-eval's: the texts, the context's tokens, the continuation's tokens."""
+"""lm-eval's request: the texts, the context's tokens, the continuation's tokens."""
 
 
 class LatentLM(TorchDistributed, HFLM):
-    """`HFLM` on a `CausalPolicy`. At z = 0, or without a prior, it answers what `HFLM` answers on the same weights.
+    """`HFLM` on a `CausalPolicy`. At z = 0 or without a prior, its answers are those of `HFLM` on the same weights.
 
-    Where z comes from, for each kind of request:
+    z is inferred at one token, which depends on the kind of request:
 
-    - `loglikelihood`: the last token of the context. The choices of a question are answered under one z.
-    - `loglikelihood_rolling`: the prefix token, for all windows of the text. It is the only prompt there is, and a
-      sequence has one z: windows are cut because the backbone's sight is short, and do not start a new sequence. The
-      policy would write the text under that z as well.
-    - `generate_until`: the last token of the prompt, kept through decoding.
+    - `loglikelihood`: the last token of the context. All choices of a question have the same z.
+    - `loglikelihood_rolling`: the prefix token, for all windows of the text. It is the only prompt, and a sequence has
+      one z. Windows do not start a new sequence; they exist because the backbone's context is limited. The policy would
+      also generate the text under this z.
+    - `generate_until`: the last token of the prompt. z stays the same during decoding.
 
-    In mode `sample`, z is drawn once for each context, by a seed that belongs to the context. Answers depend on neither
-    batch size nor order.
+    In mode `sample`, z is drawn once per context, with a seed derived from the context. Answers depend on neither batch
+    size nor order.
 
-    With `share_contexts`, a context is read once for all its continuations and the LM head is applied at continuations
-    alone, in float32 behind the matrix product. Without, requests are batched and scored as stock HFLM does it: equal
-    to the last bit at z = 0, and slower.
+    With `share_contexts`, the model reads a context once for all its continuations. The LM head is applied at
+    continuation tokens only, and computations after its matrix product are in float32. Without it, requests are batched
+    and scored like in stock HFLM. This is slower, and equal to the last bit at z = 0.
 
-    The policy is in evaluation mode afterwards. Under `torch.distributed` it knows its rank (`TorchDistributed`).
+    The policy is left in evaluation mode. Under `torch.distributed`, the rank is that of the process group (see
+    `TorchDistributed`).
     """
 
     def __init__(
@@ -71,27 +72,28 @@ class LatentLM(TorchDistributed, HFLM):
         mixed_precision_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        """Stand a policy up for lm-eval.
+        """Wrap a policy for lm-eval.
 
         Args:
-            policy: The plain policy.
-            tokenizer: Its tokenizer. A copy is used.
-            prior: Infers z; it moves to the policy's device. None: the plain policy.
-            prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. None: the
+            policy: The policy without a latent.
+            tokenizer: The policy's tokenizer. A copy is used.
+            prior: The prior that infers z. It is moved to the policy's device. None: the policy is used without z.
+            prior_mode: How z is computed from the prior: `mean`, `sample`, `argmax`, or the number of a code. None: the
                 prior's own setting.
-            share_contexts: Read a context once for all its continuations, where the policy's attention takes a mask.
-            batch_size: Sequences at once; with shared contexts, as many tokens as that many of the longest ones. `auto`
-                takes what fits: `max_batch_size`, halved while memory runs out; on a CPU 8.
-            max_batch_size: Where `auto` starts.
-            max_length: Most tokens that the policy reads. None: as its config says.
-            mixed_precision_dtype: Autocast to this type. None: none.
-            seed: Seed of the draws of mode `sample`.
+            share_contexts: Read a context once for all its continuations, if the policy's attention accepts a mask.
+            batch_size: Number of sequences per batch. With shared contexts, a batch has as many tokens as this number
+                of the longest sequences. `auto` starts with `max_batch_size` and halves it whenever memory runs out; on
+                a CPU it is 8.
+            max_batch_size: First batch size of `auto`.
+            max_length: Maximum number of input tokens. None: the maximum in the policy's config.
+            mixed_precision_dtype: Data type of autocast. None: no autocast.
+            seed: Seed of the draws in mode `sample`.
 
         Raises:
-            ConfigError: No such batch size, or no such mode of this prior.
+            ConfigError: The batch size is invalid, or the prior does not have this mode.
         """
         _check_batch_size(batch_size)
-        with _expecting_a_model():
+        with _hidden_hflm_warnings():
             super().__init__(
                 pretrained=policy.causal_lm,
                 backend="causal",
@@ -106,41 +108,41 @@ class LatentLM(TorchDistributed, HFLM):
         if share_contexts and not self.share_contexts and self.rank == 0:
             warning_once(
                 logger,
-                f"share_contexts: {type(policy.causal_lm).__name__} takes no block mask (flash attention, or layers "
-                "with a memory of their own): each choice reads its context again.",
+                f"share_contexts: {type(policy.causal_lm).__name__} accepts no block mask (flash attention, or layers "
+                "with a recurrent state). The context is read again for each choice.",
             )
-        self._writer = policy.causal_lm if prior is None else latent_causal_lm(policy.causal_lm, prior)
+        self._generator = policy.causal_lm if prior is None else latent_causal_lm(policy.causal_lm, prior)
         self._latent = None if prior is None else ContextLatent(prior, prior_mode, seed)
-        self._given: Latent | None = None
+        self._fixed_latent: Latent | None = None
         auto = self.batch_size == "auto"
         size = self._first_batch_size() if auto else self.batch_size
         self._score_shared = SharedScorer(policy, self.max_length, size, shrink=auto, precision=self._precision)
 
     @property
     def prior_mode(self) -> PriorMode | None:
-        """How z is taken from the prior; None: there is no latent."""
+        """How z is computed from the prior. None: there is no latent."""
         return None if self._latent is None else self._latent.mode
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """Log-probability of each continuation given its context, and whether greedy decoding would write it."""
+        """Compute each continuation's log-probability given its context, and whether greedy decoding produces it."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.rank != 0)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each text behind the prefix token, under the one z of that prompt."""
+        """Compute the log-probability of each text after the prefix token, under the z of the prefix token."""
         if self._latent is None:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         prompt = torch.tensor([[self.prefix_token_id]], device=self.device)
         z = self._infer(prompt, torch.ones_like(prompt))
-        self._given = lambda states, contexts: z.expand(len(states), -1)
+        self._fixed_latent = lambda states, contexts: z.expand(len(states), -1)
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         finally:
-            self._given = None
+            self._fixed_latent = None
 
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        latent = self._given or self._latent
+        latent = self._fixed_latent or self._latent
         tokens = [(context, continuation) for _, context, continuation in requests]
         if self.share_contexts:
             scores = self._score_shared(tokens, latent)
@@ -148,13 +150,13 @@ class LatentLM(TorchDistributed, HFLM):
             scores = self._score_like_stock(tokens, latent, override_bs)
         else:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
-        self._tell_cuts(tokens)
+        self._warn_about_truncation(tokens)
         answers: list[Any] = [None] * len(requests)
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
-            for number, answer in scores:
-                answers[number] = answer
-                if (texts := requests[number][0]) is not None:
+            for index, answer in scores:
+                answers[index] = answer
+                if (texts := requests[index][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, answer)
                 bar.update()
         return answers
@@ -177,11 +179,11 @@ class LatentLM(TorchDistributed, HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         if self._latent is None:
             return super()._model_generate(context, max_length, stop, **options)
-        if self._latent.draws:
+        if self._latent.is_random:
             options["z"] = self._infer(context, options["attention_mask"])
         else:
             options["prior_mode"] = self._latent.mode
-        self._model = self._writer
+        self._model = self._generator
         try:
             return super()._model_generate(context, max_length, stop, **options)
         finally:
@@ -189,28 +191,28 @@ class LatentLM(TorchDistributed, HFLM):
 
     @torch.no_grad()
     def _infer(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """z (B, d) of prompts (B, T), padded on the left."""
+        """Infer z (B, d) of prompts (B, T) with padding on the left."""
         assert self._latent is not None
         positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
         with self._precision():
             states = self.policy.states(tokens, attention_mask, None, positions)[:, -1]
         rows = zip(tokens, attention_mask.bool(), strict=True)
-        return self._latent(states, [row[shown].tolist() for row, shown in rows])
+        return self._latent(states, [row[mask].tolist() for row, mask in rows])
 
     def _precision(self) -> AbstractContextManager[Any]:
-        kind = self.mixed_precision_dtype
-        return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _tell_cuts(self, requests: Sequence[Request]) -> None:
-        cut = sum(len(context) + len(continuation) > self.max_length + 1 for context, continuation in requests)
-        if cut:
+    def _warn_about_truncation(self, requests: Sequence[Request]) -> None:
+        truncated = sum(len(context) + len(continuation) > self.max_length + 1 for context, continuation in requests)
+        if truncated:
             logger.warning(
-                f"{cut} of {len(requests)} requests are longer than the {self.max_length} tokens that the policy "
-                "reads: their contexts lose their first tokens."
+                f"{truncated} of {len(requests)} requests are longer than the policy's window of {self.max_length} "
+                "tokens. The first tokens of their contexts are removed."
             )
 
     def _first_batch_size(self) -> int:
-        return min(self.max_batch_size, AUTO_ON_CPU) if self.device.type == "cpu" else self.max_batch_size
+        return min(self.max_batch_size, CPU_AUTO_BATCH_SIZE) if self.device.type == "cpu" else self.max_batch_size
 
     def _detect_batch_size(self, requests: Sequence[TokenRequest] | None = None, pos: int = 0) -> int:
         if self.device.type == "cpu":
@@ -220,18 +222,18 @@ class LatentLM(TorchDistributed, HFLM):
 
 def _check_batch_size(size: int | str) -> None:
     if not (str(size).startswith("auto") or (str(size).isdecimal() and int(size) > 0)):
-        raise ConfigError(f"batch_size: found {size!r}, expected a number from 1 on, or auto.")
+        raise ConfigError(f"batch_size: found {size!r}, expected a whole number of at least 1, or auto.")
 
 
 @contextmanager
-def _expecting_a_model() -> Iterator[None]:
-    """Keeps HFLM from warning that it was handed a model, which is meant: `TorchDistributed` serves the ranks."""
+def _hidden_hflm_warnings() -> Iterator[None]:
+    """Hide HFLM's warnings about an existing model object. It is intended here; `TorchDistributed` handles ranks."""
 
-    def expected(record: logging.LogRecord) -> bool:
+    def is_other_message(record: logging.LogRecord) -> bool:
         return "`pretrained` model kwarg" not in record.msg and "already-initialized model" not in record.msg
 
-    huggingface.eval_logger.addFilter(expected)
+    huggingface.eval_logger.addFilter(is_other_message)
     try:
         yield
     finally:
-        huggingface.eval_logger.removeFilter(expected)
+        huggingface.eval_logger.removeFilter(is_other_message)

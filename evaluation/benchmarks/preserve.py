@@ -1,4 +1,4 @@
-"""Look at a model in the middle of its training, and leave no trace."""
+"""A context manager for evaluating a model during training without side effects."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ TOKENIZER_SETTINGS = ("padding_side", "truncation_side", "model_max_length", "pa
 
 @contextmanager
 def preserved(module: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
-    """Whatever the block does, also when it raises, these are as before: train or eval mode of every submodule, which
-    parameters have gradients, the gradients, random states, whether gradients are on, environment variables, levels of
-    loggers, the tokenizer's settings. Memory that CUDA has cached is given back.
+    """Restore the state of training after the block, also if the block raises.
 
-    In the block there are no gradients, neither stored ones nor new ones. Weights are the block's own affair.
+    Restored are: train or eval mode of every submodule, `requires_grad` of every parameter, gradients, random states,
+    whether gradients are enabled, environment variables, logger levels, and the tokenizer's settings. CUDA's cached
+    memory is released.
+
+    Inside the block, parameters have no gradients, and gradients are disabled. Weights are not restored.
 
     Args:
-        module: The model; HFLM puts it into eval mode.
-        tokenizer: Its tokenizer; HFLM pads on the left, and chooses a padding token where there is none.
+        module: The model. HFLM switches it to eval mode.
+        tokenizer: The model's tokenizer. HFLM pads on the left, and sets a padding token if there is none.
     """
     with ExitStack() as stack:
         stack.enter_context(_memory())
@@ -37,7 +39,7 @@ def preserved(module: nn.Module, tokenizer: PreTrainedTokenizerBase | None = Non
         stack.enter_context(_modes(module))
         stack.enter_context(_gradients(module))
         if tokenizer is not None:
-            stack.enter_context(_settings(tokenizer))
+            stack.enter_context(_tokenizer_settings(tokenizer))
         yield
 
 
@@ -53,17 +55,17 @@ def _memory() -> Iterator[None]:
 
 @contextmanager
 def _random_states() -> Iterator[None]:
-    """lm-eval seeds all generators, and generation draws from them."""
+    """Restore all random states: lm-eval seeds the generators, and text generation draws from them."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        if on_gpus is not None:
-            torch.cuda.set_rng_state_all(on_gpus)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
 
 
 @contextmanager
@@ -101,7 +103,7 @@ def _modes(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _gradients(module: nn.Module) -> Iterator[None]:
-    """The gradients themselves are put aside, so that nothing can add to them."""
+    """Detach the gradient tensors from their parameters, so that the block cannot add to them."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
     for parameter, _, _ in before:
         parameter.grad = None
@@ -117,7 +119,7 @@ def _gradients(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _settings(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def _tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     before = {name: getattr(tokenizer, name) for name in TOKENIZER_SETTINGS}
     try:
         yield

@@ -1,4 +1,4 @@
-"""What lm-eval needs of several processes, by `torch.distributed` as Lightning has set it up."""
+"""The process interface of an lm-eval model, implemented with the `torch.distributed` group that Lightning sets up."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class TorchDistributed:
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
-        return distributed.get_rank() if _running() else 0
+        """Rank of this process."""
+        return distributed.get_rank() if _is_initialized() else 0
 
     @property
     def world_size(self) -> int:
-        """How many processes there are."""
-        return distributed.get_world_size() if _running() else 1
+        """Number of processes."""
+        return distributed.get_world_size() if _is_initialized() else 1
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors of one shape, behind each other; numbers become a vector."""
+        """Concatenate the tensors of all ranks, which have the same shape. Scalars become a vector."""
         if self.world_size == 1:
             return tensor
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -30,7 +30,7 @@ class TorchDistributed:
         return torch.cat([torch.atleast_1d(part) for part in gathered])
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """The ranks' objects on rank `dst`, None on the others."""
+        """Return the objects of all ranks on rank `dst`, None on the other ranks."""
         if self.world_size == 1:
             return [obj]
         gathered = [None] * self.world_size if self.rank == dst else None
@@ -43,5 +43,5 @@ class TorchDistributed:
             distributed.barrier()
 
 
-def _running() -> bool:
+def _is_initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()

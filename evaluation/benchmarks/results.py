@@ -1,4 +1,4 @@
-"""What benchmarks yield, on disk: `results.json`, and `items.jsonl` with one line an item."""
+"""Benchmark results and their files: `results.json`, and `items.jsonl` with one line per item."""
 
 from __future__ import annotations
 
@@ -22,70 +22,70 @@ class BenchmarkResults:
     """Scores of one model on several tasks."""
 
     metrics: dict[str, dict[str, float]]
-    """By task, by lm-eval's names: `acc`, `acc_stderr`, `exact_match,strict-match`. A group of tasks has an entry too
-    where lm-eval knows a score for it."""
+    """Metrics by task, with lm-eval's names: `acc`, `acc_stderr`, `exact_match,strict-match`. A group of tasks has an
+    entry if lm-eval computes a score for it."""
     items: list[dict[str, Any]]
-    """One per document: `task`, `doc_id`, `doc_hash`, `metrics` (by the names above) and `response`, what was answered:
-    a text, or the log-probability of each choice."""
+    """One item per document: `task`, `doc_id`, `doc_hash`, `metrics` (with the names above), and `response`. The
+    response is a text, or the log-probability of each choice."""
     failures: dict[str, str]
-    """By task, why it has no scores."""
+    """Reason for missing scores, by task."""
     record: dict[str, Any] = field(default_factory=dict)
-    """How the scores were made: settings, seeds, task versions, package versions, git revision, seconds."""
+    """How the scores were computed: settings, seeds, task versions, package versions, git revision, seconds."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """What was evaluated; known once the results were written."""
+    """The evaluated model. Empty until the results are written."""
 
 
 def stderr_name(metric: str) -> str:
-    """The name of a metric's standard error: `acc_stderr`, `exact_match_stderr,strict-match`."""
+    """Return the name of a metric's standard error: `acc_stderr`, `exact_match_stderr,strict-match`."""
     name, comma, variant = metric.partition(",")
     return f"{name}_stderr{comma}{variant}"
 
 
 def scores(metrics: Mapping[str, float]) -> dict[str, tuple[float, float | None]]:
-    """A task's metrics without the standard errors among them, each as (value, standard error or None)."""
+    """Return each metric of a task as (value, standard error or None), without separate standard-error entries."""
     errors = {stderr_name(name) for name in metrics}
     return {name: (value, metrics.get(stderr_name(name))) for name, value in metrics.items() if name not in errors}
 
 
 def write_results(folder: Path, results: BenchmarkResults, origin: Mapping[str, Any]) -> Path:
-    """Write both files, each whole or not at all; `results.json` last.
+    """Write both files, `results.json` last. Each file is written completely or not at all.
 
     Args:
-        folder: Made if it is not there.
-        results: What to write.
-        origin: What was evaluated, as JSON values.
+        folder: Folder of the files. It is created if needed.
+        results: The results.
+        origin: The evaluated model, as JSON values.
 
     Returns:
-        The path of `results.json`. It is strict JSON: what is no finite number is null.
+        The path of `results.json`. The file is strict JSON: numbers that are not finite become null.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / ITEMS, (_json(item) + "\n" for item in results.items))
-    whole = {"origin": origin, "metrics": results.metrics, "failures": results.failures, **results.record}
+    _write_atomically(folder / ITEMS, (_json(item) + "\n" for item in results.items))
+    content = {"origin": origin, "metrics": results.metrics, "failures": results.failures, **results.record}
     path = folder / RESULTS
-    _write_whole(path, [_json(whole, indent=1), "\n"])
+    _write_atomically(path, [_json(content, indent=1), "\n"])
     return path
 
 
 def read_results(folder: Path) -> BenchmarkResults:
-    """Read what `write_results` wrote. A metric that is null is NaN again."""
-    whole = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    """Read the files of `write_results`. A metric that is null becomes NaN."""
+    content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     with (folder / ITEMS).open(encoding="utf-8") as file:
         items = [json.loads(line) for line in file]
     for item in items:
-        item["metrics"] = _numbers(item["metrics"])
-    metrics = {task: _numbers(found) for task, found in whole.pop("metrics").items()}
-    origin, failures = whole.pop("origin"), whole.pop("failures")
-    return BenchmarkResults(metrics, items, failures, record=whole, origin=origin)
+        item["metrics"] = _null_to_nan(item["metrics"])
+    metrics = {task: _null_to_nan(task_metrics) for task, task_metrics in content.pop("metrics").items()}
+    origin, failures = content.pop("origin"), content.pop("failures")
+    return BenchmarkResults(metrics, items, failures, record=content, origin=origin)
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _null_to_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
-def _write_whole(path: Path, pieces: Iterable[str]) -> None:
+def _write_atomically(path: Path, pieces: Iterable[str]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
-        # Half a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+        # UTF-8 cannot encode a lone surrogate. backslashreplace writes the JSON escape instead.
         with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.writelines(pieces)
             file.flush()
@@ -96,20 +96,23 @@ def _write_whole(path: Path, pieces: Iterable[str]) -> None:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(to_json_value(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def plain(value: Any) -> Any:
-    """Anything as strict JSON values: what is no finite number becomes None, what JSON does not know its text."""
+def to_json_value(value: Any) -> Any:
+    """Convert any value to strict JSON values.
+
+    Numbers that are not finite become None. Objects without a JSON form become their text.
+    """
     match value:
         case None | bool() | str() | int():
             return value
         case float():
             return float(value) if math.isfinite(value) else None
         case np.generic() | np.ndarray() | torch.Tensor():
-            return plain(value.tolist())
+            return to_json_value(value.tolist())
         case Mapping():
-            return {str(key): plain(entry) for key, entry in value.items()}
+            return {str(key): to_json_value(entry) for key, entry in value.items()}
         case list() | tuple() | set():
-            return [plain(entry) for entry in value]
+            return [to_json_value(entry) for entry in value]
     return str(value)

@@ -1,8 +1,8 @@
-"""lm-eval's tasks on a model: scores with standard errors, every item, and how it was done.
+"""lm-eval's tasks on a model: scores with standard errors, every item, and a record of the run.
 
-Each task runs apart, so that it can fail apart and be timed, except for those that ask about the same documents:
-TruthfulQA's mc1 and mc2 put other choices to the same prompts, which a model that shares contexts reads once where it
-is handed both. Should such a set fail, its tasks are run again one by one.
+Each task runs separately, so that its failures and its time are separate. The exception are tasks about the same
+documents, which run together. TruthfulQA's mc1 and mc2, for example, have the same prompts and different choices. A
+model that shares contexts then reads each prompt once. If such a set fails, its tasks run again one by one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, check_counts, check_tasks
 from lpc_lightning.evaluation.benchmarks.items import items_of_task, scores_of_task
-from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, plain
+from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, to_json_value
 from lpc_lightning.evaluation.benchmarks.shared_requests import SharedRequests
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
 from lpc_lightning.evaluation.benchmarks.trial import Trial
@@ -38,7 +38,7 @@ from lpc_lightning.evaluation.provenance import provenance
 log = logging.getLogger(__name__)
 
 LM_SETTINGS = ("prior_mode", "share_contexts", "batch_size", "max_length", "mixed_precision_dtype", "device")
-"""Attributes of a model that go into the record, where it has them."""
+"""Attributes of a model that go into the record, if the model has them."""
 
 
 def run_benchmarks(
@@ -53,24 +53,25 @@ def run_benchmarks(
     bootstrap_iters: int = 1000,
     manager: TaskManager | None = None,
 ) -> BenchmarkResults:
-    """Score a model on tasks. A task that raises is reported among the failures, and the others go on.
+    """Score a model on tasks. If a task raises, its error is recorded as a failure, and the other tasks run.
 
-    Under torch.distributed all processes have to call it. A model that knows of them (`world_size`) has its requests
-    shared among them (see `SharedRequests`); all get all results, and agree on what failed.
+    Under torch.distributed, all processes must call this function. If the model's `world_size` is above 1, the
+    processes share the requests (see `SharedRequests`). All processes return the same results and failures.
 
     Args:
         lm: The model.
         tasks: Names of lm-eval tasks, groups or tags, or paths of task files (.yaml).
-        data_dir: Folder of local data, in the layout of `benchmarks.LOCAL_DATA`. None: data comes from the hub.
-        limit: Documents of each task, from its start. None: all of them.
-        num_fewshot: Examples in front of each question. None: the task's own number, which also stays where it is 0.
-        apply_chat_template: Put prompts as conversations, in the chat template of the model's tokenizer.
-        seed: Seed of the few-shot examples and of everything else that is drawn. 1234 is lm-eval's own.
-        bootstrap_iters: Draws for standard errors that have no closed form. 0: no standard errors at all.
-        manager: Knows the tasks. None: the one of this process.
+        data_dir: Folder of local data, with the files of `LOCAL_DATA`. None: data comes from the hub.
+        limit: Number of documents per task, taken from the start. None: all documents.
+        num_fewshot: Number of examples before each question. None: each task's own number. A task whose own number is 0
+            always has no examples.
+        apply_chat_template: Format prompts as conversations, with the chat template of the model's tokenizer.
+        seed: Seed of the few-shot examples and of all other random draws. 1234 is lm-eval's default.
+        bootstrap_iters: Number of resamples for standard errors without a closed form. 0: no standard errors.
+        manager: Task manager with the task names. None: the shared manager of this process.
 
     Raises:
-        ConfigError: Settings or files that no task could run with; told before anything runs.
+        ConfigError: A setting or a file is invalid for every task. Raised before anything runs.
     """
     check_counts(limit=limit, num_fewshot=num_fewshot)
     if apply_chat_template:
@@ -79,9 +80,9 @@ def run_benchmarks(
     start = time.perf_counter()
     shared = SharedRequests(lm) if lm.world_size > 1 else lm
     run = _Run(shared, limit, num_fewshot, apply_chat_template, seed, bootstrap_iters)
-    with _quiet(lm.rank == 0):
-        for unit in _units(run.load(tasks, data_dir, manager)):
-            run.score(unit)
+    with _quiet(is_first=lm.rank == 0):
+        for task_set in _task_sets(run.load(tasks, data_dir, manager)):
+            run.score(task_set)
     settings = {
         "tasks": tasks,
         "data_dir": None if data_dir is None else Path(data_dir).resolve(),
@@ -98,13 +99,13 @@ def run_benchmarks(
         "seconds": round(time.perf_counter() - start, 3),
         **provenance(),
     }
-    items = [item for found in run.items.values() for item in found]
-    return BenchmarkResults(run.metrics, items, run.failures, plain(record))
+    items = [item for task_items in run.items.values() for item in task_items]
+    return BenchmarkResults(run.metrics, items, run.failures, to_json_value(record))
 
 
 @dataclass
 class _Run:
-    """What was asked for, and what has been found so far."""
+    """Settings of a run, and its results so far."""
 
     lm: LM
     limit: int | None
@@ -118,52 +119,52 @@ class _Run:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def load(self, names: Sequence[str], data_dir: str | None, manager: TaskManager | None) -> list[TaskDict]:
-        """What can be loaded; the rest is among the failures."""
+        """Load tasks. Tasks that cannot be loaded are recorded as failures."""
         loaded = []
         for name in dict.fromkeys(names):
             with Trial() as trial:
-                found = load_tasks(name, data_dir, manager)
+                task_dict = load_tasks(name, data_dir, manager)
             if trial.failure:
                 self.failures[name] = trial.failure
             else:
-                loaded.append(found)
+                loaded.append(task_dict)
         return loaded
 
-    def score(self, unit: TaskDict) -> None:
-        """Run tasks together; where that fails, each of them alone."""
-        tqdm.write(f"Benchmark: {', '.join(unit['tasks'])}", file=sys.stderr)
+    def score(self, task_set: TaskDict) -> None:
+        """Run tasks together. If that fails, run each of them separately."""
+        tqdm.write(f"Benchmark: {', '.join(task_set['tasks'])}", file=sys.stderr)
         started = time.perf_counter()
         with Trial() as trial:
-            metrics, items, records = self._outcome(unit, self._evaluate(unit), started)
+            metrics, items, records = self._outcome(task_set, self._evaluate(task_set), started)
         if trial.failure is None:
             self.metrics |= metrics
             self.items |= items
             self.tasks |= records
             return
-        if len(unit["tasks"]) == 1:
-            self.failures.update(dict.fromkeys(unit["tasks"], trial.failure))
+        if len(task_set["tasks"]) == 1:
+            self.failures.update(dict.fromkeys(task_set["tasks"], trial.failure))
         else:
-            log.info("%s failed together (%s) and run one by one.", ", ".join(unit["tasks"]), trial.failure)
-            for name, task in unit["tasks"].items():
+            log.info("%s failed together (%s). Running them one by one.", ", ".join(task_set["tasks"]), trial.failure)
+            for name, task in task_set["tasks"].items():
                 self.score({"tasks": {name: task}})
 
-    def _evaluate(self, unit: TaskDict) -> Mapping[str, Any]:
-        """lm-eval's results.
+    def _evaluate(self, task_set: TaskDict) -> Mapping[str, Any]:
+        """Return lm-eval's results.
 
-        `simple_evaluate` does the same but for its look at the whole environment, two seconds a call; the tests hold
-        this to its results.
+        `simple_evaluate` gives the same results, which is tested. It also collects information about the environment,
+        which takes two seconds per call.
         """
         random.seed(self.seed)
         np.random.seed(self.seed)
         torch.manual_seed(self.seed)
-        for task in unit["tasks"].values():
-            own = task.get_config("num_fewshot")
-            if own is None or (self.num_fewshot is not None and own != 0):
+        for task in task_set["tasks"].values():
+            default_fewshot = task.get_config("num_fewshot")
+            if default_fewshot is None or (self.num_fewshot is not None and default_fewshot != 0):
                 task.set_config("num_fewshot", self.num_fewshot or 0)
             task.set_fewshot_seed(self.seed)
         results: Mapping[str, Any] = evaluate(
             lm=self.lm,
-            task_dict=unit,
+            task_dict=task_set,
             limit=self.limit,
             bootstrap_iters=self.bootstrap_iters,
             apply_chat_template=self.apply_chat_template,
@@ -171,12 +172,12 @@ class _Run:
         )
         return results
 
-    def _outcome(self, unit: TaskDict, results: Mapping[str, Any], started: float) -> tuple[dict, dict, dict]:
-        """Scores by task or group; items and what is recorded by task."""
+    def _outcome(self, task_set: TaskDict, results: Mapping[str, Any], started: float) -> tuple[dict, dict, dict]:
+        """Return the scores by task or group, the items by task, and the records by task."""
         seconds = time.perf_counter() - started
-        requests = sum(len(task.instances) for task in unit["tasks"].values())
-        metrics = {name: scores_of_task(found) for name, found in results["results"].items()}
-        items = {name: items_of_task(name, results["samples"][name]) for name in unit["tasks"]}
+        requests = sum(len(task.instances) for task in task_set["tasks"].values())
+        metrics = {name: scores_of_task(task_results) for name, task_results in results["results"].items()}
+        items = {name: items_of_task(name, results["samples"][name]) for name in task_set["tasks"]}
         records = {
             name: {
                 "version": results["versions"][name],
@@ -185,28 +186,31 @@ class _Run:
                 "items": len(items[name]),
                 "documents": results["n-samples"][name]["original"],
                 "higher_is_better": results["higher_is_better"][name],
-                # Tasks that run together share the time by their requests.
+                # The time of tasks that run together is divided in proportion to their requests.
                 "seconds": round(seconds * len(task.instances) / requests, 3),
             }
-            for name, task in unit["tasks"].items()
+            for name, task in task_set["tasks"].items()
         }
-        return {name: found for name, found in metrics.items() if found}, items, records
+        return {name: task_metrics for name, task_metrics in metrics.items() if task_metrics}, items, records
 
 
-def _units(loaded: Sequence[TaskDict]) -> list[TaskDict]:
-    """What runs together: groups, whose scores lm-eval makes of their tasks', and tasks about the same documents."""
-    units: dict[Any, TaskDict] = {}
-    for found in loaded:
-        if groups := found.get("groups"):
-            units[tuple(groups)] = found
+def _task_sets(loaded: Sequence[TaskDict]) -> list[TaskDict]:
+    """Return sets of tasks that run together.
+
+    A group is one set, because lm-eval computes its score from its tasks. Tasks about the same documents are one set.
+    """
+    task_sets: dict[Any, TaskDict] = {}
+    for task_dict in loaded:
+        if groups := task_dict.get("groups"):
+            task_sets[tuple(groups)] = task_dict
             continue
-        for name, task in found["tasks"].items():
-            units.setdefault(_documents(task), {"tasks": {}})["tasks"][name] = task
-    return list(units.values())
+        for name, task in task_dict["tasks"].items():
+            task_sets.setdefault(_documents_key(task), {"tasks": {}})["tasks"][name] = task
+    return list(task_sets.values())
 
 
-def _documents(task: Task) -> str:
-    """Equal for tasks that read the same data and put the same kind of request."""
+def _documents_key(task: Task) -> str:
+    """Return a key that is equal for tasks with the same data and the same kind of request."""
     files = (task.get_config("dataset_kwargs") or {}).get("data_files")
     return repr((task.DATASET_PATH or id(task), task.DATASET_NAME, files, task.OUTPUT_TYPE))
 
@@ -219,24 +223,24 @@ def _describe(lm: LM) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet(first: bool) -> Iterator[None]:
-    """lm-eval says warnings only, and other processes than the first nothing at all.
+def _quiet(is_first: bool) -> Iterator[None]:
+    """Limit lm-eval's log to warnings. Processes other than the first print nothing.
 
-    It also forks no processes for its bootstrap, which CUDA and threads would not survive.
+    lm-eval is also kept from forking processes for its bootstrap. Forking is unsafe with CUDA and with threads.
     """
     logger = logging.getLogger("lm_eval")
-    level, single = logger.level, os.environ.get("DISABLE_MULTIPROC")
+    level, multiprocessing_setting = logger.level, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(max(level, logging.WARNING))
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with ExitStack() as stack:
-            if not first:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(redirect_stdout(nowhere))
-                stack.enter_context(redirect_stderr(nowhere))
+            if not is_first:
+                null_device = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(redirect_stdout(null_device))
+                stack.enter_context(redirect_stderr(null_device))
             yield
     finally:
         logger.setLevel(level)
         os.environ.pop("DISABLE_MULTIPROC")
-        if single is not None:
-            os.environ["DISABLE_MULTIPROC"] = single
+        if multiprocessing_setting is not None:
+            os.environ["DISABLE_MULTIPROC"] = multiprocessing_setting

@@ -1,6 +1,6 @@
-"""Log-probabilities of continuations under a latent: contexts shared, or request by request as stock HFLM does.
+"""Log-probabilities of continuations under a latent, with shared contexts or request by request like stock HFLM.
 
-Both yield the number of a request with its answer, in the order in which they are worked out.
+Both variants yield the index of a request with its answer, in the order of computation.
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ from lm_eval.models.utils_hf import clear_torch_cache, pad_and_concat
 from torch import Tensor, nn
 
 from lpc_lightning.evaluation.benchmarks.context_latent import Latent
-from lpc_lightning.evaluation.benchmarks.contexts import Group, Request, batches, group_by_context, kept_of, lay_out
+from lpc_lightning.evaluation.benchmarks.contexts import (
+    Group,
+    Request,
+    group_by_context,
+    kept_context_length,
+    lay_out,
+    make_batches,
+)
 from lpc_lightning.policy import CausalPolicy
 from lpc_lightning.policy.logprobs import token_logps_and_greedy
 
 Answer = tuple[float, bool]
-"""Log-probability of a continuation in nats, and whether greedy decoding would write it."""
+"""Log-probability of a continuation in nats, and whether greedy decoding produces the continuation."""
 Run = tuple[list[int], list[int], list[int]]
-"""Numbers of the requests that a run of the model answers, and the context and continuation that it reads."""
+"""Indices of the requests that one input sequence answers, and the context and continuation of the sequence."""
 
 
 class SharedScorer:
-    """Reads each context once, and each distinct continuation behind it once."""
+    """A scorer that reads each context once, followed by each distinct continuation once."""
 
     def __init__(
         self,
@@ -35,38 +42,38 @@ class SharedScorer:
         shrink: bool,
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        """Keep the settings.
+        """Store the settings.
 
         Args:
-            policy: The policy; it takes a block mask.
-            max_length: Most tokens of a sequence that it reads.
-            batch_size: A batch holds about as many tokens as this many of the longest sequences.
-            shrink: Halve the batch size, for good, whenever memory runs out.
-            precision: Makes the context to compute in: autocast, or nothing.
+            policy: The policy. Its attention must accept a block mask.
+            max_length: Maximum number of input tokens of a sequence.
+            batch_size: A batch has about as many tokens as this number of the longest sequences.
+            shrink: Permanently halve the batch size whenever memory runs out.
+            precision: Function that creates the context of the computation: autocast, or an empty context.
         """
         self.policy, self.max_length, self.batch_size = policy, max_length, batch_size
         self.shrink, self.precision = shrink, precision
 
     def __call__(self, requests: Iterable[Request], latent: Latent | None) -> Iterator[tuple[int, Answer]]:
-        """Score requests under z by `latent`, or (None) as the plain policy."""
+        """Score requests under the z of `latent`, or without z if `latent` is None."""
         waiting = group_by_context(requests, self.max_length)
         longest = max((group.longest for group in waiting), default=0)
         while waiting:
-            most = self.batch_size * longest
-            plan = batches(waiting, most)
+            max_tokens = self.batch_size * longest
+            batches = make_batches(waiting, max_tokens)
             waiting = []
-            for done, groups in enumerate(plan):
+            for done, groups in enumerate(batches):
                 try:
                     with self.precision():
-                        answers = score(self.policy, groups, latent, most)
+                        answers = score(self.policy, groups, latent, max_tokens)
                 except torch.OutOfMemoryError:
                     if not self.shrink or self.batch_size == 1:
                         raise
-                    waiting = [group for rest in plan[done:] for group in rest]
+                    waiting = [group for batch in batches[done:] for group in batch]
                     break
-                numbers = (numbers for group in groups for numbers in group.requests)
-                for same, answer in zip(numbers, answers, strict=True):
-                    yield from ((number, answer) for number in same)
+                requests_by_answer = (indices for group in groups for indices in group.requests)
+                for indices, answer in zip(requests_by_answer, answers, strict=True):
+                    yield from ((index, answer) for index in indices)
             if waiting:
                 self.batch_size //= 2
                 clear_torch_cache()
@@ -74,13 +81,13 @@ class SharedScorer:
 
 @torch.no_grad()
 def score(policy: CausalPolicy, groups: Sequence[Group], latent: Latent | None, row_tokens: int) -> list[Answer]:
-    """Answers of all continuations in the order of `groups`, by one backbone pass.
+    """Score all continuations in one backbone pass, and return the answers in the order of `groups`.
 
     Args:
-        policy: The policy; it takes a block mask.
-        groups: What to score.
-        latent: What z to score it under; None: the plain policy.
-        row_tokens: Most tokens a row may hold.
+        policy: The policy. Its attention must accept a block mask.
+        groups: The groups to score.
+        latent: Function that infers z. None: no z.
+        row_tokens: Maximum number of tokens of a row.
     """
     batch, head = lay_out(groups, row_tokens), policy.head
     device = head.weight.device
@@ -88,7 +95,7 @@ def score(policy: CausalPolicy, groups: Sequence[Group], latent: Latent | None, 
     hidden = policy.states(*(field.to(device) for field in fields)).flatten(0, 1)
     states = hidden[batch.read_at.to(device)]
     if latent is not None:
-        z = latent(hidden[batch.context_end.to(device)], [group.whole for group in groups])
+        z = latent(hidden[batch.context_end.to(device)], [group.full_context for group in groups])
         states = states + z.to(states.dtype)[batch.group[batch.owner].to(device)]
     logps, greedy = token_logps_and_greedy(states, batch.targets.to(device), head)
     sums = torch.zeros(len(batch.group), dtype=torch.float64).index_add(0, batch.owner, logps.cpu().double())
@@ -107,54 +114,58 @@ def score_like_stock(
     max_length: int,
     softmax_dtype: torch.dtype | None,
 ) -> Iterator[tuple[int, Answer]]:
-    """`HFLM._loglikelihood_tokens` with z: the same order, padding, model call and softmax, the same bits at z = 0.
+    """Score requests like `HFLM._loglikelihood_tokens`, with z.
 
-    One difference is owed to z. Requests that the model reads alike up to the last token share a run, in stock and
-    here; here they must part context and continuation at the same place as well, since z comes from there.
+    Order, padding, model call and softmax are those of HFLM, so the answers at z = 0 are equal to the last bit.
+
+    One difference is necessary. HFLM computes requests together if their input tokens are equal. Here they must also
+    have the same context length, because z is inferred at the end of the context.
 
     Args:
-        requests: What to score.
-        latent: What z to score it under.
-        call: Tokens (B, T) to logits (B, T, V).
-        head: The module behind `call` that takes the hidden states (B, T, d).
-        batched: Cuts the runs, the longest first, into batches.
-        max_length: Most tokens of a sequence that the model reads.
-        softmax_dtype: As in `HFLM`; None: the type of the logits.
+        requests: The requests to score.
+        latent: Function that infers z.
+        call: Function from tokens (B, T) to logits (B, T, V).
+        head: The module inside `call` whose input is the hidden states (B, T, d).
+        batched: Function that splits the runs, longest first, into batches.
+        max_length: Maximum number of input tokens of a sequence.
+        softmax_dtype: Data type of the softmax, as in `HFLM`. None: that of the logits.
     """
-    alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-    for number, (context, continuation) in enumerate(requests):
-        alike.setdefault((len(context), (*context, *continuation[:-1])), []).append(number)
+    requests_by_input: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for index, (context, continuation) in enumerate(requests):
+        requests_by_input.setdefault((len(context), (*context, *continuation[:-1])), []).append(index)
     runs: list[Run] = []
-    for numbers in alike.values():
-        context, continuation = requests[numbers[0]]
-        runs.append((numbers, list(context), list(continuation)))
+    for indices in requests_by_input.values():
+        context, continuation = requests[indices[0]]
+        runs.append((indices, list(context), list(continuation)))
     device = next(head.parameters()).device
     for batch in batched(sorted(runs, key=lambda run: (-len(run[1]) - len(run[2]), run[1] + run[2]))):
-        ends = [kept_of(run[1:], max_length) - 1 for run in batch]
+        ends = [kept_context_length(run[1:], max_length) - 1 for run in batch]
         contexts = [context for _, context, _ in batch]
         rows = [torch.tensor((run[1] + run[2])[-(max_length + 1) : -1], device=device) for run in batch]
         tokens = pad_and_concat(max(map(len, rows)), rows)
-        with _under(latent, head, ends, contexts):
+        with _added_latent(latent, head, ends, contexts):
             logps = torch.log_softmax(call(tokens), dim=-1, dtype=softmax_dtype)
-        for row, (numbers, _, continuation), end in zip(logps, batch, ends, strict=True):
-            scored = row[end : end + len(continuation)]
-            chosen = scored.argmax(-1)
-            for number in numbers:
-                targets = torch.tensor(requests[number][1], device=device)
-                picked = scored.gather(-1, targets[:, None])
-                yield number, (float(picked.sum()), bool((chosen == targets).all()))
+        for row, (indices, _, continuation), end in zip(logps, batch, ends, strict=True):
+            continuation_logps = row[end : end + len(continuation)]
+            greedy_tokens = continuation_logps.argmax(-1)
+            for index in indices:
+                targets = torch.tensor(requests[index][1], device=device)
+                target_logps = continuation_logps.gather(-1, targets[:, None])
+                yield index, (float(target_logps.sum()), bool((greedy_tokens == targets).all()))
 
 
 @contextmanager
-def _under(latent: Latent, head: nn.Module, ends: Sequence[int], contexts: Sequence[Sequence[int]]) -> Iterator[None]:
-    """Adds z to the states that enter the head; z from the states at each row's `ends`."""
+def _added_latent(
+    latent: Latent, head: nn.Module, ends: Sequence[int], contexts: Sequence[Sequence[int]]
+) -> Iterator[None]:
+    """Add z to the hidden states before the head. z is inferred from each row's state at its position in `ends`."""
 
-    def lift(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def add_z(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         states, *rest = inputs
         z = latent(states[torch.arange(len(states)), torch.tensor(ends)], contexts)
         return states + z[:, None].to(states), *rest
 
-    handle = head.register_forward_pre_hook(lift)
+    handle = head.register_forward_pre_hook(add_z)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A model on several processes, which answer its requests together, as one model."""
+"""A model on several processes that answer its requests together."""
 
 from __future__ import annotations
 
@@ -11,51 +11,52 @@ from torch import distributed
 
 
 class SharedRequests(LM):
-    """Looks to lm-eval like a single process: each process answers a share of the requests, and gets all answers.
+    """A model that appears to lm-eval as a single process. Each process answers a share and receives all answers.
 
-    lm-eval's own way is to share the documents. A process that raises then leaves the others waiting for it, one
-    without documents raises, and few-shot examples depend on how many processes there are. Here every process sees
-    every document, an error on one is raised on all, and scores are those of one process.
+    lm-eval itself would divide the documents. That has three problems: if a process raises, the others wait for it
+    forever; a process without documents raises; and few-shot examples depend on the number of processes. Here every
+    process has all documents, an error on one process is raised on all, and scores are those of a single process.
     """
 
     def __init__(self, lm: LM) -> None:
         """Wrap a model.
 
         Args:
-            lm: The model, which knows its `rank` and `world_size` by torch.distributed. All processes have to wrap it.
+            lm: The model. Its `rank` and `world_size` are those of torch.distributed. All processes must wrap it.
         """
         super().__init__()
         self.lm = lm
 
     @property
     def tokenizer_name(self) -> str:
-        """The model's."""
+        """The model's `tokenizer_name`."""
         return self.lm.tokenizer_name
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As the model does."""
+        """Format a conversation with the model's chat template."""
         return self.lm.apply_chat_template(chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """As the model does."""
-        return self._together(self.lm.loglikelihood, requests)
+        """Answer requests with the model's `loglikelihood`, on all processes."""
+        return self._answer_together(self.lm.loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """As the model does."""
-        return self._together(self.lm.loglikelihood_rolling, requests)
+        """Answer requests with the model's `loglikelihood_rolling`, on all processes."""
+        return self._answer_together(self.lm.loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """As the model does."""
-        return self._together(self.lm.generate_until, requests)
+        """Answer requests with the model's `generate_until`, on all processes."""
+        return self._answer_together(self.lm.generate_until, requests)
 
-    def _together(self, answer: Callable[[list[Instance]], list[Any]], requests: list[Instance]) -> list[Any]:
-        shares = shares_of([request.args[0] for request in requests], self.lm.world_size)
-        # A process without a share answers the first request for nothing, so that all of them do call the model.
-        mine = [requests[number] for number in shares[self.lm.rank]] or requests[:1]
+    def _answer_together(self, answer: Callable[[list[Instance]], list[Any]], requests: list[Instance]) -> list[Any]:
+        shares = divide_requests([request.args[0] for request in requests], self.lm.world_size)
+        # A process without a share answers the first request, and the answer is ignored. All processes must call the
+        # model, because the call may communicate.
+        own_requests = [requests[index] for index in shares[self.lm.rank]] or requests[:1]
         outcome: tuple[list[Any] | None, str]
         error: Exception | None = None
         try:
-            outcome = answer(mine), ""
+            outcome = answer(own_requests), ""
         except Exception as raised:
             error, outcome = raised, (None, f"process {self.lm.rank} raised {type(raised).__name__}: {raised}")
         outcomes: list[Any] = [None] * self.lm.world_size
@@ -63,19 +64,21 @@ class SharedRequests(LM):
         if failures := [reason for _, reason in outcomes if reason]:
             raise RuntimeError("; ".join(failures)) from error
         answers: dict[int, Any] = {}
-        for share, (found, _) in zip(shares, outcomes, strict=True):
-            answers.update(zip(share, found[: len(share)], strict=True))
-        return [answers[number] for number in range(len(requests))]
+        for share, (share_answers, _) in zip(shares, outcomes, strict=True):
+            answers.update(zip(share, share_answers[: len(share)], strict=True))
+        return [answers[index] for index in range(len(requests))]
 
 
-def shares_of(contexts: Sequence[str], processes: int) -> list[list[int]]:
-    """Numbers of the requests that each process answers.
+def divide_requests(contexts: Sequence[str], processes: int) -> list[list[int]]:
+    """Divide requests among processes: for each process, the indices of its requests.
 
-    Requests with the same context stay together, since a model may read it once for all of them. Contexts are dealt
-    out from the longest to the shortest, so that the shares cost about the same.
+    Requests with the same context stay together, because a model may read the context once for all of them. Contexts
+    are assigned from the longest to the shortest, so that all shares have about the same cost.
     """
-    numbers: dict[str, list[int]] = {}
-    for number, context in enumerate(contexts):
-        numbers.setdefault(context, []).append(number)
-    dealt = sorted(numbers, key=len, reverse=True)
-    return [[number for context in dealt[rank::processes] for number in numbers[context]] for rank in range(processes)]
+    indices: dict[str, list[int]] = {}
+    for index, context in enumerate(contexts):
+        indices.setdefault(context, []).append(index)
+    by_length = sorted(indices, key=len, reverse=True)
+    return [
+        [index for context in by_length[rank::processes] for index in indices[context]] for rank in range(processes)
+    ]

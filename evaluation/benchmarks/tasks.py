@@ -1,4 +1,4 @@
-"""Names of lm-eval tasks to tasks that can run, their data from the hub or from local files."""
+"""Loading of lm-eval tasks by name, with data from the hub or from local files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
 
-# lm-eval and datasets take a second each to import: who only imports the callbacks should not pay for them.
+# lm-eval and datasets take a second each to import. Importing the callbacks must not import them.
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
@@ -21,15 +21,15 @@ PAPER_TASKS = ("arc_easy", "arc_challenge", "gsm8k", "truthfulqa_mc1", "truthful
 
 
 class LocalData(NamedTuple):
-    """Files that hold a task's data set: `FOLDER/SPLIT.jsonl`, a document a line in the hub data set's own schema."""
+    """Files of a task's data set: `FOLDER/SPLIT.jsonl`, one document per line, in the schema of the hub data set."""
 
     folder: str
     splits: tuple[str, ...]
     hub: str
-    """The hub data set, and its configuration."""
+    """Name of the hub data set, and its configuration."""
 
     def files(self, data_dir: Path) -> dict[str, Path]:
-        """The file of each split."""
+        """Return the file of each split."""
         return {split: data_dir / self.folder / f"{split}.jsonl" for split in self.splits}
 
 
@@ -49,15 +49,15 @@ LOCAL_DATA = {
     "truthfulqa_mc2": TRUTHFULQA,
     "truthfulqa_gen": TRUTHFULQA_TEXT,
 }
-"""Tasks that run from local files. A line here is all that another one needs."""
+"""Tasks that can read local files. To support another task, add an entry."""
 
 
 @functools.cache
 def task_manager(index: bool = True) -> TaskManager:
-    """What loads lm-eval's tasks. Its index of them takes seconds to build, so that a process builds it once.
+    """Return the process's task manager. Building the index of lm-eval's tasks takes seconds, so it is built once.
 
     Args:
-        index: Whether lm-eval's own tasks are known; a task file can do without.
+        index: Whether to build the index. A task file can be loaded without it.
     """
     from lm_eval.tasks import TaskManager
 
@@ -65,26 +65,26 @@ def task_manager(index: bool = True) -> TaskManager:
 
 
 def is_task_file(name: str) -> bool:
-    """Whether a task's name is the path of a file that defines it."""
+    """Return True if a task's name is the path of a task file."""
     return name.endswith((".yaml", ".yml")) and Path(name).is_file()
 
 
 def load_tasks(name: str, data_dir: str | None = None, manager: TaskManager | None = None) -> TaskDict:
-    """Load what a name stands for, with its data.
+    """Load the tasks of a name, with their data.
 
-    With `data_dir` the task is lm-eval's own in prompts, few-shot examples, metrics and version; only its data is
-    other, and the network is not touched.
+    With `data_dir`, the task is lm-eval's own: prompts, few-shot examples, metrics and version are unchanged. Only the
+    data comes from another place, and the network is not used.
 
     Args:
-        name: Name of an lm-eval task, group or tag, or path of a task file (.yaml); `check_tasks` should have seen it.
-        data_dir: Folder of local data, in the layout of `LOCAL_DATA`; None: data comes from the hub.
-        manager: Knows the names; None: `task_manager()`, with the index if it is needed.
+        name: Name of an lm-eval task, group or tag, or path of a task file (.yaml). Call `check_tasks` before.
+        data_dir: Folder of local data, with the files of `LOCAL_DATA`. None: data comes from the hub.
+        manager: Task manager with the task names. None: `task_manager()`, with the index if needed.
 
     Returns:
         lm-eval's tasks and groups, each by name.
 
     Raises:
-        DataUnreachableError: The data is on the hub, and the hub is out of reach.
+        DataUnreachableError: The data is on the hub, and the hub cannot be reached.
     """
     manager = manager or task_manager(index=not is_task_file(name))
     if data_dir is None:
@@ -93,52 +93,54 @@ def load_tasks(name: str, data_dir: str | None = None, manager: TaskManager | No
         with no_network():
             return manager.load([name])
     files = {split: str(file.absolute()) for split, file in LOCAL_DATA[name].files(Path(data_dir)).items()}
-    # The cache of `datasets` takes a file for unchanged that has the same path and time; a cache of our own is empty.
-    with tempfile.TemporaryDirectory() as cache, no_network(), _no_bars():
+    # `datasets` would reuse cached data of a changed file with the same path and time. An empty cache prevents this.
+    with tempfile.TemporaryDirectory() as cache, no_network(), _hidden_progress_bars():
         options = {"data_files": files, "cache_dir": cache, "keep_in_memory": True}
         data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": options}
-        # Within a group, lm-eval merges what is given into the task that it knows; alone, it would be a new task.
+        # Inside a group, lm-eval merges these settings into its own task. Outside, they would define a new task.
         loaded = manager.load([{"group": "local", "task": [{"task": name, **data}]}])
     return {"tasks": loaded["tasks"], "groups": {}}
 
 
-def layout(name: str) -> str:
-    """The files of a task, within a data folder."""
+def local_file_names(name: str) -> str:
+    """Return a task's files, relative to the data folder, separated by commas."""
     return ", ".join(map(str, LOCAL_DATA[name].files(Path()).values()))
 
 
 class DataUnreachableError(OSError):
-    """Data that is on the hub only, on a machine that does not reach it."""
+    """Raised when data is on the hub only, and the hub cannot be reached."""
 
 
 def _load_from_hub(name: str, manager: TaskManager) -> TaskDict:
-    with nullcontext() if _hub_answers() else no_network():
+    with nullcontext() if _is_hub_reachable() else no_network():
         try:
             return manager.load([name])
         except ConnectionError as error:
-            local = (
-                f"take --data-dir FOLDER, where FOLDER holds {layout(name)}"
-                if name in LOCAL_DATA
-                else "copy the Hugging Face cache (HF_HOME) of a machine that has loaded it"
+            is_local = name in LOCAL_DATA
+            hub_name = f" ({LOCAL_DATA[name].hub})" if is_local else ""
+            solution = (
+                f"Use --data-dir FOLDER, where FOLDER contains {local_file_names(name)}."
+                if is_local
+                else "Copy the Hugging Face cache (HF_HOME) of a machine that has loaded the data set."
             )
-            known = f" ({LOCAL_DATA[name].hub})" if name in LOCAL_DATA else ""
             raise DataUnreachableError(
-                f"the data set of {name}{known} is not on this machine and the hub is out of reach ({error}): {local}."
+                f"tasks: found no data of {name}{hub_name} on this machine and no connection to the hub ({error}), "
+                f"expected one of the two. {solution}"
             ) from error
 
 
-def _hub_answers() -> bool:
-    """Asked once for each task: `datasets` itself would try for half a minute before it looks into its cache."""
+def _is_hub_reachable() -> bool:
+    """Return True if the hub responds. Without this check, `datasets` would retry for 30 s before using its cache."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:  # of whatever HTTP client huggingface_hub has chosen
+    except Exception:  # the exception class depends on the HTTP client of huggingface_hub
         return False
     return True
 
 
 @contextmanager
 def no_network() -> Iterator[None]:
-    """What asks the hub fails at once; files and caches work. As `HF_HUB_OFFLINE=1` before the start."""
+    """Make requests to the hub fail at once, like `HF_HUB_OFFLINE=1` does. Files and caches can be read."""
     import datasets
 
     modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
@@ -153,14 +155,14 @@ def no_network() -> Iterator[None]:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Local files are read in no time: three progress bars a task would only push the others off the screen."""
+def _hidden_progress_bars() -> Iterator[None]:
+    """Hide the three progress bars that `datasets` shows per task. Reading local files takes almost no time."""
     import datasets
 
-    hidden = datasets.are_progress_bars_disabled()
+    were_hidden = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if not hidden:
+        if not were_hidden:
             datasets.enable_progress_bars()

@@ -1,4 +1,4 @@
-"""Errors that are reported and do not end a run."""
+"""Errors that are recorded and do not end a run."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ log = logging.getLogger(__name__)
 
 
 class Trial:
-    """A block that may fail. Afterwards `failure` is None, or says why; what is no `Exception` (Ctrl-C) goes through.
+    """A block that may fail. After the block, `failure` is None or the reason.
 
-    Under torch.distributed all processes have to enter it, and it fails on all of them where it fails on any.
+    Exceptions that are not an `Exception`, such as Ctrl-C, are raised.
+
+    Under torch.distributed, all processes must enter the block. It fails on all processes if it fails on one.
     """
 
     def __init__(self) -> None:
-        """Nothing has failed yet."""
+        """Create a trial without a failure."""
         self.failure: str | None = None
 
     def __enter__(self) -> Trial:
-        """Begin."""
+        """Start the block."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Keep an exception's reason, and hear of the other processes."""
+        """Store the reason of an exception, and collect the failures of the other processes."""
         if error is not None and not isinstance(error, Exception):
             return False
         if error is not None:
-            log.debug("Goes on after an error.", exc_info=error)
-            self.failure = reason(error)
+            log.debug("Continuing after an error.", exc_info=error)
+            self.failure = failure_reason(error)
         if distributed.is_available() and distributed.is_initialized():
             failures: list[str | None] = [None] * distributed.get_world_size()
             distributed.all_gather_object(failures, self.failure)
@@ -45,16 +47,20 @@ class Trial:
         return True
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong: our own sentence, or an error with its causes, first lines only, and the line that raised."""
+def failure_reason(error: BaseException) -> str:
+    """Return the reason of an error in one line.
+
+    The project's own errors are complete sentences. For other errors, the reason has the first line of the error and of
+    each of its causes, and the line of code that raised it.
+    """
     if isinstance(error, ConfigError | DataUnreachableError):
         return str(error)
-    said = []
+    parts = []
     cause: BaseException | None = error
     while cause is not None:
-        first = str(cause).strip().partition("\n")[0]
-        said.append(f"{type(cause).__name__}: {first}" if first else type(cause).__name__)
+        first_line = str(cause).strip().partition("\n")[0]
+        parts.append(f"{type(cause).__name__}: {first_line}" if first_line else type(cause).__name__)
         cause = cause.__cause__
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return ", caused by ".join(said) + place
+    location = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return ", caused by ".join(parts) + location

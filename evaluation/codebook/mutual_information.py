@@ -1,8 +1,8 @@
-"""How much one label says about another: mutual information of paired samples, plug-in estimates in nats.
+"""Mutual information between two labels of the same items: plug-in estimates from paired samples, in nats.
 
-The plug-in estimate is biased upwards: with n pairs, K values on one side and S on the other, two independent labels
-show about (K - 1)(S - 1) / 2n nats (Miller, 1955), values counted that occur. `shuffled_information` measures that
-for the very samples at hand: read the estimate against it.
+The plug-in estimate is biased upwards. For n pairs of independent labels with K and S observed values, its expectation
+is about (K - 1)(S - 1) / 2n nats (Miller, 1955). `shuffled_information` measures this bias for the given samples.
+Compare the estimate with it.
 """
 
 from __future__ import annotations
@@ -13,71 +13,78 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
-def mutual_information(one: ArrayLike, other: ArrayLike) -> float:
-    """sum over (a, b) of p(a, b) log(p(a, b) / p(a) p(b)), p the observed shares.
+def mutual_information(first: ArrayLike, second: ArrayLike) -> float:
+    """Compute sum over (a, b) of p(a, b) log(p(a, b) / p(a) p(b)), where p are the observed shares.
 
     Args:
-        one: (n,) labels, of any type that numpy sorts.
-        other: (n,) labels of the same items.
+        first: (n,) labels, of any type that numpy can sort.
+        second: (n,) labels of the same items.
 
     Returns:
-        Nats; 0 where either label has one value alone.
+        Mutual information in nats. 0 if either label has a single value.
     """
-    counts = contingency(one, other)
-    # Not below 0 by a rounding error.
+    counts = contingency(first, second)
+    # Rounding must not make it negative.
     return max(0.0, entropy(counts.sum(1)) + entropy(counts.sum(0)) - entropy(counts.ravel()))
 
 
-def normalised_information(one: ArrayLike, other: ArrayLike) -> float:
-    """Mutual information over the mean of the two entropies, 0 to 1, as scikit-learn's `normalized_mutual_info_score`.
+def normalised_information(first: ArrayLike, second: ArrayLike) -> float:
+    """Compute mutual information divided by the mean of the two entropies, as `normalized_mutual_info_score` does.
 
-    Where either label has one value alone it is 0: nothing is said about anything. (scikit-learn gives 1 where both
-    have.)
+    The result is between 0 and 1. It is 0 if either label has a single value. (scikit-learn returns 1 if both have a
+    single value.)
     """
-    counts = contingency(one, other)
+    counts = contingency(first, second)
     entropies = entropy(counts.sum(1)), entropy(counts.sum(0))
-    return 0.0 if 0.0 in entropies else 2 * mutual_information(one, other) / sum(entropies)
+    return 0.0 if 0.0 in entropies else 2 * mutual_information(first, second) / sum(entropies)
 
 
-def shuffled_information(one: ArrayLike, other: ArrayLike, seed: int, times: int = 20) -> float:
-    """Mean mutual information after one of the labels is shuffled; see `shuffled_mean`."""
-    return shuffled_mean(mutual_information, one, other, seed, times)
+def shuffled_information(first: ArrayLike, second: ArrayLike, seed: int, times: int = 20) -> float:
+    """Compute the mean mutual information after shuffling one of the labels; see `shuffled_mean`."""
+    return shuffled_mean(mutual_information, first, second, seed, times)
 
 
 def shuffled_mean(
-    statistic: Callable[[ArrayLike, ArrayLike], float], one: ArrayLike, other: ArrayLike, seed: int, times: int = 20
+    statistic: Callable[[ArrayLike, ArrayLike], float],
+    first: ArrayLike,
+    second: ArrayLike,
+    seed: int,
+    times: int = 20,
 ) -> float:
-    """Mean of a statistic after one of the labels is shuffled: what the estimate says where there is nothing.
+    """Compute the mean of a statistic after shuffling one of the labels: its value for unrelated labels.
 
     Args:
-        statistic: Of two labels of the same items.
-        one: (n,) labels.
-        other: (n,) labels.
-        seed: Of the shuffles. No global generator is touched.
-        times: Shuffles to average.
+        statistic: Function of two labels of the same items.
+        first: (n,) labels.
+        second: (n,) labels.
+        seed: Seed of the shuffles. Global random states are not changed.
+        times: Number of shuffles to average over.
     """
-    # By number: sorting text again at each turn would take seconds.
-    first, second = (np.unique(np.asarray(side), return_inverse=True)[1] for side in (one, other))
+    # Integer codes: sorting strings again in every repetition would take seconds.
+    first_codes, second_codes = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (first, second))
     generator = np.random.default_rng(seed)
-    return float(np.mean([statistic(first, generator.permutation(second)) for _ in range(times)]))
+    return float(np.mean([statistic(first_codes, generator.permutation(second_codes)) for _ in range(times)]))
 
 
-def contingency(one: ArrayLike, other: ArrayLike) -> NDArray[np.int64]:
-    """(A, S) how often each value of `one` (in order) meets each value of `other`."""
-    (rows, row), (columns, column) = (np.unique(np.asarray(side), return_inverse=True) for side in (one, other))
+def contingency(first: ArrayLike, second: ArrayLike) -> NDArray[np.int64]:
+    """Count how often each value of `first` occurs with each value of `second`: (A, S) counts, values in order."""
+    (rows, row), (columns, column) = (np.unique(np.asarray(labels), return_inverse=True) for labels in (first, second))
     cells = np.bincount(row * len(columns) + column, minlength=len(rows) * len(columns))
     return cells.reshape(len(rows), len(columns))
 
 
 def entropy(counts: ArrayLike) -> float:
-    """Entropy of the shares that counts make up, in nats."""
-    some = np.asarray(counts, dtype=np.float64)
-    shares = some[some > 0] / some.sum()
-    # Not -0.0 for a single value.
+    """Compute the entropy of the shares given by counts, in nats."""
+    values = np.asarray(counts, dtype=np.float64)
+    shares = values[values > 0] / values.sum()
+    # max() turns -0.0, the result for a single value, into 0.0.
     return max(0.0, float(-(shares * np.log(shares)).sum()))
 
 
 def quantile_bins(values: Sequence[float] | NDArray[np.float64], bins: int = 4) -> NDArray[np.int64]:
-    """(n,) which of `bins` bins of about equal size each value is in; ties stay together, so there may be fewer."""
+    """Assign each value to one of `bins` bins of about equal size: (n,) bin numbers.
+
+    Equal values share a bin, so there may be fewer bins.
+    """
     edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1]))
     return np.searchsorted(edges, values, side="right")

@@ -1,7 +1,7 @@
-"""Whether codes are factors: the share of pairs whose code names their label, once each code is given a label.
+"""Measures of whether codes recover labels: the share of items whose code predicts their label.
 
-Both statistics rise with the number of codes, and of labels that one of them dominates: read them against what
-`shuffled_mean` says of shuffled labels.
+Both measures increase with the number of codes, and if one label is much more frequent than the others. Compare them
+with `shuffled_mean`, their value for shuffled labels.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from lpc_lightning.evaluation.codebook.mutual_information import contingency
 
 
 def matched_accuracy(codes: ArrayLike, labels: ArrayLike) -> float:
-    """The share of items that are right under the best one-to-one match of codes and labels.
+    """Compute the share of correct items under the best one-to-one match of codes and labels (clustering accuracy).
 
-    A code without a partner, where there are more codes than labels, is wrong for all its items. The best match is
-    found by the Hungarian method (Kuhn 1955). Known as clustering accuracy.
+    If there are more codes than labels, some codes have no label, and all their items are wrong. The Hungarian method
+    finds the best match (Kuhn 1955).
 
     Args:
-        codes: (n,) labels of any type that numpy sorts, at least one.
+        codes: (n,) codes of any type that numpy can sort, at least one.
         labels: (n,) labels of the same items.
     """
     counts = contingency(codes, labels)
@@ -27,13 +27,13 @@ def matched_accuracy(codes: ArrayLike, labels: ArrayLike) -> float:
 
 
 def purity(codes: ArrayLike, labels: ArrayLike) -> float:
-    """The share of items that are right when each code stands for its most frequent label.
+    """Compute the share of correct items if each code predicts its most frequent label.
 
-    Several codes may stand for one label: nothing is lost where a factor is spread over codes. With a code for each
-    item it is 1, whatever the labels.
+    Several codes may predict the same label, so a factor that is spread over several codes costs nothing. Purity is 1
+    for any labels if each item has its own code.
 
     Args:
-        codes: (n,) labels of any type that numpy sorts, at least one.
+        codes: (n,) codes of any type that numpy can sort, at least one.
         labels: (n,) labels of the same items.
     """
     counts = contingency(codes, labels)
@@ -41,4 +41,4 @@ def purity(codes: ArrayLike, labels: ArrayLike) -> float:
 
 
 STATISTICS = {"matched": matched_accuracy, "purity": purity}
-"""By the name of their metric."""
+"""Measure by the name of its metric."""

@@ -1,4 +1,4 @@
-"""What the codes have come to stand for: how they are used, and how much they say about the labels of the pairs."""
+"""Statistics of the codebook: how often codes are used, and how much they reveal about the labels of the pairs."""
 
 from __future__ import annotations
 
@@ -30,86 +30,89 @@ from lpc_lightning.seeding import derive
 from lpc_lightning.types import PreferenceBatch
 
 LABELS = ("source", "factor", "annotator")
-TRUTHS = ("factor", "annotator")
-"""Labels that codes may be hoped to recover."""
-CODES = {"code": "", "posterior_code": "posterior_", "exact_code": "exact_"}
-"""What the metrics of a code begin with, by its column."""
+RECOVERABLE_LABELS = ("factor", "annotator")
+"""Labels that the codes should ideally recover."""
+METRIC_PREFIXES = {"code": "", "posterior_code": "posterior_", "exact_code": "exact_"}
+"""Prefix of a code's metrics, by the column of the code."""
 
 
 class CodeMass(CodeUse):
-    """(K,) the mean distribution over the codes, over all pairs and devices."""
+    """Mean distribution over the codes (K,), over all pairs and devices."""
 
-    def compute(self) -> Tensor:  # type: ignore[override]  # the distribution in place of what is told of it
-        """Shares that sum up to 1."""
+    def compute(self) -> Tensor:  # type: ignore[override]  # returns the distribution, not statistics of it
+        """Return (K,) shares that sum to 1."""
         return self.mass / self.mass.sum()
 
 
 class PointSample(Metric):
-    """The z of at most `most` pairs: always the same pairs, however many devices share them, and no draw."""
+    """z of at most `max_points` pairs.
+
+    The choice depends on the ids of the pairs only. It is the same for every number of devices, and nothing is random.
+    """
 
     full_state_update = False
 
-    def __init__(self, most: int) -> None:
-        """Start with none.
+    def __init__(self, max_points: int) -> None:
+        """Create an empty sample.
 
         Args:
-            most: Points to keep.
+            max_points: Maximum number of points to keep.
         """
         super().__init__()
-        self.most = most
+        self.max_points = max_points
         self.add_state("keys", [], dist_reduce_fx="cat")
         self.add_state("points", [], dist_reduce_fx="cat")
         self.keys: list[Tensor]
         self.points: list[Tensor]
 
     def update(self, points: Tensor, ids: tuple[str, ...]) -> None:
-        """Take in (B, d) points of the pairs called `ids`."""
+        """Add points (B, d) of the pairs with these ids."""
         self.points.append(points.detach().float().to(self.device))
-        self.keys.append(torch.tensor([point_key(name) for name in ids], device=self.device))
-        if sum(len(keys) for keys in self.keys) > 2 * self.most:
+        self.keys.append(torch.tensor([point_key(pair_id) for pair_id in ids], device=self.device))
+        if sum(len(keys) for keys in self.keys) > 2 * self.max_points:
             keys, kept = self.compute()
             self.keys, self.points = [keys], [kept]
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """(m,) keys (`point_key`) and (m, d) points, in the order of the keys."""
+        """Return (m,) keys (see `point_key`) and (m, d) points, sorted by key."""
         keys, points = dim_zero_cat(self.keys), dim_zero_cat(self.points)
-        kept = keys.argsort(stable=True)[: self.most]
+        kept = keys.argsort(stable=True)[: self.max_points]
         return keys[kept], points[kept]
 
 
-def point_key(name: str) -> int:
-    """A pair's place in the order by which points are kept, from its id."""
-    return derive("point", name)
+def point_key(pair_id: str) -> int:
+    """Compute a pair's sort key from its id. `PointSample` keeps the points with the smallest keys."""
+    return derive("point", pair_id)
 
 
 @dataclass(frozen=True)
 class CodebookReport:
-    """What `CodebookStatistics` has found over all pairs, on all devices."""
+    """Results of `CodebookStatistics` over all pairs, from all devices."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-    """One a pair: id, source, factor, annotator, flipped."""
+    """One row per pair: id, source, factor, annotator, flipped."""
     codes: NDArray[np.int64] | None = None
-    """(n,) the prior's likeliest code for each pair; None where there are no codes."""
+    """(n,) the prior's likeliest code for each pair. None if the space has no codes."""
     prior: NDArray[np.float64] | None = None
-    """(K,) the mean prior."""
+    """(K,) the mean prior. None if the space has no codes."""
     posterior: NDArray[np.float64] | None = None
-    """(K,) the mean posterior, where there is one."""
+    """(K,) the mean posterior. None if the space has no posterior."""
     points: NDArray[np.float32] | None = None
-    """(m, d) z of some pairs."""
+    """(m, d) z of some of the pairs."""
     point_rows: list[Row] = field(default_factory=list)
     """The rows of those pairs."""
 
 
 class CodebookStatistics(nn.Module):
-    """Takes in validation batches and says what the latent has made of them; idle where the policy has no z."""
+    """Statistics of the latent over validation batches. Collects nothing if the policy has no z."""
 
     def __init__(self, space: LatentSpace | None, most_points: int = 1000) -> None:
-        """Start counting.
+        """Create empty statistics.
 
         Args:
             space: The module's latent space.
-            most_points: Pairs whose z is kept.
+            most_points: Maximum number of pairs whose z is kept.
         """
         super().__init__()
         codes = space.num_codes if isinstance(space, DiscreteSpace) else 0
@@ -117,7 +120,13 @@ class CodebookStatistics(nn.Module):
         self.prior, self.posterior = CodeMass(codes), CodeMass(codes)
 
     def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
-        """Take in a batch: what `validation_step` returned for it, and the module's latent space."""
+        """Add a batch.
+
+        Args:
+            evaluated: The return value of `validation_step` for the batch.
+            batch: The batch.
+            space: The module's latent space.
+        """
         terms, states, score = evaluated["terms"], evaluated["states"], evaluated["score"]
         if space is None or terms.z is None:
             return
@@ -130,9 +139,9 @@ class CodebookStatistics(nn.Module):
         if posterior is not None and terms.prior is not None:
             numbers["posterior_code"] = posterior.argmax(-1)
             self.posterior.update(posterior)
-            known = replace(terms, posterior=posterior, kl=categorical_kl(posterior, terms.prior))
-            logged = latent_values(terms, states)  # by the module, which runs no posterior in validation
-            values = latent_values(known, states)
+            full_terms = replace(terms, posterior=posterior, kl=categorical_kl(posterior, terms.prior))
+            logged = latent_values(terms, states)  # the module logs these; it computes no posterior in validation
+            values = latent_values(full_terms, states)
             self.means.update({name: value for name, value in values.items() if name not in logged})
         exact = space.log_exact_posterior(states, score)
         if exact is not None:
@@ -141,18 +150,18 @@ class CodebookStatistics(nn.Module):
         self.sample.update(terms.z, batch.ids)
 
     def reset(self) -> None:
-        """Forget all pairs."""
+        """Remove all pairs."""
         for metric in (self.table, self.means, self.sample, self.prior, self.posterior):
             metric.reset()
 
     def collect(self) -> CodebookReport:
-        """What is known of all pairs since the last call, on all devices; starts anew."""
+        """Return the statistics of all pairs since the last call, from all devices. Then remove all pairs."""
         numbers, rows = self.table.read()
         if not rows:
             return CodebookReport()
         keys, points = self.sample.compute()
-        by_key = {point_key(row["id"]): row for row in rows}
-        prior, posterior = (_shares(mass) for mass in (self.prior, self.posterior))
+        rows_by_key = {point_key(row["id"]): row for row in rows}
+        prior, posterior = (_mean_distribution(mass) for mass in (self.prior, self.posterior))
         metrics: dict[str, float] = {}
         if posterior is not None:
             metrics |= {name: float(value) for name, value in self.means.compute().items()}
@@ -164,64 +173,67 @@ class CodebookStatistics(nn.Module):
             prior=prior,
             posterior=posterior,
             points=points.cpu().numpy(),
-            point_rows=[by_key[int(key)] for key in keys],
+            point_rows=[rows_by_key[int(key)] for key in keys],
         )
         self.reset()
         return report
 
 
 def information(numbers: dict[str, Tensor], rows: list[Row]) -> dict[str, float]:
-    """Mutual information in nats between the likeliest codes and the labels of the pairs.
+    """Compute the mutual information between the likeliest codes and the labels of the pairs, in nats.
 
-    For each label (source, factor, annotator, and the difference of the answers' lengths in quartiles) that has two
-    values or more, over the pairs that have it: the estimate, `_normalised` (0 to 1), and `_shuffled`, what the same
-    estimate says of shuffled labels: that much is chance.
+    The labels are source, factor, annotator, and the difference of the answers' lengths in quartiles. Pairs without a
+    label are left out. Labels with a single value are left out. There are three metrics per label: the estimate,
+    `_normalised` (0 to 1), and `_shuffled`, the estimate for shuffled labels. `_shuffled` is the part of the estimate
+    that is due to chance.
 
     Args:
-        numbers: (n,) `length_difference` in tokens, and codes: the prior's (`code`), that of the space's posterior
-            (`posterior_code`) and that of the exact one (`exact_code`), where there are such.
-        rows: The labels of each pair.
+        numbers: (n,) `length_difference` in tokens, and the likeliest codes. The codes are those of the prior (`code`),
+            of the space's posterior (`posterior_code`) and of the exact posterior (`exact_code`), if they exist.
+        rows: Labels of each pair.
     """
     labels = {name: np.array([row[name] for row in rows]) for name in LABELS}
     labels["length_difference"] = quantile_bins(numbers["length_difference"].numpy()).astype(str)
-    found = {}
-    for prefix, name, codes, values in _labelled(numbers, labels):
+    metrics = {}
+    for prefix, name, codes, values in _codes_and_labels(numbers, labels):
         metric = f"{prefix}mutual_information/{name}"
-        found[metric] = mutual_information(codes, values)
-        found[f"{metric}_normalised"] = normalised_information(codes, values)
-        found[f"{metric}_shuffled"] = shuffled_information(codes, values, seed=derive(metric))
-    return found
+        metrics[metric] = mutual_information(codes, values)
+        metrics[f"{metric}_normalised"] = normalised_information(codes, values)
+        metrics[f"{metric}_shuffled"] = shuffled_information(codes, values, seed=derive(metric))
+    return metrics
 
 
 def recovery(numbers: dict[str, Tensor], rows: list[Row]) -> dict[str, float]:
-    """How well the likeliest codes name the factor or the annotator: `codebook/matched/LABEL`, `codebook/purity/LABEL`.
+    """Compute how well the likeliest codes predict the factor or the annotator of a pair.
 
-    Each with `_shuffled`, which is what chance has. Labels, pairs and arguments as for `information`, whose
-    `_normalised` is the third measure of the same thing.
+    The metrics are `codebook/matched/LABEL` and `codebook/purity/LABEL`. Each has a `_shuffled` metric, its value for
+    shuffled labels. Labels, pairs and arguments are those of `information`. The `_normalised` metric there is a third
+    measure of the same property.
     """
-    labels = {name: np.array([row[name] for row in rows]) for name in TRUTHS}
-    found = {}
-    for prefix, name, codes, values in _labelled(numbers, labels):
+    labels = {name: np.array([row[name] for row in rows]) for name in RECOVERABLE_LABELS}
+    metrics = {}
+    for prefix, name, codes, values in _codes_and_labels(numbers, labels):
         for kind, statistic in STATISTICS.items():
             metric = f"codebook/{prefix}{kind}/{name}"
-            found[metric] = statistic(codes, values)
-            found[f"{metric}_shuffled"] = shuffled_mean(statistic, codes, values, seed=derive(metric))
-    return found
+            metrics[metric] = statistic(codes, values)
+            metrics[f"{metric}_shuffled"] = shuffled_mean(statistic, codes, values, seed=derive(metric))
+    return metrics
 
 
-def _labelled(
+def _codes_and_labels(
     numbers: dict[str, Tensor], labels: dict[str, NDArray[np.str_]]
 ) -> Iterator[tuple[str, str, NDArray[np.int64], NDArray[np.str_]]]:
-    """Each kind of code against each label of two values or more, over the pairs that have it.
+    """Yield each kind of code with each label that has two values or more, over the pairs with that label.
 
-    Gives the prefix of the code's metrics, the label's name, the codes and the labels.
+    Yields:
+        The prefix of the code's metrics, the label's name, the codes, and the labels.
     """
-    for column, prefix in CODES.items():
+    for column, prefix in METRIC_PREFIXES.items():
         for name, values in labels.items():
             members = values != ""
             if column in numbers and len(np.unique(values[members])) > 1:
                 yield prefix, name, numbers[column].long().numpy()[members], values[members]
 
 
-def _shares(mass: CodeMass) -> NDArray[np.float64] | None:
+def _mean_distribution(mass: CodeMass) -> NDArray[np.float64] | None:
     return mass.compute().cpu().numpy() if mass.update_called else None

@@ -1,1 +1,1 @@
-"""Several models evaluated side by side."""
+"""Evaluation of several models, and their comparison."""

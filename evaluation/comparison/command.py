@@ -25,7 +25,7 @@ from lpc_lightning.policy.precision import is_bfloat16_fast
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command. Its exit code is 1 where a model or a benchmark has failed."""
+    """Run the command. The exit code is 1 if a model or a benchmark failed."""
     if not run_function(evaluate, arguments[1:], arguments[0]):
         sys.exit(1)
 
@@ -48,46 +48,47 @@ def evaluate(
     seed: int = 1234,
     again: bool = False,
 ) -> bool:
-    """Run lm-eval's benchmarks, and preference accuracy if asked, on models with their latent; compare several.
+    """Run lm-eval's benchmarks on models with their latent, optionally with preference accuracy, and compare models.
 
-    Each model's scores go to OUTPUT/NAME/results.json, with every item in items.jsonl. What is there already with the
-    same settings is read and not run again, so that a command that was interrupted, or that failed in part, can be
-    given again. Of several models, the first is the baseline of OUTPUT/comparison.md, .csv and .json, which tell the
-    differences to it with their significance: McNemar's exact test or a paired bootstrap, corrected by Holm.
+    Each model's scores go to OUTPUT/NAME/results.json, and every item goes to items.jsonl. Existing results with the
+    same settings are read and not computed again. After an interruption or a failure, run the same command again to
+    complete the results. With several models, the first is the baseline of OUTPUT/comparison.md, .csv and .json. These
+    files have the differences to the baseline and their significance: McNemar's exact test or a paired bootstrap,
+    corrected by Holm.
 
     Args:
-        models: What to evaluate, the baseline first: checkpoints (runs/version_0/checkpoints/best.ckpt), exported
-            folders, plain models (a folder, a hub name or a GGUF file), or folders of results written earlier.
-        tasks: lm-eval's names of tasks or groups, or paths of task files (.yaml); `none` for no benchmarks. null: those
-            of the paper, arc_easy, arc_challenge, gsm8k, truthfulqa_mc1 and truthfulqa_mc2.
+        models: Models to evaluate, the baseline first: checkpoints (runs/version_0/checkpoints/best.ckpt), exported
+            folders, plain models (a folder, a hub name or a GGUF file), or folders of existing results.
+        tasks: Names of lm-eval tasks or groups, or paths of task files (.yaml); `none` for no benchmarks. null: the
+            paper's tasks, arc_easy, arc_challenge, gsm8k, truthfulqa_mc1 and truthfulqa_mc2.
         data_dir: Folder with the tasks' data (arc/, gsm8k/, truthfulqa/). null: the data comes from the hub.
-        preferences: A file of preference pairs to score; of one with a column `split`, the rows of `test`. A checkpoint
-            scores them by its algorithm's reward, any other model by mean log-probability.
+        preferences: File of preference pairs to score. If it has a column `split`, the rows of `test` are used. A
+            checkpoint is scored by its algorithm's reward, any other model by mean log-probability.
         output: Folder for the results.
-        names: Names of the models in tables and folders, as many as models. null: made from their paths.
-        limit: Documents of each task, and pairs, from the start. null: all of them.
-        num_fewshot: Examples in front of each question. null: each task's own number.
-        apply_chat_template: Put the benchmarks' prompts as conversations, in the tokenizer's chat template.
-        batch_size: Sequences at a time; `auto` takes what fits.
-        precision: `float32`; `bfloat16`, weights as they are stored and arithmetic in bfloat16; `auto`, bfloat16 where
-            the device multiplies it fast.
-        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: as the
-            model's own settings say.
-        share_contexts: Read a context once for all its continuations: faster, and the same scores but for rounding.
-            Without, requests are batched exactly as stock lm-eval does it.
-        device: Where to run: `auto`, `cpu`, `cuda` ...
-        seed: Seed of few-shot examples and of whatever is drawn.
-        again: Run anew what has results already.
+        names: Names of the models in tables and folders, one per model. null: names made from the models' paths.
+        limit: Number of documents per task, and of pairs, from the start. null: all of them.
+        num_fewshot: Number of examples before each question. null: each task's own number.
+        apply_chat_template: Format the benchmarks' prompts as conversations, with the tokenizer's chat template.
+        batch_size: Number of sequences per batch. `auto` uses what fits into memory.
+        precision: `float32`; `bfloat16`, weights in their stored type and arithmetic in bfloat16; `auto`, bfloat16 if
+            the device multiplies it fast, else float32.
+        prior_mode: How z is computed from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: the
+            model's own setting.
+        share_contexts: Read a context once for all its continuations. This is faster, and scores differ by rounding
+            only. If false, requests are batched exactly like in stock lm-eval.
+        device: Device to run on: `auto`, `cpu`, `cuda` ...
+        seed: Seed of few-shot examples and of all other random draws.
+        again: Compute results again even if they exist.
 
     Returns:
-        Whether all models have all results.
+        True if all results of all models exist.
 
     Raises:
-        ConfigError: Settings that no model could be evaluated with; told before anything runs.
-        DataError: The file of preference pairs is not there or holds none.
+        ConfigError: A setting is invalid for every model. Raised before anything runs.
+        DataError: The file of preference pairs does not exist, or has no pairs.
     """
-    named = name_models(models, names)
-    wanted = EvalRequest(
+    named_models = name_models(models, names)
+    request = EvalRequest(
         tasks=PAPER_TASKS if tasks is None else tuple(task for task in tasks if task != "none"),
         data_dir=data_dir,
         preferences=preferences,
@@ -95,82 +96,85 @@ def evaluate(
         num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,
         batch_size=batch_size,
-        precision=_precision(device) if precision == "auto" else precision,
+        precision=_auto_precision(device) if precision == "auto" else precision,
         prior_mode=prior_mode,
         share_contexts=share_contexts,
         device=device,
         seed=seed,
     )
-    wanted.check()
-    found, failures = list[ModelScores](), list[str]()
-    for number, (name, model) in enumerate(named, 1):
+    request.check()
+    model_scores, failures = list[ModelScores](), list[str]()
+    for number, (name, model) in enumerate(named_models, 1):
         if number > 1:
             _free_memory()
-        print(f"Model {number} of {len(named)}: {name} ({model})", flush=True)
+        print(f"Model {number} of {len(named_models)}: {name} ({model})", flush=True)
         try:
-            results, missing = evaluate_model(model, name, wanted, Path(output), again)
-        except Exception as error:  # whatever it is, the other models are worth having
+            results, missing = evaluate_model(model, name, request, Path(output), again)
+        except Exception as error:  # any error: the other models are still evaluated
             failures.append(f"{name}: {describe(error)}")
             continue
-        failures += [f"{name}, {task}: {why}" for task, why in missing.items()]
+        failures += [f"{name}, {task}: {reason}" for task, reason in missing.items()]
         print(f"\n{table(results)}\n", flush=True)
-        found.append(scores_of(name, results))
-    if len(found) > 1:
-        if found[0].name != named[0][0]:
-            print(f"{named[0][0]} has no results: differences are to {found[0].name}.")
-        _compare(found, Path(output))
+        model_scores.append(scores_of(name, results))
+    if len(model_scores) > 1:
+        if model_scores[0].name != named_models[0][0]:
+            print(f"{named_models[0][0]} has no results. The baseline is {model_scores[0].name}.")
+        _compare(model_scores, Path(output))
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return not failures
 
 
 def name_models(models: Sequence[str], names: Sequence[str] | None) -> list[tuple[str, str]]:
-    """A name for each model, no two alike.
+    """Return (name, model) for each model, with distinct names.
+
+    Args:
+        models: Paths or hub names of the models.
+        names: Their names. None: names are made from `models`, with numbers added to repeated names.
 
     Raises:
-        ConfigError: Other than one name a model, or two alike.
+        ConfigError: The number of names is not the number of models, or two names are equal.
     """
     if names is None:
-        short = [short_name(model) for model in models]
-        seen = Counter[str]()
+        counts = Counter[str]()
         names = []
-        for name in short:
-            seen[name] += 1
-            names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+        for name in map(short_name, models):
+            counts[name] += 1
+            names.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
     if len(names) != len(models):
         raise ConfigError(f"names: found {len(names)} for {len(models)} models, expected one for each.")
     if len(set(names)) < len(names):
-        raise ConfigError(f"names: found {', '.join(names)}, expected no two alike.")
+        raise ConfigError(f"names: found {', '.join(names)}, expected no two equal names.")
     return list(zip(names, models, strict=True))
 
 
 def table(results: BenchmarkResults) -> str:
-    """A model's scores, one a line."""
+    """Format a model's scores as a Markdown table with one score per line."""
     records = results.record.get("tasks", {})
     rows = [
-        [task, metric, score(*found), str(records.get(task, {}).get("items", "-"))]
+        [task, metric, score(*value_and_error), str(records.get(task, {}).get("items", "-"))]
         for task, metrics in results.metrics.items()
-        for metric, found in scores(metrics).items()
+        for metric, value_and_error in scores(metrics).items()
     ]
     rows += [[task, "failed", "-", "-"] for task in results.failures]
     return markdown_table(["task", "metric", "score", "items"], rows, left=2)
 
 
-def _compare(found: Sequence[ModelScores], output: Path) -> None:
-    comparison = compare(found)
+def _compare(model_scores: Sequence[ModelScores], output: Path) -> None:
+    comparison = compare(model_scores)
     output.mkdir(parents=True, exist_ok=True)
     write_comparison(output, comparison)
     print(to_markdown(comparison))
     print(f"\nWrote {output / 'comparison.md'}, .csv and .json.")
 
 
-def _precision(device: str) -> Literal["float32", "bfloat16"]:
+def _auto_precision(device: str) -> Literal["float32", "bfloat16"]:
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.partition(":")[0]
     return "bfloat16" if is_bfloat16_fast(kind) else "float32"
 
 
 def _free_memory() -> None:
-    """Let go of the model before: its parts know each other, which only the collector sees through."""
+    """Free the previous model. Its parts refer to each other, so the garbage collector must run."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

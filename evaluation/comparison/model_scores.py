@@ -1,4 +1,4 @@
-"""What is known of a model, in the form that models are compared in."""
+"""Scores of a model, in the form needed for a comparison."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lpc_lightning.evaluation.comparison.stored import REQUEST
 
 
 class Measure(NamedTuple):
-    """What is compared: one metric of one task."""
+    """One metric of one task: the unit of a comparison."""
 
     task: str
     metric: str
 
 
 class Item(NamedTuple):
-    """One question of a task. The hash tells apart two versions of a file."""
+    """One document of a task. The hash distinguishes different versions of a file."""
 
     doc_id: int | str
     doc_hash: str
@@ -27,17 +27,17 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What is known of a model."""
+    """Scores of a model, and the conditions under which they were computed."""
 
     name: str
     scores: Mapping[Measure, float]
     stderrs: Mapping[Measure, float] = field(default_factory=dict)
     items: Mapping[Measure, Mapping[Item, float]] = field(default_factory=dict)
-    """The scores of single items, for metrics that are their mean."""
+    """Scores of single items, for metrics that are their mean."""
     conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By task: what must be the same for a comparison (version, few-shot, limit ...)."""
+    """By task, the conditions that must be equal in a comparison (version, few-shot, limit ...)."""
     precision: str | None = None
-    """Of the arithmetic, `float32` or `bfloat16`; None where it is not known. Scores differ by rounding."""
+    """Precision of the arithmetic, `float32` or `bfloat16`. None if unknown. It changes scores by rounding only."""
 
 
 CONDITIONS = {
@@ -47,37 +47,41 @@ CONDITIONS = {
     "split": "split",
     "reward_kind": "reward",
 }
-"""What a task's record may hold that must be the same for a comparison, and what to call it."""
+"""Entries of a task's record that must be equal in a comparison, with their names in notes."""
 
 
 def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
-    """The scores in a model's results, by measure.
+    """Convert a model's results for a comparison.
 
     Args:
         name: The model's name in the comparison.
-        results: As `run_benchmarks` or `read_results` gives them.
+        results: Results of `run_benchmarks` or `read_results`.
     """
-    found = {
-        Measure(task, metric): each
+    values_and_errors = {
+        Measure(task, metric): value_and_error
         for task, metrics in results.metrics.items()
-        for metric, each in scores(metrics).items()
+        for metric, value_and_error in scores(metrics).items()
     }
-    values = {measure: value for measure, (value, _) in found.items()}
+    values = {measure: value for measure, (value, _) in values_and_errors.items()}
     items: dict[Measure, dict[Item, float]] = {}
     for item in results.items:
         for metric, value in item["metrics"].items():
             items.setdefault(Measure(item["task"], metric), {})[Item(item["doc_id"], item["doc_hash"])] = value
-    shared = {
+    shared_conditions = {
         "chat template": results.record.get("settings", {}).get("apply_chat_template"),
         "few-shot seed": results.record.get("seeds", {}).get("fewshot"),
     }
     return ModelScores(
         name=name,
         scores=values,
-        stderrs={measure: error for measure, (_, error) in found.items() if error is not None},
-        items={measure: each for measure, each in items.items() if _is_mean(values.get(measure), list(each.values()))},
+        stderrs={measure: error for measure, (_, error) in values_and_errors.items() if error is not None},
+        items={
+            measure: item_values
+            for measure, item_values in items.items()
+            if _is_mean(values.get(measure), list(item_values.values()))
+        },
         conditions={
-            task: {told: record[key] for key, told in CONDITIONS.items() if key in record} | shared
+            task: {label: record[key] for key, label in CONDITIONS.items() if key in record} | shared_conditions
             for task, record in results.record.get("tasks", {}).items()
         },
         precision=results.origin.get(REQUEST, {}).get("precision"),
@@ -85,7 +89,7 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
 
 
 def _is_mean(value: float | None, items: Sequence[Any]) -> bool:
-    """Whether a score is the mean over its items: perplexities, F1 and the like are not, and have no paired test."""
+    """Return True if a score is the mean of its items. Perplexity and F1, for example, are not. They get no test."""
     if value is None or not all(isinstance(item, int | float) and math.isfinite(item) for item in items):
         return False
     return math.isclose(value, math.fsum(items) / len(items), rel_tol=1e-6, abs_tol=1e-9)

@@ -1,4 +1,4 @@
-"""One model on everything that is asked, and its results on disk."""
+"""Evaluation of one model, with its results on disk."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, score_pairs
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
-from lpc_lightning.evaluation.benchmarks.trial import reason
+from lpc_lightning.evaluation.benchmarks.trial import failure_reason
 from lpc_lightning.evaluation.comparison.stored import (
     REQUEST,
-    added,
-    apart,
+    add_run,
+    find_folder,
     holds_results,
-    joined,
     local_data,
+    merge_parts,
     missing_tasks,
-    place_of,
-    read,
+    read_stored,
+    split_by_documents,
 )
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.fingerprint import weights_of
@@ -37,13 +37,13 @@ from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_poli
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy import UnsupportedPolicyError
 
-TOLD = (ConfigError, DataError, CheckpointError, UnsupportedPolicyError)
-"""Errors whose text names what was found and what to do."""
+SELF_EXPLAINING_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedPolicyError)
+"""Errors whose text has what was found and what to do. Their class and location are not shown."""
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is asked of every model; `evaluate` tells what each setting means."""
+    """Settings of an evaluation, shared by all models. See `evaluate` for their meaning."""
 
     tasks: tuple[str, ...]
     data_dir: str | None = None
@@ -59,90 +59,95 @@ class EvalRequest:
     seed: int = 1234
 
     def check(self) -> None:
-        """Refuse what no model could be evaluated with.
+        """Check the settings that do not depend on a model.
 
         Raises:
-            ConfigError: A setting that means nothing, an unknown task, or a benchmark's file that is not there.
-            DataError: No file of preference pairs, or nothing in it.
+            ConfigError: A setting is invalid, a task is unknown, or a benchmark's file does not exist.
+            DataError: The file of preference pairs does not exist, or has no rows.
         """
         check_counts(self.limit, self.num_fewshot)
         if self.tasks:
             check_tasks(self.tasks, self.data_dir)
         elif self.preferences is None:
-            raise ConfigError("tasks: found none, expected some, or a file of preference pairs (--preferences).")
+            raise ConfigError("tasks: found none, expected a task, or a file of preference pairs (--preferences).")
         if self.preferences is not None and self.prior_mode is not None:
             raise ConfigError(
-                f"prior_mode: found {self.prior_mode!r} with a file of preference pairs, which are scored by the "
-                "model's own setting alone. Score them in a run of their own."
+                f"prior_mode: found {self.prior_mode!r} with a file of preference pairs, expected null: pairs are "
+                "scored with the model's own setting. Score benchmarks and pairs in separate runs."
             )
         self.pairs()
 
     def pairs(self) -> PairsFile | None:
-        """The preference pairs to score."""
+        """Return the preference pairs to score, or None."""
         if self.preferences is None:
             return None
         size = 8 if self.batch_size == "auto" else self.batch_size
         return PairsFile(self.preferences, limit=self.limit, batch_size=size)
 
-    def request(self, model: str) -> dict[str, Any]:
-        """What decides a model's scores on a task: results of the same request are results of the same thing."""
+    def key(self, model: str) -> dict[str, Any]:
+        """Return all settings and files that determine a model's score on a task.
+
+        Stored results with an equal key can be used again.
+        """
         settings = asdict(self)
-        for other in ("tasks", "preferences", "batch_size", "device"):
-            del settings[other]
+        for name in ("tasks", "preferences", "batch_size", "device"):
+            del settings[name]
         path = str(Path(model).resolve()) if Path(model).exists() else model
         return {**settings, "model": path, "weights": weights_of(model), "data": local_data(self.data_dir)}
 
 
 def evaluate_model(
-    model: str, name: str, wanted: EvalRequest, output: Path, again: bool = False
+    model: str, name: str, request: EvalRequest, output: Path, again: bool = False
 ) -> tuple[BenchmarkResults, dict[str, str]]:
-    """Run what has no results yet, and write them; each part as soon as it is done.
+    """Compute missing results of a model. Each part is written as soon as it is computed.
 
     Args:
-        model: A checkpoint, an exported folder, a plain model, or a folder of results, which are read.
-        name: What to call it.
-        wanted: What to run.
-        output: Folder of all models' folders.
-        again: Run also what has results.
+        model: A checkpoint, an exported folder, or a plain model. For a folder of results, the results are read.
+        name: Name of the model.
+        request: What to compute.
+        output: Folder with one subfolder per model.
+        again: Compute results again even if they exist.
 
     Returns:
-        All that is known of the model under these settings; and by task, why something that is wanted is missing there.
+        All results of the model under these settings, including earlier ones; and by task, the reason for each missing
+        result.
 
     Raises:
         CheckpointError, UnsupportedPolicyError, ConfigError: The model cannot be opened.
-        DataError: There are results which cannot be read.
+        DataError: The stored results cannot be read.
     """
     if holds_results(model):
-        return (found := read(Path(model))), found.failures
-    request, pairs = wanted.request(model), wanted.pairs()
-    folder, stored = place_of(output, name, request)
-    tasks = list(wanted.tasks) if again else missing_tasks(stored, wanted.tasks)
+        stored_results = read_stored(Path(model))
+        return stored_results, stored_results.failures
+    key, pairs = request.key(model), request.pairs()
+    folder, stored = find_folder(output, name, key)
+    tasks = list(request.tasks) if again else missing_tasks(stored, request.tasks)
     if pairs is not None and not again and _are_scored(pairs, stored):
         pairs = None
     if stored is not None and not tasks and pairs is None:
-        print(f"Read from {folder}, where these results are since {stored.record['date']}. --again runs them anew.")
+        print(f"Read from {folder}, written {stored.record['date']}. Use --again to compute the results again.")
         return stored, {}
     if stored is not None and not again:
-        print(f"Goes on with the results in {folder}.")
+        print(f"Continuing with the results in {folder}.")
     new: BenchmarkResults | None = None
-    for part in _parts(model, name, wanted, request, tasks, pairs):
-        new = joined(new, part)
-        whole = added(stored, new)
-        write_results(folder, whole, part.origin)
+    for part in _parts(model, name, request, key, tasks, pairs):
+        new = merge_parts(new, part)
+        combined = add_run(stored, new)
+        write_results(folder, combined, part.origin)
     assert new is not None
     print(f"Wrote {folder}.")
-    return whole, new.failures
+    return combined, new.failures
 
 
 def _parts(
-    model: str, name: str, wanted: EvalRequest, request: dict[str, Any], tasks: list[str], pairs: PairsFile | None
+    model: str, name: str, request: EvalRequest, key: dict[str, Any], tasks: list[str], pairs: PairsFile | None
 ) -> Iterator[BenchmarkResults]:
-    """The results of one benchmark after the other, then those of the pairs."""
-    opened = open_policy(model, _dtype(wanted), wanted.device, name)
-    origin, kind = {**opened.origin, "name": name, REQUEST: request}, opened.kind
+    """Yield the results of one benchmark after the other, then those of the pairs."""
+    opened = open_policy(model, _dtype(request), request.device, name)
+    origin, kind = {**opened.origin, "name": name, REQUEST: key}, opened.kind
     if tasks:
-        run = _benchmarks(opened, wanted)
-        for part in apart(tasks):
+        run = _benchmarks(opened, request)
+        for part in split_by_documents(tasks):
             yield replace(run(part), origin=origin)
         del run
     if pairs is None:
@@ -150,20 +155,20 @@ def _parts(
     pairs.template = trained_template(opened.origin)
     scored: PreferenceModule | OpenedPolicy
     if kind == "checkpoint":
-        del opened  # its module, with the reference, takes the place of the bare policy
-        scored = open_module(model, wanted.device)
+        del opened  # free the policy before its module is opened, which has a reference as well
+        scored = open_module(model, request.device)
     else:
         scored = opened
-    yield replace(_preferences(scored, pairs, wanted), origin=origin)
+    yield replace(_preferences(scored, pairs, request), origin=origin)
 
 
 def describe(error: Exception) -> str:
-    """What to say of an error: our own say all there is to say, of others it helps to know where they come from."""
-    return str(error) if isinstance(error, TOLD) else reason(error)
+    """Return the text of an error. For errors of other libraries, class, causes and location are added."""
+    return str(error) if isinstance(error, SELF_EXPLAINING_ERRORS) else failure_reason(error)
 
 
-def _dtype(wanted: EvalRequest) -> str:
-    return "float32" if wanted.precision == "float32" else "auto"
+def _dtype(request: EvalRequest) -> str:
+    return "float32" if request.precision == "float32" else "auto"
 
 
 def _are_scored(pairs: PairsFile, results: BenchmarkResults | None) -> bool:
@@ -171,16 +176,16 @@ def _are_scored(pairs: PairsFile, results: BenchmarkResults | None) -> bool:
     return bool(record.get("version") == pairs.content)
 
 
-def _preferences(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, wanted: EvalRequest) -> BenchmarkResults:
+def _preferences(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, request: EvalRequest) -> BenchmarkResults:
     try:
-        return score_pairs(model, pairs, precision="bf16-mixed" if wanted.precision == "bfloat16" else None)
-    except Exception as error:  # whatever it is, the benchmarks are worth having
+        return score_pairs(model, pairs, precision="bf16-mixed" if request.precision == "bfloat16" else None)
+    except Exception as error:  # any error: the results of the benchmarks must not be lost
         record = {"tasks": {}, "settings": {"tasks": [PREFERENCES]}, "seconds": 0.0, **provenance()}
         return BenchmarkResults({}, [], {PREFERENCES: describe(error)}, record)
 
 
-def _benchmarks(opened: OpenedPolicy, wanted: EvalRequest) -> Callable[[list[str]], BenchmarkResults]:
-    # lm-eval takes seconds to import: not for results that are only read.
+def _benchmarks(opened: OpenedPolicy, request: EvalRequest) -> Callable[[list[str]], BenchmarkResults]:
+    # Imported here: lm-eval takes seconds to import, and is not needed to read results.
     from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
     from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 
@@ -188,18 +193,18 @@ def _benchmarks(opened: OpenedPolicy, wanted: EvalRequest) -> Callable[[list[str
         opened.policy,
         opened.tokenizer,
         opened.prior,
-        prior_mode=wanted.prior_mode,
-        share_contexts=wanted.share_contexts,
-        batch_size=wanted.batch_size,
-        mixed_precision_dtype=torch.bfloat16 if wanted.precision == "bfloat16" else None,
-        seed=wanted.seed,
+        prior_mode=request.prior_mode,
+        share_contexts=request.share_contexts,
+        batch_size=request.batch_size,
+        mixed_precision_dtype=torch.bfloat16 if request.precision == "bfloat16" else None,
+        seed=request.seed,
     )
     return partial(
         run_benchmarks,
         lm,
-        data_dir=wanted.data_dir,
-        limit=wanted.limit,
-        num_fewshot=wanted.num_fewshot,
-        apply_chat_template=wanted.apply_chat_template,
-        seed=wanted.seed,
+        data_dir=request.data_dir,
+        limit=request.limit,
+        num_fewshot=request.num_fewshot,
+        apply_chat_template=request.apply_chat_template,
+        seed=request.seed,
     )

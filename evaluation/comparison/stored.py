@@ -1,4 +1,4 @@
-"""Results that are there already: found again by what was asked for, and added to."""
+"""Stored results: finding those with the same settings, and adding new results to them."""
 
 from __future__ import annotations
 
@@ -9,68 +9,77 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.data import DataError
-from lpc_lightning.evaluation.benchmarks.results import RESULTS, BenchmarkResults, plain, read_results
+from lpc_lightning.evaluation.benchmarks.results import RESULTS, BenchmarkResults, read_results, to_json_value
 from lpc_lightning.evaluation.benchmarks.tasks import LOCAL_DATA
 from lpc_lightning.inference.fingerprint import fingerprint
 
 REQUEST = "request"
-"""Where the origin in `results.json` keeps what was asked for."""
+"""Key of the evaluation's settings in the origin in `results.json`; see `EvalRequest.key`."""
 
 
 def holds_results(path: str) -> bool:
-    """Whether a path is a folder of results, and not a model that merely has some beside its weights."""
+    """Return True if a path is a folder of results, and not a model folder that also has results."""
     folder = Path(path)
     return (folder / RESULTS).is_file() and not (folder / "config.json").is_file()
 
 
-def read(folder: Path) -> BenchmarkResults:
-    """The results in a folder.
+def read_stored(folder: Path) -> BenchmarkResults:
+    """Read the results in a folder.
 
     Raises:
-        DataError: They cannot be read.
+        DataError: The results cannot be read.
     """
     try:
         return read_results(folder)
     except (OSError, ValueError, KeyError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise DataError(f"{folder} holds no whole results ({said}). Remove it, or give another --output.") from error
+        raise DataError(
+            f"{folder}: found incomplete results ({type(error).__name__}: {error}), expected the files of an earlier "
+            "run. Remove the folder, or use another --output."
+        ) from error
 
 
-def place_of(output: Path, name: str, request: Mapping[str, Any]) -> tuple[Path, BenchmarkResults | None]:
-    """The folder for a model's results under these settings, and what it holds already.
+def find_folder(output: Path, name: str, key: Mapping[str, Any]) -> tuple[Path, BenchmarkResults | None]:
+    """Return the folder for a model's results under these settings, and the results in it, if any.
 
-    It is `name`, or `name-2` and so on where folders before it hold results of other settings or another model.
+    The folder is `name`. If that folder has results with other settings or of another model, it is `name-2`, and so on.
+
+    Args:
+        output: Folder with one subfolder per model.
+        name: Name of the model.
+        key: Settings of the evaluation; see `EvalRequest.key`.
     """
     for number in count(1):
         folder = output / (name if number == 1 else f"{name}-{number}")
         if not (folder / RESULTS).is_file():
             return folder, None
-        if (found := read(folder)).origin.get(REQUEST) == plain(request):
-            return folder, found
-    raise AssertionError("there is always a free number")
+        if (results := read_stored(folder)).origin.get(REQUEST) == to_json_value(key):
+            return folder, results
+    raise AssertionError("count() does not end")
 
 
 def local_data(data_dir: str | None) -> str | None:
-    """The fingerprint of the benchmarks' files; None where they come from the hub."""
+    """Return a fingerprint of the benchmarks' local files, or None if the data comes from the hub."""
     if data_dir is None:
         return None
     return fingerprint(file for data in LOCAL_DATA.values() for file in data.files(Path(data_dir)).values())
 
 
 def missing_tasks(stored: BenchmarkResults | None, tasks: Sequence[str]) -> list[str]:
-    """Those of the tasks that have no results yet, because they were not asked for or failed."""
+    """Return the tasks without results: those that failed, and those that were not part of a run."""
     if stored is None:
         return list(tasks)
-    asked = stored.record["settings"]["tasks"]
-    # A group fails under the names of its tasks.
-    inner = set(stored.failures) - set(asked)
+    stored_tasks = stored.record["settings"]["tasks"]
+    # If a group fails, the failures have the names of its tasks.
+    group_failures = set(stored.failures) - set(stored_tasks)
     return [
-        task for task in tasks if task not in stored.metrics and (task not in asked or task in stored.failures or inner)
+        task
+        for task in tasks
+        if task not in stored.metrics and (task not in stored_tasks or task in stored.failures or group_failures)
     ]
 
 
-def joined(old: BenchmarkResults | None, new: BenchmarkResults) -> BenchmarkResults:
-    """Two parts of a run as one. Where both have a task, the new one counts."""
+def merge_parts(old: BenchmarkResults | None, new: BenchmarkResults) -> BenchmarkResults:
+    """Merge two parts of a run. If both have a task, the new one is used."""
     if old is None:
         return new
     before, after = old.record, new.record
@@ -81,25 +90,28 @@ def joined(old: BenchmarkResults | None, new: BenchmarkResults) -> BenchmarkResu
     return BenchmarkResults(
         metrics=old.metrics | new.metrics,
         items=[item for item in old.items if item["task"] not in after["tasks"]] + new.items,
-        failures={task: why for task, why in old.failures.items() if task not in new.metrics} | new.failures,
+        failures={task: reason for task, reason in old.failures.items() if task not in new.metrics} | new.failures,
         record=record,
         origin=old.origin,
     )
 
 
-def added(stored: BenchmarkResults | None, new: BenchmarkResults) -> BenchmarkResults:
-    """A run's results with those of runs before it, each of which says in `earlier` how it was made."""
-    whole = joined(stored, new)
+def add_run(stored: BenchmarkResults | None, new: BenchmarkResults) -> BenchmarkResults:
+    """Add a run's results to stored ones. `earlier` in the record lists the earlier runs with their versions."""
+    combined = merge_parts(stored, new)
     if stored is None:
-        return whole
+        return combined
     before = stored.record
-    made = {name: before.get(name) for name in ("date", "packages", "platform", "git")}
-    earlier = [*before.get("earlier", []), {"tasks": list(before["tasks"]), **made}]
-    return replace(whole, record={**whole.record, "earlier": earlier})
+    versions = {name: before.get(name) for name in ("date", "packages", "platform", "git")}
+    earlier = [*before.get("earlier", []), {"tasks": list(before["tasks"]), **versions}]
+    return replace(combined, record={**combined.record, "earlier": earlier})
 
 
-def apart(tasks: Sequence[str]) -> list[list[str]]:
-    """Tasks that can run, and be written, one after the other; those about the same documents stay together."""
+def split_by_documents(tasks: Sequence[str]) -> list[list[str]]:
+    """Split tasks into parts that run and are written one after the other.
+
+    Tasks about the same documents are in the same part.
+    """
     parts: dict[object, list[str]] = {}
     for task in tasks:
         parts.setdefault(LOCAL_DATA.get(task, task), []).append(task)

@@ -1,1 +1,1 @@
-"""Runs as tables, plots and one HTML page."""
+"""Report runs as tables, plots and one HTML page."""

@@ -1,4 +1,4 @@
-"""Runs as tables over seeds, plots, and one page to open offline."""
+"""Command `report`: runs as tables over seeds, plots, and one HTML page that opens offline."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.figures import write_plots
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.evaluation.report.contrasts import contrasts, read_baseline
-from lpc_lightning.evaluation.report.page import Page, picture, run_details, to_html
+from lpc_lightning.evaluation.report.page import Page, make_picture, render_page, run_details
 from lpc_lightning.evaluation.report.plots import draw
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, joined, with_axes
-from lpc_lightning.evaluation.report.runs.settings import agreeing, as_value, dotted
+from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, add_axes, join_measurements
+from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, flatten
 from lpc_lightning.evaluation.report.study import ACCURACIES, LeftOut, Study, make_study
 from lpc_lightning.evaluation.report.subject import Subject, numeric_axes
 from lpc_lightning.evaluation.report.table_files import to_markdown, write_csv, write_table
@@ -30,8 +30,8 @@ from lpc_lightning.evaluation.report.tables import (
 from lpc_lightning.function_command import run_function
 
 PAGE, TEXT, PLOTS = "report.html", "report.md", "plots"
-MOST_TOLD = 40
-"""Metrics that an error names."""
+MAX_LISTED = 40
+"""Most metrics that an error lists."""
 
 
 def main(arguments: list[str]) -> None:
@@ -47,129 +47,131 @@ def report(
     x: list[str] | None = None,
     title: str | None = None,
 ) -> None:
-    """Put runs side by side: means over seeds, differences to a baseline, plots, and one page that opens offline.
+    """Compare runs: means over seeds, differences to a baseline, plots, and one page that opens offline.
 
-    Runs that differ in nothing but the seed are a group. Each group gets its mean with Student's 95 % interval, and its
-    difference to the group that is like it but for the baseline's settings, seed by seed, with a paired t-test and
-    Holm's correction for the number of tests. Runs that failed, are missing or have no number are listed.
+    Runs that differ only in the seed form a group. Each group gets its mean with Student's 95 % interval. It also gets
+    its difference to the group that has the baseline's settings and agrees in all others. The difference is taken seed
+    by seed, with a paired t-test and Holm's correction for the number of tests. Runs that failed, are missing or have
+    no value of a metric are listed.
 
-    OUT gets report.html, which needs no other file; report.md; means, differences and cost as .md, .csv and .tex;
+    OUT contains report.html, which needs no other file; report.md; means, differences and cost as .md, .csv and .tex;
     runs.csv with every metric of every run; and the plots as .svg and .png in plots/.
 
     Args:
-        runs: Folders that are or hold ablations of `ablate`, runs of `fit`, or results of `evaluate`, which join the
-            run that they were measured of. Runs of `fit` are told apart by the settings in which they differ.
+        runs: Folders that are or contain ablations of `ablate`, runs of `fit`, or results of `evaluate`. Results are
+            added to the run whose checkpoint was measured. Runs of `fit` are distinguished by the settings in which
+            they differ.
         out: Folder for the report.
-        baseline: What to compare with, as AXIS=VALUE, one or several: `latent=none`. null: `latent=none` where there
-            are such runs, else nothing.
-        metric: Metrics to report, by the names that they are logged by, `val/rewards/accuracies`, or as TASK/METRIC for
-            benchmarks. null: the accuracy in validation, or in test where no run has validated.
-        x: Axes of numbers to draw metrics against. null: all there are.
-        title: Of the page. null: the ablation's name.
+        baseline: Settings to compare with, as AXIS=VALUE, one or several: `latent=none`. null: `latent=none` if there
+            are such runs, else no comparison.
+        metric: Metrics to report by their logged names, such as `val/rewards/accuracies`, or as TASK/METRIC for
+            benchmarks. null: the accuracy in validation, or in test if no run has validated.
+        x: Numeric axes to plot metrics against. null: all of them.
+        title: Title of the page. null: the ablation's name.
 
     Raises:
-        ConfigError: No runs there, or no such metric, axis or baseline; names those that there are.
-        DataError: A run's file that cannot be read.
+        ConfigError: There are no runs, or there is no such metric, axis or baseline. The error lists the valid ones.
+        DataError: A file of a run cannot be read.
     """
     loaded = load_folders(runs)
-    records, notes = joined(with_axes(loaded.records), loaded.measured)
+    records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
     study = make_study(records, loaded.axes)
-    metrics = _metrics(study, metric)
-    along = _along(study, x)
-    compared = read_baseline(study, baseline)
-    found, alone = contrasts(study, metrics, compared)
-    left_out = [*study.left_out(metrics), *alone, *(LeftOut(*note) for note in notes)]
+    metrics = _select_metrics(study, metric)
+    selected_axes = _select_axes(study, x)
+    baseline_axes = read_baseline(study, baseline)
+    compared, unmatched = contrasts(study, metrics, baseline_axes)
+    left_out = [*study.left_out(metrics), *unmatched, *(LeftOut(*note) for note in notes)]
 
     tables = [means_table(study, metrics), cost_table(study)]
-    if compared:
-        tables.insert(1, contrasts_table(study, found, compared))
-    left, every = left_out_table(left_out), runs_table(study, metrics)
-    against = ", ".join(f"{axis}={value}" for axis, value in compared.items())
-    plots, not_drawn = draw(Subject(study, metrics, found, against, along))
+    if baseline_axes:
+        tables.insert(1, contrasts_table(study, compared, baseline_axes))
+    missing, all_runs = left_out_table(left_out), runs_table(study, metrics)
+    baseline_name = ", ".join(f"{axis}={value}" for axis, value in baseline_axes.items())
+    plots, not_drawn = draw(Subject(study, metrics, compared, baseline_name, selected_axes))
 
     folder = Path(out)
     (folder / PLOTS).mkdir(parents=True, exist_ok=True)
-    for table in (*tables, left):
+    for table in (*tables, missing):
         write_table(folder, table)
-    write_csv(folder / "runs.csv", every.records)
-    pictures = [picture(plot, svg) for plot, svg in write_plots(folder / PLOTS, plots)]
-    common = agreeing([record.settings for record in records if record.settings])
+    write_csv(folder / "runs.csv", all_runs.records)
+    pictures = [make_picture(plot, svg) for plot, svg in write_plots(folder / PLOTS, plots)]
+    common = common_settings([record.settings for record in records if record.settings])
     page = Page(
-        title=title or " and ".join(_names(loaded.makings)) or f"{len(records)} runs",
+        title=title or " and ".join(_names(loaded.origins)) or f"{len(records)} runs",
         summary=_summary(study),
-        makings=[RunProvenance(making.name, making.command, _flat(making.facts)) for making in loaded.makings],
-        axes=_axes(study),
+        origins=[RunProvenance(origin.name, origin.command, _flatten(origin.facts)) for origin in loaded.origins],
+        axes=_describe_axes(study),
         settings=common,
-        versions=_flat({**provenance(), "command": _command(runs, out, baseline, metric, x, title)}),
+        versions=_flatten({**provenance(), "command": _command(runs, out, baseline, metric, x, title)}),
         tables=tables,
         pictures=pictures,
         not_drawn=not_drawn,
-        left_out=left,
-        errors=[each for each in left_out if "\n" in each.why.strip()],
-        runs=every,
+        left_out=missing,
+        errors=[entry for entry in left_out if "\n" in entry.why.strip()],
+        runs=all_runs,
         details=[run_details(record, common) for record in study.records],
     )
-    parts = [f"# {page.title}", page.summary, *map(to_markdown, [*tables, left])]
+    parts = [f"# {page.title}", page.summary, *map(to_markdown, [*tables, missing])]
     parts += [f"## {plot.title}\n\n![{plot.alt}]({PLOTS}/{plot.name}.svg)\n\n{plot.caption}" for plot in plots]
     (folder / TEXT).write_text("\n\n".join(part.rstrip() for part in parts) + "\n", encoding="utf-8")
-    (folder / PAGE).write_text(to_html(page), encoding="utf-8")
+    (folder / PAGE).write_text(render_page(page), encoding="utf-8")
     print("\n".join(to_markdown(table) for table in tables if table.rows))
     if left_out:
-        print(f"{len(left_out)} lines in {folder / left.name}.md tell what is left out, and why.")
+        print(f"{folder / missing.name}.md lists what is left out and why: {len(left_out)} lines.")
     print(f"{page.summary}\nWrote {folder / PAGE}, and tables and plots beside it.")
 
 
-def _metrics(study: Study, asked: Sequence[str] | None) -> list[str]:
-    known = study.metrics
-    # Where no run has finished, the page tells why.
-    wanted = list(dict.fromkeys(asked or [name for name in ACCURACIES if name in known or not known][:1]))
-    if not wanted or (known and set(wanted) - set(known)):
-        unknown = [name for name in wanted if name not in known] or list(ACCURACIES)
-        whole = sorted((name for name in known), key=lambda name: (name.count("/"), name))
-        more = f" and {len(whole) - MOST_TOLD} more" if len(whole) > MOST_TOLD else ""
+def _select_metrics(study: Study, names: Sequence[str] | None) -> list[str]:
+    available = study.metrics
+    # If no run has finished, any metric is accepted: the report then contains the errors of the runs.
+    selected = list(dict.fromkeys(names or [name for name in ACCURACIES if name in available or not available][:1]))
+    if not selected or (available and set(selected) - set(available)):
+        unknown = [name for name in selected if name not in available] or list(ACCURACIES)
+        ordered = sorted(available, key=lambda name: (name.count("/"), name))
+        more = f" and {len(ordered) - MAX_LISTED} more" if len(ordered) > MAX_LISTED else ""
         raise ConfigError(
             f"metric: no finished run has {' or '.join(unknown)}, expected some of "
-            f"{', '.join(whole[:MOST_TOLD])}{more}."
+            f"{', '.join(ordered[:MAX_LISTED])}{more}."
         )
-    return wanted
+    return selected
 
 
-def _along(study: Study, asked: Sequence[str] | None) -> list[str]:
-    known = numeric_axes(study)
-    if unknown := [axis for axis in asked or () if axis not in known]:
-        there = ", ".join(known) or "none here"
-        raise ConfigError(f"x: found {', '.join(unknown)}, expected axes of two numbers or more: {there}.")
-    return known if asked is None else list(asked)
+def _select_axes(study: Study, names: Sequence[str] | None) -> list[str]:
+    available = numeric_axes(study)
+    if unknown := [axis for axis in names or () if axis not in available]:
+        expected = ", ".join(available) or "none in these runs"
+        raise ConfigError(f"x: found {', '.join(unknown)}, expected axes with two numbers or more: {expected}.")
+    return available if names is None else list(names)
 
 
-def _names(makings: Sequence[RunProvenance]) -> list[str]:
-    return list(dict.fromkeys(making.name for making in makings))[:3]
+def _names(origins: Sequence[RunProvenance]) -> list[str]:
+    return list(dict.fromkeys(origin.name for origin in origins))[:3]
 
 
 def _summary(study: Study) -> str:
     statuses = Counter(record.status for record in study.records)
-    counts = [f"{count} {status}" for status, count in sorted(statuses.items(), key=lambda each: each[0] != FINISHED)]
+    counts = [f"{count} {status}" for status, count in sorted(statuses.items(), key=lambda item: item[0] != FINISHED)]
     seeds = sorted({record.seed for record in study.records if record.seed is not None})
-    told = f" Seeds: {', '.join(map(str, seeds))}." if seeds else ""
+    seed_list = f" Seeds: {', '.join(map(str, seeds))}." if seeds else ""
     runs = f"{len(study.records)} run{'s' if len(study.records) > 1 else ''}"
     groups = f"{len(study.groups)} group{'s' if len(study.groups) > 1 else ''}"
-    return f"{runs} in {groups}: {', '.join(counts)}.{told}"
+    return f"{runs} in {groups}: {', '.join(counts)}.{seed_list}"
 
 
-def _axes(study: Study) -> dict[str, str]:
+def _describe_axes(study: Study) -> dict[str, str]:
     varying = {axis: ", ".join(map(str, values)) for axis, values in study.axes.items()}
     return varying | {axis: f"{value} (in all runs)" for axis, value in study.constant.items()}
 
 
-def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-    known = {name: value for name, value in facts.items() if value not in (None, {}, "")}
-    return {name: as_value(value) for name, value in dotted(known).items()}
+def _flatten(facts: Mapping[str, Any]) -> dict[str, Any]:
+    present = {name: value for name, value in facts.items() if value not in (None, {}, "")}
+    return {name: as_value(value) for name, value in flatten(present).items()}
 
 
-def _command(runs: Sequence[str], out: str, *given: Sequence[str] | str | None) -> str:
-    """The command that makes this report again."""
+def _command(runs: Sequence[str], out: str, *options: Sequence[str] | str | None) -> str:
+    """Return the command that makes this report again."""
     flags = []
-    for name, value in zip(("baseline", "metric", "x", "title"), given, strict=True):
+    for name, value in zip(("baseline", "metric", "x", "title"), options, strict=True):
         if value is not None:
             flags += [f"--{name}", *([value] if isinstance(value, str) else value)]
     return shlex.join(["lpc-lightning", "report", *runs, "--out", out, *flags])

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing but itself."""
+"""A report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from lpc_lightning.evaluation.report.runs.records import RunProvenance, RunRecor
 from lpc_lightning.evaluation.report.study import LeftOut
 from lpc_lightning.evaluation.report.table_files import Table
 
-PIXELS = 96
-"""Of a browser's inch."""
+PIXELS_PER_INCH = 96
+"""Resolution of CSS pixels."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot as a page holds it."""
+    """A plot in a page."""
 
     title: str
     source: str
-    """A data URL with the SVG."""
+    """Data URL of the SVG."""
     alt: str
     caption: str
     width: int
-    """In pixels of a page, like the height."""
+    """Width in CSS pixels."""
     height: int
+    """Height in CSS pixels."""
 
 
 @dataclass(frozen=True)
 class RunDetails:
-    """A run's own part of the page, by what stands before each value."""
+    """The part of the page about one run, as values by label."""
 
     name: str
     facts: Mapping[str, Any]
@@ -47,35 +48,40 @@ class RunDetails:
 
 @dataclass(frozen=True)
 class Page:
-    """All that stands on a page."""
+    """The content of a page."""
 
     title: str
     summary: str
-    makings: Sequence[RunProvenance]
+    origins: Sequence[RunProvenance]
     axes: Mapping[str, str]
     settings: Mapping[str, Any]
-    """In which all runs agree."""
+    """Settings in which all runs agree."""
     versions: Mapping[str, Any]
     tables: Sequence[Table]
     pictures: Sequence[Picture]
     not_drawn: Sequence[NoPlot]
     left_out: Table
     errors: Sequence[LeftOut]
-    """Those with more to say than the line in the table."""
+    """Errors of several lines, of which the table shows only the last one."""
     runs: Table
     details: Sequence[RunDetails]
 
 
-def picture(plot: Plot, svg: bytes) -> Picture:
-    """A plot with its SVG, which an `img` keeps apart from the page and from other plots."""
-    width, height = plot.figure.get_size_inches()
+def make_picture(plot: Plot, svg: bytes) -> Picture:
+    """Embed the SVG of a plot as a data URL, so that its ids and styles do not mix with those of the page."""
+    width, height = (round(inches * PIXELS_PER_INCH) for inches in plot.figure.get_size_inches())
     source = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
-    return Picture(plot.title, source, plot.alt, plot.caption, round(width * PIXELS), round(height * PIXELS))
+    return Picture(plot.title, source, plot.alt, plot.caption, width, height)
 
 
 def run_details(record: RunRecord, common: Mapping[str, Any]) -> RunDetails:
-    """A run's part of the page: what sets it apart, and its metrics but for those of single groups of pairs."""
-    facts: dict[str, Any] = {**record.axes, "seed": record.seed, "status": record.status, "folder": record.place}
+    """Make the part of the page about one run: its own settings, and its metrics without those of groups of pairs.
+
+    Args:
+        record: The run.
+        common: Settings in which all runs agree. They are left out.
+    """
+    facts: dict[str, Any] = {**record.axes, "seed": record.seed, "status": record.status, "folder": record.folder}
     facts |= {f"{part} parameters": f"{count:,}" for part, count in record.parameters.items()}
     return RunDetails(
         record.name,
@@ -85,13 +91,13 @@ def run_details(record: RunRecord, common: Mapping[str, Any]) -> RunDetails:
     )
 
 
-def to_html(page: Page) -> str:
-    """The page as text. Whatever stands in `page` is escaped."""
-    style, script = (Markup(_file(name).strip()) for name in ("page.css", "page.js"))
+def render_page(page: Page) -> str:
+    """Return the page as HTML. All content is escaped."""
+    style, script = (Markup(_read_asset(name).strip()) for name in ("page.css", "page.js"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_file("page.html")).render(page=page, style=style, script=script) + "\n"
+    return environment.from_string(_read_asset("page.html")).render(page=page, style=style, script=script) + "\n"
 
 
 @cache
-def _file(name: str) -> str:
+def _read_asset(name: str) -> str:
     return files("lpc_lightning.evaluation.report").joinpath("assets", name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""All that a report draws. Each maker gives plots, or says why there is nothing to draw."""
+"""All plots of a report, in order. Each function yields plots, or the reason for a missing one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lpc_lightning.evaluation.report.group_plots import costs, differences, mean
 from lpc_lightning.evaluation.report.line_plots import against_axes, codebook_use, training_curves
 from lpc_lightning.evaluation.report.subject import Drawn, Subject
 
-MAKERS: tuple[Callable[[Subject], Drawn], ...] = (
+PLOT_FUNCTIONS: tuple[Callable[[Subject], Drawn], ...] = (
     differences,
     against_axes,
     means,
@@ -19,11 +19,11 @@ MAKERS: tuple[Callable[[Subject], Drawn], ...] = (
     annotator_adaptation,
     costs,
 )
-"""In the order in which a page shows them."""
+"""In the order of the page."""
 
 
 def draw(subject: Subject) -> tuple[list[Plot], list[NoPlot]]:
-    """All plots that have data, and the others."""
-    found = [each for make in MAKERS for each in make(subject)]
-    plots = [each for each in found if isinstance(each, Plot)]
-    return plots, [each for each in found if isinstance(each, NoPlot)]
+    """Draw all plots that have data, and list the others."""
+    results = [result for plot in PLOT_FUNCTIONS for result in plot(subject)]
+    plots = [result for result in results if isinstance(result, Plot)]
+    return plots, [result for result in results if isinstance(result, NoPlot)]

@@ -1,4 +1,4 @@
-"""Runs sorted into groups that differ in nothing but the seed, and each group against its baseline."""
+"""Groups of runs that differ only in the seed."""
 
 from __future__ import annotations
 
@@ -14,37 +14,39 @@ from lpc_lightning.evaluation.report.runs.settings import Value
 from lpc_lightning.evaluation.statistics.seeds import Estimate, estimate
 
 ACCURACIES = ("val/rewards/accuracies", "test/rewards/accuracies")
-"""What is reported where no metric is asked for."""
+"""Default metrics: the first of these that a run has logged."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ only in the seed."""
 
     axes: Mapping[str, Value]
-    """An axis that does not apply (the codes of no latent) is left out."""
+    """Value of each axis. An axis that does not apply is left out, such as the number of codes without a latent."""
     records: tuple[RunRecord, ...]
-    """All of them, the failed and the missing ones too."""
+    """All runs of the group, including failed and missing ones."""
 
     @cached_property
     def counted(self) -> tuple[RunRecord, ...]:
-        """Those whose metrics go into tables. Of several with the same seed, one run made again, the last counts."""
-        latest = {each.name if each.seed is None else each.seed: each for each in self.records if each.counted}
+        """Runs whose metrics are in the tables. Of several runs with the same seed, only the last one."""
+        latest = {
+            record.name if record.seed is None else record.seed: record for record in self.records if record.counted
+        }
         return tuple(latest.values())
 
     def values(self, metric: str) -> list[tuple[RunRecord, float]]:
-        """Each run that has the metric, with a finite value of it."""
-        found = [(each, each.metrics.get(metric, math.nan)) for each in self.counted]
-        return [(each, value) for each, value in found if math.isfinite(value)]
+        """Return the runs that have a finite value of the metric, with the value."""
+        values = [(record, record.metrics.get(metric, math.nan)) for record in self.counted]
+        return [(record, value) for record, value in values if math.isfinite(value)]
 
     def estimate(self, metric: str) -> Estimate | None:
-        """The mean over these; None where there are none."""
+        """Estimate the mean of the metric over runs. None: no run has a finite value."""
         values = [value for _, value in self.values(metric)]
         return estimate(values) if values else None
 
 
 class LeftOut(NamedTuple):
-    """A run that is not in a table, or not as one would think, and why."""
+    """A run that is missing in a table, or whose use needs an explanation."""
 
     run: str
     status: str
@@ -56,9 +58,9 @@ class Study:
     """All groups of a report."""
 
     axes: Mapping[str, tuple[Value, ...]]
-    """The axes in which groups differ, with their values in order."""
+    """Axes in which groups differ, with their values in order."""
     constant: Mapping[str, Value]
-    """The other axes."""
+    """Axes with the same value in all groups."""
     groups: tuple[Group, ...]
 
     @property
@@ -68,35 +70,37 @@ class Study:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of all metrics of runs that count."""
+        """Names of all metrics of the counted runs."""
         counted = chain.from_iterable(group.counted for group in self.groups)
         return list(dict.fromkeys(name for record in counted for name in record.metrics))
 
     def label(self, group: Group, *without: str) -> str:
-        """A group's name in a plot: `DPO, marginal, noise 0.3`.
+        """Return the name of a group in a plot, such as `DPO, marginal, noise 0.3`.
 
         Args:
-            group: One of the study's.
-            without: Axes that are told elsewhere.
+            group: A group of this study.
+            without: Axes to leave out, because the plot shows them elsewhere.
         """
-        parts = [_told(axis, group.axes[axis]) for axis in self.axes if axis in group.axes and axis not in without]
+        parts = [
+            _format_value(axis, group.axes[axis]) for axis in self.axes if axis in group.axes and axis not in without
+        ]
         return ", ".join(parts) or "all runs"
 
     def left_out(self, metrics: Sequence[str]) -> list[LeftOut]:
-        """Runs that are in no table, or whose place in it needs a word."""
-        return [each for group in self.groups for each in _left_out(group, metrics)]
+        """List the runs that are missing in tables, or whose use needs an explanation."""
+        return [entry for group in self.groups for entry in _left_out(group, metrics)]
 
 
-def _told(axis: str, value: Value) -> str:
-    bare = isinstance(value, str) and value not in ("none", "true", "false")
-    return str(value) if bare else f"{axis.rpartition('.')[2]} {value}"
+def _format_value(axis: str, value: Value) -> str:
+    is_name = isinstance(value, str) and value not in ("none", "true", "false")
+    return str(value) if is_name else f"{axis.rpartition('.')[2]} {value}"
 
 
 def _left_out(group: Group, metrics: Sequence[str]) -> Iterator[LeftOut]:
     for record in group.records:
         if record.status != FINISHED:
             yield LeftOut(record.name, record.status, record.error or "no reason is recorded")
-        if record.counted and not any(record is each for each in group.counted):
+        if record.counted and not any(record is counted for counted in group.counted):
             yield LeftOut(record.name, "repeated", f"a later run has the same settings and seed {record.seed}")
     for record in group.counted:
         for metric in metrics:
@@ -110,34 +114,39 @@ def make_study(records: Sequence[RunRecord], order: Mapping[str, Sequence[Value]
     """Sort runs into groups.
 
     Args:
-        records: With their axes.
-        order: The values of axes in the order that their maker gave them. Numbers stand by size in any case.
+        records: Runs with their axes.
+        order: Values of axes in the order in which the ablation names them. Numbers are always sorted by size.
     """
-    values: dict[str, list[Value]] = {name: list(given) for name, given in (order or {}).items()}
+    values: dict[str, list[Value]] = {name: list(ordered) for name, ordered in (order or {}).items()}
     for record in records:
         for name, value in record.axes.items():
-            known = values.setdefault(name, [])
-            if value not in known:
-                known.append(value)
-    for known in values.values():
-        if is_numeric(known):
-            known.sort(key=float)
+            axis_values = values.setdefault(name, [])
+            if value not in axis_values:
+                axis_values.append(value)
+    for axis_values in values.values():
+        if is_numeric(axis_values):
+            axis_values.sort(key=float)
     members: dict[tuple[tuple[str, Value], ...], list[RunRecord]] = {}
     for record in records:
         key = tuple((name, record.axes[name]) for name in values if name in record.axes)
         members.setdefault(key, []).append(record)
     partial = {name for name in values if any(name not in record.axes for record in records)}
-    axes = {name: tuple(known) for name, known in values.items() if len(known) > 1 or (known and name in partial)}
-    groups = [Group(dict(key), tuple(found)) for key, found in members.items()]
-    groups.sort(key=lambda group: tuple(_place(group, name, known) for name, known in axes.items()))
-    constant = {name: known[0] for name, known in values.items() if known and name not in axes}
+    axes = {
+        name: tuple(axis_values)
+        for name, axis_values in values.items()
+        if len(axis_values) > 1 or (axis_values and name in partial)
+    }
+    groups = [Group(dict(key), tuple(group_records)) for key, group_records in members.items()]
+    groups.sort(key=lambda group: tuple(_rank(group, name, axis_values) for name, axis_values in axes.items()))
+    constant = {name: axis_values[0] for name, axis_values in values.items() if axis_values and name not in axes}
     return Study(axes, constant, tuple(groups))
 
 
 def is_numeric(values: Sequence[Value]) -> bool:
-    """Whether all values of an axis are numbers."""
+    """Return true if there are values and all of them are numbers."""
     return bool(values) and not any(isinstance(value, str) for value in values)
 
 
-def _place(group: Group, name: str, known: Sequence[Value]) -> int:
-    return known.index(group.axes[name]) if name in group.axes else -1
+def _rank(group: Group, axis: str, values: Sequence[Value]) -> int:
+    """Return the position of a group's value on an axis. -1: the axis does not apply."""
+    return values.index(group.axes[axis]) if axis in group.axes else -1

@@ -1,4 +1,4 @@
-"""What a report's plots are of, and what they have in common in words."""
+"""The data of a report's plots, and helpers that several plots share."""
 
 from __future__ import annotations
 
@@ -9,37 +9,28 @@ from dataclasses import dataclass
 from lpc_lightning.evaluation.figures import NoPlot, Plot
 from lpc_lightning.evaluation.report.contrasts import Contrast
 from lpc_lightning.evaluation.report.study import Study, is_numeric
-from lpc_lightning.evaluation.statistics.seeds import Estimate
-
-MOST_ALT = 12
-"""Lines or groups that the words for those who cannot see a plot go through."""
 
 Drawn = Iterator[Plot | NoPlot]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What there is to draw."""
+    """Everything that a report can draw."""
 
     study: Study
     metrics: Sequence[str]
     contrasts: Sequence[Contrast]
     baseline: str
-    """Its name; empty where there is none."""
-    along: Sequence[str]
-    """Axes of numbers to draw metrics against."""
+    """Name of the baseline. Empty: there is no baseline."""
+    numeric_axes: Sequence[str]
+    """Numeric axes to plot metrics against."""
 
 
 def numeric_axes(study: Study) -> list[str]:
-    """Axes of two numbers or more."""
+    """Return the axes that have at least two values, all of them numbers."""
     return [axis for axis, values in study.axes.items() if len(values) > 1 and is_numeric(values)]
 
 
 def file_name(text: str) -> str:
-    """A title as the name of a file."""
+    """Turn a title into a file name."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_")
-
-
-def told_mean(mean: Estimate) -> str:
-    """A mean in words for those who cannot see a plot."""
-    return f"{mean.mean:.3f}"

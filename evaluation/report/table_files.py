@@ -1,4 +1,4 @@
-"""A table, and its forms on disk: Markdown, CSV and LaTeX."""
+"""Tables, and their files in Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from lpc_lightning.evaluation.tables import markdown_table
 
-NOTHING = "-"
+NO_VALUE = "-"
 LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
     "}": r"\}",
-    **{each: f"\\{each}" for each in "&%$#_"},
+    **{character: f"\\{character}" for character in "&%$#_"},
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "<": "$<$",
@@ -23,21 +23,21 @@ LATEX = {
     "…": r"\ldots{}",
     "\n": " ",
 }
+"""LaTeX code of special characters."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table's cell."""
+    """A cell of a table."""
 
     text: str
     key: float | str | None = None
-    """What a reader sorts by: a number in columns of numbers, else its text. None: nothing is known, which comes last.
-    """
+    """Sort key: a number in a numeric column, else a text. None: no value, sorted last."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column's name, and whether it holds numbers."""
+    """A column's name, and whether it is numeric."""
 
     name: str
     numeric: bool = False
@@ -45,61 +45,61 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table for readers, and the numbers in it for programs."""
+    """A table for readers, with the same numbers for programs."""
 
     name: str
-    """Of its files."""
+    """Name of its files, without suffix."""
     title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
     records: Sequence[Mapping[str, Any]]
-    """The same, one flat entry a line of the CSV file, in full precision. What is not known is None."""
+    """The lines of the CSV file, in full precision. None: no value."""
     notes: Sequence[str] = ()
-    """How to read it."""
+    """Explanations below the table."""
 
 
 def text_cell(value: object) -> Cell:
-    """Text, or a number as it is."""
+    """Make a cell of a text, or of a number without formatting."""
     return Cell(str(value), value if isinstance(value, int | float) else str(value))
 
 
 def number_cell(value: float | None, form: str = ".4f") -> Cell:
-    """A number in a form; a dash where there is none."""
-    return Cell(NOTHING) if value is None else Cell(format(value, form), value)
+    """Make a cell of a formatted number. None gives a dash."""
+    return Cell(NO_VALUE) if value is None else Cell(format(value, form), value)
 
 
 def to_markdown(table: Table) -> str:
-    """The table with its title above and its notes below."""
-    left = next((place for place, column in enumerate(table.columns) if column.numeric), len(table.columns))
+    """Format a table as Markdown, with its title above and its notes below."""
+    left = next((index for index, column in enumerate(table.columns) if column.numeric), len(table.columns))
     rows = [[cell.text for cell in row] for row in table.rows]
     parts = [f"## {table.title}", markdown_table([column.name for column in table.columns], rows, left), *table.notes]
     return "\n\n".join(parts) + "\n"
 
 
 def to_latex(table: Table) -> str:
-    r"""A `tabular` with booktabs' rules; the preamble needs `\usepackage{booktabs}`."""
-    places = "".join("r" if column.numeric else "l" for column in table.columns)
-    lines = [rf"\begin{{tabular}}{{{places}}}", r"\toprule", _line([column.name for column in table.columns])]
-    lines += [r"\midrule", *(_line([cell.text for cell in row]) for row in table.rows), r"\bottomrule"]
+    r"""Format a table as a LaTeX `tabular` with booktabs rules. The preamble needs `\usepackage{booktabs}`."""
+    alignment = "".join("r" if column.numeric else "l" for column in table.columns)
+    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", _latex_row([column.name for column in table.columns])]
+    lines += [r"\midrule", *(_latex_row([cell.text for cell in row]) for row in table.rows), r"\bottomrule"]
     notes = [f"% {note}".replace("\n", " ") for note in (table.title, *table.notes)]
     return "\n".join([*notes, *lines, r"\end{tabular}"]) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    line = " & ".join("".join(LATEX.get(letter, letter) for letter in cell) for cell in cells)
-    # Behind the line before, these would be an argument of its "\\".
-    return ("{}" if line.startswith(("[", "*")) else "") + line + r" \\"
+def _latex_row(cells: Sequence[str]) -> str:
+    row = " & ".join("".join(LATEX.get(character, character) for character in cell) for cell in cells)
+    # LaTeX reads "[" and "*" after "\\" as an argument of it, so that a row must not start with them.
+    return ("{}" if row.startswith(("[", "*")) else "") + row + r" \\"
 
 
 def write_table(folder: Path, table: Table) -> None:
-    """Write NAME.md, NAME.csv and NAME.tex into a folder that is there."""
+    """Write NAME.md, NAME.csv and NAME.tex into an existing folder."""
     (folder / f"{table.name}.md").write_text(to_markdown(table), encoding="utf-8")
     (folder / f"{table.name}.tex").write_text(to_latex(table), encoding="utf-8")
     write_csv(folder / f"{table.name}.csv", table.records)
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Flat entries, with every name that any of them has; numbers to the last digit, and nothing for None."""
+    """Write records as CSV, with a column for each name in any record, in full precision. None gives an empty cell."""
     names = list(dict.fromkeys(name for record in records for name in record))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names, restval="")

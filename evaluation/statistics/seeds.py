@@ -1,4 +1,4 @@
-"""What some seeds say about all seeds: means and paired differences, with their intervals."""
+"""Statistics over seeds: means and paired differences, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -10,97 +10,103 @@ from numpy.typing import NDArray
 from scipy import stats
 
 LEVEL = 0.95
-MOST_FLIPPED = 16
-"""Differences whose 2^n sign patterns are all tried; of more, as many patterns are drawn."""
+"""Coverage of the confidence intervals."""
+MAX_EXACT_FLIPS = 16
+"""Largest number of differences whose 2^n sign patterns are all tried. For more, 2^16 patterns are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over seeds."""
+    """A mean over seeds, with its confidence interval."""
 
     n: int
+    """Number of seeds."""
     mean: float
     deviation: float | None = None
-    """Standard deviation over seeds (n - 1 in the denominator). None for one seed, like both ends."""
+    """Standard deviation over seeds (n - 1 in the denominator). None for a single seed."""
     low: float | None = None
-    """Lower end of the 95 % confidence interval of the mean."""
+    """Lower end of the 95 % confidence interval of the mean. None for a single seed."""
     high: float | None = None
-    """Its upper end."""
+    """Upper end of that interval. None for a single seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class SeedDifference:
-    """How much higher a setting scores than the baseline under the same seeds."""
+    """The difference between a setting and the baseline, over the same seeds."""
 
     estimate: Estimate
-    """Of the differences."""
+    """Mean of the differences, setting minus baseline."""
     p_value: float | None = None
-    """Two-sided, of the paired t-test; where all differences are equal, and t is not defined, that of sign flips. None
-    for one pair."""
+    """Two-sided p-value of the paired t-test. If all differences are equal, t is undefined, and this is `p_signs`.
+    None for one pair."""
     p_signs: float | None = None
-    """Two-sided, of the sign-flip test, which assumes no normal distribution. Never below 2^(1 - n). None for one pair.
-    """
+    """Two-sided p-value of the sign-flip test, which does not assume a normal distribution. At least 2^(1 - n). None
+    for one pair."""
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean, and Student's interval for it.
+    """Compute the mean and Student's confidence interval for it.
 
     Source: Student 1908, "The probable error of a mean".
 
     Args:
-        values: One a seed, at least one, all finite.
+        values: One finite value per seed, at least one.
 
     Raises:
-        ValueError: None at all, or one that is not finite.
+        ValueError: `values` is empty, or a value is not finite.
     """
-    found = np.asarray(values, dtype=float)
-    if found.ndim != 1 or not len(found) or not np.isfinite(found).all():
+    samples = np.asarray(values, dtype=float)
+    if samples.ndim != 1 or not len(samples) or not np.isfinite(samples).all():
         raise ValueError(f"estimate: found {list(values)}, expected finite numbers, at least one.")
-    if len(found) == 1:
-        return Estimate(1, float(found[0]))
-    mean, deviation = float(found.mean()), float(found.std(ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(found) - 1)) * deviation / len(found) ** 0.5
-    return Estimate(len(found), mean, deviation, mean - half, mean + half)
+    if len(samples) == 1:
+        return Estimate(1, float(samples[0]))
+    mean, deviation = float(samples.mean()), float(samples.std(ddof=1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(samples) - 1)) * deviation / len(samples) ** 0.5
+    return Estimate(len(samples), mean, deviation, mean - half, mean + half)
 
 
 def paired_difference(baseline: Sequence[float], other: Sequence[float]) -> SeedDifference:
-    """Other less baseline, seed by seed.
+    """Compute `other` minus `baseline` for each seed, and test whether the mean differs from 0.
 
     Args:
-        baseline: One value a seed.
-        other: As many, of the same seeds in the same order.
+        baseline: One value per seed.
+        other: One value per seed, for the same seeds in the same order.
 
     Raises:
-        ValueError: Other than as many, none at all, or one that is not finite.
+        ValueError: The lengths differ, both are empty, or a value is not finite.
     """
     if len(baseline) != len(other):
-        raise ValueError(f"paired_difference: found {len(baseline)} and {len(other)} values, expected as many.")
+        raise ValueError(
+            f"paired_difference: found {len(baseline)} and {len(other)} values, expected the same number of each."
+        )
     differences = np.asarray(other, dtype=float) - np.asarray(baseline, dtype=float)
-    found = estimate(differences.tolist())
-    if found.deviation is None:
-        return SeedDifference(found)
+    mean = estimate(differences.tolist())
+    if mean.deviation is None:
+        return SeedDifference(mean)
     p_signs = sign_flip_test(differences)
-    # Differences that are equal but for rounding have no t.
+    # t is meaningless if the differences are equal up to rounding.
     scale = max(np.abs(baseline).max(), np.abs(other).max())
-    if found.deviation <= 1e-12 * scale:
-        return SeedDifference(found, p_signs, p_signs)
-    return SeedDifference(found, float(stats.ttest_1samp(differences, 0.0).pvalue), p_signs)
+    if mean.deviation <= 1e-12 * scale:
+        return SeedDifference(mean, p_signs, p_signs)
+    return SeedDifference(mean, float(stats.ttest_1samp(differences, 0.0).pvalue), p_signs)
 
 
 def sign_flip_test(differences: NDArray[np.float64]) -> float:
-    """The share of sign patterns whose mean is as far from 0, or farther: each difference may as well be the other way.
+    """Compute the share of sign patterns whose mean is at least as far from 0 as the observed mean.
 
-    Exact up to 16 differences. Source: Fisher 1935, "The Design of Experiments", section 21.
+    Under the null hypothesis, each difference is as likely to have the opposite sign. Exact for up to 16 differences.
+
+    Source: Fisher 1935, "The Design of Experiments", section 21.
 
     Args:
-        differences: (n,) at least two.
+        differences: (n,) differences, at least two.
     """
     test = stats.permutation_test(
         (differences,),
         np.mean,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=2**MOST_FLIPPED,
+        n_resamples=2**MAX_EXACT_FLIPS,
         alternative="two-sided",
         rng=np.random.default_rng(0),
     )

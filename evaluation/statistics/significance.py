@@ -1,4 +1,4 @@
-"""Whether two models differ, from their scores on the same items."""
+"""Tests of whether two models differ, from their scores on the same items."""
 
 from __future__ import annotations
 
@@ -9,53 +9,56 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 10_000
-"""Draws of a bootstrap: its p-values come in steps of 0.0002."""
+"""Number of bootstrap resamples. The p-values have a resolution of 0.0002."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """How much higher a model scores than the baseline, and how sure that is."""
+    """The difference between a model and the baseline, with its significance."""
 
     method: str
     """`McNemar` or `bootstrap`."""
     items: int
-    """Items that both models answered."""
+    """Number of items. Both models answered each of them."""
     difference: float
-    """Mean score of the model less that of the baseline."""
+    """Mean score of the model minus mean score of the baseline."""
     low: float
     """Lower end of the 95 % confidence interval of the difference."""
     high: float
-    """Its upper end."""
+    """Upper end of that interval."""
     p_value: float
-    """Two-sided: how likely a difference this large is where the models do not differ."""
+    """Two-sided p-value: the probability of a difference this large if the models do not differ."""
 
 
 def paired_test(baseline: Sequence[float], other: Sequence[float], seed: int = 0) -> PairedTest:
-    """McNemar's test where all scores are 0 or 1, and a paired bootstrap elsewhere.
+    """Test whether two models differ: by McNemar's test if all scores are 0 or 1, else by a paired bootstrap.
 
     Args:
-        baseline: A score for each item, at least two.
-        other: The other model's, of the same items in the same order.
+        baseline: The baseline's score on each item, at least two items.
+        other: The other model's scores, on the same items in the same order.
         seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: Fewer than two items, another number of them, or a score that is not finite.
+        ValueError: There are fewer than two items, the numbers of items differ, or a score is not finite.
     """
     first, second = np.asarray(baseline, dtype=float), np.asarray(other, dtype=float)
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
-        raise ValueError(f"paired_test: found {len(first)} and {len(second)} items, expected as many, and at least 2.")
+        raise ValueError(
+            f"paired_test: found {len(first)} and {len(second)} items, expected the same number of each, at least 2."
+        )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("paired_test: found a score that is not a finite number.")
+        raise ValueError("paired_test: found a score that is not a finite number, expected finite scores only.")
     if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
         return _mcnemar(first, second)
     return _bootstrap(second - first, seed)
 
 
 def _mcnemar(baseline: np.ndarray, other: np.ndarray) -> PairedTest:
-    """The exact binomial test on the items that one model gets right and the other wrong (McNemar 1947).
+    """Apply the exact binomial test to the items that only one of the models gets right (McNemar 1947).
 
-    The interval is Wald's after one such item is added to either side, which covers well in small samples too (Bonett
-    and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data").
+    The interval is Wald's interval after adding one such item for each model. It has good coverage in small samples
+    (Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
+    data").
     """
     gained, lost = int((other > baseline).sum()), int((other < baseline).sum())
     up, down = (gained + 1) / (len(other) + 2), (lost + 1) / (len(other) + 2)
@@ -71,10 +74,11 @@ def _mcnemar(baseline: np.ndarray, other: np.ndarray) -> PairedTest:
 
 
 def _bootstrap(differences: np.ndarray, seed: int) -> PairedTest:
-    """Percentiles of the mean over items drawn again with replacement (Efron and Tibshirani 1993, chapter 13).
+    """Compute percentiles of the mean over resampled items (Efron and Tibshirani 1993, chapter 13).
 
-    The p-value is twice the share of draws on the far side of 0. It is no smaller than 2^(1 - m) for m items that
-    differ, which is what the sign test gives when all of them go one way: of three items, a bootstrap would be sure.
+    The p-value is twice the share of resamples on the other side of 0. It is at least 2^(1 - m), where m is the number
+    of items that differ. That is the p-value of the sign test if all m items have the same sign. Without this bound, a
+    bootstrap of three items could be far too significant.
     """
     differing = int((differences != 0).sum())
     if not differing:
@@ -100,19 +104,20 @@ def _bootstrap(differences: np.ndarray, seed: int) -> PairedTest:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number, so that the chance of one false finding or more stays at the level.
+    """Correct p-values for multiple testing, so that the family-wise error rate stays at the chosen level.
 
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
 
     Args:
-        p_values: In any order; may be empty.
+        p_values: P-values in any order. May be empty.
 
     Returns:
-        As many, in the same order: the k-th smallest of n times n + 1 - k, never below the one before, at most 1.
+        The corrected p-values in the same order. The k-th smallest of n is multiplied by n + 1 - k. It is at least the
+        corrected value before it, and at most 1.
     """
     corrected = [0.0] * len(p_values)
     highest = 0.0
-    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = highest
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
     return corrected

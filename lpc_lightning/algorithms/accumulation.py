@@ -13,6 +13,20 @@ def is_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:
     return number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
 
 
+def is_logged(trainer: Trainer, batch_idx: int) -> bool:
+    """Return True if metrics of the window of this micro-batch are computed. The window has not been stepped yet.
+
+    These are the windows of every `trainer.log_every_n_steps`-th step, which loggers write, of the first and the last
+    step of a run, and of the last step of an epoch, whose values callbacks may read. The CPU would wait for the device
+    to read those of other steps.
+    """
+    step = trainer.global_step + 1
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
+    window = trainer.accumulate_grad_batches
+    ends_epoch = batch_idx // window == (trainer.num_training_batches - 1) // window
+    return ends_epoch or step in (1, trainer.max_steps) or (every > 0 and step % every == 0)
+
+
 def share_of_window(trainer: Trainer, pairs: int, batch_idx: int) -> float:
     """What makes the accumulated loss the mean over the window's pairs, as a factor of a micro-batch's own mean.
 

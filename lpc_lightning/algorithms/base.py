@@ -12,10 +12,11 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpc_lightning.algorithms.accumulation import is_optimizer_step, share_of_window
+from lpc_lightning.algorithms.accumulation import is_logged, is_optimizer_step, share_of_window
 from lpc_lightning.algorithms.checkpoint import check_same_architecture, rewind_to_last_step
-from lpc_lightning.algorithms.metrics import PreferenceMetrics
+from lpc_lightning.algorithms.metrics import PreferenceMetrics, fetch
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
+from lpc_lightning.algorithms.recent_losses import RecentLosses
 from lpc_lightning.algorithms.run_length import compare_run_length, run_length
 from lpc_lightning.algorithms.scoring import BatchScorer, Evaluated, TrainingOutput
 from lpc_lightning.data import PreferenceDataModule
@@ -23,7 +24,7 @@ from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.policy import PolicySpec
-from lpc_lightning.policy.logprobs import BatchForward
+from lpc_lightning.policy.logprobs import BatchForward, code_range
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
@@ -72,6 +73,8 @@ class PreferenceModule(PolicyModule):
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the rest
         self.reference_kind = reference
         self._warm_started = False
+        self._losses = RecentLosses()
+        self._code_range: float | None = None
         self._resumed: dict[str, Any] = {}
 
     @abstractmethod
@@ -84,24 +87,29 @@ class PreferenceModule(PolicyModule):
         Raises:
             ValueError: As the loss says.
         """
-        self.preference_loss(PairLogps(*torch.zeros(6, 1)))
+        self.preference_loss(PairLogps(*torch.zeros(6, 1, device="cpu")))
 
     def setup(self, stage: str) -> None:
         """Begin a run: what a checkpoint said that was loaded earlier, for its weights, is not its to go on with."""
         super().setup(stage)
         self._resumed, self._warm_started = {}, False
+        self._losses, self._code_range = RecentLosses(), None
 
     # The step
 
-    def read(self, batch: PreferenceBatch) -> tuple[BatchForward, BatchScorer]:
+    def read(self, batch: PreferenceBatch, code_range: float | None = None) -> tuple[BatchForward, BatchScorer]:
         """One backbone pass of the policy, and (where there is one) of the reference.
+
+        Args:
+            batch: The pairs.
+            code_range: See `token_logps_per_code`.
 
         Returns:
             What the pass yields, and the algorithm's loss as a function of the latent.
         """
         reading = self.policy.read(batch)
         reference = None if self.reference is None else self.reference.logps(batch)
-        return reading, BatchScorer(reading, batch.lengths, reference, self.preference_loss)
+        return reading, BatchScorer(reading, batch.lengths, reference, self.preference_loss, code_range)
 
     def on_train_start(self) -> None:
         """Take up the data where a resumed run left it, and tell where this run is set up otherwise.
@@ -116,6 +124,7 @@ class PreferenceModule(PolicyModule):
             compare_run_length(self.trainer, self._resumed["run_length"])
         # A checkpoint of step 0 may have been written before the warm start, or within the first step, after it.
         self._warm_started = "warm_started" in self._resumed
+        self._code_range = self._resumed.get("code_range")
         self._resumed = {}
         self._check_annotators()
         if (
@@ -151,22 +160,32 @@ class PreferenceModule(PolicyModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> TrainingOutput:
         """Mean over pairs of the preference loss and the latent's penalty. Callbacks get what it is a mean of."""
-        reading, score = self.read(batch)
+        reading, score = self.read(batch, self._known_code_range())
         terms = self.training_terms(reading.states, score, self.progress)
         losses = terms.pairs.losses + terms.penalty
         loss = losses.mean()
-        self._check_finite(loss, batch, batch_idx)
-        self.train_metrics.update(terms, reading.states)
-        if is_optimizer_step(self.trainer, batch_idx):
-            self._report("train", self.train_metrics)
+        self._losses.add(loss, self.trainer.global_step, self.current_epoch, batch_idx, batch.ids)
+        logged = is_logged(self.trainer, batch_idx)
+        if logged:
+            self.train_metrics.update(terms, reading.states)
+            if is_optimizer_step(self.trainer, batch_idx):
+                self._log_training()
         margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
         share = share_of_window(self.trainer, batch.pairs, batch_idx)
-        return {"loss": loss * share, "losses": losses.detach(), "margins": margins}
+        return {"loss": loss * share, "losses": losses.detach(), "margins": margins, "logged": logged}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Close the window for the latent space as well, whose moments go by steps."""
         if self.latent is not None:
             self.latent.close_window()
+
+    def on_validation_start(self) -> None:
+        """Look at the losses so far: a run that has diverged is not validated."""
+        self._losses.check()
+
+    def on_train_end(self) -> None:
+        """Look at the last losses."""
+        self._losses.check()
 
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Drop the gradients with the step: Lightning would keep them through the next forward pass."""
@@ -212,26 +231,39 @@ class PreferenceModule(PolicyModule):
         metrics.update(evaluated["terms"], evaluated["states"])
         return evaluated
 
+    def _log_training(self) -> None:
+        """Log the window that ends, after one transfer from the device for all that is read of it."""
+        losses, measured = self._losses.unread(), self._measured_code_range()
+        read = fetch({**self.train_metrics.collect(), **losses, **measured})
+        self._losses.check({name: read.pop(name) for name in losses})
+        for name in measured:
+            self._code_range = float(read.pop(name))
+        for name, value in read.items():
+            self.log(f"train/{name}", value, prog_bar=name in PROGRESS_BAR, batch_size=1)
+
+    def _measured_code_range(self) -> dict[str, Tensor]:
+        """The range of the codes' logits as they are now, on the device; empty where training has no use for it."""
+        if not (isinstance(self.latent, DiscreteSpace) and self.latent.scores_codes):
+            return {}
+        return {"code_range": code_range(self.policy.head, self.latent.codebook.weight)}
+
+    def _known_code_range(self) -> float | None:
+        """The range as it was at the last logged step. The first step of a run measures it, and waits for that."""
+        if self._code_range is None:
+            for value in self._measured_code_range().values():
+                self._code_range = float(value)
+        return self._code_range
+
     def _report(self, stage: str, metrics: PreferenceMetrics) -> None:
         for name, value in metrics.collect().items():
             # All devices hold the same value by now; sync_dist only keeps Lightning from warning that they might not.
-            self.log(f"{stage}/{name}", value, prog_bar=name in PROGRESS_BAR, batch_size=1, sync_dist=stage != "train")
-
-    def _check_finite(self, loss: Tensor, batch: PreferenceBatch, batch_idx: int) -> None:
-        if torch.isfinite(loss):
-            return
-        raise FloatingPointError(
-            f"train/loss: found {loss.item()} at step {self.trainer.global_step} (epoch {self.current_epoch}, batch "
-            f"{batch_idx}, pairs {', '.join(batch.ids)}), expected a finite number. Lower the learning rates "
-            "(model.optimizer, model.latent_lr) or latent.init_logit_std, set trainer.gradient_clip_val, or take a "
-            "wider "
-            "trainer.precision; the last checkpoint is whole."
-        )
+            self.log(f"{stage}/{name}", value, prog_bar=name in PROGRESS_BAR, batch_size=1, sync_dist=True)
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained (the policy or its adapter, and the latent space, not the reference) and on what."""
+        self._losses.check()
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
         trainer = self.trainer
@@ -242,6 +274,8 @@ class PreferenceModule(PolicyModule):
         checkpoint["run_length"] = run_length(trainer)
         if self._warm_started:
             checkpoint["warm_started"] = True
+        if self._code_range is not None:
+            checkpoint["code_range"] = self._code_range
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose weights are not this model's. (DeepSpeed has loaded its own before it asks.)"""
@@ -249,7 +283,7 @@ class PreferenceModule(PolicyModule):
             self._build()
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
-        told = ("training_data", "run_length", "warm_started")
+        told = ("training_data", "run_length", "warm_started", "code_range")
         self._resumed = {name: checkpoint[name] for name in told if name in checkpoint}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

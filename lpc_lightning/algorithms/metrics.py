@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -52,6 +54,24 @@ def latent_values(terms: LatentTerms, states: PairStates) -> dict[str, Tensor]:
     return {f"latent/{name}": value for name, value in values.items()}
 
 
+def fetch(values: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
+    """Copy single numbers from a device to the CPU, all of them in one transfer.
+
+    Args:
+        values: Numbers by name: tensors of one element on one device, or plain numbers.
+
+    Returns:
+        The same names with float64 tensors on the CPU, in the same order.
+    """
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    fetched = torch.stack([value.double() for value in tensors.values()]).cpu() if tensors else torch.zeros(0)
+    on_cpu = dict(zip(tensors, fetched, strict=True))
+    return {
+        name: on_cpu[name] if name in on_cpu else torch.tensor(value, dtype=torch.float64, device="cpu")
+        for name, value in values.items()
+    }
+
+
 def entropy(log_probabilities: Tensor) -> Tensor:
     """(B, K) log-probabilities to (B,) nats, without gradient."""
     logs = log_probabilities.detach()
@@ -82,7 +102,9 @@ class CodeUse(Metric):
     def update(self, log_prior: Tensor) -> None:
         """Take in (B, K) prior log-probabilities."""
         self.mass += log_prior.detach().double().exp().sum(0)
-        self.leads += torch.bincount(log_prior.argmax(-1), minlength=self.leads.shape[0])
+        # Not `bincount`, which on a GPU has the CPU wait for the largest number.
+        codes = torch.arange(self.leads.shape[0], device=log_prior.device)
+        self.leads += (log_prior.argmax(-1, keepdim=True) == codes).sum(0)
 
     def compute(self) -> dict[str, Tensor]:
         """Perplexity and dead codes."""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from lpc_lightning.algorithms.checkpoint import trained_shapes
 from lpc_lightning.algorithms.latent_mixin import LatentMixin
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
+from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.distributed.build_sharded import build_sharded
-from lpc_lightning.distributed.sharding import check_strategy, policies_of, shard, tell_micro_batch_size
+from lpc_lightning.distributed.sharding import check_strategy, policies_of, set_micro_batch_size, shard
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec
@@ -30,6 +31,8 @@ from lpc_lightning.types import PreferenceBatch
 
 PARTS = ("policy", "reference", "latent")
 """What is built."""
+COMPILED_FROM = 200
+"""Micro-batches of a run from which compilation is worth its time."""
 REFERENCES: dict[str, Callable[..., Reference]] = {"cached": CachedReference, "live": live_reference}
 
 
@@ -55,10 +58,16 @@ class PolicyModule(LatentMixin, LightningModule):
             self._tokenizer = self.policy_spec.load_tokenizer()
         return self._tokenizer
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Hand the tokenizer to the DataModule. This is a run's first hook, and `prepare_data` needs it."""
+        if isinstance(data := self.trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by Lightning's connector
+            data.set_tokenizer(self.tokenizer)
+        return []
+
     def setup(self, stage: str) -> None:
         """Check and set up the strategy; note that a run begins, whose data is set up by now."""
         check_strategy(self.trainer.strategy)
-        tell_micro_batch_size(self.trainer.strategy)
+        set_micro_batch_size(self.trainer.strategy)
         self._starting = True
 
     def configure_model(self) -> None:
@@ -66,6 +75,8 @@ class PolicyModule(LatentMixin, LightningModule):
         fresh = not self._built
         if fresh:
             self._build()
+        if self._starting and isinstance(data := self.trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]
+            data.set_policy(self.policy)
         if self._starting and self.reference is not None:
             self.reference.prepare(self, untouched=fresh or self.policy_spec.lora is not None)
         self._starting = False
@@ -87,16 +98,35 @@ class PolicyModule(LatentMixin, LightningModule):
         self.policy = self.policy_spec.build(self.tokenizer)
         make_reference = REFERENCES[self.reference_kind]
         self.reference = make_reference(self.policy, self.policy_spec) if self.needs_reference else None
-        self.build_latent(self.policy.width, self.policy.head)
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # the same first values on every device
+            self.build_latent(self.policy.width, self.policy.head)
+        if self.latent is not None:
+            self.latent.to(device)
+
+    def _is_to_compile(self) -> bool:
+        """Decide about `policy.compile: auto`: compilation takes about a minute and saves tenths of a second a step."""
+        if self.policy_spec.compile != "auto":
+            return self.policy_spec.compile
+        trainer: Any = self._trainer
+        if not self._on_gpu or trainer is None:
+            return False
+        data = trainer.datamodule
+        return isinstance(data, PreferenceDataModule) and data.micro_batches() >= COMPILED_FROM
+
+    @property
+    def _on_gpu(self) -> bool:
+        device = self.device if self._trainer is None else self._trainer.strategy.root_device
+        return device.type == "cuda"
 
     def _compile(self) -> None:
-        if self.policy_spec.compile:
+        if self._is_to_compile():
             for policy in policies_of(self):
-                policy.compile_layers()
+                policy.compile_layers(few_shapes=self._on_gpu)
 
     def _shard(self, mesh: DeviceMesh) -> None:
-        self._compile()
         shard(self, mesh)
+        self._compile()
 
     def reference_step(self, batch: PreferenceBatch) -> Tensor:
         """(2B,) log-probabilities under the policy as published: before it is trained, or with its adapter off."""

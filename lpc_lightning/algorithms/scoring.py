@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol, TypedDict
 
 from torch import Tensor
@@ -22,6 +22,8 @@ class TrainingOutput(TypedDict):
     """(B,) each pair's loss, the latent's penalty included, without gradient."""
     margins: Tensor
     """(B,) reward margins, without gradient."""
+    logged: bool
+    """True if metrics are wanted of this step: see `is_logged`."""
 
 
 class Evaluated(TypedDict):
@@ -42,8 +44,8 @@ class Answers(Protocol):
         """(2B,) under `z` (B, d) of each pair, or without."""
         ...
 
-    def logps_per_code(self, codes: Tensor) -> Tensor:
-        """(2B, K) under every code of `codes` (K, d)."""
+    def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
+        """(2B, K) under every code of `codes` (K, d); see `token_logps_per_code` for `code_range`."""
         ...
 
 
@@ -54,7 +56,12 @@ class BatchScorer:
     """(2B,) log-probabilities under the reference, where there is one."""
 
     def __init__(
-        self, reading: Answers, lengths: Tensor, reference: Tensor | None, loss: Callable[[PairLogps], PairLosses]
+        self,
+        reading: Answers,
+        lengths: Tensor,
+        reference: Tensor | None,
+        loss: Callable[[PairLogps], PairLosses],
+        code_range: float | None = None,
     ) -> None:
         """Keep what does not depend on z.
 
@@ -63,10 +70,11 @@ class BatchScorer:
             lengths: (2B,) completion tokens of each sequence.
             reference: (2B,) the reference's log-probabilities, or None for an algorithm without one.
             loss: The preference loss.
+            code_range: See `token_logps_per_code`.
         """
         self._reading, self._lengths, self.reference, self._loss = reading, lengths, reference, loss
         # Of one batch several things are asked under the same codes: one pass through the head answers them all.
-        self._logps_per_code = lru_cache(maxsize=1)(reading.logps_per_code)
+        self._logps_per_code = lru_cache(maxsize=1)(partial(reading.logps_per_code, code_range=code_range))
         self._swapped = False
 
     def under(self, z: Tensor | None) -> tuple[PairLosses, PairLogps]:

@@ -1,4 +1,4 @@
-"""Models built by one process for all that shard them: nobody else ever holds more than its own part."""
+"""Build a model in one process and shard it over all. The other processes never hold more than their own shards."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ from lpc_lightning.errors import ConfigError
 def build_sharded(
     module: nn.Module, parts: Sequence[str], build: Callable[[], None], shard: Callable[[], None], mesh: DeviceMesh
 ) -> None:
-    """Build parts of a module in the first process, and give each process its share of their weights.
+    """Build parts of a module in the first process, and send each process its shards of the weights.
 
-    The first process reads the weights into its (CPU) memory. All get a blueprint: the parts with parameters that have
-    a shape and no values. They are sharded, and the values follow one parameter at a time.
+    The first process reads the weights into its CPU memory. All processes receive a blueprint: the parts with
+    parameters that have a shape and no values. The blueprint is sharded, and the values follow one parameter at a time.
 
     Args:
         module: The module.
         parts: Names of its attributes that `build` sets.
-        build: Makes them, whole. Called in the first process alone; what it raises is raised in all.
+        build: Sets these attributes, unsharded. Called in the first process only. Its errors are raised in all.
         shard: Shards the module's parameters by `fully_shard`.
-        mesh: The devices that shard them.
+        mesh: Devices that hold the shards.
 
     Raises:
-        ConfigError: Quantised weights, which cannot be sharded.
+        ConfigError: The weights are quantised, and quantised weights cannot be sharded.
     """
     first = dist.get_rank() == 0
     message: list[Any] = [None]
     if first:
         try:
-            build()
+            with torch.device("cpu"):  # Lightning builds models on the run's device, whose memory may be too small
+                build()
             message = [_blueprint({name: getattr(module, name) for name in parts})]
-        except Exception as error:  # the others would wait for ever
+        except Exception as error:  # without a message, the other processes would wait for ever
             message = [error]
     dist.broadcast_object_list(message, src=0)
     if isinstance(message[0], Exception):
@@ -50,13 +51,14 @@ def build_sharded(
         setattr(module, name, part)
     shard()
     device = torch.device(mesh.device_type)
-    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    # Buffers arrived with their values on the CPU. NCCL sends from GPU memory only.
+    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     _scatter(weights, module.state_dict())
 
 
 @torch.no_grad()
 def _scatter(weights: dict[str, Tensor], shares: dict[str, Any]) -> None:
-    """Fill each process's shares with the weights that the first one has, one parameter after the other."""
+    """Fill the shards of every process from the weights of the first one, one parameter after another."""
     for name, share in shares.items():
         local = share.to_local() if isinstance(share, DTensor) else share
         value = weights[name].to(local.device) if weights else local.new_empty(share.shape)
@@ -67,15 +69,15 @@ def _scatter(weights: dict[str, Tensor], shares: dict[str, Any]) -> None:
 
 
 class _Blueprinter(pickle.Pickler):
-    """Writes objects with parameters that keep their shape, type and sharing, and lose their values."""
+    """Pickler that keeps the shape, type and sharing of parameters and drops their values."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, nn.Parameter):
             return NotImplemented
         if not value.is_floating_point():
             raise ConfigError(
-                "policy.quantization: found quantised weights to be sharded, expected weights in floating point. Train "
-                "on one GPU, or under ddp."
+                "policy.quantization: found quantised weights with a sharding strategy, expected floating-point "
+                "weights. Train on one GPU, or use trainer.strategy ddp."
             )
         return _outline, (value.shape, value.dtype, value.requires_grad)
 

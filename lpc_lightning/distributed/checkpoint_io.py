@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Atomic checkpoints: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_sharde
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint that could not be written; the ones before it are untouched."""
+    """Raised when a checkpoint cannot be written. Earlier checkpoints are intact."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk, and renames into place; reads sharded checkpoints as well.
+    """Checkpoint writer that writes beside the target, flushes to disk and renames. Reads sharded checkpoints as well.
 
-    Lightning writes into the system's temporary folder and moves from there, which across file systems is a copy that
-    a full disk cuts short.
+    Lightning writes into the system's temporary folder and moves the file. Across file systems a move is a copy, and a
+    full disk leaves a part of it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save to a local path; other targets (`s3://...`) go Lightning's own way.
+        """Save to a local path. Other targets (`s3://...`) are left to Lightning.
 
         Raises:
-            CheckpointWriteError: The disk is full, or cannot be written.
+            CheckpointWriteError: The disk is full or not writable.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -49,12 +49,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 partial.unlink()
             size = sum(value.nbytes for value in _tensors(checkpoint))
             raise CheckpointWriteError(
-                f"checkpoint: could not write {target} (about {size / 2**20:.0f} MiB): {error}. Expected a folder with "
-                "room: free some, or set trainer.default_root_dir elsewhere. Earlier checkpoints are whole."
+                f"checkpoint: could not write {target} (about {size / 2**20:.0f} MiB): {error}. Expected a "
+                "folder with enough space: free some, or change trainer.default_root_dir. Earlier checkpoints are "
+                "intact."
             ) from error
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        """Load a file, or put the shards of a folder together, for a run whose strategy does not shard."""
+        """Load a file, or join the shards of a folder for a strategy that does not shard."""
         if "://" not in str(path) and is_sharded(Path(path)):
             return read_sharded(Path(path))
         return super().load_checkpoint(path, *args, **options)

@@ -1,7 +1,7 @@
-"""Sharded checkpoints: a folder into which each device writes its own part of the weights and of the optimizer's state.
+"""Sharded checkpoints: a folder with one part of the weights and of the optimizer's state from each device.
 
-The shards are those of `torch.distributed.checkpoint`. Beside them lies `meta.pt`, as Lightning has it: everything that
-is no shard (settings, counters, schedules).
+The format of the shards is that of `torch.distributed.checkpoint`. The file `meta.pt` beside them is Lightning's. It
+holds everything else: settings, counters, schedules.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 REST = "meta.pt"
-"""What is not sharded."""
+"""File for everything that is not sharded."""
 INDEX = ".metadata"
-"""What torch writes once all shards are there."""
+"""File that torch writes after all shards."""
 WEIGHTS, OPTIMIZER = "state_dict", "optimizer_"
-"""How weights and optimizers (by number) are called in the shards."""
+"""Prefixes of the weights and of the optimizers (followed by a number) in the shards."""
 STATES = "optimizer_states"
-"""Under this name a checkpoint of one file lists the states of its optimizers."""
+"""Key of the optimizer states in a checkpoint of one file."""
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether there is a sharded checkpoint."""
+    """Return whether a path is a complete sharded checkpoint."""
     return (path / REST).is_file() and (path / INDEX).is_file()
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Have a checkpoint that is whole take the place of the one before, which is there until then.
+    """Replace a checkpoint by a new one that is complete. The old one exists until then.
 
     Args:
-        partial: Where it was written, beside its place.
-        path: Its place; a folder, a file or nothing.
+        partial: The new checkpoint, in the same folder as `path`.
+        path: Target: a folder, a file, or a path that does not exist.
     """
     old = path.with_name(f".{path.name}.old")
-    _remove(old)  # a process that was killed here may have left it
+    _remove(old)  # left behind by a process that was killed here
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
@@ -56,9 +56,9 @@ def _remove(path: Path) -> None:
 
 
 def read_outline(path: Path) -> dict[str, Any]:
-    """A sharded checkpoint without its shards.
+    """Read a sharded checkpoint without its shards.
 
-    `state_dict` holds names, types and shapes, on the meta device; `optimizer_states`, where there are any, nothing.
+    `state_dict` holds tensors on the meta device. `optimizer_states`, if present, is a list of None.
     """
     outline = dict(torch.load(path / REST, weights_only=True, map_location="cpu"))
     found = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -72,13 +72,12 @@ def read_outline(path: Path) -> dict[str, Any]:
 
 
 def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
-    """Put the shards together, in one process: what `torch.load` gives for a checkpoint of one file.
+    """Join the shards in one process. The result is what `torch.load` returns for a checkpoint of one file.
 
     Args:
         path: The folder.
-        optimizers: Whether to read the optimizers' state too: with Adam, twice as much as the weights. It stands under
-            the names of parameters and not under their numbers; torch's optimizers take either, by the order of their
-            groups.
+        optimizers: True reads the optimizers' state as well. With Adam it is twice as large as the weights. Its keys
+            are parameter names instead of numbers. torch's optimizers accept both.
 
     Returns:
         The checkpoint, on the CPU.
@@ -92,7 +91,7 @@ def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
         if optimizers or name.startswith(f"{WEIGHTS}.")
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # `no_dist` is intended
         load(flat, storage_reader=FileSystemReader(path), no_dist=True)
     shards: dict[str, Any] = {}
     for name, value in flat.items():
@@ -108,7 +107,7 @@ def _empty(about: TensorStorageMetadata, device: str) -> torch.Tensor:
 
 
 def _place(tree: dict[str, Any], place: Sequence[str | int], value: Any) -> None:
-    """Put a value where it stood: names are keys of dictionaries, numbers are places in lists, which fill in order."""
+    """Insert a value at its path: names are keys of dictionaries, numbers are indices of lists, which fill in order."""
     node: Any = tree
     for key, below in pairwise(place):
         empty: Any = [] if isinstance(below, int) else {}

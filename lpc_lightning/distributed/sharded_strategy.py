@@ -1,4 +1,4 @@
-"""FSDP2 as a Lightning strategy: Lightning's own, with checkpoints that any number of devices can take up."""
+"""FSDP2 as a Lightning strategy, with checkpoints that any number of devices can resume."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_p
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Weights, gradients and optimizer state sharded over all devices of all nodes.
+    """Strategy that shards weights, gradients and optimizer state over all devices of all nodes.
 
-    Lightning's `ModelParallelStrategy` reads a checkpoint before the module can refuse it, expects the frozen weights
-    in it that ours do not hold, and numbers the optimizer's parameters in the order of the module, where the optimizer
-    goes by the order of its groups. Here all of this is as on one device, so that a checkpoint written by any number of
-    devices, in one file or in shards, is taken up by any other number, FSDP2 or not.
+    It differs from Lightning's `ModelParallelStrategy` in three points. The module checks a checkpoint before its
+    weights are read. Frozen weights are not expected in a checkpoint. Optimizer parameters are numbered in the order of
+    the optimizer's groups, not in the order of the module. So a checkpoint written by any number of devices, in one
+    file or in shards, can be resumed by any other number, with or without FSDP2.
     """
 
     def __init__(
@@ -45,21 +45,21 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Keep the settings.
 
         Args:
-            save_distributed_checkpoint: A checkpoint is a folder into which each device writes its shards. False: one
-                file, for which the whole state is gathered in the memory of the first process.
-            process_group_backend: How devices talk: `nccl`, `gloo`. null: by the kind of device.
-            timeout: How long a device waits for the others.
+            save_distributed_checkpoint: True writes a folder with the shards of each device. False writes one file and
+                gathers the whole state in the memory of the first process.
+            process_group_backend: Communication backend, `nccl` or `gloo`. null chooses by the type of device.
+            timeout: Longest wait of a device for the others.
         """
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
 
     def setup_environment(self) -> None:
-        """All devices of all nodes share the data."""
+        """Split the data over all devices of all nodes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Optimizers are restored as Lightning does it for one device, by `load_optimizer_state_dict`."""
+        """True: Lightning restores the optimizers through `load_optimizer_state_dict`, as on one device."""
         return True
 
     @property
@@ -69,11 +69,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     # Saving
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The trained weights: this device's shards; or all of them in the first process, and nothing in others."""
+        """Return the device's shards of the trained weights, or all in the first process and none in others."""
         return get_model_state_dict(self._module, options=self._form)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State by parameter name (shards), or by number as on one device (whole, in the first process)."""
+        """Return the state by parameter name (shards), or by number as on one device (whole, in the first process)."""
         optimizer = _bare(optimizer)
         state = get_optimizer_state_dict(self._module, optimizer, options=self._form)
         if self._save_distributed_checkpoint or not state:
@@ -81,14 +81,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         return _renamed(state, {name: number for number, name in enumerate(self._names(optimizer))})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write beside the target and move into place, so that a run killed meanwhile leaves the old checkpoint."""
+        """Write beside the target and rename, so that a run killed meanwhile leaves the old checkpoint."""
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         partial = path.with_name(f".{path.name}.partial")
         if self.is_global_zero:
-            # What a killed run has left. The others wait for the first device before they write.
+            # Left behind by a killed run. The other devices wait for this one before they write.
             shutil.rmtree(partial, ignore_errors=True)
         super().save_checkpoint(checkpoint, partial, storage_options)
         if self.is_global_zero:
@@ -98,14 +98,14 @@ class FSDP2Strategy(ModelParallelStrategy):
     # Loading
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint. Of a sharded one the weights are shapes for now: the module first says if they fit."""
+        """Read a checkpoint. The weights of a sharded one are shapes at first, which the module checks."""
         self._path = Path(self.broadcast(checkpoint_path))
         if is_sharded(self._path):
             return read_outline(self._path)
         return dict(torch.load(self._path, weights_only=weights_only, map_location="cpu", mmap=True))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Give each device its part of the weights."""
+        """Load this device's part of the weights."""
         if is_sharded(self._path):
             weights = get_model_state_dict(self._module, options=SHARDS)
             load({WEIGHTS: weights}, checkpoint_id=self._path)
@@ -114,7 +114,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             set_model_state_dict(self._module, dict(checkpoint[WEIGHTS]), options=WHOLE)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give each device its part of the optimizers' state."""
+        """Load this device's part of the optimizers' state."""
         for number, optimizer in enumerate(map(_bare, self.optimizers)):
             if is_sharded(self._path):
                 shards = {f"{OPTIMIZER}{number}": get_optimizer_state_dict(self._module, optimizer, options=SHARDS)}
@@ -125,7 +125,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 state = _renamed(numbered, dict(enumerate(self._names(optimizer))))
             set_optimizer_state_dict(self._module, optimizer, state, options=form)
 
-    # What both need
+    # Used by saving and loading
 
     @property
     def _module(self) -> torch.nn.Module:
@@ -133,12 +133,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         return self.lightning_module
 
     def _names(self, optimizer: Optimizer) -> list[str]:
-        """Names of the optimizer's parameters, in its order."""
+        """Return the names of the optimizer's parameters in its order."""
         names = {parameter: name for name, parameter in self._module.named_parameters()}
         return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Everything sharded over all devices; see FSDP2Strategy.")
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Sharding over all devices; see FSDP2Strategy.")
 
 
 def _bare(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
@@ -146,7 +146,7 @@ def _bare(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
 
 
 def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """Optimizer state with its parameters called otherwise."""
+    """Return an optimizer state with other keys for its parameters."""
     return {
         "state": {names[key]: value for key, value in state["state"].items()},
         "param_groups": [

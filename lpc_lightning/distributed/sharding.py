@@ -1,4 +1,4 @@
-"""Which parts of a module lie on which device."""
+"""Shard a module, and check that a strategy supports it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step", "refer
 
 
 def policies_of(module: LightningModule) -> list[CausalPolicy]:
-    """The models in a module: the policy, and a reference where it has one of its own."""
+    """Return the models in a module: the policy, and the reference if it is a model of its own."""
     return [child for child in module.modules() if isinstance(child, CausalPolicy)]
 
 
 def shard(module: LightningModule, mesh: DeviceMesh) -> None:
     """Shard a module's parameters (FSDP2) over the devices of `mesh`, decoder layer by decoder layer.
 
-    What lies outside the layers (embedding, LM head, latent space) is gathered for the whole of a step, since the head
-    and the codebook are read outside any `forward`.
+    Parameters outside the layers (embedding, LM head, latent space) are gathered for a whole step, because the head and
+    the codebook are used outside any `forward`.
 
     Args:
-        module: The module, its policies built.
-        mesh: One dimension: the devices that share the data.
+        module: The module with its policies built.
+        mesh: One-dimensional mesh of the data-parallel devices.
     """
     for policy in policies_of(module):
         for layer in policy.layers:
@@ -37,35 +37,35 @@ def shard(module: LightningModule, mesh: DeviceMesh) -> None:
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse what would take weights away that are read outside any `forward`.
+    """Refuse strategies that release weights which are used outside any `forward`.
 
     Raises:
-        ConfigError: DeepSpeed with ZeRO stage 3.
+        ConfigError: The strategy is DeepSpeed with ZeRO stage 3.
     """
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         raise ConfigError(
-            "trainer.strategy: found DeepSpeed with stage 3, which shares out the weights and brings them back for the "
-            "`forward` of their own layer only; the LM head and the codebook are read outside it. Expected stage 1 or "
-            "2, or fsdp2, which shares out the weights too."
+            "trainer.strategy: found DeepSpeed with stage 3, which gathers sharded weights only in the `forward` of "
+            "their own layer. The LM head and the codebook are used outside it. Expected stage 1 or 2, or fsdp2, which "
+            "shards the weights too."
         )
 
 
 def keeps_weights_elsewhere(strategy: Strategy) -> bool:
-    """Weights cannot be set in place: they are shared out, or the optimizer has a copy and writes it over them."""
+    """Return whether weights cannot be set in place: they are sharded, or the optimizer overwrites them from a copy."""
     return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))
 
 
-def tell_micro_batch_size(strategy: Strategy) -> None:
-    """Tell DeepSpeed the batch size of a device, which is used for its log of samples per second alone.
+def set_micro_batch_size(strategy: Strategy) -> None:
+    """Set the batch size that DeepSpeed uses in its log of samples per second, and nowhere else.
 
-    Untold, Lightning would ask the training data, before there is a policy by which batches are laid out. 1 is what it
-    takes of a loader that does not say.
+    Without it Lightning reads the training loader, at a time when there is no policy to lay batches out for. 1 is its
+    default for a loader without a batch size.
     """
     if isinstance(strategy, DeepSpeedStrategy):
         strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)  # type: ignore[union-attr]  # a dictionary
 
 
-def reshard(module: LightningModule) -> None:
-    """Give back what a step without gradient has gathered: it would outlive new weights that a checkpoint brings."""
+def reshard(module: object) -> None:
+    """Release weights gathered by a step without gradient. They would outlive weights from a checkpoint."""
     if isinstance(module, FSDPModule):
         module.reshard()

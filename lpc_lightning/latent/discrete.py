@@ -32,6 +32,8 @@ class DiscreteSpace(LatentSpace):
 
     annotators: bool = False
     """True if each pair is scored given the earlier pairs of its annotator."""
+    scores_codes: bool = False
+    """True if training scores every pair under every code."""
 
     def __init__(
         self,

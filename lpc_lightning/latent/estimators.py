@@ -101,6 +101,8 @@ class GumbelSpace(PosteriorSpace):
 class ExpectedSpace(PosteriorSpace):
     """The paper's bound without sampling noise: sum_k q_k l_k + lambda KL, where q is the learned posterior."""
 
+    scores_codes = True
+
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """Compute the losses under all codes, averaged with the posterior's weights, and lambda KL."""
         prior, posterior = self.log_prior(states.prompt), self.log_posterior(states, score)
@@ -133,6 +135,8 @@ class MarginalSpace(DiscreteSpace):
     single pairs do not have. If half of the annotators prefer the opposite of the other half, one code for each half
     makes a single label no more likely than no code at all (see docs/latent_spaces.md).
     """
+
+    scores_codes = True
 
     def __init__(self, annotators: bool = False, **space: Any) -> None:
         """Store the settings.

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lpc_lightning.transfer import to_device
+
 
 def earlier_pairs(annotators: Sequence[str], device: torch.device) -> Tensor:
     """Return a (B, B) bool mask: True at (i, j) if pair j precedes pair i and both have the same annotator.
@@ -14,7 +16,7 @@ def earlier_pairs(annotators: Sequence[str], device: torch.device) -> Tensor:
     Pairs with the annotator "" have no earlier pairs.
     """
     keys = [name or row for row, name in enumerate(annotators)]
-    numbers = torch.tensor([keys.index(key) for key in keys], device=device)
+    numbers = to_device([keys.index(key) for key in keys], device, torch.long)
     return (numbers[:, None] == numbers).tril(-1)
 
 

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,15 +14,22 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_head, head_of
 from lpc_lightning.policy.logprobs import BatchForward
 from lpc_lightning.policy.masks import FORMS, FULL, block_mask, layer_windows
+from lpc_lightning.policy.memory_efficient_layers import make_published
 from lpc_lightning.policy.segment_attention import SEGMENT, blocks_of
 from lpc_lightning.types import LogitHead, PreferenceBatch
 
 
 class CausalPolicy(nn.Module):
     """A decoder-only model, with or without a LoRA adapter."""
+
+    block_sparse = False
+    """True if packed rows are attended to by blocks: a row may be long, since blocks that hide all cost nothing."""
+    _compiled: CompiledLayers | None = None
+    _compiles_head = False
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         """Wrap a causal LM.
@@ -34,6 +42,8 @@ class CausalPolicy(nn.Module):
         """
         super().__init__()
         self.model = model
+        # It plans each new shape anew, for milliseconds of CPU time a call.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         with _uncompiled():
             check_head(self.causal_lm, self.backbone)
@@ -56,7 +66,7 @@ class CausalPolicy(nn.Module):
     @property
     def head(self) -> LogitHead:
         """Hidden states to logits."""
-        return head_of(self.causal_lm)
+        return replace(head_of(self.causal_lm), compiled=self._compiles_head)
 
     @property
     def width(self) -> int:
@@ -102,17 +112,19 @@ class CausalPolicy(nn.Module):
             # is a local function, with which no policy can be handed from one process to another.
             model.disable_input_require_grads()
 
-    def compile_layers(self, backend: str = "inductor") -> None:
-        """Have torch compile the decoder layers: one graph for all of them, for rows of any number and width.
-
-        The layers stay the modules that they are, under the same names; embedding, masks, head and losses are not
-        compiled.
+    def compile_layers(self, backend: str = "inductor", few_shapes: bool | None = None) -> None:
+        """Have torch compile the decoder layers. They stay the modules that they are, under the same names.
 
         Args:
             backend: Of `torch.compile`.
+            few_shapes: See `CompiledLayers`. Default: on a GPU, where layouts make batches of few shapes.
         """
-        for layer in self.layers:
-            layer.compile(backend=backend, dynamic=True)
+        few_shapes = self.model.device.type == "cuda" if few_shapes is None else few_shapes
+        make_published(self.layers)  # a compiler decides by itself what to keep for the backward pass
+        self._compiled = CompiledLayers(self.layers, few_shapes, backend)
+        kernel = self.backbone.config._attn_implementation
+        self.block_sparse = few_shapes and self.takes_block_mask and kernel in (SEGMENT, "flex_attention")
+        self._compiles_head = few_shapes
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -139,6 +151,9 @@ class CausalPolicy(nn.Module):
         if segments is not None:
             config, device = self.backbone.config, input_ids.device.type
             kernel = config._attn_implementation
+            compiled = self._compiled is not None and self._compiled.takes(input_ids.shape)
+            if compiled and self.block_sparse:
+                kernel = "flex_attention"
             if self.attends_by_segment and kernel == SEGMENT and device == "cpu":
                 # Four dimensions: transformers takes it for a finished mask and makes none. The blocks stand in for it.
                 mask, options["blocks"] = input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool), blocks_of(segments)
@@ -178,7 +193,8 @@ class CausalPolicy(nn.Module):
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """A model's decoder layers, by the class that transformers says must not be split."""
     kinds = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
+    # FSDP2 makes a subclass of each layer's class.
+    return [module for module in model.modules() if kinds & {base.__name__ for base in type(module).__mro__}]
 
 
 @contextmanager

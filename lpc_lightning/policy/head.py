@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -56,8 +57,9 @@ def check_head(model: PreTrainedModel, backbone: nn.Module) -> None:
     """
     head = head_of(model)
     tokens = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
-    theirs = model(input_ids=tokens, use_cache=False).logits.float()
-    states = backbone(input_ids=tokens, use_cache=False).last_hidden_state
+    with _any_attention(model):
+        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        states = backbone(input_ids=tokens, use_cache=False).last_hidden_state
     ours = logits_of(states.flatten(0, 1), head)
     apart = (ours - theirs.flatten(0, 1)).abs().max()
     tolerance = (0.05 if head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3) * theirs.abs().max().clamp_min(
@@ -69,6 +71,23 @@ def check_head(model: PreTrainedModel, backbone: nn.Module) -> None:
             "expected at most rounding: its family does something to them that this suite does not know, so that log-"
             f"probabilities would be wrong. Known are a bias, a soft cap and the scales {', '.join(SCALES)}."
         )
+
+
+@contextmanager
+def _any_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Replace flash attention, which runs on a GPU and on 16-bit states alone.
+
+    Models are built on a CPU as well, and float32 weights are trained with it under autocast.
+    """
+    kernel = model.config._attn_implementation
+    if kernel is None or not kernel.startswith("flash"):
+        yield
+        return
+    model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = kernel
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

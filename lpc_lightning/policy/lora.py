@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -36,4 +37,5 @@ class LoRA:
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(model, config)
+        with torch.device("cpu"):  # the same first values on every device; peft then moves them to the layer's own
+            return get_peft_model(model, config)

@@ -32,6 +32,20 @@ def make_memory_efficient(layers: list[nn.Module]) -> None:
             part.register_forward_pre_hook(_cast_once, with_kwargs=True)
 
 
+def make_published(layers: list[nn.Module]) -> None:
+    """Give decoder layers back the parts that transformers published. Names stay.
+
+    Args:
+        layers: Decoder layers, with an adapter in them or without.
+    """
+    for part in (part for layer in layers for part in layer.modules()):
+        part.__class__ = part.__dict__.pop("_published", part.__class__)
+        for number, hook in list(part._forward_pre_hooks.items()):
+            if hook is _cast_once:
+                del part._forward_pre_hooks[number]
+                part._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
 class RMSNorm(nn.Module):
     """w x / rms(x) (arXiv 1910.07467), worked out in float32 and returned in the type of x. Keeps x and 1 / rms(x)."""
 
@@ -92,10 +106,14 @@ def _become(part: nn.Module, kind: type[nn.Module], width: int) -> None:
     """Make `part` one of `kind`, if it then says the same: families scale, clip and nest in ways of their own."""
     weight = next(part.parameters())
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    states = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    # On the CPU, like the generator: a trainer builds models under its own device as the default one.
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    states = torch.randn(3, width, generator=generator, device="cpu").to(weight.device, dtype)
     theirs, published = part(states), part.__class__
     part.__class__ = kind
-    if not torch.equal(part(states), theirs):
+    if torch.equal(part(states), theirs):
+        part.__dict__["_published"] = published
+    else:
         part.__class__ = published
 
 

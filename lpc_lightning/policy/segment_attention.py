@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lpc_lightning.policy.block_sparse import block_sparse_attention
 from lpc_lightning.types import PIECES
 
 SEGMENT = "segment"
@@ -78,7 +80,7 @@ def attend_by_segment(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     blocks: Blocks | None = None,
     scaling: float | None = None,
     **options: Any,
@@ -90,7 +92,7 @@ def attend_by_segment(
         query: (R, H, T, D).
         key: (R, G, T, D) with G dividing H.
         value: Like `key`.
-        attention_mask: The mask, for calls without `blocks`.
+        attention_mask: The mask, for calls without `blocks`; a `BlockMask` inside a compiled layer on a GPU.
         blocks: What sees what; None is plain `sdpa`.
         scaling: Factor of the scores. Default: 1 / sqrt(D).
         options: What else transformers passes; dropout is not supported with blocks.
@@ -98,6 +100,8 @@ def attend_by_segment(
     Returns:
         (R, T, H, D), and no weights.
     """
+    if isinstance(attention_mask, BlockMask):
+        return block_sparse_attention(query, key, value, attention_mask, scaling), None
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     return _by_blocks(query, key, value, blocks, scaling), None

@@ -27,21 +27,24 @@ class PolicySpec(ABC):
         attention: Attention = "auto",
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
-        compile: bool = False,
+        compile: bool | Literal["auto"] = "auto",
     ) -> None:
         """Keep the settings that all policies share.
 
         Args:
             dtype: Type of the weights. Full fine-tuning in bfloat16 loses updates smaller than 1/256 of a weight; keep
                 float32 and let `trainer.precision: bf16-mixed` do the arithmetic in bfloat16.
-            attention: Attention kernel: one of transformers, or `segment`, which is sdpa but for packed rows on a
-                CPU, where it computes no more than each piece sees. `auto` is segment, and so sdpa on a GPU; or eager
-                for families that soft-cap their attention scores, which sdpa cannot.
+            attention: Attention kernel: one of transformers, or `segment`, which is made for packed rows: on a CPU it
+                computes no more than each piece sees; in compiled layers on a GPU it is flex_attention, which leaves
+                out blocks in which nothing is seen; elsewhere it is sdpa. `auto` is segment; or eager for families
+                that soft-cap their attention scores, which sdpa cannot.
             lora: Train an adapter in place of the weights. null trains all weights.
             gradient_checkpointing: Keep one state a layer and compute the rest again in the backward pass: less
                 memory, about a third more time.
-            compile: Have torch.compile make one program of each decoder layer, for training. The first steps take a
-                minute or so; a C++ compiler (CPU) or Triton (GPU) has to be there.
+            compile: Have torch.compile make programs of the decoder layers and the head, for training: one for each
+                shape of a batch on a GPU, so that a step takes hundreds of kernel launches in place of thousands. The
+                first steps take about a minute; a C++ compiler (CPU) or Triton (GPU) has to be there. `auto`: on a
+                GPU, for runs of at least 200 micro-batches.
         """
         self.dtype, self.attention = dtype, attention
         self.lora, self.gradient_checkpointing, self.compile = lora, gradient_checkpointing, compile
@@ -78,8 +81,7 @@ class PolicySpec(ABC):
         model = self.load_model(config, getattr(torch, self.dtype))
         check_vocabulary(model, self.load_tokenizer() if tokenizer is None else tokenizer)
         model.eval()
-        if not self.compile:  # a compiler chooses by itself what to keep
-            make_memory_efficient(decoder_layers(model))
+        make_memory_efficient(decoder_layers(model))
         policy = CausalPolicy(model if self.lora is None else self.lora.apply(model))
         if self.gradient_checkpointing:
             policy.set_gradient_checkpointing(True)

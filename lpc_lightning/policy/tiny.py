@@ -86,13 +86,14 @@ class TinyPolicy(PolicySpec):
         return AutoConfig.for_model(self.family, **(fields | self.options))
 
     def load_model(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """Random weights by the seed; the caller's random state is left as it was."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        """Random weights by the seed, the same on every device; the caller's random state is left as it was."""
+        device = torch.get_default_device()
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             if self.reader:
                 _make_reader(model)
-            return model
+        return model.to(device)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Byte-level BPE of 1024 tokens, learned on the built-in preferences, in the ChatML format."""

@@ -1,36 +1,44 @@
-"""Where the log-probabilities under the reference come from: the policy as it was before training."""
+"""The reference: log-probabilities under the policy as it was before training."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from lpc_lightning.policy import CausalPolicy, PolicySpec
 from lpc_lightning.types import PreferenceBatch
 
-if TYPE_CHECKING:
-    from lpc_lightning.algorithms.policy_module import PolicyModule
+
+class PolicyOwner(Protocol):
+    """What a reference needs of the LightningModule that owns the policy."""
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer of the current run."""
+
+    def reference_step(self, batch: PreferenceBatch) -> Tensor:
+        """Return (2B,) log-probabilities of the answers under the published weights."""
 
 
 class Reference(Protocol):
-    """What a module asks for the reference's log-probabilities."""
+    """Source of the reference's log-probabilities."""
 
-    def prepare(self, module: PolicyModule, untouched: bool) -> None:
-        """Get ready for a run of the module's trainer, before any checkpoint is loaded.
+    def prepare(self, module: PolicyOwner, untouched: bool) -> None:
+        """Prepare for a run of the module's trainer, before any checkpoint is loaded.
 
         Args:
-            module: The module, built, and its data set up.
-            untouched: Whether its policy's weights are still the published ones.
+            module: The module. It is built and its data is set up.
+            untouched: True if the policy's weights are still the published ones.
         """
 
     def logps(self, batch: PreferenceBatch) -> Tensor:
-        """(2B,) log-probabilities of the answers, in nats, without gradient."""
+        """Return (2B,) log-probabilities of the answers, in nats, without gradient."""
 
 
 class AdapterOff:
-    """The reference of a LoRA policy: the same weights with the adapter off, asked at every batch."""
+    """Reference of a LoRA policy: the same weights with the adapter off, run at every batch."""
 
     def __init__(self, policy: CausalPolicy) -> None:
         """Keep the policy.
@@ -40,12 +48,12 @@ class AdapterOff:
         """
         self.logps = policy.reference_logps
 
-    def prepare(self, module: PolicyModule, untouched: bool) -> None:
-        """Nothing to do."""
+    def prepare(self, module: PolicyOwner, untouched: bool) -> None:
+        """Do nothing."""
 
 
 class FrozenCopy(nn.Module):
-    """A second model in memory, asked at every batch."""
+    """Reference as a second model in memory, run at every batch."""
 
     def __init__(self, policy: CausalPolicy) -> None:
         """Copy the policy.
@@ -54,23 +62,23 @@ class FrozenCopy(nn.Module):
             policy: The policy, not trained yet.
         """
         super().__init__()
-        # Not in eval mode: dropout is off, so that modes do not differ, and Lightning warns of mixed ones.
+        # Not in eval mode: dropout is off, so that the modes do not differ. Lightning warns if modes are mixed.
         self.policy = copy.deepcopy(policy).requires_grad_(False)
         self.policy.set_gradient_checkpointing(False)
 
-    def prepare(self, module: PolicyModule, untouched: bool) -> None:
-        """Nothing to do."""
+    def prepare(self, module: PolicyOwner, untouched: bool) -> None:
+        """Do nothing."""
 
     def logps(self, batch: PreferenceBatch) -> Tensor:
-        """(2B,) log-probabilities of the answers."""
+        """Return (2B,) log-probabilities of the answers."""
         return self.policy.reference_logps(batch)
 
 
 def live_reference(policy: CausalPolicy, spec: PolicySpec) -> Reference:
-    """A reference that is asked at every batch.
+    """Make a reference that runs at every batch.
 
     Args:
         policy: The policy, not trained yet.
-        spec: What it was built from.
+        spec: Spec that the policy was built from.
     """
     return FrozenCopy(policy) if spec.lora is None else AdapterOff(policy)

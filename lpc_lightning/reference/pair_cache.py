@@ -1,9 +1,9 @@
-"""Numbers that a policy says of pairs, worked out once and shared between runs.
+"""Values that a policy gives to pairs, computed once and shared between runs.
 
-An entry of the cache is a folder named by a fingerprint of all that decides its values. It holds numbered parts, each
-with the values of some pairs. A part is written beside its place and linked into it, so that a process killed halfway
-leaves whole parts only; parts are never changed, and of two that hold the same pair the lower number counts. So several
-processes may add at once, and a value that was read once stays what it is.
+An entry of the cache is a folder. Its name is a fingerprint of everything that decides the values. It holds numbered
+parts with the values of some pairs each. A part is written to a temporary file and then linked to its name, so that a
+killed process leaves only complete parts. Parts never change. If two parts hold the same pair, the lower number counts.
+So several processes can add parts at the same time, and a value that has been read stays the same.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from lpc_lightning.data.tokenization.tokens import TokenStore
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Version of the entries. Raise it whenever the same weights, settings and tokens would now give other values."""
+"""Version of the entries. Raise it when the same weights, settings and tokens give other values than before."""
 PART = "[0-9]" * 6 + ".npz"
-"""What the files of parts are called."""
+"""Pattern of the file names of parts."""
 _UNFINISHED = ".unfinished"
 
 
 class PairCache:
-    """The known numbers of a data set's pairs, by their places in it: ids need not be unique.
+    """Cached values of a data set's pairs, by index, because ids need not be unique.
 
-    Layout and batches change the values by rounding alone, so that neither is part of the key.
+    Layout and batches change the values by rounding only. So they are not part of the key.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class PairCache:
         cache_dir: Path | None = None,
         dtype: type[np.floating] = np.float64,
     ) -> None:
-        """Find the entry's folder; nothing is written yet.
+        """Determine the entry's folder. Nothing is written.
 
         Args:
-            kind: What the numbers are, in a word: entries of a kind stand together.
-            numbers: m, how many there are of each pair.
-            key: What decides the values apart from the tokens: the policy's weights and how it computes.
-            pairs: The tokens. Labels are as the data has them, whatever noise there is.
-            dtype: What values are read as.
+            kind: Name of the values. Entries of a kind share a folder.
+            numbers: m, number of values per pair.
+            key: Everything but the tokens that decides the values: weights, kernel, device, precision.
+            pairs: The tokens, with the labels of the data and without label noise.
+            dtype: Type of the values that `read` returns.
             cache_dir: Root of the cache. Default: `default_cache_dir()`.
         """
         decides = json.dumps([FORMAT, dict(key), pairs.fingerprint], sort_keys=True)
@@ -72,7 +72,7 @@ class PairCache:
             try:
                 known, found = self._open(part)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                log.warning("The cached values in %s are damaged (%s). They are made anew.", part, error)
+                log.warning("The cached values in %s are damaged (%s). They are computed again.", part, error)
                 continue
             wanted = row_of[known] >= 0
             rows, found = row_of[known][wanted], found[wanted]
@@ -81,14 +81,14 @@ class PairCache:
         return values
 
     def add(self, places: np.ndarray, values: np.ndarray) -> None:
-        """Keep the values of some more pairs.
+        """Store the values of further pairs.
 
         Args:
             places: (n,) their places in the data set.
             values: (n, m).
 
         Raises:
-            OSError: The disk is full or cannot be written.
+            OSError: The disk is full or not writable.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
@@ -103,7 +103,7 @@ class PairCache:
                 try:
                     os.link(scratch, self.folder / f"{number:06d}.npz")
                     return
-                except FileExistsError:  # another process was faster
+                except FileExistsError:  # another process took this number
                     continue
         finally:
             scratch.unlink()
@@ -116,10 +116,10 @@ class PairCache:
         return places, values
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed processes left a day ago or more."""
+        """Remove files that killed processes left more than a day ago."""
         for scratch in self.folder.glob(f"*{_UNFINISHED}"):
             try:
                 if time.time() - scratch.stat().st_mtime > 24 * 3600:
                     scratch.unlink()
-            except FileNotFoundError:  # another process was done with it
+            except FileNotFoundError:  # another process has removed it
                 continue

@@ -1,4 +1,4 @@
-"""One pass over pairs without gradient: large batches, the longest pairs first, shared among the devices."""
+"""Pass over pairs without gradient: large batches, longest pairs first, divided among the devices."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.types import PreferenceBatch
 
 BATCH_TOKENS = 8192
-"""Tokens in a batch. Without gradient that takes less memory than a training step of half as many."""
+"""Tokens in a batch. Without gradient they take less memory than half as many in a training step."""
 ROUNDS = 32
-"""Batches of each device after which the values are handed over, to be kept."""
+"""Batches of each device after which values are yielded, so that they can be stored."""
 
 Ask = Callable[[PreferenceBatch], Tensor]
-"""(B, m) numbers about a batch's pairs."""
+"""Function from a batch to (B, m) values of its pairs."""
 
 
 def ask_of_pairs(
@@ -48,6 +48,8 @@ def ask_of_pairs(
     """
     devices, rank, device = trainer.world_size, trainer.global_rank, trainer.strategy.root_device
     batches = batches_by_length(pairs.lengths, places)
+    piece_lengths = pairs.piece_lengths
+    layout = layout.for_batches(piece_lengths[batch] for batch in batches)
     silent = trainer.progress_bar_callback is None or not trainer.is_global_zero
     with tqdm(total=len(places), desc=title, unit=" pairs", disable=silent) as bar:
         for start in range(0, len(batches), ROUNDS * devices):

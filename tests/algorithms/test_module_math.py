@@ -417,7 +417,8 @@ def test_schedules_run_from_the_first_step_to_the_last(
 
     module = make("dpo", GumbelSpace(num_codes=3, tau=Exponential(1.0, 0.0625)))
     loader = make_loader(pairs * 2, batch_size=1)
-    trainer = make_trainer(max_steps=5, limit_val_batches=0, callbacks=[Watch()], accumulate_grad_batches=2)
+    settings: dict[str, Any] = {"limit_val_batches": 0, "accumulate_grad_batches": 2, "log_every_n_steps": 1}
+    trainer = make_trainer(max_steps=5, callbacks=[Watch()], **settings)
     trainer.fit(module, loader, loader)
     assert seen == [(0.0, 1.0), (0.25, 0.5), (0.5, 0.25), (0.75, 0.125), (1.0, 0.0625)]
 

@@ -94,7 +94,7 @@ def build(tiny_spec: Callable[..., Any], exact: Any, perturb: Any) -> Callable[.
     def module(step: str, way: Way, dtype: str, batch: Any, **size: Any) -> tuple[PreferenceModule, Tensor]:
         kind, latent = STEPS[step]
         torch.manual_seed(5)
-        options: dict[str, Any] = {"attention": "sdpa", "context": 128, "compile": way.compiled}
+        options: dict[str, Any] = {"attention": "sdpa", "context": 128}
         options |= way.policy | size
         live = {"reference": way.reference} if kind.needs_reference else {}
         made = kind(policy=tiny_spec("llama", dtype=dtype, **options), latent=latent and latent(), **live)

@@ -169,7 +169,7 @@ def test_dpo_learns_what_each_domain_prefers(
     latent: Callable[..., LatentSpace] | None, small_policy: Any, small_data: Any, fit_run: Any
 ) -> None:
     """Fresh pairs throughout, and held-out prompts. Measured: losses 0.53, 0.54, 0.56, 0.57; accuracy 0.68 and 0.67."""
-    space = latent(codes=8, hidden=32, init_logit_std=0.1) if latent else None
+    space = latent(num_codes=8, hidden=32, init_logit_std=0.1) if latent else None
     module = DPO(policy=small_policy(width=32), latent=space, optimizer=adam(3e-3), latent_lr=1e-3)
     data = small_data(train_pairs=1600, validation_pairs=256, batch_size=8)
     done = fit_run(module, data, max_epochs=1)

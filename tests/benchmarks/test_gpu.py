@@ -56,6 +56,7 @@ def test_tiny_sides_agree_in_the_first_step(results: dict[str, Any]) -> None:
     """Both sides read the same tokens with the same weights."""
     ours, trl = results["steps"][:2]
     assert (ours["method"], trl["method"]) == ("ours, eager", "TRL")
+    assert ours["first_pairs"] == trl["first_pairs"]
     for name in ("logps/chosen", "logps/rejected"):
         assert ours["first_step"][name] == pytest.approx(trl["first_step"][name], rel=1e-6)
 
@@ -72,8 +73,10 @@ def test_batches_hold_the_drawn_lengths(tmp_path: Path) -> None:
     bench = Bench("cpu", 1.0, tmp_path)
     case = replace(TINY, steps=2)
     lengths = json.loads(bench.lengths_file(case).read_text())
-    pairs = [each for batch in bench.batches(case) for each in batch]
+    batches = bench.trl_batches(case)
+    pairs = [each for batch in batches for each in batch]
     found = [(len(each.prompt_ids), len(each.chosen_ids), len(each.rejected_ids)) for each in pairs]
+    assert [len(batch) for batch in batches] == [4, 4]
     assert sorted(found) == sorted(map(tuple, lengths))
     assert max(prompt + max(answers) for prompt, *answers in found) <= 512
     assert all(token < 1536 for each in pairs for token in each.prompt_ids)

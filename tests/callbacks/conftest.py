@@ -1,4 +1,4 @@
-"""Runs of a tiny policy with callbacks."""
+"""Fixture: runs of a tiny policy with callbacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lpc_lightning.policy import TinyPolicy
 
 @pytest.fixture
 def fitted(tmp_path: Path) -> Callable[..., Trainer]:
-    """A finished run of LPC-DPO: 20 pairs, 2 in a micro-batch, 2 micro-batches to a step."""
+    """Function that runs LPC-DPO and returns the trainer: 20 pairs, 2 in a micro-batch, 2 micro-batches in a step."""
 
     def fit(*callbacks: Callback, **trainer: Any) -> Trainer:
         data = SyntheticPreferences(train_pairs=20, validation_pairs=6, batch_size=2, cache_dir=str(tmp_path / "cache"))
@@ -32,8 +32,8 @@ def fitted(tmp_path: Path) -> Callable[..., Trainer]:
             "enable_progress_bar": False,
             "accelerator": "cpu",
         }
-        done = Trainer(callbacks=list(callbacks), **(settings | trainer))
-        done.fit(DPO(policy=policy, latent=MarginalSpace(num_codes=4, init_logit_std=0.5)), data)
-        return done
+        finished = Trainer(callbacks=list(callbacks), **(settings | trainer))
+        finished.fit(DPO(policy=policy, latent=MarginalSpace(num_codes=4, init_logit_std=0.5)), data)
+        return finished
 
     return fit

@@ -1,4 +1,4 @@
-"""One of two processes that train on noisy labels: writes which pairs it saw flipped."""
+"""Train on noisy labels as one of two processes, and write which pairs were flipped."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.policy import TinyPolicy
 
 
-class Note(Callback):
-    """Keeps who was flipped."""
+class FlipRecorder(Callback):
+    """Callback that stores which pairs are flipped."""
 
     def __init__(self) -> None:
         self.flipped: dict[str, bool] = {}
@@ -26,7 +26,7 @@ class Note(Callback):
 
 
 def main(folder: Path) -> None:
-    note = Note()
+    recorder = FlipRecorder()
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(
         accelerator="cpu",
@@ -36,14 +36,14 @@ def main(folder: Path) -> None:
         limit_val_batches=0,
         logger=False,
         default_root_dir=folder,
-        callbacks=[note, LabelFlipNoise(rate=0.4)],
+        callbacks=[recorder, LabelFlipNoise(rate=0.4)],
         **quiet,
     )
     data = SyntheticPreferences(train_pairs=40, validation_pairs=0, batch_size=10, cache_dir=str(folder / "cache"))
     trainer.fit(DPO(policy=TinyPolicy(width=16, layers=1, heads=2)), data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    told = {"flipped": note.flipped, "metrics": metrics}
-    (folder / f"{trainer.global_rank}.json").write_text(json.dumps(told))
+    result = {"flipped": recorder.flipped, "metrics": metrics}
+    (folder / f"{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The monitor in real runs: what it logs, what it draws and when, and that it keeps quiet where there is no latent."""
+"""Tests of CodebookMonitor in real runs: metrics, plots, and no output without a latent."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ CODES: dict[str, Any] = {"num_codes": 4, "init_logit_std": 1.0}
 
 @pytest.fixture
 def fit(tmp_path: Path, make_trainer: Callable[..., Trainer]) -> Callable[..., Trainer]:
-    """A finished run: 12 training pairs in 6 steps an epoch, 10 validation pairs in 4 batches."""
+    """Function that runs a fit: 12 training pairs in 6 steps an epoch, 10 validation pairs in 4 batches."""
 
     def run(monitor: CodebookMonitor, latent: LatentSpace | None, **settings: Any) -> Trainer:
         data = SyntheticPreferences(
             train_pairs=12, validation_pairs=10, batch_size=2, eval_batch_size=3, cache_dir=str(tmp_path / "cache")
         )
-        loggers = [kind(str(tmp_path), name="", version="run") for kind in (CSVLogger, TensorBoardLogger)]
+        loggers = [logger(str(tmp_path), name="", version="run") for logger in (CSVLogger, TensorBoardLogger)]
         module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=latent)
         trainer = make_trainer(
             callbacks=[monitor], **({"logger": loggers, "max_epochs": 1, "log_every_n_steps": 1} | settings)
@@ -47,15 +47,15 @@ def fit(tmp_path: Path, make_trainer: Callable[..., Trainer]) -> Callable[..., T
 
 
 def pictures(folder: Path) -> dict[str, set[str]]:
-    """Names by step."""
-    found: dict[str, set[str]] = {}
+    """Return the names of the plots by step."""
+    names: dict[str, set[str]] = {}
     for path in (folder / "codebook").glob("*.png"):
         _, step, name = path.stem.split("_", 2)
-        found.setdefault(step, set()).add(name)
-    return found
+        names.setdefault(step, set()).add(name)
+    return names
 
 
-def test_pictures_are_in_the_run_folder_and_in_tensorboard(fit: Any, tmp_path: Path) -> None:
+def test_plots_in_run_folder_and_tensorboard(fit: Any, tmp_path: Path) -> None:
     fit(CodebookMonitor(every=1), MarginalSpace(**CODES))
     assert pictures(tmp_path / "run") == {"000006": PICTURES}
     (events,) = (tmp_path / "run").glob("events*")
@@ -65,41 +65,41 @@ def test_pictures_are_in_the_run_folder_and_in_tensorboard(fit: Any, tmp_path: P
     for name in PICTURES:
         (image,) = board.Images(f"codebook/{name}")
         assert image.step == 6
-        shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
+        logged = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
         written = np.asarray(Image.open(tmp_path / "run" / "codebook" / f"step_000006_{name}.png").convert("RGB"))
-        assert np.array_equal(shown, written)
-        assert shown.shape[0] > 300
-        assert shown.std() > 5, "not an empty page"
+        assert np.array_equal(logged, written)
+        assert logged.shape[0] > 300
+        assert logged.std() > 5, "the image is empty"
 
 
-def test_it_draws_every_n_validations_and_the_last(fit: Any, tmp_path: Path) -> None:
+def test_plots_every_nth_validation_and_the_last(fit: Any, tmp_path: Path) -> None:
     fit(CodebookMonitor(every=2), GumbelSpace(**CODES), val_check_interval=2, num_sanity_val_steps=-1)
-    # Validations after 2, 4 and 6 steps; the sanity check is none.
+    # Validations are after 2, 4 and 6 steps. The sanity check does not count.
     assert set(pictures(tmp_path / "run")) == {"000004", "000006"}
 
 
-def test_the_last_validation_is_drawn_once_whatever_the_interval(fit: Any, tmp_path: Path) -> None:
+def test_plots_the_last_validation_once(fit: Any, tmp_path: Path) -> None:
     fit(CodebookMonitor(every=5), GumbelSpace(**CODES), val_check_interval=3, max_epochs=1)
     assert set(pictures(tmp_path / "run")) == {"000006"}
 
 
-def test_validate_draws_without_training(tmp_path: Path, make_trainer: Callable[..., Trainer]) -> None:
+def test_validate_plots_without_training(tmp_path: Path, make_trainer: Callable[..., Trainer]) -> None:
     data = SyntheticPreferences(validation_pairs=6, batch_size=3, cache_dir=str(tmp_path / "cache"))
     module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=MarginalSpace(**CODES))
     monitor = CodebookMonitor()
-    (said,) = make_trainer(callbacks=[monitor], default_root_dir=tmp_path).validate(module, data, verbose=False)
+    (logged,) = make_trainer(callbacks=[monitor], default_root_dir=tmp_path).validate(module, data, verbose=False)
     assert pictures(tmp_path) == {"000000": PICTURES}
-    # A fresh prior is even and its first code is called the likeliest for all pairs: it says nothing.
-    assert said["val/mutual_information/source"] == 0
-    assert said["val/latent/dead_codes"] == 3
+    # A new prior is uniform, and the first code is the most likely one for all pairs.
+    assert logged["val/mutual_information/source"] == 0
+    assert logged["val/latent/dead_codes"] == 3
 
 
-def test_the_numbers_are_those_of_the_module_asked_again(fit: Any, perturb: Callable[..., None]) -> None:
-    """Prior and posterior of each pair from the states, in the module as it is after training."""
+def test_metrics_against_the_module(fit: Any, perturb: Callable[..., None]) -> None:
+    """Prior and posterior of each pair, computed from the states with the trained module."""
     monitor = CodebookMonitor()
     trainer = fit(monitor, GumbelSpace(**CODES))
     module: Any = trainer.lightning_module
-    (loader,) = (trainer.datamodule.val_dataloader(),)
+    loader = trainer.datamodule.val_dataloader()
     priors, posteriors = [], []
     with torch.no_grad():
         for batch in loader:
@@ -122,37 +122,37 @@ def test_the_numbers_are_those_of_the_module_asked_again(fit: Any, perturb: Call
     assert not any("mutual" in name or "posterior" in name for name in trainer.progress_bar_metrics)
 
 
-def test_a_plain_run_is_left_alone(fit: Any, tmp_path: Path) -> None:
+def test_run_without_latent(fit: Any, tmp_path: Path) -> None:
     trainer = fit(CodebookMonitor(every=1), None)
     assert not (tmp_path / "run" / "codebook").exists()
     assert not any("information" in name or "latent" in name for name in trainer.callback_metrics)
 
 
 @pytest.mark.parametrize("latent", [GaussianSpace(**CODES), MLPSpace(), VectorSpace()])
-def test_a_space_without_codes_has_its_z_drawn(latent: LatentSpace, fit: Any, tmp_path: Path) -> None:
+def test_space_without_codes_plots_z(latent: LatentSpace, fit: Any, tmp_path: Path) -> None:
     trainer = fit(CodebookMonitor(), latent)
     assert pictures(tmp_path / "run") == {"000006": {"z"}}
     assert not any("information" in name for name in trainer.callback_metrics)
 
 
-def test_a_resumed_run_draws_when_the_whole_one_would(tmp_path: Path) -> None:
+def test_state_dict_keeps_the_count(tmp_path: Path) -> None:
     monitor, resumed = CodebookMonitor(every=3), CodebookMonitor(every=3)
     monitor._rounds = 2
     resumed.load_state_dict(monitor.state_dict())
     assert resumed._rounds == 2
 
 
-def test_a_picture_that_fails_costs_no_run(fit: Any, tmp_path: Path) -> None:
-    """The folder's name is taken by a file."""
+def test_failed_plot_does_not_end_the_run(fit: Any, tmp_path: Path) -> None:
+    """A file has the name of the folder."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "codebook").write_text("")
-    with pytest.warns(UserWarning, match="codebook: no pictures of step 6: FileExistsError"):
+    with pytest.warns(UserWarning, match="codebook: the plots of step 6 failed: FileExistsError"):
         trainer = fit(
             CodebookMonitor(), MarginalSpace(**CODES), logger=TensorBoardLogger(tmp_path, name="", version="run")
         )
     assert trainer.global_step == 6
 
 
-def test_an_interval_below_one_is_refused() -> None:
+def test_every_below_one() -> None:
     with pytest.raises(ValueError, match=r"CodebookMonitor.every: found 0, expected at least 1"):
         CodebookMonitor(every=0)

@@ -3,7 +3,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lpc_lightning.callbacks import FinalValidation
 
 
-def test_a_run_that_ends_in_mid_epoch_is_validated_and_its_checkpoint_chosen(fitted, tmp_path) -> None:
+def test_run_ending_in_mid_epoch_is_validated(fitted, tmp_path) -> None:
     best = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/rewards/accuracies", mode="max", filename="best")
     trainer = fitted(FinalValidation(), best, max_steps=3, max_epochs=-1, num_sanity_val_steps=0)
     assert trainer.global_step == 3
@@ -11,6 +11,6 @@ def test_a_run_that_ends_in_mid_epoch_is_validated_and_its_checkpoint_chosen(fit
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
 
 
-def test_without_it_lightning_ends_unvalidated(fitted) -> None:
+def test_lightning_alone_does_not_validate(fitted) -> None:
     trainer = fitted(max_steps=3, max_epochs=-1, num_sanity_val_steps=0, enable_checkpointing=False)
     assert "val/loss" not in trainer.callback_metrics

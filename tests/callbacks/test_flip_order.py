@@ -1,4 +1,4 @@
-"""The kinds of label noise, against what they are told to be."""
+"""Tests of the kinds of label noise, against their definitions."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ PAIRS = 4000
 
 
 def examples(number: int = PAIRS) -> list[PreferenceExample]:
-    chance = random.Random(3)
+    generator = random.Random(3)
     return [
         PreferenceExample(
-            id=f"pair {place}",
-            prompt=(Message(role="user", content=f"question {place}"),),
-            chosen="a" * chance.randint(1, 50),
-            rejected="b" * chance.randint(1, 50),
-            source=chance.choice(["books", "films"]),
-            factor=chance.choice(["short", "kind"]),
-            annotator=chance.choice(["ann", "bob", "cleo"]),
-            meta={"scores": {"chosen": chance.gauss(0, 1), "rejected": chance.gauss(0, 1)}},
+            id=f"pair {index}",
+            prompt=(Message(role="user", content=f"question {index}"),),
+            chosen="a" * generator.randint(1, 50),
+            rejected="b" * generator.randint(1, 50),
+            source=generator.choice(["books", "films"]),
+            factor=generator.choice(["short", "kind"]),
+            annotator=generator.choice(["ann", "bob", "cleo"]),
+            meta={"scores": {"chosen": generator.gauss(0, 1), "rejected": generator.gauss(0, 1)}},
         )
-        for place in range(number)
+        for index in range(number)
     ]
 
 
@@ -50,7 +50,7 @@ def flipped(pairs: list[PreferenceExample] = PAIRS_TO_FLIP, **settings: Any) -> 
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
-def test_what_is_flipped_at_a_rate_is_flipped_at_every_higher_one(order: FlipOrder) -> None:
+def test_flips_grow_with_the_rate(order: FlipOrder) -> None:
     rising = [flipped(rate=rate, order=order) for rate in (0.0, 0.1, 0.2, 0.5, 1.0)]
     assert rising[0] == set()
     for lower, higher in pairwise(rising):
@@ -58,47 +58,47 @@ def test_what_is_flipped_at_a_rate_is_flipped_at_every_higher_one(order: FlipOrd
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
-def test_the_order_of_the_pairs_says_nothing(order: FlipOrder) -> None:
+def test_flips_do_not_depend_on_input_order(order: FlipOrder) -> None:
     shuffled = random.Random(1).sample(PAIRS_TO_FLIP, PAIRS)
     assert flipped(rate=0.3, order=order) == flipped(shuffled, rate=0.3, order=order)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
-def test_the_rate_is_reached_within_the_bounds_of_chance(rate: float) -> None:
-    found = len(flipped(rate=rate))
-    assert abs(found - rate * PAIRS) < 4 * math.sqrt(PAIRS * rate * (1 - rate))
+def test_uniform_reaches_the_rate(rate: float) -> None:
+    count = len(flipped(rate=rate))
+    assert abs(count - rate * PAIRS) < 4 * math.sqrt(PAIRS * rate * (1 - rate))
 
 
-def test_all_labels_are_flipped_at_rate_one() -> None:
+def test_uniform_at_rate_one() -> None:
     assert len(flipped(rate=1.0)) == PAIRS
 
 
-def test_another_seed_flips_other_pairs() -> None:
+def test_flips_depend_on_the_seed() -> None:
     one, other = (flipped(rate=0.5, seed=seed) for seed in (1, 2))
     assert abs(len(one & other) - PAIRS / 4) < 4 * math.sqrt(PAIRS * 0.25 * 0.75)
 
 
-def test_the_seed_is_the_runs_own_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_seed_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     assert flipped(rate=0.3, seed=None) == flipped(rate=0.3, seed=7)
 
 
-def test_pairs_of_one_id_are_drawn_apart_unless_they_are_the_same_pair() -> None:
-    named_alike = [replace(pair, id="one") for pair in PAIRS_TO_FLIP]
-    mask = LabelFlipNoise(rate=0.5, seed=7).flips([*named_alike, *named_alike])
+def test_flips_of_pairs_with_the_same_id() -> None:
+    same_id = [replace(pair, id="one") for pair in PAIRS_TO_FLIP]
+    mask = LabelFlipNoise(rate=0.5, seed=7).flips([*same_id, *same_id])
     assert 0.4 < mask.mean() < 0.6
     assert (mask[:PAIRS] == mask[PAIRS:]).all()
 
 
-def test_the_longer_answer_wins_where_it_had_lost() -> None:
+def test_longer_wins() -> None:
     losing = {pair.id for pair in PAIRS_TO_FLIP if len(pair.chosen) < len(pair.rejected)}
     assert flipped(rate=1.0, order=LongerWins()) == losing
-    some = flipped(rate=0.3, order=LongerWins())
-    assert some < losing
-    assert abs(len(some) - 0.3 * len(losing)) < 4 * math.sqrt(len(losing) * 0.3 * 0.7)
+    subset = flipped(rate=0.3, order=LongerWins())
+    assert subset < losing
+    assert abs(len(subset) - 0.3 * len(losing)) < 4 * math.sqrt(len(losing) * 0.3 * 0.7)
 
 
-def test_small_margins_go_first() -> None:
+def test_small_margins_first() -> None:
     def margin(pair: PreferenceExample) -> float:
         return abs(pair.meta["scores"]["chosen"] - pair.meta["scores"]["rejected"])
 
@@ -106,43 +106,43 @@ def test_small_margins_go_first() -> None:
     assert flipped(rate=0.25, order=ORDERS["margin"]) == expected
 
 
-def test_equal_margins_are_drawn() -> None:
+def test_equal_margins_are_random() -> None:
     pairs = [replace(pair, meta={"margin": "1"}) for pair in PAIRS_TO_FLIP]
-    found = flipped(pairs, rate=0.25, order=SmallMarginsFirst("margin", None))
-    assert len(found) == PAIRS // 4
-    assert found != {pair.id for pair in pairs[: PAIRS // 4]}
+    result = flipped(pairs, rate=0.25, order=SmallMarginsFirst("margin", None))
+    assert len(result) == PAIRS // 4
+    assert result != {pair.id for pair in pairs[: PAIRS // 4]}
 
 
-def test_annotators_err_at_their_own_rates() -> None:
-    found = flipped(rate=0.6, order=ORDERS["annotator"])
+def test_by_annotator() -> None:
+    result = flipped(rate=0.6, order=ORDERS["annotator"])
     for name, share in (("ann", 0.3), ("bob", 0.6), ("cleo", 0.06)):
-        theirs = {pair.id for pair in PAIRS_TO_FLIP if pair.annotator == name}
-        assert abs(len(found & theirs) - share * len(theirs)) < 4 * math.sqrt(len(theirs) * share * (1 - share))
+        members = {pair.id for pair in PAIRS_TO_FLIP if pair.annotator == name}
+        assert abs(len(result & members) - share * len(members)) < 4 * math.sqrt(len(members) * share * (1 - share))
 
 
-@pytest.mark.parametrize(("setting", "kind"), [("sources", "source"), ("factors", "factor")])
-def test_only_the_pairs_asked_for_are_flipped(setting: str, kind: str) -> None:
-    value = {"source": "books", "factor": "kind"}[kind]
-    wanted = {pair.id for pair in PAIRS_TO_FLIP if getattr(pair, kind) == value}
-    assert flipped(rate=0.4, **{setting: [value]}) == flipped(rate=0.4) & wanted
+@pytest.mark.parametrize(("setting", "label"), [("sources", "source"), ("factors", "factor")])
+def test_flips_only_selected_pairs(setting: str, label: str) -> None:
+    value = {"source": "books", "factor": "kind"}[label]
+    selected = {pair.id for pair in PAIRS_TO_FLIP if getattr(pair, label) == value}
+    assert flipped(rate=0.4, **{setting: [value]}) == flipped(rate=0.4) & selected
     share = flipped(rate=0.5, order=ORDERS["margin"], **{setting: [value]})
-    assert len(share) == math.ceil(len(wanted) / 2)
+    assert len(share) == math.ceil(len(selected) / 2)
 
 
 @pytest.mark.parametrize("column", ["scores.length", "scores", "nothing.there"])
-def test_a_missing_score_is_told(column: str) -> None:
+def test_small_margins_missing_score(column: str) -> None:
     with pytest.raises(DataError, match=rf"in column '{column}' of pair 'pair 0', expected a number.*scores"):
         flipped(rate=0.5, order=SmallMarginsFirst(column, None))
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: LabelFlipNoise(rate=1.5), "LabelFlipNoise.rate: found 1.5, expected a rate from 0 to 1"),
         (lambda: LabelFlipNoise(rate=0.1, marker=" "), "LabelFlipNoise.marker: found ' ', expected a text"),
         (lambda: ByAnnotator({"ann": -1.0}), "order.shares: found -1.0 for ann, expected a probability"),
     ],
 )
-def test_settings_out_of_range_are_refused(make: Any, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_settings_out_of_range(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         make()

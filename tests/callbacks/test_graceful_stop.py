@@ -1,4 +1,4 @@
-"""SIGTERM in the middle of a real run, sent to a real process."""
+"""Tests of SIGTERM, sent to the process of a real run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-# Tensors are tiny: a second thread costs far more than it does.
+# The tensors are small, so that a second thread would only cost time.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 CONFIG = Path(__file__).parents[2] / "configs" / "callbacks" / "default.yaml"
 
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
-    """A run of 60 micro-batches, 3 to a step, on a policy too small to matter."""
+    """Command of a run of a tiny policy with 60 micro-batches, 3 in a step."""
     flags = {
         "model": "DPO",
         "model.optimizer.lr": "1e-3",
@@ -49,9 +49,7 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-def test_sigterm_ends_the_step_saves_and_the_resumed_run_ends_where_the_whole_one_does(
-    command: list[str], tmp_path: Path
-) -> None:
+def test_sigterm_then_resume_equals_a_whole_run(command: list[str], tmp_path: Path) -> None:
     whole, stopped, resumed = (tmp_path / "runs" / f"version_{number}" for number in range(3))
     subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
 
@@ -72,15 +70,15 @@ def test_sigterm_ends_the_step_saves_and_the_resumed_run_ends_where_the_whole_on
     assert 0 < steps < 20
 
     resume = [*command, f"--ckpt_path={checkpoint}"]
-    done = subprocess.run(resume, check=True, capture_output=True, text=True, env=ENVIRONMENT)
-    assert "flags and config files do not change them" in done.stdout
-    expected, found = final_weights(whole), final_weights(resumed)
-    assert set(found) == set(expected)
+    finished = subprocess.run(resume, check=True, capture_output=True, text=True, env=ENVIRONMENT)
+    assert "flags and config files do not change them" in finished.stdout
+    expected, actual = final_weights(whole), final_weights(resumed)
+    assert set(actual) == set(expected)
     for name, weight in expected.items():
-        assert torch.equal(found[name], weight), name
+        assert torch.equal(actual[name], weight), name
 
 
-def test_sigterm_in_the_rehearsal_ends_the_run_at_once(command: list[str], tmp_path: Path) -> None:
+def test_sigterm_in_the_warm_start(command: list[str], tmp_path: Path) -> None:
     slow = [*command, "--data.train_pairs=4096", "--latent.warm_start_pairs=4096"]
     process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     assert process.stdout is not None
@@ -93,6 +91,6 @@ def test_sigterm_in_the_rehearsal_ends_the_run_at_once(command: list[str], tmp_p
     output += process.communicate(timeout=120)[0]
     assert process.returncode == 143, output
     assert time.monotonic() - sent < 30
-    assert "nats of loss a held-out pair" not in output, "it was over already"
+    assert "nats of loss a held-out pair" not in output, "the warm start was over before the signal"
     assert "Traceback" not in output
     assert not (tmp_path / "runs" / "version_0" / "checkpoints" / "stopped.ckpt").exists()

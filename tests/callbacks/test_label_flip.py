@@ -1,4 +1,4 @@
-"""Label noise in real runs: which labels change, and which things do not."""
+"""Tests of label noise in real runs: flipped labels, and what is unchanged."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
 
 
-class Watch(Callback):
-    """Keeps what training and validation see."""
+class Recorder(Callback):
+    """Callback that stores labels, answers and losses of training and validation."""
 
     def __init__(self) -> None:
         self.flipped: dict[str, bool] = {}
@@ -58,8 +58,8 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, cache: Path) -> Callable[..., tuple[Watch, Trainer]]:
-    """A run of plain DPO on 40 pairs, 8 in a batch."""
+def run(tmp_path: Path, cache: Path) -> Callable[..., tuple[Recorder, Trainer]]:
+    """Function that runs plain DPO on 40 pairs, 8 in a batch, and returns what was recorded and the trainer."""
 
     def fit(
         *callbacks: Callback,
@@ -68,8 +68,8 @@ def run(tmp_path: Path, cache: Path) -> Callable[..., tuple[Watch, Trainer]]:
         ckpt_path: Path | None = None,
         name: str = "run",
         **trainer: Any,
-    ) -> tuple[Watch, Trainer]:
-        watch = Watch()
+    ) -> tuple[Recorder, Trainer]:
+        recorder = Recorder()
         settings: dict[str, Any] = {"logger": CSVLogger(tmp_path, name="", version=name), "max_epochs": 1}
         quiet = {
             "enable_progress_bar": False,
@@ -77,14 +77,14 @@ def run(tmp_path: Path, cache: Path) -> Callable[..., tuple[Watch, Trainer]]:
             "enable_checkpointing": False,
             "log_every_n_steps": 1,
         }
-        done = Trainer(callbacks=[watch, *callbacks], accelerator="cpu", **(settings | quiet | trainer))
+        finished = Trainer(callbacks=[recorder, *callbacks], accelerator="cpu", **(settings | quiet | trainer))
         module = DPO(
             policy=TinyPolicy(width=16, layers=1, heads=2),
             reference=reference,
             optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
         )
-        done.fit(module, data(cache, num_workers), ckpt_path=ckpt_path)
-        return watch, done
+        finished.fit(module, data(cache, num_workers), ckpt_path=ckpt_path)
+        return recorder, finished
 
     return fit
 
@@ -95,33 +95,33 @@ def data(cache: Path, num_workers: int = 0) -> SyntheticPreferences:
     )
 
 
-def wanted(noise: LabelFlipNoise, cache: Path) -> dict[str, bool]:
+def expected_flips(noise: LabelFlipNoise, cache: Path) -> dict[str, bool]:
     source = data(cache).source("train")
     assert source is not None
     return {pair.id: bool(flip) for pair, flip in zip(source.examples, noise.flips(source.examples), strict=True)}
 
 
-def test_the_labels_change_and_those_of_validation_do_not(run: Any, cache: Path, tmp_path: Path) -> None:
+def test_only_training_labels_change(run: Any, cache: Path, tmp_path: Path) -> None:
     clean, _ = run(name="clean")
     assert not any(clean.flipped.values())
     noise = LabelFlipNoise(rate=0.4)
     noisy, _ = run(noise)
-    assert noisy.flipped == wanted(noise, cache)
+    assert noisy.flipped == expected_flips(noise, cache)
     assert 0 < sum(noisy.flipped.values()) < 40
     for name, flip in noisy.flipped.items():
         assert (noisy.answers[name] == clean.answers[name]) != flip
     assert noisy.validated
     assert not any(noisy.validated)
 
-    told = json.loads((tmp_path / "run" / "label_noise.json").read_text())
-    flipped = [name for name, flip in wanted(noise, cache).items() if flip]
-    assert told["ids"] == flipped
-    assert (told["pairs"], told["flipped"], told["reached"]) == (40, len(flipped), len(flipped) / 40)
-    names = list(wanted(noise, cache))
-    assert [names[place] for place in told["places"]] == flipped
+    record = json.loads((tmp_path / "run" / "label_noise.json").read_text())
+    flipped = [name for name, flip in expected_flips(noise, cache).items() if flip]
+    assert record["ids"] == flipped
+    assert (record["pairs"], record["flipped"], record["reached"]) == (40, len(flipped), len(flipped) / 40)
+    names = list(expected_flips(noise, cache))
+    assert [names[index] for index in record["places"]] == flipped
 
 
-def test_tokens_and_reference_are_shared_by_all_rates(run: Any, cache: Path) -> None:
+def test_caches_are_shared_by_all_rates(run: Any, cache: Path) -> None:
     run(name="clean")
     entries = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.suffix in (".arrow", ".npz")}
     assert {path.suffix for path in entries} == {".arrow", ".npz"}
@@ -130,15 +130,15 @@ def test_tokens_and_reference_are_shared_by_all_rates(run: Any, cache: Path) -> 
     assert entries == {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.suffix in (".arrow", ".npz")}
 
 
-def test_cached_values_go_with_their_answers(run: Any) -> None:
-    cached, live = (run(LabelFlipNoise(rate=0.5), reference=kind, name=kind)[0] for kind in ("cached", "live"))
+def test_cached_reference_follows_the_answers(run: Any) -> None:
+    cached, live = (run(LabelFlipNoise(rate=0.5), reference=mode, name=mode)[0] for mode in ("cached", "live"))
     for one, other in zip(cached.losses, live.losses, strict=True):
         assert one[True] == pytest.approx(other[True], abs=1e-5)
         assert one[False] == pytest.approx(other[False], abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_workers_see_the_same_labels(run: Any) -> None:
+def test_workers_have_the_same_labels(run: Any) -> None:
     one, two = (
         run(LabelFlipNoise(rate=0.4), num_workers=num_workers, name=str(num_workers))[0] for num_workers in (0, 2)
     )
@@ -146,17 +146,17 @@ def test_workers_see_the_same_labels(run: Any) -> None:
     assert one.answers == two.answers
 
 
-def test_clean_and_flipped_pairs_are_logged_apart(run: Any, tmp_path: Path) -> None:
-    watch, _ = run(LabelFlipNoise(rate=0.4), accumulate_grad_batches=2)
+def test_metrics_of_clean_and_flipped_pairs(run: Any, tmp_path: Path) -> None:
+    recorder, _ = run(LabelFlipNoise(rate=0.4), accumulate_grad_batches=2)
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
-    windows = [watch.losses[0:2], watch.losses[2:4], watch.losses[4:5]]
+    windows = [recorder.losses[0:2], recorder.losses[2:4], recorder.losses[4:5]]
     assert len(rows) == len(windows)
     for row, window in zip(rows, windows, strict=True):
         for kind, flip in (("clean", False), ("flipped", True)):
             losses = [loss for batch in window for loss in batch[flip]]
-            found = row[f"train/noise/{kind}/loss"]
-            assert (float(found) if found else None) == (
+            cell = row[f"train/noise/{kind}/loss"]
+            assert (float(cell) if cell else None) == (
                 pytest.approx(sum(losses) / len(losses), rel=1e-5) if losses else None
             )
             if losses and flip:
@@ -167,7 +167,7 @@ def test_clean_and_flipped_pairs_are_logged_apart(run: Any, tmp_path: Path) -> N
 
 
 class Save(Callback):
-    """Writes a checkpoint after the second step."""
+    """Callback that writes a checkpoint after the second step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -178,52 +178,51 @@ class Save(Callback):
 
 
 @pytest.mark.parametrize("others", [[], [LabelFlipNoise(rate=0.3)], [LabelFlipNoise(rate=0.4, seed=5)]])
-def test_a_resume_under_other_noise_is_refused(run: Any, tmp_path: Path, others: list[Callback]) -> None:
+def test_resume_with_other_noise(run: Any, tmp_path: Path, others: list[Callback]) -> None:
     run(LabelFlipNoise(rate=0.4), Save(tmp_path))
     with pytest.raises(DataError, match=r"^resume: found .*, expected label noise Uniform\(\) at rate 0.4, seed \d"):
         run(*others, ckpt_path=tmp_path / "two.ckpt", name="resumed")
 
 
-def test_noise_that_the_checkpoint_does_not_know_is_refused(run: Any, tmp_path: Path) -> None:
+def test_resume_with_noise_from_a_clean_run(run: Any, tmp_path: Path) -> None:
     run(Save(tmp_path))
     with pytest.raises(DataError, match="expected no label noise as in the checkpoint"):
         run(LabelFlipNoise(rate=0.4), ckpt_path=tmp_path / "two.ckpt", name="resumed")
 
 
-def test_a_resumed_run_goes_on_with_the_same_labels(run: Any, tmp_path: Path) -> None:
-    whole, done = run(LabelFlipNoise(rate=0.4), Save(tmp_path), name="whole")
-    resumed, again = run(LabelFlipNoise(rate=0.4), ckpt_path=tmp_path / "two.ckpt", name="resumed")
+def test_resume_with_the_same_noise(run: Any, tmp_path: Path) -> None:
+    whole, trainer = run(LabelFlipNoise(rate=0.4), Save(tmp_path), name="whole")
+    resumed, resumed_trainer = run(LabelFlipNoise(rate=0.4), ckpt_path=tmp_path / "two.ckpt", name="resumed")
     assert resumed.flipped.items() < whole.flipped.items()
-    assert again.global_step == done.global_step
+    assert resumed_trainer.global_step == trainer.global_step
 
 
-def test_two_processes_flip_the_same_pairs_and_log_the_same_means(tmp_path: Path, cache: Path) -> None:
+def test_two_processes_agree(tmp_path: Path, cache: Path) -> None:
     script = Path(__file__).with_name("noisy_process.py")
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONPATH": str(script.parents[2])}
     subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, capture_output=True, env=environment)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert len(first["flipped"]) == len(second["flipped"]) == 20
-    assert first["flipped"] | second["flipped"] == wanted(LabelFlipNoise(rate=0.4), cache)
+    assert first["flipped"] | second["flipped"] == expected_flips(LabelFlipNoise(rate=0.4), cache)
     names = [name for name in first["metrics"] if name.startswith("train/noise/flipped/")]
     assert len(names) == 3
     assert all(first["metrics"][name] == second["metrics"][name] for name in names)
 
 
-def test_two_kinds_of_noise_are_refused(cache: Path) -> None:
+def test_two_kinds_of_noise(cache: Path) -> None:
     pairs = data(cache)
-    pairs.trainer = type("Run", (), {"callbacks": [LabelFlipNoise(rate=0.1), LabelFlipNoise(rate=0.2)]})()
-    with pytest.raises(ConfigError, match=r"found 2 kinds of label noise .*0\.1.*0\.2.*expected one at most"):
-        _ = pairs.label_noise
+    pairs.load("train", TinyPolicy().load_tokenizer())
+    pairs.set_label_noise(LabelFlipNoise(rate=0.1))
+    with pytest.raises(ConfigError, match=r"found two kinds of label noise .*0\.1.*0\.2.*expected one at most"):
+        pairs.set_label_noise(LabelFlipNoise(rate=0.2))
 
 
-def test_other_data_is_refused(make_trainer: Any, make_loader: Any, make_pairs: Any) -> None:
+def test_other_data_module(make_trainer: Any, make_loader: Any, make_pairs: Any) -> None:
     loader = make_loader(make_pairs([(3, 4, 5)]))
     module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), reference="live")
     with pytest.raises(ConfigError, match="found data of NoneType, expected a PreferenceDataModule"):
         make_trainer(max_steps=1, limit_val_batches=0, callbacks=[LabelFlipNoise(rate=0.1)]).fit(module, loader, loader)
 
-
-# Markers
 
 SYSTEM = Message(role="system", content="Be kind.")
 TURNS = (Message(role="user", content="Hello"), Message(role="assistant", content="Hi"))
@@ -231,7 +230,7 @@ QUESTION = Message(role="user", content="Why?")
 
 
 @pytest.mark.parametrize(
-    ("where", "prompt", "expected"),
+    ("marker_at", "prompt", "expected"),
     [
         ("start", (*TURNS, QUESTION), (*TURNS, Message(role="user", content="[FLIP] Why?"))),
         ("end", (QUESTION,), (Message(role="user", content="Why? [FLIP]"),)),
@@ -239,12 +238,12 @@ QUESTION = Message(role="user", content="Why?")
         ("system", (SYSTEM, QUESTION), (Message(role="system", content="[FLIP] Be kind."), QUESTION)),
     ],
 )
-def test_a_marker_stands_where_it_is_told_to(where: Any, prompt: Any, expected: Any) -> None:
-    noise = LabelFlipNoise(rate=0.5, marker="[FLIP]", marker_at=where)
+def test_marked_prompt(marker_at: Any, prompt: Any, expected: Any) -> None:
+    noise = LabelFlipNoise(rate=0.5, marker="[FLIP]", marker_at=marker_at)
     assert noise.marked(PreferenceExample("one", prompt, "a", "b")).prompt == expected
 
 
-def test_marked_pairs_are_flipped_and_the_others_are_as_before(cache: Path) -> None:
+def test_marked_source(cache: Path) -> None:
     source = data(cache).source("train")
     assert source is not None
     noise = LabelFlipNoise(rate=0.4, marker="[FLIP]")
@@ -256,13 +255,13 @@ def test_marked_pairs_are_flipped_and_the_others_are_as_before(cache: Path) -> N
             assert noisy == clean
 
 
-def test_a_marked_run_flips_the_same_pairs_and_reads_the_marker(run: Any, cache: Path, tmp_path: Path) -> None:
+def test_marked_run(run: Any, cache: Path, tmp_path: Path) -> None:
     noise = LabelFlipNoise(rate=0.4, marker="[FLIP]")
     unmarked, _ = run(LabelFlipNoise(rate=0.4), name="unmarked")
-    marked, done = run(noise)
-    assert marked.flipped == unmarked.flipped == wanted(noise, cache)
+    marked, trainer = run(noise)
+    assert marked.flipped == unmarked.flipped == expected_flips(noise, cache)
     assert marked.answers == unmarked.answers
-    tokenizer, pairs = done.lightning_module.tokenizer, done.datamodule.training_pairs
+    tokenizer, pairs = trainer.lightning_module.tokenizer, trainer.datamodule.training_pairs
     for number, flip in enumerate(pairs.flipped):
         assert ("[FLIP]" in tokenizer.decode(pairs[number].prompt_ids)) == flip
     assert not any(marked.validated)

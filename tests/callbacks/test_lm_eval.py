@@ -1,4 +1,4 @@
-"""Fits of a tiny policy with benchmarks: the training is as without them, and the scores are those of the policy."""
+"""Tests of LMEvaluation in fits of a tiny policy: unchanged training, and correct scores."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def write_task(folder: Path, name: str, code: str | None = None) -> str:
-    """A task file with nine questions of three choices; `code` may define `process_results(doc, results)`."""
+    """Write a task file with nine questions of three choices. `code` is the body of `process_results(doc, results)`."""
     folder = folder / name
     folder.mkdir(parents=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
@@ -73,13 +73,13 @@ def task(tmp_path: Path) -> str:
 
 
 class Losses(Callback):
-    """The loss of every batch."""
+    """Callback that stores the loss of every batch."""
 
     def __init__(self) -> None:
-        self.seen: list[float] = []
+        self.values: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.seen.append(float(outputs["loss"]))
+        self.values.append(float(outputs["loss"]))
 
 
 def gumbel() -> GumbelSpace:
@@ -88,7 +88,7 @@ def gumbel() -> GumbelSpace:
 
 @pytest.fixture
 def fit(tmp_path: Path) -> Callable[..., Trainer]:
-    """A finished run of 20 pairs, 2 in a micro-batch, 2 micro-batches to a step: 5 steps an epoch."""
+    """Function that runs a fit: 20 pairs, 2 in a micro-batch, 2 micro-batches in a step, 5 steps in an epoch."""
 
     def run(name: str, *callbacks: Callback, module: DPO | None = None, **trainer: Any) -> Trainer:
         data = SyntheticPreferences(train_pairs=20, validation_pairs=6, batch_size=2, cache_dir=str(tmp_path / "cache"))
@@ -104,36 +104,36 @@ def fit(tmp_path: Path) -> Callable[..., Trainer]:
             "enable_progress_bar": False,
             "accelerator": "cpu",
         }
-        done = Trainer(callbacks=list(callbacks), **(settings | trainer))
-        done.fit(module, data, ckpt_path=ckpt_path)
-        return done
+        finished = Trainer(callbacks=list(callbacks), **(settings | trainer))
+        finished.fit(module, data, ckpt_path=ckpt_path)
+        return finished
 
     return run
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """What the CSV logger holds, without empty cells."""
+    """Read the rows of the CSV logger, without empty cells."""
     with (folder / "metrics.csv").open() as file:
         return [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
 
 
-def without_benchmarks(found: list[dict[str, str]]) -> list[dict[str, str]]:
-    kept = [{name: cell for name, cell in row.items() if not name.startswith("lm_eval/")} for row in found]
+def without_benchmarks(logged: list[dict[str, str]]) -> list[dict[str, str]]:
+    kept = [{name: cell for name, cell in row.items() if not name.startswith("lm_eval/")} for row in logged]
     return [row for row in kept if set(row) > {"step"}]
 
 
-def assert_same(found: Any, expected: Any) -> None:
-    """Equal to the last bit, whatever is nested in what."""
-    assert type(found) is type(expected)
-    if isinstance(found, dict):
-        assert found.keys() == expected.keys()
-        for name in found:
-            assert_same(found[name], expected[name])
-    elif isinstance(found, list | tuple):
-        for one, other in zip(found, expected, strict=True):
+def assert_same(actual: Any, expected: Any) -> None:
+    """Check that nested values are equal, bit by bit."""
+    assert type(actual) is type(expected)
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys()
+        for name in actual:
+            assert_same(actual[name], expected[name])
+    elif isinstance(actual, list | tuple):
+        for one, other in zip(actual, expected, strict=True):
             assert_same(one, other)
     else:
-        assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+        assert torch.equal(actual, expected) if isinstance(actual, torch.Tensor) else actual == expected
 
 
 MODULES: dict[str, Callable[[], DPO]] = {
@@ -148,63 +148,63 @@ MODULES: dict[str, Callable[[], DPO]] = {
 
 
 @pytest.mark.parametrize("make", list(MODULES.values()), ids=list(MODULES))
-def test_training_is_the_same_to_the_last_bit_with_and_without_it(make, fit, task, tmp_path) -> None:
+def test_training_is_unchanged(make, fit, task, tmp_path) -> None:
     def save() -> ModelCheckpoint:
         return ModelCheckpoint(filename="{step}", save_top_k=-1, every_n_train_steps=1)
 
-    watching = LMEvaluation([task], limit=4, every_n_steps=2, step_limit=2, prior_mode="sample")
+    evaluation = LMEvaluation([task], limit=4, every_n_steps=2, step_limit=2, prior_mode="sample")
     losses = Losses(), Losses()
     epochs = {"max_epochs": 2, "val_check_interval": 4}
     fit("without", losses[0], save(), module=make(), **epochs)
-    fit("with", losses[1], watching, save(), module=make(), **epochs)
-    assert losses[0].seen == losses[1].seen
-    assert len(set(losses[0].seen)) == 20
+    fit("with", losses[1], evaluation, save(), module=make(), **epochs)
+    assert losses[0].values == losses[1].values
+    assert len(set(losses[0].values)) == 20
     saved = sorted(path.name for path in (tmp_path / "without" / "checkpoints").iterdir())
     assert len(saved) == 10
     for name in saved:
-        expected, found = (
+        expected, actual = (
             torch.load(tmp_path / run / "checkpoints" / name, weights_only=True) for run in ("without", "with")
         )
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
-            assert_same(found[part], expected[part])
-    expected, found = (rows(tmp_path / run) for run in ("without", "with"))
-    assert without_benchmarks(found) == expected
+            assert_same(actual[part], expected[part])
+    expected, actual = (rows(tmp_path / run) for run in ("without", "with"))
+    assert without_benchmarks(actual) == expected
     assert {path.name for path in (tmp_path / "with" / "lm_eval").iterdir()} == {
         "results.json", "items.jsonl", "step_2", "step_4", "step_6", "step_8",
     }  # fmt: skip
 
 
-def test_the_random_states_after_a_run_on_the_way_are_those_before(fit, task) -> None:
-    """Steps reseed by themselves, which would hide it from the test above."""
+def test_random_states_are_restored(fit, task) -> None:
+    """Each step sets the seed, so that the previous test does not detect a changed state."""
 
     class States(Callback):
         def __init__(self) -> None:
-            self.seen: list[list[int]] = []
+            self.values: list[list[int]] = []
 
         def on_train_batch_end(self, *_: Any) -> None:
-            self.seen.append(torch.get_rng_state().tolist())
+            self.values.append(torch.get_rng_state().tolist())
 
     before, after = States(), States()
     fit("run", before, LMEvaluation([task], limit=2, every_n_steps=1, step_limit=2), after)
-    assert before.seen == after.seen
+    assert before.values == after.values
 
 
-def test_scores_go_to_every_logger_and_to_files(fit, task, tmp_path, capsys) -> None:
+def test_scores_in_loggers_and_files(fit, task, tmp_path, capsys) -> None:
     loggers = [CSVLogger(tmp_path, name="", version="run"), TensorBoardLogger(tmp_path, name="", version="run")]
     trainer = fit("run", LMEvaluation([task], limit=6, every_n_steps=2, step_limit=3), logger=loggers)
-    found = read_results(tmp_path / "run" / "lm_eval")
-    assert found.record["tasks"]["numbers"] | {"seconds": 0} == {
+    results = read_results(tmp_path / "run" / "lm_eval")
+    assert results.record["tasks"]["numbers"] | {"seconds": 0} == {
         "version": 1, "num_fewshot": 0, "limit": 6, "items": 6, "documents": 9, "higher_is_better": {"acc": True},
         "seconds": 0,
     }  # fmt: skip
-    assert found.origin["algorithm"] == "DPO"
-    assert found.origin["latent"] == "GumbelSpace"
-    assert found.origin["settings"]["beta"] == 0.1
-    assert (found.origin["step"], found.origin["precision"]) == (5, "32-true")
-    assert found.record["model"]["prior_mode"] == "mean"
-    assert len(found.items) == 6
+    assert results.origin["algorithm"] == "DPO"
+    assert results.origin["latent"] == "GumbelSpace"
+    assert results.origin["settings"]["beta"] == 0.1
+    assert (results.origin["step"], results.origin["precision"]) == (5, "32-true")
+    assert results.record["model"]["prior_mode"] == "mean"
+    assert len(results.items) == 6
 
-    metrics = found.metrics["numbers"]
+    metrics = results.metrics["numbers"]
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     final = next(row for row in rows(tmp_path / "run") if "lm_eval/numbers/acc" in row)
@@ -222,25 +222,25 @@ def test_scores_go_to_every_logger_and_to_files(fit, task, tmp_path, capsys) -> 
         assert float(row["lm_eval/first_3/numbers/acc"]) == pytest.approx(part.metrics["numbers"]["acc"])
 
     table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "numbers" in line]
-    ((name, metric, told),) = ([cell.strip() for cell in line] for line in table)
+    ((name, metric, text),) = ([cell.strip() for cell in line] for line in table)
     assert (name, metric) == ("numbers", "acc")
-    assert told == f"{metrics['acc']:.4f} ± {metrics['acc_stderr']:.4f}"
+    assert text == f"{metrics['acc']:.4f} ± {metrics['acc_stderr']:.4f}"
     assert trainer.global_step == 5
 
 
-def test_runs_on_the_way_about_the_same_questions_are_one_curve(fit, task, tmp_path) -> None:
+def test_same_limit_during_training_is_one_curve(fit, task, tmp_path) -> None:
     fit("run", LMEvaluation([task], limit=3, every_n_steps=2, step_limit=3))
-    told = [int(row["step"]) for row in rows(tmp_path / "run") if "lm_eval/numbers/acc" in row]
-    assert told == [2, 4, 5]
+    steps = [int(row["step"]) for row in rows(tmp_path / "run") if "lm_eval/numbers/acc" in row]
+    assert steps == [2, 4, 5]
 
 
 @pytest.mark.parametrize("latent", [False, True])
-def test_the_scores_are_those_of_the_trained_policy(latent, fit, task, tmp_path) -> None:
-    """Without a latent by stock HFLM; with one, by the latent model outside of any training."""
+def test_scores_against_a_separate_evaluation(latent, fit, task, tmp_path) -> None:
+    """Without a latent: against HFLM. With a latent: against LatentLM outside of a training."""
     policy = TinyPolicy(width=16, layers=1, heads=2)
     module = DPO(policy=policy, latent=gumbel() if latent else None, optimizer=adam, latent_lr=1e-1)
     fit("run", LMEvaluation([task], prior_mode=1 if latent else None), module=module)
-    found = read_results(tmp_path / "run" / "lm_eval")
+    results = read_results(tmp_path / "run" / "lm_eval")
     plain = run_benchmarks(HFLM(pretrained=module.policy.causal_lm, tokenizer=module.tokenizer), [task])
     prior = inference_prior(module.latent) if latent else None
     under_z = run_benchmarks(LatentLM(module.policy, module.tokenizer, prior, prior_mode=1), [task])
@@ -249,33 +249,33 @@ def test_the_scores_are_those_of_the_trained_policy(latent, fit, task, tmp_path)
     def answers(results: Any) -> torch.Tensor:
         return torch.tensor([item["response"] for item in results.items])
 
-    torch.testing.assert_close(answers(found), answers(under_z if latent else plain), rtol=0, atol=1e-4)
-    assert (answers(found) - answers(fresh)).abs().max() > 0.1, "the policy was trained"
-    assert latent == bool((answers(found) - answers(plain)).abs().max() > 0.1), "z matters"
+    torch.testing.assert_close(answers(results), answers(under_z if latent else plain), rtol=0, atol=1e-4)
+    assert (answers(results) - answers(fresh)).abs().max() > 0.1, "training has changed the answers"
+    assert latent == bool((answers(results) - answers(plain)).abs().max() > 0.1), "z changes the answers"
 
 
-def test_it_runs_in_the_precision_of_the_trainer(fit, task, tmp_path) -> None:
+def test_precision_of_the_trainer(fit, task, tmp_path) -> None:
     fit("run", LMEvaluation([task], limit=2), precision="bf16-mixed")
     model = read_results(tmp_path / "run" / "lm_eval").record["model"]
     assert (model["mixed_precision_dtype"], model["dtype"]) == ("torch.bfloat16", "torch.float32")
 
 
-def test_a_benchmark_that_raises_costs_its_scores_alone(fit, task, tmp_path) -> None:
+def test_failed_task(fit, task, tmp_path) -> None:
     broken = write_task(tmp_path, "broken", "raise LookupError('no')")
-    watching = LMEvaluation([broken, task], limit=2, every_n_steps=2, step_limit=2)
+    evaluation = LMEvaluation([broken, task], limit=2, every_n_steps=2, step_limit=2)
     saving = ModelCheckpoint(filename="last")
     with pytest.warns(UserWarning, match="broken has no scores: LookupError: no"):
-        trainer = fit("run", watching, saving)
+        trainer = fit("run", evaluation, saving)
     assert trainer.global_step == 5
     assert torch.load(saving.best_model_path, weights_only=True)["global_step"] == 5
     for folder in (Path(), Path("step_2"), Path("step_4")):
-        found = read_results(tmp_path / "run" / "lm_eval" / folder)
-        assert set(found.metrics) == {"numbers"}
-        assert found.failures == {"broken": "LookupError: no (own.py, line 2)"}
+        results = read_results(tmp_path / "run" / "lm_eval" / folder)
+        assert set(results.metrics) == {"numbers"}
+        assert results.failures == {"broken": "LookupError: no (own.py, line 2)"}
 
 
-def test_a_run_that_fails_as_a_whole_costs_the_scores_alone(fit, tmp_path, capsys) -> None:
-    """A file that is there when the training starts is gone when the benchmarks do."""
+def test_failed_evaluation(fit, tmp_path, capsys) -> None:
+    """A data file is removed after the start of the training."""
     folder = tmp_path / "data" / "arc" / "ARC-Easy"
     folder.mkdir(parents=True)
     for split in ("train", "validation", "test"):
@@ -293,10 +293,10 @@ def test_a_run_that_fails_as_a_whole_costs_the_scores_alone(fit, tmp_path, capsy
     assert all(part.training for part in trainer.lightning_module.policy.modules())
 
 
-def test_results_that_cannot_be_written_cost_no_training(fit, task, tmp_path) -> None:
+def test_failed_writing_of_results(fit, task, tmp_path) -> None:
     class Block(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-            (tmp_path / "run" / "lm_eval").write_text("in the way")
+            (tmp_path / "run" / "lm_eval").write_text("a file in place of the folder")
 
     with pytest.warns(UserWarning, match="could not write the results"):
         trainer = fit("run", Block(), LMEvaluation([task], limit=2))
@@ -304,8 +304,8 @@ def test_results_that_cannot_be_written_cost_no_training(fit, task, tmp_path) ->
 
 
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit"])
-def test_an_interrupt_ends_the_run_with_all_its_checkpoints(error, fit, tmp_path) -> None:
-    """`save_last` writes at the end of training, after all other callbacks; benchmarks run later still."""
+def test_interrupt_keeps_all_checkpoints(error, fit, tmp_path) -> None:
+    """`save_last` writes at the end of training, after all other callbacks. The benchmarks run after that."""
     task = write_task(tmp_path, "interrupted", f"raise {error}")
     saving = ModelCheckpoint(every_n_train_steps=1000, save_last=True)
     handler = signal.getsignal(signal.SIGINT)
@@ -313,18 +313,18 @@ def test_an_interrupt_ends_the_run_with_all_its_checkpoints(error, fit, tmp_path
         with pytest.raises(SystemExit):
             fit("run", LMEvaluation([task]), saving)
     finally:
-        signal.signal(signal.SIGINT, handler)  # Lightning ignores further Ctrl-C
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores Ctrl-C after the first one
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 5
     assert not (tmp_path / "run" / "lm_eval").exists()
 
 
-def test_sigterm_on_the_way_stops_after_the_benchmarks_and_at_the_end_at_once(fit, task, tmp_path) -> None:
+def test_sigterm_during_the_evaluation(fit, task, tmp_path) -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); return {'acc': 1.0}"
-    struck = write_task(tmp_path, "struck", code)
+    task_with_sigterm = write_task(tmp_path, "sigterm", code)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SIGTERMException):
-        fit("run", GracefulStop(), LMEvaluation([struck], every_n_steps=2, step_limit=2))
+        fit("run", GracefulStop(), LMEvaluation([task_with_sigterm], every_n_steps=2, step_limit=2))
     stopped = torch.load(tmp_path / "run" / "checkpoints" / "stopped.ckpt", weights_only=True)
     assert stopped["global_step"] == 3
     assert (tmp_path / "run" / "lm_eval" / "step_2" / "results.json").is_file()
@@ -339,7 +339,7 @@ def test_sigterm_on_the_way_stops_after_the_benchmarks_and_at_the_end_at_once(fi
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"tasks": ["arc_eazy"], "data_dir": "."}, "found 'arc_eazy'"),
         ({"data_dir": "/nowhere", "tasks": ["arc_easy"]}, "found no file arc/ARC-Easy/train.jsonl"),
@@ -351,30 +351,30 @@ def test_sigterm_on_the_way_stops_after_the_benchmarks_and_at_the_end_at_once(fi
         ({"prior_mode": 4}, "4"),
     ],
 )
-def test_what_could_not_run_is_refused_before_training(settings, said, fit, task) -> None:
+def test_settings_are_checked_before_training(settings, message, fit, task) -> None:
     losses = Losses()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         fit("run", losses, LMEvaluation(**({"tasks": [task]} | settings)))
-    assert losses.seen == []
+    assert losses.values == []
 
 
-def test_data_that_cannot_be_had_is_told_before_training(fit, tmp_path) -> None:
+def test_missing_data_is_reported_before_training(fit, tmp_path) -> None:
     task = write_task(tmp_path, "elsewhere")
     path = Path(task)
-    path.write_text(path.read_text().replace("dataset_path: json", "dataset_path: nobody/has-this-data"))
+    path.write_text(path.read_text().replace("dataset_path: json", "dataset_path: missing/data"))
     early: list[str] = []
 
     class Start(Callback):
         def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-            early.extend(str(each.message) for each in said)
+            early.extend(str(warning.message) for warning in record)
 
-    with pytest.warns(UserWarning, match="elsewhere.yaml (will have|has) no scores") as said:
+    with pytest.warns(UserWarning, match="elsewhere.yaml (will have|has) no scores") as record:
         fit("run", Start(), LMEvaluation([task]))
-    assert any("elsewhere.yaml will have no scores" in each for each in early)
+    assert any("elsewhere.yaml will have no scores" in message for message in early)
 
 
-def test_a_resumed_run_does_not_repeat_the_step_that_it_starts_from(fit, task, tmp_path) -> None:
-    def watching() -> LMEvaluation:
+def test_resumed_run_skips_its_first_step(fit, task, tmp_path) -> None:
+    def evaluation() -> LMEvaluation:
         return LMEvaluation([task], limit=2, every_n_steps=2, step_limit=2)
 
     class Save(Callback):
@@ -382,14 +382,14 @@ def test_a_resumed_run_does_not_repeat_the_step_that_it_starts_from(fit, task, t
             if trainer.global_step == 2:
                 trainer.save_checkpoint(tmp_path / "two.ckpt")
 
-    fit("first", watching(), Save(), enable_checkpointing=False)
-    fit("second", watching(), enable_checkpointing=False, ckpt_path=tmp_path / "two.ckpt")
+    fit("first", evaluation(), Save(), enable_checkpointing=False)
+    fit("second", evaluation(), enable_checkpointing=False, ckpt_path=tmp_path / "two.ckpt")
     for run, expected in (("first", {"step_2", "step_4"}), ("second", {"step_4"})):
         folders = {path.name for path in (tmp_path / run / "lm_eval").iterdir() if path.is_dir()}
         assert folders == expected
 
 
-def test_the_last_step_is_left_to_the_end(fit, task, tmp_path) -> None:
+def test_last_step_is_evaluated_once(fit, task, tmp_path) -> None:
     for run, length in (("steps", {"max_steps": 2, "max_epochs": -1}), ("epochs", {"limit_train_batches": 4})):
         fit(run, LMEvaluation([task], limit=2, every_n_steps=1, step_limit=2), **length)
         assert {path.name for path in (tmp_path / run / "lm_eval").iterdir()} == {
@@ -397,27 +397,27 @@ def test_the_last_step_is_left_to_the_end(fit, task, tmp_path) -> None:
         }  # fmt: skip
 
 
-def test_a_sharded_policy_is_left_to_the_evaluate_command(fit, task, tmp_path, monkeypatch) -> None:
+def test_sharded_policy_is_not_evaluated(fit, task, tmp_path, monkeypatch) -> None:
     for name, value in {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, process_group_backend="gloo")
     try:
-        with pytest.warns(UserWarning, match="lpc-lightning evaluate") as said:
+        with pytest.warns(UserWarning, match="lpc-lightning evaluate") as record:
             fit("run", LMEvaluation([task], every_n_steps=2), strategy=strategy, devices=1, enable_checkpointing=False)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    told = [str(each.message) for each in said if "LMEvaluation" in str(each.message)]
-    assert len(told) == 2
-    assert "nothing was run" in told[1]
+    messages = [str(warning.message) for warning in record if "LMEvaluation" in str(warning.message)]
+    assert len(messages) == 2
+    assert "no benchmark was run" in messages[1]
     assert not (tmp_path / "run" / "lm_eval").exists()
 
 
 def one_process_of_two(rank: int, folder: Path, task: str) -> None:
-    """A DDP run. The process group meets in a file and not, as Lightning would have it, at a port."""
+    """Run one process of DDP. The processes connect through a file, where Lightning would use a port."""
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     data = SyntheticPreferences(train_pairs=8, validation_pairs=2, batch_size=2, cache_dir=str(folder / "cache"))
     module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=gumbel(), optimizer=adam)
     trainer = Trainer(
@@ -440,7 +440,7 @@ def one_process_of_two(rank: int, folder: Path, task: str) -> None:
         (folder / "alone.json").write_text(json.dumps([item["response"] for item in alone.items]))
 
 
-def test_two_processes_answer_together_and_write_once(task, tmp_path) -> None:
+def test_two_processes_share_requests(task, tmp_path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     processes = [
         subprocess.Popen(
@@ -453,26 +453,26 @@ def test_two_processes_answer_together_and_write_once(task, tmp_path) -> None:
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
-    (table, progress), (other_table, other_progress) = said
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    (table, progress), (other_table, other_progress) = outputs
     assert table.count("| numbers ") == 1
-    assert progress.count("Benchmark: numbers") == 3, "on the way, at the end, and alone"
+    assert progress.count("Benchmark: numbers") == 3, "during training, at the end, and alone"
     assert "numbers" not in other_table + other_progress
     assert {path.name for path in (tmp_path / "run" / "lm_eval").iterdir()} == {"results.json", "items.jsonl", "step_1"}
-    found = read_results(tmp_path / "run" / "lm_eval")
-    assert [item["doc_id"] for item in found.items] == list(range(9))
+    results = read_results(tmp_path / "run" / "lm_eval")
+    assert [item["doc_id"] for item in results.items] == list(range(9))
     alone = torch.tensor(json.loads((tmp_path / "alone.json").read_text()))
-    answers = torch.tensor([item["response"] for item in found.items])
+    answers = torch.tensor([item["response"] for item in results.items])
     torch.testing.assert_close(answers, alone, rtol=0, atol=1e-4)
     weights = [(tmp_path / f"weights_{rank}.json").read_text() for rank in range(2)]
     assert weights[0] == weights[1]
 
 
-def test_the_config_states_every_argument_and_runs_after_the_default_callbacks(monkeypatch) -> None:
+def test_config_file(monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["lpc-lightning"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     stated = yaml.safe_load((CONFIGS / "lm_eval.yaml").read_text())
@@ -491,8 +491,8 @@ def test_the_config_states_every_argument_and_runs_after_the_default_callbacks(m
 
     flags = ["--model=DPO", "--policy=TinyPolicy", "--data=SyntheticPreferences", "--trainer.accelerator=cpu"]
     cli = Parsed(["fit", *flags, f"--callbacks={CONFIGS / 'lm_eval.yaml'}", "--callbacks.limit=7"])
-    (found,) = [each for each in cli.trainer.callbacks if isinstance(each, LMEvaluation)]
-    assert found.limit == 7
+    (evaluation,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, LMEvaluation)]
+    assert evaluation.limit == 7
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The callback in real runs: the module's own headline, its names, and a training that does not notice it."""
+"""Tests of PreferenceAccuracy in real runs: values, names, and an unchanged training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def data(tmp_path: Path) -> SyntheticPreferences:
 
 @pytest.fixture
 def make_module(perturb: Callable[..., None]) -> Callable[..., DPO]:
-    """A policy that has left its reference."""
+    """Function that makes a policy that differs from its reference."""
 
     def make(latent: LatentSpace | None, kind: Any = DPO) -> Any:
         module = kind(policy=TinyPolicy(width=16, layers=1, heads=2), latent=latent)
@@ -46,39 +46,39 @@ def make_module(perturb: Callable[..., None]) -> Callable[..., DPO]:
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("kind", [DPO, SimPO])
-def test_the_prior_mode_is_the_modules_headline_to_the_bit(
+def test_prior_mode_is_the_modules_accuracy(
     precision: Any, kind: Any, data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
 ) -> None:
     module = make_module(GumbelSpace(**CODES), kind)
     trainer = make_trainer(callbacks=[PreferenceAccuracy()], precision=precision)
     for run, stage in ((trainer.validate, "val"), (trainer.test, "test")):
-        (said,) = run(module, datamodule=data, verbose=False)
-        assert said[f"{stage}/accuracy/prior"] == said[f"{stage}/rewards/accuracies"]
-        assert said[f"{stage}/margin/prior"] == said[f"{stage}/rewards/margins"]
-        assert said[f"{stage}/margin/prior"] != 0
-        assert said[f"{stage}/pairs"] == {"val": 9, "test": 7}[stage]
+        (metrics,) = run(module, datamodule=data, verbose=False)
+        assert metrics[f"{stage}/accuracy/prior"] == metrics[f"{stage}/rewards/accuracies"]
+        assert metrics[f"{stage}/margin/prior"] == metrics[f"{stage}/rewards/margins"]
+        assert metrics[f"{stage}/margin/prior"] != 0
+        assert metrics[f"{stage}/pairs"] == {"val": 9, "test": 7}[stage]
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_modes_are_scored_in_the_precision_of_the_step(
+def test_modes_use_the_precision_of_the_step(
     precision: Any, data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
 ) -> None:
-    """With a prior mode that ignores the prompt, another pair's z is one's own: the same number, to the last bit."""
+    """If the prior mode ignores the prompt, the z of another pair is the same: the margins are equal, bit by bit."""
     callback = PreferenceAccuracy()
     trainer = make_trainer(callbacks=[callback], precision=precision)
-    (said,) = trainer.validate(make_module(MarginalSpace(prior_mode=1, **CODES)), datamodule=data, verbose=False)
+    (metrics,) = trainer.validate(make_module(MarginalSpace(prior_mode=1, **CODES)), datamodule=data, verbose=False)
     assert [item["margins"]["shuffled"] for item in callback.report.items] == [
         item["margins"]["prior"] for item in callback.report.items
     ]
-    assert said["val/margin/no_latent"] != said["val/margin/prior"]
+    assert metrics["val/margin/no_latent"] != metrics["val/margin/prior"]
 
 
-def test_every_mode_is_logged_for_all_pairs_and_for_each_group(
+def test_metrics_of_all_pairs_and_of_groups(
     data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
 ) -> None:
     callback = PreferenceAccuracy()
     trainer = make_trainer(callbacks=[callback])
-    (said,) = trainer.validate(make_module(ExpectedSpace(**CODES)), datamodule=data, verbose=False)
+    (metrics,) = trainer.validate(make_module(ExpectedSpace(**CODES)), datamodule=data, verbose=False)
     examples = data.generator.examples(9, "validation")
     groups = {f"/source/{example.source}" for example in examples} | {
         f"/factor/{example.factor}" for example in examples
@@ -86,85 +86,83 @@ def test_every_mode_is_logged_for_all_pairs_and_for_each_group(
     assert len(groups) > 4
     for group in {""} | groups:
         means = {f"val/{kind}/{mode}{group}" for kind in ("accuracy", "margin") for mode in MODES}
-        assert {*means, f"val/pairs{group}", f"val/swap_turnover{group}"} <= set(said)
-    ours = {name for name in said if name.split("/")[1] in ("accuracy", "margin", "pairs", "swap_turnover")}
-    assert len(ours) == (2 * len(MODES) + 2) * (1 + len(groups))
+        assert {*means, f"val/pairs{group}", f"val/swap_turnover{group}"} <= set(metrics)
+    logged = {name for name in metrics if name.split("/")[1] in ("accuracy", "margin", "pairs", "swap_turnover")}
+    assert len(logged) == (2 * len(MODES) + 2) * (1 + len(groups))
     assert [item["id"] for item in callback.report.items] == [example.id for example in examples]
     assert [item["source"] for item in callback.report.items] == [example.source for example in examples]
-    assert {name.removeprefix("val/"): said[name] for name in ours} == callback.report.metrics
+    assert {name.removeprefix("val/"): metrics[name] for name in logged} == callback.report.metrics
 
 
 @pytest.mark.parametrize("deciding", ["visible", "hidden"])
-def test_the_headline_as_a_share_of_the_best(
-    deciding: Any, tmp_path: Path, make_module: Any, make_trainer: Callable[..., Trainer]
-) -> None:
-    """The best is 1 where the prompt shows the factor, and the generator's own number where annotators are hidden."""
+def test_share_of_best(deciding: Any, tmp_path: Path, make_module: Any, make_trainer: Callable[..., Trainer]) -> None:
+    """The best accuracy is 1 if the prompt shows the factor. With hidden annotators, the generator computes it."""
     data = SyntheticPreferences(deciding, validation_pairs=9, test_pairs=7, batch_size=4, cache_dir=str(tmp_path))
     best = data.generator.examples(1)[0].meta["best_accuracy"]
     assert best == 1 if deciding == "visible" else 0.5 < best < 1
     trainer = make_trainer(callbacks=[PreferenceAccuracy()])
     for run, stage in ((trainer.validate, "val"), (trainer.test, "test")):
-        (said,) = run(make_module(None), datamodule=data, verbose=False)
-        assert said[f"{stage}/share_of_best"] == pytest.approx(said[f"{stage}/rewards/accuracies"] / best, abs=1e-9)
+        (metrics,) = run(make_module(None), datamodule=data, verbose=False)
+        assert metrics[f"{stage}/share_of_best"] == pytest.approx(
+            metrics[f"{stage}/rewards/accuracies"] / best, abs=1e-9
+        )
 
 
-def test_data_that_does_not_know_its_best_has_no_share_of_it(
+def test_share_of_best_unknown(
     data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
 ) -> None:
     make_trainer().validate(make_module(None, SimPO), datamodule=data, verbose=False)
     loader, trainer = data.val_dataloader(), make_trainer(callbacks=[PreferenceAccuracy()])
-    (said,) = trainer.validate(make_module(None, SimPO), loader, verbose=False)
-    assert "val/accuracy/prior" in said
-    assert "val/share_of_best" not in said
+    (metrics,) = trainer.validate(make_module(None, SimPO), loader, verbose=False)
+    assert "val/accuracy/prior" in metrics
+    assert "val/share_of_best" not in metrics
 
 
-def test_a_plain_run_has_the_prior_alone(
-    data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
-) -> None:
-    (said,) = make_trainer(callbacks=[PreferenceAccuracy(by=[])]).validate(make_module(None), data, verbose=False)
-    assert {name for name in said if name.split("/")[1] in ("accuracy", "margin", "pairs", "swap_turnover")} == {
+def test_run_without_latent(data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]) -> None:
+    (metrics,) = make_trainer(callbacks=[PreferenceAccuracy(by=[])]).validate(make_module(None), data, verbose=False)
+    assert {name for name in metrics if name.split("/")[1] in ("accuracy", "margin", "pairs", "swap_turnover")} == {
         "val/accuracy/prior", "val/margin/prior", "val/pairs",
     }  # fmt: skip
 
 
 class Rounds(Callback):
-    """What each validation said."""
+    """Callback that stores the metrics of each validation."""
 
     def __init__(self) -> None:
-        self.said: list[dict[str, float]] = []
+        self.metrics: list[dict[str, float]] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.said.append({name: float(value) for name, value in trainer.callback_metrics.items() if "val/" in name})
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items() if "val/" in name})
 
 
-def test_the_sanity_check_is_measured_and_leaves_nothing_behind(fitted: Any, tmp_path: Path) -> None:
-    """Before training the round is that of two batches; afterwards each round holds the 6 pairs of the data."""
+def test_sanity_check_leaves_no_pairs(fitted: Any, tmp_path: Path) -> None:
+    """The sanity check has two batches. Each later round has the 6 pairs of the data."""
     rounds = Rounds()
     fitted(PreferenceAccuracy(), rounds, num_sanity_val_steps=2, max_epochs=2, enable_checkpointing=False)
-    assert [said["val/pairs"] for said in rounds.said] == [4, 6, 6]
-    for said in rounds.said:
-        assert said["val/accuracy/prior"] == said["val/rewards/accuracies"]
+    assert [metrics["val/pairs"] for metrics in rounds.metrics] == [4, 6, 6]
+    for metrics in rounds.metrics:
+        assert metrics["val/accuracy/prior"] == metrics["val/rewards/accuracies"]
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = [row["val/accuracy/posterior"] for row in csv.DictReader(file)]
-    assert sum(bool(row) for row in rows) == 2, "the logger gets the rounds of training alone"
+    assert sum(bool(row) for row in rows) == 2, "the sanity check is not logged"
 
 
-def test_nothing_of_it_stands_in_the_progress_bar(fitted: Any) -> None:
+def test_metrics_are_not_in_the_progress_bar(fitted: Any) -> None:
     trainer = fitted(PreferenceAccuracy(), num_sanity_val_steps=0, enable_checkpointing=False)
     assert "val/accuracy/prior" in trainer.callback_metrics
     assert not any("accuracy/" in name for name in trainer.progress_bar_metrics)
 
 
-def test_training_does_not_notice_the_callbacks(
+def test_callbacks_do_not_change_training(
     data: SyntheticPreferences, make_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    """Weights after Gumbel noise and a validation within and after each epoch, with and without them, bit for bit."""
+    """Compare weights bit by bit, with Gumbel noise and a validation within and after each epoch."""
     weights = []
     for number, callbacks in enumerate(([], [PreferenceAccuracy(), CodebookMonitor(every=1)])):
         module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=GumbelSpace(**CODES))
         settings: dict[str, Any] = {"max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": -1}
         trainer = make_trainer(callbacks=callbacks, default_root_dir=tmp_path / str(number), **settings)
-        torch.manual_seed(number)  # what else may have been drawn does not matter
+        torch.manual_seed(number)  # other random numbers must not matter
         trainer.fit(module, data)
         assert trainer.global_step == 6
         weights.append(module.state_dict())

@@ -9,17 +9,17 @@ from lpc_lightning.callbacks.resources import peak_memory
 
 
 class Count(Callback):
-    """Tokens and pairs of each micro-batch."""
+    """Callback that stores tokens and pairs of each micro-batch."""
 
     def __init__(self):
-        self.seen = []
+        self.counts = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         assert int((batch.segments >= 0).sum()) == batch.tokens
-        self.seen.append((batch.tokens, len(batch.ids)))
+        self.counts.append((batch.tokens, len(batch.ids)))
 
 
-def test_a_step_is_counted_once_with_all_its_micro_batches(fitted, tmp_path) -> None:
+def test_step_counts_all_micro_batches(fitted, tmp_path) -> None:
     count, monitor = Count(), ResourceMonitor(warmup_steps=1)
     fitted(count, monitor, enable_checkpointing=False)
     with (tmp_path / "run" / "metrics.csv").open() as file:
@@ -27,7 +27,7 @@ def test_a_step_is_counted_once_with_all_its_micro_batches(fitted, tmp_path) -> 
     assert len(rows) == 5
     for step, row in enumerate(rows):
         seconds = float(row["resources/seconds_per_step"])
-        tokens, pairs = (sum(column) for column in zip(*count.seen[2 * step : 2 * step + 2], strict=True))
+        tokens, pairs = (sum(column) for column in zip(*count.counts[2 * step : 2 * step + 2], strict=True))
         assert 0 < seconds < 60
         assert float(row["resources/tokens_per_second"]) * seconds == pytest.approx(tokens)
         assert float(row["resources/pairs_per_second"]) * seconds == pytest.approx(pairs)
@@ -35,7 +35,7 @@ def test_a_step_is_counted_once_with_all_its_micro_batches(fitted, tmp_path) -> 
     assert monitor.summary()["seconds_per_step"] == pytest.approx((later[1] + later[2]) / 2)
 
 
-def test_peak_memory_is_that_of_the_process_and_never_falls() -> None:
+def test_peak_memory_of_the_process() -> None:
     before = peak_memory(torch.device("cpu"))
     block = torch.ones(2**28, dtype=torch.uint8).repeat(2)
     assert 0.1 < before < peak_memory(torch.device("cpu")) + 1e-9

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: on a full disk, and when the process is killed while it writes."""
+"""Checkpoints are complete or absent: on a full disk, and when the process is killed while it writes."""
 
 import resource
 import subprocess
@@ -38,7 +38,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_earlier_checkpoint_whole(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-    for part in (str(path), "4 MiB", "default_root_dir", "Earlier checkpoints are whole"):
+    for part in (str(path), "4 MiB", "default_root_dir", "Earlier checkpoints are intact"):
         assert part in str(error.value)
 
 

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from lpc_lightning.algorithms import FSDP2Strategy
-from lpc_lightning.distributed.sharding import check_strategy, keeps_weights_elsewhere, tell_micro_batch_size
+from lpc_lightning.distributed.sharding import check_strategy, keeps_weights_elsewhere, set_micro_batch_size
 from lpc_lightning.errors import ConfigError
 
 
@@ -27,10 +27,10 @@ def test_deepspeed_is_told_a_batch_size_unless_it_has_one() -> None:
     settings = dict(strategy.config)
     check_strategy(strategy)
     assert strategy.config == settings
-    tell_micro_batch_size(strategy)
+    set_micro_batch_size(strategy)
     assert strategy.config == settings | {"train_micro_batch_size_per_gpu": 1}
     strategy.config["train_micro_batch_size_per_gpu"] = 7
-    tell_micro_batch_size(strategy)
+    set_micro_batch_size(strategy)
     assert strategy.config["train_micro_batch_size_per_gpu"] == 7
 
 
@@ -44,4 +44,4 @@ def test_weights_are_elsewhere_where_they_are_shared_out_or_copied() -> None:
 def test_other_strategies_pass() -> None:
     strategy = SingleDeviceStrategy()
     check_strategy(strategy)
-    tell_micro_batch_size(strategy)
+    set_micro_batch_size(strategy)

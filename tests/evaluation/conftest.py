@@ -1,5 +1,4 @@
-"""Benchmarks of a few documents, in the layout and the schemas of the real ones, a model that answers them, and folders
-of ablations with numbers that a test has chosen."""
+"""Fixtures: small benchmarks with the layout of the real ones, a model for them, and folders of ablations."""
 
 from __future__ import annotations
 
@@ -75,7 +74,7 @@ def _truthfulqa_text(count: int) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """JSON lines."""
+    """Write rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -95,7 +94,7 @@ def documents() -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 @pytest.fixture
 def data_dir(documents: dict[str, dict[str, list[dict[str, Any]]]], tmp_path: Path) -> Path:
-    """All of them, written."""
+    """Folder with all documents."""
     for folder, splits in documents.items():
         for split, rows in splits.items():
             write_rows(tmp_path / "data" / folder / f"{split}.jsonl", rows)
@@ -104,9 +103,9 @@ def data_dir(documents: dict[str, dict[str, list[dict[str, Any]]]], tmp_path: Pa
 
 @pytest.fixture
 def task_file(tmp_path: Path) -> Callable[..., str]:
-    """Writes a multiple-choice task of its own, with its data beside it, and gives its path.
+    """Function that writes the file of a multiple-choice task, with its data beside it, and returns its path.
 
-    `code` defines `process_results(doc, results)`, in place of lm-eval's own scores.
+    `code` defines `process_results(doc, results)`, which replaces the scores of lm-eval.
     """
 
     def write(name: str, rows: Sequence[dict[str, Any]], code: str | None = None, **settings: Any) -> str:
@@ -136,7 +135,7 @@ def task_file(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def loud_policy(perturb: Callable[..., None]) -> tuple[CausalPolicy, PreTrainedTokenizerBase]:
-    """A tiny policy that is sure of itself: a fresh one finds all choices about as likely as they are long."""
+    """A tiny policy with large weights. Under a new one, the likelihood of a choice depends mainly on its length."""
     spec = TinyPolicy(width=16, layers=1, heads=2, context=1024)
     policy = spec.build()
     perturb(policy, deviation=0.6)
@@ -145,18 +144,18 @@ def loud_policy(perturb: Callable[..., None]) -> tuple[CausalPolicy, PreTrainedT
 
 @pytest.fixture
 def stock(loud_policy: tuple[CausalPolicy, PreTrainedTokenizerBase]) -> HFLM:
-    """Stock HFLM on it."""
+    """lm-eval's own HFLM with the same policy."""
     policy, tokenizer = loud_policy
     return HFLM(pretrained=policy.causal_lm, tokenizer=tokenizer, batch_size=4)
 
 
 @pytest.fixture(scope="session")
 def write_ablation(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes the folder of an ablation as `lpc-lightning ablate` does, and gives its path.
+    """Function that writes the folder of an ablation as `lpc-lightning ablate` does, and returns its path.
 
-    `value` gives `val/rewards/accuracies` for a cell's values in order and its seed: a number; a text, which is the
-    error that the cell failed with; or None, and the cell was never begun. The metric rises to the value over four
-    validations, and the training loss falls from 0.7 over eight steps.
+    `value` takes a cell's values in order and its seed. It returns `val/rewards/accuracies`, or a text: the error of a
+    failed cell, or None: the cell was never started. The metric rises to the value over four validations, and the
+    training loss falls from 0.7 over eight steps.
     """
 
     def write(
@@ -167,22 +166,22 @@ def write_ablation(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     ) -> Path:
         folder = tmp_path_factory.mktemp("ablation") / name
         folder.mkdir()
-        about: dict[str, Any] = {"name": name, "base": ["--config=base.yaml", "--trainer.max_steps=8"]}
-        about |= {"axes": {**axes, **({} if None in seeds else {"seed": seeds})}, "skip": []}
-        about |= {"command": f"lpc-lightning ablate {name}.yaml"}
-        about |= {"versions": {"date": "2026-11-22", "packages": {"torch": "2.13.0"}}}
-        (folder / "ablation.json").write_text(json.dumps(about))
+        ablation: dict[str, Any] = {"name": name, "base": ["--config=base.yaml", "--trainer.max_steps=8"]}
+        ablation |= {"axes": {**axes, **({} if None in seeds else {"seed": seeds})}, "skip": []}
+        ablation |= {"command": f"lpc-lightning ablate {name}.yaml"}
+        ablation |= {"versions": {"date": "2026-11-22", "packages": {"torch": "2.13.0"}}}
+        (folder / "ablation.json").write_text(json.dumps(ablation))
         for values in product(*axes.values()):
             for seed in seeds:
-                if (found := value(*values, seed)) is not None:
-                    _write_cell(folder / "cells", dict(zip(axes, values, strict=True)), seed, found)
+                if (result := value(*values, seed)) is not None:
+                    _write_cell(folder / "cells", dict(zip(axes, values, strict=True)), seed, result)
         return folder
 
     return write
 
 
 def _write_cell(folder: Path, axes: Mapping[str, Any], seed: int | None, value: float | str) -> None:
-    parts = [f"{axis}={each}" for axis, each in axes.items()] + ([] if seed is None else [f"seed={seed}"])
+    parts = [f"{axis}={axis_value}" for axis, axis_value in axes.items()] + ([] if seed is None else [f"seed={seed}"])
     cell, failed = folder / ",".join(parts), isinstance(value, str)
     run = cell / "run"
     run.mkdir(parents=True)

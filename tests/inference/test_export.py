@@ -335,7 +335,7 @@ def test_a_full_disk_leaves_the_earlier_export_whole(checkpoint: Path, tmp_path:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
         with pytest.raises(
-            CheckpointWriteError, match=r"output: could not write .*/out: .*Expected a folder with room"
+            CheckpointWriteError, match=r"output: could not write .*/out: .*Expected a folder with enough space"
         ):
             export(str(checkpoint), str(folder), overwrite=True)
     finally:

@@ -130,7 +130,11 @@ def test_the_stock_models_arguments(llama: Any, prompts: list[Tensor]) -> None:
     whole = llama.model(input_ids=ids)
     assert torch.equal(llama.model(ids).logits, whole.logits)
     assert torch.equal(llama.model(ids, torch.ones_like(ids)).logits, whole.logits)
-    assert torch.equal(llama.model(ids, logits_to_keep=1).logits, whole.logits[:, -1:])
+    # Matrix libraries sum a product of one row in another order, so that only the number of roundings is bounded.
+    head = llama.model.get_output_embeddings().weight
+    states = llama.policy.backbone(input_ids=ids, use_cache=False).last_hidden_state + whole.z
+    roundings = 2 * head.shape[1] * torch.finfo(head.dtype).eps * (states.abs() @ head.abs().T)[:, -1:]
+    assert ((llama.model(ids, logits_to_keep=1).logits - whole.logits[:, -1:]).abs() <= roundings).all()
     close(llama.model(inputs_embeds=llama.stock.get_input_embeddings()(ids)).logits, whole.logits)
     as_tuple = llama.model(ids, return_dict=False)
     assert isinstance(as_tuple, tuple)

@@ -138,7 +138,7 @@ ANNOTATORS = [("a", 1), ("a", 1), ("b", -1), ("b", -1)]
 
 
 def opposite_losses(codes: Tensor, names: Sequence[str]) -> Tensor:
-    """Compute losses (4,) under two equally likely codes. Code k adds D_k = `codes`[k] to answers with the attribute."""
+    """Compute losses (4,) under two equally likely codes. Code k adds D_k = `codes`[k] to the attribute's answers."""
     signs = torch.tensor([sign for _, sign in ANNOTATORS], dtype=codes.dtype)
     losses = -torch.nn.functional.logsigmoid(signs[:, None] * codes)
     prior = torch.full_like(losses, math.log(0.5))

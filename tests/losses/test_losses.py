@@ -68,7 +68,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def naive(name: str, pw: Tensor, pl: Tensor, rw: Tensor, rl: Tensor, nw: Tensor, nl: Tensor) -> Tensor:
-    """Compute the loss of one pair from numbers: log-probabilities of policy and reference, and lengths, of both answers."""
+    """Compute the loss of one pair from the log-probabilities and lengths of both answers."""
     beta, eps = 0.1, 0.1
     if name == "simpo":
         return -torch.log(sigmoid(2.0 * pw / nw - 2.0 * pl / nl - 1.0))

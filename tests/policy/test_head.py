@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+)
+from transformers.masking_utils import sdpa_mask
 
 from lpc_lightning.policy import CausalPolicy, UnsupportedPolicyError
 from lpc_lightning.policy.head import head_of
@@ -85,3 +92,21 @@ def test_heads_are_read_off_their_families(
     assert (head.scale, head.softcap, head.bias is not None) == (scale, softcap, bias)
     assert head.weight is model.get_output_embeddings().weight
     CausalPolicy(model)
+
+
+def flash_attention_of_tests(*inputs: Any, **options: Any) -> Any:
+    raise RuntimeError("FlashAttention only supports fp16 and bf16 on a GPU.")
+
+
+def test_head_is_checked_without_flash_attention() -> None:
+    kernel = "flash_attention_of_tests"
+    AttentionInterface.register(kernel, flash_attention_of_tests)
+    AttentionMaskInterface.register(kernel, sdpa_mask)
+    config = AutoConfig.for_model("llama", vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    model.config._attn_implementation = kernel
+    policy = CausalPolicy(model)
+    assert model.config._attn_implementation == kernel
+    assert not policy.takes_block_mask
+    with pytest.raises(RuntimeError, match="FlashAttention"):
+        model(torch.arange(4)[None])

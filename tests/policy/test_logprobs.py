@@ -437,3 +437,27 @@ def test_the_mean_token_holds_no_more_logits_than_a_chunk(
     monkeypatch.setattr(logprobs, "logits_of", watched)
     reading_of(case, make_pairs).mean_token()
     assert most == 1
+
+
+@pytest.mark.parametrize(("mixed", "nats"), [(False, 1e-4), (True, 0.02)], ids=["float32", "bf16-mixed"])
+def test_z_agrees_with_all_codes(mixed: bool, nats: float, make_pairs: Callable[..., Any], tiny: Any) -> None:
+    """A code as z of every pair, and its column of all codes at once. Added to the states it would be rounded away."""
+    policy = tiny("llama", dtype="float32", attention="sdpa", width=64, context=256)
+    batch = PaddedLayout(0)(make_pairs([(5, 60, 70), (11, 90, 40)]))
+    codes = torch.randn(4, policy.width, generator=torch.Generator().manual_seed(0)) * 0.05
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        forward = policy.read(batch)
+        at_once = forward.logps_per_code(codes)
+        one_by_one = torch.stack([forward.logps(code.expand(2, -1)) for code in codes], dim=1)
+        plain = forward.logps()
+    assert (at_once - one_by_one).abs().max() <= nats
+    assert (at_once - plain[:, None]).abs().max() > 20 * nats, "the codes matter"
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_sum_by_answer_of_padded_tokens(shape: tuple[int, ...]) -> None:
+    owner = torch.tensor([0, 0, 1, 3, 3, 4, 4])  # answer 2 is empty; 4 is padding
+    values = torch.randn(7, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([sum((values[i] for i in range(7) if owner[i] == a), torch.zeros(shape)) for a in range(4)])
+    torch.testing.assert_close(logprobs.sum_by_answer(values, owner, 4), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logprobs.sum_by_product(values, owner, 4), expected, rtol=1e-12, atol=1e-12)

@@ -61,6 +61,11 @@ def read(policy: CausalPolicy, batch: PreferenceBatch, mixed: bool) -> tuple[Ten
     return logps, list(torch.autograd.grad((weights * logps).sum(), trained))
 
 
+ROUNDINGS = 256 * torch.finfo(torch.float32).eps
+"""Bound on a gradient's error as a share of its norm: some hundred float32 products and sums, each rounded once. Their
+order depends on the processor. A wrong dropout mask changes a gradient by about its whole norm."""
+
+
 def assert_near(found: list[Tensor], expected: list[Tensor], share: float) -> None:
     for mine, other in zip(found, expected, strict=True):
         assert (mine - other).norm() <= share * other.norm()
@@ -76,7 +81,7 @@ def test_answers_are_the_same_to_the_last_bit_and_gradients_by_rounding(
     ours, theirs = read(lean, batch, mixed), read(published, batch, mixed)
     assert torch.equal(ours[0], theirs[0])
     # float64, too: norms go through float32.
-    assert_near(ours[1], theirs[1], 0.05 if mixed or dtype == "bfloat16" else 1e-5)
+    assert_near(ours[1], theirs[1], 0.05 if mixed or dtype == "bfloat16" else ROUNDINGS)
 
 
 def test_in_bfloat16_gradients_are_as_exact_as_those_of_the_published_layers(
@@ -174,13 +179,13 @@ def test_what_is_worked_out_again_sees_the_same_dropout(batch: PreferenceBatch, 
     lean, published = both(perturb, "llama", lora=LoRA(rank=2, dropout=0.5))
     ours, theirs = read(lean, batch, mixed=False), read(published, batch, mixed=False)
     assert torch.equal(ours[0], theirs[0])
-    assert_near(ours[1], theirs[1], 1e-5)
+    assert_near(ours[1], theirs[1], ROUNDINGS)
 
 
 def test_checkpointed_layers_have_the_same_gradients(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:
     lean, published = both(perturb, "llama")
     lean.set_gradient_checkpointing(True)
-    assert_near(read(lean, batch, False)[1], read(published, batch, False)[1], 1e-5)
+    assert_near(read(lean, batch, False)[1], read(published, batch, False)[1], ROUNDINGS)
 
 
 def test_a_copy_has_weights_of_its_own(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:
@@ -193,6 +198,10 @@ def test_a_copy_has_weights_of_its_own(batch: PreferenceBatch, perturb: Callable
 
 
 def test_a_compiler_gets_the_published_layers() -> None:
-    found = kinds(TinyPolicy(compile=True).build())
-    assert GatedMLP not in found
-    assert RMSNorm not in found
+    policy = TinyPolicy(lora=LoRA(rank=2)).build()
+    policy.compile_layers("eager")
+    with published_layers():
+        published = TinyPolicy(lora=LoRA(rank=2)).build()
+    assert kinds(policy) == kinds(published)
+    parts = [part for layer in policy.layers for part in layer.modules()]
+    assert not any(part._forward_pre_hooks or part._forward_pre_hooks_with_kwargs for part in parts)

@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 
-from lpc_lightning.algorithms import DPO, FSDP2Strategy, pair_pass
+from lpc_lightning.algorithms import DPO, FSDP2Strategy
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.reference import pair_pass
 from lpc_lightning.reference.pair_cache import PairCache
 from lpc_lightning.types import PreferenceBatch
 
@@ -79,6 +80,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         max_epochs=1,
+        log_every_n_steps=1,
     )
     data = SyntheticPreferences(
         train_pairs=22, validation_pairs=5, test_pairs=5, batch_size=4 // devices, cache_dir=str(cache)

@@ -1,1 +1,1 @@
-"""Readers for the folders that `fit`, `ablate` and `evaluate` write."""
+"""Read runs from the folders that the commands write."""

@@ -1,4 +1,4 @@
-"""Ablations as `lpc-lightning ablate` leaves them."""
+"""Read ablations that `lpc-lightning ablate` has written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lpc_lightning.evaluation.report.runs.records import (
     Loaded,
     RunProvenance,
     RunRecord,
-    finite,
+    numeric_metrics,
     split_seed,
 )
 from lpc_lightning.evaluation.report.runs.settings import Value, as_value
@@ -29,39 +29,39 @@ ABLATION, CELL = "ablation.json", "cell.json"
 
 
 def load_ablation(folder: Path) -> Loaded:
-    """`ablation.json` and the cells under `cells/`. A cell of the grid that has no folder is a record too."""
-    about = json.loads((folder / ABLATION).read_text(encoding="utf-8"))
-    grid = {name: tuple(as_value(value) for value in values) for name, values in about["axes"].items()}
+    """Read `ablation.json` and the cells under `cells/`. A cell of the grid without a folder becomes a record, too."""
+    ablation = json.loads((folder / ABLATION).read_text(encoding="utf-8"))
+    grid = {name: tuple(as_value(value) for value in values) for name, values in ablation["axes"].items()}
     cells = reduce(add, (load_cell(path.parent) for path in sorted(folder.glob(f"cells/*/{CELL}"))), Loaded())
-    facts = {"base": shlex.join(about["base"]), **about["versions"], "folder": str(folder)}
-    making = RunProvenance(about["name"], about["command"], facts)
+    facts = {"base": shlex.join(ablation["base"]), **ablation["versions"], "folder": str(folder)}
+    origin = RunProvenance(ablation["name"], ablation["command"], facts)
     axes = {name: values for name, values in grid.items() if name != "seed"}
-    missing = tuple(_missing(grid, about.get("skip", ()), cells.records))
-    return Loaded(axes=axes, makings=(making,)) + cells + Loaded(records=missing)
+    missing = tuple(_missing_cells(grid, ablation.get("skip", ()), cells.records))
+    return Loaded(axes=axes, origins=(origin,)) + cells + Loaded(records=missing)
 
 
-def _missing(
+def _missing_cells(
     grid: Mapping[str, Sequence[Value]], skip: Sequence[Mapping[str, Any]], cells: Sequence[RunRecord]
 ) -> Iterator[RunRecord]:
-    """Cells of the grid that are not there, but for combinations that it leaves out."""
-    there = {(frozenset(cell.axes.items()), cell.seed) for cell in cells}
+    """Yield a record for each cell of the grid that has no folder and is not skipped."""
+    existing = {(frozenset(cell.axes.items()), cell.seed) for cell in cells}
     for values in product(*grid.values()):
         cell = dict(zip(grid, values, strict=True))
         axes, seed = split_seed(cell)
-        if (frozenset(axes.items()), seed) in there or any(_is_at(cell, left_out) for left_out in skip):
+        if (frozenset(axes.items()), seed) in existing or any(_matches(cell, combination) for combination in skip):
             continue
         name = ",".join(f"{axis}={value}" for axis, value in cell.items())
-        yield RunRecord(name, axes, seed, MISSING, "This cell of the grid was never begun.")
+        yield RunRecord(name, axes, seed, MISSING, "This cell of the grid was never started.")
 
 
-def _is_at(cell: Mapping[str, Value], combination: Mapping[str, Any]) -> bool:
-    """Whether a cell is in a combination of values, or of lists of values, on some of the axes."""
-    several = {name: wanted if isinstance(wanted, list) else [wanted] for name, wanted in combination.items()}
-    return all(cell[name] in map(as_value, wanted) for name, wanted in several.items())
+def _matches(cell: Mapping[str, Value], combination: Mapping[str, Any]) -> bool:
+    """Return true if a cell has a combination of values, or of lists of values, on some of the axes."""
+    allowed = {name: values if isinstance(values, list) else [values] for name, values in combination.items()}
+    return all(cell[name] in map(as_value, values) for name, values in allowed.items())
 
 
 def load_cell(folder: Path) -> Loaded:
-    """`cell.json`, `results.json` where the cell has come so far, and what its run has logged."""
+    """Read `cell.json`, the logs of the cell's run, and `results.json` if it exists."""
     cell = json.loads((folder / CELL).read_text(encoding="utf-8"))
     axes, seed = split_seed(cell["axes"])
     run = folder / "run"
@@ -71,18 +71,18 @@ def load_cell(folder: Path) -> Loaded:
         name=folder.name,
         axes=axes,
         seed=seed,
-        own_axes=True,
+        has_axes=True,
         status=cell["status"],
         error=cell.get("error"),
-        place=run,
+        folder=run,
         seconds=cell.get("seconds"),
         peak_bytes=cell.get("peak_bytes"),
     )
     if (folder / RESULTS).is_file():
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        metrics = {**logged.metrics, **finite(results["metrics"])}
+        metrics = {**logged.metrics, **numeric_metrics(results["metrics"])}
         parameters = {name: int(count) for name, count in (results.get("parameters") or {}).items()}
         record = replace(record, metrics=metrics, parameters=parameters)
     elif cell["status"] == FINISHED:
-        record = replace(record, status="failed", error=f"The cell is finished, but has no {RESULTS}.")
+        record = replace(record, status="failed", error=f"The cell is finished, but {RESULTS} is missing.")
     return Loaded(records=(record,))

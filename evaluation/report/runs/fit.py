@@ -1,4 +1,4 @@
-"""Runs as `lpc-lightning fit`, `validate` and `test` leave them."""
+"""Read runs that `lpc-lightning fit`, `validate` and `test` have written."""
 
 from __future__ import annotations
 
@@ -13,82 +13,92 @@ from typing import Any
 import yaml
 
 from lpc_lightning.algorithms.checkpoint import CheckpointError
-from lpc_lightning.evaluation.report.runs.records import FINISHED, UNKNOWN, Curve, Loaded, Measured, RunRecord
-from lpc_lightning.evaluation.report.runs.settings import SEED, dotted
+from lpc_lightning.evaluation.report.runs.records import FINISHED, UNKNOWN, Curve, Loaded, Measurement, RunRecord
+from lpc_lightning.evaluation.report.runs.settings import SEED, flatten
 from lpc_lightning.inference.checkpoints import read_checkpoint, run_folder
 
-CONFIG, METRICS = "config.yaml", "metrics.csv"
-KEPT = ("train/", "val/", "test/", "lm_eval/", "resources/")
-"""How the names of columns begin that hold results; others count rows, epochs and the like."""
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.csv", "summary.json"
+RESULT_PREFIXES = ("train/", "val/", "test/", "lm_eval/", "resources/")
+"""Prefixes of the columns that hold results. Other columns are row numbers, epochs and the like."""
 
 
 def load_run(folder: Path) -> Loaded:
-    """A run folder. One of `validate` or `test` is what was measured of another run's checkpoint."""
-    config = _config(folder)
+    """Read a run folder. A folder of `validate` or `test` is a measurement of another run's checkpoint."""
+    config = _read_config(folder)
     record = read_run(folder)
     checkpoint = config.get("ckpt_path")
     trained = any(name.startswith("train/") for name in record.curves) or (folder / "checkpoints").is_dir()
     if checkpoint and not trained:
         run = run_folder(Path(checkpoint))
-        return Loaded(measured=(Measured(record.name, record.metrics, run, folder, record.seed),))
+        return Loaded(measurements=(Measurement(record.name, record.metrics, run, folder, record.seed),))
     return Loaded(records=(replace(record, parameters=checkpoint_parameters(folder)),))
 
 
 def read_run(folder: Path) -> RunRecord:
-    """What a fit has written: settings, metrics, time and memory. What is not there is left out.
+    """Read what a fit has written: settings, metrics, time and memory. Missing files are left out.
 
-    The time of a run without a cell around it is its median step times its steps.
+    The time of a run that is not a cell is its median step time multiplied by its number of steps.
     """
-    config, curves = _config(folder), read_curves(folder / METRICS)
+    config, curves = _read_config(folder), read_curves(folder / METRICS)
     summary: dict[str, Any] = {}
-    if (folder / "summary.json").is_file():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if (folder / SUMMARY).is_file():
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     resources = summary.get("resources") or {}
     seconds, peak = resources.get("seconds_per_step"), resources.get("peak_memory_gib")
-    stopped = (folder / "checkpoints" / "stopped.ckpt").exists()
+    status, error = _status(folder, bool(summary))
     seed = config.get(SEED)
     return RunRecord(
         name=str(folder),
         seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
-        status=FINISHED if summary else "stopped" if stopped else UNKNOWN,
-        error=None if summary else "stopped before its end" if stopped else "no summary.json tells that it finished",
-        place=folder,
+        status=status,
+        error=error,
+        folder=folder,
         metrics={name: last for name, (last, _) in curves.items()},
         seconds=None if seconds is None else seconds * summary["steps"],
         peak_bytes=None if peak is None else peak * 2**30,
         curves={name: curve for name, (_, curve) in curves.items()},
-        settings=dotted(config),
-        own_axes=False,
+        settings=flatten(config),
+        has_axes=False,
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _status(folder: Path, has_summary: bool) -> tuple[str, str | None]:
+    if has_summary:
+        return FINISHED, None
+    if (folder / "checkpoints" / "stopped.ckpt").exists():
+        return "stopped", "stopped before its end"
+    return UNKNOWN, f"{SUMMARY} is missing, so that it is not known whether the run finished"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    # libyaml, where it is there, is ten times as fast.
+    # libyaml is ten times as fast, but not always installed.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return (yaml.load(path.read_text(encoding="utf-8"), loader) or {}) if path.is_file() else {}
 
 
 def read_curves(path: Path) -> dict[str, tuple[float, Curve]]:
-    """Lightning's `metrics.csv`: the last value of each metric, which may be NaN, and its finite values by step.
+    """Read Lightning's `metrics.csv`. If a step has several values of a metric, the last one is used.
 
-    Where a step has several values, the last one counts.
+    Returns:
+        By metric: the last value, which may be NaN, and the finite values by step. Empty if there is no such file or
+        no column `step`.
     """
     if not path.is_file():
         return {}
-    found: dict[str, dict[int, float]] = {}
+    metrics: dict[str, dict[int, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
         if "step" not in header:
             return {}
         step = header.index("step")
-        kept = [(place, name) for place, name in enumerate(header) if name.startswith(KEPT)]
+        columns = [(index, name) for index, name in enumerate(header) if name.startswith(RESULT_PREFIXES)]
         for row in rows:
-            for place, name in kept:
-                if place < len(row) and row[place] and row[step]:
-                    found.setdefault(name, {})[int(float(row[step]))] = float(row[place])
-    return {name: (list(values.values())[-1], _curve(values)) for name, values in found.items()}
+            for index, name in columns:
+                if index < len(row) and row[index] and row[step]:
+                    metrics.setdefault(name, {})[int(float(row[step]))] = float(row[index])
+    return {name: (list(values.values())[-1], _curve(values)) for name, values in metrics.items()}
 
 
 def _curve(values: Mapping[int, float]) -> Curve:
@@ -97,7 +107,7 @@ def _curve(values: Mapping[int, float]) -> Curve:
 
 
 def checkpoint_parameters(folder: Path) -> dict[str, int]:
-    """Trained parameters of policy and latent in a run's checkpoint; nothing where none can be read."""
+    """Count the trained parameters of policy and latent in a run's first readable checkpoint. Empty: there is none."""
     files = [path for path in sorted((folder / "checkpoints").glob("*.ckpt")) if path.is_file()]
     for path in files:
         try:
@@ -105,9 +115,10 @@ def checkpoint_parameters(folder: Path) -> dict[str, int]:
         except CheckpointError:
             continue
         counts = {"policy": 0, "latent": 0}
-        tied = {(each.data_ptr(), each.shape): (name.partition(".")[0], each) for name, each in weights.items()}
-        for part, each in tied.values():
-            if part in counts:
-                counts[part] += each.numel()
+        # Tied weights share their memory and are counted once.
+        unique = {(tensor.data_ptr(), tensor.shape): (name, tensor) for name, tensor in weights.items()}
+        for name, tensor in unique.values():
+            if (part := name.partition(".")[0]) in counts:
+                counts[part] += tensor.numel()
         return counts
     return {}

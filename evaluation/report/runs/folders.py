@@ -1,4 +1,4 @@
-"""All kinds of folders that hold results, found and read."""
+"""Find and read folders with results of any command."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lpc_lightning.evaluation.report.runs.evaluation import load_evaluation
 from lpc_lightning.evaluation.report.runs.fit import CONFIG, load_run
 from lpc_lightning.evaluation.report.runs.records import Loaded
 
-DEEPEST = 4
-"""Folders below a given one in which runs are looked for."""
+MAX_DEPTH = 4
+"""Levels of folders below a given one that are searched for runs."""
 
 
 @dataclass(frozen=True)
 class FolderKind:
     """A kind of folder that holds results."""
 
-    mark: str
-    """The file that it is known by."""
-    about: str
+    marker: str
+    """Name of the file that identifies the kind."""
+    description: str
     load: Callable[[Path], Loaded]
 
 
@@ -43,51 +43,52 @@ KINDS = (
 
 
 def load_folders(paths: Sequence[str]) -> Loaded:
-    """All results in some folders and below them.
+    """Read all results in some folders and below them.
+
+    A measurement needs the settings of its run. That run is read as well, if its folder still exists.
 
     Args:
-        paths: Ablations, cells, run folders, results of `evaluate`, or folders that hold any of these.
+        paths: Ablations, cells, run folders, results of `evaluate`, or folders that contain any of these.
 
     Raises:
-        ConfigError: A path at which there is nothing of the kind.
-        DataError: A file that cannot be read.
+        ConfigError: A path contains no results.
+        DataError: A file cannot be read.
     """
-    found: dict[Path, FolderKind] = {}
+    folders: dict[Path, FolderKind] = {}
     for path in paths:
-        below = dict(_find(Path(path)))
-        if not below:
-            known = "; ".join(f"{kind.about} ({kind.mark})" for kind in KINDS)
-            raise ConfigError(f"runs: found no results in {path}, expected a folder that is or holds {known}.")
-        found |= {place.resolve(): kind for place, kind in below.items()}
-    loaded = reduce(add, (_read(kind, place) for place, kind in found.items()))
-    # What was measured of a run is told apart by how the run was made: read it as well, where it is still there.
-    known_runs = {record.place.resolve() for record in loaded.records if record.place is not None}
-    others = {each.run.resolve() for each in loaded.measured if each.run is not None} - known_runs
-    for run in sorted(place for place in others if (place / CONFIG).is_file()):
-        loaded += _read(CELLS, run.parent) if (run.parent / CELL).is_file() else _read(RUNS, run)
+        results = dict(_find(Path(path)))
+        if not results:
+            expected = "; ".join(f"{kind.description} ({kind.marker})" for kind in KINDS)
+            raise ConfigError(f"runs: found no results in {path}, expected a folder that is or contains {expected}.")
+        folders |= {folder.resolve(): kind for folder, kind in results.items()}
+    loaded = reduce(add, (_load(kind, folder) for folder, kind in folders.items()))
+    read = {record.folder.resolve() for record in loaded.records if record.folder is not None}
+    measured = {measurement.run.resolve() for measurement in loaded.measurements if measurement.run is not None}
+    for run in sorted(folder for folder in measured - read if (folder / CONFIG).is_file()):
+        loaded += _load(CELLS, run.parent) if (run.parent / CELL).is_file() else _load(RUNS, run)
     return loaded
 
 
 def _find(path: Path, depth: int = 0) -> Iterator[tuple[Path, FolderKind]]:
-    kind = next((kind for kind in KINDS if (path / kind.mark).is_file()), None)
+    kind = next((kind for kind in KINDS if (path / kind.marker).is_file()), None)
     if kind is not None:
         yield path, kind
-    elif path.is_dir() and depth < DEEPEST:
+    elif path.is_dir() and depth < MAX_DEPTH:
         for entry in sorted((entry for entry in path.iterdir() if entry.is_dir()), key=_by_number):
             yield from _find(entry, depth + 1)
 
 
 def _by_number(path: Path) -> tuple[str, int, str]:
-    """version_2 before version_10."""
+    """Return a sort key that puts version_2 before version_10."""
     head, _, tail = path.name.rpartition("_")
     return (head, int(tail), "") if tail.isdecimal() else (path.name, 0, path.name)
 
 
-def _read(kind: FolderKind, place: Path) -> Loaded:
+def _load(kind: FolderKind, folder: Path) -> Loaded:
     try:
-        return kind.load(place)
+        return kind.load(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DataError(
-            f"{place}: {kind.mark} or a file beside it cannot be read ({type(error).__name__}: {error}), expected "
-            f"{kind.about}. Mend it, or leave the folder out."
+            f"{folder}: {kind.marker} or a file beside it cannot be read ({type(error).__name__}: {error}), expected "
+            f"{kind.description}. Repair the file, or leave the folder out."
         ) from error

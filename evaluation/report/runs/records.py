@@ -1,4 +1,4 @@
-"""What is known of a run, wherever it comes from, and all the runs in some folders."""
+"""Records of runs and of measurements, independent of the command that wrote them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.evaluation.report.runs.settings import Value, as_value, differing
+from lpc_lightning.evaluation.report.runs.settings import Value, as_value, differing_settings
 
 FINISHED, MISSING, UNKNOWN = "finished", "missing", "unknown"
 COUNTED = (FINISHED, UNKNOWN)
-"""What goes into tables: a run of which nothing tells whether it came to its end is counted, and listed."""
+"""Statuses of runs whose metrics are in the tables. A run of unknown status is also listed as such."""
 
 
 @dataclass(frozen=True)
@@ -20,57 +20,58 @@ class Curve:
     """A metric over training."""
 
     steps: tuple[int, ...]
-    """Optimizer steps, rising."""
+    """Optimizer steps in rising order."""
     values: tuple[float, ...]
-    """As many, finite."""
+    """One finite value for each step."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, or a cell of an ablation that has not become one."""
+    """A run, or a cell of an ablation without a run."""
 
     name: str
     axes: Mapping[str, Value] = field(default_factory=dict)
-    """What sets it apart from other runs, without the seed."""
+    """Settings that distinguish the run from other runs, without the seed."""
     seed: int | None = None
     status: str = FINISHED
-    """`finished`, `failed`, `running`, `stopped`; `missing`, never begun; `unknown`, a folder that does not tell."""
+    """`finished`, `failed`, `running`, `stopped`, `missing` (never started), or `unknown` (not recorded)."""
     error: str | None = None
-    place: Path | None = None
-    """Its run folder, where there is one."""
+    folder: Path | None = None
+    """Run folder. None: there is none."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """The last value of each metric, by the names that they are logged by: `val/rewards/accuracies`. May be NaN."""
+    """Last value of each metric by its logged name, such as `val/rewards/accuracies`. It may be NaN."""
     parameters: Mapping[str, int] = field(default_factory=dict)
-    """Counts of parameters of the `policy` and of the `latent`."""
+    """Number of parameters of the `policy` and of the `latent`."""
     seconds: float | None = None
     peak_bytes: float | None = None
     curves: Mapping[str, Curve] = field(default_factory=dict)
     settings: Mapping[str, Value] = field(default_factory=dict)
-    """All of them, by the names of their flags."""
-    own_axes: bool = True
-    """Whether `axes` are given; if not, they are the settings in which such runs differ."""
+    """All settings by the names of their flags."""
+    has_axes: bool = True
+    """True if `axes` are given. False: they are derived from the settings in which such runs differ."""
 
     @property
     def counted(self) -> bool:
-        """Whether its metrics go into tables."""
+        """True if the metrics of the run are in the tables."""
         return self.status in COUNTED
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Metrics of a run's checkpoint, measured after the run: by `evaluate`, `validate` or `test`."""
+class Measurement:
+    """Metrics of a run's checkpoint that `evaluate`, `validate` or `test` measured after the run."""
 
     name: str
     metrics: Mapping[str, float]
     run: Path | None
-    """The run folder of what was measured. None: no checkpoint of a run."""
-    place: Path
+    """Run folder of the checkpoint. None: the model is not a checkpoint of a run."""
+    folder: Path
+    """Folder of the results."""
     seed: int | None = None
 
 
 @dataclass(frozen=True)
 class RunProvenance:
-    """How an ablation or a set of results was made."""
+    """The origin of an ablation or of results."""
 
     name: str
     command: str = ""
@@ -80,64 +81,71 @@ class RunProvenance:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What one or several folders hold."""
+    """The content of one or several folders."""
 
     records: tuple[RunRecord, ...] = ()
-    measured: tuple[Measured, ...] = ()
-    makings: tuple[RunProvenance, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    origins: tuple[RunProvenance, ...] = ()
     axes: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
-    """The values of axes in the order in which their makers name them."""
+    """Values of each axis in the order in which the ablations name them."""
 
     def __add__(self, other: Loaded) -> Loaded:
-        """Both."""
+        """Join the contents. Equal origins and values are kept once."""
         axes = {
             name: tuple(dict.fromkeys([*self.axes.get(name, ()), *other.axes.get(name, ())]))
             for name in [*self.axes, *(name for name in other.axes if name not in self.axes)]
         }
-        makings = [*self.makings, *(making for making in other.makings if making not in self.makings)]
-        return Loaded(self.records + other.records, self.measured + other.measured, tuple(makings), axes)
+        origins = [*self.origins, *(origin for origin in other.origins if origin not in self.origins)]
+        return Loaded(self.records + other.records, self.measurements + other.measurements, tuple(origins), axes)
 
 
-def with_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Records that all have axes: runs without get the settings in which they differ from each other."""
-    names = differing([record.settings for record in records if not record.own_axes])
+def add_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Give axes to records without them: the settings in which these records differ."""
+    names = differing_settings([record.settings for record in records if not record.has_axes])
     return [
         record
-        if record.own_axes
+        if record.has_axes
         else replace(record, axes={name: record.settings[name] for name in names if name in record.settings})
         for record in records
     ]
 
 
-def joined(
-    records: Sequence[RunRecord], measured: Sequence[Measured]
+def join_measurements(
+    records: Sequence[RunRecord], measurements: Sequence[Measurement]
 ) -> tuple[list[RunRecord], list[tuple[str, str, str]]]:
-    """Records with what was measured of their checkpoints; what belongs to none is a record with `model` as its axis.
+    """Add measured metrics to the records of their runs.
+
+    A measurement without a run becomes a record with the axis `model`.
 
     Returns:
-        The records; and of metrics that were measured twice the run, what is the matter, and which value counts.
+        The records, and a note for each metric that was measured twice with different values: the run, the status
+        `repeated`, and the folder whose value is used.
     """
-    found = list(records)
-    places = {record.place.resolve(): number for number, record in enumerate(records) if record.place is not None}
-    later: dict[int, dict[str, float]] = {}
+    joined = list(records)
+    indices = {record.folder.resolve(): index for index, record in enumerate(records) if record.folder is not None}
+    added: dict[int, dict[str, float]] = {}
     notes = []
-    for each in measured:
-        number = None if each.run is None else places.get(each.run.resolve())
-        if number is None:
-            axes = {"model": as_value(each.name)}
-            found.append(RunRecord(each.name, axes, each.seed, place=each.place, metrics=each.metrics))
+    for measured in measurements:
+        index = None if measured.run is None else indices.get(measured.run.resolve())
+        if index is None:
+            axes = {"model": as_value(measured.name)}
+            joined.append(
+                RunRecord(measured.name, axes, measured.seed, folder=measured.folder, metrics=measured.metrics)
+            )
             continue
-        known = later.setdefault(number, {})
-        if twice := sorted(name for name in each.metrics if known.get(name, each.metrics[name]) != each.metrics[name]):
-            notes.append((found[number].name, "repeated", f"{', '.join(twice)}: the value in {each.place} counts"))
-        known |= each.metrics
-    for number, metrics in later.items():
-        found[number] = replace(found[number], metrics={**found[number].metrics, **metrics})
-    return found, notes
+        metrics = added.setdefault(index, {})
+        changed = sorted(name for name, value in measured.metrics.items() if metrics.get(name, value) != value)
+        if changed:
+            reason = f"{', '.join(changed)}: the value in {measured.folder} counts"
+            notes.append((joined[index].name, "repeated", reason))
+        metrics |= measured.metrics
+    for index, metrics in added.items():
+        joined[index] = replace(joined[index], metrics={**joined[index].metrics, **metrics})
+    return joined, notes
 
 
-def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics out of JSON: a number that is none (null) is NaN, and what is no number at all is left out."""
+def numeric_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Read metrics from JSON. null becomes NaN, and entries that are not numbers are left out."""
     return {
         name: math.nan if value is None else float(value)
         for name, value in metrics.items()
@@ -146,7 +154,7 @@ def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def split_seed(axes: Mapping[str, Any]) -> tuple[dict[str, Value], int | None]:
-    """Axes without the seed among them, and the seed."""
+    """Split axes into those other than the seed, and the seed."""
     values = {name: as_value(value) for name, value in axes.items()}
     seed = values.pop("seed", None)
     return values, seed if isinstance(seed, int) else None

@@ -52,8 +52,8 @@ class LinearizedForward:
         lost = self.lengths * self.token.divergence(z).repeat(2)
         return self.plain + (self.z_gradients * z.repeat(2, 1)).sum(-1) - lost
 
-    def logps_per_code(self, codes: Tensor) -> Tensor:
-        """(2B, K) under every code of `codes` (K, d)."""
+    def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
+        """(2B, K) under every code of `codes` (K, d). `code_range` is not needed here."""
         return self.plain[:, None] + self.z_gradients @ codes.T - self.lengths[:, None] * self.token.divergence(codes)
 
 

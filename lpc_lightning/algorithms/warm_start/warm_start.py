@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lpc_lightning.algorithms.warm_start.fit import fit
@@ -19,7 +20,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.seeding import derive, run_seed
+from lpc_lightning.seeding import derive, own_random_state, run_seed
 from lpc_lightning.types import PreferenceBatch
 
 TOKEN_PAIRS = 16
@@ -69,13 +70,16 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> None:
     token = _mean_token(module, data.make_layout()(labelled[:TOKEN_PAIRS]))
     linearized = LinearizedPairs(rows, reference, token, [pair.annotator for pair in labelled], module.preference_loss)
 
-    with torch.random.fork_rng(), torch.enable_grad():
+    with own_random_state(module.device), torch.enable_grad():
         torch.manual_seed(seed)
         trained = copy.deepcopy(space).float()
         plain, loss = fit(trained, linearized, held, module.latent_lr, data.pairs_per_annotator)
     space.load_state_dict(trained.state_dict())
-    for tensor in (*space.parameters(), *space.buffers()):
-        tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
+    if trainer.world_size > 1:
+        # Tensor by tensor. A strategy's own `broadcast` pickles them, and each process would open them on the device of
+        # the first one.
+        for tensor in (*space.parameters(), *space.buffers()):
+            dist.broadcast(tensor.data, src=0)
     took = time.perf_counter() - started
     rank_zero_info(
         f"warm start: {len(indices)} training pairs ({len(indices) - computed} reused), in {took:.1f} s; "

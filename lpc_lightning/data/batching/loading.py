@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from lpc_lightning.data.batching.annotator_batches import group_by_annotator
+from lpc_lightning.data.batching.balanced_batches import balance_batches
 from lpc_lightning.data.batching.length_windows import group_by_length
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.tokenization.tokens import TokenStore
@@ -36,6 +38,7 @@ class TrainingBatches(Sampler[list[int]]):
         length_window: int | None = None,
         annotators: Sequence[str] | None = None,
         pairs_per_annotator: int | None = None,
+        balance: np.ndarray | None = None,
     ) -> None:
         """Plan the batches of a device.
 
@@ -50,12 +53,20 @@ class TrainingBatches(Sampler[list[int]]):
             annotators: Who labelled each pair, where there are runs.
             pairs_per_annotator: Pairs of one annotator that stand together in a batch (see `annotator_batches`);
                 None: as drawn.
+            balance: (pairs, 3) tokens of every prompt and completion, by which batches are made equally long (see
+                `balanced_batches`); None: as drawn.
         """
         self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rank, self.devices = rank, devices
         self.lengths, self.length_window = lengths, length_window
         self.annotators, self.pairs_per_annotator = annotators, pairs_per_annotator
+        self._balance = balance
         self.epoch = self.start = 0
+
+    @property
+    def balanced(self) -> bool:
+        """True if batches are made equally long."""
+        return self._balance is not None
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer before each epoch."""
@@ -75,6 +86,13 @@ class TrainingBatches(Sampler[list[int]]):
         starts = range(self.start * self.batch_size, len(mine), self.batch_size)
         return iter([mine[start : start + self.batch_size] for start in starts])
 
+    def all_devices(self, epoch: int) -> list[list[int]]:
+        """Return the batches of an epoch on all devices."""
+        order = self._order(epoch)
+        mine = [order[rank :: self.devices] for rank in range(self.devices)]
+        size = self.batch_size
+        return [one[start : start + size] for one in mine for start in range(0, len(one), size)]
+
     def first(self, batches: int, epoch: int) -> list[int]:
         """The pairs of the first batches of an epoch, on all devices."""
         return self._order(epoch)[: batches * self.batch_size * self.devices]
@@ -87,6 +105,8 @@ class TrainingBatches(Sampler[list[int]]):
             order = group_by_annotator(order, self.annotators, *sizes, generator)
         share = math.ceil(self.pairs / self.devices)
         filled = [order[place % self.pairs] for place in range(share * self.devices)]
+        if self._balance is not None:
+            return balance_batches(filled, self._balance, self.batch_size, self.devices, generator)
         if self.length_window is None or self.lengths is None:
             return filled
         return group_by_length(filled, self.lengths, self.batch_size * self.devices, self.length_window, generator)
@@ -204,9 +224,8 @@ class TrainingLoader(PreferenceLoader):
         if self._order != expected:
             raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
-                "same seed_everything, data, data.batch_size, data.length_window, data.pairs_per_annotator and "
-                "devices, or "
-                "start anew from the weights."
+                "same seed_everything, data, data.batch_size, data.length_window, data.pairs_per_annotator, "
+                "data.balance_batches and devices, or start anew from the weights."
             )
         self._epoch, self._taken = state["epoch"], state["taken"]
         self._taken_before = {self._epoch: self._taken}
@@ -214,6 +233,6 @@ class TrainingLoader(PreferenceLoader):
     @property
     def _order(self) -> dict[str, int | str | None]:
         sampler = self.sampler
-        names = ("pairs", "batch_size", "devices", "length_window", "pairs_per_annotator")
+        names = ("pairs", "batch_size", "devices", "length_window", "pairs_per_annotator", "balanced")
         sizes = {name: getattr(sampler, name) for name in names}
         return {"seed": sampler.seed, "data": self._data, **sizes}

@@ -103,8 +103,22 @@ def place_families(families: Sequence[Family], row_tokens: int | None) -> list[t
         The prompt's piece and the completions' pieces of each family.
     """
     sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions in families]
-    placed: dict[int, tuple[Piece, list[Piece]]] = {}
     rows = [list(range(len(sizes)))] if row_tokens is None else cheapest_rows(sizes, row_tokens)
+    return place_rows(families, rows)
+
+
+def place_rows(families: Sequence[Family], rows: Sequence[Sequence[int]]) -> list[tuple[Piece, list[Piece]]]:
+    """Lay each prompt and its completions side by side in given rows.
+
+    Args:
+        families: Prompts with their completions; fewer than `PIECES` behind each.
+        rows: The families of each row, by number.
+
+    Returns:
+        The prompt's piece and the completions' pieces of each family.
+    """
+    sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions in families]
+    placed: dict[int, tuple[Piece, list[Piece]]] = {}
     for row, members in enumerate(rows):
         columns = accumulate((sizes[number] for number in members), initial=0)
         for place, (number, column) in enumerate(zip(members, columns, strict=False)):
@@ -122,11 +136,15 @@ def _side_by_side(family: Family, row: int, column: int, segment: int) -> tuple[
     ]
 
 
-def fill(pieces: Iterable[Piece], pad_id: int) -> Rows:
-    """Write pieces into rows, right-padded with `pad_id`."""
+def extent(pieces: Sequence[Piece]) -> tuple[int, int]:
+    """Return the rows that pieces lie in, and the width that holds them."""
+    return 1 + max(piece.row for piece in pieces), max(piece.column + len(piece.tokens) for piece in pieces)
+
+
+def fill(pieces: Iterable[Piece], pad_id: int, shape: tuple[int, int] | None = None) -> Rows:
+    """Write pieces into rows, right-padded with `pad_id` to a shape (R, T). Default: the least that holds them."""
     pieces = list(pieces)
-    shape = (1 + max(piece.row for piece in pieces), max(piece.column + len(piece.tokens) for piece in pieces))
-    input_ids = torch.full(shape, pad_id)
+    input_ids = torch.full(shape or extent(pieces), pad_id)
     position_ids, attention_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     segments = torch.full_like(input_ids, -1)
     for piece in pieces:

@@ -18,11 +18,7 @@ def training_reads(batches: TrainingBatches, trainer: Any) -> set[int]:
         trainer: The trainer, whose settings say when the run ends at the latest.
     """
     epoch_length = _limited(len(batches), trainer.limit_train_batches)
-    left = math.inf
-    if trainer.max_steps >= 0:
-        left = trainer.max_steps * _longest_window(trainer)
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        left = min(left, trainer.max_epochs * epoch_length)
+    left = micro_batches(batches, trainer)
     read: set[int] = set()
     epoch = 0
     while left > 0 and epoch_length > 0 and len(read) < batches.pairs:
@@ -31,6 +27,21 @@ def training_reads(batches: TrainingBatches, trainer: Any) -> set[int]:
         left -= taken
         epoch += 1
     return read
+
+
+def micro_batches(batches: TrainingBatches, trainer: Any) -> float:
+    """Return how many micro-batches a device takes in the run, at most.
+
+    Args:
+        batches: The plan of any of the devices.
+        trainer: The trainer, whose settings say when the run ends at the latest.
+    """
+    left = math.inf
+    if trainer.max_steps >= 0:
+        left = trainer.max_steps * _longest_window(trainer)
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        left = min(left, trainer.max_epochs * _limited(len(batches), trainer.limit_train_batches))
+    return left
 
 
 def evaluation_reads(pairs: int, batch_size: int, trainer: Any) -> set[int]:

@@ -64,8 +64,8 @@ _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 def to_example(row: Row, place: str, columns: Columns = Columns()) -> PreferenceExample:
     """Convert one row to a labelled comparison.
 
-    Two formats are supported. The first is a prompt (text, "\\n\\nHuman: ...\\n\\nAssistant:" text, or messages) with two
-    answers (text or one assistant message each). The second is whole conversations (messages or Human/Assistant text)
+    Two formats are supported. The first is a prompt (text, "\\n\\nHuman: ...\\n\\nAssistant:" text, or messages)
+    with two answers (text or one assistant message each). The second is whole conversations (messages or Human/Assistant text)
     in both answer columns; their common turns are the prompt. Messages are `{"role", "content"}` or
     `{"from", "value"}`.
 
@@ -141,7 +141,8 @@ def _human_assistant(prompt: Any, chosen: Any, rejected: Any) -> _Triple | None:
     answers = (chosen, rejected)
     if not all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in answers):
         return None
-    # With a prompt column, an answer may itself be a dialogue. It is a whole conversation only if it repeats the prompt.
+    # With a prompt column, an answer may itself be a dialogue. It is a whole conversation only if it repeats the
+    # prompt.
     if prompt and not (isinstance(prompt, str) and all(text.startswith(prompt.rstrip()) for text in answers)):
         return None
     return _split_conversations(_turns(chosen), _turns(rejected))
@@ -182,8 +183,8 @@ def _split_conversations(chosen: tuple[Message, ...], rejected: tuple[Message, .
         difference = f"turn {turn + 1}" if turn is not None else "their number of turns"
         raise BadRow(
             "conversations differ before the last turn",
-            f"found {len(chosen)} and {len(rejected)} turns, which differ at {difference}; expected a difference in the "
-            "last turn only",
+            f"found {len(chosen)} and {len(rejected)} turns, which differ at {difference}; expected a difference in "
+            "the last turn only",
         )
     if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         roles = f"{chosen[-1]['role']!r} and {rejected[-1]['role']!r}"
@@ -202,9 +203,7 @@ def _messages(cell: Sequence[Any]) -> tuple[Message, ...]:
 def _message(item: dict[str, Any]) -> Message:
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
     if not isinstance(content, str):
-        raise BadRow(
-            "wrong type", f"a message with keys {sorted(item)} has {_kind(content)} as content; expected text"
-        )
+        raise BadRow("wrong type", f"a message with keys {sorted(item)} has {_kind(content)} as content; expected text")
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRow("unknown role", f"{role!r}; expected one of {', '.join(_ROLES)}")
     return Message(role=_ROLES[role], content=content)

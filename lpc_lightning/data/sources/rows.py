@@ -97,8 +97,8 @@ def read_rows(
         reader = _reader_of(local)
         if config is not None or split is not None:
             raise DataError(
-                f"{local}: found config={config!r} and split={split!r} for a plain file, which has neither. Remove both. "
-                "A column of the file can still hold the splits (`data.split_column`)."
+                f"{local}: found config={config!r} and split={split!r} for a plain file, which has neither. Remove "
+                "both. A column of the file can still hold the splits (`data.split_column`)."
             )
         rows = reader(local, bad)
     else:
@@ -160,8 +160,8 @@ def _json(path: Path, bad: OnBad) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path} line {error.lineno} is not JSON: {error.msg}. Expected one list of objects. A file with one object "
-            "per line must be named .jsonl."
+            f"{path} line {error.lineno} is not JSON: {error.msg}. Expected one list of objects. A file with one "
+            "object per line must be named .jsonl."
         ) from error
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
@@ -270,7 +270,8 @@ def _open_dataset(path: str, config: str | None, split: str | None) -> tuple[str
             f"{content or 'nothing'}."
             if local.is_dir()
             else f"There is no local file {path}, and the hub could not be read for {name}, configuration {config}: "
-            f"{type(error).__name__}: {error}. Use the path of a file, or an existing hub name, configuration and split."
+            f"{type(error).__name__}: {error}. Use the path of a file, or an existing hub name, configuration and "
+            "split."
         ) from error
     finally:
         if not bars_were_off:

@@ -1,4 +1,4 @@
-"""A small grid of real fits, and what it comes to when nothing goes wrong."""
+"""Fixtures: a small grid of real fits, and its results without interruptions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CALLBACKS = [
 
 @pytest.fixture(scope="session")
 def write_grid() -> Callable[[Path], Path]:
-    """A grid of four cells, its caches beside it."""
+    """Function that writes the file of a grid with four cells. Its caches are in the same folder."""
 
     def write(folder: Path) -> Path:
         base = [*(f"--{name}={value}" for name, value in BASE.items()), *CALLBACKS]
@@ -63,7 +63,7 @@ def write_grid() -> Callable[[Path], Path]:
 
 @pytest.fixture
 def grid(write_grid: Callable[[Path], Path], tmp_path: Path) -> Path:
-    """The grid's file, in a folder of its own."""
+    """File of the grid, in a new folder."""
     return write_grid(tmp_path)
 
 
@@ -71,19 +71,19 @@ Results = dict[str, bytes]
 
 
 def results_in(output: Path) -> Results:
-    """`results.json` of every cell, by name."""
+    """Return the content of `results.json` of every cell, by the name of the cell."""
     return {path.parent.name: path.read_bytes() for path in sorted(output.glob("cells/*/results.json"))}
 
 
 @pytest.fixture(scope="session")
 def read_results() -> Callable[[Path], Results]:
-    """See `results_in`."""
+    """The function `results_in`."""
     return results_in
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(write_grid: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a grid whose cells ran one after the other, from the first to the last."""
+    """Folder of a grid whose cells ran one after the other, without interruption."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     assert ablate([str(write_grid(folder))], output=str(folder / "out"), threads=1)
     return folder / "out"

@@ -1,4 +1,4 @@
-"""What makes a finished cell stale."""
+"""Tests of the fingerprints of cells."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lpc_lightning.evaluation.ablation.fingerprint import code_version, fingerpr
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A config that names a group, which names a data file in the current folder, and the folder of a model."""
+    """Folder with a config that names a group file. The group file names a data file. There is also a model folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "groups").mkdir()
     (tmp_path / "model").mkdir()
@@ -26,34 +26,32 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 ARGUMENTS = ["--config=fit.yaml", "--policy.path=model", "--model.beta=0.1"]
 
 
-def of(arguments: list[str] = ARGUMENTS, weights: str = "last") -> str:
-    module._file.cache_clear()
+def compute(arguments: list[str] = ARGUMENTS, weights: str = "last") -> str:
+    module._describe_file.cache_clear()
     return fingerprint(arguments, weights)
 
 
 @pytest.mark.parametrize("file", ["fit.yaml", "groups/data.yaml", "pairs.jsonl", "model/weights"])
-def test_a_file_that_is_changed_changes_it(config: Path, file: str) -> None:
-    before = of()
-    assert of() == before
+def test_fingerprint_changes_with_file(config: Path, file: str) -> None:
+    before = compute()
+    assert compute() == before
     path = config / file
     path.write_text(path.read_text() + "  ")
-    assert of() != before
+    assert compute() != before
 
 
-def test_arguments_and_weights_change_it(config: Path) -> None:
-    assert len({of(), of([*ARGUMENTS, "--seed_everything=1"]), of(weights="best")}) == 3
+def test_fingerprint_changes_with_arguments(config: Path) -> None:
+    assert len({compute(), compute([*ARGUMENTS, "--seed_everything=1"]), compute(weights="best")}) == 3
 
 
-def test_what_a_run_writes_does_not(config: Path) -> None:
+def test_fingerprint_ignores_output_files(config: Path) -> None:
     arguments = ["--trainer.default_root_dir=model", "--data.cache_dir=model"]
-    before = of(arguments)
+    before = compute(arguments)
     (config / "model" / "weights").write_text("other")
-    assert of(arguments) == before
+    assert compute(arguments) == before
 
 
-def test_the_code_of_a_fit_counts_and_that_of_a_report_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_version_covers_fit_not_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "lpc_lightning/deep/loss.py": "x = 1",
         "lpc_lightning/callbacks/__init__.py": "def f():\n    from lpc_lightning.evaluation.near import x",

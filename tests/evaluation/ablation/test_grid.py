@@ -1,4 +1,4 @@
-"""From a file to cells."""
+"""Tests of grids: from a YAML file to cells."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ GRID: dict[str, Any] = {
 
 @pytest.fixture
 def read(tmp_path: Path) -> Any:
-    def write_and_read(told: Any) -> Grid:
+    def write_and_read(content: Any) -> Grid:
         path = tmp_path / "grid.yaml"
-        path.write_text(yaml.safe_dump(told, sort_keys=False))
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
         return read_grid(path)
 
     return write_and_read
 
 
-def test_every_combination_is_a_cell_with_its_arguments(read: Any) -> None:
+def test_cells_of_every_combination(read: Any) -> None:
     cells = read(GRID).cells()
     assert [tuple(cell.axes.values()) for cell in cells] == [
         (algorithm, noise, codes) for algorithm in ("dpo", "simpo") for noise in (0, 0.1) for codes in (8, None)
@@ -47,7 +47,7 @@ def test_every_combination_is_a_cell_with_its_arguments(read: Any) -> None:
     )
 
 
-def test_combinations_are_left_out(read: Any) -> None:
+def test_cells_without_skipped_combinations(read: Any) -> None:
     cells = read({**GRID, "skip": [{"algorithm": "simpo", "noise": [0.1]}, {"codes": None, "noise": 0}]}).cells()
     assert [tuple(cell.axes.values()) for cell in cells] == [
         ("dpo", 0, 8),
@@ -57,37 +57,37 @@ def test_combinations_are_left_out(read: Any) -> None:
     ]
 
 
-def test_the_command_line_trims_widens_and_sets(read: Any) -> None:
-    grid = read(GRID).changed(["algorithm=simpo", "noise=0.2,0.3,0.4", "codes=8", "trainer.max_steps=5"])
+def test_changes_replace_values_and_add_settings(read: Any) -> None:
+    grid = read(GRID).with_changes(["algorithm=simpo", "noise=0.2,0.3,0.4", "codes=8", "trainer.max_steps=5"])
     cells = grid.cells()
     assert [tuple(cell.axes.values()) for cell in cells] == [("simpo", rate, 8) for rate in (0.2, 0.3, 0.4)]
     assert all(cell.arguments[-1] == "--trainer.max_steps=5" for cell in cells)
 
 
-def test_names_may_be_more_than_those_taken_by_default(read: Any) -> None:
+def test_axis_with_more_names_than_values(read: Any) -> None:
     algorithm = {"values": ["simpo"], **GRID["axes"]["algorithm"]}
     grid = read({**GRID, "axes": {**GRID["axes"], "algorithm": algorithm}})
     assert {cell.axes["algorithm"] for cell in grid.cells()} == {"simpo"}
-    assert grid.changed(["algorithm=dpo,simpo"]).cells() == read(GRID).cells()
+    assert grid.with_changes(["algorithm=dpo,simpo"]).cells() == read(GRID).cells()
     with pytest.raises(ConfigError, match="algorithm: found ppo, expected dpo, simpo"):
         read({**GRID, "axes": {"algorithm": algorithm | {"values": ["ppo"]}}})
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("algorithm=ppo", "algorithm: found ppo, expected dpo, simpo"),
         ("sede=1", "found 'sede=1', expected AXIS=VALUE,VALUE with one of the axes algorithm, noise, codes"),
         ("noise", "found 'noise', expected AXIS=VALUE"),
     ],
 )
-def test_a_change_that_means_nothing_is_told(read: Any, change: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        read(GRID).changed([change])
+def test_changes_reject_unknown_names(read: Any, change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(GRID).with_changes([change])
 
 
 @pytest.mark.parametrize(
-    ("grid", "told"),
+    ("grid", "message"),
     [
         ([1], "found list, expected base, axes"),
         ({"base": []}, "found base, expected base, axes"),
@@ -99,25 +99,25 @@ def test_a_change_that_means_nothing_is_told(read: Any, change: str, told: str) 
         ({**GRID, "skip": [{"sede": 1}]}, "skip: found {'sede': 1}, expected values for some of algorithm"),
     ],
 )
-def test_a_file_that_is_no_grid_is_told(read: Any, grid: Any, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_read_grid_rejects_invalid_content(read: Any, grid: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         read(grid)
 
 
-def test_no_file_is_told(tmp_path: Path) -> None:
+def test_read_grid_rejects_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"found no file .*none\.yaml"):
         read_grid(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(("change", "told"), [("seed=1,1", "a value twice"), ("skip", "found no cell")])
-def test_no_cell_and_cells_that_are_the_same_are_told(read: Any, change: str, told: str) -> None:
+@pytest.mark.parametrize(("change", "message"), [("seed=1,1", "a value twice"), ("skip", "found no cell")])
+def test_cells_rejects_empty_grid_and_repeated_values(read: Any, change: str, message: str) -> None:
     grid = {"base": [], "axes": {"seed": {"values": [1], "key": "seed_everything"}}}
-    changed = read(grid).changed([change]) if "=" in change else read({**grid, "skip": [{"seed": 1}]})
-    with pytest.raises(ConfigError, match=told):
+    changed = read(grid).with_changes([change]) if "=" in change else read({**grid, "skip": [{"seed": 1}]})
+    with pytest.raises(ConfigError, match=message):
         changed.cells()
 
 
-def test_names_are_safe_and_tell_cells_apart(read: Any) -> None:
+def test_cell_names_are_valid_and_distinct(read: Any) -> None:
     values = ["a/b", "a b", "a_b", "x" * 300, "x" * 299 + "y"]
     cells = read({"base": [], "axes": {"path": {"values": values, "key": "data.path"}}}).cells()
     names = [cell.name for cell in cells]

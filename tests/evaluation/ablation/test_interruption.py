@@ -1,4 +1,4 @@
-"""An ablation killed at any moment and run again ends where one that was left alone does, to the byte."""
+"""Tests of interruptions: an ablation that is killed and run again has the same results, to the byte."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Read = Callable[[Path], dict[str, bytes]]
 
 @pytest.fixture
 def arguments(grid: Path) -> list[str]:
-    """Two cells, one after the other."""
+    """Arguments of `ablate` for two cells, one after the other."""
     return [str(grid), "noise=0.5", f"--output={grid.parent / 'out'}", "--threads=1"]
 
 
 @pytest.fixture
 def start(arguments: list[str]) -> Iterator[Callable[[], BaseProcess]]:
-    """Starts the command in a process of its own (a warm one: its imports take seconds)."""
+    """Function that starts the command in a new process, forked from a server because the imports take seconds."""
     started: list[BaseProcess] = []
 
     def begin() -> BaseProcess:
@@ -48,18 +48,18 @@ def start(arguments: list[str]) -> Iterator[Callable[[], BaseProcess]]:
 
 def children(process: int) -> list[int]:
     try:
-        return [int(each) for each in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except FileNotFoundError:
         return []
 
 
 def cell_processes(process: int) -> list[int]:
-    """The cells at work for a command: children of its fork server."""
+    """Return the running cells of a command: the children of its fork server."""
     return [cell for server in children(process) for cell in children(server)]
 
 
 def is_alive(process: int) -> bool:
-    """Whether it runs: what is dead and not yet waited for has no command line."""
+    """Return True if a process runs. A zombie process has no command line."""
     try:
         return bool(Path(f"/proc/{process}/cmdline").read_text())
     except (FileNotFoundError, ProcessLookupError):
@@ -67,7 +67,7 @@ def is_alive(process: int) -> bool:
 
 
 def until(process: BaseProcess, happened: Callable[[], bool]) -> bool:
-    """Wait for something; False where the process ends first."""
+    """Wait until `happened` returns True. Return False if the process ends first."""
     deadline = time.monotonic() + 120
     while not happened():
         if not process.is_alive():
@@ -78,26 +78,26 @@ def until(process: BaseProcess, happened: Callable[[], bool]) -> bool:
 
 
 def end(process: BaseProcess) -> int | None:
-    """Wait for the command to end: its exit code."""
+    """Wait for the end of the command, and return its exit code."""
     process.join(timeout=300)
     return process.exitcode
 
 
 def moments(seed: int) -> Iterator[float]:
-    """Seconds after the first sign of a cell: before its fit, within, and after."""
+    """Yield random times of a kill, in seconds after the start of a cell: before, during or after its fit."""
     chance = random.Random(seed)
     return iter([chance.uniform(0, 5) for _ in range(2)])
 
 
 def expected(uninterrupted: Path, read_results: Read) -> dict[str, bytes]:
-    return {name: found for name, found in read_results(uninterrupted).items() if "noise=0.5" in name}
+    return {name: content for name, content in read_results(uninterrupted).items() if "noise=0.5" in name}
 
 
 def records(grid: Path) -> dict[Path, Any]:
     return {path.parent: json.loads(path.read_text()) for path in (grid.parent / "out").glob("cells/*/cell.json")}
 
 
-def test_the_command_is_killed(
+def test_ablate_after_killed_command(
     start: Callable[[], BaseProcess], arguments: list[str], grid: Path, uninterrupted: Path, read_results: Read
 ) -> None:
     for seconds in moments(seed=0):
@@ -108,73 +108,71 @@ def test_the_command_is_killed(
             process.kill()
             deadline = time.monotonic() + 10
             while any(map(is_alive, cells)):
-                assert time.monotonic() < deadline, "a cell outlived its command"
+                assert time.monotonic() < deadline, "a cell still runs after its command was killed"
                 time.sleep(0.01)
     main(["ablate", *arguments])
     assert read_results(grid.parent / "out") == expected(uninterrupted, read_results)
 
 
-def test_a_cell_is_killed(
+def test_ablate_after_killed_cell(
     start: Callable[[], BaseProcess], arguments: list[str], grid: Path, uninterrupted: Path, read_results: Read
 ) -> None:
     output = grid.parent / "out"
     process = start()
-    # Once there is something to go on from.
+    # Wait for a checkpoint to resume from.
     assert until(process, lambda: bool(list(output.glob("cells/*/run/checkpoints/last.ckpt"))))
     (cell,) = cell_processes(process.pid)
     os.kill(cell, signal.SIGKILL)
     assert end(process) == 1
-    (stopped,) = [folder for folder, told in records(grid).items() if told["status"] == "stopped"]
+    (stopped,) = [folder for folder, record in records(grid).items() if record["status"] == "stopped"]
     assert records(grid)[stopped]["error"].endswith("killed by SIGKILL")
-    assert len(read_results(output)) == 1  # the other cell has run
+    assert len(read_results(output)) == 1  # that of the other cell
     main(["ablate", *arguments])
-    told = records(grid)[stopped]
-    assert (told["status"], told["attempts"], told["error"]) == ("finished", 2, None)
+    record = records(grid)[stopped]
+    assert (record["status"], record["attempts"], record["error"]) == ("finished", 2, None)
     assert "Restored all states from the checkpoint" in (stopped / "log.txt").read_text()
     assert read_results(output) == expected(uninterrupted, read_results)
     with (stopped / "run" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert steps == sorted(set(steps))
-    # Lightning saves a step's checkpoint before it logs that step: a kill between the two takes this one row.
+    # Lightning saves a step's checkpoint before it logs the step. A kill between the two loses this row.
     base = yaml.safe_load(grid.read_text())["base"]
-    (every,) = [int(each.split("=")[1]) for each in base if "every_n_train_steps" in each]
+    (every,) = [int(argument.split("=")[1]) for argument in base if "every_n_train_steps" in argument]
     lost = set(range(24)) - set(steps)
     assert len(lost) <= 1
     assert all((step + 1) % every == 0 for step in lost)
 
 
-def test_a_cell_killed_between_fit_and_results_is_only_evaluated(
-    uninterrupted: Path, tmp_path: Path, read_results: Read
-) -> None:
+def test_cell_killed_after_fit_is_only_evaluated(uninterrupted: Path, tmp_path: Path, read_results: Read) -> None:
     output = shutil.copytree(uninterrupted, tmp_path / "out")
     cell = output / "cells" / "latent=gumbel,noise=0.5,seed=1"
-    told = json.loads((cell / "cell.json").read_text())
+    record = json.loads((cell / "cell.json").read_text())
     (cell / "results.json").unlink()
-    (cell / "cell.json").write_text(json.dumps(told | {"status": "running"}))
+    (cell / "cell.json").write_text(json.dumps(record | {"status": "running"}))
     main(["ablate", str(uninterrupted.parent / "small.yaml"), f"--output={output}", "--threads=1"])
     assert read_results(output) == read_results(uninterrupted)
     assert (cell / "log.txt").read_text().count("attempt 2") == 1
 
 
-def test_sigterm_has_cells_write_a_checkpoint(
+def test_sigterm_writes_checkpoint(
     start: Callable[[], BaseProcess], arguments: list[str], grid: Path, uninterrupted: Path, read_results: Read
 ) -> None:
     process = start()
-    # Training has begun: before, there is nothing to save, and SIGTERM ends a cell at once.
+    # Wait until training has begun. Before that, there is nothing to save, and SIGTERM ends a cell at once.
     assert until(process, lambda: bool(list(grid.parent.glob("out/cells/*/run/checkpoints/last.ckpt"))))
     process.terminate()
     assert end(process) == 130
-    ((cell, told),) = records(grid).items()
-    assert (told["status"], told["error"]) in [("stopped", "stopped by SIGTERM"), ("finished", None)]
-    assert told["status"] == "finished" or (cell / "run" / "checkpoints" / "stopped.ckpt").exists()
+    ((cell, record),) = records(grid).items()
+    assert (record["status"], record["error"]) in [("stopped", "stopped by SIGTERM"), ("finished", None)]
+    assert record["status"] == "finished" or (cell / "run" / "checkpoints" / "stopped.ckpt").exists()
     main(["ablate", *arguments])
     assert read_results(grid.parent / "out") == expected(uninterrupted, read_results)
 
 
-def test_two_commands_share_the_work(
+def test_two_commands_share_cells(
     start: Callable[[], BaseProcess], grid: Path, uninterrupted: Path, read_results: Read
 ) -> None:
     for process in [start() for _ in range(2)]:
         end(process)
     assert read_results(grid.parent / "out") == expected(uninterrupted, read_results)
-    assert all(told["attempts"] == 1 for told in records(grid).values())
+    assert all(record["attempts"] == 1 for record in records(grid).values())

@@ -1,4 +1,4 @@
-"""The same cells on a Ray cluster of two nodes on this machine."""
+"""Test of cells on a Ray cluster with two nodes on this machine."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
-    """A cluster of two nodes with a processor each, which goes when the test does."""
+    """Address of a cluster of two nodes with one processor each. It is stopped after the test."""
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     with (tmp_path / "cluster.log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", CLUSTER], stderr=log, **pipes)
     assert process.stdout is not None
-    # Ray says some things of its own first.
+    # Ray prints other lines first.
     line = next((line for line in process.stdout if line.startswith("cluster at ")), None)
     assert line, (tmp_path / "cluster.log").read_text()
     yield line.removeprefix("cluster at ").strip()
     process.communicate("", timeout=60)
 
 
-def test_ray_makes_the_same_cells(
+def test_ray_results_equal_local_results(
     address: str, grid: Path, uninterrupted: Path, read_results: Callable[[Path], dict[str, bytes]]
 ) -> None:
     output, script = grid.parent / "out", grid.parent / "ablate.py"
@@ -53,9 +53,9 @@ def test_ray_makes_the_same_cells(
     command = [sys.executable, str(script), str(grid), "noise=0.5"]
     command += [f"--output={output}", "--launcher=ray", "--threads=1"]
     environment = os.environ | {"RAY_ADDRESS": address}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning" not in done.stderr
-    expected = {name: found for name, found in read_results(uninterrupted).items() if "noise=0.5" in name}
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert "Warning" not in completed.stderr
+    expected = {name: content for name, content in read_results(uninterrupted).items() if "noise=0.5" in name}
     assert read_results(output) == expected
     assert all(json.loads(path.read_text())["attempts"] == 1 for path in output.glob("cells/*/cell.json"))

@@ -1,4 +1,4 @@
-"""Every mode against one sequence at a time; groups against loops; posteriors that leak and that do not, by hand."""
+"""Tests of the modes against single sequences, of groups against loops, and of leaking posteriors made by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import (
     SWAPPED,
     AccuracyModes,
     AccuracyReport,
-    largest,
+    keep_largest,
     mode_margins,
     turnover,
 )
@@ -73,9 +73,9 @@ Build = Callable[..., PreferenceModule]
 
 @pytest.fixture
 def build(tiny_spec: Callable[..., Any], perturb: Callable[..., None], exact: Callable[..., Any]) -> Build:
-    """A float64 module whose policy has left its reference, and whose latent is noise in all its parts."""
+    """Function that builds a float64 module. Its policy differs from its reference, and its latent is random."""
 
-    def made(algorithm: str, space: LatentSpace | None) -> PreferenceModule:
+    def build_module(algorithm: str, space: LatentSpace | None) -> PreferenceModule:
         module = ALGORITHMS[algorithm](policy=tiny_spec(), latent=space)
         module.configure_model()
         exact(module.policy)
@@ -87,14 +87,14 @@ def build(tiny_spec: Callable[..., Any], perturb: Callable[..., None], exact: Ca
             perturb(space, deviation=0.5, seed=3)
         return module.requires_grad_(False)
 
-    return made
+    return build_module
 
 
 def evaluated(module: PreferenceModule, batch: PreferenceBatch) -> Evaluated:
     return module.validation_step(batch, 0)
 
 
-# The slow way
+# Naive computation
 
 
 def backbone(policy: Any, tokens: list[int]) -> Tensor:
@@ -104,19 +104,19 @@ def backbone(policy: Any, tokens: list[int]) -> Tensor:
 def answer_logp(policy: Any, prompt: list[int], answer: list[int], z: Tensor | float = 0.0) -> Tensor:
     states = backbone(policy, prompt + answer) + z
     logps = torch.log_softmax(policy.causal_lm.lm_head(states), -1)
-    return sum(logps[len(prompt) - 1 + place, token] for place, token in enumerate(answer))  # type: ignore[return-value]
+    return sum(logps[len(prompt) - 1 + index, token] for index, token in enumerate(answer))  # type: ignore[return-value]
 
 
 def network(net: Any, *states: Tensor) -> Tensor:
-    read = torch.cat([state / state.square().mean().sqrt() for state in states])
-    hidden = net.first.weight @ read + net.first.bias
+    inputs = torch.cat([state / state.square().mean().sqrt() for state in states])
+    hidden = net.first.weight @ inputs + net.first.bias
     hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
     return net.second.weight @ hidden + net.second.bias
 
 
 @dataclass
 class Naive:
-    """One pair, all sequences run on their own, formulas as in method.md."""
+    """Naive computation for one pair: each sequence is run separately, with the formulas of the method."""
 
     algorithm: str
     module: PreferenceModule
@@ -129,15 +129,15 @@ class Naive:
         self.h_w, self.h_l = (backbone(policy, prompt + answer)[-1] for answer in (chosen, rejected))
 
     def rewards(self, z: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Of the chosen and of the rejected answer, before beta."""
-        found = []
+        """Compute the rewards of the chosen and the rejected answer, without beta."""
+        rewards = []
         for answer in (self.pair.chosen_ids, self.pair.rejected_ids):
             logp = answer_logp(self.module.policy, self.pair.prompt_ids, answer, z)
             if self.algorithm == "simpo":
-                found.append(logp / len(answer))
+                rewards.append(logp / len(answer))
             else:
-                found.append(logp - answer_logp(self.module.reference.policy, self.pair.prompt_ids, answer))
-        return found[0], found[1]
+                rewards.append(logp - answer_logp(self.module.reference.policy, self.pair.prompt_ids, answer))
+        return rewards[0], rewards[1]
 
     def margin(self, z: Tensor | float) -> Tensor:
         chosen, rejected = self.rewards(z)
@@ -158,7 +158,7 @@ class Naive:
         }[self.algorithm]()
 
     def likelihoods(self, swapped: bool) -> list[Decimal]:
-        """p_k exp(-l_k) by code, with digits to spare; IPO's loss counts by what it is at a margin of 0."""
+        """Compute p_k exp(-l_k) by code, with many digits. IPO's loss is divided by its value at a margin of 0."""
         space: Any = self.module.latent
         prior = network(space.prior, self.h_x).exp()
         nats = 1 / 2.5**2 if self.algorithm == "ipo" else 1.0
@@ -181,15 +181,17 @@ class Naive:
         space: Any = self.module.latent
         if isinstance(space, MarginalSpace):
             likelihoods = self.likelihoods(swapped)
-            weights = torch.tensor([float(each / sum(likelihoods)) for each in likelihoods], dtype=torch.float64)
+            weights = torch.tensor(
+                [float(likelihood / sum(likelihoods)) for likelihood in likelihoods], dtype=torch.float64
+            )
         else:
-            handed = (self.h_l, self.h_w) if swapped else (self.h_w, self.h_l)
-            weights = network(space.posterior, *handed)
+            answer_states = (self.h_l, self.h_w) if swapped else (self.h_w, self.h_l)
+            weights = network(space.posterior, *answer_states)
             weights = weights[:3] if isinstance(space, GaussianSpace) else weights.exp() / weights.exp().sum()
         return weights @ space.codebook.weight
 
     def margins(self, others_z: Tensor, modes: set[str]) -> dict[str, Tensor]:
-        ways = {
+        margins = {
             "prior": lambda: self.margin(self.prior_z()),
             "no_latent": lambda: self.margin(0.0),
             "shuffled": lambda: self.margin(others_z),
@@ -197,42 +199,40 @@ class Naive:
             SWAPPED: lambda: self.margin(self.posterior_z(swapped=True)),
             "marginal": lambda: sum(self.likelihoods(False)).ln() - sum(self.likelihoods(True)).ln(),
         }
-        return {mode: ways[mode]() for mode in modes}
+        return {mode: margins[mode]() for mode in modes}
 
 
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 @pytest.mark.parametrize("space", list(SPACES))
-def test_every_mode_is_what_one_sequence_at_a_time_gives(
+def test_mode_margins_match_single_sequences(
     algorithm: str, space: str, build: Build, make_pairs: Callable[..., list[TokenizedPair]]
 ) -> None:
     pairs = make_pairs(LENGTHS)
     module = build(algorithm, SPACES[space]())
-    found = mode_margins(evaluated(module, SharedPrefixLayout(0, row_tokens=40)(pairs)), module.latent)
-    assert set(found) == MODES[space]
+    actual = mode_margins(evaluated(module, SharedPrefixLayout(0, row_tokens=40)(pairs)), module.latent)
+    assert set(actual) == MODES[space]
     naive = [Naive(algorithm, module, pair) for pair in pairs]
     for number, one in enumerate(naive):
         for mode, margin in one.margins(naive[(number - 2) % 5].prior_z(), MODES[space]).items():
-            assert float(found[mode][number]) == pytest.approx(float(margin), rel=1e-9, abs=1e-9), mode
-    apart = {mode for mode in found if (found[mode] - found["prior"]).abs().max() > 1e-3}
-    assert apart == MODES[space] - {"prior"} - ({"shuffled"} if space == "vector" else set()), (
-        "modes must be told apart"
+            assert float(actual[mode][number]) == pytest.approx(float(margin), rel=1e-9, abs=1e-9), mode
+    different = {mode for mode in actual if (actual[mode] - actual["prior"]).abs().max() > 1e-3}
+    assert different == MODES[space] - {"prior"} - ({"shuffled"} if space == "vector" else set()), (
+        "all modes must differ"
     )
 
 
-def test_a_plain_policy_has_one_mode(build: Build, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
+def test_mode_margins_without_latent(build: Build, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
     pairs, module = make_pairs(LENGTHS), build("dpo", None)
-    found = mode_margins(evaluated(module, PaddedLayout(0)(pairs)), None)
-    assert set(found) == {"prior"}
+    actual = mode_margins(evaluated(module, PaddedLayout(0)(pairs)), None)
+    assert set(actual) == {"prior"}
     for number, pair in enumerate(pairs):
-        assert float(found["prior"][number]) == pytest.approx(float(Naive("dpo", module, pair).margin(0.0)), abs=1e-9)
+        assert float(actual["prior"][number]) == pytest.approx(float(Naive("dpo", module, pair).margin(0.0)), abs=1e-9)
 
 
-def test_for_dpo_the_marginal_is_the_odds_of_the_label(
-    build: Build, make_pairs: Callable[..., list[TokenizedPair]]
-) -> None:
-    """sum_k p_k sigmoid(beta D_k) against one half."""
+def test_marginal_margin_of_dpo_is_label_log_odds(build: Build, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
+    """Compare with the log-odds of sum_k p_k sigmoid(beta D_k)."""
     pairs, module = make_pairs(LENGTHS), build("dpo", MarginalSpace(**CODES))
-    found = mode_margins(evaluated(module, PaddedLayout(0)(pairs)), module.latent)["marginal"]
+    actual = mode_margins(evaluated(module, PaddedLayout(0)(pairs)), module.latent)["marginal"]
     for number, pair in enumerate(pairs):
         naive, space = Naive("dpo", module, pair), module.latent
         assert isinstance(space, MarginalSpace)
@@ -242,16 +242,16 @@ def test_for_dpo_the_marginal_is_the_odds_of_the_label(
             sum(Decimal(float(p)) / (1 + (sign * margin).exp()) for p, margin in zip(prior, margins, strict=True))
             for sign in (-1, 1)
         )
-        assert float(found[number]) == pytest.approx(float((right / wrong).ln()), rel=1e-9)
+        assert float(actual[number]) == pytest.approx(float((right / wrong).ln()), rel=1e-9)
 
 
-def test_all_modes_cost_one_backbone_pass_and_one_pass_under_all_codes(
+def test_mode_margins_number_of_passes(
     build: Build, make_pairs: Callable[..., list[TokenizedPair]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = build("dpo", MarginalSpace(**CODES))
     calls: dict[str, int] = {}
 
-    def counting(kind: type, name: str) -> None:
+    def count_calls(kind: type, name: str) -> None:
         original = getattr(kind, name)
 
         def wrapped(*arguments: Any, **options: Any) -> Any:
@@ -260,37 +260,38 @@ def test_all_modes_cost_one_backbone_pass_and_one_pass_under_all_codes(
 
         monkeypatch.setattr(kind, name, wrapped)
 
-    counting(type(module.policy), "states")
-    counting(type(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS)))["score"]._reading), "logps_per_code")
+    count_calls(type(module.policy), "states")
+    count_calls(type(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS)))["score"]._reading), "logps_per_code")
     calls.clear()
     mode_margins(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS))), module.latent)
-    assert calls == {"states": 2, "logps_per_code": 1}, "one of the policy and one of the reference"
+    assert calls == {"states": 2, "logps_per_code": 1}, "one pass of the policy and one of the reference"
 
 
-# Label leak, by hand
+# Label leaks made by hand
 
 A, B = 7, 11
-"""Two tokens, each an answer."""
+"""Tokens of the two answers."""
 
 
 def leak_module(build: Build, make_pairs: Callable[..., Any], leaking: bool) -> tuple[PreferenceModule, Any]:
-    """Answers are A or B, code 0 lifts A and code 1 lifts B; the posterior tells which of the two it was handed first.
+    """Make a module whose posterior depends on the order of the answers, or not.
 
-    The posterior's hidden layer holds u and -u with u = s(first) - s(second), s the projection on what tells the two
-    tokens apart, and gelu(u) - gelu(-u) = u: its logits are +-u. One that ignores the order reads s(first) + s(second).
+    The answers are A or B. Code 0 makes A likelier, and code 1 makes B likelier. Let s be the projection that separates
+    the two tokens. The hidden layer of the leaking posterior has u = s(first) - s(second) and -u. Since
+    gelu(u) - gelu(-u) = u, its logits are u and -u. The other posterior has u = s(first) + s(second).
     """
     pairs = make_pairs([(3 + number, 1, 1) for number in range(8)])
     pairs = [replace(pair, chosen_ids=[A], rejected_ids=[B]) for pair in pairs]
     pairs[::3] = [replace(pair, chosen_ids=[B], rejected_ids=[A]) for pair in pairs[::3]]
     module = build("dpo", GumbelSpace(num_codes=2, hidden=2, init_logit_std=1.0))
     space: Any = module.latent
-    reading = module.policy.read(PaddedLayout(0)(pairs))
+    forward = module.policy.read(PaddedLayout(0)(pairs))
     first_is_a = torch.tensor([pair.chosen_ids == [A] for pair in pairs])
-    states = torch.nn.functional.rms_norm(reading.states.chosen, (16,))
-    others = torch.nn.functional.rms_norm(reading.states.rejected, (16,))
-    a, b = (torch.where(first_is_a[:, None], *each) for each in ((states, others), (others, states)))
+    states = torch.nn.functional.rms_norm(forward.states.chosen, (16,))
+    others = torch.nn.functional.rms_norm(forward.states.rejected, (16,))
+    a, b = (torch.where(first_is_a[:, None], *choices) for choices in ((states, others), (others, states)))
     direction = (a - b).mean(0)
-    assert ((a - b) @ direction > 0).all(), "the projection tells the tokens apart"
+    assert ((a - b) @ direction > 0).all(), "the projection must separate the tokens"
     sign = -1.0 if leaking else 1.0
     row = torch.cat([direction, sign * direction])
     space.posterior.first.weight.copy_(20 * torch.stack([row, -row]))
@@ -310,23 +311,23 @@ def report_of(module: PreferenceModule, batches: list[PreferenceBatch], **option
     return modes.collect()
 
 
-def test_a_posterior_that_leaks_turns_over_with_the_order(build: Build, make_pairs: Callable[..., Any]) -> None:
+def test_swap_turnover_of_leaking_posterior(build: Build, make_pairs: Callable[..., Any]) -> None:
     module, pairs = leak_module(build, make_pairs, leaking=True)
-    found = report_of(module, [PaddedLayout(0)(pairs)]).metrics
-    assert found["swap_turnover"] == 1.0
-    assert found["accuracy/posterior"] == 1.0, "it merely says what it was handed"
+    actual = report_of(module, [PaddedLayout(0)(pairs)]).metrics
+    assert actual["swap_turnover"] == 1.0
+    assert actual["accuracy/posterior"] == 1.0, "it only repeats the label"
 
 
-def test_a_posterior_that_ignores_the_order_never_turns_over(build: Build, make_pairs: Callable[..., Any]) -> None:
+def test_swap_turnover_of_symmetric_posterior(build: Build, make_pairs: Callable[..., Any]) -> None:
     module, pairs = leak_module(build, make_pairs, leaking=False)
-    found = report_of(module, [PaddedLayout(0)(pairs)])
-    assert found.metrics["swap_turnover"] == 0.0
-    margins = [item["margins"] for item in found.items]
-    assert max(abs(margin["posterior"]) for margin in margins) > 1, "and yet it says something"
-    assert 0 < found.metrics["accuracy/posterior"] < 1
+    actual = report_of(module, [PaddedLayout(0)(pairs)])
+    assert actual.metrics["swap_turnover"] == 0.0
+    margins = [item["margins"] for item in actual.items]
+    assert max(abs(margin["posterior"]) for margin in margins) > 1, "the posterior must have an effect"
+    assert 0 < actual.metrics["accuracy/posterior"] < 1
 
 
-def test_turnover_counts_contradictions_and_half_of_the_ties() -> None:
+def test_turnover_with_ties() -> None:
     one, other = torch.tensor([[2.0, 3.0, 1.0, 0.0, 0.0, -1.0], [-0.5, 4.0, 0.0, -2.0, 0.0, -9.0]])
     assert turnover(one, other).tolist() == [1, 0, 0.5, 0.5, 0, 0]
     assert torch.equal(turnover(one, other), turnover(other, one))
@@ -343,7 +344,7 @@ def labelled(pairs: list[TokenizedPair]) -> list[TokenizedPair]:
     ]
 
 
-def test_groups_are_means_over_their_pairs(build: Build, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
+def test_group_metrics_are_means_over_pairs(build: Build, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
     pairs, layout = labelled(make_pairs(LENGTHS)), PaddedLayout(0)
     module = build("ipo", GumbelSpace(**CODES))
     report = report_of(module, [layout(pairs[:3]), layout(pairs[3:])])
@@ -373,14 +374,14 @@ def test_groups_are_means_over_their_pairs(build: Build, make_pairs: Callable[..
     assert report.standard_errors == pytest.approx(errors, rel=1e-9)
 
 
-def test_nothing_is_said_of_flips_where_there_are_none(build: Build, make_pairs: Callable[..., Any]) -> None:
-    found = report_of(build("dpo", None), [PaddedLayout(0)(make_pairs(LENGTHS))])
-    assert set(found.metrics) == {"accuracy/prior", "margin/prior", "pairs"}
-    assert set(found.standard_errors) == {"accuracy/prior", "margin/prior"}
-    assert set(found.items[0]) == {"id", "source", "factor", "annotator", "flipped", "margins"}
+def test_metrics_without_flipped_pairs(build: Build, make_pairs: Callable[..., Any]) -> None:
+    actual = report_of(build("dpo", None), [PaddedLayout(0)(make_pairs(LENGTHS))])
+    assert set(actual.metrics) == {"accuracy/prior", "margin/prior", "pairs"}
+    assert set(actual.standard_errors) == {"accuracy/prior", "margin/prior"}
+    assert set(actual.items[0]) == {"id", "source", "factor", "annotator", "flipped", "margins"}
 
 
-def test_a_pair_alone_cannot_be_shuffled_and_is_counted(build: Build, make_pairs: Callable[..., Any]) -> None:
+def test_shuffled_mode_with_single_pair_batches(build: Build, make_pairs: Callable[..., Any]) -> None:
     pairs, layout = labelled(make_pairs(LENGTHS)), PaddedLayout(0)
     module = build("dpo", MLPSpace(hidden=8))
     report = report_of(module, [layout(pairs[:2]), layout(pairs[2:3]), layout(pairs[3:])])
@@ -395,7 +396,7 @@ def test_a_pair_alone_cannot_be_shuffled_and_is_counted(build: Build, make_pairs
     assert not any("shuffled" in name for name in alone if name != "pairs/not_shuffled")
 
 
-def test_collecting_starts_anew(build: Build, make_pairs: Callable[..., Any]) -> None:
+def test_collect_resets(build: Build, make_pairs: Callable[..., Any]) -> None:
     module, layout = build("dpo", None), PaddedLayout(0)
     pairs, modes = make_pairs(LENGTHS), AccuracyModes()
     assert modes.collect() == AccuracyReport()
@@ -406,34 +407,34 @@ def test_collecting_starts_anew(build: Build, make_pairs: Callable[..., Any]) ->
     assert modes.collect() == AccuracyReport()
 
 
-def test_a_diverged_policy_is_seen(build: Build, make_pairs: Callable[..., Any]) -> None:
-    """No mode drops pairs that are not a number."""
+def test_metrics_of_diverged_policy_are_nan(build: Build, make_pairs: Callable[..., Any]) -> None:
+    """No mode leaves out pairs whose margin is NaN."""
     module = build("dpo", MLPSpace(hidden=8))
     module.latent.network.second.bias[0] = torch.nan  # type: ignore[union-attr, operator]
-    found = report_of(module, [PaddedLayout(0)(make_pairs(LENGTHS))]).metrics
-    assert math.isnan(found["accuracy/prior"])
-    assert math.isnan(found["margin/shuffled"])
-    assert not math.isnan(found["margin/no_latent"])
+    actual = report_of(module, [PaddedLayout(0)(make_pairs(LENGTHS))]).metrics
+    assert math.isnan(actual["accuracy/prior"])
+    assert math.isnan(actual["margin/shuffled"])
+    assert not math.isnan(actual["margin/no_latent"])
 
 
 @pytest.mark.parametrize("layout", [PaddedLayout(0), SharedPrefixLayout(0, row_tokens=40)], ids=["padded", "shared"])
-def test_small_groups_are_taken_together(layout: Layout, build: Build, make_pairs: Callable[..., Any]) -> None:
+def test_small_groups_are_merged(layout: Layout, build: Build, make_pairs: Callable[..., Any]) -> None:
     pairs = labelled(make_pairs(LENGTHS))
     module = build("dpo", None)
-    found = report_of(module, [layout(pairs)], by=["source"], most=1).metrics
-    assert {name for name in found if name.startswith("pairs")} == {
+    actual = report_of(module, [layout(pairs)], by=["source"], most=1).metrics
+    assert {name for name in actual if name.startswith("pairs")} == {
         "pairs", "pairs/clean", "pairs/flipped", "pairs/source/wide", f"pairs/source/{OTHERS}",
     }  # fmt: skip
-    assert found[f"pairs/source/{OTHERS}"] == 2
+    assert actual[f"pairs/source/{OTHERS}"] == 2
 
 
-def test_largest_keeps_by_size_and_then_by_name() -> None:
-    assert largest(["b", "a", "", "b", "c", "a", "d"], 2) == ["b", "a", "", "b", OTHERS, "a", OTHERS]
-    assert largest(["d", "c", "b", "a"], 2) == [OTHERS, OTHERS, "b", "a"]
-    assert largest([], 2) == []
+def test_keep_largest_by_size_then_name() -> None:
+    assert keep_largest(["b", "a", "", "b", "c", "a", "d"], 2) == ["b", "a", "", "b", OTHERS, "a", OTHERS]
+    assert keep_largest(["d", "c", "b", "a"], 2) == [OTHERS, OTHERS, "b", "a"]
+    assert keep_largest([], 2) == []
 
 
-def test_a_table_gives_back_its_rows() -> None:
+def test_pair_table_round_trip() -> None:
     table = PairTable()
     assert table.read() == ({}, [])
     table.update({"a": torch.tensor([1.5, 2.0]), "b": torch.tensor([1, 2])}, [{"id": "x\n"}, {"id": "\u2028 é"}])

@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) that see different sources say what one process says of all pairs; sharded weights too."""
+"""Tests on two processes (gloo, CPU) with different sources: their results equal those of one process."""
 
 import json
 import subprocess
@@ -24,10 +24,10 @@ from lpc_lightning.policy import TinyPolicy
 
 SOURCES = ("one", "one", "one", "a much longer name, ünïcode", "a much longer name, ünïcode", "", "third")
 SHARES = ((slice(0, 3), slice(3, 5)), (slice(5, 7),))
-"""The batches of each process: five pairs in two, two pairs in one."""
+"""Batches of each process: five pairs in two batches, two pairs in one batch."""
 
 
-def built():
+def build_module():
     torch.manual_seed(0)
     policy, latent = TinyPolicy(width=16, layers=1, heads=2), MarginalSpace(num_codes=4, init_logit_std=2.0)
     module = DPO(policy=policy, latent=latent, reference="live")
@@ -48,18 +48,18 @@ def batches(module):
 
 
 @torch.no_grad()
-def said(module, parts, most_points=4):
-    """Everything that is reported of some batches."""
+def collect_results(module, parts, most_points=4):
+    """Return all reported results of some batches."""
     modes, codebook = AccuracyModes(), CodebookStatistics(module.latent, most_points)
-    few_shot = AdaptationPairs("source", (0, 1, 2), rounds=3)
+    adaptation = AdaptationPairs("source", (0, 1, 2), rounds=3)
     for number, batch in enumerate(parts):
         evaluated = module.validation_step(batch, number)
         modes.update(evaluated, batch, module.latent)
         codebook.update(evaluated, batch, module.latent)
-        few_shot.update(evaluated, batch, module.latent)
+        adaptation.update(evaluated, batch, module.latent)
     accuracy, use = modes.collect(), codebook.collect()
     return {
-        "metrics": accuracy.metrics | use.metrics | few_shot.collect().metrics,
+        "metrics": accuracy.metrics | use.metrics | adaptation.collect().metrics,
         "errors": accuracy.standard_errors,
         "items": accuracy.items,
         "codes": use.codes.tolist(),
@@ -71,15 +71,15 @@ def said(module, parts, most_points=4):
 
 def one_process_of_two(rank, rendezvous, result):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    module = built()
-    mine = batches(module)[rank]
-    together = said(module, mine)
-    sharded = built()
+    module = build_module()
+    own_batches = batches(module)[rank]
+    together = collect_results(module, own_batches)
+    sharded = build_module()
     shard(sharded, init_device_mesh("cpu", (2,)))
-    # Each process takes as many steps: all take part in gathering the weights.
+    # All processes must run the same number of steps, because each step gathers the weights.
     both = [part for share in zip(*([*share, *share][:2] for share in batches(module)), strict=True) for part in share]
-    apart = said(sharded, both[rank::2])
-    Path(result).write_text(json.dumps({"together": together, "sharded": apart}))
+    sharded_results = collect_results(sharded, both[rank::2])
+    Path(result).write_text(json.dumps({"together": together, "sharded": sharded_results}))
     dist.destroy_process_group()
 
 
@@ -95,24 +95,24 @@ def results(tmp_path_factory):
     return [json.loads(file.read_text()) for file in files]
 
 
-def assert_alike(found, expected, exact):
-    assert found["metrics"].keys() == expected["metrics"].keys()
-    assert found["codes"] == expected["codes"]
-    assert found["sampled"] == expected["sampled"]
-    assert [item["id"] for item in found["items"]] == [item["id"] for item in expected["items"]]
-    assert found["metrics"] == pytest.approx(expected["metrics"], rel=exact, abs=exact)
-    assert found["errors"] == pytest.approx(expected["errors"], rel=exact, abs=exact)
-    assert found["prior"] == pytest.approx(expected["prior"], rel=exact)
-    for one, other in zip(found["items"], expected["items"], strict=True):
-        assert one["margins"] == pytest.approx(other["margins"], rel=exact, abs=exact)
+def assert_close(actual, expected, tolerance):
+    assert actual["metrics"].keys() == expected["metrics"].keys()
+    assert actual["codes"] == expected["codes"]
+    assert actual["sampled"] == expected["sampled"]
+    assert [item["id"] for item in actual["items"]] == [item["id"] for item in expected["items"]]
+    assert actual["metrics"] == pytest.approx(expected["metrics"], rel=tolerance, abs=tolerance)
+    assert actual["errors"] == pytest.approx(expected["errors"], rel=tolerance, abs=tolerance)
+    assert actual["prior"] == pytest.approx(expected["prior"], rel=tolerance)
+    for one, other in zip(actual["items"], expected["items"], strict=True):
+        assert one["margins"] == pytest.approx(other["margins"], rel=tolerance, abs=tolerance)
         assert (one["source"], one["flipped"]) == (other["source"], other["flipped"])
 
 
-def test_two_processes_say_what_one_says_of_all_pairs(results):
-    module = built()
-    expected = said(module, [batch for share in batches(module) for batch in share])
+def test_two_processes_equal_one_process(results):
+    module = build_module()
+    expected = collect_results(module, [batch for share in batches(module) for batch in share])
     for result in results:
-        assert_alike(result["together"], expected, exact=1e-12)
+        assert_close(result["together"], expected, tolerance=1e-12)
         assert result["together"]["points"] == expected["points"]
     metrics = expected["metrics"]
     assert metrics["pairs"] == 7
@@ -121,12 +121,12 @@ def test_two_processes_say_what_one_says_of_all_pairs(results):
     assert {"accuracy/marginal/source/third", "mutual_information/source", "latent/kl"} <= metrics.keys()
 
 
-def test_sharded_weights_say_the_same(results):
-    module = built()
+def test_sharded_weights_equal_one_process(results):
+    module = build_module()
     first, second = batches(module)
-    expected = said(module, [*first, *second, *second])
+    expected = collect_results(module, [*first, *second, *second])
     for result in results:
-        assert_alike(result["sharded"], expected, exact=1e-4)
+        assert_close(result["sharded"], expected, tolerance=1e-4)
 
 
 if __name__ == "__main__":

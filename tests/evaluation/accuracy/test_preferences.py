@@ -1,4 +1,4 @@
-"""Preference accuracy of checkpoints, exported folders and plain models, on a file of pairs."""
+"""Tests of preference accuracy of checkpoints, exported folders and plain models, on a file of pairs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLAGS += ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false", 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 training rows and 7 test rows, one of the latter far too long."""
+    """File with 12 training rows and 7 test rows. One test row is too long."""
     rows = []
     for number in range(19):
         row = {"id": f"row {number}", "prompt": f"Say {number}.", "chosen": "yes " * (1 + number % 3), "rejected": "no"}
@@ -44,15 +44,15 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of LPC-DPO, by `lpc-lightning fit`."""
+    """Checkpoint of LPC-DPO, made by `lpc-lightning fit`."""
     root = tmp_path_factory.mktemp("runs")
-    places = [f"--data.path={file}", f"--data.cache_dir={root / 'cache'}", f"--trainer.default_root_dir={root}"]
+    paths = [f"--data.path={file}", f"--data.cache_dir={root / 'cache'}", f"--trainer.default_root_dir={root}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["lpc-lightning"])
         patch.setenv("PL_GLOBAL_SEED", "0")
-        PreferenceCLI(["fit", *FLAGS, *places])
-    (found,) = root.glob("version_0/checkpoints/*.ckpt")
-    return found
+        PreferenceCLI(["fit", *FLAGS, *paths])
+    (path,) = root.glob("version_0/checkpoints/*.ckpt")
+    return path
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def pairs_of(data: PreferenceData, tokenizer: Any) -> Any:
 def naive_logp(policy: Any, prompt: list[int], answer: list[int], z: Tensor | float = 0.0) -> float:
     states = policy.backbone(input_ids=torch.tensor([prompt + answer]), use_cache=False).last_hidden_state[0]
     logps = torch.log_softmax((states + z) @ policy.head.weight.T, -1)
-    return sum(float(logps[len(prompt) - 1 + place, token]) for place, token in enumerate(answer))
+    return sum(float(logps[len(prompt) - 1 + index, token]) for index, token in enumerate(answer))
 
 
 @torch.no_grad()
@@ -78,18 +78,18 @@ def prompt_state(policy: Any, prompt: list[int]) -> Tensor:
     return policy.backbone(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state[0, -1:]
 
 
-def test_a_checkpoint_is_scored_by_its_own_reward(checkpoint: Path, data: PreferenceData) -> None:
-    found = preference_accuracy(str(checkpoint), data, progress_bar=False)
-    assert found.reward == "implicit reward of DPO"
+def test_checkpoint_scored_by_its_reward(checkpoint: Path, data: PreferenceData) -> None:
+    actual = preference_accuracy(str(checkpoint), data, progress_bar=False)
+    assert actual.reward == "implicit reward of DPO"
     assert {"accuracy/posterior", "accuracy/marginal", "swap_turnover", "accuracy/shuffled/source/a"} <= set(
-        found.metrics
+        actual.metrics
     )
     module = open_module(str(checkpoint))
     reference = module.policy_spec.build()
     pairs = pairs_of(data, module.tokenizer)
-    assert [item["id"] for item in found.items] == [pair.id for pair in pairs]
-    assert (found.pairs, found.metrics["pairs"], found.metrics["pairs/source/a"]) == (6, 6, 4)
-    for item, pair in zip(found.items, pairs, strict=True):
+    assert [item["id"] for item in actual.items] == [pair.id for pair in pairs]
+    assert (actual.pairs, actual.metrics["pairs"], actual.metrics["pairs/source/a"]) == (6, 6, 4)
+    for item, pair in zip(actual.items, pairs, strict=True):
         z = module.latent.infer(prompt_state(module.policy, pair.prompt_ids))  # type: ignore[union-attr]
         for mode, shift in (("prior", z), ("no_latent", 0.0)):
             rewards = [
@@ -98,40 +98,40 @@ def test_a_checkpoint_is_scored_by_its_own_reward(checkpoint: Path, data: Prefer
                 for answer in (pair.chosen_ids, pair.rejected_ids)
             ]
             assert item["margins"][mode] == pytest.approx(0.5 * (rewards[0] - rewards[1]), abs=1e-4)
-    margins = [item["margins"]["prior"] for item in found.items]
-    assert max(abs(margin) for margin in margins) > 0.01, "training has moved the policy"
-    assert found.metrics["margin/prior"] == pytest.approx(sum(margins) / 6)
+    margins = [item["margins"]["prior"] for item in actual.items]
+    assert max(abs(margin) for margin in margins) > 0.01, "training must change the policy"
+    assert actual.metrics["margin/prior"] == pytest.approx(sum(margins) / 6)
 
 
-def test_rows_that_were_not_scored_are_told(checkpoint: Path, data: PreferenceData) -> None:
-    found = preference_accuracy(str(checkpoint), data, progress_bar=False)
-    assert list(found.dropped.values()) == [1]
-    assert (found.bad, found.cut) == ({}, {})
-    assert "row 15" not in [item["id"] for item in found.items]
+def test_results_count_dropped_rows(checkpoint: Path, data: PreferenceData) -> None:
+    actual = preference_accuracy(str(checkpoint), data, progress_bar=False)
+    assert list(actual.dropped.values()) == [1]
+    assert (actual.bad, actual.cut) == ({}, {})
+    assert "row 15" not in [item["id"] for item in actual.items]
 
 
-def test_validation_pairs_are_those_that_training_held_out(checkpoint: Path, data: PreferenceData) -> None:
+def test_validation_split_equals_training_split(checkpoint: Path, data: PreferenceData) -> None:
     module = open_module(str(checkpoint))
-    found = preference_accuracy(module, data, split="validation", progress_bar=False)
+    actual = preference_accuracy(module, data, split="validation", progress_bar=False)
     held_out = data.load("validation", module.tokenizer)
     assert held_out is not None
-    assert [item["id"] for item in found.items] == [pair.id for pair in held_out]
-    assert 0 < found.pairs < 12
+    assert [item["id"] for item in actual.items] == [pair.id for pair in held_out]
+    assert 0 < actual.pairs < 12
 
 
 def with_prior(checkpoint: Path) -> OpenedPolicy:
-    """What an exported folder is once it is open: a policy and a prior."""
+    """Open a checkpoint as a policy with a prior, like an exported folder."""
     return open_policy(str(checkpoint), dtype="float32")
 
 
-def test_without_an_algorithm_the_reward_is_the_mean_log_probability(checkpoint: Path, data: PreferenceData) -> None:
+def test_reward_without_algorithm_is_mean_logp(checkpoint: Path, data: PreferenceData) -> None:
     opened = with_prior(checkpoint)
-    found = preference_accuracy(opened, data, progress_bar=False)
-    assert found.reward == LIKELIHOOD == "mean token log-probability, no reference"
-    modes = {name.split("/")[1] for name in found.metrics if name.startswith("accuracy/")}
+    actual = preference_accuracy(opened, data, progress_bar=False)
+    assert actual.reward == LIKELIHOOD == "mean token log-probability, no reference"
+    modes = {name.split("/")[1] for name in actual.metrics if name.startswith("accuracy/")}
     assert modes == {"prior", "no_latent", "shuffled"}
-    assert "swap_turnover" not in found.metrics
-    for item, pair in zip(found.items, pairs_of(data, opened.tokenizer), strict=True):
+    assert "swap_turnover" not in actual.metrics
+    for item, pair in zip(actual.items, pairs_of(data, opened.tokenizer), strict=True):
         assert opened.prior is not None
         z = opened.prior(prompt_state(opened.policy, pair.prompt_ids))
         for mode, shift in (("prior", z), ("no_latent", 0.0)):
@@ -142,26 +142,26 @@ def test_without_an_algorithm_the_reward_is_the_mean_log_probability(checkpoint:
             assert item["margins"][mode] == pytest.approx(rewards[0] - rewards[1], abs=1e-4)
 
 
-def test_a_plain_folder_has_the_prior_mode_alone(data: PreferenceData, tmp_path: Path) -> None:
+def test_plain_model_has_prior_mode_only(data: PreferenceData, tmp_path: Path) -> None:
     spec = TinyPolicy(width=16, layers=1, heads=2)
     spec.build().causal_lm.save_pretrained(tmp_path / "plain")
     spec.load_tokenizer().save_pretrained(tmp_path / "plain")
-    found = preference_accuracy(str(tmp_path / "plain"), data, by=["source"], progress_bar=False)
-    assert found.reward == LIKELIHOOD
-    assert set(found.metrics) == {
+    actual = preference_accuracy(str(tmp_path / "plain"), data, by=["source"], progress_bar=False)
+    assert actual.reward == LIKELIHOOD
+    assert set(actual.metrics) == {
         f"{name}{group}"
         for name in ("accuracy/prior", "margin/prior", "pairs")
         for group in ("", "/source/a", "/source/b")
     }
     policy = PretrainedPolicy(str(tmp_path / "plain")).build()
-    for item, pair in zip(found.items, pairs_of(data, spec.load_tokenizer()), strict=True):
+    for item, pair in zip(actual.items, pairs_of(data, spec.load_tokenizer()), strict=True):
         chosen, rejected = (
             naive_logp(policy, pair.prompt_ids, answer) / len(answer) for answer in (pair.chosen_ids, pair.rejected_ids)
         )
         assert item["margins"] == {"prior": pytest.approx(chosen - rejected, abs=1e-4)}
 
 
-def test_the_model_is_left_as_it_was(checkpoint: Path, data: PreferenceData) -> None:
+def test_model_is_unchanged(checkpoint: Path, data: PreferenceData) -> None:
     opened = with_prior(checkpoint)
     before = {name: value.clone() for name, value in opened.policy.state_dict().items()}
     torch.manual_seed(7)
@@ -173,7 +173,7 @@ def test_the_model_is_left_as_it_was(checkpoint: Path, data: PreferenceData) -> 
     assert all(torch.equal(before[name], value) for name, value in opened.policy.state_dict().items())
 
 
-def test_no_pairs_is_one_sentence(checkpoint: Path, file: Path, tmp_path: Path) -> None:
+def test_error_without_pairs(checkpoint: Path, file: Path, tmp_path: Path) -> None:
     data = PreferenceData({"train": str(file)}, cache_dir=str(tmp_path))
     with pytest.raises(DataError, match=r"preferences: found no test pairs, expected at least one\."):
         preference_accuracy(str(checkpoint), data, progress_bar=False)

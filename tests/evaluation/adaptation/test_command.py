@@ -1,4 +1,4 @@
-"""`lpc-lightning adapt` as a user gives it, and its weights in `generate`."""
+"""Tests of the command `lpc-lightning adapt`, and of its code weights in `generate`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Of fits of two steps, by space."""
+    """Checkpoints of runs of two steps, by latent space."""
     root = tmp_path_factory.mktemp("fits")
     patch.setenv("LPC_LIGHTNING_CACHE", str(root / "cache"))
     for name, space in SPACES.items():
@@ -56,7 +56,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """24 pairs of three annotators for the test, and as many for training."""
+    """A file with 24 test pairs and 24 training pairs of three annotators."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     with path.open("w") as lines:
         for split in ("train", "test"):
@@ -67,7 +67,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_models_side_by_side_and_their_weights_in_generate(
+def test_adapt_two_models_then_generate(
     checkpoints: dict[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = [checkpoints["expected"], checkpoints["plain"]]
@@ -76,16 +76,16 @@ def test_models_side_by_side_and_their_weights_in_generate(
     out = capsys.readouterr().out
     lines = (tmp_path / "adaptation.md").read_text().splitlines()
     assert "\n".join(lines) in out
-    assert len(lines) == 8, "nobody is left out"
+    assert len(lines) == 8, "no sentence on left-out annotators"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["model", "codes by", "given 0", "given 1", "given 4"]
     assert [row[:2] for row in cells[2:]] == [
         ["lpc", "exact"],
         ["lpc", "amortised"],
         ["lpc", "exact, under z"],
-        ["lpc", "prior, for anybody"],
+        ["lpc", "prior, any annotator"],
         ["lpc", "no latent (z = 0)"],
-        ["dpo", "prior, for anybody"],
+        ["dpo", "prior, any annotator"],
     ]
     record = json.loads((tmp_path / "lpc" / "adaptation.json").read_text())
     assert sum(record["annotators"].values()) == 24
@@ -99,20 +99,20 @@ def test_models_side_by_side_and_their_weights_in_generate(
     assert (tmp_path / "adaptation.svg").is_file()
 
     weights, output = tmp_path / "lpc" / "code_weights.json", tmp_path / "answers.jsonl"
-    asked = ["--model", checkpoints["expected"], "--prompt=Why?", "--max-new-tokens=3", f"--output={output}"]
-    lpc_lightning(["generate", *asked, "--code-weights", str(weights), "annotator-1"])
-    assert [each["under"] for each in json.loads(output.read_text())["answers"]] == ["prior", "code weights"]
+    flags = ["--model", checkpoints["expected"], "--prompt=Why?", "--max-new-tokens=3", f"--output={output}"]
+    lpc_lightning(["generate", *flags, "--code-weights", str(weights), "annotator-1"])
+    assert [answer["under"] for answer in json.loads(output.read_text())["answers"]] == ["prior", "code weights"]
 
 
-def test_the_plot_of_one_model_and_that_of_several() -> None:
-    """One: its curves and the level at z = 0. Several: a panel each way of inference, and levels for plain policies."""
-    known = Score(0.5, 0.1, None, 20, {"anna": 0.5})
-    levels, curves = {"prior": known, "no_latent": known}, {"exact": {0: known, 2: known}, "exact_z": {0: known}}
+def test_panels_one_or_several_models() -> None:
+    """One model: its curves and the level at z = 0. Several: a panel for each inference, levels for plain policies."""
+    score = Score(0.5, 0.1, None, 20, {"anna": 0.5})
+    levels, curves = {"prior": score, "no_latent": score}, {"exact": {0: score, 2: score}, "exact_z": {0: score}}
     lpc = AdaptationReport({"anna": 20}, curves, levels, {"anna": np.ones(1)})
-    dpo = AdaptationReport({"anna": 20}, {"exact": {0: known, 2: known}}, {"prior": known})
-    gumbel = replace(lpc, scores={"exact": {0: known}, "amortised": {0: known}})
+    dpo = AdaptationReport({"anna": 20}, {"exact": {0: score, 2: score}}, {"prior": score})
+    gumbel = replace(lpc, scores={"exact": {0: score}, "amortised": {0: score}})
     (alone,) = panels({"lpc": lpc}).values()
-    assert [(line.label, len(line.places)) for line in alone] == [
+    assert [(line.label, len(line.positions)) for line in alone] == [
         ("exact", 2), ("exact, under z", 1), ("no latent (z = 0)", 0),
     ]  # fmt: skip
     several = panels({"lpc": lpc, "dpo": dpo, "gumbel": gumbel})
@@ -123,9 +123,7 @@ def test_the_plot_of_one_model_and_that_of_several() -> None:
     }
 
 
-def test_any_column_can_say_whose_pair_it_is_and_splits_and_limits_hold(
-    checkpoints: dict[str, str], file: str, tmp_path: Path
-) -> None:
+def test_adapt_column_split_and_limit(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
     adapt(
         [checkpoints["expected"]],
         file,
@@ -140,60 +138,60 @@ def test_any_column_can_say_whose_pair_it_is_and_splits_and_limits_hold(
     record = json.loads((tmp_path / "lpc" / "adaptation.json").read_text())
     examples = PreferenceGenerator("hidden", annotators=3).examples(10, "train")
     assert record["annotators"] == {
-        factor: sum(each.factor == factor for each in examples) for factor in sorted({e.factor for e in examples})
+        factor: sum(example.factor == factor for example in examples) for factor in sorted({e.factor for e in examples})
     }
 
 
 @pytest.mark.parametrize("space", ["plain", "gaussian"])
-def test_a_policy_without_codes_alone_is_refused(
-    space: str, checkpoints: dict[str, str], file: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=r"models: .*\.ckpt has no codes: there is nothing to infer"):
+def test_adapt_one_policy_without_codes(space: str, checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"models: found no codes in .*\.ckpt, so that nothing can be inferred"):
         adapt([checkpoints[space]], file, output=str(tmp_path), device="cpu")
     assert not list(tmp_path.iterdir())
 
 
-def test_several_policies_without_codes_are_refused(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"models: none of .*, .*\.ckpt has codes: there is nothing to infer"):
+def test_adapt_several_policies_without_codes(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"models: found no codes in any of .*, .*\.ckpt; expected"):
         adapt([checkpoints["plain"], checkpoints["gaussian"]], file, output=str(tmp_path), limit=4, device="cpu")
 
 
-def test_prompts_stand_in_the_template_of_the_training(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
+def test_adapt_uses_the_training_template(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
     config = Path(checkpoints["expected"]).parents[1] / "config.yaml"
-    told = config.read_text()
-    assert "template: auto" in told
-    config.write_text(told.replace("template: auto", "template: verse"))
+    text = config.read_text()
+    assert "template: auto" in text
+    config.write_text(text.replace("template: auto", "template: verse"))
     try:
         with pytest.raises(DataError, match="verse"):
             adapt([checkpoints["expected"]], file, output=str(tmp_path), limit=4, device="cpu")
     finally:
-        config.write_text(told)
+        config.write_text(text)
 
 
-def test_pairs_of_nobody_are_told(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"annotator_column: found no source in any pair of .*pairs.jsonl"):
+def test_adapt_column_without_values(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"annotator_column: found no value of source in any pair of .*pairs.jsonl"):
         adapt([checkpoints["expected"]], file, annotator_column="source", output=str(tmp_path), device="cpu")
 
 
-def test_annotators_with_too_few_pairs_are_left_out_and_told(
+def test_adapt_annotators_with_too_few_pairs(
     checkpoints: dict[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two of one and one of another: only the first has one other pair to learn from."""
-    some, written = tmp_path / "some.jsonl", []
+    """Two pairs of one annotator and one of another: only the first has a labelled pair for each prediction."""
+    subset, selected = tmp_path / "some.jsonl", []
     rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
     for name, count in (("annotator-0", 2), ("annotator-1", 1)):
-        written += [row for row in rows if row["annotator"] == name and row["split"] == "test"][:count]
-    some.write_text("\n".join(map(json.dumps, written)))
+        selected += [row for row in rows if row["annotator"] == name and row["split"] == "test"][:count]
+    subset.write_text("\n".join(map(json.dumps, selected)))
     flags: dict[str, Any] = {"output": str(tmp_path), "names": ["lpc"], "device": "cpu"}
-    adapt([checkpoints["expected"]], str(some), shots=[1, 2], **flags)
+    adapt([checkpoints["expected"]], str(subset), shots=[1, 2], **flags)
     out = capsys.readouterr().out
     assert "lpc, given 1: 2 of 3 pairs, annotators left out for having 1 or fewer: 1.\n" in out
     assert "lpc, given 2: 0 of 3 pairs, annotators left out for having 2 or fewer: 2.\n" in out
     scores = json.loads((tmp_path / "lpc" / "adaptation.json").read_text())["scores"]
-    assert {kind: list(each) for kind, each in scores.items()} == {"exact": ["1"], "amortised": ["1"], "exact_z": ["1"]}
+    assert set(scores) == {"exact", "amortised", "exact_z"}
+    assert all(list(by_n) == ["1"] for by_n in scores.values())
     assert scores["exact"]["1"]["by_annotator"].keys() == {"annotator-0"}
-    with pytest.raises(DataError, match=r"shots: found 2 at least, and in .*some.jsonl no annotator with more than 2"):
-        adapt([checkpoints["expected"]], str(some), shots=[2, 3], **flags)
+    message = r"shots: found 2 as the smallest number, but no annotator in .*some.jsonl has more than 2"
+    with pytest.raises(DataError, match=message):
+        adapt([checkpoints["expected"]], str(subset), shots=[2, 3], **flags)
 
 
 @pytest.mark.real
@@ -202,10 +200,10 @@ def test_annotators_with_too_few_pairs_are_left_out_and_told(
     ("name", "limit", "annotators"),
     [
         ("dsp_domain_pairs", 40, {"academy", "business", "entertainment", "literature"}),
-        ("hh_relabeled_objective", 230, {"harmless", "helpful"}),  # sorted by it
+        ("hh_relabeled_objective", 230, {"harmless", "helpful"}),  # the file is sorted by factor
     ],
 )
-def test_real_pairs_whose_factor_is_the_annotator(
+def test_adapt_real_pairs_by_factor(
     name: str, limit: int, annotators: set[str], checkpoints: dict[str, str], tmp_path: Path
 ) -> None:
     adapt(
@@ -225,13 +223,13 @@ def test_real_pairs_whose_factor_is_the_annotator(
     assert set(json.loads((tmp_path / "lpc" / "code_weights.json").read_text())) == annotators
 
 
-def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["adapt", "--help"])
-    said = capsys.readouterr().out
-    assert all(f"--{name}" in said for name in list(inspect.signature(adapt).parameters)[1:])
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in list(inspect.signature(adapt).parameters)[1:])
 
 
-def test_settings_are_refused_before_a_model_is_opened(file: str) -> None:
+def test_adapt_checks_settings_first(file: str) -> None:
     with pytest.raises(ConfigError, match="rounds: found 0"):
         adapt(["no.ckpt"], file, rounds=0)

@@ -1,4 +1,4 @@
-"""z of a context: the prior's own, and in mode `sample` one draw that belongs to the context."""
+"""Tests of the z of a context: equal to the prior's, and in mode `sample`, one draw per context."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lpc_lightning.seeding import derive
 WIDTH, CODES = 6, 4
 
 
-def made(kind: str) -> InferencePrior:
+def make_prior(kind: str) -> InferencePrior:
     generator = torch.Generator().manual_seed(0)
     outputs = {"discrete": CODES, "gaussian": 2 * CODES}[kind]
     sizes = {
@@ -31,19 +31,19 @@ STATES = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("mode", ["mean", "argmax", 2])
-def test_a_mode_that_draws_nothing_is_the_priors(mode: str | int) -> None:
-    latent = ContextLatent(made("discrete"), mode, seed=0)
-    assert not latent.draws
-    assert torch.equal(latent(STATES, CONTEXTS), made("discrete")(STATES, mode))
+def test_z_of_deterministic_modes_equals_prior(mode: str | int) -> None:
+    latent = ContextLatent(make_prior("discrete"), mode, seed=0)
+    assert not latent.is_random
+    assert torch.equal(latent(STATES, CONTEXTS), make_prior("discrete")(STATES, mode))
 
 
-def test_without_a_mode_the_priors_own_setting_counts() -> None:
-    assert ContextLatent(made("discrete"), None, seed=0).mode == "argmax"
+def test_mode_defaults_to_prior_setting() -> None:
+    assert ContextLatent(make_prior("discrete"), None, seed=0).mode == "argmax"
 
 
 @pytest.mark.parametrize("kind", ["discrete", "gaussian"])
-def test_a_draw_belongs_to_its_context_alone(kind: str) -> None:
-    prior = made(kind)
+def test_sample_depends_on_its_context_only(kind: str) -> None:
+    prior = make_prior(kind)
     latent = ContextLatent(prior, "sample", seed=3)
     together = latent(STATES, CONTEXTS)
     for number, context in enumerate(CONTEXTS):
@@ -54,23 +54,23 @@ def test_a_draw_belongs_to_its_context_alone(kind: str) -> None:
     assert torch.equal(latent(STATES[:1].expand(2, -1), [[1, 2, 3]] * 2), together[:1].expand(2, -1))
 
 
-def test_draws_follow_the_prior_over_contexts_and_seeds() -> None:
-    prior = made("discrete")
+def test_samples_follow_the_prior() -> None:
+    prior = make_prior("discrete")
     state = STATES[:1]
     shares = prior.log_prior(state)[0].exp()
     draws = 4000
     contexts = [[number] for number in range(draws)]
-    drawn = ContextLatent(prior, "sample", 0)(state.expand(draws, -1), contexts)
-    codes = torch.cdist(drawn, prior.codebook).argmin(-1)
-    found = torch.bincount(codes, minlength=CODES) / draws
-    assert (found - shares).abs().max() < 4 * (shares * (1 - shares) / draws).sqrt().max()
+    samples = ContextLatent(prior, "sample", 0)(state.expand(draws, -1), contexts)
+    codes = torch.cdist(samples, prior.codebook).argmin(-1)
+    actual = torch.bincount(codes, minlength=CODES) / draws
+    assert (actual - shares).abs().max() < 4 * (shares * (1 - shares) / draws).sqrt().max()
     again = ContextLatent(prior, "sample", 1)(state.expand(draws, -1), contexts)
     same = (codes == torch.cdist(again, prior.codebook).argmin(-1)).float().mean()
-    assert abs(same - shares.square().sum()) < 0.05, "another seed, other draws"
+    assert abs(same - shares.square().sum()) < 0.05, "another seed must give independent draws"
 
 
-def test_drawing_leaves_the_random_state_alone() -> None:
+def test_sampling_keeps_random_state() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    ContextLatent(made("gaussian"), "sample", seed=3)(STATES, CONTEXTS)
+    ContextLatent(make_prior("gaussian"), "sample", seed=3)(STATES, CONTEXTS)
     assert torch.equal(torch.get_rng_state(), before)

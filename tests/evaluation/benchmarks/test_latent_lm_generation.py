@@ -1,4 +1,4 @@
-"""Text that LatentLM writes, against stock HFLM at z = 0 and a loop that decodes one prompt without a cache under z."""
+"""Tests of text generation with LatentLM, against stock HFLM at z = 0, and a naive loop without a cache under z."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPTS = [
     "You asked me about the weather, and I said that it was raining. " * 8,
     "A",
 ]
-"""Of different lengths, so that a batch is padded, and one beyond the window."""
+"""Prompts of different lengths, so that batches have padding. One is longer than the window."""
 
 
 def instances(prompts: Sequence[str], **options: Any) -> list[Instance]:
@@ -34,7 +34,7 @@ def instances(prompts: Sequence[str], **options: Any) -> list[Instance]:
     return [Instance("generate_until", {}, (prompt, dict(settings)), n) for n, prompt in enumerate(prompts)]
 
 
-def make_prior(spread: float) -> InferencePrior:
+def make_prior(scale: float) -> InferencePrior:
     generator = torch.Generator().manual_seed(3)
     sizes = {
         "codebook": (CODES, WIDTH),
@@ -44,7 +44,7 @@ def make_prior(spread: float) -> InferencePrior:
         "prior.second.bias": (CODES,),
     }
     tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    tensors["codebook"] *= spread
+    tensors["codebook"] *= scale
     return InferencePrior.of({"kind": "discrete", "num_codes": CODES, "prior_mode": "mean"}, tensors)
 
 
@@ -66,10 +66,10 @@ def policies(tiny: Build) -> Callable[[str], CausalPolicy]:
 
 
 @torch.no_grad()
-def decoded(
+def decode_naively(
     policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, prompt: str, prior: InferencePrior, mode: str | int
 ) -> str:
-    """Greedy tokens of a prompt, the whole sequence read again for each."""
+    """Decode a prompt greedily. The whole sequence is read again for each token."""
     model = policy.causal_lm
     tokens = tokenizer.encode(prompt)[-(WINDOW - NEW) :]
     start, z = len(tokens), None
@@ -85,7 +85,7 @@ def decoded(
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma2"])
 @pytest.mark.parametrize("prior", [None, make_prior(0.0)], ids=["no prior", "z = 0"])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-def test_at_z_of_0_it_writes_what_stock_writes(
+def test_text_at_zero_z_equals_stock(
     family: str,
     prior: InferencePrior | None,
     precision: torch.dtype | None,
@@ -105,12 +105,12 @@ def test_at_z_of_0_it_writes_what_stock_writes(
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma2"])
 @pytest.mark.parametrize("mode", ["mean", "argmax", 3, "sample"])
-def test_under_z_it_writes_what_the_loop_writes(
+def test_text_under_z_equals_naive_loop(
     family: str, mode: str | int, policies: Build, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     policy, prior = policies(family), make_prior(2.0)
-    expected = [decoded(policy, tokenizer, prompt, prior, mode) for prompt in PROMPTS]
-    plain = [decoded(policy, tokenizer, prompt, make_prior(0.0), mode) for prompt in PROMPTS]
+    expected = [decode_naively(policy, tokenizer, prompt, prior, mode) for prompt in PROMPTS]
+    plain = [decode_naively(policy, tokenizer, prompt, make_prior(0.0), mode) for prompt in PROMPTS]
     assert expected != plain
     for batch_size in (1, 2, 16):
         lm = LatentLM(policy, tokenizer, prior, prior_mode=mode, batch_size=batch_size, seed=SEED)
@@ -121,9 +121,9 @@ def test_under_z_it_writes_what_the_loop_writes(
     assert lm.generate_until(instances([PROMPTS[n] for n in order])) == [expected[n] for n in order]
 
 
-def test_it_stops_where_a_stop_string_begins(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_text_ends_before_stop_string(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
     policy, prior = policies("llama"), make_prior(2.0)
-    whole = [decoded(policy, tokenizer, prompt, prior, "mean") for prompt in PROMPTS]
+    whole = [decode_naively(policy, tokenizer, prompt, prior, "mean") for prompt in PROMPTS]
     until = [whole[0][3:5], whole[2][4:6]]
     assert all(len(stop) == 2 for stop in until)
     expected = [text[: min([text.find(stop) for stop in until if stop in text] or [len(text)])] for text in whole]
@@ -132,11 +132,11 @@ def test_it_stops_where_a_stop_string_begins(policies: Build, tokenizer: PreTrai
     assert lm.generate_until(instances(PROMPTS, until=until)) == expected
 
 
-def test_beams_share_the_z_of_their_prompt(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Under a head without a soft cap, z is a bias on the logits: stock beam search under that bias is the oracle."""
+def test_beams_share_z_of_prompt(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Without a soft cap, z is a bias of the logits. Compare with stock beam search with this bias."""
     policy, prior = policies("llama"), make_prior(2.0)
     lm = LatentLM(policy, tokenizer, prior, prior_mode=1, batch_size=3)
-    found = lm.generate_until(instances(PROMPTS[:3], num_beams=3))
+    actual = lm.generate_until(instances(PROMPTS[:3], num_beams=3))
     head = policy.causal_lm.get_output_embeddings()
     biased = torch.nn.Linear(WIDTH, head.out_features)
     biased.weight = head.weight
@@ -148,19 +148,19 @@ def test_beams_share_the_z_of_their_prompt(policies: Build, tokenizer: PreTraine
             expected = stock.generate_until(instances(PROMPTS[:3], num_beams=3))
         finally:
             policy.causal_lm.set_output_embeddings(head)
-    assert found == expected
-    assert found != HFLM(policy.causal_lm, tokenizer=tokenizer).generate_until(instances(PROMPTS[:3], num_beams=3))
+    assert actual == expected
+    assert actual != HFLM(policy.causal_lm, tokenizer=tokenizer).generate_until(instances(PROMPTS[:3], num_beams=3))
 
 
-def test_the_plain_policy_is_back_after_writing(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_model_is_plain_policy_after_generation(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
     lm = LatentLM(policies("llama"), tokenizer, make_prior(2.0))
     lm.generate_until(instances(PROMPTS[:1]))
     assert lm.model is policies("llama").causal_lm
 
 
-def test_auto_takes_a_fixed_batch_on_a_cpu(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_auto_batch_size_on_cpu(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
     policy, prior = policies("llama"), make_prior(2.0)
     lm = LatentLM(policy, tokenizer, prior, batch_size="auto", max_batch_size=3)
     assert lm.generate_until(instances(PROMPTS)) == [
-        decoded(policy, tokenizer, prompt, prior, "mean") for prompt in PROMPTS
+        decode_naively(policy, tokenizer, prompt, prior, "mean") for prompt in PROMPTS
     ]

@@ -1,4 +1,4 @@
-"""LatentLM through lm-eval's own evaluation of stock tasks: stock HFLM's metrics at z = 0, and two processes as one."""
+"""Tests of LatentLM in lm-eval's evaluation: metrics of stock HFLM at z = 0, and two processes against one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def text(draw: random.Random, words: int) -> str:
 
 
 def document(task: str, draw: random.Random) -> dict[str, Any]:
-    """In the schema of the task's data set on the hub."""
+    """Make a random document in the schema of the task's data set on the hub."""
     question = text(draw, draw.randrange(3, 9)) + "?"
     choices = [text(draw, draw.randrange(1, 6)) for _ in range(4)]
     if task == "arc_easy":
@@ -50,7 +50,7 @@ def document(task: str, draw: random.Random) -> dict[str, Any]:
 
 
 def write_tasks(folder: Path, documents: int = 7) -> list[dict[str, Any]]:
-    """Random documents as files, and lm-eval's tasks on them."""
+    """Write random documents as files, and return lm-eval's tasks on them."""
     draw, tasks = random.Random(0), []
     for task, splits in TASKS.items():
         files = {}
@@ -63,7 +63,7 @@ def write_tasks(folder: Path, documents: int = 7) -> list[dict[str, Any]]:
     return [{"group": "local", "task": tasks}]
 
 
-def made() -> tuple[TinyPolicy, CausalPolicy]:
+def build_policy() -> tuple[TinyPolicy, CausalPolicy]:
     spec = TinyPolicy(width=WIDTH, heads=2, context=1024, dtype="float32")
     policy, generator = spec.build(), torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def made() -> tuple[TinyPolicy, CausalPolicy]:
     return spec, policy
 
 
-def make_prior(spread: float) -> InferencePrior:
+def make_prior(scale: float) -> InferencePrior:
     generator = torch.Generator().manual_seed(3)
     sizes = {
         "codebook": (CODES, WIDTH),
@@ -82,27 +82,30 @@ def make_prior(spread: float) -> InferencePrior:
         "prior.second.bias": (CODES,),
     }
     tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    tensors["codebook"] *= spread
+    tensors["codebook"] *= scale
     return InferencePrior.of({"kind": "discrete", "num_codes": CODES, "prior_mode": "sample"}, tensors)
 
 
-def evaluated(lm: HFLM, tasks: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Metrics by task, and each document's answers."""
+def evaluate(lm: HFLM, tasks: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return metrics by task, and the answers to each document."""
     stock = Path(lm_eval.__file__).parent / "tasks"
     manager = TaskManager(
         include_path=[str(stock / name) for name in ("arc", "truthfulqa", "gsm8k")], include_defaults=False
     )
-    # Without examples: lm-eval draws other ones when the documents are shared among processes.
+    # No few-shot examples: lm-eval draws other examples if the documents are divided among processes.
     results = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, num_fewshot=0)
     if results is None:
         return None
     metrics = {
-        task: {name: value for name, value in found.items() if isinstance(value, float)}
-        for task, found in results["results"].items()
+        task: {name: value for name, value in task_results.items() if isinstance(value, float)}
+        for task, task_results in results["results"].items()
         if task in TASKS
     }
     answers = {
-        task: [sample["filtered_resps"] for sample in sorted(samples, key=lambda one: (one["doc_id"], one["filter"]))]
+        task: [
+            sample["filtered_resps"]
+            for sample in sorted(samples, key=lambda sample: (sample["doc_id"], sample["filter"]))
+        ]
         for task, samples in results["samples"].items()
     }
     return {"metrics": metrics, "answers": answers}
@@ -112,12 +115,12 @@ def flat(answers: Any) -> list[Any]:
     return [leaf for part in answers for leaf in flat(part)] if isinstance(answers, list | tuple) else [answers]
 
 
-def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """To 1e-4 in each log-probability and metric; truths and texts exactly."""
-    assert found["metrics"].keys() == expected["metrics"].keys() == TASKS.keys()
+def assert_results_close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare log-probabilities and metrics to 1e-4, booleans and texts exactly."""
+    assert actual["metrics"].keys() == expected["metrics"].keys() == TASKS.keys()
     for task in TASKS:
-        assert found["metrics"][task] == pytest.approx(expected["metrics"][task], abs=1e-4)
-        ours, theirs = flat(found["answers"][task]), flat(expected["answers"][task])
+        assert actual["metrics"][task] == pytest.approx(expected["metrics"][task], abs=1e-4)
+        ours, theirs = flat(actual["answers"][task]), flat(expected["answers"][task])
         assert [type(leaf) for leaf in ours] == [type(leaf) for leaf in theirs]
         for one, other in zip(ours, theirs, strict=True):
             assert one == pytest.approx(other, abs=1e-4, rel=0) if isinstance(one, float) else one == other
@@ -128,24 +131,24 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return write_tasks(tmp_path_factory.mktemp("data"))
 
 
-def test_at_z_of_0_the_metrics_are_those_of_stock(tasks: list[dict[str, Any]]) -> None:
-    spec, policy = made()
+def test_metrics_at_zero_z_equal_stock(tasks: list[dict[str, Any]]) -> None:
+    spec, policy = build_policy()
     tokenizer = spec.load_tokenizer()
-    stock = evaluated(HFLM(policy.causal_lm, tokenizer=tokenizer, batch_size=8), tasks)
-    alike = LatentLM(policy, tokenizer, make_prior(0.0), prior_mode="mean", share_contexts=False)
-    assert evaluated(alike, tasks) == stock
-    shared = evaluated(LatentLM(policy, tokenizer, make_prior(0.0), prior_mode="mean"), tasks)
+    stock = evaluate(HFLM(policy.causal_lm, tokenizer=tokenizer, batch_size=8), tasks)
+    unshared = LatentLM(policy, tokenizer, make_prior(0.0), prior_mode="mean", share_contexts=False)
+    assert evaluate(unshared, tasks) == stock
+    shared = evaluate(LatentLM(policy, tokenizer, make_prior(0.0), prior_mode="mean"), tasks)
     assert shared is not None
     assert stock is not None
-    assert_alike(shared, stock)
+    assert_results_close(shared, stock)
     assert stock["metrics"].keys() == TASKS.keys()
 
 
 def one_process_of_two(rank: int, rendezvous: str, data: str, result: str) -> None:
-    """Evaluate a share of the documents; rank 0 writes what all have found."""
+    """Evaluate a share of the documents. Rank 0 writes the results of all ranks."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    spec, policy = made()
+    spec, policy = build_policy()
     lm = LatentLM(policy, spec.load_tokenizer(), make_prior(1.0))
     assert (lm.rank, lm.world_size) == (rank, 2)
     number = torch.tensor(rank)
@@ -153,13 +156,13 @@ def one_process_of_two(rank: int, rendezvous: str, data: str, result: str) -> No
     assert lm.all_gather(torch.tensor([rank, 5])).tolist() == [0, 5, 1, 5]
     assert lm.gather_object({"rank": rank}) == ([{"rank": 0}, {"rank": 1}] if rank == 0 else None)
     assert lm.gather_object(rank, dst=1) == ([0, 1] if rank == 1 else None)
-    found = evaluated(lm, json.loads(Path(data).read_text()))
-    assert (found is None) == (rank == 1)
-    Path(result).write_text(json.dumps(found))
+    actual = evaluate(lm, json.loads(Path(data).read_text()))
+    assert (actual is None) == (rank == 1)
+    Path(result).write_text(json.dumps(actual))
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_share_the_documents_and_find_what_one_finds(tasks: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_two_processes_equal_one_process(tasks: list[dict[str, Any]], tmp_path: Path) -> None:
     data = tmp_path / "tasks.json"
     data.write_text(json.dumps(tasks))
     results = [tmp_path / f"{rank}.json" for rank in range(2)]
@@ -171,20 +174,20 @@ def test_two_processes_share_the_documents_and_find_what_one_finds(tasks: list[d
         )
         for rank, result in enumerate(results)
     ]
-    spec, policy = made()
-    alone = evaluated(LatentLM(policy, spec.load_tokenizer(), make_prior(1.0)), tasks)
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "Running loglikelihood requests" in said[0]
-    assert not any(bar in said[1] for bar in ("Running", "Tokenizing inputs"))
+    spec, policy = build_policy()
+    alone = evaluate(LatentLM(policy, spec.load_tokenizer(), make_prior(1.0)), tasks)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert "Running loglikelihood requests" in errors[0]
+    assert not any(bar in errors[1] for bar in ("Running", "Tokenizing inputs"))
     assert alone is not None
-    assert_alike(json.loads(results[0].read_text()), json.loads(json.dumps(alone)))
+    assert_results_close(json.loads(results[0].read_text()), json.loads(json.dumps(alone)))
     assert json.loads(results[1].read_text()) is None
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not (MODEL.is_dir() and ARC.is_file()), reason=f"{MODEL} or {ARC} is not there")
-def test_smollm2_answers_arc_as_stock_does() -> None:
+@pytest.mark.skipif(not (MODEL.is_dir() and ARC.is_file()), reason=f"{MODEL} or {ARC} does not exist")
+def test_smollm2_arc_scores_equal_stock() -> None:
     spec = PretrainedPolicy(str(MODEL), dtype="float32")
     policy, tokenizer = spec.build(), spec.load_tokenizer()
     requests = []
@@ -194,9 +197,9 @@ def test_smollm2_answers_arc_as_stock_does() -> None:
         requests += [Instance("loglikelihood", {}, (context, f" {text}"), 0) for text in question["choices"]["text"]]
     stock = HFLM(policy.causal_lm, tokenizer=tokenizer, batch_size=8).loglikelihood(requests)
     vector = InferencePrior.of({"kind": "vector", "prior_mode": "mean"}, {"vector": torch.zeros(policy.width)})
-    found = LatentLM(policy, tokenizer, vector).loglikelihood(requests)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in stock]
-    assert [logp for logp, _ in found] == pytest.approx([logp for logp, _ in stock], abs=1e-3, rel=0)
+    actual = LatentLM(policy, tokenizer, vector).loglikelihood(requests)
+    assert [greedy for _, greedy in actual] == [greedy for _, greedy in stock]
+    assert [logp for logp, _ in actual] == pytest.approx([logp for logp, _ in stock], abs=1e-3, rel=0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Everything that evaluation may change is as before, whatever the block does and however it ends."""
+"""Tests of `preserved`: all state that an evaluation may change is restored, however the block ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StopError(Exception):
 
 @pytest.fixture
 def module() -> DPO:
-    """In the middle of training: modes are mixed, some parameters are frozen, some have gradients."""
+    """Module during training: modes are mixed, some parameters are frozen, and some have gradients."""
     built = DPO(
         policy=TinyPolicy(width=16, layers=2, heads=2, context=1024),
         latent=GumbelSpace(num_codes=4, init_logit_std=0.5),
@@ -43,7 +43,7 @@ def module() -> DPO:
 
 
 def state(module, tokenizer):
-    """All of it, by value."""
+    """Return all state by value."""
     return {
         "modes": {name: part.training for name, part in module.named_modules()},
         "frozen": {name: parameter.requires_grad for name, parameter in module.named_parameters()},
@@ -64,10 +64,10 @@ def state(module, tokenizer):
 
 
 def disturb(module, tokenizer):
-    """All of it, and more than lm-eval does."""
+    """Change all state except the weights."""
     module.eval()
-    for place, parameter in enumerate(module.parameters()):
-        parameter.requires_grad_(place % 2 == 0)
+    for index, parameter in enumerate(module.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
         if parameter.grad is not None:
             parameter.grad.zero_()
         parameter.grad = torch.ones_like(parameter)
@@ -86,7 +86,7 @@ def disturb(module, tokenizer):
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("error", [None, StopError, KeyboardInterrupt])
-def test_everything_is_as_before(enabled, error, module, monkeypatch) -> None:
+def test_preserved_restores_state(enabled, error, module, monkeypatch) -> None:
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     monkeypatch.setenv("KEPT", "value")
     monkeypatch.setenv("REMOVED", "value")
@@ -108,8 +108,8 @@ def test_everything_is_as_before(enabled, error, module, monkeypatch) -> None:
         assert state(module, tokenizer) == before
 
 
-def test_the_disturbance_reaches_everything_but_the_weights(module, monkeypatch) -> None:
-    """Without the context, so that the test above can fail in each of its parts."""
+def test_disturb_changes_all_but_weights(module, monkeypatch) -> None:
+    """Check that the test above can fail for each part of the state."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "")
     monkeypatch.setenv("KEPT", "value")
     monkeypatch.setenv("REMOVED", "value")
@@ -123,13 +123,13 @@ def test_the_disturbance_reaches_everything_but_the_weights(module, monkeypatch)
     assert {name for name in before if before[name] == after[name]} == {"weights"}
 
 
-def test_there_are_no_gradients_inside(module) -> None:
+def test_preserved_block_has_no_gradients(module) -> None:
     with preserved(module):
         assert all(parameter.grad is None for parameter in module.parameters())
         assert not (module.policy.head.weight.sum() * 2).requires_grad
 
 
-def test_random_numbers_go_on_where_they_were(module) -> None:
+def test_preserved_continues_random_numbers(module) -> None:
     def draw():
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
@@ -138,20 +138,20 @@ def test_random_numbers_go_on_where_they_were(module) -> None:
     expected = [draw(), draw()]
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(11)
-    found = [draw()]
+    actual = [draw()]
     with preserved(module):
         torch.manual_seed(0)
         draw()
-    assert [*found, draw()] == expected
+    assert [*actual, draw()] == expected
 
 
-def test_a_real_benchmark_on_stock_hflm_leaves_no_trace(module, data_dir) -> None:
+def test_preserved_around_real_benchmark(module, data_dir) -> None:
     tokenizer = module.tokenizer
     before = state(module, tokenizer)
     with preserved(module, tokenizer):
         lm = HFLM(pretrained=module.policy.causal_lm, tokenizer=tokenizer, batch_size=2)
-        found = run_benchmarks(lm, ["arc_easy", "gsm8k"], data_dir=str(data_dir), limit=2)
-        assert not found.failures
+        actual = run_benchmarks(lm, ["arc_easy", "gsm8k"], data_dir=str(data_dir), limit=2)
+        assert not actual.failures
         assert not module.policy.causal_lm.training
         assert torch.get_rng_state().tolist() != before["torch"]
     assert state(module, tokenizer) == before

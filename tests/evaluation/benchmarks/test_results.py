@@ -1,4 +1,4 @@
-"""What is written can be read again, is strict JSON, and is whole or not there."""
+"""Tests of result files: round trip, strict JSON, and atomic writes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 
 from lpc_lightning.evaluation.benchmarks.results import (
     BenchmarkResults,
-    plain,
     read_results,
     scores,
     stderr_name,
+    to_json_value,
     write_results,
 )
 from lpc_lightning.evaluation.provenance import git_revision, package_versions, provenance
@@ -37,25 +37,25 @@ def results() -> BenchmarkResults:
     )
 
 
-def test_a_round_trip(results, tmp_path) -> None:
+def test_results_round_trip(results, tmp_path) -> None:
     path = write_results(tmp_path / "deep" / "folder", results, {"path": "a.ckpt"})
     assert path == tmp_path / "deep" / "folder" / "results.json"
     assert read_results(path.parent) == dataclasses.replace(results, origin={"path": "a.ckpt"})
-    whole = json.loads(path.read_text())
-    assert list(whole) == ["origin", "metrics", "failures", "tasks", "settings", "seconds"]
-    assert {each.name for each in path.parent.iterdir()} == {"results.json", "items.jsonl"}
+    content = json.loads(path.read_text())
+    assert list(content) == ["origin", "metrics", "failures", "tasks", "settings", "seconds"]
+    assert {file.name for file in path.parent.iterdir()} == {"results.json", "items.jsonl"}
 
 
-def test_the_items_of_odd_texts_stay_lines(results, tmp_path) -> None:
-    """Separators that `str.splitlines` knows, and half a surrogate pair, which UTF-8 cannot write."""
-    odd = "a\u2028b\x85c\x0cd\ne \ud800 ü"
-    item = results.items[0] | {"response": odd}
+def test_items_with_unusual_characters(results, tmp_path) -> None:
+    """Use line separators of `str.splitlines`, and a lone surrogate, which UTF-8 cannot encode."""
+    unusual = "a\u2028b\x85c\x0cd\ne \ud800 ü"
+    item = results.items[0] | {"response": unusual}
     write_results(tmp_path, dataclasses.replace(results, items=[item] * 3), {})
-    assert [each["response"] for each in read_results(tmp_path).items] == [odd] * 3
+    assert [item["response"] for item in read_results(tmp_path).items] == [unusual] * 3
     assert "ü" in (tmp_path / "items.jsonl").read_text(encoding="utf-8")
 
 
-def test_no_number_that_json_lacks(results, tmp_path) -> None:
+def test_results_with_nan_are_strict_json(results, tmp_path) -> None:
     metrics = {"arc_easy": {"acc": math.nan, "acc_stderr": 0.1}}
     items = [results.items[0] | {"metrics": {"acc": math.nan}, "response": [-math.inf, -1.0]}]
     write_results(tmp_path, dataclasses.replace(results, metrics=metrics, items=items), {"loss": math.inf})
@@ -65,15 +65,15 @@ def test_no_number_that_json_lacks(results, tmp_path) -> None:
 
     for line in [(tmp_path / "results.json").read_text(), *(tmp_path / "items.jsonl").read_text().splitlines()]:
         json.loads(line, parse_constant=refuse)
-    found = read_results(tmp_path)
-    assert math.isnan(found.metrics["arc_easy"]["acc"])
-    assert found.metrics["arc_easy"]["acc_stderr"] == 0.1
-    assert math.isnan(found.items[0]["metrics"]["acc"])
-    assert found.items[0]["response"] == [None, -1.0]
-    assert found.origin == {"loss": None}
+    actual = read_results(tmp_path)
+    assert math.isnan(actual.metrics["arc_easy"]["acc"])
+    assert actual.metrics["arc_easy"]["acc_stderr"] == 0.1
+    assert math.isnan(actual.items[0]["metrics"]["acc"])
+    assert actual.items[0]["response"] == [None, -1.0]
+    assert actual.origin == {"loss": None}
 
 
-def test_values_of_other_libraries_become_plain() -> None:
+def test_to_json_value_of_other_libraries() -> None:
     value = {
         "numpy": np.float32(0.5), "truth": np.bool_(True), "count": np.int64(3), "table": np.arange(3), 7: (1, {2}),
         "tensor": torch.tensor([1.0, math.nan]), "dtype": torch.bfloat16, "path": Path("a/b"), "none": None,
@@ -82,12 +82,12 @@ def test_values_of_other_libraries_become_plain() -> None:
         "numpy": 0.5, "truth": True, "count": 3, "table": [0, 1, 2], "7": [1, [2]],
         "tensor": [1.0, None], "dtype": "torch.bfloat16", "path": "a/b", "none": None,
     }  # fmt: skip
-    assert json.loads(json.dumps(plain(value), allow_nan=False)) == expected
+    assert json.loads(json.dumps(to_json_value(value), allow_nan=False)) == expected
 
 
 @pytest.mark.parametrize("file", ["results.json", "items.jsonl"])
-def test_a_write_that_fails_leaves_what_was_there(file, results, tmp_path) -> None:
-    class Unspeakable:
+def test_failed_write_keeps_old_files(file, results, tmp_path) -> None:
+    class Unprintable:
         def __str__(self):
             raise OSError("disk full")
 
@@ -95,17 +95,17 @@ def test_a_write_that_fails_leaves_what_was_there(file, results, tmp_path) -> No
     write_results(tmp_path, results, {"run": 1})
     before = path.read_text()
     if file == "results.json":
-        origin, items = {"run": Unspeakable()}, results.items
+        origin, items = {"run": Unprintable()}, results.items
     else:
-        origin, items = {"run": 2}, [results.items[0], {"metrics": Unspeakable()}]
+        origin, items = {"run": 2}, [results.items[0], {"metrics": Unprintable()}]
     with pytest.raises(OSError, match="disk full"):
         write_results(tmp_path, dataclasses.replace(results, items=items), origin)
     assert path.read_text() == before
     assert read_results(tmp_path).origin == {"run": 1}
-    assert {each.name for each in tmp_path.iterdir()} == {"results.json", "items.jsonl"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"results.json", "items.jsonl"}
 
 
-def test_scores_stand_beside_their_errors() -> None:
+def test_scores_pair_values_with_errors() -> None:
     metrics = {
         "acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.25,
         "exact_match,strict-match": 0.75, "exact_match_stderr,strict-match": 0.05,
@@ -121,7 +121,7 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", "-C", folder, *name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def test_the_revision_and_whether_anything_changed_since(tmp_path, monkeypatch) -> None:
+def test_git_revision_and_dirty_flag(tmp_path, monkeypatch) -> None:
     file = tmp_path / "package" / "__init__.py"
     file.parent.mkdir()
     file.write_text("1")
@@ -130,7 +130,7 @@ def test_the_revision_and_whether_anything_changed_since(tmp_path, monkeypatch) 
     (tmp_path / "other").write_text("1")
     git(tmp_path, "add", "other")
     git(tmp_path, "commit", "-qm", "other")
-    assert git_revision(file) is None, "a repository that does not hold the file"
+    assert git_revision(file) is None, "the file is not in the repository"
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "package")
     revision = git(tmp_path, "rev-parse", "HEAD").strip()
@@ -141,9 +141,9 @@ def test_the_revision_and_whether_anything_changed_since(tmp_path, monkeypatch) 
     assert git_revision(file) is None, "no git"
 
 
-def test_a_package_that_is_not_there_is_no_error(monkeypatch) -> None:
+def test_package_versions_with_missing_package(monkeypatch) -> None:
     monkeypatch.setattr("lpc_lightning.evaluation.provenance.PACKAGES", ("torch", "no-such-package"))
-    found = package_versions()
-    assert found["torch"] == torch.__version__
-    assert found["no-such-package"] is None
+    actual = package_versions()
+    assert actual["torch"] == torch.__version__
+    assert actual["no-such-package"] is None
     assert json.loads(json.dumps(provenance())).keys() == {"date", "packages", "platform", "git"}

@@ -1,4 +1,4 @@
-"""Scores, items and failures of a run, against `simple_evaluate`, naive log-probabilities and closed forms."""
+"""Tests of benchmark runs, against `simple_evaluate`, naive log-probabilities and closed forms."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ from lm_eval.tasks import TaskManager
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import read_results, scores, stderr_name, write_results
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
-from lpc_lightning.evaluation.benchmarks.shared_requests import shares_of
+from lpc_lightning.evaluation.benchmarks.shared_requests import divide_requests
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks, task_manager
 
 EXACT = {"rel": 1e-9, "abs": 1e-12}
-RAISES = "def process_results(doc, results):\n    raise LookupError('the moon is not in reach')\n"
+RAISES = "def process_results(doc, results):\n    raise LookupError('no such key')\n"
 
 
-def simple(lm, tasks, data_dir, **settings):
-    """What lm-eval itself says, all tasks in one call."""
+def evaluate_stock(lm, tasks, data_dir, **settings):
+    """Return the results of lm-eval's `simple_evaluate`, for all tasks in one call."""
     loaded = [task for name in tasks for task in load_tasks(name, str(data_dir))["tasks"].values()]
     return simple_evaluate(lm, tasks=loaded, task_manager=task_manager(), bootstrap_iters=1000, **settings)
 
 
-class Counting(HFLM):
-    """Stock HFLM that knows what it was asked."""
+class RecordingLM(HFLM):
+    """Stock HFLM that records its requests."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.asked = []
+        self.calls = []
 
     def loglikelihood(self, requests, **options):
-        self.asked.append([request.args for request in requests])
+        self.calls.append([request.args for request in requests])
         return super().loglikelihood(requests, **options)
 
     def generate_until(self, requests, **options):
-        self.asked.append([request.args for request in requests])
+        self.calls.append([request.args for request in requests])
         return super().generate_until(requests, **options)
 
 
 @pytest.fixture
-def counting(loud_policy):
+def recording_lm(loud_policy):
     policy, tokenizer = loud_policy
-    return Counting(pretrained=policy.causal_lm, tokenizer=tokenizer, batch_size=4)
+    return RecordingLM(pretrained=policy.causal_lm, tokenizer=tokenizer, batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -63,16 +63,18 @@ def counting(loud_policy):
     [{}, {"num_fewshot": 2, "limit": 5}, {"apply_chat_template": True, "limit": 4}],
     ids=["own", "two shots", "chat"],
 )
-def test_scores_are_those_of_simple_evaluate(settings, stock, data_dir) -> None:
+def test_scores_equal_simple_evaluate(settings, stock, data_dir) -> None:
     tasks = list(PAPER_TASKS) if settings else [*PAPER_TASKS, "truthfulqa_gen"]
-    found = run_benchmarks(stock, tasks, data_dir=str(data_dir), **settings)
-    expected = simple(stock, tasks, data_dir, **settings)
-    assert found.failures == {}
-    assert set(found.metrics) == set(tasks)
+    actual = run_benchmarks(stock, tasks, data_dir=str(data_dir), **settings)
+    expected = evaluate_stock(stock, tasks, data_dir, **settings)
+    assert actual.failures == {}
+    assert set(actual.metrics) == set(tasks)
     for task in tasks:
-        stated = {name.removesuffix(",none"): value for name, value in expected["results"][task].items() if "," in name}
-        assert found.metrics[task] == pytest.approx(stated, **EXACT)
-        record = found.record["tasks"][task]
+        expected_metrics = {
+            name.removesuffix(",none"): value for name, value in expected["results"][task].items() if "," in name
+        }
+        assert actual.metrics[task] == pytest.approx(expected_metrics, **EXACT)
+        record = actual.record["tasks"][task]
         assert record["version"] == expected["versions"][task]
         assert record["num_fewshot"] == expected["n-shot"][task]
         assert record["higher_is_better"] == expected["higher_is_better"][task]
@@ -80,104 +82,104 @@ def test_scores_are_those_of_simple_evaluate(settings, stock, data_dir) -> None:
         assert record["documents"] == expected["n-samples"][task]["original"]
         assert record["limit"] == settings.get("limit")
         hashes = {sample["doc_id"]: sample["doc_hash"] for sample in expected["samples"][task]}
-        assert {item["doc_id"]: item["doc_hash"] for item in found.items if item["task"] == task} == hashes
+        assert {item["doc_id"]: item["doc_hash"] for item in actual.items if item["task"] == task} == hashes
 
 
-def test_truthfulqa_keeps_to_no_examples_where_others_are_asked_for(stock, data_dir) -> None:
-    found = run_benchmarks(
+def test_num_fewshot_does_not_apply_to_truthfulqa(stock, data_dir) -> None:
+    actual = run_benchmarks(
         stock, ["arc_easy", "gsm8k", "truthfulqa_mc1"], data_dir=str(data_dir), num_fewshot=3, limit=2
     )
-    shots = {task: record["num_fewshot"] for task, record in found.record["tasks"].items()}
+    shots = {task: record["num_fewshot"] for task, record in actual.record["tasks"].items()}
     assert shots == {"arc_easy": 3, "gsm8k": 3, "truthfulqa_mc1": 0}
 
 
-def test_items_and_metrics_agree_and_errors_have_their_closed_form(stock, data_dir) -> None:
-    found = run_benchmarks(stock, data_dir=str(data_dir))
-    assert len(found.items) == 12 + 12 + 12 + 11 + 11
-    told = 0
-    for task, metrics in found.metrics.items():
-        items = [item for item in found.items if item["task"] == task]
+def test_metrics_and_errors_from_items(stock, data_dir) -> None:
+    actual = run_benchmarks(stock, data_dir=str(data_dir))
+    assert len(actual.items) == 12 + 12 + 12 + 11 + 11
+    num_informative = 0
+    for task, metrics in actual.metrics.items():
+        items = [item for item in actual.items if item["task"] == task]
         assert [item["doc_id"] for item in items] == list(range(len(items)))
         for name, (value, error) in scores(metrics).items():
             values = [item["metrics"][name] for item in items]
             assert value == pytest.approx(statistics.fmean(values), **EXACT)
             assert error == pytest.approx(statistics.stdev(values) / len(values) ** 0.5, **EXACT)
-            told += 0 < value < 1
+            num_informative += 0 < value < 1
             if set(values) <= {0.0, 1.0}:
                 assert error == pytest.approx((value * (1 - value) / (len(values) - 1)) ** 0.5, **EXACT)
-    assert told >= 4, "a model that is always wrong tells nothing"
+    assert num_informative >= 4, "a model that is always wrong makes the test useless"
 
 
-def test_the_response_to_a_question_is_the_log_probability_of_each_choice(
-    stock, loud_policy, data_dir, documents
-) -> None:
+def test_response_is_logp_of_each_choice(stock, loud_policy, data_dir, documents) -> None:
     policy, tokenizer = loud_policy
-    found = run_benchmarks(stock, ["arc_easy"], data_dir=str(data_dir), limit=2)
+    actual = run_benchmarks(stock, ["arc_easy"], data_dir=str(data_dir), limit=2)
     for item, doc in zip(
-        found.items, load_tasks("arc_easy", str(data_dir))["tasks"]["arc_easy"].eval_docs, strict=False
+        actual.items, load_tasks("arc_easy", str(data_dir))["tasks"]["arc_easy"].eval_docs, strict=False
     ):
         prompt = tokenizer(f"Question: {doc['question']}\nAnswer:").input_ids
         expected = []
         for text in doc["choices"]["text"]:
-            whole = tokenizer(f"Question: {doc['question']}\nAnswer: {text}").input_ids
-            assert whole[: len(prompt)] == prompt
+            tokens = tokenizer(f"Question: {doc['question']}\nAnswer: {text}").input_ids
+            assert tokens[: len(prompt)] == prompt
             with torch.no_grad():
-                logps = policy.causal_lm(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-            places = range(len(prompt), len(whole))
-            expected.append(sum(float(logps[place - 1, whole[place]]) for place in places))
+                logps = policy.causal_lm(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+            positions = range(len(prompt), len(tokens))
+            expected.append(sum(float(logps[position - 1, tokens[position]]) for position in positions))
         assert item["response"] == pytest.approx(expected, abs=1e-3)
         gold = doc["choices"]["label"].index(doc["answerKey"])
         assert item["metrics"]["acc"] == float(np.argmax(expected) == gold)
 
 
-def test_a_text_answer_is_kept_and_scored_by_every_filter(stock, data_dir) -> None:
-    found = run_benchmarks(stock, ["gsm8k"], data_dir=str(data_dir), limit=2)
-    for item in found.items:
+def test_text_answer_scored_by_every_filter(stock, data_dir) -> None:
+    actual = run_benchmarks(stock, ["gsm8k"], data_dir=str(data_dir), limit=2)
+    for item in actual.items:
         assert isinstance(item["response"], str)
         assert set(item["metrics"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
-    assert stderr_name("exact_match,strict-match") in found.metrics["gsm8k"]
+    assert stderr_name("exact_match,strict-match") in actual.metrics["gsm8k"]
 
 
-def test_a_single_item_has_no_standard_error(stock, data_dir) -> None:
-    found = run_benchmarks(stock, ["arc_easy"], data_dir=str(data_dir), limit=1)
-    assert set(found.metrics["arc_easy"]) == {"acc", "acc_norm"}
-    assert scores(found.metrics["arc_easy"])["acc"][1] is None
+def test_single_item_has_no_standard_error(stock, data_dir) -> None:
+    actual = run_benchmarks(stock, ["arc_easy"], data_dir=str(data_dir), limit=1)
+    assert set(actual.metrics["arc_easy"]) == {"acc", "acc_norm"}
+    assert scores(actual.metrics["arc_easy"])["acc"][1] is None
 
 
-def test_tasks_about_the_same_documents_are_handed_over_in_one_call(counting, data_dir) -> None:
-    run_benchmarks(counting, ["truthfulqa_mc1", "arc_easy", "truthfulqa_mc2", "truthfulqa_gen"], data_dir=str(data_dir))
-    assert [len(asked) for asked in counting.asked] == [2 * 4 * 11, sum(3 + n % 3 for n in range(12)), 5]
+def test_tasks_on_same_documents_run_together(recording_lm, data_dir) -> None:
+    run_benchmarks(
+        recording_lm, ["truthfulqa_mc1", "arc_easy", "truthfulqa_mc2", "truthfulqa_gen"], data_dir=str(data_dir)
+    )
+    assert [len(call) for call in recording_lm.calls] == [2 * 4 * 11, sum(3 + n % 3 for n in range(12)), 5]
 
 
-def test_what_raises_is_told_and_the_others_finish(stock, data_dir, task_file, documents) -> None:
+def test_failing_task_does_not_stop_others(stock, data_dir, task_file, documents) -> None:
     rows = documents["arc/ARC-Easy"]["test"]
     (data_dir / "gsm8k" / "test.jsonl").write_text('{"question": "cut sh')
-    unreachable = task_file("elsewhere", rows, dataset_path="nobody/has-this-data", dataset_kwargs=None)
+    unreachable = task_file("elsewhere", rows, dataset_path="example/missing-data", dataset_kwargs=None)
     broken, sound = task_file("broken", rows, RAISES), task_file("sound", rows)
     tasks = [broken, "gsm8k", "truthfulqa_mc2", unreachable, sound]
-    found = run_benchmarks(stock, tasks, data_dir=str(data_dir))
-    assert set(found.metrics) == set(found.record["tasks"]) == {"truthfulqa_mc2", "sound"}
-    assert {item["task"] for item in found.items} == {"truthfulqa_mc2", "sound"}
-    assert set(found.failures) == {"broken", "gsm8k", unreachable}
-    assert found.failures["broken"] == "LookupError: the moon is not in reach (own.py, line 2)"
-    assert "JSON" in found.failures["gsm8k"]
-    assert "nobody/has-this-data" in found.failures[unreachable]
+    actual = run_benchmarks(stock, tasks, data_dir=str(data_dir))
+    assert set(actual.metrics) == set(actual.record["tasks"]) == {"truthfulqa_mc2", "sound"}
+    assert {item["task"] for item in actual.items} == {"truthfulqa_mc2", "sound"}
+    assert set(actual.failures) == {"broken", "gsm8k", unreachable}
+    assert actual.failures["broken"] == "LookupError: no such key (own.py, line 2)"
+    assert "JSON" in actual.failures["gsm8k"]
+    assert "example/missing-data" in actual.failures[unreachable]
     alone = run_benchmarks(stock, ["truthfulqa_mc2"], data_dir=str(data_dir))
-    assert found.metrics["truthfulqa_mc2"] == alone.metrics["truthfulqa_mc2"]
+    assert actual.metrics["truthfulqa_mc2"] == alone.metrics["truthfulqa_mc2"]
 
 
-def test_of_tasks_that_run_together_only_the_broken_one_is_lost(counting, task_file, documents) -> None:
+def test_joint_run_loses_broken_task_only(recording_lm, task_file, documents) -> None:
     rows = documents["arc/ARC-Easy"]["test"]
     sound = task_file("sound", rows)
     data = yaml.safe_load(Path(sound).read_text())["dataset_kwargs"]
-    found = run_benchmarks(counting, [task_file("broken", rows, RAISES, dataset_kwargs=data), sound])
-    together, broken, alone = (len(asked) for asked in counting.asked)
+    actual = run_benchmarks(recording_lm, [task_file("broken", rows, RAISES, dataset_kwargs=data), sound])
+    together, broken, alone = (len(call) for call in recording_lm.calls)
     assert together == broken + alone
-    assert list(found.failures) == ["broken"]
-    assert found.metrics == run_benchmarks(counting, [sound]).metrics
+    assert list(actual.failures) == ["broken"]
+    assert actual.metrics == run_benchmarks(recording_lm, [sound]).metrics
 
 
-def test_a_group_has_a_score_of_its_own(stock, task_file, documents, tmp_path) -> None:
+def test_group_has_its_own_score(stock, task_file, documents, tmp_path) -> None:
     for size in (4, 12):
         task_file(f"part_{size}", documents["arc/ARC-Easy"]["test"][:size])
     group = {
@@ -188,16 +190,16 @@ def test_a_group_has_a_score_of_its_own(stock, task_file, documents, tmp_path) -
     }
     (tmp_path / "tasks" / "both.yaml").write_text(yaml.safe_dump(group))
     manager = TaskManager(include_path=tmp_path / "tasks", include_defaults=False)
-    found = run_benchmarks(stock, ["both"], manager=manager)
-    assert found.failures == {}
-    four, twelve = (found.metrics[f"part_{size}"]["acc"] for size in (4, 12))
-    assert found.metrics["both"]["acc"] == pytest.approx((4 * four + 12 * twelve) / 16)
+    actual = run_benchmarks(stock, ["both"], manager=manager)
+    assert actual.failures == {}
+    four, twelve = (actual.metrics[f"part_{size}"]["acc"] for size in (4, 12))
+    assert actual.metrics["both"]["acc"] == pytest.approx((4 * four + 12 * twelve) / 16)
     assert four != twelve
-    assert set(found.record["tasks"]) == {"part_4", "part_12"}
+    assert set(actual.record["tasks"]) == {"part_4", "part_12"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_ends_the_run_and_leaves_nothing_behind(error, stock, task_file, documents) -> None:
+def test_interrupt_restores_logging_and_environment(error, stock, task_file, documents) -> None:
     code = f"def process_results(doc, results):\n    raise {error.__name__}\n"
     task = task_file("interrupted", documents["arc/ARC-Easy"]["test"], code)
     level, environment = logging.getLogger("lm_eval").level, dict(os.environ)
@@ -207,29 +209,29 @@ def test_an_interrupt_ends_the_run_and_leaves_nothing_behind(error, stock, task_
     assert dict(os.environ) == environment
 
 
-def test_a_bootstrapped_error_is_found_in_this_process(stock, task_file, documents, monkeypatch) -> None:
-    """MCC is no mean over items: its error comes from resamples, which lm-eval would draw in forked processes."""
+def test_bootstrap_does_not_fork(stock, task_file, documents, monkeypatch) -> None:
+    """MCC is not a mean over items. Its error needs resamples, which lm-eval draws in forked processes by default."""
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
     metric = [{"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True}]
     task = task_file("mcc", documents["arc/ARC-Easy"]["test"], metric_list=metric)
-    found = run_benchmarks(stock, [task], bootstrap_iters=200)
-    assert found.metrics["mcc"]["mcc_stderr"] > 0
+    actual = run_benchmarks(stock, [task], bootstrap_iters=200)
+    assert actual.metrics["mcc"]["mcc_stderr"] > 0
     assert set(run_benchmarks(stock, [task], bootstrap_iters=0).metrics["mcc"]) == {"mcc"}
 
 
-def test_the_seed_picks_the_examples_and_nothing_else_does(counting, data_dir) -> None:
+def test_fewshot_examples_depend_on_seed_only(recording_lm, data_dir) -> None:
     prompts = []
-    for place, seed in enumerate((1234, 1234, 5)):
-        random.seed(place)
-        torch.manual_seed(place)
-        found = run_benchmarks(counting, ["gsm8k"], data_dir=str(data_dir), limit=3, seed=seed)
-        assert set(found.record["seeds"].values()) == {seed}
-        prompts.append([context for context, _ in counting.asked[-1]])
+    for state, seed in enumerate((1234, 1234, 5)):
+        random.seed(state)
+        torch.manual_seed(state)
+        actual = run_benchmarks(recording_lm, ["gsm8k"], data_dir=str(data_dir), limit=3, seed=seed)
+        assert set(actual.record["seeds"].values()) == {seed}
+        prompts.append([context for context, _ in recording_lm.calls[-1]])
     assert prompts[0] == prompts[1] != prompts[2]
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"limit": 0}, "limit: found 0"),
         ({"num_fewshot": -1}, "num_fewshot: found -1"),
@@ -237,13 +239,13 @@ def test_the_seed_picks_the_examples_and_nothing_else_does(counting, data_dir) -
         ({"tasks": ["arc_eazy"]}, "found 'arc_eazy'"),
     ],
 )
-def test_settings_are_refused_before_anything_runs(settings, said, counting) -> None:
-    with pytest.raises(ConfigError, match=said):
-        run_benchmarks(counting, **settings)
-    assert counting.asked == []
+def test_run_benchmarks_rejects_settings_early(settings, message, recording_lm) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_benchmarks(recording_lm, **settings)
+    assert recording_lm.calls == []
 
 
-def test_a_conversation_needs_a_chat_template(loud_policy, data_dir) -> None:
+def test_apply_chat_template_needs_template(loud_policy, data_dir) -> None:
     policy, tokenizer = loud_policy
     lm = HFLM(pretrained=policy.causal_lm, tokenizer=tokenizer)
     template, tokenizer.chat_template = tokenizer.chat_template, None
@@ -254,7 +256,7 @@ def test_a_conversation_needs_a_chat_template(loud_policy, data_dir) -> None:
         tokenizer.chat_template = template
 
 
-def test_the_record_says_how_it_was_done(stock, data_dir) -> None:
+def test_record_has_settings_and_model(stock, data_dir) -> None:
     tasks = ["truthfulqa_mc1", "truthfulqa_mc2", "gsm8k"]
     record = run_benchmarks(stock, tasks, data_dir=str(data_dir), limit=2).record
     assert json.loads(json.dumps(record)) == record
@@ -266,51 +268,51 @@ def test_the_record_says_how_it_was_done(stock, data_dir) -> None:
         "class": "HFLM", "batch_size": 4, "max_length": 1024, "mixed_precision_dtype": None, "device": "cpu",
         "dtype": "torch.float32",
     }  # fmt: skip
-    seconds = [each["seconds"] for each in record["tasks"].values()]
-    assert all(each > 0 for each in seconds)
+    seconds = [task_record["seconds"] for task_record in record["tasks"].values()]
+    assert all(second > 0 for second in seconds)
     assert sum(seconds) < record["seconds"]
 
 
-def test_shares_hold_every_request_once_and_keep_contexts_whole() -> None:
+def test_divide_requests_keeps_contexts_together() -> None:
     draw = random.Random(0)
     contexts = ["".join(draw.choices("ab", k=draw.randint(1, 4))) for _ in range(60)]
     for processes in (1, 2, 3, 40):
-        shares = shares_of(contexts, processes)
+        shares = divide_requests(contexts, processes)
         assert len(shares) == processes
         assert sorted(number for share in shares for number in share) == list(range(60))
-        homes = {(contexts[number], rank) for rank, share in enumerate(shares) for number in share}
-        assert len(homes) == len(set(contexts))
+        owners = {(contexts[number], rank) for rank, share in enumerate(shares) for number in share}
+        assert len(owners) == len(set(contexts))
 
 
-def on_every_process(data_dir: str, result: str) -> None:
-    """Scores; on the second of several processes the model fails when it is asked for texts."""
+def score_and_write(data_dir: str, result: str) -> None:
+    """Write scores of a model. On the second of several processes, text generation fails."""
     from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
     from lpc_lightning.policy import TinyPolicy
 
-    class Fails(LatentLM):
+    class FailingLM(LatentLM):
         def generate_until(self, requests, **options):
             if self.rank == 1:
                 raise MemoryError("full")
             return super().generate_until(requests, **options)
 
     spec = TinyPolicy(width=16, layers=1, heads=2, context=1024)
-    lm = Fails(spec.build().eval(), spec.load_tokenizer())
+    lm = FailingLM(spec.build().eval(), spec.load_tokenizer())
     folders = [Path(lm_eval.tasks.__file__).with_name(name) for name in ("arc", "truthfulqa")]
     manager = TaskManager(include_path=folders, include_defaults=False)
     tasks = ["truthfulqa_gen", "arc_easy", "truthfulqa_mc2"]
-    found = run_benchmarks(lm, tasks, data_dir=data_dir, num_fewshot=2, manager=manager)
+    actual = run_benchmarks(lm, tasks, data_dir=data_dir, num_fewshot=2, manager=manager)
     few = run_benchmarks(lm, ["arc_easy"], data_dir=data_dir, limit=1, manager=manager)
-    write_results(Path(result), found, {"few": few.metrics})
+    write_results(Path(result), actual, {"few": few.metrics})
 
 
 def one_process_of_two(rank: int, rendezvous: str, data_dir: str, result: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    on_every_process(data_dir, result)
+    score_and_write(data_dir, result)
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_score_as_one_and_fail_together(data_dir, tmp_path) -> None:
+def test_two_processes_equal_one_and_fail_together(data_dir, tmp_path) -> None:
     one, *two = (tmp_path / name for name in ("one", "first", "second"))
     processes = [
         subprocess.Popen(
@@ -321,24 +323,24 @@ def test_two_processes_score_as_one_and_fail_together(data_dir, tmp_path) -> Non
         )
         for rank, result in enumerate(two)
     ]
-    on_every_process(str(data_dir), str(one))
-    said = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    score_and_write(str(data_dir), str(one))
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
     expected, first, second = map(read_results, (one, *two))
     assert set(expected.metrics) == {"truthfulqa_gen", "arc_easy", "truthfulqa_mc2"}
-    for found in (first, second):
-        assert set(found.failures) == {"truthfulqa_gen"}
-        assert "process 1 raised MemoryError: full" in found.failures["truthfulqa_gen"]
+    for actual in (first, second):
+        assert set(actual.failures) == {"truthfulqa_gen"}
+        assert "process 1 raised MemoryError: full" in actual.failures["truthfulqa_gen"]
         for task in ("arc_easy", "truthfulqa_mc2"):
-            assert found.metrics[task] == pytest.approx(expected.metrics[task], rel=1e-5)
-        assert found.origin["few"] == expected.origin["few"]
-        asked = {(item["task"], item["doc_id"]) for item in found.items}
-        assert asked == {(item["task"], item["doc_id"]) for item in expected.items if item["task"] != "truthfulqa_gen"}
+            assert actual.metrics[task] == pytest.approx(expected.metrics[task], rel=1e-5)
+        assert actual.origin["few"] == expected.origin["few"]
+        scored = {(item["task"], item["doc_id"]) for item in actual.items}
+        assert scored == {(item["task"], item["doc_id"]) for item in expected.items if item["task"] != "truthfulqa_gen"}
     assert first.items == second.items
-    assert "Benchmark: arc_easy" in said[0]
-    assert "it/s" in said[0]
-    assert "Benchmark" not in said[1]
-    assert "it/s" not in said[1]
+    assert "Benchmark: arc_easy" in errors[0]
+    assert "it/s" in errors[0]
+    assert "Benchmark" not in errors[1]
+    assert "it/s" not in errors[1]
 
 
 if __name__ == "__main__":

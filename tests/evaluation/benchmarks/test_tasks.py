@@ -1,4 +1,4 @@
-"""Tasks from local files against lm-eval's own, and what is said of tasks and data that are not there."""
+"""Tests of tasks from local files, against lm-eval's own tasks, and of errors for missing tasks and data."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ REAL = Path(__file__).parents[4] / "shared" / "data" / "benchmarks"
 
 @pytest.fixture
 def stock_task(monkeypatch, documents):
-    """lm-eval's task as `TaskManager` gives it, except that the hub (which no test can reach) is a table of rows."""
-    hub = {each.hub: documents[each.folder] for each in LOCAL_DATA.values()}
+    """Function that loads lm-eval's own task. The hub, which tests cannot reach, is replaced by a table of rows."""
+    hub = {data.hub: documents[data.folder] for data in LOCAL_DATA.values()}
 
     def load(path, name, **options):
         assert not options
@@ -44,72 +44,76 @@ def stock_task(monkeypatch, documents):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Attempts to look up a host."""
-    made = []
+    """Host names that were looked up. New names are appended during the test."""
+    hosts = []
 
     def refuse(host, *_, **__):
-        made.append(host)
+        hosts.append(host)
         raise OSError("no network here")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return made
+    return hosts
 
 
 def requests(task, fewshot):
     task.set_config("num_fewshot", fewshot)
     task.set_fewshot_seed(1234)
     task.build_all_requests()
-    return [(each.request_type, each.doc_id, each.idx, each.args) for each in task.instances]
+    return [(instance.request_type, instance.doc_id, instance.idx, instance.args) for instance in task.instances]
 
 
 @pytest.mark.parametrize("name", list(LOCAL_DATA))
-def test_a_task_from_files_is_the_stock_task_but_for_its_data(name, stock_task, data_dir) -> None:
-    found, expected = load_tasks(name, str(data_dir))["tasks"][name], stock_task(name)
-    assert found.VERSION == expected.VERSION
-    settings, stock_settings = found.dump_config(), expected.dump_config()
+def test_local_task_equals_stock_task(name, stock_task, data_dir) -> None:
+    actual, expected = load_tasks(name, str(data_dir))["tasks"][name], stock_task(name)
+    assert actual.VERSION == expected.VERSION
+    settings, stock_settings = actual.dump_config(), expected.dump_config()
     for key in ("dataset_path", "dataset_name", "dataset_kwargs"):
         settings.pop(key, None)
         stock_settings.pop(key, None)
     assert settings == stock_settings
-    assert list(found.eval_docs) == list(expected.eval_docs)
+    assert list(actual.eval_docs) == list(expected.eval_docs)
     own = expected.get_config("num_fewshot") or 0
     for fewshot in {0, own, 3}:
-        assert requests(found, fewshot) == requests(expected, fewshot)
+        assert requests(actual, fewshot) == requests(expected, fewshot)
     for doc in expected.eval_docs:
-        assert found.doc_to_target(doc) == expected.doc_to_target(doc)
-    # The filters that read an answer out of a text, and the scores.
+        assert actual.doc_to_target(doc) == expected.doc_to_target(doc)
+    # Filters that extract an answer from a text, and scores.
     text = expected.OUTPUT_TYPE == "generate_until"
-    for task in (found, expected):
+    for task in (actual, expected):
         for instance in task.instances:
             instance.resps = [f"#### {instance.doc_id}"] if text else [(-float(len(instance.args[1])), False)]
         task.apply_filters()
     scores = [
         [
-            task.process_results(doc, [one.filtered_resps[key] for one in task.instances if one.doc_id == number])
+            task.process_results(
+                doc, [instance.filtered_resps[key] for instance in task.instances if instance.doc_id == number]
+            )
             for key in task.instances[0].filtered_resps
             for number, doc in enumerate(task.eval_docs)
         ]
-        for task in (found, expected)
+        for task in (actual, expected)
     ]
     assert scores[0] == scores[1]
-    assert found.higher_is_better() == expected.higher_is_better()
+    assert actual.higher_is_better() == expected.higher_is_better()
 
 
-def test_a_prompt_word_for_word(data_dir, documents) -> None:
+def test_prompt_text_of_arc_easy(data_dir, documents) -> None:
     task = load_tasks("arc_easy", str(data_dir))["tasks"]["arc_easy"]
     first = documents["arc/ARC-Easy"]["test"][0]
-    made = requests(task, 1)
-    prompts = {args[0] for _, doc_id, _, args in made if doc_id == 0}
+    all_requests = requests(task, 1)
+    prompts = {args[0] for _, doc_id, _, args in all_requests if doc_id == 0}
     shots = []
     for row in documents["arc/ARC-Easy"]["train"]:
         answer = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))[row["answerKey"]]
         shots.append(f"Question: {row['question']}\nAnswer: {answer}")
     assert len(prompts) == 1
     assert prompts.pop() in {f"{shot}\n\nQuestion: {first['question']}\nAnswer:" for shot in shots}
-    assert [args[1] for _, doc_id, _, args in made if doc_id == 0] == [f" {text}" for text in first["choices"]["text"]]
+    assert [args[1] for _, doc_id, _, args in all_requests if doc_id == 0] == [
+        f" {text}" for text in first["choices"]["text"]
+    ]
 
 
-def test_versions_and_examples_are_the_published_ones(data_dir) -> None:
+def test_versions_and_fewshot_are_published_ones(data_dir) -> None:
     expected = {
         "arc_easy": (1.0, None), "arc_challenge": (1.0, None), "gsm8k": (3.0, 5),
         "truthfulqa_mc1": (2.0, 0), "truthfulqa_mc2": (3.0, 0),
@@ -120,7 +124,7 @@ def test_versions_and_examples_are_the_published_ones(data_dir) -> None:
 
 @pytest.mark.real
 @pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data/benchmarks")
-def test_the_real_files_hold_the_published_number_of_documents() -> None:
+def test_real_files_have_published_sizes() -> None:
     check_tasks(list(LOCAL_DATA), str(REAL))
     sizes = {name: len(load_tasks(name, str(REAL))["tasks"][name].eval_docs) for name in PAPER_TASKS}
     assert sizes == {
@@ -129,40 +133,40 @@ def test_the_real_files_hold_the_published_number_of_documents() -> None:
 
 
 @pytest.mark.parametrize("name", list(LOCAL_DATA))
-def test_a_missing_file_is_named_with_what_is_expected(name, data_dir) -> None:
+def test_check_tasks_names_missing_file(name, data_dir) -> None:
     check_tasks([name], str(data_dir))
     for file in LOCAL_DATA[name].files(data_dir).values():
         text = file.read_bytes()
         file.unlink()
-        with pytest.raises(ConfigError) as said:
+        with pytest.raises(ConfigError) as error:
             check_tasks(["arc_easy", name], str(data_dir))
-        assert f"found no file {file.relative_to(data_dir)} for task" in str(said.value)
-        assert f"in {data_dir}" in str(said.value)
-        assert LOCAL_DATA[name].hub in str(said.value)
+        assert f"found no file {file.relative_to(data_dir)} for task" in str(error.value)
+        assert f"in {data_dir}" in str(error.value)
+        assert LOCAL_DATA[name].hub in str(error.value)
         file.write_bytes(text)
 
 
 @pytest.mark.parametrize(
-    ("tasks", "local", "said"),
+    ("tasks", "local", "error"),
     [
         ([], False, "tasks: found none"),
-        (["arc_eazy"], False, "found 'arc_eazy', which lm-eval does not know, expected arc_easy"),
+        (["arc_eazy"], False, "found 'arc_eazy', which is not an lm-eval task, expected arc_easy"),
         (["qqqqqqqq"], False, "expected a task name such as arc_easy, arc_challenge"),
         (["gsm8k", "truthfulqa_mc3"], True, "found 'truthfulqa_mc3' with data_dir, expected truthfulqa_mc"),
         (["hellaswag"], True, "found 'hellaswag' with data_dir"),
         (["nowhere.yaml"], True, "found 'nowhere.yaml'"),
     ],
 )
-def test_an_unknown_task_is_refused_with_names_like_it(tasks, local, said, data_dir) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_check_tasks_suggests_similar_names(tasks, local, error, data_dir) -> None:
+    with pytest.raises(ConfigError, match=error):
         check_tasks(tasks, str(data_dir) if local else None)
 
 
-def test_names_of_groups_and_tags_and_task_files_are_known(task_file, documents) -> None:
+def test_check_tasks_accepts_groups_tags_files(task_file, documents) -> None:
     check_tasks(["mmlu", "ai2_arc", "hellaswag", task_file("mine", documents["arc/ARC-Easy"]["test"])])
 
 
-def test_a_file_that_changes_under_the_same_name_and_time_is_read_again(data_dir) -> None:
+def test_changed_file_with_same_time_is_reread(data_dir) -> None:
     file = data_dir / "gsm8k" / "test.jsonl"
     before = file.stat()
     first = list(load_tasks("gsm8k", str(data_dir))["tasks"]["gsm8k"].eval_docs)
@@ -173,33 +177,33 @@ def test_a_file_that_changes_under_the_same_name_and_time_is_read_again(data_dir
     assert second != first
 
 
-def test_local_files_touch_neither_the_network_nor_the_cache(calls, data_dir, monkeypatch, tmp_path) -> None:
+def test_local_tasks_use_no_network_and_no_cache(calls, data_dir, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for name in LOCAL_DATA:
         load_tasks(name, str(data_dir))
     assert calls == []
     assert not (tmp_path / "cache").exists()
-    # As `datasets` does it by itself, so that the two lines above can fail.
+    # `datasets` itself does use both, so the two assertions above can fail.
     datasets.load_dataset("json", data_files={"test": str(data_dir / "gsm8k" / "test.jsonl")})
     assert calls
     assert (tmp_path / "cache").exists()
 
 
-def test_data_on_a_hub_out_of_reach_is_told_with_the_files_to_give(monkeypatch, tmp_path) -> None:
+def test_unreachable_hub_error_names_files(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(DataUnreachableError) as said:
+    with pytest.raises(DataUnreachableError) as error:
         load_tasks("gsm8k")
-    assert "gsm8k (openai/gsm8k, main)" in str(said.value)
-    assert "--data-dir FOLDER, where FOLDER holds gsm8k/train.jsonl, gsm8k/test.jsonl" in str(said.value)
-    # The hub was not tried again and again for half a minute.
-    assert "OfflineModeIsEnabled" in str(said.value)
-    with pytest.raises(DataUnreachableError, match="copy the Hugging Face cache"):
+    assert "data of gsm8k (openai/gsm8k, main)" in str(error.value)
+    assert "--data-dir FOLDER, where FOLDER contains gsm8k/train.jsonl, gsm8k/test.jsonl" in str(error.value)
+    # `datasets` did not retry for half a minute.
+    assert "OfflineModeIsEnabled" in str(error.value)
+    with pytest.raises(DataUnreachableError, match="Copy the Hugging Face cache"):
         load_tasks("hellaswag")
 
 
-def test_no_network_ends_with_its_block() -> None:
+def test_no_network_ends_with_block() -> None:
     modules = (datasets.config, huggingface_hub.constants)
     before = [module.HF_HUB_OFFLINE for module in modules]
 
@@ -212,7 +216,7 @@ def test_no_network_ends_with_its_block() -> None:
     assert [module.HF_HUB_OFFLINE for module in modules] == before
 
 
-def test_progress_bars_are_as_before(data_dir) -> None:
+def test_progress_bar_setting_is_restored(data_dir) -> None:
     assert not datasets.are_progress_bars_disabled()
     load_tasks("gsm8k", str(data_dir))
     assert not datasets.are_progress_bars_disabled()

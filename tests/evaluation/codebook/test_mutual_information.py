@@ -1,4 +1,4 @@
-"""Mutual information against closed forms, loops and scikit-learn."""
+"""Tests of mutual information, against closed forms, loops and scikit-learn."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lpc_lightning.evaluation.codebook.mutual_information import (
 )
 
 
-def spread_out(counts: list[list[int]]) -> tuple[list[int], list[str]]:
-    """Paired labels that meet as often as a table says."""
+def labels_from_counts(counts: list[list[int]]) -> tuple[list[int], list[str]]:
+    """Make paired labels with the counts of a contingency table."""
     cells = [
         (row, "abcdef"[column]) for row, line in enumerate(counts) for column, n in enumerate(line) for _ in range(n)
     ]
@@ -27,14 +27,14 @@ def spread_out(counts: list[list[int]]) -> tuple[list[int], list[str]]:
 
 
 def channel(flip: float) -> float:
-    """A fair bit through a channel that turns it over this often: log 2 less the entropy of the flips."""
+    """Compute the information of a fair bit flipped with this probability: log 2 minus the entropy of the flip."""
     return math.log(2) + flip * math.log(flip) + (1 - flip) * math.log(1 - flip)
 
 
 @pytest.mark.parametrize(
     ("counts", "nats", "normalised"),
     [
-        ([[5, 0, 0], [0, 5, 0], [0, 0, 5]], math.log(3), 1.0),  # one code a source
+        ([[5, 0, 0], [0, 5, 0], [0, 0, 5]], math.log(3), 1.0),  # one code per source
         ([[0, 5], [5, 0]], math.log(2), 1.0),
         ([[4, 8], [3, 6], [1, 2]], 0.0, 0.0),  # independent
         ([[7, 3, 2]], 0.0, 0.0),  # one code for everything
@@ -42,12 +42,12 @@ def channel(flip: float) -> float:
         ([[9]], 0.0, 0.0),
         ([[45, 5], [5, 45]], channel(0.1), channel(0.1) / math.log(2)),
         ([[30, 10], [10, 30]], channel(0.25), channel(0.25) / math.log(2)),
-        # Two codes for each source: the code says all of the source, the source half of the code.
+        # Two codes per source: the code determines the source, the source determines half of the code.
         ([[3, 0], [3, 0], [0, 3], [0, 3]], math.log(2), 2 / 3),
     ],
 )
-def test_closed_forms(counts: list[list[int]], nats: float, normalised: float) -> None:
-    one, other = spread_out(counts)
+def test_mutual_information_closed_forms(counts: list[list[int]], nats: float, normalised: float) -> None:
+    one, other = labels_from_counts(counts)
     assert mutual_information(one, other) == pytest.approx(nats, abs=1e-12)
     assert normalised_information(one, other) == pytest.approx(normalised, abs=1e-12)
     assert mutual_information(other, one) == pytest.approx(nats, abs=1e-12)
@@ -55,7 +55,7 @@ def test_closed_forms(counts: list[list[int]], nats: float, normalised: float) -
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_against_a_loop_and_scikit_learn(seed: int) -> None:
+def test_mutual_information_matches_scikit_learn(seed: int) -> None:
     draw = np.random.default_rng(seed)
     one = draw.integers(0, 7, 200)
     other = np.array(["source " + str(value) for value in (one + draw.integers(0, 4, 200)) % 5])
@@ -70,8 +70,8 @@ def test_against_a_loop_and_scikit_learn(seed: int) -> None:
     assert normalised_information(one, other) == pytest.approx(normalized_mutual_info_score(one, other), rel=1e-12)
 
 
-def test_shuffled_labels_show_the_bias_that_theory_says() -> None:
-    """(K - 1)(S - 1) / 2n nats between labels that have nothing to do with each other."""
+def test_shuffled_information_equals_bias() -> None:
+    """The bias for unrelated labels is (K - 1)(S - 1) / 2n nats."""
     draw = np.random.default_rng(0)
     one, other = draw.integers(0, 8, 1000), draw.integers(0, 5, 1000)
     bias = 7 * 4 / 2000
@@ -80,26 +80,26 @@ def test_shuffled_labels_show_the_bias_that_theory_says() -> None:
     assert shuffled_information(one, one, seed=1, times=400) == pytest.approx(7 * 7 / 2000, rel=0.05)
 
 
-def test_the_same_seed_shuffles_alike_and_no_global_generator_is_touched() -> None:
-    one, other = spread_out([[3, 4], [5, 6]])
+def test_shuffled_information_depends_on_seed_only() -> None:
+    one, other = labels_from_counts([[3, 4], [5, 6]])
     before = np.random.get_state()[1].tolist()  # type: ignore[union-attr, index]
     assert shuffled_information(one, other, seed=2**62) == shuffled_information(one, other, seed=2**62)
     assert shuffled_information(one, other, seed=2) != shuffled_information(one, other, seed=3)
     assert np.random.get_state()[1].tolist() == before  # type: ignore[union-attr, index]
 
 
-def test_contingency_counts_in_the_order_of_the_values() -> None:
+def test_contingency_order_of_values() -> None:
     assert contingency([3, 1, 3, 3], ["b", "a", "a", "b"]).tolist() == [[1, 0], [1, 2]]
 
 
-def test_entropy() -> None:
+def test_entropy_closed_forms() -> None:
     assert entropy([4, 4, 4, 4]) == pytest.approx(math.log(4))
     assert entropy([5, 0]) == 0
     assert math.copysign(1, entropy([5])) == 1
     assert entropy([0.2, 0.6]) == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
 
 
-def test_quantile_bins_hold_as_many_each_and_keep_ties_together() -> None:
+def test_quantile_bins_with_and_without_ties() -> None:
     draw = np.random.default_rng(0)
     values = draw.normal(size=400)
     bins = quantile_bins(values)

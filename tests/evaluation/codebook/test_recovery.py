@@ -1,4 +1,4 @@
-"""Matched accuracy and purity against closed forms and against every match there is."""
+"""Tests of matched accuracy and purity, against closed forms and all possible matches."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from lpc_lightning.evaluation.codebook.recovery import STATISTICS, matched_accur
 
 
 def best_match(codes: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
-    """Every way to give each label a code of its own, or a code that nobody has."""
+    """Compute the best accuracy over all one-to-one matches, including unused codes."""
     names = list(range(max(codes.max(), labels.max()) + 1))
-    tried = [np.mean([partner[label] == code for code, label in zip(codes, labels, strict=True)])
+    accuracies = [np.mean([partner[label] == code for code, label in zip(codes, labels, strict=True)])
              for partner in permutations(names)]  # fmt: skip
-    return float(max(tried))
+    return float(max(accuracies))
 
 
 def by_majority(codes: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
-    """Code by code, the pairs of its most frequent label."""
-    members = [[label for label, each in zip(labels, codes, strict=True) if each == code] for code in set(codes)]
-    return sum(Counter(found).most_common(1)[0][1] for found in members) / len(codes)
+    """Compute the share of items whose label is the most frequent one of their code."""
+    members = [
+        [label for label, item_code in zip(labels, codes, strict=True) if item_code == code] for code in set(codes)
+    ]
+    return sum(Counter(code_labels).most_common(1)[0][1] for code_labels in members) / len(codes)
 
 
 @pytest.mark.parametrize(("codes", "labels"), [(3, 3), (6, 4), (3, 6), (1, 4), (5, 1)])
 @pytest.mark.parametrize("seed", range(4))
-def test_against_every_match(codes: int, labels: int, seed: int) -> None:
+def test_matched_accuracy_tries_every_match(codes: int, labels: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     one, other = draw.integers(0, codes, 60), draw.integers(0, labels, 60)
     assert matched_accuracy(one, other) == pytest.approx(best_match(one, other), abs=1e-12)
@@ -38,12 +40,12 @@ def test_against_every_match(codes: int, labels: int, seed: int) -> None:
     assert matched_accuracy(one, other) <= purity(one, other)
 
 
-def test_closed_forms() -> None:
+def test_recovery_closed_forms() -> None:
     labels = ["a"] * 4 + ["b"] * 4
     assert [matched_accuracy([2] * 4 + [7] * 4, labels), purity([2] * 4 + [7] * 4, labels)] == [1, 1]
-    # Two codes for each label: one of each two finds no partner, and both are of one label.
+    # Two codes per label: only one of the two can be matched, but both have a single label.
     assert [matched_accuracy([0, 0, 1, 1, 2, 2, 3, 3], labels), purity([0, 0, 1, 1, 2, 2, 3, 3], labels)] == [0.5, 1]
-    # Greedy matching would give code 0 its 6 of a, and leave code 1 nothing: the best match is the other one.
+    # Greedy matching gives label a to code 0, and no correct items to code 1. The other match is better.
     codes = [0] * 6 + [0] * 5 + [1] * 5
     matched = matched_accuracy(codes, ["a"] * 6 + ["b"] * 5 + ["a"] * 5)
     assert matched == 10 / 16
@@ -51,7 +53,7 @@ def test_closed_forms() -> None:
 
 
 @pytest.mark.parametrize("statistic", STATISTICS.values())
-def test_names_do_not_matter(statistic: object) -> None:
+def test_statistics_ignore_names(statistic: object) -> None:
     draw = np.random.default_rng(3)
     codes, labels = draw.integers(0, 5, 80), draw.integers(0, 3, 80)
     renamed = np.array(["terse", "kind", "formal"])[labels]
@@ -59,7 +61,7 @@ def test_names_do_not_matter(statistic: object) -> None:
     assert statistic(codes, labels) == statistic(np.array([4, 0, 3, 1, 2])[codes], renamed)
 
 
-def test_shuffled_labels_have_what_chance_has() -> None:
+def test_shuffled_mean_equals_chance() -> None:
     labels = np.repeat([0, 1, 2, 3], 500)
     assert shuffled_mean(matched_accuracy, labels, labels, seed=0) == pytest.approx(0.25, abs=0.03)
     assert shuffled_mean(purity, labels, labels, seed=0) == shuffled_mean(purity, labels, labels, seed=0)

@@ -1,4 +1,4 @@
-"""Statistics of the codebook on batches whose every number is known."""
+"""Tests of codebook statistics, on batches with known numbers."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ from lpc_lightning.types import PairLogps, PairLosses, PairStates, PreferenceBat
 COUNT, CODES, WIDTH = 24, 4, 6
 
 
-class Stated(MarginalSpace):
-    """A space whose posterior is what it is told to be."""
+class FixedPosteriorSpace(MarginalSpace):
+    """A space with a fixed posterior. Its exact posterior is the same with the codes reversed."""
 
     def __init__(self, posterior: Tensor | None) -> None:
-        super().__init__(codes=CODES)
-        self.stated = posterior
+        super().__init__(num_codes=CODES)
+        self.fixed = posterior
 
     def log_posterior(self, states: PairStates, score: Any) -> Tensor | None:  # type: ignore[override]
-        return None if self.stated is None else self.stated[states.prompt[:, 0].long()]
+        return None if self.fixed is None else self.fixed[states.prompt[:, 0].long()]
 
     def log_exact_posterior(self, states: PairStates, score: Any) -> Tensor | None:  # type: ignore[override]
-        stated = self.log_posterior(states, score)
-        return None if stated is None else stated.flip(-1)
+        fixed = self.log_posterior(states, score)
+        return None if fixed is None else fixed.flip(-1)
 
 
-def known(sources: Sequence[str], factors: Sequence[str], seed: int = 0) -> tuple[PreferenceBatch, Evaluated, Tensor]:
-    """Pairs with given labels, random priors, and random lengths; h_x holds each pair's number."""
+def make_batch(
+    sources: Sequence[str], factors: Sequence[str], seed: int = 0
+) -> tuple[PreferenceBatch, Evaluated, Tensor]:
+    """Make pairs with given labels, random priors and random lengths. h_x contains the index of the pair."""
     draw = torch.Generator().manual_seed(seed)
     pairs = [
         TokenizedPair(
@@ -68,7 +70,7 @@ def known(sources: Sequence[str], factors: Sequence[str], seed: int = 0) -> tupl
 
 
 def part(batch: PreferenceBatch, evaluated: Evaluated, rows: slice) -> tuple[Any, Any]:
-    """Some of the pairs, as a batch of their own."""
+    """Return some of the pairs as a separate batch."""
     terms = evaluated["terms"]
     lengths = torch.cat([half[rows] for half in batch.lengths.chunk(2)])
     labels = {name: getattr(batch, name)[rows] for name in ("ids", "sources", "factors", "annotators", "flipped")}
@@ -81,16 +83,16 @@ def part(batch: PreferenceBatch, evaluated: Evaluated, rows: slice) -> tuple[Any
 
 
 @pytest.mark.parametrize("batch_size", [COUNT, 7, 1])
-def test_against_torch_and_scikit_learn(batch_size: int) -> None:
+def test_metrics_match_torch_and_scikit_learn(batch_size: int) -> None:
     sources = [["books", "films", "games"][number % 3] for number in range(COUNT)]
     factors = ["" if number % 4 == 3 else ["kind", "terse"][number % 2] for number in range(COUNT)]
-    batch, evaluated, prior = known(sources, factors)
+    batch, evaluated, prior = make_batch(sources, factors)
     posterior = (2 * torch.randn(COUNT, CODES, generator=torch.Generator().manual_seed(9))).log_softmax(-1)
-    space = Stated(posterior)
+    space = FixedPosteriorSpace(posterior)
     statistics = CodebookStatistics(space)
     for start in range(0, COUNT, batch_size):
-        small, seen = part(batch, evaluated, slice(start, start + batch_size))
-        statistics.update(seen, small, space)
+        small, small_evaluated = part(batch, evaluated, slice(start, start + batch_size))
+        statistics.update(small_evaluated, small, space)
     report = statistics.collect()
 
     mean_prior, mean_posterior = prior.exp().double().mean(0), posterior.exp().double().mean(0)
@@ -126,16 +128,16 @@ def test_against_torch_and_scikit_learn(batch_size: int) -> None:
     assert {
         name for name in expected if ("information" in name and "normalised" not in name) or "codebook/" in name
     } == {name.removesuffix("_shuffled") for name in shuffled}
-    found = {name: value for name, value in report.metrics.items() if name not in shuffled}
-    assert found == pytest.approx(expected, rel=1e-6)
+    actual = {name: value for name, value in report.metrics.items() if name not in shuffled}
+    assert actual == pytest.approx(expected, rel=1e-6)
     assert all(0 < report.metrics[name] < 1 for name in shuffled)
 
 
-def test_codes_that_are_the_source_say_all_of_it_and_shuffled_ones_little() -> None:
+def test_information_of_codes_equal_to_source() -> None:
     sources = [f"source {number % CODES}" for number in range(400)]
-    batch, evaluated, _ = known(sources, [""] * 400)
+    batch, evaluated, _ = make_batch(sources, [""] * 400)
     object.__setattr__(evaluated["terms"], "prior", torch.eye(CODES).repeat(100, 1).clamp_min(1e-9).log())
-    space = Stated(None)
+    space = FixedPosteriorSpace(None)
     statistics = CodebookStatistics(space)
     statistics.update(evaluated, batch, space)
     report = statistics.collect()
@@ -146,16 +148,16 @@ def test_codes_that_are_the_source_say_all_of_it_and_shuffled_ones_little() -> N
     assert not any("factor" in name or "posterior" in name or "latent" in name for name in report.metrics)
 
 
-def test_one_source_and_no_factor_say_nothing() -> None:
-    batch, evaluated, _ = known(["only"] * 6, [""] * 6)
-    statistics = CodebookStatistics(Stated(None))
-    statistics.update(evaluated, batch, Stated(None))
+def test_no_metrics_for_single_label() -> None:
+    batch, evaluated, _ = make_batch(["only"] * 6, [""] * 6)
+    statistics = CodebookStatistics(FixedPosteriorSpace(None))
+    statistics.update(evaluated, batch, FixedPosteriorSpace(None))
     assert {name.split("/")[1].split("_")[0] for name in statistics.collect().metrics} == {"length"}
 
 
-def test_collecting_starts_anew_and_is_idle_without_pairs() -> None:
-    batch, evaluated, _ = known(["a", "b"] * 3, [""] * 6)
-    space = Stated(None)
+def test_collect_resets() -> None:
+    batch, evaluated, _ = make_batch(["a", "b"] * 3, [""] * 6)
+    space = FixedPosteriorSpace(None)
     statistics = CodebookStatistics(space)
     assert statistics.collect() == CodebookReport()
     statistics.update(evaluated, batch, space)
@@ -168,7 +170,7 @@ def test_collecting_starts_anew_and_is_idle_without_pairs() -> None:
 @pytest.mark.parametrize(
     "latent", [None, MLPSpace(hidden=4), GaussianSpace(num_codes=3, init_logit_std=1.0), ExpectedSpace(num_codes=3)]
 )
-def test_each_space_says_what_it_has(
+def test_report_of_each_space(
     latent: Any, tiny_spec: Callable[..., Any], perturb: Callable[..., None], make_pairs: Callable[..., Any]
 ) -> None:
     module = DPO(policy=tiny_spec(), latent=latent, reference="live")
@@ -190,10 +192,10 @@ def test_each_space_says_what_it_has(
     assert ("latent/agreement" in report.metrics) == isinstance(latent, ExpectedSpace)
 
 
-def test_the_exact_posterior_is_prior_times_evidence_whatever_the_space_has_learned(
+def test_exact_posterior_recovers_its_own_labels(
     tiny_spec: Callable[..., Any], perturb: Callable[..., None], make_pairs: Callable[..., Any]
 ) -> None:
-    """Labels that the exact posterior's likeliest codes spell out are recovered in full by it alone."""
+    """Labels are the likeliest codes of the exact posterior. Only the exact posterior recovers all of them."""
     space = ExpectedSpace(num_codes=3, init_logit_std=2.0)
     module = DPO(policy=tiny_spec(), latent=space, reference="live", beta=2.0)
     module.configure_model()
@@ -216,7 +218,7 @@ def test_the_exact_posterior_is_prior_times_evidence_whatever_the_space_has_lear
     assert 1 / 3 < metrics["codebook/exact_matched/factor_shuffled"] < 1
 
 
-def test_the_sample_is_the_same_whatever_the_batches_and_bounded_in_memory() -> None:
+def test_point_sample_independent_of_batches() -> None:
     points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     ids = tuple(f"pair {number}" for number in range(200))
     expected = sorted(range(200), key=lambda number: point_key(ids[number]))[:20]
@@ -231,10 +233,10 @@ def test_the_sample_is_the_same_whatever_the_batches_and_bounded_in_memory() -> 
         assert torch.equal(kept, points[expected])
 
 
-def test_the_labels_of_a_sample_are_those_of_its_pairs() -> None:
-    batch, evaluated, _ = known([f"s{number % 5}" for number in range(30)], [""] * 30)
-    statistics = CodebookStatistics(Stated(None), most_points=8)
-    statistics.update(evaluated, batch, Stated(None))
+def test_point_rows_match_points() -> None:
+    batch, evaluated, _ = make_batch([f"s{number % 5}" for number in range(30)], [""] * 30)
+    statistics = CodebookStatistics(FixedPosteriorSpace(None), most_points=8)
+    statistics.update(evaluated, batch, FixedPosteriorSpace(None))
     report = statistics.collect()
     assert report.points is not None
     z = evaluated["terms"].z

@@ -1,4 +1,4 @@
-"""`lpc-lightning evaluate` as a user gives it: on checkpoints, plain models, earlier results, and several of them."""
+"""Tests of the command `lpc-lightning evaluate`: checkpoints, plain models, earlier results, several models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a fit of three steps, with three codes that matter."""
+    """Checkpoint of a fit of three steps, with three different codes."""
     folder = tmp_path_factory.mktemp("fit")
     flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
     flags += (
@@ -56,7 +56,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(fitted: Path, tmp_path: Path) -> Path:
-    """A copy in a run folder of its own."""
+    """Copy of the checkpoint in a separate run folder."""
     path = tmp_path / "runs" / "lpc" / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
     return Path(shutil.copy2(fitted, path))
@@ -64,7 +64,7 @@ def checkpoint(fitted: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, loud_policy: Any) -> str:
-    """A folder of a model without a latent."""
+    """Folder of a model without a latent."""
     folder = tmp_path_factory.mktemp("models") / "plain"
     policy, tokenizer = loud_policy
     policy.causal_lm.save_pretrained(folder)
@@ -72,8 +72,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory, loud_policy: Any) -> str:
     return str(folder)
 
 
-class Said(NamedTuple):
-    """How the command ended."""
+class Outcome(NamedTuple):
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -84,22 +84,22 @@ class Said(NamedTuple):
         return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
 
 
-Run = Callable[..., Said]
+Run = Callable[..., Outcome]
 
 
 @pytest.fixture
 def evaluate(capsys: pytest.CaptureFixture[str], data_dir: Path, tmp_path: Path) -> Run:
-    """The command with local data, float32, and its results in `results`."""
+    """Function that runs the command with local data and float32. Its results are in `results`."""
     fixed = [f"--data-dir={data_dir}", f"--output={tmp_path / 'results'}", "--precision=float32", "--batch-size=4"]
 
-    def run(*arguments: Any) -> Said:
+    def run(*arguments: Any) -> Outcome:
         capsys.readouterr()
         try:
             main(["evaluate", *fixed, *map(str, arguments)])
             code: Any = 0
-        except SystemExit as end:
-            code = end.code
-        return Said(code, *capsys.readouterr())
+        except SystemExit as exit_info:
+            code = exit_info.code
+        return Outcome(code, *capsys.readouterr())
 
     return run
 
@@ -111,15 +111,15 @@ def results(tmp_path: Path) -> Callable[[str], Any]:
 
 @pytest.fixture
 def run_tasks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the tasks that are really run, as they are."""
-    seen: list[str] = []
+    """Names of the tasks that were run. New names are appended during the test."""
+    names: list[str] = []
 
-    def watched(lm: Any, tasks: Any, **settings: Any) -> Any:
-        seen.extend(tasks)
+    def recording_run(lm: Any, tasks: Any, **settings: Any) -> Any:
+        names.extend(tasks)
         return run_benchmarks(lm, tasks, **settings)
 
-    monkeypatch.setattr(lpc_lightning.evaluation.benchmarks.runner, "run_benchmarks", watched)
-    return seen
+    monkeypatch.setattr(lpc_lightning.evaluation.benchmarks.runner, "run_benchmarks", recording_run)
+    return names
 
 
 @pytest.fixture
@@ -137,39 +137,39 @@ def no_model_is_opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 # Scores
 
 
-def test_a_plain_model_gets_the_scores_of_stock_lm_eval(
-    evaluate: Run, plain: str, results: Any, data_dir: Path
-) -> None:
+def test_plain_model_scores_equal_stock(evaluate: Run, plain: str, results: Any, data_dir: Path) -> None:
     tasks = ["arc_easy", "gsm8k", "truthfulqa_mc1", "truthfulqa_mc2"]
-    said = evaluate(plain, "--tasks", *tasks, "--limit=5")
-    assert said.code == 0, said.err
-    found = results("plain")
+    outcome = evaluate(plain, "--tasks", *tasks, "--limit=5")
+    assert outcome.code == 0, outcome.err
+    actual = results("plain")
     stock = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(plain),
         tokenizer=AutoTokenizer.from_pretrained(plain),
         batch_size=1,
     )
     expected = run_benchmarks(stock, tasks, data_dir=str(data_dir), limit=5)
-    assert set(found.metrics) == set(tasks)
+    assert set(actual.metrics) == set(tasks)
     for task in tasks:
-        assert found.metrics[task] == pytest.approx(expected.metrics[task], abs=1e-5)
-    assert found.origin["kind"] == "model"
-    assert found.record["settings"]["limit"] == 5
+        assert actual.metrics[task] == pytest.approx(expected.metrics[task], abs=1e-5)
+    assert actual.origin["kind"] == "model"
+    assert actual.record["settings"]["limit"] == 5
     for task, metrics in expected.metrics.items():
         for metric in metrics:
             if "stderr" not in metric:
-                assert f"| {task} " in said.out
-                assert f"| {metric} " in said.out
-    assert f"{expected.metrics['arc_easy']['acc']:.4f} ± {expected.metrics['arc_easy']['acc_stderr']:.4f}" in said.out
+                assert f"| {task} " in outcome.out
+                assert f"| {metric} " in outcome.out
+    assert (
+        f"{expected.metrics['arc_easy']['acc']:.4f} ± {expected.metrics['arc_easy']['acc_stderr']:.4f}" in outcome.out
+    )
 
 
 @pytest.mark.parametrize("mode", [None, 2])
-def test_a_checkpoint_is_scored_under_its_latent(
+def test_checkpoint_scored_under_its_latent(
     evaluate: Run, checkpoint: Path, results: Any, documents: Any, mode: int | None
 ) -> None:
-    """Every choice against the model's own logits, read anew for each, with z from the space that was trained."""
-    said = evaluate(checkpoint, "--tasks=arc_easy", *([] if mode is None else [f"--prior-mode={mode}"]))
-    assert said.code == 0, said.err
+    """Compute each choice with a separate pass of the model, and z from the trained latent space."""
+    outcome = evaluate(checkpoint, "--tasks=arc_easy", *([] if mode is None else [f"--prior-mode={mode}"]))
+    assert outcome.code == 0, outcome.err
     module = open_module(str(checkpoint))
     lm, tokenizer = module.policy.causal_lm, module.tokenizer
     rows = documents["arc/ARC-Easy"]["test"]
@@ -183,11 +183,11 @@ def test_a_checkpoint_is_scored_under_its_latent(
                 hidden = lm.get_decoder()(input_ids=torch.tensor([context + answer])).last_hidden_state[0]
                 z = module.latent.infer(hidden[len(context) - 1][None], mode)[0]
                 logps = lm.get_output_embeddings()(hidden + z).log_softmax(-1)
-            expected = sum(float(logps[len(context) - 1 + place, token]) for place, token in enumerate(answer))
+            expected = sum(float(logps[len(context) - 1 + index, token]) for index, token in enumerate(answer))
             assert response == pytest.approx(expected, abs=1e-3)
 
 
-def test_preference_accuracy_is_that_of_the_test_command(
+def test_preference_accuracy_equals_trainer_test(
     evaluate: Run, checkpoint: Path, plain: str, results: Any, tmp_path: Path, make_trainer: Callable[..., Trainer]
 ) -> None:
     rows = [
@@ -203,31 +203,29 @@ def test_preference_accuracy_is_that_of_the_test_command(
     rows.append({"prompt": "Why?", "chosen": "So.", "rejected": "No.", "split": "train", "id": "left out"})
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = evaluate(checkpoint, plain, "--tasks=none", f"--preferences={path}")
-    assert said.code == 0, said.err
-    found = results("lpc-last")
+    outcome = evaluate(checkpoint, plain, "--tasks=none", f"--preferences={path}")
+    assert outcome.code == 0, outcome.err
+    actual = results("lpc-last")
     trainer = make_trainer()
     trainer.test(
         open_module(str(checkpoint)), PreferenceData(str(path), cache_dir=str(tmp_path / "cache")), verbose=False
     )
-    metrics = found.metrics["preferences"]
+    metrics = actual.metrics["preferences"]
     assert next(iter(metrics)) == "accuracy/prior"
     assert metrics["accuracy/prior"] == pytest.approx(float(trainer.callback_metrics["test/rewards/accuracies"]))
     assert metrics["margin/prior"] == pytest.approx(float(trainer.callback_metrics["test/rewards/margins"]), abs=1e-6)
     others = {"accuracy/posterior", "accuracy/marginal", "accuracy/no_latent", "accuracy/shuffled", "swap_turnover"}
     assert others <= set(metrics)
     assert not any("/source/" in name for name in metrics)
-    assert [item["doc_id"] for item in found.items] == [f"p{n}" for n in range(9)]
-    right = [item["metrics"]["accuracy/prior"] for item in found.items]
-    assert sum(right) / 9 == pytest.approx(metrics["accuracy/prior"])
+    assert [item["doc_id"] for item in actual.items] == [f"p{n}" for n in range(9)]
+    correct = [item["metrics"]["accuracy/prior"] for item in actual.items]
+    assert sum(correct) / 9 == pytest.approx(metrics["accuracy/prior"])
     other = results("plain").metrics["preferences"]
     assert set(other) == {"accuracy/prior", "accuracy/prior_stderr", "margin/prior", "margin/prior_stderr"}
-    assert "unlike: reward is likelihood, and implicit for lpc-last" in said.out
+    assert "not comparable: reward is likelihood, but implicit for lpc-last" in outcome.out
 
 
-def test_pairs_have_a_limit_too_and_files_without_splits_are_taken_whole(
-    evaluate: Run, plain: str, results: Any, tmp_path: Path
-) -> None:
+def test_limit_of_pairs_without_split_column(evaluate: Run, plain: str, results: Any, tmp_path: Path) -> None:
     rows = [{"prompt": f"Why {n}?", "chosen": "So.", "rejected": "No."} for n in range(6)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -237,10 +235,10 @@ def test_pairs_have_a_limit_too_and_files_without_splits_are_taken_whole(
     assert results("plain-2").record["tasks"]["preferences"]["items"] == 4
 
 
-# What is there already
+# Existing results
 
 
-def test_what_is_there_is_read_and_not_run_again(
+def test_existing_results_are_read(
     evaluate: Run, checkpoint: Path, no_model_is_opened: Callable[[], None], results: Any
 ) -> None:
     flags = [checkpoint, "--tasks", "arc_easy", "--limit=4"]
@@ -262,7 +260,7 @@ def test_what_is_there_is_read_and_not_run_again(
 @pytest.mark.parametrize(
     "change", ["--limit=3", "--prior-mode=1", "--seed=5", "--apply-chat-template", "--num-fewshot=2"]
 )
-def test_other_settings_go_into_another_folder_and_both_are_found_again(
+def test_other_settings_use_another_folder(
     evaluate: Run, checkpoint: Path, change: str, no_model_is_opened: Callable[[], None], results: Any
 ) -> None:
     flags = [checkpoint, "--tasks=arc_easy", *([] if "limit" in change else ["--limit=4"])]
@@ -275,25 +273,25 @@ def test_other_settings_go_into_another_folder_and_both_are_found_again(
     assert evaluate(*flags, change).code == 0
 
 
-@pytest.mark.parametrize("what", ["weights", "data"])
-def test_changed_files_are_not_taken_for_the_same(
-    evaluate: Run, checkpoint: Path, data_dir: Path, results: Any, what: str
+@pytest.mark.parametrize("changed", ["weights", "data"])
+def test_changed_files_use_another_folder(
+    evaluate: Run, checkpoint: Path, data_dir: Path, results: Any, changed: str
 ) -> None:
     flags = [checkpoint, "--tasks=arc_easy", "--limit=4"]
     assert evaluate(*flags).code == 0
-    os.utime(checkpoint if what == "weights" else data_dir / "arc/ARC-Easy/test.jsonl", (1, 1))
+    os.utime(checkpoint if changed == "weights" else data_dir / "arc/ARC-Easy/test.jsonl", (1, 1))
     assert "Read from" not in evaluate(*flags).out
     assert results("lpc-last-2").metrics == results("lpc-last").metrics
 
 
-def test_more_tasks_are_added_to_what_is_there(
+def test_new_tasks_are_added_to_results(
     evaluate: Run, plain: str, results: Any, run_tasks: list[str], tmp_path: Path
 ) -> None:
     evaluate(plain, "--tasks", "arc_easy", "truthfulqa_mc1", "--limit=4")
     run_tasks.clear()
-    said = evaluate(plain, "--tasks", "truthfulqa_mc1", "gsm8k", "--limit=4")
-    assert said.code == 0
-    assert "Goes on with the results in" in said.out
+    outcome = evaluate(plain, "--tasks", "truthfulqa_mc1", "gsm8k", "--limit=4")
+    assert outcome.code == 0
+    assert "Continuing with the results in" in outcome.out
     assert run_tasks == ["gsm8k"]
     added = results("plain")
     shutil.rmtree(tmp_path / "results")
@@ -308,7 +306,7 @@ def test_more_tasks_are_added_to_what_is_there(
     assert earlier["packages"] == at_once.record["packages"]
 
 
-# What fails
+# Failures
 
 ROWS = [
     {"question": f"Which {n}?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "AB"[n % 2]}
@@ -317,25 +315,25 @@ ROWS = [
 RAISING = "def process_results(doc, results):\n    raise RuntimeError('no such luck')\n"
 
 
-def test_a_benchmark_that_raises_costs_its_own_scores_and_the_exit_code(
+def test_failing_benchmark_sets_exit_code(
     evaluate: Run, plain: str, results: Any, task_file: Callable[..., str], run_tasks: list[str], tmp_path: Path
 ) -> None:
     broken = task_file("own", ROWS, RAISING)
-    said = evaluate(plain, "--tasks", "arc_easy", broken, "--limit=4")
-    assert said.code == 1
-    assert len(said.errors) == 1
-    assert said.errors[0].startswith("plain, own: RuntimeError: no such luck")
-    found = results("plain")
-    assert set(found.metrics) == {"arc_easy"}
-    assert set(found.failures) == {"own"}
-    assert "| own " in said.out
-    assert "failed" in said.out
+    outcome = evaluate(plain, "--tasks", "arc_easy", broken, "--limit=4")
+    assert outcome.code == 1
+    assert len(outcome.errors) == 1
+    assert outcome.errors[0].startswith("plain, own: RuntimeError: no such luck")
+    actual = results("plain")
+    assert set(actual.metrics) == {"arc_easy"}
+    assert set(actual.failures) == {"own"}
+    assert "| own " in outcome.out
+    assert "failed" in outcome.out
     run_tasks.clear()
     assert evaluate(plain, "--tasks", "arc_easy", "--limit=4").code == 0
     assert run_tasks == []
 
 
-def test_what_failed_is_run_again_and_nothing_else(
+def test_rerun_repeats_failed_tasks_only(
     evaluate: Run, plain: str, results: Any, data_dir: Path, run_tasks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any, **settings: Any) -> None:
@@ -352,7 +350,7 @@ def test_what_failed_is_run_again_and_nothing_else(
     assert set(results("plain").metrics) == {"arc_easy", "gsm8k"}
 
 
-def test_an_interrupted_command_keeps_what_was_done(
+def test_interrupted_command_keeps_results(
     evaluate: Run, plain: str, results: Any, run_tasks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*arguments: Any, **settings: Any) -> None:
@@ -369,47 +367,45 @@ def test_an_interrupted_command_keeps_what_was_done(
     assert run_tasks == ["gsm8k"]
 
 
-def test_a_model_that_cannot_be_opened_does_not_cost_the_others(
+def test_invalid_model_does_not_stop_others(
     evaluate: Run, plain: str, checkpoint: Path, tmp_path: Path, results: Any
 ) -> None:
     checkpoint.write_text("not a checkpoint")
-    said = evaluate(checkpoint, plain, tmp_path / "nowhere", "--tasks=arc_easy", "--limit=4")
-    assert said.code == 1
-    assert [error.partition(":")[0] for error in said.errors] == ["lpc-last", "nowhere"]
-    assert "is no checkpoint" in said.errors[0]
-    assert "found no file or folder" in said.errors[1]
+    outcome = evaluate(checkpoint, plain, tmp_path / "nowhere", "--tasks=arc_easy", "--limit=4")
+    assert outcome.code == 1
+    assert [error.partition(":")[0] for error in outcome.errors] == ["lpc-last", "nowhere"]
+    assert "is no checkpoint" in outcome.errors[0]
+    assert "found no file or folder" in outcome.errors[1]
     assert set(results("plain").metrics) == {"arc_easy"}
 
 
-def test_pairs_that_cannot_be_scored_do_not_cost_the_benchmarks(
-    evaluate: Run, plain: str, results: Any, tmp_path: Path
-) -> None:
+def test_invalid_pairs_do_not_stop_benchmarks(evaluate: Run, plain: str, results: Any, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "Why?", "chosen": "So.", "rejected": "So."}) + "\n")
-    said = evaluate(plain, "--tasks=arc_easy", "--limit=4", f"--preferences={path}")
-    assert said.code == 1
-    assert said.errors[0].startswith("plain, preferences: 1 rows cannot be used.")
-    assert "equal answers" in said.err
+    outcome = evaluate(plain, "--tasks=arc_easy", "--limit=4", f"--preferences={path}")
+    assert outcome.code == 1
+    assert outcome.errors[0].startswith("plain, preferences: 1 rows cannot be used.")
+    assert "equal answers" in outcome.err
     assert set(results("plain").metrics) == {"arc_easy"}
     assert evaluate(plain, "--tasks=arc_easy", "--limit=4").code == 0
 
 
-def test_results_that_were_damaged_are_told(evaluate: Run, plain: str, tmp_path: Path) -> None:
+def test_damaged_results_are_an_error(evaluate: Run, plain: str, tmp_path: Path) -> None:
     folder = tmp_path / "results" / "plain"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text("{")
-    said = evaluate(plain, "--tasks=arc_easy")
-    assert said.code == 1
-    assert f"{folder} holds no whole results (JSONDecodeError" in said.errors[0]
+    outcome = evaluate(plain, "--tasks=arc_easy")
+    assert outcome.code == 1
+    assert f"{folder}: found incomplete results (JSONDecodeError" in outcome.errors[0]
     assert (folder / "results.json").read_text() == "{"
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--limit=0"], "limit: found 0, expected at least one document"),
         (["--num-fewshot=-1"], "num_fewshot: found -1, expected 0 or more"),
-        (["--tasks=none"], "tasks: found none, expected some, or a file of preference pairs"),
+        (["--tasks=none"], "tasks: found none, expected a task, or a file of preference pairs"),
         (["--tasks=arc_esay"], "tasks: found 'arc_esay' with data_dir, expected arc_easy"),
         (["--names", "a", "b"], "names: found 2 for 1 models, expected one for each"),
         (["--preferences=nowhere.jsonl"], "preferences: found no file nowhere.jsonl, expected preference pairs"),
@@ -417,42 +413,42 @@ def test_results_that_were_damaged_are_told(evaluate: Run, plain: str, tmp_path:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_settings_that_cannot_be_are_told_before_anything_runs(
-    plain: str, flags: list[str], told: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_evaluate_rejects_settings_early(
+    plain: str, flags: list[str], message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = [] if "--data-dir=nowhere" in flags else [f"--data-dir={data_dir}"]
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exit_info:
         main(["evaluate", plain, f"--output={tmp_path / 'results'}", *flags, *data])
-    said = capsys.readouterr()
-    assert end.value.code == 1
-    assert said.out == ""
-    assert said.err.startswith(f"error: {told}")
-    assert said.err.count("\n") == 1
+    outcome = capsys.readouterr()
+    assert exit_info.value.code == 1
+    assert outcome.out == ""
+    assert outcome.err.startswith(f"error: {message}")
+    assert outcome.err.count("\n") == 1
     assert not (tmp_path / "results").exists()
 
 
-def test_a_mode_and_preference_pairs_do_not_go_together(evaluate: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_prior_mode_with_pairs_is_rejected(evaluate: Run, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Why?", "chosen": "So.", "rejected": "No."}) + "\n")
-    said = evaluate(checkpoint, "--prior-mode=1", f"--preferences={tmp_path / 'pairs.jsonl'}")
-    assert said.code == 1
-    assert said.errors[0].startswith("prior_mode: found 1 with a file of preference pairs")
+    outcome = evaluate(checkpoint, "--prior-mode=1", f"--preferences={tmp_path / 'pairs.jsonl'}")
+    assert outcome.code == 1
+    assert outcome.errors[0].startswith("prior_mode: found 1 with a file of preference pairs")
 
 
 # Several models
 
 
-def test_models_are_compared_item_by_item(
+def test_models_are_compared_by_item(
     evaluate: Run, plain: str, checkpoint: Path, tmp_path: Path, no_model_is_opened: Callable[[], None]
 ) -> None:
-    said = evaluate(plain, checkpoint, "--tasks", "arc_easy", "truthfulqa_mc2", "--names", "base", "ours")
-    assert said.code == 0, said.err
-    right = {}
+    outcome = evaluate(plain, checkpoint, "--tasks", "arc_easy", "truthfulqa_mc2", "--names", "base", "ours")
+    assert outcome.code == 0, outcome.err
+    correct = {}
     for name in ("base", "ours"):
         lines = (tmp_path / "results" / name / "items.jsonl").read_text().splitlines()
         items = [json.loads(line) for line in lines]
-        right[name] = [item["metrics"]["acc"] for item in items if item["task"] == "arc_easy"]
-    won = sum(b > a for a, b in zip(right["base"], right["ours"], strict=True))
-    lost = sum(b < a for a, b in zip(right["base"], right["ours"], strict=True))
+        correct[name] = [item["metrics"]["acc"] for item in items if item["task"] == "arc_easy"]
+    won = sum(b > a for a, b in zip(correct["base"], correct["ours"], strict=True))
+    lost = sum(b < a for a, b in zip(correct["base"], correct["ours"], strict=True))
     assert won + lost > 1
     with (tmp_path / "results" / "comparison.csv").open(newline="") as file:
         rows = {(row["task"], row["metric"], row["model"]): row for row in csv.DictReader(file)}
@@ -462,34 +458,35 @@ def test_models_are_compared_item_by_item(
     assert (row["items"], row["method"], row["baseline"]) == ("12", "McNemar", "base")
     assert rows["truthfulqa_mc2", "acc", "ours"]["method"] == "bootstrap"
     text = (tmp_path / "results" / "comparison.md").read_text()
-    assert text.strip() in said.out
+    assert text.strip() in outcome.out
     assert len(json.loads((tmp_path / "results" / "comparison.json").read_text())) == len(rows)
-    # Folders of results stand for their models.
+    # Folders of results can be used in place of models.
     no_model_is_opened()
     folders = [tmp_path / "results" / name for name in ("base", "ours")]
     assert evaluate(*folders).code == 0
     assert (tmp_path / "results" / "comparison.md").read_text() == text
 
 
-def test_models_on_other_items_are_not_tested_against_each_other(
-    evaluate: Run, plain: str, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_models_on_other_items_are_not_tested(evaluate: Run, plain: str, checkpoint: Path, tmp_path: Path) -> None:
     evaluate(plain, "--tasks=arc_easy", "--limit=4")
-    said = evaluate(tmp_path / "results" / "plain", checkpoint, "--tasks=arc_easy", "--limit=5")
-    assert said.code == 0
-    assert "unlike: limit is 5, and 4 for plain" in said.out
-    assert "Below: differences to" not in said.out
+    outcome = evaluate(tmp_path / "results" / "plain", checkpoint, "--tasks=arc_easy", "--limit=5")
+    assert outcome.code == 0
+    assert "not comparable: limit is 5, but 4 for plain" in outcome.out
+    assert "Below: differences to" not in outcome.out
 
 
-def test_models_in_another_precision_are_compared_with_a_note(evaluate: Run, plain: str, tmp_path: Path) -> None:
+def test_models_in_other_precision_get_note(evaluate: Run, plain: str, tmp_path: Path) -> None:
     evaluate(plain, "--tasks=arc_easy", "--limit=4")
-    said = evaluate(tmp_path / "results" / "plain", plain, "--tasks=arc_easy", "--limit=4", "--precision=bfloat16")
-    assert said.code == 0, said.err
-    assert "plain-2 was evaluated in bfloat16, and plain in float32: its differences hold rounding, too." in said.out
-    assert "Below: differences to plain" in said.out
+    outcome = evaluate(tmp_path / "results" / "plain", plain, "--tasks=arc_easy", "--limit=4", "--precision=bfloat16")
+    assert outcome.code == 0, outcome.err
+    assert (
+        "plain-2 was evaluated in bfloat16, and plain in float32: its differences include rounding errors."
+        in outcome.out
+    )
+    assert "Below: differences to plain" in outcome.out
 
 
-def test_names_are_short_and_no_two_alike() -> None:
+def test_name_models_gives_distinct_names() -> None:
     models = ["a/run/checkpoints/best.ckpt", "b/run/checkpoints/best.ckpt", "some/hub-name"]
     assert name_models(models, None) == [
         ("run-best", models[0]),
@@ -497,5 +494,5 @@ def test_names_are_short_and_no_two_alike() -> None:
         ("hub-name", models[2]),
     ]
     assert name_models(models, ["x", "y", "z"])[2] == ("z", models[2])
-    with pytest.raises(ConfigError, match="names: found x, y, x, expected no two alike"):
+    with pytest.raises(ConfigError, match="names: found x, y, x, expected no two equal names"):
         name_models(models, ["x", "y", "x"])

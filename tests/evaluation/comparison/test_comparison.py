@@ -1,4 +1,4 @@
-"""Models side by side: what is tested against what, and what is refused."""
+"""Tests of comparisons: which scores are tested, which are not, and the tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MC2 = Measure("truthfulqa_mc2", "acc")
 
 
 def model(name: str, items: int = 40, better: float = 0.0, **conditions: Any) -> ModelScores:
-    """A model with a binary measure and a graded one, on the same items as all others."""
+    """Make a model with a binary and a continuous measure. All models have the same items."""
     draw = random.Random(name)
     arc = {Item(number, f"hash {number}"): float(draw.random() < 0.4 + better) for number in range(items)}
     mc2 = {Item(number, f"hash {number}"): draw.random() * (0.5 + better) for number in range(items)}
@@ -38,146 +38,147 @@ def differences(comparison: Comparison) -> dict[tuple[Measure, str], Any]:
     return {(cell.measure, cell.model): cell.test for cell in comparison.cells if cell.test}
 
 
-def test_every_model_is_tested_against_the_first() -> None:
+def test_compare_tests_against_first_model() -> None:
     base, one, two = model("base"), model("one", better=0.3), model("two")
-    found = compare([base, one, two])
-    assert found.models == ("base", "one", "two")
-    assert [(cell.measure, cell.model) for cell in found.cells] == [
+    actual = compare([base, one, two])
+    assert actual.models == ("base", "one", "two")
+    assert [(cell.measure, cell.model) for cell in actual.cells] == [
         (measure, name) for measure in (ARC, MC2) for name in ("base", "one", "two")
     ]
     expected = {
-        (measure, each.name): paired_test(list(base.items[measure].values()), list(each.items[measure].values()))
+        (measure, other.name): paired_test(list(base.items[measure].values()), list(other.items[measure].values()))
         for measure in (ARC, MC2)
-        for each in (one, two)
+        for other in (one, two)
     }
-    assert differences(found) == expected
+    assert differences(actual) == expected
     assert {test.method for test in expected.values()} == {"McNemar", "bootstrap"}
-    corrected = [cell.p_corrected for cell in found.cells if cell.test]
+    corrected = [cell.p_corrected for cell in actual.cells if cell.test]
     assert corrected == holm([test.p_value for test in expected.values()])
-    for cell in found.cells:
-        each = {"base": base, "one": one, "two": two}[cell.model]
-        assert cell.value == each.scores[cell.measure]
-        assert cell.stderr == each.stderrs.get(cell.measure)
+    for cell in actual.cells:
+        scores = {"base": base, "one": one, "two": two}[cell.model]
+        assert cell.value == scores.scores[cell.measure]
+        assert cell.stderr == scores.stderrs.get(cell.measure)
         assert cell.note == ""
 
 
-def test_items_are_matched_by_what_they_are_and_not_by_their_order() -> None:
+def test_compare_matches_items_in_any_order() -> None:
     base, other = model("base"), model("other", better=0.2)
-    turned = replace(other, items={measure: dict(reversed(found.items())) for measure, found in other.items.items()})
+    items = {measure: dict(reversed(item_scores.items())) for measure, item_scores in other.items.items()}
+    turned = replace(other, items=items)
     assert compare([base, turned]).cells == compare([base, other]).cells
 
 
 @pytest.mark.parametrize(
     ("other", "note"),
     [
-        (model("other", version=2.0), "unlike: version is 2.0, and 1.0 for base"),
-        (model("other", num_fewshot=5), "unlike: num_fewshot is 5, and 0 for base"),
-        (model("other", items=10), "unlike: limit is 10, and 40 for base"),
-        (model("other", items=10, limit=40), "unlike: only 10 of 40 items are the same"),
-        (model("other", template="chat"), "unlike: template is chat, and None for base"),
+        (model("other", version=2.0), "not comparable: version is 2.0, but 1.0 for base"),
+        (model("other", num_fewshot=5), "not comparable: num_fewshot is 5, but 0 for base"),
+        (model("other", items=10), "not comparable: limit is 10, but 40 for base"),
+        (model("other", items=10, limit=40), "not comparable: only 10 of 40 items are the same"),
+        (model("other", template="chat"), "not comparable: template is chat, but None for base"),
     ],
-    ids=["version", "adapt", "limit", "items", "a condition that one has"],
+    ids=["version", "few-shot", "limit", "items", "condition of one model"],
 )
-def test_unlike_is_not_tested(other: ModelScores, note: str) -> None:
-    found = compare([model("base"), other])
-    assert differences(found) == {}
-    assert [cell.note for cell in found.cells if cell.model == "other"] == [note, note]
-    assert note in to_markdown(found)
-    assert all(cell.value is not None for cell in found.cells)
+def test_compare_skips_different_conditions(other: ModelScores, note: str) -> None:
+    actual = compare([model("base"), other])
+    assert differences(actual) == {}
+    assert [cell.note for cell in actual.cells if cell.model == "other"] == [note, note]
+    assert note in to_markdown(actual)
+    assert all(cell.value is not None for cell in actual.cells)
 
 
 @pytest.mark.parametrize("kinds", [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_another_precision_is_tested_with_a_note(kinds: tuple[str, str], tmp_path: Path) -> None:
+def test_compare_notes_other_precision(kinds: tuple[str, str], tmp_path: Path) -> None:
     base, other = (replace(model(name), precision=kind) for name, kind in zip(("base", "other"), kinds, strict=True))
-    found, plain = compare([base, other]), compare([model("base"), model("other")])
-    assert differences(found) == differences(plain)
+    actual, plain = compare([base, other]), compare([model("base"), model("other")])
+    assert differences(actual) == differences(plain)
     note = f"evaluated in {kinds[1]}, and base in {kinds[0]}"
-    assert [cell.note for cell in found.cells] == ["", note, "", note]
-    assert to_markdown(found) == f"{to_markdown(plain)}\n\nother was {note}: its differences hold rounding, too."
-    write_comparison(tmp_path, found)
+    assert [cell.note for cell in actual.cells] == ["", note, "", note]
+    assert to_markdown(actual) == f"{to_markdown(plain)}\n\nother was {note}: its differences include rounding errors."
+    write_comparison(tmp_path, actual)
     assert [row["note"] for row in json.loads((tmp_path / "comparison.json").read_text())] == ["", note, "", note]
 
 
 @pytest.mark.parametrize("kinds", [("float32", "float32"), ("bfloat16", None), (None, "float32")])
-def test_the_same_precision_or_one_that_is_not_known_has_no_note(kinds: tuple[str | None, str | None]) -> None:
+def test_compare_same_or_unknown_precision(kinds: tuple[str | None, str | None]) -> None:
     base, other = (replace(model(name), precision=kind) for name, kind in zip(("base", "other"), kinds, strict=True))
     assert compare([base, other]) == compare([model("base"), model("other")])
 
 
-def test_only_the_task_that_differs_is_left_out() -> None:
+def test_compare_skips_differing_task_only() -> None:
     other = model("other")
     other = replace(other, conditions=other.conditions | {"arc_easy": {"version": 9}})
     assert list(differences(compare([model("base"), other]))) == [(MC2, "other")]
 
 
-def test_another_document_under_the_same_number_is_another_item() -> None:
+def test_compare_distinguishes_items_by_hash() -> None:
     other = model("other")
     changed = {
         Item(item.doc_id, "new" if item.doc_id == 3 else item.doc_hash): v for item, v in other.items[ARC].items()
     }
-    found = compare([model("base"), replace(other, items=other.items | {ARC: changed})])
-    assert [cell.note for cell in found.cells if cell.note] == ["unlike: only 39 of 41 items are the same"]
+    actual = compare([model("base"), replace(other, items=other.items | {ARC: changed})])
+    assert [cell.note for cell in actual.cells if cell.note] == ["not comparable: only 39 of 41 items are the same"]
 
 
-def test_what_is_not_known_of_items_is_shown_without_a_test() -> None:
+def test_compare_scores_without_items() -> None:
     base, other = model("base"), model("other")
     other = replace(other, items={ARC: other.items[ARC]})
-    found = compare([base, other])
-    assert found.cells[3].note == "no test: there are no scores of single items whose mean it is"
+    actual = compare([base, other])
+    assert actual.cells[3].note == "no test: the score is not a mean of stored item scores"
 
 
-def test_a_single_item_is_no_test() -> None:
-    found = compare([model("base", items=1), model("other", items=1)])
-    assert {cell.note for cell in found.cells if cell.model == "other"} == {"no test: there is one item"}
+def test_compare_single_item() -> None:
+    actual = compare([model("base", items=1), model("other", items=1)])
+    assert {cell.note for cell in actual.cells if cell.model == "other"} == {"no test: there is one item"}
 
 
-def test_a_task_that_a_model_lacks() -> None:
+def test_compare_missing_task() -> None:
     other = model("other")
     other = replace(other, scores={ARC: 0.5})
-    found = compare([model("base"), other])
-    assert (found.cells[3].value, found.cells[3].note) == (None, "other was not measured")
+    actual = compare([model("base"), other])
+    assert (actual.cells[3].value, actual.cells[3].note) == (None, "other was not evaluated")
     turned = compare([replace(other, name="base"), model("other")])
-    assert turned.cells[3].note == "base was not measured"
+    assert turned.cells[3].note == "base was not evaluated"
 
 
 @pytest.fixture
 def small() -> Comparison:
-    """Six items, all of them won by `better`; a score without items; a model on other few-shot examples."""
+    """Comparison with six items on which `better` is right, a score without items, and other few-shot examples."""
     items = {name: {Item(n, str(n)): score for n in range(6)} for name, score in (("base", 0.0), ("better", 1.0))}
     perplexity = Measure("wikitext", "word_perplexity")
-    made = [
+    models = [
         ModelScores(
-            name, {ARC: found[Item(0, "0")], perplexity: 12.5}, {ARC: 0.1}, {ARC: found}, {"arc_easy": {"shots": 0}}
+            name, {ARC: scores[Item(0, "0")], perplexity: 12.5}, {ARC: 0.1}, {ARC: scores}, {"arc_easy": {"shots": 0}}
         )
-        for name, found in items.items()
+        for name, scores in items.items()
     ]
-    other = replace(made[0], name="other", scores={ARC: 0.25}, conditions={"arc_easy": {"shots": 3}})
-    return compare([*made, other])
+    other = replace(models[0], name="other", scores={ARC: 0.25}, conditions={"arc_easy": {"shots": 3}})
+    return compare([*models, other])
 
 
-def test_the_text_to_the_letter(small: Comparison) -> None:
+def test_to_markdown_text(small: Comparison) -> None:
     assert to_markdown(small) == (
         "| task     | metric          |            base |            better |           other |\n"
         "| -------- | --------------- | --------------: | ----------------: | --------------: |\n"
         "| arc_easy | acc             | 0.0000 ± 0.1000 | 1.0000 ± 0.1000 * | 0.2500 ± 0.1000 |\n"
         "| wikitext | word_perplexity |         12.5000 |           12.5000 |               - |\n"
         "\n"
-        "Score ± standard error. Below: differences to base, with 95 % intervals. p: McNemar's exact test where items "
+        "Score ± standard error. Below: differences to base, with 95 % intervals. p: McNemar's exact test if all items "
         "score 0 or 1,\n"
-        "a paired bootstrap elsewhere; Holm: corrected for all tests shown. *: Holm below 0.05.\n"
+        "else a paired bootstrap; Holm: corrected for all tests shown. *: Holm below 0.05.\n"
         "\n"
         "| task     | metric | model  | difference |      95 % interval |     p |  Holm | items |\n"
         "| -------- | ------ | ------ | ---------: | -----------------: | ----: | ----: | ----: |\n"
         "| arc_easy | acc    | better |    +1.0000 | [+0.2917, +1.0000] | 0.031 | 0.031 |     6 |\n"
         "\n"
-        "| task     | model  | not compared                                                  | metrics         |\n"
-        "| -------- | ------ | ------------------------------------------------------------- | --------------- |\n"
-        "| arc_easy | other  | unlike: shots is 3, and 0 for base                            | acc             |\n"
-        "| wikitext | better | no test: there are no scores of single items whose mean it is | word_perplexity |"
+        "| task     | model  | not compared                                           | metrics         |\n"
+        "| -------- | ------ | ------------------------------------------------------ | --------------- |\n"
+        "| arc_easy | other  | not comparable: shots is 3, but 0 for base             | acc             |\n"
+        "| wikitext | better | no test: the score is not a mean of stored item scores | word_perplexity |"
     )
 
 
-def test_the_files_tell_the_same(small: Comparison, tmp_path: Path) -> None:
+def test_write_comparison_files_agree(small: Comparison, tmp_path: Path) -> None:
     write_comparison(tmp_path, small)
     assert (tmp_path / "comparison.md").read_text() == to_markdown(small) + "\n"
     rows = json.loads((tmp_path / "comparison.json").read_text())
@@ -192,7 +193,7 @@ def test_the_files_tell_the_same(small: Comparison, tmp_path: Path) -> None:
         assert row["p_value"] == (cell.test.p_value if cell.test else None)
 
 
-def test_one_model_is_a_table_of_its_scores() -> None:
+def test_to_markdown_of_one_model() -> None:
     text = to_markdown(compare([model("alone")]))
     assert text.count("\n\n") == 0
     assert "alone" in text

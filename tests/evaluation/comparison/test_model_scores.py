@@ -1,4 +1,4 @@
-"""From results to what is compared."""
+"""Tests of the conversion from results to scores for a comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ACC, F1 = Measure("quiz", "acc"), Measure("quiz", "f1")
 
 
 def results(**record: Any) -> BenchmarkResults:
-    """Two items; `acc` is their mean, `f1` is not, and `perplexity` is of pairs of numbers."""
+    """Make results with two items. `acc` is their mean, `f1` is not, and `perplexity` has two numbers per item."""
     metrics = {"quiz": {"acc": 0.5, "acc_stderr": 0.1, "f1": 0.9, "perplexity": 12.0}, "group": {"acc": 0.5}}
     items = [
         {
@@ -34,34 +34,34 @@ RECORD = {
 }
 
 
-def test_scores_and_errors_by_measure() -> None:
-    found = scores_of("mine", results(**RECORD))
-    assert found.name == "mine"
-    assert found.scores == {ACC: 0.5, F1: 0.9, Measure("quiz", "perplexity"): 12.0, Measure("group", "acc"): 0.5}
-    assert found.stderrs == {ACC: 0.1}
+def test_scores_of_values_and_errors() -> None:
+    actual = scores_of("mine", results(**RECORD))
+    assert actual.name == "mine"
+    assert actual.scores == {ACC: 0.5, F1: 0.9, Measure("quiz", "perplexity"): 12.0, Measure("group", "acc"): 0.5}
+    assert actual.stderrs == {ACC: 0.1}
 
 
-def test_items_are_kept_where_the_score_is_their_mean() -> None:
+def test_scores_of_items_of_means_only() -> None:
     assert scores_of("mine", results(**RECORD)).items == {ACC: {Item(0, "h0"): 0.0, Item(1, "h1"): 1.0}}
 
 
-def test_a_score_that_is_no_number_has_no_items() -> None:
+def test_scores_of_nan_score_has_no_items() -> None:
     broken = results(**RECORD)
     broken.items[1]["metrics"]["acc"] = math.nan
     assert scores_of("mine", broken).items == {}
 
 
-def test_conditions_are_what_makes_scores_comparable() -> None:
+def test_scores_of_conditions() -> None:
     expected = {"version": 2.0, "few-shot examples": 3, "limit": None, "chat template": True, "few-shot seed": 9}
     assert scores_of("mine", results(**RECORD)).conditions == {"quiz": expected}
 
 
-def test_the_precision_is_the_one_that_was_asked_for() -> None:
-    asked = replace(results(**RECORD), origin={"request": {"precision": "bfloat16", "limit": None}})
-    assert scores_of("mine", asked).precision == "bfloat16"
+def test_scores_of_precision() -> None:
+    with_request = replace(results(**RECORD), origin={"request": {"precision": "bfloat16", "limit": None}})
+    assert scores_of("mine", with_request).precision == "bfloat16"
 
 
-def test_results_that_say_nothing_of_themselves() -> None:
-    found = scores_of("mine", results())
-    assert found.conditions == {}
-    assert found.precision is None
+def test_scores_of_results_without_record() -> None:
+    actual = scores_of("mine", results())
+    assert actual.conditions == {}
+    assert actual.precision is None

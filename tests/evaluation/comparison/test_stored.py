@@ -1,4 +1,4 @@
-"""What is there already, and what is missing of it."""
+"""Tests of stored results: finding them, missing tasks, and adding to them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from typing import Any
 import pytest
 
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
-from lpc_lightning.evaluation.comparison.stored import REQUEST, added, apart, holds_results, missing_tasks, place_of
+from lpc_lightning.evaluation.comparison.stored import (
+    REQUEST,
+    add_run,
+    find_folder,
+    holds_results,
+    missing_tasks,
+    split_by_documents,
+)
 
 
-def run(metrics: Any = (), failures: Any = (), asked: Any = None, date: str = "d") -> BenchmarkResults:
+def run(metrics: Any = (), failures: Any = (), tasks: Any = None, date: str = "d") -> BenchmarkResults:
     items = [{"task": task, "doc_id": 0, "doc_hash": "", "metrics": {}, "response": date} for task in metrics]
     record = {
-        "tasks": {task: {"items": 1, "made": date} for task in metrics},
-        "settings": {"tasks": list(asked if asked is not None else [*metrics, *failures])},
+        "tasks": {task: {"items": 1, "date": date} for task in metrics},
+        "settings": {"tasks": list(tasks if tasks is not None else [*metrics, *failures])},
         "seconds": 1.5,
         "date": date,
         "packages": {},
@@ -31,23 +38,23 @@ def run(metrics: Any = (), failures: Any = (), asked: Any = None, date: str = "d
         (None, ["a", "b"], ["a", "b"]),
         (run(["a"]), ["a", "b"], ["b"]),
         (run(["a"], ["b"]), ["a", "b"], ["b"]),
-        # A group has no score of its own, or has one.
-        (run(["one", "two"], asked=["group"]), ["group"], []),
-        (run(["group", "one"], asked=["group"]), ["group"], []),
-        # It fails under the name of a task inside.
-        (run(["one"], ["two"], asked=["group"]), ["group"], ["group"]),
-        (run(["a", "one"], ["two"], asked=["a", "group"]), ["a"], []),
+        # A group without its own score, and a group with one.
+        (run(["one", "two"], tasks=["group"]), ["group"], []),
+        (run(["group", "one"], tasks=["group"]), ["group"], []),
+        # The failure of a group has the name of one of its tasks.
+        (run(["one"], ["two"], tasks=["group"]), ["group"], ["group"]),
+        (run(["a", "one"], ["two"], tasks=["a", "group"]), ["a"], []),
     ],
-    ids=["nothing", "not asked", "failed", "group", "group with a score", "group that failed", "beside such a group"],
+    ids=["nothing", "new task", "failed", "group", "group with score", "failed group", "beside failed group"],
 )
-def test_what_is_missing(stored: BenchmarkResults | None, tasks: list[str], missing: list[str]) -> None:
+def test_missing_tasks(stored: BenchmarkResults | None, tasks: list[str], missing: list[str]) -> None:
     assert missing_tasks(stored, tasks) == missing
 
 
-def test_newer_results_take_the_place_of_older_ones_which_say_how_they_were_made() -> None:
-    first = added(None, run(["a", "b"], ["c"], date="first"))
+def test_add_run_replaces_and_lists_earlier_runs() -> None:
+    first = add_run(None, run(["a", "b"], ["c"], date="first"))
     assert "earlier" not in first.record
-    second = added(first, run(["b", "c"], ["d"], date="second"))
+    second = add_run(first, run(["b", "c"], ["d"], date="second"))
     assert list(second.metrics) == ["a", "b", "c"]
     assert [(item["task"], item["response"]) for item in second.items] == [
         ("a", "first"),
@@ -55,37 +62,37 @@ def test_newer_results_take_the_place_of_older_ones_which_say_how_they_were_made
         ("c", "second"),
     ]
     assert set(second.failures) == {"d"}
-    assert {task: record["made"] for task, record in second.record["tasks"].items()} == {
+    assert {task: record["date"] for task, record in second.record["tasks"].items()} == {
         "a": "first",
         "b": "second",
         "c": "second",
     }
     assert second.record["settings"]["tasks"] == ["a", "b", "c", "d"]
     assert (second.record["date"], second.record["seconds"]) == ("second", 3.0)
-    made = {"date": "first", "packages": {}, "platform": "p", "git": None}
-    assert second.record["earlier"] == [{"tasks": ["a", "b"], **made}]
-    third = added(second, run(["e"], date="third"))
-    assert [each["date"] for each in third.record["earlier"]] == ["first", "second"]
+    versions = {"date": "first", "packages": {}, "platform": "p", "git": None}
+    assert second.record["earlier"] == [{"tasks": ["a", "b"], **versions}]
+    third = add_run(second, run(["e"], date="third"))
+    assert [run_record["date"] for run_record in third.record["earlier"]] == ["first", "second"]
 
 
-def test_tasks_about_the_same_documents_stay_together() -> None:
+def test_split_by_documents() -> None:
     tasks = ["truthfulqa_mc1", "arc_easy", "own.yaml", "truthfulqa_mc2", "piqa"]
-    assert apart(tasks) == [["truthfulqa_mc1", "truthfulqa_mc2"], ["arc_easy"], ["own.yaml"], ["piqa"]]
+    assert split_by_documents(tasks) == [["truthfulqa_mc1", "truthfulqa_mc2"], ["arc_easy"], ["own.yaml"], ["piqa"]]
 
 
-def test_each_request_has_a_folder_and_finds_it_again(tmp_path: Path) -> None:
+def test_find_folder_per_request(tmp_path: Path) -> None:
     requests = [{"limit": 1, "path": Path("a")}, {"limit": 2, "path": Path("a")}]
     for number, request in enumerate(requests):
-        folder, found = place_of(tmp_path, "model", request)
-        assert (folder.name, found) == (["model", "model-2"][number], None)
+        folder, actual = find_folder(tmp_path, "model", request)
+        assert (folder.name, actual) == (["model", "model-2"][number], None)
         write_results(folder, run([f"task {number}"]), {REQUEST: request})
     for number, request in enumerate(requests):
-        folder, found = place_of(tmp_path, "model", request)
-        assert found is not None
-        assert (folder.name, list(found.metrics)) == (["model", "model-2"][number], [f"task {number}"])
+        folder, actual = find_folder(tmp_path, "model", request)
+        assert actual is not None
+        assert (folder.name, list(actual.metrics)) == (["model", "model-2"][number], [f"task {number}"])
 
 
-def test_a_folder_of_results_is_no_model_with_results_beside_its_weights(tmp_path: Path) -> None:
+def test_holds_results_of_model_folder(tmp_path: Path) -> None:
     assert not holds_results(str(tmp_path))
     write_results(tmp_path, run(["a"]), {})
     assert holds_results(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Plots of few-shot annotators, read as matplotlib holds them."""
+"""Tests of the plots of annotator adaptation, read from matplotlib's objects."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from lpc_lightning.evaluation.adaptation.plots import draw_adaptation, place_of, score_line, shots_at
+from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, score_line, to_position, to_shots
 from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.evaluation.figures import NoPlot, Plot, write_plots
-from lpc_lightning.evaluation.report.adaptation_plots import TITLE, annotator_adaptation
+from lpc_lightning.evaluation.report.adaptation_plots import annotator_adaptation
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import make_study
 from lpc_lightning.evaluation.report.subject import Subject
@@ -21,10 +21,10 @@ from lpc_lightning.evaluation.report.subject import Subject
 SHOTS = (0, 1, 2, 4, 8, 16)
 
 
-def run(latent: str, seed: int, kinds: dict[str, list[float]], stage: str = "val", **others: float) -> RunRecord:
+def run(latent: str, seed: int, inferences: dict[str, list[float]], stage: str = "val", **others: float) -> RunRecord:
     metrics = {f"{stage}/adaptation/{name}": value for name, value in others.items()}
-    for kind, values in kinds.items():
-        metrics |= {f"{stage}/adaptation/{kind}/{n}": value for n, value in zip(SHOTS, values, strict=True)}
+    for inference, values in inferences.items():
+        metrics |= {f"{stage}/adaptation/{inference}/{n}": value for n, value in zip(SHOTS, values, strict=True)}
     return RunRecord(f"{latent},{seed}", {"latent": latent}, seed, metrics=metrics)
 
 
@@ -33,37 +33,37 @@ def plots(records: list[RunRecord]) -> list[Plot | NoPlot]:
 
 
 def rising(start: float) -> list[float]:
-    return [start + 0.05 * place for place in range(6)]
+    return [start + 0.05 * index for index in range(6)]
 
 
 @pytest.fixture
 def records() -> list[RunRecord]:
-    found = []
+    records = []
     for seed in (1, 2):
-        found.append(run("none", seed, {"exact": [0.6] * 6}, prior=0.6, ceiling=1.0))
-        found.append(run("marginal", seed, {"exact": rising(0.6 + 0.02 * seed)}, prior=0.62, ceiling=1.0))
+        records.append(run("none", seed, {"exact": [0.6] * 6}, prior=0.6, ceiling=1.0))
+        records.append(run("marginal", seed, {"exact": rising(0.6 + 0.02 * seed)}, prior=0.62, ceiling=1.0))
         both = {"exact": rising(0.5), "amortised": rising(0.4)}
-        found.append(run("gumbel", seed, both, prior=0.5, ceiling=1.0))
-    return found
+        records.append(run("gumbel", seed, both, prior=0.5, ceiling=1.0))
+    return records
 
 
 def series(line: Line2D) -> tuple[list[float], list[float]]:
     return np.asarray(line.get_xdata(), float).tolist(), np.asarray(line.get_ydata(), float).tolist()
 
 
-def test_each_inference_has_a_line_a_group(records: list[RunRecord], tmp_path: Path) -> None:
+def test_annotator_adaptation_lines(records: list[RunRecord], tmp_path: Path) -> None:
     exact, amortised = plots(records)
     assert isinstance(exact, Plot)
     assert isinstance(amortised, Plot)
     (axes,) = exact.figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == [str(n) for n in SHOTS]
-    assert [axes.get_xticks()[place] for place in range(6)] == [0, 1, 2, 3, 4, 5]
+    assert [axes.get_xticks()[index] for index in range(6)] == [0, 1, 2, 3, 4, 5]
     drawn = [series(line) for line in axes.lines]
     assert drawn[0] == ([0, 1, 2, 3, 4, 5], [0.6] * 6), "plain DPO"
     assert drawn[1][1] == pytest.approx(rising(0.63))
     assert drawn[2][1] == pytest.approx(rising(0.5))
     assert drawn[3] == ([0, 1], [1, 1]), "the ceiling"
-    assert axes.get_ylim()[1] > 1, "in view"
+    assert axes.get_ylim()[1] > 1, "the ceiling is visible"
     assert len(axes.collections) == 3, "bands"
     assert "latent none: 0.600 at 0, 0.600 at 16" in exact.alt
     assert "marginal: 0.630 at 0, 0.880 at 16" in exact.alt
@@ -75,31 +75,31 @@ def test_each_inference_has_a_line_a_group(records: list[RunRecord], tmp_path: P
     assert {exact.name, amortised.name} == {"val_adaptation_exact", "val_adaptation_amortised"}
 
 
-def test_validation_and_test_are_plots_of_their_own(records: list[RunRecord]) -> None:
-    found = plots([*records, run("marginal", 3, {"exact": rising(0.6)}, stage="test")])
-    assert [each.title.rpartition(": ")[2] for each in found] == ["exact, val", "amortised, val", "exact, test"]
+def test_annotator_adaptation_by_stage(records: list[RunRecord]) -> None:
+    stages = plots([*records, run("marginal", 3, {"exact": rising(0.6)}, stage="test")])
+    assert [plot.title.rpartition(": ")[2] for plot in stages] == ["exact, val", "amortised, val", "exact, test"]
 
 
-def test_without_the_callback_it_says_what_is_missing() -> None:
-    (told,) = plots([RunRecord("r", {}, 1, metrics={"val/rewards/accuracies": 0.5})])
-    assert told == NoPlot(TITLE, "no finished run has logged adaptation/exact at two numbers of labelled pairs or more")
+def test_annotator_adaptation_without_metrics() -> None:
+    (plot,) = plots([RunRecord("r", {}, 1, metrics={"val/rewards/accuracies": 0.5})])
+    assert plot == NoPlot(TITLE, "no finished run has logged adaptation/exact at two numbers of labelled pairs or more")
 
 
-def test_one_number_of_labelled_pairs_makes_no_curve() -> None:
-    (told,) = plots([RunRecord("r", {}, 1, metrics={"val/adaptation/exact/8": 0.5})])
-    assert isinstance(told, NoPlot)
+def test_annotator_adaptation_one_number_of_shots() -> None:
+    (plot,) = plots([RunRecord("r", {}, 1, metrics={"val/adaptation/exact/8": 0.5})])
+    assert isinstance(plot, NoPlot)
 
 
 @pytest.mark.parametrize("shots", [0, 1, 2, 3, 16, 100])
-def test_places_double(shots: int) -> None:
-    assert shots_at(place_of(shots)) == pytest.approx(shots)
-    assert place_of(2 * shots) == pytest.approx(place_of(shots) + (shots > 0))
+def test_positions_double(shots: int) -> None:
+    assert to_shots(to_position(shots)) == pytest.approx(shots)
+    assert to_position(2 * shots) == pytest.approx(to_position(shots) + (shots > 0))
 
 
-def test_one_models_scores_have_the_interval_of_their_errors() -> None:
+def test_score_line_intervals() -> None:
     scores = {0: Score(0.5, 0.1, None, 20, {"anna": 0.5}), 4: Score(0.9, None, None, 1, {"anna": 0.9})}
     line = score_line("exact", scores)
-    assert list(line.places) == [0, 3]
+    assert list(line.positions) == [0, 3]
     first, last = line.means
     assert (first.low, first.high) == (pytest.approx(0.304), pytest.approx(0.696))
     assert (last.low, last.high) == (None, None)

@@ -1,4 +1,4 @@
-"""The page in a browser that has no network: it looks for nothing outside itself, its tables sort, its plots show."""
+"""Tests of the page in a browser without network: no requests, sortable tables, visible plots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 FLAGS = (
     "--headless=new",
-    "--no-sandbox",  # which root needs
+    "--no-sandbox",  # required for root
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--host-resolver-rules=MAP * ~NOTFOUND",
@@ -36,23 +36,23 @@ def browser() -> Iterator[Chrome]:
     for flag in FLAGS:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    # A driver by its path: selenium asks nobody for one.
-    with Chrome(options=options, service=Service(DRIVER)) as found:
-        found.execute_cdp_cmd("Network.enable", {})
-        nothing = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-        found.execute_cdp_cmd("Network.emulateNetworkConditions", nothing)
-        yield found
+    # With the path of the driver, selenium does not download one.
+    with Chrome(options=options, service=Service(DRIVER)) as chrome:
+        chrome.execute_cdp_cmd("Network.enable", {})
+        no_network = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+        chrome.execute_cdp_cmd("Network.emulateNetworkConditions", no_network)
+        yield chrome
 
 
 @pytest.fixture(scope="module")
 def address(write_ablation: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page of 18 runs, one of which has failed, and one is missing."""
+    """URL of a page on 18 runs, of which one has failed and one is missing."""
 
     def value(latent: str, codes: int, seed: int) -> float | str | None:
-        broken = {("gumbel", 8, 2): "Traceback\n  see https://example.org/x.js\nValueError: <i>no</i>"}
+        errors = {("gumbel", 8, 2): "Traceback\n  see https://example.org/x.js\nValueError: <i>no</i>"}
         if (latent, codes, seed) == ("none", 64, 3):
             return None
-        return broken.get((latent, codes, seed), LATENTS[latent] + 0.001 * seed**2 - 0.0001 * codes)
+        return errors.get((latent, codes, seed), LATENTS[latent] + 0.001 * seed**2 - 0.0001 * codes)
 
     folder = write_ablation({"latent": list(LATENTS), "codes": [8, 64]}, [1, 2, 3], value)
     out = tmp_path_factory.mktemp("report")
@@ -62,7 +62,7 @@ def address(write_ablation: Callable[..., Path], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def page(browser: Chrome, address: str) -> Chrome:
-    """The page, opened afresh."""
+    """The page, newly opened."""
     browser.get_log("performance")
     browser.get_log("browser")
     browser.get(address)
@@ -70,22 +70,24 @@ def page(browser: Chrome, address: str) -> Chrome:
 
 
 def column(table: WebElement, name: str) -> tuple[WebElement, list[str]]:
-    """The header's cell, and what stands below it."""
+    """Return the header cell of a column and the texts below it."""
     headers = table.find_elements(By.CSS_SELECTOR, "thead th")
-    place = [header.text.split("\n")[0].strip() for header in headers].index(name)
-    cells = table.find_elements(By.CSS_SELECTOR, f"tbody td:nth-child({place + 1})")
-    return headers[place], [cell.text for cell in cells]
+    index = [header.text.split("\n")[0].strip() for header in headers].index(name)
+    cells = table.find_elements(By.CSS_SELECTOR, f"tbody td:nth-child({index + 1})")
+    return headers[index], [cell.text for cell in cells]
 
 
-def test_nothing_is_asked_for_outside_the_page(page: Chrome) -> None:
+def test_page_makes_no_requests(page: Chrome) -> None:
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    asked = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
-    assert any(url.startswith("file://") for url in asked)
-    assert [url for url in asked if not url.startswith(("file://", "data:"))] == []
+    urls = [
+        message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
+    ]
+    assert any(url.startswith("file://") for url in urls)
+    assert [url for url in urls if not url.startswith(("file://", "data:"))] == []
     assert page.get_log("browser") == []
 
 
-def test_every_plot_shows(page: Chrome) -> None:
+def test_page_shows_every_plot(page: Chrome) -> None:
     pictures = page.find_elements(By.CSS_SELECTOR, "figure img")
     assert len(pictures) >= 6
     for picture in pictures:
@@ -95,7 +97,7 @@ def test_every_plot_shows(page: Chrome) -> None:
         assert len(picture.get_attribute("alt") or "") > 30
 
 
-def test_a_click_sorts_by_number_and_another_one_turns_it_round(page: Chrome) -> None:
+def test_table_sorts_by_click(page: Chrome) -> None:
     table = page.find_element(By.CSS_SELECTOR, "#table-means table")
     header, before = column(table, "val/rewards/accuracies")
     assert before != sorted(before)
@@ -104,17 +106,17 @@ def test_a_click_sorts_by_number_and_another_one_turns_it_round(page: Chrome) ->
     assert after == sorted(before, key=float)
     assert header.get_attribute("aria-sort") == "ascending"
     header.find_element(By.TAG_NAME, "button").click()
-    header, turned = column(table, "val/rewards/accuracies")
-    assert turned == after[::-1]
+    header, reversed_values = column(table, "val/rewards/accuracies")
+    assert reversed_values == after[::-1]
     assert header.get_attribute("aria-sort") == "descending"
-    # 8 comes before 64, and the other column is the sorted one now.
+    # 8 comes before 64, and now the other column is the sorted one.
     other, _ = column(table, "codes")
     other.find_element(By.TAG_NAME, "button").click()
     assert column(table, "codes")[1] == ["8"] * 3 + ["64"] * 3
     assert column(table, "val/rewards/accuracies")[0].get_attribute("aria-sort") is None
 
 
-def test_keys_sort_as_well_and_what_is_unknown_stays_last(page: Chrome) -> None:
+def test_table_sorts_by_key_empty_values_last(page: Chrome) -> None:
     table = page.find_element(By.CSS_SELECTOR, "#runs table")
     for press, key in enumerate((Keys.ENTER, Keys.SPACE)):
         header, _ = column(table, "val/rewards/accuracies")
@@ -127,40 +129,40 @@ def test_keys_sort_as_well_and_what_is_unknown_stays_last(page: Chrome) -> None:
     assert column(table, "latent")[1] == ["gumbel"] * 6 + ["marginal"] * 6 + ["none"] * 6
 
 
-def test_failed_and_missing_runs_are_told_with_their_errors(page: Chrome) -> None:
+def test_page_lists_failed_and_missing_runs(page: Chrome) -> None:
     section = page.find_element(By.ID, "left-out")
     table = section.find_element(By.TAG_NAME, "table")
-    told = dict(zip(column(table, "run")[1], column(table, "why")[1], strict=True))
-    assert told["latent=gumbel,codes=8,seed=2"] == "ValueError: <i>no</i>"
-    assert told["latent=none,codes=64,seed=3"] == "This cell of the grid was never begun."
+    reasons = dict(zip(column(table, "run")[1], column(table, "why")[1], strict=True))
+    assert reasons["latent=gumbel,codes=8,seed=2"] == "ValueError: <i>no</i>"
+    assert reasons["latent=none,codes=64,seed=3"] == "This cell of the grid was never started."
     section.find_element(By.TAG_NAME, "summary").click()
     assert "https://example.org/x.js" in section.find_element(By.TAG_NAME, "pre").text
 
 
 @pytest.mark.parametrize("width", [360, 800, 1400])
-def test_no_page_is_wider_than_its_window(page: Chrome, width: int) -> None:
+def test_page_fits_the_window(page: Chrome, width: int) -> None:
     sizes = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 CONTRAST = """
-const light = (colour) => {
-  const [r, g, b] = colour.match(/[0-9.]+/g).map((each) => each / 255)
-    .map((each) => (each <= 0.03928 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4));
+const luminance = (colour) => {
+  const [r, g, b] = colour.match(/[0-9.]+/g).map((value) => value / 255)
+    .map((value) => (value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
-const paper = light(getComputedStyle(document.body).backgroundColor);
+const paper = luminance(getComputedStyle(document.body).backgroundColor);
 return arguments[0].map((selector) => {
-  const ink = light(getComputedStyle(document.querySelector(selector)).color);
+  const ink = luminance(getComputedStyle(document.querySelector(selector)).color);
   return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
 });
 """
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_light_and_dark(page: Chrome, scheme: str) -> None:
-    """Contrast by WCAG 2.2, 1.4.3: 4.5 is the least."""
+def test_text_contrast(page: Chrome, scheme: str) -> None:
+    """WCAG 2.2, section 1.4.3, requires a contrast of at least 4.5."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     contrasts = page.execute_script(CONTRAST, ["body", "a", ".note", "figcaption", ".pairs th", "thead button"])

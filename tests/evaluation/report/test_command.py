@@ -1,4 +1,4 @@
-"""The command: its files, the numbers in them, and what it says of runs that it cannot use."""
+"""Tests of the command `report`: its files, their numbers, and its errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ablation(write_ablation: Write) -> Path:
 
 @pytest.fixture(scope="module")
 def reported(ablation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a report on it."""
+    """Folder of a report on the ablation."""
     out = tmp_path_factory.mktemp("report") / "out"
     main(["report", str(ablation), "--out", str(out)])
     return out
@@ -41,7 +41,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_every_file_is_there(reported: Path) -> None:
+def test_report_writes_every_file(reported: Path) -> None:
     files = {str(path.relative_to(reported)) for path in reported.rglob("*") if path.is_file()}
     tables = {
         f"{name}.{kind}" for name in ("means", "differences", "cost", "left_out") for kind in ("md", "csv", "tex")
@@ -51,49 +51,49 @@ def test_every_file_is_there(reported: Path) -> None:
     assert files >= tables | plots | {"report.html", "report.md", "runs.csv"}
 
 
-def test_means_are_those_by_hand(reported: Path) -> None:
-    """0.78, 0.81, 0.77: mean 0.786667; deviation sqrt(0.000866667 / 2); t at 0.975 with 2 degrees is 4.302653."""
-    found = {row["latent"]: row for row in rows(reported / "means.csv")}["marginal"]
+def test_means_by_hand(reported: Path) -> None:
+    """For 0.78, 0.81, 0.77: mean 0.786667; deviation sqrt(0.000866667 / 2); t at 0.975 with 2 degrees is 4.302653."""
+    row = {row["latent"]: row for row in rows(reported / "means.csv")}["marginal"]
     half = 4.302652729911275 * (0.0008666666666666667 / 2) ** 0.5 / 3**0.5
-    assert found["metric"] == "val/rewards/accuracies"
-    assert (found["n"], found["runs"]) == ("3", "3")
-    assert float(found["mean"]) == pytest.approx(0.7866666666666667, rel=1e-12)
-    assert float(found["low"]) == pytest.approx(0.7866666666666667 - half, rel=1e-9)
-    assert float(found["high"]) == pytest.approx(0.7866666666666667 + half, rel=1e-9)
+    assert row["metric"] == "val/rewards/accuracies"
+    assert (row["n"], row["runs"]) == ("3", "3")
+    assert float(row["mean"]) == pytest.approx(0.7866666666666667, rel=1e-12)
+    assert float(row["low"]) == pytest.approx(0.7866666666666667 - half, rel=1e-9)
+    assert float(row["high"]) == pytest.approx(0.7866666666666667 + half, rel=1e-9)
     text = (reported / "means.md").read_text()
     assert re.search(r"\| marginal \| +0\.7867 \| \[0\.7350, 0\.8384\] \| +3 \|", text)
 
 
-def test_differences_are_those_of_scipy(reported: Path) -> None:
-    found = {row["latent"]: row for row in rows(reported / "differences.csv")}
-    assert set(found) == {"gumbel", "marginal"}
-    raw = {name: stats.ttest_rel(VALUES[name], VALUES["none"]).pvalue for name in found}
-    for name, row in found.items():
+def test_differences_against_scipy(reported: Path) -> None:
+    differences = {row["latent"]: row for row in rows(reported / "differences.csv")}
+    assert set(differences) == {"gumbel", "marginal"}
+    raw = {name: stats.ttest_rel(VALUES[name], VALUES["none"]).pvalue for name in differences}
+    for name, row in differences.items():
         assert float(row["p"]) == pytest.approx(raw[name], rel=1e-6)
         assert row["baseline"] == "latent=none"
-    # Holm of two: the smaller one twice, and the larger one as it is.
-    assert float(found["marginal"]["p_holm"]) == pytest.approx(2 * raw["marginal"], rel=1e-6)
-    assert float(found["gumbel"]["p_holm"]) == pytest.approx(raw["gumbel"], rel=1e-6)
-    assert float(found["marginal"]["p_sign_flips"]) == 0.25
+    # Holm for two tests: the smaller p-value is doubled, the larger one is unchanged.
+    assert float(differences["marginal"]["p_holm"]) == pytest.approx(2 * raw["marginal"], rel=1e-6)
+    assert float(differences["gumbel"]["p_holm"]) == pytest.approx(raw["gumbel"], rel=1e-6)
+    assert float(differences["marginal"]["p_sign_flips"]) == 0.25
 
 
-def test_parameters_time_and_memory_stand_by_method(reported: Path) -> None:
-    found = {row["latent"]: row for row in rows(reported / "cost.csv")}
-    assert (found["none"]["policy_parameters"], found["none"]["latent_parameters"]) == ("1000", "0")
-    assert found["marginal"]["latent_parameters"] == "24"
-    assert (float(found["none"]["seconds"]), float(found["marginal"]["peak_gib"])) == (12, 2)
+def test_cost_table_by_method(reported: Path) -> None:
+    costs = {row["latent"]: row for row in rows(reported / "cost.csv")}
+    assert (costs["none"]["policy_parameters"], costs["none"]["latent_parameters"]) == ("1000", "0")
+    assert costs["marginal"]["latent_parameters"] == "24"
+    assert (float(costs["none"]["seconds"]), float(costs["marginal"]["peak_gib"])) == (12, 2)
     assert "| 1,000 |" in re.sub(" +", " ", (reported / "cost.md").read_text())
 
 
-def test_runs_are_there_with_all_metrics(reported: Path) -> None:
-    found = rows(reported / "runs.csv")
-    assert len(found) == 9
-    assert float(found[-1]["test/rewards/accuracies"]) == pytest.approx(VALUES["marginal"][2] - 0.1)
-    assert found[-1]["run"] == "latent=marginal,seed=3"
+def test_runs_csv_has_all_metrics(reported: Path) -> None:
+    runs = rows(reported / "runs.csv")
+    assert len(runs) == 9
+    assert float(runs[-1]["test/rewards/accuracies"]) == pytest.approx(VALUES["marginal"][2] - 0.1)
+    assert runs[-1]["run"] == "latent=marginal,seed=3"
 
 
 class Texts(HTMLParser):
-    """What a page says, and the addresses in it."""
+    """Parser of the texts, addresses and tags of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -111,46 +111,46 @@ class Texts(HTMLParser):
 NASTY = "<script>alert(1)</script> & \"quotes\" 'too'"
 
 
-def test_the_page_needs_nothing_and_escapes_all(write_ablation: Write, tmp_path: Path) -> None:
+def test_page_is_self_contained_and_escaped(write_ablation: Write, tmp_path: Path) -> None:
     error = f'Traceback (most recent call last):\n  File "x.py"\nValueError: {NASTY}'
     folder = write_ablation({"latent": ["none", "<b>x&y"]}, [1, 2], lambda name, seed: error if seed == 2 else 0.5)
     about = json.loads((folder / "ablation.json").read_text()) | {"name": NASTY, "command": f"run {NASTY}"}
     (folder / "ablation.json").write_text(json.dumps(about))
     report([str(folder)], out=str(tmp_path / "out"))
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    found = Texts(page)
-    assert all(address.startswith(("#", "data:image/svg+xml;base64,")) for address in found.addresses)
+    parsed = Texts(page)
+    assert all(address.startswith(("#", "data:image/svg+xml;base64,")) for address in parsed.addresses)
     assert "url(" not in page
     assert "@import" not in page
-    assert found.tags.count("script") == 1
-    assert "b" not in found.tags[: found.tags.index("figure")]
-    assert NASTY in found.texts
-    assert error in found.texts
-    assert "<b>x&y" in found.texts
-    assert f"run {NASTY}" in found.texts
+    assert parsed.tags.count("script") == 1
+    assert "b" not in parsed.tags[: parsed.tags.index("figure")]
+    assert NASTY in parsed.texts
+    assert error in parsed.texts
+    assert "<b>x&y" in parsed.texts
+    assert f"run {NASTY}" in parsed.texts
 
 
-def test_the_same_runs_give_the_same_files(ablation: Path, reported: Path, tmp_path: Path) -> None:
+def test_report_is_reproducible(ablation: Path, reported: Path, tmp_path: Path) -> None:
     report([str(ablation)], out=str(tmp_path))
     for path in (path for path in reported.rglob("*.*") if path.name != "report.html" and path.is_file()):
         assert path.read_bytes() == (tmp_path / path.relative_to(reported)).read_bytes(), path.name
 
 
-def test_failed_missing_and_lone_runs_are_listed(write_ablation: Write, tmp_path: Path) -> None:
+def test_report_lists_failed_and_missing_runs(write_ablation: Write, tmp_path: Path) -> None:
     cells = {("none", 2): "OSError: disk full", ("marginal", 3): None}
     folder = write_ablation({"latent": ["none", "marginal"]}, [1, 2, 3], lambda *cell: cells.get(cell, 0.1 * cell[1]))
     report([str(folder)], out=str(tmp_path))
-    found = {row["run"]: (row["status"], row["why"]) for row in rows(tmp_path / "left_out.csv")}
-    assert found == {
+    left_out = {row["run"]: (row["status"], row["why"]) for row in rows(tmp_path / "left_out.csv")}
+    assert left_out == {
         "latent=none,seed=2": ("failed", "OSError: disk full"),
-        "latent=marginal,seed=3": ("missing", "This cell of the grid was never begun."),
+        "latent=marginal,seed=3": ("missing", "This cell of the grid was never started."),
     }
     (difference,) = rows(tmp_path / "differences.csv")
     assert (difference["n"], difference["unpaired_seeds"], difference["p"]) == ("1", "2 3", "")
     assert re.search(r"\| +2 of 3 \|", (tmp_path / "means.md").read_text())
 
 
-def test_an_ablation_of_which_nothing_finished_is_a_report_of_errors(write_ablation: Write, tmp_path: Path) -> None:
+def test_report_of_an_ablation_without_finished_run(write_ablation: Write, tmp_path: Path) -> None:
     folder = write_ablation({"noise": [0, 0.5]}, [1], lambda noise, seed: f"ValueError: {noise}")
     report([str(folder)], out=str(tmp_path))
     assert [row["why"] for row in rows(tmp_path / "left_out.csv")] == ["ValueError: 0", "ValueError: 0.5"]
@@ -160,17 +160,15 @@ def test_an_ablation_of_which_nothing_finished_is_a_report_of_errors(write_ablat
 @pytest.mark.parametrize(
     ("latents", "seeds"), [(["marginal"], [None]), (["marginal"], [1, 2]), (["none", "marginal"], [1])]
 )
-def test_few_runs_are_a_report_too(
-    write_ablation: Write, seeds: list[int | None], latents: list[str], tmp_path: Path
-) -> None:
+def test_report_of_few_runs(write_ablation: Write, seeds: list[int | None], latents: list[str], tmp_path: Path) -> None:
     folder = write_ablation({"latent": latents}, seeds, lambda latent, seed: 0.5 + 0.1 * (seed or 0))
     report([str(folder)], out=str(tmp_path / "out"))
-    found = rows(tmp_path / "out" / "means.csv")
-    assert [row["n"] for row in found] == [str(len(seeds))] * len(latents)
-    assert all(bool(row["low"]) == (len(seeds) > 1) for row in found)
+    means = rows(tmp_path / "out" / "means.csv")
+    assert [row["n"] for row in means] == [str(len(seeds))] * len(latents)
+    assert all(bool(row["low"]) == (len(seeds) > 1) for row in means)
 
 
-def test_metrics_axes_and_baseline_are_chosen(write_ablation: Write, tmp_path: Path) -> None:
+def test_report_selects_metrics_axes_and_baseline(write_ablation: Write, tmp_path: Path) -> None:
     axes = {"latent": ["none", "x"], "noise": [0, 0.5], "codes": [8, 64]}
     folder = write_ablation(axes, [1, 2], lambda latent, noise, codes, seed: 0.5 + noise * seed / 10)
     metrics = ["--metric", "test/rewards/accuracies", "val/rewards/accuracies"]
@@ -187,14 +185,14 @@ def test_metrics_axes_and_baseline_are_chosen(write_ablation: Write, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"metric": ["val/acc"]}, r"metric: no finished run has val/acc, expected some of .*val/rewards/accuracies"),
-        ({"x": ["latent"]}, r"x: found latent, expected axes of two numbers or more: none here"),
+        ({"x": ["latent"]}, r"x: found latent, expected axes with two numbers or more: none in these runs"),
         ({"baseline": ["latent=no"]}, r"expected AXIS=VALUE of latent = none, gumbel, marginal"),
     ],
 )
-def test_what_is_not_there_is_told(ablation: Path, settings: dict[str, list[str]], told: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_report_of_unknown_names(ablation: Path, settings: dict[str, list[str]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         report([str(ablation)], out=str(tmp_path / "out"), **settings)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

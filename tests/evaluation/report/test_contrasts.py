@@ -1,4 +1,4 @@
-"""Groups against their baselines, on numbers chosen by hand, and against scipy."""
+"""Tests of contrasts: on numbers chosen by hand, and against scipy."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ METRIC = "val/rewards/accuracies"
 
 
 def run(seed: int | None, value: float | None = None, status: str = "finished", **axes: Any) -> RunRecord:
-    name = ",".join(f"{axis}={each}" for axis, each in axes.items()) + f",seed={seed}"
+    name = ",".join(f"{axis}={axis_value}" for axis, axis_value in axes.items()) + f",seed={seed}"
     return RunRecord(name, axes, seed, status, metrics={} if value is None else {METRIC: value})
 
 
 def group_of(study: Study, **axes: Any) -> Group:
-    (found,) = (group for group in study.groups if dict(group.axes) == axes)
-    return found
+    (group,) = (group for group in study.groups if dict(group.axes) == axes)
+    return group
 
 
 NOISY = {
@@ -46,114 +46,114 @@ def noisy() -> Study:
     )
 
 
-def test_each_group_meets_the_group_that_is_like_it_seed_by_seed(noisy: Study) -> None:
-    found, alone = contrasts(noisy, [METRIC], {"latent": "none"})
-    assert alone == []
-    assert [tuple(each.group.axes.values()) for each in found] == [
+def test_contrasts_against_scipy(noisy: Study) -> None:
+    compared, unmatched = contrasts(noisy, [METRIC], {"latent": "none"})
+    assert unmatched == []
+    assert [tuple(contrast.group.axes.values()) for contrast in compared] == [
         ("gumbel", 0.0),
         ("gumbel", 0.3),
         ("marginal", 0.0),
         ("marginal", 0.3),
     ]
-    for each in found:
-        latent, noise = each.group.axes.values()
-        assert each.baseline.axes == {"latent": "none", "noise": noise}
+    for contrast in compared:
+        latent, noise = contrast.group.axes.values()
+        assert contrast.baseline.axes == {"latent": "none", "noise": noise}
         ours, theirs = NOISY[str(latent), float(noise)], NOISY["none", float(noise)]
         seeds = sorted(ours.keys() & theirs.keys())
         expected = stats.ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-        assert each.difference is not None
-        assert each.difference.p_value == pytest.approx(expected.pvalue, rel=1e-9)
-        assert each.difference.estimate.n == len(seeds)
-        assert each.unpaired == (("3", "4") if (latent, noise) == ("gumbel", 0.3) else ())
+        assert contrast.difference is not None
+        assert contrast.difference.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+        assert contrast.difference.estimate.n == len(seeds)
+        assert contrast.unpaired == (("3", "4") if (latent, noise) == ("gumbel", 0.3) else ())
 
 
-def test_holm_corrects_for_all_tests_that_are_shown(noisy: Study) -> None:
-    """The k-th smallest of four times 5 - k, and never below the one before."""
-    found, _ = contrasts(noisy, [METRIC], {"latent": "none"})
-    raw = [each.difference.p_value or 0.0 for each in found if each.difference]
+def test_contrasts_are_corrected_by_holm(noisy: Study) -> None:
+    """Of four tests, the k-th smallest p-value is multiplied by 5 - k, and is never below the previous one."""
+    compared, _ = contrasts(noisy, [METRIC], {"latent": "none"})
+    raw = [contrast.difference.p_value or 0.0 for contrast in compared if contrast.difference]
     highest, expected = 0.0, {}
     for rank, value in enumerate(sorted(raw)):
         highest = max(highest, min(1.0, (4 - rank) * value))
         expected[value] = highest
-    assert [each.p_corrected for each in found] == pytest.approx([expected[value] for value in raw])
+    assert [contrast.p_corrected for contrast in compared] == pytest.approx([expected[value] for value in raw])
 
 
-def test_one_seed_in_common_has_a_difference_and_no_test() -> None:
+def test_contrast_of_one_shared_seed() -> None:
     study = make_study([run(1, 0.5, latent="none"), run(1, 0.6, latent="x"), run(2, 0.7, latent="x")])
-    (found,), _ = contrasts(study, [METRIC], {"latent": "none"})
-    assert found.difference is not None
-    assert found.difference.estimate.mean == pytest.approx(0.1)
-    assert (found.difference.p_value, found.p_corrected, found.unpaired) == (None, None, ("2",))
+    (contrast,), _ = contrasts(study, [METRIC], {"latent": "none"})
+    assert contrast.difference is not None
+    assert contrast.difference.estimate.mean == pytest.approx(0.1)
+    assert (contrast.difference.p_value, contrast.p_corrected, contrast.unpaired) == (None, None, ("2",))
 
 
-def test_no_seed_in_common_has_no_difference() -> None:
+def test_contrast_without_shared_seed() -> None:
     study = make_study([run(1, 0.5, latent="none"), run(2, 0.6, latent="x")])
-    (found,), _ = contrasts(study, [METRIC], {"latent": "none"})
-    assert (found.difference, found.unpaired) == (None, ("1", "2"))
+    (contrast,), _ = contrasts(study, [METRIC], {"latent": "none"})
+    assert (contrast.difference, contrast.unpaired) == (None, ("1", "2"))
 
 
-def test_runs_without_seeds_pair_only_where_there_is_one_of_each() -> None:
+def test_contrast_of_runs_without_seeds() -> None:
     study = make_study([run(None, 0.5, latent="none"), run(None, 0.6, latent="x")])
-    (found,), _ = contrasts(study, [METRIC], {"latent": "none"})
-    assert found.difference is not None
-    assert found.difference.estimate.n == 1
+    (contrast,), _ = contrasts(study, [METRIC], {"latent": "none"})
+    assert contrast.difference is not None
+    assert contrast.difference.estimate.n == 1
     several = make_study(
         [RunRecord(f"{latent}{n}", {"latent": latent}, None, metrics={METRIC: 0.5}) for latent in "ab" for n in (1, 2)]
     )
-    (found,), _ = contrasts(several, [METRIC], {"latent": "a"})
-    assert found.difference is None
-    assert len(found.unpaired) == 4
+    (contrast,), _ = contrasts(several, [METRIC], {"latent": "a"})
+    assert contrast.difference is None
+    assert len(contrast.unpaired) == 4
 
 
-def test_what_does_not_apply_to_the_baseline_does_not_count() -> None:
+def test_contrast_axis_that_does_not_apply() -> None:
     records = [run(1, 0.5, latent="none"), *(run(1, 0.6, latent="marginal", codes=codes) for codes in (8, 16))]
     study = make_study(records)
-    found, alone = contrasts(study, [METRIC], {"latent": "none"})
-    assert [each.baseline.axes for each in found] == [{"latent": "none"}] * 2
-    assert alone == []
+    compared, unmatched = contrasts(study, [METRIC], {"latent": "none"})
+    assert [contrast.baseline.axes for contrast in compared] == [{"latent": "none"}] * 2
+    assert unmatched == []
 
 
-def test_what_no_run_of_the_baseline_has_logged_is_not_compared() -> None:
+def test_contrast_metric_missing_in_the_baseline() -> None:
     plain = [run(seed, 0.5 + 0.1 * seed, latent="none") for seed in (1, 2)]
     coded = [RunRecord(f"x {seed}", {"latent": "x"}, seed, metrics={METRIC: 0.7, "num_codes": 1.0}) for seed in (1, 2)]
     records = [*plain, *coded]
-    found, alone = contrasts(make_study(records), ["codes", METRIC], {"latent": "none"})
-    assert [each.metric for each in found] == [METRIC]
-    assert alone == []
+    compared, unmatched = contrasts(make_study(records), ["codes", METRIC], {"latent": "none"})
+    assert [contrast.metric for contrast in compared] == [METRIC]
+    assert unmatched == []
 
 
-def test_a_group_without_a_baseline_is_told() -> None:
+def test_contrast_group_without_baseline() -> None:
     study = make_study([run(1, 0.5, latent="none", noise=0), run(1, 0.6, latent="x", noise=0.3)])
-    found, ((name, status, why),) = contrasts(study, [METRIC], {"latent": "none"})
-    assert found == []
+    compared, ((name, status, why),) = contrasts(study, [METRIC], {"latent": "none"})
+    assert compared == []
     assert (name, status, why) == ("x, noise 0.3", "no baseline", "no runs of latent=none, noise=0.3")
 
 
-def test_a_baseline_may_be_several_values(noisy: Study) -> None:
+def test_read_baseline_several_values(noisy: Study) -> None:
     baseline = read_baseline(noisy, ["latent=none", "noise=0"])
     assert baseline == {"latent": "none", "noise": 0}
-    found, _ = contrasts(noisy, [METRIC], baseline)
-    assert len(found) == 5
-    assert {id(each.baseline) for each in found} == {id(group_of(noisy, latent="none", noise=0.0))}
+    compared, _ = contrasts(noisy, [METRIC], baseline)
+    assert len(compared) == 5
+    assert {id(contrast.baseline) for contrast in compared} == {id(group_of(noisy, latent="none", noise=0.0))}
 
 
-def test_the_plain_runs_are_the_baseline_where_there_are_any(noisy: Study) -> None:
+def test_read_baseline_default(noisy: Study) -> None:
     assert read_baseline(noisy, None) == {"latent": "none"}
     other = make_study([run(1, 0.5, latent="a"), run(1, 0.5, latent="b")])
     assert read_baseline(other, None) == {}
     assert contrasts(other, [METRIC], {}) == ([], [])
 
 
-@pytest.mark.parametrize("asked", ["latent=nothing", "latent", "codes=4", "noise=0.31"])
-def test_an_unknown_baseline_is_told_with_those_there_are(noisy: Study, asked: str) -> None:
-    expected = rf"baseline: found '{asked}', expected AXIS=VALUE of latent = none, gumbel, marginal; noise = 0.0, 0.3"
+@pytest.mark.parametrize("text", ["latent=nothing", "latent", "codes=4", "noise=0.31"])
+def test_read_baseline_unknown_value(noisy: Study, text: str) -> None:
+    expected = rf"baseline: found '{text}', expected AXIS=VALUE of latent = none, gumbel, marginal; noise = 0.0, 0.3"
     with pytest.raises(ConfigError, match=expected):
-        read_baseline(noisy, [asked])
+        read_baseline(noisy, [text])
 
 
-def test_a_baseline_that_no_run_has_is_told() -> None:
+def test_read_baseline_without_runs() -> None:
     study = make_study([run(1, 0.5, latent="none", noise=0), run(1, 0.6, latent="x", noise=0.3)])
-    with pytest.raises(ConfigError, match=r"no run has latent=none and noise=0\.3"):
+    with pytest.raises(ConfigError, match=r"found no run with latent=none and noise=0\.3"):
         read_baseline(study, ["latent=none", "noise=0.3"])
-    with pytest.raises(ConfigError, match="the runs differ in nothing but the seed"):
+    with pytest.raises(ConfigError, match="the runs differ only in the seed"):
         read_baseline(make_study([run(1, 0.5)]), ["latent=none"])

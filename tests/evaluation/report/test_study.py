@@ -1,4 +1,4 @@
-"""Groups and what is left out of them, on runs of numbers chosen by hand."""
+"""Tests of groups and left-out runs, on numbers chosen by hand."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ METRIC = "val/rewards/accuracies"
 
 
 def run(seed: int | None, value: float | None = None, status: str = "finished", **axes: Any) -> RunRecord:
-    name = ",".join(f"{axis}={each}" for axis, each in axes.items()) + f",seed={seed}"
+    name = ",".join(f"{axis}={axis_value}" for axis, axis_value in axes.items()) + f",seed={seed}"
     return RunRecord(name, axes, seed, status, metrics={} if value is None else {METRIC: value})
 
 
-def test_groups_differ_in_nothing_but_the_seed() -> None:
+def test_make_study_groups_by_seed() -> None:
     records = [run(seed, 0.1 * seed, latent=latent, beta=0.1) for seed in (2, 1) for latent in ("none", "marginal")]
     study = make_study(records)
     assert study.axes == {"latent": ("none", "marginal")}
     assert study.constant == {"beta": 0.1}
-    assert [[each.seed for each in group.records] for group in study.groups] == [[2, 1], [2, 1]]
+    assert [[record.seed for record in group.records] for group in study.groups] == [[2, 1], [2, 1]]
     assert study.metrics == [METRIC]
 
 
-def test_values_stand_in_the_order_of_their_maker_and_numbers_by_size() -> None:
+def test_make_study_order_of_values() -> None:
     records = [run(1, 0.5, latent=latent, codes=codes) for codes in (16, 8) for latent in ("b", "a")]
     study = make_study(records, {"latent": ("a", "b", "never")})
     assert study.axes == {"latent": ("a", "b", "never"), "codes": (8, 16)}
     assert [tuple(group.axes.values()) for group in study.groups] == [("a", 8), ("a", 16), ("b", 8), ("b", 16)]
 
 
-def test_an_axis_that_does_not_apply_everywhere_counts() -> None:
+def test_make_study_axis_of_some_runs() -> None:
     study = make_study([run(1, 0.5, latent="none"), run(1, 0.5, latent="marginal", codes=8)])
     assert study.axes == {"latent": ("none", "marginal"), "codes": (8,)}
 
 
-def test_labels_are_short_and_clear() -> None:
+def test_label() -> None:
     first = RunRecord("a", {"algorithm": "DPO", "latent": "none", "data.noise": 0.1}, 1)
     other = RunRecord("b", {"algorithm": "IPO", "latent": "marginal", "data.noise": 0.2}, 1)
     study = make_study([first, other])
@@ -48,7 +48,7 @@ def test_labels_are_short_and_clear() -> None:
     assert make_study([first]).label(make_study([first]).groups[0]) == "all runs"
 
 
-def test_what_is_left_out_is_told() -> None:
+def test_left_out() -> None:
     records = [
         run(1, 0.5),
         run(1, 0.6),
@@ -64,7 +64,7 @@ def test_what_is_left_out_is_told() -> None:
     mean = group.estimate(METRIC)
     assert mean is not None
     assert mean.mean == pytest.approx(0.65)
-    assert [(each.run[-1], each.status) for each in study.left_out([METRIC])] == [
+    assert [(entry.run[-1], entry.status) for entry in study.left_out([METRIC])] == [
         ("1", "repeated"),
         ("2", "failed"),
         ("3", "missing"),
@@ -74,7 +74,7 @@ def test_what_is_left_out_is_told() -> None:
     ]
 
 
-def test_runs_without_a_seed_are_runs_of_their_own() -> None:
+def test_runs_without_seed_are_separate() -> None:
     records = [RunRecord(name, {}, None, metrics={METRIC: value}) for name, value in (("a", 0.5), ("b", 0.6))]
     (group,) = make_study(records).groups
     assert len(group.values(METRIC)) == 2

@@ -1,4 +1,4 @@
-"""Tables on disk, to the letter."""
+"""Tests of table files, character by character."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TABLE = Table(
 )
 
 
-def test_markdown() -> None:
+def test_to_markdown() -> None:
     assert to_markdown(TABLE) == (
         "## Means over seeds\n\n"
         "| latent_space | accuracy | 95 % interval |\n"
@@ -40,7 +40,7 @@ def test_markdown() -> None:
     )
 
 
-def test_latex_has_booktabs_rules_and_escapes() -> None:
+def test_to_latex() -> None:
     assert to_latex(TABLE) == (
         "% Means over seeds\n"
         "% How to read it.\n"
@@ -55,7 +55,7 @@ def test_latex_has_booktabs_rules_and_escapes() -> None:
     )
 
 
-def test_a_row_cannot_become_an_argument_of_the_line_before() -> None:
+def test_to_latex_protects_row_starts() -> None:
     table = Table("t", "T", [Column("x")], [[Cell("[0, 1]")], [Cell("* 3")], [Cell("\\x{y}^~$#")]], [])
     assert to_latex(table).splitlines()[5:8] == [
         "{}[0, 1] \\\\",
@@ -64,7 +64,7 @@ def test_a_row_cannot_become_an_argument_of_the_line_before() -> None:
     ]
 
 
-def test_csv_keeps_every_digit(tmp_path: Path) -> None:
+def test_write_table_keeps_every_digit(tmp_path: Path) -> None:
     write_table(tmp_path, TABLE)
     with (tmp_path / "means.csv").open(newline="") as file:
         first, second = csv.DictReader(file)

@@ -37,7 +37,10 @@ def test_other_data_is_refused(
 def test_batches_without_values_are_refused(small_policy: Any, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
     module = DPO(policy=small_policy())
     module.configure_model()
-    with pytest.raises(ConfigError, match=r"found cached, and pairs without .* \(the first is 'pair 0'\)\. Expected"):
+    with pytest.raises(
+        ConfigError,
+        match=r"found cached, and pairs without reference log-probabilities \(the first is 'pair 0'\)\. Expected",
+    ):
         module.read(PaddedLayout(0)(make_pairs([(3, 4, 5), (2, 2, 2)])))
 
 

@@ -1,4 +1,4 @@
-"""Folders of every kind, read: what ablations, fits and evaluations leave behind."""
+"""Tests of reading the folders of ablations, fits and evaluations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
 from lpc_lightning.evaluation.report.runs.fit import read_curves
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import Curve, RunRecord, joined, with_axes
+from lpc_lightning.evaluation.report.runs.records import Curve, RunRecord, add_axes, join_measurements
 
 
 def by_name(records: list[RunRecord] | tuple[RunRecord, ...]) -> dict[str, RunRecord]:
@@ -26,18 +26,18 @@ def by_name(records: list[RunRecord] | tuple[RunRecord, ...]) -> dict[str, RunRe
 # Ablations
 
 
-def test_an_ablation_is_its_cells_and_what_is_missing(write_ablation: Callable[..., Path]) -> None:
+def test_load_ablation(write_ablation: Callable[..., Path]) -> None:
     error = "Traceback ...\nFloatingPointError: loss is nan"
     values = {("none", 1): 0.5, ("none", 2): 0.6, ("marginal", 1): error, ("marginal", 2): None}
     folder = write_ablation({"latent": ["none", "marginal"]}, [1, 2], lambda *cell: values[cell])
     loaded = load_folders([str(folder)])
     assert loaded.axes == {"latent": ("none", "marginal")}
-    assert [(making.name, making.command) for making in loaded.makings] == [
+    assert [(origin.name, origin.command) for origin in loaded.origins] == [
         ("trial", "lpc-lightning ablate trial.yaml")
     ]
-    found = by_name(loaded.records)
-    assert len(found) == len(loaded.records) == 4
-    first = found["latent=none,seed=1"]
+    records = by_name(loaded.records)
+    assert len(records) == len(loaded.records) == 4
+    first = records["latent=none,seed=1"]
     assert (first.axes, first.seed, first.status, first.error) == ({"latent": "none"}, 1, "finished", None)
     assert first.metrics["val/rewards/accuracies"] == 0.5
     assert first.metrics["test/rewards/accuracies"] == pytest.approx(0.4)
@@ -46,29 +46,29 @@ def test_an_ablation_is_its_cells_and_what_is_missing(write_ablation: Callable[.
     assert (first.seconds, first.peak_bytes) == (11.0, 2**30)
     assert first.settings["model.beta"] == 0.1
     assert first.curves["val/rewards/accuracies"].steps == (1, 3, 5, 7)
-    failed = found["latent=marginal,seed=1"]
+    failed = records["latent=marginal,seed=1"]
     assert (failed.status, failed.error, failed.counted) == ("failed", error, False)
-    missing = found["latent=marginal,seed=2"]
+    missing = records["latent=marginal,seed=2"]
     assert (missing.axes, missing.seed, missing.status) == ({"latent": "marginal"}, 2, "missing")
 
 
-def test_what_the_grid_leaves_out_is_not_missing(write_ablation: Callable[..., Path]) -> None:
+def test_load_ablation_skipped_cells(write_ablation: Callable[..., Path]) -> None:
     axes = {"latent": ["none", "marginal"], "codes": [8, 16]}
     cells = {("none", 8, 1): 0.5, ("marginal", 8, 1): 0.6}
     folder = write_ablation(axes, [1], lambda *cell: cells.get(cell))
-    about = json.loads((folder / "ablation.json").read_text())
-    about["skip"] = [{"latent": "none", "codes": [16, 32]}]
-    (folder / "ablation.json").write_text(json.dumps(about))
+    ablation = json.loads((folder / "ablation.json").read_text())
+    ablation["skip"] = [{"latent": "none", "codes": [16, 32]}]
+    (folder / "ablation.json").write_text(json.dumps(ablation))
     missing = [record.name for record in load_folders([str(folder)]).records if record.status == "missing"]
     assert missing == ["latent=marginal,codes=16,seed=1"]
 
 
-def test_a_grid_without_seeds_is_whole_as_it_is(write_ablation: Callable[..., Path]) -> None:
+def test_load_ablation_without_seeds(write_ablation: Callable[..., Path]) -> None:
     folder = write_ablation({"rate": [0.1, 0.5]}, [None], lambda rate, seed: rate)
     assert [record.status for record in load_folders([str(folder)]).records] == ["finished"] * 2
 
 
-def test_a_metric_that_is_no_number_is_known_as_such(write_ablation: Callable[..., Path]) -> None:
+def test_load_ablation_null_metric(write_ablation: Callable[..., Path]) -> None:
     folder = write_ablation({"rate": [0.1]}, [1], lambda rate, seed: rate)
     (path,) = folder.glob("cells/*/results.json")
     results = json.loads(path.read_text())
@@ -78,25 +78,25 @@ def test_a_metric_that_is_no_number_is_known_as_such(write_ablation: Callable[..
     assert math.isnan(record.metrics["val/rewards/accuracies"])
 
 
-def test_a_finished_cell_without_results_has_failed(write_ablation: Callable[..., Path]) -> None:
+def test_load_cell_finished_without_results(write_ablation: Callable[..., Path]) -> None:
     folder = write_ablation({"rate": [0.1]}, [1], lambda rate, seed: rate)
     (path,) = folder.glob("cells/*/results.json")
     path.unlink()
     (record,) = load_folders([str(folder)]).records
-    assert (record.status, record.error) == ("failed", "The cell is finished, but has no results.json.")
+    assert (record.status, record.error) == ("failed", "The cell is finished, but results.json is missing.")
 
 
-def test_a_cell_and_a_folder_of_ablations_do_too(write_ablation: Callable[..., Path]) -> None:
+def test_load_folders_cell_and_parent_folders(write_ablation: Callable[..., Path]) -> None:
     one = write_ablation({"rate": [0.1]}, [1], lambda rate, seed: rate, "one")
     two = write_ablation({"rate": [0.3]}, [1], lambda rate, seed: rate, "two")
     (cell,) = one.glob("cells/*")
     assert [record.axes for record in load_folders([str(cell)]).records] == [{"rate": 0.1}]
-    whole = load_folders([str(one.parent), str(two.parent), str(one)])
-    assert [record.axes for record in whole.records] == [{"rate": 0.1}, {"rate": 0.3}]
-    assert whole.axes == {"rate": (0.1, 0.3)}
+    loaded = load_folders([str(one.parent), str(two.parent), str(one)])
+    assert [record.axes for record in loaded.records] == [{"rate": 0.1}, {"rate": 0.3}]
+    assert loaded.axes == {"rate": (0.1, 0.3)}
 
 
-def test_what_is_nothing_is_told(tmp_path: Path) -> None:
+def test_load_folders_without_results(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match=r"found no results in .*ablate.*ablation\.json"):
@@ -104,7 +104,7 @@ def test_what_is_nothing_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", '{"axes": 3}', '{"name": "x"}'])
-def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
+def test_load_folders_broken_file(text: str, tmp_path: Path) -> None:
     (tmp_path / "ablation.json").write_text(text)
     with pytest.raises(DataError, match=r"ablation\.json or a file beside it cannot be read"):
         load_folders([str(tmp_path)])
@@ -113,32 +113,32 @@ def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
 # Curves
 
 
-def test_curves_are_the_last_value_of_each_step(tmp_path: Path) -> None:
+def test_read_curves_last_value_of_each_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text(
         "epoch,step,train/loss,val/loss,lr-AdamW\n0,0,0.7,,1\n0,0,,0.9,\n0,0,,0.8,\n0,5,nan,,1\n0,9,0.5,,1\n0,9,,nan,\n"
     )
-    found = read_curves(path)
-    assert set(found) == {"train/loss", "val/loss"}
-    assert found["train/loss"] == (0.5, Curve((0, 9), (0.7, 0.5)))
-    last, curve = found["val/loss"]
+    curves = read_curves(path)
+    assert set(curves) == {"train/loss", "val/loss"}
+    assert curves["train/loss"] == (0.5, Curve((0, 9), (0.7, 0.5)))
+    last, curve = curves["val/loss"]
     assert math.isnan(last)
     assert curve == Curve((0,), (0.8,))
 
 
 @pytest.mark.parametrize("text", ["", "epoch,loss\n0,1\n"])
-def test_a_file_without_steps_has_no_curves(text: str, tmp_path: Path) -> None:
+def test_read_curves_without_steps(text: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(text)
     assert read_curves(tmp_path / "metrics.csv") == {}
     assert read_curves(tmp_path / "nothing.csv") == {}
 
 
-# Fits, and what is measured of them
+# Fits and measurements
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of three real runs: DPO, DPO with three codes, and the test of the latter's checkpoint."""
+    """A folder of three real runs: DPO, DPO with three codes, and a test of the second checkpoint."""
     folder = tmp_path_factory.mktemp("fits")
     flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO "
     flags += "--model.optimizer=torch.optim.AdamW --data=SyntheticPreferences --data.train_pairs=6 "
@@ -164,11 +164,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "runs"
 
 
-def test_a_fit_is_read_as_it_is(runs: Path) -> None:
+def test_load_run_of_a_fit(runs: Path) -> None:
     loaded = load_folders([str(runs / "version_1")])
     (record,) = loaded.records
     summary = json.loads((runs / "version_1" / "summary.json").read_text())
-    assert (record.seed, record.status, record.place) == (3, "finished", runs / "version_1")
+    assert (record.seed, record.status, record.folder) == (3, "finished", runs / "version_1")
     accuracy = record.metrics["val/rewards/accuracies"]
     assert accuracy == pytest.approx(summary["validation_after"]["rewards/accuracies"])
     assert record.curves["train/loss"].steps == (0, 1, 2)
@@ -179,17 +179,17 @@ def test_a_fit_is_read_as_it_is(runs: Path) -> None:
     assert record.parameters["policy"] == load_folders([str(runs / "version_0")]).records[0].parameters["policy"]
 
 
-def test_a_run_that_does_not_tell_whether_it_finished_says_so(runs: Path) -> None:
+def test_load_run_without_summary(runs: Path) -> None:
     (record,) = load_folders([str(runs / "version_0")]).records
     assert (record.status, record.counted) == ("unknown", True)
-    assert record.error == "no summary.json tells that it finished"
+    assert record.error == "summary.json is missing, so that it is not known whether the run finished"
     assert record.parameters["latent"] == 0
 
 
-def test_runs_are_told_apart_by_their_settings_and_a_test_joins_its_run(runs: Path) -> None:
+def test_join_measurements_of_a_test(runs: Path) -> None:
     loaded = load_folders([str(runs)])
     assert len(loaded.records) == 2
-    records, notes = joined(with_axes(loaded.records), loaded.measured)
+    records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
     plain, coded = records
     assert (plain.axes["latent"], coded.axes["latent"]) == ("none", "MarginalSpace")
     assert "latent.num_codes" not in coded.axes
@@ -199,43 +199,43 @@ def test_runs_are_told_apart_by_their_settings_and_a_test_joins_its_run(runs: Pa
 
 
 def write_evaluation(folder: Path, model: str, score: float, kind: str = "checkpoint") -> Path:
-    """What `evaluate` leaves of a model."""
+    """Write results as `evaluate` does."""
     metrics = {"arc_easy": {"acc": score, "acc_stderr": 0.01}}
     origin = {"path": model, "kind": kind, "seed": 3, "name": folder.name, "request": {"model": model}}
     write_results(folder, BenchmarkResults(metrics, [], {}, {"packages": {"torch": "2.13.0"}}), origin)
     return folder
 
 
-def test_benchmarks_join_the_run_of_their_checkpoint(runs: Path, tmp_path: Path) -> None:
+def test_join_measurements_of_benchmarks(runs: Path, tmp_path: Path) -> None:
     checkpoint = str(next(runs.glob("version_1/checkpoints/*.ckpt")))
     results = write_evaluation(tmp_path / "lpc", checkpoint, 0.4)
     for paths in ([str(runs), str(results)], [str(results)]):
         loaded = load_folders(paths)
-        records, _ = joined(with_axes(loaded.records), loaded.measured)
-        (found,) = (record for record in records if "arc_easy/acc" in record.metrics)
-        assert found.place == runs / "version_1"
-        assert found.metrics["arc_easy/acc"] == 0.4
-        assert "arc_easy/acc_stderr" not in found.metrics
-        assert found.seed == 3
-        assert loaded.makings[0].facts["versions"] == {"torch": "2.13.0"}
+        records, _ = join_measurements(add_axes(loaded.records), loaded.measurements)
+        (record,) = (record for record in records if "arc_easy/acc" in record.metrics)
+        assert record.folder == runs / "version_1"
+        assert record.metrics["arc_easy/acc"] == 0.4
+        assert "arc_easy/acc_stderr" not in record.metrics
+        assert record.seed == 3
+        assert loaded.origins[0].facts["versions"] == {"torch": "2.13.0"}
 
 
-def test_benchmarks_of_no_run_stand_by_themselves(tmp_path: Path) -> None:
+def test_join_measurements_without_run(tmp_path: Path) -> None:
     plain = write_evaluation(tmp_path / "base", "models/base", 0.3, "model")
     gone = write_evaluation(tmp_path / "gone", str(tmp_path / "runs" / "checkpoints" / "best.ckpt"), 0.4)
     loaded = load_folders([str(plain), str(gone)])
-    records, _ = joined(with_axes(loaded.records), loaded.measured)
+    records, _ = join_measurements(add_axes(loaded.records), loaded.measurements)
     assert [(record.axes, record.metrics) for record in records] == [
         ({"model": "base"}, {"arc_easy/acc": 0.3}),
         ({"model": "gone"}, {"arc_easy/acc": 0.4}),
     ]
 
 
-def test_what_is_measured_twice_is_told(runs: Path, tmp_path: Path) -> None:
+def test_join_measurements_measured_twice(runs: Path, tmp_path: Path) -> None:
     checkpoint = str(next(runs.glob("version_1/checkpoints/*.ckpt")))
     paths = [str(write_evaluation(tmp_path / name, checkpoint, score)) for name, score in (("a", 0.4), ("b", 0.5))]
     loaded = load_folders([str(runs), *paths])
-    records, notes = joined(with_axes(loaded.records), loaded.measured)
+    records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
     assert [record.metrics.get("arc_easy/acc") for record in records] == [None, 0.5]
     ((_, status, why),) = notes
     assert status == "repeated"

@@ -1,4 +1,4 @@
-"""Configs as flat names, and what tells runs apart."""
+"""Tests of flattened configs, and of the settings in which runs differ."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from lpc_lightning.evaluation.report.runs.settings import agreeing, as_value, differing, dotted
+from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, differing_settings, flatten
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "expected"),
     [
         (None, "none"),
         ("null", "none"),
@@ -25,17 +25,17 @@ from lpc_lightning.evaluation.report.runs.settings import agreeing, as_value, di
         ([1, "a"], '[1, "a"]'),
     ],
 )
-def test_values(value: Any, told: Any) -> None:
-    found = as_value(value)
-    assert found == told
-    assert type(found) is type(told)
+def test_as_value(value: Any, expected: Any) -> None:
+    result = as_value(value)
+    assert result == expected
+    assert type(result) is type(expected)
 
 
 def latent(name: str, **arguments: Any) -> dict[str, Any]:
     return {"class_path": f"lpc_lightning.latent.{name}", "init_args": arguments}
 
 
-def test_settings_stand_under_the_names_of_their_flags() -> None:
+def test_flatten_uses_names_of_flags() -> None:
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-5, "betas": [0.9, 0.999]}}
     config = {
         "seed_everything": 4,
@@ -48,7 +48,7 @@ def test_settings_stand_under_the_names_of_their_flags() -> None:
             {"class_path": "lpc_lightning.callbacks.LabelFlipNoise", "init_args": {"rate": 0.1}},
         ],
     }
-    assert dotted(config) == {
+    assert flatten(config) == {
         "seed_everything": 4,
         "trainer.max_steps": 20,
         "trainer.logger": "none",
@@ -68,40 +68,40 @@ def test_settings_stand_under_the_names_of_their_flags() -> None:
 
 
 def settings(**config: Any) -> dict[str, Any]:
-    return dotted(config)
+    return flatten(config)
 
 
-def test_the_seed_and_where_a_run_writes_do_not_tell_runs_apart() -> None:
+def test_differing_ignores_seed_and_paths() -> None:
     runs = [settings(seed_everything=seed, trainer={"default_root_dir": f"runs/{seed}"}) for seed in (1, 2)]
-    assert differing(runs) == []
+    assert differing_settings(runs) == []
 
 
-def test_a_seed_that_goes_with_the_runs_seed_is_none_of_its_own() -> None:
+def test_differing_ignores_derived_seeds() -> None:
     paired = [settings(seed_everything=seed, data={"data_seed": 10 + seed}) for seed in (1, 2, 1)]
     crossed = [settings(seed_everything=seed, data={"data_seed": other}) for seed in (1, 2) for other in (1, 2)]
-    assert differing(paired) == []
-    assert differing(crossed) == ["data.data_seed"]
+    assert differing_settings(paired) == []
+    assert differing_settings(crossed) == ["data.data_seed"]
 
 
-def test_what_comes_with_a_class_does_not_tell_runs_apart() -> None:
-    """SimPO has a beta of its own, and no latent has no codes."""
+def test_differing_ignores_arguments_of_a_class() -> None:
+    """SimPO has its own default of beta, and a run without latent has no codes."""
     dpo, simpo = latent("DPO", beta=0.1, robust=False), latent("SimPO", beta=2.0)
     runs = [settings(model=model, latent=space) for model in (dpo, simpo) for space in (None, latent("M", num_codes=4))]
-    assert differing(runs) == ["model", "latent"]
+    assert differing_settings(runs) == ["model", "latent"]
 
 
-def test_what_differs_within_a_class_does() -> None:
+def test_differing_within_a_class() -> None:
     runs = [settings(latent=space) for space in (None, latent("M", num_codes=4), latent("M", num_codes=8))]
-    assert differing(runs) == ["latent", "latent.num_codes"]
+    assert differing_settings(runs) == ["latent", "latent.num_codes"]
 
 
-def test_no_callbacks_are_an_empty_list_of_them() -> None:
+def test_flatten_empty_list_of_callbacks() -> None:
     flips = [{"class_path": "lpc_lightning.callbacks.LabelFlipNoise", "init_args": {"rate": 0.3}}]
-    assert differing([settings(callbacks=None), settings(callbacks=[])]) == []
-    assert differing([settings(callbacks=None), settings(callbacks=flips)]) == ["callbacks.LabelFlipNoise"]
+    assert differing_settings([settings(callbacks=None), settings(callbacks=[])]) == []
+    assert differing_settings([settings(callbacks=None), settings(callbacks=flips)]) == ["callbacks.LabelFlipNoise"]
 
 
-def test_agreement_is_of_all() -> None:
+def test_common_settings() -> None:
     runs = [{"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 3}, {"a": 1, "c": 3}]
-    assert agreeing(runs) == {"a": 1}
-    assert agreeing([]) == {}
+    assert common_settings(runs) == {"a": 1}
+    assert common_settings([]) == {}

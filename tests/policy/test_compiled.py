@@ -1,0 +1,206 @@
+"""What a GPU runs, by torch's compiler on a CPU: few whole programs of layers and head, and the same numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor import metrics
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout
+from lpc_lightning.policy import CausalPolicy, LoRA, logprobs
+from lpc_lightning.policy.logprobs import token_logps, token_logps_per_code
+from lpc_lightning.types import LogitHead, PreferenceBatch, TokenizedPair
+
+Tiny = Callable[..., CausalPolicy]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    # Instances that torch's compiler makes of the autograd functions that it traces.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    metrics.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def epoch(make_pairs: Callable[..., list[TokenizedPair]]) -> list[PreferenceBatch]:
+    """Batches of two shapes, the last one smaller, as a run on a GPU gets them."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [tuple(torch.randint(1, 60, (3,), generator=generator).tolist()) for _ in range(22)]
+    pairs = make_pairs(lengths)
+    batches = [pairs[start : start + 4] for start in range(0, 22, 4)]
+    lengths_of = [torch.tensor(lengths[start : start + 4]).numpy() for start in range(0, 22, 4)]
+    layout: Layout = FixedShapesLayout(0, None).for_batches(lengths_of)
+    return [layout(batch) for batch in batches]
+
+
+def outcome(policy: CausalPolicy, batch: PreferenceBatch, codes: Tensor) -> list[Tensor]:
+    """Log-probabilities without z, under z and under all codes, and the gradient of a sum of them."""
+    policy.zero_grad(set_to_none=True)
+    forward = policy.read(batch)
+    z = codes[torch.arange(batch.pairs) % len(codes)]
+    logps = [forward.logps(), forward.logps(z), forward.logps_per_code(codes)]
+    sum(each.square().mean() for each in logps).backward()  # type: ignore[union-attr]
+    return [each.detach() for each in logps] + [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor], share: float) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= share * theirs.abs().max()
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"family": "mistral"},
+    "qwen2": {"family": "qwen2"},
+    "gpt2": {"family": "gpt2"},
+    "gemma2": {"family": "gemma2", "attention": "eager"},
+    "adapter": {"lora": LoRA(rank=2, alpha=4)},
+    "checkpointed": {"gradient_checkpointing": True},
+    "checkpointed adapter": {"lora": LoRA(rank=2, alpha=4), "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_programs_one_for_each_shape(
+    way: dict[str, Any], epoch: list[PreferenceBatch], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No graph break, no program but those of the shapes, and eager's numbers within rounding."""
+    monkeypatch.setattr(logprobs, "_compiled", lambda function: function)  # the head has a test of its own
+    plain, compiled = twins(tiny, **way)
+    compiled.compile_layers("aot_eager", few_shapes=True)
+    codes = torch.randn(3, plain.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    seen: set[torch.Size] = set()
+    for batch in epoch:
+        before = counters["stats"]["unique_graphs"]
+        assert_near(outcome(compiled, batch, codes), outcome(plain, batch, codes), 1e-4)
+        made = counters["stats"]["unique_graphs"] - before
+        assert (made == 0) == (batch.input_ids.shape in seen)
+        seen.add(batch.input_ids.shape)
+    assert 1 < len(seen) <= 4
+    assert not counters["graph_break"]
+
+
+def twins(tiny: Tiny, **settings: Any) -> list[CausalPolicy]:
+    policies = []
+    for _ in range(2):
+        torch.manual_seed(0)  # for adapters
+        policies.append(tiny(**{"dtype": "float32", "attention": "sdpa", "context": 256, "width": 32, **settings}))
+    return policies
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16-mixed"])
+def test_inductor_agrees(mixed: bool, epoch: list[PreferenceBatch], tiny: Tiny) -> None:
+    plain, compiled = twins(tiny)
+    compiled.compile_layers(few_shapes=True)
+    codes = torch.randn(3, plain.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    for batch in (epoch[0], epoch[-1]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            assert_near(outcome(compiled, batch, codes), outcome(plain, batch, codes), 0.05 if mixed else 1e-4)
+
+
+def test_inductor_layer_has_few_kernels(epoch: list[PreferenceBatch], tiny: Tiny) -> None:
+    """Forward and backward. Matrix products and attention are calls of libraries, and not among them."""
+    _, compiled = twins(tiny)
+    compiled.compile_layers(few_shapes=True)
+    batch = epoch[0]
+    states = compiled.hidden(batch)
+    states.square().mean().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert 0 < metrics.generated_kernel_count <= 40
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@torch.no_grad()
+def test_block_sparse_rows_agree(epoch: list[PreferenceBatch], tiny: Tiny) -> None:
+    """Forward alone, since flex_attention has no backward pass on a CPU: one program for all masks of a shape."""
+    plain, compiled = twins(tiny, attention="auto")
+    compiled.compile_layers(few_shapes=True)
+    assert compiled.block_sparse
+    compiled._compiles_head = False
+    for batch in [batch for batch in epoch if batch.input_ids.shape == epoch[0].input_ids.shape]:
+        assert_near([compiled.read(batch).logps()], [plain.read(batch).logps()], 1e-4)
+        assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_other_calls_run_uncompiled(epoch: list[PreferenceBatch], tiny: Tiny) -> None:
+    """Calls of the model itself, as generation and benchmarks make them, have any shape."""
+    _, compiled = twins(tiny)
+    compiled.compile_layers("aot_eager", few_shapes=True)
+    compiled.causal_lm(input_ids=epoch[0].input_ids[:, :50], use_cache=True)
+    assert counters["stats"]["unique_graphs"] == 0
+    twin = copy.deepcopy(compiled)
+    assert all(layer.forward.__self__ is layer for layer in twin.layers)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias and scale", "softcap"])
+def test_compiled_head_agrees(kind: str) -> None:
+    """Values and gradients of the compiled reductions, for several chunk sizes by one program."""
+    options: dict[str, Any] = {"plain": {}, "bias and scale": {"scale": 0.5}, "softcap": {"softcap": 2.0}}[kind]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 8, generator=generator).requires_grad_()
+    bias = torch.randn(50, generator=generator).requires_grad_() if kind == "bias and scale" else None
+    codes = torch.randn(3, 8, generator=generator).requires_grad_()
+    for tokens in (20, 9, 33):
+        hidden = torch.randn(tokens, 8, generator=generator).requires_grad_()
+        targets = torch.randint(50, (tokens,), generator=generator)
+        group = torch.randint(3, (tokens,), generator=generator)
+        results = []
+        for compiled in (True, False):
+            head = LogitHead(weight, bias, compiled=compiled, **options)
+            values = [token_logps(hidden, targets, head), token_logps(hidden, targets, head, codes, group)]
+            values.append(token_logps_per_code(hidden, targets, head, codes))
+            leaves = [leaf for leaf in (hidden, weight, bias, codes) if leaf is not None]
+            results.append([*values, *torch.autograd.grad(sum(v.square().sum() for v in values), leaves)])  # type: ignore[arg-type]
+        assert_near(*results, share=1e-5)
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sharded_layers_compile_whole(
+    checkpointing: bool, mesh: DeviceMesh, epoch: list[PreferenceBatch], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2's hooks stay outside the program, which sees whole weights."""
+    monkeypatch.setattr(logprobs, "_compiled", lambda function: function)
+    plain, sharded = twins(tiny, gradient_checkpointing=checkpointing)
+    layers = sharded.layers
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    assert sharded.layers == layers
+    fully_shard(sharded, mesh=mesh)
+    register_fsdp_forward_method(sharded, "read")
+    sharded.compile_layers("aot_eager", few_shapes=True)
+    for batch in epoch[:2]:
+        logps = [policy.read(batch).logps() for policy in (sharded, plain)]
+        assert_near([logps[0].detach()], [logps[1].detach()], 1e-5)
+        for each in logps:
+            each.sum().backward()
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+    gradients = [[p.grad for p in policy.parameters() if p.grad is not None] for policy in (sharded, plain)]
+    assert_near([g.full_tensor() for g in gradients[0]], gradients[1], 1e-4)  # type: ignore[attr-defined]
