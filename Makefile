@@ -1,5 +1,7 @@
-# make demo   a fit on a real model, from nothing, in minutes
-# make test   the whole test suite
+# make demo   DPO beside LPC-DPO on built-in pairs: a table and a picture, in minutes
+# make demo-smollm2   a short fit of SmolLM2-135M-Instruct on built-in pairs
+# make test   the whole test suite, as CI runs it
+# make test-fast   its quick part, in under two minutes
 # make bench  this project and TRL side by side; BENCH='--data my_pairs.jsonl' for your own pairs
 # make bench-gpu  the same on one GPU in eight minutes, without a hub and without pretrained weights
 # make lint   ruff and mypy
@@ -8,8 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 MODEL := models/SmolLM2-135M-Instruct
+# Real data for benchmarks and for tests marked `real`; without it they need --data, or are skipped.
+export LPC_DATA_DIR ?= $(wildcard $(CURDIR)/../shared/data)
 
-.PHONY: demo test bench bench-gpu lint format clean
+.PHONY: demo demo-smollm2 test test-fast bench bench-gpu lint format clean
 
 # Where there is no python3.11, whatever python3 there is; pip says if it is too old.
 $(BIN)/python:
@@ -27,13 +31,19 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(BIN)/lpc-lightning prepare --output $(MODEL)
 
-demo: $(VENV)/.installed $(MODEL)/config.json
+demo: $(VENV)/.installed
+	$(BIN)/lpc-lightning demo
+
+demo-smollm2: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/lpc-lightning fit --config configs/experiment/demo.yaml
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal
 
-DATA_DIR ?= ../shared/data/preferences
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not distributed and not real and not cuda"
+
+DATA_DIR ?= $(or $(LPC_DATA_DIR),data)/preferences
 bench: $(VENV)/.installed-dev $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.run --data-dir $(DATA_DIR) --split $(BENCH)
 

@@ -1,4 +1,4 @@
-"""Random pairs, tiny policies whose every setting matters, the slow way to log-probabilities, and one training step."""
+"""Fixtures: random pairs, tiny policies, naive log-probabilities, and one training step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# Before torch is imported. Its OpenMP threads wait actively at each barrier, and two test processes on two cores then
-# slow each other down by a factor of ten. Processes that tests start inherit the setting.
+# Set before torch is imported. Its OpenMP threads wait actively at each barrier, and two test processes on two cores
+# then slow each other down by a factor of ten. Processes that tests start inherit the setting.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -25,10 +25,10 @@ from lpc_lightning.types import TokenizedPair
 
 pytest_plugins = ["tests.fixtures.emulated_device", "tests.fixtures.training_runs"]
 
-# A fresh clone first works out tables of Unicode, on whatever is left of a shared machine: time says nothing here.
+# Hypothesis first computes tables of Unicode in a new clone, and the machine may be busy. So there is no time limit.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
-torch.set_num_threads(1)  # tensors are tiny: a second thread costs far more than it does
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs more time than it saves
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gemma2": {"sliding_window": 8, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0},
 }
-"""Windows shorter than the sequences, and soft caps low enough to bend the logits of a tiny model."""
+"""Windows are shorter than the sequences, and soft caps are low enough to change the logits of a tiny model."""
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def _perturb(module: nn.Module, deviation: float = 0.2, seed: int = 1) -> None:
 
 
 class _ExactNorm(nn.Module):
-    """A norm of transformers without its detour through float32, which would hide errors below 1e-6."""
+    """A norm of transformers without its cast to float32, which would hide errors below 1e-6."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -75,19 +75,19 @@ def _exact(policy: CausalPolicy) -> CausalPolicy:
 
 @pytest.fixture(scope="session")
 def exact() -> Callable[[CausalPolicy], CausalPolicy]:
-    """Gives a float64 policy norms that do not round to float32, so that two ways can be told apart to 1e-9."""
+    """Return a function that replaces a float64 policy's norms by exact ones, for comparisons to 1e-9."""
     return _exact
 
 
 @pytest.fixture(scope="session")
 def perturb() -> Callable[..., None]:
-    """Adds noise to every parameter: fresh biases and adapters are 0, fresh models answer nearly uniformly."""
+    """Return a function that adds noise to every parameter. New biases and adapters would be 0."""
     return _perturb
 
 
 @pytest.fixture(scope="session")
 def tiny_spec() -> Callable[..., TinyPolicy]:
-    """The smallest policy of a family, float64, as a spec."""
+    """Return a function that makes the spec of a family's smallest policy, in float64."""
 
     def spec(family: str = "llama", options: dict[str, Any] | None = None, **policy: Any) -> TinyPolicy:
         size: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2, "context": 64, "dtype": "float64"}
@@ -98,7 +98,7 @@ def tiny_spec() -> Callable[..., TinyPolicy]:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_spec: Callable[..., TinyPolicy]) -> Callable[..., CausalPolicy]:
-    """The same, built, with noise on all its parameters; exact where it is float64."""
+    """Return a function that builds such a policy with noise on all parameters, and exact norms in float64."""
 
     def build(family: str = "llama", **policy: Any) -> CausalPolicy:
         built = tiny_spec(family, **policy).build()
@@ -110,7 +110,7 @@ def tiny(tiny_spec: Callable[..., TinyPolicy]) -> Callable[..., CausalPolicy]:
 
 @pytest.fixture(scope="session")
 def make_pairs() -> Callable[..., list[TokenizedPair]]:
-    """Random pairs of given (prompt, chosen, rejected) lengths."""
+    """Return a function that makes random pairs of given (prompt, chosen, rejected) lengths."""
 
     def make(lengths: Iterable[tuple[int, int, int]], seed: int = 0, vocabulary: int = 1024) -> list[TokenizedPair]:
         generator = torch.Generator().manual_seed(seed)
@@ -125,7 +125,7 @@ def make_pairs() -> Callable[..., list[TokenizedPair]]:
 
 @pytest.fixture(scope="session")
 def naive_logps() -> Callable[[nn.Module, Sequence[TokenizedPair]], Tensor]:
-    """(2B,) log-probabilities by the model's own logits: one sequence at a time, without padding, token by token."""
+    """Return a function that computes (2B,) log-probabilities from the logits of one unpadded sequence at a time."""
 
     def logps(model: nn.Module, pairs: Sequence[TokenizedPair]) -> Tensor:
         sequences = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
@@ -133,15 +133,15 @@ def naive_logps() -> Callable[[nn.Module, Sequence[TokenizedPair]], Tensor]:
         sums = []
         for prompt, answer in sequences:
             logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0].double()
-            by_place = torch.log_softmax(logits, dim=-1)
-            sums.append(sum(by_place[len(prompt) + place - 1, token] for place, token in enumerate(answer)))
+            by_position = torch.log_softmax(logits, dim=-1)
+            sums.append(sum(by_position[len(prompt) + position - 1, token] for position, token in enumerate(answer)))
         return torch.stack(sums)
 
     return logps
 
 
 class Step(NamedTuple):
-    """What a training step made."""
+    """Results of a training step."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
@@ -162,7 +162,7 @@ class _Watch(Callback):
 
 @pytest.fixture(scope="session")
 def make_trainer() -> Callable[..., Trainer]:
-    """A Lightning trainer that writes nothing."""
+    """Return a function that makes a trainer which writes nothing."""
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     quiet |= {"enable_progress_bar": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
 
@@ -174,7 +174,7 @@ def make_trainer() -> Callable[..., Trainer]:
 
 @pytest.fixture(scope="session")
 def make_loader() -> Callable[..., PreferenceLoader]:
-    """Pairs in order, in batches."""
+    """Return a function that makes a loader of pairs, in order."""
 
     def make(
         pairs: Sequence[TokenizedPair], layout: Layout | None = None, batch_size: int | None = None
@@ -189,7 +189,7 @@ def make_loader() -> Callable[..., PreferenceLoader]:
 def train_step(
     make_trainer: Callable[..., Trainer], make_loader: Callable[..., PreferenceLoader]
 ) -> Callable[..., Step]:
-    """Loss, gradients and metrics of the module's first training step on all the pairs, taken by a real trainer."""
+    """Return a function that takes one training step on all pairs with a real trainer."""
 
     def step(
         module: PreferenceModule, pairs: Sequence[TokenizedPair], layout: Layout | None = None, **settings: Any

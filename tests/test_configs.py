@@ -111,7 +111,7 @@ def test_an_experiment_is_instantiated_as_its_name_says(path: Path, swap: list[s
     assert type(built.model).__name__ == ALGORITHMS[algorithm]
     assert type(built.model.latent).__name__ == SPACES[f"_{latent}" if latent else ""]
     assert isinstance(built.model.policy_spec, TinyPolicy)
-    assert built.model.optimizer_of([torch.zeros(1, requires_grad=True)]).defaults["fused"]
+    assert built.model.make_optimizer([torch.zeros(1, requires_grad=True)]).defaults["fused"]
     names = {type(callback).__name__ for callback in built.trainer.callbacks}
     assert {"ModelCheckpoint", "GracefulStop", "RunSummary", "FinalValidation", "ResourceMonitor"} <= names
 

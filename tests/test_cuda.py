@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels, compilation, equal answers, equal bits, and steps that wait for nothing."""
+"""Tests that need a GPU: kernels, compilation, equal losses, equal bits, and steps without waits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lpc_lightning.policy import LoRA, TinyPolicy
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-    # torch and transformers say so of small runs on a GPU; none of it is about this suite.
+    # Warnings of torch and transformers about small runs on a GPU.
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning"),
 ]
 
@@ -44,7 +44,7 @@ CASES = [
 
 
 def tiny(**policy: Any) -> TinyPolicy:
-    # Heads of 16: what flex_attention takes at least.
+    # Heads have 16 dimensions, the smallest size of flex_attention.
     return TinyPolicy(**({"width": 64, "layers": 2, "heads": 4} | policy))
 
 
@@ -91,10 +91,10 @@ def test_fit_policy_settings(policy: dict[str, Any], fit: Callable[..., Trainer]
 
 
 @pytest.mark.parametrize("latent", ["none", "expected", "marginal"])
-def test_losses_are_those_of_a_cpu(latent: str, fit: Callable[..., Trainer]) -> None:
+def test_losses_equal_cpu(latent: str, fit: Callable[..., Trainer]) -> None:
     losses = []
     for accelerator in ("cpu", "cuda"):
-        module = DPO(policy=tiny(), latent=LATENTS[latent]())  # gumbel draws other noise on another device
+        module = DPO(policy=tiny(), latent=LATENTS[latent]())  # the noise of gumbel differs between devices
         trainer = fit(module, accelerator=accelerator, precision="32-true", max_steps=1)
         losses.append(float(trainer.callback_metrics["train/loss"]))
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)

@@ -1,4 +1,4 @@
-"""Every command on a device beside the CPU: an emulated one, and a GPU where there is one."""
+"""Tests of every command on another device than the CPU: an emulated one, and a GPU if present."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ VARIANTS: dict[str, Callable[[], PreferenceModule]] = {
     "checkpointing": lambda: DPO(policy=tiny(gradient_checkpointing=True), latent=MarginalSpace(**CODES)),
     **{family: lambda family=family: DPO(policy=tiny(family), latent=MarginalSpace(**CODES)) for family in FAMILIES},
 }
-"""Modules whose runs differ in more than the latent."""
+"""Modules that differ in more than the latent."""
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 )
@@ -83,7 +83,7 @@ def tiny(family: str = "llama", **policy: Any) -> TinyPolicy:
 
 @pytest.fixture(params=[NAME, CUDA])
 def accelerator(request: pytest.FixtureRequest) -> str:
-    """The device's name for a trainer and for commands."""
+    """Name of the device for a trainer and for commands."""
     if request.param == NAME:
         request.getfixturevalue("emulated")
     return str(request.param)
@@ -226,7 +226,7 @@ def test_evaluation_loops(
     assert sum(len(batch["ids"]) for batch in predictions) == 5
 
 
-# What a step waits for
+# Waits in a step
 
 
 @pytest.mark.parametrize("latent", LATENTS)
@@ -240,15 +240,15 @@ def test_micro_batches_do_not_wait(
     def noting(self: Any, *args: Any) -> None:
         with emulated.noted():
             advance(self, *args)
-        noted.append(list(emulated.found))
-        emulated.found.clear()
+        noted.append(list(emulated.waits))
+        emulated.waits.clear()
 
     monkeypatch.setattr(_TrainingEpochLoop, "advance", noting)
     module = DPO(policy=tiny(), latent=LATENTS[latent]())
     steps: dict[str, Any] = {"max_steps": 3, "accumulate_grad_batches": 4, "log_every_n_steps": 3}
     fit(module, pairs={"train_pairs": 52}, save_every=100, **steps)
     assert len(noted) == 12
-    # Spaces that score codes measure these once, in the first micro-batch of a run.
+    # Spaces that score codes measure the range of the codes once, in the first micro-batch of a run.
     assert [wait for wait in noted[0] if "code_range" not in wait] == []
     assert len(noted[0]) <= 1
     # The third step is logged: Lightning copies learning rates to the device.
@@ -266,7 +266,7 @@ def test_micro_batches_do_not_wait(
 
 @pytest.fixture
 def checkpoint(accelerator: str, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Written by `lpc-lightning fit` on the device."""
+    """Checkpoint of `lpc-lightning fit` on the device."""
     monkeypatch.setattr("sys.argv", ["lpc-lightning"])
     flags = (
         "--model=DPO --policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --latent=MarginalSpace "

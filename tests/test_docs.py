@@ -1,4 +1,4 @@
-"""README and docs/: the code runs, links resolve, commands and their options exist."""
+"""Tests of README and docs/: code runs, links resolve, commands and options exist."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Each command of a page as words: comments, continuation marks and what follows a pipe left out."""
+    """Return each command of a page as words, without comments, continuation marks and text after a pipe."""
     lines = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
     return [shlex.split(line.partition(">")[0], comments=True) for line in lines if line.startswith("lpc-lightning ")]
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, in GitHub's form."""
     text = FENCE.sub("", page.read_text())
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -83,12 +83,12 @@ def test_paths_exist(page: Path) -> None:
     text = page.read_text()
     assert "../shared" not in text
     for path in set(re.findall(r"(?<![\w/$}-])(?:configs|benchmarks|tests|lpc_lightning)/[\w/.-]*\w", text)):
-        new = page.stem.startswith("add_")  # these pages name the files that a reader is to write
+        new = page.stem.startswith("add_")  # these pages name files that the reader writes
         assert (ROOT / path).exists() or (new and (ROOT / path).parent.is_dir()), path
 
 
 def function_of(command: str) -> Callable[..., Any]:
-    """The function whose parameters are the command's options."""
+    """Return the function that defines the command's options by its parameters."""
     if command in COMMANDS:
         module, name = COMMANDS[command][0].args[0].split(":")  # type: ignore[attr-defined]
         return getattr(import_module(module), name)
@@ -97,17 +97,17 @@ def function_of(command: str) -> Callable[..., Any]:
 
 
 class Parsed(PreferenceCLI):
-    """The command line without anything that runs."""
+    """Command line that parses and runs nothing."""
 
     def instantiate_classes(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
 
 def replaced(words: list[str]) -> list[str]:
-    """The arguments of `fit` with a config that exists in place of a run's, and without checkpoints or help."""
+    """Return the arguments of `fit` with an existing config in place of a run's, without checkpoints and help."""
     words = [re.sub(r"^runs/version_\d/config.yaml$", str(ROOT / "configs/experiment/tiny/dpo.yaml"), w) for w in words]
     if "--ckpt_path" in words:
         del words[(at := words.index("--ckpt_path")) : at + 2]

@@ -1,4 +1,4 @@
-"""What importing the package prints: nothing."""
+"""Tests that importing the package prints nothing."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import sys
 
 import pytest
 
-import lpc_lightning  # noqa: F401 - what importing it does is tested
+import lpc_lightning  # noqa: F401 - the import itself is tested
 
 
-def test_importing_the_commands_says_nothing() -> None:
-    """On a processor with AVX512-BF16 and with bitsandbytes, that would warn of a kernel."""
+def test_import_of_commands_prints_nothing() -> None:
+    """With bitsandbytes, on a processor with AVX512-BF16, the import would warn of a missing kernel."""
     done = subprocess.run(
         [sys.executable, "-c", "import lpc_lightning.cli"], capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_of_bitsandbytes_one_warning_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_bitsandbytes_warning_is_suppressed(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", ImportError("kernels"))
     logger.warning("Something else: %s", "slow")

@@ -1,4 +1,4 @@
-"""The package as a whole: its public names, and the direction of its imports."""
+"""Tests of the package: its public names and the direction of its imports."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ import lpc_lightning
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"types", "errors", "seeding", "transfer"},
+    {"paths"},
     {"losses", "latent", "policy", "data"},
     {"distributed"},
     {"reference"},
     {"algorithms"},
     {"inference"},
-    {"function_command"},
+    {"prepare", "ship_configs", "function_command"},
     {"cli"},
     {"__main__"},
 )
 """Parts of the method, lowest first. A part imports from its own layer's name or from lower layers only."""
 EVALUATION = (
     {"provenance", "tables"},
+    {"ablation"},
     {"statistics"},
     {"figures"},
     {"line_panels"},
@@ -36,12 +38,13 @@ EVALUATION = (
     {"comparison"},
     {"adaptation"},
     {"report"},
+    {"demo"},
 )
-"""The same for evaluation. `ablation` may import the lowest layer and is imported by none."""
+"""The same for evaluation."""
 
 
 def modules(folder: Path) -> Iterator[tuple[Path, ast.ImportFrom]]:
-    """Every `from lpc_lightning... import ...` below a folder, with its file. Links are not followed."""
+    """Yield every `from lpc_lightning... import ...` below a folder, with its file. Links are not followed."""
     for path in sorted(path for path in folder.rglob("*.py") if path.resolve().is_relative_to(folder)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lpc_lightning."):
@@ -49,21 +52,21 @@ def modules(folder: Path) -> Iterator[tuple[Path, ast.ImportFrom]]:
 
 
 def part(path: Path, folder: Path) -> str:
-    """The part of a folder that a file belongs to."""
+    """Return the part of a folder that a file belongs to."""
     return path.relative_to(folder).parts[0].removesuffix(".py")
 
 
 def rank(name: str, layers: tuple[set[str], ...]) -> int:
-    """The number of a part's layer. An unknown part stands above all, so that the test asks for its place."""
+    """Return the number of a part's layer. An unknown part is above all others, so that the test fails for it."""
     return next((number for number, layer in enumerate(layers) if name in layer), len(layers))
 
 
 def wrong_imports(folder: Path, prefix: str, layers: tuple[set[str], ...]) -> list[str]:
-    """Imports that point upwards or sideways."""
+    """Return the imports that point upwards or sideways."""
     wrong = []
     for path, node in modules(folder):
         name, module = part(path, folder), str(node.module)
-        if name in ("__init__", "ablation") or not module.startswith(f"{prefix}."):
+        if name == "__init__" or not module.startswith(f"{prefix}."):
             continue
         target = module.removeprefix(f"{prefix}.").split(".")[0]
         if target != name and rank(target, layers) >= rank(name, layers):
@@ -90,7 +93,7 @@ def test_evaluation_imports_no_callback() -> None:
 
 
 @pytest.mark.parametrize("folder", ["losses", "latent"])
-def test_losses_and_latent_need_torch_alone(folder: str) -> None:
+def test_losses_and_latent_need_only_torch(folder: str) -> None:
     heavy = {"transformers", "lightning", "datasets"}
     code = f"import sys, lpc_lightning.{folder}; print(*({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

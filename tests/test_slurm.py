@@ -1,4 +1,4 @@
-"""configs/slurm/fit.sbatch with Slurm played by two small programs: `srun` starts two tasks, `scontrol` takes notes."""
+"""Test of configs/slurm/fit.sbatch with two programs in place of Slurm: `srun` starts two tasks, `scontrol` logs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FLAGS = [
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The job's command, to be started in `tmp_path`; its variables are those of two tasks on one node."""
+    """Command of a job with the environment of two tasks on one node. Start it in `tmp_path`."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -69,7 +69,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["bash", str(ROOT / "configs/slurm/fit.sbatch"), *flags, f"--data.cache_dir={tmp_path / 'cache'}"]
 
 
-def test_a_job_whose_time_is_up_is_put_back_goes_on_and_is_exported(sbatch: list[str], tmp_path: Path) -> None:
+def test_job_is_requeued_resumed_and_exported(sbatch: list[str], tmp_path: Path) -> None:
     runs = tmp_path / "runs" / f"slurm-{os.getpid()}"
     length = ["--trainer.max_epochs=50"]
     with (tmp_path / "out").open("w") as out:
@@ -79,7 +79,7 @@ def test_a_job_whose_time_is_up_is_put_back_goes_on_and_is_exported(sbatch: list
             assert job.poll() is None, (tmp_path / "out").read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        # Slurm signals all tasks; that one of them is enough shows that they agree on where to stop.
+        # Slurm signals all tasks. A signal to one task tests that they agree on the step to stop at.
         os.kill(int((tmp_path / "tasks").read_text().split()[1]), signal.SIGTERM)
         assert job.wait(timeout=60) == 143, (tmp_path / "out").read_text()[-3000:]
     assert (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
@@ -100,7 +100,7 @@ def test_a_job_whose_time_is_up_is_put_back_goes_on_and_is_exported(sbatch: list
 
 
 def assert_commands_open_it(stopped: Path, tmp_path: Path) -> None:
-    """What two processes wrote in shards is exported, answers and is scored in one."""
+    """Check that one process can export, generate from and score the sharded checkpoint of two processes."""
     folder = tmp_path / "exported"
     main(["export", "--checkpoint", str(stopped), "--output", str(folder)])
     weights = read_sharded(stopped)["state_dict"]
@@ -112,10 +112,19 @@ def assert_commands_open_it(stopped: Path, tmp_path: Path) -> None:
 
     answers = []
     for model in (stopped, folder):
-        said = tmp_path / "answers.json"
-        given = ["--prompt", "How do I boil an egg?", "--codes", "1", "--max_new_tokens", "8", "--output", str(said)]
-        main(["generate", "--model", str(model), *given])
-        answers.append([json.loads(line) | {"model": ""} for line in said.read_text().splitlines()])
+        output = tmp_path / "answers.json"
+        options = [
+            "--prompt",
+            "How do I boil an egg?",
+            "--codes",
+            "1",
+            "--max_new_tokens",
+            "8",
+            "--output",
+            str(output),
+        ]
+        main(["generate", "--model", str(model), *options])
+        answers.append([json.loads(line) | {"model": ""} for line in output.read_text().splitlines()])
     assert answers[0] == answers[1]
     assert answers[0]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lpc_lightning.algorithms.metrics import PairMeans, accuracies
-from lpc_lightning.algorithms.scoring import Evaluated
+from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import PairLosses, PairStates, PreferenceBatch
@@ -27,7 +27,7 @@ OTHERS = "(others)"
 """Label of the pairs of all groups but the largest."""
 
 
-def mode_margins(evaluated: Evaluated, space: LatentSpace | None) -> dict[str, Tensor]:
+def mode_margins(evaluated: EvaluationOutput, space: LatentSpace | None) -> dict[str, Tensor]:
     """Compute the margin of each pair in every mode of the space, from one backbone pass.
 
     A margin is the reward of the chosen answer minus that of the rejected answer. In mode `marginal` it is the log-odds
@@ -105,7 +105,7 @@ class AccuracyModes(nn.Module):
         # Summed like the module's own metric, so that both numbers are equal to the last bit.
         self.headline = PairMeans()
 
-    def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
+    def update(self, evaluated: EvaluationOutput, batch: PreferenceBatch, space: LatentSpace | None) -> None:
         """Add a batch. See `mode_margins` for the arguments."""
         margins = mode_margins(evaluated, space)
         self.headline.update({"accuracy/prior": accuracies(margins["prior"]), "margin/prior": margins["prior"]})

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lpc_lightning.algorithms.scoring import Evaluated
+from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import PreferenceBatch
 
@@ -16,7 +16,7 @@ from lpc_lightning.types import PreferenceBatch
 class Collector(Protocol):
     """Interface of a collector of evaluated batches, such as `AccuracyModes` or `AdaptationPairs`."""
 
-    def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
+    def update(self, evaluated: EvaluationOutput, batch: PreferenceBatch, space: LatentSpace | None) -> None:
         """Add a batch. It is called under the precision of the step."""
         ...
 

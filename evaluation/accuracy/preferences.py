@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.algorithms.scoring import BatchScorer, Evaluated
+from lpc_lightning.algorithms.scoring import BatchScorer, EvaluationOutput
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, Group
@@ -156,7 +156,7 @@ class LikelihoodScorer(LightningModule):
         self.policy, self.prior = opened.policy, opened.prior
         self.tokenizer: PreTrainedTokenizerBase = opened.tokenizer
 
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
         """Score the pairs under the prior's z, or without z if there is no prior."""
         forward = self.policy.read(batch)
         score = BatchScorer(forward, batch.lengths, None, mean_logps)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lpc_lightning.algorithms.scoring import Evaluated
+from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, pair_labels
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights, correct, single_code
@@ -77,7 +77,7 @@ class AdaptationPairs(nn.Module):
         self.column, self.shots, self.rounds, self.seed = column, tuple(shots), rounds, seed
         self.table = PairTable()
 
-    def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
+    def update(self, evaluated: EvaluationOutput, batch: PreferenceBatch, space: LatentSpace | None) -> None:
         """Add a batch.
 
         Args:

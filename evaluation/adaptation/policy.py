@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from lpc_lightning.algorithms.scoring import Evaluated
+from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import pair_labels
 from lpc_lightning.evaluation.adaptation.inference import Table, correct
@@ -40,7 +40,7 @@ class PolicyUnderMixtures:
     def to(self, device: torch.device) -> None:
         """Do nothing: no state is on a device."""
 
-    def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
+    def update(self, evaluated: EvaluationOutput, batch: PreferenceBatch, space: LatentSpace | None) -> None:
         """Add a batch.
 
         Args:

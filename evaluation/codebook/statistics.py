@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lpc_lightning.algorithms.metrics import CodeUse, PairMeans, latent_values
-from lpc_lightning.algorithms.scoring import Evaluated
+from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from lpc_lightning.evaluation.codebook.mutual_information import (
     entropy,
@@ -119,7 +119,7 @@ class CodebookStatistics(nn.Module):
         self.table, self.means, self.sample = PairTable(), PairMeans(), PointSample(most_points)
         self.prior, self.posterior = CodeMass(codes), CodeMass(codes)
 
-    def update(self, evaluated: Evaluated, batch: PreferenceBatch, space: LatentSpace | None) -> None:
+    def update(self, evaluated: EvaluationOutput, batch: PreferenceBatch, space: LatentSpace | None) -> None:
         """Add a batch.
 
         Args:

@@ -1,4 +1,4 @@
-"""The algorithms, as LightningModules over one base and one latent mixin."""
+"""The algorithms: LightningModules that share one base class and one latent mixin."""
 
 from lpc_lightning.algorithms.base import PreferenceModule
 from lpc_lightning.algorithms.dpo import DPO

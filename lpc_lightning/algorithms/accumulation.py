@@ -1,4 +1,4 @@
-"""Windows: the micro-batches whose gradients are accumulated for one optimizer step."""
+"""Gradient accumulation. A window is the group of micro-batches whose gradients make one optimizer step."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from lpc_lightning.data.batching.loading import TrainingLoader
 
 
 def is_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer steps after this micro-batch of the epoch: its window is full, or the epoch ends."""
+    """Return True if the optimizer steps after this micro-batch: its window is full, or the epoch ends."""
     number = batch_idx + 1
     return number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
 
 
 def is_logged(trainer: Trainer, batch_idx: int) -> bool:
-    """Return True if metrics of the window of this micro-batch are computed. The window has not been stepped yet.
+    """Return True if the step of this micro-batch is logged. Call it before the step is taken.
 
-    These are the windows of every `trainer.log_every_n_steps`-th step, which loggers write, of the first and the last
-    step of a run, and of the last step of an epoch, whose values callbacks may read. The CPU would wait for the device
-    to read those of other steps.
+    Logged are every `trainer.log_every_n_steps`-th step, which loggers write, the first and the last step of the run,
+    and the last step of each epoch, whose values callbacks may read. Metrics of other steps are not computed, because
+    reading them would make the CPU wait for the device.
     """
     step = trainer.global_step + 1
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
@@ -27,15 +27,15 @@ def is_logged(trainer: Trainer, batch_idx: int) -> bool:
     return ends_epoch or step in (1, trainer.max_steps) or (every > 0 and step % every == 0)
 
 
-def share_of_window(trainer: Trainer, pairs: int, batch_idx: int) -> float:
-    """What makes the accumulated loss the mean over the window's pairs, as a factor of a micro-batch's own mean.
+def window_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:
+    """Return the factor of a micro-batch's mean loss that makes the window's loss the mean over its pairs.
 
-    The trainer divides by `accumulate_grad_batches`, also where a micro-batch or the epoch's last window is short.
+    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short.
 
     Args:
-        trainer: The trainer. Of loaders other than ours nothing is known: 1.
-        pairs: Pairs in the micro-batch.
-        batch_idx: Its number in the epoch, from 0.
+        trainer: The trainer. The factor is 1 if its loader is not a `TrainingLoader`, whose batch sizes are known.
+        pairs: Number of pairs in the micro-batch.
+        batch_idx: Number of the micro-batch in the epoch, from 0.
     """
     loader, window = trainer.train_dataloader, trainer.accumulate_grad_batches
     if window == 1 or not isinstance(loader, TrainingLoader):

@@ -1,4 +1,4 @@
-"""The LightningModule that all algorithms share: the step, the metrics, the optimizer groups, the checkpoint."""
+"""The LightningModule that all algorithms share: training step, evaluation, metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpc_lightning.algorithms.accumulation import is_logged, is_optimizer_step, share_of_window
+from lpc_lightning.algorithms.accumulation import is_logged, is_optimizer_step, window_weight
 from lpc_lightning.algorithms.checkpoint import check_same_architecture, rewind_to_last_step
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, fetch
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
 from lpc_lightning.algorithms.recent_losses import RecentLosses
 from lpc_lightning.algorithms.run_length import compare_run_length, run_length
-from lpc_lightning.algorithms.scoring import BatchScorer, Evaluated, TrainingOutput
+from lpc_lightning.algorithms.scoring import BatchScorer, EvaluationOutput, TrainingOutput
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
@@ -29,10 +29,13 @@ from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
 PROGRESS_BAR = ("loss", "rewards/accuracies", "rewards/margins", "latent/codebook_perplexity")
+"""Metrics that the progress bar shows."""
+RESUMED = ("training_data", "run_length", "warm_started", "code_range")
+"""Entries of a checkpoint that `on_train_start` reads."""
 
 
 class PreferenceModule(PolicyModule):
-    """Fits a policy to preference pairs; a subclass says its loss and whether it needs a reference."""
+    """Training of a policy on preference pairs. A subclass defines the loss and `needs_reference`."""
 
     def __init__(
         self,
@@ -44,33 +47,37 @@ class PreferenceModule(PolicyModule):
         lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
         warmup_ratio: float = 0.1,
     ) -> None:
-        """Keep the settings; models are built in `configure_model`.
+        """Keep the settings. Models are built in `configure_model`.
 
         Args:
             policy: The model to train, as a spec.
-            latent: The latent space of Latent Preference Coding. null is the plain algorithm.
-            reference: `cached` works out the reference's log-probabilities of all pairs that a run will read before its
-                first step, keeps them on disk for other runs (data.cache_dir), and holds no reference in memory; `live`
-                asks it at every batch: a frozen copy of the policy, or with LoRA the policy with its adapter off.
-            optimizer: Optimizer of both parameter groups; its learning rate is the policy's.
-            latent_lr: Learning rate of the latent space: fresh networks need a larger one than a pretrained backbone.
-            lr_schedule: What the learning rates do after warm-up; cosine and linear go down to 0.
+            latent: The latent space of Latent Preference Coding. null: the plain algorithm.
+            reference: `cached` computes the reference's log-probabilities of all pairs of a run before its first step.
+                They are stored on disk for other runs (data.cache_dir), and no reference is in memory. `live` runs the
+                reference at every batch. It is a frozen copy of the policy, or with LoRA the policy without its
+                adapter.
+            optimizer: Optimizer of both parameter groups. Its learning rate is that of the policy.
+            latent_lr: Learning rate of the latent space. New networks need a larger one than a pretrained backbone.
+            lr_schedule: Schedule of the learning rates after warm-up. `cosine` and `linear` fall to 0.
             warmup_ratio: Share of the optimizer steps over which the learning rates rise from 0.
+
+        Raises:
+            ConfigError: `reference` is neither `cached` nor `live`.
         """
         super().__init__()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`")
             self.save_hyperparameters()
         if "_class_path" not in self.hparams:
-            # Built in code and not by the command line: live objects do not belong into a checkpoint.
+            # The module was built in code, not by the command line. Its objects cannot be settings in a checkpoint.
             self.remove_ignored_hparams(["policy", "latent", "optimizer"])
         if not self.needs_reference:
             self.remove_ignored_hparams(["reference"])
         if reference not in REFERENCES:
             raise ConfigError(f"model.reference: found {reference!r}, expected {' or '.join(REFERENCES)}.")
-        self.policy_spec, self.latent, self.optimizer_of = policy, latent, optimizer
+        self.policy_spec, self.latent, self.make_optimizer = policy, latent, optimizer
         self.latent_lr, self.lr_schedule, self.warmup_ratio = latent_lr, lr_schedule, warmup_ratio
-        self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the rest
+        self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the others
         self.reference_kind = reference
         self._warm_started = False
         self._losses = RecentLosses()
@@ -79,18 +86,18 @@ class PreferenceModule(PolicyModule):
 
     @abstractmethod
     def preference_loss(self, logps: PairLogps) -> PairLosses:
-        """The algorithm's loss of each pair."""
+        """Compute the algorithm's loss and rewards of each pair."""
 
     def check_settings(self) -> None:
-        """Ask for the loss of one pair: settings out of range are told now and not at the first step.
+        """Compute the loss of one pair, so that invalid settings raise an error before the first step.
 
         Raises:
-            ValueError: As the loss says.
+            ValueError: A setting of the loss is out of range.
         """
         self.preference_loss(PairLogps(*torch.zeros(6, 1, device="cpu")))
 
     def setup(self, stage: str) -> None:
-        """Begin a run: what a checkpoint said that was loaded earlier, for its weights, is not its to go on with."""
+        """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights."""
         super().setup(stage)
         self._resumed, self._warm_started = {}, False
         self._losses, self._code_range = RecentLosses(), None
@@ -98,31 +105,36 @@ class PreferenceModule(PolicyModule):
     # The step
 
     def read(self, batch: PreferenceBatch, code_range: float | None = None) -> tuple[BatchForward, BatchScorer]:
-        """One backbone pass of the policy, and (where there is one) of the reference.
+        """Run the backbone once on a batch, and the reference if the algorithm has one.
 
         Args:
             batch: The pairs.
             code_range: See `token_logps_per_code`.
 
         Returns:
-            What the pass yields, and the algorithm's loss as a function of the latent.
+            The policy's forward pass, and the algorithm's loss as a function of the latent.
         """
-        reading = self.policy.read(batch)
+        forward = self.policy.read(batch)
         reference = None if self.reference is None else self.reference.logps(batch)
-        return reading, BatchScorer(reading, batch.lengths, reference, self.preference_loss, code_range)
+        return forward, BatchScorer(forward, batch.lengths, reference, self.preference_loss, code_range)
 
     def on_train_start(self) -> None:
-        """Take up the data where a resumed run left it, and tell where this run is set up otherwise.
+        """Restore the position in the data of a resumed run, compare its length, and run the warm start.
 
-        Lightning would give the loader its state, but not to one that exists before the loops are restored (as ours
-        does, by `estimated_stepping_batches`), and not after a whole epoch, when order and data have to match as well.
+        Lightning can restore the state of a loader, but not in two cases. One is a loader that exists before the loops
+        are restored, which is ours because of `estimated_stepping_batches`. The other is a resume after a whole epoch,
+        where order and data must match too.
+
+        Raises:
+            ConfigError: The run accumulates other steps than the checkpoint, or the latent space needs annotators and
+                the data has none.
         """
         loader = self.trainer.train_dataloader
         if "training_data" in self._resumed and isinstance(loader, TrainingLoader):
             loader.load_state_dict(self._resumed["training_data"])
         if "run_length" in self._resumed:
             compare_run_length(self.trainer, self._resumed["run_length"])
-        # A checkpoint of step 0 may have been written before the warm start, or within the first step, after it.
+        # A checkpoint of step 0 can come from before the warm start, or from within the first step, after it.
         self._warm_started = "warm_started" in self._resumed
         self._code_range = self._resumed.get("code_range")
         self._resumed = {}
@@ -133,76 +145,79 @@ class PreferenceModule(PolicyModule):
             and self.trainer.global_step == 0
             and not self._warm_started
         ):
-            # Scikit-learn, which it needs, takes a while to import.
+            # Imported only if needed: scikit-learn is slow to import.
             from lpc_lightning.algorithms.warm_start.warm_start import warm_start
 
             warm_start(self, self.latent)
             self._warm_started = True
 
     def _check_annotators(self) -> None:
-        """Refuse to share what annotators say where nobody is known to have labelled anything."""
+        """Refuse `latent.annotators` if the training pairs name no annotator."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         shares = isinstance(self.latent, DiscreteSpace) and self.latent.annotators
         if shares and isinstance(data, PreferenceDataModule) and not any(data.training_pairs.annotators):
             raise ConfigError(
                 f"latent.annotators: found true, and no annotator in {len(data.training_pairs)} training pairs, "
-                "expected a column `annotator` (see data.columns.annotator), or latent.annotators false."
+                "expected a column `annotator`. Set data.columns.annotator to its name, or latent.annotators to false."
             )
 
     def on_train_epoch_start(self) -> None:
-        """Have the data follow this run's epochs: resumed under `max_steps`, Lightning's count for it is one ahead."""
+        """Set the sampler's epoch. Lightning sets it one too high in a run resumed under `max_steps`."""
         if isinstance(loader := self.trainer.train_dataloader, TrainingLoader):
             loader.sampler.set_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Tie the step's random draws to its place in the run (see `seeding`)."""
+        """Seed the step's random draws by its position in the run (see `seeding`)."""
         torch.manual_seed(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> TrainingOutput:
-        """Mean over pairs of the preference loss and the latent's penalty. Callbacks get what it is a mean of."""
-        reading, score = self.read(batch, self._known_code_range())
-        terms = self.training_terms(reading.states, score, self.progress)
+        """Compute the mean over pairs of the preference loss plus the latent's penalty.
+
+        The output also holds each pair's loss and margin, for callbacks.
+        """
+        forward, score = self.read(batch, self._latest_code_range())
+        terms = self.training_terms(forward.states, score, self.progress)
         losses = terms.pairs.losses + terms.penalty
         loss = losses.mean()
         self._losses.add(loss, self.trainer.global_step, self.current_epoch, batch_idx, batch.ids)
         logged = is_logged(self.trainer, batch_idx)
         if logged:
-            self.train_metrics.update(terms, reading.states)
+            self.train_metrics.update(terms, forward.states)
             if is_optimizer_step(self.trainer, batch_idx):
                 self._log_training()
         margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
-        share = share_of_window(self.trainer, batch.pairs, batch_idx)
-        return {"loss": loss * share, "losses": losses.detach(), "margins": margins, "logged": logged}
+        weight = window_weight(self.trainer, batch.pairs, batch_idx)
+        return {"loss": loss * weight, "losses": losses.detach(), "margins": margins, "logged": logged}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Close the window for the latent space as well, whose moments go by steps."""
+        """Close the window in the latent space, whose running moments are updated once a step."""
         if self.latent is not None:
             self.latent.close_window()
 
     def on_validation_start(self) -> None:
-        """Look at the losses so far: a run that has diverged is not validated."""
+        """Check the losses so far. A run that has diverged is not validated."""
         self._losses.check()
 
     def on_train_end(self) -> None:
-        """Look at the last losses."""
+        """Check the last losses."""
         self._losses.check()
 
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Drop the gradients with the step: Lightning would keep them through the next forward pass."""
+        """Free the gradients after a step. Lightning would keep them in memory during the next forward pass."""
         if is_optimizer_step(self.trainer, batch_idx):
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
-        """Score the pairs as the policy is used: under the prior. Callbacks get the pass, to ask more of it."""
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
+        """Score the pairs under the prior, as at inference. Callbacks get the forward pass to score other z."""
         return self._evaluate(batch, batch_idx, self.val_metrics)
 
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
-        """Like validation, on test data."""
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
+        """Score test pairs like validation pairs."""
         return self._evaluate(batch, batch_idx, self.test_metrics)
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
-        """Rewards, margins and prior of each pair, by its id."""
+        """Return the ids, rewards, margins and prior of the pairs."""
         terms = self._infer(batch, batch_idx)["terms"]
         pairs = terms.pairs
         return {
@@ -214,55 +229,58 @@ class PreferenceModule(PolicyModule):
         }
 
     def on_validation_epoch_end(self) -> None:
-        """Log means over all validation pairs, on all devices."""
+        """Log the means over all validation pairs of all devices."""
         self._report("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Log means over all test pairs, on all devices."""
+        """Log the means over all test pairs of all devices."""
         self._report("test", self.test_metrics)
 
-    def _infer(self, batch: PreferenceBatch, batch_idx: int) -> Evaluated:
+    def _infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
         torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))
-        reading, score = self.read(batch)
-        return {"terms": self.inference_terms(reading.states, score), "states": reading.states, "score": score}
+        forward, score = self.read(batch)
+        return {"terms": self.inference_terms(forward.states, score), "states": forward.states, "score": score}
 
-    def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> Evaluated:
+    def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:
         evaluated = self._infer(batch, batch_idx)
         metrics.update(evaluated["terms"], evaluated["states"])
         return evaluated
 
     def _log_training(self) -> None:
-        """Log the window that ends, after one transfer from the device for all that is read of it."""
-        losses, measured = self._losses.unread(), self._measured_code_range()
-        read = fetch({**self.train_metrics.collect(), **losses, **measured})
-        self._losses.check({name: read.pop(name) for name in losses})
-        for name in measured:
-            self._code_range = float(read.pop(name))
-        for name, value in read.items():
+        """Log the window that ends here. All its values are copied from the device in one transfer."""
+        losses, ranges = self._losses.unread(), self._measure_code_range()
+        values = fetch({**self.train_metrics.collect(), **losses, **ranges})
+        self._losses.check({name: values.pop(name) for name in losses})
+        for name in ranges:
+            self._code_range = float(values.pop(name))
+        for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name in PROGRESS_BAR, batch_size=1)
 
-    def _measured_code_range(self) -> dict[str, Tensor]:
-        """The range of the codes' logits as they are now, on the device; empty where training has no use for it."""
+    def _measure_code_range(self) -> dict[str, Tensor]:
+        """Compute the current range of the codes' logits, on the device. Empty if training does not use it."""
         if not (isinstance(self.latent, DiscreteSpace) and self.latent.scores_codes):
             return {}
         return {"code_range": code_range(self.policy.head, self.latent.codebook.weight)}
 
-    def _known_code_range(self) -> float | None:
-        """The range as it was at the last logged step. The first step of a run measures it, and waits for that."""
+    def _latest_code_range(self) -> float | None:
+        """Return the range of the last logged step. The first step of a run computes it and waits for the device."""
         if self._code_range is None:
-            for value in self._measured_code_range().values():
+            for value in self._measure_code_range().values():
                 self._code_range = float(value)
         return self._code_range
 
     def _report(self, stage: str, metrics: PreferenceMetrics) -> None:
         for name, value in metrics.collect().items():
-            # All devices hold the same value by now; sync_dist only keeps Lightning from warning that they might not.
+            # All devices already hold the same value. Without sync_dist, Lightning warns that they may not.
             self.log(f"{stage}/{name}", value, prog_bar=name in PROGRESS_BAR, batch_size=1, sync_dist=True)
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was trained (the policy or its adapter, and the latent space, not the reference) and on what."""
+        """Store the trained weights, without the reference, and the position in the data.
+
+        The trained weights are those of the policy or its adapter, and those of the latent space.
+        """
         self._losses.check()
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
@@ -278,16 +296,19 @@ class PreferenceModule(PolicyModule):
             checkpoint["code_range"] = self._code_range
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose weights are not this model's. (DeepSpeed has loaded its own before it asks.)"""
+        """Refuse a checkpoint of another architecture. DeepSpeed loads its own weights before this check.
+
+        Raises:
+            CheckpointError: Names or shapes of the weights differ.
+        """
         if not self._built:
             self._build()
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
-        told = ("training_data", "run_length", "warm_started", "code_range")
-        self._resumed = {name: checkpoint[name] for name in told if name in checkpoint}
+        self._resumed = {name: checkpoint[name] for name in RESUMED if name in checkpoint}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch does; frozen weights, which no checkpoint holds, are not told as missing."""
-        found = super().load_state_dict(state_dict, strict, assign)
-        found.missing_keys[:] = [name for name in found.missing_keys if name in self._trained]
-        return found
+        """Load weights like torch. Frozen weights, which no checkpoint holds, are not reported as missing."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        result.missing_keys[:] = [name for name in result.missing_keys if name in self._trained]
+        return result

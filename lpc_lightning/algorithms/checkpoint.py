@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and whether it fits."""
+"""Contents of a checkpoint, and the check that they fit the model."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from lpc_lightning.latent import LatentSpace
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not belong to the model that is to take it."""
+    """Raised when a checkpoint does not fit the model that loads it."""
 
 
 def trained_shapes(module: nn.Module) -> dict[str, torch.Size]:
-    """Names and shapes of what training changes: weights that are not frozen, and all that a latent space keeps.
+    """Return names and shapes of everything that training changes. The reference is not part of it.
 
-    So without the reference. A latent space has moments beside its weights.
+    These are the weights that are not frozen, and the whole state of a latent space, which has running moments too.
     """
     weights = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     spaces = ((name, part) for name, part in module.named_modules() if isinstance(part, LatentSpace))
-    kept = [space.state_dict(prefix=f"{name}.") for name, space in spaces]
-    return {name: value.shape for part in (weights, *kept) for name, value in part.items()}
+    states = [space.state_dict(prefix=f"{name}.") for name, space in spaces]
+    return {name: value.shape for part in (weights, *states) for name, value in part.items()}
 
 
 def rewind_to_last_step(loops: Mapping[str, Any], window: int, batches: float) -> int:
-    """Set the trainer's counts of batches back to the last optimizer step: no checkpoint holds the gradients since.
+    """Set the trainer's batch counts back to the last optimizer step.
+
+    A checkpoint does not hold the gradients that were accumulated since that step.
 
     Args:
-        loops: The checkpoint's own `loops`, which are changed.
-        window: Batches that are accumulated for a step.
-        batches: Batches in an epoch, whose last one closes its window.
+        loops: The entry `loops` of the checkpoint. It is changed.
+        window: Number of micro-batches that are accumulated for a step.
+        batches: Number of micro-batches in an epoch. The last one closes its window.
 
     Returns:
-        Batches of the epoch that the steps so far have used.
+        Number of micro-batches of the epoch that the optimizer steps so far have used.
     """
     progress = loops["fit_loop"]["epoch_loop.batch_progress"]
     done = progress["current"]["processed"]
@@ -47,18 +49,22 @@ def rewind_to_last_step(loops: Mapping[str, Any], window: int, batches: float) -
     return int(done - since)
 
 
-def check_same_architecture(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes.
+def check_same_architecture(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
+    """Compare the names and shapes of weights.
+
+    Args:
+        expected: Shapes of the model's trained weights.
+        weights: Weights in the checkpoint.
 
     Raises:
-        CheckpointError: They differ; says the first differences.
+        CheckpointError: Names or shapes differ. The message lists the first differences.
     """
-    missing = sorted(set(expected) - set(found))
-    surplus = sorted(set(found) - set(expected))
+    missing = sorted(set(expected) - set(weights))
+    surplus = sorted(set(weights) - set(expected))
     shapes = [
-        f"{name}: found {tuple(found[name].shape)}, expected {tuple(expected[name])}"
-        for name in sorted(set(found) & set(expected))
-        if found[name].shape != expected[name]
+        f"{name}: found {tuple(weights[name].shape)}, expected {tuple(expected[name])}"
+        for name in sorted(set(weights) & set(expected))
+        if weights[name].shape != expected[name]
     ]
     problems = [
         *(
@@ -71,6 +77,6 @@ def check_same_architecture(expected: Mapping[str, torch.Size], found: Mapping[s
     if problems:
         raise CheckpointError(
             f"checkpoint: its weights are of another architecture: {'; '.join(problems)}. Expected the {len(expected)} "
-            "trained weights of this policy and latent space: take the settings (policy, lora, latent) of the run that "
-            "wrote it, which are in its config.yaml."
+            "trained weights of this policy and latent space. Use the settings policy, lora and latent of the run that "
+            "wrote the checkpoint. They are in its config.yaml."
         )

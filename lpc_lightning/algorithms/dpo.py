@@ -16,10 +16,11 @@ class DPO(PreferenceModule):
         """Keep the settings.
 
         Args:
-            beta: Strength of the pull towards the reference, per nat. Rounding in bf16 puts the margin of long answers
-                off by about a nat: with beta near 1, trainer.precision 32-true.
-            label_smoothing: Share of labels believed to be flipped, 0 to 0.5 (cDPO).
-            robust: With label_smoothing below 0.5, the unbiased loss of rDPO in place of cDPO's.
+            beta: Scale of the log-ratios, per nat. A larger beta keeps the policy nearer to the reference. Rounding in
+                bf16 changes the margin of long answers by about a nat, so use trainer.precision 32-true if beta is
+                near 1.
+            label_smoothing: Assumed share of flipped labels, 0 to 0.5 (cDPO).
+            robust: Use the unbiased loss of rDPO instead of cDPO's. Needs label_smoothing below 0.5.
             module: Settings of `PreferenceModule`.
 
         Raises:
@@ -30,5 +31,5 @@ class DPO(PreferenceModule):
         self.check_settings()
 
     def preference_loss(self, logps: PairLogps) -> PairLosses:
-        """See `dpo_loss`."""
+        """Compute `dpo_loss`."""
         return dpo_loss(logps, self.beta, self.label_smoothing, self.robust)

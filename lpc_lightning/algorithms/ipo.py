@@ -1,4 +1,4 @@
-"""IPO."""
+"""IPO, with the sum or the mean over tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class IPO(PreferenceModule):
         """Keep the settings.
 
         Args:
-            beta: The paper's tau: the loss aims at a margin of 1 / (2 beta) nats.
-            length_average: Divide each answer's log-ratio by its tokens first (as TRL does).
+            beta: The paper's tau. The target margin is 1 / (2 beta) nats.
+            length_average: Divide each answer's log-ratio by its number of tokens first, as TRL does.
             module: Settings of `PreferenceModule`.
 
         Raises:
@@ -28,5 +28,5 @@ class IPO(PreferenceModule):
         self.check_settings()
 
     def preference_loss(self, logps: PairLogps) -> PairLosses:
-        """See `ipo_loss`."""
+        """Compute `ipo_loss`."""
         return ipo_loss(logps, self.beta, self.length_average)

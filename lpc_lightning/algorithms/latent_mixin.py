@@ -1,4 +1,4 @@
-"""Latent Preference Coding on top of any preference module; inert when there is no latent space."""
+"""Latent Preference Coding on top of any algorithm."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from lpc_lightning.types import LogitHead, PairStates
 
 
 class LatentMixin:
-    """Asks the latent space, where there is one, under which z each pair is to be answered."""
+    """Use of the latent space in a step. Without a latent space it leaves the plain algorithm unchanged."""
 
     latent: LatentSpace | None
 
     def build_latent(self, width: int, head: LogitHead) -> None:
-        """Make the space's parameters once the policy's width and head are known."""
+        """Create the space's parameters for a policy of this width and head."""
         if self.latent is not None:
             self.latent.build(width, head)
 
     def latent_parameters(self) -> list[nn.Parameter]:
-        """The space's parameters: a group of the optimizer of their own."""
+        """Return the space's parameters, which are an optimizer group of their own."""
         return [] if self.latent is None else list(self.latent.parameters())
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
-        """The step's losses: the latent space's, or the plain algorithm's to the last bit."""
+        """Compute the losses of a training step. Without a space they equal the plain algorithm's to the last bit."""
         if self.latent is None:
             return LatentTerms(*score.under(None))
         return self.latent.training_terms(states, score, progress)
 
     def inference_terms(self, states: PairStates, score: PairScorer) -> LatentTerms:
-        """The losses as the policy is used: z from the prior alone, or none."""
+        """Compute the losses with z from the prior alone, as at inference. Without a space there is no z."""
         if self.latent is None:
             return LatentTerms(*score.under(None))
         return self.latent.inference_terms(states, score)

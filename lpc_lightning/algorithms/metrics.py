@@ -1,4 +1,4 @@
-"""What a run reports, summed over pairs, batches and devices. The names are TRL's where TRL has one."""
+"""Metrics of a run over pairs, batches and devices. They have TRL's names if TRL has the metric."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lpc_lightning.types import PairStates
 
 
 def accuracies(margins: Tensor) -> Tensor:
-    """1 where the chosen answer is ahead, 0 where it is behind, 1/2 at a tie.
+    """Return 1 for a positive margin, 0 for a negative one, and 1/2 for a tie.
 
-    At the first step of DPO all margins are exactly 0, and a policy that has learned nothing is right half of the time
-    (TRL counts ties as wrong).
+    At the first step of DPO all margins are exactly 0, and the untrained policy is counted as right in half of the
+    pairs. TRL counts ties as wrong.
     """
     return torch.where(margins.isnan(), margins, (margins.sign() + 1) / 2)  # the sign of NaN is 0, a tie
 
 
 def pair_values(terms: LatentTerms) -> dict[str, Tensor]:
-    """Values whose mean over pairs is a metric, (B,) each."""
+    """Return the values (B,) whose means over pairs are metrics."""
     pairs, logps = terms.pairs, terms.logps
     margins = pairs.chosen_rewards - pairs.rejected_rewards
     return {
@@ -37,7 +37,7 @@ def pair_values(terms: LatentTerms) -> dict[str, Tensor]:
 
 
 def latent_values(terms: LatentTerms, states: PairStates) -> dict[str, Tensor]:
-    """Values of the latent whose mean over pairs is a metric, (B,) each; only those that the space has."""
+    """Return the latent's values (B,) whose means over pairs are metrics. Values that the space lacks are left out."""
     values: dict[str, Tensor] = {}
     if terms.z is not None:
         values["z_norm_ratio"] = terms.z.detach().float().norm(dim=-1) / states.prompt.detach().float().norm(dim=-1)
@@ -55,13 +55,13 @@ def latent_values(terms: LatentTerms, states: PairStates) -> dict[str, Tensor]:
 
 
 def fetch(values: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
-    """Copy single numbers from a device to the CPU, all of them in one transfer.
+    """Copy numbers from a device to the CPU in one transfer.
 
     Args:
-        values: Numbers by name: tensors of one element on one device, or plain numbers.
+        values: Numbers by name. Each is a tensor of one element, all on one device, or a plain number.
 
     Returns:
-        The same names with float64 tensors on the CPU, in the same order.
+        The same names, in the same order, with float64 tensors on the CPU.
     """
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     fetched = torch.stack([value.double() for value in tensors.values()]).cpu() if tensors else torch.zeros(0)
@@ -73,55 +73,56 @@ def fetch(values: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
 
 
 def entropy(log_probabilities: Tensor) -> Tensor:
-    """(B, K) log-probabilities to (B,) nats, without gradient."""
+    """Compute the entropy (B,) in nats from log-probabilities (B, K), without gradient."""
     logs = log_probabilities.detach()
     return -(logs.exp() * logs).sum(-1)
 
 
 class CodeUse(Metric):
-    """How much of the codebook the prior uses: perplexity of its mean over prompts, and codes that never lead.
+    """Use of the codebook by the prior: perplexity and dead codes.
 
-    `codebook_perplexity` is exp of the entropy of the mean prior, 1 (one code) to K (all alike). A prior that is
-    uniform for every prompt has a high perplexity as well: read it next to `prior_entropy`.
+    `codebook_perplexity` is exp of the entropy of the prior's mean over prompts, from 1 (one code) to K (all equal). A
+    prior that is uniform for every prompt has a high perplexity too, so compare it with `prior_entropy`. A dead code is
+    the most probable code of no prompt.
     """
 
     full_state_update = False
 
     def __init__(self, num_codes: int) -> None:
-        """Start counting.
+        """Create empty sums.
 
         Args:
-            num_codes: K.
+            num_codes: Number of codes, K.
         """
         super().__init__()
         self.add_state("mass", torch.zeros(num_codes, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("leads", torch.zeros(num_codes, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("top_counts", torch.zeros(num_codes, dtype=torch.long), dist_reduce_fx="sum")
         self.mass: Tensor
-        self.leads: Tensor
+        self.top_counts: Tensor
 
     def update(self, log_prior: Tensor) -> None:
-        """Take in (B, K) prior log-probabilities."""
+        """Add prior log-probabilities (B, K)."""
         self.mass += log_prior.detach().double().exp().sum(0)
-        # Not `bincount`, which on a GPU has the CPU wait for the largest number.
-        codes = torch.arange(self.leads.shape[0], device=log_prior.device)
-        self.leads += (log_prior.argmax(-1, keepdim=True) == codes).sum(0)
+        # Not `bincount`: on a GPU it makes the CPU wait for the largest number.
+        codes = torch.arange(self.top_counts.shape[0], device=log_prior.device)
+        self.top_counts += (log_prior.argmax(-1, keepdim=True) == codes).sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """Perplexity and dead codes."""
+        """Return the perplexity and the number of dead codes."""
         share = self.mass / self.mass.sum()
         return {
             "latent/codebook_perplexity": torch.special.entr(share).sum().exp(),
-            "latent/dead_codes": (self.leads == 0).sum().double(),
+            "latent/dead_codes": (self.top_counts == 0).sum().double(),
         }
 
 
 class PairMeans(Metric):
-    """Means over all pairs of whatever values come in, each pair counted once."""
+    """Means of named values over all pairs. Each pair counts once."""
 
     full_state_update = False
 
     def __init__(self) -> None:
-        """Start with no pairs."""
+        """Create empty sums."""
         super().__init__()
         self.add_state("sums", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("pairs", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -130,25 +131,25 @@ class PairMeans(Metric):
         self.pairs: Tensor
 
     def update(self, values: dict[str, Tensor]) -> None:
-        """Take in (B,) values by name; the names are the same at every update."""
+        """Add values (B,) by name. Every update has the same names."""
         self.names = tuple(values)
         sums = torch.stack([value.double().sum() for value in values.values()])
         self.sums = sums if self.sums.numel() == 0 else self.sums + sums
         self.pairs += next(iter(values.values())).shape[0]
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean by name."""
+        """Return the means by name."""
         return dict(zip(self.names, self.sums / self.pairs, strict=True))
 
 
 class PreferenceMetrics(torch.nn.Module):
-    """Everything that one stage (training, validation, test) reports."""
+    """All metrics of one stage (training, validation or test)."""
 
     def __init__(self, num_codes: int | None) -> None:
-        """Start counting.
+        """Create empty metrics.
 
         Args:
-            num_codes: K of a discrete latent space, or None.
+            num_codes: Number of codes of a discrete latent space, or None.
         """
         super().__init__()
         self.means = PairMeans()
@@ -156,17 +157,17 @@ class PreferenceMetrics(torch.nn.Module):
         self.settings: dict[str, float] = {}
 
     def update(self, terms: LatentTerms, states: PairStates) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         self.means.update(pair_values(terms) | latent_values(terms, states))
         if self.use is not None and terms.prior is not None:
             self.use.update(terms.prior)
         self.settings = {f"latent/{name}": value for name, value in terms.settings.items()}
 
     def collect(self) -> dict[str, float | Tensor]:
-        """All metrics since the last call, over all devices; starts anew."""
-        found: dict[str, float | Tensor] = {**self.means.compute(), **self.settings}
+        """Return all metrics since the last call, over all devices, and reset them."""
+        values: dict[str, float | Tensor] = {**self.means.compute(), **self.settings}
         if self.use is not None:
-            found |= self.use.compute()
+            values |= self.use.compute()
             self.use.reset()
         self.means.reset()
-        return found
+        return values

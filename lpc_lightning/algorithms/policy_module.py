@@ -1,4 +1,4 @@
-"""What a preference module is made of, and how: policy, reference and latent space, and their optimizer."""
+"""The parts of a preference module (policy, reference, latent space), how they are built, and their optimizer."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PreferenceBatch
 
 PARTS = ("policy", "reference", "latent")
-"""What is built."""
+"""Attributes of the module that are built in `configure_model`."""
 COMPILED_FROM = 200
-"""Micro-batches of a run from which compilation is worth its time."""
+"""Smallest number of micro-batches of a run for which compilation saves time."""
 REFERENCES: dict[str, Callable[..., Reference]] = {"cached": CachedReference, "live": live_reference}
+"""Kinds of references by name."""
 
 
 class PolicyModule(LatentMixin, LightningModule):
-    """A policy with its reference and latent space, built from what the settings say, on one device or shared out."""
+    """A policy with its reference and latent space, built from the settings, on one device or sharded."""
 
     needs_reference = True
     policy: CausalPolicy
     reference: Reference | None
     policy_spec: PolicySpec
     reference_kind: str
-    optimizer_of: OptimizerCallable
+    make_optimizer: OptimizerCallable
     latent_lr: float
     lr_schedule: str
     warmup_ratio: float
@@ -53,25 +54,25 @@ class PolicyModule(LatentMixin, LightningModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
+        """The policy's tokenizer, loaded at the first use."""
         if self._tokenizer is None:
             self._tokenizer = self.policy_spec.load_tokenizer()
         return self._tokenizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Hand the tokenizer to the DataModule. This is a run's first hook, and `prepare_data` needs it."""
+        """Give the tokenizer to the DataModule. This is a run's first hook, and `prepare_data` needs the tokenizer."""
         if isinstance(data := self.trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by Lightning's connector
             data.set_tokenizer(self.tokenizer)
         return []
 
     def setup(self, stage: str) -> None:
-        """Check and set up the strategy; note that a run begins, whose data is set up by now."""
+        """Check and set up the strategy. The DataModule of the run has been set up before."""
         check_strategy(self.trainer.strategy)
         set_micro_batch_size(self.trainer.strategy)
         self._starting = True
 
     def configure_model(self) -> None:
-        """Build policy, reference and latent space, once; have the reference ready for the run that begins."""
+        """Build policy, reference and latent space once, and prepare the reference for each run."""
         fresh = not self._built
         if fresh:
             self._build()
@@ -99,13 +100,16 @@ class PolicyModule(LatentMixin, LightningModule):
         make_reference = REFERENCES[self.reference_kind]
         self.reference = make_reference(self.policy, self.policy_spec) if self.needs_reference else None
         device = torch.get_default_device()
-        with torch.device("cpu"):  # the same first values on every device
+        with torch.device("cpu"):  # equal initial values on every kind of device
             self.build_latent(self.policy.width, self.policy.head)
         if self.latent is not None:
             self.latent.to(device)
 
-    def _is_to_compile(self) -> bool:
-        """Decide about `policy.compile: auto`: compilation takes about a minute and saves tenths of a second a step."""
+    def _should_compile(self) -> bool:
+        """Return whether to compile. `auto` compiles on a GPU, in a run of at least `COMPILED_FROM` micro-batches.
+
+        Compilation takes about a minute and saves tenths of a second in each step.
+        """
         if self.policy_spec.compile != "auto":
             return self.policy_spec.compile
         trainer: Any = self._trainer
@@ -120,7 +124,7 @@ class PolicyModule(LatentMixin, LightningModule):
         return device.type == "cuda"
 
     def _compile(self) -> None:
-        if self._is_to_compile():
+        if self._should_compile():
             for policy in policies_of(self):
                 policy.compile_layers(few_shapes=self._on_gpu)
 
@@ -129,16 +133,16 @@ class PolicyModule(LatentMixin, LightningModule):
         self._compile()
 
     def reference_step(self, batch: PreferenceBatch) -> Tensor:
-        """(2B,) log-probabilities under the policy as published: before it is trained, or with its adapter off."""
+        """Return (2B,) log-probabilities under the published weights: untrained, or with the adapter off."""
         return self.policy.reference_logps(batch)
 
     def configure_optimizers(self) -> Any:
-        """AdamW (or whatever `optimizer` says) over two groups, with warm-up and decay by optimizer step."""
+        """Create the optimizer over two parameter groups, and its schedule of warm-up and decay per optimizer step."""
         backbone = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [{"params": backbone, "name": "backbone"}]
         if latent := self.latent_parameters():
             groups.append({"params": latent, "name": "latent", "lr": self.latent_lr})
-        optimizer = self.optimizer_of(groups)
+        optimizer = self.make_optimizer(groups)
         steps = self._total_steps()
         schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -151,8 +155,8 @@ class PolicyModule(LatentMixin, LightningModule):
     ) -> None:
         """Clip by `trainer.gradient_clip_val`.
 
-        Lightning refuses to clip for a fused optimizer under mixed precision, because float16's loss scaler unscales
-        inside such an optimizer. bfloat16 has no scaler: its own clipping function will do.
+        Lightning refuses to clip gradients for a fused optimizer under mixed precision, because the loss scaler of
+        float16 unscales inside such an optimizer. bfloat16 has no scaler, so its plugin can clip.
         """
         plugin = self.trainer.precision_plugin
         unscaled = isinstance(plugin, MixedPrecision) and plugin.scaler is None
@@ -163,14 +167,14 @@ class PolicyModule(LatentMixin, LightningModule):
 
     @property
     def progress(self) -> float:
-        """0 at the first optimizer step, 1 at the last."""
+        """Progress of training: 0 at the first optimizer step, 1 at the last."""
         return min(1.0, self.trainer.global_step / max(1, self._total_steps() - 1))
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ConfigError(
-                "trainer: found no end of training, expected max_steps or max_epochs: the schedules of the learning "
-                "rate, g and tau run over the whole of it."
+                "trainer: found no end of training, expected max_steps or max_epochs. The schedules of the learning "
+                "rate, g and tau need the number of steps."
             )
         return int(steps)

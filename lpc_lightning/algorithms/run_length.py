@@ -1,4 +1,4 @@
-"""How a run is cut into steps and when it ends, held against the run that it goes on with."""
+"""The trainer's settings for step size and run length, and their comparison with a resumed checkpoint."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lpc_lightning.errors import ConfigError
 
-LENGTH = ("max_epochs", "max_steps", "limit_train_batches")
-"""The trainer's settings that say when training ends."""
+LENGTH_SETTINGS = ("max_epochs", "max_steps", "limit_train_batches")
+"""Settings of the trainer that determine when training ends."""
 
 
 def run_length(trainer: Trainer) -> dict[str, Any]:
-    """The trainer's settings as a checkpoint keeps them, by name."""
+    """Return the settings that a checkpoint stores, by name."""
     accumulated: Any = trainer.accumulate_grad_batches
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
         if isinstance(callback, GradientAccumulationScheduler):
-            accumulated = callback.scheduling  # by epoch; the trainer's own number is the current epoch's
-    return {"accumulate_grad_batches": accumulated, **{name: getattr(trainer, name) for name in LENGTH}}
+            accumulated = callback.scheduling  # by epoch; the trainer's number holds for the current epoch only
+    return {"accumulate_grad_batches": accumulated, **{name: getattr(trainer, name) for name in LENGTH_SETTINGS}}
 
 
 def compare_run_length(trainer: Trainer, before: dict[str, Any]) -> None:
-    """Refuse to go on in steps of another size; warn where the run ends elsewhere, which may well be what is wanted.
+    """Refuse to resume with another step size, and warn if the run ends at another step, which may be intended.
 
     Args:
         trainer: The trainer of the resumed run.
         before: `run_length` of the run that wrote the checkpoint.
 
     Raises:
-        ConfigError: Another `accumulate_grad_batches`.
+        ConfigError: `accumulate_grad_batches` differs.
     """
     now = run_length(trainer)
     name = "accumulate_grad_batches"
     if now[name] != before[name]:
         raise ConfigError(
-            f"trainer.{name}: found {now[name]}, expected {before[name]} as in the checkpoint. Resume with the same, "
-            "or start anew from the weights."
+            f"trainer.{name}: found {now[name]}, expected {before[name]} as in the checkpoint. Resume with the same "
+            "value, or start a new run from the weights."
         )
-    if changes := [f"{name} {now[name]} (before: {before[name]})" for name in LENGTH if now[name] != before[name]]:
+    if changes := [
+        f"{name} {now[name]} (before: {before[name]})" for name in LENGTH_SETTINGS if now[name] != before[name]
+    ]:
         rank_zero_warn(
-            f"resume: found trainer.{', trainer.'.join(changes)}: from here on, the schedules of the learning rate, g "
+            f"resume: found trainer.{', trainer.'.join(changes)}. From here on, the schedules of the learning rate, g "
             f"and tau are those of a run of {trainer.estimated_stepping_batches} steps."
         )

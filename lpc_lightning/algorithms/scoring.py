@@ -1,4 +1,4 @@
-"""The algorithm's loss as a function of the latent."""
+"""The algorithm's loss as a function of the latent, and the outputs of a step."""
 
 from __future__ import annotations
 
@@ -14,38 +14,41 @@ from lpc_lightning.types import PairLogps, PairLosses, PairStates
 
 
 class TrainingOutput(TypedDict):
-    """What a training step makes of a batch, for the trainer and for callbacks."""
+    """Output of a training step, for the trainer and for callbacks."""
 
     loss: Tensor
-    """What is minimised."""
+    """Value to minimise, with gradient."""
     losses: Tensor
-    """(B,) each pair's loss, the latent's penalty included, without gradient."""
+    """(B,) loss of each pair plus the latent's penalty, without gradient."""
     margins: Tensor
     """(B,) reward margins, without gradient."""
     logged: bool
-    """True if metrics are wanted of this step: see `is_logged`."""
+    """True if this step is logged (see `is_logged`)."""
 
 
-class Evaluated(TypedDict):
-    """What validation and test make of a batch, for callbacks: further z cost no further backbone pass."""
+class EvaluationOutput(TypedDict):
+    """Output of a validation or test step, for callbacks. They can score other z without another backbone pass."""
 
     terms: LatentTerms
     """Losses, rewards and log-probabilities under the prior."""
     states: PairStates
-    """h_x, h_w and h_l."""
+    """Hidden states h_x, h_w and h_l."""
     score: BatchScorer
-    """The same under any other z."""
+    """Losses, rewards and log-probabilities under any other z."""
 
 
-class Answers(Protocol):
-    """Log-probabilities of a batch's answers under any z, as a `BatchForward` has them."""
+class AnswerLogps(Protocol):
+    """Log-probabilities of a batch's answers as a function of z (see `BatchForward`)."""
 
     def logps(self, z: Tensor | None = None) -> Tensor:
-        """(2B,) under `z` (B, d) of each pair, or without."""
+        """Return (2B,) log-probabilities under `z` (B, d) of each pair, or without z (None)."""
         ...
 
     def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
-        """(2B, K) under every code of `codes` (K, d); see `token_logps_per_code` for `code_range`."""
+        """Return (2B, K) log-probabilities under every code of `codes` (K, d).
+
+        See `token_logps_per_code` for `code_range`.
+        """
         ...
 
 
@@ -53,41 +56,41 @@ class BatchScorer:
     """Losses and log-probabilities of one batch under any z, from one backbone pass (a `PairScorer`)."""
 
     reference: Tensor | None
-    """(2B,) log-probabilities under the reference, where there is one."""
+    """(2B,) log-probabilities under the reference. None for an algorithm without a reference."""
 
     def __init__(
         self,
-        reading: Answers,
+        forward: AnswerLogps,
         lengths: Tensor,
         reference: Tensor | None,
         loss: Callable[[PairLogps], PairLosses],
         code_range: float | None = None,
     ) -> None:
-        """Keep what does not depend on z.
+        """Keep the values that do not depend on z.
 
         Args:
-            reading: What the policy's backbone pass yields.
+            forward: Result of the policy's backbone pass.
             lengths: (2B,) completion tokens of each sequence.
-            reference: (2B,) the reference's log-probabilities, or None for an algorithm without one.
+            reference: (2B,) log-probabilities under the reference. None for an algorithm without a reference.
             loss: The preference loss.
             code_range: See `token_logps_per_code`.
         """
-        self._reading, self._lengths, self.reference, self._loss = reading, lengths, reference, loss
-        # Of one batch several things are asked under the same codes: one pass through the head answers them all.
-        self._logps_per_code = lru_cache(maxsize=1)(partial(reading.logps_per_code, code_range=code_range))
+        self._forward, self._lengths, self.reference, self._loss = forward, lengths, reference, loss
+        # Several values of a batch are computed under the same codes. They share one pass through the head.
+        self._logps_per_code = lru_cache(maxsize=1)(partial(forward.logps_per_code, code_range=code_range))
         self._swapped = False
 
     def under(self, z: Tensor | None) -> tuple[PairLosses, PairLogps]:
-        """(B,) losses and log-probabilities with each pair's z (B, d) added before the head; None: the plain policy."""
-        return self._score(self._reading.logps(z), self._lengths, self.reference)
+        """Compute (B,) losses and log-probabilities with z (B, d) added before the head. None: the plain policy."""
+        return self._score(self._forward.logps(z), self._lengths, self.reference)
 
     def under_codes(self, codes: Tensor) -> tuple[PairLosses, PairLogps]:
-        """(B, K) losses and log-probabilities under every code of `codes` (K, d)."""
+        """Compute (B, K) losses and log-probabilities under every code of `codes` (K, d)."""
         reference = None if self.reference is None else self.reference[:, None]
         return self._score(self._logps_per_code(codes), self._lengths[:, None], reference)
 
     def swapped(self) -> BatchScorer:
-        """The same pairs labelled the other way round: chosen is rejected. Shares what is known per code."""
+        """Return a scorer of the same pairs with the opposite labels. It shares the log-probabilities per code."""
         other = copy.copy(self)
         other._swapped = not self._swapped
         return other
@@ -98,6 +101,6 @@ class BatchScorer:
         return self._loss(logps), logps
 
     def _pair(self, values: Tensor) -> tuple[Tensor, ...]:
-        """(2B, ...) into those of the chosen and those of the rejected answers, (B, ...) each."""
+        """Split values (2B, ...) into (B, ...) of the chosen and (B, ...) of the rejected answers."""
         first, second = values.chunk(2)
         return (second, first) if self._swapped else (first, second)

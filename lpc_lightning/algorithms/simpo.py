@@ -1,4 +1,4 @@
-"""SimPO."""
+"""SimPO, which has no reference."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class SimPO(PreferenceModule):
 
         Args:
             beta: Scale of the length-averaged log-probabilities.
-            gamma_beta_ratio: Target margin gamma, in units of beta.
+            gamma_beta_ratio: Target margin gamma, divided by beta.
             module: Settings of `PreferenceModule`.
 
         Raises:
             ValueError: A setting is out of range.
         """
-        super().__init__(reference="live", **module)  # not a setting: there is none
+        super().__init__(reference="live", **module)  # not a setting of SimPO; no reference is built
         self.beta, self.gamma_beta_ratio = beta, gamma_beta_ratio
         self.check_settings()
 
     def preference_loss(self, logps: PairLogps) -> PairLosses:
-        """See `simpo_loss`."""
+        """Compute `simpo_loss`."""
         return simpo_loss(logps, self.beta, self.gamma_beta_ratio)

@@ -1,4 +1,4 @@
-"""The DataModule that all algorithms share: examples to tokens to batches."""
+"""DataModule for all algorithms: reads examples, tokenizes them and builds batches."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "test": ("test",),
     "predict": ("test",),
 }
-"""What each command of the trainer reads."""
+"""Stages that each trainer command reads."""
 PLANNED_EPOCHS = 2
-"""Epochs whose batches decide the shapes of all."""
+"""Number of epochs whose batches are used to choose the batch shapes."""
 ROW_TOKENS = 1024
-"""Most tokens of a row where attention is worked out over whole rows."""
+"""Default row limit, in tokens, for kernels that compute attention over whole rows."""
 
 
 class RowReader(Protocol):
-    """What the layout of batches depends on in a policy (a `CausalPolicy` has it)."""
+    """Properties of a policy that determine the layout of batches. `CausalPolicy` has them."""
 
     takes_block_mask: bool
     attends_by_segment: bool
@@ -50,7 +50,7 @@ class RowReader(Protocol):
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Batches of preference pairs for the policy that is being trained; subclasses say where the examples come from."""
+    """Batches of preference pairs for a policy. Subclasses define the source of the examples."""
 
     def __init__(
         self,
@@ -69,39 +69,44 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: int = 0,
         cache_dir: str | None = None,
     ) -> None:
-        """Keep the settings.
+        """Check and store the settings.
 
         Args:
-            batch_size: Pairs in a batch of one device. `trainer.accumulate_grad_batches` of them make a step.
-            eval_batch_size: Pairs in a batch of validation and test. null: as many as in training.
-            layout: `padded`, a row a sequence; `shared_prefix`, the prompt once with both answers behind it and several
-                pairs in a row; `auto`, shared_prefix where the policy's attention kernel takes a mask.
-            row_tokens: Most tokens that a row of `shared_prefix` may hold; the width that costs least is chosen below
-                it. A longer pair widens the rows of its batch. null: one row a batch where attention costs no more for
-                it (policy.attention segment, on a CPU; compiled flex_attention on a GPU), elsewhere 1024. On a GPU
-                rows are padded, so that an epoch has at most four shapes of batches (see `shapes`).
-            template: `chat`, the tokenizer's own; `plain`, User:/Assistant: text; `auto`, chat where there is one.
-            max_length: Most tokens of a prompt with its longer answer. null: no limit.
-            max_prompt_length: Most tokens of a prompt. null: no limit.
-            too_long: What becomes of longer pairs: `drop`; `truncate_prompt`, keeping its end; `truncate_answer`, which
-                loses the end-of-answer token; `error`. What is dropped or cut is counted in the log and as a metric.
-            bad_rows: `error` stops at rows that cannot be used, naming them; `skip` goes on and counts them.
-            length_window: Has training batches hold pairs of like length: pairs are shuffled, sorted by length within
-                windows of so many batches (of all devices), and the batches shuffled again. Every pair still comes
-                once an epoch, and the expected loss is the same (see `length_windows`). On HH in batches of 8, a window
-                of 50 takes padding from 51 to 17 % of all tokens in `padded`, from 8 to 2 % in `shared_prefix` with
-                row_tokens 1024 (one row a batch has none), and several devices wait less for each other; but the
-                largest batches hold long pairs alone, 5768 tokens in place of 3480, and set the peak memory. null:
-                plain shuffling.
-            pairs_per_annotator: Has training batches hold so many pairs of one annotator together, a divisor of
-                batch_size. They share what they say about the codes (MarginalSpace, annotators). Every pair still comes
-                once an epoch (see `annotator_batches`). Not together with length_window. null: plain shuffling.
-            balance_batches: Has training batches hold about as many tokens each: the pairs of 32 steps are dealt out
-                among their batches by length. Every pair still comes once an epoch (see `balanced_batches`). Padding to
-                four shapes then takes 2 to 4 % of the tokens, in place of 3 to 13 %. `auto`: on a GPU, for packed rows,
-                where neither length_window nor pairs_per_annotator is set.
-            num_workers: Processes that lay out batches ahead of time. 0 does it in the training process.
-            cache_dir: Where tokens are kept. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning.
+            batch_size: Number of pairs in a training batch of one device. An optimizer step uses
+                `trainer.accumulate_grad_batches` batches.
+            eval_batch_size: Number of pairs in a validation or test batch. null: the same as batch_size.
+            layout: Layout of a batch. `padded`: one row for each prompt with one answer. `shared_prefix`: the prompt
+                once, followed by both answers, with several pairs in a row. `auto`: shared_prefix if the policy's
+                attention kernel accepts a mask, otherwise padded.
+            row_tokens: Maximum number of tokens in a row of `shared_prefix`. The cheapest width up to this limit is
+                used. A longer pair widens the rows of its batch. null: one row for a batch if attention does not cost
+                more in one row (policy.attention segment on a CPU, compiled flex_attention on a GPU), otherwise 1024.
+                On a GPU, rows are padded, so that an epoch has at most four batch shapes (see `shapes`).
+            template: Template that converts a conversation to text. `chat`: the tokenizer's chat template. `plain`:
+                text with User: and Assistant:. `auto`: chat if the tokenizer has a chat template, otherwise plain.
+            max_length: Maximum number of tokens of a prompt and its longer answer. null: no limit.
+            max_prompt_length: Maximum number of tokens of a prompt. null: no limit.
+            too_long: Treatment of longer pairs. `drop`: leave the pair out. `truncate_prompt`: keep the end of the
+                prompt. `truncate_answer`: keep the start of each answer, without the end-of-answer token. `error`:
+                stop. Dropped and cut pairs are counted in the log and in a metric.
+            bad_rows: Treatment of invalid rows. `error`: stop and list them. `skip`: leave them out and count them.
+            length_window: Window size, in batches of all devices together. If set, a training batch holds pairs of
+                similar length: pairs are shuffled, then sorted by length within each window, and the batches are
+                shuffled again. Every pair is still used once in an epoch, and the expected loss is unchanged (see
+                `length_windows`). On HH with batches of 8, a window of 50 reduces padding from 51 to 17 % of all tokens
+                in `padded` and from 8 to 2 % in `shared_prefix` with row_tokens 1024 (a single row has no padding). It
+                also reduces the time that devices wait for each other. The largest batch grows from 3480 to 5768
+                tokens, and with it the peak memory. null: plain shuffling.
+            pairs_per_annotator: Number of pairs of the same annotator that are placed together in a training batch. It
+                must divide batch_size. These pairs share their evidence about the codes (MarginalSpace, annotators).
+                Every pair is still used once in an epoch (see `annotator_batches`). Cannot be combined with
+                length_window. null: plain shuffling.
+            balance_batches: Whether to give training batches similar numbers of tokens. The pairs of 32 steps are
+                distributed over the batches of these steps by length. Every pair is still used once in an epoch (see
+                `balanced_batches`). Padding to four shapes then takes 2 to 4 % of the tokens instead of 3 to 13 %.
+                `auto`: true on a GPU with packed rows if length_window and pairs_per_annotator are null.
+            num_workers: Number of processes that prepare batches in advance. 0: the training process prepares them.
+            cache_dir: Folder of the token cache. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning if it is unset.
 
         Raises:
             ValueError: A setting is out of range.
@@ -123,14 +128,13 @@ class PreferenceDataModule(LightningDataModule):
             )
         if pairs_per_annotator is not None and length_window is not None:
             raise ValueError(
-                f"data.length_window: found {length_window} beside data.pairs_per_annotator, expected one of them: "
-                f"a batch "
-                "holds pairs of like length, or pairs of one annotator."
+                f"data.length_window: found {length_window} together with data.pairs_per_annotator, expected only one "
+                "of them. Each of the two decides which pairs share a batch. Set one of them to null."
             )
         if balance_batches is True and (pairs_per_annotator is not None or length_window is not None):
             raise ValueError(
-                "data.balance_batches: found true beside data.length_window or data.pairs_per_annotator, expected auto "
-                "or false: each of the three decides which pairs share a batch."
+                "data.balance_batches: found true together with data.length_window or data.pairs_per_annotator, "
+                "expected auto or false. Each of the three decides which pairs share a batch."
             )
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.layout, self.row_tokens, self.template = layout, row_tokens, template
@@ -148,58 +152,59 @@ class PreferenceDataModule(LightningDataModule):
 
     @abstractmethod
     def source(self, stage: Stage) -> ExampleSource | None:
-        """The examples of a stage, or None where there are none."""
+        """Return the examples of a stage, or None if the stage has no examples."""
 
     @property
     def ceiling(self) -> Ceiling | None:
-        """The best accuracy that can be had on clean pairs, where it is known: of generated data it is."""
+        """Best possible accuracy on clean pairs. None if unknown; it is known for generated data."""
         return None
 
-    # What a run hands over
+    # Parts that a run provides
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take the policy's tokenizer. The module hands it over before `prepare_data`."""
+        """Set the policy's tokenizer. The module calls this before `prepare_data`."""
         self._tokenizer = tokenizer
 
     def set_policy(self, policy: RowReader) -> None:
-        """Take the policy that will read the batches. The module hands it over once it is built."""
+        """Set the policy that reads the batches. The module calls this after it has built the policy."""
         self._policy = policy
 
     def set_label_noise(self, noise: LabelNoise) -> None:
-        """Relabel the training pairs. A callback hands its noise over in its `setup`.
+        """Relabel the training pairs. A callback calls this in its `setup`.
 
-        Tokens and reference stay those of the clean pairs, unless the noise also marks the prompts.
+        Tokens and reference values are those of the clean pairs, except if the noise also marks the prompts.
 
         Raises:
-            ConfigError: The run has label noise already.
+            ConfigError: The run already has label noise.
         """
         if self._noise is not None:
             raise ConfigError(
-                f"callbacks: found two kinds of label noise ({self._noise.key()}; {noise.key()}), expected one at most."
+                f"callbacks: found two kinds of label noise ({self._noise.key()}; {noise.key()}), "
+                "expected one at most. Remove one of the callbacks."
             )
         self._noise = noise
         source = self.source("train")
         if source is None:
             return
         if noise.marks_prompts:
-            self.load("train", handed_over(self._tokenizer))
+            self.load("train", require_part(self._tokenizer))
             self._report("train")
             return
-        # Texts and scores are not kept with the tokens.
+        # The token cache does not hold texts and scores, so the examples are read again.
         examples = list(source.read(DataReport()))
         self._swaps = noise.flips(examples)[self.pairs["train"].indices]
 
     def prepare_data(self) -> None:
-        """Fill the token cache, in one process of the machine."""
+        """Fill the token cache. Lightning calls this in one process per machine."""
         assert self.trainer is not None
         for stage in STAGES[str(self.trainer.state.fn.value)]:  # type: ignore[union-attr]
-            self.load(stage, handed_over(self._tokenizer))
+            self.load(stage, require_part(self._tokenizer))
 
     def setup(self, stage: str) -> None:
-        """Open the tokens, and tell the log and the loggers what became of every row."""
+        """Open the tokens, and report to the log and the loggers how many rows were kept, dropped or cut."""
         self._noise = self._swaps = None
         for name in STAGES[stage]:
-            if self.load(name, handed_over(self._tokenizer)) is not None:
+            if self.load(name, require_part(self._tokenizer)) is not None:
                 self._report(name)
 
     def _report(self, stage: Stage) -> None:
@@ -211,10 +216,10 @@ class PreferenceDataModule(LightningDataModule):
             logger.log_metrics(metrics, 0)
 
     def load(self, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> TokenStore | None:
-        """The tokens of a stage and, in `reports`, how they came about. Needs no trainer.
+        """Load the tokens of a stage, and store the report on its rows in `reports`. Needs no trainer.
 
         Raises:
-            DataError: There is something wrong with the data; see `load_or_tokenize`.
+            DataError: The data is invalid (see `load_or_tokenize`).
         """
         source = self.source(stage)
         if source is None:
@@ -233,35 +238,35 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def training_pairs(self) -> TokenStore:
-        """The training pairs with the labels of this run."""
+        """Training pairs with the labels of this run."""
         return self.pairs["train"].relabelled(self._swaps, "" if self._noise is None else self._noise.key())
 
-    # What the reference says of the pairs
+    # Values of the reference
 
     @property
     def stages(self) -> list[Stage]:
-        """What this run of the trainer reads, of what there is."""
+        """Stages that this run reads and that have pairs."""
         assert self.trainer is not None
         return [stage for stage in STAGES[str(self.trainer.state.fn.value)] if stage in self.pairs]  # type: ignore[union-attr]
 
     def reads(self, stage: Stage) -> set[int]:
-        """The pairs of a stage that this run will read, on all its devices."""
+        """Return the pairs of a stage that this run reads, on all devices."""
         if stage == "train":
             return training_reads(self._training_batches(), self.trainer)
         return evaluation_reads(len(self.pairs[stage]), self.eval_batch_size, self.trainer)
 
     def micro_batches(self) -> float:
-        """Return how many training batches this run takes on a device, at most. 0: it does not train."""
+        """Return the maximum number of training batches of this run on one device. 0 if the run does not train."""
         return micro_batches(self._training_batches(), self.trainer) if "train" in self.stages else 0
 
     def attach_reference(self, stage: Stage, logps: np.ndarray) -> None:
-        """Have the batches of a stage carry `logps`; see `TokenStore.with_reference`."""
+        """Add `logps` to the batches of a stage (see `TokenStore.with_reference`)."""
         self.pairs[stage] = self.pairs[stage].with_reference(logps)
 
     # Batches
 
     def train_dataloader(self) -> TrainingLoader:
-        """Shuffled batches that a resumed run takes up where it stopped."""
+        """Build the loader of shuffled training batches. A resumed run continues after its last batch."""
         pairs, batches = self.training_pairs, self._training_batches()
         read = (batch for epoch in range(PLANNED_EPOCHS) for batch in batches.all_devices(epoch))
         layout = self._planned(pairs, read)
@@ -274,33 +279,33 @@ class PreferenceDataModule(LightningDataModule):
     def training_batches(
         self, pairs: TokenStore, seed: int, rank: int = 0, devices: int = 1, balance: bool = False
     ) -> TrainingBatches:
-        """The plan of a device, under these settings. Needs no trainer.
+        """Plan the training batches of a device. Needs no trainer.
 
         Raises:
-            DataError: Pairs are to be grouped by annotator, and none is known.
+            DataError: `pairs_per_annotator` is set, and no pair has an annotator.
         """
         lengths = None if self.length_window is None else pairs.lengths
         annotators = None if self.pairs_per_annotator is None else pairs.annotators
         if annotators is not None and not any(annotators):
             raise DataError(
                 f"data.pairs_per_annotator: found no annotator in {len(pairs)} training pairs, expected a column "
-                f"`annotator` "
-                "(or the name of another one, data.columns.annotator), or data.pairs_per_annotator null."
+                "`annotator`. Set data.columns.annotator if the column has another name, or data.pairs_per_annotator "
+                "to null."
             )
         sizes = (len(pairs), self.batch_size, seed, rank, devices)
         balanced = pairs.piece_lengths if balance else None
         return TrainingBatches(*sizes, lengths, self.length_window, annotators, self.pairs_per_annotator, balanced)
 
     def val_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
-        """Each validation pair once."""
+        """Build the loader of the validation pairs, each of them once."""
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
-        """Each test pair once."""
+        """Build the loader of the test pairs, each of them once."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
-        """Each test pair once."""
+        """Build the loader of the test pairs for prediction."""
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, stage: Stage) -> PreferenceLoader | list[PreferenceLoader]:
@@ -318,19 +323,19 @@ class PreferenceDataModule(LightningDataModule):
         return self.make_layout().for_batches(piece_lengths[batch] for batch in batches)
 
     def make_layout(self) -> Layout:
-        """What lays batches out for the policy that is being trained.
+        """Make the layout of batches for the policy.
 
         Raises:
-            DataError: The policy cannot read the layout that is set.
+            DataError: The policy cannot read the configured layout.
         """
-        policy = handed_over(self._policy)
+        policy = require_part(self._policy)
         takes_mask = policy.takes_block_mask
         if self.layout == "shared_prefix" and not takes_mask:
             raise DataError(
-                "data.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask. "
-                "Expected padded (or auto), or policy.attention sdpa or eager."
+                "data.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask, "
+                "expected padded or auto. Change data.layout, or set policy.attention to sdpa or eager."
             )
-        pad_id = make_template(handed_over(self._tokenizer), self.template).pad_id
+        pad_id = make_template(require_part(self._tokenizer), self.template).pad_id
         if self.layout == "padded" or not takes_mask:
             return PaddedLayout(pad_id)
         if self._on_gpu:
@@ -359,15 +364,15 @@ class PreferenceDataModule(LightningDataModule):
 Part = TypeVar("Part")
 
 
-def handed_over(part: Part | None) -> Part:
-    """Return a part that the module hands to the DataModule at the beginning of a run.
+def require_part(part: Part | None) -> Part:
+    """Return the tokenizer or the policy.
 
     Raises:
-        ConfigError: There is no such run.
+        ConfigError: The module has not set it.
     """
     if part is None:
         raise ConfigError(
             "data: found a DataModule without a tokenizer or a policy, expected a run of a PreferenceModule, which "
-            "hands them over. Call `load(stage, tokenizer)` where there is no trainer."
+            "sets both. Call `load(stage, tokenizer)` if there is no trainer."
         )
     return part

@@ -1,4 +1,4 @@
-"""Label noise: which training labels are wrong, and how the data module applies it."""
+"""Label noise: the choice of wrong training labels, and marked prompts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class LabelNoise(ABC):
 
     @abstractmethod
     def key(self) -> str:
-        """Return all that decides which labels are wrong, in one line for errors and cache keys."""
+        """Return everything that determines the wrong labels, in one line, for errors and cache keys."""
 
     @abstractmethod
     def flips(self, examples: Sequence[PreferenceExample]) -> np.ndarray:
         """Choose the examples that get the wrong label.
 
         Args:
-            examples: All training examples, as text, before any is left out for its length.
+            examples: All training examples, as text, before the length policy drops any.
 
         Returns:
-            (examples,) bool.
+            (examples,) bool, True if the label is wrong.
         """
 
     @property
@@ -44,12 +44,12 @@ class LabelNoise(ABC):
 
 @dataclass(frozen=True)
 class MarkedSource:
-    """Examples of which some are flipped and marked in their prompts (an `ExampleSource`)."""
+    """Source of examples, some of which are flipped and have a marker in their prompts (an `ExampleSource`)."""
 
     source: ExampleSource
     """The clean examples."""
     noise: LabelNoise
-    """What flips and marks them."""
+    """Noise that chooses, flips and marks examples."""
 
     def key(self) -> str:
         """See `ExampleSource.key`."""

@@ -1,4 +1,4 @@
-"""Preference pairs from files or the hub."""
+"""DataModule for preference pairs from files or the hub."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
 from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.formats import Columns
+from lpc_lightning.paths import expand_path
 
 
 class PreferenceData(PreferenceDataModule):
-    """Pairs from JSON lines, JSON, CSV, Parquet, or a Hugging Face data set, in any known row form."""
+    """Preference pairs from a JSON lines, JSON, CSV or Parquet file, or from a Hugging Face data set.
+
+    The rows may have any of the supported formats.
+    """
 
     def __init__(
         self,
@@ -25,19 +29,21 @@ class PreferenceData(PreferenceDataModule):
         columns: Columns | None = None,
         **data: Any,
     ) -> None:
-        """Say where the pairs are.
+        """Check and store the settings.
 
         Args:
-            path: A local file, a folder written by `datasets`, or a hub name; or one file for each of `train`,
-                `validation`, `test`.
-            config: Configuration of a hub data set.
-            train_split: Rows to train on: a hub split, or the value of a file's split column.
-            validation_split: Rows to validate on. null holds out a share of the training prompts.
-            test_split: Rows to test on. null: none.
-            validation_share: Share of the training prompts to hold out where there is no validation split, chosen by a
-                hash of the prompt, so that no prompt is on both sides. 0: no validation.
-            split_column: Column of a file that says which split a row belongs to; rows without it are `train`.
-            columns: Names of the columns. null: those of `Columns`.
+            path: A local file, a folder written by `datasets`, or the name of a data set on the hub. Alternatively a
+                mapping of `train`, `validation` and `test` to one file each. Environment variables are replaced:
+                `${LPC_DATA_DIR}/preferences/pairs.jsonl`.
+            config: Configuration of a hub data set. null: its default.
+            train_split: Split for training: a hub split, or a value of the file's split column.
+            validation_split: Split for validation. null: hold out a share of the training prompts.
+            test_split: Split for testing. null: no test.
+            validation_share: Share of the training prompts that is held out if validation_split is null, from 0 to
+                below 1. A hash of the prompt decides, so that training and validation have no prompt in common. 0: no
+                validation.
+            split_column: Column of a file that holds the split of each row. Rows without it belong to `train`.
+            columns: Names of the columns. null: the defaults of `Columns`.
             data: Settings of `PreferenceDataModule`.
 
         Raises:
@@ -46,16 +52,21 @@ class PreferenceData(PreferenceDataModule):
         super().__init__(**data)
         known = ("train", "validation", "test")
         if isinstance(path, dict) and not ({"train"} <= set(path) <= set(known)):
-            raise ValueError(f"data.path: found files for {sorted(path)}, expected train and perhaps {known[1:]}.")
+            raise ValueError(f"data.path: found files for {sorted(path)}, expected train and optionally {known[1:]}.")
         if not 0 <= validation_share < 1:
             raise ValueError(f"data.validation_share: found {validation_share}, expected a share from 0 to below 1.")
-        self.path, self.config, self.split_column = path, config, split_column
+        self.path: str | dict[str, str] = (
+            {stage: expand_path(each, f"data.path.{stage}") for stage, each in path.items()}
+            if isinstance(path, dict)
+            else expand_path(path, "data.path")
+        )
+        self.config, self.split_column = config, split_column
         self.columns = columns or Columns()
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.validation_share = validation_share
 
     def source(self, stage: Stage) -> RowSource | None:
-        """The rows of a stage: a file of its own, a split, or what is held out of training."""
+        """Return the rows of a stage: its file, its split, or the held-out training rows. None if it has no rows."""
         if self._has_own_rows(stage):
             held_out = False if stage == "train" and self._holds_out else None
             return self._rows(stage, held_out)

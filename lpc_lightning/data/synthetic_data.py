@@ -1,4 +1,4 @@
-"""The built-in preferences as a DataModule."""
+"""DataModule for the generated preference pairs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from lpc_lightning.types import Ceiling
 
 
 class SyntheticPreferences(PreferenceDataModule):
-    """English prompts and answers composed from style attributes, with the deciding factor known for every pair.
+    """Generated English pairs whose answers have style attributes. The deciding factor of every pair is known.
 
-    `source` is the prompt's domain, `factor` what decided, `annotator` who (where annotators are hidden).
+    In each pair, `source` is the domain of the prompt and `factor` the factor that decides the label. `annotator` is
+    the annotator if `deciding` is `hidden`, and empty otherwise.
     """
 
     def __init__(
@@ -27,16 +28,16 @@ class SyntheticPreferences(PreferenceDataModule):
         data_seed: int = 0,
         **data: Any,
     ) -> None:
-        """Say which pairs to make.
+        """Store the settings and make the generator.
 
         Args:
-            deciding: What decides a pair: its domain, which the prompt shows (`visible`), or an annotator whom no text
-                shows (`hidden`).
-            train_pairs: Pairs to train on.
-            validation_pairs: Pairs to validate on, with other prompts. 0: none.
-            test_pairs: Pairs to test on, with other prompts again. 0: none.
-            annotators: How many annotators there are, where they are hidden.
-            data_seed: Another seed makes other pairs and ties factors to domains and annotators anew.
+            deciding: Origin of the factor that decides the label. `visible`: the domain of the prompt. `hidden`: the
+                annotator, which no text contains.
+            train_pairs: Number of training pairs.
+            validation_pairs: Number of validation pairs. No prompt is shared with another split. 0: no validation.
+            test_pairs: Number of test pairs. No prompt is shared with another split. 0: no test.
+            annotators: Number of annotators, at least 2. Used only if deciding is `hidden`.
+            data_seed: Seed of the generator. It determines the pairs and the factor of each domain or annotator.
             data: Settings of `PreferenceDataModule`.
         """
         super().__init__(**data)
@@ -45,18 +46,18 @@ class SyntheticPreferences(PreferenceDataModule):
 
     @property
     def truth(self) -> Truth:
-        """What decides, and the best accuracy that can be had from the prompt alone."""
+        """Deciding factors of the data, and the best possible accuracies."""
         return self.generator.truth
 
     @property
     def ceiling(self) -> Ceiling:
-        """Exact. Who knows the annotator knows the factor that decides, and so every label."""
+        """Best possible accuracies, exact. The annotator determines the deciding factor, and so every label."""
         return Ceiling(from_prompt=self.truth.best_accuracy, given_annotator=1.0)
 
     def source(self, stage: Stage) -> ExamplesInMemory | None:
-        """The generated pairs of a stage."""
+        """Return the generated pairs of a stage, or None if their number is 0."""
         if not self.counts[stage]:
             return None
         examples = self.generator.examples(self.counts[stage], stage)
-        # Named by their content: a word changed in the generator must not be answered from an old cache.
+        # The key is a hash of the content, so that a change of the generator never loads old tokens from the cache.
         return ExamplesInMemory(examples, hashlib.sha256(repr(examples).encode()).hexdigest())

@@ -23,7 +23,7 @@ from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
 from lpc_lightning.policy.segment_attention import SEGMENT
 from lpc_lightning.reference.live import PolicyOwner
 from lpc_lightning.reference.pair_cache import PairCache
-from lpc_lightning.reference.pair_pass import Ask
+from lpc_lightning.reference.pair_pass import PairFunction
 from lpc_lightning.reference.shared_pass import shared_pass
 from lpc_lightning.types import PreferenceBatch
 
@@ -59,10 +59,10 @@ class CachedReference:
         """Work of the last run, by stage."""
 
     def logps(self, batch: PreferenceBatch) -> Tensor:
-        """(2B,) log-probabilities that the batch brings along.
+        """Return the (2B,) log-probabilities stored in the batch.
 
         Raises:
-            ConfigError: It brings none.
+            ConfigError: The batch has none.
         """
         logps = batch.reference_logps
         if logps is None:
@@ -95,11 +95,11 @@ class CachedReference:
         self, stage: Stage, data: PreferenceDataModule, trainer: Any, module: PolicyOwner, untouched: bool
     ) -> None:
         pairs, reads, start = data.pairs[stage], sorted(data.reads(stage)), time.perf_counter()
-        cache = PairCache("reference", 2, how_computed(self._weights, self._policy, trainer), pairs, data.cache_dir)
-        asking, title = partial(self._published, module, untouched), f"reference, {stage} pairs"
-        found, missing = shared_pass(cache, pairs, reads, data.make_layout(), asking, trainer, title)
+        cache = PairCache("reference", 2, computation_key(self._weights, self._policy, trainer), pairs, data.cache_dir)
+        open_function, title = partial(self._open_published, module, untouched), f"reference, {stage} pairs"
+        values, missing = shared_pass(cache, pairs, reads, data.make_layout(), open_function, trainer, title)
         logps = np.full((len(pairs), 2), np.nan)
-        logps[reads] = found
+        logps[reads] = values
         data.attach_reference(stage, logps)
         self.passes[stage] = passed = Pass(missing, time.perf_counter() - start)
         took = f"{passed.pairs} computed in {passed.seconds:.1f} s" if missing else "none computed"
@@ -107,8 +107,8 @@ class CachedReference:
         rank_zero_info(f"{stage}: reference log-probabilities in {cache.folder}: {reused} pairs reused, {took}.")
 
     @contextmanager
-    def _published(self, module: PolicyOwner, untouched: bool) -> Iterator[Ask]:
-        """Give the published weights on the run's device and in its precision."""
+    def _open_published(self, module: PolicyOwner, untouched: bool) -> Iterator[PairFunction]:
+        """Yield the log-probabilities (B, 2) of a batch under the published weights, on the run's device."""
         trainer: Any = module.trainer
         policy = self._policy if untouched else self._spec.build()
         if not untouched and fingerprint(policy) != self._weights:
@@ -122,15 +122,15 @@ class CachedReference:
         reshard(module)
 
 
-def how_computed(weights: str, policy: CausalPolicy, trainer: Any) -> dict[str, str]:
-    """What decides the numbers that a policy of these weights says of pairs: the key of a `PairCache`.
+def computation_key(weights: str, policy: CausalPolicy, trainer: Any) -> dict[str, str]:
+    """Return the key of a `PairCache`: everything but the tokens that changes the values of a pair.
 
-    In bfloat16, log-probabilities of long answers are about a nat apart between a CPU and a GPU.
+    In bfloat16, log-probabilities of long answers differ by about a nat between a CPU and a GPU.
 
     Args:
         weights: Fingerprint of the weights.
-        policy: Has them.
-        trainer: Whose device and precision are used.
+        policy: Policy with these weights.
+        trainer: Trainer whose device and precision are used.
     """
     device = trainer.strategy.root_device
     return {
@@ -145,5 +145,5 @@ def how_computed(weights: str, policy: CausalPolicy, trainer: Any) -> dict[str, 
 
 
 def attention_kernel(setting: str, device: torch.device) -> str:
-    """The attention kernel that runs on a device for the kernel that a model is set to."""
+    """Return the attention kernel that runs on a device if a model is set to `setting`."""
     return "sdpa" if setting == SEGMENT and device.type != "cpu" else setting

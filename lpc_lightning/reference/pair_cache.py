@@ -63,28 +63,28 @@ class PairCache:
         self.folder = (cache_dir or default_cache_dir()) / kind / fingerprint
         self._pairs, self._numbers, self._dtype = len(pairs), numbers, dtype
 
-    def read(self, places: np.ndarray) -> np.ndarray:
-        """(n, m) values of the pairs at `places` (n,), which are different ones; NaN where unknown."""
-        values = np.full((len(places), self._numbers), np.nan, self._dtype)
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Return (n, m) values of the pairs at `indices` (n,), which are distinct. Missing values are NaN."""
+        values = np.full((len(indices), self._numbers), np.nan, self._dtype)
         row_of = np.full(self._pairs, -1)
-        row_of[places] = np.arange(len(places))
+        row_of[indices] = np.arange(len(indices))
         for part in sorted(self.folder.glob(PART)):
             try:
-                known, found = self._open(part)
+                stored, stored_values = self._open(part)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 log.warning("The cached values in %s are damaged (%s). They are computed again.", part, error)
                 continue
-            wanted = row_of[known] >= 0
-            rows, found = row_of[known][wanted], found[wanted]
-            fresh = np.isnan(values[rows, 0])
-            values[rows[fresh]] = found[fresh]
+            requested = row_of[stored] >= 0
+            rows, part_values = row_of[stored][requested], stored_values[requested]
+            missing = np.isnan(values[rows, 0])
+            values[rows[missing]] = part_values[missing]
         return values
 
-    def add(self, places: np.ndarray, values: np.ndarray) -> None:
+    def add(self, indices: np.ndarray, values: np.ndarray) -> None:
         """Store the values of further pairs.
 
         Args:
-            places: (n,) their places in the data set.
+            indices: (n,) indices of the pairs in the data set.
             values: (n, m).
 
         Raises:
@@ -95,7 +95,7 @@ class PairCache:
         scratch = self.folder / f"{uuid4().hex}{_UNFINISHED}"
         try:
             with scratch.open("xb") as file:
-                np.savez(file, places=places, values=values)  # a zip, which holds checksums
+                np.savez(file, places=indices, values=values)  # a zip, which holds checksums
                 file.flush()
                 os.fsync(file.fileno())
             taken = [int(part.stem) for part in self.folder.glob(PART)]
@@ -109,11 +109,11 @@ class PairCache:
             scratch.unlink()
 
     def _open(self, part: Path) -> tuple[np.ndarray, np.ndarray]:
-        with part.open("rb") as file, np.load(file) as kept:
-            places, values = kept["places"], kept["values"]
-        if values.shape != (len(places), self._numbers) or np.isnan(values).any() or (places >= self._pairs).any():
+        with part.open("rb") as file, np.load(file) as arrays:
+            indices, values = arrays["places"], arrays["values"]
+        if values.shape != (len(indices), self._numbers) or np.isnan(values).any() or (indices >= self._pairs).any():
             raise ValueError(f"they are not {self._numbers} each of {self._pairs} pairs")
-        return places, values
+        return indices, values
 
     def _remove_leftovers(self) -> None:
         """Remove files that killed processes left more than a day ago."""

@@ -1,4 +1,4 @@
-"""A pass over pairs whose numbers are kept for other runs: what is known is read, what is missing worked out."""
+"""A pass over pairs with a cache: stored values are read, missing values are computed and stored."""
 
 from __future__ import annotations
 
@@ -13,71 +13,72 @@ from lpc_lightning.data import Layout
 from lpc_lightning.data.tokenization.cache_lock import one_at_a_time
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.reference.pair_cache import PairCache
-from lpc_lightning.reference.pair_pass import Ask, ask_of_pairs
+from lpc_lightning.reference.pair_pass import PairFunction, compute_over_pairs
 
 WAIT = 300
-"""Seconds that several devices wait for another run: longer, and those that wait for the first device give up."""
+"""Seconds that a run on several devices waits for another run. The other devices wait too, and would time out."""
 
 
 def shared_pass(
     cache: PairCache,
     pairs: TokenStore,
-    places: Iterable[int],
+    indices: Iterable[int],
     layout: Layout,
-    asking: Callable[[], AbstractContextManager[Ask]],
+    open_function: Callable[[], AbstractContextManager[PairFunction]],
     trainer: Any,
     title: str,
 ) -> tuple[np.ndarray, int]:
-    """Read the values of some pairs from the cache; ask for those that it does not hold, and keep them.
+    """Read values of pairs from the cache, and compute and store those that it lacks.
 
     Args:
-        cache: Of these pairs.
-        pairs: The data set, labelled as the data has it.
-        places: Which of its pairs; the same on every device, in any order.
-        layout: Lays batches out.
-        asking: Entered if anything is missing: gets ready what is asked.
-        trainer: Whose devices, precision and progress bar are taken.
-        title: What stands before the bar.
+        cache: Cache of the values of these pairs.
+        pairs: The data set, with the labels of the data and without label noise.
+        indices: Indices of the pairs, in any order, the same on every device.
+        layout: Function from pairs to a batch.
+        open_function: Context manager that yields the function to compute. It is entered only if values are missing.
+        trainer: Trainer whose devices, precision and progress bar are used.
+        title: Text before the progress bar.
 
     Returns:
-        (n, m) values in the order of the places' numbers, the same on every device, and of how many pairs they were
-        not known before.
+        (n, m) values in increasing order of the indices, the same on every device, and the number of pairs that were
+        not in the cache.
     """
-    wanted = np.array(sorted(places), dtype=int)
-    values, missing = _known(cache, wanted, trainer)
+    requested = np.array(sorted(indices), dtype=int)
+    values, missing = _read_cached(cache, requested, trainer)
     if not len(missing):
         return values, 0
-    with _alone(cache, trainer):
-        values, missing = _known(cache, wanted, trainer)
+    with _lock(cache, trainer):
+        values, missing = _read_cached(cache, requested, trainer)
         if len(missing):
-            with asking() as ask:
-                for found, numbers in ask_of_pairs(pairs, missing.tolist(), layout, ask, trainer, title):
-                    values[np.searchsorted(wanted, found)] = numbers
+            with open_function() as function:
+                parts = compute_over_pairs(pairs, missing.tolist(), layout, function, trainer, title)
+                for computed, part in parts:
+                    values[np.searchsorted(requested, computed)] = part
                     if trainer.is_global_zero:
-                        _keep(cache, found, numbers)
-    # Another run may have added the same pairs first. What a resumed run will find counts for this one, too.
-    kept = trainer.strategy.broadcast(cache.read(wanted))
-    return np.where(np.isnan(kept), values, kept), len(missing)
+                        _store(cache, computed, part)
+    # Another run may have stored the same pairs first. Its values count here too, because a resumed run will read them.
+    stored = trainer.strategy.broadcast(cache.read(requested))
+    return np.where(np.isnan(stored), values, stored), len(missing)
 
 
-def _known(cache: PairCache, wanted: np.ndarray, trainer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """What the cache holds, and which of the pairs it does not, as the first device sees it."""
-    values = trainer.strategy.broadcast(cache.read(wanted))
-    return values, wanted[np.isnan(values[:, 0])]
+def _read_cached(cache: PairCache, requested: np.ndarray, trainer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Read the first device's cached values, NaN if missing, and return them with the indices of the missing pairs."""
+    values = trainer.strategy.broadcast(cache.read(requested))
+    return values, requested[np.isnan(values[:, 0])]
 
 
-def _alone(cache: PairCache, trainer: Any) -> AbstractContextManager[None]:
-    """Has other runs that miss the same values wait for this one's."""
+def _lock(cache: PairCache, trainer: Any) -> AbstractContextManager[None]:
+    """Lock the cache, so that other runs wait for this run's values. Only the first device takes the lock."""
     if not trainer.is_global_zero:
         return nullcontext()
     return one_at_a_time(cache.folder, None if trainer.world_size == 1 else WAIT)
 
 
-def _keep(cache: PairCache, places: np.ndarray, values: np.ndarray) -> None:
+def _store(cache: PairCache, indices: np.ndarray, values: np.ndarray) -> None:
     try:
-        cache.add(places, values)
+        cache.add(indices, values)
     except OSError as error:
         rank_zero_warn(
-            f"What the policy says of the pairs cannot be kept in {cache.folder}: {error}. This run goes on without; "
-            "the next one works it out again. Set data.cache_dir to a folder with room."
+            f"The values of the pairs cannot be stored in {cache.folder}: {error}. This run continues without the "
+            "cache, and the next run computes them again. Set data.cache_dir to a folder with free space."
         )

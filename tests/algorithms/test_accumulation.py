@@ -1,4 +1,4 @@
-"""Windows of accumulated micro-batches: what each weighs, how long gradients live, and steps like a plain loop's."""
+"""Tests of gradient accumulation: weights of micro-batches, lifetime of gradients, and steps of a plain loop."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from lpc_lightning.algorithms import DPO, SimPO
-from lpc_lightning.algorithms.accumulation import is_optimizer_step, share_of_window
+from lpc_lightning.algorithms.accumulation import is_optimizer_step, window_weight
 from lpc_lightning.latent import MarginalSpace
 
 
 class Windows(Callback):
-    """Where windows end, and what each micro-batch weighs."""
+    """Records where windows end and the weight of each micro-batch."""
 
     def __init__(self) -> None:
         self.closing: list[int] = []
-        self.shares: list[float] = []
+        self.weights: list[float] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.shares.append(share_of_window(trainer, batch.pairs, batch_idx))
+        self.weights.append(window_weight(trainer, batch.pairs, batch_idx))
         if is_optimizer_step(trainer, batch_idx):
             self.closing.append(batch_idx)
 
 
 @pytest.mark.parametrize(
-    ("settings", "closing", "shares"),
+    ("settings", "closing", "weights"),
     [
         # 21 pairs, 2 in a micro-batch: the last window has 5 of them, or 3, or 1.
         ({"accumulate_grad_batches": 4}, [3, 7, 10], [1.0] * 8 + [4 * 2 / 5, 4 * 2 / 5, 4 * 1 / 5]),
@@ -41,17 +41,17 @@ class Windows(Callback):
     ],
     ids=str,
 )
-def test_windows_end_when_full_or_with_the_epoch_and_weigh_by_pairs(
-    settings: dict[str, Any], closing: list[int], shares: list[float], small_policy: Any, fit_run: Any
+def test_window_ends_and_weights(
+    settings: dict[str, Any], closing: list[int], weights: list[float], small_policy: Any, fit_run: Any
 ) -> None:
-    seen = Windows()
-    fit_run(SimPO(policy=small_policy()), max_epochs=1, limit_val_batches=0, callbacks=[seen], **settings)
-    assert seen.closing == closing
-    assert seen.shares == pytest.approx(shares, abs=1e-12)
+    recorder = Windows()
+    fit_run(SimPO(policy=small_policy()), max_epochs=1, limit_val_batches=0, callbacks=[recorder], **settings)
+    assert recorder.closing == closing
+    assert recorder.weights == pytest.approx(weights, abs=1e-12)
 
 
 class Gradients(Callback):
-    """Of how many trained parameters there is a gradient, before each micro-batch, before each step and in the end."""
+    """Counts the parameters with a gradient before each micro-batch, before each step and at the end."""
 
     def __init__(self) -> None:
         self.between: list[int] = []
@@ -71,20 +71,20 @@ class Gradients(Callback):
         self.between.append(self.count(pl_module))
 
 
-def test_they_go_with_the_step_and_stay_between_its_micro_batches(small_policy: Any, fit_run: Any) -> None:
-    """11 micro-batches in an epoch, the last one a step of its own; validation comes in between."""
-    seen = Gradients()
+def test_gradients_live_within_a_window(small_policy: Any, fit_run: Any) -> None:
+    """An epoch has 11 micro-batches, the last of which is a step of its own. Validations run in between."""
+    recorder = Gradients()
     module = DPO(policy=small_policy(), latent=MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0))
-    fit_run(module, max_epochs=2, accumulate_grad_batches=2, val_check_interval=4, callbacks=[seen])
+    fit_run(module, max_epochs=2, accumulate_grad_batches=2, val_check_interval=4, callbacks=[recorder])
     trained = sum(parameter.requires_grad for parameter in module.parameters())
-    assert seen.at_steps == [trained] * 2 * 6
-    assert seen.between == ([0, trained] * 5 + [0]) * 2 + [0]
+    assert recorder.at_steps == [trained] * 2 * 6
+    assert recorder.between == ([0, trained] * 5 + [0]) * 2 + [0]
 
 
-def test_accumulated_steps_are_those_of_a_plain_loop(
+def test_accumulated_steps_equal_plain_loop(
     small_policy: Any, small_data: Any, fit_run: Any, naive_logps: Callable[..., torch.Tensor]
 ) -> None:
-    """-log sigmoid(beta D) by the model's own logits, its mean over the pairs of two micro-batches, plain descent."""
+    """The oracle is plain gradient descent on the mean of -log sigmoid(beta D) over two micro-batches."""
     rate, beta = 0.5, 0.1
     spec, data = small_policy(dtype="float64"), small_data()
     module = DPO(
@@ -97,10 +97,10 @@ def test_accumulated_steps_are_those_of_a_plain_loop(
     run = fit_run(module, data, max_epochs=1, precision="64-true", accumulate_grad_batches=2)
 
     model, reference = spec.build().causal_lm, spec.build().causal_lm
-    known = {pair.id: pair for pair in data.pairs["train"]}
+    pairs_by_id = {pair.id: pair for pair in data.pairs["train"]}
     starts = range(0, len(run.batches), 2)
     for start in starts:
-        pairs = [known[name] for batch in run.batches[start : start + 2] for name in batch]
+        pairs = [pairs_by_id[name] for batch in run.batches[start : start + 2] for name in batch]
         with torch.no_grad():
             published = naive_logps(reference, pairs)
         chosen, rejected = (naive_logps(model, pairs) - published).chunk(2)

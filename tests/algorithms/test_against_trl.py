@@ -1,7 +1,7 @@
-"""Losses, gradients and metrics against TRL's DPOTrainer, on the same models and the same padded batch.
+"""Tests of losses, gradients and metrics against TRL's DPOTrainer, with the same models and the same padded batch.
 
-TRL works its log-probabilities out in float32 whatever the type of the model, by a kernel of its own; the models are
-float64, so that nothing else is rounded.
+TRL computes its log-probabilities in float32 for every type of the model, by its own kernel. The models are float64, so
+that nothing else is rounded.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def pairs(make_pairs: Callable[..., list[TokenizedPair]]) -> list[TokenizedPair]
 
 @pytest.fixture
 def sides(tiny_spec: Callable[..., Any], perturb: Callable[..., None], tmp_path: Path) -> Callable[..., Sides]:
-    """Our module and TRL's trainer with equal weights; policies that have moved away from their references."""
+    """Our module and TRL's trainer with equal weights. The policies differ from their references."""
 
     def make(algorithm: str, family: str, **latent: Any) -> Sides:
         kind, ours, theirs = ALGORITHMS[algorithm]
-        # Windows and eager attention leave no number to a row of padding, which TRL's own code would read.
+        # With windows and eager attention, rows of padding are NaN, and TRL's own code would read them.
         options = {"sliding_window": 64} if family == "gemma2" else None
         module = kind(policy=tiny_spec(family, options=options), reference="live", **ours, **latent)
         module.configure_model()
@@ -86,7 +86,7 @@ def sides(tiny_spec: Callable[..., Any], perturb: Callable[..., None], tmp_path:
 
 
 def collated(trainer: DPOTrainer, pairs: list[TokenizedPair]) -> dict[str, Tensor]:
-    """The pairs as TRL lays them out."""
+    """Return the pairs as a batch of TRL."""
     batch = trainer.data_collator(
         [{"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in pairs]
     )
@@ -95,7 +95,7 @@ def collated(trainer: DPOTrainer, pairs: list[TokenizedPair]) -> dict[str, Tenso
 
 
 def add_before_head(model: nn.Module, family: str, z: Tensor) -> None:
-    """Adds z (B, d) to all states that enter the head, of the chosen and of the rejected answers."""
+    """Add z (B, d) to all states that enter the head, for chosen and rejected answers."""
     norm = model.get_submodule(FINAL_NORM[family])
     norm.register_forward_hook(lambda _, inputs, states: states + torch.cat([z, z])[:, None])
 
@@ -117,7 +117,7 @@ def assert_same_gradients(module: PreferenceModule, gradients: dict[str, Tensor]
 @every_family
 @every_algorithm
 @every_layout
-def test_a_training_step_has_trls_loss_and_gradients(
+def test_step_equals_trl(
     family: str,
     algorithm: str,
     layout: Layout,
@@ -135,7 +135,7 @@ def test_a_training_step_has_trls_loss_and_gradients(
 
 @every_family
 @every_algorithm
-def test_one_learned_vector_is_trl_with_it_added_before_the_head(
+def test_vector_latent_equals_trl_with_added_vector(
     family: str,
     algorithm: str,
     sides: Callable[..., Sides],
@@ -155,7 +155,7 @@ def test_one_learned_vector_is_trl_with_it_added_before_the_head(
 
 @every_algorithm
 @every_layout
-def test_a_z_for_each_pair_is_trl_with_it_added_before_the_head(
+def test_z_per_pair_equals_trl_with_added_z(
     algorithm: str, layout: Layout, sides: Callable[..., Sides], pairs: list[TokenizedPair]
 ) -> None:
     module, trainer = sides(algorithm, "llama")
@@ -176,7 +176,7 @@ def test_a_z_for_each_pair_is_trl_with_it_added_before_the_head(
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "rdpo"])
-def test_metrics_that_have_trls_names_have_its_values(
+def test_metrics_equal_trls(
     algorithm: str, sides: Callable[..., Sides], pairs: list[TokenizedPair], train_step: Callable[..., Any]
 ) -> None:
     module, trainer = sides(algorithm, "llama")

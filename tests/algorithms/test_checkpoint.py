@@ -1,4 +1,4 @@
-"""What a checkpoint holds, what comes back out of it, and which ones are refused."""
+"""Tests of the contents of checkpoints, of loading them, and of refused checkpoints."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def tensors(value: Any) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def predict(small_data: Any) -> Callable[[LightningModule], dict[str, Any]]:
-    """Rewards and priors of the test pairs, by a trainer of its own, and the policy's bare log-probabilities."""
+    """Return a function that computes rewards and priors of the test pairs, and the policy's log-probabilities."""
 
-    def say(module: Any) -> dict[str, Any]:
+    def predict_values(module: Any) -> dict[str, Any]:
         data = small_data()
         trainer = quiet_trainer()
         batches = trainer.predict(module, datamodule=data)
@@ -55,10 +55,10 @@ def predict(small_data: Any) -> Callable[[LightningModule], dict[str, Any]]:
             values["logps"] = torch.cat([module.policy.read(batch).logps() for batch in data.test_dataloader()])
         return values
 
-    return say
+    return predict_values
 
 
-def assert_says_the_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_same_predictions(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
@@ -66,7 +66,7 @@ def assert_says_the_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path, fit_run: Any, small_data: Any) -> Callable[..., Path]:
-    """Trains a module for two steps and saves it."""
+    """Return a function that trains a module for two steps and saves it."""
 
     def save(module: PreferenceModule, **trainer: Any) -> Path:
         keep = ModelCheckpoint(dirpath=tmp_path, filename="saved")
@@ -76,35 +76,35 @@ def saved(tmp_path: Path, fit_run: Any, small_data: Any) -> Callable[..., Path]:
     return save
 
 
-# What it holds.
+# Contents.
 
 
 @pytest.mark.parametrize("algorithm", [DPO, SimPO], ids=["with a reference", "without"])
 @pytest.mark.parametrize("latent", [None, gumbel], ids=["plain", "gumbel"])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=4)], ids=["full", "lora"])
-def test_it_holds_what_was_trained_and_nothing_else(
+def test_checkpoint_holds_trained_weights_only(
     algorithm: type[PreferenceModule], latent: Space | None, lora: LoRA | None, saved: Any, small_policy: Any
 ) -> None:
     policy = small_policy(lora=lora)
     module = algorithm(policy=policy, latent=latent and latent(), optimizer=adam)
     path = saved(module)
-    kept = torch.load(path, weights_only=True)
-    trained = kept["state_dict"]
+    content = torch.load(path, weights_only=True)
+    trained = content["state_dict"]
     if lora is None:
         expected = {f"policy.{name}" for name, _ in policy.build().named_parameters()}
     else:
         linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         assert len(trained) == 2 * len(linear) + (len(module.latent.state_dict()) if module.latent else 0)
-        expected = {name for name in trained if any(f"{kind}.lora_" in name for kind in linear)}
+        expected = {name for name in trained if any(f"{layer}.lora_" in name for layer in linear)}
     if module.latent is not None:
         expected |= {f"latent.{name}" for name in module.latent.state_dict()}
         assert {f"latent.{network}.moments.mean" for network in ("prior", "posterior")} < expected
     assert set(trained) == expected
     assert all(torch.equal(trained[name], value) for name, value in module.state_dict().items() if name in expected)
 
-    # Weights and Adam's two moments, with some room for names and counters.
+    # Weights and Adam's two moments, with some margin for names and counters.
     weights = sum(tensor.nbytes for tensor in trained.values())
-    assert sum(tensor.nbytes for tensor in tensors(kept)) <= 3 * weights + 8 * len(trained)
+    assert sum(tensor.nbytes for tensor in tensors(content)) <= 3 * weights + 8 * len(trained)
     assert path.stat().st_size < 3 * weights + 2_000 * len(trained) + 10_000
     if lora is not None:
         assert weights < 0.5 * sum(parameter.nbytes for parameter in policy.build().parameters())
@@ -118,48 +118,46 @@ def test_it_holds_what_was_trained_and_nothing_else(
         ("64-true", torch.float64, torch.float64),
     ],
 )
-def test_moments_are_as_exact_as_float32_at_least(
+def test_moments_are_at_least_float32(
     precision: str, weights: torch.dtype, moments: torch.dtype, saved: Any, small_policy: Any
 ) -> None:
     module = DPO(policy=small_policy(), latent=gumbel(), optimizer=adam)
-    kept = torch.load(saved(module, precision=precision), weights_only=True)["state_dict"]
-    assert kept["latent.prior.first.weight"].dtype == weights
+    content = torch.load(saved(module, precision=precision), weights_only=True)["state_dict"]
+    assert content["latent.prior.first.weight"].dtype == weights
     for network in ("prior", "posterior"):
-        mean, pairs = (kept[f"latent.{network}.moments.{name}"] for name in ("mean", "pairs"))
+        mean, pairs = (content[f"latent.{network}.moments.{name}"] for name in ("mean", "pairs"))
         assert (mean.dtype, pairs.item()) == (moments, 4)
         assert mean.any()
 
 
-# What comes back.
+# Loading.
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=4)], ids=["full", "lora"])
-def test_in_code_it_loads_with_policy_and_latent_given(
-    lora: LoRA | None, saved: Any, small_policy: Any, predict: Any
-) -> None:
+def test_load_in_code_with_policy_and_latent(lora: LoRA | None, saved: Any, small_policy: Any, predict: Any) -> None:
     module = DPO(policy=small_policy(lora=lora), latent=gumbel(), optimizer=adam, beta=0.7, latent_lr=1e-2)
     path = saved(module)
     expected = predict(module)
     loaded = DPO.load_from_checkpoint(path, policy=small_policy(lora=lora), latent=gumbel())
     assert (loaded.beta, loaded.latent_lr) == (0.7, 1e-2)
-    assert_says_the_same(predict(loaded), expected)
+    assert_same_predictions(predict(loaded), expected)
     fresh = DPO(policy=small_policy(lora=lora), latent=gumbel(), beta=0.7)
     assert not torch.equal(predict(fresh)["rewards/chosen"], expected["rewards/chosen"])
 
 
-def test_a_trainer_loads_it_too(saved: Any, small_policy: Any, small_data: Any) -> None:
+def test_load_by_trainer(saved: Any, small_policy: Any, small_data: Any) -> None:
     path = saved(module := DPO(policy=small_policy(), latent=gumbel(), optimizer=adam))
     fresh = DPO(policy=small_policy(), latent=gumbel())
     keep = ModelCheckpoint(dirpath=path.parent)
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[keep], enable_progress_bar=False)
-    (said,) = trainer.validate(fresh, datamodule=small_data(), ckpt_path=path, verbose=False)
+    (metrics,) = trainer.validate(fresh, datamodule=small_data(), ckpt_path=path, verbose=False)
     (expected,) = trainer.validate(module, datamodule=small_data(), verbose=False)
-    assert said == expected
+    assert metrics == expected
 
 
 @pytest.fixture
 def command_line(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PreferenceCLI]:
-    """Two steps by the command line, whose checkpoints know how to build their module."""
+    """Return a function that trains by the command line. Its checkpoints hold the settings of their module."""
     monkeypatch.setattr("sys.argv", ["lpc-lightning"])
 
     def fit(*flags: str) -> PreferenceCLI:
@@ -172,15 +170,15 @@ def command_line(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatc
         ]
         trainer = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
         quiet = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
-        places = [f"--data.cache_dir={cache_dir}", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
-        return PreferenceCLI(["fit", *policy, *data, *trainer, *quiet, *places, *flags])
+        folders = [f"--data.cache_dir={cache_dir}", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+        return PreferenceCLI(["fit", *policy, *data, *trainer, *quiet, *folders, *flags])
 
     return fit
 
 
 @pytest.mark.parametrize("lora", [[], ["--policy.lora.rank=2"]], ids=["full", "lora"])
 @pytest.mark.parametrize(
-    ("flags", "kind"),
+    ("flags", "algorithm"),
     [
         (["--model=DPO", "--model.beta=0.7", "--latent=null"], DPO),
         (
@@ -191,20 +189,20 @@ def command_line(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatc
     ],
     ids=["plain", "marginal", "gumbel"],
 )
-def test_what_the_command_line_saved_builds_itself(
-    flags: list[str], lora: list[str], kind: type, command_line: Any, predict: Any
+def test_load_of_command_line_checkpoint(
+    flags: list[str], lora: list[str], algorithm: type, command_line: Any, predict: Any
 ) -> None:
     done = command_line(*flags, *lora, "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01")
     (path,) = Path(done.trainer.log_dir).glob("checkpoints/*.ckpt")
     loaded = LightningModule.load_from_checkpoint(path, weights_only=True)
-    assert type(loaded) is kind
+    assert type(loaded) is algorithm
     assert loaded.beta == done.model.beta
     assert (loaded.policy_spec.lora is None) == (not lora)
     assert type(loaded.latent) is type(done.model.latent)
-    assert_says_the_same(predict(loaded), predict(done.model))
+    assert_same_predictions(predict(loaded), predict(done.model))
 
 
-# What is refused.
+# Refused checkpoints.
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -222,7 +220,7 @@ SPACES: dict[str, Space | None] = {
 
 
 @pytest.mark.parametrize(
-    ("wrote", "reads", "told"),
+    ("wrote", "reads", "problem"),
     [
         (
             ("full", "plain"),
@@ -253,8 +251,8 @@ SPACES: dict[str, Space | None] = {
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_another_architecture_is_refused(
-    wrote: tuple[str, str], reads: tuple[str, str], told: str, saved: Any, small_policy: Any, small_data: Any
+def test_load_refuses_other_architecture(
+    wrote: tuple[str, str], reads: tuple[str, str], problem: str, saved: Any, small_policy: Any, small_data: Any
 ) -> None:
     def module(names: tuple[str, str]) -> DPO:
         policy, space = names
@@ -263,7 +261,7 @@ def test_another_architecture_is_refused(
 
     path = saved(module(wrote))
     sentence = (
-        rf"^checkpoint: its weights are of another architecture: .*{told}.* Expected the \d+ trained weights of this"
+        rf"^checkpoint: its weights are of another architecture: .*{problem}.* Expected the \d+ trained weights of this"
     )
     trainer = quiet_trainer()
     with pytest.raises(CheckpointError, match=sentence):

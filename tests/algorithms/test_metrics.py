@@ -1,4 +1,4 @@
-"""Metrics against closed forms and plain means."""
+"""Tests of the metrics against closed forms and plain means."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def terms(**extra: object) -> LatentTerms:
 STATES = PairStates(*(torch.tensor([[3.0, 4.0], [0.0, 2.0], [6.0, 8.0]]) for _ in range(3)))
 
 
-def test_a_tie_is_half_right() -> None:
+def test_pair_values_tie_is_half_right() -> None:
     values = pair_values(terms())
     assert values["rewards/accuracies"].tolist() == [1.0, 0.5, 0.0]
     assert values["rewards/margins"].tolist() == [1.0, 0.0, -2.0]
 
 
-def test_the_loss_counts_the_penalty() -> None:
+def test_pair_values_loss_includes_penalty() -> None:
     assert pair_values(terms())["loss"].tolist() == [0.5, 1.5, 4.0]
     paid = pair_values(terms(penalty=column(0.5, 0.0, 1.0).requires_grad_()))
     assert paid["loss"].tolist() == [1.0, 1.5, 5.0]
     assert not any(value.requires_grad for value in paid.values())
 
 
-def test_values_bear_trls_names() -> None:
+def test_pair_values_have_trls_names() -> None:
     values = pair_values(terms())
     assert set(values) == {
         *("loss", "logps/chosen", "logps/rejected"),
@@ -50,7 +50,7 @@ def test_values_bear_trls_names() -> None:
     assert values["logps/rejected"].tolist() == [-4, -5, -6]
 
 
-def test_latent_values_are_those_that_the_space_has() -> None:
+def test_latent_values_of_available_terms() -> None:
     assert latent_values(terms(), STATES) == {}
     prior = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.1, 0.1, 0.8]])
     posterior = torch.tensor([[0.9, 0.05, 0.05], [0.2, 0.2, 0.6], [0.8, 0.1, 0.1]])
@@ -67,11 +67,11 @@ def test_latent_values_are_those_that_the_space_has() -> None:
     assert both["latent/agreement"].tolist()[::2] == [1.0, 0.0]
 
 
-def test_entropy_is_that_of_torch_distributions() -> None:
+def test_entropy_equals_torch_distributions() -> None:
     logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    found = entropy(logits.log_softmax(-1))
-    torch.testing.assert_close(found, Categorical(logits=logits.detach()).entropy(), rtol=1e-12, atol=1e-12)
-    assert not found.requires_grad
+    values = entropy(logits.log_softmax(-1))
+    torch.testing.assert_close(values, Categorical(logits=logits.detach()).entropy(), rtol=1e-12, atol=1e-12)
+    assert not values.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -79,15 +79,15 @@ def test_entropy_is_that_of_torch_distributions() -> None:
     [
         # Every prompt on the same code.
         ([[1.0, 0, 0, 0]] * 5, 1.0, 3),
-        # Each code for one prompt in four: all are in use.
+        # Each code is used by one prompt in four.
         ([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]], 4.0, 0),
-        # Half of the prompts each on two codes.
+        # Half of the prompts use one code, half another.
         ([[1.0, 0, 0, 0], [0, 0, 0, 1.0]] * 3, 2.0, 2),
         # The mean prior is (1/2, 1/4, 1/8, 1/8): 7/4 bits.
         ([[0.75, 0.25, 0, 0], [0.25, 0.25, 0.25, 0.25]], 2**1.75, None),
         # Three prompts and one: (3/4, 1/4).
         ([[1.0, 0, 0, 0]] * 3 + [[0, 1.0, 0, 0]], 4 / 3**0.75, 2),
-        # Nearly even for every prompt, one code always ahead: a high perplexity that says little.
+        # Nearly uniform for every prompt, and one code always most probable: a high perplexity without information.
         ([[0.28, 0.24, 0.24, 0.24]] * 2, math.exp(-0.28 * math.log(0.28) - 0.72 * math.log(0.24)), 3),
     ],
 )
@@ -97,45 +97,45 @@ def test_code_use(rows: list[list[float]], perplexity: float, dead: int | None, 
     log_prior = torch.tensor(rows).log()
     for start in range(0, len(rows), batch_size):
         use.update(log_prior[start : start + batch_size])
-    found = use.compute()
-    assert float(found["latent/codebook_perplexity"]) == pytest.approx(perplexity, rel=1e-6)
+    values = use.compute()
+    assert float(values["latent/codebook_perplexity"]) == pytest.approx(perplexity, rel=1e-6)
     if dead is not None:
-        assert float(found["latent/dead_codes"]) == dead
+        assert float(values["latent/dead_codes"]) == dead
     use.reset()
     use.update(torch.tensor([[0.0, 0, 1.0, 0]]).log())
     assert float(use.compute()["latent/codebook_perplexity"]) == pytest.approx(1.0)
 
 
-def test_means_weigh_every_pair_alike_whatever_its_batch() -> None:
+def test_pair_means_weigh_pairs_equally() -> None:
     means = PairMeans()
     values = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for start, end in ((0, 4), (4, 5), (5, 7)):
         means.update({"a": values[start:end], "b": values[start:end].square()})
-    found = means.compute()
-    assert float(found["a"]) == pytest.approx(math.fsum(values.tolist()) / 7, rel=1e-14)
-    assert float(found["b"]) == pytest.approx(math.fsum(value**2 for value in values.tolist()) / 7, rel=1e-14)
+    result = means.compute()
+    assert float(result["a"]) == pytest.approx(math.fsum(values.tolist()) / 7, rel=1e-14)
+    assert float(result["b"]) == pytest.approx(math.fsum(value**2 for value in values.tolist()) / 7, rel=1e-14)
     means.reset()
     means.update({"a": column(3.0, 4.0)})
     assert {name: float(value) for name, value in means.compute().items()} == {"a": 3.5}
 
 
-def test_many_small_float32_values_keep_their_mean() -> None:
+def test_pair_means_of_many_float32_values() -> None:
     means = PairMeans()
     for _ in range(1000):
         means.update({"a": torch.full((10,), 0.1)})
     assert float(means.compute()["a"]) == pytest.approx(float(torch.tensor(0.1)), rel=1e-14)
 
 
-def test_a_stage_collects_everything_and_starts_anew() -> None:
+def test_preference_metrics_collect_and_reset() -> None:
     metrics = PreferenceMetrics(num_codes=2)
     prior = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]).log()
     metrics.update(terms(prior=prior, settings={"g": 0.1}), STATES)
     metrics.update(terms(prior=prior, settings={"g": 0.3}), STATES)
-    found = metrics.collect()
-    assert float(found["loss"]) == pytest.approx(2.0)
-    assert float(found["rewards/accuracies"]) == 0.5
-    assert found["latent/g"] == 0.3
-    assert float(found["latent/dead_codes"]) == 0
+    values = metrics.collect()
+    assert float(values["loss"]) == pytest.approx(2.0)
+    assert float(values["rewards/accuracies"]) == 0.5
+    assert values["latent/g"] == 0.3
+    assert float(values["latent/dead_codes"]) == 0
     metrics.update(terms(prior=prior[:, [1, 0]] * torch.tensor([1.0, 0.0]) + torch.tensor([-9.0, -1e-9])), STATES)
     again = metrics.collect()
     assert float(again["latent/dead_codes"]) == 1

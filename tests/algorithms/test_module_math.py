@@ -1,4 +1,4 @@
-"""What the modules compute: whole steps by a real trainer against loops, and every latent against no latent."""
+"""Tests of whole steps by a real trainer against loops, and of every latent against no latent."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def pairs(make_pairs: Callable[..., list[TokenizedPair]]) -> list[TokenizedPair]
 
 @pytest.fixture
 def make(tiny_spec: Callable[..., Any], perturb: Callable[..., None]) -> Make:
-    """Builds a module whose policy has moved away from its reference; the same one at every call."""
+    """Return a function that always builds the same module, whose policy differs from its reference."""
 
     def module(algorithm: str = "dpo", latent: LatentSpace | None = None, **policy: Any) -> PreferenceModule:
         kind, settings, *_ = ALGORITHMS[algorithm]
@@ -123,7 +123,7 @@ def policy_gradients(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @every_algorithm
 @every_layout
-def test_a_step_is_the_mean_loss_of_a_loop_over_pairs(
+def test_step_equals_loop_over_pairs(
     algorithm: str,
     layout: Layout,
     pairs: list[TokenizedPair],
@@ -163,7 +163,7 @@ def test_a_step_is_the_mean_loss_of_a_loop_over_pairs(
 @every_algorithm
 @every_layout
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_without_a_latent_a_step_is_the_plain_algorithm_to_the_last_bit(
+def test_step_without_latent_is_bitwise_plain(
     algorithm: str,
     layout: Layout,
     dtype: str,
@@ -191,7 +191,7 @@ def test_without_a_latent_a_step_is_the_plain_algorithm_to_the_last_bit(
 
 
 @every_layout
-def test_with_an_adapter_the_reference_is_the_policy_without_it(
+def test_adapter_reference_is_policy_without_it(
     layout: Layout,
     pairs: list[TokenizedPair],
     make: Make,
@@ -214,7 +214,7 @@ def test_with_an_adapter_the_reference_is_the_policy_without_it(
     assert all("lora_" in name for name in ours.gradients)
 
 
-def test_an_untrained_policy_is_undecided(
+def test_untrained_policy_has_zero_margins(
     pairs: list[TokenizedPair], tiny_spec: Callable[..., Any], train_step: Callable[..., Any]
 ) -> None:
     metrics = train_step(DPO(policy=tiny_spec("llama"), reference="live"), pairs).metrics
@@ -238,13 +238,13 @@ ZERO: dict[str, Callable[..., LatentSpace]] = {
     "vector": lambda **space: VectorSpace(),
 }
 PER_CODE = ("expected", "marginal")
-"""Spaces whose losses go through a sum over codes, which rounds; all others read the plain log-probabilities."""
+"""Spaces whose losses are sums over codes, which are rounded. All others use the plain log-probabilities."""
 
 
 @pytest.mark.parametrize("name", list(ZERO))
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo", "simpo"])
 @every_layout
-def test_with_codes_of_zero_a_step_is_the_plain_algorithm(
+def test_step_with_zero_codes_is_plain(
     name: str,
     algorithm: str,
     layout: Layout,
@@ -264,19 +264,19 @@ def test_with_codes_of_zero_a_step_is_the_plain_algorithm(
 
 
 @pytest.mark.parametrize("name", list(ZERO))
-def test_with_codes_of_zero_validation_is_the_plain_algorithms(
+def test_validation_with_zero_codes_is_plain(
     name: str,
     pairs: list[TokenizedPair],
     make: Make,
     make_trainer: Callable[..., Any],
     make_loader: Callable[..., Any],
 ) -> None:
-    found = []
+    results = []
     for latent in (None, ZERO[name]()):
         trainer = make_trainer()
         trainer.validate(make("dpo", latent), make_loader(pairs), verbose=False)
-        found.append({metric: float(value) for metric, value in trainer.callback_metrics.items()})
-    plain, latent_metrics = found
+        results.append({metric: float(value) for metric, value in trainer.callback_metrics.items()})
+    plain, latent_metrics = results
     assert set(plain) == {
         *("val/loss", "val/logps/chosen", "val/logps/rejected"),
         *(f"val/rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
@@ -301,7 +301,7 @@ FULL: dict[str, Callable[[], LatentSpace]] = {
 
 
 @pytest.mark.parametrize("name", list(FULL))
-def test_both_layouts_take_the_same_step(
+def test_layouts_give_the_same_step(
     name: str, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any]
 ) -> None:
     padded, packed = (train_step(make("dpo", FULL[name]()), pairs, layout) for layout in LAYOUTS.values())
@@ -309,13 +309,13 @@ def test_both_layouts_take_the_same_step(
     assert set(padded.gradients) == set(packed.gradients)
     for weight, gradient in padded.gradients.items():
         scale = float(gradient.abs().max())
-        # The norms of the backbone are float32, also in its backward pass.
+        # The norms of the backbone are float32, in its backward pass too.
         torch.testing.assert_close(packed.gradients[weight], gradient, rtol=1e-5, atol=1e-6 * scale)
 
 
 @pytest.mark.parametrize("name", ["none", *FULL])
 @pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-5), ("bf16-mixed", 2**-7), ("bf16-true", 2**-7)])
-def test_every_precision_takes_the_same_step(
+def test_precisions_give_the_same_step(
     name: str,
     precision: str,
     tolerance: float,
@@ -327,7 +327,7 @@ def test_every_precision_takes_the_same_step(
         train_step(make("dpo", FULL[name]() if name in FULL else None, dtype="float32"), pairs, precision=it)
         for it in ("32-true", precision)
     ]
-    # bfloat16 knows a number to one part in 2^8. Noise is float32 there, but float64 under 64-true: another draw.
+    # bfloat16 has a relative precision of 2^-8. Under 64-true the noise is float64, which gives other draws.
     if precision != "64-true" or name in ("none", "expected", "marginal", "vector", "mlp"):
         assert steps[1].loss.item() == pytest.approx(steps[0].loss.item(), rel=tolerance)
     assert all(torch.isfinite(gradient).all() for gradient in steps[1].gradients.values())
@@ -335,7 +335,7 @@ def test_every_precision_takes_the_same_step(
 
 
 @every_layout
-def test_names_of_annotators_reach_the_latent(
+def test_annotators_reach_the_latent(
     layout: Layout, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any]
 ) -> None:
     named = [replace(pair, annotator=name) for pair, name in zip(pairs, "abab", strict=True)]
@@ -348,18 +348,18 @@ def test_names_of_annotators_reach_the_latent(
 
 
 @pytest.mark.parametrize("name", list(FULL))
-def test_a_latent_that_says_something_changes_the_step(
+def test_nonzero_latent_changes_the_step(
     name: str, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any]
 ) -> None:
     plain, latent = train_step(make("dpo"), pairs), train_step(make("dpo", FULL[name]()), pairs)
     trained = {weight for weight in latent.gradients if weight.startswith("latent.")}
     assert trained
-    if name != "mlp":  # which starts at zero
+    if name != "mlp":  # it starts at zero
         assert abs(latent.loss.item() - plain.loss.item()) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["gumbel", "posterior only", "expected", "gaussian"])
-def test_the_posterior_runs_in_training_alone(
+def test_posterior_runs_only_in_training(
     name: str,
     pairs: list[TokenizedPair],
     make: Make,
@@ -380,7 +380,7 @@ def test_the_posterior_runs_in_training_alone(
     assert runs.count("posterior") == 1
 
 
-def test_predictions_are_each_pairs_rewards_under_the_prior(
+def test_predict_returns_rewards_under_prior(
     pairs: list[TokenizedPair],
     make: Make,
     make_trainer: Callable[..., Any],
@@ -405,26 +405,26 @@ def test_predictions_are_each_pairs_rewards_under_the_prior(
     torch.testing.assert_close(prior.sum(-1), torch.ones(4, dtype=prior.dtype))
 
 
-def test_schedules_run_from_the_first_step_to_the_last(
+def test_schedules_span_all_steps(
     pairs: list[TokenizedPair], make: Make, make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
 ) -> None:
-    seen: list[tuple[float, float]] = []
+    schedule: list[tuple[float, float]] = []
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx % 2:
-                seen.append(tuple(float(trainer.callback_metrics[f"train/latent/{name}"]) for name in ("g", "tau")))
+                schedule.append(tuple(float(trainer.callback_metrics[f"train/latent/{name}"]) for name in ("g", "tau")))
 
     module = make("dpo", GumbelSpace(num_codes=3, tau=Exponential(1.0, 0.0625)))
     loader = make_loader(pairs * 2, batch_size=1)
     settings: dict[str, Any] = {"limit_val_batches": 0, "accumulate_grad_batches": 2, "log_every_n_steps": 1}
     trainer = make_trainer(max_steps=5, callbacks=[Watch()], **settings)
     trainer.fit(module, loader, loader)
-    assert seen == [(0.0, 1.0), (0.25, 0.5), (0.5, 0.25), (0.75, 0.125), (1.0, 0.0625)]
+    assert schedule == [(0.0, 1.0), (0.25, 0.5), (0.5, 0.25), (0.75, 0.125), (1.0, 0.0625)]
 
 
 @pytest.mark.parametrize("latent", [None, "marginal"])
-def test_accumulated_micro_batches_of_unequal_size_are_one_batch(
+def test_unequal_micro_batches_equal_one_batch(
     latent: str | None,
     make_pairs: Callable[..., list[TokenizedPair]],
     make: Make,
@@ -434,18 +434,18 @@ def test_accumulated_micro_batches_of_unequal_size_are_one_batch(
 ) -> None:
     pairs = make_pairs([*LENGTHS, (2, 6, 3)])
     whole = train_step(make("dpo", FULL[latent]() if latent else None), pairs)
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
 
     class Watch(Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            found.update({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
+            results.update({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
 
     loader = TrainingLoader(pairs, TrainingBatches(5, 2, seed=0), PaddedLayout(0))
     assert loader.batch_sizes == [2, 2, 1]
     trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=[Watch()], accumulate_grad_batches=3)
     trainer.fit(make("dpo", FULL[latent]() if latent else None), loader, make_loader(pairs))
-    assert set(found) == set(whole.gradients)
+    assert set(results) == set(whole.gradients)
     for name, gradient in whole.gradients.items():
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5 * scale)
+        torch.testing.assert_close(results[name], gradient, rtol=1e-5, atol=1e-5 * scale)
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(whole.loss.item(), rel=1e-6)

@@ -1,4 +1,4 @@
-"""Nothing is computed twice: losses, rewards, log-probabilities and metrics of a step come from one pass."""
+"""Tests that losses, rewards, log-probabilities and metrics of a step come from one pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
 
 
 class Count(Callback):
-    """Passes of the policy's and the reference's backbones, and how often the head reads an answer token."""
+    """Counts passes of the backbones of policy and reference, and passes of the head per answer token."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.steps: list[Counter[str]] = []
@@ -59,14 +59,14 @@ class Count(Callback):
 
 @pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize(
-    ("algorithm", "reference", "asked"),
+    ("algorithm", "reference", "reference_passes"),
     [(DPO, "cached", 0), (DPO, "live", 1), (IPO, "cached", 0), (SimPO, None, 0)],
     ids=["DPO cached", "DPO live", "IPO cached", "SimPO"],
 )
-def test_a_step_is_one_pass_through_backbone_and_head(
+def test_step_runs_backbone_and_head_once(
     algorithm: Any,
     reference: str | None,
-    asked: int,
+    reference_passes: int,
     latent: str,
     small_policy: Any,
     fit_run: Any,
@@ -76,8 +76,10 @@ def test_a_step_is_one_pass_through_backbone_and_head(
     count = Count(monkeypatch)
     module = algorithm(policy=small_policy(), latent=space and space(), **settings)
     run = fit_run(module, max_steps=4, limit_val_batches=0, callbacks=[count], accumulate_grad_batches=2)
-    # In the backward pass the head's logits are worked out once more: they are not kept.
-    expected = {"policy": 1, "head, forward": 1 + asked, "head, backward": 1} | ({"reference": 1} if asked else {})
+    # The head's logits are not kept. The backward pass computes them again.
+    expected = {"policy": 1, "head, forward": 1 + reference_passes, "head, backward": 1} | (
+        {"reference": 1} if reference_passes else {}
+    )
     assert [dict(step) for step in count.steps] == [expected] * 8
     metrics = run.training[0]
     assert {"train/loss", "train/rewards/accuracies", "train/logps/chosen", "train/rewards/margins"} <= set(metrics)

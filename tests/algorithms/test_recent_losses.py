@@ -1,3 +1,5 @@
+"""Tests of the deferred checks of training losses."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.algorithms.metrics import fetch
-from lpc_lightning.algorithms.recent_losses import MOST, RecentLosses
+from lpc_lightning.algorithms.recent_losses import MAX_UNREAD, RecentLosses
 from lpc_lightning.types import PairLogps, PairLosses
 
 
@@ -24,12 +26,12 @@ def watched(*values: float) -> RecentLosses:
 def test_check_names_the_first_loss() -> None:
     losses = watched(0.5, 0.25, float("inf"), float("nan"))
     expected = r"train/loss: found inf at step 1 \(epoch 0, batch 2, pairs a2, b2\)"
-    for _ in range(2):  # whoever checks again, to write a checkpoint, is told again
+    for _ in range(2):  # a later check, before a checkpoint is written, fails again
         with pytest.raises(FloatingPointError, match=expected):
             losses.check()
 
 
-def test_check_takes_what_was_read() -> None:
+def test_check_uses_given_values() -> None:
     losses = watched(0.5, float("nan"))
     assert list(losses.unread()) == ["unread/0", "unread/1"]
     losses.check({name: torch.tensor(0.0) for name in losses.unread()})
@@ -37,33 +39,33 @@ def test_check_takes_what_was_read() -> None:
     losses.check()
 
 
-def test_losses_are_read_after_a_while() -> None:
-    losses = watched(*[0.5] * (MOST - 1))
+def test_add_checks_when_list_is_full() -> None:
+    losses = watched(*[0.5] * (MAX_UNREAD - 1))
     with pytest.raises(FloatingPointError):
         losses.add(torch.tensor(float("nan")), 0, 0, 0, ("a",))
 
 
 def test_fetch_keeps_names_order_and_digits() -> None:
     third = torch.tensor(1 / 3, dtype=torch.float64)
-    found = fetch({"b": third, "a": 0.1, "c": torch.tensor(2)})
-    assert list(found) == ["b", "a", "c"]
-    assert [float(value) for value in found.values()] == [1 / 3, 0.1, 2.0]
+    result = fetch({"b": third, "a": 0.1, "c": torch.tensor(2)})
+    assert list(result) == ["b", "a", "c"]
+    assert [float(value) for value in result.values()] == [1 / 3, 0.1, 2.0]
     assert fetch({}) == {}
 
 
 class Diverging(DPO):
-    """Its loss is not a number from the third micro-batch on."""
+    """DPO whose loss is NaN from the third micro-batch on."""
 
     steps = 0
 
     def preference_loss(self, logps: PairLogps) -> PairLosses:
-        found = super().preference_loss(logps)
+        result = super().preference_loss(logps)
         self.steps += self.training and logps.policy_chosen.requires_grad
-        return found if self.steps < 3 else PairLosses(found.losses * torch.nan, *[found.chosen_rewards] * 2)
+        return result if self.steps < 3 else PairLosses(result.losses * torch.nan, *[result.chosen_rewards] * 2)
 
 
 @pytest.mark.parametrize("every", [1, 7])
-def test_no_checkpoint_after_a_lost_loss(
+def test_no_checkpoint_after_nan_loss(
     every: int, fit_run: Callable[..., Any], small_policy: Callable[..., Any], tmp_path: Path
 ) -> None:
     saved = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)

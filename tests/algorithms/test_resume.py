@@ -1,4 +1,4 @@
-"""A resumed run is the run that was never interrupted, to the last bit."""
+"""Tests that a resumed run equals an uninterrupted run to the last bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def gumbel() -> GumbelSpace:
-    """Noise, and a tau and a g that change with every step."""
+    """Return a latent with noise and with a tau and a g that change in every step."""
     return GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0, tau=Exponential(1.0, 0.2), g=None)
 
 
@@ -38,19 +38,19 @@ MODULES: dict[str, Callable[[Callable[..., TinyPolicy]], PreferenceModule]] = {
 
 
 class Within(Callback):
-    """Saves in the middle of a step: after the fifth of all batches."""
+    """Saves within a step, after the fifth batch of the run."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.seen = folder, 0
+        self.folder, self.batches_seen = folder, 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self.seen += 1
-        if self.seen == 5:
+        self.batches_seen += 1
+        if self.batches_seen == 5:
             trainer.save_checkpoint(self.folder / "within.ckpt")
 
 
 def savers(folder: Path) -> list[Callback]:
-    """Checkpoints at each kind of moment: after a step, within one, at an epoch's end, with a validation."""
+    """Return callbacks that save after a step, within a step, at the end of an epoch and after a validation."""
     every: dict[str, Any] = {"dirpath": folder, "save_top_k": -1}
     return [
         Within(folder),
@@ -61,14 +61,14 @@ def savers(folder: Path) -> list[Callback]:
 
 
 class Case(NamedTuple):
-    """How a run is set up, and from which of its checkpoints it is resumed."""
+    """Settings of a run, and the checkpoints from which it is resumed."""
 
     trainer: dict[str, Any]
     checkpoints: list[str]
     num_workers: int = 0
 
 
-# An epoch has 11 micro-batches, the last of them of one pair; accumulated by 4 its last step has only 3.
+# An epoch has 11 micro-batches. The last one has one pair. With accumulation over 4, the last step has only 3.
 CASES = {
     "one batch a step": Case(
         {"max_epochs": 2}, ["batch-step=4", "epoch-step=11", "validation-step=11", "batch-step=11", "batch-step=14"]
@@ -94,13 +94,13 @@ CASES = {
         {"max_epochs": 2, "accumulate_grad_batches": 2}, ["batch-step=2", "epoch-step=6"], num_workers=2
     ),
 }
-# The loss is the same whoever asks; what can go wrong differs with the noise, so that some cases need one module only.
+# The cases differ in the data and the noise, not in the loss. So some of them need only the module with all noise.
 RUNS = [(case, module) for case in ("one batch a step", "accumulated", "validated in mid-epoch") for module in MODULES]
 RUNS += [(case, "gumbel, lora with dropout") for case in CASES if (case, "dpo") not in RUNS]
 
 
 class Whole(NamedTuple):
-    """A run that was never interrupted, and how to make it again."""
+    """An uninterrupted run and the function that made it."""
 
     folder: Path
     case: Case
@@ -112,7 +112,7 @@ class Whole(NamedTuple):
 def whole(
     request: Any, tmp_path_factory: pytest.TempPathFactory, small_policy: Any, small_data: Any, fit_run: Any
 ) -> Whole:
-    """The run, with checkpoints all along the way."""
+    """An uninterrupted run with all its checkpoints."""
     name, module = request.param
     case, folder = CASES[name], tmp_path_factory.mktemp("whole")
 
@@ -126,14 +126,14 @@ def whole(
         return Whole(folder, case, fit(folder), fit)
 
 
-# Lightning tells that the best score of the old folder does not count in the new one.
+# Lightning warns that the best score of the old folder does not count in the new one.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_resumed_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
     expected = whole.run
     for name in whole.case.checkpoints:
         checkpoint = whole.folder / f"{name}.ckpt"
         start = torch.load(checkpoint, weights_only=True)["global_step"]
-        torch.manual_seed(99)  # a new process is not where the old one was
+        torch.manual_seed(99)  # a new process has another random state
         resumed = whole.fit(tmp_path / name, checkpoint)
 
         assert 0 < start < expected.trainer.global_step, name
@@ -145,15 +145,15 @@ def test_resumed_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
         assert not differing, name
         assert same(resumed.weights, expected.weights), name
         assert same(resumed.trainer.optimizers[0].state_dict(), expected.trainer.optimizers[0].state_dict()), name
-        validations = list(expected.log.having("val/").values())
-        later = list(resumed.log.having("val/").values())
+        validations = list(expected.log.with_prefix("val/").values())
+        later = list(resumed.log.with_prefix("val/").values())
         assert later == validations[len(validations) - len(later) :], name
         if not (name == "epoch-step=6" and "max_steps" in whole.case.trainer):
-            # Lightning numbers the rows one too high after a whole epoch under max_steps.
+            # Lightning numbers the rows one too high if it resumes after a whole epoch under max_steps.
             assert list(resumed.training) == list(expected.training)[start:], name
 
 
-def test_noise_and_schedules_are_in_what_is_compared(whole: Whole) -> None:
+def test_compared_runs_have_noise_and_schedules(whole: Whole) -> None:
     rows = list(whole.run.training.values())
     rates = [step["backbone"] for step in whole.run.optimizer]
     assert len(set(rates[2:])) == len(rates) - 2
@@ -178,7 +178,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, small_policy: Any, small_d
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 @pytest.mark.parametrize("checkpoint", ["batch-step=4", "epoch-step=11"])
 @pytest.mark.parametrize(
-    ("seed", "data", "told"),
+    ("seed", "data", "problem"),
     [
         (2, {}, "'seed': 2, .*'seed': 1, "),
         (1, {"batch_size": 3}, "'batch_size': 3, .*'batch_size': 2, "),
@@ -188,11 +188,11 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, small_policy: Any, small_d
     ],
     ids=["seed", "batch size", "number of pairs", "other pairs", "length limit"],
 )
-def test_resuming_with_another_order_is_refused(
+def test_resume_refuses_other_data_order(
     checkpoint: str,
     seed: int,
     data: dict[str, Any],
-    told: str,
+    problem: str,
     stopped: Path,
     tmp_path: Path,
     small_policy: Any,
@@ -201,7 +201,7 @@ def test_resuming_with_another_order_is_refused(
 ) -> None:
     module, path = MODULES["dpo"](small_policy), stopped / f"{checkpoint}.ckpt"
     with pytest.raises(
-        DataError, match=rf"resume: found data order .*{told}.* as in the checkpoint\. Resume with the same"
+        DataError, match=rf"resume: found data order .*{problem}.* as in the checkpoint\. Resume with the same"
     ):
         fit_run(module, small_data(**data), seed, path, callbacks=savers(tmp_path), max_epochs=2)
     assert all(torch.equal(weight, before) for weight, before in weights_of(path, module))
@@ -210,24 +210,26 @@ def test_resuming_with_another_order_is_refused(
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("checkpoint", ["batch-step=4", "epoch-step=11"])
 @pytest.mark.parametrize(
-    ("trainer", "found"),
+    ("trainer", "setting"),
     [
         ({"accumulate_grad_batches": 2}, "2"),
         ({"callbacks": [GradientAccumulationScheduler({0: 1, 1: 3})]}, "{0: 1, 1: 3}"),
     ],
     ids=["a number", "by epoch"],
 )
-def test_resuming_in_steps_of_another_size_is_refused(
-    checkpoint: str, trainer: dict[str, Any], found: str, stopped: Path, small_policy: Any, fit_run: Any
+def test_resume_refuses_other_step_size(
+    checkpoint: str, trainer: dict[str, Any], setting: str, stopped: Path, small_policy: Any, fit_run: Any
 ) -> None:
-    told = rf"trainer\.accumulate_grad_batches: found {re.escape(found)}, expected 1 as in the checkpoint\. Resume with"
-    with pytest.raises(ConfigError, match=told):
+    problem = (
+        rf"trainer\.accumulate_grad_batches: found {re.escape(setting)}, expected 1 as in the checkpoint\. Resume with"
+    )
+    with pytest.raises(ConfigError, match=problem):
         fit_run(MODULES["dpo"](small_policy), ckpt_path=stopped / f"{checkpoint}.ckpt", max_epochs=2, **trainer)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
-    ("trainer", "told", "left"),
+    ("trainer", "problem", "left"),
     [
         ({"max_epochs": 2}, r"trainer\.max_epochs 2 \(before: 1\): .* of a run of 22 steps\.", 18),
         (
@@ -243,34 +245,32 @@ def test_resuming_in_steps_of_another_size_is_refused(
     ],
     ids=["epochs", "steps", "part of an epoch"],
 )
-def test_resuming_a_run_that_ends_elsewhere_is_told(
-    trainer: dict[str, Any], told: str, left: int, stopped: Path, small_policy: Any, fit_run: Any
+def test_resume_warns_of_other_run_length(
+    trainer: dict[str, Any], problem: str, left: int, stopped: Path, small_policy: Any, fit_run: Any
 ) -> None:
-    with pytest.warns(UserWarning, match=f"resume: found {told}"):
+    with pytest.warns(UserWarning, match=f"resume: found {problem}"):
         resumed = fit_run(MODULES["dpo"](small_policy), ckpt_path=stopped / "batch-step=4.ckpt", **trainer)
     assert len(resumed.optimizer) == left
 
 
-def test_a_run_from_the_weights_alone_begins_at_its_beginning(
-    stopped: Path, small_policy: Any, small_data: Any, fit_run: Any
-) -> None:
-    """On any data, in steps of any size, for any length."""
+def test_run_from_weights_starts_at_step_zero(stopped: Path, small_policy: Any, small_data: Any, fit_run: Any) -> None:
+    """Data, step size and length may differ from the run that wrote the weights."""
     module = DPO.load_from_checkpoint(stopped / "batch-step=4.ckpt", policy=small_policy(), optimizer=adam)
     before = weights_of(stopped / "batch-step=4.ckpt", module)
     assert before
-    assert all(torch.equal(weight, kept) for weight, kept in before)
+    assert all(torch.equal(weight, stored) for weight, stored in before)
     run = fit_run(module, small_data(batch_size=3), seed=5, max_epochs=2, accumulate_grad_batches=2)
     assert len(run.batches) == 2 * 7
 
 
 def weights_of(path: Path, module: PreferenceModule) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Weights of a module next to those in a checkpoint."""
-    kept = torch.load(path, weights_only=True)["state_dict"]
-    return [(weight, kept[name]) for name, weight in module.state_dict().items() if name in kept]
+    """Return pairs of a module's weight and the checkpoint's weight."""
+    stored = torch.load(path, weights_only=True)["state_dict"]
+    return [(weight, stored[name]) for name, weight in module.state_dict().items() if name in stored]
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal to the last bit, in all parts."""
+    """Return whether two nested values are equal to the last bit."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):

@@ -1,4 +1,4 @@
-"""Whole runs: what accumulation, seeds and onlookers change (nothing), and that the policy learns."""
+"""Tests of whole runs: accumulation, seeds, callbacks, and that the policy learns."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def marginal(**space: Any) -> MarginalSpace:
     return MarginalSpace(**({"num_codes": 4, "hidden": 8, "init_logit_std": 1.0} | space))
 
 
-# Accumulation. 21 pairs: the third and last step of an epoch has 5 of them, in micro-batches of 2, 2 and 1.
+# Accumulation. Of 21 pairs, the third and last step of an epoch has 5, in micro-batches of 2, 2 and 1.
 
 ALGORITHMS: dict[str, Callable[..., PreferenceModule]] = {"DPO": DPO, "IPO": IPO, "SimPO": SimPO}
 
 
 @pytest.mark.parametrize("latent", [None, marginal], ids=["plain", "marginal"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_accumulation_equals_the_large_batch(
+def test_accumulation_equals_large_batch(
     algorithm: str, latent: Callable[[], LatentSpace] | None, small_policy: Any, small_data: Any, fit_run: Any
 ) -> None:
     def run(batch_size: int, accumulate: int) -> Any:
@@ -61,46 +61,44 @@ def test_accumulation_equals_the_large_batch(
 
 
 def noisy(policy: Any) -> DPO:
-    """All that draws random numbers: fresh weights, dropout, Gumbel noise, codes sampled in validation."""
+    """Return a module with all sources of random numbers: new weights, dropout, Gumbel noise, sampled codes."""
     space = GumbelSpace(num_codes=4, hidden=8, init_logit_std=1.0, prior_mode="sample")
     policy = policy(lora=LoRA(rank=4, alpha=8, dropout=0.3))
     return DPO(policy=policy, latent=space, optimizer=adam(1e-2), latent_lr=1e-2)
 
 
-class Dice(Callback):
-    """Draws random numbers of every kind whenever it is asked anything."""
+class DrawRandomNumbers(Callback):
+    """Draws random numbers of every kind in every hook."""
 
     def __init__(self) -> None:
-        self.thrown = 0
+        self.draws = 0
 
-    def _throw(self, *args: Any) -> None:
-        self.thrown += 1
-        torch.rand(self.thrown)
+    def _draw(self, *args: Any) -> None:
+        self.draws += 1
+        torch.rand(self.draws)
         random.random()
         np.random.rand()
 
-    on_train_start = on_train_epoch_start = on_train_batch_start = on_before_backward = on_before_optimizer_step = (
-        _throw
-    )
-    on_train_batch_end = on_validation_start = on_validation_batch_start = on_validation_end = _throw
+    on_train_start = on_train_epoch_start = on_train_batch_start = on_before_backward = on_before_optimizer_step = _draw
+    on_train_batch_end = on_validation_start = on_validation_batch_start = on_validation_end = _draw
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._throw()
+        self._draw()
 
 
-def test_a_seed_decides_everything(small_policy: Any, fit_run: Any) -> None:
+def test_run_is_determined_by_seed(small_policy: Any, fit_run: Any) -> None:
     first, again, other = (fit_run(noisy(small_policy), seed=seed, max_epochs=2) for seed in (1, 1, 2))
     assert first.training == again.training
-    assert first.log.having("val/") == again.log.having("val/")
+    assert first.log.with_prefix("val/") == again.log.with_prefix("val/")
     assert all(torch.equal(weight, again.weights[name]) for name, weight in first.weights.items())
     assert other.batches != first.batches
-    assert other.log.having("val/") != first.log.having("val/")
-    # The policy itself starts from its own seed; the adapter and the latent space from the run's.
+    assert other.log.with_prefix("val/") != first.log.with_prefix("val/")
+    # The policy has its own seed. The adapter and the latent space use the seed of the run.
     differing = {name for name, weight in first.weights.items() if not torch.equal(weight, other.weights[name])}
     assert differing == {name for name, weight in first.module.named_parameters() if weight.requires_grad}
 
 
-def test_fresh_weights_follow_the_runs_seed(small_policy: Any) -> None:
+def test_new_weights_depend_on_run_seed(small_policy: Any) -> None:
     def fresh(seed: int) -> dict[str, torch.Tensor]:
         seed_everything(seed, verbose=False)
         torch.rand(seed)
@@ -117,74 +115,76 @@ def test_fresh_weights_follow_the_runs_seed(small_policy: Any) -> None:
 
 
 class Seeds(Callback):
-    """Under which seed each batch is read."""
+    """Records the seed of each batch."""
 
     def __init__(self) -> None:
-        self.found: list[int] = []
+        self.seeds: list[int] = []
 
     def on_before_zero_grad(self, *args: Any) -> None:
-        self.found.append(torch.initial_seed())
+        self.seeds.append(torch.initial_seed())
 
 
-def test_every_step_of_every_run_has_a_seed_of_its_own(small_policy: Any, fit_run: Any) -> None:
+def test_step_seeds_are_distinct(small_policy: Any, fit_run: Any) -> None:
     one, again, other = Seeds(), Seeds(), Seeds()
     for seeds, seed in ((one, 1), (again, 1), (other, 2)):
         fit_run(DPO(policy=small_policy()), seed=seed, max_epochs=2, callbacks=[seeds])
-    assert one.found == again.found
-    assert len({*one.found, *other.found}) == 2 * 22
+    assert one.seeds == again.seeds
+    assert len({*one.seeds, *other.seeds}) == 2 * 22
 
 
 @pytest.mark.parametrize(
     "onlooker",
     [
-        pytest.param(lambda: {"callbacks": [Dice()]}, id="a callback that draws"),
+        pytest.param(lambda: {"callbacks": [DrawRandomNumbers()]}, id="a callback that draws"),
         pytest.param(lambda: {"val_check_interval": 3}, id="validations in between"),
         pytest.param(lambda: {"limit_val_batches": 0}, id="no validation"),
         pytest.param(lambda: {"num_sanity_val_steps": -1}, id="a sanity check"),
     ],
 )
-def test_onlookers_do_not_change_the_run(onlooker: Callable[[], Any], small_policy: Any, fit_run: Any) -> None:
+def test_run_unchanged_by_callbacks_and_validation(
+    onlooker: Callable[[], Any], small_policy: Any, fit_run: Any
+) -> None:
     alone = fit_run(noisy(small_policy), max_epochs=1)
     options = onlooker()
     watched = fit_run(noisy(small_policy), max_epochs=1, **options)
     assert watched.training == alone.training
     assert all(torch.equal(weight, watched.weights[name]) for name, weight in alone.weights.items())
-    assert all(dice.thrown > 30 for dice in options.get("callbacks", []))
+    assert all(callback.draws > 30 for callback in options.get("callbacks", []))
 
 
-def test_validation_says_the_same_however_often_it_is_asked(small_policy: Any, small_data: Any, fit_run: Any) -> None:
+def test_validation_is_repeatable(small_policy: Any, small_data: Any, fit_run: Any) -> None:
     done = fit_run(noisy(small_policy), max_epochs=1)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     torch.manual_seed(77)
-    said = [trainer.validate(done.module, datamodule=small_data(), verbose=False) for _ in range(2)]
-    (last,) = done.log.having("val/").values()
-    assert said == [[last]] * 2
+    results = [trainer.validate(done.module, datamodule=small_data(), verbose=False) for _ in range(2)]
+    (last,) = done.log.with_prefix("val/").values()
+    assert results == [[last]] * 2
 
 
 # Learning.
 
 
 @pytest.mark.parametrize("latent", [None, marginal], ids=["plain", "marginal"])
-def test_dpo_learns_what_each_domain_prefers(
+def test_dpo_learns_domain_preferences(
     latent: Callable[..., LatentSpace] | None, small_policy: Any, small_data: Any, fit_run: Any
 ) -> None:
-    """Fresh pairs throughout, and held-out prompts. Measured: losses 0.53, 0.54, 0.56, 0.57; accuracy 0.68 and 0.67."""
+    """All pairs are new, validation prompts are held out. Measured: losses 0.53 to 0.57, accuracies 0.67 and 0.68."""
     space = latent(num_codes=8, hidden=32, init_logit_std=0.1) if latent else None
     module = DPO(policy=small_policy(width=32), latent=space, optimizer=adam(3e-3), latent_lr=1e-3)
     data = small_data(train_pairs=1600, validation_pairs=256, batch_size=8)
     done = fit_run(module, data, max_epochs=1)
-    (held_out,) = done.log.having("val/").values()
+    (held_out,) = done.log.with_prefix("val/").values()
     assert done.losses[0] == pytest.approx(np.log(2), abs=0.01)
     assert np.mean(done.losses[-50:]) < 0.62
     assert held_out["val/loss"] < 0.64
-    assert held_out["val/rewards/accuracies"] > 0.6  # chance is 0.5, give or take 0.03
+    assert held_out["val/rewards/accuracies"] > 0.6  # chance is 0.5, with a standard error of 0.03
     assert held_out["val/rewards/margins"] > 0.2
 
 
 # Settings of the run.
 
 
-def test_gradient_checkpointing_changes_memory_and_not_the_run(small_policy: Any, fit_run: Any) -> None:
+def test_gradient_checkpointing_keeps_results(small_policy: Any, fit_run: Any) -> None:
     passes: list[list[int]] = []
 
     class CountPasses(Callback):
@@ -208,7 +208,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_run(small_policy: Any
 
 
 class Poison(Callback):
-    """Makes weights NaN before the third batch: one of each matrix, since a token that no pair holds is never read."""
+    """Sets one weight of each matrix to NaN before the third batch. The row of an unused token has no effect."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2:
@@ -217,26 +217,28 @@ class Poison(Callback):
                 weight.data.view(-1)[0] = torch.nan
 
 
-def test_a_loss_that_is_no_number_names_its_step_and_its_pairs(small_policy: Any, fit_run: Any) -> None:
+def test_nan_loss_error_names_step_and_pairs(small_policy: Any, fit_run: Any) -> None:
     poison = Poison()
-    with pytest.raises(FloatingPointError) as told:
+    with pytest.raises(FloatingPointError) as error:
         fit_run(DPO(policy=small_policy()), max_epochs=1, callbacks=[poison])
     names = ", ".join(poison.pairs)
-    assert str(told.value).startswith(f"train/loss: found nan at step 2 (epoch 0, batch 2, pairs {names}), expected a ")
+    assert str(error.value).startswith(
+        f"train/loss: found nan at step 2 (epoch 0, batch 2, pairs {names}), expected a "
+    )
 
 
-def test_a_learning_rate_out_of_hand_is_told_as_well(small_policy: Any, fit_run: Any) -> None:
+def test_divergence_error_for_huge_learning_rate(small_policy: Any, fit_run: Any) -> None:
     module = DPO(policy=small_policy(), optimizer=adam(1e30), lr_schedule="constant_with_warmup", warmup_ratio=0.0)
     with pytest.raises(FloatingPointError, match=r"found (nan|inf) at step \d \(epoch 0, .*Lower the learning rates"):
         fit_run(module, max_epochs=1)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
-def test_a_beta_out_of_range_is_refused_before_anything_is_built(algorithm: Any, small_policy: Any) -> None:
+def test_invalid_beta_is_refused_at_init(algorithm: Any, small_policy: Any) -> None:
     with pytest.raises(ValueError, match=r"beta: found -1\.0, expected a number above 0\."):
         algorithm(policy=small_policy(), beta=-1.0)
 
 
-def test_training_without_an_end_is_refused(small_policy: Any, fit_run: Any) -> None:
+def test_fit_without_end_is_refused(small_policy: Any, fit_run: Any) -> None:
     with pytest.raises(ValueError, match="trainer: found no end of training, expected max_steps or max_epochs"):
         fit_run(DPO(policy=small_policy()), max_epochs=-1)

@@ -147,7 +147,7 @@ def test_columns_may_have_other_names(data: Any, write_rows: Any) -> None:
         ),
         (
             {"pairs_per_annotator": 2, "length_window": 4},
-            r"data\.length_window: found 4 beside data\.pairs_per_annotator, expected one",
+            r"data\.length_window: found 4 together with data\.pairs_per_annotator, expected only one",
         ),
         ({"max_length": 0}, r"max_length=0: expected a number of tokens from 1 on"),
         ({"validation_share": 1.0}, r"data\.validation_share: found 1\.0, expected a share from 0 to below 1"),

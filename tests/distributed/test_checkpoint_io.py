@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent: on a full disk, and when the process is killed while it writes."""
+"""Tests that checkpoints are complete or absent, on a full disk and if the process is killed while it writes."""
 
 import resource
 import subprocess
@@ -17,15 +17,15 @@ def small() -> dict:
     return {"state_dict": {"weight": torch.arange(6.0)}}
 
 
-def test_what_is_saved_comes_back_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+def test_save_writes_one_complete_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(small(), path)
     assert torch.equal(torch.load(path)["state_dict"]["weight"], torch.arange(6.0))
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
-    """The limit on a file's size stops the write in its middle, as a full disk does, with an error of the system."""
+def test_save_on_full_disk_keeps_earlier_file(tmp_path: Path) -> None:
+    """A limit on the file size stops the write in the middle with an OSError, like a full disk."""
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(small(), path)
     before = path.read_bytes()
@@ -42,13 +42,13 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_earlier_checkpoint_whole(
         assert part in str(error.value)
 
 
-def test_a_folder_that_cannot_be_made_is_the_same_error(tmp_path: Path) -> None:
+def test_save_without_folder_raises_write_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointWriteError, match="could not write"):
         AtomicCheckpointIO().save_checkpoint(small(), tmp_path / "file" / "last.ckpt")
 
 
-def test_killed_while_writing_it_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
+def test_killed_save_keeps_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(small(), path)
     before = path.read_bytes()

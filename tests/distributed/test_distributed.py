@@ -1,7 +1,7 @@
-"""Two processes (gloo, CPU) against one: DDP and FSDP2, their metrics, and their checkpoints.
+"""Tests of two processes (gloo, CPU) against one: DDP and FSDP2, their metrics, and their checkpoints.
 
-A latent that draws noise draws other noise on each device, by design. It is compared with one process that reads the
-devices' batches in turn and draws what each of them would draw (`two_processes.fit_as_two`).
+By design, the noise of a latent differs between devices. It is compared with one process that reads the devices'
+batches in turn and draws the noise of each device (`two_processes.fit_as_two`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Result = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
-    """What two processes left: their results and their checkpoints."""
+    """Folder with the results and checkpoints of two processes."""
     folder = tmp_path_factory.mktemp("two")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # For benchmarks/, which is not installed.
+    # Needed for benchmarks/, which is not installed.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [*torchrun, str(PROGRAM), str(folder), str(cache_dir)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, Result]:
-    """By name, what the first of two processes saw of each run. The second saw the same weights."""
+    """Results of the first process by run. The second process has the same weights."""
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name, result in first.items():
         for weight, value in result.get("weights", {}).items():
@@ -57,24 +57,24 @@ def two(folder: Path) -> dict[str, Result]:
 
 @pytest.fixture(scope="module")
 def one(cache_dir: Path) -> dict[str, Result]:
-    """The same in one process, by latent."""
+    """Results of the same runs in one process, by name."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PL_GLOBAL_SEED", "0")
-        found = {name: two_processes.fit("one", 1, two_processes.module(name), str(cache_dir)) for name in QUIET}
-        found["live"] = two_processes.fit("one", 1, two_processes.module("plain", reference="live"), str(cache_dir))
-        found["warm_started"] = two_processes.fit("one", 1, two_processes.warm_starting(), str(cache_dir))
-        found["gumbel"] = two_processes.fit_as_two("gumbel", str(cache_dir))
-        found["lora"] = two_processes.fit_as_two("gumbel", str(cache_dir), "lora")
-    return found
+        results = {name: two_processes.fit("one", 1, two_processes.module(name), str(cache_dir)) for name in QUIET}
+        results["live"] = two_processes.fit("one", 1, two_processes.module("plain", reference="live"), str(cache_dir))
+        results["warm_started"] = two_processes.fit("one", 1, two_processes.warm_starting(), str(cache_dir))
+        results["gumbel"] = two_processes.fit_as_two("gumbel", str(cache_dir))
+        results["lora"] = two_processes.fit_as_two("gumbel", str(cache_dir), "lora")
+    return results
 
 
 QUIET = ("plain", "marginal")
 RUNS = (*QUIET, "live", "gumbel", "lora")
-"""Of these `live` asks a frozen copy of the policy at every batch, and the others have a cached reference."""
+"""`live` runs a frozen copy of the policy at every batch. The other runs have a cached reference."""
 
 
 def assert_same(result: Result, expected: Result, tolerance: float = 1e-5) -> None:
-    """All metrics of the same steps (of a resumed run, the last ones), and the weights."""
+    """Compare all metrics of the same steps and the weights. A resumed run has only the last steps."""
     for stage in ("train", "val"):
         rows = result[stage]
         for row, other in zip(rows, expected[stage][len(expected[stage]) - len(rows) :], strict=True):
@@ -85,35 +85,35 @@ def assert_same(result: Result, expected: Result, tolerance: float = 1e-5) -> No
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_are_one(strategy: str, run: str, two: Any, one: Any) -> None:
+def test_two_processes_equal_one(strategy: str, run: str, two: Any, one: Any) -> None:
     result, expected = two[f"{strategy} {run}"], one[run]
     assert result["steps"] == expected["steps"] == 6
     assert_same(result, expected)
 
 
-def test_two_processes_rehearse_as_one(two: Any, one: Any) -> None:
+def test_warm_start_of_two_processes_equals_one(two: Any, one: Any) -> None:
     result, expected = two["ddp warm_started"], one["warm_started"]
     assert result["weights"]["latent.prior.moments.pairs"] == expected["weights"]["latent.prior.moments.pairs"]
     assert_same(result, expected)
 
 
-def test_a_rehearsal_needs_the_weights_whole(two: Any) -> None:
-    assert two["fsdp warm_started"]["told"].startswith(
-        "latent.warm_start_pairs: found 16 with FSDP2Strategy, expected 0"
+def test_warm_start_refuses_sharded_weights(two: Any) -> None:
+    assert two["fsdp warm_started"]["error"].startswith(
+        "latent.warm_start_pairs: found 16 with FSDP2Strategy, expected a strategy under which"
     )
 
 
-def test_what_is_compared_moves(one: Any) -> None:
+def test_compared_runs_change(one: Any) -> None:
     for run in RUNS:
         losses = [row["train/loss"] for row in one[run]["train"]]
-        # The first step's learning rate is 0, the second has other pairs of the same epoch.
+        # The learning rate of the first step is 0. The second step has other pairs of the same epoch.
         assert len(losses) == 6
         assert max(losses) - min(losses) > (0.01 if run == "lora" else 0.1)
         assert len(one[run]["val"]) == two_processes.EPOCHS
 
 
-def test_noise_is_in_what_is_compared(one: Any, cache_dir: Path) -> None:
-    """One process that draws once for both devices is another run."""
+def test_compared_runs_have_noise(one: Any, cache_dir: Path) -> None:
+    """Noise that is drawn once for both devices gives another run."""
     same_noise = two_processes.fit("one", 1, two_processes.module("gumbel"), str(cache_dir))
     assert same_noise["train"][-1]["train/loss"] != pytest.approx(one["gumbel"]["train"][-1]["train/loss"], abs=1e-3)
 
@@ -126,35 +126,35 @@ def test_mixed_precision_is_close(two: Any) -> None:
 @pytest.mark.parametrize(
     ("written", "latent"), [("ddp gumbel", "gumbel"), ("fsdp gumbel", "gumbel"), ("fsdp in one file lora", "lora")]
 )
-def test_any_strategy_takes_up_what_any_wrote(strategy: str, written: str, latent: str, two: Any, one: Any) -> None:
+def test_resume_across_strategies(strategy: str, written: str, latent: str, two: Any, one: Any) -> None:
     result = two[f"{strategy} from {written}"]
     assert len(result["train"]) == 2
     assert_same(result, one[latent])
 
 
 @pytest.mark.parametrize("latent", ["gumbel", "lora"])
-def test_shards_put_together_are_the_file_that_ddp_writes(latent: str, folder: Path, two: Any) -> None:
+def test_merged_shards_equal_ddp_checkpoint(latent: str, folder: Path, two: Any) -> None:
     shards = folder / f"fsdp {latent}.ckpt"
     assert is_sharded(shards)
-    found = read_sharded(shards)
-    assert_same_checkpoint(found, torch.load(folder / f"ddp {latent}.ckpt", weights_only=True))
+    merged = read_sharded(shards)
+    assert_same_checkpoint(merged, torch.load(folder / f"ddp {latent}.ckpt", weights_only=True))
     weights = read_sharded(shards, optimizers=False)
     assert "optimizer_states" not in weights
-    assert weights["state_dict"].keys() == found["state_dict"].keys()
+    assert weights["state_dict"].keys() == merged["state_dict"].keys()
 
 
-def test_one_file_of_two_processes_is_the_file_that_ddp_writes(folder: Path, two: Any) -> None:
-    found = torch.load(folder / "fsdp in one file lora.ckpt", weights_only=True)
-    assert_same_checkpoint(found, torch.load(folder / "ddp lora.ckpt", weights_only=True))
+def test_single_file_equals_ddp_checkpoint(folder: Path, two: Any) -> None:
+    actual = torch.load(folder / "fsdp in one file lora.ckpt", weights_only=True)
+    assert_same_checkpoint(actual, torch.load(folder / "ddp lora.ckpt", weights_only=True))
 
 
-def assert_same_checkpoint(found: Result, expected: Result) -> None:
-    found, expected = dict(found), dict(expected)
-    weights, others = found.pop("state_dict"), expected.pop("state_dict")
+def assert_same_checkpoint(actual: Result, expected: Result) -> None:
+    actual, expected = dict(actual), dict(expected)
+    weights, others = actual.pop("state_dict"), expected.pop("state_dict")
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, others[name], rtol=0, atol=2e-5)
-    (states,), (other_states,) = found.pop("optimizer_states"), expected.pop("optimizer_states")
+    (states,), (other_states,) = actual.pop("optimizer_states"), expected.pop("optimizer_states")
     for group, other in zip(states["param_groups"], other_states["param_groups"], strict=True):
         assert {**group, "params": len(group["params"])} == {**other, "params": len(other["params"])}
         for name, number in zip(group["params"], other["params"], strict=True):
@@ -162,7 +162,7 @@ def assert_same_checkpoint(found: Result, expected: Result) -> None:
             for moment in MOMENTS:
                 mine, theirs = states["state"][name][moment], other_states["state"][number][moment]
                 torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
-    assert found == expected
+    assert actual == expected
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -170,27 +170,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @pytest.mark.filterwarnings("ignore:.*found .* workers:UserWarning")
 @pytest.mark.parametrize("written", ["ddp gumbel", "fsdp gumbel"])
-def test_one_process_validates_what_two_wrote(written: str, folder: Path, two: Any, cache_dir: Path) -> None:
+def test_validate_checkpoint_of_two_processes(written: str, folder: Path, two: Any, cache_dir: Path) -> None:
     pairs = SyntheticPreferences(train_pairs=22, validation_pairs=7, test_pairs=5, cache_dir=str(cache_dir))
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = Trainer(accelerator="cpu", plugins=[AtomicCheckpointIO()], **quiet)
     module = two_processes.module("gumbel")
-    (said,) = trainer.validate(module, pairs, ckpt_path=folder / f"{written}.ckpt", verbose=False, weights_only=True)
+    (metrics,) = trainer.validate(module, pairs, ckpt_path=folder / f"{written}.ckpt", verbose=False, weights_only=True)
     weights = torch.load(folder / "ddp gumbel.ckpt", weights_only=True)["state_dict"]
     plain = two_processes.module("gumbel")
     plain.configure_model()
     plain.load_state_dict(weights, strict=False)
     (expected,) = Trainer(accelerator="cpu", **quiet).validate(plain, pairs, verbose=False)
-    assert said == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("written", ["ddp gumbel", "fsdp gumbel"])
-def test_a_checkpoint_of_another_architecture_is_refused(written: str, two: Any) -> None:
-    told = two[f"{written} refused"]["told"]
-    assert told.startswith("checkpoint: its weights are of another architecture: 7 unknown (first: latent.posterior.")
+def test_resume_refuses_other_architecture(written: str, two: Any) -> None:
+    error = two[f"{written} refused"]["error"]
+    assert error.startswith("checkpoint: its weights are of another architecture: 7 unknown (first: latent.posterior.")
 
 
-def test_the_tokens_of_both_processes_are_counted(folder: Path, two: Any) -> None:
+def test_tokens_are_summed_over_processes(folder: Path, two: Any) -> None:
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name in ("ddp plain", "fsdp plain"):
         mine, theirs = (result[name]["tokens of this process"] for result in (first, second))
@@ -198,23 +198,21 @@ def test_the_tokens_of_both_processes_are_counted(folder: Path, two: Any) -> Non
         assert two[name]["tokens"] == [sum(tokens) for tokens in zip(mine, theirs, strict=True)]
 
 
-def test_the_peak_is_that_of_the_process_that_took_most(folder: Path, two: Any) -> None:
+def test_peak_is_maximum_over_processes(folder: Path, two: Any) -> None:
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name in ("ddp plain", "fsdp plain"):
         mine, theirs = (result[name]["peak of this process"] for result in (first, second))
         assert first[name]["peak"] == second[name]["peak"]
-        # Validation comes after the last step.
+        # Validation runs after the last step.
         assert first[name]["peak"] == pytest.approx(theirs, rel=0.01)
-        assert theirs > 1.05 * mine, "not by chance"
+        assert theirs > 1.05 * mine, "the peaks differ clearly"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("reference", two_processes.REFERENCES)
 @pytest.mark.parametrize("lora", two_processes.LORAS)
 @pytest.mark.parametrize("latent", two_processes.LATENTS)
-def test_what_is_built_in_shares_is_what_one_process_builds(
-    latent: str, lora: str, reference: str, rank: int, folder: Path
-) -> None:
+def test_sharded_build_equals_whole_build(latent: str, lora: str, reference: str, rank: int, folder: Path) -> None:
     built = torch.load(folder / f"{rank}.pt", weights_only=True)["built"][f"{latent} {lora} {reference}"]
     assert built["names"]
     assert built["trained"]
@@ -222,13 +220,13 @@ def test_what_is_built_in_shares_is_what_one_process_builds(
     assert built["same buffers"]
     assert all(built["same buffers"].values())
     assert 0.4 < built["local"] / built["whole"] < 0.6
-    # What the reference asks is the policy that is sharded, in every process; or else a copy of its own.
-    assert built["asks the policy"] == ([] if (lora, reference) == ("full", "live") else [True])
+    # The reference uses the sharded policy in every process, or a copy of its own.
+    assert built["reference uses the policy"] == ([] if (lora, reference) == ("full", "live") else [True])
 
 
 @pytest.mark.parametrize("reference", two_processes.REFERENCES)
 @pytest.mark.parametrize(("lora", "share"), [("full", 0.7), ("lora", 0.8)])
-def test_only_the_first_process_ever_holds_the_whole(lora: str, share: float, reference: str, folder: Path) -> None:
+def test_only_first_process_holds_all_weights(lora: str, share: float, reference: str, folder: Path) -> None:
     first, second = (
         torch.load(folder / f"{rank}.pt", weights_only=True)["built"][f"gumbel {lora} {reference}"] for rank in range(2)
     )
@@ -236,11 +234,11 @@ def test_only_the_first_process_ever_holds_the_whole(lora: str, share: float, re
     assert second["peak"] < share * second["whole"]
 
 
-def test_a_policy_that_the_first_process_cannot_build_is_refused_by_all(folder: Path, two: Any) -> None:
+def test_build_error_reaches_all_processes(folder: Path, two: Any) -> None:
     for rank in range(2):
-        told = torch.load(folder / f"{rank}.pt", weights_only=True)["refused"]["told"]
-        assert told.startswith("policy.path: found no file or folder models/nowhere.")
+        error = torch.load(folder / f"{rank}.pt", weights_only=True)["build_error"]["error"]
+        assert error.startswith("policy.path: found no file or folder models/nowhere.")
 
 
-def test_nothing_half_written_is_left(folder: Path, two: Any) -> None:
+def test_no_unfinished_checkpoints_are_left(folder: Path, two: Any) -> None:
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""A sharded checkpoint takes the place of another one, whatever a killed process has left."""
+"""Tests that a sharded checkpoint replaces another one, also with leftovers of a killed process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lpc_lightning.distributed.sharded_checkpoint import put_in_place
 
 
 def make(path: Path, kind: str) -> None:
-    """A folder with something in it, or a file."""
+    """Create a folder with a file in it, or a file."""
     if kind == "folder":
         path.mkdir()
         (path / "shard").write_text(path.name)
@@ -20,7 +20,7 @@ def make(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("left", ["nothing", "folder", "file"])
 @pytest.mark.parametrize("before", ["nothing", "folder", "file"])
-def test_the_new_one_is_there_and_nothing_else(before: str, left: str, tmp_path: Path) -> None:
+def test_save_replaces_earlier_checkpoint(before: str, left: str, tmp_path: Path) -> None:
     partial, path = tmp_path / ".last.ckpt.partial", tmp_path / "last.ckpt"
     make(partial, "folder")
     make(path, before)

@@ -1,4 +1,4 @@
-"""Strategies that are refused, and what one is told. (Two processes against one: `test_distributed.py`.)"""
+"""Tests of refused strategies and of DeepSpeed's settings. `test_distributed.py` compares two processes with one."""
 
 import pytest
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
@@ -9,20 +9,20 @@ from lpc_lightning.errors import ConfigError
 
 
 class DeepSpeedOfStage(DeepSpeedStrategy):
-    """Its settings alone: without DeepSpeed its `__init__` refuses to run."""
+    """DeepSpeed's settings without its `__init__`, which needs DeepSpeed."""
 
     def __init__(self, stage: int) -> None:
         self.config = {"zero_optimization": {"stage": stage}}
 
 
-def test_deepspeed_must_leave_the_weights_whole() -> None:
+def test_check_strategy_refuses_zero_stage_3() -> None:
     for stage in (1, 2):
         check_strategy(DeepSpeedOfStage(stage))
     with pytest.raises(ConfigError, match=r"trainer\.strategy: found DeepSpeed with stage 3, .* Expected stage 1"):
         check_strategy(DeepSpeedOfStage(3))
 
 
-def test_deepspeed_is_told_a_batch_size_unless_it_has_one() -> None:
+def test_micro_batch_size_is_set_if_absent() -> None:
     strategy = DeepSpeedOfStage(2)
     settings = dict(strategy.config)
     check_strategy(strategy)
@@ -34,14 +34,14 @@ def test_deepspeed_is_told_a_batch_size_unless_it_has_one() -> None:
     assert strategy.config["train_micro_batch_size_per_gpu"] == 7
 
 
-def test_weights_are_elsewhere_where_they_are_shared_out_or_copied() -> None:
+def test_keeps_weights_elsewhere_by_strategy() -> None:
     assert keeps_weights_elsewhere(DeepSpeedOfStage(1))
     assert keeps_weights_elsewhere(FSDP2Strategy())
     assert not keeps_weights_elsewhere(SingleDeviceStrategy())
     assert not keeps_weights_elsewhere(DDPStrategy())
 
 
-def test_other_strategies_pass() -> None:
+def test_check_strategy_accepts_others() -> None:
     strategy = SingleDeviceStrategy()
     check_strategy(strategy)
     set_micro_batch_size(strategy)

@@ -1,4 +1,4 @@
-"""What `test_distributed.py` runs, in one process (called by it) or in two (as a program, under torchrun)."""
+"""Runs of `test_distributed.py`, in one process (called by it) or in two (as a program, under torchrun)."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-3, fused=True)
 
 
-def module(latent: str, lora: str = "full", reference: Any = "cached", kind: type[DPO] = DPO) -> DPO:
-    # Checkpointed, as large policies are: the same numbers.
+def module(latent: str, lora: str = "full", reference: Any = "cached", algorithm: type[DPO] = DPO) -> DPO:
+    # With gradient checkpointing, as for large policies. It does not change the results.
     policy = TinyPolicy(width=16, layers=2, heads=2, lora=LORAS[lora](), gradient_checkpointing=CHECKPOINTED[latent])
-    return kind(policy=policy, latent=LATENTS[latent](), reference=reference, optimizer=adam, latent_lr=1e-2)
+    return algorithm(policy=policy, latent=LATENTS[latent](), reference=reference, optimizer=adam, latent_lr=1e-2)
 
 
 def warm_starting() -> DPO:
@@ -63,7 +63,7 @@ def warm_starting() -> DPO:
 
 
 class Rows(Logger):
-    """Keeps what it is told."""
+    """Logger that keeps all metrics in memory."""
 
     name, version = "rows", 0
 
@@ -77,12 +77,12 @@ class Rows(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def having(self, name: str) -> list[dict[str, float]]:
+    def with_name(self, name: str) -> list[dict[str, float]]:
         return [row for row in self.rows if name in row]
 
 
 class Count(Callback):
-    """Tokens that this process reads for each step."""
+    """Counts the tokens that this process reads for each step."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -94,14 +94,14 @@ class Count(Callback):
 
 
 class Save(Callback):
-    """Saves after the fourth and, to the same path, after the eighth batch: the second one of the second epoch."""
+    """Saves after the fourth batch and, to the same path, after the eighth, the second one of the second epoch."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.seen = path, 0
+        self.path, self.batches = path, 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self.seen += 1
-        if self.seen in (4, 8):
+        self.batches += 1
+        if self.batches in (4, 8):
             trainer.save_checkpoint(self.path)
 
 
@@ -121,10 +121,12 @@ def fit(
     accumulate: int = 2,
     precision: str = "32-true",
 ) -> dict[str, Any]:
-    """Train for two epochs of 22 pairs, 4 in a batch of all devices and 8 in a step; the last batch and step are short.
+    """Train for two epochs of 22 pairs, with 4 pairs in a batch of all devices and 8 in a step.
+
+    The last batch and step of an epoch are short.
 
     Returns:
-        Metrics of each training step and of each validation, and the weights and moments, whole.
+        Metrics of each training step and of each validation, and the unsharded weights and moments.
     """
     seed_everything(SEED, verbose=False)
     rows = Rows()
@@ -159,14 +161,14 @@ def fit(
     return {
         "train": [
             {name: value for name, value in row.items() if not name.startswith("resources/")}
-            for row in rows.having("train/loss")
+            for row in rows.with_name("train/loss")
         ],
-        "val": rows.having("val/loss"),
+        "val": rows.with_name("val/loss"),
         "weights": {name: whole(value) for name, value in module.state_dict().items()},
         "steps": trainer.global_step,
         "tokens": [
             round(row["resources/tokens_per_second"] * row["resources/seconds_per_step"])
-            for row in rows.having("resources/tokens_per_second")
+            for row in rows.with_name("resources/tokens_per_second")
         ],
         "tokens of this process": count.tokens,
         "peak": monitor.summary()["peak_memory_gib"],
@@ -174,11 +176,11 @@ def fit(
     }
 
 
-# The noise of two devices in one process
+# Noise of two devices in one process
 
 
 class BothRanks(TrainingBatches):
-    """The batches of two devices in turn: the first of both, the second of both ..."""
+    """Batches of two devices in turn: first batches of both, second batches of both, and so on."""
 
     def __init__(self, *plan: Any) -> None:
         super().__init__(*plan)
@@ -205,16 +207,16 @@ class BothRanksDPO(DPO):
 
 
 def fit_as_two(latent: str, cache: str, lora: str = "full") -> dict[str, Any]:
-    """One process that does what two do, with the noise of either."""
-    both = module(latent, lora, kind=BothRanksDPO)
+    """Train in one process like two processes, with the noise of both."""
+    both = module(latent, lora, algorithm=BothRanksDPO)
     return fit("one", 1, both, cache, data=BothRanksData, batch_size=2, accumulate=4)
 
 
-# As a program
+# The program
 
 
 def runs(folder: Path, cache: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Everything that two processes do, by name. Checkpoints stay in `folder`, named after the run that wrote them."""
+    """Yield the results of all runs by name. Checkpoints in `folder` are named after their run."""
     for latent in LATENTS:
         for strategy in ("ddp", "fsdp"):
             yield f"{strategy} {latent}", fit(strategy, 2, module(latent), cache, folder / f"{strategy} {latent}.ckpt")
@@ -231,21 +233,21 @@ def runs(folder: Path, cache: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         fit("fsdp", 2, warm_starting(), cache)
     except ConfigError as error:
-        yield "fsdp warm_started", {"told": str(error)}
+        yield "fsdp warm_started", {"error": str(error)}
     for strategy in ("ddp", "fsdp"):
         yield f"{strategy} mixed", fit(strategy, 2, module("marginal"), cache, precision="bf16-mixed")
     for written in ("ddp gumbel", "fsdp gumbel"):
         try:
             fit("fsdp", 2, module("marginal"), cache, resume=folder / f"{written}.ckpt")
         except CheckpointError as error:
-            yield f"{written} refused", {"told": str(error)}
+            yield f"{written} refused", {"error": str(error)}
 
 
 def build(latent: str, lora: str, reference: Any) -> dict[str, Any]:
-    """Build a module that the two processes shard, and compare it with one that this process builds whole."""
+    """Build a module sharded over two processes, and compare it with one that this process builds alone."""
     made = []
     for mesh in (init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",)), None):
-        torch.manual_seed(torch.distributed.get_rank())  # must not matter
+        torch.manual_seed(torch.distributed.get_rank())  # must have no effect
         policy = TinyPolicy(width=128, layers=20, heads=4, lora=LORAS[lora]())
         one = DPO(policy=policy, latent=LATENTS[latent](), reference=reference)
         one._device_mesh = mesh
@@ -253,7 +255,7 @@ def build(latent: str, lora: str, reference: Any) -> dict[str, Any]:
     (sharded, peak), (plain, _) = made
     expected = plain.state_dict()
     held = [getattr(value, "__self__", value) for value in vars(sharded.reference).values()]
-    buffers, others = (dict(each.named_buffers()) for each in (sharded, plain))
+    buffers, others = (dict(part.named_buffers()) for part in (sharded, plain))
     return {
         "peak": peak,
         "whole": sum(parameter.nbytes for parameter in plain.parameters()),
@@ -261,13 +263,13 @@ def build(latent: str, lora: str, reference: Any) -> dict[str, Any]:
         "same": {name: torch.equal(whole(value), expected[name]) for name, value in sharded.state_dict().items()},
         "same buffers": {name: torch.equal(value, others[name]) for name, value in buffers.items()},
         "names": list(expected) == list(sharded.state_dict()) and list(buffers) == list(others),
-        "asks the policy": [it is sharded.policy for it in held if isinstance(it, CausalPolicy)],
+        "reference uses the policy": [value is sharded.policy for value in held if isinstance(value, CausalPolicy)],
         "trained": [p.requires_grad for p in sharded.parameters()] == [p.requires_grad for p in plain.parameters()],
     }
 
 
-def refused() -> str:
-    """What both processes are told where the first one cannot build the policy."""
+def build_error() -> str:
+    """Return the error in this process if the first process cannot build the policy."""
     one = DPO(policy=PretrainedPolicy("models/nowhere", tokenizer=str(Path(__file__).parent)))
     one._tokenizer = TinyPolicy().load_tokenizer()
     one._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
@@ -281,7 +283,7 @@ def refused() -> str:
 def main(folder: Path, cache: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    # The second process takes up more, for the test of what is said of that.
+    # The second process allocates more memory, for the test of the reported peak.
     ballast = torch.ones(int(os.environ["RANK"]) * 2**27, dtype=torch.uint8)
     results = dict(runs(folder, cache))
     results["built"] = {
@@ -290,7 +292,7 @@ def main(folder: Path, cache: str) -> None:
         for lora in LORAS
         for reference in REFERENCES
     }
-    results["refused"] = {"told": refused()}
+    results["build_error"] = {"error": build_error()}
     del ballast
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
 

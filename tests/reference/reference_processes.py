@@ -1,4 +1,4 @@
-"""What `test_reference_processes.py` runs as programs of their own: a run of two devices, and one that gets killed."""
+"""Programs of `test_reference_processes.py`: runs on two devices, and a run that is killed."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lpc_lightning.reference import pair_pass
 from lpc_lightning.reference.pair_cache import PairCache
 from lpc_lightning.types import PreferenceBatch
 
-pair_pass.BATCH_TOKENS, pair_pass.ROUNDS = 700, 2  # several batches and parts, also of few pairs
+pair_pass.BATCH_TOKENS, pair_pass.ROUNDS = 700, 2  # several batches and parts even for few pairs
 
 
 class Losses(Callback):
-    """The loss of each step on this device, and a checkpoint after the third."""
+    """Records the loss of each step on this device, and saves a checkpoint after the third."""
 
     def __init__(self, checkpoint: Path | None) -> None:
-        self.checkpoint, self.found = checkpoint, []
+        self.checkpoint, self.values = checkpoint, []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.found.append(float(trainer.callback_metrics["train/loss"]))
+        self.values.append(float(trainer.callback_metrics["train/loss"]))
         if self.checkpoint is not None and trainer.global_step == 3:
             trainer.save_checkpoint(self.checkpoint)
 
 
 class Counted(DPO):
-    """Counts the batches by which this device works the reference out."""
+    """DPO that counts the batches in which this device computes the reference."""
 
     passes = 0
 
@@ -45,7 +45,7 @@ class Counted(DPO):
 
 
 class Move(Callback):
-    """Moves the policy away from its reference when the run begins, as a checkpoint would."""
+    """Changes the policy at the start of the run, like a loaded checkpoint."""
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -62,10 +62,10 @@ def fit(
     resume: Path | None = None,
     callbacks: tuple[Callback, ...] = (),
 ) -> dict[str, Any]:
-    """Train for an epoch of 22 pairs in batches of 4 over all devices; validate on 5.
+    """Train for one epoch of 22 pairs in batches of 4 over all devices, and validate on 5 pairs.
 
     Returns:
-        Losses, what was cached, how many batches that took here, and how many parameters this device holds.
+        Losses, cached values, number of reference batches on this device, and number of its parameters.
     """
     seed_everything(3, verbose=False)
     losses = Losses(save)
@@ -92,44 +92,46 @@ def fit(
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return {
-        "losses": losses.found,
+        "losses": losses.values,
         "validation": float(trainer.callback_metrics["val/loss"]),
         "logps": [[pair.reference_logps for pair in data.pairs[stage]] for stage in data.stages],
         "passes": module.passes,
-        "held": sum(getattr(it, "to_local", lambda it=it: it)().numel() for it in module.parameters()),
+        "held": sum(
+            getattr(tensor, "to_local", lambda tensor=tensor: tensor)().numel() for tensor in module.parameters()
+        ),
     }
 
 
 def two_devices(folder: Path) -> dict[str, Any]:
-    """By both strategies: live, cached, reused; with an empty cache and weights that come later."""
-    found = {}
+    """Train under both strategies: live, cached and reused references, and weights that change at the start."""
+    values = {}
     for name in ("ddp", "fsdp"):
 
         def make(name: str = name) -> Any:
             return "ddp" if name == "ddp" else FSDP2Strategy()
 
         cache, checkpoint = folder / name, folder / f"{name}.ckpt"
-        found[f"{name} live"] = fit(cache, "live", 2, make())
-        found[f"{name} cached"] = fit(cache, "cached", 2, make(), save=checkpoint if name == "ddp" else None)
-        found[f"{name} again"] = fit(cache, "cached", 2, make())
+        values[f"{name} live"] = fit(cache, "live", 2, make())
+        values[f"{name} cached"] = fit(cache, "cached", 2, make(), save=checkpoint if name == "ddp" else None)
+        values[f"{name} again"] = fit(cache, "cached", 2, make())
         empty(cache, folder / f"{name} kept")
-        found[f"{name} moved"] = fit(cache, "cached", 2, make(), callbacks=(Move(),))
-        found[f"{name} moved live"] = fit(cache, "live", 2, make(), callbacks=(Move(),))
+        values[f"{name} moved"] = fit(cache, "cached", 2, make(), callbacks=(Move(),))
+        values[f"{name} moved live"] = fit(cache, "live", 2, make(), callbacks=(Move(),))
     empty(folder / "ddp", folder / "second")
-    found["ddp resumed"] = fit(folder / "ddp", "cached", 2, "ddp", resume=folder / "ddp.ckpt")
-    return found
+    values["ddp resumed"] = fit(folder / "ddp", "cached", 2, "ddp", resume=folder / "ddp.ckpt")
+    return values
 
 
 def empty(cache: Path, kept: Path) -> None:
-    """Move the reference's cache away."""
+    """Move the reference's cache to another folder."""
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         shutil.move(cache / "reference", kept / "reference")
     torch.distributed.barrier()
 
 
-def slowly(cache: str) -> None:
-    """Computes, a part of few pairs at a time, until it is killed."""
+def fit_slowly(cache: str) -> None:
+    """Compute values in small parts until the process is killed."""
     pair_pass.BATCH_TOKENS, pair_pass.ROUNDS = 1, 1
     add = PairCache.add
 
@@ -143,11 +145,11 @@ def slowly(cache: str) -> None:
 
 if __name__ == "__main__":
     command, where = sys.argv[1:]
-    if command == "slowly":
-        slowly(where)
+    if command == "fit_slowly":
+        fit_slowly(where)
     elif command == "fit":
         fit(where)
     else:
-        said = two_devices(Path(where))
-        torch.save(said, Path(where) / f"rank {torch.distributed.get_rank()}.pt")
+        results = two_devices(Path(where))
+        torch.save(results, Path(where) / f"rank {torch.distributed.get_rank()}.pt")
         torch.distributed.destroy_process_group()

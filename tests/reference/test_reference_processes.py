@@ -1,4 +1,4 @@
-"""The reference's cache among processes: devices of one run, runs at once, and one that is killed in the middle."""
+"""Tests of the reference's cache with several processes: devices of a run, concurrent runs, and a killed run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TRAIN, VALIDATION = 22, 5
 
 @pytest.fixture(scope="module")
 def fit() -> Iterator[Callable[..., dict[str, Any]]]:
-    """One run in this process."""
+    """Return a function that runs in this process."""
     spec = importlib.util.spec_from_file_location("reference_processes", PROGRAM)
     assert spec is not None
     assert spec.loader is not None
     program = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as sizes:
-        for name in ("BATCH_TOKENS", "ROUNDS"):  # the program sets its own
+        for name in ("BATCH_TOKENS", "ROUNDS"):  # the program sets its own values
             sizes.setattr(pair_pass, name, getattr(pair_pass, name))
         spec.loader.exec_module(program)
         yield program.fit
@@ -38,7 +38,7 @@ def fit() -> Iterator[Callable[..., dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def alone(fit: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run on one device, whose cache was empty."""
+    """Result of a run on one device with an empty cache."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PL_GLOBAL_SEED", "0")
         return fit(tmp_path_factory.mktemp("alone"))
@@ -46,7 +46,7 @@ def alone(fit: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
-    """What both devices found, and the folder of their caches."""
+    """Results of both devices, and the folder of their caches."""
     folder = tmp_path_factory.mktemp("together")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*torchrun, str(PROGRAM), "two", str(folder)], capture_output=True, text=True, timeout=300)
@@ -55,44 +55,46 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, A
 
 
 def values_in(root: Path) -> dict[str, dict[int, list[list[float]]]]:
-    """By entry and place, all values that its parts hold."""
-    found: dict[str, dict[int, list[list[float]]]] = {}
+    """Return all values in the parts, by entry and index."""
+    values: dict[str, dict[int, list[list[float]]]] = {}
     for path in sorted((root / "reference").glob("*/*.npz")):
         with np.load(path) as part:
-            for place, logps in zip(part["places"].tolist(), part["values"].tolist(), strict=True):
-                found.setdefault(path.parent.name, {}).setdefault(place, []).append(logps)
-    return found
+            for index, logps in zip(part["places"].tolist(), part["values"].tolist(), strict=True):
+                values.setdefault(path.parent.name, {}).setdefault(index, []).append(logps)
+    return values
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_devices_work_out_what_one_does(
+def test_two_devices_compute_the_same_values(
     strategy: str, together: tuple[list[dict[str, Any]], Path], alone: dict[str, Any]
 ) -> None:
     ranks, folder = together
     for rank in ranks:
-        found = rank[f"{strategy} cached"]
-        for ours, theirs in zip(found["logps"], alone["logps"], strict=True):
+        values = rank[f"{strategy} cached"]
+        for ours, theirs in zip(values["logps"], alone["logps"], strict=True):
             assert np.allclose(ours, theirs, rtol=1e-6, atol=0)
-        assert found["logps"] == rank[f"{strategy} again"]["logps"]
-        assert found["losses"] == rank[f"{strategy} again"]["losses"]
+        assert values["logps"] == rank[f"{strategy} again"]["logps"]
+        assert values["losses"] == rank[f"{strategy} again"]["losses"]
     assert ranks[0][f"{strategy} cached"]["logps"] == ranks[1][f"{strategy} cached"]["logps"]
     assert ranks[0][f"{strategy} again"]["passes"] == ranks[1][f"{strategy} again"]["passes"] == 0
-    kept = values_in(folder / f"{strategy} kept")
-    assert sorted(map(len, kept.values())) == [VALIDATION, TRAIN]
-    assert all(len(values) == 1 for entry in kept.values() for values in entry.values()), "every pair once"
+    stored = values_in(folder / f"{strategy} kept")
+    assert sorted(map(len, stored.values())) == [VALIDATION, TRAIN]
+    assert all(len(values) == 1 for entry in stored.values() for values in entry.values()), (
+        "every pair is computed once"
+    )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_devices_take_equally_many_batches(
+def test_devices_run_equally_many_batches(
     strategy: str, together: tuple[list[dict[str, Any]], Path], alone: dict[str, Any]
 ) -> None:
-    """FSDP2 gathers weights for each: a device that took one less would leave the others waiting."""
+    """FSDP2 gathers weights for every batch. With one batch less on a device, the others would wait."""
     first, second = (rank[f"{strategy} cached"]["passes"] for rank in together[0])
-    assert first == second > alone["passes"] / 2, "of an odd number, one device repeats the last for nothing"
+    assert first == second > alone["passes"] / 2, "with an odd number, one device repeats the last batch"
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_devices_train_as_with_a_live_reference(
+def test_two_devices_train_as_with_live_reference(
     strategy: str, together: tuple[list[dict[str, Any]], Path], alone: dict[str, Any]
 ) -> None:
     ranks, _ = together
@@ -106,10 +108,8 @@ def test_two_devices_train_as_with_a_live_reference(
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_weights_that_come_later_find_nothing_of_the_published_ones(
-    strategy: str, together: tuple[list[dict[str, Any]], Path]
-) -> None:
-    """What FSDP2 gathers for a step without gradient it would keep for the next one."""
+def test_later_weights_replace_gathered_ones(strategy: str, together: tuple[list[dict[str, Any]], Path]) -> None:
+    """Weights that FSDP2 gathers for a step without gradient must not be used after they change."""
     for rank in together[0]:
         cached, live, plain = (rank[f"{strategy} {run}"] for run in ("moved", "moved live", "cached"))
         assert cached["losses"] == pytest.approx(live["losses"], rel=1e-5)
@@ -117,8 +117,8 @@ def test_weights_that_come_later_find_nothing_of_the_published_ones(
         assert abs(cached["losses"][0] - plain["losses"][0]) > 1e-3
 
 
-def test_two_devices_resume_without_the_cache(together: tuple[list[dict[str, Any]], Path]) -> None:
-    """The published weights work it out before the checkpoint is loaded."""
+def test_two_devices_resume_without_cache(together: tuple[list[dict[str, Any]], Path]) -> None:
+    """The values are computed with the published weights, before the checkpoint is loaded."""
     for rank in together[0]:
         whole, resumed = rank["ddp cached"], rank["ddp resumed"]
         assert abs(whole["losses"][-1] - whole["losses"][0]) > 1e-3
@@ -132,32 +132,34 @@ def start(command: str, cache: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, str(PROGRAM), command, str(cache)], env=environment)
 
 
-def test_two_runs_at_once(fit: Callable[..., dict[str, Any]], alone: dict[str, Any], tmp_path: Path) -> None:
+def test_two_concurrent_runs_share_values(
+    fit: Callable[..., dict[str, Any]], alone: dict[str, Any], tmp_path: Path
+) -> None:
     runs = [start("fit", tmp_path) for _ in range(2)]
     assert [run.wait(timeout=120) for run in runs] == [0, 0]
-    kept = values_in(tmp_path)
-    assert sorted(map(len, kept.values())) == [VALIDATION, TRAIN]
+    stored = values_in(tmp_path)
+    assert sorted(map(len, stored.values())) == [VALIDATION, TRAIN]
     assert not list((tmp_path / "reference").glob("*/*.unfinished"))
     later = fit(tmp_path)
     assert later["losses"] == pytest.approx(alone["losses"], rel=1e-6)
 
 
-def test_a_run_that_is_killed_leaves_what_it_had(
+def test_killed_run_leaves_valid_values(
     fit: Callable[..., dict[str, Any]], alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = start("slowly", tmp_path)
+    run = start("fit_slowly", tmp_path)
     while len(list((tmp_path / "reference").glob("*/*.npz"))) < 3:
         assert run.poll() is None
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     run.wait()
     (before,) = values_in(tmp_path).values()
-    assert 3 <= len(before) < TRAIN, "killed in the middle"
+    assert 3 <= len(before) < TRAIN, "the run was killed before its end"
 
     later = fit(tmp_path)
     assert later["losses"] == pytest.approx(alone["losses"], rel=1e-6)
     for ours, theirs in zip(later["logps"], alone["logps"], strict=True):
         assert np.allclose(ours, theirs, rtol=1e-6, atol=0)
     after = max(values_in(tmp_path).values(), key=len)
-    assert all(after[place] == values for place, values in before.items()), "nothing was worked out twice"
+    assert all(after[index] == values for index, values in before.items()), "no value was computed twice"
     assert len(after) == TRAIN

@@ -1,13 +1,14 @@
-"""The latent space is trained before the first step, on a sketch of the policy.
+"""Warm start: the latent space is fitted before the first training step, under a linearized policy.
 
-From random codes and a uniform prior there is hardly a force that parts the codes: a code gains by what the prior knows
-of it, and the prior by what the codes have become. In the sketch, log pi(y|x, z) is known in closed form once a
-gradient of each answer is, for which one pass will do. A step of the latent space then needs no backbone, and codes can
-be found by looking at some thousand pairs at once.
+With random codes and a uniform prior, the training loss barely separates the codes. A code improves only if the prior
+predicts it, and the prior improves only if the codes differ. A linearized policy gives log pi(y|x, z) in closed form
+from one gradient of each answer, for which a single pass over the data is enough. A step of the latent space then needs
+no backbone, and codes are fitted to thousands of pairs at once.
 
-- `sketch`: pairs under that policy.
-- `clusters`: what the prompts (or the annotators) let expect of the pairs' gradients, clustered.
-- `fit`: codes and networks from these clusters, and then the algorithm's own loss.
-- `rows`: the pass over the data, shared between runs.
-- `warm_start_pairs`: the whole.
+- `linearized_policy`: pairs under the linearized policy.
+- `pair_gradients`: the pass over the data, whose values are shared between runs.
+- `held_out`: the pairs that are held out.
+- `clusters`: clusters of the gradients that prompts or annotators predict.
+- `fit`: codes and networks from these clusters, then training by the algorithm's own loss.
+- `warm_start`: all steps together.
 """

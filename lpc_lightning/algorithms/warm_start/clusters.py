@@ -1,8 +1,8 @@
-"""Kinds of pairs: what the prompt or the annotator lets expect of a pair's pull, clustered.
+"""Clusters of pairs by the gradient that the prompt or the annotator predicts.
 
-One pull is mostly noise, the words that two answers happen to differ in. What remains of it given the prompt (or the
-annotator) is the preference. Of the prompt, that counts which has to do with what is answered, and that can be told
-without a label.
+A pair's z-gradient is the gradient of log pi(y_w|x, z) - log pi(y_l|x, z) with respect to z. A single one is mostly
+noise, because two answers differ in many words by chance. Its expectation given the prompt (or the annotator) is the
+preference. Only those features of the prompt are used that are related to the answers. They are found without labels.
 """
 
 from __future__ import annotations
@@ -13,70 +13,75 @@ from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-FEW = 0.1
-"""Mean variances added to every direction's before features are brought to equal variance: next to nothing."""
-MANY = 10.0
-"""The same for z_gradients: of the directions in which words differ most, a few have more than this and are made
-smaller."""
+STATE_SHRINKAGE = 0.1
+"""Shrinkage of the whitening of prompt states and answer gradients, in mean variances (see `whitener`). Almost none."""
+GRADIENT_SHRINKAGE = 10.0
+"""The same for the z-gradients of pairs. Only the few directions in which words differ most have a larger variance, and
+only these are scaled down."""
 ALPHAS = tuple(10.0 ** (power / 2) for power in range(-4, 11))
-"""Weights of the ridge that are tried, by leaving one pair out."""
-AT_ONCE = 4096
-"""Pairs whose distances are looked at all with all."""
+"""Candidate weights of the ridge penalty. One is chosen by leave-one-out error."""
+MAX_WARD_PAIRS = 4096
+"""Largest number of pairs in Ward's clustering, which computes all distances between pairs."""
 
 
-def prompt_canonical_variates(prompts: Tensor, said: Tensor) -> Tensor:
-    """What prompts are about: their canonical variates with what is said to them, each times its correlation squared.
+def prompt_canonical_variates(prompts: Tensor, answers: Tensor) -> Tensor:
+    """Compute the canonical variates of prompts with their answers, each times its squared correlation.
 
     Args:
         prompts: (N, d) states.
-        said: (N, m) about both answers, whichever won: flipped labels do not change it.
+        answers: (N, m) features of both answers together. They must not depend on the label.
 
     Returns:
-        (N, d) or (N, m), whichever is less wide.
+        (N, d) or (N, m), whichever is narrower.
     """
-    first, second = (whitened(values - values.mean(0), FEW) for values in (prompts, said))
+    first, second = (whitened(values - values.mean(0), STATE_SHRINKAGE) for values in (prompts, answers))
     axes, correlations, _ = torch.linalg.svd(first.T @ second / len(first), full_matrices=False)
     return first @ axes * correlations.square()
 
 
-def cluster_pairs(known: Tensor, z_gradients: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Cluster pairs by the direction of the pull that is to be expected of them.
+def cluster_pairs(features: Tensor, z_gradients: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Cluster pairs by the direction of their predicted gradient.
 
-    Pulls are regressed on what is known (ridge), Ward's clusters of the predicted directions are refined by k-means.
+    The gradients are regressed on the features (ridge). Ward's clusters of the predicted directions are refined by
+    k-means.
 
     Args:
-        known: (N, m) beside the label.
-        z_gradients: (n, d) of the first n pairs. Of the others it is not seen: they get the kind nearest to what is
-            expected.
-        clusters: K, at most n.
+        features: (N, m) features of the pairs that do not depend on the label.
+        z_gradients: (n, d) gradients of the first n pairs. The other pairs get the cluster that is nearest to their
+            predicted direction.
+        clusters: Number of clusters K, at most n.
 
     Returns:
-        (K, d) codes, of a common scale that means nothing, and (N,) the kind of each pair. A pull times a code is the
-        product of the whitened pull with the mean that is expected in that kind. A kind without a pair, where there
-        are fewer different pairs than clusters, has code 0.
+        (K, d) codes and (N,) the cluster of each pair. The codes have a common scale without meaning. A gradient times
+        a code is the product of the whitened gradient with the cluster's mean predicted gradient. If fewer than K pairs
+        are distinct, some clusters have no pair, and their code is 0.
     """
-    equal = whitener(z_gradients, MANY)
-    ridge = RidgeCV(ALPHAS).fit(known[: len(z_gradients)].numpy(), (z_gradients @ equal).numpy())
-    expected = ridge.predict(known.numpy())
-    directions = expected / np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-12)
-    found = directions[: min(AT_ONCE, len(z_gradients))]
-    different = len(np.unique(found.round(6), axis=0))
-    parts = AgglomerativeClustering(min(clusters, different)).fit(found).labels_
-    centres = np.stack([found[parts == part].mean(0) for part in range(parts.max() + 1)])
-    cluster_of = KMeans(len(centres), init=centres, n_init=1).fit(directions[: len(z_gradients)]).predict(directions)
-    means = np.zeros((clusters, z_gradients.shape[1]), expected.dtype)
-    for kind in np.unique(cluster_of[: len(z_gradients)]):
-        means[kind] = expected[: len(z_gradients)][cluster_of[: len(z_gradients)] == kind].mean(0)
-    return torch.from_numpy(means).to(z_gradients.dtype) @ equal, torch.from_numpy(cluster_of).long()
+    whitening = whitener(z_gradients, GRADIENT_SHRINKAGE)
+    fitted = len(z_gradients)
+    ridge = RidgeCV(ALPHAS).fit(features[:fitted].numpy(), (z_gradients @ whitening).numpy())
+    predicted = ridge.predict(features.numpy())
+    directions = predicted / np.maximum(np.linalg.norm(predicted, axis=1, keepdims=True), 1e-12)
+    sample = directions[: min(MAX_WARD_PAIRS, fitted)]
+    distinct = len(np.unique(sample.round(6), axis=0))
+    parts = AgglomerativeClustering(min(clusters, distinct)).fit(sample).labels_
+    centres = np.stack([sample[parts == part].mean(0) for part in range(parts.max() + 1)])
+    cluster_of = KMeans(len(centres), init=centres, n_init=1).fit(directions[:fitted]).predict(directions)
+    means = np.zeros((clusters, z_gradients.shape[1]), predicted.dtype)
+    for cluster in np.unique(cluster_of[:fitted]):
+        means[cluster] = predicted[:fitted][cluster_of[:fitted] == cluster].mean(0)
+    return torch.from_numpy(means).to(z_gradients.dtype) @ whitening, torch.from_numpy(cluster_of).long()
 
 
 def whitener(values: Tensor, shrinkage: float) -> Tensor:
-    """(d, d) matrix that brings all directions of `values` (N, d) to a mean square of 1, or below: see `shrinkage`."""
+    """Compute the (d, d) matrix that scales all directions of `values` (N, d) to a mean square of at most 1.
+
+    `shrinkage` times the mean variance is added to the variance of every direction before its scale is computed.
+    """
     squares, axes = torch.linalg.eigh((values.T @ values / len(values)).double())
     scale = (squares + shrinkage * squares.mean()).rsqrt()
     return (axes @ torch.diag(scale) @ axes.T).to(values.dtype)
 
 
 def whitened(values: Tensor, shrinkage: float) -> Tensor:
-    """`values` (N, d) by their `whitener`."""
+    """Multiply `values` (N, d) by their `whitener`."""
     return values @ whitener(values, shrinkage)

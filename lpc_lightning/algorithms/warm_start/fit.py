@@ -1,4 +1,4 @@
-"""A latent space fitted to pairs under the sketch of a policy."""
+"""Fit of a latent space to pairs under the linearized policy."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from lpc_lightning.latent.evidence import given_earlier_pairs
 from lpc_lightning.latent.networks import Codebook
 
 BATCH = 32
-"""Pairs in a step."""
-AT_ONCE = 256
-"""Pairs that are looked at together without gradient."""
+"""Pairs in an optimizer step."""
+EVAL_BATCH = 256
+"""Pairs in a batch without gradient."""
 EPOCHS = 8
-"""Of imitation, and of the algorithm's own loss."""
-CALM = 0.3
-"""Share of `latent_lr` by which networks learn once they imitate the clusters."""
+"""Epochs of the imitation of the clusters, and again of the algorithm's own loss."""
+NETWORK_LR_SHARE = 0.3
+"""Learning rate of the networks after the imitation, as a share of `latent_lr`."""
 SCALES = tuple(10.0 ** (power / 4) for power in range(-4, 11))
-"""Deviations, in nats, of log pi(y_w|x, e_k) - log pi(y_l|x, e_k) over codes and pairs, among which one is chosen."""
+"""Candidate scales of the codebook: standard deviation, in nats, of log pi(y_w|x, e_k) - log pi(y_l|x, e_k) over codes
+and pairs."""
 CODE_STEP = 0.03
 """Learning rate of a codebook, as a share of its root mean square."""
 
@@ -34,124 +35,126 @@ CODE_STEP = 0.03
 def fit(
     space: LatentSpace, pairs: LinearizedPairs, held: int, latent_lr: float, pairs_per_annotator: int | None = None
 ) -> tuple[float, float]:
-    """Fit `space`, which is changed, in float32.
+    """Fit a latent space in place.
 
     Args:
-        space: Built, in float32.
-        pairs: Four or more, shuffled, the same on all devices.
-        held: How many of them, the last ones, are held out (see `hold_out`).
+        space: The space, built and in float32.
+        pairs: Four or more pairs, shuffled, the same on all devices.
+        held: Number of pairs at the end that are held out (see `hold_out`).
         latent_lr: Learning rate of the networks.
-        pairs_per_annotator: Pairs of one annotator that stand together in a batch (see `annotator_batches`); None: as
-            drawn.
+        pairs_per_annotator: Number of consecutive pairs of one annotator in a batch (see `annotator_batches`). None:
+            pairs are not grouped.
 
     Returns:
-        Mean losses of held-out pairs, in nats: without a latent, and as the space has been fitted.
+        Mean losses of held-out pairs, in nats: without a latent, and under the fitted space.
     """
     fitted, held_out = torch.arange(len(pairs)).split([len(pairs) - held, held])
     batches = partial(_batches, pairs.annotators, pairs_per_annotator)
-    tested = batches(held_out)
+    held_out_batches = batches(held_out)
     with torch.no_grad():
         space.train()
-        for indices in fitted.split(AT_ONCE):
-            space.training_terms(*pairs.take(indices), 0.0)
+        for indices in fitted.split(EVAL_BATCH):
+            space.training_terms(*pairs.select(indices), 0.0)
         space.close_window(alike=True)
         space.eval()
-        plain = float(pairs.take(held_out)[1].under(None)[0].losses.mean())
+        plain = float(pairs.select(held_out)[1].under(None)[0].losses.mean())
 
     def step(indices: Tensor, progress: float) -> Tensor:
-        terms = space.training_terms(*pairs.take(indices), progress)
+        terms = space.training_terms(*pairs.select(indices), progress)
         return (terms.pairs.losses + terms.penalty).mean()
 
     if isinstance(space, DiscreteSpace):
-        clusters = _take_clusters(space, pairs, len(fitted))
+        clusters = _init_codes(space, pairs, len(fitted))
 
         def imitate(indices: Tensor, progress: float) -> Tensor:
-            return space.imitation_loss(pairs.take(indices)[0], clusters[indices]).mean()
+            return space.imitation_loss(pairs.select(indices)[0], clusters[indices]).mean()
 
         networks = [parameter for name, parameter in space.named_parameters() if not name.startswith("codebook")]
-        _descend(space, [{"params": networks, "lr": latent_lr}], imitate, fitted, tested, batches)
-        _take_scale(space, pairs, held_out)
-    return plain, _descend(space, _groups(space, CALM * latent_lr), step, fitted, tested, batches)
+        _minimize(space, [{"params": networks, "lr": latent_lr}], imitate, fitted, held_out_batches, batches)
+        _set_scale(space, pairs, held_out)
+    return plain, _minimize(
+        space, _groups(space, NETWORK_LR_SHARE * latent_lr), step, fitted, held_out_batches, batches
+    )
 
 
-def _take_clusters(space: DiscreteSpace, pairs: LinearizedPairs, fitted: int) -> Tensor:
-    """Give codes the directions of clusters, by the labels of the first `fitted` pairs; (N,) the kind of each pair."""
+def _init_codes(space: DiscreteSpace, pairs: LinearizedPairs, fitted: int) -> Tensor:
+    """Set the codes to the directions of clusters of the first `fitted` pairs. Return (N,) clusters of all pairs."""
     if space.annotators and any(pairs.annotators):
         names = {name: number for number, name in enumerate(dict.fromkeys(pairs.annotators))}
-        known = one_hot(torch.tensor([names[name] for name in pairs.annotators])).float()
+        features = one_hot(torch.tensor([names[name] for name in pairs.annotators])).float()
     else:
         prompts = rms_norm(pairs.prompt, pairs.prompt.shape[-1:])
-        known = prompt_canonical_variates(
+        features = prompt_canonical_variates(
             (prompts - prompts.mean(0)) / prompts.std(0).clamp_min(1e-6), pairs.z_gradients.sum(1)
         ).cpu()
-    codes, clusters = cluster_pairs(known, pairs.z_gradient_difference[:fitted].cpu(), space.num_codes)
+    codes, clusters = cluster_pairs(features, pairs.z_gradient_difference[:fitted].cpu(), space.num_codes)
     space.codebook.weight.data.copy_(codes)
     return clusters.to(pairs.prompt.device)
 
 
 @torch.no_grad()
-def _take_scale(space: DiscreteSpace, pairs: LinearizedPairs, held_out: Tensor) -> None:
-    """Give the codebook the scale under which held-out labels have the highest evidence.
+def _set_scale(space: DiscreteSpace, pairs: LinearizedPairs, held_out: Tensor) -> None:
+    """Scale the codebook so that the held-out labels have the highest evidence.
 
-    Where annotators' pairs share what they say, each is scored given the earlier ones: two opposite codes, each with
-    weight 1/2, say nothing of single pairs at any scale.
+    If the space pools an annotator's pairs, each pair is scored given the annotator's earlier pairs. Two opposite codes
+    with weight 1/2 each predict nothing about single pairs, whatever the scale.
     """
-    states, score = pairs.take(held_out)
+    states, score = pairs.select(held_out)
     log_prior = space.log_prior(states.prompt)
     directions = space.codebook.weight / (
         pairs.z_gradient_difference[held_out] @ space.codebook.weight.T
     ).std().clamp_min(1e-12)
 
     def evidence(scale: float) -> Tensor:
-        said = score.under_codes(scale * directions)[0].label_log_likelihood
-        given = given_earlier_pairs(log_prior, said, states.annotators) if space.annotators else log_prior
-        return (given + said).logsumexp(-1).mean()
+        likelihood = score.under_codes(scale * directions)[0].label_log_likelihood
+        log_weights = given_earlier_pairs(log_prior, likelihood, states.annotators) if space.annotators else log_prior
+        return (log_weights + likelihood).logsumexp(-1).mean()
 
     best = int(torch.stack([evidence(scale) for scale in SCALES]).argmax())
     space.codebook.weight.copy_(SCALES[best] * directions)
 
 
 def _groups(space: LatentSpace, latent_lr: float) -> list[dict[str, object]]:
-    """Codebooks move by a share of their size, networks by `latent_lr`."""
+    """Return parameter groups. Codebooks learn at a share of their size, networks at `latent_lr`."""
     books = [part.weight for part in space.modules() if isinstance(part, Codebook)]
     others = [p for p in space.parameters() if not any(p is weight for weight in books)]
     groups: list[dict[str, object]] = [{"params": others, "lr": latent_lr}] if others else []
     return groups + [{"params": [w], "lr": CODE_STEP * float(w.detach().square().mean().sqrt())} for w in books]
 
 
-def _descend(
+def _minimize(
     space: nn.Module,
     groups: list[dict[str, object]],
     loss_of: Callable[[Tensor, float], Tensor],
     fitted: Tensor,
-    tested: Sequence[Tensor],
+    held_out_batches: Sequence[Tensor],
     batches: Callable[[Tensor], Sequence[Tensor]],
 ) -> float:
-    """Adam over `EPOCHS`, steps falling to 0; keep the epoch whose held-out loss is lowest, the start among them."""
+    """Run Adam for `EPOCHS` with a rate that falls to 0. Keep the start or the epoch with the lowest held-out loss."""
     optimizer = torch.optim.Adam(groups)
     steps = EPOCHS * max(1, len(fitted) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    best, best_state = _mean(loss_of, tested), copy.deepcopy(space.state_dict())
+    best, best_state = _mean_loss(loss_of, held_out_batches), copy.deepcopy(space.state_dict())
     for epoch in range(EPOCHS):
         for number, indices in enumerate(batches(fitted[torch.randperm(len(fitted))])[: steps // EPOCHS]):
             optimizer.zero_grad()
             loss_of(indices, (epoch * (steps // EPOCHS) + number) / steps).backward()
             optimizer.step()
             schedule.step()
-        if (now := _mean(loss_of, tested)) < best:
+        if (now := _mean_loss(loss_of, held_out_batches)) < best:
             best, best_state = now, copy.deepcopy(space.state_dict())
     space.load_state_dict(best_state)
     return best
 
 
 @torch.no_grad()
-def _mean(loss_of: Callable[[Tensor, float], Tensor], batches: Sequence[Tensor]) -> float:
-    """Mean loss of a pair at the end of training."""
+def _mean_loss(loss_of: Callable[[Tensor, float], Tensor], batches: Sequence[Tensor]) -> float:
+    """Compute the mean loss of a pair at progress 1, the end of training."""
     return sum(float(loss_of(batch, 1.0)) * len(batch) for batch in batches) / sum(map(len, batches))
 
 
 def _batches(annotators: Sequence[str], pairs_per_annotator: int | None, indices: Tensor) -> Sequence[Tensor]:
-    """The pairs at `indices`, which are shuffled, in batches like those of training."""
+    """Split shuffled pairs at `indices` into batches like those of training."""
     if pairs_per_annotator is not None:
         generator = torch.default_generator
         indices = torch.tensor(

@@ -1,9 +1,10 @@
-"""Labelled pairs under a sketch of the policy: log pi(y|x, z) as a function of z, in closed form.
+"""Labelled pairs under a linearized policy, in which log pi(y|x, z) is a closed form in z.
 
-Under z, token y_t has the log-probability log p_t(y_t) + w_y z - log sum_v p_t(v) exp(w_v z). Value and gradient at
-z = 0 are kept, summed over each answer (its pull). In what the normaliser has beyond, p_t is taken for the mean p over
-all tokens: log pi(y|x, z) = log pi(y|x) + pull z - n KL(p, p_z), for n tokens, with p_z(v) proportional to
-p(v) exp(w_v z). Without that term large codes would seem to cost nothing, and long answers to lose nothing by them.
+Under z, token y_t has the log-probability log p_t(y_t) + w_y z - log sum_v p_t(v) exp(w_v z). Its value and gradient at
+z = 0 are exact, and are summed over each answer. In the higher orders of the normaliser, p_t is replaced by its mean p
+over all tokens. For an answer of n tokens with z-gradient g this gives
+log pi(y|x, z) = log pi(y|x) + g z - n KL(p, p_z), with p_z(v) proportional to p(v) exp(w_v z). Without the KL term,
+large codes would have no cost, and long answers would lose nothing under them.
 """
 
 from __future__ import annotations
@@ -21,44 +22,45 @@ from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates, Pr
 
 @dataclass(frozen=True, slots=True)
 class MeanToken:
-    """The distribution of the policy's next token, over all indices."""
+    """Mean distribution of the policy's next token over all tokens of the answers."""
 
     head: LogitHead
     log_p: Tensor
-    """(V,)."""
+    """(V,) log-probabilities."""
 
     def divergence(self, z: Tensor) -> Tensor:
-        """KL(p, p_z) in nats: z (K, d) to (K,)."""
+        """Compute KL(p, p_z) in nats, (K,), for z (K, d)."""
         biases = code_logits(self.head, z)
         return (self.log_p + biases).logsumexp(-1) - biases @ self.log_p.exp()
 
 
 @dataclass(frozen=True, slots=True)
 class LinearizedForward:
-    """What a `BatchForward` is to a batch, in the sketch."""
+    """Log-probabilities of a batch under the linearized policy (an `AnswerLogps`)."""
 
     plain: Tensor
     """(2B,) log-probabilities without z, chosen answers first."""
     z_gradients: Tensor
-    """(2B, d) their gradients with respect to z at z = 0."""
+    """(2B, d) gradients of `plain` with respect to z at z = 0."""
     lengths: Tensor
-    """(2B,) tokens."""
+    """(2B,) numbers of tokens."""
     token: MeanToken
+    """The policy's mean token."""
 
     def logps(self, z: Tensor | None = None) -> Tensor:
-        """(2B,) under `z` (B, d) of each pair; None: without."""
+        """Return (2B,) log-probabilities under `z` (B, d) of each pair, or without z (None)."""
         if z is None:
             return self.plain
-        lost = self.lengths * self.token.divergence(z).repeat(2)
-        return self.plain + (self.z_gradients * z.repeat(2, 1)).sum(-1) - lost
+        divergences = self.lengths * self.token.divergence(z).repeat(2)
+        return self.plain + (self.z_gradients * z.repeat(2, 1)).sum(-1) - divergences
 
     def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
-        """(2B, K) under every code of `codes` (K, d). `code_range` is not needed here."""
+        """Return (2B, K) log-probabilities under every code of `codes` (K, d). `code_range` is not used."""
         return self.plain[:, None] + self.z_gradients @ codes.T - self.lengths[:, None] * self.token.divergence(codes)
 
 
 class LinearizedPairs:
-    """What one pass over labelled pairs keeps of each: 5 d + 4 numbers, and two of the reference."""
+    """Labelled pairs under the linearized policy: 5 d + 4 numbers each, and two of the reference."""
 
     def __init__(
         self,
@@ -68,14 +70,14 @@ class LinearizedPairs:
         annotators: Sequence[str],
         loss: Callable[[PairLogps], PairLosses],
     ) -> None:
-        """Take the rows apart.
+        """Split the rows into their parts.
 
         Args:
-            rows: (N, 5 d + 4), as `row_of` makes them.
-            reference: (N, 2) log-probabilities of both answers under the reference; None for an algorithm without one.
+            rows: (N, 5 d + 4), see `make_rows`.
+            reference: (N, 2) log-probabilities of both answers under the reference. None without a reference.
             token: The policy's mean token.
-            annotators: (N,) who labelled each pair.
-            loss: The algorithm's loss.
+            annotators: (N,) annotator of each pair, "" if unknown.
+            loss: The preference loss.
         """
         width = token.head.weight.shape[1]
         states, z_gradients, self.plain, self.lengths = rows.split([3 * width, 2 * width, 2, 2], dim=1)
@@ -88,41 +90,43 @@ class LinearizedPairs:
 
     @property
     def z_gradient_difference(self) -> Tensor:
-        """(N, d) gradients of log pi(y_w|x, z) - log pi(y_l|x, z): the direction that a pair wants z to have."""
+        """(N, d) gradients of log pi(y_w|x, z) - log pi(y_l|x, z): the direction of z that favours the label most."""
         return self.z_gradients[:, 0] - self.z_gradients[:, 1]
 
-    def take(self, indices: Tensor) -> tuple[PairStates, BatchScorer]:
-        """The states of the pairs at `indices` (B,), and their losses as a function of z."""
+    def select(self, indices: Tensor) -> tuple[PairStates, BatchScorer]:
+        """Return the states of the pairs at `indices` (B,), and their losses as a function of z."""
         plain, lengths = (values[indices].T.flatten() for values in (self.plain, self.lengths))
         reference = None if self.reference is None else self.reference[indices].T.flatten()
         z_gradients = self.z_gradients[indices].transpose(0, 1).flatten(0, 1)
-        reading = LinearizedForward(plain, z_gradients, lengths, self._token)
+        forward = LinearizedForward(plain, z_gradients, lengths, self._token)
         states = PairStates(
             self.prompt[indices],
             self.chosen[indices],
             self.rejected[indices],
-            tuple(self.annotators[place] for place in indices.tolist()),
+            tuple(self.annotators[index] for index in indices.tolist()),
         )
-        return states, BatchScorer(reading, lengths, reference, self._loss)
+        return states, BatchScorer(forward, lengths, reference, self._loss)
 
 
-def row_of(states: PairStates, plain: Tensor, z_gradients: Tensor, batch: PreferenceBatch) -> Tensor:
-    """(B, 5 d + 4) float32: h_x, h_w, h_l, both z_gradients, log-probabilities and lengths.
+def make_rows(states: PairStates, plain: Tensor, z_gradients: Tensor, batch: PreferenceBatch) -> Tensor:
+    """Return (B, 5 d + 4) float32 rows: h_x, h_w, h_l, both z-gradients, both log-probabilities and both lengths.
 
     Args:
-        states: Of the batch's pairs.
-        plain: (2B,) log-probabilities of the answers.
-        z_gradients: (2B, d) their gradients.
+        states: States of the batch's pairs.
+        plain: (2B,) log-probabilities of the answers without z.
+        z_gradients: (2B, d) gradients of the log-probabilities with respect to z.
         batch: The batch.
     """
-    of_answers = [torch.cat(values.chunk(2), dim=1) for values in (z_gradients, plain[:, None], batch.lengths[:, None])]
-    parts = [states.prompt, states.chosen, states.rejected, *of_answers]
+    answer_parts = [
+        torch.cat(values.chunk(2), dim=1) for values in (z_gradients, plain[:, None], batch.lengths[:, None])
+    ]
+    parts = [states.prompt, states.chosen, states.rejected, *answer_parts]
     return torch.cat([part.detach().float() for part in parts], dim=1)
 
 
-def relabelled(rows: Tensor, swaps: Tensor) -> Tensor:
-    """Rows of the same pairs, those of `swaps` (N,) bool labelled the other way round."""
+def swap_labels(rows: Tensor, swaps: Tensor) -> Tensor:
+    """Return the rows with the opposite label where `swaps` (N,) is True."""
     width = (rows.shape[1] - 4) // 5
-    prompt, *of_answers = rows.split([width, 2 * width, 2 * width, 2, 2], dim=1)
-    swapped = [torch.cat(values.chunk(2, dim=1)[::-1], dim=1) for values in of_answers]
+    prompt, *answer_parts = rows.split([width, 2 * width, 2 * width, 2, 2], dim=1)
+    swapped = [torch.cat(values.chunk(2, dim=1)[::-1], dim=1) for values in answer_parts]
     return torch.where(swaps[:, None], torch.cat([prompt, *swapped], dim=1), rows)

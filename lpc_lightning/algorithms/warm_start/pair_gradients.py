@@ -1,4 +1,4 @@
-"""The pass over the pairs of a warm start. What it finds does not depend on labels or algorithm, and is shared."""
+"""The pass over the pairs of a warm start. Runs share its values, which depend on neither labels nor algorithm."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpc_lightning.algorithms.warm_start.linearized_policy import relabelled, row_of
+from lpc_lightning.algorithms.warm_start.linearized_policy import make_rows, swap_labels
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.policy import CausalPolicy, fingerprint
-from lpc_lightning.reference.cached import how_computed
+from lpc_lightning.reference.cached import computation_key
 from lpc_lightning.reference.live import Reference
 from lpc_lightning.reference.pair_cache import PairCache
-from lpc_lightning.reference.pair_pass import Ask, ask_of_pairs
+from lpc_lightning.reference.pair_pass import PairFunction, compute_over_pairs
 from lpc_lightning.reference.shared_pass import shared_pass
 from lpc_lightning.types import PreferenceBatch
 
@@ -26,48 +26,49 @@ if TYPE_CHECKING:
 
 
 def labelled_rows(module: PolicyModule, data: PreferenceDataModule, indices: Sequence[int]) -> tuple[Tensor, int]:
-    """What the policy says of training pairs, labelled as they are trained on.
+    """Compute the rows of training pairs under the module's current policy, with the labels of training.
 
     Args:
-        module: Its policy, as it is now.
+        module: The module. Its policy computes the rows that are not in the cache.
         data: The data.
-        indices: (n,) of the pairs.
+        indices: (n,) indices of the pairs.
 
     Returns:
-        (n, 5 d + 4) rows on the module's device, in the order of `indices` (see `row_of`), and of how many pairs they
-        were not known before.
+        (n, 5 d + 4) rows on the module's device, in the order of `indices` (see `make_rows`), and the number of pairs
+        that were not in the cache.
     """
     trainer: Any = module.trainer
     pairs, policy = data.pairs["train"], module.policy
-    key = how_computed(fingerprint(policy, adapter=True), policy, trainer)
+    key = computation_key(fingerprint(policy, adapter=True), policy, trainer)
     cache = PairCache("warm_start", 5 * policy.width + 4, key, pairs, data.cache_dir, np.float32)
-    asking = partial(_asking, policy)
-    found, computed = shared_pass(cache, pairs, indices, data.make_layout(), asking, trainer, "warm start")
-    rows = torch.from_numpy(found[np.searchsorted(np.sort(indices), indices)])
+    open_function = partial(_open_rows, policy)
+    values, computed = shared_pass(cache, pairs, indices, data.make_layout(), open_function, trainer, "warm start")
+    rows = torch.from_numpy(values[np.searchsorted(np.sort(indices), indices)])
     swaps = torch.from_numpy((data.training_pairs.flipped != pairs.flipped)[list(indices)])
-    return relabelled(rows, swaps).to(module.device), computed
+    return swap_labels(rows, swaps).to(module.device), computed
 
 
 def reference_logps(reference: Reference, data: PreferenceDataModule, indices: Sequence[int], trainer: Any) -> Tensor:
-    """(n, 2) log-probabilities of both answers under the reference, labelled as they are trained on."""
+    """Return (n, 2) log-probabilities of both answers under the reference, with the labels of training."""
     pairs = data.training_pairs
-    known = [pairs[place].reference_logps for place in indices]
-    if None not in known:
-        return torch.tensor(known, dtype=torch.float32, device=trainer.strategy.root_device)
+    cached = [pairs[index].reference_logps for index in indices]
+    if None not in cached:
+        return torch.tensor(cached, dtype=torch.float32, device=trainer.strategy.root_device)
     rows: dict[int, np.ndarray] = {}
 
-    def ask(batch: PreferenceBatch) -> Tensor:
+    def function(batch: PreferenceBatch) -> Tensor:
         return reference.logps(batch).view(2, -1).T
 
-    for found, logps in ask_of_pairs(pairs, indices, data.make_layout(), ask, trainer, "warm start, reference"):
-        rows |= dict(zip(found.tolist(), logps, strict=True))
-    asked = torch.from_numpy(np.stack([rows[place] for place in indices]))
-    return asked.to(trainer.strategy.root_device, torch.float32)
+    parts = compute_over_pairs(pairs, indices, data.make_layout(), function, trainer, "warm start, reference")
+    for computed, logps in parts:
+        rows |= dict(zip(computed.tolist(), logps, strict=True))
+    ordered = torch.from_numpy(np.stack([rows[index] for index in indices]))
+    return ordered.to(trainer.strategy.root_device, torch.float32)
 
 
 @contextmanager
-def evaluating(policy: CausalPolicy) -> Iterator[None]:
-    """Without an adapter's dropout."""
+def eval_mode(policy: CausalPolicy) -> Iterator[None]:
+    """Set the policy to eval mode, in which an adapter has no dropout, and restore its modes at the end."""
     modes = [(part, part.training) for part in policy.modules()]
     policy.eval()
     try:
@@ -78,12 +79,12 @@ def evaluating(policy: CausalPolicy) -> Iterator[None]:
 
 
 @contextmanager
-def _asking(policy: CausalPolicy) -> Iterator[Ask]:
-    with evaluating(policy):
+def _open_rows(policy: CausalPolicy) -> Iterator[PairFunction]:
+    with eval_mode(policy):
         yield partial(_rows, policy)
 
 
 @torch.no_grad()
 def _rows(policy: CausalPolicy, batch: PreferenceBatch) -> Tensor:
-    reading = policy.read(batch)
-    return row_of(reading.states, *reading.first_order(), batch)
+    forward = policy.read(batch)
+    return make_rows(forward.states, *forward.first_order(), batch)

@@ -1,4 +1,4 @@
-"""The warm start of a run: see the package."""
+"""The warm start of a run (see the package)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lpc_lightning.algorithms.warm_start.fit import fit
 from lpc_lightning.algorithms.warm_start.held_out import hold_out
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs, MeanToken
-from lpc_lightning.algorithms.warm_start.pair_gradients import evaluating, labelled_rows, reference_logps
+from lpc_lightning.algorithms.warm_start.pair_gradients import eval_mode, labelled_rows, reference_logps
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
@@ -24,47 +24,47 @@ from lpc_lightning.seeding import derive, own_random_state, run_seed
 from lpc_lightning.types import PreferenceBatch
 
 TOKEN_PAIRS = 16
-"""Pairs over whose tokens the policy's mean token is taken."""
+"""Number of pairs whose tokens give the policy's mean token."""
 
 if TYPE_CHECKING:
     from lpc_lightning.algorithms.base import PreferenceModule
 
 
 def warm_start(module: PreferenceModule, space: LatentSpace) -> None:
-    """Fit `space` to `space.warm_start_pairs` of the pairs that the run will train on. The policy is not changed.
+    """Fit `space` to `space.warm_start_pairs` of the run's training pairs. The policy is not changed.
 
-    Labels are those that the run sees, wrong ones included.
+    The labels are those of the run, with its label noise.
 
     Raises:
-        ConfigError: Data whose pairs are not known beforehand, fewer than four pairs or two a code, or a strategy that
-            keeps weights elsewhere.
+        ConfigError: The data is no `PreferenceDataModule`, there are fewer than four pairs or two pairs per code, or
+            the strategy keeps the weights elsewhere.
     """
     started, trainer = time.perf_counter(), module.trainer
     data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
     if not isinstance(data, PreferenceDataModule):
         raise ConfigError(
             f"latent.warm_start_pairs: found {space.warm_start_pairs} with data of {type(data).__name__}, expected a "
-            "PreferenceDataModule, or 0: no warm start."
+            "PreferenceDataModule. Set it to 0 for a run without warm start."
         )
     if keeps_weights_elsewhere(trainer.strategy):
         raise ConfigError(
             f"latent.warm_start_pairs: found {space.warm_start_pairs} with {type(trainer.strategy).__name__}, "
-            f"expected 0: no "
-            "warm start, or a strategy under which each device has the weights to itself (trainer.strategy: auto, ddp)."
+            "expected a strategy under which each device holds all weights. Set trainer.strategy to auto or ddp, or "
+            "latent.warm_start_pairs to 0 for a run without warm start."
         )
     pairs, seed = data.training_pairs, derive("warm start", run_seed())
     indices = np.random.default_rng(seed).permutation(sorted(data.reads("train")))[: space.warm_start_pairs].tolist()
     fewest = 2 * max(2, getattr(space, "num_codes", 1))
     if len(indices) < fewest:
         raise ConfigError(
-            f"latent.warm_start_pairs: found {len(indices)} training pairs (of {space.warm_start_pairs} asked "
-            f"for), expected at least "
-            f"{fewest} (two for each code). Take more pairs, fewer codes (latent.num_codes), or 0: no warm start."
+            f"latent.warm_start_pairs: found {len(indices)} training pairs (setting: {space.warm_start_pairs}), "
+            f"expected at least {fewest} (four, and two for each code). Use more pairs or fewer codes "
+            "(latent.num_codes), or set it to 0 for a run without warm start."
         )
 
-    order, held = hold_out([tuple(pairs[place].prompt_ids) for place in indices])
+    order, held = hold_out([tuple(pairs[index].prompt_ids) for index in indices])
     indices = [indices[number] for number in order]
-    labelled = [pairs[place] for place in indices]
+    labelled = [pairs[index] for index in indices]
     rows, computed = labelled_rows(module, data, indices)
     reference = None if module.reference is None else reference_logps(module.reference, data, indices, trainer)
     token = _mean_token(module, data.make_layout()(labelled[:TOKEN_PAIRS]))
@@ -76,20 +76,20 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> None:
         plain, loss = fit(trained, linearized, held, module.latent_lr, data.pairs_per_annotator)
     space.load_state_dict(trained.state_dict())
     if trainer.world_size > 1:
-        # Tensor by tensor. A strategy's own `broadcast` pickles them, and each process would open them on the device of
-        # the first one.
+        # Tensor by tensor. A strategy's `broadcast` pickles them, and each process would unpickle them on the device of
+        # the first process.
         for tensor in (*space.parameters(), *space.buffers()):
             dist.broadcast(tensor.data, src=0)
     took = time.perf_counter() - started
     rank_zero_info(
         f"warm start: {len(indices)} training pairs ({len(indices) - computed} reused), in {took:.1f} s; "
-        f"{loss:.4f} nats of loss a held-out pair, {plain:.4f} without a latent."
+        f"held-out loss per pair {loss:.4f} nats, {plain:.4f} without a latent."
     )
 
 
 @torch.no_grad()
 def _mean_token(module: PreferenceModule, batch: PreferenceBatch) -> MeanToken:
-    with module.trainer.precision_plugin.forward_context(), evaluating(module.policy):
+    with module.trainer.precision_plugin.forward_context(), eval_mode(module.policy):
         log_p = module.policy.read(batch.to(module.device)).mean_token()
     head = module.policy.head
     return MeanToken(replace(head, weight=head.weight.detach().float()), log_p.float())

@@ -65,9 +65,9 @@ def to_example(row: Row, place: str, columns: Columns = Columns()) -> Preference
     """Convert one row to a labelled comparison.
 
     Two formats are supported. The first is a prompt (text, "\\n\\nHuman: ...\\n\\nAssistant:" text, or messages)
-    with two answers (text or one assistant message each). The second is whole conversations (messages or Human/Assistant text)
-    in both answer columns; their common turns are the prompt. Messages are `{"role", "content"}` or
-    `{"from", "value"}`.
+    with two answers (text or one assistant message each). The second is whole conversations (messages or
+    Human/Assistant text) in both answer columns; their common turns are the prompt. Messages are `{"role", "content"}`
+    or `{"from", "value"}`.
 
     Args:
         row: Cells by column name.

@@ -1,4 +1,4 @@
-"""Pairs of which everything is known: what each is about, which way its annotator leans, and the best vector for it."""
+"""Planted pairs: the cluster of each pair, its annotator's preference and the best vector are given."""
 
 from __future__ import annotations
 
@@ -18,20 +18,17 @@ WIDTH, VOCABULARY = 12, 40
 
 
 class Planted:
-    """N pairs of K prompt_canonical_variates, each with a direction of its own along which the better answer is
-    further.
+    """N pairs in K clusters. Each cluster has a direction, and the better answer is further along it.
 
-    All states show the subject beside noise, and both answers' z_gradients have something of it in common. Between
-    the two
-    lies noise in all directions, and the label says which is further along the subject's own direction, or against it
-    for annotator `b`.
-    The policy finds all answers alike, so that without a latent the loss is log 2.
+    All states are the mean of the cluster plus noise. Both answers' z-gradients share a mean of the cluster, and differ
+    by noise in all directions. The label is decided by the component along the cluster's direction, with the opposite
+    sign for annotator `b`. The policy gives all answers the same probability, so the loss without a latent is log 2.
     """
 
     def __init__(
         self,
         pairs: int = 400,
-        prompt_canonical_variates: int = 4,
+        clusters: int = 4,
         opposed: bool = False,
         flipped: float = 0.0,
         seed: int = 0,
@@ -41,14 +38,14 @@ class Planted:
         def draw(*shape: int) -> Tensor:
             return torch.from_numpy(draws.normal(size=shape)).float()
 
-        self.subject = torch.from_numpy(draws.integers(prompt_canonical_variates, size=pairs))
-        self.directions = torch.linalg.qr(draw(WIDTH, WIDTH))[0][:prompt_canonical_variates]
+        self.cluster = torch.from_numpy(draws.integers(clusters, size=pairs))
+        self.directions = torch.linalg.qr(draw(WIDTH, WIDTH))[0][:clusters]
         self.annotator = torch.from_numpy(draws.integers(2, size=pairs)) if opposed else torch.zeros(pairs)
-        shown, told = 3 * draw(prompt_canonical_variates, WIDTH), draw(prompt_canonical_variates, WIDTH)
-        states = (shown[self.subject][:, None] + draw(pairs, 3, WIDTH)).flatten(1)
-        answers = told[self.subject][:, None] + 2 * draw(pairs, 2, WIDTH)
-        lean = 1 - 2 * self.annotator
-        ahead = ((answers[:, 0] - answers[:, 1]) * self.directions[self.subject]).sum(-1) * lean
+        state_means, answer_means = 3 * draw(clusters, WIDTH), draw(clusters, WIDTH)
+        states = (state_means[self.cluster][:, None] + draw(pairs, 3, WIDTH)).flatten(1)
+        answers = answer_means[self.cluster][:, None] + 2 * draw(pairs, 2, WIDTH)
+        sign = 1 - 2 * self.annotator
+        ahead = ((answers[:, 0] - answers[:, 1]) * self.directions[self.cluster]).sum(-1) * sign
         ahead[torch.from_numpy(draws.random(pairs)) < flipped] *= -1
         self.z_gradients = torch.where(ahead[:, None, None] > 0, answers, answers.flip(1))
         lengths = torch.from_numpy(draws.integers(8, 13, size=(pairs, 2))).float()
@@ -60,17 +57,17 @@ class Planted:
         self.pairs = self.part(0, pairs)
 
     def part(self, start: int, stop: int) -> LinearizedPairs:
-        """Some of the pairs."""
+        """Return the pairs from `start` to `stop`."""
         loss, part = partial(dpo_loss, beta=1.0), slice(start, stop)
         return LinearizedPairs(self.rows[part], self.plain[part], self.token, self.names[part], loss)
 
     @property
-    def wanted(self) -> Tensor:
-        """(N, d) the direction that each label goes by."""
-        return self.directions[self.subject] * (1 - 2 * self.annotator)[:, None]
+    def label_directions(self) -> Tensor:
+        """(N, d) direction that decides each label."""
+        return self.directions[self.cluster] * (1 - 2 * self.annotator)[:, None]
 
 
 @pytest.fixture(scope="session")
 def planted() -> Callable[..., Planted]:
-    """Makes them."""
+    """Class of planted pairs."""
     return Planted

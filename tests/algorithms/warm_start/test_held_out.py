@@ -1,4 +1,4 @@
-"""Whole prompts are held out."""
+"""Tests of the choice of held-out pairs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def parts(prompts: list[int]) -> tuple[list[int], list[int]]:
 
 
 @given(st.lists(st.integers(0, 60), min_size=2, max_size=80))
-def test_no_prompt_is_on_both_sides(prompts: list[int]) -> None:
+def test_hold_out_keeps_prompts_in_one_part(prompts: list[int]) -> None:
     fitted, held = parts(prompts)
     assert len(held) >= max(2, round(len(prompts) / 10))
     if {prompts[pair] for pair in fitted} & {prompts[pair] for pair in held}:
-        # Only where the prompts at the end that make up a tenth are more than half of the pairs.
+        # Allowed only if the last prompts, which make up a tenth, hold more than half of the pairs.
         last, covered = list(dict.fromkeys(prompts)), 0
         while covered < len(held):
             covered += prompts.count(last.pop())
@@ -29,17 +29,17 @@ def test_no_prompt_is_on_both_sides(prompts: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("pairs", "held"), [(4, 2), (20, 2), (400, 40)])
-def test_pairs_of_different_prompts_stay_in_their_order(pairs: int, held: int) -> None:
+def test_hold_out_keeps_order_of_distinct_prompts(pairs: int, held: int) -> None:
     assert hold_out(range(pairs)) == (list(range(pairs)), held)
 
 
-def test_four_labels_of_a_prompt_stand_together() -> None:
-    """Dealt out as shuffled: 0 1 2 .. 9 0 1 .. 9; a tenth of 40 are 4, the pairs of prompt 9."""
+def test_hold_out_groups_pairs_of_a_prompt() -> None:
+    """Order of prompts: 0 1 2 .. 9 0 1 .. 9. A tenth of 40 pairs is 4, the pairs of prompt 9."""
     order, held = hold_out([number % 10 for number in range(40)])
     assert held == 4
     assert order[:4] == [0, 10, 20, 30]
     assert order[-4:] == [9, 19, 29, 39]
 
 
-def test_one_prompt_alone_is_cut() -> None:
+def test_hold_out_splits_a_single_prompt() -> None:
     assert hold_out([7] * 30) == (list(range(30)), 3)

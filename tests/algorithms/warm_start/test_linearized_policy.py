@@ -1,4 +1,4 @@
-"""Pairs in the sketch against real readings, in float64."""
+"""Tests of pairs under the linearized policy against real forward passes, in float64."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lpc_lightning.algorithms.warm_start.linearized_policy import (
     LinearizedForward,
     LinearizedPairs,
     MeanToken,
-    relabelled,
-    row_of,
+    make_rows,
+    swap_labels,
 )
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
@@ -36,8 +36,8 @@ LOSSES: dict[str, Any] = {
 every_loss = pytest.mark.parametrize("algorithm", list(LOSSES))
 
 
-class Real:
-    """A reading of three pairs, whose hidden states differ or (`alike`) are the same at every token."""
+class ForwardCase:
+    """Forward pass of three pairs. Their hidden states differ, or (`alike`) are equal at every token."""
 
     def __init__(self, make_pairs: Callable[..., Any], alike: bool, settings: dict[str, Any] | None = None) -> None:
         generator = torch.Generator().manual_seed(2)
@@ -51,112 +51,111 @@ class Real:
         if settings.pop("bias", False):
             settings["bias"] = self.draw(VOCABULARY)
         self.head = LogitHead(self.draw(VOCABULARY, WIDTH), **settings)
-        self.reading = BatchForward(hidden, self.batch, self.head)
-        self.token = MeanToken(self.head, self.reading.mean_token())
-        self.sketch = LinearizedForward(*self.reading.first_order(), self.batch.lengths, self.token)
+        self.forward = BatchForward(hidden, self.batch, self.head)
+        self.token = MeanToken(self.head, self.forward.mean_token())
+        self.linearized = LinearizedForward(*self.forward.first_order(), self.batch.lengths, self.token)
 
 
 @pytest.mark.parametrize("settings", [{}, {"bias": True}, {"bias": True, "scale": 0.3}])
 @pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
-def test_it_is_exact_for_any_z_where_all_tokens_have_one_distribution(
+def test_logps_exact_for_equal_token_distributions(
     size: float, settings: dict[str, Any], make_pairs: Callable[..., Any]
 ) -> None:
-    real = Real(make_pairs, alike=True, settings=settings)
-    z, codes = size * real.draw(3, WIDTH), size * real.draw(4, WIDTH)
-    torch.testing.assert_close(real.sketch.logps(), real.reading.logps(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(real.sketch.logps(z), real.reading.logps(z), rtol=1e-10, atol=1e-10)
+    case = ForwardCase(make_pairs, alike=True, settings=settings)
+    z, codes = size * case.draw(3, WIDTH), size * case.draw(4, WIDTH)
+    torch.testing.assert_close(case.linearized.logps(), case.forward.logps(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(case.linearized.logps(z), case.forward.logps(z), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
-        real.sketch.logps_per_code(codes), real.reading.logps_per_code(codes), rtol=1e-10, atol=1e-10
+        case.linearized.logps_per_code(codes), case.forward.logps_per_code(codes), rtol=1e-10, atol=1e-10
     )
 
 
 @pytest.mark.parametrize("settings", [{}, {"bias": True, "scale": 0.3}, {"softcap": 2.0}])
-def test_elsewhere_what_is_missing_shrinks_with_the_square_of_z(
-    settings: dict[str, Any], make_pairs: Callable[..., Any]
-) -> None:
-    real = Real(make_pairs, alike=False, settings=settings)
-    z = real.draw(3, WIDTH)
+def test_logps_error_is_quadratic_in_z(settings: dict[str, Any], make_pairs: Callable[..., Any]) -> None:
+    case = ForwardCase(make_pairs, alike=False, settings=settings)
+    z = case.draw(3, WIDTH)
 
-    def apart(size: float) -> Tensor:
-        return real.sketch.logps(size * z) - real.reading.logps(size * z)
+    def error(size: float) -> Tensor:
+        return case.linearized.logps(size * z) - case.forward.logps(size * z)
 
-    assert apart(0.1).abs().max() > 1e-3, "the sketch is one"
-    assert float(apart(1e-2).norm() / apart(1e-3).norm()) == pytest.approx(100, rel=0.1)
+    assert error(0.1).abs().max() > 1e-3, "the linearized policy is an approximation"
+    assert float(error(1e-2).norm() / error(1e-3).norm()) == pytest.approx(100, rel=0.1)
 
 
-def test_a_code_is_the_z_of_all_pairs(make_pairs: Callable[..., Any]) -> None:
-    real = Real(make_pairs, alike=False)
-    codes = real.draw(4, WIDTH)
-    by_hand = torch.stack([real.sketch.logps(code.expand(3, -1)) for code in codes], dim=1)
-    torch.testing.assert_close(real.sketch.logps_per_code(codes), by_hand, rtol=1e-12, atol=1e-12)
+def test_logps_per_code_equal_logps_under_z(make_pairs: Callable[..., Any]) -> None:
+    case = ForwardCase(make_pairs, alike=False)
+    codes = case.draw(4, WIDTH)
+    by_hand = torch.stack([case.linearized.logps(code.expand(3, -1)) for code in codes], dim=1)
+    torch.testing.assert_close(case.linearized.logps_per_code(codes), by_hand, rtol=1e-12, atol=1e-12)
 
 
-def test_the_divergence_is_torchs(make_pairs: Callable[..., Any]) -> None:
-    real = Real(make_pairs, alike=False, settings={"bias": True, "scale": 0.3})
-    codes = torch.cat([real.draw(4, WIDTH), torch.zeros(1, WIDTH)])
-    plain = Categorical(logits=real.token.log_p)
+def test_divergence_equals_torch_distributions(make_pairs: Callable[..., Any]) -> None:
+    case = ForwardCase(make_pairs, alike=False, settings={"bias": True, "scale": 0.3})
+    codes = torch.cat([case.draw(4, WIDTH), torch.zeros(1, WIDTH)])
+    plain = Categorical(logits=case.token.log_p)
     expected = [
-        kl_divergence(plain, Categorical(logits=real.token.log_p + 0.3 * real.head.weight @ code)) for code in codes
+        kl_divergence(plain, Categorical(logits=case.token.log_p + 0.3 * case.head.weight @ code)) for code in codes
     ]
-    found = real.token.divergence(codes)
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-12)
-    assert found[:4].min() > 0
-    assert found[4].item() == pytest.approx(0.0, abs=1e-12)
+    actual = case.token.divergence(codes)
+    torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-10, atol=1e-12)
+    assert actual[:4].min() > 0
+    assert actual[4].item() == pytest.approx(0.0, abs=1e-12)
 
 
 @every_loss
-def test_a_pairs_row_says_what_its_reading_says(algorithm: str, make_pairs: Callable[..., Any]) -> None:
-    real, loss = Real(make_pairs, alike=False), LOSSES[algorithm]
-    reference = None if algorithm == "simpo" else real.reading.logps() + real.draw(6)
-    plain, z_gradients = real.reading.first_order()
-    rows = row_of(real.reading.states, plain, z_gradients, real.batch)
+def test_rows_reproduce_the_forward_pass(algorithm: str, make_pairs: Callable[..., Any]) -> None:
+    case, loss = ForwardCase(make_pairs, alike=False), LOSSES[algorithm]
+    reference = None if algorithm == "simpo" else case.forward.logps() + case.draw(6)
+    plain, z_gradients = case.forward.first_order()
+    rows = make_rows(case.forward.states, plain, z_gradients, case.batch)
     assert rows.shape == (3, 5 * WIDTH + 4)
     assert rows.dtype == torch.float32
-    # Of a longer table, in another order.
+    # The rows are part of a longer table, in another order.
     filler = torch.full((2, rows.shape[1]), torch.nan)
     table = torch.cat([filler[:1], rows[[2, 0]], filler[1:], rows[[1]]]).double()
     of_pairs = None if reference is None else reference.view(2, 3).T[[0, 2, 0, 0, 1]]
-    pairs = LinearizedPairs(table, of_pairs, real.token, ["", "ann", "bob", "", "cem"], loss)
+    pairs = LinearizedPairs(table, of_pairs, case.token, ["", "ann", "bob", "", "cem"], loss)
     assert len(pairs) == 5
     indices = torch.tensor([2, 4, 1])
-    states, score = pairs.take(indices)
+    states, score = pairs.select(indices)
     assert states.annotators == ("bob", "cem", "ann")
-    for found, expected in zip(
+    for actual, expected in zip(
         (states.prompt, states.chosen, states.rejected),
-        (real.reading.states.prompt, real.reading.states.chosen, real.reading.states.rejected),
+        (case.forward.states.prompt, case.forward.states.chosen, case.forward.states.rejected),
         strict=True,
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         pairs.z_gradient_difference[indices], z_gradients[:3] - z_gradients[3:], rtol=1e-6, atol=1e-6
     )
 
-    truth = BatchScorer(real.reading, real.batch.lengths, reference, loss)
+    truth = BatchScorer(case.forward, case.batch.lengths, reference, loss)
     assert_same(score.under(None), truth.under(None))
-    linearized = BatchScorer(real.sketch, real.batch.lengths, reference, loss)
-    z, codes = real.draw(3, WIDTH), real.draw(4, WIDTH)
+    linearized = BatchScorer(case.linearized, case.batch.lengths, reference, loss)
+    z, codes = case.draw(3, WIDTH), case.draw(4, WIDTH)
     assert_same(score.under(z), linearized.under(z))
     assert_same(score.under_codes(codes), linearized.under_codes(codes))
 
 
-def test_other_labels_change_the_two_answers_about(make_pairs: Callable[..., Any]) -> None:
-    real = Real(make_pairs, alike=False)
-    rows = row_of(real.reading.states, *real.reading.first_order(), real.batch).double()
+def test_swap_labels_swaps_answers(make_pairs: Callable[..., Any]) -> None:
+    case = ForwardCase(make_pairs, alike=False)
+    rows = make_rows(case.forward.states, *case.forward.first_order(), case.batch).double()
     swaps = torch.tensor([True, False, True])
-    both = [
-        LinearizedPairs(each, None, real.token, [""] * 3, LOSSES["simpo"]) for each in (rows, relabelled(rows, swaps))
+    labellings = [
+        LinearizedPairs(table, None, case.token, [""] * 3, LOSSES["simpo"])
+        for table in (rows, swap_labels(rows, swaps))
     ]
-    every, z = torch.arange(3), real.draw(3, WIDTH)
-    (states, score), (others, other) = (pairs.take(every) for pairs in both)
+    every, z = torch.arange(3), case.draw(3, WIDTH)
+    (states, score), (others, other) = (pairs.select(every) for pairs in labellings)
     assert torch.equal(states.prompt, others.prompt)
-    for place, swap in enumerate(swaps.tolist()):
+    for index, swap in enumerate(swaps.tolist()):
         scorer = score.swapped() if swap else score
-        torch.testing.assert_close(other.under(z)[0].losses[place], scorer.under(z)[0].losses[place])
-        assert torch.equal(others.chosen[place], (states.rejected if swap else states.chosen)[place])
-        assert torch.equal(others.rejected[place], (states.chosen if swap else states.rejected)[place])
+        torch.testing.assert_close(other.under(z)[0].losses[index], scorer.under(z)[0].losses[index])
+        assert torch.equal(others.chosen[index], (states.rejected if swap else states.chosen)[index])
+        assert torch.equal(others.rejected[index], (states.chosen if swap else states.rejected)[index])
 
 
-def assert_same(found: tuple[PairLosses, PairLogps], expected: tuple[PairLosses, PairLogps]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        mine, other = (dataclasses.asdict(each) for each in (ours, theirs))
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5, check_dtype=False)
+def assert_same(actual: tuple[PairLosses, PairLogps], expected: tuple[PairLosses, PairLogps]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        first, second = (dataclasses.asdict(part) for part in (ours, theirs))
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5, check_dtype=False)

@@ -1,4 +1,4 @@
-"""Which runs find the rows of others: all whose policy says the same of the same texts, whatever the labels."""
+"""Tests of shared rows: runs with the same policy and the same texts share them, whatever the labels."""
 
 from __future__ import annotations
 
@@ -27,28 +27,30 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 def warm_started(
     small_policy: Any, small_data: Any, fit_run: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> Callable[..., tuple[int, int]]:
-    """Runs on a cache of the test's own; (warm_started, reused) pairs of the run."""
+    """Return a function that runs on the test's own cache and returns the numbers of pairs and of reused pairs."""
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     logging.getLogger("lightning.pytorch").propagate = True
     data = partial(small_data, cache_dir=str(tmp_path))
 
-    def run(kind: Any = DPO, latent: Any = None, warm_start_pairs: int = 12, **options: Any) -> tuple[int, int]:
+    def run(algorithm: Any = DPO, latent: Any = None, warm_start_pairs: int = 12, **options: Any) -> tuple[int, int]:
         policy = small_policy(**options.pop("policy", {}))
         latent = latent or MarginalSpace(num_codes=3, hidden=8)
         latent.warm_start_pairs = warm_start_pairs
         caplog.clear()
         options = {"max_epochs": 1, "default_root_dir": tmp_path} | options
-        fit_run(kind(policy=policy, latent=latent, optimizer=adam), data(), **options)
-        told = {re.match(r"warm start: (\d+) training pairs \((\d+) reused\)", each.message) for each in caplog.records}
-        (line,) = told - {None}
+        fit_run(algorithm(policy=policy, latent=latent, optimizer=adam), data(), **options)
+        matches = {
+            re.match(r"warm start: (\d+) training pairs \((\d+) reused\)", record.message) for record in caplog.records
+        }
+        (line,) = matches - {None}
         return int(line[1]), int(line[2])
 
     return run
 
 
 SAME: dict[str, dict[str, Any]] = {
-    "algorithm": {"kind": SimPO},
-    "another with a reference": {"kind": IPO},
+    "algorithm": {"algorithm": SimPO},
+    "another with a reference": {"algorithm": IPO},
     "latent": {"latent": GumbelSpace(num_codes=2, hidden=4)},
     "no codes": {"latent": MLPSpace(hidden=8)},
     "labels": {"callbacks": [LabelFlipNoise(0.5)]},
@@ -57,7 +59,7 @@ SAME: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", SAME)
-def test_what_changes_no_row_reads_all_that_is_there(change: str, warm_started: Callable[..., tuple[int, int]]) -> None:
+def test_rows_shared_when_unaffected(change: str, warm_started: Callable[..., tuple[int, int]]) -> None:
     assert warm_started(warm_start_pairs=21) == (21, 0)
     assert warm_started(**({"warm_start_pairs": 21} | SAME[change])) == (21, 21)
 
@@ -70,20 +72,18 @@ OTHER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", OTHER)
-def test_what_changes_rows_has_its_own(change: str, warm_started: Callable[..., tuple[int, int]]) -> None:
+def test_rows_not_shared_when_affected(change: str, warm_started: Callable[..., tuple[int, int]]) -> None:
     assert warm_started() == (12, 0)
     assert warm_started(**OTHER[change]) == (12, 0)
 
 
-def test_pairs_that_are_missing_are_added(warm_started: Callable[..., tuple[int, int]]) -> None:
+def test_rows_of_missing_pairs_are_added(warm_started: Callable[..., tuple[int, int]]) -> None:
     assert warm_started(warm_start_pairs=8) == (8, 0)
     assert warm_started(warm_start_pairs=21) == (21, 8)
     assert warm_started(warm_start_pairs=13, seed=7) == (13, 13)
 
 
-def test_a_run_that_reuses_is_the_run_that_computes(
-    small_policy: Any, small_data: Any, fit_run: Any, tmp_path: Path
-) -> None:
+def test_run_with_cached_rows_is_identical(small_policy: Any, small_data: Any, fit_run: Any, tmp_path: Path) -> None:
     def run(cache: str) -> Any:
         latent = MarginalSpace(num_codes=3, hidden=8, warm_start_pairs=16)
         module = DPO(policy=small_policy(), latent=latent, optimizer=adam)
@@ -95,8 +95,8 @@ def test_a_run_that_reuses_is_the_run_that_computes(
         assert all(torch.equal(weight, other.weights[name]) for name, weight in first.weights.items())
 
 
-def test_a_trained_adapter_is_not_taken_for_a_new_one(small_policy: Any, small_data: Any, fit_run: Any) -> None:
-    """Nor has its dropout any part in what is kept."""
+def test_rows_of_trained_adapter_are_separate(small_policy: Any, small_data: Any, fit_run: Any) -> None:
+    """The adapter's dropout does not affect the stored rows either."""
     codebooks = []
 
     class Start(Callback):

@@ -1,4 +1,4 @@
-"""Rehearsals of real runs: what they see, what they change, and what they leave alone."""
+"""Tests of the warm start in real runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
-from lpc_lightning.algorithms.warm_start import warm_start as stage
+from lpc_lightning.algorithms.warm_start import warm_start as warm_start_module
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.data import PreferenceData
@@ -33,17 +33,19 @@ def marginal(warm_start_pairs: int = 16, **settings: Any) -> MarginalSpace:
 
 @pytest.fixture
 def module(small_policy: Callable[..., TinyPolicy]) -> Callable[..., PreferenceModule]:
-    """A module with a marginal latent that rehearses 16 pairs."""
+    """Return a function that makes a module with a marginal latent and a warm start on 16 pairs."""
 
-    def make(latent: LatentSpace | None = None, kind: type[PreferenceModule] = DPO, **policy: Any) -> PreferenceModule:
+    def make(
+        latent: LatentSpace | None = None, algorithm: type[PreferenceModule] = DPO, **policy: Any
+    ) -> PreferenceModule:
         settings: dict[str, Any] = {"optimizer": adam, "latent_lr": 1e-2}
-        return kind(policy=small_policy(**policy), latent=latent or marginal(), **settings)
+        return algorithm(policy=small_policy(**policy), latent=latent or marginal(), **settings)
 
     return make
 
 
 class Start(Callback):
-    """All weights as the first training batch finds them."""
+    """All weights at the first training batch."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
@@ -58,16 +60,16 @@ class Start(Callback):
 
 @pytest.fixture
 def warm_starts(monkeypatch: pytest.MonkeyPatch) -> list[LinearizedPairs]:
-    """The pairs of each warm start that there was."""
-    seen: list[LinearizedPairs] = []
-    fit = stage.fit
+    """Pairs of each warm start so far."""
+    fitted: list[LinearizedPairs] = []
+    fit = warm_start_module.fit
 
     def watched(space: LatentSpace, pairs: LinearizedPairs, *rest: Any) -> tuple[float, float]:
-        seen.append(pairs)
+        fitted.append(pairs)
         return fit(space, pairs, *rest)
 
-    monkeypatch.setattr(stage, "fit", watched)
-    return seen
+    monkeypatch.setattr(warm_start_module, "fit", watched)
+    return fitted
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -75,7 +77,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_the_latent_space_is_fitted_and_the_policy_is_not(module: Any, small_policy: Any, fit_run: Any) -> None:
+def test_warm_start_fits_latent_not_policy(module: Any, small_policy: Any, fit_run: Any) -> None:
     starts = []
     for warm_start_pairs in (0, 16):
         starts.append(start := Start())
@@ -91,7 +93,7 @@ def test_the_latent_space_is_fitted_and_the_policy_is_not(module: Any, small_pol
     assert all(value.isfinite().all() for value in warm_started.of("latent").values())
 
 
-def test_it_belongs_to_the_runs_seed(module: Any, fit_run: Any) -> None:
+def test_warm_start_depends_on_run_seed(module: Any, fit_run: Any) -> None:
     starts = []
     for seed in (1, 1, 2):
         torch.manual_seed(len(starts))  # must not matter
@@ -105,7 +107,7 @@ def test_it_belongs_to_the_runs_seed(module: Any, fit_run: Any) -> None:
 
 
 class Save(Callback):
-    """Saves after the second batch, within a step of four, and after the sixth."""
+    """Save after the second and after the sixth batch, both within a step of four batches."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,7 +118,7 @@ class Save(Callback):
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_a_resumed_run_does_not_rehearse_again(
+def test_resumed_run_has_no_second_warm_start(
     batch: int, module: Any, fit_run: Any, tmp_path: Path, warm_starts: list[LinearizedPairs]
 ) -> None:
     options: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 4}
@@ -129,7 +131,7 @@ def test_a_resumed_run_does_not_rehearse_again(
     assert same(whole.weights, resumed.weights)
 
 
-def test_a_checkpoint_from_before_the_rehearsal_is_rehearsed(
+def test_resume_from_before_the_warm_start(
     module: Any, fit_run: Any, tmp_path: Path, warm_starts: list[LinearizedPairs]
 ) -> None:
     class Early(Callback):
@@ -142,30 +144,30 @@ def test_a_checkpoint_from_before_the_rehearsal_is_rehearsed(
     assert same(whole.weights, resumed.weights)
 
 
-@pytest.mark.parametrize("kind", [DPO, SimPO])
-def test_wrong_labels_are_rehearsed_as_they_are_trained_on(
-    kind: type[PreferenceModule], module: Any, fit_run: Any, warm_starts: list[LinearizedPairs], tmp_path: Path
+@pytest.mark.parametrize("algorithm", [DPO, SimPO])
+def test_warm_start_uses_noisy_labels(
+    algorithm: type[PreferenceModule], module: Any, fit_run: Any, warm_starts: list[LinearizedPairs], tmp_path: Path
 ) -> None:
     for rate in (0.0, 0.4, 1.0):
         noise = [LabelFlipNoise(rate)]
-        fit_run(module(marginal(21), kind), callbacks=noise, max_epochs=1, default_root_dir=tmp_path)
+        fit_run(module(marginal(21), algorithm), callbacks=noise, max_epochs=1, default_root_dir=tmp_path)
     clean, some, all_wrong = warm_starts
     assert torch.equal(clean.prompt, some.prompt)
     assert torch.equal(clean.prompt, all_wrong.prompt)
     torch.testing.assert_close(all_wrong.z_gradients, clean.z_gradients.flip(1))
     torch.testing.assert_close(all_wrong.plain, clean.plain.flip(1))
     torch.testing.assert_close(all_wrong.lengths, clean.lengths.flip(1))
-    if kind is DPO:
+    if algorithm is DPO:
         torch.testing.assert_close(all_wrong.reference, clean.reference.flip(1))
     torch.testing.assert_close(all_wrong.chosen, clean.rejected)
-    kept = torch.tensor(
+    unchanged = torch.tensor(
         [torch.allclose(*pair, atol=1e-5) for pair in zip(some.z_gradients, clean.z_gradients, strict=True)]
     )
-    assert 5 <= kept.sum() <= 17
-    torch.testing.assert_close(some.z_gradients[~kept], clean.z_gradients[~kept].flip(1))
+    assert 5 <= unchanged.sum() <= 17
+    torch.testing.assert_close(some.z_gradients[~unchanged], clean.z_gradients[~unchanged].flip(1))
 
 
-def test_it_reads_the_pairs_as_the_policy_does(
+def test_warm_start_logps_equal_naive_logps(
     module: Any, fit_run: Any, small_data: Any, small_policy: Any, naive_logps: Any, warm_starts: list[LinearizedPairs]
 ) -> None:
     data = small_data()
@@ -174,24 +176,24 @@ def test_it_reads_the_pairs_as_the_policy_does(
     assert len(pairs) == 21
     with torch.no_grad():
         expected = naive_logps(small_policy().build().causal_lm, data.training_pairs[:]).view(2, -1).T
-    _, score = pairs.take(torch.arange(21))
-    losses, found = score.under(None)
-    torch.testing.assert_close(found.policy_chosen.sort()[0].double(), expected[:, 0].sort()[0], rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(found.policy_rejected.sort()[0].double(), expected[:, 1].sort()[0], rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(found.reference_chosen, found.policy_chosen, rtol=1e-4, atol=1e-3)
+    _, score = pairs.select(torch.arange(21))
+    losses, logps = score.under(None)
+    torch.testing.assert_close(logps.policy_chosen.sort()[0].double(), expected[:, 0].sort()[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(logps.policy_rejected.sort()[0].double(), expected[:, 1].sort()[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(logps.reference_chosen, logps.policy_chosen, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(losses.losses, torch.full((21,), 2.0).log(), rtol=1e-3, atol=0)
 
 
-def test_only_pairs_that_the_run_reads_are_rehearsed(
+def test_warm_start_uses_only_pairs_of_the_run(
     module: Any, fit_run: Any, warm_starts: list[LinearizedPairs], small_data: Any
 ) -> None:
-    """Of others a cached reference says nothing."""
+    """A cached reference has no values for other pairs."""
     fit_run(module(marginal(1000)), small_data(), max_steps=4)
     fit_run(module(marginal(7)), small_data(), max_steps=4)
     assert [len(pairs) for pairs in warm_starts] == [8, 7]
 
 
-def test_it_says_what_it_came_to(
+def test_warm_start_logs_its_result(
     module: Any,
     fit_run: Any,
     small_data: Any,
@@ -202,7 +204,7 @@ def test_it_says_what_it_came_to(
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit_run(module(), small_data(cache_dir=str(tmp_path)), max_steps=8)
-    # Lightning's own handler and ours may both be there.
+    # Lightning's own handler and ours may both record the line.
     (line,) = {record.message for record in caplog.records if record.message.startswith("warm start: ")}
     assert line.startswith("warm start: 16 training pairs (0 reused), in ")
     assert line.endswith("0.6931 without a latent.")
@@ -216,20 +218,20 @@ LATENTS: dict[str, Callable[[], LatentSpace]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [DPO, IPO, SimPO])
+@pytest.mark.parametrize("algorithm", [DPO, IPO, SimPO])
 @pytest.mark.parametrize("latent", list(LATENTS))
-def test_any_latent_rehearses_with_any_algorithm(
-    latent: str, kind: type[PreferenceModule], module: Any, fit_run: Any, small_data: Any, warm_starts: Any
+def test_warm_start_of_latents_and_algorithms(
+    latent: str, algorithm: type[PreferenceModule], module: Any, fit_run: Any, small_data: Any, warm_starts: Any
 ) -> None:
     data = small_data(deciding="hidden", annotators=3)
-    run = fit_run(module(LATENTS[latent](), kind), data, max_steps=8)
+    run = fit_run(module(LATENTS[latent](), algorithm), data, max_steps=8)
     (pairs,) = warm_starts
     assert len(set(pairs.annotators)) == 3
     assert all(weight.isfinite().all() for weight in run.weights.values())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
-def test_any_precision(precision: Any, module: Any, fit_run: Any) -> None:
+def test_warm_start_in_any_precision(precision: Any, module: Any, fit_run: Any) -> None:
     dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64, "bf16-mixed": torch.float32}[precision]
     wide, narrow = Start(), Start()
     fit_run(module(), callbacks=[wide], max_steps=8)
@@ -241,7 +243,9 @@ def test_any_precision(precision: Any, module: Any, fit_run: Any) -> None:
     assert all(weight.isfinite().all() for weight in run.weights.values())
 
 
-def test_an_adapter_and_a_live_reference(small_policy: Any, fit_run: Any, warm_starts: list[LinearizedPairs]) -> None:
+def test_warm_start_with_adapter_and_live_reference(
+    small_policy: Any, fit_run: Any, warm_starts: list[LinearizedPairs]
+) -> None:
     for lora in (None, LoRA(rank=2)):
         policy = small_policy(lora=lora)
         fit_run(DPO(policy=policy, latent=marginal(), reference="live", optimizer=adam), max_steps=8)
@@ -252,7 +256,7 @@ def test_an_adapter_and_a_live_reference(small_policy: Any, fit_run: Any, warm_s
     torch.testing.assert_close(whole.reference, adapted.reference)
 
 
-def test_other_data_is_refused(small_policy: Any, make_loader: Any, make_pairs: Any, make_trainer: Any) -> None:
+def test_warm_start_refuses_other_data(small_policy: Any, make_loader: Any, make_pairs: Any, make_trainer: Any) -> None:
     module = DPO(policy=small_policy(), latent=marginal(), reference="live", optimizer=adam)
     loader = make_loader(make_pairs([(3, 4, 2)] * 8))
     with pytest.raises(
@@ -262,47 +266,49 @@ def test_other_data_is_refused(small_policy: Any, make_loader: Any, make_pairs: 
 
 
 @pytest.mark.parametrize(("codes", "warm_start_pairs", "fewest"), [(3, 5, 6), (11, 1000, 22), (1, 3, 4)])
-def test_too_few_pairs_are_refused(codes: int, warm_start_pairs: int, fewest: int, module: Any, fit_run: Any) -> None:
+def test_warm_start_refuses_too_few_pairs(
+    codes: int, warm_start_pairs: int, fewest: int, module: Any, fit_run: Any
+) -> None:
     latent = MarginalSpace(num_codes=codes, hidden=8, warm_start_pairs=warm_start_pairs)
-    found = min(warm_start_pairs, 21)
-    expected = rf"latent\.warm_start_pairs: found {found} training pairs \(of {warm_start_pairs} asked for\), "
+    available = min(warm_start_pairs, 21)
+    expected = rf"latent\.warm_start_pairs: found {available} training pairs \(setting: {warm_start_pairs}\), "
     expected += f"expected at least {fewest} "
     with pytest.raises(ConfigError, match=expected):
         fit_run(module(latent), max_epochs=1)
 
 
-def test_fewer_than_none_cannot_be_asked_for() -> None:
+def test_negative_warm_start_pairs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"latent\.warm_start_pairs: found -1, expected at least 0\."):
         marginal(-1)
 
 
-def test_annotators_who_are_not_there_cannot_share(module: Any, fit_run: Any) -> None:
+def test_annotators_setting_needs_annotators(module: Any, fit_run: Any) -> None:
     shares = MarginalSpace(num_codes=2, annotators=True)
     with pytest.raises(ConfigError, match=r"latent\.annotators: found true, and no annotator in \d+ training pairs"):
         fit_run(module(shares), max_steps=1)
 
 
-def test_no_prompt_of_the_held_out_pairs_was_fitted(
+def test_warm_start_holds_out_whole_prompts(
     module: Any, fit_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten prompts with four labels each: states of a prompt are the same in all of its pairs."""
+    """Ten prompts have four labels each. All pairs of a prompt have the same prompt state."""
     rows = [
         {"id": f"{prompt}-{who}", "prompt": f"Name {prompt}!", "chosen": who, "rejected": "no", "annotator": who}
         for who in "abcd"
         for prompt in range(10)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    seen, fit = [], stage.fit
+    fitted, fit = [], warm_start_module.fit
 
     def watched(space: LatentSpace, pairs: LinearizedPairs, held: int, *rest: Any) -> tuple[float, float]:
-        seen.append((pairs, held, *rest))
+        fitted.append((pairs, held, *rest))
         return fit(space, pairs, held, *rest)
 
-    monkeypatch.setattr(stage, "fit", watched)
+    monkeypatch.setattr(warm_start_module, "fit", watched)
     settings = {"validation_share": 0.0, "test_split": None, "batch_size": 4, "pairs_per_annotator": 2}
     data = PreferenceData(str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), **settings)
     fit_run(module(marginal(40, annotators=True)), data=data, max_epochs=1)
-    ((pairs, held, latent_lr, run),) = seen
+    ((pairs, held, latent_lr, run),) = fitted
     assert (len(pairs), held, latent_lr, run) == (40, 4, 1e-2, 2)
     apart = (pairs.prompt[:-4, None] - pairs.prompt[-4:]).abs().amax(-1)
     assert float(apart.min()) > 1e-3

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
-from lpc_lightning.algorithms.scoring import Evaluated
+from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.evaluation.accuracy.accuracy_modes import (
     OTHERS,
@@ -90,7 +90,7 @@ def build(tiny_spec: Callable[..., Any], perturb: Callable[..., None], exact: Ca
     return build_module
 
 
-def evaluated(module: PreferenceModule, batch: PreferenceBatch) -> Evaluated:
+def evaluated(module: PreferenceModule, batch: PreferenceBatch) -> EvaluationOutput:
     return module.validation_step(batch, 0)
 
 
@@ -261,7 +261,7 @@ def test_mode_margins_number_of_passes(
         monkeypatch.setattr(kind, name, wrapped)
 
     count_calls(type(module.policy), "states")
-    count_calls(type(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS)))["score"]._reading), "logps_per_code")
+    count_calls(type(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS)))["score"]._forward), "logps_per_code")
     calls.clear()
     mode_margins(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS))), module.latent)
     assert calls == {"states": 2, "logps_per_code": 1}, "one pass of the policy and one of the reference"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.algorithms.scoring import Evaluated
+from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.evaluation.codebook.recovery import matched_accuracy, purity
 from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics, PointSample, point_key
@@ -42,7 +42,7 @@ class FixedPosteriorSpace(MarginalSpace):
 
 def make_batch(
     sources: Sequence[str], factors: Sequence[str], seed: int = 0
-) -> tuple[PreferenceBatch, Evaluated, Tensor]:
+) -> tuple[PreferenceBatch, EvaluationOutput, Tensor]:
     """Make pairs with given labels, random priors and random lengths. h_x contains the index of the pair."""
     draw = torch.Generator().manual_seed(seed)
     pairs = [
@@ -69,7 +69,7 @@ def make_batch(
     return batch, evaluated, prior
 
 
-def part(batch: PreferenceBatch, evaluated: Evaluated, rows: slice) -> tuple[Any, Any]:
+def part(batch: PreferenceBatch, evaluated: EvaluationOutput, rows: slice) -> tuple[Any, Any]:
     """Return some of the pairs as a separate batch."""
     terms = evaluated["terms"]
     lengths = torch.cat([half[rows] for half in batch.lengths.chunk(2)])

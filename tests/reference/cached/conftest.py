@@ -1,4 +1,4 @@
-"""Data whose cache is the test's own, and what lies in it."""
+"""Fixtures: data with a cache of the test's own, and the contents of that cache."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def own_data(small_data: Callable[..., Any], tmp_path: Path) -> Callable[..., An
 
 @pytest.fixture
 def entries(tmp_path: Path) -> Paths:
-    """Folders of that cache, one for each reference and data set."""
+    """Return a function that lists the folders of the cache, one for each reference and data set."""
     return lambda: sorted((tmp_path / "reference").glob("*"))
 
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Paths:
-    """Files of all of them."""
+    """Return a function that lists the files in all folders."""
     return lambda: sorted((tmp_path / "reference").glob("*/*"))
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What the last run said of its reference, a line a stage, without the path."""
+def log_lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Return a function that lists the log lines of the last run's reference, without paths."""
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     logging.getLogger("lightning.pytorch").propagate = True
 
-    def said() -> list[str]:
+    def lines_of_last_run() -> list[str]:
         lines = [record.message for record in caplog.records if "reference log-probabilities" in record.message]
         caplog.clear()
         return [f"{line.partition(':')[0]}: {line.rpartition(': ')[2]}" for line in lines]
 
-    return said
+    return lines_of_last_run

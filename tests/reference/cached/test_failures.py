@@ -1,4 +1,4 @@
-"""What cannot be cached is refused, and a cache that fails costs no run."""
+"""Tests of refused references, and of a cache that cannot be written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lpc_lightning.reference.pair_cache import PairCache
 from lpc_lightning.types import TokenizedPair
 
 
-def test_published_weights_that_have_changed_are_told(small_policy: Any, own_data: Any, fit_run: Any) -> None:
+def test_changed_published_weights_are_refused(small_policy: Any, own_data: Any, fit_run: Any) -> None:
     spec = small_policy()
     module = DPO(policy=spec)
     fit_run(module, own_data(), max_steps=1)
@@ -26,7 +26,7 @@ def test_published_weights_that_have_changed_are_told(small_policy: Any, own_dat
         trainer.test(module, datamodule=own_data(), verbose=False)
 
 
-def test_other_data_is_refused(
+def test_cached_reference_refuses_other_data(
     small_policy: Any, make_pairs: Callable[..., list[TokenizedPair]], make_loader: Any, make_trainer: Any
 ) -> None:
     loader = make_loader(make_pairs([(3, 4, 5), (2, 2, 2)]))
@@ -44,13 +44,13 @@ def test_batches_without_values_are_refused(small_policy: Any, make_pairs: Calla
         module.read(PaddedLayout(0)(make_pairs([(3, 4, 5), (2, 2, 2)])))
 
 
-def test_no_such_reference(small_policy: Any) -> None:
+def test_unknown_reference_is_refused(small_policy: Any) -> None:
     with pytest.raises(ConfigError, match=r"model\.reference: found 'frozen', expected cached or live\."):
         DPO(policy=small_policy(), reference="frozen")
 
 
 class Nan(Callback):
-    """Makes a weight of the published policy no number."""
+    """Sets weights of the published policy to NaN."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         build = pl_module.policy_spec.build
@@ -63,9 +63,7 @@ class Nan(Callback):
         pl_module.policy_spec.build = broken
 
 
-def test_values_that_are_no_numbers_are_told_and_not_kept(
-    small_policy: Any, own_data: Any, fit_run: Any, entries: Any
-) -> None:
+def test_nan_values_are_refused_and_not_stored(small_policy: Any, own_data: Any, fit_run: Any, entries: Any) -> None:
     with pytest.raises(
         FloatingPointError, match=r"reference, train pairs: found \[nan, nan\] for pair '.*', expected fi"
     ):
@@ -73,14 +71,14 @@ def test_values_that_are_no_numbers_are_told_and_not_kept(
     assert entries() == []
 
 
-def test_a_cache_that_cannot_be_written_costs_no_run(
+def test_run_continues_without_writable_cache(
     small_policy: Any, own_data: Any, fit_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(PairCache, "add", full)
-    with pytest.warns(UserWarning, match="cannot be kept in .*No space left on device.* This run goes on without"):
+    with pytest.warns(UserWarning, match="cannot be stored in .*No space left on device.* This run continues without"):
         cached = fit_run(DPO(policy=small_policy()), own_data(), max_epochs=1)
     live = fit_run(DPO(policy=small_policy(), reference="live"), own_data(), max_epochs=1)
     assert cached.losses == pytest.approx(live.losses, rel=1e-5)

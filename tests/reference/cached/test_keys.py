@@ -1,3 +1,5 @@
+"""Tests of the key of cached values."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,7 +11,7 @@ import transformers
 from lightning.pytorch import Trainer
 
 from lpc_lightning.policy import CausalPolicy
-from lpc_lightning.reference.cached import attention_kernel, how_computed
+from lpc_lightning.reference.cached import attention_kernel, computation_key
 from tests.fixtures.emulated_device import DEVICE, NAME, Waits
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -21,7 +23,7 @@ def policy(tiny: Callable[..., CausalPolicy]) -> CausalPolicy:
 
 
 def key_on(accelerator: str, policy: CausalPolicy, **settings: Any) -> dict[str, str]:
-    return how_computed("w", policy, Trainer(accelerator=accelerator, devices=1, **QUIET, **settings))
+    return computation_key("w", policy, Trainer(accelerator=accelerator, devices=1, **QUIET, **settings))
 
 
 def test_key_names_device_kernel_and_versions(policy: CausalPolicy, emulated: Waits) -> None:

@@ -1,4 +1,4 @@
-"""A run whose reference is cached is the run whose reference is live, with one model less in memory."""
+"""Tests that runs with cached and live reference are equal, and that the cached one has one model less."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def marginal() -> MarginalSpace:
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("64-true", 1e-11), ("32-true", 1e-6)], ids=["float64", "float32"]
 )
-def test_a_cached_run_is_the_live_run(
+def test_cached_run_equals_live_run(
     precision: Any,
     tolerance: float,
     algorithm: Callable[..., PreferenceModule],
@@ -58,45 +58,43 @@ def test_a_cached_run_is_the_live_run(
     assert all(names <= set(row) for row in live.training.values())
     for step, row in live.training.items():
         assert cached.training[step]["train/loss"] == pytest.approx(row["train/loss"], rel=tolerance)
-    (one,), (other,) = (each.log.having("val/").values() for each in (live, cached))
+    (one,), (other,) = (pair.log.with_prefix("val/").values() for pair in (live, cached))
     assert other["val/loss"] == pytest.approx(one["val/loss"], rel=tolerance)
     assert len(set(cached.losses)) >= 10
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_in_bfloat16_values_are_those_of_the_same_precision_and_stay_exact(
-    precision: Any, small_policy: Any, own_data: Any, fit_run: Any
-) -> None:
-    """Rounded to bfloat16, log-probabilities of some 400 nats would be off by up to a nat."""
+def test_bfloat16_values_keep_their_precision(precision: Any, small_policy: Any, own_data: Any, fit_run: Any) -> None:
+    """Log-probabilities of about 400 nats, rounded to bfloat16, have errors of up to a nat."""
     runs = []
-    for kind in ("live", "cached"):
-        module = DPO(policy=small_policy(), reference=kind, optimizer=adam)
+    for reference_kind in ("live", "cached"):
+        module = DPO(policy=small_policy(), reference=reference_kind, optimizer=adam)
         runs.append(fit_run(module, own_data(), max_epochs=1, precision=precision))
     live, cached = runs
     assert min(abs(row["train/logps/chosen"]) for row in live.training.values()) > 256
     for step, row in live.training.items():
         for side in ("chosen", "rejected"):
-            # beta times the distance of a mean over two pairs.
+            # Beta times the difference of a mean over two pairs.
             distance = abs(row[f"train/rewards/{side}"] - cached.training[step][f"train/rewards/{side}"]) / 0.1
             assert distance < 0.2, step
 
 
-def test_a_flipped_pair_finds_its_swapped_values(
+def test_flipped_pair_has_swapped_values(
     small_policy: Any, own_data: Any, fit_run: Any, monkeypatch: pytest.MonkeyPatch, parts: Any
 ) -> None:
-    place = TokenStore.__getitem__
+    get_pair = TokenStore.__getitem__
 
     def some_flipped(store: TokenStore, index: Any) -> Any:
-        pair = place(store, index)
+        pair = get_pair(store, index)
         return pair.swapped() if index % 3 == 0 else pair
 
     runs = {}
     fit_run(DPO(policy=small_policy()), own_data(), max_epochs=1)
     there = parts()
     monkeypatch.setattr(TokenStore, "__getitem__", some_flipped)
-    for kind in ("live", "cached"):
-        module = DPO(policy=small_policy(), reference=kind, optimizer=adam)
-        runs[kind] = fit_run(module, own_data(), max_epochs=1)
+    for reference_kind in ("live", "cached"):
+        module = DPO(policy=small_policy(), reference=reference_kind, optimizer=adam)
+        runs[reference_kind] = fit_run(module, own_data(), max_epochs=1)
     assert parts() == there
     assert runs["cached"].losses == pytest.approx(runs["live"].losses, rel=1e-5)
 
@@ -106,12 +104,12 @@ def size(module: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=4)], ids=["full", "lora"])
-def test_no_reference_is_in_memory(lora: LoRA | None, small_policy: Any, fit_run: Any) -> None:
+def test_cached_reference_uses_no_memory(lora: LoRA | None, small_policy: Any, fit_run: Any) -> None:
     sizes = {}
-    for kind in ("live", "cached"):
-        module = DPO(policy=small_policy(lora=lora), latent=marginal(), reference=kind)
+    for reference_kind in ("live", "cached"):
+        module = DPO(policy=small_policy(lora=lora), latent=marginal(), reference=reference_kind)
         fit_run(module, max_steps=1)
         assert module.latent is not None
-        sizes[kind] = size(module) - size(module.latent)
+        sizes[reference_kind] = size(module) - size(module.latent)
     policy = size(small_policy(lora=lora).build())
     assert sizes == {"live": policy if lora else 2 * policy, "cached": policy}

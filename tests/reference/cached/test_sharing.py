@@ -1,4 +1,4 @@
-"""Which runs find the values of others: all that ask the same reference about the same pairs."""
+"""Tests of shared values: runs with the same reference and the same pairs share them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ def marginal() -> MarginalSpace:
     return MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0)
 
 
-def test_a_second_run_computes_nothing(small_policy: Any, own_data: Any, fit_run: Any, told: Any, parts: Any) -> None:
+def test_second_run_computes_nothing(
+    small_policy: Any, own_data: Any, fit_run: Any, log_lines: Any, parts: Any
+) -> None:
     def run() -> Any:
         return fit_run(DPO(policy=small_policy()), own_data(), max_epochs=1)
 
     first = run()
-    assert [line.partition(" in ")[0] for line in told()] == [
+    assert [line.partition(" in ")[0] for line in log_lines()] == [
         "train: 0 pairs reused, 21 computed",
         "validation: 0 pairs reused, 6 computed",
     ]
     written = {part: part.stat().st_mtime_ns for part in parts()}
     second = run()
-    assert told() == ["train: 21 pairs reused, none computed.", "validation: 6 pairs reused, none computed."]
+    assert log_lines() == ["train: 21 pairs reused, none computed.", "validation: 6 pairs reused, none computed."]
     assert written == {part: part.stat().st_mtime_ns for part in parts()}
     assert second.training == first.training
 
 
-def test_it_is_the_cache_that_is_read(small_policy: Any, own_data: Any, fit_run: Any, parts: Any) -> None:
-    """Add a nat to every value in the files: implicit rewards fall by beta."""
+def test_run_reads_the_cache(small_policy: Any, own_data: Any, fit_run: Any, parts: Any) -> None:
+    """Add a nat to every stored value. Implicit rewards then fall by beta."""
 
     def run() -> Any:
         module = DPO(policy=small_policy(), beta=0.1, optimizer=adam)
@@ -47,9 +49,9 @@ def test_it_is_the_cache_that_is_read(small_policy: Any, own_data: Any, fit_run:
 
     before = run()
     for part in parts():
-        with np.load(part) as kept:
-            places, logps = kept["places"], kept["values"]
-        np.savez(part, places=places, values=logps + np.array([1.0, 3.0]))
+        with np.load(part) as arrays:
+            indices, logps = arrays["places"], arrays["values"]
+        np.savez(part, places=indices, values=logps + np.array([1.0, 3.0]))
     after = run()
     (one,), (other,) = before.training.values(), after.training.values()
     assert other["train/rewards/chosen"] - one["train/rewards/chosen"] == pytest.approx(-0.1, abs=1e-5)
@@ -95,27 +97,23 @@ def run_with(small_policy: Any, own_data: Any, fit_run: Any) -> Callable[..., An
 
 
 @pytest.mark.parametrize("change", SHARED.values(), ids=SHARED)
-def test_what_does_not_change_the_reference_shares_its_values(
-    change: Change, run_with: Any, told: Any, entries: Any
-) -> None:
+def test_values_shared_when_unaffected(change: Change, run_with: Any, log_lines: Any, entries: Any) -> None:
     run_with({})
     there = entries()
-    told()
+    log_lines()
     cached, live = run_with(change), run_with(change, "live")
-    assert told() == ["train: 21 pairs reused, none computed.", "validation: 6 pairs reused, none computed."]
+    assert log_lines() == ["train: 21 pairs reused, none computed.", "validation: 6 pairs reused, none computed."]
     assert entries() == there
     assert len(there) == 2
     assert cached.losses == pytest.approx(live.losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
-def test_what_changes_the_reference_has_values_of_its_own(
-    change: Change, run_with: Any, told: Any, entries: Any
-) -> None:
+def test_values_not_shared_when_affected(change: Change, run_with: Any, log_lines: Any, entries: Any) -> None:
     run_with({})
-    told()
+    log_lines()
     cached, live = run_with(change), run_with(change, "live")
-    assert [line.partition(" in ")[0] for line in told()] == [
+    assert [line.partition(" in ")[0] for line in log_lines()] == [
         "train: 0 pairs reused, 21 computed",
         "validation: 0 pairs reused, 6 computed",
     ]
@@ -124,7 +122,7 @@ def test_what_changes_the_reference_has_values_of_its_own(
     assert cached.losses == pytest.approx(live.losses, rel=rounding)
 
 
-def test_the_precision_of_matrix_products_is_in_the_key(run_with: Any, entries: Any) -> None:
+def test_key_has_matmul_precision(run_with: Any, entries: Any) -> None:
     run_with({})
     before = torch.get_float32_matmul_precision()
     try:
@@ -135,11 +133,11 @@ def test_the_precision_of_matrix_products_is_in_the_key(run_with: Any, entries: 
     assert len(entries()) == 4
 
 
-def test_without_a_reference_there_is_nothing_to_cache(
-    small_policy: Any, own_data: Any, fit_run: Any, told: Any, entries: Any
+def test_no_cache_without_reference(
+    small_policy: Any, own_data: Any, fit_run: Any, log_lines: Any, entries: Any
 ) -> None:
     fit_run(SimPO(policy=small_policy()), own_data(), max_steps=1)
-    assert told() == []
+    assert log_lines() == []
     assert entries() == []
     with pytest.raises(TypeError, match="reference"):
         SimPO(policy=small_policy(), reference="cached")

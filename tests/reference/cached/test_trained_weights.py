@@ -1,4 +1,4 @@
-"""The reference is the published policy, although the weights at hand have been trained."""
+"""Tests that the reference is the published policy even if the module's weights have been trained."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lpc_lightning.policy import LoRA
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
-@pytest.mark.parametrize("kept", [True, False], ids=["with the cache", "without"])
+@pytest.mark.parametrize("stored", [True, False], ids=["with the cache", "without"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_resumed_run_is_the_uninterrupted_one(
-    precision: Any, kept: bool, small_policy: Any, own_data: Any, fit_run: Any, tmp_path: Path
+def test_resumed_run_equals_uninterrupted_run(
+    precision: Any, stored: bool, small_policy: Any, own_data: Any, fit_run: Any, tmp_path: Path
 ) -> None:
     def run(ckpt_path: Path | None = None) -> Any:
         save = ModelCheckpoint(
@@ -34,8 +34,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         return fit_run(module, data, max_epochs=2, callbacks=[save], ckpt_path=ckpt_path, precision=precision)
 
     whole = run()
-    assert abs(whole.losses[-1] - whole.losses[0]) > 0.01, "the policy has moved"
-    if not kept:
+    assert abs(whole.losses[-1] - whole.losses[0]) > 0.01, "the policy has changed"
+    if not stored:
         shutil.rmtree(tmp_path / "reference")
     resumed = run(tmp_path / "whole" / "step=8.ckpt")
     assert list(resumed.training.values()) == list(whole.training.values())[8:]
@@ -46,7 +46,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 @pytest.mark.parametrize("way", ["by the trainer", "beforehand", "just trained"])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=4)], ids=["full", "lora"])
-def test_a_trained_policy_is_held_against_the_published_weights(
+def test_reference_of_trained_policy_is_published(
     lora: LoRA | None,
     way: str,
     command: str,
@@ -56,7 +56,7 @@ def test_a_trained_policy_is_held_against_the_published_weights(
     tmp_path: Path,
     parts: Any,
 ) -> None:
-    """With an empty cache, whichever way the trained weights came into the module."""
+    """The cache is empty, and trained weights come from training, a checkpoint or `load_from_checkpoint`."""
 
     def make(reference: str) -> DPO:
         return DPO(
@@ -72,20 +72,20 @@ def test_a_trained_policy_is_held_against_the_published_weights(
     shutil.rmtree(tmp_path / "reference")
     path = tmp_path / "checkpoints" / "trained.ckpt"
 
-    def say(reference: str) -> Any:
-        found, options = module, {}
+    def rewards(reference: str) -> Any:
+        loaded, options = module, {}
         if reference == "live" or way == "by the trainer":
-            found, options = make(reference), {"ckpt_path": path}
+            loaded, options = make(reference), {"ckpt_path": path}
         elif way == "beforehand":
-            found = DPO.load_from_checkpoint(path, policy=small_policy(lora=lora))
+            loaded = DPO.load_from_checkpoint(path, policy=small_policy(lora=lora))
         trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
         quiet = {} if command == "predict" else {"verbose": False}
-        said = getattr(trainer, command)(found, datamodule=own_data(), **options, **quiet)
+        metrics = getattr(trainer, command)(loaded, datamodule=own_data(), **options, **quiet)
         if command == "predict":
-            return torch.cat([batch["rewards/chosen"] for batch in said]).tolist()
-        return said[0][f"{command.replace('validate', 'val')}/rewards/chosen"]
+            return torch.cat([batch["rewards/chosen"] for batch in metrics]).tolist()
+        return metrics[0][f"{command.replace('validate', 'val')}/rewards/chosen"]
 
-    live, cached = say("live"), say("cached")
+    live, cached = rewards("live"), rewards("cached")
     assert cached == pytest.approx(live, abs=1e-3)
     assert np.abs(live).max() > 0.02
     assert len(parts()) == 1

@@ -1,4 +1,4 @@
-"""Values are worked out for the pairs that a run will read, and for no others."""
+"""Tests that values are computed only for pairs that the run will read."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 class Reads(Callback):
-    """What the data module says that the run will read, and what it has read."""
+    """Records the pairs that the data module announces and the pairs that the run reads."""
 
     def __init__(self) -> None:
-        self.said: dict[str, set[str]] = {}
+        self.announced: dict[str, set[str]] = {}
         self.read: dict[str, set[str]] = {"train": set(), "validation": set()}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.said = {stage: {data.pairs[stage][place].id for place in data.reads(stage)} for stage in data.stages}
+        self.announced = {stage: {data.pairs[stage][index].id for index in data.reads(stage)} for stage in data.stages}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.read["train"].update(batch.ids)
@@ -50,15 +50,15 @@ class Reads(Callback):
     ],
     ids=str,
 )
-def test_nothing_is_computed_that_is_not_read(
+def test_only_pairs_of_the_run_are_computed(
     settings: dict[str, Any], pairs: tuple[int, int], small_policy: Any, own_data: Any, fit_run: Any, parts: Any
 ) -> None:
     reads, data = Reads(), own_data()
     fit_run(DPO(policy=small_policy()), data, callbacks=[reads], num_sanity_val_steps=-1, **settings)
-    assert reads.said == reads.read
+    assert reads.announced == reads.read
     assert (len(reads.read["train"]), len(reads.read["validation"])) == pairs
-    known = sum(len(np.load(part)["places"]) for part in parts())
-    assert known == sum(pairs)
+    stored = sum(len(np.load(part)["places"]) for part in parts())
+    assert stored == sum(pairs)
 
 
 @pytest.mark.parametrize(
@@ -70,23 +70,21 @@ def test_nothing_is_computed_that_is_not_read(
     ],
     ids=["by epochs", "by steps", "by steps that grow"],
 )
-def test_epochs_that_each_read_a_part_are_covered(
-    settings: dict[str, Any], small_policy: Any, own_data: Any, fit_run: Any
-) -> None:
+def test_partial_epochs_are_covered(settings: dict[str, Any], small_policy: Any, own_data: Any, fit_run: Any) -> None:
     reads = Reads()
     settings = settings | {"callbacks": [reads, *settings.get("callbacks", [])]}
     fit_run(DPO(policy=small_policy()), own_data(), **settings)
-    assert reads.said["train"] >= reads.read["train"]
+    assert reads.announced["train"] >= reads.read["train"]
     assert 8 < len(reads.read["train"]) < 21
 
 
-def test_a_longer_run_adds_what_it_lacks(small_policy: Any, own_data: Any, fit_run: Any, told: Any) -> None:
+def test_longer_run_adds_missing_values(small_policy: Any, own_data: Any, fit_run: Any, log_lines: Any) -> None:
     def run(steps: int) -> Any:
         module = DPO(policy=small_policy(), optimizer=adam, lr_schedule="constant_with_warmup", warmup_ratio=0.0)
         return fit_run(module, own_data(), max_steps=steps, limit_val_batches=0)
 
     short, whole = run(3), run(11)
-    assert [line.partition(" in ")[0] for line in told()] == [
+    assert [line.partition(" in ")[0] for line in log_lines()] == [
         "train: 0 pairs reused, 6 computed",
         "validation: 0 pairs reused, none computed.",
         "train: 6 pairs reused, 15 computed",
