@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 MODEL := models/SmolLM2-135M-Instruct
+# Real data for benchmarks and for tests marked `real`; without it they need --data, or are skipped.
+export LPC_DATA_DIR ?= $(wildcard $(CURDIR)/../shared/data)
 
 .PHONY: demo demo-smollm2 test test-fast bench bench-gpu lint format clean
 
@@ -41,7 +43,7 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not distributed and not real and not cuda"
 
-DATA_DIR ?= ../shared/data/preferences
+DATA_DIR ?= $(or $(LPC_DATA_DIR),data)/preferences
 bench: $(VENV)/.installed-dev $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.run --data-dir $(DATA_DIR) --split $(BENCH)
 

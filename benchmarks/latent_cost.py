@@ -2,7 +2,7 @@
 
 A few percent are less than two runs of the same thing differ by on a shared machine. Step by step in turn, they show.
 
-    python -m benchmarks.latent_cost --data ../shared/data/preferences/hh_helpful_harmless.jsonl
+    python -m benchmarks.latent_cost --data $LPC_DATA_DIR/preferences/hh_helpful_harmless.jsonl
 """
 
 from __future__ import annotations

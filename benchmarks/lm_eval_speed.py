@@ -1,6 +1,6 @@
 """How fast LatentLM answers a benchmark's loglikelihood requests, against stock HFLM on the same weights.
 
-    python benchmarks/lm_eval_speed.py --model models/SmolLM2-135M-Instruct --data-dir ../shared/data/benchmarks
+    python benchmarks/lm_eval_speed.py --model models/SmolLM2-135M-Instruct --data-dir $LPC_DATA_DIR/benchmarks
 
 Both answer the same requests in turn, in one process, after a warm-up on a few. The latent is a codebook of zeros: it
 costs what any codebook costs and leaves the scores as they are, so that they can be compared. Prints seconds (median
@@ -22,6 +22,7 @@ from lpc_lightning.evaluation.benchmarks.checks import check_tasks
 from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.evaluation.benchmarks.tasks import load_tasks
 from lpc_lightning.inference.modeling_lpc import InferencePrior
+from lpc_lightning.paths import expand_path
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     policy, tokenizer = spec.build().eval().requires_grad_(False).to(options.device), spec.load_tokenizer()
     stock = HFLM(policy.causal_lm, tokenizer=tokenizer, batch_size=options.batch_size)
     latent = LatentLM(policy, tokenizer, _codes_of_zeros(policy), batch_size=options.batch_size)
-    requests = _requests(options.task, options.data_dir, options.limit)
+    requests = _requests(options.task, expand_path(options.data_dir, "--data-dir"), options.limit)
 
     models: dict[str, HFLM] = {"stock HFLM": stock, "LatentLM": latent}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -65,7 +66,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="a model's folder or hub name")
-    parser.add_argument("--data-dir", default="../shared/data/benchmarks", help="folder of local task data")
+    parser.add_argument("--data-dir", default="${LPC_DATA_DIR}/benchmarks", help="folder of local task data")
     parser.add_argument("--task", default="arc_easy", help="a task of loglikelihood requests, such as truthfulqa_mc2")
     parser.add_argument("--limit", type=int, help="documents, from the start of the task; default: all")
     parser.add_argument("--batch-size", type=int, default=8, help="for both")

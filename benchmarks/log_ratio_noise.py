@@ -3,7 +3,7 @@
 While a policy has the reference's weights, both round alike, and the ratio is exactly 1. Once any weight has moved,
 however little, its activations round differently, and the ratio carries the difference of two roundings:
 
-    python -m benchmarks.log_ratio_noise --data ../shared/data/preferences/dsp_domain_pairs.jsonl
+    python -m benchmarks.log_ratio_noise --data $LPC_DATA_DIR/preferences/dsp_domain_pairs.jsonl
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def _options() -> argparse.Namespace:
         help="files of preference pairs, in any form that `data.path` takes, of whose split column `train` is read; "
         f"or {', '.join(NAMES)}: known files in --data-dir (default: these)",
     )
-    parser.add_argument("--data-dir", type=Path, default=Path("../shared/data/preferences"))
+    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("LPC_DATA_DIR") or "data") / "preferences")
     parser.add_argument(
         "--precision", nargs="+", choices=["bf16-mixed", "bf16-true", "32-true"], default=["bf16-mixed"]
     )

@@ -23,6 +23,7 @@ from lpc_lightning.evaluation.benchmarks.trial import Trial, failure_reason
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.inference.prior import inference_prior
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.paths import expand_path
 from lpc_lightning.seeding import run_seed
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ class LMEvaluation(Callback):
             raise ConfigError(f"every_n_steps: found {every_n_steps}, expected at least 1, or null.")
         if step_limit < 1:
             raise ConfigError(f"step_limit: found {step_limit}, expected at least one document.")
-        self.tasks, self.data_dir, self.limit = tuple(tasks), data_dir, limit
+        self.tasks, self.limit = tuple(tasks), limit
+        self.data_dir = None if data_dir is None else expand_path(data_dir, "data_dir")
         self.every_n_steps, self.step_limit = every_n_steps, step_limit
         self.num_fewshot, self.batch_size, self.prior_mode = num_fewshot, batch_size, prior_mode
         self.apply_chat_template, self.seed = apply_chat_template, seed

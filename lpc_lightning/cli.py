@@ -210,8 +210,12 @@ COMMANDS: dict[str, Command] = {
     "test": (_fit, "score the test pairs under the prior"),
     "predict": (_fit, "rewards and prior of each test pair"),
     "prepare": (
-        partial(_call, "lpc_lightning.policy.prepare:prepare"),
-        "make models/SmolLM2-135M-Instruct without a model hub",
+        partial(_call, "lpc_lightning.prepare:prepare"),
+        "models/SmolLM2-135M-Instruct without a model hub, or a file of built-in pairs",
+    ),
+    "configs": (
+        partial(_call, "lpc_lightning.ship_configs:configs"),
+        "a folder with the config files that come with the package",
     ),
     "export": (
         partial(_call, "lpc_lightning.inference.export:export"),

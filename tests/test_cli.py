@@ -26,7 +26,8 @@ from lpc_lightning.inference.alpaca import alpaca
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.generate import generate
 from lpc_lightning.policy import TinyPolicy
-from lpc_lightning.policy.prepare import prepare
+from lpc_lightning.prepare import prepare
+from lpc_lightning.ship_configs import configs
 
 POLICY = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
 MODEL = ["--model=DPO", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01"]
@@ -120,6 +121,7 @@ def test_commands_of_other_packages_are_told_and_not_imported() -> None:
 
 FUNCTIONS = {
     "prepare": prepare,
+    "configs": configs,
     "export": export,
     "generate": generate,
     "alpaca": alpaca,

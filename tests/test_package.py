@@ -15,12 +15,13 @@ import lpc_lightning
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"types", "errors", "seeding", "transfer"},
+    {"paths"},
     {"losses", "latent", "policy", "data"},
     {"distributed"},
     {"reference"},
     {"algorithms"},
     {"inference"},
-    {"function_command"},
+    {"prepare", "ship_configs", "function_command"},
     {"cli"},
     {"__main__"},
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -95,7 +96,8 @@ def _files_in_value(key: str, value: Any, folder: Path) -> Iterator[str]:
         for entry in value:
             yield from _files_in_value(key, entry, folder)
     elif isinstance(value, str) and value and len(value) < 1000 and "\n" not in value and key not in OUTPUT_SETTINGS:
-        for path in {folder / value, Path(value)}:
+        expanded = os.path.expandvars(value)
+        for path in {folder / expanded, Path(expanded)}:
             if path.is_file():
                 yield from _describe_file(path.resolve())
             elif key == "path" and path.is_dir():

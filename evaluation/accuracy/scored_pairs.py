@@ -24,6 +24,7 @@ from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, stderr_name, to_json_value
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.opening import OpenedPolicy
+from lpc_lightning.paths import expand_path
 from lpc_lightning.types import PreferenceExample
 
 TASK = "preferences"
@@ -39,7 +40,7 @@ class PairsFile(PreferenceDataModule):
         """Select pairs of a file.
 
         Args:
-            path: A file in any format that `read_rows` can read.
+            path: A file in any format that `read_rows` can read. Environment variables are replaced.
             split: Value of the column `split` in the selected rows. None: `test` if the file has this column, else all
                 rows.
             limit: Maximum number of pairs, taken from the start. None: all pairs.
@@ -49,6 +50,7 @@ class PairsFile(PreferenceDataModule):
             DataError: The file does not exist, or has no rows.
         """
         super().__init__(**data)
+        path = expand_path(path, "preferences")
         if not Path(path).is_file():
             raise DataError(f"preferences: found no file {path}, expected preference pairs such as pairs.jsonl.")
         first_row = next(row for _, row in read_rows(path, on_bad=lambda location, fault: None))

@@ -21,6 +21,7 @@ from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.opening import short_name
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.paths import expand_path
 from lpc_lightning.policy.precision import is_bfloat16_fast
 
 
@@ -90,7 +91,7 @@ def evaluate(
     named_models = name_models(models, names)
     request = EvalRequest(
         tasks=PAPER_TASKS if tasks is None else tuple(task for task in tasks if task != "none"),
-        data_dir=data_dir,
+        data_dir=None if data_dir is None else expand_path(data_dir, "data_dir"),
         preferences=preferences,
         limit=limit,
         num_fewshot=num_fewshot,

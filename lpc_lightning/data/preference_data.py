@@ -8,6 +8,7 @@ from typing import Any
 from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
 from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.formats import Columns
+from lpc_lightning.paths import expand_path
 
 
 class PreferenceData(PreferenceDataModule):
@@ -32,7 +33,8 @@ class PreferenceData(PreferenceDataModule):
 
         Args:
             path: A local file, a folder written by `datasets`, or the name of a data set on the hub. Alternatively a
-                mapping of `train`, `validation` and `test` to one file each.
+                mapping of `train`, `validation` and `test` to one file each. Environment variables are replaced:
+                `${LPC_DATA_DIR}/preferences/pairs.jsonl`.
             config: Configuration of a hub data set. null: its default.
             train_split: Split for training: a hub split, or a value of the file's split column.
             validation_split: Split for validation. null: hold out a share of the training prompts.
@@ -52,10 +54,13 @@ class PreferenceData(PreferenceDataModule):
         if isinstance(path, dict) and not ({"train"} <= set(path) <= set(known)):
             raise ValueError(f"data.path: found files for {sorted(path)}, expected train and optionally {known[1:]}.")
         if not 0 <= validation_share < 1:
-            raise ValueError(
-                f"data.validation_share: found {validation_share}, expected a share of at least 0 and below 1."
-            )
-        self.path, self.config, self.split_column = path, config, split_column
+            raise ValueError(f"data.validation_share: found {validation_share}, expected a share from 0 to below 1.")
+        self.path: str | dict[str, str] = (
+            {stage: expand_path(each, f"data.path.{stage}") for stage, each in path.items()}
+            if isinstance(path, dict)
+            else expand_path(path, "data.path")
+        )
+        self.config, self.split_column = config, split_column
         self.columns = columns or Columns()
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.validation_share = validation_share

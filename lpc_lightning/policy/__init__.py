@@ -1,4 +1,4 @@
-"""Policies: from a spec to a causal language model that yields hidden states and a head."""
+"""Policies: settings, and the causal language models that they build."""
 
 from lpc_lightning.policy.causal import CausalPolicy
 from lpc_lightning.policy.fingerprint import fingerprint

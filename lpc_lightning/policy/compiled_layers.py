@@ -1,4 +1,4 @@
-"""Decoder layers as compiled programs, which all layers share: one for each shape of a batch, or one for any shape."""
+"""Compiled decoder layers. All layers share their programs: one for each shape of a batch, or one for all shapes."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ import torch
 from torch import Tensor, nn
 
 MOST_SHAPES = 12
-"""Shapes of batches that are compiled at most. Batches of further shapes run uncompiled."""
+"""Largest number of batch shapes that are compiled. Batches of other shapes run uncompiled."""
 PROGRAMS = 64
-"""Programs that torch may keep of a layer class: for each shape, with and without gradient, with adapter on and off."""
+"""Limit of programs for a layer class: one for each shape, with and without gradients, with and without adapter."""
 
 Shape = tuple[int, ...]
 
 
 class CompiledLayers:
-    """Replaces the `forward` of decoder layers. Hooks around it (FSDP2's, a user's) stay outside the program.
+    """Decoder layers with a compiled `forward`. Hooks around it (those of FSDP2 or a user) are not compiled.
 
-    With few shapes, packed batches run compiled, and every other call runs the layer as it is written: text generation
-    and benchmark requests have a new shape at almost every call, so that compiling them would never end.
+    With few shapes, packed batches run compiled, and all other calls run uncompiled. Text generation and benchmark
+    requests have a new shape at almost every call, and each would be compiled again.
     """
 
     def __init__(self, layers: Sequence[nn.Module], few_shapes: bool, backend: str = "inductor") -> None:
-        """Compile at the first call.
+        """Replace the `forward` of the layers. Compilation is at the first call.
 
         Args:
-            layers: The layers of a policy, sharded already where they are to be.
-            few_shapes: One whole program for each shape of a packed batch. Otherwise one for rows of any number and
-                width, with attention by segment outside, as a loop over segments that differ from batch to batch.
-            backend: Of `torch.compile`.
+            layers: The layers of a policy. Shard them before.
+            few_shapes: True: one whole program for each shape of a packed batch. False: one program for all shapes.
+                `segment` attention is then not compiled, since its loop over segments differs between batches.
+            backend: Backend of `torch.compile`.
         """
         limit = "recompile_limit"
         setattr(torch._dynamo.config, limit, max(PROGRAMS, getattr(torch._dynamo.config, limit)))
         self._shapes: set[Shape] | None = set() if few_shapes else None
         forwards = {kind: _Forward(kind, self._shapes, backend) for kind in {type(layer) for layer in layers}}
         for layer in layers:
-            # A bound method, which a deep copy of the layer binds to the copy.
+            # A bound method: a deep copy of the layer binds it to the copy.
             layer.forward = MethodType(forwards[type(layer)], layer)
 
-    def takes(self, shape: Sequence[int]) -> bool:
-        """Return whether a packed batch of (R, T) tokens runs compiled; notes the shape if there is room for it."""
+    def admit(self, shape: Sequence[int]) -> bool:
+        """Return True if a packed batch of (R, T) tokens runs compiled. Adds the shape while there are few."""
         if self._shapes is None:
             return True
         if len(self._shapes) < MOST_SHAPES:
@@ -51,19 +51,19 @@ class CompiledLayers:
 
 
 class _Forward:
-    """The `forward` of one class of layers."""
+    """Compiled and uncompiled `forward` of one class of layers."""
 
     def __init__(self, kind: type[nn.Module], shapes: set[Shape] | None, backend: str) -> None:
-        self._as_written: Callable[..., Any] = kind.forward
+        self._uncompiled: Callable[..., Any] = kind.forward
         whole = shapes is not None
         self._compiled = torch.compile(kind.forward, backend=backend, fullgraph=whole, dynamic=not whole)
         self._shapes = shapes
 
     def __call__(self, layer: nn.Module, *args: Any, **options: Any) -> Any:
         states: Tensor = args[0] if args else options["hidden_states"]
-        # The same answer when a checkpointed layer is computed again: shapes are never removed.
+        # Shapes are never removed, so that a checkpointed layer is recomputed by the same program.
         known = self._shapes is None or tuple(states.shape[:2]) in self._shapes
-        run = self._compiled if known and options.get("past_key_values") is None else self._as_written
+        run = self._compiled if known and options.get("past_key_values") is None else self._uncompiled
         return run(layer, *args, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:

@@ -1,4 +1,4 @@
-"""A name for what a policy answers: its weights, to the last bit, and its config."""
+"""Fingerprint of a policy: a hash of its weights and its config."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import Tensor
 
 from lpc_lightning.policy.causal import CausalPolicy
 
-UNTOLD = ("_name_or_path", "architectures", "transformers_version")
-"""Config fields that say where a model comes from and not what it answers."""
+IGNORED_FIELDS = ("_name_or_path", "architectures", "transformers_version")
+"""Config fields that do not change the model's outputs."""
 
 
 def fingerprint(policy: CausalPolicy, adapter: bool = False) -> str:
-    """Name a policy, in about a second a gigabyte and processor.
+    """Hash a policy. It takes about a second per gigabyte and processor.
 
     Args:
-        policy: Whole, on any device.
-        adapter: Whether an adapter's weights count. Without them it is the policy as published.
+        policy: The policy, unsharded, on any device.
+        adapter: True to include an adapter's weights. Without them, the hash is that of the published policy.
 
     Returns:
-        64 hexadecimal digits, equal for equal weights in one type under one config, wherever they were loaded from.
+        64 hexadecimal digits. They are equal for equal weights in one type with one config, from any source.
     """
     model = policy.causal_lm
-    adapted = isinstance(policy.model, PeftModel) and not adapter  # which trains the adapter and nothing else
+    adapted = isinstance(policy.model, PeftModel) and not adapter  # then only its parameters require gradients
     tensors: list[Tensor] = [parameter for parameter in model.parameters() if not (adapted and parameter.requires_grad)]
     tensors += list(model.buffers())
-    config = {name: value for name, value in model.config.to_dict().items() if name not in UNTOLD}
-    told = [type(model).__name__, json.dumps(config, sort_keys=True, default=str)]
-    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+    config = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_FIELDS}
+    header = [type(model).__name__, json.dumps(config, sort_keys=True, default=str)]
+    with ThreadPoolExecutor() as threads:  # hashing releases the interpreter lock
         digests = threads.map(_digest, tensors)
-    return hashlib.sha256("\n".join([*told, *digests]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([*header, *digests]).encode()).hexdigest()
 
 
 def _digest(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""The LM head of a policy, with what its family does to the logits."""
+"""The LM head of a policy, including its family's scale and soft cap of the logits."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SCALES: dict[str, Callable[[float], float]] = {
     "logits_scaling": lambda value: 1 / value,  # Granite
     "lm_head_multiplier": lambda value: value,  # Falcon-H1
 }
-"""Config fields by which families scale their logits, as a factor."""
+"""Config fields that scale the logits of a family, each with its value as a factor."""
 
 
 class UnsupportedPolicyError(ValueError):
-    """A model that this suite cannot serve, with the reason in one sentence."""
+    """Raised when a model is missing or unsupported."""
 
 
 def head_of(model: PreTrainedModel) -> LogitHead:
-    """Read the head off a causal LM.
+    """Return the head of a causal LM.
 
     Raises:
         UnsupportedPolicyError: The model's output layer is not linear.
@@ -34,7 +34,7 @@ def head_of(model: PreTrainedModel) -> LogitHead:
     if not isinstance(linear, nn.Linear):
         raise UnsupportedPolicyError(
             f"policy: found {type(model).__name__} with {type(linear).__name__} as its output layer, expected a linear "
-            "LM head: a latent is added to the states that enter it. Take a decoder-only model with a linear head."
+            "LM head, because a latent is added to its inputs. Choose a decoder-only model with a linear head."
         )
     config = model.config.get_text_config()
     scale = 1.0
@@ -48,36 +48,36 @@ def head_of(model: PreTrainedModel) -> LogitHead:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, backbone: nn.Module) -> None:
-    """Compare our reading of the head with the model's own logits on a few tokens.
+    """Compare the logits of `head_of` with those of the model on a few tokens.
 
-    Families change their logits in ways that no config field announces; this finds out instead of knowing them all.
+    A family can change its logits without a config field for it, so that the config alone is not enough.
 
     Raises:
-        UnsupportedPolicyError: The two differ.
+        UnsupportedPolicyError: The logits differ by more than rounding.
     """
     head = head_of(model)
     tokens = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
     with _any_attention(model):
-        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        expected = model(input_ids=tokens, use_cache=False).logits.float()
         states = backbone(input_ids=tokens, use_cache=False).last_hidden_state
-    ours = logits_of(states.flatten(0, 1), head)
-    apart = (ours - theirs.flatten(0, 1)).abs().max()
-    tolerance = (0.05 if head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3) * theirs.abs().max().clamp_min(
-        1
-    )
-    if not apart <= tolerance:
+    logits = logits_of(states.flatten(0, 1), head)
+    difference = (logits - expected.flatten(0, 1)).abs().max()
+    relative = 0.05 if head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if not difference <= relative * expected.abs().max().clamp_min(1):
         raise UnsupportedPolicyError(
-            f"policy: the logits of {type(model).__name__} are {apart:.3g} away from LMHead(last hidden state), "
-            "expected at most rounding: its family does something to them that this suite does not know, so that log-"
-            f"probabilities would be wrong. Known are a bias, a soft cap and the scales {', '.join(SCALES)}."
+            f"policy: the logits of {type(model).__name__} are {difference:.3g} away from LMHead(last hidden state), "
+            "expected at most rounding. Its family changes the logits in an unsupported way, so that log-"
+            "probabilities would be wrong. "
+            f"Supported are a bias, a soft cap and the scales {', '.join(SCALES)}. "
+            "Choose a model of another family."
         )
 
 
 @contextmanager
 def _any_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Replace flash attention, which runs on a GPU and on 16-bit states alone.
+    """Replace flash attention by eager attention for a few tokens.
 
-    Models are built on a CPU as well, and float32 weights are trained with it under autocast.
+    Flash attention runs only on a GPU and on 16-bit states. Models are also built on a CPU, or with float32 weights.
     """
     kernel = model.config._attn_implementation
     if kernel is None or not kernel.startswith("flash"):
@@ -91,10 +91,10 @@ def _any_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that the model knows every token id that the tokenizer can make.
+    """Check that the model has an embedding for every token id of the tokenizer.
 
     Raises:
-        UnsupportedPolicyError: It does not.
+        UnsupportedPolicyError: A token id has no embedding.
     """
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
@@ -102,5 +102,5 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     if largest >= rows:
         raise UnsupportedPolicyError(
             f"policy: the vocabulary does not fit: the tokenizer makes ids up to {largest}, the embedding has {rows} "
-            "rows. Expected at most as many ids as rows: take the tokenizer of the model (policy.tokenizer)."
+            "rows. Expected at most as many ids as rows. Set policy.tokenizer to the tokenizer of the model."
         )

@@ -1,7 +1,7 @@
-"""Hidden states to log-probabilities of the answers, through the LM head in chunks.
+"""Log-probabilities of the answers from hidden states, through the LM head in chunks.
 
-The head's logits over the vocabulary are by far the largest values of a step. They exist for one chunk of tokens at a
-time, are reduced to one number a token (or K, one a code), and are worked out again in the backward pass.
+The logits over the vocabulary are by far the largest tensor of a step. They exist for one chunk of tokens at a time.
+Each chunk is reduced to one number per token (or K, one per code), and is recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,82 +18,82 @@ from torch import Tensor
 from lpc_lightning.types import LogitHead, PairStates, PreferenceBatch
 
 CHUNK_ELEMENTS = 2**25
-"""Logits alive at once on a CPU: 128 MiB in float32."""
+"""Logits in memory at a time on a CPU: 128 MiB in float32."""
 GPU_CHUNK_ELEMENTS = 2**28
-"""Logits alive at once on a GPU: 1 GiB in float32, so that a few large products do the work."""
+"""Logits in memory at a time on a GPU: 1 GiB in float32, so that there are few, large products."""
 THIN_RANGE = 60.0
-"""Nats between a code's largest and smallest logit bias up to which exp() in float32 loses nothing that counts."""
+"""Largest range of a code's logit biases, in nats, for which exp() in float32 is exact enough."""
 WIDE_RANGE = 600.0
-"""The same in float64, up to which sums over the vocabulary are then taken. Losses without a reference go there."""
+"""The same in float64, used beyond `THIN_RANGE`. Losses without a reference reach such ranges."""
 
 
 def token_logps(
     hidden: Tensor, targets: Tensor, head: LogitHead, z: Tensor | None = None, group: Tensor | None = None
 ) -> Tensor:
-    """log softmax(head(hidden + z[group]))[target] for each token.
+    """Compute log softmax(head(hidden + z[group]))[target] of each token.
 
-    LMHead(h + z) is computed as LMHead(h) + LMHead(z), the second in float32: the sum of the states would be rounded to
-    the type of the product, by about as much as a code's whole effect.
+    LMHead(h + z) is computed as LMHead(h) + LMHead(z), the second term in float32. A sum of the states would be rounded
+    to the type of the product, by about as much as the whole effect of a code.
 
     Args:
         hidden: (N, d) states that enter the head.
         targets: (N,) token ids.
-        head: The policy's head; matrix products run in autocast's type, or else in the type of `hidden`.
-        z: (B, d) representations that are added to the states. None adds nothing.
-        group: (N,) which of them is added to each state.
+        head: The policy's head. Matrix products run in autocast's type, or without autocast in the type of `hidden`.
+        z: (B, d) representations that are added to the states. None: nothing is added.
+        group: (N,) index of the row of `z` that is added to each state.
 
     Returns:
         (N,) in nats, float32 (float64 for float64 input).
     """
-    shifts = None if z is None else code_logits(head, z.to(torch.promote_types(z.dtype, torch.float32)))
-    return _shifted_logps(hidden, targets, head, shifts, group)
+    biases = None if z is None else code_logits(head, z.to(torch.promote_types(z.dtype, torch.float32)))
+    return _biased_logps(hidden, targets, head, biases, group)
 
 
-def _shifted_logps(
+def _biased_logps(
     hidden: Tensor, targets: Tensor, head: LogitHead, shifts: Tensor | None, group: Tensor | None
 ) -> Tensor:
-    """`token_logps` with the logit biases (B, V) of the representations in place of these."""
+    """Compute `token_logps` from the logit biases (B, V) of the representations."""
     return _TokenLogps.apply(hidden, head.weight, head.bias, None, shifts, group, targets, head)[:, 0]
 
 
 def token_logps_per_code(
     hidden: Tensor, targets: Tensor, head: LogitHead, codes: Tensor, code_range: float | None = None
 ) -> Tensor:
-    """log softmax(head(hidden + e_k))[target] for each token under every code, by one pass through the head.
+    """Compute log softmax(head(hidden + e_k))[target] of each token under every code, in one pass through the head.
 
     With a = head(h) and b_k = scale W e_k, the normaliser under code k is
     logsumexp_v(a_v + b_kv) = logsumexp_v(a_v) + log sum_v softmax(a)_v exp(b_kv): a thin (N, V) by (V, K) product, at
-    about K/d of the head's own cost. Where a code has a logit range beyond `THIN_RANGE`, exp(b_k - max b_k) would
-    underflow in float32, and all that comes after a is float64. K passes are left for a soft-capped head, which is not
-    linear, for ranges beyond `WIDE_RANGE`, and for devices without float64.
+    about K/d of the head's cost. If a code has a logit range beyond `THIN_RANGE`, exp(b_k - max b_k) would underflow in
+    float32, and everything after a is computed in float64. K passes are needed for a soft-capped head, which is not
+    linear, for ranges beyond `WIDE_RANGE`, and on devices without float64.
 
     Args:
-        hidden: (N, d) states that enter the head, without any code.
+        hidden: (N, d) states that enter the head, without a code.
         targets: (N,) token ids.
         head: The policy's head.
         codes: (K, d) the codebook.
-        code_range: `code_range` of these codes, as of a few steps ago: the two limits have room. None: it is measured,
-            for which the CPU waits for the device.
+        code_range: `code_range` of these codes. It may be a few steps old, since both limits have a margin. None: it
+            is measured, and the CPU waits for the device.
 
     Returns:
         (N, K) in nats, float32 (float64 for float64 input).
     """
     table = code_logits(head, codes)
     if head.softcap is None:
-        across = float(_range(table)) if code_range is None else code_range
-        if across <= THIN_RANGE:
+        nats = float(_range(table)) if code_range is None else code_range
+        if nats <= THIN_RANGE:
             return _TokenLogps.apply(hidden, head.weight, head.bias, table, None, None, targets, head)
-        if across <= WIDE_RANGE and hidden.device.type != "mps":
+        if nats <= WIDE_RANGE and hidden.device.type != "mps":
             exact = _types(hidden)[1]
             logps = _TokenLogps.apply(hidden, head.weight, head.bias, table.double(), None, None, targets, head)
             return logps.to(exact)
-    alone = torch.zeros_like(targets)
-    return torch.stack([_shifted_logps(hidden, targets, head, row[None], alone) for row in table], dim=-1)
+    group = torch.zeros_like(targets)
+    return torch.stack([_biased_logps(hidden, targets, head, row[None], group) for row in table], dim=-1)
 
 
 @torch.no_grad()
 def token_logps_and_greedy(hidden: Tensor, targets: Tensor, head: LogitHead) -> tuple[Tensor, Tensor]:
-    """`token_logps` without gradient, and whether greedy decoding would choose each target.
+    """Compute `token_logps` without gradients, and whether greedy decoding would choose each target.
 
     Args:
         hidden: (N, d) states that enter the head.
@@ -101,8 +101,8 @@ def token_logps_and_greedy(hidden: Tensor, targets: Tensor, head: LogitHead) -> 
         head: The policy's head.
 
     Returns:
-        (N,) in nats, float32 (float64 for float64 input), and (N,) bool: the target has the largest logit. Of equal
-        logits, the lowest token id is chosen.
+        (N,) in nats, float32 (float64 for float64 input), and (N,) bool: True if the target has the largest logit.
+        Greedy decoding chooses the lowest token id of equal logits.
     """
     product, exact = _types(hidden)
     logps, greedy = hidden.new_empty(len(hidden), dtype=exact), targets.new_empty(len(hidden), dtype=torch.bool)
@@ -116,14 +116,14 @@ def token_logps_and_greedy(hidden: Tensor, targets: Tensor, head: LogitHead) -> 
 
 
 def code_logits(head: LogitHead, codes: Tensor) -> Tensor:
-    """The logit bias that each code is, LMHead(e_k) without the head's own bias: (K, V) in the type of `codes`."""
+    """Return the logit bias of each code, LMHead(e_k) without the head's bias: (K, V) in the type of `codes`."""
     with torch.autocast(codes.device.type, enabled=False):
         return head.scale * codes @ head.weight.to(codes.dtype).T
 
 
 @torch.no_grad()
 def code_range(head: LogitHead, codes: Tensor) -> Tensor:
-    """() the largest difference, in nats, between two logits that one code is the bias of."""
+    """Return (): the largest difference, in nats, between two logit biases of one code."""
     return _range(code_logits(head, codes))
 
 
@@ -132,7 +132,7 @@ def _range(table: Tensor) -> Tensor:
 
 
 def logits_of(hidden: Tensor, head: LogitHead) -> Tensor:
-    """Logits of states (N, d): (N, V), float32 or wider. Meant for few tokens: nothing is chunked."""
+    """Return logits (N, V) of states (N, d), in float32 or wider. For few tokens only: there are no chunks."""
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     product = _product(hidden, head.weight.to(hidden.dtype).T)
     return _logits(product, (head.bias, None, None), head.scale, head.softcap, exact)
@@ -141,8 +141,8 @@ def logits_of(hidden: Tensor, head: LogitHead) -> Tensor:
 class _TokenLogps(torch.autograd.Function):
     """(N, K) log-probabilities of `targets` under K logit biases `table` (K, V), or (N, 1) without a table.
 
-    `shifts` (B, V) are logit biases of groups of tokens, and `group` (N,) is the group of each token. A table in
-    float64 has everything after the head's matrix product in float64.
+    `shifts` (B, V) are logit biases of groups of tokens, and `group` (N,) is the group of each token. With a table in
+    float64, everything after the head's matrix product is computed in float64.
     """
 
     @staticmethod
@@ -165,19 +165,21 @@ class _TokenLogps(torch.autograd.Function):
         vocabulary = _Vocabulary(head, exact)
         with torch.autocast(hidden.device.type, enabled=False):
             states, rows = hidden.to(product), weight.to(product)
-            lifts = None if table is None else _lifts(table, exact)
-            picked, normaliser = (hidden.new_empty(hidden.shape[0], dtype=exact) for _ in range(2))
+            exp_biases = None if table is None else _exp_biases(table, exact)
+            at_target, normaliser = (hidden.new_empty(hidden.shape[0], dtype=exact) for _ in range(2))
             sums = None if table is None else hidden.new_empty(hidden.shape[0], table.shape[0], dtype=exact)
             for chunk in chunks:
                 logits = _product(states[chunk], rows.T)
                 terms = (bias, shifts, None if group is None else group[chunk])
-                if lifts is None or sums is None:
-                    picked[chunk], normaliser[chunk] = vocabulary.reduce(logits, terms, targets[chunk])
+                if exp_biases is None or sums is None:
+                    at_target[chunk], normaliser[chunk] = vocabulary.reduce(logits, terms, targets[chunk])
                 else:
-                    picked[chunk], normaliser[chunk], shares = vocabulary.shares(logits, terms, targets[chunk])
-                    sums[chunk] = shares @ lifts.T
+                    at_target[chunk], normaliser[chunk], probabilities = vocabulary.reduce_with_probabilities(
+                        logits, terms, targets[chunk]
+                    )
+                    sums[chunk] = probabilities @ exp_biases.T
                 del logits
-            out = (picked - normaliser)[:, None]
+            out = (at_target - normaliser)[:, None]
             if table is not None and sums is not None:
                 biases = table.to(exact)
                 out = out + biases[:, targets].T - biases.amax(-1) - sums.log()
@@ -187,46 +189,49 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, table, shifts, group, targets, normaliser, sums = ctx.saved_tensors
-        to_hidden, to_weight, to_bias, to_table, to_shifts = ctx.needs_input_grad[:5]
+        needs_hidden, needs_weight, needs_bias, needs_table, needs_shifts = ctx.needs_input_grad[:5]
         exact, product = normaliser.dtype, ctx.product
         vocabulary = _Vocabulary(ctx.head, exact)
         with torch.autocast(hidden.device.type, enabled=False):
             states, rows = hidden.to(product), weight.to(product)
-            lifts = None if table is None else _lifts(table, exact)
-            grad_hidden = torch.empty_like(hidden) if to_hidden else None
-            # Sums over chunks: in bfloat16 they would be off by 3 % after 256 of them.
-            grad_weight = torch.zeros_like(weight, dtype=exact) if to_weight else None
-            grad_bias = torch.zeros_like(bias, dtype=exact) if to_bias else None
-            grad_table = torch.zeros_like(table, dtype=exact) if to_table else None
-            grad_shifts = torch.zeros_like(shifts, dtype=exact) if to_shifts else None
+            exp_biases = None if table is None else _exp_biases(table, exact)
+            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+            # Sums over chunks. In bfloat16, their error would be 3 % after 256 chunks.
+            grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=exact) if needs_bias else None
+            grad_table = torch.zeros_like(table, dtype=exact) if needs_table else None
+            grad_shifts = torch.zeros_like(shifts, dtype=exact) if needs_shifts else None
             for chunk in ctx.chunks:
                 logits = _product(states[chunk], rows.T)
                 terms = (bias, shifts, None if group is None else group[chunk])
-                known = (targets[chunk], normaliser[chunk])
+                saved = (targets[chunk], normaliser[chunk])
                 upstream = grad[chunk]
-                if lifts is None:
-                    pulled = vocabulary.slopes(logits, terms, *known, upstream[:, 0], product)
+                if exp_biases is None:
+                    logit_grad = vocabulary.logit_gradient(logits, terms, *saved, upstream[:, 0], product)
                 else:
-                    shares = vocabulary.probabilities(logits, terms, normaliser[chunk])
+                    probabilities = vocabulary.probabilities(logits, terms, normaliser[chunk])
                     thin = upstream / sums[chunk]
                     if grad_table is not None:
-                        grad_table -= lifts * (thin.T @ shares)
+                        grad_table -= exp_biases * (thin.T @ probabilities)
                         grad_table.index_add_(1, targets[chunk], upstream.T)
-                    pulled = vocabulary.mixed_slopes(shares, thin @ lifts, targets[chunk], upstream.sum(-1), product)
-                    del shares
+                    total = upstream.sum(-1)
+                    logit_grad = vocabulary.mixed_logit_gradient(
+                        probabilities, thin @ exp_biases, targets[chunk], total, product
+                    )
+                    del probabilities
                 del logits
                 if grad_shifts is not None and group is not None:
                     members = torch.arange(len(grad_shifts), device=group.device)[:, None] == group[chunk]
-                    grad_shifts += _product(members.to(pulled.dtype), pulled)
-                pulled = pulled if ctx.head.scale == 1.0 else pulled * ctx.head.scale
+                    grad_shifts += _product(members.to(logit_grad.dtype), logit_grad)
+                logit_grad = logit_grad if ctx.head.scale == 1.0 else logit_grad * ctx.head.scale
                 if grad_bias is not None:
-                    grad_bias += pulled.sum(0, dtype=exact)
-                pulled = pulled.to(product)
+                    grad_bias += logit_grad.sum(0, dtype=exact)
+                logit_grad = logit_grad.to(product)
                 if grad_hidden is not None:
-                    grad_hidden[chunk] = (pulled @ rows).to(hidden.dtype)
+                    grad_hidden[chunk] = (logit_grad @ rows).to(hidden.dtype)
                 if grad_weight is not None:
-                    grad_weight += _product(pulled.T, states[chunk])
-                del pulled
+                    grad_weight += _product(logit_grad.T, states[chunk])
+                del logit_grad
         gradients = (grad_weight, grad_bias, grad_table, grad_shifts)
         leaves = (weight, bias, table, shifts)
         cast = (None if g is None else g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True))
@@ -234,49 +239,49 @@ class _TokenLogps(torch.autograd.Function):
 
 
 Settings = tuple[float, float | None, torch.dtype]
-"""Scale and soft cap of the head, and the type of all that comes after its product."""
+"""Scale and soft cap of the head, and the type of the values after its matrix product."""
 Terms = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Addends of the product: the head's bias (V,); logit biases (B, V) of groups, and the group of each token (n,)."""
+"""Terms added to the product: the head's bias (V,), logit biases (B, V) of groups, the group of each token (n,)."""
 
 
 class _Vocabulary:
-    """What is computed from a chunk's (n, V) products with the head, in few passes over them.
+    """Functions of a chunk's (n, V) products with the head, in few passes over memory.
 
-    Each method is one function: it works in place on a CPU, and is one or two kernels where torch compiles it.
+    On a CPU they work in place. Compiled by torch, each is one or two kernels.
     """
 
     def __init__(self, head: LogitHead, exact: torch.dtype) -> None:
         self._settings: Settings = (head.scale, head.softcap, exact)
-        self._run = _compiled if head.compiled else _as_written
+        self._run = _compiled if head.compiled else _uncompiled
 
     def reduce(self, *chunk: Any) -> tuple[Tensor, Tensor]:
         """Return each target's logit and the normaliser."""
         return self._run(_reduce)(self._settings, *chunk)
 
-    def shares(self, *chunk: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def reduce_with_probabilities(self, *chunk: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return each target's logit, the normaliser and the probabilities."""
-        return self._run(_shares)(self._settings, *chunk)
+        return self._run(_reduce_with_probabilities)(self._settings, *chunk)
 
     def probabilities(self, *chunk: Any) -> Tensor:
         """Return the probabilities, from products and normaliser."""
         return self._run(_probabilities)(self._settings, *chunk)
 
-    def slopes(self, *chunk: Any) -> Tensor:
+    def logit_gradient(self, *chunk: Any) -> Tensor:
         """Return the gradient with respect to the logits before the soft cap."""
-        return self._run(_slopes)(self._settings, *chunk)
+        return self._run(_logit_gradient)(self._settings, *chunk)
 
-    def mixed_slopes(self, *chunk: Any) -> Tensor:
-        """Return the same where the upstream gradient is one of log-probabilities under every code."""
-        return self._run(_mixed_slopes)(*chunk)
+    def mixed_logit_gradient(self, *chunk: Any) -> Tensor:
+        """Return `logit_gradient` for an upstream gradient of log-probabilities under every code."""
+        return self._run(_mixed_logit_gradient)(*chunk)
 
 
-def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # For any number of tokens: the last chunk is a smaller one.
+    # Dynamic, because the last chunk has fewer tokens.
     return torch.compile(function, fullgraph=True, dynamic=True)
 
 
@@ -285,17 +290,19 @@ def _reduce(settings: Settings, product: Tensor, terms: Terms, targets: Tensor) 
     return logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(-1)
 
 
-def _shares(settings: Settings, product: Tensor, terms: Terms, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _reduce_with_probabilities(
+    settings: Settings, product: Tensor, terms: Terms, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = _logits(product, terms, *settings)
-    picked, normaliser = logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(-1)
-    return picked, normaliser, logits.sub_(normaliser[:, None]).exp_()
+    at_target, normaliser = logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(-1)
+    return at_target, normaliser, logits.sub_(normaliser[:, None]).exp_()
 
 
 def _probabilities(settings: Settings, product: Tensor, terms: Terms, normaliser: Tensor) -> Tensor:
     return _logits(product, terms, *settings).sub_(normaliser[:, None]).exp_()
 
 
-def _slopes(
+def _logit_gradient(
     settings: Settings,
     product: Tensor,
     terms: Terms,
@@ -307,38 +314,40 @@ def _slopes(
     logits = _logits(product, terms, *settings)
     softcap = settings[1]
     slope = None if softcap is None else 1 - (logits / softcap).square()
-    pulled = logits.sub_(normaliser[:, None]).exp_().mul_(-upstream[:, None])
-    pulled = _add_at_targets(pulled, targets, upstream)
-    return _narrow(pulled if slope is None else pulled.mul_(slope), narrow)
+    gradient = logits.sub_(normaliser[:, None]).exp_().mul_(-upstream[:, None])
+    gradient = _add_at_targets(gradient, targets, upstream)
+    return _narrow(gradient if slope is None else gradient.mul_(slope), narrow)
 
 
-def _mixed_slopes(shares: Tensor, mixture: Tensor, targets: Tensor, upstream: Tensor, narrow: torch.dtype) -> Tensor:
-    shares = shares.clone() if torch.compiler.is_compiling() else shares
-    return _narrow(_add_at_targets(shares.mul_(mixture).neg_(), targets, upstream), narrow)
+def _mixed_logit_gradient(
+    probabilities: Tensor, mixture: Tensor, targets: Tensor, upstream: Tensor, narrow: torch.dtype
+) -> Tensor:
+    weights = probabilities.clone() if torch.compiler.is_compiling() else probabilities
+    return _narrow(_add_at_targets(weights.mul_(mixture).neg_(), targets, upstream), narrow)
 
 
-def _narrow(pulled: Tensor, narrow: torch.dtype) -> Tensor:
-    """Round to the type of the products that follow, within the same kernel. Sums over rows are exact on a CPU."""
-    return pulled.to(narrow) if torch.compiler.is_compiling() else pulled
+def _narrow(gradient: Tensor, narrow: torch.dtype) -> Tensor:
+    """Round to the type of the next products in the same kernel. On a CPU, sums over rows stay exact."""
+    return gradient.to(narrow) if torch.compiler.is_compiling() else gradient
 
 
-def _add_at_targets(values: Tensor, targets: Tensor, addend: Tensor) -> Tensor:
-    """Add (n,) to the target's column of each row of `values` (n, V)."""
+def _add_at_targets(values: Tensor, targets: Tensor, terms: Tensor) -> Tensor:
+    """Add `terms` (n,) to the target's column in each row of `values` (n, V)."""
     if not torch.compiler.is_compiling():
-        return values.scatter_add_(1, targets[:, None], addend[:, None])
+        return values.scatter_add_(1, targets[:, None], terms[:, None])
     columns = torch.arange(values.shape[1], device=values.device)
-    return values + torch.where(columns == targets[:, None], addend[:, None], 0.0)
+    return values + torch.where(columns == targets[:, None], terms[:, None], 0.0)
 
 
 def _types(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The type of the head's matrix product (autocast's, or else that of the states) and of all that comes after it."""
+    """Return the type of the head's matrix product (autocast's, or that of the states) and of the values after it."""
     device = hidden.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return product, torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
-    """Cut N tokens into chunks: as large as allowed on a CPU; of equal size on a GPU."""
+    """Cut N tokens into chunks: as large as allowed on a CPU, of equal size on a GPU."""
     tokens = len(hidden)
     size = max(1, (GPU_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS) // vocabulary)
     if hidden.is_cuda:
@@ -347,16 +356,16 @@ def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product, summed up and returned in float32 or wider where the device can; a CPU returns its own type."""
+    """Multiply matrices. A GPU sums and returns 16-bit products in float32. A CPU returns the type of the inputs."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32)
     return left @ right
 
 
 def _logits(product: Tensor, terms: Terms, scale: float, softcap: float | None, exact: torch.dtype) -> Tensor:
-    """Logits from the head's matrix product, which they may overwrite."""
+    """Compute logits from the head's matrix product. They may overwrite it."""
     bias, shifts, group = terms
-    # A compiler would write what it is to work on in place back into its input.
+    # Compiled, in-place changes would also be written to the input.
     logits = product.to(exact).clone() if torch.compiler.is_compiling() else product.to(exact)
     if bias is not None:
         logits += bias
@@ -368,26 +377,26 @@ def _logits(product: Tensor, terms: Terms, scale: float, softcap: float | None, 
 
 
 def _add_rows(logits: Tensor, shifts: Tensor, group: Tensor) -> Tensor:
-    """Add to each of (n, V) logits its row of (B, V), as a product with zeros and ones: no second (n, V) is needed."""
+    """Add to each row of logits (n, V) its group's row of `shifts` (B, V), without a second (n, V) tensor."""
     if torch.compiler.is_compiling():
         return logits + shifts[group]
     members = group[:, None] == torch.arange(len(shifts), device=group.device)
     return logits.addmm_(members.to(logits.dtype), shifts)
 
 
-def _lifts(table: Tensor, exact: torch.dtype) -> Tensor:
-    """exp(b_k - max b_k): (K, V), at most 1."""
+def _exp_biases(table: Tensor, exact: torch.dtype) -> Tensor:
+    """Return exp(b_k - max b_k): (K, V), at most 1."""
     biases = table.to(exact)
     return (biases - biases.amax(-1, keepdim=True)).exp()
 
 
 def sum_by_answer(values: Tensor, owner: Tensor, answers: int) -> Tensor:
-    """Sum (N, ...) values of tokens over the answers that they belong to.
+    """Sum (N, ...) values of tokens over their answers.
 
     Args:
-        values: Of each token; those of owner `answers` are left out.
-        owner: (N,).
-        answers: 2B.
+        values: Values of each token. Tokens with the owner `answers` are ignored.
+        owner: (N,) answer of each token.
+        answers: Number of answers, 2B.
 
     Returns:
         (2B, ...) in the type of `values`.
@@ -399,27 +408,27 @@ def sum_by_answer(values: Tensor, owner: Tensor, answers: int) -> Tensor:
 
 
 def sum_by_product(values: Tensor, owner: Tensor, answers: int) -> Tensor:
-    """`sum_by_answer` as a product with zeros and ones, in float64: the same to the last bit in every run on a GPU."""
+    """Compute `sum_by_answer` as a product with zeros and ones in float64. On a GPU, every run gives equal bits."""
     members = (torch.arange(answers, device=owner.device)[:, None] == owner).double()
     sums = members @ values.double().flatten(1) if values.dim() > 1 else members @ values.double()
     return sums.to(values.dtype).reshape(answers, *values.shape[1:])
 
 
 class BatchForward:
-    """What one backbone pass says of a batch: the answers' log-probabilities under any z, and the states of each pair.
+    """Forward pass of the backbone on a batch: the answers' log-probabilities under any z, and the states of each pair.
 
-    Hidden states do not depend on z, so that one reading serves every latent.
+    Hidden states do not depend on z, so that one forward pass is enough for all latents.
     """
 
     def __init__(self, hidden: Tensor, batch: PreferenceBatch, head: LogitHead) -> None:
-        """Keep the states at the places that the batch says to read.
+        """Keep the hidden states at the batch's positions.
 
         Args:
             hidden: (R T, d) the backbone's last hidden states, flattened.
-            batch: The batch that they come from.
-            head: The LM head that reads them.
+            batch: The batch of these states.
+            head: The LM head.
         """
-        # One gather: the backward pass of each is a sum over all tokens.
+        # One gather, since the backward pass of each gather is a sum over all tokens.
         at = torch.cat([batch.read_at, batch.prompt_end, batch.completion_end])
         sizes = [len(batch.read_at), batch.pairs, batch.pairs, batch.pairs]
         self._hidden, prompt, chosen, rejected = hidden[at].split(sizes)
@@ -428,13 +437,13 @@ class BatchForward:
         self._head = head
 
     def logps(self, z: Tensor | None = None) -> Tensor:
-        """(2B,) log-probability of each answer, under `z` (B, d) of its pair, or (None) as the plain policy."""
+        """Return (2B,) log-probability of each answer under `z` (B, d) of its pair, or without z (None)."""
         batch = self._batch
         group = None if z is None else batch.owner % batch.pairs
         return self._sum(token_logps(self._hidden, batch.targets, self._head, z, group))
 
     def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
-        """(2B, K) log-probability of each answer under every code of `codes` (K, d).
+        """Return (2B, K) log-probability of each answer under every code of `codes` (K, d).
 
         See `token_logps_per_code` for `code_range`.
         """
@@ -442,7 +451,7 @@ class BatchForward:
         return self._sum(token_logps_per_code(self._hidden, batch.targets, self._head, codes, code_range))
 
     def first_order(self) -> tuple[Tensor, Tensor]:
-        """(2B,) log-probability of each answer without z, and (2B, d) its gradient with respect to z at z = 0."""
+        """Return (2B,) log-probability of each answer without z, and (2B, d) its gradient with respect to z at 0."""
         hidden = self._hidden.detach().requires_grad_()
         head = replace(self._head, weight=self._head.weight.detach())
         with torch.enable_grad():
@@ -452,7 +461,7 @@ class BatchForward:
 
     @torch.no_grad()
     def mean_token(self) -> Tensor:
-        """(V,) log of the mean, over all tokens of all answers, of the distribution that they are drawn from."""
+        """Return (V,) log of the mean predicted distribution over all tokens of all answers."""
         answers = 2 * self._batch.pairs
         real = self._batch.owner < answers
         sums = [

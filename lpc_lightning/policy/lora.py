@@ -1,4 +1,4 @@
-"""Low-rank adapters, by peft."""
+"""Low-rank adapters of peft."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass
 class LoRA:
-    """Train a low-rank adapter (Hu et al., 2021, arXiv 2106.09685); the policy with the adapter off is the reference.
+    """A low-rank adapter (Hu et al., 2021, arXiv 2106.09685). The policy without the adapter is the reference.
 
     Args:
-        rank: r, rank of each update.
-        alpha: Updates are scaled by alpha / r.
-        dropout: Dropout on the adapter's input, a probability.
-        target_modules: Names of the layers that get one, or `all-linear`: every linear layer but the LM head.
+        rank: Rank r of each update.
+        alpha: Scale of the updates: they are multiplied by alpha / r.
+        dropout: Probability of dropout on the adapter's input.
+        target_modules: Names of the layers with an adapter, or `all-linear`: every linear layer except the LM head.
     """
 
     rank: int = 16
@@ -27,15 +27,15 @@ class LoRA:
     target_modules: str | list[str] = "all-linear"
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
-        """Freeze `model` and put adapters into it."""
+        """Freeze `model` and add adapters to its layers."""
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
-            # GPT-2's layers are linear ones with the weight transposed.
+            # GPT-2's layers store their weights transposed.
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM",
         )
-        with torch.device("cpu"):  # the same first values on every device; peft then moves them to the layer's own
+        with torch.device("cpu"):  # equal first values on every device; peft moves them to the layer's device
             return get_peft_model(model, config)

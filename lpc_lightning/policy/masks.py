@@ -1,4 +1,4 @@
-"""Attention masks for rows that hold several pieces, each completion seeing its prompt and itself alone."""
+"""Attention masks for packed rows. Tokens of a completion see its prompt and the completion itself."""
 
 from __future__ import annotations
 
@@ -16,98 +16,98 @@ from lpc_lightning.types import PIECES
 BLOCK = 128
 """Tokens on each side of a block of `flex_attention`."""
 WINDOWED, FULL = "sliding_attention", "full_attention"
-Sight = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+VisibilityRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def sight(segments: Tensor, position_ids: Tensor, window: int | None) -> Sight:
-    """The rule of who sees whom, for any token of a row: the form in which `flex_attention` takes a mask.
+def visibility_rule(segments: Tensor, position_ids: Tensor, window: int | None) -> VisibilityRule:
+    """Make the rule that decides which keys a query sees, in the form that `flex_attention` expects.
 
     Args:
         segments: (R, T) `PreferenceBatch.segments`.
         position_ids: (R, T).
-        window: Sliding window in tokens (distances below it are seen), or None.
+        window: Sliding window in tokens (smaller distances are visible), or None.
 
     Returns:
-        A function of row, head, query and key (numbers of tokens in the row): whether the query sees the key. Padding
-        sees padding, so that no query is blind.
+        A function of row, head, query and key (positions in the row) that returns True if the query sees the key.
+        Padding sees padding, so that every query sees a key.
     """
 
-    # Below every segment at padding, which has no prompt. Worked out once: a rule is applied to pairs of tokens.
+    # Padding has no prompt, and its value here is below every segment. Computed once, not for each pair of tokens.
     prompts = segments - segments % PIECES
 
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         other = segments[row, key]
-        seen = ((other == segments[row, query]) | (other == prompts[row, query])) & (query >= key)
+        result = ((other == segments[row, query]) | (other == prompts[row, query])) & (query >= key)
         if window is not None:
-            seen = seen & (position_ids[row, query] - position_ids[row, key] < window)
-        return seen
+            result = result & (position_ids[row, query] - position_ids[row, key] < window)
+        return result
 
-    return sees
+    return is_visible
 
 
-def visible(segments: Tensor, position_ids: Tensor, window: int | None) -> Tensor:
-    """Which tokens each token may look at: `sight`, asked of all pairs of tokens.
+def visible_pairs(segments: Tensor, position_ids: Tensor, window: int | None) -> Tensor:
+    """Apply `visibility_rule` to all pairs of tokens of each row.
 
     Returns:
-        (R, 1, T, T) bool; row q says what q sees.
+        (R, 1, T, T) bool: True at (q, k) if query q sees key k.
     """
     rows, tokens = (torch.arange(size, device=segments.device) for size in segments.shape)
-    everywhere = rows[:, None, None], rows[:1], tokens[None, :, None], tokens[None, None, :]
-    return sight(segments, position_ids, window)(*everywhere)[:, None]
+    all_pairs = rows[:, None, None], rows[:1], tokens[None, :, None], tokens[None, None, :]
+    return visibility_rule(segments, position_ids, window)(*all_pairs)[:, None]
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None] | None:
-    """Window (None: full) of each kind of layer, or None where a kind takes no mask (recurrent or chunked layers)."""
+    """Return the window of each layer type (None: full), or None if a type (recurrent, chunked) has no mask."""
     window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or [FULL if window is None else WINDOWED])
-    if not kinds <= {FULL, WINDOWED}:
+    types = set(getattr(config, "layer_types", None) or [FULL if window is None else WINDOWED])
+    if not types <= {FULL, WINDOWED}:
         return None
-    return {kind: window if kind == WINDOWED else None for kind in sorted(kinds)}
+    return {name: window if name == WINDOWED else None for name in sorted(types)}
 
 
-Form = Callable[[Tensor, Tensor, int | None, torch.dtype], Any]
-"""Segments, positions, window and type of the scores to the mask that a kernel takes."""
+MakeMask = Callable[[Tensor, Tensor, int | None, torch.dtype], Any]
+"""From segments, positions, window and type of the scores to the mask of a kernel."""
 
 
-def truth(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> Tensor:
-    """(R, 1, T, T) bool, for `sdpa`."""
-    return visible(segments, position_ids, window)
+def boolean_mask(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> Tensor:
+    """Return (R, 1, T, T) bool, the mask of `sdpa`."""
+    return visible_pairs(segments, position_ids, window)
 
 
-def addend(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> Tensor:
-    """(R, 1, T, T) in the type of the scores, to which `eager` adds it."""
-    seen = visible(segments, position_ids, window)
-    return torch.zeros_like(seen, dtype=scores).masked_fill(~seen, torch.finfo(scores).min)
+def additive_mask(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> Tensor:
+    """Return (R, 1, T, T) in the type of the scores. `eager` adds this mask to the scores."""
+    visible = visible_pairs(segments, position_ids, window)
+    return torch.zeros_like(visible, dtype=scores).masked_fill(~visible, torch.finfo(scores).min)
 
 
-def blocks(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> BlockMask:
-    """Return the blocks of 128 x 128 tokens in which anything may be visible, for `flex_attention`.
+def block_sparse_mask(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> BlockMask:
+    """Return the blocks of 128 x 128 tokens that can contain visible tokens, for `flex_attention`.
 
-    It skips all other blocks. They follow from the lowest and highest segment of each 128 tokens. So no table of all
-    pairs of tokens is made, and nothing is compiled for each width. (`create_block_mask` needs one of the two, and
+    It skips all other blocks. Blocks are found by the lowest and highest segment of each 128 tokens, so that there is
+    no table of all pairs of tokens and no compilation for each width. (`create_block_mask` needs one of the two, and
     took 40 s to compile for each width on an H200.)
     """
     tokens = segments.shape[1]
     partly, fully = visible_blocks(segments, window)
     return BlockMask.from_kv_blocks(
-        *_listed(partly),
-        *_listed(fully),
+        *_key_indices(partly),
+        *_key_indices(fully),
         BLOCK_SIZE=BLOCK,
-        mask_mod=sight(segments.int(), position_ids.int(), window),
+        mask_mod=visibility_rule(segments.int(), position_ids.int(), window),
         seq_lengths=(tokens, tokens),
     )
 
 
 def visible_blocks(segments: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Find the blocks of queries and keys that can see each other.
+    """Find the blocks of queries and keys that contain visible tokens.
 
     Args:
-        segments: (R, T) `PreferenceBatch.segments`. A prompt stands before its completions.
+        segments: (R, T) `PreferenceBatch.segments`. A prompt comes before its completions.
         window: Sliding window in tokens, or None.
 
     Returns:
-        (R, n, n) bool for n blocks of queries and keys: blocks in which some keys may be visible, and other blocks in
-        which all are. A block of the first kind may turn out to hold no visible key.
+        Two tensors (R, n, n) bool for n blocks of queries and keys: blocks in which some keys can be visible, and
+        blocks in which all are. A block of the first kind can also have no visible key.
     """
     count = -(-segments.shape[1] // BLOCK)
     padding = count * BLOCK - segments.shape[1]
@@ -129,41 +129,49 @@ def visible_blocks(segments: Tensor, window: int | None) -> tuple[Tensor, Tensor
 
 
 def _overlap(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> Tensor:
-    """Whether ranges (lowest, highest) of query blocks and key blocks, each (R, n), overlap: (R, n, n)."""
+    """Return (R, n, n) bool: True if the ranges (lowest, highest) of query and key blocks, each (R, n), overlap."""
     return (queries[0][:, :, None] <= keys[1][:, None, :]) & (keys[0][:, None, :] <= queries[1][:, :, None])
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of key blocks of each query block (R, 1, n), and their indices (R, 1, n, n), the visible ones first."""
+def _key_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of key blocks of each query block (R, 1, n), and their indices (R, 1, n, n), in order."""
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[:, None], indices.int()[:, None]
 
 
-FORMS: dict[str, Form] = {"sdpa": truth, SEGMENT: truth, "eager": addend, "flex_attention": blocks}
-"""The kernels that take a block mask, and the form in which they take it."""
+MASKS: dict[str, MakeMask] = {
+    "sdpa": boolean_mask,
+    SEGMENT: boolean_mask,
+    "eager": additive_mask,
+    "flex_attention": block_sparse_mask,
+}
+"""Kernels that accept a mask for packed rows, and the function that makes it."""
 
 
 def block_mask(
     segments: Tensor, position_ids: Tensor, config: PreTrainedConfig, attention: str, dtype: torch.dtype
 ) -> Any:
-    """The mask in the form that the model's attention kernel takes: one, or one for each kind of layer.
+    """Make the mask that the model's attention kernel expects: one, or one for each layer type.
 
     Args:
         segments: (R, T) `PreferenceBatch.segments`.
         position_ids: (R, T).
         config: The backbone's config.
-        attention: The kernel. One that is not in `FORMS` gets what sdpa gets.
-        dtype: Type of the scores, for `eager`.
+        attention: The kernel. One that is not in `MASKS` gets the mask of sdpa.
+        dtype: Type of the scores, used by `eager`.
 
     Returns:
-        A mask, or a dictionary of masks by layer type.
+        The mask, or a dictionary from layer type to mask.
 
     Raises:
-        ValueError: The model has layers that take no mask.
+        ValueError: The model has layers that accept no mask.
     """
     windows = layer_windows(config)
     if windows is None:
-        raise ValueError(f"layout: {config.model_type} has layers that take no block mask; set `data.layout: padded`.")
-    form = FORMS.get(attention, truth)
-    masks = {kind: form(segments, position_ids, window, dtype) for kind, window in windows.items()}
+        raise ValueError(
+            f"data.layout: found packed rows for {config.model_type}, which has layers that accept no mask. Expected "
+            "padded."
+        )
+    make_mask = MASKS.get(attention, boolean_mask)
+    masks = {name: make_mask(segments, position_ids, window, dtype) for name, window in windows.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -1,8 +1,8 @@
-"""Decoder layers that keep less for the backward pass, and say the same to the last bit.
+"""Decoder layers that keep less memory for the backward pass, with bitwise equal outputs.
 
-As published, a Llama layer in mixed precision keeps normalised states in float32, a copy of them for each projection
-that reads them, and four states inside its MLP. Here it keeps what is normalised, one copy, and two states. The rest is
-worked out again, as far as that takes no matrix product. Gradients differ by rounding, and are no less exact.
+In mixed precision, a published Llama layer keeps its normalised states in float32, a copy of them for each projection,
+and four states inside its MLP. These layers keep the inputs of the norms, one copy, and two states. The backward pass
+recomputes the rest without any matrix product. Gradients differ by rounding, and are equally exact.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch.utils.checkpoint import checkpoint
 
 
 def make_memory_efficient(layers: list[nn.Module]) -> None:
-    """Have decoder layers keep less, in parts of known kinds that are found to say the same. Names stay.
+    """Replace known parts of decoder layers, if their outputs stay bitwise equal. Parameter names do not change.
 
     Args:
-        layers: Decoder layers of a transformers model with its weights, before an adapter is put in.
+        layers: Decoder layers of a transformers model with its weights, without an adapter.
     """
     parts: list[Any] = [part for layer in layers for part in layer.modules()]
     for part in parts:
         children = dict(part.named_children())
         if {"gate_proj", "up_proj", "down_proj", "act_fn"} == children.keys():
-            _become(part, GatedMLP, part.gate_proj.in_features)
+            _replace_class(part, GatedMLP, part.gate_proj.in_features)
         elif type(part).__name__.endswith("RMSNorm") and hasattr(part, "variance_epsilon"):
-            _become(part, RMSNorm, part.weight.shape[0])
-        elif {"q_proj", "k_proj", "v_proj"} <= children.keys() and _takes(part, "hidden_states"):
+            _replace_class(part, RMSNorm, part.weight.shape[0])
+        elif {"q_proj", "k_proj", "v_proj"} <= children.keys() and _starts_with(part, "hidden_states"):
             part.register_forward_pre_hook(_cast_once, with_kwargs=True)
 
 
-def make_published(layers: list[nn.Module]) -> None:
-    """Give decoder layers back the parts that transformers published. Names stay.
+def restore_published(layers: list[nn.Module]) -> None:
+    """Undo `make_memory_efficient`. Parameter names do not change.
 
     Args:
-        layers: Decoder layers, with an adapter in them or without.
+        layers: Decoder layers, with or without an adapter.
     """
     for part in (part for layer in layers for part in layer.modules()):
         part.__class__ = part.__dict__.pop("_published", part.__class__)
@@ -47,13 +47,13 @@ def make_published(layers: list[nn.Module]) -> None:
 
 
 class RMSNorm(nn.Module):
-    """w x / rms(x) (arXiv 1910.07467), worked out in float32 and returned in the type of x. Keeps x and 1 / rms(x)."""
+    """w x / rms(x) (arXiv 1910.07467), computed in float32 and returned in the type of x. Keeps x and 1 / rms(x)."""
 
     weight: Tensor
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., d) to (..., d)."""
+        """Normalise (..., d) states."""
         return _Normalise.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
@@ -66,12 +66,12 @@ class GatedMLP(nn.Module):
     act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) to (..., d)."""
-        x = _as_multiplied(x)
+        """Map (..., d) states to (..., d)."""
+        x = _cast_for_products(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
             return self._down(gate, up)
-        # The second time it stops before the product with the weights: all that is to be kept is there by then.
+        # The recomputation ends before the product with the weights, when all saved states exist.
         return checkpoint(self._down, gate, up, use_reentrant=False)
 
     def _down(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -79,9 +79,9 @@ class GatedMLP(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    # Not `torch.nn.functional.rms_norm`: on a CPU that is made of smaller operations and keeps x and x / rms(x), both
-    # in float32, as the published layer does; and in bfloat16 it rounds after the product with w, so that it says
-    # otherwise.
+    # Not `torch.nn.functional.rms_norm`, for two reasons. On a CPU it consists of smaller operations, and keeps x and
+    # x / rms(x) in float32, as the published layer does. In bfloat16 it rounds after the product with w, so that its
+    # outputs differ from the published ones.
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -93,44 +93,44 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         states, weight, inverse = ctx.saved_tensors
         normalised = states.float() * inverse
-        to_weight = None
+        weight_gradient = None
         if ctx.needs_input_grad[1]:
-            to_weight = (grad * normalised.to(states.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
-        pulled = (grad * weight).float()
-        along = (pulled * normalised).mean(-1, keepdim=True)
-        return (pulled - normalised.mul_(along)).mul_(inverse).to(states.dtype), to_weight, None
+            weight_gradient = (grad * normalised.to(states.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
+        scaled = (grad * weight).float()
+        projection = (scaled * normalised).mean(-1, keepdim=True)
+        return (scaled - normalised.mul_(projection)).mul_(inverse).to(states.dtype), weight_gradient, None
 
 
 @torch.no_grad()
-def _become(part: nn.Module, kind: type[nn.Module], width: int) -> None:
-    """Make `part` one of `kind`, if it then says the same: families scale, clip and nest in ways of their own."""
+def _replace_class(part: nn.Module, kind: type[nn.Module], width: int) -> None:
+    """Change the class of `part` to `kind` if its outputs stay equal. Families can scale, clip or nest them."""
     weight = next(part.parameters())
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    # On the CPU, like the generator: a trainer builds models under its own device as the default one.
+    # Explicitly on the CPU, as the generator is: a trainer builds models with another default device.
     generator = torch.Generator(device="cpu").manual_seed(0)
     states = torch.randn(3, width, generator=generator, device="cpu").to(weight.device, dtype)
-    theirs, published = part(states), part.__class__
+    expected, published = part(states), part.__class__
     part.__class__ = kind
-    if torch.equal(part(states), theirs):
+    if torch.equal(part(states), expected):
         part.__dict__["_published"] = published
     else:
         part.__class__ = published
 
 
-def _as_multiplied(states: Tensor) -> Tensor:
-    """States in the type in which autocast multiplies them: cast once, and not for each product."""
+def _cast_for_products(states: Tensor) -> Tensor:
+    """Cast states to the type of autocast's products: once, instead of once for each product."""
     device = states.device.type
-    if not torch.is_autocast_enabled(device) or states.dtype == torch.float64:  # which autocast leaves alone
+    if not torch.is_autocast_enabled(device) or states.dtype == torch.float64:  # autocast does not cast float64
         return states
     return states.to(torch.get_autocast_dtype(device))
 
 
 def _cast_once(part: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Attention reads its states by products alone."""
+    """Cast the inputs of an attention layer. It uses them in matrix products only."""
     if args:
-        return (_as_multiplied(args[0]), *args[1:]), options
-    return args, options | {"hidden_states": _as_multiplied(options["hidden_states"])}
+        return (_cast_for_products(args[0]), *args[1:]), options
+    return args, options | {"hidden_states": _cast_for_products(options["hidden_states"])}
 
 
-def _takes(part: nn.Module, argument: str) -> bool:
+def _starts_with(part: nn.Module, argument: str) -> bool:
     return next(iter(inspect.signature(part.forward).parameters)) == argument

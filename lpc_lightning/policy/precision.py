@@ -1,4 +1,4 @@
-"""Which arithmetic is fast here."""
+"""Fast number formats of a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def is_bfloat16_fast(device: str) -> bool:
-    """Whether a device of this type multiplies bfloat16 fast: most GPUs, and CPUs with AMX or AVX512-BF16."""
+    """Return whether bfloat16 products are fast: on most GPUs, and on CPUs with AMX or AVX512-BF16."""
     if device == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     features = torch.cpu.get_capabilities() if device == "cpu" else {}

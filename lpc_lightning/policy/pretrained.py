@@ -23,7 +23,7 @@ from lpc_lightning.policy.spec import PolicySpec
 
 
 class PretrainedPolicy(PolicySpec):
-    """A model from the hub, from a folder, or from a GGUF file."""
+    """A pretrained model from the hub, a folder, or a GGUF file."""
 
     def __init__(
         self,
@@ -33,40 +33,41 @@ class PretrainedPolicy(PolicySpec):
         quantization: Literal["nf4"] | None = None,
         **policy: Any,
     ) -> None:
-        """Say where the weights are.
+        """Keep the settings.
 
         Args:
-            path: Hub name (`mistralai/Mistral-7B-v0.1`), local folder, or GGUF file (`model.Q4_1.gguf`, dequantised).
+            path: Hub name (`mistralai/Mistral-7B-v0.1`), local folder, or GGUF file (`model.Q4_1.gguf`). The weights of
+                a GGUF file are dequantised.
             revision: Branch, tag or commit on the hub.
-            tokenizer: Hub name or folder of another tokenizer. null takes the model's own.
-            quantization: Keep the frozen weights of the linear layers in 4 bits while an adapter is trained (QLoRA,
-                arXiv 2305.14314): `nf4`, with quantised scales, by bitsandbytes. dtype is then that of the arithmetic.
-                A checkpoint holds the adapter alone; with null in place of nf4 it goes onto the unquantised weights, as
-                for merging the two.
+            tokenizer: Hub name or folder of another tokenizer. null: the model's own.
+            quantization: `nf4` keeps the frozen weights of the linear layers in 4 bits while an adapter is trained
+                (QLoRA, arXiv 2305.14314), with quantised scales, by bitsandbytes. `dtype` is then the type of the
+                arithmetic. A checkpoint contains only the adapter. To merge it, load it with null here, which puts it
+                onto the unquantised weights.
             policy: Settings of `PolicySpec`.
 
         Raises:
-            ConfigError: Quantization without an adapter, or of a GGUF file.
+            ConfigError: `quantization` is set without an adapter, or for a GGUF file.
         """
         super().__init__(**policy)
         self.path, self.revision, self.tokenizer, self.quantization = path, revision, tokenizer, quantization
         if quantization is not None and self.lora is None:
             raise ConfigError(
-                f"policy.quantization: found {quantization} without an adapter, expected policy.lora: quantised "
-                "weights cannot be trained."
+                f"policy.quantization: found {quantization} without an adapter, expected policy.lora, because "
+                "quantised weights cannot be trained."
             )
         if quantization is not None and path.endswith(".gguf"):
             raise ConfigError(
-                f"policy.quantization: found {quantization} for {path}, whose weights are dequantised once already. "
+                f"policy.quantization: found {quantization} for {path}, whose weights have been quantised before. "
                 "Expected a folder or a hub name."
             )
 
     def load_config(self) -> PreTrainedConfig:
-        """The config beside the weights."""
+        """Load the config that is stored with the weights."""
         return self._load(AutoConfig)
 
     def load_model(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """The weights; those of a GGUF file are dequantised and forget that they ever were quantised."""
+        """Load the weights. Those of a GGUF file are dequantised, and lose their quantisation config."""
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedPolicyError(
                 f"policy.path: found {self.path} ({config.model_type}), an encoder-decoder, "
@@ -75,7 +76,7 @@ class PretrainedPolicy(PolicySpec):
         model = self._load(AutoModelForCausalLM, config=config, dtype=dtype, **self._quantized(dtype))
         if not self.path.endswith(".gguf"):
             return model
-        # A model that carries a quantisation config refuses to be saved: give its weights to one that has none.
+        # transformers refuses to save a model with a quantisation config. Move the weights to a model without one.
         del model.config.quantization_config
         clean = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
         clean.load_state_dict(model.state_dict())
@@ -83,7 +84,7 @@ class PretrainedPolicy(PolicySpec):
         return clean
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer beside the weights, or the one named."""
+        """Load the tokenizer that is stored with the weights, or the one in `tokenizer`."""
         if self.tokenizer is not None:
             return AutoTokenizer.from_pretrained(self.tokenizer)
         return self._load(AutoTokenizer)
@@ -93,8 +94,8 @@ class PretrainedPolicy(PolicySpec):
             return {}
         if find_spec("bitsandbytes") is None:
             raise ConfigError(
-                f"policy.quantization: found {self.quantization}, which needs bitsandbytes, and that is not installed. "
-                "`pip install -c constraints.txt -e '.[qlora]'`, or set it to null."
+                f"policy.quantization: found {self.quantization}, which needs bitsandbytes, and it is not installed. "
+                "Run `pip install -c constraints.txt -e '.[qlora]'`, or set policy.quantization to null."
             )
         return {
             "quantization_config": BitsAndBytesConfig(

@@ -1,4 +1,4 @@
-"""What to build a policy from. A spec is cheap; `build` makes the model."""
+"""Settings of a policy. `build` makes the model from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Attention = Literal["auto", "segment", "sdpa", "eager", "flash_attention_2", "fl
 
 
 class PolicySpec(ABC):
-    """A causal language model to be trained, and its tokenizer."""
+    """Settings of a causal language model and its tokenizer. A subclass defines where the weights come from."""
 
     def __init__(
         self,
@@ -32,46 +32,46 @@ class PolicySpec(ABC):
         """Keep the settings that all policies share.
 
         Args:
-            dtype: Type of the weights. Full fine-tuning in bfloat16 loses updates smaller than 1/256 of a weight; keep
-                float32 and let `trainer.precision: bf16-mixed` do the arithmetic in bfloat16.
-            attention: Attention kernel: one of transformers, or `segment`, which is made for packed rows: on a CPU it
-                computes no more than each piece sees; in compiled layers on a GPU it is flex_attention, which leaves
-                out blocks in which nothing is seen; elsewhere it is sdpa. `auto` is segment; or eager for families
-                that soft-cap their attention scores, which sdpa cannot.
-            lora: Train an adapter in place of the weights. null trains all weights.
-            gradient_checkpointing: Keep one state a layer and compute the rest again in the backward pass: less
-                memory, about a third more time.
-            compile: Have torch.compile make programs of the decoder layers and the head, for training: one for each
-                shape of a batch on a GPU, so that a step takes hundreds of kernel launches in place of thousands. The
-                first steps take about a minute; a C++ compiler (CPU) or Triton (GPU) has to be there. `auto`: on a
-                GPU, for runs of at least 200 micro-batches.
+            dtype: Type of the weights. Full fine-tuning with bfloat16 weights loses updates below 1/256 of a weight.
+                For bfloat16 arithmetic, keep float32 here and set `trainer.precision: bf16-mixed`.
+            attention: Attention kernel: one of transformers, or `segment`, which is made for packed rows. On a CPU,
+                `segment` computes visible blocks only. In compiled layers on a GPU it is flex_attention, which skips
+                blocks without visible tokens. Everywhere else it is sdpa. `auto` is segment, or eager for families that
+                soft-cap their attention scores, because sdpa cannot.
+            lora: Adapter that is trained in place of the weights. null trains all weights.
+            gradient_checkpointing: Keep one state per layer, and recompute the others in the backward pass. This
+                takes less memory and about a third more time.
+            compile: Compile the decoder layers and the head with torch.compile, for training. A GPU gets one program
+                for each shape of a batch, so that a step takes hundreds of kernel launches instead of thousands. The
+                first steps take about a minute. It needs a C++ compiler (CPU) or Triton (GPU). `auto` compiles on a
+                GPU, in runs of at least 200 micro-batches.
         """
         self.dtype, self.attention = dtype, attention
         self.lora, self.gradient_checkpointing, self.compile = lora, gradient_checkpointing, compile
 
     @abstractmethod
     def load_config(self) -> PreTrainedConfig:
-        """The model's config, as published."""
+        """Load the model's published config."""
 
     @abstractmethod
     def load_model(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with this config and its weights in this type."""
+        """Load the model with this config, and its weights in this type."""
 
     @abstractmethod
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that belongs to it."""
+        """Load the tokenizer of the model."""
 
     def build(self, tokenizer: PreTrainedTokenizerBase | None = None) -> CausalPolicy:
-        """Load the model, put the adapter in, and check that it can be served.
+        """Load the model, add the adapter, and check that the model is supported.
 
-        Dropout is off, so that policy and reference differ by training alone (as in the original DPO code); the
-        adapter's own dropout is its setting.
+        The model's dropout is off, so that policy and reference differ only by training (as in the original DPO code).
+        The adapter's dropout is a setting of its own.
 
         Args:
-            tokenizer: Makes the ids that the policy will read; None takes the policy's own.
+            tokenizer: Tokenizer of the policy's inputs. Default: the policy's own.
 
         Raises:
-            UnsupportedPolicyError: No such model, or one that cannot be served.
+            UnsupportedPolicyError: The model does not exist, or is not supported.
         """
         config = self.load_config()
         for name, value in vars(config).items():
@@ -89,12 +89,12 @@ class PolicySpec(ABC):
         return policy
 
     def _kernel(self, config: PreTrainedConfig) -> str:
-        # Also where the cap is set to null: such families have no sdpa at all.
+        # A family with this field has no sdpa, even if the field is null.
         capped = hasattr(config.get_text_config(), "attn_logit_softcapping")
         if self.attention in ("sdpa", SEGMENT) and capped:
             raise UnsupportedPolicyError(
                 f"policy.attention: found {self.attention} for {config.model_type}, which soft-caps its attention "
-                "scores; sdpa cannot do that. Expected auto, eager or flex_attention."
+                "scores, and sdpa cannot. Expected auto, eager or flex_attention."
             )
         if self.attention != "auto":
             return self.attention

@@ -1,4 +1,4 @@
-"""A small policy with random weights: for tests, laptop-size ablations, and trying a config before paying for it."""
+"""A small policy with random weights, for tests, ablations on a laptop, and trials of a config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 class TinyPolicy(PolicySpec):
-    """A config-only model of a known family, with a byte-level tokenizer that can write any text."""
+    """A small model of a known family with random weights, and a byte-level tokenizer for any text."""
 
     def __init__(
         self,
@@ -40,24 +40,24 @@ class TinyPolicy(PolicySpec):
         options: dict[str, Any] | None = None,
         **policy: Any,
     ) -> None:
-        """Say how large.
+        """Keep the settings.
 
         Args:
             family: Architecture, by transformers' `model_type`.
-            width: d, hidden width; the feed-forward layers are twice as wide.
-            layers: Transformer layers.
-            heads: Attention heads; half as many for keys and values where the family groups them.
+            width: Hidden width d. The feed-forward layers are twice as wide.
+            layers: Number of transformer layers.
+            heads: Number of attention heads. Families with grouped heads have half as many for keys and values.
             context: Longest sequence in tokens.
-            seed: Seed of the random weights, whatever the run's seed: policy and reference start from the same ones.
-            reader: Start as a policy whose state at the last prompt token holds the mean of the prompt's tokens: values
-                and outputs of attention are rotations (the values of grouped heads a part of one: set
-                options.num_key_value_heads to `heads` for the whole), queries and keys as small as ever, and logits
-                have a deviation of 1 nat. Otherwise that state says little of the prompt, unlike a pretrained model's.
+            seed: Seed of the random weights, independent of the run's seed. Policy and reference start equal.
+            reader: Start with weights whose state at the last prompt token contains the mean of the prompt's tokens, as
+                the state of a pretrained model does. Otherwise it depends little on the prompt. The value and output
+                weights of attention are rotations, and the logits have a standard deviation of 1 nat. With grouped
+                heads, the values are a part of a rotation: set options.num_key_value_heads to `heads` for a whole one.
             options: Further fields of the family's config.
             policy: Settings of `PolicySpec`.
 
         Raises:
-            ConfigError: `reader` with gpt2, whose attention has no values of their own.
+            ConfigError: `reader` is set for gpt2, which has no separate weights for values.
         """
         super().__init__(**policy)
         if reader and family == "gpt2":
@@ -67,7 +67,7 @@ class TinyPolicy(PolicySpec):
         self.context, self.seed, self.options = context, seed, options or {}
 
     def load_config(self) -> PreTrainedConfig:
-        """The family's config at this size."""
+        """Make the family's config at this size."""
         tokenizer = self.load_tokenizer()
         fields = {
             "vocab_size": len(tokenizer),
@@ -86,7 +86,7 @@ class TinyPolicy(PolicySpec):
         return AutoConfig.for_model(self.family, **(fields | self.options))
 
     def load_model(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """Random weights by the seed, the same on every device; the caller's random state is left as it was."""
+        """Make random weights from the seed, equal on every device. The random state stays unchanged."""
         device = torch.get_default_device()
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
@@ -96,7 +96,7 @@ class TinyPolicy(PolicySpec):
         return model.to(device)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Byte-level BPE of 1024 tokens, learned on the built-in preferences, in the ChatML format."""
+        """Load a byte-level BPE tokenizer of 1024 tokens, trained on the built-in pairs, with the ChatML template."""
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(TOKENIZER),
             bos_token="<|im_start|>",
@@ -110,10 +110,13 @@ class TinyPolicy(PolicySpec):
 
 @torch.no_grad()
 def _make_reader(model: PreTrainedModel) -> None:
-    """Small queries and keys attend to all tokens alike; what they fetch is to arrive with none of it lost."""
+    """Make values and outputs of attention rotations, so that the mean of the tokens is kept.
+
+    Small queries and keys attend to all tokens equally.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith(("v_proj.weight", "o_proj.weight")):
-            # In float32, which a trainer of `bf16-true` does not build in: no decomposition is there for bfloat16.
+            # torch has no QR decomposition for bfloat16, the type in which a `bf16-true` trainer builds models.
             parameter.copy_(torch.nn.init.orthogonal_(torch.empty(parameter.shape, dtype=torch.float32)))
     head = model.get_output_embeddings().weight
     head.normal_(std=head.shape[1] ** -0.5)

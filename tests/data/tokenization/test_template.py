@@ -250,8 +250,8 @@ def test_padding_needs_no_pad_token(tokenizers):
 @pytest.mark.parametrize(
     ("chat_template", "message"),
     [
-        ("{{ raise_exception('no') }}", "refuses a user and an assistant turn: no"),
-        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "leaves out the text of an assistant turn"),
+        ("{{ raise_exception('no') }}", "rejects a user turn followed by an assistant turn: no"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "omits the text of an assistant turn"),
     ],
 )
 def test_chat_template_that_does_not_serve(fresh, chat_template, message):
@@ -266,7 +266,7 @@ def test_generation_prompt_that_given_answers_do_not_follow(fresh, caplog):
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n'", "assistant\n<think>\n'")
     with caplog.at_level(logging.WARNING):
         template = make_template(tokenizer)
-    assert "are put right after the former" in caplog.text
+    assert "are appended to the generation prompt" in caplog.text
     assert template.frame.before == ""
     assert tokenizer.decode(template.prompt_ids(example("Hi").prompt)).endswith("assistant\n<think>\n")
 

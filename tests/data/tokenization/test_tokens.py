@@ -20,8 +20,9 @@ from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.data.tokenization.token_cache import default_cache_dir, load_or_tokenize
 from lpc_lightning.data.tokenization.tokens import TokenStore, tokenize_examples
 from lpc_lightning.types import PreferenceExample
+from tests.fixtures.real_data import DATA_DIR
 
-PREFERENCES = Path(__file__).parents[3] / "../shared/data/preferences"
+PREFERENCES = DATA_DIR / "preferences"
 ANY_LENGTH = LengthPolicy()
 
 
@@ -329,7 +330,7 @@ def test_default_cache_dir(monkeypatch, tmp_path, write_rows, template):
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not PREFERENCES.is_dir(), reason="../shared/data/preferences is not there")
+@pytest.mark.skipif(not PREFERENCES.is_dir(), reason="no $LPC_DATA_DIR/preferences")
 @pytest.mark.parametrize(
     ("name", "count"),
     [

@@ -19,6 +19,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.command import adapt, main, panels
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationReport
 from lpc_lightning.evaluation.adaptation.scores import Score
+from tests.fixtures.real_data import DATA_DIR
 
 FLAGS = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
 FLAGS += "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.03 --data=SyntheticPreferences "
@@ -31,7 +32,7 @@ SPACES = {
     "gaussian": ["--latent=GaussianSpace", "--latent.num_codes=3", "--latent.init_logit_std=2"],
 }
 
-REAL = Path(__file__).parents[4] / "shared" / "data" / "preferences"
+REAL = DATA_DIR / "preferences"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -195,7 +196,7 @@ def test_adapt_annotators_with_too_few_pairs(
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data/preferences")
+@pytest.mark.skipif(not REAL.is_dir(), reason="no $LPC_DATA_DIR/preferences")
 @pytest.mark.parametrize(
     ("name", "limit", "annotators"),
     [

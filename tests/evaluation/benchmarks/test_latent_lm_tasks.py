@@ -19,9 +19,10 @@ from lm_eval.tasks import TaskManager
 from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy
+from tests.fixtures.real_data import DATA_DIR
 
 ROOT = Path(__file__).parents[3]
-MODEL, ARC = ROOT / "models/SmolLM2-135M-Instruct", ROOT.parent / "shared/data/benchmarks/arc/ARC-Easy/test.jsonl"
+MODEL, ARC = ROOT / "models/SmolLM2-135M-Instruct", DATA_DIR / "benchmarks/arc/ARC-Easy/test.jsonl"
 WIDTH, CODES = 16, 4
 WORDS = ["what", "does", "a", "stone", "do", "in", "the", "rain", "when", "your", "friend", "goes", "home", "cold"]
 TASKS = {"arc_easy": ["train", "validation", "test"], "truthfulqa_mc2": ["validation"], "gsm8k": ["train", "test"]}

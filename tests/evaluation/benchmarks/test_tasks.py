@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -20,8 +19,9 @@ from lpc_lightning.evaluation.benchmarks.tasks import (
     no_network,
     task_manager,
 )
+from tests.fixtures.real_data import DATA_DIR
 
-REAL = Path(__file__).parents[4] / "shared" / "data" / "benchmarks"
+REAL = DATA_DIR / "benchmarks"
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_versions_and_fewshot_are_published_ones(data_dir) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data/benchmarks")
+@pytest.mark.skipif(not REAL.is_dir(), reason="no $LPC_DATA_DIR/benchmarks")
 def test_real_files_have_published_sizes() -> None:
     check_tasks(list(LOCAL_DATA), str(REAL))
     sizes = {name: len(load_tasks(name, str(REAL))["tasks"][name].eval_docs) for name in PAPER_TASKS}
