@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that chat models come with, and rows written to files."""
+"""Small tokenizers like those of chat models, and files of rows."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def byte_level(special: Iterable[str], plain_added: Iterable[str] = ()) -> Token
 
 
 def metaspace(prepend_scheme: str = "always") -> Tokenizer:
-    """A BPE with byte fallback behind a Metaspace, as SentencePiece models become; `legacy` does it in a normalizer."""
+    """Build a BPE with byte fallback and Metaspace, like a converted SentencePiece model. `legacy`: in a normalizer."""
     special = ["<unk>", "<s>", "</s>"]
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -92,7 +92,7 @@ def metaspace(prepend_scheme: str = "always") -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """A Unigram model whose vocabulary holds "</s>" as a piece, as T5's does."""
+    """Build a Unigram model whose vocabulary has the piece "</s>", like T5."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -118,7 +118,7 @@ def wrapped(tokenizer: Tokenizer, chat_template: str | None = None, **special: A
 
 
 def chatml(template: str = CHATML) -> PreTrainedTokenizerFast:
-    """As SmolLM2: its bos is the token that opens a turn, and no bos is added."""
+    """Build a tokenizer like SmolLM2: the bos token begins a turn, and no bos is added."""
     tokenizer = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return wrapped(tokenizer, template, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
 
@@ -140,17 +140,17 @@ def llama2() -> PreTrainedTokenizerFast:
 
 
 def base_without_bos() -> PreTrainedTokenizerFast:
-    """As GPT-2."""
+    """Build a tokenizer like GPT-2."""
     return wrapped(byte_level(["<|endoftext|>"]), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
 def base_with_bos() -> PreTrainedTokenizerFast:
-    """As Llama 2 without a chat template; its post-processor adds an eos as well."""
+    """Build a tokenizer like Llama 2 without a chat template. Its post-processor also adds an eos."""
     return wrapped(add_bos(metaspace("first"), "<s>", "</s>"), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def unnamed_markers() -> PreTrainedTokenizerFast:
-    """ChatML markers added as plain tokens, as some fine-tunes have them; a <think> that models write themselves."""
+    """Build a tokenizer with ChatML markers as plain added tokens, like some fine-tuned models, and with <think>."""
     tokenizer = byte_level(["<|endoftext|>"], plain_added=["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
     return wrapped(tokenizer, THINKING, eos_token="<|endoftext|>")
 
@@ -171,13 +171,13 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 
 @pytest.fixture(scope="session")
 def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
-    """Every kind of tokenizer by name, built once: do not change them."""
+    """Return all tokenizers by name. They are shared, so tests must not change them."""
     return {name: build() for name, build in TOKENIZERS.items()}
 
 
 @pytest.fixture
 def fresh() -> Callable[[str], PreTrainedTokenizerFast]:
-    """Builds a tokenizer by name, to be changed at will."""
+    """Return a function that builds a tokenizer by name. Tests may change the tokenizer."""
     return lambda name: TOKENIZERS[name]()
 
 
@@ -193,7 +193,7 @@ def any_tokenizer(request: pytest.FixtureRequest, tokenizers: dict[str, Any]) ->
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
-    """Writes rows (objects, or ready lines) to a JSON lines file and gives its path."""
+    """Return a function that writes rows (objects or lines) to a JSON lines file and returns its path."""
 
     def write(rows: Iterable[dict[str, Any] | str], name: str = "pairs.jsonl") -> Path:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""From files to the batches of a real trainer: splits, limits and bad rows, and what the loggers are told of them."""
+"""Tests of the DataModules with a real trainer: splits, limits, bad rows, metrics and batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def row(number: int, **columns: str) -> Row:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Callable[..., PreferenceData]:
-    """`PreferenceData` with a cache of its own."""
+    """Return a function that makes a `PreferenceData` with a temporary cache."""
 
     def make(path: Any, **settings: Any) -> PreferenceData:
         path = {name: str(file) for name, file in path.items()} if isinstance(path, dict) else str(path)
@@ -54,59 +54,59 @@ def prompts(data: PreferenceDataModule, stage: Any) -> list[str]:
     return [tokenizer.decode(pair.prompt_ids) for pair in pairs]
 
 
-# Which rows belong to which stage.
+# Rows of each stage.
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_held_out_prompts_are_not_in_training(share: float, data: Any, write_rows: Any) -> None:
-    """Each prompt comes three times, once as a conversation, so that pairs held out at random would share prompts."""
+    """Each prompt occurs three times, once as a conversation. Random hold-out of pairs would share prompts."""
     rows: list[Any] = []
     for number in range(200):
         messages = [{"role": "user", "content": f"Question {number}?"}]
         rows += [row(number), row(number, chosen="Other."), row(number) | {"prompt": messages, "rejected": "None."}]
-    found = data(write_rows(rows), validation_share=share)
-    train, validation = prompts(found, "train"), prompts(found, "validation")
+    module = data(write_rows(rows), validation_share=share)
+    train, validation = prompts(module, "train"), prompts(module, "validation")
     assert set(train).isdisjoint(validation)
     assert len(set(train) | set(validation)) == 200
     assert len(train) + len(validation) == 600
     assert len(set(validation)) / 200 == pytest.approx(share, abs=0.1)
-    assert found.reports["train"].held_apart == len(validation)
+    assert module.reports["train"].held_apart == len(validation)
 
 
 def test_validation_share_0_holds_out_nothing(data: Any, write_rows: Any) -> None:
-    found = data(write_rows([row(n) for n in range(20)]), validation_share=0.0)
-    assert len(ids(found, "train")) == 20
-    assert found.source("validation") is None
+    module = data(write_rows([row(n) for n in range(20)]), validation_share=0.0)
+    assert len(ids(module, "train")) == 20
+    assert module.source("validation") is None
 
 
 def test_split_column_selects_rows(data: Any, write_rows: Any) -> None:
     places = {0: {}, 1: {"split": "train"}, 2: {"split": "test"}, 3: {"split": "held"}, 4: {"split": "test"}}
     path = write_rows([row(n, **column) for n, column in places.items()])
-    found = data(path, validation_split="held")
-    assert ids(found, "train") == ["pairs.jsonl line 1", "pairs.jsonl line 2"]
-    assert ids(found, "validation") == ["pairs.jsonl line 4"]
-    assert ids(found, "test") == ["pairs.jsonl line 3", "pairs.jsonl line 5"]
-    assert found.reports["train"].other_splits == {"test": 2, "held": 1}
+    module = data(path, validation_split="held")
+    assert ids(module, "train") == ["pairs.jsonl line 1", "pairs.jsonl line 2"]
+    assert ids(module, "validation") == ["pairs.jsonl line 4"]
+    assert ids(module, "test") == ["pairs.jsonl line 3", "pairs.jsonl line 5"]
+    assert module.reports["train"].other_splits == {"test": 2, "held": 1}
 
 
 def test_path_one_file_for_each_stage(data: Any, write_rows: Any) -> None:
     files = {name: write_rows([row(n)], f"{name}.jsonl") for n, name in enumerate(("train", "validation", "test"))}
-    found = data(files)
+    module = data(files)
     for stage in files:
-        assert ids(found, stage) == [f"{stage}.jsonl line 1"]
+        assert ids(module, stage) == [f"{stage}.jsonl line 1"]
 
 
 def test_path_without_validation_file_holds_out(data: Any, write_rows: Any) -> None:
     train = write_rows([row(n) for n in range(100)], "train.jsonl")
-    found = data({"train": train}, validation_share=0.3)
-    held = ids(found, "validation")
+    module = data({"train": train}, validation_share=0.3)
+    held = ids(module, "validation")
     assert 15 < len(held) < 45
-    assert sorted(held + ids(found, "train")) == sorted(f"train.jsonl line {n}" for n in range(1, 101))
-    assert found.source("test") is None
+    assert sorted(held + ids(module, "train")) == sorted(f"train.jsonl line {n}" for n in range(1, 101))
+    assert module.source("test") is None
 
 
 def test_path_saved_data_set_splits(data: Any, tmp_path: Path) -> None:
-    """As `HuggingFaceH4/ultrafeedback_binarized` lies on the hub: splits and messages of its own."""
+    """The data set has the splits and messages of `HuggingFaceH4/ultrafeedback_binarized`."""
 
     def message(role: str, content: str) -> dict[str, str]:
         return {"role": role, "content": content}
@@ -119,11 +119,11 @@ def test_path_saved_data_set_splits(data: Any, tmp_path: Path) -> None:
     splits = {"train_prefs": range(6), "test_prefs": range(6, 8), "train_sft": range(8, 20)}
     saved = {name: Dataset.from_list([conversation(n) for n in numbers]) for name, numbers in splits.items()}
     DatasetDict(saved).save_to_disk(tmp_path / "ultra")
-    found = data(tmp_path / "ultra", train_split="train_prefs", validation_split="test_prefs", test_split=None)
-    assert ids(found, "train") == [f"ultra[train_prefs] row {n}" for n in range(1, 7)]
-    assert ids(found, "validation") == ["ultra[test_prefs] row 1", "ultra[test_prefs] row 2"]
-    assert found.source("test") is None
-    assert "Question 6?" in prompts(found, "validation")[0]
+    module = data(tmp_path / "ultra", train_split="train_prefs", validation_split="test_prefs", test_split=None)
+    assert ids(module, "train") == [f"ultra[train_prefs] row {n}" for n in range(1, 7)]
+    assert ids(module, "validation") == ["ultra[test_prefs] row 1", "ultra[test_prefs] row 2"]
+    assert module.source("test") is None
+    assert "Question 6?" in prompts(module, "validation")[0]
 
 
 def test_columns_with_other_names(data: Any, write_rows: Any) -> None:
@@ -134,7 +134,7 @@ def test_columns_with_other_names(data: Any, write_rows: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"batch_size": 0}, r"data\.batch_size: found 0, expected at least 1"),
         ({"eval_batch_size": -1}, r"data\.eval_batch_size: found -1, expected at least 1"),
@@ -155,16 +155,16 @@ def test_columns_with_other_names(data: Any, write_rows: Any) -> None:
         ({"path": {"train": "a.jsonl", "dev": "b.jsonl"}}, r"data\.path: found files for \['dev', 'train'\]"),
     ],
 )
-def test_settings_out_of_range(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         PreferenceData(**({"path": "pairs.jsonl"} | settings))
 
 
-# Through a trainer.
+# Runs of a trainer.
 
 
 class Fit:
-    """A run of one epoch, and what stands in its metrics.csv."""
+    """A run of one epoch, with the data metrics of its metrics.csv."""
 
     def __init__(self, folder: Path, data: PreferenceDataModule, **policy: Any) -> None:
         quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -174,11 +174,11 @@ class Fit:
         with (folder / "run" / "metrics.csv").open() as file:
             cells = [(name, float(value)) for line in csv.DictReader(file) for name, value in line.items() if value]
         self.trainer = trainer
-        self.told = {name: value for name, value in cells if name.startswith("data/")}
+        self.metrics = {name: value for name, value in cells if name.startswith("data/")}
 
 
 def long_rows() -> list[Row]:
-    """Prompts and answers of growing length."""
+    """Return rows with prompts and answers of different lengths."""
     words = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu"
     sizes = [(1, 1, 2), (8, 2, 1), (2, 9, 1), (2, 1, 9), (9, 9, 1), (12, 1, 2), (1, 12, 11)]
     texts = [[" ".join((words * size).split()[: 6 * size]) for size in triple] for triple in sizes]
@@ -186,18 +186,18 @@ def long_rows() -> list[Row]:
 
 
 def token_counts(rows: list[Row]) -> list[tuple[int, int]]:
-    """Tokens of each prompt, and of the prompt with its longer answer, by the chat template as a text."""
+    """Count the tokens of each prompt, and of the prompt with its longer answer, from the text of the template."""
     tokenizer = tiny().load_tokenizer()
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
-    found = []
+    counts = []
     for example in rows:
         prompt = count(f"<|im_start|>user\n{example['prompt']}<|im_end|>\n<|im_start|>assistant\n")
         answers = [count(example[side]) + 1 for side in ("chosen", "rejected")]
-        found.append((prompt, prompt + max(answers)))
-    return found
+        counts.append((prompt, prompt + max(answers)))
+    return counts
 
 
 LIMITS = {"max_length": 90, "max_prompt_length": 60}
@@ -210,8 +210,8 @@ def test_too_long_drop_counts_pairs(data: Any, write_rows: Any, tmp_path: Path) 
     assert prompt
     assert pair
     assert prompt + pair < len(counts)
-    done = Fit(tmp_path, data(write_rows(long_rows()), validation_share=0.0, too_long="drop", **LIMITS))
-    assert done.told == {
+    run = Fit(tmp_path, data(write_rows(long_rows()), validation_share=0.0, too_long="drop", **LIMITS))
+    assert run.metrics == {
         "data/train/read": len(counts),
         "data/train/held_apart": 0,
         "data/train/kept": len(counts) - prompt - pair,
@@ -223,12 +223,12 @@ def test_too_long_drop_counts_pairs(data: Any, write_rows: Any, tmp_path: Path) 
 @pytest.mark.parametrize("too_long", ["truncate_prompt", "truncate_answer"])
 def test_too_long_truncate_counts_pairs(too_long: str, data: Any, write_rows: Any, tmp_path: Path) -> None:
     cut = data(write_rows(long_rows()), validation_share=0.0, too_long=too_long, max_length=90)
-    told = Fit(tmp_path, cut).told
+    metrics = Fit(tmp_path, cut).metrics
     long = [whole > 90 for _, whole in token_counts(long_rows())]
-    dropped = sum(value for name, value in told.items() if "/dropped/" in name)
+    dropped = sum(value for name, value in metrics.items() if "/dropped/" in name)
     what = too_long.replace("truncate_answer", "truncate_answers").removeprefix("truncate_")
-    assert told[f"data/train/cut/{what}"] == sum(long) - dropped > 0
-    assert told["data/train/kept"] == len(long) - dropped == len(cut.pairs["train"])
+    assert metrics[f"data/train/cut/{what}"] == sum(long) - dropped > 0
+    assert metrics["data/train/kept"] == len(long) - dropped == len(cut.pairs["train"])
     for pair in cut.pairs["train"]:
         assert len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= 90
 
@@ -245,17 +245,17 @@ def faulty_rows() -> list[Any]:
 
 
 def test_bad_rows_skip_counts_rows(data: Any, write_rows: Any, tmp_path: Path) -> None:
-    done = Fit(tmp_path, data(write_rows(faulty_rows()), validation_share=0.0, bad_rows="skip"))
+    run = Fit(tmp_path, data(write_rows(faulty_rows()), validation_share=0.0, bad_rows="skip"))
     kinds = ("missing_answer", "empty_answer", "equal_answers", "invalid_json")
     counts = {"read": 6, "kept": 2, "held_apart": 0} | {f"bad/{kind}": 1 for kind in kinds}
-    assert done.told == {f"data/train/{name}": count for name, count in counts.items()}
-    assert done.trainer.global_step == 1
+    assert run.metrics == {f"data/train/{name}": count for name, count in counts.items()}
+    assert run.trainer.global_step == 1
 
 
 def test_bad_rows_error_lists_all_rows(data: Any, write_rows: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as caught:
         Fit(tmp_path, data(write_rows(faulty_rows()), validation_share=0.0))
-    text = str(told.value)
+    text = str(caught.value)
     assert text.startswith("4 rows cannot be used.")
     for number, reason in ((2, "missing answer"), (3, "empty answer"), (4, "equal answers"), (5, "invalid JSON")):
         assert f"{reason}: pairs.jsonl line {number}" in text
@@ -264,9 +264,9 @@ def test_bad_rows_error_lists_all_rows(data: Any, write_rows: Any, tmp_path: Pat
 
 def test_metrics_have_the_stage_name(tmp_path: Path) -> None:
     made = SyntheticPreferences(train_pairs=6, validation_pairs=3, batch_size=2, cache_dir=str(tmp_path / "cache"))
-    told = Fit(tmp_path, made).told
-    assert told["data/train/kept"] == 6
-    assert told["data/validation/kept"] == 3
+    metrics = Fit(tmp_path, made).metrics
+    assert metrics["data/train/kept"] == 6
+    assert metrics["data/validation/kept"] == 3
 
 
 # Batches and layouts.
@@ -352,14 +352,14 @@ def test_layouts_give_equal_metrics(latent: Any, tmp_path: Path, perturb: Any) -
 
 
 class TestLayersWithoutMask:
-    """A recurrent layer remembers the other answer of a packed row."""
+    """In a packed row, the state of a recurrent layer depends on the other answer."""
 
     @pytest.fixture
     def recurrent(self, tmp_path: Path) -> PretrainedPolicy:
         tokenizer = tiny().load_tokenizer()
         sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
         sizes |= {"lru_width": 16, "attention_window_size": 64, "conv1d_width": 3, "vocab_size": len(tokenizer)}
-        # Its soft cap is one that this suite does not know: set out of reach.
+        # The soft cap is set so high that it has no effect.
         config = AutoConfig.for_model("recurrent_gemma", num_key_value_heads=1, logits_soft_cap=1e8, **sizes)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "recurrent")
         tokenizer.save_pretrained(tmp_path / "recurrent")
@@ -372,8 +372,8 @@ class TestLayersWithoutMask:
         return made
 
     def test_shared_prefix_is_refused(self, recurrent: PretrainedPolicy, tmp_path: Path) -> None:
-        told = r"data\.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask"
-        with pytest.raises(DataError, match=told):
+        message = r"data\.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask"
+        with pytest.raises(DataError, match=message):
             self.validate(recurrent, "shared_prefix", tmp_path)
 
     def test_auto_layout_is_padded(self, recurrent: PretrainedPolicy, tmp_path: Path) -> None:
@@ -382,11 +382,11 @@ class TestLayersWithoutMask:
 
 def test_stage_without_pairs_has_no_batches(tmp_path: Path) -> None:
     made = SyntheticPreferences(train_pairs=2, validation_pairs=0, test_pairs=0, cache_dir=str(tmp_path / "cache"))
-    done = Fit(tmp_path, made)
-    assert done.trainer.global_step == 1
+    run = Fit(tmp_path, made)
+    assert run.trainer.global_step == 1
     assert made.val_dataloader() == []
     assert made.test_dataloader() == []
-    assert not any(name.startswith("data/validation") for name in done.told)
+    assert not any(name.startswith("data/validation") for name in run.metrics)
 
 
 def test_cache_is_used_by_the_next_run(data: Any, write_rows: Any, tmp_path: Path) -> None:
@@ -395,4 +395,4 @@ def test_cache_is_used_by_the_next_run(data: Any, write_rows: Any, tmp_path: Pat
     entries = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()}
     second = Fit(tmp_path / "two", data(path, validation_share=0.0))
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()} == entries
-    assert second.told == first.told
+    assert second.metrics == first.metrics

@@ -1,4 +1,4 @@
-"""Batches of runs of one annotator's pairs: plain shuffling's pairs, on every device, in steps not decided by who."""
+"""Tests of batches with runs of pairs of one annotator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Batches = list[list[list[int]]]
 
 
 def plan(names: list[str], batch_size: int, devices: int, run: int | None, epoch: int = 0) -> Batches:
-    """The epoch's batches of each device."""
+    """Return the batches of an epoch for each device."""
     found = []
     for rank in range(devices):
         batches = TrainingBatches(len(names), batch_size, 5, rank, devices, annotators=names, pairs_per_annotator=run)
@@ -31,7 +31,7 @@ def plan(names: list[str], batch_size: int, devices: int, run: int | None, epoch
 
 
 def steps(epoch: Batches) -> list[list[int]]:
-    """Step by step, the pairs of all devices."""
+    """Return the pairs of all devices in each step."""
     return [[pair for batch in batches for pair in batch] for batches in zip(*epoch, strict=True)]
 
 
@@ -43,7 +43,7 @@ some_names = st.lists(st.sampled_from(["", "a", "b", "c", "d"]), min_size=1, max
 def test_full_runs_are_in_one_batch(names: list[str], runs: int, run: int, devices: int, epoch: int) -> None:
     batch_size = runs * run
     plain, grouped = (plan(names, batch_size, devices, it, epoch) for it in (None, run))
-    # The same pairs, each once, but for those that fill up the last devices.
+    # Each pair occurs once, except for those that fill the last devices.
     assert {pair for step in steps(grouped) for pair in step} == set(range(len(names)))
     counts = Counter(pair for step in steps(grouped) for pair in step)
     assert counts.total() == math.ceil(len(names) / devices) * devices
@@ -71,7 +71,7 @@ def test_runs_depend_on_the_epoch() -> None:
 
 
 def test_read_time_is_independent_of_annotator() -> None:
-    """As under plain shuffling, each pair is in each step with the same chance."""
+    """As with plain shuffling, a pair is equally likely in each step."""
     names, epochs = ["a"] * 7 + ["b"] * 3 + ["", "c", "d"], 2000
     batches = TrainingBatches(len(names), 2, 0, annotators=names, pairs_per_annotator=2)
     counts = torch.zeros(len(names), len(batches))
@@ -85,7 +85,7 @@ def test_read_time_is_independent_of_annotator() -> None:
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_batches_hold_pairs_of_same_annotator(devices: int) -> None:
-    """How many pairs of a batch have an earlier one of their annotator: the use of it all."""
+    """Count the pairs of a batch that follow a pair of the same annotator."""
     names = [f"annotator {number % 50}" for number in range(400)]
 
     def share(**runs: Any) -> float:
@@ -96,5 +96,5 @@ def test_batches_hold_pairs_of_same_annotator(devices: int) -> None:
         return meeting / 400
 
     assert share() < 0.1
-    # Of an annotator's 8 pairs, which fill two runs, all but two.
+    # The 8 pairs of an annotator are two runs, so all pairs except two are counted.
     assert share(annotators=names, pairs_per_annotator=4) >= 0.75

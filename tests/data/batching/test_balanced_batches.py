@@ -1,4 +1,4 @@
-"""Balanced batches: every pair once, equally full batches, and each pair in any batch of its window."""
+"""Tests of balanced batches: every pair once, equally full batches, random order within a window."""
 
 from __future__ import annotations
 

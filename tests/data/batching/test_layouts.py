@@ -1,4 +1,4 @@
-"""Both layouts: what each place to read holds, predicts and can see, spelled out sequence by sequence."""
+"""Tests of the layouts against a naive computation for each sequence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MakePairs = Callable[..., list[TokenizedPair]]
 
 
 def seen_from(batch: PreferenceBatch, flat: int) -> list[int]:
-    """Flat places of the tokens that a place may look at, by the words of `PreferenceBatch`, in order of position."""
+    """Return flat positions of the tokens that a position attends to, by the definition in `PreferenceBatch`."""
     width = batch.input_ids.shape[1]
     row, column = divmod(flat, width)
     seen = []
@@ -125,7 +125,7 @@ def test_padded_layout_example() -> None:
 def test_shared_prefix_layout_example() -> None:
     pairs = [TokenizedPair("b", [6], [8, 9], [9]), TokenizedPair("a", [1, 2], [3], [4, 5])]
     batch = SharedPrefixLayout(PAD, row_tokens=9)(pairs)
-    # The longer pair comes first.
+    # The longer pair is first.
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 8, 9, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 1]]
     assert batch.segments is not None

@@ -1,4 +1,4 @@
-"""Steps of pairs of like length: plain shuffling's pairs, sorted window by window, at places not decided by length."""
+"""Tests of steps with pairs of similar length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Batches = list[list[list[int]]]
 
 
 def plan(lengths: list[int], batch_size: int, devices: int, window: int | None, epoch: int = 0) -> Batches:
-    """The epoch's batches of each device."""
+    """Return the batches of an epoch for each device."""
     found = []
     for rank in range(devices):
         batches = TrainingBatches(len(lengths), batch_size, 5, rank, devices, lengths, window)
@@ -30,7 +30,7 @@ def plan(lengths: list[int], batch_size: int, devices: int, window: int | None, 
 
 
 def steps(epoch: Batches) -> list[list[int]]:
-    """Step by step, the pairs of all devices."""
+    """Return the pairs of all devices in each step."""
     return [[pair for batch in batches for pair in batch] for batches in zip(*epoch, strict=True)]
 
 
@@ -45,7 +45,7 @@ def test_steps_are_slices_of_sorted_windows(
 ) -> None:
     plain, grouped = (steps(plan(lengths, batch_size, devices, it, epoch)) for it in (None, window))
     size = batch_size * devices
-    # The same pairs, equally often: each once, but for those that fill up the last devices.
+    # Each pair occurs once, except for those that fill the last devices.
     assert Counter(pair for step in plain for pair in step) == Counter(pair for step in grouped for pair in step)
     assert {pair for step in grouped for pair in step} == set(range(len(lengths)))
     assert sum(map(len, grouped)) == math.ceil(len(lengths) / devices) * devices
@@ -76,7 +76,7 @@ def test_steps_depend_on_the_epoch() -> None:
 
 
 def test_read_time_is_independent_of_length() -> None:
-    """As under plain shuffling, each pair is in each step with the same chance: the mean of a step is that of all."""
+    """As with plain shuffling, a pair is equally likely in each step."""
     lengths, epochs = [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200], 2000
     batches = TrainingBatches(len(lengths), 2, 0, lengths=lengths, length_window=2)
     counts = torch.zeros(len(lengths), len(batches))
@@ -85,7 +85,7 @@ def test_read_time_is_independent_of_length() -> None:
         for step, batch in enumerate(batches):
             counts[batch, step] += 1
     expected = epochs * torch.tensor([2 / 13] * 6 + [1 / 13])
-    # 91 counts with a standard deviation of about 16 and 12: five of them.
+    # The 91 counts have standard deviations of about 16 and 12. The tolerance is five of them.
     assert ((counts - expected).abs() / expected.sqrt()).max() < 5
     means = (counts.T @ torch.tensor(lengths, dtype=torch.float32)) / counts.sum(0)
     assert (means / (sum(lengths) / 13) - 1).abs().max() < 0.1

@@ -1,4 +1,4 @@
-"""Which pairs make up which batch: everything once, the same work on all devices, the same order after a stop."""
+"""Tests of the batches of each device and of the loader's state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MakePairs = Callable[..., list[TokenizedPair]]
 
 
 def training(pairs: int, batch_size: int, devices: int, seed: int = 0, epoch: int = 0) -> list[list[list[int]]]:
-    """The epoch's batches of each device."""
+    """Return the batches of an epoch for each device."""
     found = []
     for rank in range(devices):
         batches = TrainingBatches(pairs, batch_size, seed, rank, devices)
@@ -55,7 +55,7 @@ def test_training_order_depends_on_seed_and_epoch(pairs: int, batch_size: int, d
     first = order(seed=seed)
     torch.manual_seed(6)
     assert order(seed=seed) == first
-    # 12! orders: that two of them agree happens once in 480 million.
+    # There are 12! orders, so two of them are equal with probability 1 in 480 million.
     assert order(seed=seed, epoch=1) != first
     assert order(seed=seed + 1) != first
 
@@ -83,7 +83,7 @@ def test_evaluation_batches_use_every_pair_once(pairs: int, batch_size: int, dev
         assert len(plan) == len(counts)
         assert min(counts) >= 1
         assert max(counts) - min(counts) <= 1
-        # One more where a device has one pair more than the others and batches of one.
+        # One more if a device has one pair more than the others and the batch size is 1.
         assert max(counts) <= batch_size + (batch_size == 1 and pairs % devices > 0)
         assert sorted(order := [pair for batch in plan for pair in batch]) == order
 
@@ -101,7 +101,7 @@ def loader(
     run: int | None = None,
     **options: Any,
 ) -> TrainingLoader:
-    # Lengths in no order, and some of them equal.
+    # The lengths are unordered, and some are equal.
     lengths = [(7 * number) % 5 for number in range(len(pairs))]
     names = [f"annotator {number % 3}" for number in range(len(pairs))]
     batches = TrainingBatches(
@@ -145,7 +145,7 @@ def test_resume_between_epochs_takes_whole_epoch(pairs: list[TokenizedPair]) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"seed": 1}, "'seed': 1"),
         ({"batch_size": 3}, "'batch_size': 3"),
@@ -154,10 +154,12 @@ def test_resume_between_epochs_takes_whole_epoch(pairs: list[TokenizedPair]) -> 
         ({"pairs": 10}, "'pairs': 10"),
     ],
 )
-def test_resume_refuses_another_order(pairs: list[TokenizedPair], change: dict[str, int], told: str) -> None:
+def test_resume_refuses_another_order(pairs: list[TokenizedPair], change: dict[str, int], message: str) -> None:
     state = loader(pairs).state_dict()
     other = loader(pairs[: change.pop("pairs", None)], **change)
-    with pytest.raises(DataError, match=rf"resume: found data order .*{told}.*, expected .* as in the checkpoint\. .*"):
+    with pytest.raises(
+        DataError, match=rf"resume: found data order .*{message}.*, expected .* as in the checkpoint\. .*"
+    ):
         other.load_state_dict(state)
 
 

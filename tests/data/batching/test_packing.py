@@ -1,4 +1,4 @@
-"""Packing against its own words: every item once, rows within their width, cheaper than the obvious other ways."""
+"""Tests of packing: every item once, rows within their width, no higher cost than simple alternatives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_pack_items_once_and_no_two_rows_fit_in_one(sizes: list[int], room: int)
 
 
 def cost(rows: list[list[int]], sizes: list[int], shared: int) -> float:
-    """In units of one token's linear layers, to which attention adds as much again at a width of 2048."""
+    """Return the cost in units of the linear layers for one token. Attention doubles it at a width of 2048."""
     widest = max(sum(sizes[number] for number in members) for members in rows) + shared
     return len(rows) * (widest + widest**2 / 2048)
 

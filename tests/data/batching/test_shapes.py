@@ -1,4 +1,4 @@
-"""Shapes of batches: the best partition against all partitions, and what padding costs over epochs of real files."""
+"""Tests of batch shapes: the best split against all splits, and the padding over epochs of real files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_plan_no_cut_is_cheaper(needed: list[BatchShape], most: int) -> None:
         for cuts in itertools.combinations_with_replacement(range(len(needed) + 1), most - 1)
         for runs in [[rounded[a:b] for a, b in itertools.pairwise([0, *cuts, len(needed)])]]
     )
-    # A batch may fit the shape of a run that it is not of, and cost less.
+    # A batch may fit into the cheaper shape of another group.
     assert work(plan, needed) <= cheapest + 1e-6
 
 
@@ -59,7 +59,7 @@ def test_plan_unknown_batch_has_its_own_shape() -> None:
 
 
 def shapes_of_epochs(data: PreferenceDataModule, balance: bool) -> tuple[set[BatchShape], float]:
-    """Shapes over the planned epochs, and the share of padding in their tokens."""
+    """Return the shapes over the planned epochs, and the share of padding in their tokens."""
     store = data.load("train", TinyPolicy().load_tokenizer())
     assert store is not None
     batches = data.training_batches(store, 0, balance=balance)
@@ -99,7 +99,7 @@ def test_built_in_epochs_have_four_shapes(pairs: int, tmp_path: Path) -> None:
 def test_padding_adds_nothing(
     family: str, row_tokens: int | None, make_pairs: Callable[..., list[TokenizedPair]], tiny: Tiny
 ) -> None:
-    """Log-probabilities, states and gradients in float64, against rows without padding."""
+    """Log-probabilities, states and gradients in float64 equal those of rows without padding."""
     pairs = make_pairs([(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5), (1, 6, 1), (17, 2, 11)])
     policy = tiny(family, attention="sdpa")
     fixed = FixedShapesLayout(0, row_tokens, ShapePlan((BatchShape(4, 160, 90),)))

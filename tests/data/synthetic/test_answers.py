@@ -1,4 +1,4 @@
-"""The detectors below read a style off a text alone: they are the oracle, and know nothing of how texts are made."""
+"""Tests of generated answers. The oracle is a set of style detectors that use the text only."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ DETECTORS: dict[str, Callable[[str], str]] = {
     "example": lambda text: "with_example" if EXAMPLE.search(text) else "without_example",
 }
 
-# "a hour", "an useful": vowels by sound, for the words that the texts can hold.
+# The article depends on the sound ("an hour", "a useful"). These are the exceptions that occur in the texts.
 SILENT = ("hour", "honest", "heir")
 CONSONANT = ("use", "uni", "one", "euro")
 
 
 def glitches(text: str) -> list[str]:
-    """What is wrong with the mechanics of a text."""
+    """Return the glitches of a text: spacing, punctuation, capitals, articles, repeated words."""
     found = []
     if re.search(r" {2}| \n|\n\n|^\s|\s$", text):
         found.append("spaces")
@@ -83,7 +83,7 @@ def topics() -> list[Topic]:
 
 @pytest.fixture(scope="module")
 def answers() -> list[tuple[Style, Topic, str]]:
-    """Every style, 48 times, over all topics in turn."""
+    """Return 48 answers for every style, over all topics in turn."""
     rng = Random(5)
     everything = topics()
     return [
@@ -113,7 +113,7 @@ def test_layout_is_a_list_or_one_paragraph(answers: list[tuple[Style, Topic, str
         else:
             bullets = [line.startswith("- ") for line in lines]
             assert bullets.count(False) <= 2, text
-            # One block of items.
+            # The items are in one block.
             first, last = bullets.index(True), len(bullets) - bullets[::-1].index(True)
             assert all(bullets[first:last]), text
 

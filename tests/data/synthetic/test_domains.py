@@ -8,7 +8,7 @@ from lpc_lightning.data.synthetic.domains import DOMAINS
 from lpc_lightning.data.synthetic.topics import Domain, Topic
 
 TOPICS = [pytest.param(topic, id=topic.goal) for domain in DOMAINS for topic in domain.topics]
-# What carries style. Content that held one of these would show an attribute that its answer does not have.
+# Style cues. Content with one of these would show an attribute that the answer does not have.
 CUES = re.compile(
     r"'|\b(one (should|must|might|could)|you|should|may|might|could|perhaps|maybe|probably|possibly|guess|careful"
     r"|caution|beware|watch out|heads up|take care|avoid|never|example|instance|thank|glad|pleasure|wish\w*|love that"
@@ -39,7 +39,7 @@ def test_content_fits_every_composition(topic: Topic) -> None:
         assert not CUES.search(text), text
     assert len(topic.tips) == 5
     acts = sorted(len(act.split()) for act, _ in topic.tips)
-    # These limits make a short list with every extra fit into 25 words, and fill a long answer to 40.
+    # With these limits, a short list with all extras has at most 25 words, and a long answer at least 40.
     assert acts[1] <= 3
     assert acts[-1] <= 5
     assert all(3 <= len(reason.split()) <= 8 for _, reason in topic.tips)

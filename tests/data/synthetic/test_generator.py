@@ -155,7 +155,7 @@ def test_no_other_attribute_predicts_the_label(deciding: str) -> None:
 
 
 def test_length_does_not_predict_the_label() -> None:
-    # The factor that decides is no length: words must not tell the winner.
+    # The deciding factor is not the length, so the number of words must not predict the label.
     generator = PreferenceGenerator(seed=0)
     pairs = [pair for pair in generator.examples(8000) if pair.meta["attribute"] != "length"]
     longer = [len(pair.chosen.split()) > len(pair.rejected.split()) for pair in pairs]

@@ -23,7 +23,7 @@ def test_splits_share_no_prompt_across_seeds() -> None:
 
 
 def test_split_shares() -> None:
-    # Texts that were not drawn for a split: 20,000 of them, so that a share deviates by less than 0.3 %.
+    # The 20,000 texts are not drawn for a split, so a share has a standard deviation below 0.3 %.
     found = [split_of(f"How do I do task {number}?") for number in range(20_000)]
     assert found.count("train") / len(found) == pytest.approx(0.8, abs=0.012)
     assert found.count("validation") / len(found) == pytest.approx(0.1, abs=0.009)

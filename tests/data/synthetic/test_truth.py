@@ -1,4 +1,4 @@
-"""The exact accuracies against brute force, against numbers derived by hand, and against simulated pairs."""
+"""Tests of the exact accuracies against brute force, manual derivations and simulated pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIXED = ["short", "long", "formal", "list"]
 
 
 def simulate(factor: str, rng: Random) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The chosen and the rejected style, by rejection: coins for everything until the pair is a legal one."""
+    """Draw the chosen and the rejected style by rejection sampling: random values until the pair is valid."""
     while True:
         chosen = tuple(rng.choice(values) for values in ATTRIBUTES.values())
         rejected = tuple(rng.choice(values) for values in ATTRIBUTES.values())
@@ -28,7 +28,7 @@ def simulate(factor: str, rng: Random) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def brute_force(factors: list[str]) -> Fraction:
-    """The definition of Bayes accuracy over all 2^14 ordered pairs of styles."""
+    """Compute the Bayes accuracy by its definition, over all 2^14 ordered pairs of styles."""
     everything = list(product(*ATTRIBUTES.values()))
     weights: dict[tuple[tuple[str, ...], tuple[str, ...]], Fraction] = {}
     for factor in factors:
@@ -41,7 +41,7 @@ def brute_force(factors: list[str]) -> Fraction:
         ]
         for pair in legal:
             weights[pair] = weights.get(pair, Fraction(0)) + Fraction(1, len(legal) * len(factors))
-    # The predictor sees the two answers in either order: the heavier order is its guess.
+    # The predictor gets the two answers in random order and predicts the more probable one.
     total = Fraction(0)
     for (a, b), weight in weights.items():
         other = weights.get((b, a), Fraction(0))
@@ -80,7 +80,7 @@ def test_bayes_accuracy_bounds_fitted_predictor() -> None:
     rng = Random(11)
     counts: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
     n = 20_000
-    # The projection on what some factor wants, since the rest is noise to the table.
+    # Only attributes with a factor are used. The others are noise in the table.
     wanted = sorted({NAMES.index(attribute_of(factor)) for factor in MIXED})
     for _ in range(n):
         chosen, rejected = simulate(rng.choice(MIXED), rng)
@@ -89,7 +89,7 @@ def test_bayes_accuracy_bounds_fitted_predictor() -> None:
     hits = sum(max(counts[tuple(pair)], counts[tuple(pair)[::-1]]) for pair in map(tuple, seen))  # type: ignore[index]
     exact = float(bayes_accuracy(MIXED))
     sigma = (exact * (1 - exact) / n) ** 0.5
-    # A table fitted to its own pairs is optimistic by a little, hence the wider upper side.
+    # A table that is fitted to the same pairs is slightly optimistic, so the upper tolerance is larger.
     assert -4 * sigma < hits / n - exact < 4 * sigma + 0.01
 
 

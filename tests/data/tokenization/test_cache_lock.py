@@ -1,4 +1,4 @@
-"""Two processes that want the same entry: one makes it."""
+"""Tests of the lock of a cache entry with several processes."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.types import PreferenceExample
 
 CONTROL = ["<|im_end|>", "<|im_start|>", "<|eot_id|>", "</s>", "<s>", "<|endoftext|>", "<unk>", "<|begin_of_text|>"]
-# Metaspace tokenizers write a space as ▁, so that the character itself does not come back.
+# Metaspace tokenizers encode a space as ▁, so the character itself is not decoded.
 letters = st.characters(codec="utf-8", exclude_characters="▁")
 pieces = st.text(letters) | st.sampled_from(
     [*CONTROL, " ", "\n", "  ", "\n\n", "\x00", "e\u0301", "👩‍👩‍👧", "שלום", "[INST]", "<", "|>"]
@@ -32,7 +32,7 @@ def example(*turns: str, chosen: str = "yes", rejected: str = "no") -> Preferenc
 
 
 def rendered(template, given_example: PreferenceExample, answer: str) -> str:
-    """The whole sequence as the template should write it, from the text alone."""
+    """Return the expected text of the whole sequence."""
     frame = template.frame
     answer = answer.lstrip(frame.strip_left).rstrip(frame.strip_right)
     bos = template.tokenizer.decode(template._lead_ids)
@@ -58,20 +58,20 @@ def test_tokenize_decodes_to_text_with_one_end(any_tokenizer, prompt, chosen, re
         assert squeezed(got) == squeezed(rendered(template, given_example, answer))
         special = set(any_tokenizer.all_special_ids) - {any_tokenizer.unk_token_id}
         assert not special & set(ids[:-1])
-        # No turn can add control tokens to the prompt: there are as many as with harmless turns.
+        # No turn adds control tokens to the prompt: their number is the same as with harmless turns.
         harmless = template.prompt_ids(example("a", "b", "c").prompt)
         assert [i for i in prompt_ids if i in special] == [i for i in harmless if i in special]
 
 
 def squeezed(text: str) -> str:
-    """Without the dummy space that some Metaspace tokenizers put after a control token."""
+    """Remove the space that some Metaspace tokenizers add after a control token."""
     return text.replace("s> ", "s>")
 
 
 @settings(max_examples=40)
 @given(prompt=texts, answer=answers)
 def test_tokenize_matches_whole_conversation(any_tokenizer, prompt, answer):
-    """Reference: the tokenizer's own encoding of the whole rendered conversation, up to the end token."""
+    """The oracle is the encoding of the whole rendered conversation, up to the end token."""
     if not any_tokenizer.chat_template or any(text in prompt + answer for text in ["<", ">", "▁"]):
         return
     template = make_template(any_tokenizer)
@@ -150,7 +150,7 @@ def test_metaspace_adds_no_space_before_an_answer(tokenizers, name):
 
 
 def test_answer_merging_with_prompt_is_separate(fresh):
-    """The newline that ends the prompt would become one token with the newline that begins the answer."""
+    """The newline at the end of the prompt would merge with the newline at the start of the answer."""
     tokenizer = fresh("chatml")
     assert len(tokenizer.encode("\n\n")) == 1
     template = make_template(tokenizer)

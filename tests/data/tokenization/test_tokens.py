@@ -259,7 +259,7 @@ def test_cache_two_processes_make_one_entry(write_rows, template, cache, monkeyp
         store, report = load_or_tokenize(source, template, ANY_LENGTH, cache_dir=cache)
         answers.put((list(store), report.kept))
 
-    # As on a file system without locks, where both get to work.
+    # Without locks, both processes tokenize.
     monkeypatch.setattr("lpc_lightning.data.tokenization.token_cache.one_at_a_time", lambda entry: nullcontext())
     monkeypatch.setattr(type(template), "tokenize", together)
     workers = [fork.Process(target=work) for _ in range(2)]
@@ -342,7 +342,7 @@ def test_default_cache_dir(monkeypatch, tmp_path, write_rows, template):
     ],
 )
 def test_real_preferences(name, count, tokenizers, cache):
-    """Every row is read; a sample of them is tokenized and says its text again; train and test are the whole."""
+    """Every row is read, and a sample is tokenized and decoded to its text. Train and test contain all rows."""
     path = PREFERENCES / f"{name}.jsonl"
     reports = {split: DataReport() for split in ("train", "test")}
     examples = {split: list(RowSource(str(path), split=split).read(reports[split])) for split in reports}
