@@ -90,13 +90,13 @@ class PreferenceDataModule(LightningDataModule):
                 prompt. `truncate_answer`: keep the start of each answer, without the end-of-answer token. `error`:
                 stop. Dropped and cut pairs are counted in the log and in a metric.
             bad_rows: Treatment of invalid rows. `error`: stop and list them. `skip`: leave them out and count them.
-            length_window: Window size, in batches of all devices together. If set, a training batch holds pairs of similar
-                length: pairs are shuffled, then sorted by length within each window, and the batches are shuffled
-                again. Every pair is still used once in an epoch, and the expected loss is unchanged (see `length_windows`). On HH with
-                batches of 8, a window of 50 reduces padding from 51 to 17 % of all tokens in `padded` and from 8 to
-                2 % in `shared_prefix` with row_tokens 1024 (a single row has no padding). It also reduces the time
-                that devices wait for each other. The largest batch grows from 3480 to 5768 tokens, and with it the
-                peak memory. null: plain shuffling.
+            length_window: Window size, in batches of all devices together. If set, a training batch holds pairs of
+                similar length: pairs are shuffled, then sorted by length within each window, and the batches are
+                shuffled again. Every pair is still used once in an epoch, and the expected loss is unchanged (see
+                `length_windows`). On HH with batches of 8, a window of 50 reduces padding from 51 to 17 % of all tokens
+                in `padded` and from 8 to 2 % in `shared_prefix` with row_tokens 1024 (a single row has no padding). It
+                also reduces the time that devices wait for each other. The largest batch grows from 3480 to 5768
+                tokens, and with it the peak memory. null: plain shuffling.
             pairs_per_annotator: Number of pairs of the same annotator that are placed together in a training batch. It
                 must divide batch_size. These pairs share their evidence about the codes (MarginalSpace, annotators).
                 Every pair is still used once in an epoch (see `annotator_batches`). Cannot be combined with
@@ -305,7 +305,7 @@ class PreferenceDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
-        """Build the loader of the test pairs, each of them once."""
+        """Build the loader of the test pairs for prediction."""
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, stage: Stage) -> PreferenceLoader | list[PreferenceLoader]:

@@ -54,9 +54,7 @@ class PreferenceData(PreferenceDataModule):
         if isinstance(path, dict) and not ({"train"} <= set(path) <= set(known)):
             raise ValueError(f"data.path: found files for {sorted(path)}, expected train and optionally {known[1:]}.")
         if not 0 <= validation_share < 1:
-            raise ValueError(
-                f"data.validation_share: found {validation_share}, expected a share of at least 0 and below 1."
-            )
+            raise ValueError(f"data.validation_share: found {validation_share}, expected a share from 0 to below 1.")
         self.path: str | dict[str, str] = (
             {stage: expand_path(each, f"data.path.{stage}") for stage, each in path.items()}
             if isinstance(path, dict)

@@ -1,1 +1,1 @@
-"""Token ids as batches: order, packing and layout."""
+"""Batches of token ids: order, packing and layout."""

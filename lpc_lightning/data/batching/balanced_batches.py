@@ -1,8 +1,9 @@
-"""Training batches of nearly equal size, so that fixed shapes hold them with little padding.
+"""Training batches of nearly equal size, which need little padding in fixed shapes.
 
-The shuffled pairs are dealt out anew among the batches of a window: the longest pair first, each to the batch that is
-least full. Every pair comes once an epoch, in the window where plain shuffling has it, and the batches of a window come
-in random order: the mean over a batch is on average the mean over all pairs. What changes is which pairs share a batch.
+The shuffled pairs of a window are distributed over its batches. The longest pair is first, and each pair goes to the
+least full batch. Every pair is used once in an epoch, in the same window as with plain shuffling. The batches of a
+window are in random order, so the expected mean over a batch is the mean over all pairs. Only the pairs that share a
+batch change.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ import torch
 from torch import Generator
 
 WINDOW = 32
-"""Steps whose pairs are dealt out together."""
+"""Number of steps whose pairs are distributed together."""
 
 
 def balance_batches(
     order: Sequence[int], piece_lengths: np.ndarray, batch_size: int, devices: int, generator: Generator
 ) -> list[int]:
-    """Reorder shuffled pairs so that all batches hold about as many tokens, and as many answer tokens.
+    """Reorder shuffled pairs so that all batches have similar numbers of tokens and of answer tokens.
 
     Args:
-        order: Pairs in the order in which plain shuffling would take them; device d takes every n-th one from d on.
-        piece_lengths: (pairs, 3) tokens of every prompt, chosen and rejected completion.
-        batch_size: Pairs in a batch of one device.
-        devices: n.
-        generator: Shuffles the batches of a window.
+        order: Pairs in the order of plain shuffling. Device d takes every n-th pair, starting with pair d.
+        piece_lengths: (pairs, 3) number of tokens of each prompt, chosen completion and rejected completion.
+        batch_size: Number of pairs in a batch of one device.
+        devices: Number of devices n.
+        generator: Random generator that shuffles the batches of a window.
 
     Returns:
-        The same pairs. Those that do not fill a step stay behind, as they are.
+        The same pairs. The pairs at the end that do not fill a step keep their order.
     """
     step = batch_size * devices
     full = len(order) // step * step
@@ -46,7 +47,7 @@ def balance_batches(
 
 
 def _deal(window: Sequence[int], piece_lengths: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Deal pairs out among batches, by tokens and answer tokens, each in units of a batch's mean."""
+    """Distribute pairs over batches by tokens and answer tokens, both in units of the mean batch."""
     lengths = piece_lengths[list(window)]
     sizes = np.stack([lengths.sum(1), lengths[:, 1:].sum(1)], axis=1)
     number = len(window) // batch_size
@@ -54,7 +55,7 @@ def _deal(window: Sequence[int], piece_lengths: np.ndarray, batch_size: int) -> 
     batches: list[list[int]] = [[] for _ in range(number)]
     fill, room = np.zeros((number, 2)), np.full(number, batch_size)
     for place in np.argsort(-sizes.sum(1), kind="stable"):
-        # The batch whose squared fill grows least: |fill + size|^2 - |fill|^2, up to a constant.
+        # Choose the batch whose squared fill grows least: |fill + size|^2 - |fill|^2, up to a constant.
         growth = fill @ sizes[place]
         growth[room == 0] = np.inf
         batch = int(growth.argmin())

@@ -1,10 +1,10 @@
-"""Steps of pairs of like length, so that little of a batch is padding and devices wait little for each other.
+"""Steps with pairs of similar length, which reduce padding and the time that devices wait for each other.
 
-As `group_by_length` of transformers (`LengthGroupedSampler`) and the bucketed batches of fairseq do it: the shuffled
-pairs are sorted within windows of some steps, and the steps are shuffled again. The expected loss is that of plain
-shuffling. A pair falls into each window with the same chance, and from there, whatever its length, into each of the
-epoch's steps: so the mean over a step is on average the mean over all pairs, at every place of the epoch. What changes
-is which pairs share a step: those of like length, so that steps differ more from one another.
+The method is that of `group_by_length` in transformers (`LengthGroupedSampler`) and of the bucketed batches in fairseq.
+The shuffled pairs are sorted by length within windows of several steps, and the steps are shuffled again. The expected
+loss is that of plain shuffling: a pair is equally likely in each window and, for any length, in each step of the epoch.
+So the expected mean over a step is the mean over all pairs. Only the pairs that share a step change. They have similar
+lengths, so steps differ more from each other.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Generator
 def group_by_length(
     order: Sequence[int], lengths: Sequence[int], step: int, window: int, generator: Generator
 ) -> list[int]:
-    """Reorder shuffled pairs so that each step holds pairs of like length.
+    """Reorder shuffled pairs so that each step has pairs of similar length.
 
     Args:
-        order: Pairs in the order in which plain shuffling would take them.
-        lengths: Tokens of every pair.
-        step: Pairs in a step, on all devices.
-        window: Steps in a window.
-        generator: Shuffles the steps.
+        order: Pairs in the order of plain shuffling.
+        lengths: Number of tokens of each pair.
+        step: Number of pairs in a step, on all devices.
+        window: Number of steps in a window.
+        generator: Random generator that shuffles the steps.
 
     Returns:
-        The same pairs, the shortest of each step first. Pairs that do not fill a step are those that plain shuffling
-        would have in its last one, and stay behind.
+        The same pairs, with the shortest pair of each step first. The pairs at the end that do not fill a step stay at
+        the end.
     """
     full = len(order) // step * step
     sorted_windows = [

@@ -1,4 +1,4 @@
-"""Which pairs make up which batch, on which device, in an order that a resumed run takes up where it stopped."""
+"""Pairs of each batch on each device, and loaders that a resumed run continues after its last batch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
 
 class TrainingBatches(Sampler[list[int]]):
-    """Shuffled batches of one epoch, a function of (seed, epoch) alone; each device takes every n-th pair.
+    """Shuffled batches of one epoch. The order is a function of (seed, epoch) only. Each device takes every n-th pair.
 
-    Where the pairs do not divide among the devices, the first ones are seen twice in the epoch, so that all devices
-    take equally many steps.
+    If the number of pairs is no multiple of the number of devices, the first pairs are used twice in the epoch. So all
+    devices take the same number of steps.
     """
 
     def __init__(
@@ -43,18 +43,19 @@ class TrainingBatches(Sampler[list[int]]):
         """Plan the batches of a device.
 
         Args:
-            pairs: Pairs in the training set.
-            batch_size: Pairs in a batch of this device; the last batch of an epoch may hold fewer.
+            pairs: Number of training pairs.
+            batch_size: Number of pairs in a batch of this device. The last batch of an epoch may be smaller.
             seed: Seed of the order.
-            rank: This device's number.
-            devices: Devices that share the epoch.
-            lengths: Tokens of every pair, where there is a window.
-            length_window: Steps among which pairs are sorted by length (see `length_windows`); None does not sort.
-            annotators: Who labelled each pair, where there are runs.
-            pairs_per_annotator: Pairs of one annotator that stand together in a batch (see `annotator_batches`);
-                None: as drawn.
-            balance: (pairs, 3) tokens of every prompt and completion, by which batches are made equally long (see
-                `balanced_batches`); None: as drawn.
+            rank: Index of this device.
+            devices: Number of devices.
+            lengths: Number of tokens of each pair. Required if `length_window` is set.
+            length_window: Number of steps within which pairs are sorted by length (see `length_windows`). None: no
+                sorting.
+            annotators: Annotator of each pair. Required if `pairs_per_annotator` is set.
+            pairs_per_annotator: Number of pairs of one annotator that are placed together in a batch (see
+                `annotator_batches`). None: plain shuffling.
+            balance: (pairs, 3) number of tokens of each prompt and completion, which are used to give batches similar
+                sizes (see `balanced_batches`). None: plain shuffling.
         """
         self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rank, self.devices = rank, devices
@@ -65,16 +66,16 @@ class TrainingBatches(Sampler[list[int]]):
 
     @property
     def balanced(self) -> bool:
-        """True if batches are made equally long."""
+        """True if batches are given similar numbers of tokens."""
         return self._balance is not None
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch."""
+        """Set the epoch. The trainer calls this before each epoch."""
         self.epoch = epoch
 
     @property
     def sizes(self) -> list[int]:
-        """Pairs in each batch of an epoch."""
+        """Number of pairs in each batch of an epoch."""
         share = math.ceil(self.pairs / self.devices)
         return [min(self.batch_size, share - start) for start in range(0, share, self.batch_size)]
 
@@ -94,7 +95,7 @@ class TrainingBatches(Sampler[list[int]]):
         return [one[start : start + size] for one in mine for start in range(0, len(one), size)]
 
     def first(self, batches: int, epoch: int) -> list[int]:
-        """The pairs of the first batches of an epoch, on all devices."""
+        """Return the pairs of the first batches of an epoch, on all devices."""
         return self._order(epoch)[: batches * self.batch_size * self.devices]
 
     def _order(self, epoch: int) -> list[int]:
@@ -113,19 +114,19 @@ class TrainingBatches(Sampler[list[int]]):
 
 
 class EvaluationBatches(Sampler[list[int]]):
-    """Each pair once over all devices, in order, in equally many batches of nearly equal size on each device."""
+    """Batches that use each pair once, in order. All devices have the same number of batches, of nearly equal size."""
 
     def __init__(self, pairs: int, batch_size: int, rank: int = 0, devices: int = 1) -> None:
-        """Plan the batches of a device; arguments as for `TrainingBatches`.
+        """Plan the batches of a device. See `TrainingBatches` for the arguments.
 
-        Where some devices have a pair more than others, a batch of 1 may become one of 2.
+        If some devices have one pair more than others, a batch may have 2 pairs although `batch_size` is 1.
 
         Raises:
             DataError: There are more devices than pairs.
         """
         if pairs < devices:
             raise DataError(
-                f"evaluation: found {pairs} pairs for {devices} devices, expected at least one for each. Take fewer "
+                f"evaluation: found {pairs} pairs for {devices} devices, expected at least one for each. Use fewer "
                 "devices or more validation (test) pairs."
             )
         mine = range(rank, pairs, devices)
@@ -141,7 +142,7 @@ class EvaluationBatches(Sampler[list[int]]):
 
 
 class PreferenceLoader:
-    """A `DataLoader` over tokenised pairs whose batches Lightning leaves to each device alone."""
+    """Loader of batches of tokenised pairs. It wraps a `DataLoader`, so that Lightning does not replace its sampler."""
 
     def __init__(
         self,
@@ -151,14 +152,14 @@ class PreferenceLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """Put data, order and layout together.
+        """Build the loader.
 
         Args:
-            pairs: The tokenised pairs.
-            batches: Which of them make up each batch.
-            layout: Lays a batch out.
-            num_workers: Processes that lay batches out ahead of time; 0 does it in the training process.
-            pin_memory: Put batches into page-locked memory, for a GPU.
+            pairs: Tokenised pairs.
+            batches: Pairs of each batch.
+            layout: Function that converts the pairs of a batch to tensors.
+            num_workers: Number of processes that prepare batches in advance. 0: the training process prepares them.
+            pin_memory: True to copy batches to page-locked memory, for a GPU.
         """
         self.loader: DataLoader[Any] = DataLoader(
             pairs,  # type: ignore[arg-type]  # a Sequence is a map-style data set
@@ -176,13 +177,13 @@ class PreferenceLoader:
 
 
 class TrainingLoader(PreferenceLoader):
-    """A loader that can be stopped in the middle of an epoch and taken up again at the next batch.
+    """Loader of training batches that can stop within an epoch and continue with the next batch.
 
-    Its state goes into the checkpoint; the trainer calls `set_epoch` on its sampler.
+    Its state is part of the checkpoint. The trainer calls `set_epoch` on its sampler.
     """
 
     def __init__(self, pairs: Sequence[TokenizedPair], batches: TrainingBatches, *layout: Any, **options: Any) -> None:
-        """Put data, order and layout together; arguments as for `PreferenceLoader`."""
+        """Build the loader. See `PreferenceLoader` for the arguments."""
         super().__init__(pairs, batches, *layout, **options)
         self.sampler = batches
         self._data = pairs.fingerprint if isinstance(pairs, TokenStore) else ""
@@ -192,11 +193,11 @@ class TrainingLoader(PreferenceLoader):
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Pairs in each batch of an epoch on this device."""
+        """Number of pairs in each batch of an epoch on this device."""
         return self.sampler.sizes
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
-        # A generator: nothing is drawn before the first `next`, when the trainer has set the epoch.
+        # This is a generator: no batch is drawn before the first `next`. The trainer has set the epoch by then.
         self._epoch = self.sampler.epoch
         self.sampler.start = self._taken = self._taken_before.pop(self._epoch, 0)
         batches = iter(self.loader)
@@ -206,26 +207,26 @@ class TrainingLoader(PreferenceLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int | str | None]:
-        """Where the run is, and what decides the order."""
+        """Return the position in the epoch, and everything that determines the order."""
         return {"epoch": self._epoch, "taken": self._taken, "noise": self._noise, **self._order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the epoch up after the batches already taken; a later epoch starts with its first batch.
+        """Continue the epoch after the batches that were taken. A later epoch starts with its first batch.
 
         Raises:
-            DataError: The order or the labels would not be those of the run to be resumed.
+            DataError: The order or the labels differ from those of the checkpoint.
         """
         if self._noise != state["noise"]:
             raise DataError(
                 f"resume: found {self._noise or 'no label noise'}, expected {state['noise'] or 'no label noise'} as in "
-                "the checkpoint. Resume with the same settings of LabelFlipNoise, or start anew from the weights."
+                "the checkpoint. Resume with the same settings of LabelFlipNoise, or start a new run from the weights."
             )
         expected = {name: state[name] for name in self._order}
         if self._order != expected:
             raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
                 "same seed_everything, data, data.batch_size, data.length_window, data.pairs_per_annotator, "
-                "data.balance_batches and devices, or start anew from the weights."
+                "data.balance_batches and devices, or start a new run from the weights."
             )
         self._epoch, self._taken = state["epoch"], state["taken"]
         self._taken_before = {self._epoch: self._taken}

@@ -1,4 +1,4 @@
-"""Which pairs a run will read: far from all where it ends by steps or its batches are limited."""
+"""Pairs that a run reads, which can be few if the number of steps or batches is limited."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lpc_lightning.data.batching.loading import EvaluationBatches, TrainingBatch
 
 
 def training_reads(batches: TrainingBatches, trainer: Any) -> set[int]:
-    """Pairs that training reads, on all devices, from the run's first step to its last one.
+    """Return the pairs that training reads on all devices, from the first step of the run to the last.
 
     Args:
-        batches: The plan of any of the devices.
-        trainer: The trainer, whose settings say when the run ends at the latest.
+        batches: Plan of any device.
+        trainer: Trainer whose settings limit the length of the run.
     """
     epoch_length = _limited(len(batches), trainer.limit_train_batches)
     left = micro_batches(batches, trainer)
@@ -30,11 +30,11 @@ def training_reads(batches: TrainingBatches, trainer: Any) -> set[int]:
 
 
 def micro_batches(batches: TrainingBatches, trainer: Any) -> float:
-    """Return how many micro-batches a device takes in the run, at most.
+    """Return the maximum number of micro-batches of a device in the run.
 
     Args:
-        batches: The plan of any of the devices.
-        trainer: The trainer, whose settings say when the run ends at the latest.
+        batches: Plan of any device.
+        trainer: Trainer whose settings limit the length of the run.
     """
     left = math.inf
     if trainer.max_steps >= 0:
@@ -45,12 +45,12 @@ def micro_batches(batches: TrainingBatches, trainer: Any) -> float:
 
 
 def evaluation_reads(pairs: int, batch_size: int, trainer: Any) -> set[int]:
-    """Pairs that validation, test or prediction reads, on all devices.
+    """Return the pairs that validation, test or prediction reads on all devices.
 
     Args:
-        pairs: Pairs that there are.
-        batch_size: Pairs in a batch.
-        trainer: The trainer, whose command and limits count.
+        pairs: Number of pairs of the stage.
+        batch_size: Number of pairs in a batch.
+        trainer: Trainer with the command and the limits.
     """
     name = {"fit": "val", "validate": "val"}.get(trainer.state.fn.value, trainer.state.fn.value)
     limit = getattr(trainer, f"limit_{name}_batches")
@@ -59,11 +59,11 @@ def evaluation_reads(pairs: int, batch_size: int, trainer: Any) -> set[int]:
 
 
 def _longest_window(trainer: Any) -> int:
-    """Most batches that are accumulated for a step."""
+    """Return the maximum number of batches that are accumulated for a step."""
     schedules = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
     return max([trainer.accumulate_grad_batches, *(n for each in schedules for n in each.scheduling.values())])
 
 
 def _limited(batches: int, limit: int | float) -> int:
-    """A number of batches, or a share of them, as Lightning reads its `limit_*_batches`."""
+    """Apply a limit to a number of batches. An int is a number and a float a share, as in Lightning."""
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)

@@ -1,4 +1,4 @@
-"""The built-in preference generator: pairs whose deciding factor is known with every row."""
+"""Generator of preference pairs. The factor that decides the label is known for every pair."""
 
 from lpc_lightning.data.synthetic.generator import PreferenceGenerator
 from lpc_lightning.data.synthetic.truth import Truth

@@ -1,7 +1,7 @@
-"""Answers: a topic's content, composed in a given style.
+"""Answers with the content of a topic, composed in a given style.
 
-The number of words is drawn from the length class alone. The phrases that the style asks for take their share of it
-and the content fills the rest, so that the other attributes move the length by hardly more than a word.
+The number of words is drawn from the length class only. The phrases of the style use a part of it, and the content
+fills the rest. So the other attributes change the mean length by little more than one word.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from lpc_lightning.data.synthetic.topics import Phrase, Tip, Topic
 from lpc_lightning.data.synthetic.voices import CAUTIONS, EXAMPLES, VOICES, WARM_CLOSERS, WARM_OPENERS, Voice
 
 SHORT_WORDS = (12, 25)
-"""The fewest and the most words of a short answer; a list's dashes do not count."""
+"""Minimum and maximum number of words of a short answer. The dashes of a list are not counted."""
 LONG_WORDS = (40, 80)
-"""The same of a long answer."""
+"""Minimum and maximum number of words of a long answer."""
 
-# The content stops filling at a number of words drawn from here. It ends a few words below, hence the gap to the
-# lower bounds; the upper bounds are never passed.
+# The content is filled up to a number of words drawn from these ranges. It ends a few words below this number, so the
+# lower ends are above the minimum lengths. The upper ends are never exceeded.
 _SHORT_TARGET = (19, 25)
 _LONG_TARGET = (48, 72)
-_BRIEF = 3  # words, of the phrases that a short answer uses
-_REASON = {"short": 0.5, "long": 0.75}  # how often a tip gets its reason at once
+_BRIEF = 3  # maximum number of words of a style phrase in a short answer
+_REASON = {"short": 0.5, "long": 0.75}  # probability that a reason directly follows its tip
 
 
 def compose(topic: Topic, style: Mapping[str, str], rng: Random) -> str:
-    """An answer on `topic`, one random wording of many.
+    """Compose an answer on a topic, with a random wording.
 
     Args:
-        topic: what the answer is about.
-        style: the value of every attribute in `ATTRIBUTES`.
-        rng: where the choice of wording comes from.
+        topic: Topic of the answer.
+        style: Value of every attribute in `ATTRIBUTES`.
+        rng: Random generator for the wording.
 
     Returns:
-        The text: full sentences in one paragraph, or a list of lines that start with "- " between optional lines.
+        Full sentences in one paragraph, or lines that start with "- ", with optional lines before and after them.
     """
     short = style["length"] == "short"
     listed = style["layout"] == "list"
@@ -44,7 +44,7 @@ def compose(topic: Topic, style: Mapping[str, str], rng: Random) -> str:
     warm = style["tone"] == "warm"
     cautioned = style["caution"] == "with_caution"
     illustrated = style["example"] == "with_example"
-    # Three extras, or two around a list, leave a short answer so little room that each part takes its briefest form.
+    # A short answer with three extras, or with two extras and a list, has room for the briefest phrases only.
     crowded = short and warm + cautioned + illustrated + listed >= 3
 
     def choose(options: Sequence[Phrase]) -> Phrase:
@@ -58,7 +58,7 @@ def compose(topic: Topic, style: Mapping[str, str], rng: Random) -> str:
     after: list[str] = []
     words = 0
     if warm:
-        # A short answer has room for one warm phrase, a long one may have two.
+        # A short answer has room for one warm phrase. A long answer may have two.
         where = rng.random()
         if where < 0.7:
             opener = choose(WARM_OPENERS[register])
@@ -77,7 +77,7 @@ def compose(topic: Topic, style: Mapping[str, str], rng: Random) -> str:
         after.insert(0, f"{cue.text} {example.text}.")
         words += cue.words + example.words
 
-    # An introduction costs a short list much of its room; its first item can carry register and stance as well.
+    # An introduction uses much of the room of a short list. The first item can show register and stance instead.
     intro = choose(voice.intros) if listed and (not short or (not crowded and rng.random() < 0.6)) else None
     if intro:
         before.append(intro.text)
@@ -107,7 +107,7 @@ def compose(topic: Topic, style: Mapping[str, str], rng: Random) -> str:
 def _content(
     tips: Sequence[Tip], leads: Sequence[Phrase], room: int, at_least: int, reason_share: float, rng: Random
 ) -> list[str]:
-    """Sentences of at most `room` words in total, as long as `at_least` bare tips fit."""
+    """Return sentences with at most `room` words in total, and with at least `at_least` tips even if they exceed it."""
     parts: list[list[str]] = []
     bare: list[tuple[int, Tip]] = []
     for lead, tip in zip(leads, tips, strict=True):
@@ -116,7 +116,7 @@ def _content(
             continue
         room -= cost
         parts.append([lead.text, tip.act.text] if lead.text else [tip.act.text])
-        # The tips that a list must have come before the first reason.
+        # The required number of tips is reached before the first reason is added.
         if tip.reason.words <= room and len(parts) >= at_least and rng.random() < reason_share:
             room -= tip.reason.words
             parts[-1].append(tip.reason.text)

@@ -1,4 +1,4 @@
-"""The style attributes of an answer. A preference factor is one attribute together with the value that is preferred."""
+"""Style attributes of an answer. A preference factor is an attribute and its preferred value."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ ATTRIBUTES: Mapping[str, tuple[str, str]] = {
     "caution": ("with_caution", "without_caution"),
     "example": ("with_example", "without_example"),
 }
-"""The two values of each attribute. No two attributes share a value, so that a value names a factor by itself."""
+"""Two values of each attribute. No two attributes share a value, so a value identifies a factor."""
 
 Style = dict[str, str]
-"""The value of every attribute."""
+"""Value of every attribute."""
 
 _ATTRIBUTE = {value: attribute for attribute, values in ATTRIBUTES.items() for value in values}
 
 
 def attribute_of(factor: str) -> str:
-    """The attribute whose value `factor` is.
+    """Return the attribute that has the value `factor`.
 
     Raises:
-        ValueError: `factor` is no value of any attribute.
+        ValueError: No attribute has the value `factor`.
     """
     if factor not in _ATTRIBUTE:
         raise ValueError(f"factor: found {factor!r}, expected one of {', '.join(_ATTRIBUTE)}")
@@ -33,6 +33,10 @@ def attribute_of(factor: str) -> str:
 
 
 def opposite(factor: str) -> str:
-    """The other value of the same attribute. Raises `ValueError` as `attribute_of` does."""
+    """Return the other value of the same attribute.
+
+    Raises:
+        ValueError: No attribute has the value `factor`.
+    """
     first, second = ATTRIBUTES[attribute_of(factor)]
     return second if factor == first else first

@@ -1,4 +1,4 @@
-"""Preference pairs whose deciding factor is known: a test bed on which every claim about a latent can be checked."""
+"""Generator of preference pairs with a known deciding factor, for tests of the latent variable."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from lpc_lightning.types import Message, PreferenceExample
 
 
 class PreferenceGenerator:
-    """English preference pairs in which one style factor decides.
+    """Generator of English preference pairs in which one style factor decides the label.
 
-    Both answers of a pair are on the topic of the prompt. They differ in the deciding attribute, where the chosen one
-    has the preferred value, and in at least one more: the set of the other attributes in which they differ is uniform
-    among the non-empty sets, and everything about these is a fair coin. So no other attribute predicts the label.
+    Both answers of a pair are on the topic of the prompt. They differ in the deciding attribute, and the chosen answer
+    has its preferred value. They also differ in at least one other attribute. The set of these other attributes is
+    uniform among the non-empty sets, and their values are fair coins. So no other attribute predicts the label.
 
     Args:
-        deciding: `visible`: the domain of the prompt decides by a fixed factor; each deciding attribute is wanted one
-            way in one domain and the other way in another, so no unconditional preference solves the task. `hidden`:
-            the annotator decides, drawn independently of the prompt and named in the `annotator` column alone.
-        annotators: how many annotators there are, at least 2 in `hidden`, without effect in `visible`. They share up
-            to four factors: both directions of one attribute, and one direction of two more.
-        seed: selects the factors and the pairs.
+        deciding: Origin of the deciding factor. `visible`: each domain has a fixed factor. Each deciding attribute has
+            one preferred value in one domain and the opposite value in another domain, so no unconditional preference
+            solves the task. `hidden`: each annotator has a fixed factor. The annotator is drawn independently of the
+            prompt and appears only in the column `annotator`.
+        annotators: Number of annotators, at least 2 if `deciding` is `hidden`. No effect if it is `visible`. The
+            annotators share up to four factors: both values of one attribute, and one value of two others.
+        seed: Seed of the factors and the pairs.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> generator = PreferenceGenerator(deciding="hidden", annotators=8, seed=0)
@@ -42,19 +43,19 @@ class PreferenceGenerator:
         if deciding not in ("visible", "hidden"):
             raise ValueError(f"deciding: found {deciding!r}, expected 'visible' or 'hidden'")
         if deciding == "hidden" and annotators < 2:
-            raise ValueError(f"annotators: found {annotators}, expected at least 2 where deciding is 'hidden'")
+            raise ValueError(f"annotators: found {annotators}, expected at least 2 if deciding is 'hidden'")
         self.deciding = deciding
         self.annotators = annotators
         self.seed = seed
         self.truth = _visible_truth(seed) if deciding == "visible" else _hidden_truth(annotators, seed)
-        # What the truth depends on, so that `annotators` changes nothing where it has no effect.
+        # The key holds `annotators` only if it has an effect, so that otherwise it does not change the pairs.
         self._key = (deciding, annotators if deciding == "hidden" else 0, seed)
 
     def examples(self, n: int, split: str = "train") -> list[PreferenceExample]:
-        """The first `n` pairs of a split. A pair depends on the settings, the split and its index, not on `n`.
+        """Generate the first `n` pairs of a split. A pair depends on the settings, the split and its index, not on `n`.
 
         Raises:
-            ValueError: a negative `n` or an unknown split.
+            ValueError: `n` is negative or the split is unknown.
         """
         if n < 0:
             raise ValueError(f"n: found {n}, expected 0 or more")
@@ -88,7 +89,7 @@ class PreferenceGenerator:
 
 
 def _styles(factor: str, rng: Random) -> tuple[Style, Style]:
-    """The styles of the chosen and of the rejected answer. `bayes_accuracy` states this distribution."""
+    """Draw the styles of the chosen and the rejected answer. See `bayes_accuracy` for the distribution."""
     others = len(ATTRIBUTES) - 1
     differs = 1 + int(rng.random() * (2**others - 1))
     coins = int(rng.random() * 2**others)
@@ -108,7 +109,7 @@ def _styles(factor: str, rng: Random) -> tuple[Style, Style]:
 def _visible_truth(seed: int) -> Truth:
     names = tuple(domain.name for domain in DOMAINS)
     rng = stream("visible factors", seed)
-    # Both directions of as many attributes as there are pairs of domains: an unconditional preference stays at chance.
+    # Both values of one attribute for every two domains, so that an unconditional preference stays at chance level.
     attributes = shuffled(rng, list(ATTRIBUTES))[: len(names) // 2]
     factors = shuffled(rng, [value for attribute in attributes for value in ATTRIBUTES[attribute]])
     return Truth(
@@ -125,8 +126,8 @@ def _visible_truth(seed: int) -> Truth:
 
 def _hidden_truth(annotators: int, seed: int) -> Truth:
     rng = stream("hidden factors", seed)
-    torn, second, third = shuffled(rng, list(ATTRIBUTES))[:3]
-    factors = [*ATTRIBUTES[torn], pick(rng, ATTRIBUTES[second]), pick(rng, ATTRIBUTES[third])]
+    disputed, second, third = shuffled(rng, list(ATTRIBUTES))[:3]
+    factors = [*ATTRIBUTES[disputed], pick(rng, ATTRIBUTES[second]), pick(rng, ATTRIBUTES[third])]
     assigned = shuffled(rng, [factors[index % len(factors)] for index in range(annotators)])
     best = float(bayes_accuracy(assigned))
     return Truth(

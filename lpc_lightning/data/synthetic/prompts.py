@@ -1,4 +1,4 @@
-"""Prompts: a question about a topic from someone with a situation. No prompt asks for a style of answer."""
+"""Prompts: a question about a topic, with sentences about the user. No prompt requests a style of answer."""
 
 from __future__ import annotations
 
@@ -71,10 +71,9 @@ PERSONAS = (
 
 
 def draw_prompt(split: str, rng: Random) -> tuple[Domain, Topic, str]:
-    """A random prompt of `split`, with its domain and topic. Every domain has the same probability.
+    """Draw a random prompt of a split, and return its domain, its topic and its text. All domains are equally likely.
 
-    The split of a prompt is a function of its text alone: the same prompt never occurs in two splits, not even in
-    data sets of different seeds.
+    The split of a prompt is a function of its text only. So no prompt occurs in two splits, even with different seeds.
     """
     domain = pick(rng, DOMAINS)
     while True:
@@ -85,14 +84,14 @@ def draw_prompt(split: str, rng: Random) -> tuple[Domain, Topic, str]:
 
 
 def split_of(prompt: str) -> str:
-    """The split that a prompt belongs to: train for 80 % of all prompts, validation and test for 10 % each."""
+    """Return the split of a prompt: train for 80 % of all prompts, validation and test for 10 % each."""
     bucket = derive("split", prompt) % 10
     return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
 
 
 def _prompt(domain: Domain, topic: Topic, rng: Random) -> str:
     question = pick(rng, QUESTIONS).format(goal=topic.goal, gerund=topic.gerund)
-    # Most prompts carry both sentences: there are 24 x 10 such pairs and so hardly any duplicates.
+    # Most prompts have both sentences. There are 24 x 10 such combinations, so few prompts occur twice.
     which = rng.random()
     situation = []
     if which < 0.85:

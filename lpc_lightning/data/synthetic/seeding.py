@@ -1,4 +1,4 @@
-"""Random choices that are the same in every process, under every PYTHONHASHSEED and on every Python version."""
+"""Random choices that are equal in all processes, for all values of PYTHONHASHSEED and in all Python versions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ T = TypeVar("T")
 
 
 def stream(*parts: object) -> Random:
-    """The random stream that belongs to `parts`."""
+    """Return a random generator whose seed is derived from `parts`."""
     return Random(derive(*parts))
 
 
-# Python promises the same numbers across versions for `Random.random` alone, not for `choice` or `shuffle`.
+# Python guarantees equal numbers across versions only for `Random.random`, not for `choice` or `shuffle`.
 def pick(rng: Random, items: Sequence[T]) -> T:
-    """One of `items`, each with the same probability."""
+    """Return one of `items`, each with the same probability."""
     return items[int(rng.random() * len(items))]
 
 
 def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
-    """`items` in random order."""
+    """Return `items` in random order."""
     return sorted(items, key=lambda _: rng.random())

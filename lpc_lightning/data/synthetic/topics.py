@@ -1,4 +1,4 @@
-"""What a domain of the generator is made of."""
+"""Data types of a domain: phrases, tips and topics."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 
 class Phrase(NamedTuple):
-    """A piece of text and its length."""
+    """A text and its number of words."""
 
     text: str
     words: int
 
 
 def phrase(text: str) -> Phrase:
-    """`text` with its number of words (runs of characters between spaces)."""
+    """Count the words of a text. Words are separated by spaces."""
     return Phrase(text, len(text.split()))
 
 
 class Tip(NamedTuple):
-    """One piece of advice: what to do, and why. `act` is a verb phrase in the base form, `reason` a clause after it."""
+    """An advice. `act` is a verb phrase in the base form, and `reason` is a clause that follows it."""
 
     act: Phrase
     reason: Phrase
@@ -28,17 +28,17 @@ class Tip(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Topic:
-    """Something people ask about, and what there is to say on it.
+    """Topic of a prompt, with the content of its answers.
 
-    All texts start in lower case and carry no final stop, no contraction and no style cue, so that the style of an
-    answer comes from its composition alone. Tips stand in any order. The lengths that make a short answer with every
-    extra fit into its 25 words: at least two acts of at most 3 words, mistakes of at most 4, examples of at most 5.
+    All texts start in lower case and have no final period, no contraction and no style phrase. So the style of an
+    answer comes only from its composition. Tips may be in any order. A short answer with all extras must fit into 25
+    words. So at least two acts have at most 3 words, mistakes have at most 4, and examples at most 5.
     """
 
     goal: str
-    """A verb phrase that completes "How do I ...?"."""
+    """Verb phrase that completes "How do I ...?"."""
     gerund: str
-    """The same as a noun, completing "any advice on ...?"."""
+    """Gerund of the goal that completes "any advice on ...?"."""
     tips: tuple[tuple[str, str], ...]
     """(act, reason) pairs."""
     mistakes: tuple[str, ...]
@@ -48,25 +48,25 @@ class Topic:
 
     @cached_property
     def tip_phrases(self) -> tuple[Tip, ...]:
-        """The tips, counted."""
+        """Tips with their numbers of words."""
         return tuple(Tip(phrase(act), phrase(reason)) for act, reason in self.tips)
 
     @cached_property
     def mistake_phrases(self) -> tuple[Phrase, ...]:
-        """The mistakes, counted."""
+        """Mistakes with their numbers of words."""
         return tuple(map(phrase, self.mistakes))
 
     @cached_property
     def example_phrases(self) -> tuple[Phrase, ...]:
-        """The examples, counted."""
+        """Examples with their numbers of words."""
         return tuple(map(phrase, self.examples))
 
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """A field of life that prompts come from."""
+    """Field of knowledge with its topics, such as cooking."""
 
     name: str
     contexts: tuple[str, ...]
-    """Sentences an asker adds about their situation. They fit every topic and ask for no style of answer."""
+    """Sentences about the situation of the user. They fit every topic and request no style of answer."""
     topics: tuple[Topic, ...]

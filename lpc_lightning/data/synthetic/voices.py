@@ -1,8 +1,8 @@
-"""How an answer sounds: the phrases that carry register, stance, tone, caution and example.
+"""Style phrases of an answer, for register, stance, tone, caution and example.
 
-Each attribute owns its cues. Casual phrases that decide the register hold a contraction and formal ones never do; only
-hedged phrases hold may, might, maybe, perhaps, could, probably or guess; and so on, so that one attribute can be read
-off a text whatever the others are.
+Each attribute has its own cue words. For example, casual phrases that show the register have a contraction, and formal
+phrases have none. Only hedged phrases have may, might, maybe, perhaps, could, probably or guess. So each attribute can
+be detected in a text independently of the others.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ def _phrases(*texts: str) -> Phrases:
 
 @dataclass(frozen=True)
 class Voice:
-    """The phrases of one register and stance. All but the intros stand before a verb phrase in the base form."""
+    """Phrases of one register and stance. All except the intros precede a verb phrase in the base form."""
 
     leads: Phrases
-    """Open an answer; they show register and stance by themselves."""
+    """Start of an answer. Each phrase shows register and stance."""
     follows: Phrases
-    """Open the later sentences; the empty phrase leaves a plain imperative."""
+    """Start of a later sentence. The empty phrase gives a plain imperative."""
     intros: Phrases
-    """Stand before a list; they show register and stance by themselves."""
+    """Line before a list. Each phrase shows register and stance."""
     items: Phrases
-    """Open the later items of a list."""
+    """Start of a later item of a list."""
 
 
 VOICES: dict[tuple[str, str], Voice] = {

@@ -1,4 +1,4 @@
-"""Of several runs that miss the same entry of a cache, one makes it and the others wait for it."""
+"""Lock of a cache entry: if several runs need the same missing entry, one makes it and the others wait."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def one_at_a_time(entry: Path, seconds: float | None = None) -> Iterator[None]:
-    """Hold the lock of a cache's entry. Look again, once it is held, whether the entry is still missing.
+    """Hold the lock of a cache entry. The caller must check again inside the context whether the entry is missing.
 
-    The lock saves work and nothing depends on it: entries are whole or not there by themselves. So a file system
-    without locks, or a holder that takes too long, is gone on without. The lock of a process that is killed is free.
+    The lock only avoids duplicate work. Correctness does not depend on it, because entries are complete or absent. So
+    if the file system has no locks, or the wait exceeds `seconds`, the run continues without the lock. The system
+    releases the lock of a killed process.
 
     Args:
-        entry: Folder of the entry, in its kind's folder in the cache.
-        seconds: How long to wait at most. None: for ever.
+        entry: Folder of the entry, inside the folder of its kind in the cache.
+        seconds: Maximum waiting time. None: no limit.
     """
     path = entry.parent.parent / "locks" / f"{entry.parent.name}-{entry.name}"
     lock = FileLock(path)
@@ -29,7 +30,7 @@ def one_at_a_time(entry: Path, seconds: float | None = None) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=-1 if seconds is None else seconds)
     except (OSError, NotImplementedError, Timeout) as error:
-        log.info("Going on without the lock %s: %s", path, error)
+        log.info("Continuing without the lock %s: %s", path, error)
     try:
         yield
     finally:

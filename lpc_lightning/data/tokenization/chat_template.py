@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template."""
+"""Template that uses the chat template of the tokenizer."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ _EDGE = "\n \n "
 
 
 class ChatTemplate(Template):
-    """The tokenizer's own chat template, which writes any beginning-of-sequence token itself.
+    """Chat template of the tokenizer. The chat template itself writes the beginning-of-sequence token, if any.
 
-    A probe conversation is rendered once to see what the template puts around an answer and whether it strips it. The
-    end token is the first added token that follows the probe's answer, or the tokenizer's eos where none does.
+    The constructor renders a probe conversation. The result shows the text that the template writes around an answer,
+    and whether the template strips the answer. The end token is the first added token after the answer of the probe,
+    or the eos token if no added token follows.
 
     Args:
         tokenizer: A tokenizer with a chat template.
 
     Raises:
-        DataError: There is no chat template, it does not render the probe, or nothing ends an answer.
+        DataError: The tokenizer has no chat template or no end token, or the template does not render the probe.
     """
 
     kind = "chat"
@@ -38,8 +39,8 @@ class ChatTemplate(Template):
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
             raise DataError(
-                f"The tokenizer {name_of(tokenizer)} has no chat template. Use the plain template, or a tokenizer of a "
-                "chat model."
+                f"The tokenizer {name_of(tokenizer)} has no chat template. Use the plain template, or the tokenizer of "
+                "a chat model."
             )
         self.tokenizer = tokenizer
         user = Message(role="user", content="question")
@@ -49,15 +50,20 @@ class ChatTemplate(Template):
             spaced = self._apply([user, Message(role="assistant", content=f"{_EDGE}{_PROBE}{_EDGE[::-1]}")])
         except jinja2.TemplateError as error:
             raise DataError(
-                f"The chat template of {name_of(tokenizer)} refuses a user and an assistant turn: {error}"
+                f"The chat template of {name_of(tokenizer)} rejects a user turn followed by an assistant turn: "
+                f"{error}. Use the plain template."
             ) from error
-        head, found, after = whole.rpartition(_PROBE)
-        if not found:
-            raise DataError(f"The chat template of {name_of(tokenizer)} leaves out the text of an assistant turn.")
+        head, separator, after = whole.rpartition(_PROBE)
+        if not separator:
+            raise DataError(
+                f"The chat template of {name_of(tokenizer)} omits the text of an assistant turn. Use the plain "
+                "template."
+            )
         if not head.startswith(prompt):
             log.warning(
-                "The chat template of %s opens an answer to generate with %r, but writes a given one after %r: answers "
-                "are put right after the former.", name_of(tokenizer), prompt[-40:], head[-40:],
+                "The chat template of %s ends a generation prompt with %r, but writes %r before the answer of an "
+                "assistant turn. Answers are appended to the generation prompt.",
+                name_of(tokenizer), prompt[-40:], head[-40:],
             )  # fmt: skip
         added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
         end = re.search(any_of(added), after) if added else None
@@ -89,5 +95,5 @@ class ChatTemplate(Template):
 
 
 def _stripped(left: str) -> str | None:
-    """What was stripped, seen from what is left of `_EDGE`."""
+    """Return the characters that were stripped, given the rest of `_EDGE`. None: all white space."""
     return {"": None, _EDGE.lstrip("\n"): "\n"}.get(left, "")

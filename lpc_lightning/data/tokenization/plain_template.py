@@ -1,4 +1,4 @@
-"""A plain text for base models, which have no chat template."""
+"""Plain text template for base models, which have no chat template."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lpc_lightning.types import Message
 
 
 class PlainTemplate(Template):
-    """A plain text for base models: "System: ...\\n\\nUser: ...\\n\\nAssistant:", the answer after one space, then eos.
+    """Plain text: "System: ...\\n\\nUser: ...\\n\\nAssistant:", one space, the answer and the eos token.
 
-    The beginning-of-sequence token stands before it exactly when the tokenizer by itself adds one.
+    The text starts with the beginning-of-sequence token if the tokenizer adds one by default.
 
     Args:
         tokenizer: Any tokenizer with an eos token.

@@ -1,8 +1,8 @@
-"""What turns prompts and answers into token ids.
+"""Base class of the templates, which convert prompts and answers to token ids.
 
-A completion is what the template writes around an answer, as ids, and then exactly one end-of-answer token. Text from
-the data never becomes a control token: "<|im_end|>" in an answer is cut inside before it is encoded, so that it stays
-text.
+A completion is the answer with the text that the template writes around it, followed by exactly one end-of-answer
+token. Text from the data never becomes a control token. For example, "<|im_end|>" in an answer is split into two parts,
+which are encoded separately and so remain text.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from lpc_lightning.types import Message, PreferenceExample, TokenizedPair
 
 @dataclass(frozen=True)
 class AnswerFrame:
-    """What a template writes around an answer."""
+    """Text and tokens that a template writes around an answer."""
 
     end_id: int
-    """The token that ends an answer."""
+    """Token that ends an answer."""
     before: str = ""
     """Text between the generation prompt and the answer, such as a space."""
     after: str = ""
     """Text between the answer and its end token."""
     strip_left: str | None = ""
-    """Characters that the template strips from the start of an answer; None: all white space."""
+    """Characters that the template strips from the start of an answer. None: all white space."""
     strip_right: str | None = ""
-    """The same for its end."""
+    """Characters that the template strips from the end of an answer. None: all white space."""
 
 
 class _Prompt(NamedTuple):
-    """An encoded prompt, and what of its text an answer is encoded together with."""
+    """Encoded prompt, with the part of its text that is encoded together with an answer."""
 
     ids: list[int]
     tail: str
-    """The prompt's text from its last control token on: nothing before that can merge with an answer."""
+    """Text of the prompt from its last control token on. No earlier text can merge with an answer."""
     tail_ids: list[int]
     tail_continues: bool
-    """The tail follows other text (it is what is left after a cut)."""
+    """True if the tail follows other text, which is the case after a split."""
 
 
 class Template(ABC):
-    """Turns a `PreferenceExample` into a `TokenizedPair`.
+    """Converter of a `PreferenceExample` to a `TokenizedPair`.
 
     Attributes:
         kind: `chat` or `plain`.
         tokenizer: The tokenizer.
-        frame: What stands around an answer, its end token included.
+        frame: Text around an answer, and its end token.
     """
 
     kind: str
@@ -70,54 +70,54 @@ class Template(ABC):
 
     @abstractmethod
     def render(self, prompt: Sequence[Message]) -> str:
-        """The prompt as text, up to where the answer begins.
+        """Render the prompt as text, up to the start of the answer.
 
         Raises:
-            BadRow: The template refuses this conversation.
+            BadRow: The template rejects this conversation.
         """
 
     @property
     def end_id(self) -> int:
-        """The token that ends every answer, and at which generation stops."""
+        """Token that ends every answer. Generation stops at it."""
         return self.frame.end_id
 
     @property
     def pad_id(self) -> int:
-        """A token to pad with: the tokenizer's own, or the end token (padding is masked, so any token would do)."""
+        """Padding token of the tokenizer, or the end token if it has none. Padding is masked, so any token is valid."""
         pad: int | None = self.tokenizer.pad_token_id
         return self.end_id if pad is None else pad
 
     @property
     def bos_id(self) -> int | None:
-        """The tokenizer's beginning-of-sequence token, if it has one."""
+        """Beginning-of-sequence token of the tokenizer, or None if it has none."""
         bos: int | None = self.tokenizer.bos_token_id
         return bos
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides which ids come out: tokenizer, chat template, kind and frame."""
+        """SHA-256 of everything that determines the token ids: tokenizer, chat template, kind and frame."""
         tokens = self.tokenizer.special_tokens_map
         parts = [self.kind, asdict(self.frame), self._lead_ids, self.tokenizer.chat_template, tokens, self._backend()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
-        """The prompt as ids, from its own text alone: the same in training and when text is generated.
+        """Encode the prompt independently of any answer. The ids are the same in training and in generation.
 
         Raises:
-            BadRow: The template refuses this conversation.
+            BadRow: The template rejects this conversation.
         """
         return self._encode_prompt(prompt).ids
 
     def tokenize(self, example: PreferenceExample) -> TokenizedPair:
-        """Both sequences of a pair: `prompt_ids + chosen_ids` and `prompt_ids + rejected_ids`.
+        """Encode both sequences of a pair: `prompt_ids + chosen_ids` and `prompt_ids + rejected_ids`.
 
         Raises:
-            BadRow: The template refuses the prompt, an answer is empty, or both answers have the same ids.
+            BadRow: The template rejects the prompt, an answer is empty, or both answers have the same ids.
         """
         prompt = self._encode_prompt(example.prompt)
         chosen, rejected = (self._completion(prompt, answer) for answer in (example.chosen, example.rejected))
         if chosen == rejected:
-            raise BadRow("equal answers", f"both become the same {len(chosen)} tokens: {example.chosen[:40]!r}")
+            raise BadRow("equal answers", f"both are encoded as the same {len(chosen)} tokens: {example.chosen[:40]!r}")
         return TokenizedPair(
             id=example.id,
             prompt_ids=prompt.ids,
@@ -155,14 +155,14 @@ class Template(ABC):
         answer = answer.lstrip(self.frame.strip_left).rstrip(self.frame.strip_right)
         ids = self._framed(prompt, answer)
         if len(ids) <= len(self.frame.before + self.frame.after) and ids == self._framed(prompt, ""):
-            raise BadRow("empty answer", f"the tokenizer leaves nothing of {answer[:40]!r}")
+            raise BadRow("empty answer", f"the tokenizer returns no token for {answer[:40]!r}")
         if self.end_id in ids:
-            found = f"the tokenizer makes its end-of-answer token (id {self.end_id}) of text in {answer[:40]!r}"
-            raise BadRow("end token in answer", found)
+            detail = f"the tokenizer encodes text in {answer[:40]!r} as its end-of-answer token (id {self.end_id})"
+            raise BadRow("end token in answer", detail)
         return [*ids, self.end_id]
 
     def _framed(self, prompt: _Prompt, answer: str) -> list[int]:
-        """Ids of the answer and the text around it, without the end token."""
+        """Encode the answer and the text around it, without the end token."""
         first, *rest = self._text.cut(answer)
         first = self.frame.before + first
         if rest:
@@ -171,7 +171,8 @@ class Template(ABC):
             first += self.frame.after
         joint = self._text.encoded(prompt.tail + first, prompt.tail_continues)
         cut = len(prompt.tail_ids)
-        # Where a token spans the boundary, the prompt's ids must stay as they are at inference.
+        # If a token spans the boundary, the answer is encoded separately. The prompt must have the ids that it has at
+        # inference.
         ids = joint[cut:] if joint[:cut] == prompt.tail_ids else self._text.continued(first)
         for chunk in rest:
             ids = ids + self._text.continued(chunk)
@@ -181,5 +182,5 @@ class Template(ABC):
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
-        # Any earlier call may have left its own padding and truncation in the backend.
+        # Padding and truncation are left out: they are settings of the last call of the tokenizer.
         return {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}

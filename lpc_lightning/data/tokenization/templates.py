@@ -1,4 +1,4 @@
-"""The templates by name."""
+"""Templates by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lpc_lightning.data.tokenization.plain_template import PlainTemplate
 from lpc_lightning.data.tokenization.template import Template
 
 TemplateKind = Literal["auto", "chat", "plain"]
-"""`auto`: the tokenizer's chat template where it has one, else plain text."""
+"""Kind of template. `auto`: `chat` if the tokenizer has a chat template, otherwise `plain`."""
 
 _KINDS: dict[str, Callable[[PreTrainedTokenizerBase], Template]] = {
     "auto": lambda tokenizer: ChatTemplate(tokenizer) if tokenizer.chat_template else PlainTemplate(tokenizer),
@@ -23,10 +23,10 @@ _KINDS: dict[str, Callable[[PreTrainedTokenizerBase], Template]] = {
 
 
 def make_template(tokenizer: PreTrainedTokenizerBase, kind: TemplateKind = "auto") -> Template:
-    """The template of a kind.
+    """Make the template of a kind.
 
     Raises:
-        DataError: An unknown kind, `chat` without a chat template, or a tokenizer that cannot end an answer.
+        DataError: The kind is unknown, it is `chat` and there is no chat template, or the tokenizer has no end token.
     """
     if kind not in _KINDS:
         raise DataError(f"template={kind!r}: expected one of {', '.join(_KINDS)}")

@@ -1,4 +1,4 @@
-"""The domains that prompts come from, one a file."""
+"""Domains of the prompts, one in each file."""
 
 from lpc_lightning.data.synthetic.domains.cooking import COOKING
 from lpc_lightning.data.synthetic.domains.finance import FINANCE
