@@ -2,7 +2,7 @@
 
 Latent Preference Coding (Gong et al., ICML 2025, arXiv 2505.04993). This file needs only torch, safetensors and
 transformers. It is part of every exported folder, so that
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where the project that trained the model is not installed.
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without the project that trained it.
 
 Letters: B prompts in a batch, q tokens of a call, d hidden width, V vocabulary, K codes. h_x (B, d) is the last hidden
 state (after the final norm, what enters the LM head) at the last token of a prompt.
