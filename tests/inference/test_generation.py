@@ -15,8 +15,7 @@ from transformers import GenerationConfig
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.generation import Answer, Answered, Condition, Decoding, _GumbelNoise, answers
-from lpc_lightning.inference.opening import OpenedPolicy
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import OpenedPolicy, inference_prior
 from lpc_lightning.latent import GaussianSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import Message

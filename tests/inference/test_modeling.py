@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from lpc_lightning.inference.modeling_lpc import latent_causal_lm
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import LatentSpace, MarginalSpace, VectorSpace
 from lpc_lightning.policy import LoRA
 
