@@ -273,12 +273,32 @@ def main(arguments: list[str] | None = None) -> None:
     set_up_logging()
     run, _ = known[arguments[0]]
     try:
+        check_config_files(arguments[1:])
         run(arguments)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except SIGTERMException:
         sys.exit(143)
+
+
+def check_config_files(arguments: list[str]) -> None:
+    """Check that all config files on the command line exist. The parser's own error is a page of usage.
+
+    Raises:
+        ConfigError: A file does not exist.
+    """
+    options = ("-c", "--config", *(f"--{name}" for name in (*GROUPS, "model", "data", "trainer")))
+    following = [*arguments[1:], ""]
+    for argument, after in zip(arguments, following, strict=True):
+        option, equals, value = argument.partition("=")
+        path = Path(value if equals else after)
+        is_file_name = path.suffix in (".yaml", ".yml")
+        if option.removesuffix("+") in options and is_file_name and not path.is_file():
+            raise ConfigError(
+                f"{option}: found no file {path} in {Path.cwd()}.\n"
+                "Expected a YAML file; `lpc-lightning configs` writes those that come with the package."
+            )
 
 
 def set_up_logging() -> None:

@@ -537,14 +537,30 @@ def test_a_group_without_a_class_is_told(command: Command, missing: str, places:
     assert_one_error(said, rf"{missing}: found no class, expected one, as in `--{missing} ")
 
 
-@pytest.mark.parametrize(
-    "flag", ["--data.batchsize=3", "--latent=NoSuchSpace", "--data.batch_size=many", "--config=nowhere.yaml"]
-)
+@pytest.mark.parametrize("flag", ["--data.batchsize=3", "--latent=NoSuchSpace", "--data.batch_size=many"])
 def test_an_unknown_setting_is_the_parsers_to_tell(fit: Command, flag: str) -> None:
     said = fit(flag)
     assert said.code == 2
     assert "Traceback" not in said.err
     assert flag.partition("=")[2].partition(".")[0] in said.err or "batchsize" in said.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", "--config", "nowhere.yaml"],
+        ["fit", "--config=nowhere.yaml", "--model=DPO"],
+        ["fit", "-c", "nowhere.yaml"],
+        ["fit", "--latent=nowhere.yaml"],
+        ["fit", "--callbacks+=nowhere.yaml"],
+        ["export", "--config=nowhere.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_missing_config_file_is_two_lines(command: Command, arguments: list[str]) -> None:
+    ended = command(*arguments)
+    assert_one_error(ended, r"(-c|--config|--latent|--callbacks\+): found no file nowhere\.yaml in /")
+    assert len(ended.err.splitlines()) == 2
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tests that seeds depend on their parts only, and differ from each other."""
+"""Derived seeds: the same on every machine, and different for different parts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lpc_lightning.seeding import derive, run_seed
         (("order",), "3eeb7e96e59ce40f"),
     ],
 )
-def test_seeds_are_the_leading_63_bits_of_sha256(parts: tuple[object, ...], digits: str) -> None:
+def test_derive_is_63_bits_of_sha256(parts: tuple[object, ...], digits: str) -> None:
     assert derive(*parts) == int(digits, 16) // 2
     assert 0 <= derive(*parts) < 2**63
 
 
-def test_seed_depends_on_parts_and_order() -> None:
+def test_derive_depends_on_parts_and_order() -> None:
     parts = list(itertools.product(["step", "evaluation"], range(3), range(11), range(12)))
     assert len({derive(*part) for part in parts}) == len(parts)
     assert derive("step", 1, 2) != derive("step", 2, 1)
@@ -31,7 +31,7 @@ def test_seed_depends_on_parts_and_order() -> None:
 
 
 @pytest.mark.parametrize(("setting", "seed"), [(None, 0), ("", 0), ("0", 0), ("41", 41)])
-def test_run_seed_is_lightnings(monkeypatch: pytest.MonkeyPatch, setting: str | None, seed: int) -> None:
+def test_run_seed_from_lightning(monkeypatch: pytest.MonkeyPatch, setting: str | None, seed: int) -> None:
     if setting is None:
         monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     else:

@@ -1,4 +1,4 @@
-"""From rows of any known form to batches of preference pairs."""
+"""Data pipeline from rows in any supported format to batches of preference pairs."""
 
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.datamodule import PreferenceDataModule

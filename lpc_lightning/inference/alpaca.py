@@ -1,4 +1,4 @@
-"""The command `alpaca`: answers in the form that the package `alpaca_eval` judges."""
+"""The command `alpaca`: write answers in the format of the package `alpaca_eval`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def alpaca(
     settings |= {"dtype": dtype, **asdict(decoding)}
     del settings["batch_size"]  # it does not change the answers
     path = Path(output)
-    rows = _taken_up(path, asked, settings)
+    rows = _resume(path, asked, settings)
     if rows:
         print(f"{path} holds {len(rows)} of {len(asked)} answers already.")
     left = asked[len(rows) :]
@@ -92,10 +92,10 @@ def alpaca(
 
 
 def read_instructions(path: str) -> list[Row]:
-    """`instruction` and `dataset` of each row.
+    """Read `instruction` and `dataset` of each row.
 
     Raises:
-        DataError: A row without an instruction, or with something that cannot be used; names file, row and field.
+        DataError: A row has no instruction or an invalid field. The message names file, row and field.
     """
     found = []
     for place, row in read_rows(path):
@@ -113,8 +113,8 @@ def read_instructions(path: str) -> list[Row]:
     return found
 
 
-def _taken_up(path: Path, asked: Sequence[Row], settings: Mapping[str, Any]) -> list[Row]:
-    """The answers that are there already, after a check that they belong to these instructions and settings."""
+def _resume(path: Path, asked: Sequence[Row], settings: Mapping[str, Any]) -> list[Row]:
+    """Read the answers of an interrupted command. Check that instructions and settings are the same."""
     beside = path.with_suffix(".settings.json")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def _taken_up(path: Path, asked: Sequence[Row], settings: Mapping[str, Any]) -> 
 
 
 def _write(path: Path, rows: list[Row]) -> None:
-    """Replace the file in one step, so that an interruption leaves a whole one."""
+    """Replace the file in one step, so that an interruption leaves a complete file."""
     half = path.with_name(path.name + ".part")
     half.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(half, path)

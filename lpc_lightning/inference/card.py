@@ -1,4 +1,4 @@
-"""The model card of an exported policy, for somebody who knows neither the run nor this suite."""
+"""Model card of an exported policy, for readers without knowledge of the run or this suite."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ MEASURED = {
     "latent/prior_entropy": "entropy of the prior for a single prompt, in nats",
     "latent/dead_codes": "codes that are no prompt's likeliest",
 }
-"""What of a run's `summary.json` is told, and how it is called."""
+"""Metrics of `summary.json` in the card, with their descriptions."""
 SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What a card tells of."""
+    """Content of a model card."""
 
     name: str
-    """What the model is called."""
+    """Name of the model."""
     origin: Mapping[str, Any]
-    """Where it comes from: see `checkpoint_origin`."""
+    """Origin, see `checkpoint_origin`."""
     template: Template
-    """Writes its prompts."""
+    """Template of its prompts."""
     latent: Mapping[str, Any] | None = None
-    """Settings of its prior; None where it has no latent."""
+    """Settings of its prior. None without a latent."""
     linear: bool = True
-    """Whether z is a bias on its logits."""
+    """True if z is a bias on its logits."""
     biases: str | None = None
-    """The file with what each code adds to the logits, where there is one."""
+    """File with the logit biases of each code, if written."""
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The content of the run's `summary.json` and `results.json` files, by path."""
+    """Content of the run's `summary.json` and `results.json` files, by path."""
 
 
 def model_card(model: Exported) -> str:
-    """Markdown with the YAML front matter of the hub."""
-    latent = [] if model.latent is None else [_steer(model, model.latent), _what_z_is(model.latent)]
+    """Return the card as Markdown, with the YAML front matter of the hub."""
+    latent = [] if model.latent is None else [_steer(model, model.latent), _latent_section(model.latent)]
     parts = [_front(model), _head(model), _use(model), *latent, _training(model.origin), _results(model.results)]
     return "\n\n".join([*parts, _limits(model)]) + "\n"
 
@@ -174,7 +174,7 @@ def _as_bias(model: Exported, latent: Mapping[str, Any]) -> list[str]:
     return [told, _code(*_aligned(lines)), *table]
 
 
-def _what_z_is(latent: Mapping[str, Any]) -> str:
+def _latent_section(latent: Mapping[str, Any]) -> str:
     told = {
         "discrete": f"A codebook of {latent.get('num_codes')} vectors, one for each preference factor. A network "
         "of two "
@@ -190,12 +190,12 @@ def _what_z_is(latent: Mapping[str, Any]) -> str:
 
 
 def _training(origin: Mapping[str, Any]) -> str:
-    rows: list[tuple[str, Any]] = [("algorithm", f"{origin['algorithm']}{_told(origin['settings'])}")]
+    rows: list[tuple[str, Any]] = [("algorithm", f"{origin['algorithm']}{_settings(origin['settings'])}")]
     latent, data, trainer = origin["latent"], origin["data"], origin["trainer"] or {}
-    rows.append(("latent", f"{_class(latent)}{_told(latent.get('init_args') or {})}" if latent else "none"))
-    rows.append(("policy", f"{_class(origin['policy'])}{_told(origin['policy'].get('init_args') or {})}"))
+    rows.append(("latent", f"{_class(latent)}{_settings(latent.get('init_args') or {})}" if latent else "none"))
+    rows.append(("policy", f"{_class(origin['policy'])}{_settings(origin['policy'].get('init_args') or {})}"))
     unknown = "not known: the checkpoint lay beside no config.yaml"
-    rows.append(("data", f"{_class(data)}{_told(data.get('init_args') or {})}" if data else unknown))
+    rows.append(("data", f"{_class(data)}{_settings(data.get('init_args') or {})}" if data else unknown))
     rows.append(("training pairs", origin["training_pairs"]))
     rows.append(("optimizer steps", origin["step"]))
     rows += [
@@ -266,8 +266,8 @@ def _class(spec: Mapping[str, Any]) -> str:
     return str(spec["class_path"]).rpartition(".")[2]
 
 
-def _told(settings: Mapping[str, Any]) -> str:
-    """` (beta 0.1, codes 32)`: what is set and not off, classes by name with their own settings."""
+def _settings(settings: Mapping[str, Any]) -> str:
+    """Format settings as ` (beta 0.1, codes 32)`. None and False are left out. A class has its own settings."""
     told = [f"{name} {_value(value)}" for name, value in settings.items() if value is not None and value is not False]
     return f" ({', '.join(told)})" if told else ""
 
@@ -275,7 +275,9 @@ def _told(settings: Mapping[str, Any]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return (
-            f"{_class(value)}{_told(value.get('init_args') or {})}" if "class_path" in value else _told(value).strip()
+            f"{_class(value)}{_settings(value.get('init_args') or {})}"
+            if "class_path" in value
+            else _settings(value).strip()
         )
     return f"`{value}`" if isinstance(value, str) else json.dumps(value)
 
@@ -289,7 +291,7 @@ def _code(*lines: str) -> str:
 
 
 def _aligned(lines: Mapping[str, str]) -> list[str]:
-    """Each line of code with its comment behind it."""
+    """Align the comments of lines of code."""
     width = max(map(len, lines))
     return [f"{line:<{width}}  # {why}" if why else line for line, why in lines.items()]
 

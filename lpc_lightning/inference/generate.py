@@ -1,4 +1,4 @@
-"""The command `generate`: answers on the terminal and as JSON lines."""
+"""The command `generate`: write answers to the terminal and to JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lpc_lightning.inference.side_by_side import side_by_side
 from lpc_lightning.latent import PriorMode
 
 TOP = 5
-"""Codes of the prior that are shown."""
+"""Number of the prior's codes in the output."""
 
 
 def generate(
@@ -84,10 +84,10 @@ def generate(
 def conditions(
     opened: OpenedPolicy, prior_mode: PriorMode | None, codes: Sequence[int], code_weights: Sequence[str] | None
 ) -> list[Condition]:
-    """The prior, the mixture where there is one, and each code.
+    """List the conditions: the prior, the mixture if it is given, and each code.
 
     Raises:
-        ConfigError: The policy has no such code, or no codes at all.
+        ConfigError: The policy does not have the code, or has no codes.
     """
     prior = opened.prior
     if prior is None:
@@ -115,7 +115,7 @@ def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
     values: Sequence[object] = given
     try:
         if given[0].endswith(".json"):
-            values = _read_weights(given[0], ",".join(given[1:]))  # a comma in a name has set its parts apart
+            values = _read_weights(given[0], ",".join(given[1:]))  # the command line splits a name at its commas
         weights = tuple(float(value) for value in values)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise DataError(f"code_weights: there is no file {given[0]}.") from None
@@ -130,7 +130,7 @@ def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
 
 
 def _read_weights(path: str, name: str) -> Sequence[object]:
-    """The list in a file, or that of a name where the file has several."""
+    """Read the list of a file. A file with several lists needs a name."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     if isinstance(found, dict) and name not in found:
         raise ConfigError(f"code_weights: found {name or 'no name'} for {path}, expected one of {', '.join(found)}.")
@@ -152,17 +152,17 @@ def _report(
             if file is not None:
                 file.write(json.dumps({"model": opened.name, **asdict(answered)}, ensure_ascii=False) + "\n")
                 file.flush()
-            bar.write(_shown(answered, number, width))
+            bar.write(_format(answered, number, width))
             bar.update()
     if output:
         print(f"Wrote {output}.")
 
 
-def _shown(answered: Answered, number: int, width: int) -> str:
+def _format(answered: Answered, number: int, width: int) -> str:
     lines = [f"Prompt {number}: {answered.prompt[-1]['content']}"]
     if answered.prior is not None:
         ranked = sorted(enumerate(answered.prior), key=lambda code: -code[1])
-        told = ", ".join(f"{code} ({share:.3f})" for code, share in ranked[:TOP])
-        lines.append(f"Likeliest codes under the prior: {told}")
+        codes = ", ".join(f"{code} ({share:.3f})" for code, share in ranked[:TOP])
+        lines.append(f"Likeliest codes under the prior: {codes}")
     texts = {each.under: each.text + ("" if each.finished else " [...]") for each in answered.answers}
     return "\n".join([*lines, "", side_by_side(texts, width), ""])

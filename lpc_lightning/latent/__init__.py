@@ -1,4 +1,4 @@
-"""Latent spaces: a preference representation z for each pair, learned in several ways, and the controls."""
+"""Latent spaces: a preference representation z for each pair, with several estimators and controls."""
 
 from lpc_lightning.latent.controls import GaussianSpace, MLPSpace, PosteriorOnlySpace, PriorOnlySpace, VectorSpace
 from lpc_lightning.latent.discrete import DiscreteSpace

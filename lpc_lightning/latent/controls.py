@@ -1,6 +1,6 @@
-"""What LPC has to beat: spaces with the same place in the model and less, or other, structure.
+"""Control spaces: they enter the model as LPC does, with less or other structure.
 
-Gains of LPC may come from extra parameters or from noise. Each control keeps one of these and drops the rest.
+The gains of LPC may come from extra parameters or from noise. Each control keeps one of these and drops the rest.
 """
 
 from __future__ import annotations
@@ -22,51 +22,55 @@ from lpc_lightning.types import LogitHead, PairStates
 
 
 class PriorOnlySpace(DiscreteSpace):
-    """Codebook and prior without a posterior: Gumbel samples from the prior, no KL."""
+    """Codebook and prior without a posterior: Gumbel samples from the prior, without KL."""
 
     def __init__(self, tau: float | Schedule = 1.0, hard: bool = False, **space: Any) -> None:
-        """Keep the settings.
+        """Store the settings.
 
         Args:
             tau: Temperature of the Gumbel-softmax, above zero. A number or a schedule such as `Exponential`.
-            hard: Straight-through: one code forward, the soft mixture's gradient backward.
+            hard: Straight-through estimator: one code in the forward pass, the soft mixture's gradient in the backward
+                pass.
             space: Settings of `DiscreteSpace`.
         """
         super().__init__(**space)
         self.tau, self.hard = as_schedule(tau), hard
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
-        """One z for each pair, sampled from its prior."""
+        """Compute the losses under one z for each pair, sampled from its prior."""
         prior, tau = self.log_prior(states.prompt), self.tau(progress)
         z = self.codebook(gumbel_softmax(prior, tau, hard=self.hard))
-        penalty = self.unevenness(prior)
+        penalty = self.diversity_penalty(prior)
         return LatentTerms(*score.under(z), penalty=penalty, z=z, prior=prior, settings={"tau": tau})
 
 
 class PosteriorOnlySpace(GumbelSpace):
-    """The policy trains under the posterior throughout (g = 0); the prior learns by the KL alone."""
+    """Control that always trains the policy under the posterior (g = 0). The prior learns from the KL alone."""
 
     def __init__(self, **space: Any) -> None:
-        """Keep the settings.
+        """Store the settings.
 
         Args:
-            space: Settings of `GumbelSpace`, but for g.
+            space: Settings of `GumbelSpace`, except g.
         """
         super().__init__(g=0.0, **space)
 
 
 class DeterministicSpace(LatentSpace):
-    """A z that is a function of the prompt, or of nothing: no distribution, no KL, and one z for every prior mode."""
+    """Space whose z is a deterministic function of the prompt, or a constant. It has no distribution and no KL.
+
+    Every prior mode gives the same z.
+    """
 
     @abstractmethod
     def z(self, prompt: Tensor) -> Tensor:
-        """(B, d) from the states at the last prompt tokens (B, d)."""
+        """Compute z (B, d) from the states at the last prompt tokens (B, d)."""
 
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
-        """z, the same by every mode.
+        """Compute z, which is the same for every mode.
 
         Raises:
-            ValueError: `mode` asks for a code.
+            ValueError: `mode` is the number of a code, or unknown.
         """
         if mode is not None and mode not in MODES:
             raise ValueError(
@@ -76,58 +80,59 @@ class DeterministicSpace(LatentSpace):
         return self.z(prompt)
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
-        """The pairs' losses under their z."""
+        """Compute the losses of the pairs under their z."""
         z = self.z(states.prompt)
         return LatentTerms(*score.under(z), z=z)
 
 
 class VectorSpace(DeterministicSpace):
-    """One learned vector for all prompts: a bias on the logits."""
+    """One learned vector for all prompts. It acts as a bias on the logits."""
 
     def __init__(self, init_logit_std: float = 0.0) -> None:
-        """Keep the settings.
+        """Store the settings.
 
         Args:
-            init_logit_std: Initial deviation of LMHead(z) over the vocabulary, in logits (nats). 0 starts at the
-                plain policy.
+            init_logit_std: Initial standard deviation of LMHead(z) over the vocabulary, in logits (nats). With 0,
+                training starts at the plain policy.
         """
         super().__init__()
         self.init_logit_std = init_logit_std
 
     def build(self, width: int, head: LogitHead) -> None:
-        """Make the vector."""
+        """Create the vector."""
         scale = self.init_logit_std / state_deviation(head) if self.init_logit_std else 0.0
         self.vector = nn.Parameter(scale * torch.randn(width))
 
     def z(self, prompt: Tensor) -> Tensor:
-        """The vector, once for each prompt."""
+        """Return the vector, once for each prompt: (B, d)."""
         return self.vector.expand(prompt.shape[0], -1)
 
     def inference_form(self) -> InferenceForm:
-        """The vector."""
+        """Return the vector."""
         return InferenceForm("vector", {"prior_mode": "mean"}, {"vector": self.vector.detach()})
 
 
 class MLPSpace(DeterministicSpace):
-    """z = MLP(h_x): the prompt's say without a codebook. Starts at z = 0, the plain policy."""
+    """Space with z = MLP(h_x): z depends on the prompt, without a codebook. It starts at z = 0, the plain policy."""
 
     def build(self, width: int, head: LogitHead) -> None:
-        """Make the network, whose last layer starts at zero."""
+        """Create the network. Its last layer starts at zero."""
         self.network = Prior(width, width, self.networks)
 
     def z(self, prompt: Tensor) -> Tensor:
-        """MLP(h_x): (B, d)."""
+        """Compute MLP(h_x): (B, d)."""
         return self.network(prompt)
 
     def inference_form(self) -> InferenceForm:
-        """The network."""
+        """Return the network."""
         return InferenceForm("mlp", {"prior_mode": "mean"}, self.network.weights("network"))
 
 
 class GaussianSpace(LatentSpace):
-    """Continuous weights on the codebook: c ~ Normal(mean, std) from prior or posterior in place of a softmax, z = c E.
+    """Codebook with continuous weights: z = c E, with c ~ Normal(mean, std) from prior or posterior.
 
-    The paper's codebook, KL and mixture by g stay; only the weights are no distribution over codes.
+    The codebook, the KL and the mixture by g are those of the paper. Only the weights c are not a distribution over
+    codes.
     """
 
     def __init__(
@@ -140,37 +145,37 @@ class GaussianSpace(LatentSpace):
         prior_mode: Literal["mean", "sample"] = "mean",
         **networks: Any,
     ) -> None:
-        """Keep the settings.
+        """Store the settings.
 
         Args:
-            num_codes: K, vectors in the codebook and dimensions of the Gaussian.
-            init_logit_std: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats).
+            num_codes: K, the number of vectors in the codebook and of dimensions of the Gaussian.
+            init_logit_std: Initial standard deviation of LMHead(e_k) over the vocabulary, in logits (nats).
             kl_weight: lambda, the weight of the KL between posterior and prior. A number or a schedule.
-            free_bits: KL in nats below which a pair pays no more for less.
-            g: Share of the prior in the training mixture. A number, or a schedule; null is the line from 0 to 1.
+            free_bits: KL in nats below which the penalty of a pair is constant.
+            g: Share of the prior in the training mixture. A number or a schedule; null is the line from 0 to 1.
             prior_mode: How z is taken from the prior at inference: its `mean`, or a `sample`.
             networks: Settings of `LatentSpace`.
 
         Raises:
-            ValueError: `num_codes` is below 1, `init_logit_std` is negative, or `prior_mode` is neither.
+            ValueError: `num_codes` is below 1, `init_logit_std` is negative, or `prior_mode` is unknown.
         """
         check_codebook(num_codes, init_logit_std)
         super().__init__(**networks)
         self.num_codes, self.init_logit_std, self.prior_mode = num_codes, init_logit_std, prior_mode
         self.divergence = WeightedKL(kl_weight, free_bits)
         self.g = as_schedule(Linear() if g is None else g)
-        self._weights_by(prior_mode, *torch.zeros(2, 1, num_codes))
+        self._weights(prior_mode, *torch.zeros(2, 1, num_codes))
 
     def build(self, width: int, head: LogitHead) -> None:
-        """Make codebook, prior and posterior."""
+        """Create codebook, prior and posterior."""
         self.codebook = Codebook(self.num_codes, width, self.init_logit_std, head)
         self.prior = Prior(width, 2 * self.num_codes, self.networks)
         self.posterior = Posterior(width, 2 * self.num_codes, self.networks)
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
-        """One reparametrised z for each pair, and lambda KL."""
+        """Compute the losses under one reparametrised z for each pair, and lambda KL."""
         prior_mean, prior_log_std = self.prior(states.prompt).chunk(2, dim=-1)
-        posterior_mean, posterior_log_std = self.posterior.of(states).chunk(2, dim=-1)
+        posterior_mean, posterior_log_std = self.posterior.logits(states).chunk(2, dim=-1)
         g = self.g(progress)
         weights = (1 - g) * _draw(posterior_mean, posterior_log_std) + g * _draw(prior_mean, prior_log_std)
         kl = gaussian_kl(posterior_mean, posterior_log_std, prior_mean, prior_log_std)
@@ -178,21 +183,21 @@ class GaussianSpace(LatentSpace):
         return LatentTerms(*score.under(z), penalty=self.divergence(kl, progress), z=z, kl=kl, settings={"g": g})
 
     def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor:
-        """z = c E with c the posterior's mean."""
-        mean, _ = self.posterior.of(states).chunk(2, dim=-1)
+        """Compute z = c E, where c is the posterior's mean."""
+        mean, _ = self.posterior.logits(states).chunk(2, dim=-1)
         return self.codebook(mean)
 
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
-        """z = c E with c the prior's mean, or a draw.
+        """Compute z = c E, where c is the prior's mean or a sample.
 
         Raises:
-            ValueError: `mode` asks for a code.
+            ValueError: `mode` is neither `mean` nor `sample`.
         """
         mean, log_std = self.prior(prompt).chunk(2, dim=-1)
-        return self.codebook(self._weights_by(self.prior_mode if mode is None else mode, mean, log_std))
+        return self.codebook(self._weights(self.prior_mode if mode is None else mode, mean, log_std))
 
-    def _weights_by(self, mode: PriorMode, mean: Tensor, log_std: Tensor) -> Tensor:
-        """c (B, K)."""
+    def _weights(self, mode: PriorMode, mean: Tensor, log_std: Tensor) -> Tensor:
+        """Return the weights c (B, K)."""
         match mode:
             case "mean":
                 return mean
@@ -204,7 +209,7 @@ class GaussianSpace(LatentSpace):
                 )
 
     def inference_form(self) -> InferenceForm:
-        """Codebook and prior."""
+        """Return codebook and prior."""
         return InferenceForm(
             kind="gaussian",
             settings={"num_codes": self.num_codes, "prior_mode": self.prior_mode},

@@ -1,4 +1,4 @@
-"""The discrete codebook with its prior: the part that all estimators share."""
+"""Discrete codebook with its prior, the part that all estimators share."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MODES: dict[str, Callable[[Tensor], Tensor]] = {
     "sample": lambda log_prior: one_hot(torch.multinomial(log_prior.exp(), 1)[:, 0], log_prior),
     "argmax": lambda log_prior: one_hot(log_prior.argmax(-1), log_prior),
 }
-"""Weights over the codes (B, K) from the prior's log-probabilities (B, K)."""
+"""Functions from the prior's log-probabilities (B, K) to weights over the codes (B, K), by prior mode."""
 
 
 def one_hot(codes: Tensor, like: Tensor) -> Tensor:
-    """(B,) code numbers to (B, K) weights, with K and the type of `like`."""
+    """Convert code numbers (B,) to one-hot weights (B, K), with K and the dtype of `like`."""
     return torch.nn.functional.one_hot(codes, like.shape[-1]).to(like.dtype)
 
 
 class DiscreteSpace(LatentSpace):
-    """A codebook E (K, d) and a prior over it. Subclasses say how the two are learned."""
+    """Codebook E (K, d) with a prior over its codes. Subclasses define how the two are learned."""
 
     annotators: bool = False
-    """Pairs of one annotator share what they say about the codes."""
+    """True if each pair is scored given the earlier pairs of its annotator."""
     scores_codes: bool = False
     """True if training scores every pair under every code."""
 
@@ -43,21 +43,21 @@ class DiscreteSpace(LatentSpace):
         diversity_weight: float = 0.0,
         **networks: Any,
     ) -> None:
-        """Keep the settings.
+        """Store the settings.
 
         Args:
-            num_codes: K, vectors in the codebook. The paper's results peak at 32 to 64.
-            init_logit_std: Initial deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 starts at the
-                plain algorithm, with codes that only noise can part.
+            num_codes: K, the number of vectors in the codebook. The paper's results peak at 32 to 64.
+            init_logit_std: Initial standard deviation of LMHead(e_k) over the vocabulary, in logits (nats). With 0,
+                training starts at the plain algorithm, and only noise can separate the codes.
             prior_mode: How z is taken from the prior at inference: `mean`, `sample`, `argmax`, or a code's number.
-            diversity_weight: What it costs, a nat, that the prior's mean over a micro-batch falls short of an even
-                use of the codes (the diversity loss of wav2vec 2.0, arXiv 2006.11477, eq. 4). Against a prior that
-                collapses to few codes.
+            diversity_weight: Weight of the diversity loss of wav2vec 2.0 (arXiv 2006.11477, eq. 4): the entropy, in
+                nats, that the prior's mean over a micro-batch lacks compared with even use of the codes. It keeps the
+                prior from collapsing to few codes.
             networks: Settings of `LatentSpace`.
 
         Raises:
-            ValueError: `num_codes` is below 1, `init_logit_std` or `diversity_weight` is negative, or `prior_mode`
-                names no code.
+            ValueError: `num_codes` is below 1, `init_logit_std` or `diversity_weight` is negative, or `prior_mode` is
+                unknown.
         """
         check_codebook(num_codes, init_logit_std)
         if diversity_weight < 0:
@@ -65,63 +65,67 @@ class DiscreteSpace(LatentSpace):
         super().__init__(**networks)
         self.diversity_weight = diversity_weight
         self.num_codes, self.init_logit_std, self.prior_mode = num_codes, init_logit_std, prior_mode
-        self.weights_by(prior_mode, torch.zeros(1, num_codes))
+        self.code_weights(prior_mode, torch.zeros(1, num_codes))
 
     def build(self, width: int, head: LogitHead) -> None:
-        """Make codebook and prior."""
+        """Create codebook and prior."""
         self.codebook = Codebook(self.num_codes, width, self.init_logit_std, head)
         self.prior = Prior(width, self.num_codes, self.networks)
 
     def log_prior(self, prompt: Tensor) -> Tensor:
-        """log p(k given x): (B, d) prompt states to (B, K)."""
+        """Compute log p(k given x) (B, K) from prompt states (B, d)."""
         return self.prior(prompt).log_softmax(-1)
 
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
-        """z = c E, the weights c (B, K) taken from the prior by `mode`."""
-        return self.codebook(self.weights_by(self.prior_mode if mode is None else mode, self.log_prior(prompt)))
+        """Compute z = c E, where `mode` selects how the weights c (B, K) are taken from the prior."""
+        return self.codebook(self.code_weights(self.prior_mode if mode is None else mode, self.log_prior(prompt)))
 
     def inference_form(self) -> InferenceForm:
-        """Codebook and prior."""
+        """Return codebook and prior."""
         return InferenceForm(
             kind="discrete",
             settings={"num_codes": self.num_codes, "prior_mode": self.prior_mode},
             tensors={"codebook": self.codebook.weight.detach(), **self.prior.weights("prior")},
         )
 
-    def unevenness(self, log_prior: Tensor) -> Tensor | float:
-        """(B, K) log p_k of a micro-batch to `diversity_weight` (log K - H(mean p)), in nats, for each pair (B,)."""
+    def diversity_penalty(self, log_prior: Tensor) -> Tensor | float:
+        """Compute `diversity_weight` (log K - H(mean p)) in nats, for each pair (B,).
+
+        Args:
+            log_prior: (B, K) log p_k of a micro-batch.
+        """
         if not self.diversity_weight:
             return 0.0
-        use = log_prior.exp().mean(0)
-        short = math.log(self.num_codes) + torch.xlogy(use, use).sum()
-        return (self.diversity_weight * short).expand(len(log_prior))
+        mean_prior = log_prior.exp().mean(0)
+        missing_entropy = math.log(self.num_codes) + torch.xlogy(mean_prior, mean_prior).sum()
+        return (self.diversity_weight * missing_entropy).expand(len(log_prior))
 
     def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
-        """(B,) nats that the networks are from saying `codes` (B,) of these pairs."""
+        """Compute the cross-entropy (B,), in nats, of given `codes` (B,) under the networks' predictions."""
         return nll_loss(self.log_prior(states.prompt), codes, reduction="none")
 
     def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor | None:
-        """z = q E, where the space has a posterior q."""
+        """Compute z = q E. Return None if the space has no posterior q."""
         log_posterior = self.log_posterior(states, score)
         return None if log_posterior is None else self.codebook(log_posterior.exp())
 
     def log_joint(self, prompt: Tensor, score: PairScorer) -> Tensor:
-        """(B, K) log p_k - l_k, with p the prior and l_k the pair's loss under code k, in nats of evidence."""
+        """Compute log p_k - l_k (B, K): the log of prior times label likelihood under code k, in nats."""
         return self.log_prior(prompt) + score.under_codes(self.codebook.weight)[0].label_log_likelihood
 
     def log_exact_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
-        """(B, K) prior times evidence, normalised."""
+        """Compute the log of prior times label likelihood, normalised over the codes: (B, K)."""
         return self.log_joint(states.prompt, score).log_softmax(-1)
 
     def log_evidence(self, prompt: Tensor, score: PairScorer) -> Tensor:
-        """(B,) log sum_k p_k exp(-l_k), exact."""
+        """Compute log sum_k p_k exp(-l_k) exactly: (B,)."""
         return self.log_joint(prompt, score).logsumexp(-1)
 
-    def weights_by(self, mode: PriorMode, log_prior: Tensor) -> Tensor:
-        """Weights over the codes (B, K) that `mode` takes from the prior's log-probabilities (B, K).
+    def code_weights(self, mode: PriorMode, log_prior: Tensor) -> Tensor:
+        """Compute weights over the codes (B, K) from the prior's log-probabilities (B, K), by `mode`.
 
         Raises:
-            ValueError: `mode` is no known name, or the number of no code.
+            ValueError: `mode` is neither a known name nor the number of a code.
         """
         if isinstance(mode, int) and 0 <= mode < self.num_codes:
             return one_hot(torch.full(log_prior.shape[:1], mode, device=log_prior.device), log_prior)

@@ -1,4 +1,4 @@
-"""KL between posterior and prior, and what it weighs in the loss."""
+"""KL between posterior and prior, and its weight in the loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lpc_lightning.latent.schedules import Schedule, as_schedule
 
 
 def categorical_kl(posterior: Tensor, prior: Tensor) -> Tensor:
-    """sum_k q_k (log q_k - log p_k).
+    """Compute the KL between categorical distributions, sum_k q_k (log q_k - log p_k).
 
     Args:
         posterior: (B, K) log-probabilities log q.
@@ -21,7 +21,7 @@ def categorical_kl(posterior: Tensor, prior: Tensor) -> Tensor:
 
 
 def gaussian_kl(mean_q: Tensor, log_std_q: Tensor, mean_p: Tensor, log_std_p: Tensor) -> Tensor:
-    """KL between normals with diagonal covariance, each argument (B, M).
+    """Compute the KL between normal distributions with diagonal covariance. Each argument is (B, M).
 
     Returns:
         (B,) in nats.
@@ -32,17 +32,17 @@ def gaussian_kl(mean_q: Tensor, log_std_q: Tensor, mean_p: Tensor, log_std_p: Te
 
 
 class WeightedKL:
-    """lambda max(KL, free bits): what a latent adds to the loss of each pair."""
+    """Penalty that a latent adds to the loss of each pair: lambda max(KL, free bits)."""
 
     def __init__(self, weight: float | Schedule, free_bits: float) -> None:
-        """Set the price of information about the label.
+        """Store the settings.
 
         Args:
             weight: lambda, or its schedule.
-            free_bits: KL in nats below which a pair pays a constant (Kingma et al., 2016, arXiv 1606.04934, app. C.8).
+            free_bits: KL in nats below which the penalty is constant (Kingma et al., 2016, arXiv 1606.04934, app. C.8).
         """
         self.weight, self.free_bits = as_schedule(weight), free_bits
 
     def __call__(self, kl: Tensor, progress: float) -> Tensor:
-        """KL (B,) in nats to the penalty (B,) at `progress`."""
+        """Compute the penalty (B,) from the KL (B,) in nats, at training progress `progress`."""
         return self.weight(progress) * kl.clamp_min(self.free_bits)

@@ -1,4 +1,4 @@
-"""The learned parts of a latent space: codebook, prior and posterior networks."""
+"""Learned parts of a latent space: the codebook, and the prior and posterior networks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lpc_lightning.types import LogitHead, PairStates
 
 
 def state_deviation(head: LogitHead) -> float:
-    """The logit deviation that a standard normal state causes: the deviation over v of scale w_v e, for e ~ N(0, I).
+    """Compute the standard deviation over the vocabulary of the logits of a standard normal state.
 
-    E[var_v(w_v e)] is the trace of the covariance of the head's rows. A shift that all logits share does not count:
-    softmax does not see it.
+    This is the deviation over v of scale w_v e, for e ~ N(0, I). E[var_v(w_v e)] is the trace of the covariance of the
+    head's rows. A shift common to all logits is not counted, because it does not change the softmax.
     """
     weight = head.weight.detach()
     exact = weight.dtype if weight.dtype == torch.float64 else torch.float32
@@ -27,7 +27,7 @@ def state_deviation(head: LogitHead) -> float:
 
 
 def check_codebook(num_codes: int, init_logit_std: float) -> None:
-    """Refuse settings of no codebook.
+    """Check the settings of a codebook.
 
     Raises:
         ValueError: `num_codes` is below 1, or `init_logit_std` is negative.
@@ -39,54 +39,56 @@ def check_codebook(num_codes: int, init_logit_std: float) -> None:
 
 
 class Codebook(nn.Module):
-    """E: one vector for each preference factor."""
+    """Codebook E, with one vector for each preference factor."""
 
     def __init__(self, num_codes: int, width: int, init_logit_std: float, head: LogitHead) -> None:
-        """Draw codes from a normal whose effect on the logits has the deviation `init_logit_std`.
+        """Draw the codes from a normal distribution, scaled so that their logits have the deviation `init_logit_std`.
 
         Args:
             num_codes: K.
             width: d.
-            init_logit_std: Deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 makes all codes zero.
-            head: The policy's head, which sets the scale of a state against a logit.
+            init_logit_std: Standard deviation of LMHead(e_k) over the vocabulary, in logits (nats). 0 makes all codes
+                zero.
+            head: The policy's head, which determines the scale of logits relative to states.
         """
         super().__init__()
         scale = init_logit_std / state_deviation(head) if init_logit_std else 0.0
         self.weight = nn.Parameter(scale * torch.randn(num_codes, width))
 
     def forward(self, weights: Tensor) -> Tensor:
-        """z = c E: weights (B, K) over the codes to preference representations (B, d)."""
+        """Compute z = c E (B, d) from weights (B, K) over the codes."""
         return weights.to(self.weight.dtype) @ self.weight
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkSettings:
-    """What the networks of a latent space share."""
+    """Settings that the networks of a latent space share."""
 
     hidden: int
     """Width of the hidden layer."""
     detach: bool
-    """Read the hidden states without sending gradient into the backbone."""
+    """True stops the gradient into the backbone."""
     standardise: bool
-    """Read what tells the states apart: see `RunningMoments`."""
+    """True standardises the input states (see `RunningMoments`)."""
 
 
 class StateNetwork(nn.Module):
-    """Two layers on hidden states at unit root mean square, less what all have in common. The second starts at zero.
+    """Two-layer network on hidden states, which are scaled to unit root mean square and then standardised.
 
-    Zero makes prior and posterior start alike (uniform), so that an empty codebook is the plain algorithm, KL included.
-    The states' scale differs by two orders of magnitude between model families; without the normalisation the same
-    learning rate and initialisation would start one family from a uniform prior and another from a one-hot one.
+    The second layer starts at zero. So prior and posterior both start uniform, and a codebook of zeros is the plain
+    algorithm, KL included. The scale of the states differs by two orders of magnitude between model families. Without
+    the normalisation, the same learning rate and initialisation would give a uniform prior in one family and a one-hot
+    prior in another.
     """
 
     def __init__(self, inputs: int, width: int, outputs: int, settings: NetworkSettings) -> None:
         """Build the two layers.
 
         Args:
-            inputs: How many states are read side by side.
-            width: d, width of each.
+            inputs: Number of states that are concatenated.
+            width: d, the width of each state.
             outputs: Width of the output.
-            settings: What the networks of a space share.
+            settings: Settings that the networks of a space share.
         """
         super().__init__()
         self.moments = RunningMoments(inputs * width) if settings.standardise else None
@@ -97,35 +99,37 @@ class StateNetwork(nn.Module):
         self.detach = settings.detach
 
     def forward(self, *states: Tensor) -> Tensor:
-        """Hidden states, each (B, d), to (B, outputs), outside autocast in the type of the weights.
+        """Compute outputs (B, outputs) from hidden states, each (B, d), outside autocast in the dtype of the weights.
 
-        The output is float32 or wider: a softmax in bfloat16 misses a sum of 1 by a percent, which the marginal pays.
+        The output is float32 or wider. The sum of a softmax in bfloat16 differs from 1 by about one percent, which
+        would be an error of the marginal loss.
         """
-        kind = self.first.weight.dtype
+        dtype = self.first.weight.dtype
         with torch.autocast(states[0].device.type, enabled=False):
-            normal = torch.cat([rms_norm(self._read(state).to(kind), state.shape[-1:]) for state in states], dim=-1)
+            features = [rms_norm(self._input(state).to(dtype), state.shape[-1:]) for state in states]
+            normal = torch.cat(features, dim=-1)
             if self.moments is not None:
-                normal = self.moments(normal).to(kind)
+                normal = self.moments(normal).to(dtype)
             output = self.second(gelu(self.first(normal)))
-        return output.to(torch.promote_types(kind, torch.float32))
+        return output.to(torch.promote_types(dtype, torch.float32))
 
-    def weights(self, name: str) -> dict[str, Tensor]:
-        """The layers' tensors, detached, each under `name.` and its own name.
+    def weights(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors of both layers, detached, with names that start with `prefix.`.
 
-        Standardisation goes into the first layer: its tensors are new, and all are float32 or wider.
+        Standardisation is folded into the first layer. The tensors are then new, and float32 or wider.
         """
         tensors = nn.ModuleDict({"first": self.first, "second": self.second}).state_dict()
         if self.moments is not None:
             tensors["first.weight"], tensors["first.bias"] = self.moments.folded(self.first)
-            tensors = {own: tensor.to(self.moments.mean.dtype) for own, tensor in tensors.items()}
-        return {f"{name}.{own}": tensor for own, tensor in tensors.items()}
+            tensors = {name: tensor.to(self.moments.mean.dtype) for name, tensor in tensors.items()}
+        return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
-    def _read(self, state: Tensor) -> Tensor:
+    def _input(self, state: Tensor) -> Tensor:
         return state.detach() if self.detach else state
 
 
 class Prior(StateNetwork):
-    """a_p = MLP_prior(h_x): prior logits from the prompt alone."""
+    """Prior network: logits a_p = MLP_prior(h_x) from the prompt alone."""
 
     def __init__(self, width: int, outputs: int, settings: NetworkSettings) -> None:
         """See `StateNetwork`."""
@@ -138,24 +142,24 @@ READS: dict[PosteriorReads, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "difference": lambda chosen, rejected: (chosen - rejected,),
     "sum": lambda chosen, rejected: (chosen + rejected,),
 }
-"""What a posterior may be shown of h_w and h_l, (B, d) each: states of the same shape, to be read side by side."""
+"""Inputs of a posterior, by setting: functions from h_w and h_l, (B, d) each, to the states that it concatenates."""
 
 
 class Posterior(StateNetwork):
-    """a_q = MLP_post([h_w ; h_l]). It sees which answer won, so it exists in training only."""
+    """Posterior network: logits a_q = MLP_post([h_w ; h_l]). It reads the label, so it is used in training only."""
 
     def __init__(self, width: int, outputs: int, settings: NetworkSettings, reads: PosteriorReads = "both") -> None:
-        """See `StateNetwork`; `reads` says what it is shown, by the names of `READS`.
+        """See `StateNetwork`. `reads` is a key of `READS` and selects the input.
 
         Raises:
-            ValueError: It is none of these.
+            ValueError: `reads` is unknown.
         """
         if reads not in READS:
             raise ValueError(f"latent.posterior_reads: found {reads!r}, expected one of {', '.join(READS)}.")
-        shown = READS[reads](torch.empty(0), torch.empty(0))
-        super().__init__(len(shown), width, outputs, settings)
+        inputs = READS[reads](torch.empty(0), torch.empty(0))
+        super().__init__(len(inputs), width, outputs, settings)
         self.reads = reads
 
-    def of(self, states: PairStates) -> Tensor:
-        """(B, outputs) posterior logits of labelled pairs."""
+    def logits(self, states: PairStates) -> Tensor:
+        """Compute the posterior logits (B, outputs) of labelled pairs."""
         return self(*READS[self.reads](states.chosen, states.rejected))

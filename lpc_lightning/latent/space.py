@@ -1,4 +1,4 @@
-"""What every latent space is: parameters, a training step, and a z inferred from the prompt."""
+"""Base class of latent spaces: parameters, the training loss, and a z inferred from the prompt."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from lpc_lightning.latent.networks import NetworkSettings
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
 
 PriorMode = Literal["mean", "sample", "argmax"] | int
-"""How z is taken from the prior at inference: its mean (sum_k p_k e_k), a draw, the likeliest code, or code k."""
+"""How z is taken from the prior at inference: its mean (sum_k p_k e_k), a sample, the likeliest code, or code k."""
 
 
 class PairScorer(Protocol):
-    """The algorithm's loss as a function of the latent: all that a latent space knows of the policy."""
+    """The algorithm's loss as a function of the latent. A latent space uses the policy only through this interface."""
 
     def under(self, z: Tensor | None) -> tuple[PairLosses, PairLogps]:
-        """Losses and log-probabilities, (B,) each, with each pair's z (B, d) added before the head."""
+        """Compute losses and log-probabilities, (B,) each, with each pair's z (B, d) added before the head."""
         ...
 
     def under_codes(self, codes: Tensor) -> tuple[PairLosses, PairLogps]:
-        """The same under every code of a codebook (K, d): (B, K) each."""
+        """Compute losses and log-probabilities, (B, K) each, under every code of a codebook (K, d)."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LatentTerms:
-    """What a step makes of each pair."""
+    """Result of a step for each pair."""
 
     pairs: PairLosses
-    """(B,) preference losses with gradient, and rewards: expectations over the codes where the loss is one."""
+    """(B,) preference losses with gradient, and rewards. If the loss averages over codes, so do the rewards."""
     logps: PairLogps
-    """(B,) log-probabilities, like the rewards."""
+    """(B,) log-probabilities, averaged like the rewards."""
     penalty: Tensor | float = 0.0
-    """(B,) what the latent adds to the losses (lambda KL), with gradient."""
+    """(B,) penalty of the latent, to be added to the losses (lambda KL), with gradient."""
     z: Tensor | None = None
-    """(B, d) the representation that the policy answered under."""
+    """(B, d) preference representation under which the pairs were scored."""
     kl: Tensor | None = None
     """(B,) KL from prior to posterior before weighting, in nats."""
     prior: Tensor | None = None
@@ -53,35 +53,35 @@ class LatentTerms:
 
 @dataclass(frozen=True, slots=True)
 class InferenceForm:
-    """What is left of a latent space once training is over: z as a function of the prompt, without any posterior."""
+    """Part of a latent space that is used after training: z as a function of the prompt, without the posterior."""
 
     kind: str
-    """`discrete`, `gaussian`, `mlp` or `vector`: which function."""
+    """Type of the function: `discrete`, `gaussian`, `mlp` or `vector`."""
     settings: Mapping[str, Any]
-    """JSON values by name; `prior_mode` always, `codes` where there is a codebook."""
+    """JSON values by name. Always holds `prior_mode`, and `num_codes` if there is a codebook."""
     tensors: Mapping[str, Tensor]
-    """The function's weights by name, detached; they may share memory with the space's parameters."""
+    """Weights of the function by name, detached. They may share memory with the space's parameters."""
 
 
 class LatentSpace(nn.Module, ABC):
-    """A preference representation z for each pair, added to the hidden states before the LM head.
+    """Preference representation z for each pair, added to the hidden states before the LM head.
 
-    A space is declared before the policy is known: `__init__` keeps settings, `build` makes the parameters.
+    A space is declared before the policy is loaded: `__init__` stores settings, and `build` creates the parameters.
     """
 
     def __init__(
         self, detach: bool = False, hidden: int = 256, standardise: bool = True, warm_start_pairs: int = 0
     ) -> None:
-        """Keep the settings that all spaces share.
+        """Store the settings that all spaces share.
 
         Args:
-            detach: Read the hidden states that feed prior and posterior without sending gradient into the backbone.
+            detach: Stop the gradient from the prior and posterior networks into the backbone.
             hidden: Width of the hidden layer of the prior and posterior networks.
-            standardise: Have these networks read what tells the states apart: less their running mean, over their
-                running deviation. Unless that is done they hardly see the prompt (see `RunningMoments`).
-            warm_start_pairs: Training pairs, at most, to which the space is fitted before the first step, in a sketch
-                of the policy (see `algorithms.warm_start` and docs/latent_spaces.md). Codes are then found by
-                looking at all of them at once. At least two for each code. 0: none.
+            standardise: Standardise the states that these networks read, with a running mean and deviation. Otherwise
+                almost no information about the prompt reaches them (see `RunningMoments`).
+            warm_start_pairs: Maximum number of training pairs to which the space is fitted before the first step, on a
+                linearised policy (see `algorithms.warm_start` and docs/latent_spaces.md). The codes are fitted to all
+                of these pairs at once. At least two pairs for each code. 0: no warm start.
 
         Raises:
             ValueError: `hidden` is below 1, or `warm_start_pairs` is negative.
@@ -96,17 +96,17 @@ class LatentSpace(nn.Module, ABC):
 
     @abstractmethod
     def build(self, width: int, head: LogitHead) -> None:
-        """Make the parameters for a policy of hidden width d = `width` with this LM head."""
+        """Create the parameters for a policy of hidden width d = `width` with this LM head."""
 
     @abstractmethod
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
-        """The loss of each labelled pair at `progress` (0 at the first optimizer step, 1 at the last)."""
+        """Compute the loss of each labelled pair at `progress` (0 at the first optimizer step, 1 at the last)."""
 
     def close_window(self, alike: bool = False) -> None:
-        """Called before each optimizer step: what training has read since the last one joins the running moments.
+        """Add the pairs read since the last optimizer step to the running moments. Call it before each optimizer step.
 
         Args:
-            alike: All devices have read the same pairs, which count once.
+            alike: True if all devices have read the same pairs. They then count once.
         """
         for part in self.modules():
             if isinstance(part, RunningMoments):
@@ -114,33 +114,38 @@ class LatentSpace(nn.Module, ABC):
 
     @abstractmethod
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
-        """z (B, d) from the states at the last prompt tokens (B, d), by `mode` (None: the space's own setting)."""
+        """Compute z (B, d) from the states at the last prompt tokens (B, d).
+
+        Args:
+            prompt: (B, d) h_x.
+            mode: How z is taken from the prior. None uses the space's own setting.
+        """
 
     @abstractmethod
     def inference_form(self) -> InferenceForm:
-        """What `infer` needs, as settings and tensors: the part of the space that is exported."""
+        """Return the settings and tensors that `infer` needs. This part of the space is exported."""
 
     def log_prior(self, prompt: Tensor) -> Tensor | None:
-        """(B, K) log-probabilities of the codes given the prompts, or None where there are no codes."""
+        """Compute log-probabilities (B, K) of the codes given the prompts. Return None without codes."""
         return None
 
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor | None:
-        """(B, K) log-probabilities of the codes given the labelled pairs, or None where there is no such thing."""
+        """Compute log-probabilities (B, K) of the codes given the labelled pairs. Return None without a posterior."""
         return None
 
     def log_exact_posterior(self, states: PairStates, score: PairScorer) -> Tensor | None:
-        """(B, K) log of p_k exp(-l_k) / sum_j p_j exp(-l_j), however the space was trained; None without codes."""
+        """Compute the log of p_k exp(-l_k) / sum_j p_j exp(-l_j): (B, K), for any estimator. None without codes."""
         return None
 
     def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor | None:
-        """z (B, d) at the mean of the posterior, which sees the label; None without one. For evaluation."""
+        """Compute z (B, d) at the mean of the posterior, which uses the label. None without one. For evaluation."""
         return None
 
     def log_evidence(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
-        """(B,) log sum_k p_k exp(-l_k), l_k the pair's loss under code k; None where there are no codes."""
+        """Compute log sum_k p_k exp(-l_k) (B,), where l_k is the pair's loss under code k. None without codes."""
         return None
 
     def inference_terms(self, states: PairStates, score: PairScorer) -> LatentTerms:
-        """The loss of each pair as the policy is used: under the prior alone. No posterior runs."""
+        """Compute the loss of each pair under the prior alone, as at inference. The posterior is not evaluated."""
         z = self.infer(states.prompt)
         return LatentTerms(*score.under(z), z=z, prior=self.log_prior(states.prompt))

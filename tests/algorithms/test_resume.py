@@ -231,15 +231,15 @@ def test_resume_refuses_other_step_size(
 @pytest.mark.parametrize(
     ("trainer", "problem", "left"),
     [
-        ({"max_epochs": 2}, r"trainer\.max_epochs 2 \(before: 1\): .* of a run of 22 steps\.", 18),
+        ({"max_epochs": 2}, r"trainer\.max_epochs 2 \(before: 1\)\. .* of a run of 22 steps\.", 18),
         (
             {"max_steps": 6},
-            r"trainer\.max_epochs -1 \(before: 1\), trainer\.max_steps 6 \(before: -1\): .* of a run of 6 steps\.",
+            r"trainer\.max_epochs -1 \(before: 1\), trainer\.max_steps 6 \(before: -1\)\. .* of a run of 6 steps\.",
             2,
         ),
         (
             {"max_epochs": 1, "limit_train_batches": 8},
-            r"trainer\.limit_train_batches 8 \(before: 1\.0\): .* of a run of 8 steps\.",
+            r"trainer\.limit_train_batches 8 \(before: 1\.0\)\. .* of a run of 8 steps\.",
             4,
         ),
     ],

@@ -58,7 +58,7 @@ def prompts(data: PreferenceDataModule, stage: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_a_held_out_prompt_is_never_trained_on(share: float, data: Any, write_rows: Any) -> None:
+def test_held_out_prompts_are_not_in_training(share: float, data: Any, write_rows: Any) -> None:
     """Each prompt comes three times, once as a conversation, so that pairs held out at random would share prompts."""
     rows: list[Any] = []
     for number in range(200):
@@ -73,13 +73,13 @@ def test_a_held_out_prompt_is_never_trained_on(share: float, data: Any, write_ro
     assert found.reports["train"].held_apart == len(validation)
 
 
-def test_nothing_is_held_out_where_the_share_is_0(data: Any, write_rows: Any) -> None:
+def test_validation_share_0_holds_out_nothing(data: Any, write_rows: Any) -> None:
     found = data(write_rows([row(n) for n in range(20)]), validation_share=0.0)
     assert len(ids(found, "train")) == 20
     assert found.source("validation") is None
 
 
-def test_the_split_column_of_a_file_parts_train_and_test(data: Any, write_rows: Any) -> None:
+def test_split_column_selects_rows(data: Any, write_rows: Any) -> None:
     places = {0: {}, 1: {"split": "train"}, 2: {"split": "test"}, 3: {"split": "held"}, 4: {"split": "test"}}
     path = write_rows([row(n, **column) for n, column in places.items()])
     found = data(path, validation_split="held")
@@ -89,14 +89,14 @@ def test_the_split_column_of_a_file_parts_train_and_test(data: Any, write_rows: 
     assert found.reports["train"].other_splits == {"test": 2, "held": 1}
 
 
-def test_each_stage_may_have_a_file_of_its_own(data: Any, write_rows: Any) -> None:
+def test_path_one_file_for_each_stage(data: Any, write_rows: Any) -> None:
     files = {name: write_rows([row(n)], f"{name}.jsonl") for n, name in enumerate(("train", "validation", "test"))}
     found = data(files)
     for stage in files:
         assert ids(found, stage) == [f"{stage}.jsonl line 1"]
 
 
-def test_files_without_one_for_validation_hold_some_of_training_out(data: Any, write_rows: Any) -> None:
+def test_path_without_validation_file_holds_out(data: Any, write_rows: Any) -> None:
     train = write_rows([row(n) for n in range(100)], "train.jsonl")
     found = data({"train": train}, validation_share=0.3)
     held = ids(found, "validation")
@@ -105,7 +105,7 @@ def test_files_without_one_for_validation_hold_some_of_training_out(data: Any, w
     assert found.source("test") is None
 
 
-def test_a_saved_data_set_is_read_by_its_own_splits(data: Any, tmp_path: Path) -> None:
+def test_path_saved_data_set_splits(data: Any, tmp_path: Path) -> None:
     """As `HuggingFaceH4/ultrafeedback_binarized` lies on the hub: splits and messages of its own."""
 
     def message(role: str, content: str) -> dict[str, str]:
@@ -126,7 +126,7 @@ def test_a_saved_data_set_is_read_by_its_own_splits(data: Any, tmp_path: Path) -
     assert "Question 6?" in prompts(found, "validation")[0]
 
 
-def test_columns_may_have_other_names(data: Any, write_rows: Any) -> None:
+def test_columns_with_other_names(data: Any, write_rows: Any) -> None:
     rows = [{"question": "Why?", "good": "So.", "bad": "No.", "rater": "anna", "key": "pair 1"}]
     columns = Columns(prompt="question", chosen="good", rejected="bad", annotator="rater", id="key")
     pairs = data(write_rows(rows), columns=columns, validation_share=0.0).load("train", tiny().load_tokenizer())
@@ -155,7 +155,7 @@ def test_columns_may_have_other_names(data: Any, write_rows: Any) -> None:
         ({"path": {"train": "a.jsonl", "dev": "b.jsonl"}}, r"data\.path: found files for \['dev', 'train'\]"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], told: str) -> None:
+def test_settings_out_of_range(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         PreferenceData(**({"path": "pairs.jsonl"} | settings))
 
@@ -203,7 +203,7 @@ def token_counts(rows: list[Row]) -> list[tuple[int, int]]:
 LIMITS = {"max_length": 90, "max_prompt_length": 60}
 
 
-def test_too_long_pairs_are_dropped_and_counted(data: Any, write_rows: Any, tmp_path: Path) -> None:
+def test_too_long_drop_counts_pairs(data: Any, write_rows: Any, tmp_path: Path) -> None:
     counts = token_counts(long_rows())
     prompt = sum(prompt > 60 for prompt, _ in counts)
     pair = sum(prompt <= 60 and whole > 90 for prompt, whole in counts)
@@ -221,7 +221,7 @@ def test_too_long_pairs_are_dropped_and_counted(data: Any, write_rows: Any, tmp_
 
 
 @pytest.mark.parametrize("too_long", ["truncate_prompt", "truncate_answer"])
-def test_too_long_pairs_are_cut_and_counted(too_long: str, data: Any, write_rows: Any, tmp_path: Path) -> None:
+def test_too_long_truncate_counts_pairs(too_long: str, data: Any, write_rows: Any, tmp_path: Path) -> None:
     cut = data(write_rows(long_rows()), validation_share=0.0, too_long=too_long, max_length=90)
     told = Fit(tmp_path, cut).told
     long = [whole > 90 for _, whole in token_counts(long_rows())]
@@ -233,7 +233,7 @@ def test_too_long_pairs_are_cut_and_counted(too_long: str, data: Any, write_rows
         assert len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= 90
 
 
-def test_a_too_long_pair_may_be_an_error(data: Any, write_rows: Any, tmp_path: Path) -> None:
+def test_too_long_error_names_the_pair(data: Any, write_rows: Any, tmp_path: Path) -> None:
     rows = data(write_rows(long_rows()), validation_share=0.0, too_long="error", **LIMITS)
     prompt, _ = token_counts(long_rows())[1]
     with pytest.raises(DataError, match=rf"Pair 'pairs\.jsonl line 2': .*{prompt} prompt tokens .*max_length=90"):
@@ -244,7 +244,7 @@ def faulty_rows() -> list[Any]:
     return [row(0), row(1) | {"chosen": None}, row(2, rejected=" "), row(3, chosen="Bad 3."), "{oops", row(5)]
 
 
-def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(data: Any, write_rows: Any, tmp_path: Path) -> None:
+def test_bad_rows_skip_counts_rows(data: Any, write_rows: Any, tmp_path: Path) -> None:
     done = Fit(tmp_path, data(write_rows(faulty_rows()), validation_share=0.0, bad_rows="skip"))
     kinds = ("missing_answer", "empty_answer", "equal_answers", "invalid_json")
     counts = {"read": 6, "kept": 2, "held_apart": 0} | {f"bad/{kind}": 1 for kind in kinds}
@@ -252,7 +252,7 @@ def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(data: Any, wri
     assert done.trainer.global_step == 1
 
 
-def test_bad_rows_stop_the_run_with_all_of_them_named(data: Any, write_rows: Any, tmp_path: Path) -> None:
+def test_bad_rows_error_lists_all_rows(data: Any, write_rows: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError) as told:
         Fit(tmp_path, data(write_rows(faulty_rows()), validation_share=0.0))
     text = str(told.value)
@@ -262,7 +262,7 @@ def test_bad_rows_stop_the_run_with_all_of_them_named(data: Any, write_rows: Any
     assert "`data.bad_rows: skip`" in text
 
 
-def test_every_stage_is_told_under_its_own_name(tmp_path: Path) -> None:
+def test_metrics_have_the_stage_name(tmp_path: Path) -> None:
     made = SyntheticPreferences(train_pairs=6, validation_pairs=3, batch_size=2, cache_dir=str(tmp_path / "cache"))
     told = Fit(tmp_path, made).told
     assert told["data/train/kept"] == 6
@@ -272,7 +272,7 @@ def test_every_stage_is_told_under_its_own_name(tmp_path: Path) -> None:
 # Batches and layouts.
 
 
-def test_a_length_window_gathers_pairs_of_like_length(tmp_path: Path) -> None:
+def test_length_window_groups_similar_lengths(tmp_path: Path) -> None:
     def spread(window: int | None) -> tuple[float, list[str]]:
         sizes: dict[str, Any] = {"train_pairs": 40, "validation_pairs": 0, "batch_size": 4}
         made = SyntheticPreferences(**sizes, length_window=window, cache_dir=str(tmp_path / "cache"))
@@ -288,7 +288,7 @@ def test_a_length_window_gathers_pairs_of_like_length(tmp_path: Path) -> None:
     assert names == same
 
 
-def test_runs_gather_the_pairs_of_an_annotator(tmp_path: Path) -> None:
+def test_pairs_per_annotator_groups_pairs(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"train_pairs": 64, "validation_pairs": 0, "batch_size": 4, "pairs_per_annotator": 4}
     made = SyntheticPreferences(deciding="hidden", annotators=8, **sizes, cache_dir=str(tmp_path / "cache"))
     Fit(tmp_path, made)
@@ -298,7 +298,7 @@ def test_runs_gather_the_pairs_of_an_annotator(tmp_path: Path) -> None:
     assert sum(len(batch.annotators) for batch in alone) >= 64 - 8 * 3
 
 
-def test_runs_of_pairs_that_nobody_signed_are_refused(tmp_path: Path) -> None:
+def test_pairs_per_annotator_without_annotators(tmp_path: Path) -> None:
     made = SyntheticPreferences(
         train_pairs=8, validation_pairs=0, pairs_per_annotator=2, cache_dir=str(tmp_path / "cache")
     )
@@ -308,7 +308,7 @@ def test_runs_of_pairs_that_nobody_signed_are_refused(tmp_path: Path) -> None:
         Fit(tmp_path, made)
 
 
-def test_training_follows_the_runs_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_order_follows_the_run_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = SyntheticPreferences(train_pairs=30, validation_pairs=0, batch_size=4, cache_dir=str(tmp_path / "cache"))
     Fit(tmp_path, made)
 
@@ -323,7 +323,7 @@ def test_training_follows_the_runs_seed(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "latent", [None, lambda: MarginalSpace(num_codes=3, hidden=8, init_logit_std=1.0)], ids=["plain", "marginal"]
 )
-def test_all_layouts_measure_the_same(latent: Any, tmp_path: Path, perturb: Any) -> None:
+def test_layouts_give_equal_metrics(latent: Any, tmp_path: Path, perturb: Any) -> None:
     module = DPO(policy=tiny(dtype="float64"), latent=latent and latent())
     said = {}
     for name, layout in {
@@ -351,7 +351,7 @@ def test_all_layouts_measure_the_same(latent: Any, tmp_path: Path, perturb: Any)
         assert metrics == pytest.approx(said["padded"], rel=1e-9, abs=1e-9), name
 
 
-class TestLayersThatTakeNoMask:
+class TestLayersWithoutMask:
     """A recurrent layer remembers the other answer of a packed row."""
 
     @pytest.fixture
@@ -376,11 +376,11 @@ class TestLayersThatTakeNoMask:
         with pytest.raises(DataError, match=told):
             self.validate(recurrent, "shared_prefix", tmp_path)
 
-    def test_auto_pads(self, recurrent: PretrainedPolicy, tmp_path: Path) -> None:
+    def test_auto_layout_is_padded(self, recurrent: PretrainedPolicy, tmp_path: Path) -> None:
         assert isinstance(self.validate(recurrent, "auto", tmp_path).val_dataloader().loader.collate_fn, PaddedLayout)
 
 
-def test_a_stage_without_pairs_has_no_batches(tmp_path: Path) -> None:
+def test_stage_without_pairs_has_no_batches(tmp_path: Path) -> None:
     made = SyntheticPreferences(train_pairs=2, validation_pairs=0, test_pairs=0, cache_dir=str(tmp_path / "cache"))
     done = Fit(tmp_path, made)
     assert done.trainer.global_step == 1
@@ -389,7 +389,7 @@ def test_a_stage_without_pairs_has_no_batches(tmp_path: Path) -> None:
     assert not any(name.startswith("data/validation") for name in done.told)
 
 
-def test_the_cache_is_used_by_the_next_run(data: Any, write_rows: Any, tmp_path: Path) -> None:
+def test_cache_is_used_by_the_next_run(data: Any, write_rows: Any, tmp_path: Path) -> None:
     path = write_rows([row(n) for n in range(8)])
     first = Fit(tmp_path / "one", data(path, validation_share=0.0))
     entries = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()}

@@ -213,7 +213,7 @@ def test_a_bad_limit(alpaca: Run) -> None:
     assert failing(alpaca, "--limit=0") == "limit: found 0, expected at least 1.\n"
 
 
-def test_the_help_says_who_judges(capsys: pytest.CaptureFixture[str]) -> None:
+def test_alpaca_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["alpaca", "--help"])
     said = " ".join(capsys.readouterr().out.split())

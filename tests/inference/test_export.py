@@ -146,7 +146,7 @@ def test_elsewhere_is_elsewhere_and_quiet(elsewhere: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_the_card_says_to_type_works(case: str, elsewhere: dict[str, Any]) -> None:
+def test_model_card_code_runs(case: str, elsewhere: dict[str, Any]) -> None:
     steered = {"answer", "plain", "steer"}
     expected = {"plain": {"answer"}, "soft-cap": {"answer"}, "gaussian": steered}
     assert set(elsewhere[case]["card"]) == expected.get(case, {*steered, "table"})

@@ -156,7 +156,7 @@ def test_an_annotators_weights_are_taken_from_a_file_of_several(generate: Run, c
         ({"anna": [1, 0]}, ["anna"], "found 2 numbers for version_0-"),
     ],
 )
-def test_weights_that_are_not_there_are_told(
+def test_generate_missing_code_weights(
     held: Any, names: list[str], told: str, generate: Run, checkpoint: str, tmp_path: Path
 ) -> None:
     weights = tmp_path / "code_weights.json"
@@ -199,7 +199,7 @@ def test_a_plain_model_answers_without_codes(generate: Run, plain: str, tmp_path
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_told_in_a_sentence(generate: Run, checkpoint: str, flags: list[str], told: str) -> None:
+def test_generate_invalid_settings(generate: Run, checkpoint: str, flags: list[str], told: str) -> None:
     code, out, err = generate("--model", checkpoint, *flags)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: {told}")

@@ -117,9 +117,7 @@ def test_a_soft_cap_is_no_bias(latents: Callable[[str], Any], prompts: list[Tens
 
 @torch.no_grad()
 @pytest.mark.parametrize("cap", [30.0, 500.0])
-def test_a_soft_cap_that_hardly_bends_is_found(
-    cap: float, latents: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_biases_weak_soft_cap(cap: float, latents: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     gemma = latents("gemma2")
     monkeypatch.setattr(gemma.stock.config, "final_logit_softcapping", cap)
     with pytest.raises(ValueError, match="found a head that is not linear"):

@@ -241,7 +241,7 @@ def test_embeddings_for_tokens(llama: Any, prompts: list[Tensor]) -> None:
     assert draw(llama.model, inputs_embeds=embedded)[0].tolist() == naive(llama, prompts[0])
 
 
-def test_what_cannot_know_where_prompts_end_is_refused(llama: Any, prompts: list[Tensor]) -> None:
+def test_generate_unsupported_modes(llama: Any, prompts: list[Tensor]) -> None:
     with pytest.raises(NotImplementedError, match="assisted decoding: its first pass holds guesses"):
         draw(llama.model, input_ids=prompts[0][None], prompt_lookup_num_tokens=2)
     with pytest.raises(NotImplementedError, match="continuous batching: it packs the tokens of many prompts"):

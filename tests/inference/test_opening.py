@@ -102,7 +102,7 @@ def test_an_adapter_is_active_and_its_dropout_off(lora_checkpoint: Path) -> None
     assert all(torch.equal(weights[name], value) for name, value in state.items() if name.startswith("policy."))
 
 
-def test_origin_tells_where_it_comes_from(checkpoint: Path) -> None:
+def test_open_policy_origin(checkpoint: Path) -> None:
     origin = open_policy(str(checkpoint)).origin
     assert json.loads(json.dumps(origin)) == origin
     assert origin["path"] == str(checkpoint)
@@ -177,7 +177,7 @@ def test_a_module_is_what_lightning_loads(checkpoint: Path, lora_checkpoint: Pat
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_module_has_its_reference_and_a_policy_does_not_pay_for_it(checkpoint: Path) -> None:
+def test_open_module_with_reference(checkpoint: Path) -> None:
     assert open_module(str(checkpoint)).reference is not None
     module, _ = load_policy(str(checkpoint))
     assert module.reference is None
@@ -263,7 +263,7 @@ def test_a_module_that_was_built_in_code(tmp_path: Path, make_trainer: Any, make
         open_policy(str(tmp_path / "code.ckpt"))
 
 
-def test_a_checkpoint_that_names_what_nobody_imported(checkpoint: Path, tmp_path: Path) -> None:
+def test_open_policy_class_not_imported(checkpoint: Path, tmp_path: Path) -> None:
     kept = stored(checkpoint)
     for name in ("somewhere.Else", "os.system", "lpc_lightning.policy.TinyPolicy"):
         kept["hyper_parameters"]["_class_path"] = name

@@ -1,4 +1,4 @@
-"""A batch of random hidden states with a random head, and each pair's loss spelled out token by token."""
+"""A batch of random hidden states with a random head, and the loss of each pair computed token by token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOSSES: dict[str, Callable[[PairLogps], PairLosses]] = {
 
 
 class Toy:
-    """B = 4 pairs; everything float64; `hidden` and `weight` are leaves."""
+    """Batch of B = 4 pairs in float64. `hidden` and `weight` are leaves of the autograd graph."""
 
     def __init__(self, algorithm: str, pairs: list[TokenizedPair], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -51,27 +51,27 @@ class Toy:
         return self.reading.states
 
     def separate_states(self) -> PairStates:
-        """The same states as leaves of their own: what enters the networks, apart from what enters the head."""
+        """Return copies of the states that are leaves: inputs of the networks, separate from the inputs of the head."""
         states = (self.states.prompt, self.states.chosen, self.states.rejected)
         return PairStates(*(state.detach().clone().requires_grad_() for state in states))
 
     def naive_logps(self, z: Tensor) -> Tensor:
-        """(2B,) log-probabilities under each pair's z (B, d)."""
+        """Compute log-probabilities (2B,) under each pair's z (B, d)."""
         width, count = self.batch.input_ids.shape[1], len(self.pairs)
         sums = []
         for row in range(2 * count):
             pair = self.pairs[row % count]
             answer = pair.chosen_ids if row < count else pair.rejected_ids
             total = torch.zeros((), dtype=torch.float64)
-            for place, token in enumerate(answer):
-                state = self.hidden[row * width + len(pair.prompt_ids) - 1 + place] + z[row % count]
+            for index, token in enumerate(answer):
+                state = self.hidden[row * width + len(pair.prompt_ids) - 1 + index] + z[row % count]
                 scores = torch.exp(0.8 * (self.weight @ state + self.bias))
                 total = total + torch.log(scores[token] / scores.sum())
             sums.append(total)
         return torch.stack(sums)
 
     def naive_losses(self, z: Tensor) -> Tensor:
-        """(B,) losses under each pair's z (B, d)."""
+        """Compute losses (B,) under each pair's z (B, d)."""
         logps, count = self.naive_logps(z), len(self.pairs)
         losses = []
         for number, pair in enumerate(self.pairs):
@@ -89,13 +89,13 @@ class Toy:
 
     @property
     def naive_nats(self) -> float:
-        """What one unit of loss counts as evidence: IPO's is a share of what it is at a margin of 0."""
+        """Nats of log-likelihood per unit of loss. IPO's loss is divided by its value at a margin of 0."""
         return 1 / 1.25**2 if self.algorithm == "ipo" else 1.0
 
 
 @pytest.fixture(params=list(LOSSES))
 def toy(request: pytest.FixtureRequest, make_pairs: Callable[..., list[TokenizedPair]]) -> Toy:
-    """Every algorithm in turn."""
+    """Toy batch for each algorithm."""
     return Toy(request.param, make_pairs([(3, 2, 4), (1, 1, 3), (2, 5, 1), (4, 3, 3)], vocabulary=VOCABULARY), seed=0)
 
 
@@ -105,7 +105,7 @@ def dpo_toy(make_pairs: Callable[..., list[TokenizedPair]]) -> Toy:
 
 
 def earlier_states(inputs: int) -> list[Tensor]:
-    """What networks of so many states have met: seven pairs whose states, (7, d) each, have much in common."""
+    """Return `inputs` tensors (7, d): the states of seven pairs, with a large common part."""
     generator = torch.Generator().manual_seed(9)
     draws = torch.randn(inputs, 7, WIDTH, generator=generator, dtype=torch.float64)
     return list(draws + 3 * torch.randn(WIDTH, generator=generator, dtype=torch.float64))
@@ -113,22 +113,22 @@ def earlier_states(inputs: int) -> list[Tensor]:
 
 @pytest.fixture
 def meet() -> Callable[[nn.Module], None]:
-    """Has all networks in a module read seven pairs and take an optimizer step."""
+    """Function that lets all networks in a module read seven pairs and updates their moments."""
 
-    def met(module: nn.Module) -> None:
+    def update(module: nn.Module) -> None:
         for network in module.modules():
             if isinstance(network, StateNetwork) and network.moments is not None:
                 network(*earlier_states(network.first.in_features // WIDTH))
                 network.moments.close_window()
 
-    return met
+    return update
 
 
 @pytest.fixture
 def build(perturb: Callable[..., None], meet: Callable[[nn.Module], None]) -> Callable[..., Any]:
-    """Builds a space for a toy's head, float64, with noise on all of its parameters, that has met some pairs."""
+    """Function that builds a float64 space for a toy's head, with noise on all parameters and updated moments."""
 
-    def made(space: LatentSpace, toy: Toy, seed: int = 3) -> LatentSpace:
+    def build_space(space: LatentSpace, toy: Toy, seed: int = 3) -> LatentSpace:
         torch.manual_seed(seed)
         space.build(WIDTH, toy.head)
         space.double()
@@ -136,14 +136,14 @@ def build(perturb: Callable[..., None], meet: Callable[[nn.Module], None]) -> Ca
         meet(space)
         return space
 
-    return made
+    return build_space
 
 
 @pytest.fixture
 def naive_network() -> Callable[..., Tensor]:
-    """Two layers on states of unit root mean square, one pair at a time.
+    """Naive network: two layers on states of unit root mean square, one pair at a time.
 
-    A network that standardises has met seven earlier pairs and, for deviations, one more at a distance of 1.
+    A network with standardisation has read the seven earlier pairs. Its deviation counts one more pair at distance 1.
     """
 
     def rows_of(states: Sequence[Tensor]) -> list[Tensor]:

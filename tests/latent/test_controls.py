@@ -1,4 +1,4 @@
-"""The controls that are no mixture of codes, and what every space must do."""
+"""Controls that are not a mixture of codes, and properties of every space."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SPACES: dict[str, Callable[..., LatentSpace]] = {
 every_space = pytest.mark.parametrize("name", list(SPACES))
 
 
-def test_the_vector_is_one_z_for_every_prompt_and_mode(toy: Any, build: Callable[..., Any]) -> None:
+def test_vector_same_z_for_all_prompts_and_modes(toy: Any, build: Callable[..., Any]) -> None:
     space = build(VectorSpace(), toy)
     z = space.vector.expand(4, -1)
     for mode in (None, "mean", "sample", "argmax"):
@@ -57,7 +57,7 @@ def test_the_vector_is_one_z_for_every_prompt_and_mode(toy: Any, build: Callable
     torch.testing.assert_close(gradient, by_loop, rtol=1e-10, atol=1e-11)
 
 
-def test_a_vector_starts_at_the_plain_policy_or_at_its_spread() -> None:
+def test_vector_initial_scale() -> None:
     head = LogitHead(torch.randn(200, 400, generator=torch.Generator().manual_seed(0)) + 3)
     space = VectorSpace()
     space.build(400, head)
@@ -71,9 +71,7 @@ def test_a_vector_starts_at_the_plain_policy_or_at_its_spread() -> None:
     assert torch.stack(deviations).mean().item() == pytest.approx(0.5, rel=0.02)
 
 
-def test_the_mlp_is_its_network_of_the_prompt(
-    toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]
-) -> None:
+def test_mlp_matches_naive_network(toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]) -> None:
     space = build(MLPSpace(hidden=8), toy)
     z = naive_network(space.network, toy.states.prompt)
     assert z.shape == (4, 6)
@@ -85,7 +83,7 @@ def test_the_mlp_is_its_network_of_the_prompt(
     assert terms.kl is None
 
 
-def test_a_fresh_mlp_says_zero_and_can_learn_to_say_more(dpo_toy: Any) -> None:
+def test_mlp_starts_at_zero_with_gradient(dpo_toy: Any) -> None:
     space = MLPSpace(hidden=8)
     space.build(6, dpo_toy.head)
     space.double()
@@ -97,7 +95,7 @@ def test_a_fresh_mlp_says_zero_and_can_learn_to_say_more(dpo_toy: Any) -> None:
 @pytest.mark.parametrize(
     ("setting", "progress", "g"), [(None, 0.0, 0.0), (None, 0.25, 0.25), (0.6, 0.9, 0.6), (None, 1, 1)]
 )
-def test_the_gaussian_mixes_reparametrised_weights_and_pays_their_kl(
+def test_gaussian_mixture_and_kl(
     setting: Any, progress: float, g: float, toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]
 ) -> None:
     space = build(GaussianSpace(**DISCRETE, g=setting, kl_weight=0.3), toy)
@@ -117,14 +115,12 @@ def test_the_gaussian_mixes_reparametrised_weights_and_pays_their_kl(
     leaves = [toy.hidden, toy.weight, *space.parameters()]
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (ours, theirs)]
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
     assert terms.settings == {"g": g}
 
 
-def test_a_gaussian_is_inferred_at_its_mean_or_drawn_and_has_no_codes(
-    dpo_toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]
-) -> None:
+def test_gaussian_infer_by_mode(dpo_toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]) -> None:
     space = build(GaussianSpace(**DISCRETE), dpo_toy)
     prompt = dpo_toy.states.prompt.detach()
     out = naive_network(space.prior, prompt)
@@ -132,10 +128,10 @@ def test_a_gaussian_is_inferred_at_its_mean_or_drawn_and_has_no_codes(
     torch.testing.assert_close(space.infer(prompt), mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(space.infer(prompt, "mean"), mean, rtol=1e-12, atol=1e-12)
     torch.manual_seed(11)
-    drawn = space.infer(prompt, "sample")
+    sample = space.infer(prompt, "sample")
     torch.manual_seed(11)
     weights = out[:, :3] + out[:, 3:].exp() * torch.randn(4, 3, dtype=torch.float64)
-    torch.testing.assert_close(drawn, weights @ space.codebook.weight, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sample, weights @ space.codebook.weight, rtol=1e-12, atol=1e-12)
     for mode in ("argmax", 0):
         with pytest.raises(
             ValueError, match=rf"latent\.prior_mode: found {mode!r}, expected mean or sample: a Gaussian"
@@ -149,9 +145,7 @@ def test_a_gaussian_is_inferred_at_its_mean_or_drawn_and_has_no_codes(
 
 @pytest.mark.parametrize("name", ["mlp", "vector"])
 @pytest.mark.parametrize("mode", [3, 0, "code"])
-def test_a_space_without_codes_has_no_code_to_choose(
-    name: str, mode: Any, dpo_toy: Any, build: Callable[..., Any]
-) -> None:
+def test_infer_unknown_mode_without_codes(name: str, mode: Any, dpo_toy: Any, build: Callable[..., Any]) -> None:
     space = build(SPACES[name](), dpo_toy)
     expected = (
         rf"latent\.prior_mode: found {mode!r}, expected one of mean, sample, argmax \(the same here\): this latent"
@@ -161,26 +155,24 @@ def test_a_space_without_codes_has_no_code_to_choose(
 
 
 @every_space
-def test_a_state_dict_holds_all_of_a_space(name: str, toy: Any, build: Callable[..., Any]) -> None:
+def test_state_dict_restores_space(name: str, toy: Any, build: Callable[..., Any]) -> None:
     first, second = (build(SPACES[name](), toy, seed=seed) for seed in (3, 4))
     prompt = toy.states.prompt
 
-    def answers(space: LatentSpace) -> list[Tensor]:
+    def outputs(space: LatentSpace) -> list[Tensor]:
         torch.manual_seed(11)
         terms = space.training_terms(toy.states, toy.score, 0.5)
         return [space.infer(prompt), terms.pairs.losses + terms.penalty]
 
-    assert not any(torch.equal(one, other) for one, other in zip(answers(first), answers(second), strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(outputs(first), outputs(second), strict=True))
     assert set(first.state_dict()) == {own for own, _ in chain(first.named_parameters(), first.named_buffers())}
     second.load_state_dict(first.state_dict())
-    assert all(torch.equal(one, other) for one, other in zip(answers(first), answers(second), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(outputs(first), outputs(second), strict=True))
 
 
 @every_space
 @pytest.mark.parametrize("detach", [False, True])
-def test_detach_stops_the_gradient_into_the_backbone_and_only_then(
-    name: str, detach: bool, dpo_toy: Any, build: Callable[..., Any]
-) -> None:
+def test_detach_stops_backbone_gradient(name: str, detach: bool, dpo_toy: Any, build: Callable[..., Any]) -> None:
     if name == "vector" and detach:
         with pytest.raises(TypeError):
             VectorSpace(detach=True)
@@ -198,17 +190,17 @@ def test_detach_stops_the_gradient_into_the_backbone_and_only_then(
     ):
         has_gradient = state.grad is not None and bool(state.grad.any())
         assert has_gradient == (read and not detach)
-    # The head reads the states by another way, which stays open.
+    # The head reads other tensors, so its gradient is not stopped.
     assert dpo_toy.hidden.grad.any()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in space.parameters())
 
 
 @every_space
-def test_inference_needs_the_prompt_alone(name: str, toy: Any, build: Callable[..., Any]) -> None:
+def test_inference_terms_use_prompt_only(name: str, toy: Any, build: Callable[..., Any]) -> None:
     space = build(SPACES[name](), toy)
     states = toy.separate_states()
-    blind = replace(states, chosen=states.chosen * torch.nan, rejected=states.rejected * torch.nan)
-    terms = space.inference_terms(blind, toy.score)
+    without_answers = replace(states, chosen=states.chosen * torch.nan, rejected=states.rejected * torch.nan)
+    terms = space.inference_terms(without_answers, toy.score)
     torch.testing.assert_close(
         terms.pairs.losses, toy.naive_losses(space.infer(toy.states.prompt)), rtol=1e-10, atol=1e-10
     )
@@ -216,7 +208,7 @@ def test_inference_needs_the_prompt_alone(name: str, toy: Any, build: Callable[.
 
 
 @every_space
-def test_a_z_moves_the_loss(name: str, toy: Any, build: Callable[..., Any]) -> None:
+def test_inference_terms_depend_on_z(name: str, toy: Any, build: Callable[..., Any]) -> None:
     space = build(SPACES[name](), toy)
     plain, _ = toy.score.under(None)
     assert (space.inference_terms(toy.states, toy.score).pairs.losses - plain.losses).abs().max() > 1e-3

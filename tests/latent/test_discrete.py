@@ -1,4 +1,4 @@
-"""What a discrete space gives at inference, by prior mode."""
+"""z of a discrete space at inference, by prior mode."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def prior_of(space: MarginalSpace, prompt: Tensor, naive_network: Callable[..., 
     return scores / scores.sum(-1, keepdim=True)
 
 
-def test_the_prior_is_a_distribution_over_the_codes(
+def test_log_prior_matches_naive_softmax(
     space: MarginalSpace, dpo_toy: Any, naive_network: Callable[..., Tensor]
 ) -> None:
     prior = prior_of(space, dpo_toy.states.prompt, naive_network)
     torch.testing.assert_close(space.log_prior(dpo_toy.states.prompt), prior.log(), rtol=1e-12, atol=1e-12)
 
 
-def test_the_mean_weighs_every_code_by_its_prior(
+def test_infer_mean_weighs_codes_by_prior(
     space: MarginalSpace, dpo_toy: Any, naive_network: Callable[..., Tensor]
 ) -> None:
     prior = prior_of(space, dpo_toy.states.prompt, naive_network)
@@ -51,27 +51,27 @@ def test_the_mean_weighs_every_code_by_its_prior(
         torch.testing.assert_close(space.infer(dpo_toy.states.prompt, mode), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_argmax_is_the_likeliest_code(space: MarginalSpace, dpo_toy: Any, naive_network: Callable[..., Tensor]) -> None:
-    leaders = prior_of(space, dpo_toy.states.prompt, naive_network).argmax(-1)
-    assert len(set(leaders.tolist())) > 1, "the pairs ought to differ"
-    assert torch.equal(space.infer(dpo_toy.states.prompt, "argmax"), space.codebook.weight[leaders])
+def test_infer_argmax_is_likeliest_code(
+    space: MarginalSpace, dpo_toy: Any, naive_network: Callable[..., Tensor]
+) -> None:
+    likeliest = prior_of(space, dpo_toy.states.prompt, naive_network).argmax(-1)
+    assert len(set(likeliest.tolist())) > 1, "the pairs should differ"
+    assert torch.equal(space.infer(dpo_toy.states.prompt, "argmax"), space.codebook.weight[likeliest])
 
 
 @pytest.mark.parametrize("code", range(5))
-def test_a_number_is_that_code_for_every_prompt(space: MarginalSpace, dpo_toy: Any, code: int) -> None:
-    found = space.infer(dpo_toy.states.prompt, code)
-    assert torch.equal(found, space.codebook.weight[code].expand(4, -1))
+def test_infer_number_is_that_code(space: MarginalSpace, dpo_toy: Any, code: int) -> None:
+    z = space.infer(dpo_toy.states.prompt, code)
+    assert torch.equal(z, space.codebook.weight[code].expand(4, -1))
 
 
-def test_samples_are_whole_codes_as_often_as_the_prior_says(
-    space: MarginalSpace, dpo_toy: Any, naive_network: Callable[..., Tensor]
-) -> None:
+def test_infer_sample_frequencies(space: MarginalSpace, dpo_toy: Any, naive_network: Callable[..., Tensor]) -> None:
     draws = 4000
     prompt = dpo_toy.states.prompt[:1].detach()
     (prior,) = prior_of(space, prompt, naive_network).detach()
     torch.manual_seed(0)
-    found = space.infer(prompt.expand(draws, -1), "sample")
-    counts = torch.stack([(found == code).all(-1).sum() for code in space.codebook.weight])
+    samples = space.infer(prompt.expand(draws, -1), "sample")
+    counts = torch.stack([(samples == code).all(-1).sum() for code in space.codebook.weight])
     assert counts.sum() == draws
     deviation = (draws * prior * (1 - prior)).sqrt()
     assert ((counts - draws * prior).abs() < 4 * deviation + 1).all()
@@ -79,7 +79,7 @@ def test_samples_are_whole_codes_as_often_as_the_prior_says(
 
 
 @pytest.mark.parametrize("mode", ["mean", "argmax", 2])
-def test_the_setting_is_the_default_mode(mode: Any, dpo_toy: Any, build: Callable[..., Any]) -> None:
+def test_infer_default_mode(mode: Any, dpo_toy: Any, build: Callable[..., Any]) -> None:
     space = build(MarginalSpace(num_codes=5, init_logit_std=1.0, hidden=8, prior_mode=mode), dpo_toy)
     modes = {name: space.infer(dpo_toy.states.prompt, name) for name in ("mean", "argmax", 2)}
     assert torch.equal(space.infer(dpo_toy.states.prompt), modes.pop(mode))
@@ -88,12 +88,12 @@ def test_the_setting_is_the_default_mode(mode: Any, dpo_toy: Any, build: Callabl
 
 @every_space
 @pytest.mark.parametrize("mode", ["median", 5, -1, "5", None.__class__])
-def test_a_mode_that_names_nothing_is_refused(kind: Any, mode: Any, dpo_toy: Any, build: Callable[..., Any]) -> None:
-    said = re.escape(f"latent.prior_mode: found {mode!r}, expected one of mean, sample, argmax, or the number of a")
-    with pytest.raises(ValueError, match=said + " code from 0 to 4"):
+def test_infer_unknown_mode(kind: Any, mode: Any, dpo_toy: Any, build: Callable[..., Any]) -> None:
+    message = re.escape(f"latent.prior_mode: found {mode!r}, expected one of mean, sample, argmax, or the number of a")
+    with pytest.raises(ValueError, match=message + " code from 0 to 4"):
         kind(num_codes=5, prior_mode=mode)
     space = build(kind(num_codes=5, hidden=8), dpo_toy)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         space.infer(dpo_toy.states.prompt, mode)
 
 
@@ -101,15 +101,13 @@ def test_a_mode_that_names_nothing_is_refused(kind: Any, mode: Any, dpo_toy: Any
 @pytest.mark.parametrize(
     ("setting", "value"), [("num_codes", 0), ("num_codes", -3), ("init_logit_std", -0.1), ("hidden", 0)]
 )
-def test_settings_out_of_range_are_refused(kind: Any, setting: str, value: float) -> None:
+def test_settings_out_of_range(kind: Any, setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"latent.{setting}: found {value}"):
         kind(**{setting: value})
 
 
 @every_space
-def test_inference_scores_the_pairs_under_the_prior_and_runs_no_posterior(
-    kind: Any, toy: Any, build: Callable[..., Any]
-) -> None:
+def test_inference_terms_run_no_posterior(kind: Any, toy: Any, build: Callable[..., Any]) -> None:
     space = build(kind(num_codes=5, init_logit_std=1.0, hidden=8, prior_mode="argmax"), toy)
     runs: list[str] = []
     if hasattr(space, "posterior"):
@@ -125,4 +123,4 @@ def test_inference_scores_the_pairs_under_the_prior_and_runs_no_posterior(
     assert torch.equal(terms.z, space.infer(toy.states.prompt))
 
     space.training_terms(toy.states, toy.score, 0.5)
-    assert len(runs) == hasattr(space, "posterior"), "the hook does count"
+    assert len(runs) == hasattr(space, "posterior"), "the hook is called"

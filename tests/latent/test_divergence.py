@@ -1,4 +1,4 @@
-"""KL against torch.distributions, and what it weighs in the loss."""
+"""KL against torch.distributions, and its weight in the loss."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def test_categorical_kl_and_its_gradients() -> None:
+def test_categorical_kl_and_gradients() -> None:
     logits = [draw(6, 5, seed=seed).requires_grad_() for seed in (1, 2)]
     ours = categorical_kl(*(logit.log_softmax(-1) for logit in logits))
     theirs = kl_divergence(*(Categorical(logits=logit) for logit in logits))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert ours.shape == (6,)
     assert ours.min() > 0
-    for found, expected in zip(
+    for actual, expected in zip(
         torch.autograd.grad(ours.sum(), logits), torch.autograd.grad(theirs.sum(), logits), strict=True
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_gaussian_kl_and_its_gradients() -> None:
+def test_gaussian_kl_and_gradients() -> None:
     leaves = [draw(6, 4, seed=seed).requires_grad_() for seed in range(4)]
     mean_q, log_std_q, mean_p, log_std_p = leaves
     ours = gaussian_kl(*leaves)
     q, p = (Independent(Normal(mean, std.exp()), 1) for mean, std in ((mean_q, log_std_q), (mean_p, log_std_p)))
     theirs = kl_divergence(q, p)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    for found, expected in zip(
+    for actual, expected in zip(
         torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(theirs.sum(), leaves), strict=True
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_distribution_is_at_no_distance_from_itself() -> None:
+def test_kl_of_equal_distributions_is_zero() -> None:
     logs = draw(3, 5).log_softmax(-1)
     assert torch.equal(categorical_kl(logs, logs), torch.zeros(3, dtype=torch.float64))
     mean, log_std = draw(3, 5, seed=1), draw(3, 5, seed=2)
     assert torch.equal(gaussian_kl(mean, log_std, mean, log_std), torch.zeros(3, dtype=torch.float64))
 
 
-def test_free_bits_are_free() -> None:
+def test_weighted_kl_constant_below_free_bits() -> None:
     kl = torch.tensor([0.0, 0.1, 0.3, 0.5], requires_grad=True)
     penalty = WeightedKL(2.0, free_bits=0.2)(kl, 0.5)
     torch.testing.assert_close(penalty.detach(), torch.tensor([0.4, 0.4, 0.6, 1.0]))
@@ -66,7 +66,7 @@ def test_free_bits_are_free() -> None:
         (Exponential(1.0, 0.01), {0.0: 1.0, 0.5: 0.1, 1.0: 0.01}),
     ],
 )
-def test_the_weight_follows_its_schedule(weight, values: dict[float, float]) -> None:
+def test_weighted_kl_follows_schedule(weight, values: dict[float, float]) -> None:
     kl = torch.tensor([0.5, 3.0], dtype=torch.float64)
     for progress, value in values.items():
         torch.testing.assert_close(WeightedKL(weight, 0.0)(kl, progress), value * kl, rtol=1e-13, atol=1e-15)

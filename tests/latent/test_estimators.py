@@ -1,4 +1,4 @@
-"""Gumbel, expected and marginal against loops over codes, each code as its own z."""
+"""Gumbel, expected and marginal estimators against loops over the codes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Network = Callable[..., Tensor]
 
 
 def total(terms: LatentTerms) -> Tensor:
-    """The loss of a training step."""
+    """Compute the loss of a training step."""
     return (terms.pairs.losses + terms.penalty).mean()
 
 
@@ -44,7 +44,7 @@ def prior_and_posterior(space: Any, toy: Any, network: Network) -> tuple[Tensor,
 
 
 def losses_by_code(space: Any, toy: Any) -> Tensor:
-    """(B, K): the codes one after the other."""
+    """Compute the losses (B, K), one code at a time."""
     return torch.stack([toy.naive_losses(code.expand(4, -1)) for code in space.codebook.weight], dim=1)
 
 
@@ -55,34 +55,30 @@ def kl_of(posterior: Tensor, prior: Tensor) -> Tensor:
 def assert_same_loss_and_gradients(ours: Tensor, theirs: Tensor, space: Any, toy: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     named = {"hidden": toy.hidden, "head": toy.weight} | dict(space.named_parameters())
-    found = torch.autograd.grad(ours, list(named.values()), retain_graph=True)
+    actual = torch.autograd.grad(ours, list(named.values()), retain_graph=True)
     expected = torch.autograd.grad(theirs, list(named.values()))
-    for name, one, other in zip(named, found, expected, strict=True):
-        assert other.abs().max() > 1e-6, f"{name} has no part in the loss"
+    for name, one, other in zip(named, actual, expected, strict=True):
+        assert other.abs().max() > 1e-6, f"{name} has no gradient"
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # Marginal
 
 
-def test_the_marginal_is_the_soft_minimum_over_codes(
-    toy: Any, build: Callable[..., Any], naive_network: Network
-) -> None:
+def test_marginal_is_soft_minimum_over_codes(toy: Any, build: Callable[..., Any], naive_network: Network) -> None:
     space = build(MarginalSpace(**SIZE), toy)
     terms = space.training_terms(toy.states, toy.score, 0.3)
     prior, by_code = softmax(naive_network(space.prior, toy.states.prompt)), losses_by_code(space, toy)
     expected = []
     for pair in range(4):
-        said = torch.exp(-toy.naive_nats * by_code[pair])
-        likelihood = sum(prior[pair, code] * said[code] for code in range(CODES))
+        likelihoods = torch.exp(-toy.naive_nats * by_code[pair])
+        likelihood = sum(prior[pair, code] * likelihoods[code] for code in range(CODES))
         expected.append(-torch.log(likelihood) / toy.naive_nats)
     assert_same_loss_and_gradients(total(terms), torch.stack(expected).mean(), space, toy)
     assert terms.penalty == 0
 
 
-def test_for_dpo_the_marginal_is_the_likelihood_of_the_label(
-    dpo_toy: Any, build: Callable[..., Any], naive_network: Network
-) -> None:
+def test_marginal_of_dpo_is_label_likelihood(dpo_toy: Any, build: Callable[..., Any], naive_network: Network) -> None:
     space = build(MarginalSpace(**SIZE), dpo_toy)
     prior = softmax(naive_network(space.prior, dpo_toy.states.prompt))
     likelihood = torch.zeros(4, dtype=torch.float64)
@@ -93,7 +89,7 @@ def test_for_dpo_the_marginal_is_the_likelihood_of_the_label(
     torch.testing.assert_close(terms.pairs.losses, -torch.log(likelihood), rtol=1e-11, atol=1e-12)
 
 
-def test_the_marginals_posterior_is_exact(toy: Any, build: Callable[..., Any], naive_network: Network) -> None:
+def test_marginal_posterior_exact(toy: Any, build: Callable[..., Any], naive_network: Network) -> None:
     space = build(MarginalSpace(**SIZE), toy)
     terms = space.training_terms(toy.states, toy.score, 0.0)
     joint = softmax(naive_network(space.prior, toy.states.prompt)) * torch.exp(
@@ -107,9 +103,7 @@ def test_the_marginals_posterior_is_exact(toy: Any, build: Callable[..., Any], n
     assert not terms.posterior.requires_grad
 
 
-def test_under_the_exact_posterior_the_bound_is_tight_and_under_any_other_it_is_a_bound(
-    toy: Any, build: Callable[..., Any]
-) -> None:
+def test_expected_bounds_marginal(toy: Any, build: Callable[..., Any]) -> None:
     marginal = build(MarginalSpace(**SIZE), toy)
     expected = build(ExpectedSpace(**SIZE, kl_weight=1 / toy.naive_nats), toy)
     expected.codebook.load_state_dict(marginal.codebook.state_dict())
@@ -122,7 +116,7 @@ def test_under_the_exact_posterior_the_bound_is_tight_and_under_any_other_it_is_
     torch.testing.assert_close(tight, exact.pairs.losses, rtol=1e-11, atol=1e-11)
 
 
-def test_the_marginal_reports_expectations_under_the_prior(toy: Any, build: Callable[..., Any]) -> None:
+def test_marginal_reports_prior_expectations(toy: Any, build: Callable[..., Any]) -> None:
     space = build(MarginalSpace(**SIZE), toy)
     terms = space.training_terms(toy.states, toy.score, 0.0)
     assert_expectations(terms, terms.prior, space, toy)
@@ -149,9 +143,9 @@ def assert_expectations(terms: LatentTerms, log_weights: Tensor, space: Any, toy
 # Expected
 
 
-@pytest.mark.parametrize(("kl_weight", "progress", "price"), [(0.3, 0.5, 0.3), (WarmUp(0.4, share=0.5), 0.25, 0.2)])
-def test_the_expectation_is_taken_under_the_posterior_and_kl_is_paid(
-    kl_weight: Any, progress: float, price: float, toy: Any, build: Callable[..., Any], naive_network: Network
+@pytest.mark.parametrize(("kl_weight", "progress", "weight"), [(0.3, 0.5, 0.3), (WarmUp(0.4, share=0.5), 0.25, 0.2)])
+def test_expected_matches_loop_over_codes(
+    kl_weight: Any, progress: float, weight: float, toy: Any, build: Callable[..., Any], naive_network: Network
 ) -> None:
     space = build(ExpectedSpace(**SIZE, kl_weight=kl_weight), toy)
     terms = space.training_terms(toy.states, toy.score, progress)
@@ -161,7 +155,7 @@ def test_the_expectation_is_taken_under_the_posterior_and_kl_is_paid(
     for pair in range(4):
         mean = sum(posterior[pair, code] * by_code[pair, code] for code in range(CODES))
         kl = sum(posterior[pair, code] * torch.log(posterior[pair, code] / prior[pair, code]) for code in range(CODES))
-        expected.append(mean + price * kl)
+        expected.append(mean + weight * kl)
     assert_same_loss_and_gradients(total(terms), torch.stack(expected).mean(), space, toy)
     assert_expectations(terms, posterior.log(), space, toy)
     torch.testing.assert_close(terms.kl, kl_of(posterior, prior), rtol=1e-10, atol=1e-12)
@@ -171,12 +165,12 @@ def test_the_expectation_is_taken_under_the_posterior_and_kl_is_paid(
 
 
 def noise() -> Tensor:
-    """What the next call of `gumbel_softmax` draws: -log of an exponential."""
+    """Draw the noise of the next call of `gumbel_softmax`: -log of an exponential."""
     return -torch.empty(4, CODES, dtype=torch.float64).exponential_().log()
 
 
 def hardened(weights: Tensor) -> Tensor:
-    """One-hot forward, the soft weights' gradient backward."""
+    """Return one-hot weights with the gradient of the soft weights."""
     hard = torch.zeros_like(weights)
     hard[torch.arange(4), weights.argmax(-1)] = 1.0
     return hard + weights - weights.detach()
@@ -194,7 +188,7 @@ def hardened(weights: Tensor) -> Tensor:
         ({"tau": Exponential(1.0, 0.25)}, 0.5, 0.5, 0.5),
     ],
 )
-def test_gumbel_answers_under_the_mixture_of_sampled_codes(
+def test_gumbel_matches_naive_mixture(
     settings: dict[str, Any],
     progress: float,
     g: float,
@@ -222,11 +216,11 @@ def test_gumbel_answers_under_the_mixture_of_sampled_codes(
     assert terms.settings == pytest.approx({"g": g, "tau": tau})
     if hard and g in (0.0, 1.0):
         own = torch.stack([(terms.z == code).all(-1) for code in space.codebook.weight])
-        assert own.sum(0).tolist() == [1] * 4, "one whole code forward"
+        assert own.sum(0).tolist() == [1] * 4, "exactly one code in the forward pass"
 
 
 @pytest.mark.parametrize(("g", "absent", "present"), [(0.0, "prior", "posterior"), (1.0, "posterior", "prior")])
-def test_at_its_ends_g_hears_one_network_only(
+def test_gumbel_at_ends_of_g_uses_one_network(
     g: float, absent: str, present: str, dpo_toy: Any, build: Callable[..., Any]
 ) -> None:
     space = build(GumbelSpace(**SIZE, g=g), dpo_toy)
@@ -239,13 +233,13 @@ def test_at_its_ends_g_hears_one_network_only(
     assert all(gradient.any() for gradient in gradients[present])
 
 
-def test_the_paper_s_g_rises_from_the_posterior_to_the_prior(dpo_toy: Any, build: Callable[..., Any]) -> None:
+def test_gumbel_default_g_rises_linearly(dpo_toy: Any, build: Callable[..., Any]) -> None:
     space = build(GumbelSpace(**SIZE), dpo_toy)
-    found = [space.training_terms(dpo_toy.states, dpo_toy.score, at).settings["g"] for at in (0.0, 0.1, 0.5, 1.0)]
-    assert found == [0.0, 0.1, 0.5, 1.0]
+    actual = [space.training_terms(dpo_toy.states, dpo_toy.score, at).settings["g"] for at in (0.0, 0.1, 0.5, 1.0)]
+    assert actual == [0.0, 0.1, 0.5, 1.0]
 
 
-def test_free_bits_hold_the_penalty_and_leave_the_reported_kl(dpo_toy: Any, build: Callable[..., Any]) -> None:
+def test_free_bits_change_penalty_but_not_kl(dpo_toy: Any, build: Callable[..., Any]) -> None:
     for kind in (GumbelSpace, ExpectedSpace):
         space = build(kind(**SIZE, kl_weight=0.5, free_bits=100.0), dpo_toy)
         terms = space.training_terms(dpo_toy.states, dpo_toy.score, 0.0)
@@ -258,19 +252,19 @@ def test_free_bits_hold_the_penalty_and_leave_the_reported_kl(dpo_toy: Any, buil
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
-def test_posterior_only_is_gumbel_with_g_at_0(progress: float, toy: Any, build: Callable[..., Any]) -> None:
-    found = []
+def test_posterior_only_is_gumbel_with_g_0(progress: float, toy: Any, build: Callable[..., Any]) -> None:
+    actual = []
     for space in (PosteriorOnlySpace(**SIZE, tau=0.7), GumbelSpace(**SIZE, tau=0.7, g=0.0)):
         built = build(space, toy)
         torch.manual_seed(11)
-        found.append(built.training_terms(toy.states, toy.score, progress))
-    assert torch.equal(found[0].z, found[1].z)
-    assert torch.equal(total(found[0]), total(found[1]))
-    assert found[0].settings == {"g": 0.0, "tau": 0.7}
+        actual.append(built.training_terms(toy.states, toy.score, progress))
+    assert torch.equal(actual[0].z, actual[1].z)
+    assert torch.equal(total(actual[0]), total(actual[1]))
+    assert actual[0].settings == {"g": 0.0, "tau": 0.7}
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_prior_only_samples_the_prior_and_pays_nothing(
+def test_prior_only_samples_prior_without_penalty(
     hard: bool, toy: Any, build: Callable[..., Any], naive_network: Network
 ) -> None:
     space = build(PriorOnlySpace(**SIZE, tau=Exponential(1.0, 0.25), hard=hard), toy)

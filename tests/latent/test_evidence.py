@@ -1,4 +1,4 @@
-"""Evidence shared by the pairs of an annotator, against loops over codes and pairs."""
+"""Codes given the earlier pairs of an annotator, against loops over codes and pairs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ NAMES = [("a", "a", "a", "a"), ("a", "b", "a", "b"), ("", "a", "", "a"), ("b", "
 
 
 def draw(annotators: Sequence[str], codes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A prior for each pair and losses, float64."""
+    """Draw a log-prior and losses for each pair, in float64."""
     generator = torch.Generator().manual_seed(seed)
     prior, losses = torch.randn(2, len(annotators), codes, generator=generator, dtype=torch.float64)
     return prior.log_softmax(-1), losses.square()
 
 
 def naive(prior: Tensor, losses: Tensor, annotators: Sequence[str]) -> Tensor:
-    """(B, K) probabilities of the codes under which each pair is scored; `prior` are probabilities as well."""
+    """Compute the updated prior probabilities (B, K) of the codes. `prior` holds probabilities, not logs."""
     rows = []
     for i, name in enumerate(annotators):
         weights = []
@@ -46,16 +46,16 @@ some_names = st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=1, max_size
 
 
 @given(some_names, st.integers(1, 4))
-def test_pairs_are_scored_given_the_earlier_ones_of_their_annotator(annotators: list[str], codes: int) -> None:
+def test_given_earlier_pairs_matches_loop(annotators: list[str], codes: int) -> None:
     prior, losses = draw(annotators, codes)
-    found = given_earlier_pairs(prior, -losses, annotators)
-    torch.testing.assert_close(found.exp(), naive(prior.exp(), losses, annotators), rtol=1e-11, atol=1e-13)
+    actual = given_earlier_pairs(prior, -losses, annotators)
+    torch.testing.assert_close(actual.exp(), naive(prior.exp(), losses, annotators), rtol=1e-11, atol=1e-13)
     for row, name in enumerate(annotators):
         if not name or name not in annotators[:row]:
-            assert torch.equal(found[row], prior[row])
+            assert torch.equal(actual[row], prior[row])
 
 
-def test_gradient_flows_through_the_evidence_as_well() -> None:
+def test_given_earlier_pairs_gradient() -> None:
     prior, losses = (values.requires_grad_() for values in draw("aabab"))
     assert torch.autograd.gradcheck(lambda prior, losses: given_earlier_pairs(prior, -losses, "aabab"), (prior, losses))
     given_earlier_pairs(prior, -losses, "aabab")[3, 0].backward()
@@ -64,7 +64,7 @@ def test_gradient_flows_through_the_evidence_as_well() -> None:
 
 
 @given(some_names, st.randoms())
-def test_an_annotators_losses_are_the_marginal_of_all_labels_in_any_order(annotators: list[str], random: Any) -> None:
+def test_losses_add_up_to_joint_marginal(annotators: list[str], random: Any) -> None:
     prior, losses = draw(annotators)
     prior = prior[:1].expand_as(prior)
     order = random.sample(range(len(annotators)), len(annotators))
@@ -73,19 +73,19 @@ def test_an_annotators_losses_are_the_marginal_of_all_labels_in_any_order(annota
     for name in {"a", "b", "c"} & set(annotators):
         own = [row for row, other in enumerate(annotators) if other == name]
         expected = -torch.log((prior[0].exp() * torch.exp(-losses[own].sum(0))).sum())
-        found = terms[[row for row, other in enumerate(named) if other == name]].sum()
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+        actual = terms[[row for row, other in enumerate(named) if other == name]].sum()
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
-def test_the_sum_over_pairs_is_as_exact_under_autocast() -> None:
+def test_given_earlier_pairs_under_autocast() -> None:
     prior, losses = (values.float() for values in draw("aaaa"))
     with torch.autocast("cpu", torch.bfloat16):
-        found = given_earlier_pairs(prior, -losses, "aaaa")
-    assert torch.equal(found, given_earlier_pairs(prior, -losses, "aaaa"))
+        actual = given_earlier_pairs(prior, -losses, "aaaa")
+    assert torch.equal(actual, given_earlier_pairs(prior, -losses, "aaaa"))
 
 
 @pytest.mark.parametrize("names", NAMES, ids="-".join)
-def test_the_marginal_given_earlier_pairs(
+def test_marginal_with_annotators_matches_loop(
     names: tuple[str, ...], toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]
 ) -> None:
     space = build(MarginalSpace(**SIZE, annotators=True), toy)
@@ -103,7 +103,7 @@ def test_the_marginal_given_earlier_pairs(
     for one, other in zip(*gradients, strict=True):
         assert other.abs().max() > 1e-6
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
-    # Reported: the prior as it is; the posterior, and how far it is from what the pair was scored under.
+    # Reported are the plain prior, the posterior, and the KL of the posterior from the updated prior.
     posterior = joint / joint.sum(-1, keepdim=True)
     torch.testing.assert_close(terms.prior.exp(), prior, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(terms.posterior.exp(), posterior.detach(), rtol=1e-10, atol=1e-12)
@@ -111,21 +111,21 @@ def test_the_marginal_given_earlier_pairs(
     torch.testing.assert_close(terms.kl, kl.detach(), rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("names", [(), ("", "", "", ""), ("a", "b", "", "c")], ids=["nobody", "no names", "no repeats"])
-def test_without_an_earlier_pair_it_is_the_plain_marginal_to_the_last_bit(
-    names: tuple[str, ...], toy: Any, build: Callable[..., Any]
-) -> None:
-    found = []
+@pytest.mark.parametrize(
+    "names", [(), ("", "", "", ""), ("a", "b", "", "c")], ids=["no annotators", "empty names", "no repeats"]
+)
+def test_marginal_without_earlier_pairs_is_plain(names: tuple[str, ...], toy: Any, build: Callable[..., Any]) -> None:
+    actual = []
     for space in (MarginalSpace(**SIZE), MarginalSpace(**SIZE, annotators=True)):
         built = build(space, toy)
         terms = built.training_terms(replace(toy.states, annotators=names), toy.score, 0.3)
         leaves = [toy.hidden, *built.parameters()]
         gradients = torch.autograd.grad(terms.pairs.losses.sum(), leaves, retain_graph=True)
-        found.append([terms.pairs.losses, terms.kl, terms.posterior, terms.z, *gradients])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        actual.append([terms.pairs.losses, terms.kl, terms.posterior, terms.z, *gradients])
+    assert all(torch.equal(one, other) for one, other in zip(*actual, strict=True))
 
 
-def test_turned_off_names_do_not_count(toy: Any, build: Callable[..., Any]) -> None:
+def test_marginal_ignores_annotators_when_off(toy: Any, build: Callable[..., Any]) -> None:
     space = build(MarginalSpace(**SIZE), toy)
     named, unnamed = (
         space.training_terms(replace(toy.states, annotators=names), toy.score, 0.3) for names in ("aaaa", ())
@@ -133,46 +133,46 @@ def test_turned_off_names_do_not_count(toy: Any, build: Callable[..., Any]) -> N
     assert torch.equal(named.pairs.losses, unnamed.pairs.losses)
 
 
-WANTS = [("a", 1), ("a", 1), ("b", -1), ("b", -1)]
-"""Annotators of two pairs each, with the attribute in the chosen answer and without: all that differs between pairs."""
+ANNOTATORS = [("a", 1), ("a", 1), ("b", -1), ("b", -1)]
+"""Annotator of each pair, and 1 if the chosen answer has the attribute, -1 if the rejected one has it."""
 
 
 def opposite_losses(codes: Tensor, names: Sequence[str]) -> Tensor:
-    """(4,) losses under two even codes; code k makes an answer with the attribute more likely by D_k = `codes`[k]."""
-    wants = torch.tensor([want for _, want in WANTS], dtype=codes.dtype)
-    losses = -torch.nn.functional.logsigmoid(wants[:, None] * codes)
+    """Compute losses (4,) under two equally likely codes. Code k adds D_k = `codes`[k] to the attribute's answers."""
+    signs = torch.tensor([sign for _, sign in ANNOTATORS], dtype=codes.dtype)
+    losses = -torch.nn.functional.logsigmoid(signs[:, None] * codes)
     prior = torch.full_like(losses, math.log(0.5))
     return -(given_earlier_pairs(prior, -losses, names) - losses).logsumexp(-1)
 
 
 @given(st.floats(-8, 8), st.floats(-8, 8))
-def test_single_pairs_of_opposite_annotators_are_as_likely_without_codes(one: float, other: float) -> None:
+def test_opposite_annotators_single_pairs(one: float, other: float) -> None:
     def loss(*codes: float) -> float:
         return opposite_losses(torch.tensor(codes, dtype=torch.float64), ()).mean().item()
 
-    assert loss(one, other) >= math.log(2) - 1e-12, "no codes are better than none"
-    assert loss(one, -one) == pytest.approx(math.log(2), abs=1e-12), "opposite ones as good, however far apart"
+    assert loss(one, other) >= math.log(2) - 1e-12, "no pair of codes is better than zero codes"
+    assert loss(one, -one) == pytest.approx(math.log(2), abs=1e-12), "opposite codes are equally good at any distance"
 
 
-def learned(codes: list[float], names: Sequence[str]) -> tuple[float, Tensor]:
-    """How far apart training takes the two codes, and the probability of each annotator's (first, second) label."""
+def train(codes: list[float], names: Sequence[str]) -> tuple[float, Tensor]:
+    """Train two codes. Return their distance, and the probability of each annotator's (first, second) label."""
     values = torch.tensor(codes, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([values], lr=2.0)
     for _ in range(200):
         optimizer.zero_grad()
         opposite_losses(values, names).mean().backward()
         optimizer.step()
-    found = values.detach()
-    return (found[0] - found[1]).item(), torch.exp(-opposite_losses(found, names)).unflatten(0, (2, 2))
+    trained = values.detach()
+    return (trained[0] - trained[1]).item(), torch.exp(-opposite_losses(trained, names)).unflatten(0, (2, 2))
 
 
-def test_opposite_annotators_are_found_by_sharing_alone() -> None:
-    apart, labels = learned([0.2, -0.1], [name for name, _ in WANTS])
-    # Nobody can know who it is before the first label.
+def test_opposite_annotators_are_learned_jointly() -> None:
+    distance, labels = train([0.2, -0.1], [name for name, _ in ANNOTATORS])
+    # Before the first label, the annotator is unknown.
     torch.testing.assert_close(labels[:, 0], torch.full_like(labels[:, 0], 0.5), rtol=0, atol=1e-6)
-    assert apart > 6
+    assert distance > 6
     assert labels[:, 1].min() > 0.95
 
-    apart, labels = learned([0.2, -0.1], ())
-    assert apart == pytest.approx(0.3, abs=0.01), "where it began"
+    distance, labels = train([0.2, -0.1], ())
+    assert distance == pytest.approx(0.3, abs=0.01), "the initial distance"
     torch.testing.assert_close(labels, torch.full_like(labels, 0.5), rtol=0, atol=1e-6)

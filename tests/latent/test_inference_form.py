@@ -1,4 +1,4 @@
-"""What is left of a space once training is over."""
+"""Inference form of each space."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FORMS: list[tuple[LatentSpace, str, dict[str, Any], set[str]]] = [
 
 
 @pytest.mark.parametrize(("space", "kind", "settings", "names"), FORMS, ids=lambda value: type(value).__name__)
-def test_it_holds_what_the_prompt_needs_and_no_posterior(
+def test_inference_form_has_no_posterior(
     space: LatentSpace, kind: str, settings: dict[str, Any], names: set[str], dpo_toy: Any, build: Callable[..., Any]
 ) -> None:
     form = build(space, dpo_toy).inference_form()
@@ -60,20 +60,20 @@ def test_it_holds_what_the_prompt_needs_and_no_posterior(
     ("space", "network"), [(MarginalSpace(num_codes=3, hidden=4), "prior"), (MLPSpace(hidden=4), "network")]
 )
 @pytest.mark.parametrize("weights", [torch.float64, torch.bfloat16])
-def test_standardisation_is_in_the_first_layer(
+def test_inference_form_folds_standardisation(
     space: LatentSpace, network: str, weights: torch.dtype, dpo_toy: Any, build: Callable[..., Any]
 ) -> None:
-    """In the type of the moments, whatever that of the weights."""
+    """The folded tensors have the dtype of the moments, for any dtype of the weights."""
     build(space, dpo_toy).to(weights)
     form = space.inference_form()
     own = getattr(space, network)
     mean, deviation = own.moments.mean, own.moments.deviation
     assert deviation.max() < 0.95
-    read = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = (read - mean) / deviation @ own.first.weight.double().T + own.first.bias.double()
+    features = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = (features - mean) / deviation @ own.first.weight.double().T + own.first.bias.double()
     tensors = {name.removeprefix(f"{network}."): tensor for name, tensor in form.tensors.items()}
-    found = read @ tensors["first.weight"].T + tensors["first.bias"]
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    output = features @ tensors["first.weight"].T + tensors["first.bias"]
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     for name in ("second.weight", "second.bias"):
         assert torch.equal(tensors[name], own.second.get_parameter(name.removeprefix("second.")).double())
     assert not any(tensor.requires_grad for tensor in tensors.values())

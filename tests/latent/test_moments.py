@@ -1,6 +1,6 @@
-"""Running moments against numpy over the pairs themselves, and what a network reads by them.
+"""Running moments against numpy, and a network that reads features standardised by them.
 
-That devices hold the same ones is tested by whole runs, in tests/distributed/test_distributed.py.
+The equality of the moments on all devices is tested with whole runs, in tests/distributed/test_distributed.py.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ FEATURES = 5
 
 
 def draw(pairs: int, seed: int = 0) -> Tensor:
-    """Features that have much in common, on other scales each."""
+    """Draw features with a large common part and different scales."""
     generator = torch.Generator().manual_seed(seed)
     scales, common = torch.tensor([[1.0, 0.1, 2.0, 0.5, 0.0], [0.5, 9.0, -3.0, 0.0, 2.0]], dtype=torch.float64)
     return common + scales * torch.randn(pairs, FEATURES, generator=generator, dtype=torch.float64)
 
 
 def after(batches: list[Tensor], moments: RunningMoments | None = None) -> RunningMoments:
-    """Moments that have met these steps' pairs."""
+    """Return moments updated with one batch per step."""
     moments = moments or RunningMoments(FEATURES).double()
     for batch in batches:
         moments(batch)
@@ -37,20 +37,20 @@ def after(batches: list[Tensor], moments: RunningMoments | None = None) -> Runni
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
-def test_they_are_those_of_all_pairs_met(sizes: list[int]) -> None:
-    met = draw(sum(sizes)).numpy()
+def test_moments_match_numpy(sizes: list[int]) -> None:
+    data = draw(sum(sizes)).numpy()
     moments = after(list(draw(sum(sizes)).split(sizes)))
-    assert moments.pairs == len(met)
-    np.testing.assert_allclose(moments.mean, met.mean(0), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(moments.variance, met.var(0), rtol=1e-9, atol=1e-11)
-    distances = [*(met - met.mean(0)), np.ones(FEATURES)]
+    assert moments.pairs == len(data)
+    np.testing.assert_allclose(moments.mean, data.mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(moments.variance, data.var(0), rtol=1e-9, atol=1e-11)
+    distances = [*(data - data.mean(0)), np.ones(FEATURES)]
     np.testing.assert_allclose(moments.deviation, np.sqrt(np.mean(np.square(distances), 0)), rtol=1e-10)
     new = draw(3, seed=1)
-    expected = (new.numpy() - met.mean(0)) / np.sqrt(np.mean(np.square(distances), 0))
+    expected = (new.numpy() - data.mean(0)) / np.sqrt(np.mean(np.square(distances), 0))
     np.testing.assert_allclose(moments(new), expected, rtol=1e-9, atol=1e-10)
 
 
-def test_features_pass_unchanged_before_the_first_step() -> None:
+def test_moments_before_first_step() -> None:
     moments = RunningMoments(FEATURES).double()
     for _ in range(2):
         assert torch.equal(moments(draw(4)), draw(4))
@@ -59,18 +59,18 @@ def test_features_pass_unchanged_before_the_first_step() -> None:
     assert moments.pairs == 8
 
 
-def test_micro_batches_are_one_batch_and_a_step_is_a_step() -> None:
+def test_moments_of_micro_batches() -> None:
     at_once, in_parts = (RunningMoments(FEATURES).double() for _ in range(2))
     for step in (draw(6), draw(6, seed=1)):
         whole = at_once(step)
         parts = [in_parts(part) for part in step.split([1, 3, 0, 2])]
-        torch.testing.assert_close(torch.cat(parts), whole)  # each pair by the moments of the step before
+        torch.testing.assert_close(torch.cat(parts), whole)  # standardised by the moments of the previous step
         for moments in (at_once, in_parts):
             moments.close_window()
         torch.testing.assert_close(dict(in_parts.named_buffers()), dict(at_once.named_buffers()))
 
 
-def test_nothing_counts_twice_and_nothing_in_eval_mode() -> None:
+def test_moments_ignore_eval_mode() -> None:
     moments = after([draw(6)])
     before = copy.deepcopy(moments.state_dict())
     moments.close_window()
@@ -81,32 +81,32 @@ def test_nothing_counts_twice_and_nothing_in_eval_mode() -> None:
     assert all(torch.equal(value, before[name]) for name, value in moments.state_dict().items())
 
 
-def test_they_forget_what_lies_far_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past `PAIRS` a step joins so many: what came before fades by a constant factor."""
+def test_moments_forget_old_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond `PAIRS`, the weight of old pairs decreases by a constant factor per step."""
     monkeypatch.setattr(RunningMoments, "PAIRS", 12)
     old, new = draw(12) + 100, draw(40, seed=1)
     moments = after([old, *new.split(4)])
     assert moments.pairs == 12
     shares = [0.75**10 / 12] * 12 + [0.25 * 0.75 ** (9 - step) / 4 for step in range(10) for _ in range(4)]
-    met = torch.cat([old, new]).numpy()
-    mean = np.average(met, axis=0, weights=shares)
+    data = torch.cat([old, new]).numpy()
+    mean = np.average(data, axis=0, weights=shares)
     np.testing.assert_allclose(moments.mean, mean, rtol=1e-12)
-    np.testing.assert_allclose(moments.variance, np.average((met - mean) ** 2, axis=0, weights=shares), rtol=1e-9)
+    np.testing.assert_allclose(moments.variance, np.average((data - mean) ** 2, axis=0, weights=shares), rtol=1e-9)
 
 
-def test_a_small_deviation_from_a_large_mean_is_not_lost_in_float32() -> None:
+def test_moments_small_variance_in_float32() -> None:
     moments = after([batch.float() for batch in (20 + 0.03 * draw(4000)).split(8)], RunningMoments(FEATURES))
     expected = (20 + 0.03 * draw(4000)).numpy().std(0)
     np.testing.assert_allclose(moments.variance.sqrt(), expected, rtol=0.02, atol=1e-5)
 
 
-def test_one_pair_tells_nothing_of_deviations_and_explodes_nothing() -> None:
+def test_moments_after_one_pair() -> None:
     moments = after([draw(1)])
     assert torch.equal(moments.variance, torch.zeros(FEATURES, dtype=torch.float64))
     torch.testing.assert_close(moments(draw(3)), (draw(3) - draw(1)) * 2**0.5)
 
 
-def test_no_gradient_goes_through_them() -> None:
+def test_moments_pass_no_gradient() -> None:
     moments, features = after([draw(6)]), draw(4, seed=1).requires_grad_()
     moments(features).sum().backward()
     moments.close_window()
@@ -115,10 +115,10 @@ def test_no_gradient_goes_through_them() -> None:
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-def test_they_stay_exact_whatever_the_weights_are(narrow: torch.dtype) -> None:
+def test_moments_keep_float32(narrow: torch.dtype) -> None:
     features = draw(64).float()
     expected = after([features], RunningMoments(FEATURES)).state_dict()
-    torch.set_default_dtype(narrow)  # as a trainer of bf16-true builds modules
+    torch.set_default_dtype(narrow)  # as in a trainer with precision bf16-true
     try:
         built = RunningMoments(FEATURES).to(narrow)
     finally:
@@ -132,11 +132,11 @@ def test_they_stay_exact_whatever_the_weights_are(narrow: torch.dtype) -> None:
     assert RunningMoments(FEATURES).to("meta").to_empty(device="cpu").to(narrow).mean.dtype == torch.float32
 
 
-# What a network reads by them
+# A network that reads standardised features
 
 
 def prompts(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
-    """States that are 99.5 % one vector, and the class of each, which is in the rest."""
+    """Draw states and their classes. 99.5 % of each state is one common vector, and the rest depends on the class."""
     width, generator = 48, torch.Generator().manual_seed(seed)
     fixed = torch.Generator().manual_seed(7)
     common, *centres = torch.randn(5, width, generator=fixed)
@@ -146,7 +146,7 @@ def prompts(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(standardise: bool) -> float:
-    """Of a prior that is trained on the classes as long as on a few hundred pairs."""
+    """Train a prior on the classes, for as many steps as a few hundred pairs give, and return its accuracy."""
     torch.manual_seed(0)
     prior = Prior(48, 4, NetworkSettings(hidden=32, detach=True, standardise=standardise))
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-3)
@@ -161,7 +161,7 @@ def accuracy(standardise: bool) -> float:
     return (prior.eval()(states).argmax(-1) == classes).float().mean().item()
 
 
-def test_what_tells_prompts_apart_is_read_behind_what_all_have_in_common() -> None:
+def test_prior_learns_small_differences() -> None:
     states, _ = prompts(500, seed=0)
     states = states / states.square().mean(-1, keepdim=True).sqrt()
     assert states.mean(0).square().mean() > 0.99

@@ -28,17 +28,17 @@ HALF = math.sqrt(0.5)
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Schedule) else "",
 )
-def test_values(schedule: Schedule, values: dict[float, float]) -> None:
+def test_schedule_values(schedule: Schedule, values: dict[float, float]) -> None:
     for progress, value in values.items():
         assert schedule(progress) == pytest.approx(value, abs=1e-15, rel=1e-14)
 
 
 @pytest.mark.parametrize("schedule", [Linear(0.3, 0.7), Cosine(0.3, 0.7), Exponential(0.3, 0.7)])
-def test_the_ends_are_met_to_the_last_bit(schedule: Schedule) -> None:
+def test_schedule_ends_exact(schedule: Schedule) -> None:
     assert (schedule(0.0), schedule(1.0)) == (0.3, 0.7)
 
 
-def test_a_number_is_a_constant_schedule_and_a_schedule_itself() -> None:
+def test_as_schedule_number_or_schedule() -> None:
     assert as_schedule(0.25)(0.6) == 0.25
     assert as_schedule(0)(0.6) == 0
     line = Linear()
@@ -46,12 +46,12 @@ def test_a_number_is_a_constant_schedule_and_a_schedule_itself() -> None:
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])
-def test_a_geometric_path_needs_ends_above_zero(start: float, end: float) -> None:
+def test_exponential_ends_not_above_zero(start: float, end: float) -> None:
     with pytest.raises(ValueError, match=f"Exponential: found start {start} and end {end}, expected both above zero"):
         Exponential(start, end)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01])
-def test_a_warm_up_is_a_share_of_training(share: float) -> None:
+def test_warm_up_share_out_of_range(share: float) -> None:
     with pytest.raises(ValueError, match=f"WarmUp: found share {share}"):
         WarmUp(1.0, share)

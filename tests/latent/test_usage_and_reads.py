@@ -1,4 +1,4 @@
-"""What may be added to an estimator: a price on uneven use of the codes, and what the posterior is shown."""
+"""Options of the estimators: the diversity penalty, and the input of the posterior."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Build = Callable[..., Any]
 
 
 @pytest.mark.parametrize("kind", DISCRETE)
-def test_uneven_use_costs_what_the_mean_prior_lacks_in_entropy(kind: Any, dpo_toy: Any, build: Build) -> None:
+def test_diversity_penalty_is_missing_entropy(kind: Any, dpo_toy: Any, build: Build) -> None:
     def step(weight: float) -> Any:
         space = build(kind(diversity_weight=weight, **SIZE), dpo_toy)
         torch.manual_seed(0)
@@ -35,60 +35,58 @@ def test_uneven_use_costs_what_the_mean_prior_lacks_in_entropy(kind: Any, dpo_to
         return space, terms.pairs.losses + terms.penalty
 
     _, without = step(0.0)
-    space, priced = step(0.7)
+    space, penalised = step(0.7)
     prior = space.prior(dpo_toy.states.prompt)
-    use = [sum(math.exp(row[k]) / sum(math.exp(x) for x in row) for row in prior.tolist()) / 4 for k in range(3)]
-    price = 0.7 * (math.log(3) + sum(share * math.log(share) for share in use))
-    assert price > 0.001
-    torch.testing.assert_close(priced, without + price, rtol=1e-12, atol=1e-12)
+    mean_prior = [sum(math.exp(row[k]) / sum(math.exp(x) for x in row) for row in prior.tolist()) / 4 for k in range(3)]
+    penalty = 0.7 * (math.log(3) + sum(share * math.log(share) for share in mean_prior))
+    assert penalty > 0.001
+    torch.testing.assert_close(penalised, without + penalty, rtol=1e-12, atol=1e-12)
 
 
-def test_its_gradient_spreads_the_prior(dpo_toy: Any, build: Build) -> None:
+def test_diversity_penalty_gradient(dpo_toy: Any, build: Build) -> None:
     space = build(MarginalSpace(diversity_weight=1.0, **SIZE), dpo_toy)
     logits = torch.tensor([[3.0, 0.0, 0.0], [3.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    space.unevenness(logits.log_softmax(-1)).mean().backward()
+    space.diversity_penalty(logits.log_softmax(-1)).mean().backward()
     assert (logits.grad[:, 0] > 0).all()
-    assert torch.autograd.gradcheck(lambda x: space.unevenness(x.log_softmax(-1)), logits)
+    assert torch.autograd.gradcheck(lambda x: space.diversity_penalty(x.log_softmax(-1)), logits)
 
 
-def test_even_use_costs_nothing_also_where_each_prompt_has_one_code(dpo_toy: Any, build: Build) -> None:
+def test_diversity_penalty_of_even_use_is_zero(dpo_toy: Any, build: Build) -> None:
     space = build(MarginalSpace(diversity_weight=1.0, **SIZE), dpo_toy)
-    sure = torch.eye(3, dtype=torch.float64).log()
-    assert float(space.unevenness(sure).abs().max()) < 1e-12
+    one_hot = torch.eye(3, dtype=torch.float64).log()
+    assert float(space.diversity_penalty(one_hot).abs().max()) < 1e-12
 
 
-def test_a_negative_price_is_refused() -> None:
+def test_diversity_weight_negative() -> None:
     with pytest.raises(ValueError, match=r"latent\.diversity_weight: found -0\.1, expected at least 0"):
         MarginalSpace(diversity_weight=-0.1)
 
 
 @pytest.mark.parametrize("kind", WITH_POSTERIOR)
 @pytest.mark.parametrize("reads", ["both", "difference", "sum"])
-def test_a_posterior_is_shown_what_is_said(
-    kind: Any, reads: Any, dpo_toy: Any, build: Build, naive_network: Build
-) -> None:
+def test_posterior_reads_setting(kind: Any, reads: Any, dpo_toy: Any, build: Build, naive_network: Build) -> None:
     space, states = build(kind(posterior_reads=reads, **SIZE), dpo_toy), dpo_toy.states
-    shown = {
+    inputs = {
         "both": (states.chosen, states.rejected),
         "difference": (states.chosen - states.rejected,),
         "sum": (states.chosen + states.rejected,),
     }
-    expected = naive_network(space.posterior, *shown[reads]).log_softmax(-1)
+    expected = naive_network(space.posterior, *inputs[reads]).log_softmax(-1)
     torch.testing.assert_close(space.log_posterior(states, dpo_toy.score), expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("reads", "sees"), [("both", True), ("difference", True), ("sum", False)])
-def test_only_a_sum_does_not_tell_which_answer_won(reads: Any, sees: bool, dpo_toy: Any, build: Build) -> None:
+@pytest.mark.parametrize(("reads", "depends"), [("both", True), ("difference", True), ("sum", False)])
+def test_posterior_reads_sum_ignores_label(reads: Any, depends: bool, dpo_toy: Any, build: Build) -> None:
     space: LatentSpace = build(GumbelSpace(posterior_reads=reads, **SIZE), dpo_toy)
     states: PairStates = dpo_toy.states
     swapped = replace(states, chosen=states.rejected, rejected=states.chosen)
-    one, other = (space.log_posterior(each, dpo_toy.score) for each in (states, swapped))
+    one, other = (space.log_posterior(pairs, dpo_toy.score) for pairs in (states, swapped))
     assert one is not None
     assert other is not None
-    assert torch.equal(one, other) is not sees
+    assert torch.equal(one, other) is not depends
 
 
-def test_an_unknown_thing_to_show_is_refused(dpo_toy: Any) -> None:
+def test_posterior_reads_unknown(dpo_toy: Any) -> None:
     space = GumbelSpace(posterior_reads="label", **SIZE)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"latent\.posterior_reads: found 'label', expected one of both, difference, sum"

@@ -1,4 +1,4 @@
-"""The losses against the project's golden values, and against loops over pairs in plain exponentials."""
+"""Losses against golden values, and against loops over pairs in plain exponentials."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ with_reference = pytest.mark.parametrize("name", [name for name in LOSSES if nam
 
 
 def random_logps(pairs: int, codes: int | None = None, seed: int = 0) -> PairLogps:
-    """Log-probabilities of about -10, the policy's (pairs, codes) and the rest (pairs, 1) where codes are given."""
+    """Draw log-probabilities of about -10. With `codes`, the policy's are (pairs, codes) and the others (pairs, 1)."""
     generator = torch.Generator().manual_seed(seed)
     rest = (pairs,) if codes is None else (pairs, 1)
     policy = (pairs,) if codes is None else (pairs, codes)
@@ -68,7 +68,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def naive(name: str, pw: Tensor, pl: Tensor, rw: Tensor, rl: Tensor, nw: Tensor, nl: Tensor) -> Tensor:
-    """The loss of one pair, each argument a number: policy and reference of winner and loser, and their lengths."""
+    """Compute the loss of one pair from the log-probabilities and lengths of both answers."""
     beta, eps = 0.1, 0.1
     if name == "simpo":
         return -torch.log(sigmoid(2.0 * pw / nw - 2.0 * pl / nl - 1.0))
@@ -88,14 +88,14 @@ def naive(name: str, pw: Tensor, pl: Tensor, rw: Tensor, rl: Tensor, nw: Tensor,
 
 
 @every_loss
-def test_losses_are_the_golden_values(name: str) -> None:
+def test_losses_golden_values(name: str) -> None:
     expected = torch.tensor(EXPECTED[name], dtype=torch.float64)
     torch.testing.assert_close(LOSSES[name](GOLDEN).losses, expected, rtol=0, atol=1e-6)
 
 
 @every_loss
 @pytest.mark.parametrize("codes", [None, 1, 3])
-def test_losses_and_gradients_are_those_of_a_loop_over_pairs(name: str, codes: int | None) -> None:
+def test_losses_match_loop_over_pairs(name: str, codes: int | None) -> None:
     logps = random_logps(5, codes)
     leaves = [logps.policy_chosen.requires_grad_(), logps.policy_rejected.requires_grad_()]
     losses = LOSSES[name](logps).losses
@@ -115,12 +115,12 @@ def test_losses_and_gradients_are_those_of_a_loop_over_pairs(name: str, codes: i
     ours = torch.autograd.grad((weights * losses).sum(), leaves)
     theirs = torch.autograd.grad((weights * loop).sum(), leaves)
     assert all(gradient.abs().min() > 0 for gradient in theirs)
-    for found, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
+    for gradient, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-13)
 
 
 @every_loss
-def test_each_pair_stands_alone(name: str) -> None:
+def test_losses_of_single_pairs_match_batch(name: str) -> None:
     logps = random_logps(4)
     alone = [
         PairLogps(*(getattr(logps, field)[pair : pair + 1] for field in PairLogps.__dataclass_fields__))
@@ -132,16 +132,16 @@ def test_each_pair_stands_alone(name: str) -> None:
 
 
 @every_loss
-def test_rewards_are_beta_times_what_the_loss_compares_without_gradient(name: str) -> None:
+def test_rewards_are_scaled_and_detached(name: str) -> None:
     logps = random_logps(3)
     logps.policy_chosen.requires_grad_()
     logps.policy_rejected.requires_grad_()
-    found = LOSSES[name](logps)
-    for side, rewards in (("chosen", found.chosen_rewards), ("rejected", found.rejected_rewards)):
+    result = LOSSES[name](logps)
+    for side, rewards in (("chosen", result.chosen_rewards), ("rejected", result.rejected_rewards)):
         assert not rewards.requires_grad
         for pair in range(3):
             policy, reference = (
-                getattr(logps, f"{who}_{side}").detach()[pair].item() for who in ("policy", "reference")
+                getattr(logps, f"{model}_{side}").detach()[pair].item() for model in ("policy", "reference")
             )
             length = float(getattr(logps, f"{side}_lengths")[pair])
             expected = {
@@ -152,11 +152,11 @@ def test_rewards_are_beta_times_what_the_loss_compares_without_gradient(name: st
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
-def test_a_policy_equal_to_its_reference_has_the_dpo_loss_log_2(beta: float) -> None:
+def test_dpo_of_reference_policy_is_log_2(beta: float) -> None:
     logps = random_logps(6)
-    still = replace(logps, policy_chosen=logps.reference_chosen, policy_rejected=logps.reference_rejected)
+    unchanged = replace(logps, policy_chosen=logps.reference_chosen, policy_rejected=logps.reference_rejected)
     for smoothing, robust in ((0.0, False), (0.3, False), (0.3, True)):
-        losses = dpo_loss(still, beta, smoothing, robust).losses
+        losses = dpo_loss(unchanged, beta, smoothing, robust).losses
         torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=1e-14, atol=0)
 
 
@@ -171,23 +171,23 @@ def swapped(logps: PairLogps) -> PairLogps:
     )
 
 
-def test_smoothing_by_a_half_makes_dpo_blind_to_the_label() -> None:
+def test_dpo_half_smoothing_ignores_label() -> None:
     logps = random_logps(6)
     half, other = (dpo_loss(pairs, 0.1, 0.5).losses for pairs in (logps, swapped(logps)))
     torch.testing.assert_close(half, other, rtol=1e-14, atol=0)
-    tilted, turned = (dpo_loss(pairs, 0.1, 0.4).losses for pairs in (logps, swapped(logps)))
-    assert (tilted - turned).abs().min() > 1e-3
+    original, reversed_ = (dpo_loss(pairs, 0.1, 0.4).losses for pairs in (logps, swapped(logps)))
+    assert (original - reversed_).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.45])
-def test_robust_dpo_is_unbiased_when_labels_flip_at_its_rate(rate: float) -> None:
+def test_robust_dpo_unbiased_at_flip_rate(rate: float) -> None:
     logps = random_logps(6)
     clean, flipped = (dpo_loss(pairs, 0.1, rate, robust=True).losses for pairs in (logps, swapped(logps)))
     torch.testing.assert_close((1 - rate) * clean + rate * flipped, dpo_loss(logps, 0.1).losses, rtol=1e-12, atol=1e-13)
 
 
 @every_loss
-def test_a_mixture_of_codes_that_say_the_same_is_the_loss(name: str) -> None:
+def test_of_mixture_of_equal_codes_is_loss(name: str) -> None:
     logps = random_logps(6)
     rows = PairLogps(**{column.name: getattr(logps, column.name)[:, None] for column in fields(PairLogps)})
     codes = replace(rows, policy_chosen=rows.policy_chosen.expand(6, 3))
@@ -197,30 +197,30 @@ def test_a_mixture_of_codes_that_say_the_same_is_the_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.45])
-def test_robust_dpo_of_a_mixture_is_unbiased_and_what_a_label_says_is_its_likelihood(rate: float) -> None:
+def test_robust_dpo_mixture_unbiased(rate: float) -> None:
     logps, weights = random_logps(6, codes=3), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    seen, other = (dpo_loss(pairs, 0.1, rate, robust=True) for pairs in (logps, swapped(logps)))
-    mixtures = [losses.of_mixture(weights.log().expand(6, 3)) for losses in (seen, other)]
+    observed, opposite = (dpo_loss(pairs, 0.1, rate, robust=True) for pairs in (logps, swapped(logps)))
+    mixtures = [losses.of_mixture(weights.log().expand(6, 3)) for losses in (observed, opposite)]
     for pair in range(6):
         rewards = [logps.policy_chosen[pair, code] - logps.policy_rejected[pair, code] for code in range(3)]
-        off = logps.reference_chosen[pair, 0] - logps.reference_rejected[pair, 0]
-        right = [1 / (1 + math.exp(-0.1 * float(reward - off))) for reward in rewards]
+        reference_margin = logps.reference_chosen[pair, 0] - logps.reference_rejected[pair, 0]
+        right = [1 / (1 + math.exp(-0.1 * float(reward - reference_margin))) for reward in rewards]
         marginal = -math.log(sum(float(weight) * chance for weight, chance in zip(weights, right, strict=True)))
         expected = (1 - rate) * mixtures[0][pair] + rate * mixtures[1][pair]
         assert float(expected) == pytest.approx(marginal, rel=1e-12)
         for code, chance in enumerate(right):
             likelihood = (1 - rate) * chance + rate * (1 - chance)
-            assert float(seen.label_log_likelihood[pair, code].exp()) == pytest.approx(likelihood, rel=1e-12)
-            assert float(other.label_log_likelihood[pair, code].exp()) == pytest.approx(1 - likelihood, rel=1e-12)
+            assert float(observed.label_log_likelihood[pair, code].exp()) == pytest.approx(likelihood, rel=1e-12)
+            assert float(opposite.label_log_likelihood[pair, code].exp()) == pytest.approx(1 - likelihood, rel=1e-12)
 
 
-def test_simpo_ignores_the_reference() -> None:
+def test_simpo_ignores_reference() -> None:
     logps = random_logps(6)
     without = replace(logps, reference_chosen=None, reference_rejected=None)
     assert torch.equal(LOSSES["simpo"](logps).losses, LOSSES["simpo"](without).losses)
 
 
-def test_the_gradient_of_ipo_vanishes_at_its_target_margin() -> None:
+def test_ipo_gradient_zero_at_target_margin() -> None:
     logps = replace(
         random_logps(3), reference_chosen=torch.zeros(3).double(), reference_rejected=torch.zeros(3).double()
     )
@@ -233,7 +233,7 @@ def test_the_gradient_of_ipo_vanishes_at_its_target_margin() -> None:
 
 @every_loss
 @pytest.mark.parametrize("margin", [-4000.0, 4000.0])
-def test_losses_and_gradients_stay_finite_at_extreme_margins(name: str, margin: float) -> None:
+def test_losses_finite_at_extreme_margins(name: str, margin: float) -> None:
     zero = torch.zeros(1)
     chosen = torch.full((1,), margin, requires_grad=True)
     losses = LOSSES[name](PairLogps(chosen, zero, zero, zero, zero + 1, zero + 1)).losses
@@ -243,23 +243,23 @@ def test_losses_and_gradients_stay_finite_at_extreme_margins(name: str, margin: 
 
 
 @pytest.mark.parametrize(
-    ("smoothing", "robust", "found"),
+    ("smoothing", "robust", "value"),
     [(-0.01, False, "-0.01"), (0.51, False, "0.51"), (0.5, True, "0.5"), (0.7, True, "0.7"), (-1.0, True, "-1.0")],
 )
-def test_a_label_smoothing_out_of_range_is_refused(smoothing: float, robust: bool, found: str) -> None:
-    with pytest.raises(ValueError, match=f"label_smoothing: found {found}, expected"):
+def test_dpo_label_smoothing_out_of_range(smoothing: float, robust: bool, value: str) -> None:
+    with pytest.raises(ValueError, match=f"label_smoothing: found {value}, expected"):
         dpo_loss(GOLDEN, 0.1, smoothing, robust)
 
 
 @pytest.mark.parametrize("loss", [dpo_loss, ipo_loss, simpo_loss])
 @pytest.mark.parametrize("beta", [0, -0.1, math.nan, math.inf])
-def test_a_beta_that_is_not_above_zero_is_refused(loss: Callable[..., PairLosses], beta: float) -> None:
+def test_losses_beta_out_of_range(loss: Callable[..., PairLosses], beta: float) -> None:
     with pytest.raises(ValueError, match=rf"^beta: found {beta}, expected a number above 0\.$"):
         loss(GOLDEN, beta=beta)
 
 
 @with_reference
 @pytest.mark.parametrize("missing", ["reference_chosen", "reference_rejected"])
-def test_a_missing_reference_is_named(name: str, missing: str) -> None:
+def test_losses_missing_reference(name: str, missing: str) -> None:
     with pytest.raises(ValueError, match="found no reference log-probabilities"):
         LOSSES[name](replace(GOLDEN, **{missing: None}))

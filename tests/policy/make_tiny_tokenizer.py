@@ -1,4 +1,4 @@
-"""Makes `tiny_tokenizer.json` anew: `python tests/policy/make_tiny_tokenizer.py`."""
+"""Make `tiny_tokenizer.json` again, by `python tests/policy/make_tiny_tokenizer.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOKENS = 1024
 
 
 def main() -> None:
-    """Learn byte-level BPE on the built-in preferences; the alphabet is all bytes, so that any text can be written."""
+    """Train byte-level BPE on the built-in pairs. Its alphabet has all bytes, so that it encodes any text."""
     examples = PreferenceGenerator(deciding="visible", seed=0).examples(4000)
     texts = (text for example in examples for text in (example.prompt[-1]["content"], example.chosen, example.rejected))
     tokenizer = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""Per-answer log-probabilities of both layouts against a loop over the model's own logits, one sequence at a time."""
+"""Tests of log-probabilities in both layouts against a loop over the model's logits, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lpc_lightning.policy import CausalPolicy, LoRA
 from lpc_lightning.types import TokenizedPair
 
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5), (1, 6, 1), (17, 2, 11)]
-"""Odd lengths, prompts and answers of one token, and answers that reach past a window of 8."""
+"""Odd lengths, prompts and answers of one token, and answers longer than a window of 8."""
 LAYOUTS: dict[str, Layout] = {
     "padded": PaddedLayout(0),
     "wide rows": SharedPrefixLayout(0, row_tokens=10_000),
@@ -45,7 +45,7 @@ def exact_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with a soft cap in the type of its inputs: transformers' own takes the softmax in float32."""
+    """Attention with a soft cap in the type of its inputs. The softmax of transformers is in float32."""
     key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
     scores = query @ key.mT * scaling
     if softcap is not None:
@@ -81,13 +81,13 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
 
 
-def test_the_layouts_under_test_pack_as_they_say(pairs: list[TokenizedPair]) -> None:
+def test_layouts_of_these_tests_pack_rows(pairs: list[TokenizedPair]) -> None:
     shapes = {name: len(layout(pairs).input_ids) for name, layout in LAYOUTS.items()}
     assert shapes == {"padded": 12, "wide rows": 2, "narrow rows": 4}
 
 
 @torch.no_grad()
-def test_pairs_that_share_one_row_are_read_like_sequences_of_their_own(
+def test_pairs_in_one_row_equal_separate_sequences(
     policy: CausalPolicy, make_pairs: Callable[..., list[TokenizedPair]], naive_logps: Naive
 ) -> None:
     pairs = make_pairs([(1, 3, 2), (9, 11, 12), (2, 1, 1), (3, 2, 2)])
@@ -98,7 +98,7 @@ def test_pairs_that_share_one_row_are_read_like_sequences_of_their_own(
 
 @every_layout
 @torch.no_grad()
-def test_logps_are_those_of_the_models_own_logits(
+def test_logps_equal_those_of_model_logits(
     policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair], naive_logps: Naive
 ) -> None:
     close(policy.read(layout(pairs)).logps(), naive_logps(policy.model, pairs))
@@ -107,7 +107,7 @@ def test_logps_are_those_of_the_models_own_logits(
 @every_layout
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_float32_is_as_exact_as_it_can_be(
+def test_logps_in_float32(
     family: str,
     layout: Layout,
     pairs: list[TokenizedPair],
@@ -121,7 +121,7 @@ def test_float32_is_as_exact_as_it_can_be(
 
 
 @every_layout
-def test_gradients_of_all_weights_are_those_of_the_loop(
+def test_gradients_equal_those_of_loop(
     policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair], naive_logps: Naive
 ) -> None:
     named = dict(policy.named_parameters())
@@ -139,7 +139,7 @@ def test_gradients_of_all_weights_are_those_of_the_loop(
     seed=st.integers(0, 2**16),
 )
 @torch.no_grad()
-def test_both_layouts_read_the_same_numbers_whatever_the_lengths(
+def test_layouts_agree_for_all_lengths(
     lengths: list[tuple[int, int, int]],
     row_tokens: int,
     seed: int,
@@ -155,9 +155,7 @@ def test_both_layouts_read_the_same_numbers_whatever_the_lengths(
 
 @every_layout
 @torch.no_grad()
-def test_an_answer_does_not_touch_the_other_answer_or_another_pair(
-    policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]
-) -> None:
+def test_answer_changes_only_its_own_logps(policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]) -> None:
     before = policy.read(layout(pairs)).logps()
     pair = pairs[3]
     for changed, number in (
@@ -173,9 +171,7 @@ def test_an_answer_does_not_touch_the_other_answer_or_another_pair(
 
 @every_layout
 @torch.no_grad()
-def test_a_prompt_reaches_both_of_its_answers_and_no_other_pair(
-    policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]
-) -> None:
+def test_prompt_changes_only_its_own_answers(policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]) -> None:
     before = policy.read(layout(pairs)).logps()
     changed = replace(pairs[0], prompt_ids=[token ^ 1 for token in pairs[0].prompt_ids])
     moved = (policy.read(layout([changed, *pairs[1:]])).logps() - before).abs()
@@ -196,13 +192,13 @@ def test_a_prompt_reaches_both_of_its_answers_and_no_other_pair(
     ],
 )
 @torch.no_grad()
-def test_windows_and_soft_caps_of_these_policies_matter(
+def test_windows_and_soft_caps_change_logps(
     family: str, setting: dict[str, Any], pairs: list[TokenizedPair], tiny: Callable[..., CausalPolicy]
 ) -> None:
     batch = LAYOUTS["narrow rows"](pairs)
     kernel = "eager" if family == "gemma2" else "auto"
-    with_it, without = (tiny(family, options=it, attention=kernel).read(batch).logps() for it in ({}, setting))
-    assert (with_it - without).abs().max() > 1e-2
+    default, without = (tiny(family, options=o, attention=kernel).read(batch).logps() for o in ({}, setting))
+    assert (default - without).abs().max() > 1e-2
 
 
 # Heads
@@ -235,7 +231,7 @@ def small(family: str, **options: Any) -> CausalPolicy:
     ],
 )
 @every_layout
-def test_heads_with_a_scale_or_a_bias(
+def test_heads_with_scale_or_bias(
     family: str,
     options: dict[str, Any],
     scale: float,
@@ -253,7 +249,7 @@ def test_heads_with_a_scale_or_a_bias(
     ours, theirs = policy.read(layout(pairs)).logps(), naive_logps(policy.model, pairs)
     close(ours, theirs)
     if family == "cohere":
-        return  # transformers turns its queries and keys in float32: gradients of shared prompts are no longer exact
+        return  # its rotary embeddings are in float32, so that gradients of shared prompts are not exact
     weights = list(policy.parameters())
     for found, expected in zip(
         torch.autograd.grad(ours.sum(), weights), torch.autograd.grad(theirs.sum(), weights), strict=True
@@ -266,7 +262,7 @@ def test_heads_with_a_scale_or_a_bias(
 
 @pytest.fixture(scope="module")
 def adapted(tiny_spec: Callable[..., Any], perturb: Callable[..., None]) -> CausalPolicy:
-    """A LoRA policy whose adapter says something; its base is the fresh model of the same spec."""
+    """A LoRA policy with a random adapter. Its base is the untrained model of the same spec."""
     policy = tiny_spec("llama", lora=LoRA(rank=3, alpha=6)).build()
     for name, module in policy.named_modules():
         if name.endswith(("lora_A.default", "lora_B.default")):
@@ -276,7 +272,7 @@ def adapted(tiny_spec: Callable[..., Any], perturb: Callable[..., None]) -> Caus
 
 @every_layout
 @torch.no_grad()
-def test_an_adapter_counts_for_the_policy_and_not_for_the_reference(
+def test_reference_excludes_adapter(
     adapted: CausalPolicy,
     layout: Layout,
     pairs: list[TokenizedPair],
@@ -299,9 +295,7 @@ def test_an_adapter_counts_for_the_policy_and_not_for_the_reference(
     assert torch.equal(adapted.read(batch).logps(), policy), "the adapter is on again"
 
 
-def test_the_reference_of_an_adapter_has_no_gradient_and_its_policy_trains_the_adapter_alone(
-    adapted: CausalPolicy, pairs: list[TokenizedPair]
-) -> None:
+def test_only_adapter_gets_gradients(adapted: CausalPolicy, pairs: list[TokenizedPair]) -> None:
     batch = LAYOUTS["narrow rows"](pairs)
     with adapted.as_reference() as reference:
         assert not reference.read(batch).logps().requires_grad
@@ -311,29 +305,29 @@ def test_the_reference_of_an_adapter_has_no_gradient_and_its_policy_trains_the_a
     adapted.zero_grad()
 
 
-def test_a_policy_without_an_adapter_is_its_own_reference(llama: CausalPolicy, pairs: list[TokenizedPair]) -> None:
+def test_reference_without_adapter_is_policy(llama: CausalPolicy, pairs: list[TokenizedPair]) -> None:
     batch = LAYOUTS["narrow rows"](pairs)
     found = llama.reference_logps(batch)
     assert torch.equal(found, llama.read(batch).logps())
     assert not found.requires_grad
 
 
-# Which layouts a policy takes
+# Layouts of a policy
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_the_five_families_take_packed_rows(family: str, dtype: str, tiny: Callable[..., CausalPolicy]) -> None:
+def test_families_accept_packed_rows(family: str, dtype: str, tiny: Callable[..., CausalPolicy]) -> None:
     assert tiny(family, dtype=dtype).takes_block_mask
 
 
-def test_recurrent_layers_take_no_packed_rows_but_padded_ones(
+def test_recurrent_layers_accept_padded_rows_only(
     pairs: list[TokenizedPair],
     naive_logps: Naive,
     perturb: Callable[..., None],
     exact: Callable[[CausalPolicy], CausalPolicy],
 ) -> None:
-    # Its soft cap is one that `LogitHead` does not know: set out of reach.
+    # `LogitHead` does not support its soft cap, which is therefore set to a very large value.
     options = {"lru_width": 16, "attention_window_size": 8, "conv1d_width": 3, "logits_soft_cap": 1e8}
     recurrent = exact(small("recurrent_gemma", **options))
     perturb(recurrent)
@@ -341,7 +335,7 @@ def test_recurrent_layers_take_no_packed_rows_but_padded_ones(
     close(recurrent.read(PaddedLayout(0)(pairs)).logps().detach(), naive_logps(recurrent.model, pairs).detach())
 
 
-def test_a_kernel_that_may_not_take_a_mask_gets_no_packed_rows(llama: CausalPolicy, exact_kernel: str) -> None:
+def test_unknown_kernel_accepts_no_packed_rows(llama: CausalPolicy, exact_kernel: str) -> None:
     assert llama.takes_block_mask
     model = AutoModelForCausalLM.from_config(llama.causal_lm.config, attn_implementation=exact_kernel)
     assert not CausalPolicy(model).takes_block_mask

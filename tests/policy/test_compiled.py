@@ -1,4 +1,4 @@
-"""What a GPU runs, by torch's compiler on a CPU: few whole programs of layers and head, and the same numbers."""
+"""Tests of the programs of a GPU, compiled on a CPU: few whole programs of layers and head, with equal values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    # Instances that torch's compiler makes of the autograd functions that it traces.
+    # torch's compiler makes instances of the autograd functions that it traces.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
@@ -41,7 +41,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def epoch(make_pairs: Callable[..., list[TokenizedPair]]) -> list[PreferenceBatch]:
-    """Batches of two shapes, the last one smaller, as a run on a GPU gets them."""
+    """Batches of two shapes, the last one smaller, as in a run on a GPU."""
     generator = torch.Generator().manual_seed(0)
     lengths = [tuple(torch.randint(1, 60, (3,), generator=generator).tolist()) for _ in range(22)]
     pairs = make_pairs(lengths)
@@ -52,7 +52,7 @@ def epoch(make_pairs: Callable[..., list[TokenizedPair]]) -> list[PreferenceBatc
 
 
 def outcome(policy: CausalPolicy, batch: PreferenceBatch, codes: Tensor) -> list[Tensor]:
-    """Log-probabilities without z, under z and under all codes, and the gradient of a sum of them."""
+    """Return log-probabilities without z, under z and under all codes, and the gradients of a sum of them."""
     policy.zero_grad(set_to_none=True)
     forward = policy.read(batch)
     z = codes[torch.arange(batch.pairs) % len(codes)]
@@ -82,8 +82,8 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_programs_one_for_each_shape(
     way: dict[str, Any], epoch: list[PreferenceBatch], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No graph break, no program but those of the shapes, and eager's numbers within rounding."""
-    monkeypatch.setattr(logprobs, "_compiled", lambda function: function)  # the head has a test of its own
+    """Expect one program per shape, no graph break, and the values of eager mode within rounding."""
+    monkeypatch.setattr(logprobs, "_compiled", lambda function: function)  # the head has another test
     plain, compiled = twins(tiny, **way)
     compiled.compile_layers("aot_eager", few_shapes=True)
     codes = torch.randn(3, plain.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -117,7 +117,7 @@ def test_inductor_agrees(mixed: bool, epoch: list[PreferenceBatch], tiny: Tiny) 
 
 
 def test_inductor_layer_has_few_kernels(epoch: list[PreferenceBatch], tiny: Tiny) -> None:
-    """Forward and backward. Matrix products and attention are calls of libraries, and not among them."""
+    """Count the kernels of forward and backward. Matrix products and attention are library calls and not counted."""
     _, compiled = twins(tiny)
     compiled.compile_layers(few_shapes=True)
     batch = epoch[0]
@@ -130,7 +130,7 @@ def test_inductor_layer_has_few_kernels(epoch: list[PreferenceBatch], tiny: Tiny
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @torch.no_grad()
 def test_block_sparse_rows_agree(epoch: list[PreferenceBatch], tiny: Tiny) -> None:
-    """Forward alone, since flex_attention has no backward pass on a CPU: one program for all masks of a shape."""
+    """Expect one program for all masks of a shape. Forward only: flex_attention has no backward pass on a CPU."""
     plain, compiled = twins(tiny, attention="auto")
     compiled.compile_layers(few_shapes=True)
     assert compiled.block_sparse
@@ -142,7 +142,7 @@ def test_block_sparse_rows_agree(epoch: list[PreferenceBatch], tiny: Tiny) -> No
 
 
 def test_other_calls_run_uncompiled(epoch: list[PreferenceBatch], tiny: Tiny) -> None:
-    """Calls of the model itself, as generation and benchmarks make them, have any shape."""
+    """Call the model directly, as generation and benchmarks do with any shape."""
     _, compiled = twins(tiny)
     compiled.compile_layers("aot_eager", few_shapes=True)
     compiled.causal_lm(input_ids=epoch[0].input_ids[:, :50], use_cache=True)
@@ -153,7 +153,7 @@ def test_other_calls_run_uncompiled(epoch: list[PreferenceBatch], tiny: Tiny) ->
 
 @pytest.mark.parametrize("kind", ["plain", "bias and scale", "softcap"])
 def test_compiled_head_agrees(kind: str) -> None:
-    """Values and gradients of the compiled reductions, for several chunk sizes by one program."""
+    """Compare values and gradients of the compiled head for several chunk sizes, with one program."""
     options: dict[str, Any] = {"plain": {}, "bias and scale": {"scale": 0.5}, "softcap": {"softcap": 2.0}}[kind]
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(50, 8, generator=generator).requires_grad_()
@@ -175,7 +175,7 @@ def test_compiled_head_agrees(kind: str) -> None:
 
 @pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
-    """A process group of this process alone."""
+    """A process group of one process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
@@ -185,7 +185,7 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
 def test_sharded_layers_compile_whole(
     checkpointing: bool, mesh: DeviceMesh, epoch: list[PreferenceBatch], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FSDP2's hooks stay outside the program, which sees whole weights."""
+    """Compile layers within FSDP2's hooks, where weights are whole."""
     monkeypatch.setattr(logprobs, "_compiled", lambda function: function)
     plain, sharded = twins(tiny, gradient_checkpointing=checkpointing)
     layers = sharded.layers

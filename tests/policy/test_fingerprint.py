@@ -1,4 +1,4 @@
-"""What changes the name of a policy, and what does not."""
+"""Tests of fingerprints: what changes them, and what does not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tiny(**settings: Any) -> CausalPolicy:
     return TinyPolicy(**({"width": 16, "layers": 1, "heads": 2} | settings)).build()
 
 
-def test_equal_policies_have_one_name_wherever_they_come_from(tmp_path: Path) -> None:
+def test_fingerprint_equal_for_equal_policies(tmp_path: Path) -> None:
     policy = tiny()
     policy.causal_lm.save_pretrained(tmp_path / "model")
     TinyPolicy().load_tokenizer().save_pretrained(tmp_path / "model")
@@ -37,11 +37,11 @@ def test_equal_policies_have_one_name_wherever_they_come_from(tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_other_weights_types_and_configs_have_other_names(change: dict[str, Any]) -> None:
+def test_fingerprint_differs_for_other_policies(change: dict[str, Any]) -> None:
     assert fingerprint(tiny(**change)) != fingerprint(tiny())
 
 
-def test_one_bit_of_one_weight_counts() -> None:
+def test_fingerprint_depends_on_every_bit() -> None:
     policy = tiny()
     before = fingerprint(policy)
     for parameter in policy.parameters():
@@ -52,7 +52,7 @@ def test_one_bit_of_one_weight_counts() -> None:
     assert fingerprint(policy) == before
 
 
-def test_an_adapter_does_not_count_and_its_base_does() -> None:
+def test_fingerprint_excludes_adapter() -> None:
     adapted = tiny(lora=LoRA(rank=2))
     assert fingerprint(adapted) == fingerprint(tiny())
     with torch.no_grad():
@@ -63,5 +63,5 @@ def test_an_adapter_does_not_count_and_its_base_does() -> None:
 
 
 @pytest.mark.parametrize("setting", [{"attention": "eager"}, {"gradient_checkpointing": True}], ids=str)
-def test_how_it_is_computed_is_not_what_it_is(setting: dict[str, Any]) -> None:
+def test_fingerprint_ignores_kernel(setting: dict[str, Any]) -> None:
     assert fingerprint(tiny(**setting)) == fingerprint(tiny())

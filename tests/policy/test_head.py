@@ -1,4 +1,4 @@
-"""Which heads are served, and that the others are refused by looking at their logits."""
+"""Tests of supported heads, and of errors for heads whose logits differ."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lpc_lightning.policy import CausalPolicy, UnsupportedPolicyError
 from lpc_lightning.policy.head import head_of
 
 
-class TemperedLlama(LlamaForCausalLM):
-    """A family that does something to its logits which no config field tells."""
+class ScaledLlama(LlamaForCausalLM):
+    """A family that scales its logits without a config field for it."""
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         output = super().forward(*inputs, **options)
@@ -29,8 +29,8 @@ class TemperedLlama(LlamaForCausalLM):
         return output
 
 
-class LiftedLlama(LlamaForCausalLM):
-    """The same for all but a few tokens: a softmax over them would still be another one."""
+class ShiftedLlama(LlamaForCausalLM):
+    """A family that adds a constant to the logits of a few tokens, which changes the softmax."""
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         output = super().forward(*inputs, **options)
@@ -54,20 +54,20 @@ def config(family: str = "llama", **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_linear_head_is_served_in_every_type(dtype: torch.dtype) -> None:
+def test_linear_head_in_every_type(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     CausalPolicy(AutoModelForCausalLM.from_config(config(), dtype=dtype))
 
 
-@pytest.mark.parametrize("model", [TemperedLlama, LiftedLlama])
-def test_logits_that_are_not_the_heads_are_refused(model: type[LlamaForCausalLM]) -> None:
+@pytest.mark.parametrize("model", [ScaledLlama, ShiftedLlama])
+def test_changed_logits_are_refused(model: type[LlamaForCausalLM]) -> None:
     torch.manual_seed(0)
     built = model(config())
     with pytest.raises(UnsupportedPolicyError, match=f"the logits of {model.__name__} are .* away from LMHead"):
         CausalPolicy(built)
 
 
-def test_a_head_that_is_not_linear_is_refused_by_its_type() -> None:
+def test_nonlinear_head_is_refused() -> None:
     with pytest.raises(UnsupportedPolicyError, match="found DeepHeadLlama with Sequential as its output layer"):
         CausalPolicy(DeepHeadLlama(config()))
 
@@ -83,7 +83,7 @@ def test_a_head_that_is_not_linear_is_refused_by_its_type() -> None:
         ("falcon_h1", {"lm_head_multiplier": 2.0, "mamba_d_ssm": 32, "mamba_n_heads": 4}, 2.0, None, False),
     ],
 )
-def test_heads_are_read_off_their_families(
+def test_head_of_every_family(
     family: str, options: dict[str, Any], scale: float, softcap: float | None, bias: bool
 ) -> None:
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""Attention kernels and compiled layers: the same numbers as plain sdpa, forward and backward, where they can run here.
+"""Tests of attention kernels and compiled layers against sdpa, forward and backward, on a CPU.
 
-flash_attention_2 and 3 need a GPU. flex_attention runs forward on a CPU, not compiled; its backward pass needs a GPU.
+flash_attention_2 and 3 need a GPU. flex_attention runs forward on a CPU, uncompiled. Its backward pass needs a GPU.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ LAYOUTS = {"padded": PaddedLayout(0), "packed": SharedPrefixLayout(0, row_tokens
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 Tiny = Callable[..., CausalPolicy]
 pytestmark = [
-    # transformers builds the padded layout's mask for flex_attention so.
+    # From transformers, which builds the mask of the padded layout.
     pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
-    # torch's own compiler.
+    # From torch's compiler.
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -37,7 +37,7 @@ def pairs(make_pairs: Callable[..., list[TokenizedPair]]) -> list[TokenizedPair]
 
 
 def outcome(policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probabilities, and the gradient of their sum of squares."""
+    """Return log-probabilities, and the gradients of their mean square."""
     policy.zero_grad(set_to_none=True)
     logps = policy.read(layout(pairs)).logps()
     logps.square().mean().backward()
@@ -61,10 +61,8 @@ def test_eager_and_sdpa_agree(family: str, layout: Layout, pairs: list[Tokenized
 
 @every_layout
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-def test_auto_agrees_with_sdpa_and_is_sdpa_where_it_may_not_go_by_piece(
-    family: str, layout: Layout, pairs: list[TokenizedPair], tiny: Tiny
-) -> None:
-    """As on a GPU, where rows get the block mask."""
+def test_auto_agrees_with_sdpa(family: str, layout: Layout, pairs: list[TokenizedPair], tiny: Tiny) -> None:
+    """Compare also without attention by segment, as on a GPU, where rows have the block mask."""
     auto, sdpa = (tiny(family, dtype="float32", attention=kernel, context=256) for kernel in ("auto", "sdpa"))
     expected = outcome(sdpa, layout, pairs)
     assert_same(outcome(auto, layout, pairs), expected)
@@ -76,7 +74,7 @@ def test_auto_agrees_with_sdpa_and_is_sdpa_where_it_may_not_go_by_piece(
 
 @every_layout
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-@torch.compiler.set_stance("force_eager")  # torch's compiler makes C++ of it that does not compile
+@torch.compiler.set_stance("force_eager")  # the C++ code of torch's compiler does not compile
 @torch.no_grad()
 def test_flex_attention_agrees(family: str, layout: Layout, pairs: list[TokenizedPair], tiny: Tiny) -> None:
     size = {"dtype": "float32", "context": 256, "width": 64}
@@ -87,7 +85,7 @@ def test_flex_attention_agrees(family: str, layout: Layout, pairs: list[Tokenize
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_flex_attention_does_not_train_on_a_cpu(pairs: list[TokenizedPair], tiny: Tiny) -> None:
+def test_flex_attention_training_on_cpu_is_refused(pairs: list[TokenizedPair], tiny: Tiny) -> None:
     policy = tiny("llama", dtype="float32", attention="flex_attention", context=256)
     with pytest.raises(UnsupportedPolicyError, match=r"policy\.attention: found flex_attention on a CPU"):
         policy.read(LAYOUTS["packed"](pairs))
@@ -113,7 +111,7 @@ def test_compiled_layers_agree(checkpointing: bool, name: str, pairs: list[Token
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
-def test_compiled_layers_with_an_adapter_agree(pairs: list[TokenizedPair], tiny: Tiny) -> None:
+def test_compiled_layers_with_adapter_agree(pairs: list[TokenizedPair], tiny: Tiny) -> None:
     torch._dynamo.reset()
     plain, compiled = (
         tiny("llama", dtype="float32", attention="sdpa", context=256, lora=LoRA(rank=2, alpha=4)) for _ in range(2)
@@ -127,10 +125,8 @@ def test_compiled_layers_with_an_adapter_agree(pairs: list[TokenizedPair], tiny:
 
 
 @pytest.mark.parametrize("kernel", ["segment", "sdpa"])
-def test_compiled_layers_are_not_compiled_again_for_other_batches(
-    kernel: str, make_pairs: Callable[..., list[TokenizedPair]], tiny: Tiny
-) -> None:
-    """Batches of other pairs, widths and numbers of blocks, with rows that hold one pair and several."""
+def test_compiled_layers_compile_once(kernel: str, make_pairs: Callable[..., list[TokenizedPair]], tiny: Tiny) -> None:
+    """Batches of other pairs, widths and numbers of blocks, with one or several pairs per row."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain, compiled = (tiny("llama", dtype="float32", attention=kernel, context=512) for _ in range(2))
@@ -146,7 +142,7 @@ def test_compiled_layers_are_not_compiled_again_for_other_batches(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_setting_compiles_every_layer_of_a_module(compiled: bool) -> None:
+def test_compile_setting_covers_all_layers(compiled: bool) -> None:
     module = DPO(policy=TinyPolicy(width=16, layers=2, heads=2, compile=compiled), reference="live")
     module.configure_model()
     layers = [layer for policy in policies_of(module) for layer in policy.layers]

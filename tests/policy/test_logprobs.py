@@ -1,4 +1,4 @@
-"""The chunked, hand-differentiated readout against plain float64 log-softmax."""
+"""Tests of chunked log-probabilities and their gradients against a plain float64 log-softmax."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ every_chunking = pytest.mark.parametrize("tokens_at_once", [1, 3, 100])
 
 
 class Case:
-    """Random states, targets, head and codes; `leaves` are what has a gradient."""
+    """Random states, targets, head and codes. `leaves` are the tensors with a gradient."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Case:
         return {name: value for name, value in found.items() if value is not None}
 
     def naive(self) -> Tensor:
-        """(N, K): every token under every code by itself, logits spelled out."""
+        """Compute (N, K) one token and one code at a time."""
         rows = []
         for state, target in zip(self.hidden, self.targets.tolist(), strict=True):
             row = []
@@ -111,12 +111,10 @@ def assert_all_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], to
 
 @every_head
 @every_chunking
-def test_values_and_gradients_are_those_of_log_softmax(
-    kind: str, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_logps_equal_log_softmax(kind: str, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk(monkeypatch, tokens_at_once)
     case = Case(kind, codes=1)
-    # One code is the same as none with the code added by hand.
+    # The naive loop has one code. Here it is added to the states.
     ours = token_logps(case.hidden + case.codes[0], case.targets, case.head)[:, None]
     theirs = case.naive()
     assert ours.dtype == torch.float64
@@ -126,9 +124,7 @@ def test_values_and_gradients_are_those_of_log_softmax(
 
 @every_head
 @every_chunking
-def test_all_codes_at_once_are_each_code_by_itself(
-    kind: str, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logps_per_code_equal_separate_codes(kind: str, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk(monkeypatch, tokens_at_once)
     case = Case(kind)
     ours = token_logps_per_code(case.hidden, case.targets, case.head, case.codes)
@@ -139,13 +135,11 @@ def test_all_codes_at_once_are_each_code_by_itself(
 
 @every_head
 @every_chunking
-def test_verdicts_are_the_log_softmax_and_whether_no_token_is_likelier(
-    kind: str, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_greedy_marks_largest_logits(kind: str, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk(monkeypatch, tokens_at_once)
     case = Case(kind, tokens=40, codes=1)
     hidden = case.hidden + case.codes[0]
-    # Every other target is the likeliest token.
+    # Every second target is the likeliest token.
     likeliest = torch.stack([logits_of(state[None], case.head)[0].argsort()[-1] for state in hidden])
     case.targets = torch.where(torch.arange(40) % 2 == 0, likeliest, case.targets)
     logps, greedy = token_logps_and_greedy(hidden, case.targets, case.head)
@@ -157,7 +151,7 @@ def test_verdicts_are_the_log_softmax_and_whether_no_token_is_likelier(
     assert 20 <= sum(expected) < 40
 
 
-def test_of_equal_logits_the_lowest_token_is_greedy() -> None:
+def test_greedy_takes_lowest_of_equal_logits() -> None:
     head = LogitHead(torch.tensor([[0.0], [1.0], [1.0]]))
     _, greedy = token_logps_and_greedy(torch.ones(2, 1), torch.tensor([1, 2]), head)
     assert greedy.tolist() == [True, False]
@@ -190,7 +184,7 @@ def test_gradcheck(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind=st.sampled_from(list(HEADS)),
     seed=st.integers(0, 2**16),
 )
-def test_no_shape_and_no_chunking_changes_the_numbers(
+def test_logps_per_code_for_all_shapes_and_chunks(
     tokens: int, vocabulary: int, codes: int, tokens_at_once: int, kind: str, seed: int
 ) -> None:
     case = Case(kind, tokens, vocabulary, codes=codes, seed=seed)
@@ -204,7 +198,7 @@ def test_no_shape_and_no_chunking_changes_the_numbers(
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden", "codes", "bias"])
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen: str) -> None:
+def test_frozen_input_gets_no_gradient(frozen: str) -> None:
     case, same = Case("bias"), Case("bias")
     held = {"weight": case.head.weight, "hidden": case.hidden, "codes": case.codes, "bias": case.head.bias}[frozen]
     held.requires_grad_(False)
@@ -217,7 +211,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen: str) -> No
 
 
 @linear_head
-def test_the_thin_product_is_the_separate_heads_in_float32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thin_product_equals_separate_heads(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 10 * 512)
     case = Case(kind, tokens=64, vocabulary=512, width=32, codes=6, dtype=torch.float32, code_scale=0.2)
     thin = token_logps_per_code(case.hidden, case.targets, case.head, case.codes)
@@ -228,34 +222,34 @@ def test_the_thin_product_is_the_separate_heads_in_float32(kind: str, monkeypatc
 
 @linear_head
 @pytest.mark.parametrize("code_scale", [20.0, 200.0], ids=["float64", "separate heads"])
-def test_codes_of_any_range_are_as_exact_as_separate_heads(kind: str, code_scale: float) -> None:
+def test_wide_codes_as_exact_as_separate_heads(kind: str, code_scale: float) -> None:
     case = Case(kind, tokens=16, vocabulary=64, width=8, codes=4, dtype=torch.float32, code_scale=code_scale)
     exact = case.in_float64()
     table = logprobs.code_logits(exact.head, exact.codes)
     across = (table.amax(-1) - table.amin(-1)).max().item()
     assert (logprobs.THIN_RANGE < across < logprobs.WIDE_RANGE) == (code_scale == 20.0), across
-    found, truth = token_logps_per_code(case.hidden, case.targets, case.head, case.codes), exact.naive()
+    found, expected_values = token_logps_per_code(case.hidden, case.targets, case.head, case.codes), exact.naive()
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-4)
-    for ours, theirs in zip(case.gradients(found), exact.gradients(truth), strict=True):
+    torch.testing.assert_close(found.double(), expected_values, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(case.gradients(found), exact.gradients(expected_values), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
 def errors(case: Case, logps: Tensor, exact: Case) -> dict[str, float]:
-    """How far values, differences between codes, and gradients are from float64, relative but for the values."""
-    truth = exact.naive()
-    apart = logps.double() - truth
+    """Return errors against float64 of values, of differences between codes, and (relative) of gradients."""
+    expected_values = exact.naive()
+    apart = logps.double() - expected_values
     found = {"values": apart, "between codes": apart - apart.mean(-1, keepdim=True)}
     result = {name: error.square().mean().sqrt().item() for name, error in found.items()}
     for name, ours, theirs in zip(
-        ("hidden", "codes", "weight"), case.gradients(logps), exact.gradients(truth), strict=True
+        ("hidden", "codes", "weight"), case.gradients(logps), exact.gradients(expected_values), strict=True
     ):
         result[name] = ((ours.double() - theirs).norm() / theirs.norm()).item()
     return result
 
 
-def test_under_bfloat16_autocast_the_thin_product_is_no_worse_than_separate_heads() -> None:
+def test_thin_product_under_autocast() -> None:
     case = Case(tokens=128, vocabulary=256, width=64, codes=6, dtype=torch.float32, code_scale=1.0)
     case.head = replace(case.head, weight=(0.1 * case.head.weight.detach()).requires_grad_())
     exact = case.in_float64()
@@ -263,10 +257,10 @@ def test_under_bfloat16_autocast_the_thin_product_is_no_worse_than_separate_head
         thin = token_logps_per_code(case.hidden, case.targets, case.head, case.codes)
         heads = [torch.nn.functional.linear(case.hidden + code, case.head.weight) for code in case.codes]
     assert heads[0].dtype == torch.bfloat16
-    picked = [logits.float().log_softmax(-1).gather(1, case.targets[:, None]) for logits in heads]
-    ours, direct = errors(case, thin, exact), errors(case, torch.cat(picked, dim=1), exact)
+    at_targets = [logits.float().log_softmax(-1).gather(1, case.targets[:, None]) for logits in heads]
+    ours, direct = errors(case, thin, exact), errors(case, torch.cat(at_targets, dim=1), exact)
     assert thin.dtype == torch.float32
-    assert direct["values"] > 1e-3, "bfloat16 was not in use"
+    assert direct["values"] > 1e-3, "bfloat16 was not used"
     assert ours["values"] < direct["values"]
     assert ours["between codes"] < direct["between codes"] / 5
     assert ours["weight"] < direct["weight"]
@@ -274,21 +268,21 @@ def test_under_bfloat16_autocast_the_thin_product_is_no_worse_than_separate_head
     assert ours["hidden"] < 2**-8
 
 
-def test_autocast_without_codes_rounds_the_product_and_nothing_after_it() -> None:
+def test_autocast_rounds_the_product_only() -> None:
     case = Case(tokens=16, vocabulary=64, width=32, codes=1, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = token_logps(case.hidden, case.targets, case.head)
         logits = case.hidden.bfloat16() @ case.head.weight.bfloat16().T
-        verdicts, _ = token_logps_and_greedy(case.hidden, case.targets, case.head)
+        greedy_logps, _ = token_logps_and_greedy(case.hidden, case.targets, case.head)
     expected = logits.double().log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(verdicts, found)
+    assert torch.equal(greedy_logps, found)
 
 
 @pytest.mark.parametrize("nats", [30.0, 59.0, 61.0, 400.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_codes_of_any_range_are_served_exactly(nats: float, dtype: torch.dtype) -> None:
-    """The worst case for exp(b_k - max b_k): the policy puts all its mass where the code takes most away."""
+def test_codes_of_any_range_are_exact(nats: float, dtype: torch.dtype) -> None:
+    """Test the worst case for exp(b_k - max b_k): the policy's likeliest token has the code's lowest bias."""
     case = Case(tokens=6, vocabulary=8, width=4, codes=2, dtype=torch.float64)
     weight = case.head.weight.detach()
     direction = torch.linalg.lstsq(weight, torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]).solution[:, 0]
@@ -301,15 +295,15 @@ def test_codes_of_any_range_are_served_exactly(nats: float, dtype: torch.dtype) 
     assert (bias.max() - bias.min()).item() == pytest.approx(nats, rel=1e-5)
 
     exact = case.in_float64()
-    ours, truth = token_logps_per_code(case.hidden, case.targets, case.head, case.codes), exact.naive()
-    # A logit of size `nats` is known to `nats` times the type's precision, whichever way it is worked out.
+    ours, expected_values = token_logps_per_code(case.hidden, case.targets, case.head, case.codes), exact.naive()
+    # The rounding error of a logit of size `nats` is `nats` times the type's precision.
     resolution = 4 * nats * torch.finfo(dtype).eps
-    torch.testing.assert_close(ours.double(), truth, rtol=0, atol=resolution)
-    for found, expected in zip(case.gradients(ours), exact.gradients(truth), strict=True):
+    torch.testing.assert_close(ours.double(), expected_values, rtol=0, atol=resolution)
+    for found, expected in zip(case.gradients(ours), exact.gradients(expected_values), strict=True):
         assert (found.double() - expected).norm() <= resolution * expected.norm()
 
 
-def test_one_code_beyond_the_range_does_not_spoil_the_others() -> None:
+def test_one_wide_code_leaves_others_exact() -> None:
     case = Case(codes=3)
     far = case.codes.detach().clone()
     far[1] *= 200
@@ -320,7 +314,7 @@ def test_one_code_beyond_the_range_does_not_spoil_the_others() -> None:
 
 
 @linear_head
-def test_a_code_is_the_logit_bias_that_it_adds(kind: str) -> None:
+def test_code_logits_equal_logit_difference(kind: str) -> None:
     case = Case(kind)
     with_code = torch.stack([logits_of(case.hidden + code, case.head) for code in case.codes], dim=1)
     without = logits_of(case.hidden, case.head)[:, None]
@@ -328,13 +322,11 @@ def test_a_code_is_the_logit_bias_that_it_adds(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_readings_sums_are_its_tokens_sums_under_each_pairs_own_z(
-    make_pairs: Callable[..., Any], dtype: torch.dtype
-) -> None:
+def test_batch_forward_sums_tokens(make_pairs: Callable[..., Any], dtype: torch.dtype) -> None:
     pairs = make_pairs([(3, 4, 2), (1, 1, 5), (2, 3, 1)], vocabulary=11)
     batch = PaddedLayout(pad_id=0)(pairs)
     case = Case("bias", tokens=batch.input_ids.numel(), codes=3, dtype=dtype)
-    reading, z = BatchForward(case.hidden, batch, case.head), case.codes
+    forward, z = BatchForward(case.hidden, batch, case.head), case.codes
     width = batch.input_ids.shape[1]
     expected_plain, expected_z = torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
     exact = case.in_float64()
@@ -348,43 +340,43 @@ def test_a_readings_sums_are_its_tokens_sums_under_each_pairs_own_z(
                 logits = exact.head.weight.detach() @ (state + extra) + exact.head.bias.detach()
                 sums[row] += logits.log_softmax(-1)[token]
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(reading.logps().double(), expected_plain, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(reading.logps(z).double(), expected_z, rtol=tolerance, atol=tolerance)
-    per_code = reading.logps_per_code(case.codes)
-    by_hand = torch.stack([reading.logps(code.expand(3, -1)) for code in case.codes], dim=1)
+    torch.testing.assert_close(forward.logps().double(), expected_plain, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(forward.logps(z).double(), expected_z, rtol=tolerance, atol=tolerance)
+    per_code = forward.logps_per_code(case.codes)
+    by_hand = torch.stack([forward.logps(code.expand(3, -1)) for code in case.codes], dim=1)
     torch.testing.assert_close(per_code, by_hand, rtol=tolerance, atol=tolerance)
 
     for state, places in (
-        (reading.states.prompt, [len(pair.prompt_ids) - 1 for pair in pairs]),
-        (reading.states.chosen, [len(pair.prompt_ids) + len(pair.chosen_ids) - 1 for pair in pairs]),
+        (forward.states.prompt, [len(pair.prompt_ids) - 1 for pair in pairs]),
+        (forward.states.chosen, [len(pair.prompt_ids) + len(pair.chosen_ids) - 1 for pair in pairs]),
     ):
         rows = [number * width + place for number, place in enumerate(places)]
         assert torch.equal(state, case.hidden[rows])
     ends = [len(pair.prompt_ids) + len(pair.rejected_ids) - 1 for pair in pairs]
-    assert torch.equal(reading.states.rejected, case.hidden[[(3 + n) * width + end for n, end in enumerate(ends)]])
+    assert torch.equal(forward.states.rejected, case.hidden[[(3 + n) * width + end for n, end in enumerate(ends)]])
 
 
-def reading_of(case: Case, make_pairs: Callable[..., Any]) -> BatchForward:
-    """A reading of three pairs, from states that a backbone would send gradient through."""
+def forward_of(case: Case, make_pairs: Callable[..., Any]) -> BatchForward:
+    """Make a forward pass of three pairs, from states that require gradients."""
     pairs = make_pairs([(3, 4, 2), (1, 1, 5), (2, 3, 1)], vocabulary=11)
     return BatchForward(case.hidden, PaddedLayout(pad_id=0)(pairs), case.head)
 
 
 @every_head
 @every_chunking
-def test_the_first_order_is_the_gradient_at_no_z(
+def test_first_order_is_gradient_at_zero(
     kind: str, tokens_at_once: int, make_pairs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk(monkeypatch, tokens_at_once)
     case = Case(kind, tokens=42)
-    reading = reading_of(case, make_pairs)
+    forward = forward_of(case, make_pairs)
     with torch.no_grad():
-        plain, z_gradients = reading.first_order()
+        plain, z_gradients = forward.first_order()
     assert not plain.requires_grad
     assert not z_gradients.requires_grad
-    assert torch.equal(plain, reading.logps())
+    assert torch.equal(plain, forward.logps())
     z = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)
-    logps = reading.logps(z)
+    logps = forward.logps(z)
     for answer in range(6):
         (gradient,) = torch.autograd.grad(logps[answer], z, retain_graph=True)
         torch.testing.assert_close(z_gradients[answer], gradient[answer % 3], rtol=1e-11, atol=1e-11)
@@ -392,24 +384,24 @@ def test_the_first_order_is_the_gradient_at_no_z(
     with torch.no_grad():
         for axis in range(5):
             ahead = step * torch.eye(5, dtype=torch.float64)[axis].expand(3, -1)
-            slope = (reading.logps(ahead) - reading.logps(-ahead)) / (2 * step)
+            slope = (forward.logps(ahead) - forward.logps(-ahead)) / (2 * step)
             torch.testing.assert_close(z_gradients[:, axis], slope, rtol=1e-7, atol=1e-7)
 
 
-def test_the_first_order_leaves_no_gradient_behind(make_pairs: Callable[..., Any]) -> None:
+def test_first_order_leaves_no_gradients(make_pairs: Callable[..., Any]) -> None:
     case = Case("bias", tokens=42)
-    reading_of(case, make_pairs).first_order()
+    forward_of(case, make_pairs).first_order()
     assert all(leaf.grad is None for leaf in case.leaves)
 
 
 @every_head
 @every_chunking
-def test_the_mean_token_is_the_mean_of_the_distributions(
+def test_mean_token_is_mean_distribution(
     kind: str, tokens_at_once: int, make_pairs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk(monkeypatch, tokens_at_once)
     case = Case(kind, tokens=42)
-    log_p = reading_of(case, make_pairs).mean_token()
+    log_p = forward_of(case, make_pairs).mean_token()
     pairs = make_pairs([(3, 4, 2), (1, 1, 5), (2, 3, 1)], vocabulary=11)
     width, places = case.hidden.shape[0] // 6, []
     for row in range(6):
@@ -422,9 +414,7 @@ def test_the_mean_token_is_the_mean_of_the_distributions(
     assert log_p.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
 
 
-def test_the_mean_token_holds_no_more_logits_than_a_chunk(
-    make_pairs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mean_token_holds_one_chunk(make_pairs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     chunk(monkeypatch, 2)
     case, alive, most = Case(tokens=42), weakref.WeakSet(), 0  # type: ignore[var-annotated]
 
@@ -435,13 +425,13 @@ def test_the_mean_token_holds_no_more_logits_than_a_chunk(
         return found
 
     monkeypatch.setattr(logprobs, "logits_of", watched)
-    reading_of(case, make_pairs).mean_token()
+    forward_of(case, make_pairs).mean_token()
     assert most == 1
 
 
 @pytest.mark.parametrize(("mixed", "nats"), [(False, 1e-4), (True, 0.02)], ids=["float32", "bf16-mixed"])
 def test_z_agrees_with_all_codes(mixed: bool, nats: float, make_pairs: Callable[..., Any], tiny: Any) -> None:
-    """A code as z of every pair, and its column of all codes at once. Added to the states it would be rounded away."""
+    """Compare a code as z with its column of all codes. A sum with the states would lose it to rounding."""
     policy = tiny("llama", dtype="float32", attention="sdpa", width=64, context=256)
     batch = PaddedLayout(0)(make_pairs([(5, 60, 70), (11, 90, 40)]))
     codes = torch.randn(4, policy.width, generator=torch.Generator().manual_seed(0)) * 0.05

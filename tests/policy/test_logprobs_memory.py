@@ -1,4 +1,4 @@
-"""No (N, V) logits are alive at once in a training step: the size of every tensor, and the sum of those alive."""
+"""Tests that a training step never holds all (N, V) logits, by the size of each tensor and of all live ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that any operation puts out, and whether a backward pass was among what it saw."""
+    """Size of the largest output of all operations, and the name of its operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class Largest(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def batch(make_pairs: Callable[..., list[TokenizedPair]]) -> PreferenceBatch:
-    """2000 answer tokens behind short prompts."""
+    """2000 answer tokens after short prompts."""
     return SharedPrefixLayout(0, None)(make_pairs([(5, 125, 125)] * 8))
 
 
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Callable[[PreferenceBatch], None]]:
-    """Forward and backward of one training step, its module built before."""
+    """Forward and backward pass of one training step. The module is built before."""
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", CHUNK * VOCABULARY)
 
     def of(latent: str, precision: str) -> Callable[[PreferenceBatch], None]:
@@ -63,8 +63,8 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Callable[[Pref
 
         def run(batch: PreferenceBatch) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-                reading, score = module.read(batch)
-                terms = module.training_terms(reading.states, score, 0.5)
+                forward, score = module.read(batch)
+                terms = module.training_terms(forward.states, score, 0.5)
             (terms.pairs.losses + terms.penalty).mean().backward()
             module.zero_grad()
 
@@ -75,34 +75,34 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Callable[[Pref
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("latent", LATENTS)
-def test_no_step_holds_the_logits_of_all_tokens(
+def test_step_never_holds_all_logits(
     latent: str, precision: str, step: Callable[..., Any], batch: PreferenceBatch
 ) -> None:
     run = step(latent, precision)
-    run(batch)  # what is allocated once, and no more
+    run(batch)  # allocates what is allocated only once
     logits = len(batch.targets) * VOCABULARY
     with Largest() as largest:
         run(batch)
     assert largest.elements <= 4 * CHUNK * VOCABULARY, largest.operation
-    assert largest.elements >= CHUNK * VOCABULARY, "the head was not seen"
-    # All that is alive at once is less than half of (N, V) in float32, and most of it the backbone's.
+    assert largest.elements >= CHUNK * VOCABULARY, "no operation of the head was recorded"
+    # All live tensors are less than half of (N, V) in float32. Most are the backbone's.
     assert peak_bytes(lambda: run(batch)) < 4 * logits / 2
 
 
-def test_memory_follows_the_chunk_and_not_the_tokens(
+def test_memory_grows_with_chunk_size(
     step: Callable[..., Any], make_pairs: Callable[..., list[TokenizedPair]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = step("marginal", "32-true")
     some, more = (SharedPrefixLayout(0, None)(make_pairs([(5, 125, 125)] * pairs)) for pairs in (4, 8))
     run(some)
     peaks = [peak_bytes(lambda batch=batch: run(batch)) for batch in (some, more)]
-    assert peaks[1] - peaks[0] < 4 * 1000 * VOCABULARY / 3, "1000 tokens more cost the backbone's states, not logits"
+    assert peaks[1] - peaks[0] < 4 * 1000 * VOCABULARY / 3, "1000 more tokens need states, not logits"
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 2000 * VOCABULARY)
-    assert peak_bytes(lambda: run(more)) > 2 * 4 * 2000 * VOCABULARY, "one chunk of all tokens shows"
+    assert peak_bytes(lambda: run(more)) > 2 * 4 * 2000 * VOCABULARY, "one chunk of all tokens is measured"
 
 
-def test_the_accounting_sees_logits_that_are_held(batch: PreferenceBatch) -> None:
-    """In forward and in backward, where there are two of them."""
+def test_accounting_counts_held_logits(batch: PreferenceBatch) -> None:
+    """Measure naive logits in the forward pass, and in the backward pass, which holds two copies."""
     policy = TinyPolicy(width=8, layers=1, heads=1, attention="segment").build()
 
     def naive() -> None:

@@ -1,4 +1,4 @@
-"""Block masks against the rule spelled out token by token."""
+"""Tests of masks against the visibility rule, applied token by token."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lpc_lightning.policy.masks import block_mask, layer_windows, visible_blocks
 from lpc_lightning.types import PIECES
 
 
-def spelled_out(segments: list[int], positions: list[int], window: int | None) -> list[list[bool]]:
-    """Row q, column k: does q see k? Pieces come in threes: prompt, chosen, rejected."""
+def naive_visible(segments: list[int], positions: list[int], window: int | None) -> list[list[bool]]:
+    """Return rows of booleans: True at (q, k) if q sees k. Segments are numbered prompt, chosen, rejected."""
     rows = []
     for q, mine in enumerate(segments):
         row = []
         for k, theirs in enumerate(segments):
             if mine == -1:
-                seen = theirs == -1 and k <= q
+                visible = theirs == -1 and k <= q
             elif mine % PIECES == 0:
-                seen = theirs == mine and k <= q
+                visible = theirs == mine and k <= q
             else:
-                seen = (theirs == mine and k <= q) or (theirs == mine - mine % PIECES and theirs != -1)
-            if seen and window is not None:
-                seen = positions[q] - positions[k] < window
-            row.append(seen)
+                visible = (theirs == mine and k <= q) or (theirs == mine - mine % PIECES and theirs != -1)
+            if visible and window is not None:
+                visible = positions[q] - positions[k] < window
+            row.append(visible)
         rows.append(row)
     return rows
 
@@ -38,13 +38,13 @@ def spelled_out(segments: list[int], positions: list[int], window: int | None) -
     row_tokens=st.integers(1, 40),
     window=st.none() | st.integers(1, 7),
 )
-def test_each_token_sees_its_prompt_and_its_own_answer(lengths, row_tokens, window, make_pairs) -> None:
+def test_visible_pairs_follow_the_rule(lengths, row_tokens, window, make_pairs) -> None:
     batch = SharedPrefixLayout(0, row_tokens)(make_pairs(lengths))
     found = visible_pairs(batch.segments, batch.position_ids, window)
     assert found.shape == (len(batch.segments), 1, *[batch.segments.shape[1]] * 2)
     for row, mask in enumerate(found[:, 0]):
-        assert mask.tolist() == spelled_out(batch.segments[row].tolist(), batch.position_ids[row].tolist(), window)
-    assert found.any(-1).all(), "a token that sees nothing makes softmax a NaN"
+        assert mask.tolist() == naive_visible(batch.segments[row].tolist(), batch.position_ids[row].tolist(), window)
+    assert found.any(-1).all(), "softmax is NaN for a token that sees no key"
 
 
 @pytest.mark.parametrize(
@@ -64,28 +64,28 @@ def test_each_token_sees_its_prompt_and_its_own_answer(lengths, row_tokens, wind
         ("llama4_text", {"num_hidden_layers": 4}, None),
     ],
 )
-def test_windows_are_those_of_the_layers(family, options, windows) -> None:
+def test_layer_windows(family, options, windows) -> None:
     assert layer_windows(AutoConfig.for_model(family, **options)) == windows
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_eager_attention_gets_scores_and_sdpa_gets_truth(dtype, make_pairs) -> None:
+def test_block_mask_of_eager_and_sdpa(dtype, make_pairs) -> None:
     batch = SharedPrefixLayout(0, 30)(make_pairs([(4, 3, 2), (2, 5, 3)]))
     config = AutoConfig.for_model("gemma2", num_hidden_layers=2, sliding_window=3)
-    truth = block_mask(batch.segments, batch.position_ids, config, "sdpa", dtype)
+    boolean = block_mask(batch.segments, batch.position_ids, config, "sdpa", dtype)
     scores = block_mask(batch.segments, batch.position_ids, config, "eager", dtype)
-    assert set(truth) == set(scores) == {"full_attention", "sliding_attention"}
+    assert set(boolean) == set(scores) == {"full_attention", "sliding_attention"}
     for kind, window in (("full_attention", None), ("sliding_attention", 3)):
-        seen = visible_pairs(batch.segments, batch.position_ids, window)
-        assert truth[kind].dtype == torch.bool
-        assert torch.equal(truth[kind], seen)
+        visible = visible_pairs(batch.segments, batch.position_ids, window)
+        assert boolean[kind].dtype == torch.bool
+        assert torch.equal(boolean[kind], visible)
         assert scores[kind].dtype == dtype
-        assert (scores[kind][seen] == 0).all()
-        assert (scores[kind][~seen] == torch.finfo(dtype).min).all()
-    assert (truth["full_attention"] != truth["sliding_attention"]).any()
+        assert (scores[kind][visible] == 0).all()
+        assert (scores[kind][~visible] == torch.finfo(dtype).min).all()
+    assert (boolean["full_attention"] != boolean["sliding_attention"]).any()
 
 
-def test_layers_that_take_no_mask_are_refused(make_pairs) -> None:
+def test_layers_without_mask_are_refused(make_pairs) -> None:
     batch = SharedPrefixLayout(0, 30)(make_pairs([(4, 3, 2)]))
     config = AutoConfig.for_model("llama4_text", num_hidden_layers=4)
     with pytest.raises(ValueError, match=r"data\.layout: .* for llama4_text, .* Expected padded"):
@@ -93,23 +93,23 @@ def test_layers_that_take_no_mask_are_refused(make_pairs) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 90])
-def test_flex_attention_gets_the_blocks_that_hold_something_to_see(window, make_pairs) -> None:
+def test_block_mask_of_flex_attention(window, make_pairs) -> None:
     batch = SharedPrefixLayout(0, 700)(make_pairs([(20, 300, 290), (140, 130, 20)]))
     config = AutoConfig.for_model("mistral", sliding_window=window)
     found = block_mask(batch.segments, batch.position_ids, config, "flex_attention", torch.float32)
-    seen = visible_pairs(batch.segments, batch.position_ids, window)[:, 0]
+    visible = visible_pairs(batch.segments, batch.position_ids, window)[:, 0]
     rows, width = batch.segments.shape
     places = torch.meshgrid(*(torch.arange(size) for size in (rows, width, width)), indexing="ij")
-    assert torch.equal(found.mask_mod(places[0], torch.tensor(0), *places[1:]), seen)
+    assert torch.equal(found.mask_mod(places[0], torch.tensor(0), *places[1:]), visible)
     sides = -(-width // 128)
     assert sides >= 3
     padded = torch.zeros(rows, 128 * sides, 128 * sides, dtype=torch.bool)
-    padded[:, :width, :width] = seen
+    padded[:, :width, :width] = visible
     expected = padded.view(rows, sides, 128, sides, 128).any(4).any(2)
     listed = found.to_dense()[:, 0].bool()
     assert not (expected & ~listed).any()
     assert listed.sum() <= 1.5 * expected.sum()
-    assert not expected.tril().equal(torch.ones(rows, sides, sides, dtype=torch.bool).tril()), "nothing is left out"
+    assert not expected.tril().equal(torch.ones(rows, sides, sides, dtype=torch.bool).tril()), "no block is skipped"
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -1,4 +1,4 @@
-"""Lean layers against the published ones: the same answers to the last bit, the same gradients, and what they keep."""
+"""Tests of memory efficient layers against published ones: equal outputs, near gradients, and kept memory."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def batch(make_pairs: Callable[..., Any]) -> PreferenceBatch:
 
 @contextmanager
 def published_layers() -> Iterator[None]:
-    """Policies that are built here keep transformers' own layers."""
+    """Build policies with the published layers of transformers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spec, "make_memory_efficient", lambda layers: None)
         yield
 
 
 def both(perturb: Callable[..., None], *settings: Any, **more: Any) -> tuple[CausalPolicy, CausalPolicy]:
-    """A policy with lean layers, and the same one with the published ones."""
+    """Build a policy with memory efficient layers, and an equal one with the published layers."""
     torch.manual_seed(0)  # for adapters
-    lean = TinyPolicy(*settings, **more).build()
+    efficient = TinyPolicy(*settings, **more).build()
     torch.manual_seed(0)
     with published_layers():
         published = TinyPolicy(*settings, **more).build()
-    for policy in (lean, published):
+    for policy in (efficient, published):
         perturb(policy)
-    assert lean.state_dict().keys() == published.state_dict().keys()
-    return lean, published
+    assert efficient.state_dict().keys() == published.state_dict().keys()
+    return efficient, published
 
 
 def kinds(policy: CausalPolicy) -> list[type]:
@@ -52,7 +52,7 @@ def kinds(policy: CausalPolicy) -> list[type]:
 
 
 def read(policy: CausalPolicy, batch: PreferenceBatch, mixed: bool) -> tuple[Tensor, list[Tensor]]:
-    """Log-probabilities of the answers, and the gradient of a sum of them by every parameter that is trained."""
+    """Return the answers' log-probabilities, and the gradients of a sum of them for all trained parameters."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
@@ -62,8 +62,8 @@ def read(policy: CausalPolicy, batch: PreferenceBatch, mixed: bool) -> tuple[Ten
 
 
 ROUNDINGS = 256 * torch.finfo(torch.float32).eps
-"""Bound on a gradient's error as a share of its norm: some hundred float32 products and sums, each rounded once. Their
-order depends on the processor. A wrong dropout mask changes a gradient by about its whole norm."""
+"""Bound on a gradient's error, as a share of its norm, after some hundred float32 products and sums. Their order varies
+between processors. A wrong dropout mask changes a gradient by about its whole norm."""
 
 
 def assert_near(found: list[Tensor], expected: list[Tensor], share: float) -> None:
@@ -74,34 +74,32 @@ def assert_near(found: list[Tensor], expected: list[Tensor], share: float) -> No
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_the_same_to_the_last_bit_and_gradients_by_rounding(
+def test_outputs_equal_and_gradients_near(
     family: str, dtype: Any, mixed: bool, batch: PreferenceBatch, perturb: Callable[..., None]
 ) -> None:
-    lean, published = both(perturb, family, dtype=dtype)
-    ours, theirs = read(lean, batch, mixed), read(published, batch, mixed)
+    efficient, published = both(perturb, family, dtype=dtype)
+    ours, theirs = read(efficient, batch, mixed), read(published, batch, mixed)
     assert torch.equal(ours[0], theirs[0])
-    # float64, too: norms go through float32.
+    # Also for float64, since norms are computed in float32.
     assert_near(ours[1], theirs[1], 0.05 if mixed or dtype == "bfloat16" else ROUNDINGS)
 
 
-def test_in_bfloat16_gradients_are_as_exact_as_those_of_the_published_layers(
-    batch: PreferenceBatch, perturb: Callable[..., None]
-) -> None:
-    lean, published = both(perturb, "llama", width=64)
+def test_gradients_in_bfloat16_are_as_exact(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:
+    efficient, published = both(perturb, "llama", width=64)
     exact = read(published, batch, mixed=False)[1]
 
     def error(policy: CausalPolicy) -> float:
         found = read(policy, batch, mixed=True)[1]
         return sum(float((mine - other).square().sum()) for mine, other in zip(found, exact, strict=True)) ** 0.5
 
-    assert 0 < error(lean) < 1.1 * error(published)
+    assert 0 < error(efficient) < 1.1 * error(published)
 
 
 @pytest.mark.parametrize(
     ("family", "mlp", "norm"),
     [("llama", 1, 2), ("mistral", 1, 2), ("qwen2", 1, 2), ("gpt2", 0, 0), ("gemma2", 1, 0)],
 )
-def test_parts_of_known_kinds_are_lean_and_others_as_they_were(family: str, mlp: int, norm: int) -> None:
+def test_known_parts_are_replaced(family: str, mlp: int, norm: int) -> None:
     policy = TinyPolicy(family).build()
     found = kinds(policy)
     layers = len(policy.layers)
@@ -110,7 +108,7 @@ def test_parts_of_known_kinds_are_lean_and_others_as_they_were(family: str, mlp:
 
 
 class _Clipped(nn.Module):
-    """An MLP with the children of a gated one and an algebra of its own."""
+    """An MLP with the children of a gated MLP and another formula."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,14 +119,14 @@ class _Clipped(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.1) * self.up_proj(x))
 
 
-def test_a_part_that_only_looks_like_one_is_left_alone() -> None:
+def test_part_with_other_outputs_is_kept() -> None:
     part = _Clipped()
     spec.make_memory_efficient([nn.Sequential(part)])
     assert type(part) is _Clipped
 
 
 def kept(run: Callable[[], Tensor], tokens: int) -> int:
-    """Bytes that `run` keeps for the backward pass, of tensors that have a value for each token."""
+    """Count the bytes that `run` keeps for the backward pass, in tensors with a value for each token."""
     storages: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -143,22 +141,22 @@ def kept(run: Callable[[], Tensor], tokens: int) -> int:
 
 
 def states(policy: CausalPolicy, tokens: int) -> Tensor:
-    """The hidden states of one row."""
+    """Compute the hidden states of one row."""
     row = torch.arange(tokens)[None]
     return policy.states(row, torch.ones_like(row), torch.zeros_like(row), row)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=str)
-def test_torchs_own_norm_keeps_a_second_copy(dtype: torch.dtype, size: int) -> None:
-    """If this fails, torch has become better: its `rms_norm` may do in place of ours."""
+def test_torch_rms_norm_keeps_second_copy(dtype: torch.dtype, size: int) -> None:
+    """If this test fails, torch has improved, and its `rms_norm` can replace ours."""
     tokens, width = 37, 32
-    lean = next(part for part in TinyPolicy(width=width).build().layers[0].modules() if isinstance(part, RMSNorm))
-    norm, x = lean.to(dtype), torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    efficient = next(part for part in TinyPolicy(width=width).build().layers[0].modules() if isinstance(part, RMSNorm))
+    norm, x = efficient.to(dtype), torch.randn(tokens, width, dtype=dtype, requires_grad=True)
     assert kept(lambda: norm(x), tokens) == tokens * (size * width + 4)
     assert kept(lambda: rms_norm(x, (width,), norm.weight, 1e-6), tokens) == tokens * (2 * 4 * width + 4)
 
 
-def test_a_layer_keeps_what_is_normalised_once_what_is_multiplied_once_and_attention() -> None:
+def test_bytes_kept_by_a_layer() -> None:
     tokens, width = 37, 32
 
     def layer(**settings: Any) -> int:
@@ -175,20 +173,20 @@ def test_a_layer_keeps_what_is_normalised_once_what_is_multiplied_once_and_atten
         assert layer() > 1.7 * tokens * (norms + attention + 2 * 2 * config.intermediate_size)
 
 
-def test_what_is_worked_out_again_sees_the_same_dropout(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:
-    lean, published = both(perturb, "llama", lora=LoRA(rank=2, dropout=0.5))
-    ours, theirs = read(lean, batch, mixed=False), read(published, batch, mixed=False)
+def test_recomputation_uses_same_dropout(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:
+    efficient, published = both(perturb, "llama", lora=LoRA(rank=2, dropout=0.5))
+    ours, theirs = read(efficient, batch, mixed=False), read(published, batch, mixed=False)
     assert torch.equal(ours[0], theirs[0])
     assert_near(ours[1], theirs[1], ROUNDINGS)
 
 
-def test_checkpointed_layers_have_the_same_gradients(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:
-    lean, published = both(perturb, "llama")
-    lean.set_gradient_checkpointing(True)
-    assert_near(read(lean, batch, False)[1], read(published, batch, False)[1], ROUNDINGS)
+def test_checkpointed_layers_have_same_gradients(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:
+    efficient, published = both(perturb, "llama")
+    efficient.set_gradient_checkpointing(True)
+    assert_near(read(efficient, batch, False)[1], read(published, batch, False)[1], ROUNDINGS)
 
 
-def test_a_copy_has_weights_of_its_own(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:
+def test_deep_copy_has_own_weights(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:
     policy, _ = both(perturb, "llama")
     twin = copy.deepcopy(policy)
     before = read(twin, batch, False)[0]
@@ -197,7 +195,7 @@ def test_a_copy_has_weights_of_its_own(batch: PreferenceBatch, perturb: Callable
     assert not torch.equal(read(policy, batch, False)[0], before)
 
 
-def test_a_compiler_gets_the_published_layers() -> None:
+def test_compiled_layers_are_the_published_ones() -> None:
     policy = TinyPolicy(lora=LoRA(rank=2)).build()
     policy.compile_layers("eager")
     with published_layers():

@@ -1,4 +1,4 @@
-"""Policies from folders: the saved model comes back as it was, and what cannot be served is refused by name."""
+"""Tests of policies from folders: a saved model is loaded unchanged, and unsupported ones raise errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMOLLM2 = Path(__file__).parents[2] / "models/SmolLM2-135M-Instruct"
 
 
 def save(policy: CausalPolicy, spec: TinyPolicy, folder: Path) -> str:
-    # Saving strips the config of what transformers works out by itself, in place.
+    # Saving removes derived fields from the config, in place.
     copy.deepcopy(policy.causal_lm).save_pretrained(folder)
     spec.load_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -27,7 +27,7 @@ def save(policy: CausalPolicy, spec: TinyPolicy, folder: Path) -> str:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2", "gemma2"])
 @torch.no_grad()
-def test_a_saved_policy_comes_back_as_it_was(
+def test_saved_policy_is_loaded_unchanged(
     family: str,
     tmp_path: Path,
     tiny_spec: Callable[..., TinyPolicy],
@@ -38,7 +38,7 @@ def test_a_saved_policy_comes_back_as_it_was(
     original = spec.build()
     perturb(original)
     folder = save(original, spec, tmp_path / "model")
-    # transformers gives every folder of Qwen2 the tokenizer class of Qwen2, which is not the tiny one's: name it.
+    # transformers opens every folder of Qwen2 with Qwen2's tokenizer class. The tiny tokenizer needs its own folder.
     tokenizer = str(tmp_path / "tokenizer") if family == "qwen2" else None
     spec.load_tokenizer().save_pretrained(tmp_path / "tokenizer")
     saved = PretrainedPolicy(folder, dtype="float64", tokenizer=tokenizer)
@@ -54,28 +54,26 @@ def test_a_saved_policy_comes_back_as_it_was(
     assert ours.chat_template == theirs.chat_template
 
 
-def test_the_type_of_the_weights_is_the_setting_and_not_the_files(
-    tmp_path: Path, tiny_spec: Callable[..., TinyPolicy]
-) -> None:
+def test_dtype_setting_overrides_file(tmp_path: Path, tiny_spec: Callable[..., TinyPolicy]) -> None:
     spec = tiny_spec("llama")
     folder = save(spec.build(), spec, tmp_path)
     assert PretrainedPolicy(folder).build().model.dtype == torch.float32
     assert PretrainedPolicy(folder, dtype="bfloat16").build().model.dtype == torch.bfloat16
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
     T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=32).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedPolicyError, match=r"\(t5\), an encoder-decoder, expected a decoder-only model"):
         PretrainedPolicy(str(tmp_path)).build()
 
 
 @pytest.mark.parametrize("path", ["models/no-such-model", "./nowhere", "/nowhere/at/all", "missing.Q4_1.gguf"])
-def test_a_path_that_is_not_there_is_said_to_be_missing(path: str) -> None:
+def test_missing_path_is_refused(path: str) -> None:
     with pytest.raises(UnsupportedPolicyError, match=f"policy.path: found no file or folder {path}"):
         PretrainedPolicy(path).build()
 
 
-def test_a_folder_without_a_model_is_refused_with_its_name(tmp_path: Path) -> None:
+def test_folder_without_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedPolicyError, match=f"could not load {tmp_path} in the folder"):
         PretrainedPolicy(str(tmp_path)).build()
 
@@ -83,12 +81,12 @@ def test_a_folder_without_a_model_is_refused_with_its_name(tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def smollm2() -> CausalPolicy:
     if not SMOLLM2.is_dir():
-        pytest.skip(f"{SMOLLM2} is not there: `lpc-lightning prepare` makes it")
+        pytest.skip(f"{SMOLLM2} is missing: run `lpc-lightning prepare`")
     return PretrainedPolicy(str(SMOLLM2)).build()
 
 
 @pytest.mark.real
-def test_the_dequantised_model_is_whole(smollm2: CausalPolicy) -> None:
+def test_dequantised_model_is_complete(smollm2: CausalPolicy) -> None:
     config = smollm2.causal_lm.config
     assert (config.model_type, config.num_hidden_layers, config.hidden_size, config.vocab_size) == (
         "llama",
@@ -104,7 +102,7 @@ def test_the_dequantised_model_is_whole(smollm2: CausalPolicy) -> None:
 
 
 @pytest.mark.real
-def test_its_chat_template_is_chatml_with_its_own_system_turn(smollm2: CausalPolicy) -> None:
+def test_chat_template_has_system_turn(smollm2: CausalPolicy) -> None:
     tokenizer = PretrainedPolicy(str(SMOLLM2)).load_tokenizer()
     chat = [{"role": "user", "content": "Hi?"}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -124,7 +122,7 @@ def test_its_chat_template_is_chatml_with_its_own_system_turn(smollm2: CausalPol
     ],
 )
 @torch.no_grad()
-def test_it_prefers_sense_to_nonsense(question: str, right: str, wrong: str, smollm2: CausalPolicy) -> None:
+def test_pretrained_policy_prefers_sense(question: str, right: str, wrong: str, smollm2: CausalPolicy) -> None:
     tokenizer = PretrainedPolicy(str(SMOLLM2)).load_tokenizer()
     chat = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)["input_ids"]

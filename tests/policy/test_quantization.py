@@ -1,4 +1,4 @@
-"""QLoRA: 4-bit weights under an adapter, with bitsandbytes' CPU kernels."""
+"""Tests of QLoRA: 4-bit weights with an adapter, on bitsandbytes' CPU kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lpc_lightning.types import TokenizedPair
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A saved policy of a size that 4-bit blocks of 64 fit."""
+    """A saved policy whose size is a multiple of the 4-bit blocks of 64."""
     folder = tmp_path_factory.mktemp("saved")
     spec = TinyPolicy(width=128, layers=2, heads=4)
     copy.deepcopy(spec.build().causal_lm).save_pretrained(folder)
@@ -30,17 +30,17 @@ def pairs(make_pairs: Callable[..., list[TokenizedPair]]) -> list[TokenizedPair]
     return make_pairs([(5, 3, 7), (11, 9, 1)])
 
 
-def test_without_an_adapter_it_is_refused(folder: str) -> None:
+def test_quantization_without_adapter_is_refused(folder: str) -> None:
     with pytest.raises(ConfigError, match=r"policy\.quantization: found nf4 without an adapter, expected"):
         PretrainedPolicy(folder, quantization="nf4")
 
 
-def test_a_gguf_file_is_refused() -> None:
+def test_quantization_of_gguf_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"policy\.quantization: found nf4 for model\.Q4_1\.gguf"):
         PretrainedPolicy("model.Q4_1.gguf", quantization="nf4", lora=LoRA())
 
 
-def test_without_bitsandbytes_it_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bitsandbytes_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lpc_lightning.policy.pretrained.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes, .* `pip install .* '\.\[qlora\]'`"):
         PretrainedPolicy(folder, quantization="nf4", lora=LoRA()).build()
@@ -48,7 +48,7 @@ def test_without_bitsandbytes_it_is_refused(folder: str, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def bitsandbytes() -> Iterator[Any]:
-    """Part of the development environment. Its kernels for inference, which round more, are off."""
+    """The bitsandbytes module, without its inference kernels, which round more."""
     found = pytest.importorskip("bitsandbytes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
@@ -62,7 +62,7 @@ def quantised(folder: str, bitsandbytes: Any) -> Any:
     return PretrainedPolicy(folder, quantization="nf4", lora=LoRA(rank=4, alpha=8)).build()
 
 
-def test_linear_layers_are_in_4_bits_and_the_head_is_not(quantised: Any, bitsandbytes: Any) -> None:
+def test_only_linear_layers_are_in_4_bits(quantised: Any, bitsandbytes: Any) -> None:
     layers = [module for module in quantised.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 2 * 7
     assert all(layer.weight.dtype == torch.uint8 and layer.weight.quant_type == "nf4" for layer in layers)
@@ -72,7 +72,7 @@ def test_linear_layers_are_in_4_bits_and_the_head_is_not(quantised: Any, bitsand
     assert all("lora_" in name for name in trained)
 
 
-def test_log_probabilities_are_those_of_the_dequantised_weights(
+def test_logps_equal_those_of_dequantised_weights(
     quantised: Any, folder: str, bitsandbytes: Any, pairs: list[TokenizedPair]
 ) -> None:
     plain = PretrainedPolicy(folder).build()
@@ -86,8 +86,8 @@ def test_log_probabilities_are_those_of_the_dequantised_weights(
         torch.testing.assert_close(quantised.read(batch).logps(), plain.read(batch).logps(), rtol=1e-4, atol=1e-3)
 
 
-def test_the_adapter_learns(quantised: Any, pairs: list[TokenizedPair]) -> None:
-    """By the model's own loss: to the suite, training on a CPU is refused."""
+def test_adapter_of_quantised_policy_learns(quantised: Any, pairs: list[TokenizedPair]) -> None:
+    """Train by the model's loss, since `CausalPolicy` refuses to train on a CPU."""
     trained = [parameter for parameter in quantised.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     ids, losses = torch.tensor([pairs[1].prompt_ids + pairs[1].chosen_ids]), []
@@ -100,13 +100,13 @@ def test_the_adapter_learns(quantised: Any, pairs: list[TokenizedPair]) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_training_on_a_cpu_is_refused(quantised: Any, pairs: list[TokenizedPair]) -> None:
+def test_quantised_training_on_cpu_is_refused(quantised: Any, pairs: list[TokenizedPair]) -> None:
     with pytest.raises(UnsupportedPolicyError, match=r"policy\.quantization: found weights in 4 bits on a CPU"):
         quantised.read(SharedPrefixLayout(0, 64)(pairs))
 
 
-def test_the_adapter_goes_onto_the_whole_weights(quantised: Any, folder: str, pairs: list[TokenizedPair]) -> None:
-    """What a checkpoint holds of a quantised policy fits the same policy with `quantization: null`."""
+def test_adapter_loads_onto_unquantised_weights(quantised: Any, folder: str, pairs: list[TokenizedPair]) -> None:
+    """Load the checkpoint of a quantised policy with `quantization: null`."""
     whole = PretrainedPolicy(folder, lora=LoRA(rank=4, alpha=8)).build()
     adapter = {name: value for name, value in quantised.state_dict().items() if "lora_" in name}
     missing, unexpected = whole.load_state_dict(adapter, strict=False)

@@ -1,4 +1,4 @@
-"""Attention by piece against attention over whole rows under the block mask, spelled out."""
+"""Tests of attention by segment against attention over whole rows with a mask."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5)]
 MakePairs = Callable[..., list[TokenizedPair]]
 
 
-def whole_rows(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float) -> Tensor:
-    """Softmax over all tokens of a row, those that are not seen at minus infinity."""
+def whole_rows(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    """Compute the softmax over all tokens of a row, with hidden ones at minus infinity."""
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    scores = (query @ key.mT * scaling).masked_fill(~seen, -torch.inf)
+    scores = (query @ key.mT * scaling).masked_fill(~visible, -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 def draw(
     batch: PreferenceBatch, heads: int = 4, groups: int = 2, width: int = 3, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    """Random queries, keys and values."""
+    """Draw random queries, keys and values."""
     rows, tokens = batch.input_ids.shape
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(rows, n, tokens, width, generator=generator).double() for n in (heads, groups, groups)]
     return [states.to(dtype).requires_grad_() for states in drawn]
 
 
-def by_piece(states: list[Tensor], batch: PreferenceBatch, scaling: float) -> Tensor:
+def by_segment(states: list[Tensor], batch: PreferenceBatch, scaling: float) -> Tensor:
     assert batch.segments is not None
     return attend_by_segment(nn.Identity(), *states, None, blocks=query_blocks(batch.segments), scaling=scaling)[0]
 
@@ -51,7 +51,7 @@ def by_piece(states: list[Tensor], batch: PreferenceBatch, scaling: float) -> Te
     block=st.integers(1, 12),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (4, 4)]),
 )
-def test_values_and_gradients_are_those_of_whole_rows_under_the_mask(
+def test_segment_attention_equals_masked_rows(
     lengths: list[tuple[int, int, int]], row_tokens: int, block: int, heads: tuple[int, int], make_pairs: MakePairs
 ) -> None:
     batch = SharedPrefixLayout(0, row_tokens)(make_pairs(lengths))
@@ -59,7 +59,7 @@ def test_values_and_gradients_are_those_of_whole_rows_under_the_mask(
     states, tokens = draw(batch, *heads), batch.segments >= 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segment_attention, "BLOCK", block)
-        ours = by_piece(states, batch, 0.3)
+        ours = by_segment(states, batch, 0.3)
         weights = torch.linspace(-1, 1, ours[tokens].numel(), dtype=torch.float64).view_as(ours[tokens])
         found = torch.autograd.grad((weights * ours[tokens]).sum(), states)
     theirs = whole_rows(*states, visible_pairs(batch.segments, batch.position_ids, None), 0.3)
@@ -72,53 +72,53 @@ def test_values_and_gradients_are_those_of_whole_rows_under_the_mask(
 def test_gradcheck(make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment_attention, "BLOCK", 2)
     batch = SharedPrefixLayout(0, 20)(make_pairs([(3, 2, 4), (1, 1, 2)]))
-    assert torch.autograd.gradcheck(lambda *states: by_piece(list(states), batch, 0.5), draw(batch, width=2))
+    assert torch.autograd.gradcheck(lambda *states: by_segment(list(states), batch, 0.5), draw(batch, width=2))
 
 
-def test_padding_is_zero_and_sends_nothing_back(make_pairs: MakePairs) -> None:
+def test_padding_has_zero_outputs_and_gradients(make_pairs: MakePairs) -> None:
     batch = SharedPrefixLayout(0, 1)(make_pairs([(3, 2, 4), (1, 1, 2)]))
     assert batch.segments is not None
     padding = batch.segments < 0
     assert padding.any()
     states = draw(batch)
-    out = by_piece(states, batch, 0.5)
+    out = by_segment(states, batch, 0.5)
     assert (out[padding] == 0).all()
     for gradient in torch.autograd.grad(out.sum(), states):
         assert (gradient.transpose(1, 2)[padding] == 0).all()
 
 
-def test_bfloat16_is_about_as_exact_as_torchs_kernel(make_pairs: MakePairs) -> None:
+def test_bfloat16_is_as_exact_as_torch_kernel(make_pairs: MakePairs) -> None:
     batch = SharedPrefixLayout(0, None)(make_pairs([(60, 40, 70), (110, 30, 20)]))
     assert batch.segments is not None
-    seen = visible_pairs(batch.segments, batch.position_ids, None)
+    visible = visible_pairs(batch.segments, batch.position_ids, None)
     rounded = [2 * states.detach() for states in draw(batch, 6, 2, 16, torch.bfloat16)]
     exact = [states.double().requires_grad_() for states in rounded]
-    truth = whole_rows(*exact, seen, 0.25)
-    weights = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    gradients = torch.autograd.grad((weights.double() * truth).sum(), exact)
+    exact_values = whole_rows(*exact, visible, 0.25)
+    weights = torch.randn(exact_values.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    gradients = torch.autograd.grad((weights.double() * exact_values).sum(), exact)
 
     def errors(out: Tensor, states: list[Tensor]) -> list[float]:
         found = [out.detach(), *torch.autograd.grad((weights * out).sum(), states)]
-        apart = zip(found, [truth.detach(), *gradients], strict=True)
+        apart = zip(found, [exact_values.detach(), *gradients], strict=True)
         return [float((mine.double() - other).norm() / other.norm()) for mine, other in apart]
 
     ours = [states.requires_grad_() for states in rounded]
     repeated = [ours[0], *(states.repeat_interleave(3, dim=1) for states in ours[1:])]
-    torchs = nn.functional.scaled_dot_product_attention(*repeated, attn_mask=seen, scale=0.25).transpose(1, 2)
-    for mine, theirs in zip(errors(by_piece(ours, batch, 0.25), ours), errors(torchs, ours), strict=True):
+    torchs = nn.functional.scaled_dot_product_attention(*repeated, attn_mask=visible, scale=0.25).transpose(1, 2)
+    for mine, theirs in zip(errors(by_segment(ours, batch, 0.25), ours), errors(torchs, ours), strict=True):
         assert mine < 2 * theirs
 
 
-def test_queries_and_keys_in_float32_are_rounded_to_the_type_of_the_values(make_pairs: MakePairs) -> None:
-    """As autocast does for sdpa: rotary embeddings leave them in float32."""
+def test_queries_are_cast_to_type_of_values(make_pairs: MakePairs) -> None:
+    """Compare with inputs cast as autocast casts them for sdpa. Rotary embeddings return float32."""
     batch = SharedPrefixLayout(0, 40)(make_pairs(LENGTHS))
     query, key, value = draw(batch, dtype=torch.float32)
-    mixed = by_piece([query, key, value.bfloat16()], batch, 0.5)
+    mixed = by_segment([query, key, value.bfloat16()], batch, 0.5)
     assert mixed.dtype == torch.bfloat16
-    assert torch.equal(mixed, by_piece([query.bfloat16(), key.bfloat16(), value.bfloat16()], batch, 0.5))
+    assert torch.equal(mixed, by_segment([query.bfloat16(), key.bfloat16(), value.bfloat16()], batch, 0.5))
 
 
-def test_nothing_that_grows_with_the_square_of_the_tokens_is_kept(make_pairs: MakePairs) -> None:
+def test_saved_tensors_are_linear_in_tokens(make_pairs: MakePairs) -> None:
     batch = SharedPrefixLayout(0, 2000)(make_pairs([(300, 200, 200), (300, 200, 200)]))
     states, kept = draw(batch, width=8), 0
 
@@ -128,17 +128,17 @@ def test_nothing_that_grows_with_the_square_of_the_tokens_is_kept(make_pairs: Ma
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = by_piece(states, batch, 0.5)
+        out = by_segment(states, batch, 0.5)
     assert kept == sum(tensor.numel() for tensor in [*states, out])
 
 
 @pytest.fixture(scope="module")
 def kernels(tiny: Callable[..., CausalPolicy]) -> dict[str, CausalPolicy]:
-    """The same policy under every kernel that takes packed rows here."""
+    """One policy with each kernel for packed rows on a CPU."""
     return {name: tiny("llama", attention=name) for name in ("segment", "sdpa", "eager")}
 
 
-def test_policies_under_all_kernels_say_the_same(
+def test_kernels_agree(
     kernels: dict[str, CausalPolicy], make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
@@ -151,15 +151,15 @@ def test_policies_under_all_kernels_say_the_same(
         logps = policy.read(batch).logps()
         weights = torch.linspace(-1, 1, len(logps), dtype=torch.float64)
         found[name] = [logps, *torch.autograd.grad((weights * logps).sum(), list(policy.parameters()))]
-        assert (len(calls) - before) == (2 if name == "segment" else 0), "one call a layer, by this kernel alone"
+        assert (len(calls) - before) == (2 if name == "segment" else 0), "one call per layer, by this kernel only"
     for name in ("segment", "eager"):
-        # transformers' eager kernel takes its softmax in float32.
+        # The softmax of transformers' eager kernel is in float32.
         tolerance = 1e-9 if name == "segment" else 1e-4
         for mine, theirs in zip(found[name], found["sdpa"], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_checkpointed_layers_have_the_same_gradients(kernels: dict[str, CausalPolicy], make_pairs: MakePairs) -> None:
+def test_checkpointed_layers_have_same_gradients(kernels: dict[str, CausalPolicy], make_pairs: MakePairs) -> None:
     policy, batch = kernels["segment"], SharedPrefixLayout(0, 35)(make_pairs(LENGTHS))
     weights = list(policy.parameters())
     plain = torch.autograd.grad(policy.read(batch).logps().sum(), weights)
@@ -172,7 +172,7 @@ def test_checkpointed_layers_have_the_same_gradients(kernels: dict[str, CausalPo
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_rows_of_one_sequence_and_generation_are_left_to_sdpa(kernels: dict[str, CausalPolicy]) -> None:
+def test_unpacked_rows_and_generation_use_sdpa(kernels: dict[str, CausalPolicy]) -> None:
     ours, theirs = (kernels[name].causal_lm for name in ("segment", "sdpa"))
     tokens = torch.tensor([[0, 0, 5, 6, 7], [4, 5, 6, 7, 8]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -181,23 +181,21 @@ def test_rows_of_one_sequence_and_generation_are_left_to_sdpa(kernels: dict[str,
     assert torch.equal(ours.generate(tokens, **options), theirs.generate(tokens, **options))
 
 
-def test_a_saved_model_does_not_name_the_kernel(kernels: dict[str, CausalPolicy]) -> None:
-    """transformers alone, which does not know it, has to open an exported folder."""
+def test_saved_config_omits_kernel(kernels: dict[str, CausalPolicy]) -> None:
+    """Check that transformers alone can open an exported folder."""
     assert "segment" not in kernels["segment"].causal_lm.config.to_json_string()
 
 
 @pytest.mark.parametrize(
-    ("family", "by_piece"), [("llama", True), ("gpt2", True), ("mistral", False), ("gemma2", False)]
+    ("family", "by_segment"), [("llama", True), ("gpt2", True), ("mistral", False), ("gemma2", False)]
 )
-def test_families_without_windows_and_soft_caps_attend_by_piece(
-    family: str, by_piece: bool, tiny: Callable[..., CausalPolicy]
-) -> None:
+def test_attends_by_segment_per_family(family: str, by_segment: bool, tiny: Callable[..., CausalPolicy]) -> None:
     policy = tiny(family)
-    assert policy.attends_by_segment == by_piece
+    assert policy.attends_by_segment == by_segment
     assert policy.takes_block_mask
 
 
-def test_a_family_that_does_not_pass_the_blocks_on_falls_back_to_the_mask(
+def test_family_that_drops_blocks_uses_mask(
     tiny: Callable[..., CausalPolicy], make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = tiny("llama")
@@ -206,10 +204,10 @@ def test_a_family_that_does_not_pass_the_blocks_on_falls_back_to_the_mask(
     forward = policy.backbone.forward
     monkeypatch.setattr(policy.backbone, "forward", lambda blocks=None, **inputs: forward(**inputs))
     monkeypatch.setattr(CausalPolicy, "_takes_positions", True, raising=False)
-    deaf = CausalPolicy.__new__(CausalPolicy)
-    nn.Module.__init__(deaf)
-    deaf.model, deaf._takes_positions = policy.model, True
-    deaf.attends_by_segment = deaf._can_attend_by_segment()
-    assert not deaf.attends_by_segment
-    assert deaf._applies_block_mask()
-    torch.testing.assert_close(deaf.read(batch).logps(), expected, rtol=1e-9, atol=1e-9)
+    fallback = CausalPolicy.__new__(CausalPolicy)
+    nn.Module.__init__(fallback)
+    fallback.model, fallback._takes_positions = policy.model, True
+    fallback.attends_by_segment = fallback._can_attend_by_segment()
+    assert not fallback.attends_by_segment
+    assert fallback._applies_block_mask()
+    torch.testing.assert_close(fallback.read(batch).logps(), expected, rtol=1e-9, atol=1e-9)

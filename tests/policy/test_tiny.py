@@ -1,4 +1,4 @@
-"""Tiny policies: built alike whatever ran before, dropout off, and refused where they cannot be served."""
+"""Tests of tiny policies: equal weights in every run, no dropout, and errors for unsupported settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DROPOUT: dict[str, dict[str, float]] = {
 
 
 @every_family
-def test_every_family_builds_at_its_default_size(family: str) -> None:
+def test_family_builds_at_default_size(family: str) -> None:
     policy = TinyPolicy(family=family).build()
     assert policy.causal_lm.config.model_type == family
     assert policy.width == 64
@@ -41,9 +41,7 @@ def test_every_family_builds_at_its_default_size(family: str) -> None:
 
 
 @every_family
-def test_weights_belong_to_the_spec_and_the_random_state_is_left_alone(
-    family: str, tiny_spec: Callable[..., TinyPolicy]
-) -> None:
+def test_weights_depend_on_spec_seed_only(family: str, tiny_spec: Callable[..., TinyPolicy]) -> None:
     built = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -60,9 +58,7 @@ def test_weights_belong_to_the_spec_and_the_random_state_is_left_alone(
 
 @every_family
 @torch.no_grad()
-def test_dropout_is_off_everywhere(
-    family: str, tiny: Callable[..., CausalPolicy], make_pairs: Callable[..., Any]
-) -> None:
+def test_dropout_is_off(family: str, tiny: Callable[..., CausalPolicy], make_pairs: Callable[..., Any]) -> None:
     policy = tiny(family, options=DROPOUT[family])
     batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 6, 7), (3, 4, 5)]))
     assert policy.training
@@ -74,9 +70,7 @@ def test_dropout_is_off_everywhere(
 
 
 @torch.no_grad()
-def test_an_adapters_dropout_is_its_own_setting(
-    tiny: Callable[..., CausalPolicy], make_pairs: Callable[..., Any]
-) -> None:
+def test_adapter_dropout_is_separate(tiny: Callable[..., CausalPolicy], make_pairs: Callable[..., Any]) -> None:
     policy = tiny("llama", lora=LoRA(rank=2, dropout=0.5))
     batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 6, 7), (3, 4, 5)]))
     assert not torch.equal(policy.read(batch).logps(), policy.read(batch).logps())
@@ -86,13 +80,13 @@ def test_an_adapters_dropout_is_its_own_setting(
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
 @every_family
-def test_gradient_checkpointing_computes_again_and_changes_nothing(
+def test_gradient_checkpointing_recomputes_layers(
     family: str, lora: LoRA | None, tiny: Callable[..., CausalPolicy], make_pairs: Callable[..., Any]
 ) -> None:
     batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 6, 7), (3, 4, 5)]))
     found = []
     for checkpointing in (False, True):
-        torch.manual_seed(0)  # a fresh adapter belongs to the run
+        torch.manual_seed(0)  # the run's seed determines a new adapter
         policy = tiny(family, gradient_checkpointing=checkpointing, lora=lora)
         calls: list[str] = []
         last = [module for name, module in policy.named_modules() if name.endswith(".mlp")][-1]
@@ -110,14 +104,14 @@ def test_gradient_checkpointing_computes_again_and_changes_nothing(
         torch.testing.assert_close(same[name], gradient, rtol=1e-12, atol=1e-12)
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(tiny_spec: Callable[..., TinyPolicy]) -> None:
+def test_small_vocabulary_is_refused(tiny_spec: Callable[..., TinyPolicy]) -> None:
     spec = tiny_spec("llama", options={"vocab_size": 1023})
     with pytest.raises(UnsupportedPolicyError, match="the tokenizer makes ids up to 1023, the embedding has 1023"):
         spec.build()
     tiny_spec("llama", options={"vocab_size": 1025}).build()
 
 
-def test_the_tokenizer_that_is_checked_is_the_one_that_reads(tiny_spec: Callable[..., TinyPolicy]) -> None:
+def test_given_tokenizer_is_checked(tiny_spec: Callable[..., TinyPolicy]) -> None:
     spec = tiny_spec("llama")
     larger = spec.load_tokenizer()
     larger.add_tokens(["<|one more|>"])
@@ -125,7 +119,7 @@ def test_the_tokenizer_that_is_checked_is_the_one_that_reads(tiny_spec: Callable
         spec.build(larger)
 
 
-def test_sdpa_is_refused_where_scores_are_capped(tiny_spec: Callable[..., TinyPolicy]) -> None:
+def test_sdpa_with_capped_scores_is_refused(tiny_spec: Callable[..., TinyPolicy]) -> None:
     with pytest.raises(UnsupportedPolicyError, match="found sdpa for gemma2, which soft-caps its attention scores"):
         tiny_spec("gemma2", attention="sdpa").build()
     assert tiny_spec("llama", attention="sdpa").build().backbone.config._attn_implementation == "sdpa"
@@ -133,13 +127,13 @@ def test_sdpa_is_refused_where_scores_are_capped(tiny_spec: Callable[..., TinyPo
 
 
 @pytest.mark.parametrize("text", ["Plain words.", "Zoë paid 3 € — 你好 🥚\n\n  two spaces", "<|im_end|> within", ""])
-def test_the_tokenizer_can_write_any_text(text: str) -> None:
+def test_tokenizer_encodes_any_text(text: str) -> None:
     tokenizer = TinyPolicy().load_tokenizer()
     assert len(tokenizer) == 1024
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_the_tokenizer_speaks_chatml() -> None:
+def test_tokenizer_has_chatml_template() -> None:
     chat = [{"role": "user", "content": "Hi?"}]
     rendered = TinyPolicy().load_tokenizer().apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert rendered == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
@@ -149,7 +143,7 @@ READERS = ["llama", "mistral", "qwen2", "gemma2"]
 
 
 @pytest.mark.parametrize("family", READERS)
-def test_a_readers_values_and_outputs_lose_nothing(family: str) -> None:
+def test_reader_values_and_outputs_are_rotations(family: str) -> None:
     policy = TinyPolicy(family=family, width=32, heads=4, reader=True, options={"num_key_value_heads": 4}).build()
     grouped = TinyPolicy(family=family, width=32, heads=4, reader=True).build()
     found = 0
@@ -160,12 +154,12 @@ def test_a_readers_values_and_outputs_lose_nothing(family: str) -> None:
                 assert len(weight) == (values if "v_proj" in name else 32)
                 torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)), rtol=0, atol=1e-5)
     assert found == 2 * 2 * 2
-    # Of a state as the final norm leaves it, whose mean square is 1.
+    # The final norm returns states with a mean square of 1.
     assert policy.head.weight.std().item() == pytest.approx(32**-0.5, rel=0.03)
 
 
 @pytest.mark.parametrize("family", READERS)
-def test_a_readers_weights_belong_to_its_seed(family: str, tiny_spec: Callable[..., TinyPolicy]) -> None:
+def test_reader_weights_depend_on_spec_seed_only(family: str, tiny_spec: Callable[..., TinyPolicy]) -> None:
     built = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -184,8 +178,8 @@ def test_a_readers_weights_belong_to_its_seed(family: str, tiny_spec: Callable[.
 
 
 @torch.no_grad()
-def test_a_reader_knows_what_a_prompt_is_about() -> None:
-    """A linear probe of the built-in preferences' domain from the state at the last prompt token."""
+def test_reader_state_predicts_prompt_domain() -> None:
+    """Fit a linear probe for the pair's domain to the state at the last prompt token."""
     examples = PreferenceGenerator(seed=0).examples(1000, "train")
     domains = [example.source for example in examples]
     scores = []
@@ -199,13 +193,13 @@ def test_a_reader_knows_what_a_prompt_is_about() -> None:
         states = torch.stack([policy.backbone(torch.tensor([prompt]))[0][0, -1] for prompt in prompts]).numpy()
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
         scores.append(cross_val_score(probe, states, domains, cv=4).mean())
-    without, with_reading = scores
+    plain, reader_score = scores
     assert len(set(domains)) == 10
-    assert with_reading > without + 0.12
-    assert with_reading > 0.85
+    assert reader_score > plain + 0.12
+    assert reader_score > 0.85
 
 
-def test_a_reader_of_gpt2_is_refused() -> None:
+def test_reader_of_gpt2_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"policy\.reader: found true with family gpt2, expected another family, or false"
     ):
@@ -214,8 +208,8 @@ def test_a_reader_of_gpt2_is_refused() -> None:
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
-def test_a_reader_in_bfloat16(default: torch.dtype) -> None:
-    """Also where modules are built in bfloat16, as by a trainer of `bf16-true`: it has the weights, rounded."""
+def test_reader_in_bfloat16(default: torch.dtype) -> None:
+    """Build in bfloat16 too, as a `bf16-true` trainer does: the weights are the same ones, rounded."""
     wide = TinyPolicy(width=32, reader=True).build().state_dict()
     torch.set_default_dtype(default)
     try:

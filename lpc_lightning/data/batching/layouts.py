@@ -1,8 +1,9 @@
-"""Two ways to lay tokenised pairs out for one backbone pass. Both read the same log-probabilities.
+"""Layouts of tokenised pairs for one backbone pass. All layouts give the same log-probabilities.
 
-- `padded`: one row a sequence, the prompt in both. Works with any attention kernel.
-- `shared_prefix`: the prompt once, then both completions, each seeing the prompt and itself alone, positions restarted;
-  several pairs share a row, up to a token budget where there is one. Needs a kernel that takes a mask.
+- `padded`: one row for each sequence. The prompt is in both rows of a pair. Works with any attention kernel.
+- `shared_prefix`: the prompt once, followed by both completions. Each completion attends to the prompt and to itself
+  only, and its positions continue those of the prompt. Several pairs share a row, up to an optional token limit. Needs
+  a kernel that accepts a mask.
 """
 
 from __future__ import annotations
@@ -31,44 +32,45 @@ from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
 @dataclass(frozen=True, slots=True)
 class PlacedPair:
-    """Where a pair's pieces lie. The prompt may lie there twice, once before each completion."""
+    """Positions of the pieces of a pair. Both prompts are the same piece if the prompt is in the batch once."""
 
     prompts: tuple[Piece, Piece]
     completions: tuple[Piece, Piece]
 
 
 class Layout(ABC):
-    """Tokenised pairs to a batch: places the pieces, and says where to read."""
+    """Converter of tokenised pairs to a batch. It places the pieces and computes the read positions."""
 
     packed: bool
-    """Whether a row holds several pieces that must not see each other."""
+    """True if a row has several pieces that must not attend to each other."""
 
     def __init__(self, pad_id: int) -> None:
-        """Keep the padding token.
+        """Set the padding token.
 
         Args:
-            pad_id: Token id that fills rows up; masked, so that any id will do.
+            pad_id: Token id for padding. Padding is masked, so any id is valid.
         """
         self.pad_id = pad_id
 
     @abstractmethod
     def place(self, pairs: Sequence[TokenizedPair]) -> list[PlacedPair]:
-        """Decide where the pieces of each pair lie."""
+        """Choose the positions of the pieces of each pair."""
 
     def shape_of(self, needed: BatchShape) -> BatchShape:
-        """Return the shape of a batch whose pieces need `needed`. Default: no larger than they need."""
+        """Return the shape of a batch whose pieces need at least the shape `needed`. Default: `needed`."""
         return needed
 
     def for_batches(self, piece_lengths: Iterable[np.ndarray]) -> Layout:
-        """Return the layout of a run that reads given batches.
+        """Return the layout for a run with the given batches.
 
         Args:
-            piece_lengths: (pairs, 3) tokens of each prompt, chosen and rejected completion, for each batch.
+            piece_lengths: For each batch, (pairs, 3) number of tokens of each prompt, chosen completion and rejected
+                completion.
         """
         return self
 
     def __call__(self, pairs: Sequence[TokenizedPair]) -> PreferenceBatch:
-        """Lay `pairs` out (the `collate_fn` of a data loader)."""
+        """Convert pairs to a batch. This is the `collate_fn` of a data loader."""
         placed = self.place(pairs)
         pieces = [piece for pair in placed for piece in (*pair.prompts, *pair.completions)]
         answers = sum(len(piece.tokens) for pair in placed for piece in pair.completions)
@@ -100,7 +102,7 @@ class Layout(ABC):
 
 
 def _reference_bits(pairs: Sequence[TokenizedPair]) -> Tensor | None:
-    """(2B,) `PreferenceBatch.reference_bits`."""
+    """Return `PreferenceBatch.reference_bits`, (2B,), or None if a pair has no reference value."""
     known = [pair.reference_logps for pair in pairs if pair.reference_logps is not None]
     if len(known) != len(pairs):
         return None
@@ -112,17 +114,17 @@ def _pad(values: Sequence[int] | torch.Tensor, padding: int, value: int) -> torc
 
 
 def _spread(padding: int, tokens: int) -> torch.Tensor:
-    """Read positions that stand for none: from the end backwards, where padding is, all different where they can be."""
+    """Return read positions for padding, from the end of the batch backwards. They are distinct if possible."""
     return tokens - 1 - torch.arange(padding) % tokens
 
 
 class PaddedLayout(Layout):
-    """One row a sequence: the chosen ones, then the rejected ones."""
+    """Layout with one row for each sequence: all chosen sequences, then all rejected sequences."""
 
     packed = False
 
     def place(self, pairs: Sequence[TokenizedPair]) -> list[PlacedPair]:
-        """Prompt and completion side by side in a row of their own."""
+        """Place each prompt and completion in a separate row."""
         placed = []
         for number, pair in enumerate(pairs):
             rows = (number, len(pairs) + number)
@@ -135,23 +137,23 @@ class PaddedLayout(Layout):
 
 
 class SharedPrefixLayout(Layout):
-    """Prompt, chosen and rejected answer in one row, pairs side by side."""
+    """Layout with prompt, chosen answer and rejected answer in one row, next to other pairs."""
 
     packed = True
 
     def __init__(self, pad_id: int, row_tokens: int | None) -> None:
-        """Set the budget.
+        """Set the limit of a row.
 
         Args:
-            pad_id: Token id that fills rows up.
-            row_tokens: Most tokens a row may hold. A longer pair widens the rows of its batch to its own length. None
-                puts all pairs into one row, without padding.
+            pad_id: Token id for padding.
+            row_tokens: Maximum number of tokens in a row. A longer pair widens the rows of its batch to its length.
+                None: all pairs are in one row, without padding.
         """
         super().__init__(pad_id)
         self.row_tokens = row_tokens
 
     def place(self, pairs: Sequence[TokenizedPair]) -> list[PlacedPair]:
-        """All in one row, or rows as wide as costs least."""
+        """Place all pairs in one row, or in rows of the cheapest width."""
         families = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
         return [
             PlacedPair((prompt, prompt), (chosen, rejected))
@@ -160,38 +162,38 @@ class SharedPrefixLayout(Layout):
 
 
 class FixedShapesLayout(Layout):
-    """Pairs packed as in `SharedPrefixLayout`, in batches of few shapes: what a GPU can compile and plan for.
+    """Layout as in `SharedPrefixLayout`, with few batch shapes, so that a GPU program is compiled once for each.
 
-    Rows are padded, and read positions with positions of no answer (`owner` is 2B), which no sum takes in.
+    Rows are padded. Read positions are padded with positions whose `owner` is 2B, which no sum includes.
     """
 
     packed = True
 
     def __init__(self, pad_id: int, row_tokens: int | None, plan: ShapePlan | None = None) -> None:
-        """Keep the settings.
+        """Store the settings.
 
         Args:
-            pad_id: Token id that fills rows up.
-            row_tokens: Tokens of a row; rows are as wide as the longest pair if that is longer. None puts all pairs of
-                a batch into one row, for attention that leaves out blocks in which nothing is seen.
-            plan: Shapes to choose from. Default: each batch has a shape of its own, rounded.
+            pad_id: Token id for padding.
+            row_tokens: Number of tokens in a row, or the length of the longest pair if that is larger. None: all pairs
+                of a batch are in one row, for attention kernels that skip fully masked blocks.
+            plan: Available shapes. Default: each batch has its own rounded shape.
         """
         super().__init__(pad_id)
         self.row_tokens, self.plan = row_tokens, plan or ShapePlan()
 
     def place(self, pairs: Sequence[TokenizedPair]) -> list[PlacedPair]:
-        """All in one row, or in as few rows of one width as hold them."""
+        """Place all pairs in one row, or pack them into few rows of equal width."""
         families = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
         sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions in families]
         placed = place_rows(families, self._rows(sizes))
         return [PlacedPair((prompt, prompt), (chosen, rejected)) for prompt, (chosen, rejected) in placed]
 
     def shape_of(self, needed: BatchShape) -> BatchShape:
-        """Return the cheapest shape of the plan that holds the batch."""
+        """Return the cheapest shape of the plan into which the batch fits."""
         return self.plan.fit(needed)
 
     def for_batches(self, piece_lengths: Iterable[np.ndarray]) -> FixedShapesLayout:
-        """Return the layout whose shapes hold these batches with the least padding."""
+        """Return the layout with the shapes that need the least padding for these batches."""
         needed = [self._needed(lengths) for lengths in piece_lengths]
         return FixedShapesLayout(self.pad_id, self.row_tokens, plan_shapes(needed))
 

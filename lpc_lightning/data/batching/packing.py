@@ -1,4 +1,4 @@
-"""Prompts and what follows them, packed into rows: each completion sees its own prompt and itself alone."""
+"""Packing of prompts and completions into rows. A completion attends to its own prompt and to itself only."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 from lpc_lightning.types import PIECES
 
 ATTENTION_AT = 2048
-"""Width of a row, in tokens, at which attention costs about as much as all linear layers (small models on a CPU)."""
+"""Row width in tokens at which attention costs as much as all linear layers, for small models on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of tokens somewhere in a row: a prompt or a completion."""
+    """Prompt or completion at a position in a row."""
 
     tokens: Sequence[int]
     row: int
     column: int
     position: int
-    """Position of the first token in its own sequence."""
+    """Position of the first token in its sequence."""
     segment: int
     """See `PreferenceBatch.segments`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the backbone takes: see the fields of these names in `PreferenceBatch`, each (R, T)."""
+    """Inputs of the backbone, each (R, T). See the fields with the same names in `PreferenceBatch`."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -39,19 +39,19 @@ class Rows:
 
     @property
     def width(self) -> int:
-        """T."""
+        """Row width T."""
         return self.input_ids.shape[1]
 
 
 def pack(sizes: Sequence[int], width: int) -> list[list[int]]:
-    """Pack items into rows by first-fit decreasing: the largest first, each into the first row with room.
+    """Pack items into rows by first-fit decreasing: the largest item first, each into the first row with room.
 
     Args:
         sizes: Size of each item, at most `width`.
-        width: What a row may hold.
+        width: Maximum total size of the items of a row.
 
     Returns:
-        The items of each row, by number.
+        Indices of the items of each row.
     """
     rows: list[list[int]] = []
     left: list[int] = []
@@ -66,15 +66,15 @@ def pack(sizes: Sequence[int], width: int) -> list[list[int]]:
 
 
 def cheapest_rows(sizes: Sequence[int], most: int, shared: int = 0) -> list[list[int]]:
-    """Pack items into rows as wide as costs least.
+    """Pack items into rows of the cheapest width.
 
     Args:
-        sizes: Tokens of each item.
-        most: Most tokens a row may hold. A longer item widens the rows to its own length.
-        shared: Tokens that every row holds next to its items.
+        sizes: Number of tokens of each item.
+        most: Maximum number of tokens in a row. A longer item widens the rows to its length.
+        shared: Number of tokens that every row has in addition to its items.
 
     Returns:
-        The items of each row, by number.
+        Indices of the items of each row.
     """
     longest = shared + max(sizes)
     widths = {min(longest * quarters // 4, max(longest, most)) for quarters in range(4, 33)}
@@ -83,24 +83,24 @@ def cheapest_rows(sizes: Sequence[int], most: int, shared: int = 0) -> list[list
 
 
 def _cost(rows: Sequence[Sequence[int]], sizes: Sequence[int], shared: int) -> float:
-    """Tokens to compute, padding included, times what attention over the row's width adds to each."""
+    """Estimate the cost: number of tokens with padding, times a factor for attention over the row width."""
     width = shared + max(sum(sizes[number] for number in members) for members in rows)
     return len(rows) * width * (1 + width / ATTENTION_AT)
 
 
 Family = tuple[Sequence[int], Sequence[Sequence[int]]]
-"""A prompt's tokens, and those of each completion that follows it."""
+"""Tokens of a prompt, and tokens of each of its completions."""
 
 
 def place_families(families: Sequence[Family], row_tokens: int | None) -> list[tuple[Piece, list[Piece]]]:
-    """Lay each prompt and its completions side by side, several families in a row, rows as wide as costs least.
+    """Place each prompt and its completions next to each other, with several families in rows of the cheapest width.
 
     Args:
-        families: Prompts with their completions; fewer than `PIECES` behind each.
-        row_tokens: Most tokens a row may hold. A longer family widens the rows to its own length. None: one row.
+        families: Prompts with their completions, fewer than `PIECES` completions each.
+        row_tokens: Maximum number of tokens in a row. A longer family widens the rows to its length. None: one row.
 
     Returns:
-        The prompt's piece and the completions' pieces of each family.
+        Prompt piece and completion pieces of each family.
     """
     sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions in families]
     rows = [list(range(len(sizes)))] if row_tokens is None else cheapest_rows(sizes, row_tokens)
@@ -108,14 +108,14 @@ def place_families(families: Sequence[Family], row_tokens: int | None) -> list[t
 
 
 def place_rows(families: Sequence[Family], rows: Sequence[Sequence[int]]) -> list[tuple[Piece, list[Piece]]]:
-    """Lay each prompt and its completions side by side in given rows.
+    """Place each prompt and its completions next to each other in the given rows.
 
     Args:
-        families: Prompts with their completions; fewer than `PIECES` behind each.
-        rows: The families of each row, by number.
+        families: Prompts with their completions, fewer than `PIECES` completions each.
+        rows: Indices of the families of each row.
 
     Returns:
-        The prompt's piece and the completions' pieces of each family.
+        Prompt piece and completion pieces of each family.
     """
     sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions in families]
     placed: dict[int, tuple[Piece, list[Piece]]] = {}
@@ -137,12 +137,12 @@ def _side_by_side(family: Family, row: int, column: int, segment: int) -> tuple[
 
 
 def extent(pieces: Sequence[Piece]) -> tuple[int, int]:
-    """Return the rows that pieces lie in, and the width that holds them."""
+    """Return the number of rows that the pieces need, and the width that they need."""
     return 1 + max(piece.row for piece in pieces), max(piece.column + len(piece.tokens) for piece in pieces)
 
 
 def fill(pieces: Iterable[Piece], pad_id: int, shape: tuple[int, int] | None = None) -> Rows:
-    """Write pieces into rows, right-padded with `pad_id` to a shape (R, T). Default: the least that holds them."""
+    """Write pieces into rows, right-padded with `pad_id` to a shape (R, T). Default: the smallest shape."""
     pieces = list(pieces)
     input_ids = torch.full(shape or extent(pieces), pad_id)
     position_ids, attention_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
@@ -157,11 +157,14 @@ def fill(pieces: Iterable[Piece], pad_id: int, shape: tuple[int, int] | None = N
 
 
 def last_of(piece: Piece, width: int) -> int:
-    """Flat position of a piece's last token."""
+    """Return the flat position of the last token of a piece."""
     return piece.row * width + piece.column + len(piece.tokens) - 1
 
 
 def predictors(prompt: Piece, completion: Piece, tokens: int, width: int) -> Tensor:
-    """Flat positions whose next tokens are the first `tokens` of a completion: the prompt's last, then its own."""
+    """Return the flat positions that predict the first `tokens` tokens of a completion.
+
+    The first one is the last position of the prompt. The others are in the completion.
+    """
     start = completion.row * width + completion.column
     return torch.cat([torch.tensor([last_of(prompt, width)]), torch.arange(start, start + tokens - 1)])

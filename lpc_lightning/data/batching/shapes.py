@@ -1,4 +1,4 @@
-"""Shapes of packed batches for a GPU: few of them, so that a program is compiled once for each."""
+"""Shapes of packed batches for a GPU. There are few of them, and a program is compiled once for each."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MOST_SHAPES = 4
-"""Shapes that a plan chooses at most."""
+"""Maximum number of shapes of a plan."""
 SPARE_SHAPES = 0.04
-"""Share of the work that padding may add before another shape is worth its compilation."""
+"""Accepted share of work for padding. If padding needs more, another shape is added."""
 STEPS = (128, 64, 32)
-"""Widths and read positions are multiples of one of these: 128 is the side of a block of `flex_attention`."""
+"""Widths and numbers of read positions are multiples of one of these. `flex_attention` has blocks of 128."""
 STEPS_OF_BATCH = 20
-"""Rounding to a step adds at most a step to a batch; the largest is taken that is this many times in a mean batch."""
+"""Minimum ratio of the mean batch size to the step. The largest step with this ratio is used."""
 READ_COST = 0.25
-"""Work of a read position, in the head, relative to a token's in the layers: 0.35 for SmolLM2-135M, 0.12 for 1.2B."""
+"""Work of a read position in the head, relative to a token in the layers: 0.35 for SmolLM2-135M, 0.12 for 1.2B."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class BatchShape:
-    """Size of a packed batch, or the least that its pairs need."""
+    """Size of a packed batch, or the minimum size for its pairs."""
 
     rows: int
-    """R."""
+    """Number of rows R."""
     width: int
-    """T."""
+    """Number of tokens in a row T."""
     reads: int
-    """N."""
+    """Number of read positions N."""
 
     @property
     def tokens(self) -> int:
-        """Places for tokens."""
+        """Number of tokens, with padding."""
         return self.rows * self.width
 
     @property
@@ -41,7 +41,7 @@ class BatchShape:
         return self.tokens + READ_COST * self.reads
 
     def holds(self, needed: BatchShape) -> bool:
-        """Return whether a batch that needs `needed` fits."""
+        """Return whether a batch of the minimum shape `needed` fits into this shape."""
         return self.rows >= needed.rows and self.width >= needed.width and self.reads >= needed.reads
 
     def rounded(self, step: int) -> BatchShape:
@@ -51,28 +51,28 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class ShapePlan:
-    """The shapes of a run's batches."""
+    """Batch shapes of a run."""
 
     shapes: tuple[BatchShape, ...] = ()
     step: int = STEPS[0]
-    """What a shape of its own is rounded to, for a batch that no shape of the plan holds."""
+    """Rounding step for a batch that does not fit into any shape of the plan."""
 
     def fit(self, needed: BatchShape) -> BatchShape:
-        """Return the cheapest shape that holds a batch; one of its own, rounded, for a batch that no shape holds."""
+        """Return the cheapest shape into which a batch fits. If none fits, return its rounded shape."""
         fitting = [shape for shape in self.shapes if shape.holds(needed)]
         return min(fitting, key=lambda shape: shape.work) if fitting else needed.rounded(self.step)
 
 
 def plan_shapes(needed: Iterable[BatchShape], most: int = MOST_SHAPES) -> ShapePlan:
-    """Choose the shapes that cost least in padding, over given batches.
+    """Choose the shapes that need the least padding for the given batches.
 
-    The batches are sorted by their tokens and cut into at most `most` runs; the shape of a run holds all its batches.
-    The best cuts are found by dynamic programming. Where fewer shapes come within `SPARE_SHAPES` of no padding at all,
-    fewer are taken.
+    The batches are sorted by number of tokens and split into at most `most` groups. All batches of a group fit into its
+    shape. Dynamic programming computes the best split. The smallest number of shapes is used whose padding adds at most
+    the share `SPARE_SHAPES` to the work.
 
     Args:
-        needed: What each batch needs.
-        most: Shapes at most.
+        needed: Minimum shape of each batch.
+        most: Maximum number of shapes.
     """
     batches = list(needed)
     if not batches:
@@ -89,7 +89,7 @@ def plan_shapes(needed: Iterable[BatchShape], most: int = MOST_SHAPES) -> ShapeP
 
 
 def _best_cuts(sizes: Sequence[BatchShape], counts: Sequence[int], most: int) -> list[tuple[float, list[BatchShape]]]:
-    """Work and shapes of the best partition into 1, 2, ... `most` runs of sizes in their order."""
+    """Return work and shapes of the best split of the ordered sizes into 1, 2, ... `most` groups."""
     best: list[tuple[float, list[BatchShape]]] = [(0.0, []), *((math.inf, []) for _ in sizes)]
     plans = []
     for _ in range(min(most, len(sizes))):

@@ -1,1 +1,1 @@
-"""Rows of files and hub data sets, as preference examples."""
+"""Preference examples from files and hub data sets."""

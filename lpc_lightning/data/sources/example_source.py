@@ -1,4 +1,4 @@
-"""Where examples come from."""
+"""Sources of preference examples."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lpc_lightning.types import PreferenceExample
 
 
 class ExampleSource(Protocol):
-    """Something that gives examples, and can tell whether they are still the same ones."""
+    """Source of examples, with a key for caches."""
 
     def key(self) -> str:
-        """A text that changes whenever `read` would give other examples."""
+        """Return a text that changes whenever `read` would yield other examples."""
         ...
 
     def read(self, report: DataReport) -> Iterator[PreferenceExample]:
-        """The examples, with every row on the way counted in `report`."""
+        """Yield the examples, and count every row in `report`."""
         ...
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """The examples in a file, a saved folder or a hub data set (see `read_rows` for the known kinds)."""
+    """Examples from a file, a saved folder or a hub data set (see `read_rows` for the supported formats)."""
 
     path: str
-    """A file, a folder or a hub name."""
+    """File, folder or hub name."""
     config: str | None = None
     """Configuration of a hub data set."""
     dataset_split: str | None = None
@@ -39,15 +39,15 @@ class RowSource:
     columns: Columns = field(default_factory=Columns)
     """Names of the columns."""
     split: str | None = None
-    """Take only rows whose split column says this; a row without one counts as `train`. None: all rows."""
+    """Read only rows with this value in the split column. A row without a value counts as `train`. None: all rows."""
     split_column: str = "split"
-    """The column that `split` looks at."""
+    """Name of the split column."""
     held_out: bool | None = None
-    """True: only the prompts held out. False: only the others. None: all."""
+    """True: only held-out prompts. False: only the other prompts. None: all prompts."""
     held_out_share: float = 0.0
-    """Share of prompts to hold out, in [0, 1], by a hash of the prompt's text."""
+    """Share of prompts to hold out, in [0, 1], selected by a hash of the prompt's text."""
     held_out_seed: int = 0
-    """Another seed holds out other prompts."""
+    """Seed of the hash. A different seed holds out different prompts."""
 
     def key(self) -> str:
         """See `ExampleSource.key`."""
@@ -67,12 +67,12 @@ class RowSource:
             except BadRow as fault:
                 report.count_bad(place, fault)
                 continue
-            if self._is_wanted(example):
+            if self._is_selected(example):
                 yield example
             else:
                 report.held_apart += 1
 
-    def _is_wanted(self, example: PreferenceExample) -> bool:
+    def _is_selected(self, example: PreferenceExample) -> bool:
         if self.held_out is None:
             return True
         return self.held_out == held_out(example.prompt, self.held_out_share, self.held_out_seed)
@@ -80,11 +80,11 @@ class RowSource:
 
 @dataclass(frozen=True)
 class ExamplesInMemory:
-    """Examples that are already there, such as generated ones."""
+    """Examples held in memory, such as generated ones."""
 
     examples: Sequence[PreferenceExample]
     name: str
-    """A text that names this very content: the generator's settings and seed, for example."""
+    """Text that identifies the content, for example a hash, or the generator's settings and seed."""
 
     def key(self) -> str:
         """See `ExampleSource.key`."""

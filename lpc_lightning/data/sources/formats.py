@@ -1,4 +1,4 @@
-"""Rows of any known form -> `PreferenceExample`."""
+"""Conversion of rows in any supported format to `PreferenceExample`."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from lpc_lightning.types import Message, PreferenceExample
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a row. Only the two answers must exist; all columns not named here go to `meta`.
+    """Names of the columns of a row. Only the two answer columns are required. Other columns are stored in `meta`.
 
-    Source, factor and annotator may be the same column: `annotator: factor` has a person for each factor.
+    Source, factor and annotator may be the same column. For example, `annotator: factor` treats each factor as one
+    annotator.
     """
 
     prompt: str = "prompt"
-    """The prompt: text, Human/Assistant text or messages. May be absent where the answers are whole conversations."""
+    """The prompt: text, Human/Assistant text or messages. May be absent if the answers are whole conversations."""
     chosen: str = "chosen"
-    """The preferred answer: text, one assistant message, or a whole conversation that ends in it."""
+    """The preferred answer: text, one assistant message, or a whole conversation that ends with the answer."""
     rejected: str = "rejected"
-    """The other answer, in the same forms."""
+    """The other answer, in the same formats."""
     source: str = "source"
-    """Where the pair comes from. Absent: empty."""
+    """Origin of the pair. Defaults to the empty text if absent."""
     factor: str = "factor"
-    """The preference factor that decided. Absent: empty."""
+    """The preference factor that decided the label. Defaults to the empty text if absent."""
     annotator: str = "annotator"
-    """Who labelled the pair. Absent: empty."""
+    """Name of the annotator who labelled the pair. Defaults to the empty text if absent."""
     id: str = "id"
-    """A name for the pair, unique in the data set. Absent: the place of the row."""
+    """Name of the pair, unique in the data set. Defaults to the place of the row if absent."""
 
     def __post_init__(self) -> None:
         labels = {self.source, self.factor, self.annotator}
         names = [self.prompt, self.chosen, self.rejected, self.id, *labels]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"columns: {twice} named for more than one purpose; give each its own column")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"columns: found {repeated} for more than one purpose, expected a column for each purpose")
 
 
 class _Triple(NamedTuple):
@@ -46,8 +47,8 @@ class _Triple(NamedTuple):
     rejected: str
 
 
-_Recogniser = Callable[[Any, Any, Any], _Triple | None]
-"""(prompt, chosen, rejected) cells -> what they say, or None where they are of another form."""
+_Parser = Callable[[Any, Any, Any], _Triple | None]
+"""Function from the (prompt, chosen, rejected) cells to their texts. It returns None for cells in another format."""
 
 _ROLES = {
     "system": "system",
@@ -61,26 +62,27 @@ _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 def to_example(row: Row, place: str, columns: Columns = Columns()) -> PreferenceExample:
-    """Read one row as a labelled comparison.
+    """Convert one row to a labelled comparison.
 
-    Known forms: a prompt (text, "\\n\\nHuman: ...\\n\\nAssistant:" text, or messages) with two answers (text or one
-    assistant message each); whole conversations (messages or Human/Assistant text) in both answers, whose shared turns
-    are the prompt. Messages are `{"role", "content"}` or `{"from", "value"}`.
+    Two formats are supported. The first is a prompt (text, "\\n\\nHuman: ...\\n\\nAssistant:" text, or messages)
+    with two answers (text or one assistant message each). The second is whole conversations (messages or
+    Human/Assistant text) in both answer columns; their common turns are the prompt. Messages are `{"role", "content"}`
+    or `{"from", "value"}`.
 
     Args:
-        row: Column name -> cell.
-        place: Where the row stands; its id where it names none.
+        row: Cells by column name.
+        place: Place of the row in its file. It becomes the id if the row has none.
         columns: Names of the columns.
 
     Raises:
-        BadRow: The row cannot be used; the reason says why.
+        BadRow: The row cannot be used. The exception has the reason.
     """
     cells = [row.get(columns.prompt), row.get(columns.chosen), row.get(columns.rejected)]
     for name, cell in ((columns.chosen, cells[1]), (columns.rejected, cells[2])):
         if cell is None:
             raise BadRow("missing answer", f"no {name!r}; the row has {sorted(map(str, row))}")
-    found = next((triple for recognise in _RECOGNISERS if (triple := recognise(*cells))), None)
-    if found is None:
+    triple = next((result for parse in _PARSERS if (result := parse(*cells))), None)
+    if triple is None:
         kinds = ", ".join(
             f"{name}: {_kind(cell)}"
             for name, cell in zip((columns.prompt, columns.chosen, columns.rejected), cells, strict=True)
@@ -88,9 +90,9 @@ def to_example(row: Row, place: str, columns: Columns = Columns()) -> Preference
         raise BadRow("unknown form", f"{kinds}; expected texts or lists of messages")
     example = PreferenceExample(
         id=_label(row, columns.id) or place,
-        prompt=found.prompt,
-        chosen=found.chosen,
-        rejected=found.rejected,
+        prompt=triple.prompt,
+        chosen=triple.chosen,
+        rejected=triple.rejected,
         source=_label(row, columns.source),
         factor=_label(row, columns.factor),
         annotator=_label(row, columns.annotator),
@@ -105,10 +107,10 @@ _FIELDS = fields(Columns)
 
 def _check(example: PreferenceExample) -> None:
     if not example.prompt:
-        raise BadRow("no prompt", "neither a prompt nor a turn that both conversations share")
+        raise BadRow("no prompt", "found no prompt column and no common turn of the two conversations")
     last = example.prompt[-1]
     if last["role"] != "user":
-        raise BadRow("prompt does not end in a user turn", f"its last turn is of {last['role']!r}")
+        raise BadRow("prompt does not end in a user turn", f"its last turn has the role {last['role']!r}")
     if not last["content"].strip():
         raise BadRow("empty prompt", f"its last user turn is {last['content']!r}")
     for name, answer in (("chosen", example.chosen), ("rejected", example.rejected)):
@@ -122,7 +124,7 @@ def _check(example: PreferenceExample) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadRow(
-                "invalid text", f"half of a surrogate pair at character {error.start} of {text[:40]!r}"
+                "invalid text", f"found half of a surrogate pair at character {error.start} of {text[:40]!r}"
             ) from error
 
 
@@ -131,7 +133,7 @@ def _conversations(prompt: Any, chosen: Any, rejected: Any) -> _Triple | None:
         return None
     triple = _split_conversations(_messages(chosen), _messages(rejected))
     if _is_messages(prompt) and _messages(prompt) != triple.prompt:
-        raise BadRow("prompt differs from the conversations", "the prompt's messages are not the turns they share")
+        raise BadRow("prompt differs from the conversations", "the prompt's messages are not their common turns")
     return triple
 
 
@@ -139,7 +141,8 @@ def _human_assistant(prompt: Any, chosen: Any, rejected: Any) -> _Triple | None:
     answers = (chosen, rejected)
     if not all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in answers):
         return None
-    # Beside a prompt, an answer may well be a dialogue; it is the conversation only where it repeats the prompt.
+    # With a prompt column, an answer may itself be a dialogue. It is a whole conversation only if it repeats the
+    # prompt.
     if prompt and not (isinstance(prompt, str) and all(text.startswith(prompt.rstrip()) for text in answers)):
         return None
     return _split_conversations(_turns(chosen), _turns(rejected))
@@ -160,11 +163,11 @@ def _prompt_and_answers(prompt: Any, chosen: Any, rejected: Any) -> _Triple | No
     if isinstance(prompt, str):
         return _Triple((Message(role="user", content=prompt),), _answer(chosen), _answer(rejected))
     if prompt is None or prompt == []:
-        raise BadRow("no prompt", "no prompt beside the answers, and the answers are not whole conversations")
+        raise BadRow("no prompt", "found no prompt, and the answers are not whole conversations")
     return None
 
 
-_RECOGNISERS: tuple[_Recogniser, ...] = (
+_PARSERS: tuple[_Parser, ...] = (
     _conversations,
     _human_assistant,
     _human_assistant_prompt,
@@ -173,16 +176,19 @@ _RECOGNISERS: tuple[_Recogniser, ...] = (
 
 
 def _split_conversations(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> _Triple:
-    """The turns that both conversations share, and the one answer that is left of each."""
-    shared = len(chosen) - 1
-    if len(rejected) != len(chosen) or chosen[:shared] != rejected[:shared]:
-        same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-        where = f"turn {same + 1}" if same is not None else "their number of turns"
-        found = f"{len(chosen)} and {len(rejected)} turns, which part at {where}"
-        raise BadRow("conversations differ before the last turn", f"{found}; expected one answer left on each side")
+    """Split two conversations into their common turns and the last turn of each."""
+    common = len(chosen) - 1
+    if len(rejected) != len(chosen) or chosen[:common] != rejected[:common]:
+        turn = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        difference = f"turn {turn + 1}" if turn is not None else "their number of turns"
+        raise BadRow(
+            "conversations differ before the last turn",
+            f"found {len(chosen)} and {len(rejected)} turns, which differ at {difference}; expected a difference in "
+            "the last turn only",
+        )
     if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
-        found = f"{chosen[-1]['role']!r} and {rejected[-1]['role']!r}"
-        raise BadRow("conversation does not end in an answer", f"the last turns are of {found}")
+        roles = f"{chosen[-1]['role']!r} and {rejected[-1]['role']!r}"
+        raise BadRow("conversation does not end in an answer", f"the last turns have the roles {roles}")
     return _Triple(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
@@ -197,9 +203,7 @@ def _messages(cell: Sequence[Any]) -> tuple[Message, ...]:
 def _message(item: dict[str, Any]) -> Message:
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
     if not isinstance(content, str):
-        raise BadRow(
-            "wrong type", f"a message with keys {sorted(item)} has {_kind(content)} for content; expected text"
-        )
+        raise BadRow("wrong type", f"a message with keys {sorted(item)} has {_kind(content)} as content; expected text")
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRow("unknown role", f"{role!r}; expected one of {', '.join(_ROLES)}")
     return Message(role=_ROLES[role], content=content)
@@ -213,7 +217,7 @@ def _answer(cell: Any) -> str:
         raise BadRow("wrong type", f"an answer is {_kind(cell)}; expected text or one assistant message")
     message = _message(items[0])
     if message["role"] != "assistant":
-        raise BadRow("conversation does not end in an answer", f"the only turn is of {message['role']!r}")
+        raise BadRow("conversation does not end in an answer", f"the only turn has the role {message['role']!r}")
     return message["content"]
 
 
@@ -224,7 +228,7 @@ def _is_human_assistant(cell: Any) -> bool:
 
 
 def _turns(text: str) -> tuple[Message, ...]:
-    """Turns of a text like "\\n\\nHuman: ...\\n\\nAssistant: ...", without the space around each."""
+    """Split a text like "\\n\\nHuman: ...\\n\\nAssistant: ..." into turns, without the white space around each."""
     _, *parts = _HH_TURN.split(text)
     return tuple(
         Message(role=_ROLES[name.lower()], content=content.strip())

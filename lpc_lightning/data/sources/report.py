@@ -1,4 +1,4 @@
-"""What became of every row: nothing is left out in silence."""
+"""Counts of all rows of a data set. Every row is counted, including the rows that are not used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lpc_lightning.data.sources.rows import BadRow
 T = TypeVar("T")
 
 PLACES = 3
-"""How many places of each fault are remembered."""
+"""Number of places that are stored for each reason."""
 
 
 @dataclass
@@ -21,24 +21,24 @@ class DataReport:
     """Counts of rows, from the reader to the tokens. `read = kept + other splits + held apart + bad + dropped`."""
 
     read: int = 0
-    """Rows seen, unreadable lines included."""
+    """Number of rows, including unreadable lines."""
     kept: int = 0
-    """Pairs that came out as tokens, cut ones included."""
+    """Number of tokenized pairs, including cut pairs."""
     other_splits: dict[str, int] = field(default_factory=dict)
-    """Rows left to another split, by the value of their split column."""
+    """Number of rows in other splits, by the value of their split column."""
     held_apart: int = 0
-    """Rows on the other side of a hold-out by prompt."""
+    """Number of rows on the other side of a hold-out by prompt."""
     bad: dict[str, int] = field(default_factory=dict)
-    """Rows that cannot be used, by reason."""
+    """Number of rows that cannot be used, by reason."""
     bad_places: dict[str, list[str]] = field(default_factory=dict)
-    """Where the first three of each reason are, and what was found there."""
+    """Places and details of the first three bad rows, by reason."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Good pairs that the length policy left out, by reason."""
+    """Number of valid pairs dropped by the length policy, by reason."""
     cut: dict[str, int] = field(default_factory=dict)
-    """Kept pairs that the length policy shortened, by what was cut."""
+    """Number of kept pairs that the length policy shortened, by the part that was cut."""
 
     def counting(self, rows: Iterable[T]) -> Iterator[T]:
-        """The same rows, each counted as read."""
+        """Yield the same rows, and count each as read."""
         for row in rows:
             self.read += 1
             yield row
@@ -51,7 +51,7 @@ class DataReport:
             places.append(f"{place} ({fault.detail})")
 
     def count_unread(self, place: str, fault: BadRow) -> None:
-        """Count one line that the reader could not read: fits `read_rows(on_bad=...)`."""
+        """Count one line that cannot be parsed. It is a callback for `read_rows(on_bad=...)`."""
         self.read += 1
         self.count_bad(place, fault)
 
@@ -60,18 +60,18 @@ class DataReport:
         self.other_splits[split] = self.other_splits.get(split, 0) + 1
 
     def count_dropped(self, reason: str) -> None:
-        """Count one pair that the length policy left out."""
+        """Count one pair dropped by the length policy."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
-    def count_cut(self, what: str) -> None:
+    def count_cut(self, part: str) -> None:
         """Count one pair that the length policy shortened."""
-        self.cut[what] = self.cut.get(what, 0) + 1
+        self.cut[part] = self.cut.get(part, 0) + 1
 
     def merged(self, other: DataReport) -> DataReport:
-        """The counts of both, as a new report."""
-        places = {reason: list(found) for reason, found in self.bad_places.items()}
-        for reason, found in other.bad_places.items():
-            places[reason] = (places.get(reason, []) + found)[:PLACES]
+        """Return a new report with the counts of both reports added."""
+        places = {reason: list(entries) for reason, entries in self.bad_places.items()}
+        for reason, entries in other.bad_places.items():
+            places[reason] = (places.get(reason, []) + entries)[:PLACES]
         return DataReport(
             read=self.read + other.read,
             kept=self.kept + other.kept,
@@ -84,7 +84,7 @@ class DataReport:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Counts under metric names: `data/read`, `data/kept`, `data/bad/empty_answer`, `data/dropped/...`, ..."""
+        """Return the counts by metric name: `data/read`, `data/kept`, `data/bad/empty_answer`, `data/dropped/...`."""
         named = {"read": self.read, "kept": self.kept, "held_apart": self.held_apart}
         groups = {"other_splits": self.other_splits, "bad": self.bad, "dropped": self.dropped, "cut": self.cut}
         for group, counts in groups.items():
@@ -92,7 +92,7 @@ class DataReport:
         return {f"data/{name}": float(count) for name, count in named.items()}
 
     def describe(self) -> str:
-        """A short text for the log: one line of totals, then one line a reason."""
+        """Return a short text for the log: one line of totals, then one line for each reason."""
         lines = [f"{self.read} rows read, {self.kept} pairs kept"]
         lines += [f"  {n} left to split {split!r}" for split, n in self.other_splits.items()]
         lines += [f"  {self.held_apart} on the other side of the hold-out by prompt"] if self.held_apart else []
@@ -101,19 +101,19 @@ class DataReport:
             more = "; ..." if n > len(places) else ""
             lines.append(f"  {n} bad: {reason}: {'; '.join(places)}{more}")
         lines += [f"  {n} dropped: {reason}" for reason, n in self.dropped.items()]
-        lines += [f"  {n} kept with a cut {what}" for what, n in self.cut.items()]
+        lines += [f"  {n} kept with a cut {part}" for part, n in self.cut.items()]
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.describe()
 
     def to_json(self) -> str:
-        """The report as one JSON object."""
+        """Return the report as one JSON object."""
         return json.dumps(asdict(self), ensure_ascii=True, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> DataReport:
-        """A report that `to_json` wrote.
+        """Parse a report written by `to_json`.
 
         Raises:
             ValueError: The text is not such an object.

@@ -1,4 +1,4 @@
-"""Rows from a file, a saved folder or a hub data set, each with the place it came from."""
+"""Rows from a file, a saved folder or a hub data set, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Row: TypeAlias = dict[str, Any]
-"""One row: column name -> cell."""
+"""One row: cells by column name."""
 
 Reason: TypeAlias = Literal[
     "invalid UTF-8",
@@ -39,19 +39,19 @@ Reason: TypeAlias = Literal[
     "refused by the chat template",
     "end token in answer",
 ]
-"""Why a row cannot be used. These are counter keys and, as `data/bad/...`, metric names."""
+"""Reasons why a row cannot be used. They are keys of counters and, as `data/bad/...`, names of metrics."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used. The message names the place, what was found, what was expected and what to do."""
+    """Raised when data cannot be used. The message has the place, the value, what was expected and what to do."""
 
 
-class BadRow(ValueError):  # noqa: N818 - it is counted, and an error only where the settings say so
-    """One row that cannot be used.
+class BadRow(ValueError):  # noqa: N818 - a bad row is counted, and is an error only if the settings require it
+    """Raised for one row that cannot be used.
 
     Args:
-        reason: The counter under which it goes.
-        detail: What was found in this row, and what was expected.
+        reason: Key of the counter for this row.
+        detail: What was found in the row, and what was expected.
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -61,7 +61,7 @@ class BadRow(ValueError):  # noqa: N818 - it is counted, and an error only where
 
 
 OnBad: TypeAlias = Callable[[str, BadRow], None]
-"""Told the place and the fault of each row that could not be read."""
+"""Callback for a row that cannot be parsed, with its place and its fault."""
 
 
 def read_rows(
@@ -69,59 +69,60 @@ def read_rows(
 ) -> Iterator[tuple[str, Row]]:
     """Read rows one by one, each with its place ("pairs.jsonl line 17", "x.parquet row 3", "org/name[train] row 4").
 
-    Known are JSON lines (`.jsonl`, `.ndjson`, either also with `.gz`), JSON (`.json`: a list of objects, or an object
-    with that list under `data`), CSV with a header, Parquet, a folder written by `datasets`' `save_to_disk`, and a data
-    set's name on the Hugging Face hub.
+    Supported are JSON lines (`.jsonl`, `.ndjson`, also with `.gz`), JSON (`.json`: a list of objects, or an object with
+    that list under `data`), CSV with a header, Parquet, a folder written by `save_to_disk` of `datasets`, and the name
+    of a data set on the Hugging Face hub.
 
     Args:
-        path: A file, a folder or a hub name.
+        path: File, folder or hub name.
         config: Configuration of a hub data set.
-        split: Split of a hub data set or of a saved folder. Default: `train`. Plain files have none.
-        on_bad: Told of each line that cannot be read, which is then left out. Default: the first one raises.
+        split: Split of a hub data set or of a saved folder. Default: `train`. Plain files have no splits.
+        on_bad: Callback for each line that cannot be parsed. The line is then skipped. Default: raise at the first one.
 
     Raises:
-        DataError: Nothing there, an unknown ending, no rows, or a line that cannot be read while `on_bad` is None.
+        DataError: The path does not exist, has an unknown extension or no rows, or a line cannot be parsed and `on_bad`
+            is None.
     """
     local = Path(path).expanduser()
-    counted = 0
+    bad_rows = 0
 
     def bad(place: str, fault: BadRow) -> None:
-        nonlocal counted
+        nonlocal bad_rows
         if on_bad is None:
-            raise DataError(f"{place}: {fault}. Correct or remove it; a fit may skip it (`data.bad_rows: skip`).")
-        counted += 1
+            raise DataError(f"{place}: {fault}. Correct or remove it; a fit can skip it (`data.bad_rows: skip`).")
+        bad_rows += 1
         on_bad(place, fault)
 
     if local.is_file():
         reader = _reader_of(local)
         if config is not None or split is not None:
             raise DataError(
-                f"{local} is a plain file, which has no configurations or splits of its own, but config={config!r} and "
-                f"split={split!r} were asked of it. Leave both out; a column of the file can still tell its splits."
+                f"{local}: found config={config!r} and split={split!r} for a plain file, which has neither. Remove "
+                "both. A column of the file can still hold the splits (`data.split_column`)."
             )
         rows = reader(local, bad)
     else:
         rows = _dataset_rows(*_open_dataset(str(path), config, split))
 
     def checked() -> Iterator[tuple[str, Row]]:
-        found = False
+        is_empty = True
         for row in rows:
-            found = True
+            is_empty = False
             yield row
-        if not found and not counted:
+        if is_empty and not bad_rows:
             raise DataError(f"{path} holds no rows. Expected at least one preference pair.")
 
     return checked()
 
 
 def source_key(path: str | Path, *, config: str | None = None, split: str | None = None) -> str:
-    """A text that changes whenever `read_rows` would give other rows or other places.
+    """Return a text that changes whenever `read_rows` would yield other rows or other places.
 
-    For a file its name and the SHA-256 of its bytes; for a folder or a hub data set the fingerprint that `datasets`
-    keeps.
+    For a file it holds the name and the SHA-256 of the bytes. For a folder or a hub data set it holds the fingerprint
+    computed by `datasets`.
 
     Raises:
-        DataError: As `read_rows` does where there is nothing to read.
+        DataError: The path does not exist, as in `read_rows`.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -133,7 +134,7 @@ def source_key(path: str | Path, *, config: str | None = None, split: str | None
 
 def _json_lines(path: Path, bad: OnBad) -> Iterator[tuple[str, Row]]:
     with _open_bytes(path) as file:
-        # Bytes are split at \n alone: as text, U+2028 inside a string would end a line and shift every number after it.
+        # Bytes are split at \n only. In text mode, U+2028 inside a string would end a line and shift the line numbers.
         for number, raw in enumerate(_bytes_lines(path, file), 1):
             place = f"{path.name} line {number}"
             try:
@@ -159,8 +160,8 @@ def _json(path: Path, bad: OnBad) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path} line {error.lineno} is not JSON: {error.msg}. Expected one list of objects; a file with "
-            "one object a line is named .jsonl."
+            f"{path} line {error.lineno} is not JSON: {error.msg}. Expected one list of objects. A file with one "
+            "object per line must be named .jsonl."
         ) from error
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
@@ -177,7 +178,7 @@ def _json(path: Path, bad: OnBad) -> Iterator[tuple[str, Row]]:
 
 
 def _csv(path: Path, bad: OnBad) -> Iterator[tuple[str, Row]]:
-    # The module's limit of 131,072 characters a cell is less than a long conversation.
+    # The default limit of 131,072 characters per cell is too small for a long conversation.
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, strict=True)
@@ -189,8 +190,8 @@ def _csv(path: Path, bad: OnBad) -> Iterator[tuple[str, Row]]:
                 if len(cells) == len(header):
                     yield place, dict(zip(header, cells, strict=True))
                 elif cells:
-                    found = f"{len(cells)} fields under a header of {len(header)}"
-                    bad(place, BadRow("wrong number of fields", found))
+                    detail = f"found {len(cells)} fields, expected {len(header)} as in the header"
+                    bad(place, BadRow("wrong number of fields", detail))
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path} is not UTF-8 after line {lines.line_num}: {error.reason}. Save it as UTF-8."
@@ -210,7 +211,9 @@ def _parquet(path: Path, bad: OnBad) -> Iterator[tuple[str, Row]]:
                 number += 1
                 yield f"{path.name} row {number}", row
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not readable as Parquet after row {number}: {error}") from error
+        raise DataError(
+            f"{path} cannot be read as Parquet after row {number}: {error}. Write the file again."
+        ) from error
 
 
 _READERS: dict[str, Callable[[Path, OnBad], Iterator[tuple[str, Row]]]] = {
@@ -229,11 +232,11 @@ def _reader_of(path: Path) -> Callable[[Path, OnBad], Iterator[tuple[str, Row]]]
     for ending, reader in _READERS.items():
         if name.endswith(ending):
             return reader
-    raise DataError(f"{path} has an unknown ending {path.suffix!r}. Known endings: {', '.join(_READERS)}.")
+    raise DataError(f"{path}: found the extension {path.suffix!r}, expected one of {', '.join(_READERS)}.")
 
 
 def _not_an_object(row: object) -> BadRow:
-    return BadRow("not an object", f"found a JSON {type(row).__name__}, expected an object with one key a column")
+    return BadRow("not an object", f"found a JSON {type(row).__name__}, expected an object with one key per column")
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
@@ -244,41 +247,43 @@ def _bytes_lines(path: Path, file: IO[bytes]) -> Iterator[bytes]:
     try:
         yield from file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file: {error}. Compress it again.") from error
+        raise DataError(f"{path} is not a complete gzip file: {error}. Compress it again.") from error
 
 
 def _open_dataset(path: str, config: str | None, split: str | None) -> tuple[str, Dataset]:
-    """A saved folder or a hub data set, under the name that its places carry."""
+    """Open a saved folder or a hub data set. Return it with the name that is used in the places of its rows."""
     import datasets
 
     local = Path(path).expanduser()
-    wanted = split or "train"
-    name = f"{local.name if local.is_dir() else path}[{wanted}]"
-    if not local.is_dir() and (path.startswith(("/", ".", "~")) or path.count("/") > 1 or _ends_like_a_file(path)):
+    split = split or "train"
+    name = f"{local.name if local.is_dir() else path}[{split}]"
+    if not local.is_dir() and (path.startswith(("/", ".", "~")) or path.count("/") > 1 or _has_file_extension(path)):
         raise DataError(f"There is no file or folder {path} (looked at {local.absolute()}).")
     bars_were_off = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_from_disk(path) if local.is_dir() else datasets.load_dataset(path, config, split=wanted)
-    except Exception as error:  # the hub fails in as many ways as there are networks
-        inside = ", ".join(sorted(p.name for p in local.iterdir())[:5]) if local.is_dir() else ""
+        loaded = datasets.load_from_disk(path) if local.is_dir() else datasets.load_dataset(path, config, split=split)
+    except Exception as error:  # the hub raises many kinds of exceptions
+        content = ", ".join(sorted(p.name for p in local.iterdir())[:5]) if local.is_dir() else ""
         raise DataError(
-            f"The folder {path} was not written by datasets' save_to_disk: {error}. It holds: {inside or 'nothing'}."
+            f"The folder {path} was not written by `save_to_disk` of datasets: {error}. It holds: "
+            f"{content or 'nothing'}."
             if local.is_dir()
             else f"There is no local file {path}, and the hub could not be read for {name}, configuration {config}: "
-            f"{type(error).__name__}: {error}. Give a file's path, or a hub name, configuration and split that exist."
+            f"{type(error).__name__}: {error}. Use the path of a file, or an existing hub name, configuration and "
+            "split."
         ) from error
     finally:
         if not bars_were_off:
             datasets.enable_progress_bars()
     if isinstance(loaded, dict):
-        if wanted not in loaded:
-            raise DataError(f"{path} has no split {wanted!r}. It has: {', '.join(loaded)}.")
-        return name, loaded[wanted]
+        if split not in loaded:
+            raise DataError(f"{path} has no split {split!r}. It has: {', '.join(loaded)}.")
+        return name, loaded[split]
     return name, loaded
 
 
-def _ends_like_a_file(path: str) -> bool:
+def _has_file_extension(path: str) -> bool:
     return path.lower().endswith(tuple(_READERS))
 
 

@@ -1,4 +1,4 @@
-"""Which side of a split a row or a prompt stands on."""
+"""Selection of rows by a split column, and a hold-out of prompts by hash."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lpc_lightning.types import Message
 
 
 def split_of(row: Row, split_column: str = "split") -> str:
-    """The split that a row names in `split_column`; `train` where the column is absent or empty."""
+    """Return the value of a row's split column. Return `train` if the column is absent or empty."""
     value = row.get(split_column)
     return "train" if value is None or value == "" else str(value)
 
@@ -22,32 +22,32 @@ def select_split(
     split_column: str = "split",
     on_other: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[str, Row]]:
-    """The rows that belong to `split`.
+    """Yield the rows that belong to `split`.
 
     Args:
-        rows: Rows with their places, as `read_rows` gives them.
-        split: The value wanted, such as `train` or `test`.
-        split_column: Column that holds it.
-        on_other: Told the split of each row left out.
+        rows: Rows with their places, as `read_rows` yields them.
+        split: Value to select, such as `train` or `test`.
+        split_column: Name of the column with the split.
+        on_other: Callback with the split of each row that is not selected.
     """
     for place, row in rows:
-        found = split_of(row, split_column)
-        if found == split:
+        row_split = split_of(row, split_column)
+        if row_split == split:
             yield place, row
         elif on_other is not None:
-            on_other(found)
+            on_other(row_split)
 
 
 def held_out(prompt: Sequence[Message] | str, share: float, seed: int = 0) -> bool:
-    """Whether a prompt belongs to the held-out share.
+    """Return True if a prompt belongs to the held-out share.
 
-    It depends on the prompt's text and the seed alone, so every pair with one prompt stands on one side, in every run
-    and whatever else the data holds.
+    The result depends only on the prompt's text and the seed. So all pairs with the same prompt are on the same side,
+    in every run and independent of the other data.
 
     Args:
         prompt: A conversation, or a text, which counts as one user turn.
         share: Share of prompts to hold out, in [0, 1].
-        seed: Another seed holds out other prompts.
+        seed: Seed of the hash. A different seed holds out different prompts.
 
     Raises:
         ValueError: `share` is outside [0, 1].

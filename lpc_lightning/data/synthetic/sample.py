@@ -1,4 +1,4 @@
-"""Built-in pairs as a file of JSON lines."""
+"""Writer of generated pairs to a JSON lines file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TEST_SHARE = 0.2
 
 
 def write_sample(path: Path, generator: PreferenceGenerator, count: int) -> None:
-    """Write pairs in the row form that `PreferenceData` reads, with a column `split` of `train` and `test`.
+    """Write pairs in the format of `PreferenceData`, with a column `split` that is `train` or `test`.
 
     Args:
         path: File to write, ending in `.jsonl`.
-        generator: Maker of the pairs.
+        generator: Generator of the pairs.
         count: Number of rows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Preference examples as token ids: templates, length limits and the cache of tokens."""
+"""Tokenization of preference examples: templates, length limits and the token cache."""

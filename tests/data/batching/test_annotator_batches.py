@@ -40,7 +40,7 @@ some_names = st.lists(st.sampled_from(["", "a", "b", "c", "d"]), min_size=1, max
 
 @example(names=["a"], runs=1, run=2, devices=3, epoch=0)
 @given(some_names, st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2))
-def test_every_full_run_lies_in_one_batch(names: list[str], runs: int, run: int, devices: int, epoch: int) -> None:
+def test_full_runs_are_in_one_batch(names: list[str], runs: int, run: int, devices: int, epoch: int) -> None:
     batch_size = runs * run
     plain, grouped = (plan(names, batch_size, devices, it, epoch) for it in (None, run))
     # The same pairs, each once, but for those that fill up the last devices.
@@ -63,14 +63,14 @@ def test_every_full_run_lies_in_one_batch(names: list[str], runs: int, run: int,
         assert whole[name] >= among[name] // run
 
 
-def test_another_epoch_has_other_runs_and_the_same_one_the_same() -> None:
+def test_runs_depend_on_the_epoch() -> None:
     names = ["a", "b", "c", "d"] * 10
     first, again, other = (steps(plan(names, 4, 2, 4, epoch)) for epoch in (1, 1, 2))
     assert first == again
     assert {frozenset(step) for step in first} != {frozenset(step) for step in other}
 
 
-def test_who_labelled_a_pair_does_not_decide_when_it_is_read() -> None:
+def test_read_time_is_independent_of_annotator() -> None:
     """As under plain shuffling, each pair is in each step with the same chance."""
     names, epochs = ["a"] * 7 + ["b"] * 3 + ["", "c", "d"], 2000
     batches = TrainingBatches(len(names), 2, 0, annotators=names, pairs_per_annotator=2)
@@ -84,7 +84,7 @@ def test_who_labelled_a_pair_does_not_decide_when_it_is_read() -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_pairs_of_many_annotators_meet(devices: int) -> None:
+def test_batches_hold_pairs_of_same_annotator(devices: int) -> None:
     """How many pairs of a batch have an earlier one of their annotator: the use of it all."""
     names = [f"annotator {number % 50}" for number in range(400)]
 

@@ -80,7 +80,7 @@ def check(batch: PreferenceBatch, pairs: list[TokenizedPair]) -> None:
 
 @every_layout
 @every_length
-def test_each_place_to_read_sees_its_own_prefix_and_predicts_the_next_token(
+def test_read_positions_attend_to_own_prefix(
     layout: Layout, lengths: list[tuple[int, int, int]], make_pairs: MakePairs
 ) -> None:
     pairs = make_pairs(lengths, vocabulary=10)
@@ -93,7 +93,7 @@ def test_each_place_to_read_sees_its_own_prefix_and_predicts_the_next_token(
     row_tokens=st.none() | st.integers(1, 100),
 )
 @example(lengths=[(1, 1, 1)] * 5, row_tokens=6)
-def test_any_lengths_in_rows_of_any_width_are_read_alike(
+def test_layouts_agree_for_any_lengths(
     lengths: list[tuple[int, int, int]], row_tokens: int | None, make_pairs: MakePairs
 ) -> None:
     pairs = make_pairs(lengths, vocabulary=10)
@@ -108,7 +108,7 @@ def test_any_lengths_in_rows_of_any_width_are_read_alike(
         assert batch.input_ids.numel() <= len(sizes) * max(sizes), "more padding than in rows of one pair each"
 
 
-def test_the_padded_layout_is_this_one() -> None:
+def test_padded_layout_example() -> None:
     pairs = [TokenizedPair("a", [1, 2], [3], [4, 5]), TokenizedPair("b", [6], [8, 9], [9])]
     batch = PaddedLayout(PAD)(pairs)
     assert batch.input_ids.tolist() == [[1, 2, 3, 7], [6, 8, 9, 7], [1, 2, 4, 5], [6, 9, 7, 7]]
@@ -122,7 +122,7 @@ def test_the_padded_layout_is_this_one() -> None:
     assert batch.completion_end.tolist() == [2, 6, 11, 13]
 
 
-def test_the_shared_prefix_layout_is_this_one() -> None:
+def test_shared_prefix_layout_example() -> None:
     pairs = [TokenizedPair("b", [6], [8, 9], [9]), TokenizedPair("a", [1, 2], [3], [4, 5])]
     batch = SharedPrefixLayout(PAD, row_tokens=9)(pairs)
     # The longer pair comes first.
@@ -142,7 +142,7 @@ def test_the_shared_prefix_layout_is_this_one() -> None:
 
 
 @every_layout
-def test_what_belongs_to_a_pair_stays_in_the_order_of_the_pairs(layout: Layout, make_pairs: MakePairs) -> None:
+def test_layout_keeps_pair_order(layout: Layout, make_pairs: MakePairs) -> None:
     plain = make_pairs([(2, 1, 1), (9, 9, 9), (4, 2, 3)])
     pairs = [
         replace(pair, id=f"id{n}", source=f"s{n}", factor=f"f{n}", annotator=f"a{n}", flipped=n == 1)
@@ -157,13 +157,13 @@ def test_what_belongs_to_a_pair_stays_in_the_order_of_the_pairs(layout: Layout, 
     assert batch.pairs == 3
 
 
-def test_short_pairs_share_the_row_that_a_long_one_sets(make_pairs: MakePairs) -> None:
+def test_short_pairs_share_rows_of_a_long_pair(make_pairs: MakePairs) -> None:
     batch = SharedPrefixLayout(PAD, 1)(make_pairs([(4, 3, 2), (10, 5, 3), (4, 2, 3), (10, 4, 4)]))
     assert batch.input_ids.shape == (3, 18)
     assert (batch.prompt_end // 18).tolist() == [2, 0, 2, 1]
 
 
-def test_rows_grow_to_the_budget_where_that_saves_padding(make_pairs: MakePairs) -> None:
+def test_rows_widen_to_save_padding(make_pairs: MakePairs) -> None:
     pairs = make_pairs([(10, 5, 5), (6, 4, 4), (10, 5, 5), (6, 4, 4)])
     assert SharedPrefixLayout(PAD, 20)(pairs).input_ids.shape == (4, 20)
     assert SharedPrefixLayout(PAD, 60)(pairs).input_ids.shape == (2, 34)
@@ -171,7 +171,7 @@ def test_rows_grow_to_the_budget_where_that_saves_padding(make_pairs: MakePairs)
 
 
 @every_layout
-def test_moving_a_batch_moves_every_tensor_and_changes_nothing(layout: Layout, make_pairs: MakePairs) -> None:
+def test_batch_to_device_moves_every_tensor(layout: Layout, make_pairs: MakePairs) -> None:
     batch = layout(make_pairs(LENGTHS["odd"]))
     moved = batch.to("meta")
     for field in fields(batch):

@@ -40,7 +40,7 @@ some_windows = st.integers(1, 6)
 
 @example(lengths=[3], batch_size=2, devices=3, window=2, epoch=0)
 @given(some_lengths, st.integers(1, 8), st.integers(1, 4), some_windows, st.integers(0, 3))
-def test_steps_are_runs_of_sorted_windows_of_the_plain_order(
+def test_steps_are_slices_of_sorted_windows(
     lengths: list[int], batch_size: int, devices: int, window: int, epoch: int
 ) -> None:
     plain, grouped = (steps(plan(lengths, batch_size, devices, it, epoch)) for it in (None, window))
@@ -61,23 +61,21 @@ def test_steps_are_runs_of_sorted_windows_of_the_plain_order(
 
 
 @given(some_lengths, st.integers(1, 8), st.integers(2, 4), some_windows)
-def test_devices_get_batches_of_like_size_in_a_step(
-    lengths: list[int], batch_size: int, devices: int, window: int
-) -> None:
+def test_step_batches_have_similar_sizes(lengths: list[int], batch_size: int, devices: int, window: int) -> None:
     for batches in zip(*plan(lengths, batch_size, devices, window), strict=True):
         tokens = [sum(lengths[pair] for pair in batch) for batch in batches]
         of_step = [lengths[pair] for batch in batches for pair in batch]
         assert max(tokens) - min(tokens) <= max(of_step) - min(of_step)
 
 
-def test_another_epoch_has_other_steps_and_the_same_one_the_same() -> None:
+def test_steps_depend_on_the_epoch() -> None:
     lengths = list(range(40))
     first, again, other = (steps(plan(lengths, 4, 1, 3, epoch)) for epoch in (1, 1, 2))
     assert first == again
     assert {frozenset(step) for step in first} != {frozenset(step) for step in other}
 
 
-def test_length_does_not_decide_when_a_pair_is_read() -> None:
+def test_read_time_is_independent_of_length() -> None:
     """As under plain shuffling, each pair is in each step with the same chance: the mean of a step is that of all."""
     lengths, epochs = [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200], 2000
     batches = TrainingBatches(len(lengths), 2, 0, lengths=lengths, length_window=2)

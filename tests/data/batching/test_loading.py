@@ -36,7 +36,7 @@ def training(pairs: int, batch_size: int, devices: int, seed: int = 0, epoch: in
 
 @example(pairs=1, batch_size=1, devices=3)
 @given(pairs=sizes, batch_size=sizes, devices=devices)
-def test_training_takes_every_pair_and_as_much_on_each_device(pairs: int, batch_size: int, devices: int) -> None:
+def test_training_batches_use_every_pair_equally(pairs: int, batch_size: int, devices: int) -> None:
     epoch = training(pairs, batch_size, devices)
     taken = sorted(pair for batches in epoch for batch in batches for pair in batch)
     share = math.ceil(pairs / devices)
@@ -47,7 +47,7 @@ def test_training_takes_every_pair_and_as_much_on_each_device(pairs: int, batch_
 
 
 @given(pairs=st.integers(12, 40), batch_size=sizes, devices=st.integers(1, 4), seed=st.integers(0, 2**31))
-def test_the_order_is_a_function_of_seed_and_epoch(pairs: int, batch_size: int, devices: int, seed: int) -> None:
+def test_training_order_depends_on_seed_and_epoch(pairs: int, batch_size: int, devices: int, seed: int) -> None:
     def order(**place: int) -> list[list[list[int]]]:
         return training(pairs, batch_size, devices, **place)
 
@@ -60,7 +60,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(pairs: int, batch_size: int, 
     assert order(seed=seed + 1) != first
 
 
-def test_all_devices_share_one_order_whatever_their_number() -> None:
+def test_training_order_is_independent_of_devices() -> None:
     (alone,) = training(12, 12, 1)[0]
     for devices in (2, 3, 4, 6):
         shares = [batches[0] for batches in training(12, 12, devices)]
@@ -69,7 +69,7 @@ def test_all_devices_share_one_order_whatever_their_number() -> None:
 
 @example(pairs=3, batch_size=1, devices=2)
 @given(pairs=sizes, batch_size=sizes, devices=devices)
-def test_evaluation_takes_every_pair_once_in_equally_many_batches(pairs: int, batch_size: int, devices: int) -> None:
+def test_evaluation_batches_use_every_pair_once(pairs: int, batch_size: int, devices: int) -> None:
     if pairs < devices:
         with pytest.raises(DataError, match=f"found {pairs} pairs for {devices} devices"):
             EvaluationBatches(pairs, batch_size, 0, devices)
@@ -119,7 +119,7 @@ def ids(loader: PreferenceLoader, epoch: int = 0) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("order", [{}, {"window": 2}, {"run": 2}], ids=["plain", "by length", "by annotator"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 1, 4, 6])
-def test_a_stopped_epoch_goes_on_with_its_next_batch(
+def test_resume_within_epoch_takes_next_batch(
     pairs: list[TokenizedPair], order: dict[str, int], num_workers: int, taken: int
 ) -> None:
     whole, next_epoch = (ids(loader(pairs, **order), epoch=epoch) for epoch in (3, 4))
@@ -136,7 +136,7 @@ def test_a_stopped_epoch_goes_on_with_its_next_batch(
     assert ids(resumed, epoch=4) == next_epoch
 
 
-def test_a_stop_between_epochs_goes_on_with_a_whole_epoch(pairs: list[TokenizedPair]) -> None:
+def test_resume_between_epochs_takes_whole_epoch(pairs: list[TokenizedPair]) -> None:
     stopped = loader(pairs)
     ids(stopped, epoch=0)
     resumed = loader(pairs)
@@ -154,14 +154,14 @@ def test_a_stop_between_epochs_goes_on_with_a_whole_epoch(pairs: list[TokenizedP
         ({"pairs": 10}, "'pairs': 10"),
     ],
 )
-def test_another_order_is_refused(pairs: list[TokenizedPair], change: dict[str, int], told: str) -> None:
+def test_resume_refuses_another_order(pairs: list[TokenizedPair], change: dict[str, int], told: str) -> None:
     state = loader(pairs).state_dict()
     other = loader(pairs[: change.pop("pairs", None)], **change)
     with pytest.raises(DataError, match=rf"resume: found data order .*{told}.*, expected .* as in the checkpoint\. .*"):
         other.load_state_dict(state)
 
 
-def test_as_many_other_pairs_are_refused(
+def test_resume_refuses_other_pairs(
     tmp_path: Path, write_rows: Callable[..., Path], tokenizers: dict[str, Any]
 ) -> None:
     from lpc_lightning.data.sources.example_source import RowSource

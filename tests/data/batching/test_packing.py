@@ -14,7 +14,7 @@ SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=12)
 
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12), room=st.integers(0, 60))
-def test_packing_holds_each_item_once_and_leaves_no_two_rows_that_fit_into_one(sizes: list[int], room: int) -> None:
+def test_pack_items_once_and_no_two_rows_fit_in_one(sizes: list[int], room: int) -> None:
     width = max(sizes) + room
     rows = pack(sizes, width)
     assert sorted(number for members in rows for number in members) == list(range(len(sizes)))
@@ -30,9 +30,7 @@ def cost(rows: list[list[int]], sizes: list[int], shared: int) -> float:
 
 
 @given(sizes=SIZES, most=st.integers(1, 200), shared=st.integers(1, 400))
-def test_the_cheapest_rows_hold_each_item_once_and_cost_no_more_than_one_row_an_item(
-    sizes: list[int], most: int, shared: int
-) -> None:
+def test_cheapest_rows_cost_at_most_separate_rows(sizes: list[int], most: int, shared: int) -> None:
     rows = cheapest_rows(sizes, most, shared)
     assert sorted(number for members in rows for number in members) == list(range(len(sizes)))
     widest = max(sum(sizes[number] for number in members) for members in rows) + shared
@@ -48,11 +46,11 @@ def test_the_cheapest_rows_hold_each_item_once_and_cost_no_more_than_one_row_an_
         ([0] * 9, 7, 1),  # continuations of one token: nothing of them is read
     ],
 )
-def test_what_all_rows_hold_weighs_against_their_width(sizes: list[int], shared: int, rows: int) -> None:
+def test_cheapest_rows_with_shared_tokens(sizes: list[int], shared: int, rows: int) -> None:
     assert len(cheapest_rows(sizes, 10_000, shared)) == rows
 
 
-def test_families_lie_side_by_side_and_pieces_without_tokens_take_no_room() -> None:
+def test_place_families_with_empty_pieces() -> None:
     families = [([5, 6], [[7], [], [8, 9]]), ([1, 2, 3], [[4, 4, 4, 4]])]
     placed = place_families(families, row_tokens=12)
     rows = fill((piece for prompt, rest in placed for piece in (prompt, *rest)), pad_id=99)
@@ -71,7 +69,7 @@ def test_families_lie_side_by_side_and_pieces_without_tokens_take_no_room() -> N
     assert [prompt.row for prompt, _ in narrow] == [1, 0]
 
 
-def test_rows_are_padded_on_the_right() -> None:
+def test_fill_pads_on_the_right() -> None:
     rows = fill([Piece([1, 2, 3], 0, 0, 0, 0), Piece([4], 1, 0, 5, PIECES)], pad_id=9)
     assert rows.input_ids.tolist() == [[1, 2, 3], [4, 9, 9]]
     assert rows.position_ids.tolist() == [[0, 1, 2], [5, 0, 0]]

@@ -49,13 +49,13 @@ HH_PROMPT = (user("Hi"), assistant("Hello"), user("An egg?"))
         ),
     ],
 )
-def test_known_forms(prompt, chosen, rejected, expected):
+def test_to_example_supported_formats(prompt, chosen, rejected, expected):
     row = {"chosen": chosen, "rejected": rejected} | ({} if prompt is None else {"prompt": prompt})
     example = to_example(row, "x line 1")
     assert (example.prompt, example.chosen, example.rejected) == (expected, "yes", "no")
 
 
-def test_a_dialogue_may_be_an_answer_to_a_prompt_of_its_own():
+def test_to_example_dialogue_as_answer():
     dialogue = "Human: Hi\n\nAssistant: Hello"
     example = to_example({"prompt": "Write a dialogue.", "chosen": dialogue, "rejected": "Human: no"}, "x")
     assert example.prompt == (user("Write a dialogue."),)
@@ -114,19 +114,19 @@ def test_a_dialogue_may_be_an_answer_to_a_prompt_of_its_own():
         ({"prompt": "p", "chosen": "a", "rejected": "b", "source": "\udc00"}, "invalid text"),
     ],
 )
-def test_bad_rows(row, reason):
+def test_to_example_bad_rows(row, reason):
     with pytest.raises(BadRow) as caught:
         to_example(row, "x line 1")
     assert caught.value.reason == reason
     assert caught.value.detail
 
 
-def test_a_missing_answer_tells_the_columns_there_are():
+def test_to_example_missing_answer_lists_columns():
     with pytest.raises(BadRow, match=r"no 'chosen'; the row has \['answer_a', 'prompt'\]"):
         to_example({"prompt": "p", "answer_a": "x"}, "x")
 
 
-def test_columns_and_meta():
+def test_to_example_columns_and_meta():
     row = {"q": "p", "good": "a", "bad": "b", "who": 3, "id": "other", "score": [1, 2], "factor": None}
     columns = Columns(prompt="q", chosen="good", rejected="bad", annotator="who", id="number")
     example = to_example(row, "x line 4", columns)
@@ -135,8 +135,8 @@ def test_columns_and_meta():
     assert to_example({**row, "number": 0}, "x line 4", columns).id == "0"
 
 
-def test_one_column_cannot_serve_two_purposes():
-    with pytest.raises(ValueError, match=r"\['answer'\] named for more than one purpose"):
+def test_columns_repeated_name():
+    with pytest.raises(ValueError, match=r"columns: found \['answer'\] for more than one purpose"):
         Columns(chosen="answer", rejected="answer")
 
 
@@ -151,17 +151,17 @@ cells = st.recursive(
 )
 
 
-def test_what_decided_may_name_who_labelled() -> None:
+def test_columns_factor_as_annotator() -> None:
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "domain": "law", "note": 1}
     example = to_example(row, "row 1", Columns(factor="domain", annotator="domain"))
     assert (example.source, example.factor, example.annotator) == ("", "law", "law")
     assert example.meta == {"note": 1}
-    with pytest.raises(ValueError, match=r"\['domain'\] named for more than one purpose"):
+    with pytest.raises(ValueError, match=r"columns: found \['domain'\] for more than one purpose"):
         Columns(id="domain", annotator="domain")
 
 
 @given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "id", "source"]), cells))
-def test_any_row_is_an_example_or_a_bad_row(row):
+def test_to_example_arbitrary_row(row):
     try:
         example = to_example(row, "x")
     except BadRow:
@@ -172,20 +172,20 @@ def test_any_row_is_an_example_or_a_bad_row(row):
 
 
 @given(st.lists(text, min_size=1, max_size=5), text, text)
-def test_every_form_says_the_same(turns, chosen, rejected):
-    """One conversation written as text, messages, whole conversations and JSON gives one example."""
+def test_to_example_equal_for_all_formats(turns, chosen, rejected):
+    """Check that one conversation gives the same example as text, messages, whole conversations and JSON."""
     messages = [user(turn) if i % 2 == 0 else assistant(turn) for i, turn in enumerate([*turns, "q"][-len(turns) :])]
     messages = messages if messages[-1]["role"] == "user" else messages[:-1]
-    forms = [
+    rows = [
         {"prompt": messages, "chosen": chosen, "rejected": rejected},
         {"prompt": messages, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]},
         {"chosen": [*messages, assistant(chosen)], "rejected": [*messages, assistant(rejected)]},
     ]
-    forms.append(json.loads(json.dumps(forms[2])))
+    rows.append(json.loads(json.dumps(rows[2])))
     results = []
-    for form in forms:
+    for row in rows:
         try:
-            results.append(to_example(form, "x"))
+            results.append(to_example(row, "x"))
         except BadRow as fault:
             results.append(fault.reason)
     assert all(result == results[0] for result in results)

@@ -4,7 +4,7 @@ from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import BadRow
 
 
-def filled() -> DataReport:
+def filled_report() -> DataReport:
     report = DataReport(read=12, kept=4)
     for line in range(4):
         report.count_bad(f"x line {line}", BadRow("empty answer", "the chosen answer is ''"))
@@ -15,8 +15,8 @@ def filled() -> DataReport:
     return report
 
 
-def test_metrics():
-    assert filled().metrics() == {
+def test_report_metrics():
+    assert filled_report().metrics() == {
         "data/read": 12.0,
         "data/kept": 4.0,
         "data/held_apart": 0.0,
@@ -28,8 +28,8 @@ def test_metrics():
     }
 
 
-def test_text_names_the_first_three_places():
-    text = str(filled())
+def test_report_text_first_three_places():
+    text = str(filled_report())
     assert text.splitlines()[0] == "12 rows read, 4 pairs kept"
     assert "4 bad: empty answer: x line 0 (the chosen answer is ''); x line 1" in text
     assert "x line 2" in text
@@ -40,24 +40,24 @@ def test_text_names_the_first_three_places():
     assert "1 left to split 'test'" in text
 
 
-def test_json_round_trip():
-    report = filled()
+def test_report_json_round_trip():
+    report = filled_report()
     assert DataReport.from_json(report.to_json()) == report
     with pytest.raises(ValueError, match="not a data report"):
         DataReport.from_json('{"read": 1}')
 
 
-def test_merged():
-    one, other = filled(), filled()
+def test_report_merged():
+    one, other = filled_report(), filled_report()
     other.count_dropped("answers equal after the cut")
     both = one.merged(other)
     assert (both.read, both.kept, both.bad["empty answer"]) == (24, 8, 8)
     assert both.dropped == {"pair longer than max_length": 2, "answers equal after the cut": 1}
     assert len(both.bad_places["empty answer"]) == 3
-    assert one == filled()
+    assert one == filled_report()
 
 
-def test_counting_and_unread():
+def test_report_counting_and_unread():
     report = DataReport()
     assert list(report.counting("abc")) == ["a", "b", "c"]
     report.count_unread("x line 4", BadRow("invalid JSON", "..."))

@@ -15,7 +15,7 @@ ROWS = [
 ]
 
 
-def test_json_lines_give_rows_with_their_lines(write_rows):
+def test_read_rows_json_lines(write_rows):
     path = write_rows([ROWS[0], "", json.dumps(ROWS[1]), "   ", ROWS[2]])
     assert list(read_rows(path)) == [
         ("pairs.jsonl line 1", ROWS[0]),
@@ -24,24 +24,24 @@ def test_json_lines_give_rows_with_their_lines(write_rows):
     ]
 
 
-def test_byte_order_mark_windows_line_ends_and_no_last_newline(tmp_path):
+def test_read_rows_byte_order_mark_and_crlf(tmp_path):
     path = tmp_path / "pairs.ndjson"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in ROWS))
     assert [row for _, row in read_rows(path)] == ROWS
 
 
-def test_gzip(tmp_path):
+def test_read_rows_gzip(tmp_path):
     path = tmp_path / "pairs.jsonl.gz"
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in ROWS)
     assert list(read_rows(path))[2] == ("pairs.jsonl.gz line 3", ROWS[2])
     path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(DataError, match=r"pairs\.jsonl\.gz is not a whole gzip file"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl\.gz is not a complete gzip file"):
         list(read_rows(path))
 
 
 @pytest.mark.parametrize("content", [ROWS, {"data": ROWS}])
-def test_json(tmp_path, content):
+def test_read_rows_json(tmp_path, content):
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(content))
     assert list(read_rows(path)) == [(f"pairs.json row {i}", row) for i, row in enumerate(ROWS, 1)]
@@ -58,14 +58,14 @@ def test_json(tmp_path, content):
         (b'[{"a": 1}, 7]', r"pairs\.json row 2: not an object: found a JSON int"),
     ],
 )
-def test_bad_json(tmp_path, content, message):
+def test_read_rows_bad_json(tmp_path, content, message):
     path = tmp_path / "pairs.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(read_rows(path))
 
 
-def test_csv_places_are_the_lines_where_rows_begin(tmp_path):
+def test_read_rows_csv_places(tmp_path):
     path = tmp_path / "pairs.csv"
     with path.open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.writer(file)
@@ -76,10 +76,10 @@ def test_csv_places_are_the_lines_where_rows_begin(tmp_path):
     ]
 
 
-def test_bad_csv(tmp_path):
+def test_read_rows_bad_csv(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,chosen,rejected\na,b\n\na,b,c\n")
-    with pytest.raises(DataError, match=r"pairs\.csv line 2: wrong number of fields: 2 fields under a header of 3"):
+    with pytest.raises(DataError, match=r"pairs\.csv line 2: wrong number of fields: found 2 fields, expected 3"):
         list(read_rows(path))
     path.write_text('prompt,chosen\na,"b"c\n')
     with pytest.raises(DataError, match=r"pairs\.csv line 2 is not CSV"):
@@ -92,24 +92,24 @@ def test_bad_csv(tmp_path):
         list(read_rows(path))
 
 
-def test_parquet(tmp_path):
+def test_read_rows_parquet(tmp_path):
     path = tmp_path / "pairs.parquet"
     rows = [{**row, "meta": {"score": i}, "prompt": [{"role": "user", "content": "hi"}]} for i, row in enumerate(ROWS)]
     pq.write_table(pa.Table.from_pylist(rows), path)
     assert list(read_rows(path)) == [(f"pairs.parquet row {i}", row) for i, row in enumerate(rows, 1)]
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"pairs\.parquet is not readable as Parquet"):
+    with pytest.raises(DataError, match=r"pairs\.parquet cannot be read as Parquet"):
         list(read_rows(path))
 
 
-def test_unreadable_lines_are_told_or_raised(tmp_path):
+def test_read_rows_bad_lines(tmp_path):
     path = tmp_path / "pairs.jsonl"
     lines = [b'{"a": 1}', b'{"a": ', b'{"a": "\xff"}', b"[1]", b'{"a": 2}', b"[" * 100_000, b"9" * 5000]
     path.write_bytes(b"\n".join(lines))
-    told: list[tuple[str, BadRow]] = []
-    rows = [row for _, row in read_rows(path, on_bad=lambda place, fault: told.append((place, fault)))]
+    bad_rows: list[tuple[str, BadRow]] = []
+    rows = [row for _, row in read_rows(path, on_bad=lambda place, fault: bad_rows.append((place, fault)))]
     assert rows == [{"a": 1}, {"a": 2}]
-    assert [(place, fault.reason) for place, fault in told] == [
+    assert [(place, fault.reason) for place, fault in bad_rows] == [
         ("pairs.jsonl line 2", "invalid JSON"),
         ("pairs.jsonl line 3", "invalid UTF-8"),
         ("pairs.jsonl line 4", "not an object"),
@@ -121,7 +121,7 @@ def test_unreadable_lines_are_told_or_raised(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "\n\n  \n"])
-def test_empty_file(tmp_path, content):
+def test_read_rows_empty_file(tmp_path, content):
     path = tmp_path / "pairs.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=r"pairs\.jsonl holds no rows"):
@@ -131,22 +131,22 @@ def test_empty_file(tmp_path, content):
 @pytest.mark.parametrize(
     "name", ["missing.jsonl", "./missing", "/no/such/folder/pairs.csv", "a/b/c", "~/missing.json.gz"]
 )
-def test_missing_file_fails_at_once(tmp_path, monkeypatch, name):
+def test_read_rows_missing_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="There is no file or folder"):
         read_rows(name)
 
 
-def test_unknown_ending_and_splits_of_a_plain_file(tmp_path, write_rows):
+def test_read_rows_bad_extension_and_split(tmp_path, write_rows):
     path = tmp_path / "pairs.xlsx"
     path.write_text("x")
-    with pytest.raises(DataError, match=r"unknown ending '\.xlsx'.*\.jsonl, .*\.parquet"):
+    with pytest.raises(DataError, match=r"found the extension '\.xlsx', expected .*\.jsonl, .*\.parquet"):
         read_rows(path)
-    with pytest.raises(DataError, match=r"plain file, which has no .*split='test'"):
+    with pytest.raises(DataError, match=r"split='test' for a plain file"):
         read_rows(write_rows(ROWS), split="test")
 
 
-def test_folder_saved_by_datasets(tmp_path):
+def test_read_rows_saved_folder(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
     one, several = tmp_path / "one", tmp_path / "several"
     datasets.Dataset.from_list(rows).save_to_disk(str(one))
@@ -157,26 +157,26 @@ def test_folder_saved_by_datasets(tmp_path):
         read_rows(several)
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"was not written by datasets' save_to_disk.*It holds: notes\.txt"):
+    with pytest.raises(DataError, match=r"was not written by `save_to_disk` of datasets.*It holds: notes\.txt"):
         read_rows(tmp_path / "plain")
 
 
-def test_hub(monkeypatch):
+def test_read_rows_hub(monkeypatch):
     rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(2)]
-    asked = []
+    calls = []
 
     def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
+        calls.append((args, kwargs))
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert list(read_rows("org/name", config="main", split="test"))[1] == ("org/name[test] row 2", rows[1])
-    assert asked == [(("org/name", "main"), {"split": "test"})]
+    assert calls == [(("org/name", "main"), {"split": "test"})]
     assert source_key("org/name") == source_key("org/name")
     assert source_key("org/name") != source_key("org/name", split="test")
 
 
-def test_hub_out_of_reach(monkeypatch, tmp_path):
+def test_read_rows_hub_unreachable(monkeypatch, tmp_path):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route to host")
 
@@ -188,7 +188,7 @@ def test_hub_out_of_reach(monkeypatch, tmp_path):
     assert datasets.are_progress_bars_disabled() == bars
 
 
-def test_source_key_follows_the_bytes_and_not_the_folder(write_rows, tmp_path):
+def test_source_key_depends_on_content(write_rows, tmp_path):
     path = write_rows(ROWS)
     key = source_key(path)
     moved = tmp_path / "elsewhere" / path.name
@@ -199,7 +199,7 @@ def test_source_key_follows_the_bytes_and_not_the_folder(write_rows, tmp_path):
     assert source_key(path) != key
 
 
-def test_home_is_understood(monkeypatch, write_rows):
+def test_read_rows_expands_home(monkeypatch, write_rows):
     path = write_rows(ROWS)
     monkeypatch.setenv("HOME", str(path.parent))
     assert len(list(read_rows(Path("~") / path.name))) == 3

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from lpc_lightning.data.sources.splits import held_out, select_split, split_of
 
 
-def test_a_row_without_the_column_is_for_training():
+def test_split_of_missing_value():
     assert [split_of(row) for row in ({}, {"split": None}, {"split": ""}, {"split": "test"})] == [
         "train",
         "train",
@@ -14,7 +14,7 @@ def test_a_row_without_the_column_is_for_training():
     ]
 
 
-def test_select_split_tells_of_the_others():
+def test_select_split_reports_other_splits():
     rows = [("1", {"part": "train"}), ("2", {"part": "test"}), ("3", {}), ("4", {"part": "val"})]
     others: list[str] = []
     assert [place for place, _ in select_split(rows, "train", "part", others.append)] == ["1", "3"]
@@ -22,7 +22,7 @@ def test_select_split_tells_of_the_others():
 
 
 @given(st.text(), st.integers(0, 5))
-def test_hold_out_is_a_function_of_the_prompt_and_grows_with_the_share(prompt, seed):
+def test_held_out_grows_with_share(prompt, seed):
     sides = [held_out(prompt, share, seed) for share in (0.0, 0.1, 0.5, 0.9, 1.0)]
     assert sides == sorted(sides)
     assert not sides[0]
@@ -30,7 +30,7 @@ def test_hold_out_is_a_function_of_the_prompt_and_grows_with_the_share(prompt, s
     assert held_out([{"role": "user", "content": prompt}], 0.5, seed) == sides[2]
 
 
-def test_hold_out_takes_the_share_and_another_seed_takes_others():
+def test_held_out_share_and_seed():
     prompts = [f"question {i}" for i in range(4000)]
     one = {prompt for prompt in prompts if held_out(prompt, 0.1, seed=1)}
     other = {prompt for prompt in prompts if held_out(prompt, 0.1, seed=2)}
@@ -38,6 +38,6 @@ def test_hold_out_takes_the_share_and_another_seed_takes_others():
     assert len(one & other) < 100
 
 
-def test_share_out_of_range():
+def test_held_out_share_out_of_range():
     with pytest.raises(ValueError, match=r"share=1\.5.*between 0 and 1"):
         held_out("x", 1.5)

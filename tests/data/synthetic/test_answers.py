@@ -95,19 +95,17 @@ def answers() -> list[tuple[Style, Topic, str]]:
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
-def test_every_attribute_is_visible_whatever_the_others_are(
-    answers: list[tuple[Style, Topic, str]], attribute: str
-) -> None:
+def test_attributes_are_detectable_in_every_style(answers: list[tuple[Style, Topic, str]], attribute: str) -> None:
     wrong = [(style, text) for style, _, text in answers if DETECTORS[attribute](text) != style[attribute]]
     assert wrong == []
 
 
-def test_formal_answers_also_say_so(answers: list[tuple[Style, Topic, str]]) -> None:
+def test_formal_answers_have_formal_cues(answers: list[tuple[Style, Topic, str]]) -> None:
     for style, _, text in answers:
         assert bool(FORMAL.search(text)) == (style["register"] == "formal"), text
 
 
-def test_a_list_is_a_list_and_prose_is_one_paragraph(answers: list[tuple[Style, Topic, str]]) -> None:
+def test_layout_is_a_list_or_one_paragraph(answers: list[tuple[Style, Topic, str]]) -> None:
     for style, _, text in answers:
         lines = text.split("\n")
         if style["layout"] == "prose":
@@ -130,7 +128,7 @@ def test_lengths(answers: list[tuple[Style, Topic, str]]) -> None:
 
 @pytest.mark.parametrize("length", ATTRIBUTES["length"])
 @pytest.mark.parametrize("attribute", [name for name in ATTRIBUTES if name != "length"])
-def test_the_number_of_words_hardly_depends_on_the_other_attributes(
+def test_length_is_independent_of_other_attributes(
     answers: list[tuple[Style, Topic, str]], attribute: str, length: str
 ) -> None:
     means = []
@@ -140,11 +138,11 @@ def test_the_number_of_words_hardly_depends_on_the_other_attributes(
     assert abs(means[0] - means[1]) < 2.5
 
 
-def test_texts_are_clean(answers: list[tuple[Style, Topic, str]]) -> None:
+def test_answers_have_no_glitches(answers: list[tuple[Style, Topic, str]]) -> None:
     assert [(text, found) for _, _, text in answers if (found := glitches(text))] == []
 
 
-def test_answers_speak_about_the_topic(answers: list[tuple[Style, Topic, str]]) -> None:
+def test_answers_contain_tips_of_the_topic(answers: list[tuple[Style, Topic, str]]) -> None:
     for style, topic, text in answers:
         said = [act for act, _ in topic.tips if act.lower() in text.lower()]
         assert len(said) >= (2 if "long" in style.values() or "list" in style.values() else 1), text
@@ -152,14 +150,14 @@ def test_answers_speak_about_the_topic(answers: list[tuple[Style, Topic, str]]) 
         assert any(example in text for example in topic.examples) == (style["example"] == "with_example"), text
 
 
-def test_no_sentence_is_said_twice(answers: list[tuple[Style, Topic, str]]) -> None:
+def test_answers_repeat_no_sentence(answers: list[tuple[Style, Topic, str]]) -> None:
     for _, _, text in answers:
         sentences = re.split(r"[.!:\n]\s*", text.lower())
         kept = [sentence for sentence in sentences if sentence]
         assert len(kept) == len(set(kept)), text
 
 
-def test_there_are_thousands_of_texts(answers: list[tuple[Style, Topic, str]]) -> None:
+def test_answers_are_diverse(answers: list[tuple[Style, Topic, str]]) -> None:
     assert len({text for _, _, text in answers}) > 0.99 * len(answers)
     # One topic in one style has many wordings.
     topic, style = topics()[0], next(styles())
@@ -167,7 +165,7 @@ def test_there_are_thousands_of_texts(answers: list[tuple[Style, Topic, str]]) -
     assert len({compose(topic, style, rng) for _ in range(300)}) > 80
 
 
-def test_the_detectors_of_glitches_detect() -> None:
+def test_glitch_detectors_detect() -> None:
     assert glitches("One should rest. It is fine.") == []
     for bad in ("Two  spaces.", "No stop", "lower start.", "Eat a apple.", "Wait a hour.", "An user.", "The the end."):
         assert glitches(bad), bad

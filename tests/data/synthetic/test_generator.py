@@ -30,7 +30,7 @@ def digest(pairs: list[PreferenceExample]) -> str:
 
 
 @pytest.mark.parametrize("deciding", MODES)
-def test_a_pair_depends_on_settings_split_and_index_alone(deciding: str) -> None:
+def test_pair_depends_on_settings_split_and_index(deciding: str) -> None:
     few = PreferenceGenerator(deciding, seed=3).examples(20, "validation")
     many = PreferenceGenerator(deciding, seed=3).examples(60, "validation")
     assert many[:20] == few
@@ -40,11 +40,11 @@ def test_a_pair_depends_on_settings_split_and_index_alone(deciding: str) -> None
     ]
 
 
-def test_annotators_change_nothing_in_visible() -> None:
+def test_visible_pairs_ignore_annotators() -> None:
     assert PreferenceGenerator(annotators=1).examples(10) == PreferenceGenerator(annotators=9).examples(10)
 
 
-def test_the_same_in_another_process() -> None:
+def test_pairs_are_equal_in_another_process() -> None:
     code = (
         "import json, hashlib; from dataclasses import asdict; from lpc_lightning.data.synthetic import *\n"
         "pairs = PreferenceGenerator('hidden', 6, 5).examples(40, 'test')\n"
@@ -85,7 +85,7 @@ def test_rows_are_complete(deciding: str) -> None:
     json.dumps(asdict(truth))
 
 
-def test_visible_domains_hold_both_directions_of_several_attributes() -> None:
+def test_visible_domains_have_opposite_factors() -> None:
     for seed in range(20):
         truth = PreferenceGenerator(seed=seed).truth
         factors = list(truth.domain_factors.values())
@@ -100,7 +100,7 @@ def test_visible_domains_hold_both_directions_of_several_attributes() -> None:
 
 @given(annotators=st.integers(2, 30), seed=st.integers(-(2**40), 2**40))
 @settings(max_examples=25)
-def test_hidden_annotators_share_factors_that_conflict(annotators: int, seed: int) -> None:
+def test_hidden_annotators_have_conflicting_factors(annotators: int, seed: int) -> None:
     truth = PreferenceGenerator("hidden", annotators, seed).truth
     held = Counter(truth.annotator_factors.values())
     assert list(truth.annotator_factors) == [f"annotator-{index}" for index in range(annotators)]
@@ -111,7 +111,7 @@ def test_hidden_annotators_share_factors_that_conflict(annotators: int, seed: in
     assert truth.domain_factors == {}
 
 
-def test_hidden_annotators_are_named_in_their_column_alone() -> None:
+def test_hidden_annotators_appear_in_column_only() -> None:
     for pair in PreferenceGenerator("hidden").examples(2000):
         rest = asdict(pair)
         assert rest.pop("annotator").startswith("annotator-")
@@ -154,7 +154,7 @@ def test_no_other_attribute_predicts_the_label(deciding: str) -> None:
         assert abs(shared_first_value[factor, name] - same / 2) < 5 * (same / 4) ** 0.5
 
 
-def test_neither_side_is_marked_by_its_length() -> None:
+def test_length_does_not_predict_the_label() -> None:
     # The factor that decides is no length: words must not tell the winner.
     generator = PreferenceGenerator(seed=0)
     pairs = [pair for pair in generator.examples(8000) if pair.meta["attribute"] != "length"]
@@ -163,7 +163,7 @@ def test_neither_side_is_marked_by_its_length() -> None:
 
 
 @pytest.mark.parametrize("deciding", MODES)
-def test_splits_are_disjoint_and_texts_are_many(deciding: str) -> None:
+def test_splits_are_disjoint_and_diverse(deciding: str) -> None:
     generator = PreferenceGenerator(deciding)
     prompts = {}
     for split, n in (("train", 4000), ("validation", 1000), ("test", 1000)):
@@ -177,7 +177,7 @@ def test_splits_are_disjoint_and_texts_are_many(deciding: str) -> None:
     assert not prompts["validation"] & prompts["test"]
 
 
-def test_it_is_fast() -> None:
+def test_generator_is_fast() -> None:
     generator = PreferenceGenerator()
     seconds = []
     for _ in range(3):
@@ -187,12 +187,12 @@ def test_it_is_fast() -> None:
     assert 500 / min(seconds) > 5000
 
 
-def test_it_travels_to_worker_processes() -> None:
+def test_generator_is_picklable() -> None:
     generator = PreferenceGenerator("hidden", seed=7)
     assert pickle.loads(pickle.dumps(generator)).examples(5) == generator.examples(5)
 
 
-def test_edges() -> None:
+def test_generator_edge_cases() -> None:
     assert PreferenceGenerator().examples(0) == []
     assert PreferenceGenerator("hidden", annotators=2).truth.best_accuracy == 0.5
 

@@ -14,7 +14,7 @@ def prompts(split: str, n: int, seed: int = 0) -> list[str]:
     return [draw_prompt(split, rng)[2] for _ in range(n)]
 
 
-def test_no_prompt_occurs_in_two_splits_even_across_seeds() -> None:
+def test_splits_share_no_prompt_across_seeds() -> None:
     drawn = {split: set(prompts(split, 3000, seed)) for seed, split in enumerate(SPLITS)}
     assert not drawn["train"] & drawn["validation"]
     assert not drawn["train"] & drawn["test"]
@@ -22,7 +22,7 @@ def test_no_prompt_occurs_in_two_splits_even_across_seeds() -> None:
     assert all(split_of(text) == split for split, texts in drawn.items() for text in texts)
 
 
-def test_shares_of_the_splits() -> None:
+def test_split_shares() -> None:
     # Texts that were not drawn for a split: 20,000 of them, so that a share deviates by less than 0.3 %.
     found = [split_of(f"How do I do task {number}?") for number in range(20_000)]
     assert found.count("train") / len(found) == pytest.approx(0.8, abs=0.012)
@@ -31,11 +31,11 @@ def test_shares_of_the_splits() -> None:
 
 
 @pytest.mark.parametrize(("split", "n", "at_least"), [("train", 5000, 0.985), ("validation", 2000, 0.97)])
-def test_thousands_of_different_prompts(split: str, n: int, at_least: float) -> None:
+def test_prompts_are_diverse(split: str, n: int, at_least: float) -> None:
     assert len(set(prompts(split, n))) >= at_least * n
 
 
-def test_all_topics_and_domains_come_up_equally() -> None:
+def test_topics_and_domains_are_uniform() -> None:
     rng = Random(3)
     drawn = [draw_prompt("test", rng) for _ in range(5000)]
     assert len({topic.goal for _, topic, _ in drawn}) == sum(len(domain.topics) for domain in DOMAINS)
@@ -44,14 +44,14 @@ def test_all_topics_and_domains_come_up_equally() -> None:
         assert abs(share - 500) < 5 * (5000 * 0.1 * 0.9) ** 0.5
 
 
-def test_prompts_read_well() -> None:
+def test_prompts_are_well_formed() -> None:
     for text in prompts("train", 3000):
         assert re.fullmatch(r"([A-Z][\w ,-]+[.?] ?)+", text), text
         assert "  " not in text
         assert not text.endswith(" ")
 
 
-def test_prompts_ask_for_no_style() -> None:
+def test_prompts_request_no_style() -> None:
     style = re.compile(
         r"\b(short|brief|long|detail|concise|formal|casual|polite|list|bullet|step by step|steps|example|warn|kind"
         r"|quick)",

@@ -50,7 +50,7 @@ def brute_force(factors: list[str]) -> Fraction:
     return total
 
 
-def test_one_factor_is_certain_and_two_opposed_are_a_coin() -> None:
+def test_bayes_accuracy_one_or_two_opposed_factors() -> None:
     assert bayes_accuracy(["casual"]) == 1
     assert bayes_accuracy(["casual", "formal"]) == Fraction(1, 2)
 
@@ -76,7 +76,7 @@ def test_equals_brute_force(factors: list[str]) -> None:
     assert bayes_accuracy(factors) == brute_force(factors)
 
 
-def test_no_predictor_from_simulated_pairs_beats_it_and_the_best_one_reaches_it() -> None:
+def test_bayes_accuracy_bounds_fitted_predictor() -> None:
     rng = Random(11)
     counts: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
     n = 20_000
@@ -94,7 +94,7 @@ def test_no_predictor_from_simulated_pairs_beats_it_and_the_best_one_reaches_it(
 
 
 @pytest.mark.parametrize("annotators", [2, 3, 5, 8])
-def test_generated_pairs_agree_with_the_stated_accuracy(annotators: int) -> None:
+def test_generated_pairs_match_stated_accuracy(annotators: int) -> None:
     generator = PreferenceGenerator("hidden", annotators=annotators, seed=4)
     votes = Counter(generator.truth.annotator_factors.values())
     rng = Random(0)

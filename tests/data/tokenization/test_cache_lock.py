@@ -34,12 +34,12 @@ def entry(tmp_path: Path) -> Path:
     return tmp_path / "tokens" / "abc"
 
 
-def test_one_makes_it_and_the_others_wait(entry: Path) -> None:
+def test_lock_one_process_makes_the_entry(entry: Path) -> None:
     processes = [start(entry, 0.5) for _ in range(3)]
     assert sorted(process.communicate(timeout=60)[0] for process in processes) == ["", "", "made\n"]
 
 
-def test_the_lock_of_a_killed_process_is_free(entry: Path) -> None:
+def test_lock_of_killed_process_is_released(entry: Path) -> None:
     first = start(entry, 60)
     assert first.stdout is not None
     assert first.stdout.readline() == "made\n"
@@ -49,7 +49,7 @@ def test_the_lock_of_a_killed_process_is_free(entry: Path) -> None:
     assert second.communicate(timeout=60)[0] == "made\n"
 
 
-def test_who_takes_too_long_is_not_waited_for(entry: Path) -> None:
+def test_lock_timeout_continues_without_lock(entry: Path) -> None:
     first = start(entry, 60)
     assert first.stdout is not None
     first.stdout.readline()
@@ -60,7 +60,7 @@ def test_who_takes_too_long_is_not_waited_for(entry: Path) -> None:
     first.communicate()
 
 
-def test_a_folder_that_cannot_be_locked_is_gone_on_without(tmp_path: Path) -> None:
+def test_lock_unwritable_folder_continues_without_lock(tmp_path: Path) -> None:
     (tmp_path / "locks").write_text("a file where the folder should be")
     with one_at_a_time(tmp_path / "tokens" / "abc"):
         pass

@@ -23,7 +23,7 @@ def pair(prompt: int, chosen: int, rejected: int) -> TokenizedPair:
 
 
 @given(pairs, limits, limits, st.sampled_from(["drop", "truncate_prompt", "truncate_answer"]))
-def test_what_comes_out_fits_and_every_outcome_has_one_name(given_pair, max_length, max_prompt_length, too_long):
+def test_lengths_results_fit_the_limits(given_pair, max_length, max_prompt_length, too_long):
     policy = LengthPolicy(max_length, max_prompt_length, too_long)
     fitted = policy(given_pair, bos_id=0)
     fits = (max_prompt_length is None or len(given_pair.prompt_ids) <= max_prompt_length) and (
@@ -49,7 +49,7 @@ def test_drop_names_the_limit():
     assert policy(pair(5, 2, 5)).pair == pair(5, 2, 5)
 
 
-def test_truncated_prompt_keeps_its_end_and_the_bos():
+def test_truncate_prompt_keeps_end_and_bos():
     policy = LengthPolicy(max_length=10, too_long="truncate_prompt")
     long = pair(9, 6, 3)
     assert policy(long).pair.prompt_ids == [5, 6, 7, 8]
@@ -59,19 +59,19 @@ def test_truncated_prompt_keeps_its_end_and_the_bos():
     assert LengthPolicy(max_length=100, max_prompt_length=2, too_long="truncate_prompt")(long).pair.prompt_ids == [7, 8]
 
 
-def test_a_bos_that_marks_turns_is_not_kept_alone():
+def test_truncate_prompt_drops_bos_that_marks_turns():
     turns = TokenizedPair("x", [1, 5, 6, 1, 7, 8], [2] * 4, [3])
     assert LengthPolicy(max_length=7, too_long="truncate_prompt")(turns, bos_id=1).pair.prompt_ids == [1, 7, 8]
     assert LengthPolicy(max_length=6, too_long="truncate_prompt")(turns, bos_id=1).pair.prompt_ids == [7, 8]
 
 
 @pytest.mark.parametrize(("answer", "bos"), [(10, None), (12, None), (9, 0)])
-def test_no_room_for_one_prompt_token(answer, bos):
+def test_truncate_prompt_without_room_drops_pair(answer, bos):
     policy = LengthPolicy(max_length=10, too_long="truncate_prompt")
     assert policy(pair(9, answer, 1), bos).dropped == NO_ROOM_FOR_PROMPT
 
 
-def test_truncated_answers_keep_their_start():
+def test_truncate_answer_keeps_the_start():
     policy = LengthPolicy(max_length=10, max_prompt_length=10, too_long="truncate_answer")
     fitted = policy(pair(7, 5, 2))
     assert fitted.pair.chosen_ids == [50, 51, 52]

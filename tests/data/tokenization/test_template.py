@@ -41,7 +41,7 @@ def rendered(template, given_example: PreferenceExample, answer: str) -> str:
 
 @settings(max_examples=40)
 @given(prompt=st.lists(texts, min_size=3, max_size=3), chosen=answers, rejected=answers)
-def test_both_sequences_say_the_text_and_end_once(any_tokenizer, prompt, chosen, rejected):
+def test_tokenize_decodes_to_text_with_one_end(any_tokenizer, prompt, chosen, rejected):
     template = make_template(any_tokenizer)
     given_example = example(*prompt, chosen=chosen, rejected=rejected)
     if rendered(template, given_example, chosen) == rendered(template, given_example, rejected):
@@ -70,7 +70,7 @@ def squeezed(text: str) -> str:
 
 @settings(max_examples=40)
 @given(prompt=texts, answer=answers)
-def test_without_control_text_the_ids_are_those_of_the_whole_conversation(any_tokenizer, prompt, answer):
+def test_tokenize_matches_whole_conversation(any_tokenizer, prompt, answer):
     """Reference: the tokenizer's own encoding of the whole rendered conversation, up to the end token."""
     if not any_tokenizer.chat_template or any(text in prompt + answer for text in ["<", ">", "▁"]):
         return
@@ -99,7 +99,7 @@ def test_without_control_text_the_ids_are_those_of_the_whole_conversation(any_to
         ("base_with_bos", "</s>", " ", ""),
     ],
 )
-def test_what_stands_around_an_answer(tokenizers, name, end, before, after):
+def test_frame_text_around_an_answer(tokenizers, name, end, before, after):
     template = make_template(tokenizers[name])
     assert tokenizers[name].convert_ids_to_tokens(template.end_id) == end
     assert (template.frame.before, template.frame.after) == (before, after)
@@ -109,13 +109,13 @@ def test_what_stands_around_an_answer(tokenizers, name, end, before, after):
     ("name", "strip_left", "strip_right"),
     [("chatml", "", ""), ("llama3", None, None), ("llama2", None, None), ("thinking", "\n", "")],
 )
-def test_stripping_is_seen(tokenizers, name, strip_left, strip_right):
+def test_frame_detects_stripping(tokenizers, name, strip_left, strip_right):
     frame = make_template(tokenizers[name]).frame
     assert (frame.strip_left, frame.strip_right) == (strip_left, strip_right)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_bos_where_there_is_one_and_no_eos_behind_the_prompt(tokenizers, name):
+def test_prompt_has_one_bos_and_no_eos(tokenizers, name):
     tokenizer = tokenizers[name]
     ids = make_template(tokenizer).prompt_ids(example("Hi").prompt)
     expected = {"llama3": 1, "mistral": 1, "mistral_first": 1, "mistral_legacy": 1, "llama2": 1, "base_with_bos": 1}
@@ -141,7 +141,7 @@ def test_plain_text(tokenizers):
 
 
 @pytest.mark.parametrize("name", ["mistral", "mistral_first", "mistral_legacy", "base_with_bos"])
-def test_metaspace_puts_no_space_of_its_own_before_an_answer(tokenizers, name):
+def test_metaspace_adds_no_space_before_an_answer(tokenizers, name):
     tokenizer = tokenizers[name]
     pair = make_template(tokenizer).tokenize(example("Hi", chosen="egg", rejected=" egg"))
     assert tokenizer.convert_ids_to_tokens(pair.chosen_ids)[0].startswith("▁e")
@@ -149,7 +149,7 @@ def test_metaspace_puts_no_space_of_its_own_before_an_answer(tokenizers, name):
     assert tokenizer.decode(pair.prompt_ids + pair.rejected_ids).endswith((" [/INST]  egg</s>", "Assistant:  egg</s>"))
 
 
-def test_answer_that_merges_with_the_prompt_is_encoded_on_its_own(fresh):
+def test_answer_merging_with_prompt_is_separate(fresh):
     """The newline that ends the prompt would become one token with the newline that begins the answer."""
     tokenizer = fresh("chatml")
     assert len(tokenizer.encode("\n\n")) == 1
@@ -159,7 +159,7 @@ def test_answer_that_merges_with_the_prompt_is_encoded_on_its_own(fresh):
     assert tokenizer.convert_ids_to_tokens(pair.chosen_ids)[0] == "Ċ"
 
 
-def test_merge_across_the_boundary_without_a_space_between(fresh):
+def test_merge_across_boundary_without_space(fresh):
     tokenizer = fresh("mistral")
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ ' ' + message", "{{ message").replace(
         " [/INST]", " he"
@@ -173,7 +173,7 @@ def test_merge_across_the_boundary_without_a_space_between(fresh):
     assert tokenizer.decode(pair.prompt_ids + pair.chosen_ids).endswith("Hi hello</s>")
 
 
-def test_unigram_piece_for_the_end_token_stays_text(unigram_tokenizer):
+def test_unigram_end_token_piece_remains_text(unigram_tokenizer):
     pair = make_template(unigram_tokenizer).tokenize(example("egg </s>", chosen="an </s> egg", rejected="no"))
     assert pair.chosen_ids.count(unigram_tokenizer.eos_token_id) == 1
     assert unigram_tokenizer.eos_token_id not in pair.prompt_ids
@@ -188,7 +188,7 @@ def test_empty_answers(tokenizers, name, answer):
 
 
 @pytest.mark.parametrize("name", ["chatml", "mistral", "llama2", "base_without_bos"])
-def test_answer_that_the_tokenizer_swallows(fresh, name):
+def test_answer_without_tokens_is_empty(fresh, name):
     from tokenizers import normalizers
 
     tokenizer = fresh(name)
@@ -198,7 +198,7 @@ def test_answer_that_the_tokenizer_swallows(fresh, name):
     assert caught.value.reason == "empty answer"
 
 
-def test_end_token_made_by_the_tokenizer_out_of_other_text(fresh):
+def test_answer_normalized_to_end_token_is_bad(fresh):
     from tokenizers import AddedToken, normalizers
 
     tokenizer = fresh("no_end")
@@ -211,18 +211,18 @@ def test_end_token_made_by_the_tokenizer_out_of_other_text(fresh):
     assert caught.value.reason == "end token in answer"
 
 
-def test_answers_equal_once_the_template_has_stripped_them(tokenizers):
+def test_answers_equal_after_stripping_are_bad(tokenizers):
     with pytest.raises(BadRow) as caught:
         make_template(tokenizers["llama3"]).tokenize(example("Hi", chosen="yes", rejected=" yes "))
     assert caught.value.reason == "equal answers"
 
 
-def test_conversation_that_the_template_refuses(tokenizers):
+def test_conversation_refused_by_template_is_bad(tokenizers):
     with pytest.raises(BadRow, match="refused by the chat template: Conversation roles must alternate"):
         make_template(tokenizers["mistral"]).prompt_ids([{"role": "system", "content": "Be kind."}])
 
 
-def test_auto_takes_the_chat_template_where_there_is_one(tokenizers):
+def test_auto_template_prefers_chat(tokenizers):
     assert make_template(tokenizers["chatml"]).kind == "chat"
     assert make_template(tokenizers["base_with_bos"]).kind == "plain"
     assert make_template(tokenizers["chatml"], "plain").kind == "plain"
@@ -232,7 +232,7 @@ def test_auto_takes_the_chat_template_where_there_is_one(tokenizers):
         make_template(tokenizers["chatml"], "chatml")
 
 
-def test_tokenizer_that_cannot_end_an_answer(fresh):
+def test_tokenizer_without_end_token_is_refused(fresh):
     tokenizer = fresh("no_end")
     tokenizer.eos_token = None
     with pytest.raises(DataError, match=r"no token that ends an answer.*tokenizer\.eos_token"):
@@ -242,7 +242,7 @@ def test_tokenizer_that_cannot_end_an_answer(fresh):
     make_template(tokenizer)
 
 
-def test_padding_needs_no_pad_token(tokenizers):
+def test_pad_id_defaults_to_end_token(tokenizers):
     assert make_template(tokenizers["llama3"]).pad_id == make_template(tokenizers["llama3"]).end_id
     assert make_template(tokenizers["chatml"]).pad_id == tokenizers["chatml"].pad_token_id
 
@@ -254,14 +254,14 @@ def test_padding_needs_no_pad_token(tokenizers):
         ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "omits the text of an assistant turn"),
     ],
 )
-def test_chat_template_that_does_not_serve(fresh, chat_template, message):
+def test_unusable_chat_template_is_refused(fresh, chat_template, message):
     tokenizer = fresh("chatml")
     tokenizer.chat_template = chat_template
     with pytest.raises(DataError, match=message):
         ChatTemplate(tokenizer)
 
 
-def test_generation_prompt_that_given_answers_do_not_follow(fresh, caplog):
+def test_generation_prompt_mismatch_is_logged(fresh, caplog):
     tokenizer = fresh("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n'", "assistant\n<think>\n'")
     with caplog.at_level(logging.WARNING):
@@ -271,7 +271,7 @@ def test_generation_prompt_that_given_answers_do_not_follow(fresh, caplog):
     assert tokenizer.decode(template.prompt_ids(example("Hi").prompt)).endswith("assistant\n<think>\n")
 
 
-def test_fingerprint_follows_what_decides_the_ids(fresh):
+def test_fingerprint_changes_with_the_ids(fresh):
     def of(name: str, change=lambda tokenizer: None, kind: str = "auto") -> str:
         tokenizer = fresh(name)
         change(tokenizer)
@@ -295,7 +295,7 @@ def test_fingerprint_follows_what_decides_the_ids(fresh):
     assert len(set(different)) == len(different)
 
 
-def test_labels_are_carried(tokenizers):
+def test_tokenize_keeps_labels(tokenizers):
     given_example = PreferenceExample("7", example("Hi").prompt, "yes", "no", "s", "f", "a", True, {"x": 1})
     pair = make_template(tokenizers["chatml"]).tokenize(given_example)
     assert (pair.id, pair.source, pair.factor, pair.annotator, pair.flipped) == ("7", "s", "f", "a", True)

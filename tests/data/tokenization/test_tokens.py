@@ -47,7 +47,7 @@ def entries(cache: Path) -> list[Path]:
     return sorted((cache / "tokens").iterdir())
 
 
-def test_pairs_come_back_as_they_were_made(write_rows, template, cache):
+def test_store_returns_the_pairs(write_rows, template, cache):
     source = RowSource(str(write_rows(rows())))
     store, report = load_or_tokenize(source, template, ANY_LENGTH, cache_dir=cache)
     expected = list(tokenize_examples(source.read(DataReport()), template, ANY_LENGTH, DataReport()))
@@ -62,7 +62,7 @@ def test_pairs_come_back_as_they_were_made(write_rows, template, cache):
     assert store.lengths == [sum(three) for three in pieces]
 
 
-def test_second_time_comes_from_the_cache(write_rows, template, cache, monkeypatch):
+def test_cache_second_load_reads_no_source(write_rows, template, cache, monkeypatch):
     source = RowSource(str(write_rows([*rows(), {"prompt": "p"}])))
     first, report = load_or_tokenize(source, template, ANY_LENGTH, bad_rows="skip", cache_dir=cache)
     monkeypatch.setattr(type(template), "tokenize", lambda *_: pytest.fail("tokenized again"))
@@ -72,7 +72,7 @@ def test_second_time_comes_from_the_cache(write_rows, template, cache, monkeypat
     assert report.bad == {"missing answer": 1}
 
 
-def test_whatever_decides_the_content_makes_its_own_entry(write_rows, template, tokenizers, cache):
+def test_cache_other_settings_have_another_entry(write_rows, template, tokenizers, cache):
     path = str(write_rows([{**row, "split": "train", "other": "test"} for row in rows()]))
     ways = [
         (RowSource(path), template, ANY_LENGTH, "error"),
@@ -93,7 +93,7 @@ def test_whatever_decides_the_content_makes_its_own_entry(write_rows, template, 
     assert len(store) == 5
 
 
-def test_hub_data_set_by_its_fingerprint(monkeypatch, template, cache):
+def test_cache_hub_data_set_by_fingerprint(monkeypatch, template, cache):
     dataset = datasets.Dataset.from_list(rows())
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: dataset)
     source = RowSource("org/name", columns=Columns(id="none"))
@@ -114,7 +114,7 @@ def test_examples_in_memory(template, cache):
     assert ExamplesInMemory(examples, "seed 1").key() != ExamplesInMemory(examples, "seed 2").key()
 
 
-def test_bad_rows_are_told_all_at_once(write_rows, template, cache):
+def test_bad_rows_are_listed_in_one_error(write_rows, template, cache):
     lines = [*rows(2), "{broken", {"prompt": "p", "chosen": "", "rejected": "b"}, *rows(1), {"chosen": "a"}]
     source = RowSource(str(write_rows(lines)))
     with pytest.raises(DataError) as caught:
@@ -130,7 +130,7 @@ def test_bad_rows_are_told_all_at_once(write_rows, template, cache):
     assert report.read == report.kept + sum(report.bad.values()) == 6
 
 
-def test_every_row_is_accounted_for(write_rows, template, cache):
+def test_report_counts_every_row(write_rows, template, cache):
     many = [{**row, "split": "test" if i % 3 == 0 else "train"} for i, row in enumerate(rows(30))]
     source = RowSource(str(write_rows([*many, "7"])), split="train", held_out=False, held_out_share=0.3)
     store, report = load_or_tokenize(source, template, LengthPolicy(max_length=60), bad_rows="skip", cache_dir=cache)
@@ -146,7 +146,7 @@ def test_every_row_is_accounted_for(write_rows, template, cache):
     assert not {pair.id for pair in store} & {pair.id for pair in other}
 
 
-def test_nothing_left(write_rows, template, cache):
+def test_no_pair_left_is_an_error(write_rows, template, cache):
     source = RowSource(str(write_rows(rows())))
     with pytest.raises(DataError, match=r"No pair is left(.|\n)*6 dropped: pair longer than max_length"):
         load_or_tokenize(source, template, LengthPolicy(max_length=3), cache_dir=cache)
@@ -214,7 +214,7 @@ def a_file(entry: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, turn_a_bit, without_pairs, without_report, other_report, empty, a_file])
-def test_damaged_entry_is_made_anew(write_rows, template, cache, caplog, damage):
+def test_cache_damaged_entry_is_rebuilt(write_rows, template, cache, caplog, damage):
     source = RowSource(str(write_rows(rows())))
     pairs = list(load_or_tokenize(source, template, ANY_LENGTH, cache_dir=cache)[0])
     damage(entries(cache)[0])
@@ -229,7 +229,7 @@ def test_damaged_entry_is_made_anew(write_rows, template, cache, caplog, damage)
     assert not caplog.text
 
 
-def test_what_a_killed_process_left_is_no_entry(write_rows, template, cache):
+def test_cache_ignores_unfinished_entries(write_rows, template, cache):
     source = RowSource(str(write_rows(rows())))
     load_or_tokenize(source, template, ANY_LENGTH, cache_dir=cache)
     entry = entries(cache)[0]
@@ -245,7 +245,7 @@ def test_what_a_killed_process_left_is_no_entry(write_rows, template, cache):
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_two_processes_at_once_make_one_whole_entry(write_rows, template, cache, monkeypatch):
+def test_cache_two_processes_make_one_entry(write_rows, template, cache, monkeypatch):
     source = RowSource(str(write_rows(rows())))
     fork = multiprocessing.get_context("fork")
     both_at_work, answers = fork.Barrier(2), fork.Queue()
@@ -275,7 +275,7 @@ def test_two_processes_at_once_make_one_whole_entry(write_rows, template, cache,
     assert list(load_or_tokenize(source, template, ANY_LENGTH, cache_dir=cache)[0]) == one[0]
 
 
-def test_a_slower_process_replaces_a_damaged_entry_that_came_first(write_rows, template, cache, monkeypatch):
+def test_cache_slower_process_replaces_damaged_entry(write_rows, template, cache, monkeypatch):
     source = RowSource(str(write_rows(rows())))
     load_or_tokenize(source, template, ANY_LENGTH, cache_dir=cache)
     entry = entries(cache)[0]
@@ -298,7 +298,7 @@ def test_a_slower_process_replaces_a_damaged_entry_that_came_first(write_rows, t
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_workers_open_the_file_themselves(write_rows, template, cache):
+def test_store_pickle_reopens_the_file(write_rows, template, cache):
     store, _ = load_or_tokenize(RowSource(str(write_rows(rows(50)))), template, ANY_LENGTH, cache_dir=cache)
     pickled = pickle.dumps(store)
     assert len(pickled) < 500
@@ -307,13 +307,13 @@ def test_workers_open_the_file_themselves(write_rows, template, cache):
     assert [pair for batch in loader for pair in batch] == list(store)
 
 
-def test_the_file_is_an_arrow_stream_that_datasets_reads(write_rows, template, cache):
+def test_cache_file_is_readable_by_datasets(write_rows, template, cache):
     store, _ = load_or_tokenize(RowSource(str(write_rows(rows()))), template, ANY_LENGTH, cache_dir=cache)
     dataset = datasets.Dataset.from_file(str(store.folder / "pairs.arrow"))
     assert dataset["chosen_ids"][:] == [pair.chosen_ids for pair in store]
 
 
-def test_many_pairs_in_several_batches(template, cache):
+def test_store_many_record_batches(template, cache):
     examples = [PreferenceExample(str(i), ({"role": "user", "content": "Hi"},), f"yes {i}", "no") for i in range(2500)]
     store, _ = load_or_tokenize(ExamplesInMemory(examples, "x"), template, ANY_LENGTH, cache_dir=cache)
     assert [store[i].id for i in (0, 1023, 1024, 2499)] == ["0", "1023", "1024", "2499"]
