@@ -72,7 +72,7 @@ def test_front_matter() -> None:
     assert front(card())["tags"] == ["preference-optimization", "simpo"]
 
 
-def test_a_base_model_that_only_lies_here_is_no_name_on_the_hub(tmp_path: Any) -> None:
+def test_local_base_model_is_not_a_hub_name(tmp_path: Any) -> None:
     policy = {"class_path": "lpc_lightning.policy.PretrainedPolicy", "init_args": {"path": str(tmp_path)}}
     text = card({"policy": policy})
     assert "base_model" not in front(text)
@@ -124,7 +124,7 @@ def test_results() -> None:
     )
 
 
-def test_a_plain_policy_needs_no_remote_code_and_has_no_latent() -> None:
+def test_plain_policy_needs_no_remote_code() -> None:
     text = card({"latent": None})
     for word in ("trust_remote_code", "z is", "## Steer", "prior_mode"):
         assert word not in text

@@ -229,7 +229,7 @@ def test_equal_conditions_draw_the_same_tokens(llama: Case) -> None:
         assert one.text == other.text
 
 
-def test_nothing_that_a_model_was_published_with_comes_in(case: Callable[..., Case]) -> None:
+def test_published_generation_config_is_ignored(case: Callable[..., Case]) -> None:
     made = case()
     expected = made.answers()
     published = GenerationConfig(do_sample=True, temperature=3.0, repetition_penalty=9.0, max_length=3)

@@ -30,7 +30,7 @@ def draw(model: Any, seed: int = 0, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def test_its_bias_is_the_heads_of_z_with_the_familys_scale(linear: Any, prompts: list[Tensor]) -> None:
+def test_bias_is_the_scaled_head_of_z(linear: Any, prompts: list[Tensor]) -> None:
     for ids in prompts:
         z = linear.space.infer(linear.prompt_state(ids))
         processor = linear.model.logits_processor(ids[None])

@@ -348,7 +348,7 @@ def test_given_weights_are_saved_in_place_of_its_own(llama: Any, tmp_path: Path)
 # Refused
 
 
-def test_arguments_that_contradict_each_other_are_refused(llama: Any, prompts: list[Tensor]) -> None:
+def test_contradicting_arguments_are_refused(llama: Any, prompts: list[Tensor]) -> None:
     ids, z = prompts[0][None], torch.zeros(1, 16)
     for other in ({"prior_mode": "mean"}, {"code_weights": torch.ones(CODES)}):
         with pytest.raises(ValueError, match="found z and prior_mode or code_weights, expected one"):

@@ -87,9 +87,7 @@ def test_logits_of_every_step(llama: Any, prompts: list[Tensor], padded: Callabl
 
 
 @torch.no_grad()
-def test_an_end_token_ends_a_row_and_not_its_neighbours(
-    llama: Any, prompts: list[Tensor], padded: Callable[..., Any]
-) -> None:
+def test_end_token_ends_its_own_row_only(llama: Any, prompts: list[Tensor], padded: Callable[..., Any]) -> None:
     end = naive(llama, prompts[0])[3]
     found = draw(llama.model, **padded(prompts), eos_token_id=end)[:, max(map(len, prompts)) :].tolist()
     for row, ids in zip(found, prompts, strict=True):

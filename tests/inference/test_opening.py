@@ -63,7 +63,7 @@ def test_a_checkpoint_is_policy_and_prior_as_trained(checkpoint: Path) -> None:
 
 
 @torch.no_grad()
-def test_it_answers_under_its_latent_and_shares_the_policy(checkpoint: Path) -> None:
+def test_module_answers_under_its_latent(checkpoint: Path) -> None:
     opened = open_policy(str(checkpoint))
     states = opened.policy.backbone(input_ids=IDS).last_hidden_state
     z = opened.prior(states[:, -1])
@@ -212,7 +212,7 @@ def test_a_plain_folder(plain_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert open_policy(".").name == "small-gpt2"
 
 
-def test_a_plain_folder_keeps_the_type_that_it_is_stored_in(plain_folder: Path, tmp_path: Path) -> None:
+def test_plain_folder_keeps_its_dtype(plain_folder: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(plain_folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
     for file in plain_folder.glob("*token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -272,7 +272,7 @@ def test_open_policy_class_not_imported(checkpoint: Path, tmp_path: Path) -> Non
             open_policy(str(tmp_path / "other.ckpt"))
 
 
-def test_a_checkpoint_whose_weights_are_not_its_settings(checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_weights_must_match_settings(checkpoint: Path, tmp_path: Path) -> None:
     kept = stored(checkpoint)
     kept["hyper_parameters"]["policy"]["init_args"]["width"] = 32
     torch.save(kept, tmp_path / "other.ckpt")
