@@ -77,7 +77,7 @@ class Step:
     tokens: int
     """T, padding included."""
     answers: int
-    """N: tokens whose log-probability is asked for."""
+    """N: tokens whose log-probability is computed."""
     row: int
     """Tokens in a row: the width of the mask."""
     precision: Precision = "bf16-mixed"
@@ -88,7 +88,7 @@ class Step:
     chunked: bool = True
     """Whether the head runs in chunks that the backward pass computes again."""
     live_reference: bool = True
-    """Whether a frozen copy of the policy is in memory and asked at every batch; False: cached, or none needed."""
+    """Whether a frozen copy of the policy is in memory and run at every batch; False: cached, or none needed."""
     adapter: int | None = None
     """Weights of a LoRA adapter, which are then all that is trained; the policy is its own reference."""
     accumulated: bool = False

@@ -28,7 +28,7 @@ class Recording:
     pairs: list[list[str]] = field(default_factory=list)
     """Ids of the step's pairs."""
     shares: list[dict[str, float]] = field(default_factory=list)
-    """Seconds of each step by part, where they were asked for."""
+    """Seconds of each step by part, if requested."""
     reference: dict[str, Any] = field(default_factory=lambda: {"in_step": True, "pairs": 0, "seconds": 0.0})
     """Whether a step asks the reference; and over how many pairs the reference went before the first step, in how many
     seconds."""

@@ -121,12 +121,12 @@ def _speed(cell: dict[str, Any], peaks: dict[str, float]) -> str:
 
 
 def _like_with_like(cell: dict[str, Any]) -> str:
-    said = []
+    sentences = []
     for ours, theirs in LIKE_WITH_LIKE:
         if speed := ratios(cell, theirs, ours, _time):
             memory = _ratio(ratios(cell, ours, theirs, _peak))
-            said.append(f"{ours} against {theirs}: {_ratio(speed)} times the speed, {memory} of the memory")
-    return f"Like with like: {'; '.join(said)}." if said else ""
+            sentences.append(f"{ours} against {theirs}: {_ratio(speed)} times the speed, {memory} of the memory")
+    return f"Like with like: {'; '.join(sentences)}." if sentences else ""
 
 
 def _passes(cell: dict[str, Any]) -> str:
@@ -143,8 +143,10 @@ def _passes(cell: dict[str, Any]) -> str:
         )
     if not lines:
         return ""
-    said = "The reference's pass, before the first step and not in the times above. Ours is kept for all runs to come:"
-    return "\n".join([said, "", *lines])
+    heading = (
+        "The reference's pass, before the first step and not in the times above. Ours is kept for all runs to come:"
+    )
+    return "\n".join([heading, "", *lines])
 
 
 def _agreement(cell: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ STANDARD = ["TRL", "TRL precomputed", "ours, live reference", "ours", "ours + LP
 
 
 def main() -> None:
-    """Measure everything that was asked for."""
+    """Run all requested measurements."""
     options = _options()
     files = find_files(options.data, options.data_dir)
     options.out.mkdir(parents=True, exist_ok=True)

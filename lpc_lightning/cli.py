@@ -163,10 +163,10 @@ class PreferenceCLI(LightningCLI):
 
 
 def _reason(error: ValueError) -> str:
-    """What a class said against its settings, out of what jsonargparse says about all that was tried."""
+    """Return why a class refuses its settings, without what jsonargparse adds about other types."""
     lines = [line.strip() for line in str(error).splitlines()]
-    said = [line[2:] for line in lines if line.startswith("- ") and not line.startswith(JSONARGPARSE)]
-    return "; ".join(dict.fromkeys(said)) or str(error)
+    reasons = [line[2:] for line in lines if line.startswith("- ") and not line.startswith(JSONARGPARSE)]
+    return "; ".join(dict.fromkeys(reasons)) or str(error)
 
 
 JSONARGPARSE = ("- Expected a", "- Does not validate", "- Problem with")
@@ -248,8 +248,8 @@ def _about(command: EntryPoint) -> str:
     """The first line of the module's docstring. The module is not imported: that may take seconds."""
     spec = find_spec(command.module)
     source = spec.loader.get_source(command.module) if spec and isinstance(spec.loader, InspectLoader) else None
-    told = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0].rstrip(".")
-    return told[:1].lower() + told[1:]
+    summary = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0].rstrip(".")
+    return summary[:1].lower() + summary[1:]
 
 
 USER_ERRORS = (
@@ -309,12 +309,12 @@ def set_up_logging() -> None:
 
 
 def _usage(arguments: list[str], known: dict[str, Command]) -> None:
-    asked = bool(arguments) and arguments[0] in ("-h", "--help")
+    is_help = bool(arguments) and arguments[0] in ("-h", "--help")
     lines = [f"  {name:<10}{text}" for name, (_, text) in known.items()]
     text = "\n".join(
         ["usage: lpc-lightning COMMAND ...", "", *lines, "", "lpc-lightning COMMAND --help tells the settings."]
     )
-    print(text, file=sys.stdout if asked else sys.stderr)
-    if arguments and not asked:
+    print(text, file=sys.stdout if is_help else sys.stderr)
+    if arguments and not is_help:
         print(f"\nerror: found command {arguments[0]!r}, expected one of {', '.join(known)}.", file=sys.stderr)
-    sys.exit(0 if asked else 2)
+    sys.exit(0 if is_help else 2)

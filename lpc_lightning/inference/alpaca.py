@@ -64,7 +64,7 @@ def alpaca(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: found {limit}, expected at least 1.")
-    asked = read_instructions(instructions)[:limit]
+    requested = read_instructions(instructions)[:limit]
     decoding = Decoding(max_new_tokens, temperature, top_p, seed=seed, batch_size=batch_size)
     opened = open_policy(model, dtype=dtype, device=device, name=generator)
     (under,) = conditions(opened, prior_mode, [], None)
@@ -72,19 +72,19 @@ def alpaca(
     settings |= {"dtype": dtype, **asdict(decoding)}
     del settings["batch_size"]  # it does not change the answers
     path = Path(output)
-    rows = _resume(path, asked, settings)
+    rows = _resume(path, requested, settings)
     if rows:
-        print(f"{path} holds {len(rows)} of {len(asked)} answers already.")
-    left = asked[len(rows) :]
+        print(f"{path} holds {len(rows)} of {len(requested)} answers already.")
+    left = requested[len(rows) :]
     prompts = [text_prompt(row["instruction"]) for row in left]
     unfinished = 0
-    with tqdm(total=len(asked), initial=len(rows), unit="answer") as bar:
+    with tqdm(total=len(requested), initial=len(rows), unit="answer") as bar:
         for row, answered in zip(left, answers(opened, prompts, [under], decoding), strict=True):
             (answer,) = answered.answers
             rows.append({**row, "output": answer.text, "generator": opened.name})
             unfinished += not answer.finished
             bar.update()
-            if len(rows) % batch_size == 0 or len(rows) == len(asked):
+            if len(rows) % batch_size == 0 or len(rows) == len(requested):
                 _write(path, rows)
     if unfinished:
         print(f"{unfinished} answers were cut at {max_new_tokens} tokens or at the end of the context.")
@@ -113,7 +113,7 @@ def read_instructions(path: str) -> list[Row]:
     return found
 
 
-def _resume(path: Path, asked: Sequence[Row], settings: Mapping[str, Any]) -> list[Row]:
+def _resume(path: Path, requested: Sequence[Row], settings: Mapping[str, Any]) -> list[Row]:
     """Read the answers of an interrupted command. Check that instructions and settings are the same."""
     beside = path.with_suffix(".settings.json")
     if not path.exists():
@@ -131,11 +131,11 @@ def _resume(path: Path, asked: Sequence[Row], settings: Mapping[str, Any]) -> li
         if written.get(name) != value:
             found = written.get(name)
             raise ConfigError(f"output: {path} was written with {name} {found!r}, now it is {value!r}. {advice}")
-    for number, (row, wanted) in enumerate(zip(rows, asked, strict=False), 1):
-        if {**row, **wanted} != row:
+    for number, (row, instruction) in enumerate(zip(rows, requested, strict=False), 1):
+        if {**row, **instruction} != row:
             raise ConfigError(f"output: row {number} of {path} answers another instruction. {advice}")
-    if len(rows) > len(asked):
-        raise ConfigError(f"output: {path} holds {len(rows)} answers to {len(asked)} instructions. {advice}")
+    if len(rows) > len(requested):
+        raise ConfigError(f"output: {path} holds {len(rows)} answers to {len(requested)} instructions. {advice}")
     return rows
 
 

@@ -166,16 +166,16 @@ def _as_bias(model: Exported, latent: Mapping[str, Any]) -> list[str]:
     }
     if latent["kind"] == "discrete":
         lines["table = model.code_biases()"] = "(K, vocabulary): what each code adds"
-    told = (
+    text = (
         "z is a bias on the logits (the LM head is linear): a stock model, or any server that takes a logits "
         "processor, can serve it."
     )
     table = [f"`{model.biases}` holds that table."] if model.biases else []
-    return [told, _code(*_aligned(lines)), *table]
+    return [text, _code(*_aligned(lines)), *table]
 
 
 def _latent_section(latent: Mapping[str, Any]) -> str:
-    told = {
+    text = {
         "discrete": f"A codebook of {latent.get('num_codes')} vectors, one for each preference factor. A network "
         "of two "
         "layers reads the hidden state at the prompt's last token and says how likely each code is; z is taken from "
@@ -186,7 +186,7 @@ def _latent_section(latent: Mapping[str, Any]) -> str:
         "mlp": "A network of two layers on the hidden state at the prompt's last token: a control without codes.",
         "vector": "One learned vector for all prompts: a control without codes.",
     }[latent["kind"]]
-    return f"## What z is\n\n{told} Its weights are in `latent.safetensors`, its settings in `config.json` under `lpc`."
+    return f"## What z is\n\n{text} Its weights are in `latent.safetensors`, its settings in `config.json` under `lpc`."
 
 
 def _training(origin: Mapping[str, Any]) -> str:
@@ -214,8 +214,8 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
     if validation := results.get(SUMMARY, {}).get("validation_after"):
         before = results[SUMMARY].get("validation_before") or {}
         measured: list[tuple[str, ...]] = [
-            (told, _number(before.get(key)), _number(validation[key]))
-            for key, told in MEASURED.items()
+            (text, _number(before.get(key)), _number(validation[key]))
+            for key, text in MEASURED.items()
             if key in validation
         ]
         parts += [
@@ -248,7 +248,7 @@ def _stderr(metric: str) -> str:
 def _limits(model: Exported) -> str:
     points = [
         "Validation pairs come from the same source as the training pairs. An accuracy on them says how well these "
-        "preferences are told apart, and not how good the answers are.",
+        "preferred answers are recognised. It does not measure how good the answers are.",
         "Nobody has checked this model for safety by exporting it. It has what its base model and its data had.",
     ]
     if model.latent is not None:
@@ -268,8 +268,8 @@ def _class(spec: Mapping[str, Any]) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> str:
     """Format settings as ` (beta 0.1, codes 32)`. None and False are left out. A class has its own settings."""
-    told = [f"{name} {_value(value)}" for name, value in settings.items() if value is not None and value is not False]
-    return f" ({', '.join(told)})" if told else ""
+    text = [f"{name} {_value(value)}" for name, value in settings.items() if value is not None and value is not False]
+    return f" ({', '.join(text)})" if text else ""
 
 
 def _value(value: Any) -> str:

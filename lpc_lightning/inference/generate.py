@@ -45,7 +45,7 @@ def generate(
     """Write answers to prompts: under the prior and, side by side, under chosen codes.
 
     A prompt is put into the template that the model was trained with, else into the tokenizer's chat template where
-    there is one. The same prompt gets the same answer with the same settings, whatever is answered beside it; draws are
+    there is one. The same prompt gets the same answer with the same settings, whatever is answer beside it; draws are
     the same under every code.
 
     Args:
@@ -64,7 +64,7 @@ def generate(
         top_p: Draw among the likeliest tokens that together have this probability.
         num_beams: Beams of a beam search.
         seed: Seed of all draws.
-        batch_size: Prompts that are answered at a time.
+        batch_size: Prompts that are answer at a time.
         system: A system turn for prompts that have none.
         output: A file for the answers, one JSON object a prompt; one that is there is written anew.
         dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.
@@ -74,11 +74,11 @@ def generate(
         raise ConfigError("prompt: expected either a prompt (--prompt) or a file of prompts (--prompts).")
     if prompt is not None and not prompt.strip():
         raise ConfigError(f"prompt: found {prompt!r}, expected text.")
-    asked = [text_prompt(prompt, system)] if prompt is not None else read_prompts(str(prompts), system)
+    prompt_list = [text_prompt(prompt, system)] if prompt is not None else read_prompts(str(prompts), system)
     decoding = Decoding(max_new_tokens, temperature, top_p, num_beams, seed, batch_size)
     opened = open_policy(model, dtype=dtype, device=device)
     under = conditions(opened, prior_mode, codes or [], code_weights)
-    _report(opened, asked, under, decoding, output)
+    _report(opened, prompt_list, under, decoding, output)
 
 
 def conditions(
@@ -140,29 +140,35 @@ def _read_weights(path: str, name: str) -> Sequence[object]:
 
 
 def _report(
-    opened: OpenedPolicy, asked: Sequence[Prompt], under: Sequence[Condition], decoding: Decoding, output: str | None
+    opened: OpenedPolicy,
+    prompt_list: Sequence[Prompt],
+    under: Sequence[Condition],
+    decoding: Decoding,
+    output: str | None,
 ) -> None:
     width = shutil.get_terminal_size().columns
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         file = stack.enter_context(Path(output).open("w", encoding="utf-8")) if output else None
-        bar = stack.enter_context(tqdm(total=len(asked), unit="prompt", disable=len(asked) <= decoding.batch_size))
-        for number, answered in enumerate(answers(opened, asked, under, decoding), 1):
+        bar = stack.enter_context(
+            tqdm(total=len(prompt_list), unit="prompt", disable=len(prompt_list) <= decoding.batch_size)
+        )
+        for number, answer in enumerate(answers(opened, prompt_list, under, decoding), 1):
             if file is not None:
-                file.write(json.dumps({"model": opened.name, **asdict(answered)}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"model": opened.name, **asdict(answer)}, ensure_ascii=False) + "\n")
                 file.flush()
-            bar.write(_format(answered, number, width))
+            bar.write(_format(answer, number, width))
             bar.update()
     if output:
         print(f"Wrote {output}.")
 
 
-def _format(answered: Answered, number: int, width: int) -> str:
-    lines = [f"Prompt {number}: {answered.prompt[-1]['content']}"]
-    if answered.prior is not None:
-        ranked = sorted(enumerate(answered.prior), key=lambda code: -code[1])
+def _format(answer: Answered, number: int, width: int) -> str:
+    lines = [f"Prompt {number}: {answer.prompt[-1]['content']}"]
+    if answer.prior is not None:
+        ranked = sorted(enumerate(answer.prior), key=lambda code: -code[1])
         codes = ", ".join(f"{code} ({share:.3f})" for code, share in ranked[:TOP])
         lines.append(f"Likeliest codes under the prior: {codes}")
-    texts = {each.under: each.text + ("" if each.finished else " [...]") for each in answered.answers}
+    texts = {each.under: each.text + ("" if each.finished else " [...]") for each in answer.answers}
     return "\n".join([*lines, "", side_by_side(texts, width), ""])
