@@ -1,4 +1,4 @@
-"""Memory and time of a training step on paper: what `docs/scaling.md` says of Llama-3-8B, and how it is worked out.
+"""Memory and time of a training step on paper: the numbers of `docs/scaling.md` on Llama-3-8B, and their derivation.
 
 Letters: V vocabulary, d hidden width, L layers, h heads times head width, f feed-forward width; T tokens that the
 backbone reads on a device, padding included, N answer tokens. Everything is for a decoder of the Llama family, whose
@@ -297,7 +297,7 @@ def table(rows: dict[str, Step], model: Architecture, machine: Machine) -> str:
 
 
 def cases() -> dict[str, dict[str, Step]]:
-    """What `docs/scaling.md` tells of, by its headings."""
+    """Cases of `docs/scaling.md` by heading."""
     full = Step(tokens=4096, answers=2600, row=1024, devices=8, checkpointing=True, live_reference=False)
     lora = replace(full, devices=1, adapter=41_943_040, precision="bf16-true")
     return {

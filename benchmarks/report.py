@@ -35,7 +35,7 @@ def summary(cell: dict[str, Any], name: str, peaks: dict[str, float]) -> dict[st
     runs, pairs = cell["sides"][name], cell["batch_size"]
     wall, cpu, rates, tokens = [], [], [], []
     for run in runs:
-        # Policy forward and backward, and the reference forward where a step asks it.
+        # Policy forward and backward, and the reference forward if a step runs it.
         passes = 4 if run["reference"]["in_step"] else 3
         for step, (seconds, cpu_seconds) in enumerate(zip(_steps(run, "ended"), _steps(run, "cpu"), strict=True), 1):
             if step < cell["warmup"]:

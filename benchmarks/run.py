@@ -2,7 +2,7 @@
 
     python -m benchmarks.run --data my_pairs.jsonl
 
-README.md beside this file says what is measured and how.
+README.md beside this file describes what is measured and how.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class PreferenceCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the groups and say where they belong."""
+        """Add the groups and link them to the settings that they fill."""
         parser.add_subclass_arguments(PolicySpec, "policy", instantiate=False, help="The model to train.")
         parser.add_argument(
             "--latent",
@@ -140,7 +140,7 @@ class PreferenceCLI(LightningCLI):
         return found
 
     def _parse_ckpt_path(self) -> None:
-        """Let the model settings in a checkpoint win over flags, and say so.
+        """Let the model settings in a checkpoint win over flags, and print that.
 
         LightningCLI does the same, but would put policy and latent under `model`, where our groups are linked to and
         nothing may be set.
@@ -231,7 +231,7 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 ENTRY_POINTS = "lpc_lightning.commands"
-"""Where other packages put commands: functions that take what `Command` says. lpc_lightning imports none of them."""
+"""Entry points for commands of other packages, with the signature of `Command`. lpc_lightning imports none of them."""
 
 
 def commands() -> dict[str, Command]:
@@ -261,7 +261,7 @@ USER_ERRORS = (
     FloatingPointError,
     MisconfigurationException,
 )
-"""Errors whose text says what to do; a traceback would only bury it."""
+"""Errors whose text explains what to do. They are printed without a traceback."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -312,7 +312,7 @@ def _usage(arguments: list[str], known: dict[str, Command]) -> None:
     is_help = bool(arguments) and arguments[0] in ("-h", "--help")
     lines = [f"  {name:<10}{text}" for name, (_, text) in known.items()]
     text = "\n".join(
-        ["usage: lpc-lightning COMMAND ...", "", *lines, "", "lpc-lightning COMMAND --help tells the settings."]
+        ["usage: lpc-lightning COMMAND ...", "", *lines, "", "lpc-lightning COMMAND --help lists the settings."]
     )
     print(text, file=sys.stdout if is_help else sys.stderr)
     if arguments and not is_help:

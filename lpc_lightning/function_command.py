@@ -53,7 +53,7 @@ def _entry(hint: Any) -> Any:
 
 
 def _spelled_out(arguments: list[str], lists: set[str], switches: set[str]) -> Iterator[str]:
-    """The arguments as the parser knows them: underscores in names, lists in pieces, and a value for every switch."""
+    """Yield the arguments in the parser's form: underscores in names, lists in pieces, and a value for every switch."""
     option = ""
     for place, argument in enumerate(arguments):
         if not argument.startswith("--"):

@@ -42,7 +42,7 @@ def alpaca(
     """Answer AlpacaEval's instructions. Judging the answers is a step of your own, which needs a paid API.
 
     The file that is written is what alpaca_eval reads: `pip install alpaca-eval`, set OPENAI_API_KEY, and
-    `alpaca_eval --model_outputs model_outputs.json`. A command that was interrupted goes on where it stopped: the same
+    `alpaca_eval --model_outputs model_outputs.json`. An interrupted command continues where it stopped: the same
     command answers what is not answered yet, and ends with the same file.
 
     Args:
@@ -51,8 +51,8 @@ def alpaca(
             (or JSON lines) of objects with `instruction` and, if known, `dataset`.
         output: The file to write; its settings go to a file beside it, `model_outputs.settings.json`.
         generator: The model's name on the leaderboard. null: the name it has in other tables.
-        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: as the
-            model's own settings say.
+        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: the
+            model's own setting.
         limit: Answer only so many instructions, from the first. null: all of them.
         max_new_tokens: Tokens of an answer at most.
         temperature: Divides the logits before a token is drawn. 0 takes the likeliest token.

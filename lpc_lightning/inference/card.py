@@ -122,7 +122,7 @@ def _use(model: Exported) -> str:
         parts.append(
             "`trust_remote_code=True` runs `modeling_lpc.py` from this folder; it needs torch, transformers 5 and "
             "safetensors, and nothing of the suite that trained the model. **Without it transformers opens the same "
-            "weights as a plain model that knows no latent (z = 0). That is not the policy that was trained**; it is "
+            "weights as a plain model without a latent (z = 0). That is not the policy that was trained**; it is "
             "what is left of it where remote code is not allowed."
         )
     return "\n\n".join(parts)
@@ -145,7 +145,7 @@ def _steer(model: Exported, latent: Mapping[str, Any]) -> str:
         _code(*_aligned({f"answer({what})": why for what, why in calls.items()})),
         "z is inferred at the last token of the prompt and kept for the whole answer, also over a KV cache, in padded "
         "batches, sampling and beam search. `outputs = model(**prompt)` has it as `outputs.z`; pass it on "
-        "(`z=outputs.z`) when you decode by hand. To score an answer that stands behind its prompt, say where the "
+        "(`z=outputs.z`) when you decode by hand. To score an answer that stands behind its prompt, state where the "
         "prompt ends: `model(**tokens, prompt_end=...)`, or z would be read at the end of the answer.",
         *(_as_bias(model, latent) if model.linear else [NOT_LINEAR]),
     ]
@@ -178,7 +178,7 @@ def _latent_section(latent: Mapping[str, Any]) -> str:
     text = {
         "discrete": f"A codebook of {latent.get('num_codes')} vectors, one for each preference factor. A network "
         "of two "
-        "layers reads the hidden state at the prompt's last token and says how likely each code is; z is taken from "
+        "layers reads the hidden state at the prompt's last token and predicts how likely each code is. z comes from "
         "that distribution. The codes have no names: what one of them stands for is found by answering under it.",
         "gaussian": f"A codebook of {latent.get('num_codes')} vectors under continuous weights: a network of two "
         "layers "
@@ -247,7 +247,7 @@ def _stderr(metric: str) -> str:
 
 def _limits(model: Exported) -> str:
     points = [
-        "Validation pairs come from the same source as the training pairs. An accuracy on them says how well these "
+        "Validation pairs come from the same source as the training pairs. Accuracy on them measures how well these "
         "preferred answers are recognised. It does not measure how good the answers are.",
         "Nobody has checked this model for safety by exporting it. It has what its base model and its data had.",
     ]
@@ -255,8 +255,8 @@ def _limits(model: Exported) -> str:
         points += [
             "z moves the odds of each token by the same amount at every place of an answer. It leans answers one way; "
             "it does not plan them.",
-            "A codebook may collapse, or its codes may say the same: see the results above, and compare answers under "
-            "several codes before you read meaning into their numbers.",
+            "A codebook may collapse, or its codes may have one effect. See the results above, and compare answers "
+            "under several codes before you read meaning into their numbers.",
             "Assisted decoding and continuous batching are refused, since they hide where a prompt ends.",
         ]
     return "\n".join(["## Limits", "", *(f"- {point}" for point in points)])

@@ -85,7 +85,7 @@ def module_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     settings.pop("_instantiator", None)
     if "_class_path" not in settings or "state_dict" not in checkpoint:
         raise CheckpointError(
-            f"{path} does not say which policy and algorithm it belongs to, expected a checkpoint of `lpc-lightning "
+            f"{path} has no record of its policy and algorithm, expected a checkpoint of `lpc-lightning "
             "fit`. A module that was built in code is loaded in code: `DPO.load_from_checkpoint(path, policy=..., "
             "latent=...)`."
         )

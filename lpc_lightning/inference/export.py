@@ -48,7 +48,7 @@ def export(
         checkpoint: A checkpoint, such as `runs/version_0/checkpoints/best.ckpt`.
         output: The folder to write, new or empty.
         dtype: Type of the policy's weights. `auto` is the type they were trained in; the latent always keeps its own.
-        prior_mode: How the exported model takes z from the prior unless a call says otherwise: `mean`, `sample`,
+        prior_mode: How the exported model takes z from the prior unless a call sets it: `mean`, `sample`,
             `argmax`, or the number of a code. null: as it was trained.
         code_biases: Write as well what each code adds to the logits (K rows as long as the vocabulary), for servers
             that steer by a code's number.

@@ -55,8 +55,8 @@ def generate(
         prompts: A file of prompts in place of `prompt`: `.txt` with one a line, or `.jsonl` with `prompt` as text or
             messages.
         codes: Numbers of codes to answer under as well, from 0.
-        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: as the
-            model's own settings say.
+        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: the
+            model's own setting.
         code_weights: A mixture of the codes to answer under as well: K numbers, used as they are; a JSON file with a
             list of them; or one with lists by name, such as the `code_weights.json` of `adapt`, and a name.
         max_new_tokens: Tokens of an answer at most.

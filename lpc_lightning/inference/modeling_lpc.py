@@ -535,7 +535,7 @@ class LatentGenerationMixin(Stock):
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "continuous batching: it packs the tokens of many prompts into one row, where z cannot tell them apart. "
+            "continuous batching: it packs the tokens of many prompts into one row, where one z cannot serve them all. "
             "Expected `generate` on a batch; or the stock model with this one's `logits_processor`."
         )
 
@@ -701,7 +701,7 @@ class LatentCausalLM:
             kwargs: As in transformers (`dtype`, `device_map`, `revision` ...). The latent keeps its own type.
 
         Returns:
-            See `latent_causal_lm`; with `output_loading_info=True`, and what transformers says of the loading.
+            See `latent_causal_lm`; with `output_loading_info=True`, and the loading information of transformers.
         """
         for name in ("trust_remote_code", "_from_auto"):
             kwargs.pop(name, None)

@@ -236,7 +236,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
         open_module(str(cut))
     other = tmp_path / "other.ckpt"
     torch.save({"weights": torch.ones(2)}, other)
-    with pytest.raises(CheckpointError, match=r"other.ckpt does not say which policy and algorithm it belongs to"):
+    with pytest.raises(CheckpointError, match=r"other.ckpt has no record of its policy and algorithm"):
         open_policy(str(other))
     code = tmp_path / "code.ckpt"
     torch.save({"weights": Path("x")}, code)
@@ -259,7 +259,9 @@ def test_a_module_that_was_built_in_code(tmp_path: Path, make_trainer: Any, make
     pairs = make_pairs([(3, 2, 2)])
     trainer.fit(module, make_loader(pairs), make_loader(pairs))
     trainer.save_checkpoint(tmp_path / "code.ckpt")
-    with pytest.raises(CheckpointError, match=r"does not say which policy .* `DPO.load_from_checkpoint\(path, policy="):
+    with pytest.raises(
+        CheckpointError, match=r"has no record of its policy .* `DPO.load_from_checkpoint\(path, policy="
+    ):
         open_policy(str(tmp_path / "code.ckpt"))
 
 
