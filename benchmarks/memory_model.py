@@ -1,4 +1,4 @@
-"""Memory and time of a training step on paper: what `docs/scaling.md` says of Llama-3-8B, and how it is worked out.
+"""Memory and time of a training step on paper: the numbers of `docs/scaling.md` on Llama-3-8B, and their derivation.
 
 Letters: V vocabulary, d hidden width, L layers, h heads times head width, f feed-forward width; T tokens that the
 backbone reads on a device, padding included, N answer tokens. Everything is for a decoder of the Llama family, whose
@@ -77,7 +77,7 @@ class Step:
     tokens: int
     """T, padding included."""
     answers: int
-    """N: tokens whose log-probability is asked for."""
+    """N: tokens whose log-probability is computed."""
     row: int
     """Tokens in a row: the width of the mask."""
     precision: Precision = "bf16-mixed"
@@ -88,7 +88,7 @@ class Step:
     chunked: bool = True
     """Whether the head runs in chunks that the backward pass computes again."""
     live_reference: bool = True
-    """Whether a frozen copy of the policy is in memory and asked at every batch; False: cached, or none needed."""
+    """Whether a frozen copy of the policy is in memory and run at every batch; False: cached, or none needed."""
     adapter: int | None = None
     """Weights of a LoRA adapter, which are then all that is trained; the policy is its own reference."""
     accumulated: bool = False
@@ -297,7 +297,7 @@ def table(rows: dict[str, Step], model: Architecture, machine: Machine) -> str:
 
 
 def cases() -> dict[str, dict[str, Step]]:
-    """What `docs/scaling.md` tells of, by its headings."""
+    """Cases of `docs/scaling.md` by heading."""
     full = Step(tokens=4096, answers=2600, row=1024, devices=8, checkpointing=True, live_reference=False)
     lora = replace(full, devices=1, adapter=41_943_040, precision="bf16-true")
     return {

@@ -28,9 +28,9 @@ class Recording:
     pairs: list[list[str]] = field(default_factory=list)
     """Ids of the step's pairs."""
     shares: list[dict[str, float]] = field(default_factory=list)
-    """Seconds of each step by part, where they were asked for."""
+    """Seconds of each step by part, if requested."""
     reference: dict[str, Any] = field(default_factory=lambda: {"in_step": True, "pairs": 0, "seconds": 0.0})
-    """Whether a step asks the reference; and over how many pairs the reference went before the first step, in how many
+    """Whether a step runs the reference; and over how many pairs the reference went before the first step, in how many
     seconds."""
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -62,7 +62,7 @@ class Recording:
 def peak_bytes() -> int:
     """Largest resident size of this process so far.
 
-    From /proc: `getrusage` also knows the size of the process that this one was started by.
+    From /proc: `getrusage` also includes the size of the parent process.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):

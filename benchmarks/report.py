@@ -35,7 +35,7 @@ def summary(cell: dict[str, Any], name: str, peaks: dict[str, float]) -> dict[st
     runs, pairs = cell["sides"][name], cell["batch_size"]
     wall, cpu, rates, tokens = [], [], [], []
     for run in runs:
-        # Policy forward and backward, and the reference forward where a step asks it.
+        # Policy forward and backward, and the reference forward if a step runs it.
         passes = 4 if run["reference"]["in_step"] else 3
         for step, (seconds, cpu_seconds) in enumerate(zip(_steps(run, "ended"), _steps(run, "cpu"), strict=True), 1):
             if step < cell["warmup"]:
@@ -121,12 +121,12 @@ def _speed(cell: dict[str, Any], peaks: dict[str, float]) -> str:
 
 
 def _like_with_like(cell: dict[str, Any]) -> str:
-    said = []
+    sentences = []
     for ours, theirs in LIKE_WITH_LIKE:
         if speed := ratios(cell, theirs, ours, _time):
             memory = _ratio(ratios(cell, ours, theirs, _peak))
-            said.append(f"{ours} against {theirs}: {_ratio(speed)} times the speed, {memory} of the memory")
-    return f"Like with like: {'; '.join(said)}." if said else ""
+            sentences.append(f"{ours} against {theirs}: {_ratio(speed)} times the speed, {memory} of the memory")
+    return f"Like with like: {'; '.join(sentences)}." if sentences else ""
 
 
 def _passes(cell: dict[str, Any]) -> str:
@@ -143,8 +143,10 @@ def _passes(cell: dict[str, Any]) -> str:
         )
     if not lines:
         return ""
-    said = "The reference's pass, before the first step and not in the times above. Ours is kept for all runs to come:"
-    return "\n".join([said, "", *lines])
+    heading = (
+        "The reference's pass, before the first step and not in the times above. Ours is kept for all runs to come:"
+    )
+    return "\n".join([heading, "", *lines])
 
 
 def _agreement(cell: dict[str, Any]) -> str:

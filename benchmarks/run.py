@@ -2,7 +2,7 @@
 
     python -m benchmarks.run --data my_pairs.jsonl
 
-README.md beside this file says what is measured and how.
+README.md beside this file describes what is measured and how.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STANDARD = ["TRL", "TRL precomputed", "ours, live reference", "ours", "ours + LP
 
 
 def main() -> None:
-    """Measure everything that was asked for."""
+    """Run all requested measurements."""
     options = _options()
     files = find_files(options.data, options.data_dir)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,7 @@ def main() -> None:
             precompute_ref_log_probs=options.precompute,
         )
         policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=weights)
-        # With precomputed log-probabilities TRL needs no second model: the policy is asked before it is trained.
+        # With precomputed log-probabilities TRL needs no second model: the policy itself is run before training.
         reference = None if options.precompute else AutoModelForCausalLM.from_pretrained(options.model, dtype=weights)
         rows = dataset_of(steps)
         recorder = Recorder([[pair["id"] for pair in step] for step in steps])

@@ -54,7 +54,7 @@ class Work:
     """Answer tokens."""
     forward_flops: float
     """Floating-point operations of the matrix products of a forward pass. Backward is twice as many: two products for
-    each of forward. A reference that is asked in the step adds a forward pass."""
+    each of forward. A live reference adds a forward pass."""
 
 
 def work(pairs: list[TokenizedPair], config: Any) -> Work:

@@ -21,7 +21,7 @@ from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
 from lpc_lightning.evaluation.benchmarks.trial import Trial, failure_reason
 from lpc_lightning.evaluation.tables import markdown_table, score
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.paths import expand_path
 from lpc_lightning.seeding import run_seed

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # transformers and peft import bitsandbytes if it is installed. On some processors it then warns that a CPU kernel for
-# 4-bit weights is missing, which matters to nobody without a GPU. The filter must be set before those imports.
+# 4-bit weights is missing, which matters only with a GPU. The filter must be set before those imports.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 )

@@ -58,7 +58,7 @@ class PreferenceCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the groups and say where they belong."""
+        """Add the groups and link them to the settings that they fill."""
         parser.add_subclass_arguments(PolicySpec, "policy", instantiate=False, help="The model to train.")
         parser.add_argument(
             "--latent",
@@ -140,7 +140,7 @@ class PreferenceCLI(LightningCLI):
         return found
 
     def _parse_ckpt_path(self) -> None:
-        """Let the model settings in a checkpoint win over flags, and say so.
+        """Let the model settings in a checkpoint win over flags, and print that.
 
         LightningCLI does the same, but would put policy and latent under `model`, where our groups are linked to and
         nothing may be set.
@@ -163,10 +163,10 @@ class PreferenceCLI(LightningCLI):
 
 
 def _reason(error: ValueError) -> str:
-    """What a class said against its settings, out of what jsonargparse says about all that was tried."""
+    """Return why a class refuses its settings, without what jsonargparse adds about other types."""
     lines = [line.strip() for line in str(error).splitlines()]
-    said = [line[2:] for line in lines if line.startswith("- ") and not line.startswith(JSONARGPARSE)]
-    return "; ".join(dict.fromkeys(said)) or str(error)
+    reasons = [line[2:] for line in lines if line.startswith("- ") and not line.startswith(JSONARGPARSE)]
+    return "; ".join(dict.fromkeys(reasons)) or str(error)
 
 
 JSONARGPARSE = ("- Expected a", "- Does not validate", "- Problem with")
@@ -231,7 +231,7 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 ENTRY_POINTS = "lpc_lightning.commands"
-"""Where other packages put commands: functions that take what `Command` says. lpc_lightning imports none of them."""
+"""Entry points for commands of other packages, with the signature of `Command`. lpc_lightning imports none of them."""
 
 
 def commands() -> dict[str, Command]:
@@ -248,8 +248,8 @@ def _about(command: EntryPoint) -> str:
     """The first line of the module's docstring. The module is not imported: that may take seconds."""
     spec = find_spec(command.module)
     source = spec.loader.get_source(command.module) if spec and isinstance(spec.loader, InspectLoader) else None
-    told = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0].rstrip(".")
-    return told[:1].lower() + told[1:]
+    summary = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0].rstrip(".")
+    return summary[:1].lower() + summary[1:]
 
 
 USER_ERRORS = (
@@ -261,7 +261,7 @@ USER_ERRORS = (
     FloatingPointError,
     MisconfigurationException,
 )
-"""Errors whose text says what to do; a traceback would only bury it."""
+"""Errors whose text explains what to do. They are printed without a traceback."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -273,12 +273,32 @@ def main(arguments: list[str] | None = None) -> None:
     set_up_logging()
     run, _ = known[arguments[0]]
     try:
+        check_config_files(arguments[1:])
         run(arguments)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except SIGTERMException:
         sys.exit(143)
+
+
+def check_config_files(arguments: list[str]) -> None:
+    """Check that all config files on the command line exist. The parser's own error is a page of usage.
+
+    Raises:
+        ConfigError: A file does not exist.
+    """
+    options = ("-c", "--config", *(f"--{name}" for name in (*GROUPS, "model", "data", "trainer")))
+    following = [*arguments[1:], ""]
+    for argument, after in zip(arguments, following, strict=True):
+        option, equals, value = argument.partition("=")
+        path = Path(value if equals else after)
+        is_file_name = path.suffix in (".yaml", ".yml")
+        if option.removesuffix("+") in options and is_file_name and not path.is_file():
+            raise ConfigError(
+                f"{option}: found no file {path} in {Path.cwd()}.\n"
+                "Expected a YAML file; `lpc-lightning configs` writes those that come with the package."
+            )
 
 
 def set_up_logging() -> None:
@@ -289,12 +309,12 @@ def set_up_logging() -> None:
 
 
 def _usage(arguments: list[str], known: dict[str, Command]) -> None:
-    asked = bool(arguments) and arguments[0] in ("-h", "--help")
+    is_help = bool(arguments) and arguments[0] in ("-h", "--help")
     lines = [f"  {name:<10}{text}" for name, (_, text) in known.items()]
     text = "\n".join(
-        ["usage: lpc-lightning COMMAND ...", "", *lines, "", "lpc-lightning COMMAND --help tells the settings."]
+        ["usage: lpc-lightning COMMAND ...", "", *lines, "", "lpc-lightning COMMAND --help lists the settings."]
     )
-    print(text, file=sys.stdout if asked else sys.stderr)
-    if arguments and not asked:
+    print(text, file=sys.stdout if is_help else sys.stderr)
+    if arguments and not is_help:
         print(f"\nerror: found command {arguments[0]!r}, expected one of {', '.join(known)}.", file=sys.stderr)
-    sys.exit(0 if asked else 2)
+    sys.exit(0 if is_help else 2)

@@ -26,15 +26,15 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
     Returns:
         What the function returns.
     """
-    told = parse(function.__doc__ or "")
-    meanings = {each.arg_name: each.description for each in told.params}
+    docstring = parse(function.__doc__ or "")
+    descriptions = {each.arg_name: each.description for each in docstring.params}
     hints = get_type_hints(function)
     lists = {each: entry for each, hint in hints.items() if each != "return" and (entry := _entry(hint)) is not None}
-    parser = ArgumentParser(prog=f"lpc-lightning {name}", description=told.description, allow_abbrev=False)
+    parser = ArgumentParser(prog=f"lpc-lightning {name}", description=docstring.description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of these settings.")
     for each, entry in lists.items():
         default = inspect.signature(function).parameters[each].default
-        several: dict[str, Any] = {"nargs": "+", "type": entry, "help": meanings[each]}
+        several: dict[str, Any] = {"nargs": "+", "type": entry, "help": descriptions[each]}
         if default is inspect.Parameter.empty:
             parser.add_argument(each, **several)
         else:
@@ -53,7 +53,7 @@ def _entry(hint: Any) -> Any:
 
 
 def _spelled_out(arguments: list[str], lists: set[str], switches: set[str]) -> Iterator[str]:
-    """The arguments as the parser knows them: underscores in names, lists in pieces, and a value for every switch."""
+    """Yield the arguments in the parser's form: underscores in names, lists in pieces, and a value for every switch."""
     option = ""
     for place, argument in enumerate(arguments):
         if not argument.startswith("--"):

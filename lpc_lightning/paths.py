@@ -32,6 +32,6 @@ def expand_path(path: str, setting: str) -> str:
     rest = _VARIABLE.sub("", path).strip("/") or "the data"
     raise ConfigError(
         f"{setting}: found {path}, {fault}. Set {names[0]} to the folder that holds {rest}, or set {setting} to "
-        "another file or a hub name. The files do not come with the project: docs/data.md tells where to get them. "
+        "another file or a hub name. The files do not come with the project: docs/data.md explains where to get them. "
         "`lpc-lightning prepare --pairs pairs.jsonl` writes a sample of the built-in pairs."
     )

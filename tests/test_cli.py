@@ -109,7 +109,7 @@ def test_help_tells_every_command(command: Command, flag: str) -> None:
         assert re.search(rf"^ +{name} +{re.escape(text)}$", said.out, re.M)
 
 
-def test_commands_of_other_packages_are_told_and_not_imported() -> None:
+def test_usage_lists_plugins_without_importing_them() -> None:
     """lpc_lightning imports nothing from evaluation, whose lm-eval takes seconds."""
     code = (
         "import sys; from lpc_lightning.cli import commands; told = commands()['evaluate'][1]; "
@@ -131,9 +131,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_setting_of_a_command_is_told_with_its_meaning(
-    command: Command, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_command_help_explains_every_setting(command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
     said = command(name, "--help")
     assert said.code == 0
@@ -151,7 +149,7 @@ def test_the_installed_program_is_this_one() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"), [([], ""), (["fot"], "error: found command 'fot', expected one of fit, ")]
 )
-def test_an_unknown_command_is_answered_with_the_known_ones(command: Command, arguments: list[str], error: str) -> None:
+def test_unknown_command_lists_the_known_ones(command: Command, arguments: list[str], error: str) -> None:
     said = command(*arguments)
     assert said.code == 2
     assert said.out == ""
@@ -202,7 +200,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("group", "name"), list(SETTINGS), ids=lambda value: value)
-def test_every_setting_of_a_class_is_told_with_its_meaning(
+def test_class_help_explains_every_setting(
     command: Command, monkeypatch: pytest.MonkeyPatch, group: str, name: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
@@ -218,7 +216,7 @@ def test_every_setting_of_a_class_is_told_with_its_meaning(
 # A run.
 
 
-def test_a_run_writes_its_folder_and_the_next_one_takes_another(fit: Command, runs: Path) -> None:
+def test_each_run_writes_its_own_folder(fit: Command, runs: Path) -> None:
     assert fit().code == 0
     assert fit("--seed_everything=5").code == 0
     assert sorted(path.name for path in runs.iterdir()) == ["version_0", "version_1"]
@@ -239,9 +237,7 @@ def test_a_run_writes_its_folder_and_the_next_one_takes_another(fit: Command, ru
 @pytest.mark.parametrize(
     "callbacks", [[], [f"--callbacks={CONFIGS / 'callbacks' / 'default.yaml'}"]], ids=["", "callbacks"]
 )
-def test_a_run_is_repeated_from_the_config_in_its_folder(
-    callbacks: list[str], command: Command, fit: Command, runs: Path
-) -> None:
+def test_run_repeats_from_its_saved_config(callbacks: list[str], command: Command, fit: Command, runs: Path) -> None:
     assert fit(*callbacks).code == 0
     first = logged(runs / "version_0")
     said = command("fit", f"--config={runs / 'version_0' / 'config.yaml'}")
@@ -286,9 +282,7 @@ def checkpoint(fit: Command, runs: Path) -> Path:
 # Lightning tells that the best score of the old folder does not count in the new one.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 class TestFromACheckpoint:
-    def test_a_resumed_run_goes_on_and_keeps_the_models_settings(
-        self, checkpoint: Path, fit: Command, runs: Path
-    ) -> None:
+    def test_resume_keeps_the_model_settings(self, checkpoint: Path, fit: Command, runs: Path) -> None:
         with pytest.warns(UserWarning, match=r"resume: found trainer\.max_epochs 2 \(before: 1\)"):
             said = fit(f"--ckpt_path={checkpoint}", "--model.beta=9", "--policy.width=32", "--latent=null")
         assert said.code == 0, said.err
@@ -537,14 +531,30 @@ def test_a_group_without_a_class_is_told(command: Command, missing: str, places:
     assert_one_error(said, rf"{missing}: found no class, expected one, as in `--{missing} ")
 
 
-@pytest.mark.parametrize(
-    "flag", ["--data.batchsize=3", "--latent=NoSuchSpace", "--data.batch_size=many", "--config=nowhere.yaml"]
-)
+@pytest.mark.parametrize("flag", ["--data.batchsize=3", "--latent=NoSuchSpace", "--data.batch_size=many"])
 def test_an_unknown_setting_is_the_parsers_to_tell(fit: Command, flag: str) -> None:
     said = fit(flag)
     assert said.code == 2
     assert "Traceback" not in said.err
     assert flag.partition("=")[2].partition(".")[0] in said.err or "batchsize" in said.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", "--config", "nowhere.yaml"],
+        ["fit", "--config=nowhere.yaml", "--model=DPO"],
+        ["fit", "-c", "nowhere.yaml"],
+        ["fit", "--latent=nowhere.yaml"],
+        ["fit", "--callbacks+=nowhere.yaml"],
+        ["export", "--config=nowhere.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_missing_config_file_is_two_lines(command: Command, arguments: list[str]) -> None:
+    ended = command(*arguments)
+    assert_one_error(ended, r"(-c|--config|--latent|--callbacks\+): found no file nowhere\.yaml in /")
+    assert len(ended.err.splitlines()) == 2
 
 
 @pytest.fixture
@@ -556,7 +566,7 @@ def full_disk() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(full_disk: None, fit: Command, runs: Path) -> None:
+def test_full_disk_leaves_no_partial_checkpoint(full_disk: None, fit: Command, runs: Path) -> None:
     said = fit()
     assert_one_error(said, r"checkpoint: could not write .*version_0/checkpoints/.*\.ckpt .*Earlier checkpoints are")
     assert not [path for path in runs.rglob("*") if "ckpt" in path.name]

@@ -1,11 +1,12 @@
-"""Every file under configs/: groups say all their settings, experiments open with their command and run."""
+"""Every file under configs/: groups can be laid over each other, experiments open with their command and run."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ BASES: dict[str, type] = {
 }
 EXPERIMENTS = sorted(CONFIGS.glob("experiment/**/*.yaml"))
 ALGORITHMS = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
-SPACES = {"": "NoneType", "_lpc": "GumbelSpace", "_lpc_marginal": "MarginalSpace"}
+SPACES = {"none": "NoneType", "gumbel": "GumbelSpace", "marginal": "MarginalSpace"}
 
 
 def groups() -> list[Path]:
@@ -78,46 +79,64 @@ def swap(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", groups(), ids=name_of)
-def test_a_group_states_every_argument_of_its_class(path: Path) -> None:
-    stated = yaml.safe_load(path.read_text())
+def test_group_states_what_its_group_states(path: Path) -> None:
+    """A file states what its siblings state: the parser keeps init_args that the second of two files leaves out."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(BASES[path.parent.name], "group", required=True, skip={"policy", "latent"})
-    parsed = parser.parse_object({"group": stated})
-    assert_all_stated(stated, parsed.as_dict()["group"], path.name)
-
-
-def assert_all_stated(stated: Any, parsed: Any, where: str) -> None:
-    """All that the parser knows about a class and its nested classes is written in the file."""
-    if not isinstance(parsed, dict) or "class_path" not in parsed:
-        return
-    assert set(stated["init_args"]) == set(parsed["init_args"]), where
-    for name, value in parsed["init_args"].items():
-        assert_all_stated(stated["init_args"][name], value, f"{where} {name}")
+    stated = yaml.safe_load(path.read_text())
+    accepted = set(parser.parse_object({"group": stated}).as_dict()["group"]["init_args"])
+    siblings = [yaml.safe_load(each.read_text())["init_args"] for each in path.parent.glob("*.yaml")]
+    assert set(stated["init_args"]) >= accepted & {name for each in siblings for name in each}
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
-def test_an_experiment_opens_with_its_command_and_what_to_see(path: Path) -> None:
+def test_experiment_header(path: Path) -> None:
     first, second, *_ = path.read_text().splitlines()
-    command = "make demo" if path.name == "demo.yaml" else f"lpc-lightning fit --config configs/{name_of(path)}"
+    command = "make demo-smollm2" if path.name == "demo.yaml" else f"lpc-lightning fit --config configs/{name_of(path)}"
     assert first == f"# {command}"
-    assert second.startswith("# ")
+    assert "See " in path.read_text()
     assert len(second) > 40
+    assert "# --print_config prints all settings" in path.read_text()
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
-def test_an_experiment_is_instantiated_as_its_name_says(path: Path, swap: list[str]) -> None:
-    built = Parsed([f"--config={path}", *swap])
-    algorithm, _, latent = path.stem.replace("demo", "dpo_lpc_marginal").partition("_")
+def experiments() -> list[tuple[Path, str | None, str | None]]:
+    """Each base, and its combinations of the --model and --latent files that its header names."""
+    combinations: list[tuple[Path, str | None, str | None]] = []
+    for path in EXPERIMENTS:
+        named = {
+            group: re.findall(rf"^#   --{group} configs/(\S+)", path.read_text(), re.M) for group in ("model", "latent")
+        }
+        combinations += [(path, *pair) for pair in product([None, *named["model"]], [None, *named["latent"]])]
+    return combinations
+
+
+def test_experiments_are_those_of_the_paper() -> None:
+    names = {path.stem for path in EXPERIMENTS}
+    assert names == {"demo", "llama3_8b", "llama3_8b_instruct", "mistral_7b", "smollm2", "tiny", "tiny_reader"}
+    assert len(experiments()) == 6 * 9 + 1
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "latent"), experiments(), ids=lambda value: str(getattr(value, "stem", value))
+)
+def test_experiment_is_instantiated(path: Path, model: str | None, latent: str | None, swap: list[str]) -> None:
+    flags = [f"--{name}={CONFIGS / file}" for name, file in (("model", model), ("latent", latent)) if file]
+    built = Parsed([f"--config={path}", *flags, *swap])
+    algorithm = Path(model or "dpo").stem.partition("_")[0]
+    space = Path(latent or ("marginal" if path.stem == "demo" else "none")).stem
     assert type(built.model).__name__ == ALGORITHMS[algorithm]
-    assert type(built.model.latent).__name__ == SPACES[f"_{latent}" if latent else ""]
+    assert type(built.model.latent).__name__ == SPACES[space]
     assert isinstance(built.model.policy_spec, TinyPolicy)
-    assert built.model.make_optimizer([torch.zeros(1, requires_grad=True)]).defaults["fused"]
+    defaults = built.model.make_optimizer([torch.zeros(1, requires_grad=True)]).defaults
+    assert defaults["fused"]
+    file = path.parent / yaml.safe_load(path.read_text())["model"] if model is None else CONFIGS / model
+    assert defaults["lr"] == yaml.safe_load(file.read_text())["init_args"]["optimizer"]["init_args"]["lr"]
     names = {type(callback).__name__ for callback in built.trainer.callbacks}
     assert {"ModelCheckpoint", "GracefulStop", "RunSummary", "FinalValidation", "ResourceMonitor"} <= names
 
 
 @pytest.mark.parametrize("path", groups(), ids=name_of)
-def test_a_group_parses_and_says_what_it_is(path: Path) -> None:
+def test_group_is_instantiated(path: Path) -> None:
     base = BASES[path.parent.name]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "group", required=True, skip={"policy", "latent"})
@@ -127,14 +146,14 @@ def test_a_group_parses_and_says_what_it_is(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("trainer/*.yaml")), ids=name_of)
-def test_a_trainer_parses_with_its_own_strategy(path: Path) -> None:
+def test_trainer_parses(path: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Trainer, "trainer")
     assert parser.parse_object({"trainer": yaml.safe_load(path.read_text())}).trainer.devices in (1, 8)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("trainer/*.yaml")), ids=name_of)
-def test_a_strategy_is_built_with_its_settings(path: Path) -> None:
+def test_strategy_is_built(path: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--strategy", type=str | Strategy)
     # Every setting is checked against the class's signature.
@@ -147,9 +166,7 @@ def test_a_strategy_is_built_with_its_settings(path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", [CONFIGS / "trainer" / "deepspeed_8gpu.yaml", "deepspeed_stage_2"], ids=str)
-def test_what_is_not_installed_is_named_in_one_sentence(
-    strategy: Path | str, swap: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strategy_not_installed(strategy: Path | str, swap: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lpc_lightning.cli.find_spec", lambda name: None)
     where = [f"--trainer={strategy}"] if isinstance(strategy, Path) else [f"--trainer.strategy={strategy}"]
     swap = [each for each in swap if "strategy" not in each]
@@ -157,17 +174,15 @@ def test_what_is_not_installed_is_named_in_one_sentence(
         Parsed(["--model=DPO", *swap, *where])
 
 
-def test_all_trainers_state_the_same_settings() -> None:
+def test_trainers_state_the_same_settings() -> None:
     stated = {path.name: set(yaml.safe_load(path.read_text())) for path in CONFIGS.glob("trainer/*.yaml")}
     assert len({frozenset(names) for names in stated.values()}) == 1, stated
 
 
 @pytest.mark.parametrize("latent", [None, *sorted(CONFIGS.glob("latent/*.yaml"))], ids=lambda path: path and path.stem)
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
-def test_every_algorithm_trains_two_steps_with_every_latent(
-    algorithm: str, latent: Path | None, swap: list[str]
-) -> None:
-    path = CONFIGS / "experiment" / "smollm2" / f"{algorithm}.yaml"
+def test_algorithm_and_latent_train_two_steps(algorithm: str, latent: Path | None, swap: list[str]) -> None:
+    path, model = CONFIGS / "experiment" / "smollm2.yaml", CONFIGS / "algorithm" / f"{algorithm}_small.yaml"
     steps = [
         "--data.deciding=hidden",
         "--data.train_pairs=32",
@@ -176,7 +191,7 @@ def test_every_algorithm_trains_two_steps_with_every_latent(
         "--trainer.enable_progress_bar=false",
         "--trainer.precision=32-true",
     ]
-    done = PreferenceCLI(["fit", f"--config={path}", f"--latent={latent or 'null'}", *swap, *steps])
+    done = PreferenceCLI(["fit", f"--config={path}", f"--model={model}", f"--latent={latent or 'null'}", *swap, *steps])
     assert done.trainer.global_step == 2
     losses = done.trainer.callback_metrics
     assert torch.isfinite(losses["train/loss"])
@@ -190,7 +205,7 @@ INHERITED = {"refresh_rate", "process_position", "leave"}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("callbacks/*.yaml")), ids=name_of)
-def test_a_file_of_callbacks_states_every_argument_of_ours(path: Path) -> None:
+def test_callbacks_state_our_arguments(path: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Callback, "callback", required=True)
     for stated in yaml.safe_load(path.read_text()):
@@ -203,16 +218,16 @@ def test_a_file_of_callbacks_states_every_argument_of_ours(path: Path) -> None:
 @pytest.mark.parametrize(
     "path", [path for path in sorted(CONFIGS.glob("callbacks/*.yaml")) if "label_flip" in path.stem], ids=name_of
 )
-def test_label_noise_is_added_to_an_experiment_and_changed_by_flags(path: Path, swap: list[str]) -> None:
-    base = CONFIGS / "experiment" / "smollm2" / "dpo.yaml"
+def test_label_noise_is_added_by_flags(path: Path, swap: list[str]) -> None:
+    base = CONFIGS / "experiment" / "smollm2.yaml"
     built = Parsed([f"--config={base}", *swap, f"--callbacks+={path}", "--callbacks.rate=0.1"])
     (noise,) = [each for each in built.trainer.callbacks if isinstance(each, LabelFlipNoise)]
     assert (noise.rate, noise.marker) == (0.1, "[FLIP]" if "marked" in path.stem else None)
     assert any(type(each).__name__ == "GracefulStop" for each in built.trainer.callbacks)
 
 
-def test_few_shot_annotators_are_added_to_an_experiment_and_changed_by_flags(swap: list[str]) -> None:
-    base, path = CONFIGS / "experiment" / "smollm2" / "dpo_lpc.yaml", CONFIGS / "callbacks" / "adaptation.yaml"
+def test_adaptation_is_added_by_flags(swap: list[str]) -> None:
+    base, path = CONFIGS / "experiment" / "smollm2.yaml", CONFIGS / "callbacks" / "adaptation.yaml"
     built = Parsed([f"--config={base}", *swap, f"--callbacks+={path}", "--callbacks.column=factor"])
     (added,) = [each for each in built.trainer.callbacks if isinstance(each, AnnotatorAdaptation)]
     assert (added.pairs.column, added.pairs.shots, added.pairs.rounds) == ("factor", SHOTS, 20)
@@ -220,9 +235,7 @@ def test_few_shot_annotators_are_added_to_an_experiment_and_changed_by_flags(swa
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablation/*.yaml")), ids=name_of)
-def test_an_ablation_opens_with_its_command_and_its_first_cell_takes_two_steps(
-    path: Path, swap: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ablation_first_cell_takes_two_steps(path: Path, swap: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     first, second, *_ = path.read_text().splitlines()
     assert first.startswith(f"# lpc-lightning ablate configs/{name_of(path)}")
@@ -244,9 +257,7 @@ def test_an_ablation_opens_with_its_command_and_its_first_cell_takes_two_steps(
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablation/*.yaml")), ids=name_of)
-def test_every_value_of_an_ablations_axes_is_understood(
-    path: Path, swap: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ablation_values_parse(path: Path, swap: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those too that are not taken unless the command line asks for them."""
     monkeypatch.chdir(CONFIGS.parent)
     grid = read_grid(path)

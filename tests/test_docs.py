@@ -108,7 +108,7 @@ class Parsed(PreferenceCLI):
 
 def replaced(words: list[str]) -> list[str]:
     """Return the arguments of `fit` with an existing config in place of a run's, without checkpoints and help."""
-    words = [re.sub(r"^runs/version_\d/config.yaml$", str(ROOT / "configs/experiment/tiny/dpo.yaml"), w) for w in words]
+    words = [re.sub(r"^runs/version_\d/config.yaml$", str(ROOT / "configs/experiment/tiny.yaml"), w) for w in words]
     if "--ckpt_path" in words:
         del words[(at := words.index("--ckpt_path")) : at + 2]
     return [word for word in words if word not in ("--print_config", "--help")]

@@ -101,11 +101,11 @@ def test_installed_commands_beside_hostile_folders(installed: Path, tmp_path: Pa
         assert Path(file).is_relative_to(installed.parent)
 
     run(program, "configs", "--output", "configs", cwd=tmp_path)
-    config = yaml.safe_load((tmp_path / "configs" / "experiment" / "tiny" / "dpo.yaml").read_text())
-    assert config == yaml.safe_load((ROOT / "configs" / "experiment" / "tiny" / "dpo.yaml").read_text())
+    config = yaml.safe_load((tmp_path / "configs" / "experiment" / "tiny.yaml").read_text())
+    assert config == yaml.safe_load((ROOT / "configs" / "experiment" / "tiny.yaml").read_text())
     places = [f"--data.cache_dir={tmp_path / 'cache'}", "--data.train_pairs=16", "--data.validation_pairs=4"]
     bar = "--trainer.enable_progress_bar=false"
-    fit = ["fit", "--config=configs/experiment/tiny/dpo.yaml", "--latent=configs/latent/marginal.yaml", *places, bar]
+    fit = ["fit", "--config=configs/experiment/tiny.yaml", "--latent=configs/latent/marginal.yaml", *places, bar]
     assert "Run folder: " in run(program, *fit, "--trainer.max_steps=2", cwd=tmp_path)
     version = tmp_path / "runs" / "version_0"
     found = ["--config", version / "config.yaml", "--ckpt_path", version / "checkpoints" / "best.ckpt"]

@@ -97,7 +97,7 @@ class Run:
 
 
 def main() -> None:
-    """Measure everything that was asked for and that there is time for."""
+    """Run the requested parts for as long as time is left."""
     options = _options()
     options.output.mkdir(parents=True, exist_ok=True)
     log = _log_of_everything(options.output / "log.txt")

@@ -75,7 +75,7 @@ def free_memory() -> None:
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # a broken context: the next part says so
+        with contextlib.suppress(RuntimeError):  # a broken context: the next part reports it
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -94,7 +94,7 @@ def _targets(steps: list[Row]) -> str:
     if not reached:
         return ""
     return "### Targets\n\n" + table(
-        ["", "found", "asked"], [[name, f"{value:.3g}", TARGETS[name]] for name, value in reached.items()]
+        ["", "measured", "target"], [[name, f"{value:.3g}", TARGETS[name]] for name, value in reached.items()]
     )
 
 

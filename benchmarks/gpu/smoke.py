@@ -72,13 +72,13 @@ class Smoke:
         config = f"--config={run}/version_0/config.yaml"
         yield Cell("fit, resumed", ["fit", config, f"--ckpt_path={checkpoint}", "--trainer.max_steps=4"])
         pairs = self.folder / "pairs.jsonl"
-        asked = ["--prompt", "How do I boil an egg?", "--codes", "1", "--max_new_tokens", "4", "--device", self.device]
-        yield Cell("generate", ["generate", "--model", str(checkpoint), *asked])
+        flags = ["--prompt", "How do I boil an egg?", "--codes", "1", "--max_new_tokens", "4", "--device", self.device]
+        yield Cell("generate", ["generate", "--model", str(checkpoint), *flags])
         yield Cell("export", ["export", "--checkpoint", str(checkpoint), "--output", str(self.folder / "exported")])
         scored = ["--preferences", str(pairs), "--output", str(self.folder / "scores"), "--device", self.device]
         if not self.tiny:
-            asked = ["generate", "--model", str(self.folder / "exported"), *asked]
-            yield Cell("generate, exported folder", asked)
+            flags = ["generate", "--model", str(self.folder / "exported"), *flags]
+            yield Cell("generate, exported folder", flags)
             yield Cell("evaluate", ["evaluate", str(checkpoint), "--tasks", "none", *scored])
             given = ["--shots", "0", "2", "--rounds", "2", "--output", str(self.folder / "given")]
             yield Cell("adapt", ["adapt", str(checkpoint), *scored[:2], *given, "--device", self.device])
@@ -145,7 +145,7 @@ class Smoke:
             {
                 "prompt": f"How do I cook {number} eggs?",
                 "chosen": f"Boil them for {number} minutes.",
-                "rejected": "Ask somebody else, please.",
+                "rejected": "Please look it up.",
                 "annotator": f"annotator-{number % 2}",
                 "split": "test",
             }

@@ -1,8 +1,7 @@
-"""What is done with a trained policy: open it, have it answer under its latent, export it."""
+"""Use of a trained policy: open it, generate answers under its latent, export it."""
 
 from lpc_lightning.inference.modeling_lpc import InferencePrior, LatentLogitsProcessor, latent_causal_lm
-from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import OpenedPolicy, inference_prior, open_module, open_policy
 
 __all__ = [
     "InferencePrior",

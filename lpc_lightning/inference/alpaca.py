@@ -1,4 +1,4 @@
-"""The command `alpaca`: answers in the form that the package `alpaca_eval` judges."""
+"""The command `alpaca`: write answers in the format of the package `alpaca_eval`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def alpaca(
     """Answer AlpacaEval's instructions. Judging the answers is a step of your own, which needs a paid API.
 
     The file that is written is what alpaca_eval reads: `pip install alpaca-eval`, set OPENAI_API_KEY, and
-    `alpaca_eval --model_outputs model_outputs.json`. A command that was interrupted goes on where it stopped: the same
+    `alpaca_eval --model_outputs model_outputs.json`. An interrupted command continues where it stopped: the same
     command answers what is not answered yet, and ends with the same file.
 
     Args:
@@ -51,8 +51,8 @@ def alpaca(
             (or JSON lines) of objects with `instruction` and, if known, `dataset`.
         output: The file to write; its settings go to a file beside it, `model_outputs.settings.json`.
         generator: The model's name on the leaderboard. null: the name it has in other tables.
-        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: as the
-            model's own settings say.
+        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: the
+            model's own setting.
         limit: Answer only so many instructions, from the first. null: all of them.
         max_new_tokens: Tokens of an answer at most.
         temperature: Divides the logits before a token is drawn. 0 takes the likeliest token.
@@ -64,7 +64,7 @@ def alpaca(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: found {limit}, expected at least 1.")
-    asked = read_instructions(instructions)[:limit]
+    requested = read_instructions(instructions)[:limit]
     decoding = Decoding(max_new_tokens, temperature, top_p, seed=seed, batch_size=batch_size)
     opened = open_policy(model, dtype=dtype, device=device, name=generator)
     (under,) = conditions(opened, prior_mode, [], None)
@@ -72,19 +72,19 @@ def alpaca(
     settings |= {"dtype": dtype, **asdict(decoding)}
     del settings["batch_size"]  # it does not change the answers
     path = Path(output)
-    rows = _taken_up(path, asked, settings)
+    rows = _resume(path, requested, settings)
     if rows:
-        print(f"{path} holds {len(rows)} of {len(asked)} answers already.")
-    left = asked[len(rows) :]
+        print(f"{path} holds {len(rows)} of {len(requested)} answers already.")
+    left = requested[len(rows) :]
     prompts = [text_prompt(row["instruction"]) for row in left]
     unfinished = 0
-    with tqdm(total=len(asked), initial=len(rows), unit="answer") as bar:
+    with tqdm(total=len(requested), initial=len(rows), unit="answer") as bar:
         for row, answered in zip(left, answers(opened, prompts, [under], decoding), strict=True):
             (answer,) = answered.answers
             rows.append({**row, "output": answer.text, "generator": opened.name})
             unfinished += not answer.finished
             bar.update()
-            if len(rows) % batch_size == 0 or len(rows) == len(asked):
+            if len(rows) % batch_size == 0 or len(rows) == len(requested):
                 _write(path, rows)
     if unfinished:
         print(f"{unfinished} answers were cut at {max_new_tokens} tokens or at the end of the context.")
@@ -92,10 +92,10 @@ def alpaca(
 
 
 def read_instructions(path: str) -> list[Row]:
-    """`instruction` and `dataset` of each row.
+    """Read `instruction` and `dataset` of each row.
 
     Raises:
-        DataError: A row without an instruction, or with something that cannot be used; names file, row and field.
+        DataError: A row has no instruction or an invalid field. The message names file, row and field.
     """
     found = []
     for place, row in read_rows(path):
@@ -113,8 +113,8 @@ def read_instructions(path: str) -> list[Row]:
     return found
 
 
-def _taken_up(path: Path, asked: Sequence[Row], settings: Mapping[str, Any]) -> list[Row]:
-    """The answers that are there already, after a check that they belong to these instructions and settings."""
+def _resume(path: Path, requested: Sequence[Row], settings: Mapping[str, Any]) -> list[Row]:
+    """Read the answers of an interrupted command. Check that instructions and settings are the same."""
     beside = path.with_suffix(".settings.json")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,16 +131,16 @@ def _taken_up(path: Path, asked: Sequence[Row], settings: Mapping[str, Any]) -> 
         if written.get(name) != value:
             found = written.get(name)
             raise ConfigError(f"output: {path} was written with {name} {found!r}, now it is {value!r}. {advice}")
-    for number, (row, wanted) in enumerate(zip(rows, asked, strict=False), 1):
-        if {**row, **wanted} != row:
+    for number, (row, instruction) in enumerate(zip(rows, requested, strict=False), 1):
+        if {**row, **instruction} != row:
             raise ConfigError(f"output: row {number} of {path} answers another instruction. {advice}")
-    if len(rows) > len(asked):
-        raise ConfigError(f"output: {path} holds {len(rows)} answers to {len(asked)} instructions. {advice}")
+    if len(rows) > len(requested):
+        raise ConfigError(f"output: {path} holds {len(rows)} answers to {len(requested)} instructions. {advice}")
     return rows
 
 
 def _write(path: Path, rows: list[Row]) -> None:
-    """Replace the file in one step, so that an interruption leaves a whole one."""
+    """Replace the file in one step, so that an interruption leaves a complete file."""
     half = path.with_name(path.name + ".part")
     half.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(half, path)

@@ -1,4 +1,4 @@
-"""The model card of an exported policy, for somebody who knows neither the run nor this suite."""
+"""Model card of an exported policy, for readers without knowledge of the run or this suite."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ MEASURED = {
     "latent/prior_entropy": "entropy of the prior for a single prompt, in nats",
     "latent/dead_codes": "codes that are no prompt's likeliest",
 }
-"""What of a run's `summary.json` is told, and how it is called."""
+"""Metrics of `summary.json` in the card, with their descriptions."""
 SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What a card tells of."""
+    """Content of a model card."""
 
     name: str
-    """What the model is called."""
+    """Name of the model."""
     origin: Mapping[str, Any]
-    """Where it comes from: see `checkpoint_origin`."""
+    """Origin, see `checkpoint_origin`."""
     template: Template
-    """Writes its prompts."""
+    """Template of its prompts."""
     latent: Mapping[str, Any] | None = None
-    """Settings of its prior; None where it has no latent."""
+    """Settings of its prior. None without a latent."""
     linear: bool = True
-    """Whether z is a bias on its logits."""
+    """True if z is a bias on its logits."""
     biases: str | None = None
-    """The file with what each code adds to the logits, where there is one."""
+    """File with the logit biases of each code, if written."""
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The content of the run's `summary.json` and `results.json` files, by path."""
+    """Content of the run's `summary.json` and `results.json` files, by path."""
 
 
 def model_card(model: Exported) -> str:
-    """Markdown with the YAML front matter of the hub."""
-    latent = [] if model.latent is None else [_steer(model, model.latent), _what_z_is(model.latent)]
+    """Return the card as Markdown, with the YAML front matter of the hub."""
+    latent = [] if model.latent is None else [_steer(model, model.latent), _latent_section(model.latent)]
     parts = [_front(model), _head(model), _use(model), *latent, _training(model.origin), _results(model.results)]
     return "\n\n".join([*parts, _limits(model)]) + "\n"
 
@@ -122,7 +122,7 @@ def _use(model: Exported) -> str:
         parts.append(
             "`trust_remote_code=True` runs `modeling_lpc.py` from this folder; it needs torch, transformers 5 and "
             "safetensors, and nothing of the suite that trained the model. **Without it transformers opens the same "
-            "weights as a plain model that knows no latent (z = 0). That is not the policy that was trained**; it is "
+            "weights as a plain model without a latent (z = 0). That is not the policy that was trained**; it is "
             "what is left of it where remote code is not allowed."
         )
     return "\n\n".join(parts)
@@ -145,7 +145,7 @@ def _steer(model: Exported, latent: Mapping[str, Any]) -> str:
         _code(*_aligned({f"answer({what})": why for what, why in calls.items()})),
         "z is inferred at the last token of the prompt and kept for the whole answer, also over a KV cache, in padded "
         "batches, sampling and beam search. `outputs = model(**prompt)` has it as `outputs.z`; pass it on "
-        "(`z=outputs.z`) when you decode by hand. To score an answer that stands behind its prompt, say where the "
+        "(`z=outputs.z`) when you decode by hand. To score an answer that stands behind its prompt, state where the "
         "prompt ends: `model(**tokens, prompt_end=...)`, or z would be read at the end of the answer.",
         *(_as_bias(model, latent) if model.linear else [NOT_LINEAR]),
     ]
@@ -166,19 +166,19 @@ def _as_bias(model: Exported, latent: Mapping[str, Any]) -> list[str]:
     }
     if latent["kind"] == "discrete":
         lines["table = model.code_biases()"] = "(K, vocabulary): what each code adds"
-    told = (
+    text = (
         "z is a bias on the logits (the LM head is linear): a stock model, or any server that takes a logits "
         "processor, can serve it."
     )
     table = [f"`{model.biases}` holds that table."] if model.biases else []
-    return [told, _code(*_aligned(lines)), *table]
+    return [text, _code(*_aligned(lines)), *table]
 
 
-def _what_z_is(latent: Mapping[str, Any]) -> str:
-    told = {
+def _latent_section(latent: Mapping[str, Any]) -> str:
+    text = {
         "discrete": f"A codebook of {latent.get('num_codes')} vectors, one for each preference factor. A network "
         "of two "
-        "layers reads the hidden state at the prompt's last token and says how likely each code is; z is taken from "
+        "layers reads the hidden state at the prompt's last token and predicts how likely each code is. z comes from "
         "that distribution. The codes have no names: what one of them stands for is found by answering under it.",
         "gaussian": f"A codebook of {latent.get('num_codes')} vectors under continuous weights: a network of two "
         "layers "
@@ -186,16 +186,16 @@ def _what_z_is(latent: Mapping[str, Any]) -> str:
         "mlp": "A network of two layers on the hidden state at the prompt's last token: a control without codes.",
         "vector": "One learned vector for all prompts: a control without codes.",
     }[latent["kind"]]
-    return f"## What z is\n\n{told} Its weights are in `latent.safetensors`, its settings in `config.json` under `lpc`."
+    return f"## What z is\n\n{text} Its weights are in `latent.safetensors`, its settings in `config.json` under `lpc`."
 
 
 def _training(origin: Mapping[str, Any]) -> str:
-    rows: list[tuple[str, Any]] = [("algorithm", f"{origin['algorithm']}{_told(origin['settings'])}")]
+    rows: list[tuple[str, Any]] = [("algorithm", f"{origin['algorithm']}{_settings(origin['settings'])}")]
     latent, data, trainer = origin["latent"], origin["data"], origin["trainer"] or {}
-    rows.append(("latent", f"{_class(latent)}{_told(latent.get('init_args') or {})}" if latent else "none"))
-    rows.append(("policy", f"{_class(origin['policy'])}{_told(origin['policy'].get('init_args') or {})}"))
+    rows.append(("latent", f"{_class(latent)}{_settings(latent.get('init_args') or {})}" if latent else "none"))
+    rows.append(("policy", f"{_class(origin['policy'])}{_settings(origin['policy'].get('init_args') or {})}"))
     unknown = "not known: the checkpoint lay beside no config.yaml"
-    rows.append(("data", f"{_class(data)}{_told(data.get('init_args') or {})}" if data else unknown))
+    rows.append(("data", f"{_class(data)}{_settings(data.get('init_args') or {})}" if data else unknown))
     rows.append(("training pairs", origin["training_pairs"]))
     rows.append(("optimizer steps", origin["step"]))
     rows += [
@@ -214,8 +214,8 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
     if validation := results.get(SUMMARY, {}).get("validation_after"):
         before = results[SUMMARY].get("validation_before") or {}
         measured: list[tuple[str, ...]] = [
-            (told, _number(before.get(key)), _number(validation[key]))
-            for key, told in MEASURED.items()
+            (text, _number(before.get(key)), _number(validation[key]))
+            for key, text in MEASURED.items()
             if key in validation
         ]
         parts += [
@@ -247,16 +247,16 @@ def _stderr(metric: str) -> str:
 
 def _limits(model: Exported) -> str:
     points = [
-        "Validation pairs come from the same source as the training pairs. An accuracy on them says how well these "
-        "preferences are told apart, and not how good the answers are.",
+        "Validation pairs come from the same source as the training pairs. Accuracy on them measures how well these "
+        "preferred answers are recognised. It does not measure how good the answers are.",
         "Nobody has checked this model for safety by exporting it. It has what its base model and its data had.",
     ]
     if model.latent is not None:
         points += [
             "z moves the odds of each token by the same amount at every place of an answer. It leans answers one way; "
             "it does not plan them.",
-            "A codebook may collapse, or its codes may say the same: see the results above, and compare answers under "
-            "several codes before you read meaning into their numbers.",
+            "A codebook may collapse, or its codes may have one effect. See the results above, and compare answers "
+            "under several codes before you read meaning into their numbers.",
             "Assisted decoding and continuous batching are refused, since they hide where a prompt ends.",
         ]
     return "\n".join(["## Limits", "", *(f"- {point}" for point in points)])
@@ -266,16 +266,18 @@ def _class(spec: Mapping[str, Any]) -> str:
     return str(spec["class_path"]).rpartition(".")[2]
 
 
-def _told(settings: Mapping[str, Any]) -> str:
-    """` (beta 0.1, codes 32)`: what is set and not off, classes by name with their own settings."""
-    told = [f"{name} {_value(value)}" for name, value in settings.items() if value is not None and value is not False]
-    return f" ({', '.join(told)})" if told else ""
+def _settings(settings: Mapping[str, Any]) -> str:
+    """Format settings as ` (beta 0.1, codes 32)`. None and False are left out. A class has its own settings."""
+    text = [f"{name} {_value(value)}" for name, value in settings.items() if value is not None and value is not False]
+    return f" ({', '.join(text)})" if text else ""
 
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return (
-            f"{_class(value)}{_told(value.get('init_args') or {})}" if "class_path" in value else _told(value).strip()
+            f"{_class(value)}{_settings(value.get('init_args') or {})}"
+            if "class_path" in value
+            else _settings(value).strip()
         )
     return f"`{value}`" if isinstance(value, str) else json.dumps(value)
 
@@ -289,7 +291,7 @@ def _code(*lines: str) -> str:
 
 
 def _aligned(lines: Mapping[str, str]) -> list[str]:
-    """Each line of code with its comment behind it."""
+    """Align the comments of lines of code."""
     width = max(map(len, lines))
     return [f"{line:<{width}}  # {why}" if why else line for line, why in lines.items()]
 

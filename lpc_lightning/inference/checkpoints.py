@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its weights, the settings of its module, and the run that it comes from."""
+"""Read a checkpoint: its weights, the settings of its module, and the run that wrote it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outlin
 
 EXAMPLE = "runs/version_0/checkpoints/best.ckpt"
 TRAINER = ("precision", "max_steps", "max_epochs", "gradient_clip_val", "accumulate_grad_batches", "devices")
-"""What of the trainer's settings decides about the result."""
+"""Trainer settings that affect the result."""
 
 
 def read_checkpoint(path: Path, weights: bool = True) -> dict[str, Any]:
-    """Read a checkpoint; its tensors (the optimizer's among them) stay on disk until they are used.
+    """Read a checkpoint. Its tensors, the optimizer's included, stay on disk until they are used.
 
-    The weights of a sharded one are put together in memory, and its optimizer's state is left out.
+    The weights of a sharded checkpoint are joined in memory. Its optimizer state is not read.
 
     Args:
         path: A file, or a folder of shards.
-        weights: False leaves a sharded one's weights where they are, and gives their shapes.
+        weights: False reads only the shapes of a sharded checkpoint's weights.
 
     Raises:
-        CheckpointError: There is none, or it cannot be read.
+        CheckpointError: The checkpoint is missing or cannot be read.
     """
     sharded = is_sharded(path)
     if path.is_dir() and not sharded:
@@ -45,10 +45,10 @@ def read_checkpoint(path: Path, weights: bool = True) -> dict[str, Any]:
         if sharded:
             return read_sharded(path, optimizers=False) if weights else read_outline(path)
         return dict(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
-    except Exception as error:  # what is no checkpoint fails in as many ways as there are files
-        said = str(error).partition("\n")[0]
+    except Exception as error:  # a file of another format can raise any exception
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}: {said}), expected a checkpoint that this suite wrote. "
+            f"{path} cannot be read ({type(error).__name__}: {reason}), expected a checkpoint that this suite wrote. "
             "Take another one of the run."
         ) from error
 
@@ -56,36 +56,36 @@ def read_checkpoint(path: Path, weights: bool = True) -> dict[str, Any]:
 def build_module(
     checkpoint: dict[str, Any], path: Path, change: Callable[[PreferenceModule], None]
 ) -> PreferenceModule:
-    """The checkpoint's module with its weights, in eval mode.
+    """Build the checkpoint's module and load its weights, in eval mode.
 
     Args:
-        checkpoint: What `read_checkpoint` has read.
-        path: From where.
-        change: Given the module before its models are built.
+        checkpoint: Result of `read_checkpoint`.
+        path: Path of the checkpoint, for errors.
+        change: Called with the module before its models are built.
 
     Raises:
-        CheckpointError: It does not say what it belongs to, or its weights do not fit.
+        CheckpointError: It holds no module settings, or its weights do not fit.
         UnsupportedPolicyError: Its policy cannot be loaded.
     """
     module = _make_module(module_settings(checkpoint, path), path)
     change(module)
-    with torch.random.fork_rng(devices=[]):  # building draws fresh weights by the run's seed
+    with torch.random.fork_rng(devices=[]):  # building draws new weights with the run's seed
         module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     return module.eval()
 
 
 def module_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The settings that the checkpoint's module was made from, `_class_path` among them.
+    """Return the settings of the checkpoint's module, including `_class_path`.
 
     Raises:
-        CheckpointError: It holds none.
+        CheckpointError: It holds no settings.
     """
     settings = dict(checkpoint.get("hyper_parameters") or {})
     settings.pop("_instantiator", None)
     if "_class_path" not in settings or "state_dict" not in checkpoint:
         raise CheckpointError(
-            f"{path} does not say which policy and algorithm it belongs to, expected a checkpoint of `lpc-lightning "
+            f"{path} has no record of its policy and algorithm, expected a checkpoint of `lpc-lightning "
             "fit`. A module that was built in code is loaded in code: `DPO.load_from_checkpoint(path, policy=..., "
             "latent=...)`."
         )
@@ -94,9 +94,9 @@ def module_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _make_module(settings: dict[str, Any], path: Path) -> PreferenceModule:
     home, _, name = settings["_class_path"].rpartition(".")
-    # No file may have code imported that nobody asked for; Lightning holds it so as well.
-    found = getattr(sys.modules.get(home), name, None)
-    if not (isinstance(found, type) and issubclass(found, PreferenceModule)):
+    # A file must not cause an import. Lightning has the same rule.
+    algorithm = getattr(sys.modules.get(home), name, None)
+    if not (isinstance(algorithm, type) and issubclass(algorithm, PreferenceModule)):
         raise CheckpointError(
             f"{path} belongs to {settings['_class_path']}, which is no algorithm that has been imported. Import the "
             "module that defines it before opening its checkpoint."
@@ -107,19 +107,19 @@ def _make_module(settings: dict[str, Any], path: Path) -> PreferenceModule:
 
 
 def run_folder(path: Path) -> Path:
-    """Where the run that wrote a checkpoint keeps its files."""
+    """Return the folder of the run that wrote a checkpoint."""
     folder = path.absolute().parent
     return folder.parent if folder.name == "checkpoints" else folder
 
 
 def run_config(path: Path) -> dict[str, Any]:
-    """The run's `config.yaml`, or an empty dictionary where there is none beside the checkpoint."""
+    """Read the run's `config.yaml`. Empty if the file is missing."""
     file = run_folder(path) / "config.yaml"
     return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
 def checkpoint_origin(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What `results.json` and the model card tell of a checkpoint. JSON values."""
+    """Describe a checkpoint in JSON values, for `results.json` and the model card."""
     settings = module_settings(checkpoint, path)
     own = {name: value for name, value in settings.items() if name not in ("_class_path", "policy", "latent")}
     config = run_config(path)

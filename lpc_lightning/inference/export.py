@@ -1,4 +1,4 @@
-"""The command `export`: a checkpoint as a folder that transformers opens, its latent included."""
+"""The command `export`: write a checkpoint as a folder that transformers opens, with its latent."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.card import Exported, model_card
 from lpc_lightning.inference.checkpoints import run_folder
 from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm
-from lpc_lightning.inference.opening import ORIGIN, load_policy
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
 from lpc_lightning.latent import PriorMode
 
 BIASES = "code_biases.safetensors"
@@ -49,7 +48,7 @@ def export(
         checkpoint: A checkpoint, such as `runs/version_0/checkpoints/best.ckpt`.
         output: The folder to write, new or empty.
         dtype: Type of the policy's weights. `auto` is the type they were trained in; the latent always keeps its own.
-        prior_mode: How the exported model takes z from the prior unless a call says otherwise: `mean`, `sample`,
+        prior_mode: How the exported model takes z from the prior unless a call sets it: `mean`, `sample`,
             `argmax`, or the number of a code. null: as it was trained.
         code_biases: Write as well what each code adds to the logits (K rows as long as the vocabulary), for servers
             that steer by a code's number.
@@ -124,10 +123,10 @@ def _prior(module: PreferenceModule, mode: PriorMode | None) -> InferencePrior |
 
 
 def _published(module: PreferenceModule, template: Template) -> PreTrainedModel:
-    """The trained policy as a plain model: adapter merged, the base model's dropout, and answers that end.
+    """Return the policy as a plain model: adapter merged, the base model's dropout, and the template's end token.
 
-    The suite trains without dropout, so that policy and reference differ by training alone. Whoever trains the exported
-    model on gets what the base model's authors published.
+    Training uses no dropout, so that policy and reference differ only by training. The exported model has the dropout
+    of the published base model again, for further training.
     """
     wrapped = module.policy.model
     model: Any = wrapped.merge_and_unload() if isinstance(wrapped, PeftModel) else wrapped
@@ -159,7 +158,7 @@ def _is_linear(model: Any) -> bool:
 
 
 def _results(checkpoint: str) -> dict[str, dict[str, Any]]:
-    """What the run's folder says of results: the files' content by path."""
+    """Read the result files of the run's folder, by path."""
     folder = run_folder(Path(checkpoint))
     files = [folder / "summary.json", *sorted(folder.glob("**/results.json"))]
     return {str(file.relative_to(folder)): json.loads(file.read_text()) for file in files if file.is_file()}
@@ -167,13 +166,13 @@ def _results(checkpoint: str) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its place when all is written, and is gone when that fails."""
+    """Yield a folder that replaces `target` when it is complete. It is removed on failure."""
     partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        for file in partial.glob("*.safetensors"):  # written for their owner alone
+        for file in partial.glob("*.safetensors"):  # safetensors writes them readable only by their owner
             file.chmod((partial / "config.json").stat().st_mode)
         if target.exists():
             target.rename(old)
@@ -181,7 +180,7 @@ def _replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointWriteError(
-            f"output: could not write {target}: {error}. Expected a folder with room that may be written."
+            f"output: could not write {target}: {error}. Expected a folder with enough space and write permission."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Whether files are still the same."""
+"""Fingerprints of files, to detect changes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """A text that changes when one of the files does: by name, size and time, since weights take long to read."""
+    """Return a hash of the names, sizes and times of files. The contents are not read: weights are large."""
     stats = [(str(path), path.stat()) for path in sorted(paths) if path.is_file()]
-    told = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    entries = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
 
 
 def weights_of(model: str) -> str | None:
-    """The fingerprint of a model on this machine; None for a hub name, behind which the hub may change the weights."""
+    """Return the fingerprint of a local model. None for a hub name, whose weights may change on the hub."""
     path = Path(model)
     if path.is_dir():
         return fingerprint(path.iterdir())

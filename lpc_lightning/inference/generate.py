@@ -1,4 +1,4 @@
-"""The command `generate`: answers on the terminal and as JSON lines."""
+"""The command `generate`: write answers to the terminal and to JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lpc_lightning.inference.side_by_side import side_by_side
 from lpc_lightning.latent import PriorMode
 
 TOP = 5
-"""Codes of the prior that are shown."""
+"""Number of the prior's codes in the output."""
 
 
 def generate(
@@ -45,7 +45,7 @@ def generate(
     """Write answers to prompts: under the prior and, side by side, under chosen codes.
 
     A prompt is put into the template that the model was trained with, else into the tokenizer's chat template where
-    there is one. The same prompt gets the same answer with the same settings, whatever is answered beside it; draws are
+    there is one. The same prompt gets the same answer with the same settings, whatever is answer beside it; draws are
     the same under every code.
 
     Args:
@@ -55,8 +55,8 @@ def generate(
         prompts: A file of prompts in place of `prompt`: `.txt` with one a line, or `.jsonl` with `prompt` as text or
             messages.
         codes: Numbers of codes to answer under as well, from 0.
-        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: as the
-            model's own settings say.
+        prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: the
+            model's own setting.
         code_weights: A mixture of the codes to answer under as well: K numbers, used as they are; a JSON file with a
             list of them; or one with lists by name, such as the `code_weights.json` of `adapt`, and a name.
         max_new_tokens: Tokens of an answer at most.
@@ -64,7 +64,7 @@ def generate(
         top_p: Draw among the likeliest tokens that together have this probability.
         num_beams: Beams of a beam search.
         seed: Seed of all draws.
-        batch_size: Prompts that are answered at a time.
+        batch_size: Prompts that are answer at a time.
         system: A system turn for prompts that have none.
         output: A file for the answers, one JSON object a prompt; one that is there is written anew.
         dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.
@@ -74,20 +74,20 @@ def generate(
         raise ConfigError("prompt: expected either a prompt (--prompt) or a file of prompts (--prompts).")
     if prompt is not None and not prompt.strip():
         raise ConfigError(f"prompt: found {prompt!r}, expected text.")
-    asked = [text_prompt(prompt, system)] if prompt is not None else read_prompts(str(prompts), system)
+    prompt_list = [text_prompt(prompt, system)] if prompt is not None else read_prompts(str(prompts), system)
     decoding = Decoding(max_new_tokens, temperature, top_p, num_beams, seed, batch_size)
     opened = open_policy(model, dtype=dtype, device=device)
     under = conditions(opened, prior_mode, codes or [], code_weights)
-    _report(opened, asked, under, decoding, output)
+    _report(opened, prompt_list, under, decoding, output)
 
 
 def conditions(
     opened: OpenedPolicy, prior_mode: PriorMode | None, codes: Sequence[int], code_weights: Sequence[str] | None
 ) -> list[Condition]:
-    """The prior, the mixture where there is one, and each code.
+    """List the conditions: the prior, the mixture if it is given, and each code.
 
     Raises:
-        ConfigError: The policy has no such code, or no codes at all.
+        ConfigError: The policy does not have the code, or has no codes.
     """
     prior = opened.prior
     if prior is None:
@@ -115,7 +115,7 @@ def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
     values: Sequence[object] = given
     try:
         if given[0].endswith(".json"):
-            values = _read_weights(given[0], ",".join(given[1:]))  # a comma in a name has set its parts apart
+            values = _read_weights(given[0], ",".join(given[1:]))  # the command line splits a name at its commas
         weights = tuple(float(value) for value in values)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise DataError(f"code_weights: there is no file {given[0]}.") from None
@@ -130,7 +130,7 @@ def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
 
 
 def _read_weights(path: str, name: str) -> Sequence[object]:
-    """The list in a file, or that of a name where the file has several."""
+    """Read the list of a file. A file with several lists needs a name."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     if isinstance(found, dict) and name not in found:
         raise ConfigError(f"code_weights: found {name or 'no name'} for {path}, expected one of {', '.join(found)}.")
@@ -140,29 +140,35 @@ def _read_weights(path: str, name: str) -> Sequence[object]:
 
 
 def _report(
-    opened: OpenedPolicy, asked: Sequence[Prompt], under: Sequence[Condition], decoding: Decoding, output: str | None
+    opened: OpenedPolicy,
+    prompt_list: Sequence[Prompt],
+    under: Sequence[Condition],
+    decoding: Decoding,
+    output: str | None,
 ) -> None:
     width = shutil.get_terminal_size().columns
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         file = stack.enter_context(Path(output).open("w", encoding="utf-8")) if output else None
-        bar = stack.enter_context(tqdm(total=len(asked), unit="prompt", disable=len(asked) <= decoding.batch_size))
-        for number, answered in enumerate(answers(opened, asked, under, decoding), 1):
+        bar = stack.enter_context(
+            tqdm(total=len(prompt_list), unit="prompt", disable=len(prompt_list) <= decoding.batch_size)
+        )
+        for number, answer in enumerate(answers(opened, prompt_list, under, decoding), 1):
             if file is not None:
-                file.write(json.dumps({"model": opened.name, **asdict(answered)}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"model": opened.name, **asdict(answer)}, ensure_ascii=False) + "\n")
                 file.flush()
-            bar.write(_shown(answered, number, width))
+            bar.write(_format(answer, number, width))
             bar.update()
     if output:
         print(f"Wrote {output}.")
 
 
-def _shown(answered: Answered, number: int, width: int) -> str:
-    lines = [f"Prompt {number}: {answered.prompt[-1]['content']}"]
-    if answered.prior is not None:
-        ranked = sorted(enumerate(answered.prior), key=lambda code: -code[1])
-        told = ", ".join(f"{code} ({share:.3f})" for code, share in ranked[:TOP])
-        lines.append(f"Likeliest codes under the prior: {told}")
-    texts = {each.under: each.text + ("" if each.finished else " [...]") for each in answered.answers}
+def _format(answer: Answered, number: int, width: int) -> str:
+    lines = [f"Prompt {number}: {answer.prompt[-1]['content']}"]
+    if answer.prior is not None:
+        ranked = sorted(enumerate(answer.prior), key=lambda code: -code[1])
+        codes = ", ".join(f"{code} ({share:.3f})" for code, share in ranked[:TOP])
+        lines.append(f"Likeliest codes under the prior: {codes}")
+    texts = {each.under: each.text + ("" if each.finished else " [...]") for each in answer.answers}
     return "\n".join([*lines, "", side_by_side(texts, width), ""])

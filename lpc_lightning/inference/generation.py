@@ -1,4 +1,4 @@
-"""Text from an opened policy: each prompt answered under the prior, under chosen codes, or under a mixture of codes."""
+"""Generate answers of an opened policy under the prior, under codes, or under a mixture of codes."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ Prompt = Sequence[Message]
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How an answer is written.
+    """Settings of decoding.
 
     Raises:
-        ConfigError: A value out of range, or two that contradict each other.
+        ConfigError: A value is out of range, or two values contradict each other.
     """
 
     max_new_tokens: int = 256
@@ -70,11 +70,11 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What an answer is written under. As it stands: the prior, taken as the policy's own settings say."""
+    """Source of z for an answer. Defaults to the prior with the policy's own settings."""
 
     name: str = "prior"
     prior_mode: PriorMode | None = None
-    """How z is taken from the prior. None: as the policy's own settings say."""
+    """How z is taken from the prior. None: the policy's own setting."""
     code_weights: tuple[float, ...] | None = None
     """K weights over the codes, in place of the prior."""
 
@@ -87,20 +87,20 @@ class Answer:
     """Name of the condition."""
     text: str
     tokens: int
-    """Its length, the end token not counted."""
+    """Length without the end token."""
     finished: bool
-    """Whether it ended by itself; False: at the most tokens allowed, or at the end of the context."""
+    """True if the answer ended with an end token. False at the token limit or at the end of the context."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A prompt with all its answers."""
+    """Prompt with all its answers."""
 
     prompt: tuple[Message, ...]
     prior: tuple[float, ...] | None
-    """(K,) probabilities of the codes given the prompt; None where there are no codes."""
+    """(K,) probabilities of the codes given the prompt; None without codes."""
     answers: tuple[Answer, ...]
-    """One a condition."""
+    """One for each condition."""
 
 
 def answers(
@@ -109,20 +109,20 @@ def answers(
     conditions: Sequence[Condition] = (Condition(),),
     decoding: Decoding = Decoding(),
 ) -> Iterator[Answered]:
-    """Answer prompts, in their order, batch by batch.
+    """Answer prompts in order, batch by batch.
 
-    A prompt becomes the same ids as in training, and its draws depend on the seed and these ids alone: neither on the
-    batch nor on what else is answered. They are the same under every condition, so that answers differ by z alone.
+    A prompt has the same ids as in training. Its draws depend only on the seed and these ids, not on the batch. They
+    are the same under every condition, so that answers differ only by z.
 
     Args:
         opened: The policy.
         prompts: Conversations that end in a user turn.
-        conditions: What to answer under; a policy without a latent answers all of them alike.
-        decoding: How.
+        conditions: Sources of z. Without a latent, the answers are the same under all of them.
+        decoding: Settings of decoding.
 
     Raises:
-        DataError: The template refuses a prompt, or a prompt fills the whole context. Before anything is generated.
-        ValueError: A condition that the policy's latent does not have.
+        DataError: The template rejects a prompt, or a prompt fills the context. Raised before generation.
+        ValueError: The policy's latent does not have the condition.
     """
     template = make_template(opened.tokenizer, trained_template(opened.origin))
     encoded = []
@@ -143,7 +143,7 @@ def answers(
 
 
 def trained_template(origin: Mapping[str, Any]) -> TemplateKind:
-    """What prompts were put into when the policy was trained; `auto` for a model that does not say.
+    """Return the template of training. `auto` if it is not recorded.
 
     Args:
         origin: Of an `OpenedPolicy`, or a run's config.
@@ -153,7 +153,7 @@ def trained_template(origin: Mapping[str, Any]) -> TemplateKind:
 
 
 def _batches(rooms: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Places of consecutive prompts whose answers may get equally long."""
+    """Yield indices of consecutive prompts with the same limit on new tokens."""
     for _, run in groupby(range(len(rooms)), key=lambda place: rooms[place]):
         places = list(run)
         yield from (places[start : start + size] for start in range(0, len(places), size))
@@ -166,7 +166,7 @@ class _Writer:
         self._device = opened.policy.model.device
 
     def room(self, number: int, ids: list[int]) -> int:
-        """How many tokens an answer may have: less than asked for where the context ends before."""
+        """Return the limit on new tokens: `max_new_tokens`, or less at the end of the context."""
         config = self._opened.policy.causal_lm.config.get_text_config()
         context: int | None = getattr(config, "max_position_embeddings", None)
         if context is None:
@@ -182,7 +182,7 @@ class _Writer:
     def write(
         self, encoded: list[list[int]], room: int, conditions: Sequence[Condition]
     ) -> tuple[list[tuple[float, ...] | None], list[tuple[Answer, ...]]]:
-        """The prior and the answers of each prompt of a batch."""
+        """Return the prior and the answers of each prompt of a batch."""
         longest = max(map(len, encoded))
         tokens = torch.tensor([[self._pad] * (longest - len(ids)) + ids for ids in encoded], device=self._device)
         lengths = torch.tensor([len(ids) for ids in encoded], device=self._device)
@@ -201,7 +201,7 @@ class _Writer:
         return shares, list(zip(*by_condition, strict=True))
 
     def _latents(self, states: Tensor, condition: Condition, encoded: list[list[int]]) -> Tensor:
-        """z (B, d), each row drawn (where it is drawn at all) by its own seed."""
+        """Return z (B, d). A sampled row has its own seed."""
         assert self._opened.prior is not None
         weights = None if condition.code_weights is None else torch.tensor(condition.code_weights, device=self._device)
         rows = []
@@ -214,14 +214,14 @@ class _Writer:
     def _decode(
         self, tokens: Tensor, mask: Tensor, z: Tensor | None, room: int, encoded: list[list[int]]
     ) -> list[list[int]]:
-        """The new tokens of each row, the end token and what follows it included."""
+        """Return the new tokens of each row, including the end token and padding after it."""
         decoding, draws = self._decoding, LogitsProcessorList()
         if decoding.temperature:
             draws.append(TemperatureLogitsWarper(decoding.temperature))
             draws.append(TopPLogitsWarper(decoding.top_p))
             draws.append(_GumbelNoise([derive("tokens", decoding.seed, *ids) for ids in encoded]))
         model: Any = self._opened.causal_lm
-        with _nothing_published(model):
+        with _default_generation(model):
             found = model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -246,8 +246,8 @@ class _Writer:
 
 
 @contextmanager
-def _nothing_published(model: PreTrainedModel) -> Iterator[None]:
-    """A model's published way to generate (a repetition penalty, a temperature) would mix with what was asked for."""
+def _default_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Replace the model's generation config, whose values (a repetition penalty, ...) would change the decoding."""
     published, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -256,16 +256,16 @@ def _nothing_published(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _GumbelNoise(LogitsProcessor):
-    """Makes the largest score a draw from softmax(scores), each row's by a generator of its own (Gumbel 1954).
+    """Gumbel noise: the largest score becomes a draw from softmax(scores). Each row has its own generator.
 
-    transformers draws all rows from one stream, so that a row's draws would depend on the others.
+    transformers draws all rows from one generator, so that a row's draws would depend on the other rows.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, V) scores with noise."""
+        """Add noise to scores (B, V)."""
         exact = torch.float64
         waits = [torch.empty(scores.shape[1], dtype=exact).exponential_(generator=own) for own in self._generators]
         return scores.to(exact) - torch.stack(waits).log().to(scores.device)

@@ -1,8 +1,8 @@
-"""A causal language model that answers under a latent z inferred from its prompt: logits = LMHead(h + z).
+"""Causal language model that answers under a latent z inferred from its prompt: logits = LMHead(h + z).
 
-Latent Preference Coding (Gong et al., ICML 2025, arXiv 2505.04993). This file needs torch, safetensors and transformers
-alone. It lies in every exported folder, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
-works where the project that trained the model is not installed.
+Latent Preference Coding (Gong et al., ICML 2025, arXiv 2505.04993). This file needs only torch, safetensors and
+transformers. It is part of every exported folder, so that
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without the project that trained it.
 
 Letters: B prompts in a batch, q tokens of a call, d hidden width, V vocabulary, K codes. h_x (B, d) is the last hidden
 state (after the final norm, what enters the LM head) at the last token of a prompt.
@@ -27,31 +27,31 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
 from transformers.utils import cached_file
 
 LATENT_FILE = "latent.safetensors"
-"""The latent's tensors: a file of their own, so that stock transformers opens the folder as the plain policy."""
+"""File of the latent's tensors. Stock transformers ignores it and opens the folder as the plain policy."""
 CONFIG_KEY = "lpc"
-"""The latent's settings, in `config.json`."""
+"""Key of the latent's settings in `config.json`."""
 CACHES = ("past_key_values", "cache_params")
-"""Where a model's output keeps what a later call goes on from."""
+"""Names of caches in a model's outputs."""
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Options of `from_pretrained` that say where to look for a file."""
+"""Options of `from_pretrained` that locate a file."""
 PRIOR = "latent_prior"
-"""The latent's place among a model's children."""
+"""Name of the latent among a model's children."""
 MARK = "filled_under_latent"
-"""Attribute of a cache that a latent model has filled."""
+"""Attribute of a cache that was filled by a latent model."""
 LINEAR_TOLERANCE = 0.02
-"""Relative departure from a straight line beyond which a head is not linear: bfloat16 rounds within it."""
+"""Relative tolerance of the linearity check. Rounding in bfloat16 stays below it."""
 
 
 # The prior
 
 
 class InferencePrior(nn.Module):
-    """z = f(h_x; mode): what is left of a latent space once training is over. Each kind is a subclass.
+    """z = f(h_x; mode): the part of a latent space that inference needs. Each kind is a subclass.
 
     Attributes:
-        settings: JSON values: `kind`, `prior_mode`, and `num_codes` where there is a codebook.
+        settings: JSON values: `kind`, `prior_mode`, and `num_codes` with a codebook.
         codebook: (K, d), or None.
-        num_codes: K, where a single code is a way to answer; else None.
+        num_codes: K if z can be a single code, else None.
     """
 
     kinds: ClassVar[dict[str, type[InferencePrior]]] = {}
@@ -69,14 +69,14 @@ class InferencePrior(nn.Module):
 
     @staticmethod
     def of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> InferencePrior:
-        """The prior of a kind.
+        """Create the prior of a kind.
 
         Args:
-            settings: `kind`, `prior_mode` and, where there is a codebook, `num_codes`.
-            tensors: Its weights by name; they are copied.
+            settings: `kind`, `prior_mode` and, with a codebook, `num_codes`.
+            tensors: Weights by name. They are copied.
 
         Raises:
-            ValueError: No such kind, or not its tensors.
+            ValueError: The kind is unknown, or its tensors do not match.
         """
         kind = settings.get("kind")
         if kind not in InferencePrior.kinds:
@@ -95,23 +95,23 @@ class InferencePrior(nn.Module):
         raise NotImplementedError
 
     def log_prior(self, prompt: Tensor) -> Tensor | None:
-        """(B, K) log-probabilities of the codes given h_x (B, d), or None where there is no distribution over codes."""
+        """Return log-probabilities (B, K) of the codes given h_x (B, d). None without a distribution over codes."""
         return None
 
     def forward(self, prompt: Tensor, mode: str | int | None = None, code_weights: Tensor | None = None) -> Tensor:
-        """z, outside autocast, in the type of the weights.
+        """Compute z in the type of the weights, without autocast.
 
         Args:
             prompt: (B, d) h_x.
             mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. None: as settings
                 say.
-            code_weights: (K,) or (B, K) weights over the codebook in place of the prior; they are used as they are.
+            code_weights: (K,) or (B, K) weights over the codebook instead of the prior. They are not normalised.
 
         Returns:
             (B, d).
 
         Raises:
-            ValueError: A mode or weights that this kind of latent does not have.
+            ValueError: This kind of latent does not have the mode or the weights.
         """
         with torch.autocast(prompt.device.type, enabled=False):
             if code_weights is None:
@@ -139,14 +139,14 @@ class InferencePrior(nn.Module):
 
 
 class _Network(nn.Module):
-    """Two layers on states of unit root mean square."""
+    """Network of two layers on states scaled to unit root mean square."""
 
     def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
         super().__init__()
         self.first, self.second = (_linear(tensors, f"{name}.{layer}") for layer in ("first", "second"))
 
     def forward(self, prompt: Tensor) -> Tensor:
-        """(B, d) to (B, outputs), float32 or wider."""
+        """Map (B, d) to (B, outputs), in float32 or wider."""
         kind = self.first.weight.dtype
         normal = nn.functional.rms_norm(prompt.to(kind), prompt.shape[-1:])
         output = self.second(nn.functional.gelu(self.first(normal)))
@@ -230,7 +230,7 @@ class GaussianPrior(InferencePrior, kind="gaussian"):
 
 
 class DeterministicPrior(InferencePrior, kind="mlp"):
-    """z = MLP(h_x): one z, however it is taken."""
+    """z = MLP(h_x), the same for every mode."""
 
     def __init__(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """See `InferencePrior.of`."""
@@ -277,10 +277,10 @@ class VectorPrior(DeterministicPrior, kind="vector"):
 def _hooked(
     head: nn.Module, enter: Callable[[Tensor], Tensor], decoder: nn.Module, leave: Callable[[Tensor], None]
 ) -> Iterator[None]:
-    """Show `leave` the states that leave the decoder, and have `enter` change those that enter the head.
+    """Call `leave` with the decoder's output states. Replace the head's input states by the result of `enter`.
 
-    The modules are shared with other models. The hooks last for the block and answer to this thread alone, so that a
-    server's threads do not steer each other.
+    The modules are shared with other models. The hooks exist only within the block and act only in this thread, so that
+    the threads of a server do not affect each other.
     """
     thread = threading.get_ident()
 
@@ -322,14 +322,14 @@ class _Steering:
 
 
 Stock: Any = object
-"""The stock model class comes next in a method's resolution order; which one is known at run time alone."""
+"""The stock model class comes next in a method's resolution order; it is known only at run time."""
 
 
 class LatentGenerationMixin(Stock):
-    """What `latent_causal_lm` puts before a stock model class.
+    """Base class that `latent_causal_lm` puts before a stock model class.
 
     Attributes:
-        latent_prior: From h_x to z.
+        latent_prior: Map from h_x to z.
         stock: The stock model class.
         forward_names: Arguments of the stock `forward`, in order.
     """
@@ -358,16 +358,16 @@ class LatentGenerationMixin(Stock):
             z: (B, d) or (d,) latent to answer under, such as an earlier call's `outputs.z`.
             prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or a code's number. None: the model's
                 own setting.
-            code_weights: (K,) or (B, K) weights over the codes in place of the prior.
+            code_weights: (K,) or (B, K) weights over the codes instead of the prior.
             prompt_end: (B,) column, among this call's tokens, of the last token of each prompt.
-            rows_per_prompt: So many consecutive rows go on from one prompt and share its z (beams).
+            rows_per_prompt: Number of consecutive rows with the same prompt and the same z (beams).
             kwargs: The stock model's arguments.
 
         Returns:
             The stock model's outputs, with `z` (B, d) among them.
 
         Raises:
-            ValueError: Arguments that contradict each other, or leave open where the prompt ends.
+            ValueError: Arguments contradict each other, or the end of the prompt is unknown.
         """
         given = dict(zip(self.forward_names[: len(args)], args, strict=True)) | kwargs
         as_dict = given.pop("return_dict", None)
@@ -453,7 +453,7 @@ class LatentGenerationMixin(Stock):
         """
         probe = torch.ones_like(z[:1])
         zero, unit, *biases = self._head(torch.cat([torch.zeros_like(probe), probe, z]))
-        # Far out a soft cap shows; a linear head stays on its line, here up to logits of about a thousand.
+        # A soft cap is visible at large values. A linear head stays linear, here up to logits of about 1000.
         far = 2.0 ** torch.log2(1000 / (unit - zero).abs().max()).round()
         apart = (self._head(far * probe)[0] - zero - far * (unit - zero)).abs().max()
         if apart > LINEAR_TOLERANCE * far * (unit - zero).abs().max():
@@ -529,13 +529,13 @@ class LatentGenerationMixin(Stock):
         )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Not served.
+        """Raise an error: continuous batching is not supported.
 
         Raises:
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "continuous batching: it packs the tokens of many prompts into one row, where z cannot tell them apart. "
+            "continuous batching: it packs the tokens of many prompts into one row, where one z cannot serve them all. "
             "Expected `generate` on a batch; or the stock model with this one's `logits_processor`."
         )
 
@@ -545,7 +545,7 @@ class LatentGenerationMixin(Stock):
     # Files
 
     def plain_causal_lm(self) -> PreTrainedModel:
-        """The stock model, which shares all weights with this one and knows no latent."""
+        """Return the stock model without the latent. All weights are shared."""
         return _view(self, self.stock, without=PRIOR)
 
     def save_pretrained(
@@ -584,7 +584,7 @@ class LatentGenerationMixin(Stock):
 
 
 def latent_causal_lm(causal_lm: PreTrainedModel, prior: InferencePrior) -> PreTrainedModel:
-    """A model that answers under the latent: a view that shares all weights with `causal_lm`, which stays as it is.
+    """Create a model that answers under the latent. It shares all weights with `causal_lm`, which is not changed.
 
     Its `forward` and `generate` are the stock ones, and take `z`, `prior_mode`, `code_weights` and `prompt_end` as well
     (see `LatentGenerationMixin.latent_forward`). `generate` infers z at the end of its input, unless it is given one,
@@ -618,8 +618,8 @@ def _latent_class(stock: Any) -> Any:
     space = {
         "__module__": __name__,
         "__doc__": f"`{stock.__name__}` that answers under a latent: see `latent_causal_lm`.",
-        "forward": _telling(LatentGenerationMixin.latent_forward, stock.forward),
-        "prepare_inputs_for_generation": _telling(
+        "forward": _with_signature(LatentGenerationMixin.latent_forward, stock.forward),
+        "prepare_inputs_for_generation": _with_signature(
             LatentGenerationMixin.latent_inputs_for_generation, stock.prepare_inputs_for_generation
         ),
         "stock": stock,
@@ -629,8 +629,8 @@ def _latent_class(stock: Any) -> Any:
     return type(f"Latent{stock.__name__}", (LatentGenerationMixin, stock), space)
 
 
-def _telling(latent: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`latent` with the stock function's arguments in its signature: transformers looks there for what it may pass."""
+def _with_signature(latent: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the stock function's arguments to the signature of `latent`. transformers reads the signature."""
     own = [p for p in inspect.signature(latent).parameters.values() if p.kind is p.KEYWORD_ONLY]
     theirs = list(inspect.signature(stock).parameters.values())
     rest = [p for p in theirs if p.kind is p.VAR_KEYWORD]
@@ -645,7 +645,7 @@ def _telling(latent: Callable[..., Any], stock: Callable[..., Any]) -> Callable[
 
 
 def _view(model: Any, kind: Any, without: str | None = None) -> Any:
-    """A copy of the module alone, as `kind`: parameters, buffers, children and config are those of `model`."""
+    """Copy only the module object, as `kind`. Parameters, buffers, children and config are shared with `model`."""
     view = kind.__new__(kind)
     # accelerate puts a forward of its own on an instance, which would hide the view's; the children keep theirs.
     own = {name: value for name, value in vars(model).items() if name not in ("forward", "_old_forward", "_hf_hook")}
@@ -657,10 +657,10 @@ def _view(model: Any, kind: Any, without: str | None = None) -> Any:
 
 
 class LatentLogitsProcessor(LogitsProcessor):
-    """Adds LMHead(z) to the scores: with it a stock model whose head is linear answers under the latent.
+    """Logits processor that adds LMHead(z) to the scores, for a stock model whose head is linear.
 
-    Scores leave as log-probabilities. For greedy search and sampling that changes nothing; beam search adds up what it
-    gets, and hands in log-probabilities, which with a bias on them would not sum to one.
+    The result is log-probabilities. Greedy search and sampling are not affected by that. Beam search sums
+    log-probabilities, which must be normalised again after the bias.
     """
 
     def __init__(self, bias: Tensor) -> None:
@@ -688,7 +688,7 @@ class LatentLogitsProcessor(LogitsProcessor):
 
 
 class LatentCausalLM:
-    """What `auto_map` in an exported `config.json` names: loads the stock model and puts its latent on."""
+    """Loader named by `auto_map` in an exported `config.json`: loads the stock model and adds its latent."""
 
     @staticmethod
     def from_pretrained(path: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -701,7 +701,7 @@ class LatentCausalLM:
             kwargs: As in transformers (`dtype`, `device_map`, `revision` ...). The latent keeps its own type.
 
         Returns:
-            See `latent_causal_lm`; with `output_loading_info=True`, and what transformers says of the loading.
+            See `latent_causal_lm`; with `output_loading_info=True`, and the loading information of transformers.
         """
         for name in ("trust_remote_code", "_from_auto"):
             kwargs.pop(name, None)
@@ -720,15 +720,15 @@ class LatentCausalLM:
 
 
 def load_prior(path: str | Path, config: Any, **hub: Any) -> InferencePrior:
-    """The latent beside a model.
+    """Load the latent of a model.
 
     Args:
         path: Folder, or name on the hub.
         config: The model's config.
-        hub: Where to look, as in transformers; other options are passed over.
+        hub: Where to look, as in transformers; other options are ignored.
 
     Raises:
-        ValueError: The config tells of no latent.
+        ValueError: The config has no settings of a latent.
     """
     settings = getattr(config, CONFIG_KEY, None)
     if settings is None:
@@ -754,7 +754,7 @@ def _check_prompts(given: Mapping[str, Any]) -> None:
 
 
 def _last_shown(mask: Tensor | None, rows: int, tokens: int) -> Tensor:
-    """(B,) the last of a call's columns that the mask shows; the mask may begin with columns of a cache."""
+    """Return (B,) the last unmasked column of each row. The mask may begin with columns of a cache."""
     if mask is None:
         return torch.full((rows,), tokens - 1)
     if mask.dim() != 2:

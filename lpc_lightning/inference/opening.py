@@ -1,4 +1,4 @@
-"""Open what can be evaluated: a checkpoint of this suite, an exported folder, or any plain model."""
+"""Open a policy: a checkpoint of this suite, an exported folder, or any plain model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.checkpoints import build_module, checkpoint_origin, read_checkpoint
 from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, InferencePrior, latent_causal_lm, load_prior
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy, UnsupportedPolicyError
 
 ORIGIN = "training.json"
-"""What an exported folder keeps of its checkpoint's origin."""
+"""File of an exported folder with the origin of its checkpoint."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 KINDS = (
     "a checkpoint (runs/version_0/checkpoints/best.ckpt), an exported folder, or a plain model: a folder with "
@@ -29,28 +29,28 @@ KINDS = (
 
 @dataclass(frozen=True)
 class OpenedPolicy:
-    """A policy ready to answer and to be scored: in eval mode, without gradients."""
+    """Policy for generation and scoring: in eval mode, without gradients."""
 
     name: str
     """Short, for tables and folders."""
     kind: Literal["checkpoint", "export", "model"]
     policy: CausalPolicy
-    """The plain policy, which knows no latent."""
+    """Plain policy, without the latent."""
     tokenizer: PreTrainedTokenizerBase
     prior: InferencePrior | None = None
-    """From the prompt to z; None where the policy was trained without a latent, or never trained."""
+    """Map from the prompt to z. None if the policy has no latent."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """Where it comes from, for `results.json`: path, algorithm, settings, step. JSON values."""
+    """Origin, for `results.json`: path, algorithm, settings, step. JSON values."""
 
     @cached_property
     def causal_lm(self) -> PreTrainedModel:
-        """The model that answers under the latent; the plain one where there is no latent."""
+        """Model that answers under the latent. The plain model if there is no latent."""
         plain = self.policy.causal_lm
         return plain if self.prior is None else latent_causal_lm(plain, self.prior)
 
 
 def open_policy(path: str, dtype: str = "auto", device: str = "auto", name: str | None = None) -> OpenedPolicy:
-    """Open a policy, with its latent where it has one.
+    """Open a policy, and its latent if it has one.
 
     Args:
         path: A checkpoint, an exported folder, or a plain model: a folder, a GGUF file or a hub name.
@@ -75,7 +75,7 @@ def open_policy(path: str, dtype: str = "auto", device: str = "auto", name: str 
 
 
 def open_module(path: str, device: str = "auto") -> PreferenceModule:
-    """A checkpoint's module with its reference, built and loaded, in eval mode: for preference accuracy.
+    """Build and load a checkpoint's module with its reference, in eval mode, for preference accuracy.
 
     Raises:
         CheckpointError: The checkpoint cannot be read or built.
@@ -87,7 +87,7 @@ def open_module(path: str, device: str = "auto") -> PreferenceModule:
 
 
 def load_policy(path: str, dtype: str = "auto") -> tuple[PreferenceModule, dict[str, Any]]:
-    """A checkpoint's module without a reference, on the CPU, and its origin.
+    """Load a checkpoint's module without a reference, on the CPU, and its origin.
 
     Raises:
         CheckpointError: The checkpoint cannot be read or built.
@@ -96,11 +96,11 @@ def load_policy(path: str, dtype: str = "auto") -> tuple[PreferenceModule, dict[
     checkpoint = read_checkpoint(Path(path))
 
     def change(module: PreferenceModule) -> None:
-        module.needs_reference = False  # a copy of the policy that nobody would ask
+        module.needs_reference = False  # a copy of the policy that would not be used
         spec = module.policy_spec
         spec.gradient_checkpointing = False
         if isinstance(spec, PretrainedPolicy):
-            spec.quantization = None  # the adapter goes onto whole weights, with which it can be merged
+            spec.quantization = None  # the adapter can be merged only into full weights
         # Set before the model is built: a later `.to(dtype)` would round its rotary frequencies as well.
         spec.dtype = dtype if dtype != "auto" else _stored(checkpoint["state_dict"], spec)  # type: ignore[assignment]
 
@@ -108,9 +108,9 @@ def load_policy(path: str, dtype: str = "auto") -> tuple[PreferenceModule, dict[
 
 
 def _stored(state: dict[str, torch.Tensor], spec: PolicySpec) -> str:
-    """An adapter's weights say nothing of its policy's type; a whole policy's do (`trainer.precision: bf16-true`)."""
-    found = {tensor.dtype for name, tensor in state.items() if name.startswith("policy.")}
-    return str(found.pop()).removeprefix("torch.") if spec.lora is None and len(found) == 1 else spec.dtype
+    """Return the type of the stored weights (`trainer.precision: bf16-true`). With an adapter, the policy's setting."""
+    dtypes = {tensor.dtype for name, tensor in state.items() if name.startswith("policy.")}
+    return str(dtypes.pop()).removeprefix("torch.") if spec.lora is None and len(dtypes) == 1 else spec.dtype
 
 
 def _open_checkpoint(path: str, dtype: str) -> tuple[Any, ...]:
@@ -142,6 +142,12 @@ def _open_model(path: str, dtype: str) -> tuple[Any, ...]:
     return "export", policy, tokenizer, load_prior(path, config), origin | {"latent": settings}
 
 
+def inference_prior(space: LatentSpace) -> InferencePrior:
+    """Copy the prior of a trained latent space. Later training does not change the copy."""
+    form = space.inference_form()
+    return InferencePrior.of({"kind": form.kind, **form.settings}, form.tensors)
+
+
 def _is_checkpoint(path: str) -> bool:
     return path.endswith(".ckpt") or (Path(path).is_file() and not path.endswith(".gguf"))
 
@@ -152,12 +158,12 @@ def _device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        said = str(error).splitlines()[0]
-        raise ConfigError(f"device: found {device!r} ({said}), expected auto, cpu, cuda, cuda:1 ...") from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device: found {device!r} ({reason}), expected auto, cpu, cuda, cuda:1 ...") from error
 
 
 def short_name(path: str) -> str:
-    """`version_3-best` for runs/version_3/checkpoints/best.ckpt, else the last part of the path."""
+    """Return `version_3-best` for runs/version_3/checkpoints/best.ckpt, else the last part of the path."""
     place = Path(path).absolute() if Path(path).exists() else Path(path)
     if not _is_checkpoint(path):
         return place.name.removesuffix(".gguf")

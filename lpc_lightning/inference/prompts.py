@@ -13,29 +13,29 @@ Prompt = tuple[Message, ...]
 
 
 def text_prompt(text: str, system: str | None = None) -> Prompt:
-    """One user turn, behind a system turn where there is one."""
+    """Return one user turn, after a system turn if `system` is given."""
     user = Message(role="user", content=text)
     return (user,) if system is None else (Message(role="system", content=system), user)
 
 
 def read_prompts(path: str, system: str | None = None) -> list[Prompt]:
-    """The prompts in a file.
+    """Read the prompts of a file.
 
     Args:
-        path: `.txt`: a prompt a line, empty lines left out. Any other kind that `read_rows` knows (`.jsonl`, `.json`,
+        path: `.txt`: a prompt a line, empty lines are skipped. Any other format of `read_rows` (`.jsonl`, `.json`,
             `.csv` ...): the column `prompt`, as text, messages or Human/Assistant text, as in training data.
         system: Put before each prompt that has no system turn of its own.
 
     Raises:
-        DataError: No file, no prompt in it, or a row without one; names file and row.
+        DataError: The file is missing or empty, or a row has no prompt. The message names file and row.
     """
-    found = list(_lines(Path(path)) if path.lower().endswith(".txt") else _rows(path))
-    if not found:
+    prompts = list(_lines(Path(path)) if path.lower().endswith(".txt") else _rows(path))
+    if not prompts:
         raise DataError(f"{path} holds no prompts. Expected one a line.")
     if system is None:
-        return found
+        return prompts
     turn = Message(role="system", content=system)
-    return [prompt if prompt[0]["role"] == "system" else (turn, *prompt) for prompt in found]
+    return [prompt if prompt[0]["role"] == "system" else (turn, *prompt) for prompt in prompts]
 
 
 def _lines(path: Path) -> Iterator[Prompt]:

@@ -1,4 +1,4 @@
-"""Texts in columns, as wide as the terminal allows."""
+"""Format texts in columns that fit the terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from itertools import zip_longest
 
 NARROWEST = 24
-"""Characters that a column needs to be read with ease; with less, the texts stand one below the other."""
+"""Minimum width of a column, in characters. Below it, texts are stacked."""
 
 
 def side_by_side(texts: Mapping[str, str], width: int) -> str:
-    """Texts in columns under their titles, each wrapped to its share of `width` characters.
+    """Format texts in columns under their titles, each wrapped to an equal part of `width` characters.
 
-    Line breaks in a text stay. The texts are stacked where a column would be narrower than `NARROWEST`.
+    Line breaks are kept. Texts are stacked if a column would be narrower than `NARROWEST`.
     """
     column = (width - 3 * (len(texts) - 1)) // len(texts)
     if len(texts) > 1 and column < NARROWEST:

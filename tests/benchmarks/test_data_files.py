@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_names_are_files_of_the_folder_and_everything_else_is_a_path(folder: Path) -> None:
+def test_known_names_are_files_others_are_paths(folder: Path) -> None:
     found = find_files([str(folder / "other.parquet"), "polite", str(folder / "mine.jsonl.gz")], folder)
     assert list(found.items()) == [
         ("other", folder / "other.parquet"),
@@ -32,7 +32,7 @@ def test_names_are_files_of_the_folder_and_everything_else_is_a_path(folder: Pat
     [([], "nowhere/hh_helpful_harmless.jsonl"), (["--data", "gone.csv"], "gone.csv")],
     ids=["a clone without the data", "a path"],
 )
-def test_what_is_not_there_is_told_before_anything_is_measured(
+def test_missing_files_are_refused_first(
     given: list[str], path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

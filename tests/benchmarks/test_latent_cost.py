@@ -29,7 +29,7 @@ def test_a_row_for_each_latent(
     assert float(rows["marginal, K = 128"][3]) > float(rows["marginal, K = 32"][3])
 
 
-def test_medians_of_the_steps_and_of_their_ratios_without_the_first() -> None:
+def test_medians_leave_out_the_first_steps() -> None:
     """The last step stalled, both sides alike, and the side without a latent once more."""
     seconds = {PLAIN: [9.0, 1.0, 2.0, 4.0, 1.0, 50.0], "other": [99.0, 1.1, 2.4, 4.4, 3.0, 50.0]}
     gib = 2**30

@@ -142,7 +142,7 @@ def test_the_documentation_holds_the_tables_as_printed() -> None:
         assert f"**{heading}**\n\n{table(rows, LLAMA_3_8B, Machine())}\n" in told
 
 
-def test_the_documentation_tells_what_the_longest_batch_of_ultrafeedback_takes() -> None:
+def test_documentation_states_the_longest_batch() -> None:
     """SmolLM2-135M, whose sizes are in its config.json."""
     smollm2 = Architecture(49152, 576, 30, 9, 3, 64, 1536, tied=True)
     step = "Step(tokens=3312, answers=2940, row=0, live_reference=False)"

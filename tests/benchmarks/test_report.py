@@ -58,7 +58,7 @@ def machine() -> dict[str, Any]:
     return facts | dict.fromkeys(("torch", "lightning", "transformers", "trl", "python"), "1")
 
 
-def test_medians_leave_the_warm_up_out_and_take_all_rounds(cell: dict[str, Any]) -> None:
+def test_medians_cover_all_rounds_after_warm_up(cell: dict[str, Any]) -> None:
     found = summary(cell, "ours", PEAKS)
     # Steps 2, 3 and 4 of each round: 2, 2, 3 and 2, 2, 2 seconds.
     assert found["seconds"] == 2

@@ -52,6 +52,6 @@ def test_ours_and_trl_agree_step_by_step(tmp_path: Path) -> None:
     assert "| ours |" in table
 
 
-def test_every_other_round_goes_backwards_and_parts_are_timed_once() -> None:
+def test_every_other_round_runs_backwards() -> None:
     sides = ["a", "b", "time split of b"]
     assert [_turns(sides, number) for number in range(3)] == [sides, ["b", "a"], ["a", "b"]]

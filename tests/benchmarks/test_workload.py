@@ -37,7 +37,7 @@ def counted(tokens: int) -> float:
     return float(counter.get_total_flops())
 
 
-def test_an_answer_behind_a_prompt_costs_what_torch_counts(make_pairs: Callable[..., list[TokenizedPair]]) -> None:
+def test_answer_costs_what_torch_counts(make_pairs: Callable[..., list[TokenizedPair]]) -> None:
     (pair,) = make_pairs([(3, 5, 4)])
     d, layers, visible = CONFIG.hidden_size, CONFIG.num_hidden_layers, 4 * CONFIG.num_attention_heads * 8
     # torch counts all of a row's scores and the head at all of its tokens; we count what is seen and what is scored.

@@ -32,7 +32,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.evaluation.benchmarks.results import read_results
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import GumbelSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
 

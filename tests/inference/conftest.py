@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.inference.modeling_lpc import latent_causal_lm
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import LatentSpace, MarginalSpace
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 

@@ -94,7 +94,7 @@ def test_the_file_is_what_alpaca_eval_reads(alpaca: Run, output: Path, plain: st
 
 
 @pytest.mark.parametrize("done", [1, 2, 5])
-def test_an_interrupted_command_goes_on_to_the_same_file(
+def test_interrupted_command_resumes_its_file(
     done: int, alpaca: Run, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alpaca()
@@ -131,7 +131,7 @@ def test_an_interrupted_command_goes_on_to_the_same_file(
     assert output.read_text() == whole
 
 
-def test_a_limit_takes_the_first_ones_and_more_can_follow(alpaca: Run, output: Path) -> None:
+def test_limit_takes_the_first_instructions(alpaca: Run, output: Path) -> None:
     alpaca()
     whole = output.read_text()
     output.unlink()
@@ -213,7 +213,7 @@ def test_a_bad_limit(alpaca: Run) -> None:
     assert failing(alpaca, "--limit=0") == "limit: found 0, expected at least 1.\n"
 
 
-def test_the_help_says_who_judges(capsys: pytest.CaptureFixture[str]) -> None:
+def test_alpaca_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["alpaca", "--help"])
     said = " ".join(capsys.readouterr().out.split())

@@ -72,14 +72,14 @@ def test_front_matter() -> None:
     assert front(card())["tags"] == ["preference-optimization", "simpo"]
 
 
-def test_a_base_model_that_only_lies_here_is_no_name_on_the_hub(tmp_path: Any) -> None:
+def test_local_base_model_is_not_a_hub_name(tmp_path: Any) -> None:
     policy = {"class_path": "lpc_lightning.policy.PretrainedPolicy", "init_args": {"path": str(tmp_path)}}
     text = card({"policy": policy})
     assert "base_model" not in front(text)
     assert f"`{tmp_path}`, aligned on preference pairs with SimPO" in text
 
 
-def test_training_tells_every_setting() -> None:
+def test_model_card_training_settings() -> None:
     told = {row[0]: row[1] for row in rows(card(latent=CODES), "Training")}
     assert told["algorithm"] == "SimPO (beta 2.0, optimizer AdamW (lr 5e-07))"
     assert told["latent"] == "GumbelSpace (num_codes 8, kl_weight WarmUp (value 0.1))"
@@ -90,7 +90,7 @@ def test_training_tells_every_setting() -> None:
     assert told["weights exported as"] == "bfloat16"
 
 
-def test_what_is_not_known_is_said_to_be() -> None:
+def test_model_card_unknown_values() -> None:
     text = card({"data": None, "trainer": {}, "seed": None, "training_pairs": None, "latent": None})
     told = {row[0]: row[1] for row in rows(text, "Training")}
     assert told["data"] == "not known: the checkpoint lay beside no config.yaml"
@@ -124,7 +124,7 @@ def test_results() -> None:
     )
 
 
-def test_a_plain_policy_needs_no_remote_code_and_has_no_latent() -> None:
+def test_plain_policy_needs_no_remote_code() -> None:
     text = card({"latent": None})
     for word in ("trust_remote_code", "z is", "## Steer", "prior_mode"):
         assert word not in text
@@ -149,7 +149,7 @@ def test_a_prompt_is_written_as_in_training() -> None:
     assert "apply_chat_template" not in card(template="plain")
 
 
-def test_an_adapter_is_told() -> None:
+def test_model_card_adapter() -> None:
     policy = ORIGIN["policy"] | {"init_args": {"path": "somebody/Base-7B", "lora": {"rank": 8, "alpha": 16}}}
     text = card({"policy": policy})
     assert "by a low-rank adapter, which is merged into the weights" in text

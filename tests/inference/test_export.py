@@ -121,7 +121,7 @@ def test_elsewhere_it_is_the_policy_with_its_latent(
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
-def test_stock_transformers_opens_it_as_the_plain_policy(
+def test_stock_transformers_opens_the_plain_policy(
     case: str, elsewhere: dict[str, Any], fitted: Callable[..., Path]
 ) -> None:
     found = elsewhere[case]["stock"]
@@ -146,7 +146,7 @@ def test_elsewhere_is_elsewhere_and_quiet(elsewhere: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_the_card_says_to_type_works(case: str, elsewhere: dict[str, Any]) -> None:
+def test_model_card_code_runs(case: str, elsewhere: dict[str, Any]) -> None:
     steered = {"answer", "plain", "steer"}
     expected = {"plain": {"answer"}, "soft-cap": {"answer"}, "gaussian": steered}
     assert set(elsewhere[case]["card"]) == expected.get(case, {*steered, "table"})
@@ -178,7 +178,7 @@ def test_config(exported: dict[str, Path]) -> None:
     assert not {"lpc", "auto_map"} & set(plain)
 
 
-def test_latent_and_weights_are_those_of_the_checkpoint(exported: dict[str, Path], checkpoint: Path) -> None:
+def test_export_holds_the_checkpoint_weights(exported: dict[str, Path], checkpoint: Path) -> None:
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     weights = load_file(exported["codes"] / "model.safetensors")
     assert {f"policy.model.{name}" for name in weights} == {name for name in state if name.startswith("policy.")}
@@ -315,9 +315,7 @@ def test_a_folder_that_is_not_free(checkpoint: Path, tmp_path: Path) -> None:
     assert (export(str(checkpoint), str(tmp_path / "empty")) / "config.json").is_file()
 
 
-def test_an_earlier_export_is_replaced_on_request_alone(
-    checkpoint: Path, fitted: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_export_replaces_only_on_request(checkpoint: Path, fitted: Callable[..., Path], tmp_path: Path) -> None:
     folder = export(str(checkpoint), str(tmp_path / "out"))
     with pytest.raises(
         ConfigError, match=r"output: .*/out holds an earlier export. Expected another folder, or --over"

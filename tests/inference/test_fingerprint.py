@@ -7,7 +7,7 @@ from pathlib import Path
 from lpc_lightning.inference.fingerprint import fingerprint, weights_of
 
 
-def test_the_fingerprint_of_a_model_is_that_of_its_files(tmp_path: Path) -> None:
+def test_model_fingerprint_covers_its_files(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"12")
     (tmp_path / "runs").mkdir()
     before = weights_of(str(tmp_path))

@@ -127,7 +127,7 @@ def test_a_file_of_prompts_is_answered_in_its_order(generate: Run, checkpoint: s
     assert {tuple(each["under"] for each in row["answers"]) for row in rows} == {("prior", "code weights")}
 
 
-def test_weights_on_the_command_line_are_those_of_a_code(generate: Run, checkpoint: str, tmp_path: Path) -> None:
+def test_command_line_weights_select_a_code(generate: Run, checkpoint: str, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     flags = ["--code-weights", "0", "1", "0", "--codes", "1", "--max-new-tokens=5", f"--output={output}"]
     assert generate("--model", checkpoint, "--prompt", PROMPT, *flags)[0] == 0
@@ -136,7 +136,7 @@ def test_weights_on_the_command_line_are_those_of_a_code(generate: Run, checkpoi
     assert mixed["text"] == code["text"]
 
 
-def test_an_annotators_weights_are_taken_from_a_file_of_several(generate: Run, checkpoint: str, tmp_path: Path) -> None:
+def test_annotator_weights_come_from_a_file(generate: Run, checkpoint: str, tmp_path: Path) -> None:
     """As `adapt` writes it; a name with a comma is one name."""
     weights, output = tmp_path / "code_weights.json", tmp_path / "answers.jsonl"
     weights.write_text(json.dumps({"anna": [1, 0, 0], "ben, of Rome": [0, 1, 0]}))
@@ -156,7 +156,7 @@ def test_an_annotators_weights_are_taken_from_a_file_of_several(generate: Run, c
         ({"anna": [1, 0]}, ["anna"], "found 2 numbers for version_0-"),
     ],
 )
-def test_weights_that_are_not_there_are_told(
+def test_generate_missing_code_weights(
     held: Any, names: list[str], told: str, generate: Run, checkpoint: str, tmp_path: Path
 ) -> None:
     weights = tmp_path / "code_weights.json"
@@ -199,7 +199,7 @@ def test_a_plain_model_answers_without_codes(generate: Run, plain: str, tmp_path
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_told_in_a_sentence(generate: Run, checkpoint: str, flags: list[str], told: str) -> None:
+def test_generate_invalid_settings(generate: Run, checkpoint: str, flags: list[str], told: str) -> None:
     code, out, err = generate("--model", checkpoint, *flags)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: {told}")

@@ -15,8 +15,7 @@ from transformers import GenerationConfig
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.generation import Answer, Answered, Condition, Decoding, _GumbelNoise, answers
-from lpc_lightning.inference.opening import OpenedPolicy
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import OpenedPolicy, inference_prior
 from lpc_lightning.latent import GaussianSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import Message
@@ -115,7 +114,7 @@ def test_greedy_answers_are_those_of_a_naive_loop(case: Callable[..., Case], fam
             assert answer == made.greedy(answered.prompt, condition)
 
 
-def test_the_cases_tell_the_conditions_apart_and_answers_end_early_and_late(llama: Case, case: Any) -> None:
+def test_cases_have_distinct_answers_and_lengths(llama: Case, case: Any) -> None:
     """Else the tests here would see little."""
     found = llama.answers(conditions=CONDITIONS)
     assert all(len({answer.text for answer in answered.answers}) >= 4 for answered in found)
@@ -135,7 +134,7 @@ def test_a_policy_without_a_latent_answers_by_itself(case: Callable[..., Case]) 
         assert answered.answers == (plain.greedy(answered.prompt, Condition()),)
 
 
-def test_the_prior_of_each_prompt_is_told(llama: Case) -> None:
+def test_answers_prior_of_each_prompt(llama: Case) -> None:
     backbone = llama.opened.policy.backbone
     for answered in llama.answers():
         with torch.no_grad():
@@ -203,7 +202,7 @@ def test_prompts_are_put_as_in_training(case: Callable[..., Case], origin: dict[
 
 @pytest.mark.parametrize("decoding", [SHORT, Decoding(12, temperature=1.0, top_p=0.9)], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("mode", [None, "sample"])
-def test_an_answer_does_not_depend_on_what_is_answered_beside_it(llama: Case, decoding: Decoding, mode: Any) -> None:
+def test_answers_independent_of_batch(llama: Case, decoding: Decoding, mode: Any) -> None:
     def texts(found: Sequence[Answered]) -> list[Any]:
         return [answered.answers for answered in found]
 
@@ -230,7 +229,7 @@ def test_equal_conditions_draw_the_same_tokens(llama: Case) -> None:
         assert one.text == other.text
 
 
-def test_nothing_that_a_model_was_published_with_comes_in(case: Callable[..., Case]) -> None:
+def test_published_generation_config_is_ignored(case: Callable[..., Case]) -> None:
     made = case()
     expected = made.answers()
     published = GenerationConfig(do_sample=True, temperature=3.0, repetition_penalty=9.0, max_length=3)
@@ -259,7 +258,7 @@ def test_an_answer_ends_with_the_context(case: Callable[..., Case]) -> None:
         assert answered.answers == (made.greedy(answered.prompt, Condition(), room),)
 
 
-def test_a_prompt_that_fills_the_context_is_refused_before_anything_is_generated(case: Callable[..., Case]) -> None:
+def test_answers_prompt_fills_context(case: Callable[..., Case]) -> None:
     made = case(context=32)
     with pytest.raises(DataError, match=r"prompt 2: found \d+ tokens, expected fewer than the policy's context of 32"):
         answers(made.opened, PROMPTS)
@@ -288,6 +287,6 @@ def test_a_prompt_that_the_template_refuses_is_named(case: Callable[..., Case]) 
         ({"num_beams": 2, "temperature": 1.0}, "num_beams: found 2 at temperature 1.0; beams go with temperature 0"),
     ],
 )
-def test_a_setting_that_cannot_be_is_told(settings: dict[str, Any], told: str) -> None:
+def test_decoding_invalid_settings(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         Decoding(**settings)

@@ -30,7 +30,7 @@ def draw(model: Any, seed: int = 0, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def test_its_bias_is_the_heads_of_z_with_the_familys_scale(linear: Any, prompts: list[Tensor]) -> None:
+def test_bias_is_the_scaled_head_of_z(linear: Any, prompts: list[Tensor]) -> None:
     for ids in prompts:
         z = linear.space.infer(linear.prompt_state(ids))
         processor = linear.model.logits_processor(ids[None])
@@ -117,9 +117,7 @@ def test_a_soft_cap_is_no_bias(latents: Callable[[str], Any], prompts: list[Tens
 
 @torch.no_grad()
 @pytest.mark.parametrize("cap", [30.0, 500.0])
-def test_a_soft_cap_that_hardly_bends_is_found(
-    cap: float, latents: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_biases_weak_soft_cap(cap: float, latents: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     gemma = latents("gemma2")
     monkeypatch.setattr(gemma.stock.config, "final_logit_softcapping", cap)
     with pytest.raises(ValueError, match="found a head that is not linear"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from lpc_lightning.inference.modeling_lpc import latent_causal_lm
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import LatentSpace, MarginalSpace, VectorSpace
 from lpc_lightning.policy import LoRA
 
@@ -110,9 +110,7 @@ def test_zero_is_the_stock_model_to_the_last_bit(dtype: str, make_latent: Callab
 
 
 @torch.no_grad()
-def test_prompt_end_says_where_the_answer_begins(
-    latent: Any, prompts: list[Tensor], padded: Callable[..., Any]
-) -> None:
+def test_forward_prompt_end(latent: Any, prompts: list[Tensor], padded: Callable[..., Any]) -> None:
     """Teacher forcing: prompt and answer in one row, z from the prompt."""
     answers = [ids.flip(0) for ids in prompts]
     rows = [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
@@ -143,7 +141,7 @@ def test_the_stock_models_arguments(llama: Any, prompts: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def test_labels_need_to_know_where_the_prompt_ends(llama: Any, prompts: list[Tensor]) -> None:
+def test_forward_labels_without_prompt_end(llama: Any, prompts: list[Tensor]) -> None:
     ids = torch.cat(prompts[:2])[None]
     labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompts[0]), -100)
     with pytest.raises(ValueError, match="labels: found neither z nor prompt_end"):
@@ -350,7 +348,7 @@ def test_given_weights_are_saved_in_place_of_its_own(llama: Any, tmp_path: Path)
 # Refused
 
 
-def test_arguments_that_contradict_each_other_are_refused(llama: Any, prompts: list[Tensor]) -> None:
+def test_contradicting_arguments_are_refused(llama: Any, prompts: list[Tensor]) -> None:
     ids, z = prompts[0][None], torch.zeros(1, 16)
     for other in ({"prior_mode": "mean"}, {"code_weights": torch.ones(CODES)}):
         with pytest.raises(ValueError, match="found z and prior_mode or code_weights, expected one"):

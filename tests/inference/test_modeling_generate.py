@@ -87,9 +87,7 @@ def test_logits_of_every_step(llama: Any, prompts: list[Tensor], padded: Callabl
 
 
 @torch.no_grad()
-def test_an_end_token_ends_a_row_and_not_its_neighbours(
-    llama: Any, prompts: list[Tensor], padded: Callable[..., Any]
-) -> None:
+def test_end_token_ends_its_own_row_only(llama: Any, prompts: list[Tensor], padded: Callable[..., Any]) -> None:
     end = naive(llama, prompts[0])[3]
     found = draw(llama.model, **padded(prompts), eos_token_id=end)[:, max(map(len, prompts)) :].tolist()
     for row, ids in zip(found, prompts, strict=True):
@@ -241,7 +239,7 @@ def test_embeddings_for_tokens(llama: Any, prompts: list[Tensor]) -> None:
     assert draw(llama.model, inputs_embeds=embedded)[0].tolist() == naive(llama, prompts[0])
 
 
-def test_what_cannot_know_where_prompts_end_is_refused(llama: Any, prompts: list[Tensor]) -> None:
+def test_generate_unsupported_modes(llama: Any, prompts: list[Tensor]) -> None:
     with pytest.raises(NotImplementedError, match="assisted decoding: its first pass holds guesses"):
         draw(llama.model, input_ids=prompts[0][None], prompt_lookup_num_tokens=2)
     with pytest.raises(NotImplementedError, match="continuous batching: it packs the tokens of many prompts"):

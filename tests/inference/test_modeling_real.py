@@ -12,8 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from lpc_lightning.inference.modeling_lpc import LatentCausalLM, latent_causal_lm
-from lpc_lightning.inference.opening import open_policy
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import inference_prior, open_policy
 from lpc_lightning.latent import MarginalSpace
 
 SMOLLM2 = Path(__file__).parents[2] / "models/SmolLM2-135M-Instruct"

@@ -63,7 +63,7 @@ def test_a_checkpoint_is_policy_and_prior_as_trained(checkpoint: Path) -> None:
 
 
 @torch.no_grad()
-def test_it_answers_under_its_latent_and_shares_the_policy(checkpoint: Path) -> None:
+def test_module_answers_under_its_latent(checkpoint: Path) -> None:
     opened = open_policy(str(checkpoint))
     states = opened.policy.backbone(input_ids=IDS).last_hidden_state
     z = opened.prior(states[:, -1])
@@ -102,7 +102,7 @@ def test_an_adapter_is_active_and_its_dropout_off(lora_checkpoint: Path) -> None
     assert all(torch.equal(weights[name], value) for name, value in state.items() if name.startswith("policy."))
 
 
-def test_origin_tells_where_it_comes_from(checkpoint: Path) -> None:
+def test_open_policy_origin(checkpoint: Path) -> None:
     origin = open_policy(str(checkpoint)).origin
     assert json.loads(json.dumps(origin)) == origin
     assert origin["path"] == str(checkpoint)
@@ -177,7 +177,7 @@ def test_a_module_is_what_lightning_loads(checkpoint: Path, lora_checkpoint: Pat
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_module_has_its_reference_and_a_policy_does_not_pay_for_it(checkpoint: Path) -> None:
+def test_open_module_with_reference(checkpoint: Path) -> None:
     assert open_module(str(checkpoint)).reference is not None
     module, _ = load_policy(str(checkpoint))
     assert module.reference is None
@@ -212,7 +212,7 @@ def test_a_plain_folder(plain_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert open_policy(".").name == "small-gpt2"
 
 
-def test_a_plain_folder_keeps_the_type_that_it_is_stored_in(plain_folder: Path, tmp_path: Path) -> None:
+def test_plain_folder_keeps_its_dtype(plain_folder: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(plain_folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
     for file in plain_folder.glob("*token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -236,7 +236,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
         open_module(str(cut))
     other = tmp_path / "other.ckpt"
     torch.save({"weights": torch.ones(2)}, other)
-    with pytest.raises(CheckpointError, match=r"other.ckpt does not say which policy and algorithm it belongs to"):
+    with pytest.raises(CheckpointError, match=r"other.ckpt has no record of its policy and algorithm"):
         open_policy(str(other))
     code = tmp_path / "code.ckpt"
     torch.save({"weights": Path("x")}, code)
@@ -259,11 +259,13 @@ def test_a_module_that_was_built_in_code(tmp_path: Path, make_trainer: Any, make
     pairs = make_pairs([(3, 2, 2)])
     trainer.fit(module, make_loader(pairs), make_loader(pairs))
     trainer.save_checkpoint(tmp_path / "code.ckpt")
-    with pytest.raises(CheckpointError, match=r"does not say which policy .* `DPO.load_from_checkpoint\(path, policy="):
+    with pytest.raises(
+        CheckpointError, match=r"has no record of its policy .* `DPO.load_from_checkpoint\(path, policy="
+    ):
         open_policy(str(tmp_path / "code.ckpt"))
 
 
-def test_a_checkpoint_that_names_what_nobody_imported(checkpoint: Path, tmp_path: Path) -> None:
+def test_open_policy_class_not_imported(checkpoint: Path, tmp_path: Path) -> None:
     kept = stored(checkpoint)
     for name in ("somewhere.Else", "os.system", "lpc_lightning.policy.TinyPolicy"):
         kept["hyper_parameters"]["_class_path"] = name
@@ -272,7 +274,7 @@ def test_a_checkpoint_that_names_what_nobody_imported(checkpoint: Path, tmp_path
             open_policy(str(tmp_path / "other.ckpt"))
 
 
-def test_a_checkpoint_whose_weights_are_not_its_settings(checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_weights_must_match_settings(checkpoint: Path, tmp_path: Path) -> None:
     kept = stored(checkpoint)
     kept["hyper_parameters"]["policy"]["init_args"]["width"] = 32
     torch.save(kept, tmp_path / "other.ckpt")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lpc_lightning.inference.modeling_lpc import InferencePrior
-from lpc_lightning.inference.prior import inference_prior
+from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import (
     ExpectedSpace,
     GaussianSpace,

@@ -72,7 +72,7 @@ def test_no_file_and_no_prompts(name: str, tmp_path: Path) -> None:
         read_prompts(str(tmp_path / name))
 
 
-def test_a_text_file_of_other_bytes_is_told(tmp_path: Path) -> None:
+def test_read_prompts_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match=r"is not UTF-8: .* at byte 3"):
         read_prompts(str(tmp_path / "prompts.txt"))

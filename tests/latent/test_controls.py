@@ -115,8 +115,8 @@ def test_gaussian_mixture_and_kl(
     leaves = [toy.hidden, toy.weight, *space.parameters()]
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (ours, theirs)]
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
     assert terms.settings == {"g": g}
 
 

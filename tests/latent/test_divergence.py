@@ -22,10 +22,10 @@ def test_categorical_kl_and_gradients() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert ours.shape == (6,)
     assert ours.min() > 0
-    for found, expected in zip(
+    for actual, expected in zip(
         torch.autograd.grad(ours.sum(), logits), torch.autograd.grad(theirs.sum(), logits), strict=True
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_gaussian_kl_and_gradients() -> None:
@@ -35,10 +35,10 @@ def test_gaussian_kl_and_gradients() -> None:
     q, p = (Independent(Normal(mean, std.exp()), 1) for mean, std in ((mean_q, log_std_q), (mean_p, log_std_p)))
     theirs = kl_divergence(q, p)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    for found, expected in zip(
+    for actual, expected in zip(
         torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(theirs.sum(), leaves), strict=True
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_kl_of_equal_distributions_is_zero() -> None:

@@ -55,9 +55,9 @@ def kl_of(posterior: Tensor, prior: Tensor) -> Tensor:
 def assert_same_loss_and_gradients(ours: Tensor, theirs: Tensor, space: Any, toy: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     named = {"hidden": toy.hidden, "head": toy.weight} | dict(space.named_parameters())
-    found = torch.autograd.grad(ours, list(named.values()), retain_graph=True)
+    actual = torch.autograd.grad(ours, list(named.values()), retain_graph=True)
     expected = torch.autograd.grad(theirs, list(named.values()))
-    for name, one, other in zip(named, found, expected, strict=True):
+    for name, one, other in zip(named, actual, expected, strict=True):
         assert other.abs().max() > 1e-6, f"{name} has no gradient"
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -235,8 +235,8 @@ def test_gumbel_at_ends_of_g_uses_one_network(
 
 def test_gumbel_default_g_rises_linearly(dpo_toy: Any, build: Callable[..., Any]) -> None:
     space = build(GumbelSpace(**SIZE), dpo_toy)
-    found = [space.training_terms(dpo_toy.states, dpo_toy.score, at).settings["g"] for at in (0.0, 0.1, 0.5, 1.0)]
-    assert found == [0.0, 0.1, 0.5, 1.0]
+    actual = [space.training_terms(dpo_toy.states, dpo_toy.score, at).settings["g"] for at in (0.0, 0.1, 0.5, 1.0)]
+    assert actual == [0.0, 0.1, 0.5, 1.0]
 
 
 def test_free_bits_change_penalty_but_not_kl(dpo_toy: Any, build: Callable[..., Any]) -> None:
@@ -253,14 +253,14 @@ def test_free_bits_change_penalty_but_not_kl(dpo_toy: Any, build: Callable[..., 
 
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
 def test_posterior_only_is_gumbel_with_g_0(progress: float, toy: Any, build: Callable[..., Any]) -> None:
-    found = []
+    actual = []
     for space in (PosteriorOnlySpace(**SIZE, tau=0.7), GumbelSpace(**SIZE, tau=0.7, g=0.0)):
         built = build(space, toy)
         torch.manual_seed(11)
-        found.append(built.training_terms(toy.states, toy.score, progress))
-    assert torch.equal(found[0].z, found[1].z)
-    assert torch.equal(total(found[0]), total(found[1]))
-    assert found[0].settings == {"g": 0.0, "tau": 0.7}
+        actual.append(built.training_terms(toy.states, toy.score, progress))
+    assert torch.equal(actual[0].z, actual[1].z)
+    assert torch.equal(total(actual[0]), total(actual[1]))
+    assert actual[0].settings == {"g": 0.0, "tau": 0.7}
 
 
 @pytest.mark.parametrize("hard", [False, True])

@@ -48,11 +48,11 @@ some_names = st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=1, max_size
 @given(some_names, st.integers(1, 4))
 def test_given_earlier_pairs_matches_loop(annotators: list[str], codes: int) -> None:
     prior, losses = draw(annotators, codes)
-    found = given_earlier_pairs(prior, -losses, annotators)
-    torch.testing.assert_close(found.exp(), naive(prior.exp(), losses, annotators), rtol=1e-11, atol=1e-13)
+    actual = given_earlier_pairs(prior, -losses, annotators)
+    torch.testing.assert_close(actual.exp(), naive(prior.exp(), losses, annotators), rtol=1e-11, atol=1e-13)
     for row, name in enumerate(annotators):
         if not name or name not in annotators[:row]:
-            assert torch.equal(found[row], prior[row])
+            assert torch.equal(actual[row], prior[row])
 
 
 def test_given_earlier_pairs_gradient() -> None:
@@ -73,15 +73,15 @@ def test_losses_add_up_to_joint_marginal(annotators: list[str], random: Any) -> 
     for name in {"a", "b", "c"} & set(annotators):
         own = [row for row, other in enumerate(annotators) if other == name]
         expected = -torch.log((prior[0].exp() * torch.exp(-losses[own].sum(0))).sum())
-        found = terms[[row for row, other in enumerate(named) if other == name]].sum()
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+        actual = terms[[row for row, other in enumerate(named) if other == name]].sum()
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_given_earlier_pairs_under_autocast() -> None:
     prior, losses = (values.float() for values in draw("aaaa"))
     with torch.autocast("cpu", torch.bfloat16):
-        found = given_earlier_pairs(prior, -losses, "aaaa")
-    assert torch.equal(found, given_earlier_pairs(prior, -losses, "aaaa"))
+        actual = given_earlier_pairs(prior, -losses, "aaaa")
+    assert torch.equal(actual, given_earlier_pairs(prior, -losses, "aaaa"))
 
 
 @pytest.mark.parametrize("names", NAMES, ids="-".join)
@@ -115,14 +115,14 @@ def test_marginal_with_annotators_matches_loop(
     "names", [(), ("", "", "", ""), ("a", "b", "", "c")], ids=["no annotators", "empty names", "no repeats"]
 )
 def test_marginal_without_earlier_pairs_is_plain(names: tuple[str, ...], toy: Any, build: Callable[..., Any]) -> None:
-    found = []
+    actual = []
     for space in (MarginalSpace(**SIZE), MarginalSpace(**SIZE, annotators=True)):
         built = build(space, toy)
         terms = built.training_terms(replace(toy.states, annotators=names), toy.score, 0.3)
         leaves = [toy.hidden, *built.parameters()]
         gradients = torch.autograd.grad(terms.pairs.losses.sum(), leaves, retain_graph=True)
-        found.append([terms.pairs.losses, terms.kl, terms.posterior, terms.z, *gradients])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        actual.append([terms.pairs.losses, terms.kl, terms.posterior, terms.z, *gradients])
+    assert all(torch.equal(one, other) for one, other in zip(*actual, strict=True))
 
 
 def test_marginal_ignores_annotators_when_off(toy: Any, build: Callable[..., Any]) -> None:

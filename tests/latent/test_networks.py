@@ -126,10 +126,10 @@ def test_networks_match_naive_network(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
         leaves = [pairs.prompt, pairs.chosen, pairs.rejected, *prior.parameters(), *posterior.parameters()]
         gradients = [torch.autograd.grad(out.sum(), leaves, allow_unused=True) for out in (ours, theirs)]
-        for found, expected in zip(*gradients, strict=True):
-            assert (found is None) == (expected is None)
+        for actual, expected in zip(*gradients, strict=True):
+            assert (actual is None) == (expected is None)
             if expected is not None:
-                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

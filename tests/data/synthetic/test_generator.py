@@ -118,7 +118,7 @@ def test_hidden_annotators_appear_in_column_only() -> None:
         assert "annotator" not in json.dumps(rest)
 
 
-def test_hidden_annotators_are_independent_of_the_prompt() -> None:
+def test_hidden_annotators_ignore_the_prompt() -> None:
     n = 6000
     pairs = PreferenceGenerator("hidden", annotators=4).examples(n)
     cells = Counter((pair.source, pair.annotator) for pair in pairs)
