@@ -192,7 +192,7 @@ def layer_activations(model: Architecture, step: Step) -> float:
 def activations(model: Architecture, step: Step) -> float:
     """Bytes that are kept from the forward pass: of all layers, or with checkpointing of each layer its input."""
     layer = step.wide * model.width if step.checkpointing else layer_activations(model, step)
-    last = step.wide * 3 * model.width  # the last norm, as published: input, normalised input, output
+    last = step.wide * 2 * model.width  # the last norm, as published: input and normalised input
     casts = 2 * step.narrow * model.layers * model.layer / 2 if step.precision == "bf16-mixed" else 0
     if step.adapter is not None:
         casts = 0  # autocast keeps the casts of trained weights only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -172,6 +173,7 @@ def test_two_processes_equal_one_process(tasks: list[dict[str, Any]], tmp_path: 
             [sys.executable, __file__, str(rank), str(tmp_path / "rendezvous"), str(data), str(result)],
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         for rank, result in enumerate(results)
     ]
