@@ -140,6 +140,7 @@ def test_command_help_explains_every_setting(command: Command, monkeypatch: pyte
     assert all(len(meaning.split()) > 1 for meaning in told.values())
 
 
+@pytest.mark.slow
 def test_the_installed_program_is_this_one() -> None:
     program = Path(sys.executable).with_name("lpc-lightning")
     done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
@@ -422,6 +423,7 @@ ROWS: dict[str, tuple[list[Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ROWS)
 def test_a_bad_row_is_named(kind: str, command: Command, places: list[str], tmp_path: Path, runs: Path) -> None:
     rows, pattern = ROWS[kind]

@@ -25,6 +25,8 @@ from lpc_lightning.evaluation.adaptation.scores import SHOTS
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec, TinyPolicy
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASES: dict[str, type] = {
     "policy": PolicySpec,

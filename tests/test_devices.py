@@ -47,6 +47,8 @@ from lpc_lightning.latent import (
 from lpc_lightning.policy import LoRA, TinyPolicy
 from tests.fixtures.emulated_device import DEVICE, NAME, Waits
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "gemma2")
 CODES = {"num_codes": 4, "hidden": 8, "init_logit_std": 1.0}
 LATENTS: dict[str, Callable[[], LatentSpace | None]] = {

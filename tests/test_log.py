@@ -11,6 +11,7 @@ import pytest
 import lpc_lightning  # noqa: F401 - the import itself is tested
 
 
+@pytest.mark.slow
 def test_import_of_commands_prints_nothing() -> None:
     """With bitsandbytes, on a processor with AVX512-BF16, the import would warn of a missing kernel."""
     done = subprocess.run(

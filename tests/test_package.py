@@ -92,6 +92,7 @@ def test_evaluation_imports_no_callback() -> None:
     assert not [path for path, node in modules(ROOT / "evaluation") if ".callbacks" in str(node.module)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["losses", "latent"])
 def test_losses_and_latent_need_only_torch(folder: str) -> None:
     heavy = {"transformers", "lightning", "datasets"}

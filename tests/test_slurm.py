@@ -19,6 +19,8 @@ from lpc_lightning.cli import main
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outline, read_sharded
 from lpc_lightning.evaluation.comparison.command import evaluate
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[1]
 SRUN = """#!{python}
 import os, subprocess, sys

@@ -18,6 +18,8 @@ from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA
 
+pytestmark = pytest.mark.slow
+
 Space = Callable[[], LatentSpace]
 
 

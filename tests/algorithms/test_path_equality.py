@@ -165,6 +165,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "name", "dtype"), CASES)
 def test_every_path_gives_the_same_step(
     step: str,

@@ -18,6 +18,8 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import Exponential, GumbelSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
 
+pytestmark = pytest.mark.slow
+
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2)

@@ -16,6 +16,8 @@ from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA
 
+pytestmark = pytest.mark.slow
+
 
 def adam(lr: float) -> Callable[..., torch.optim.Optimizer]:
     return lambda parameters: torch.optim.AdamW(parameters, lr=lr)

@@ -23,6 +23,8 @@ from benchmarks.gpu.trace import summarize
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import TokenizedPair
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -13,6 +13,7 @@ def rows_of(table: str) -> dict[str, list[str]]:
     return {name: cells for name, *cells in lines}
 
 
+@pytest.mark.slow
 def test_a_row_for_each_latent(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ def test_the_cases_hold_every_pair_of_values() -> None:
         assert len(set(zip(*columns, strict=True))) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "reference", "chunked", "checkpointing", "precision"), CASES)
 def test_the_formula_is_within_15_percent(
     model: str,

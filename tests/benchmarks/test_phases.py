@@ -54,6 +54,7 @@ def policy() -> TinyPolicy:
     return TinyPolicy(width=16, layers=1, heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize("reference", ["cached", "live"])
 def test_a_part_that_is_slow_is_the_one_that_is_named(

@@ -13,6 +13,8 @@ from benchmarks.phases import PARTS
 from benchmarks.run import _turns
 from lpc_lightning.policy import TinyPolicy
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 # The tensors are small, so that a second thread would only cost time.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 CONFIG = Path(__file__).parents[2] / "configs" / "callbacks" / "default.yaml"

@@ -197,6 +197,7 @@ def test_resume_with_the_same_noise(run: Any, tmp_path: Path) -> None:
     assert resumed_trainer.global_step == trainer.global_step
 
 
+@pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path, cache: Path) -> None:
     script = Path(__file__).with_name("noisy_process.py")
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONPATH": str(script.parents[2])}

@@ -147,6 +147,7 @@ MODULES: dict[str, Callable[[], DPO]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", list(MODULES.values()), ids=list(MODULES))
 def test_training_is_unchanged(make, fit, task, tmp_path) -> None:
     def save() -> ModelCheckpoint:
@@ -440,6 +441,7 @@ def one_process_of_two(rank: int, folder: Path, task: str) -> None:
         (folder / "alone.json").write_text(json.dumps([item["response"] for item in alone.items]))
 
 
+@pytest.mark.slow
 def test_two_processes_share_requests(task, tmp_path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     processes = [

@@ -44,6 +44,7 @@ def make_module(perturb: Callable[..., None]) -> Callable[..., DPO]:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("kind", [DPO, SimPO])
 def test_prior_mode_is_the_modules_accuracy(
@@ -153,6 +154,7 @@ def test_metrics_are_not_in_the_progress_bar(fitted: Any) -> None:
     assert not any("accuracy/" in name for name in trainer.progress_bar_metrics)
 
 
+@pytest.mark.slow
 def test_callbacks_do_not_change_training(
     data: SyntheticPreferences, make_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ class Count(Callback):
         self.counts.append((batch.tokens, len(batch.ids)))
 
 
+@pytest.mark.slow
 def test_step_counts_all_micro_batches(fitted, tmp_path) -> None:
     count, monitor = Count(), ResourceMonitor(warmup_steps=1)
     fitted(count, monitor, enable_checkpointing=False)

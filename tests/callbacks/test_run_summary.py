@@ -53,6 +53,7 @@ def test_summary_against_separate_validations(fitted, tmp_path) -> None:
     assert summary["validation_before"]["loss"] != summary["validation_after"]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "stage"), [("validate", "val"), ("test", "test")])
 def test_summary_of_validate_and_test(command, stage, fitted, tmp_path, capsys) -> None:
     """The output has every metric over all pairs, no metrics of groups, and the file that contains those."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -21,6 +22,7 @@ def _ask(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_all_processes(tmp_path: Path) -> None:
     mp.start_processes(_ask, (str(tmp_path),), nprocs=2, start_method="spawn")
     assert [(tmp_path / name).read_text() for name in "01"] == ["False True", "False True"]

@@ -48,6 +48,7 @@ def test_save_without_folder_raises_write_error(tmp_path: Path) -> None:
         AtomicCheckpointIO().save_checkpoint(small(), tmp_path / "file" / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_killed_save_keeps_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(small(), path)

@@ -21,6 +21,8 @@ from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_sharded
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("two_processes.py")
 spec = importlib.util.spec_from_file_location("two_processes", PROGRAM)

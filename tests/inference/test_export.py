@@ -24,6 +24,8 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.opening import open_module, open_policy
 
+pytestmark = pytest.mark.slow
+
 CODED = ["--latent=MarginalSpace", "--latent.num_codes=5", "--latent.hidden=8", "--latent.init_logit_std=1.0"]
 GEMMA = '{"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}'
 CASES: dict[str, list[str]] = {

@@ -102,6 +102,7 @@ def llama(case: Callable[..., Case]) -> Case:
 
 
 # transformers' eager attention, which Gemma needs, gives NaN for left padding in float64.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"), [("llama", "float64"), ("mistral", "float64"), ("gpt2", "float64"), ("gemma2", "float32")]
 )
@@ -143,6 +144,7 @@ def test_answers_prior_of_each_prompt(llama: Case) -> None:
         assert answered.prior == pytest.approx(expected.tolist(), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_beams_find_the_best_of_all_answers(llama: Case) -> None:
     """As many beams as there are tokens try every answer of two tokens."""
     decoding = Decoding(max_new_tokens=2, num_beams=1024, batch_size=1)
@@ -164,6 +166,7 @@ def test_gumbel_noise_draws_by_the_probabilities() -> None:
     assert stats.chisquare(counts[:4].numpy(), (20_000 * shares[:4].double()).numpy()).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_drawn_tokens_have_the_models_probabilities(llama: Case) -> None:
     """The first token of the same prompt by 600 seeds: how often the likeliest texts come, at temperature 0.7."""
     condition, temperature = Condition("code 0", 0), 0.7
@@ -200,6 +203,7 @@ def test_prompts_are_put_as_in_training(case: Callable[..., Case], origin: dict[
         assert answered.answers == (made.greedy(answered.prompt, Condition()),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", [SHORT, Decoding(12, temperature=1.0, top_p=0.9)], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("mode", [None, "sample"])
 def test_answers_independent_of_batch(llama: Case, decoding: Decoding, mode: Any) -> None:

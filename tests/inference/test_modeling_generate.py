@@ -51,6 +51,7 @@ def naive(latent: Any, ids: Tensor, again: bool = False) -> list[int]:
 # Greedy
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
 def test_greedy_answers_keep_the_z_of_their_prompt(use_cache: bool, latent: Any, prompts: list[Tensor]) -> None:

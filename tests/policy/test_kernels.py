@@ -91,6 +91,7 @@ def test_flex_attention_training_on_cpu_is_refused(pairs: list[TokenizedPair], t
         policy.read(LAYOUTS["packed"](pairs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("checkpointing", "name"), [(False, "packed"), (True, "padded")])
 def test_compiled_layers_agree(checkpointing: bool, name: str, pairs: list[TokenizedPair], tiny: Tiny) -> None:
     torch._dynamo.reset()
@@ -111,6 +112,7 @@ def test_compiled_layers_agree(checkpointing: bool, name: str, pairs: list[Token
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+@pytest.mark.slow
 def test_compiled_layers_with_adapter_agree(pairs: list[TokenizedPair], tiny: Tiny) -> None:
     torch._dynamo.reset()
     plain, compiled = (
@@ -124,6 +126,7 @@ def test_compiled_layers_with_adapter_agree(pairs: list[TokenizedPair], tiny: Ti
         torch.testing.assert_close(found.read(batch).logps(), expected.read(batch).logps(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["segment", "sdpa"])
 def test_compiled_layers_compile_once(kernel: str, make_pairs: Callable[..., list[TokenizedPair]], tiny: Tiny) -> None:
     """Batches of other pairs, widths and numbers of blocks, with one or several pairs per row."""

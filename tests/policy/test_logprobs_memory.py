@@ -73,6 +73,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Callable[[Pref
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("latent", LATENTS)
 def test_step_never_holds_all_logits(
@@ -89,6 +90,7 @@ def test_step_never_holds_all_logits(
     assert peak_bytes(lambda: run(batch)) < 4 * logits / 2
 
 
+@pytest.mark.slow
 def test_memory_grows_with_chunk_size(
     step: Callable[..., Any], make_pairs: Callable[..., list[TokenizedPair]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

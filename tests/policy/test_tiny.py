@@ -177,6 +177,7 @@ def test_reader_weights_depend_on_spec_seed_only(family: str, tiny_spec: Callabl
     assert not torch.equal(first[name], other[name])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_reader_state_predicts_prompt_domain() -> None:
     """Fit a linear probe for the pair's domain to the state at the last prompt token."""

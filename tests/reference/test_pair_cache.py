@@ -170,6 +170,7 @@ for index in range(40):
 """
 
 
+@pytest.mark.slow
 def test_add_by_two_processes(store: TokenStore, cache: PairCache, tmp_path: Path) -> None:
     ready, go = [tmp_path / "ready 1", tmp_path / "ready 2"], tmp_path / "go"
     adders = [

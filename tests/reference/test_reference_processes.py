@@ -18,6 +18,8 @@ import torch
 
 from lpc_lightning.reference import pair_pass
 
+pytestmark = pytest.mark.distributed
+
 PROGRAM = Path(__file__).with_name("reference_processes.py")
 TRAIN, VALIDATION = 22, 5
 

@@ -58,6 +58,7 @@ SAME: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", SAME)
 def test_rows_shared_when_unaffected(change: str, warm_started: Callable[..., tuple[int, int]]) -> None:
     assert warm_started(warm_start_pairs=21) == (21, 0)
@@ -71,6 +72,7 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", OTHER)
 def test_rows_not_shared_when_affected(change: str, warm_started: Callable[..., tuple[int, int]]) -> None:
     assert warm_started() == (12, 0)

@@ -144,6 +144,7 @@ def test_resume_from_before_the_warm_start(
     assert same(whole.weights, resumed.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [DPO, SimPO])
 def test_warm_start_uses_noisy_labels(
     algorithm: type[PreferenceModule], module: Any, fit_run: Any, warm_starts: list[LinearizedPairs], tmp_path: Path
@@ -230,6 +231,7 @@ def test_warm_start_of_latents_and_algorithms(
     assert all(weight.isfinite().all() for weight in run.weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
 def test_warm_start_in_any_precision(precision: Any, module: Any, fit_run: Any) -> None:
     dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64, "bf16-mixed": torch.float32}[precision]

@@ -116,6 +116,7 @@ def ids(loader: PreferenceLoader, epoch: int = 0) -> list[tuple[str, ...]]:
     return [batch.ids for batch in loader]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [{}, {"window": 2}, {"run": 2}], ids=["plain", "by length", "by annotator"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 1, 4, 6])

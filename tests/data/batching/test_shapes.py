@@ -75,6 +75,7 @@ def shapes_of_epochs(data: PreferenceDataModule, balance: bool) -> tuple[set[Bat
     return set(shapes), 1 - sum(n.tokens for n in needed) / sum(shape.tokens for shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.skipif(not PREFERENCES.is_dir(), reason="no $LPC_DATA_DIR/preferences")
 @pytest.mark.parametrize("pairs", [8, 16])

@@ -44,6 +44,7 @@ def test_visible_pairs_ignore_annotators() -> None:
     assert PreferenceGenerator(annotators=1).examples(10) == PreferenceGenerator(annotators=9).examples(10)
 
 
+@pytest.mark.slow
 def test_pairs_are_equal_in_another_process() -> None:
     code = (
         "import json, hashlib; from dataclasses import asdict; from lpc_lightning.data.synthetic import *\n"

@@ -34,11 +34,13 @@ def entry(tmp_path: Path) -> Path:
     return tmp_path / "tokens" / "abc"
 
 
+@pytest.mark.slow
 def test_lock_one_process_makes_the_entry(entry: Path) -> None:
     processes = [start(entry, 0.5) for _ in range(3)]
     assert sorted(process.communicate(timeout=60)[0] for process in processes) == ["", "", "made\n"]
 
 
+@pytest.mark.slow
 def test_lock_of_killed_process_is_released(entry: Path) -> None:
     first = start(entry, 60)
     assert first.stdout is not None
@@ -49,6 +51,7 @@ def test_lock_of_killed_process_is_released(entry: Path) -> None:
     assert second.communicate(timeout=60)[0] == "made\n"
 
 
+@pytest.mark.slow
 def test_lock_timeout_continues_without_lock(entry: Path) -> None:
     first = start(entry, 60)
     assert first.stdout is not None

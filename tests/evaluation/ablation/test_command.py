@@ -20,6 +20,8 @@ from lpc_lightning.evaluation.ablation import fingerprint
 from lpc_lightning.evaluation.ablation.command import ablate, main
 from lpc_lightning.evaluation.ablation.folder import Weights
 
+pytestmark = pytest.mark.slow
+
 Read = Callable[[Path], dict[str, bytes]]
 
 

@@ -20,6 +20,8 @@ import yaml
 from lpc_lightning.evaluation.ablation.command import main
 from lpc_lightning.evaluation.ablation.process import FORKED
 
+pytestmark = pytest.mark.slow
+
 Read = Callable[[Path], dict[str, bytes]]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.distributed
+
 CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster

@@ -22,6 +22,8 @@ from lpc_lightning.evaluation.codebook.statistics import CodebookStatistics
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import TinyPolicy
 
+pytestmark = pytest.mark.distributed
+
 SOURCES = ("one", "one", "one", "a much longer name, ünïcode", "a much longer name, ünïcode", "", "third")
 SHARES = ((slice(0, 3), slice(3, 5)), (slice(5, 7),))
 """Batches of each process: five pairs in two batches, two pairs in one batch."""

@@ -68,6 +68,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_adapt_two_models_then_generate(
     checkpoints: dict[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +196,7 @@ def test_adapt_annotators_with_too_few_pairs(
         adapt([checkpoints["expected"]], str(subset), shots=[2, 3], **flags)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.skipif(not REAL.is_dir(), reason="no $LPC_DATA_DIR/preferences")
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_sample_depends_on_its_context_only(kind: str) -> None:
     assert torch.equal(latent(STATES[:1].expand(2, -1), [[1, 2, 3]] * 2), together[:1].expand(2, -1))
 
 
+@pytest.mark.slow
 def test_samples_follow_the_prior() -> None:
     prior = make_prior("discrete")
     state = STATES[:1]

@@ -58,6 +58,7 @@ def answered_requests(groups: Sequence[Group]) -> list[tuple[list[int], list[int
     return [by_index[number] for number in range(len(by_index))]
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(requests=REQUESTS, max_length=st.integers(9, 20), max_tokens=st.integers(1, 80))
 @example(requests=[((1,), (2,))] * 3, max_length=9, max_tokens=1)

@@ -394,6 +394,7 @@ class LimitedMemoryPolicy(CausalPolicy):
         return super().states(input_ids, *layout)
 
 
+@pytest.mark.slow
 def test_auto_batch_size_shrinks_without_memory(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
     prior, policy = make_prior(), LimitedMemoryPolicy(policies("llama").model)
     requests = questions(count=12)

@@ -133,6 +133,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return write_tasks(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.slow
 def test_metrics_at_zero_z_equal_stock(tasks: list[dict[str, Any]]) -> None:
     spec, policy = build_policy()
     tokenizer = spec.load_tokenizer()
@@ -164,6 +165,7 @@ def one_process_of_two(rank: int, rendezvous: str, data: str, result: str) -> No
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_process(tasks: list[dict[str, Any]], tmp_path: Path) -> None:
     data = tmp_path / "tasks.json"
     data.write_text(json.dumps(tasks))

@@ -58,6 +58,7 @@ def recording_lm(loud_policy):
     return RecordingLM(pretrained=policy.causal_lm, tokenizer=tokenizer, batch_size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"num_fewshot": 2, "limit": 5}, {"apply_chat_template": True, "limit": 4}],
@@ -312,6 +313,7 @@ def one_process_of_two(rank: int, rendezvous: str, data_dir: str, result: str) -
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_fail_together(data_dir, tmp_path) -> None:
     one, *two = (tmp_path / name for name in ("one", "first", "second"))
     processes = [

@@ -146,6 +146,7 @@ def test_check_tasks_names_missing_file(name, data_dir) -> None:
         file.write_bytes(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tasks", "local", "error"),
     [
@@ -166,6 +167,7 @@ def test_check_tasks_accepts_groups_tags_files(task_file, documents) -> None:
     check_tasks(["mmlu", "ai2_arc", "hellaswag", task_file("mine", documents["arc/ARC-Easy"]["test"])])
 
 
+@pytest.mark.slow
 def test_changed_file_with_same_time_is_reread(data_dir) -> None:
     file = data_dir / "gsm8k" / "test.jsonl"
     before = file.stat()

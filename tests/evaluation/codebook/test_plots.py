@@ -77,6 +77,7 @@ def test_heat_map_of_unusual_names(labels: list[str], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 32, 256])
 @pytest.mark.parametrize("with_posterior", [True, False])
 def test_code_use_shows_every_code(count: int, with_posterior: bool, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def no_model_is_opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 # Scores
 
 
+@pytest.mark.slow
 def test_plain_model_scores_equal_stock(evaluate: Run, plain: str, results: Any, data_dir: Path) -> None:
     tasks = ["arc_easy", "gsm8k", "truthfulqa_mc1", "truthfulqa_mc2"]
     outcome = evaluate(plain, "--tasks", *tasks, "--limit=5")
@@ -187,6 +188,7 @@ def test_checkpoint_scored_under_its_latent(
             assert response == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_preference_accuracy_equals_trainer_test(
     evaluate: Run, checkpoint: Path, plain: str, results: Any, tmp_path: Path, make_trainer: Callable[..., Trainer]
 ) -> None:
@@ -257,6 +259,7 @@ def test_existing_results_are_read(
     assert "a model was opened" in forced.errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", ["--limit=3", "--prior-mode=1", "--seed=5", "--apply-chat-template", "--num-fewshot=2"]
 )
@@ -367,6 +370,7 @@ def test_interrupted_command_keeps_results(
     assert run_tasks == ["gsm8k"]
 
 
+@pytest.mark.slow
 def test_invalid_model_does_not_stop_others(
     evaluate: Run, plain: str, checkpoint: Path, tmp_path: Path, results: Any
 ) -> None:
@@ -437,6 +441,7 @@ def test_prior_mode_with_pairs_is_rejected(evaluate: Run, checkpoint: Path, tmp_
 # Several models
 
 
+@pytest.mark.slow
 def test_models_are_compared_by_item(
     evaluate: Run, plain: str, checkpoint: Path, tmp_path: Path, no_model_is_opened: Callable[[], None]
 ) -> None:
@@ -475,6 +480,7 @@ def test_models_on_other_items_are_not_tested(evaluate: Run, plain: str, checkpo
     assert "Below: differences to" not in outcome.out
 
 
+@pytest.mark.slow
 def test_models_in_other_precision_get_note(evaluate: Run, plain: str, tmp_path: Path) -> None:
     evaluate(plain, "--tasks=arc_easy", "--limit=4")
     outcome = evaluate(tmp_path / "results" / "plain", plain, "--tasks=arc_easy", "--limit=4", "--precision=bfloat16")

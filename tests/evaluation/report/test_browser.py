@@ -77,6 +77,7 @@ def column(table: WebElement, name: str) -> tuple[WebElement, list[str]]:
     return headers[index], [cell.text for cell in cells]
 
 
+@pytest.mark.slow
 def test_page_makes_no_requests(page: Chrome) -> None:
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     urls = [

@@ -41,6 +41,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_report_writes_every_file(reported: Path) -> None:
     files = {str(path.relative_to(reported)) for path in reported.rglob("*") if path.is_file()}
     tables = {

@@ -26,6 +26,7 @@ def marginal() -> MarginalSpace:
     return MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=4)], ids=["full", "lora"])
 @pytest.mark.parametrize("latent", [None, gumbel, marginal], ids=["plain", "gumbel", "marginal"])
 @pytest.mark.parametrize("algorithm", [DPO, IPO])

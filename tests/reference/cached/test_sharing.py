@@ -96,6 +96,7 @@ def run_with(small_policy: Any, own_data: Any, fit_run: Any) -> Callable[..., An
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", SHARED.values(), ids=SHARED)
 def test_values_shared_when_unaffected(change: Change, run_with: Any, log_lines: Any, entries: Any) -> None:
     run_with({})
@@ -108,6 +109,7 @@ def test_values_shared_when_unaffected(change: Change, run_with: Any, log_lines:
     assert cached.losses == pytest.approx(live.losses, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
 def test_values_not_shared_when_affected(change: Change, run_with: Any, log_lines: Any, entries: Any) -> None:
     run_with({})

@@ -16,6 +16,7 @@ from lpc_lightning.algorithms import DPO
 from lpc_lightning.policy import LoRA
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 @pytest.mark.parametrize("stored", [True, False], ids=["with the cache", "without"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

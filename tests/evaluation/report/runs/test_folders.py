@@ -164,6 +164,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "runs"
 
 
+@pytest.mark.slow
 def test_load_run_of_a_fit(runs: Path) -> None:
     loaded = load_folders([str(runs / "version_1")])
     (record,) = loaded.records
