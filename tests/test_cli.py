@@ -41,7 +41,7 @@ ALL = [*POLICY, *MODEL, *LATENT, *DATA, "--data.batch_size=2", *TRAINER]
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-class Said(NamedTuple):
+class Outcome(NamedTuple):
     """How a command ended."""
 
     code: int
@@ -49,7 +49,7 @@ class Said(NamedTuple):
     err: str
 
 
-Command = Callable[..., Said]
+Command = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
 
-    def run(*arguments: str) -> Said:
+    def run(*arguments: str) -> Outcome:
         monkeypatch.setattr("sys.argv", ["lpc-lightning", *arguments])
         capsys.readouterr()
         try:
@@ -66,7 +66,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             code: Any = 0
         except SystemExit as end:
             code = end.code
-        return Said(code, *capsys.readouterr())
+        return Outcome(code, *capsys.readouterr())
 
     return run
 
@@ -101,14 +101,15 @@ def logged(run: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_tells_every_command(command: Command, flag: str) -> None:
-    said = command(flag)
-    assert said.code == 0
-    assert said.err == ""
+def test_help_lists_every_command(command: Command, flag: str) -> None:
+    output = command(flag)
+    assert output.code == 0
+    assert output.err == ""
     for name, (_, text) in commands().items():
-        assert re.search(rf"^ +{name} +{re.escape(text)}$", said.out, re.M)
+        assert re.search(rf"^ +{name} +{re.escape(text)}$", output.out, re.M)
 
 
+@pytest.mark.slow
 def test_usage_lists_plugins_without_importing_them() -> None:
     """lpc_lightning imports nothing from evaluation, whose lm-eval takes seconds."""
     code = (
@@ -133,11 +134,13 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_command_help_explains_every_setting(command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
-    said = command(name, "--help")
-    assert said.code == 0
-    told = dict(re.findall(r"^  (?:--)?(\w+)[ ,].*?(?: {2,}|\n {24})(\S.*?) \((?:required, )?type: ", said.out, re.M))
-    assert set(inspect.signature(FUNCTIONS[name]).parameters) <= set(told)
-    assert all(len(meaning.split()) > 1 for meaning in told.values())
+    output = command(name, "--help")
+    assert output.code == 0
+    message = dict(
+        re.findall(r"^  (?:--)?(\w+)[ ,].*?(?: {2,}|\n {24})(\S.*?) \((?:required, )?type: ", output.out, re.M)
+    )
+    assert set(inspect.signature(FUNCTIONS[name]).parameters) <= set(message)
+    assert all(len(meaning.split()) > 1 for meaning in message.values())
 
 
 @pytest.mark.slow
@@ -151,17 +154,17 @@ def test_the_installed_program_is_this_one() -> None:
     ("arguments", "error"), [([], ""), (["fot"], "error: found command 'fot', expected one of fit, ")]
 )
 def test_unknown_command_lists_the_known_ones(command: Command, arguments: list[str], error: str) -> None:
-    said = command(*arguments)
-    assert said.code == 2
-    assert said.out == ""
-    assert "usage: lpc-lightning COMMAND" in said.err
-    assert error in said.err
+    output = command(*arguments)
+    assert output.code == 2
+    assert output.out == ""
+    assert "usage: lpc-lightning COMMAND" in output.err
+    assert error in output.err
 
 
-def test_fit_help_tells_every_group(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_help_lists_every_group(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
-    said = command("fit", "--help")
-    assert said.code == 0
+    output = command("fit", "--help")
+    assert output.code == 0
     for group in (
         "policy",
         "model",
@@ -172,8 +175,8 @@ def test_fit_help_tells_every_group(command: Command, monkeypatch: pytest.Monkey
         "ckpt_path",
         "seed_everything",
     ):
-        assert re.search(rf"^  (-c CONFIG, )?--{group}( |$)", said.out, re.M), group
-    assert "The latent space of Latent Preference Coding. null is the plain algorithm." in said.out
+        assert re.search(rf"^  (-c CONFIG, )?--{group}( |$)", output.out, re.M), group
+    assert "The latent space of Latent Preference Coding. null is the plain algorithm." in output.out
 
 
 SETTINGS = {
@@ -205,12 +208,12 @@ def test_class_help_explains_every_setting(
     command: Command, monkeypatch: pytest.MonkeyPatch, group: str, name: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
-    said = command("fit", f"--{group}.help", name)
-    assert said.code == 0
+    output = command("fit", f"--{group}.help", name)
+    assert output.code == 0
     line = rf"^  --{group}\.(\w+)[ ,].*?(?: {{2,}}|\n {{24}})(\S.*?) \((?:required, )?type: "
-    told = dict(re.findall(line, said.out, re.M))
-    assert set(SETTINGS[group, name]) <= set(told)
-    silent = {setting for setting, meaning in told.items() if len(meaning.split()) < 2}
+    message = dict(re.findall(line, output.out, re.M))
+    assert set(SETTINGS[group, name]) <= set(message)
+    silent = {setting for setting, meaning in message.items() if len(meaning.split()) < 2}
     assert not silent
 
 
@@ -235,14 +238,15 @@ def test_each_run_writes_its_own_folder(fit: Command, runs: Path) -> None:
     assert logged(runs / "version_0")["train/loss"] != logged(runs / "version_1")["train/loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "callbacks", [[], [f"--callbacks={CONFIGS / 'callbacks' / 'default.yaml'}"]], ids=["", "callbacks"]
 )
 def test_run_repeats_from_its_saved_config(callbacks: list[str], command: Command, fit: Command, runs: Path) -> None:
     assert fit(*callbacks).code == 0
     first = logged(runs / "version_0")
-    said = command("fit", f"--config={runs / 'version_0' / 'config.yaml'}")
-    assert said.code == 0, said.err
+    output = command("fit", f"--config={runs / 'version_0' / 'config.yaml'}")
+    assert output.code == 0, output.err
     assert logged(runs / "version_0") == first
     again = logged(runs / "version_1")
     assert {
@@ -285,25 +289,26 @@ def checkpoint(fit: Command, runs: Path) -> Path:
 class TestFromACheckpoint:
     def test_resume_keeps_the_model_settings(self, checkpoint: Path, fit: Command, runs: Path) -> None:
         with pytest.warns(UserWarning, match=r"resume: found trainer\.max_epochs 2 \(before: 1\)"):
-            said = fit(f"--ckpt_path={checkpoint}", "--model.beta=9", "--policy.width=32", "--latent=null")
-        assert said.code == 0, said.err
-        told = f"Model, policy and latent are set as in {checkpoint}; flags and config files do not change them."
-        assert told in said.out
+            output = fit(f"--ckpt_path={checkpoint}", "--model.beta=9", "--policy.width=32", "--latent=null")
+        assert output.code == 0, output.err
+        message = f"Model, policy and latent are set as in {checkpoint}; flags and config files do not change them."
+        assert message in output.out
         resumed = logged(runs / "version_1")
         assert len(resumed["train/loss"]) == 3
         assert resumed["train/latent/prior_entropy"]
         module = LightningModule.load_from_checkpoint(next((runs / "version_1").glob("checkpoints/*.ckpt")))
         assert (module.beta, module.policy_spec.width, module.latent.num_codes) == (0.1, 16, 3)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("name", "prefix"), [("validate", "val"), ("test", "test")])
     def test_it_is_measured(
         self, name: str, prefix: str, checkpoint: Path, command: Command, places: list[str], runs: Path
     ) -> None:
-        said = command(name, *ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}")
-        assert said.code == 0, said.err
+        output = command(name, *ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}")
+        assert output.code == 0, output.err
         found = logged(runs / "version_1")
         assert 0 <= found[f"{prefix}/rewards/accuracies"][0] <= 1
-        assert f"{prefix}/rewards/accuracies" in said.out
+        assert f"{prefix}/rewards/accuracies" in output.out
         if name == "validate":
             fitted = logged(runs / "version_0")
             names = [column for column in fitted if column.startswith("val/")]
@@ -311,10 +316,11 @@ class TestFromACheckpoint:
             for column in names:
                 assert found[column] == fitted[column]
 
+    @pytest.mark.slow
     def test_its_pairs_are_predicted(self, checkpoint: Path, command: Command, places: list[str], runs: Path) -> None:
         options = [*ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}"]
-        said = command("predict", *options, "--callbacks+=lpc_lightning.callbacks.WritePredictions")
-        assert said.code == 0, said.err
+        output = command("predict", *options, "--callbacks+=lpc_lightning.callbacks.WritePredictions")
+        assert output.code == 0, output.err
         (file,) = runs.glob("*/predictions_0.jsonl")
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert len({row["id"] for row in rows}) == len(rows) > 0
@@ -323,19 +329,21 @@ class TestFromACheckpoint:
             assert sum(row["prior"]) == pytest.approx(1, abs=1e-5)
 
     @pytest.mark.parametrize(
-        ("content", "told"),
+        ("content", "message"),
         [(None, "found no file"), ("not a checkpoint", "is no checkpoint")],
         ids=["missing", "something else"],
     )
-    def test_a_file_that_is_none_is_told(self, content: str | None, told: str, fit: Command, tmp_path: Path) -> None:
+    def test_file_that_is_no_checkpoint_is_refused(
+        self, content: str | None, message: str, fit: Command, tmp_path: Path
+    ) -> None:
         path = tmp_path / "last.ckpt"
         if content is not None:
             path.write_text(content)
-        said = fit(f"--ckpt_path={path}")
-        assert_one_error(said, r"ckpt_path: .*last\.ckpt.*expected (a checkpoint|one such as)")
-        assert told in said.err
+        output = fit(f"--ckpt_path={path}")
+        assert_one_error(output, r"ckpt_path: .*last\.ckpt.*expected (a checkpoint|one such as)")
+        assert message in output.err
 
-    def test_a_half_one_is_told(self, checkpoint: Path, fit: Command, tmp_path: Path) -> None:
+    def test_truncated_checkpoint_is_refused(self, checkpoint: Path, fit: Command, tmp_path: Path) -> None:
         half = tmp_path / "half.ckpt"
         half.write_bytes(checkpoint.read_bytes()[:50_000])
         assert_one_error(
@@ -343,35 +351,36 @@ class TestFromACheckpoint:
             r"ckpt_path: .*half\.ckpt is no checkpoint, or one that was cut short, expected one",
         )
 
-    def test_one_of_another_architecture_is_told(self, checkpoint: Path, fit: Command) -> None:
+    def test_other_architecture_is_refused(self, checkpoint: Path, fit: Command) -> None:
         """Made in code, it holds no settings, so that the flags' model is to take it."""
         kept = torch.load(checkpoint, weights_only=True)
         kept["hyper_parameters"] = {}
         torch.save(kept, checkpoint)
-        said = fit(f"--ckpt_path={checkpoint}", "--policy.width=32", "--trainer.max_epochs=2")
+        output = fit(f"--ckpt_path={checkpoint}", "--policy.width=32", "--trainer.max_epochs=2")
         assert_one_error(
-            said, r"checkpoint: its weights are of another architecture: .*found \(3, 16\), expected \(3, 32\)"
+            output, r"checkpoint: its weights are of another architecture: .*found \(3, 16\), expected \(3, 32\)"
         )
 
-    def test_steps_of_another_size_are_told(self, checkpoint: Path, fit: Command) -> None:
-        said = fit(f"--ckpt_path={checkpoint}", "--trainer.accumulate_grad_batches=2")
+    def test_steps_of_another_size_are_refused(self, checkpoint: Path, fit: Command) -> None:
+        output = fit(f"--ckpt_path={checkpoint}", "--trainer.accumulate_grad_batches=2")
         assert_one_error(
-            said, r"trainer\.accumulate_grad_batches: found 2, expected 1 as in the checkpoint\. Resume with"
+            output, r"trainer\.accumulate_grad_batches: found 2, expected 1 as in the checkpoint\. Resume with"
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("change", ["--seed_everything=5", "--data.train_pairs=8", "--data.batch_size=3"])
-    def test_other_data_is_told(self, change: str, checkpoint: Path, fit: Command) -> None:
-        said = fit(f"--ckpt_path={checkpoint}", change)
-        assert_one_error(said, r"resume: found data order .*expected .* as in the checkpoint\. Resume with the same")
+    def test_other_data_is_refused(self, change: str, checkpoint: Path, fit: Command) -> None:
+        output = fit(f"--ckpt_path={checkpoint}", change)
+        assert_one_error(output, r"resume: found data order .*expected .* as in the checkpoint\. Resume with the same")
 
 
 # Bad input.
 
 
-def assert_one_error(said: Said, pattern: str) -> None:
-    assert said.code == 1, said
-    assert "Traceback" not in said.out + said.err
-    errors = re.findall(r"^error: (.*)", said.err, re.M | re.S)
+def assert_one_error(output: Outcome, pattern: str) -> None:
+    assert output.code == 1, output
+    assert "Traceback" not in output.out + output.err
+    errors = re.findall(r"^error: (.*)", output.err, re.M | re.S)
     assert len(errors) == 1
     assert re.match(pattern, errors[0].replace("\n", " ")), errors[0]
 
@@ -433,11 +442,11 @@ def test_a_bad_row_is_named(kind: str, command: Command, places: list[str], tmp_
     ]
     path.write_bytes(b"".join(content + b"\n" for content in lines))
     flags = ["--data=PreferenceData", f"--data.path={path}", "--data.validation_share=0"]
-    said = command("fit", *POLICY, *MODEL, *flags, *TRAINER, *places)
-    assert_one_error(said, pattern)
+    output = command("fit", *POLICY, *MODEL, *flags, *TRAINER, *places)
+    assert_one_error(output, pattern)
     if not rows:
         return
-    assert "Correct or remove them, or set `data.bad_rows: skip` to train without them." in said.err
+    assert "Correct or remove them, or set `data.bad_rows: skip` to train without them." in output.err
     went_on = command(
         "fit", *POLICY, *MODEL, *flags, *TRAINER, *places, "--data.bad_rows=skip", "--trainer.max_steps=1"
     )
@@ -470,25 +479,26 @@ def small_vocabulary(tmp_path: Path) -> Path:
     return tmp_path / "small"
 
 
-def test_a_tokenizer_without_an_end_token_is_told(command: Command, places: list[str], no_end: Path) -> None:
+def test_tokenizer_without_end_token_is_refused(command: Command, places: list[str], no_end: Path) -> None:
     policy = ["--policy=PretrainedPolicy", f"--policy.path={no_end}"]
-    said = command("fit", *policy, *MODEL, *DATA, *TRAINER, *places)
-    assert_one_error(said, r".*end")
+    output = command("fit", *policy, *MODEL, *DATA, *TRAINER, *places)
+    assert_one_error(output, r".*end")
 
 
-def test_a_vocabulary_that_does_not_fit_is_told(command: Command, places: list[str], small_vocabulary: Path) -> None:
+def test_vocabulary_that_does_not_fit_is_refused(command: Command, places: list[str], small_vocabulary: Path) -> None:
     policy = ["--policy=PretrainedPolicy", f"--policy.path={small_vocabulary}"]
-    said = command("fit", *policy, *MODEL, *DATA, *TRAINER, *places)
-    told = r"policy: the vocabulary does not fit: the tokenizer makes ids up to \d+, the embedding has 1000 rows"
-    assert_one_error(said, told)
+    output = command("fit", *policy, *MODEL, *DATA, *TRAINER, *places)
+    message = r"policy: the vocabulary does not fit: the tokenizer makes ids up to \d+, the embedding has 1000 rows"
+    assert_one_error(output, message)
 
 
-def test_an_unknown_policy_is_told(command: Command, places: list[str], tmp_path: Path) -> None:
+def test_unknown_policy_is_refused(command: Command, places: list[str], tmp_path: Path) -> None:
     policy = ["--policy=PretrainedPolicy", f"--policy.path={tmp_path / 'nowhere'}"]
-    said = command("fit", *policy, *MODEL, *DATA, *TRAINER, *places)
-    assert_one_error(said, r"policy\.path: found no file or folder .*nowhere\. Expected .*`lpc-lightning prepare`")
+    output = command("fit", *policy, *MODEL, *DATA, *TRAINER, *places)
+    assert_one_error(output, r"policy\.path: found no file or folder .*nowhere\. Expected .*`lpc-lightning prepare`")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "pattern"),
     [
@@ -522,23 +532,23 @@ def test_an_unknown_policy_is_told(command: Command, places: list[str], tmp_path
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_setting_out_of_range_is_told(fit: Command, flags: list[str], pattern: str) -> None:
+def test_setting_out_of_range_is_refused(fit: Command, flags: list[str], pattern: str) -> None:
     assert_one_error(fit(*flags), pattern)
 
 
 @pytest.mark.parametrize("missing", ["policy", "data"])
-def test_a_group_without_a_class_is_told(command: Command, missing: str, places: list[str]) -> None:
+def test_group_without_a_class_is_refused(command: Command, missing: str, places: list[str]) -> None:
     flags = [flag for flag in ALL if not flag.startswith(f"--{missing}")]
-    said = command("fit", *flags, *places)
-    assert_one_error(said, rf"{missing}: found no class, expected one, as in `--{missing} ")
+    output = command("fit", *flags, *places)
+    assert_one_error(output, rf"{missing}: found no class, expected one, as in `--{missing} ")
 
 
 @pytest.mark.parametrize("flag", ["--data.batchsize=3", "--latent=NoSuchSpace", "--data.batch_size=many"])
 def test_an_unknown_setting_is_the_parsers_to_tell(fit: Command, flag: str) -> None:
-    said = fit(flag)
-    assert said.code == 2
-    assert "Traceback" not in said.err
-    assert flag.partition("=")[2].partition(".")[0] in said.err or "batchsize" in said.err
+    output = fit(flag)
+    assert output.code == 2
+    assert "Traceback" not in output.err
+    assert flag.partition("=")[2].partition(".")[0] in output.err or "batchsize" in output.err
 
 
 @pytest.mark.parametrize(
@@ -569,7 +579,7 @@ def full_disk() -> Iterator[None]:
 
 
 def test_full_disk_leaves_no_partial_checkpoint(full_disk: None, fit: Command, runs: Path) -> None:
-    said = fit()
-    assert_one_error(said, r"checkpoint: could not write .*version_0/checkpoints/.*\.ckpt .*Earlier checkpoints are")
+    output = fit()
+    assert_one_error(output, r"checkpoint: could not write .*version_0/checkpoints/.*\.ckpt .*Earlier checkpoints are")
     assert not [path for path in runs.rglob("*") if "ckpt" in path.name]
     assert len(logged(runs / "version_0")["train/loss"]) == 3

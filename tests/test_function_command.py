@@ -83,7 +83,7 @@ def test_what_stands_by_itself_stays_as_it_is(arguments: str, models: list[str])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ("", "models"),
         ("a --batch-sise 3", "--batch_sise"),
@@ -94,13 +94,13 @@ def test_what_stands_by_itself_stays_as_it_is(arguments: str, models: list[str])
     ],
     ids=["no models", "typo", "abbreviation", "no number", "no code", "no mode"],
 )
-def test_what_cannot_be_is_told(arguments: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_arguments_are_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         ask(*arguments.split())
     assert end.value.code == 2
-    said = capsys.readouterr()
-    assert told in said.err
-    assert "usage: lpc-lightning measure" in said.err
+    output = capsys.readouterr()
+    assert message in output.err
+    assert "usage: lpc-lightning measure" in output.err
 
 
 def test_the_help_is_the_docstring(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,16 +108,16 @@ def test_the_help_is_the_docstring(capsys: pytest.CaptureFixture[str], monkeypat
     with pytest.raises(SystemExit) as end:
         ask("--help")
     assert end.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "usage: lpc-lightning measure" in said
-    assert "Measure models. And tell what came out." in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "usage: lpc-lightning measure" in output
+    assert "Measure models. And tell what came out." in output
     for text in (
         'models What to measure, with "-" and "," in names. (required',
         "--tasks TASKS [TASKS ...] What to measure them on. (type: str, default: null)",
         "--batch_size BATCH_SIZE Rows at a time, or `auto`. (type: Union[int, Literal['auto']], default: auto)",
         "--again {true,false} Measure what was measured before. (type: bool, default: False)",
     ):
-        assert text in said
+        assert text in output
 
 
 def test_settings_come_from_a_file_and_flags_win(tmp_path: Any) -> None:

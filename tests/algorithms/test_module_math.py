@@ -241,6 +241,7 @@ PER_CODE = ("expected", "marginal")
 """Spaces whose losses are sums over codes, which are rounded. All others use the plain log-probabilities."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(ZERO))
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo", "simpo"])
 @every_layout
@@ -313,6 +314,7 @@ def test_layouts_give_the_same_step(
         torch.testing.assert_close(packed.gradients[weight], gradient, rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", *FULL])
 @pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-5), ("bf16-mixed", 2**-7), ("bf16-true", 2**-7)])
 def test_precisions_give_the_same_step(

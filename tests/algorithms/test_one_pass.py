@@ -57,6 +57,7 @@ class Count(Callback):
         self.steps[-1]["head, backward"] = self._head_rows / tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize(
     ("algorithm", "reference", "reference_passes"),

@@ -37,9 +37,9 @@ def test_missing_files_are_refused_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["run.py", "--data-dir", "nowhere", *given])
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as message:
         main()
-    assert str(told.value) == (
+    assert str(message.value) == (
         f"--data: found no file {path}, expected one of preference pairs: give the path of your own (--data "
         "my_pairs.jsonl), or the folder of hh, ultrafeedback, polite by --data-dir."
     )

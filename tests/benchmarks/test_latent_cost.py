@@ -42,7 +42,7 @@ def test_medians_leave_out_the_first_steps() -> None:
     }
 
 
-def test_too_few_pairs_are_told(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_pairs_are_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["latent_cost.py", *arguments, "--steps", "4"])
     with pytest.raises(
         SystemExit, match=r"pairs\.jsonl: found 12 pairs to train on, expected 5 batches of 3\. Take fe"

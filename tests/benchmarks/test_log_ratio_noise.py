@@ -52,12 +52,12 @@ def test_a_large_change_is_the_same_in_both(policy: CausalPolicy, batches: list[
 def test_the_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["log_ratio_noise.py", *arguments[:4], "--batches", "3"])
     main()
-    said = capsys.readouterr().out
-    assert said.startswith("3 batches of 4 pairs, ")
-    assert [line.split(" | ")[0] for line in said.splitlines()[-2:]] == ["| bf16-mixed", "| 32-true"]
+    output = capsys.readouterr().out
+    assert output.startswith("3 batches of 4 pairs, ")
+    assert [line.split(" | ")[0] for line in output.splitlines()[-2:]] == ["| bf16-mixed", "| 32-true"]
 
 
-def test_too_few_pairs_are_told(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_pairs_are_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["log_ratio_noise.py", *arguments[:4], "--batches", "4"])
     with pytest.raises(SystemExit, match="found 12 pairs to train on, expected 4 batches of 4"):
         main()

@@ -94,7 +94,7 @@ def test_the_tables_say_how_far_the_sides_are_apart(cell: dict[str, Any], machin
     assert rows["backbone backward"].strip().endswith("| 3.00 s (75 %) |")
 
 
-def test_losses_that_are_too_far_apart_are_told(cell: dict[str, Any], machine: dict[str, Any]) -> None:
+def test_losses_too_far_apart_are_reported(cell: dict[str, Any], machine: dict[str, Any]) -> None:
     cell["sides"]["ours"][0]["loss"][0] += 0.05
     text = render({"command": "run", "machine": machine, "cells": [cell]})
     assert "- FAIL: ours and TRL over 5 steps, mean absolute difference of the loss 0.012 (target: at most" in text

@@ -66,6 +66,7 @@ def adaptation_metrics(metrics: Any) -> dict[str, float]:
     return {name.partition("adaptation/")[2]: value for name, value in metrics.items() if "adaptation/" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DPO, IPO])
 @pytest.mark.parametrize("latent", [MarginalSpace(**CODES), ExpectedSpace(**CODES), GumbelSpace(**CODES)])
 def test_metrics_against_the_module(

@@ -325,7 +325,7 @@ def test_training_order_follows_the_run_seed(tmp_path: Path, monkeypatch: pytest
 )
 def test_layouts_give_equal_metrics(latent: Any, tmp_path: Path, perturb: Any) -> None:
     module = DPO(policy=tiny(dtype="float64"), latent=latent and latent())
-    said = {}
+    output = {}
     for name, layout in {
         "auto": "auto",
         "padded": "padded",
@@ -340,15 +340,15 @@ def test_layouts_give_equal_metrics(latent: Any, tmp_path: Path, perturb: Any) -
             cache_dir=str(tmp_path),
         )
         trainer = Trainer(accelerator="cpu", precision="64-true", logger=False, enable_progress_bar=False)
-        if not said:  # a policy that is not its own reference
+        if not output:  # a policy that is not its own reference
             module.configure_model()
             perturb(module.policy, 0.1)
-        (said[name],) = trainer.validate(module, datamodule=made, verbose=False)
+        (output[name],) = trainer.validate(module, datamodule=made, verbose=False)
         kind = PaddedLayout if name == "padded" else SharedPrefixLayout
         assert isinstance(made.val_dataloader().loader.collate_fn, kind)
-    assert abs(said["padded"]["val/rewards/margins"]) > 0.01
-    for name, metrics in said.items():
-        assert metrics == pytest.approx(said["padded"], rel=1e-9, abs=1e-9), name
+    assert abs(output["padded"]["val/rewards/margins"]) > 0.01
+    for name, metrics in output.items():
+        assert metrics == pytest.approx(output["padded"], rel=1e-9, abs=1e-9), name
 
 
 class TestLayersWithoutMask:

@@ -46,16 +46,16 @@ def says(model, tokens, tokenizer, prompt):
 @torch.no_grad()
 def main() -> None:
     """Open every case both ways, save it again and open that, and run its model card."""
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    tokens = {"input_ids": torch.tensor(asked["tokens"]), "attention_mask": torch.tensor(asked["mask"])}
+    requested = json.loads(Path(sys.argv[1]).read_text())
+    tokens = {"input_ids": torch.tensor(requested["tokens"]), "attention_mask": torch.tensor(requested["mask"])}
     found = {}
-    for name, place in asked["cases"].items():
+    for name, place in requested["cases"].items():
         tokenizer = AutoTokenizer.from_pretrained(place)
         stock = AutoModelForCausalLM.from_pretrained(place)
         latent = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
         found[name] = {
-            "stock": says(stock, tokens, tokenizer, asked["prompt"]),
-            "latent": says(latent, tokens, tokenizer, asked["prompt"]),
+            "stock": says(stock, tokens, tokenizer, requested["prompt"]),
+            "latent": says(latent, tokens, tokenizer, requested["prompt"]),
             "half": type(
                 AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True, dtype=torch.bfloat16)
             ).__name__,

@@ -82,8 +82,8 @@ def test_the_file_is_what_alpaca_eval_reads(alpaca: Run, output: Path, plain: st
     assert all(list(row) == ["dataset", "instruction", "output", "generator"] for row in rows)
     prompts = [({"role": "user", "content": row["instruction"]},) for row in INSTRUCTIONS]
     expected = answers(open_policy(plain), prompts, [Condition()], Decoding(6, temperature=1.0, seed=3))
-    for row, asked, answered in zip(rows, INSTRUCTIONS, expected, strict=True):
-        assert (row["dataset"], row["instruction"]) == (asked["dataset"], asked["instruction"])
+    for row, requested, answered in zip(rows, INSTRUCTIONS, expected, strict=True):
+        assert (row["dataset"], row["instruction"]) == (requested["dataset"], requested["instruction"])
         assert (row["output"], row["generator"]) == (answered.answers[0].text, "plain")
     table = pandas.read_json(output)
     joined = table.merge(pandas.DataFrame(INSTRUCTIONS), on=["instruction"], suffixes=("_2", "_1"))
@@ -113,21 +113,21 @@ def test_interrupted_command_resumes_its_file(
             alpaca()
     kept = len(json.loads(output.read_text())) if output.exists() else 0
     assert kept == done - done % 2
-    asked = []
+    requested = []
 
     def watched(opened: Any, prompts: Any, *others: Any) -> Any:
-        asked.extend(prompts)
+        requested.extend(prompts)
         return answers(opened, prompts, *others)
 
     monkeypatch.setattr(module, "answers", watched)
     code, out, _ = alpaca()
     assert code == 0
-    assert len(asked) == len(INSTRUCTIONS) - kept
+    assert len(requested) == len(INSTRUCTIONS) - kept
     assert (f"holds {kept} of 7 answers already" in out) == (kept > 0)
     assert output.read_text() == whole
-    asked.clear()
+    requested.clear()
     assert alpaca()[0] == 0
-    assert asked == []
+    assert requested == []
     assert output.read_text() == whole
 
 
@@ -152,7 +152,7 @@ def failing(alpaca: Run, *flags: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("flag", "told"),
+    ("flag", "message"),
     [
         ("--temperature=0.5", "was written with temperature 0.0, now it is 0.5. Give another --output, or remove"),
         ("--seed=2", "was written with seed 0, now it is 2."),
@@ -160,10 +160,10 @@ def failing(alpaca: Run, *flags: str) -> str:
         ("--generator=other", "was written with generator 'plain', now it is 'other'."),
     ],
 )
-def test_answers_of_other_settings_are_not_mixed(alpaca: Run, output: Path, flag: str, told: str) -> None:
+def test_answers_of_other_settings_are_not_mixed(alpaca: Run, output: Path, flag: str, message: str) -> None:
     alpaca()
     before = output.read_text()
-    assert told in failing(alpaca, flag)
+    assert message in failing(alpaca, flag)
     assert output.read_text() == before
 
 
@@ -191,7 +191,7 @@ def test_a_file_of_something_else_is_left_alone(alpaca: Run, output: Path, conte
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"dataset": "x"}, "alpaca_eval.json row 2: found no text for `instruction`; the row has dataset."),
         ({"instruction": 3}, "alpaca_eval.json row 2: found 3 for `instruction`, expected text."),
@@ -203,9 +203,9 @@ def test_a_file_of_something_else_is_left_alone(alpaca: Run, output: Path, conte
         (3, "alpaca_eval.json row 2: not an object"),
     ],
 )
-def test_a_bad_row_is_named(alpaca: Run, instructions: Path, output: Path, row: Any, told: str) -> None:
+def test_a_bad_row_is_named(alpaca: Run, instructions: Path, output: Path, row: Any, message: str) -> None:
     instructions.write_text(json.dumps([INSTRUCTIONS[0], row]))
-    assert failing(alpaca).startswith(told)
+    assert failing(alpaca).startswith(message)
     assert not output.exists()
 
 
@@ -216,6 +216,6 @@ def test_a_bad_limit(alpaca: Run) -> None:
 def test_alpaca_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["alpaca", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Judging the answers is a step of your own, which needs a paid API" in said
-    assert "alpaca_eval --model_outputs model_outputs.json" in said
+    outcome = " ".join(capsys.readouterr().out.split())
+    assert "Judging the answers is a step of your own, which needs a paid API" in outcome
+    assert "alpaca_eval --model_outputs model_outputs.json" in outcome

@@ -43,9 +43,9 @@ ORIGIN: dict[str, Any] = {
 CODES = {"kind": "discrete", "num_codes": 8, "prior_mode": "mean"}
 
 
-def card(origin: dict[str, Any] | None = None, template: str = "chat", **told: Any) -> str:
+def card(origin: dict[str, Any] | None = None, template: str = "chat", **message: Any) -> str:
     tokenizer = TinyPolicy().load_tokenizer()
-    return model_card(Exported("my-model", ORIGIN | (origin or {}), make_template(tokenizer, template), **told))
+    return model_card(Exported("my-model", ORIGIN | (origin or {}), make_template(tokenizer, template), **message))
 
 
 def front(text: str) -> dict[str, Any]:
@@ -80,22 +80,22 @@ def test_local_base_model_is_not_a_hub_name(tmp_path: Any) -> None:
 
 
 def test_model_card_training_settings() -> None:
-    told = {row[0]: row[1] for row in rows(card(latent=CODES), "Training")}
-    assert told["algorithm"] == "SimPO (beta 2.0, optimizer AdamW (lr 5e-07))"
-    assert told["latent"] == "GumbelSpace (num_codes 8, kl_weight WarmUp (value 0.1))"
-    assert told["policy"] == "PretrainedPolicy (path `somebody/Base-7B`, revision `main`)"
-    assert told["data"] == r"PreferenceData (path `pairs\|mine.jsonl`)"
-    assert (told["training pairs"], told["optimizer steps"], told["seed"]) == ("1000", "120", "3")
-    assert (told["precision"], told["clipping"], told["micro-batches to a step"]) == ("bf16-mixed", "1.0", "4")
-    assert told["weights exported as"] == "bfloat16"
+    message = {row[0]: row[1] for row in rows(card(latent=CODES), "Training")}
+    assert message["algorithm"] == "SimPO (beta 2.0, optimizer AdamW (lr 5e-07))"
+    assert message["latent"] == "GumbelSpace (num_codes 8, kl_weight WarmUp (value 0.1))"
+    assert message["policy"] == "PretrainedPolicy (path `somebody/Base-7B`, revision `main`)"
+    assert message["data"] == r"PreferenceData (path `pairs\|mine.jsonl`)"
+    assert (message["training pairs"], message["optimizer steps"], message["seed"]) == ("1000", "120", "3")
+    assert (message["precision"], message["clipping"], message["micro-batches to a step"]) == ("bf16-mixed", "1.0", "4")
+    assert message["weights exported as"] == "bfloat16"
 
 
 def test_model_card_unknown_values() -> None:
     text = card({"data": None, "trainer": {}, "seed": None, "training_pairs": None, "latent": None})
-    told = {row[0]: row[1] for row in rows(text, "Training")}
-    assert told["data"] == "not known: the checkpoint lay beside no config.yaml"
-    assert told["latent"] == "none"
-    assert not {"seed", "precision", "training pairs"} & set(told)
+    message = {row[0]: row[1] for row in rows(text, "Training")}
+    assert message["data"] == "not known: the checkpoint lay beside no config.yaml"
+    assert message["latent"] == "none"
+    assert not {"seed", "precision", "training pairs"} & set(message)
     assert "None lay in the run's folder when this was exported." in text
 
 

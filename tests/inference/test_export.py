@@ -66,13 +66,13 @@ def elsewhere(exported: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
     (refs / "main").write_text("0" * 40)
-    asked = {
+    requested = {
         "cases": {name: name for name in exported} | {"hub": "somebody/tiny-lpc"},
         "prompt": PROMPT,
         "tokens": batch()["input_ids"].tolist(),
         "mask": batch()["attention_mask"].tolist(),
     }
-    (root / "asked.json").write_text(json.dumps(asked))
+    (root / "asked.json").write_text(json.dumps(requested))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "HF_HOME": str(root),
@@ -294,9 +294,9 @@ def test_settings_that_the_checkpoint_cannot_have(fitted: Callable[..., Path], t
         ("gaussian", {"code_biases": True}, "code_biases: a latent of kind gaussian has no codes"),
         ("soft-cap", {"code_biases": True}, "found a head that is not linear"),
     ]
-    for case, asked, said in refused:
-        with pytest.raises(ConfigError, match=said):
-            export(str(fitted(*CASES[case])), str(tmp_path / "out"), **asked)
+    for case, requested, outcome in refused:
+        with pytest.raises(ConfigError, match=outcome):
+            export(str(fitted(*CASES[case])), str(tmp_path / "out"), **requested)
         assert list(tmp_path.iterdir()) == []
     with pytest.raises(CheckpointError, match="found no file"):
         export("none.ckpt", str(tmp_path / "out"))

@@ -112,15 +112,15 @@ def test_a_file_of_prompts_is_answered_in_its_order(generate: Run, checkpoint: s
     (tmp_path / "prompts.txt").write_text("Why?\nWhere do all the long prompts go?\nWho?\n")
     weights = tmp_path / "weights.json"
     weights.write_text("[0.5, 0, 0.5]")
-    said = []
+    outcome = []
     for size in ("1", "3"):
         output = tmp_path / f"{size}.jsonl"
         flags = ["--temperature=1", "--max-new-tokens=5", f"--batch-size={size}", f"--output={output}"]
         prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--system", "Be brief."]
         code, out, _ = generate("--model", checkpoint, *prompts, "--code-weights", str(weights), *flags)
         assert code == 0
-        said.append(out.replace(str(output), ""))
-    assert said[0] == said[1]
+        outcome.append(out.replace(str(output), ""))
+    assert outcome[0] == outcome[1]
     rows = written(output)
     assert [row["prompt"][-1]["content"] for row in rows] == ["Why?", "Where do all the long prompts go?", "Who?"]
     assert {row["prompt"][0]["content"] for row in rows} == {"Be brief."}
@@ -148,7 +148,7 @@ def test_annotator_weights_come_from_a_file(generate: Run, checkpoint: str, tmp_
 
 
 @pytest.mark.parametrize(
-    ("held", "names", "told"),
+    ("held", "names", "message"),
     [
         ({"anna": [1, 0, 0], "ben": [0, 1, 0]}, ["cleo"], "found cleo for WEIGHTS, expected one of anna, ben."),
         ({"anna": [1, 0, 0], "ben": [0, 1, 0]}, [], "found no name for WEIGHTS, expected one of anna, ben."),
@@ -157,13 +157,13 @@ def test_annotator_weights_come_from_a_file(generate: Run, checkpoint: str, tmp_
     ],
 )
 def test_generate_missing_code_weights(
-    held: Any, names: list[str], told: str, generate: Run, checkpoint: str, tmp_path: Path
+    held: Any, names: list[str], message: str, generate: Run, checkpoint: str, tmp_path: Path
 ) -> None:
     weights = tmp_path / "code_weights.json"
     weights.write_text(json.dumps(held))
     code, _, err = generate("--model", checkpoint, "--prompt=a", "--code-weights", str(weights), *names)
     assert code == 1
-    assert err.splitlines()[-1].startswith(f"error: code_weights: {told.replace('WEIGHTS', str(weights))}")
+    assert err.splitlines()[-1].startswith(f"error: code_weights: {message.replace('WEIGHTS', str(weights))}")
 
 
 def test_a_plain_model_answers_without_codes(generate: Run, plain: str, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_plain_model_answers_without_codes(generate: Run, plain: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ([], "prompt: expected either a prompt (--prompt) or a file of prompts (--prompts)."),
         (
@@ -199,10 +199,10 @@ def test_a_plain_model_answers_without_codes(generate: Run, plain: str, tmp_path
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_generate_invalid_settings(generate: Run, checkpoint: str, flags: list[str], told: str) -> None:
+def test_generate_invalid_settings(generate: Run, checkpoint: str, flags: list[str], message: str) -> None:
     code, out, err = generate("--model", checkpoint, *flags)
     assert (code, out) == (1, "")
-    assert err.startswith(f"error: {told}")
+    assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
 
 

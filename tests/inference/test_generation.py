@@ -280,7 +280,7 @@ def test_a_prompt_that_the_template_refuses_is_named(case: Callable[..., Case]) 
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: found 0, expected at least 1"),
         ({"num_beams": 0}, "num_beams: found 0, expected at least 1"),
@@ -291,6 +291,6 @@ def test_a_prompt_that_the_template_refuses_is_named(case: Callable[..., Case]) 
         ({"num_beams": 2, "temperature": 1.0}, "num_beams: found 2 at temperature 1.0; beams go with temperature 0"),
     ],
 )
-def test_decoding_invalid_settings(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_decoding_invalid_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Decoding(**settings)

@@ -59,6 +59,7 @@ GENERATION = {
 }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION)
 @pytest.mark.parametrize("mode", [None, 2])

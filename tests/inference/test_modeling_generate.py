@@ -101,6 +101,7 @@ def test_end_token_ends_its_own_row_only(llama: Any, prompts: list[Tensor], padd
 # Sampling
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("mode", [None, "mean", "sample", "argmax", 3])
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])

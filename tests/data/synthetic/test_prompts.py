@@ -57,5 +57,5 @@ def test_prompts_request_no_style() -> None:
         r"|quick)",
         re.IGNORECASE,
     )
-    said = [*QUESTIONS, *PERSONAS, *(context for domain in DOMAINS for context in domain.contexts)]
-    assert [text for text in said if style.search(text)] == ["I have a long commute."]
+    output = [*QUESTIONS, *PERSONAS, *(context for domain in DOMAINS for context in domain.contexts)]
+    assert [text for text in output if style.search(text)] == ["I have a long commute."]

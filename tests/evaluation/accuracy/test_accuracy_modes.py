@@ -202,6 +202,7 @@ class Naive:
         return {mode: margins[mode]() for mode in modes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 @pytest.mark.parametrize("space", list(SPACES))
 def test_mode_margins_match_single_sequences(

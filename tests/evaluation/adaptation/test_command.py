@@ -125,6 +125,7 @@ def test_panels_one_or_several_models() -> None:
     }
 
 
+@pytest.mark.slow
 def test_adapt_column_split_and_limit(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
     adapt(
         [checkpoints["expected"]],

@@ -191,6 +191,7 @@ def test_shared_zero_z_equals_stock(
 # Single sequences
 
 
+@pytest.mark.slow
 @every_family
 @shared_or_not
 @pytest.mark.parametrize("mode", ["mean", "argmax", 3, "sample"])
@@ -289,6 +290,7 @@ def test_rolling_text_has_z_of_prefix_token(
 # Invariances
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 @shared_or_not
 @pytest.mark.parametrize("mode", ["mean", "sample"])

@@ -82,6 +82,7 @@ def decode_naively(
     return tokenizer.decode(tokens[start:], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma2"])
 @pytest.mark.parametrize("prior", [None, make_prior(0.0)], ids=["no prior", "z = 0"])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
@@ -103,6 +104,7 @@ def test_text_at_zero_z_equals_stock(
         assert any(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma2"])
 @pytest.mark.parametrize("mode", ["mean", "argmax", 3, "sample"])
 def test_text_under_z_equals_naive_loop(

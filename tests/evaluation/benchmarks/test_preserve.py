@@ -145,6 +145,7 @@ def test_preserved_continues_random_numbers(module) -> None:
     assert [*actual, draw()] == expected
 
 
+@pytest.mark.slow
 def test_preserved_around_real_benchmark(module, data_dir) -> None:
     tokenizer = module.tokenizer
     before = state(module, tokenizer)

@@ -231,6 +231,7 @@ def test_fewshot_examples_depend_on_seed_only(recording_lm, data_dir) -> None:
     assert prompts[0] == prompts[1] != prompts[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

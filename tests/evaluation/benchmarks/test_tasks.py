@@ -62,6 +62,7 @@ def requests(task, fewshot):
     return [(instance.request_type, instance.doc_id, instance.idx, instance.args) for instance in task.instances]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(LOCAL_DATA))
 def test_local_task_equals_stock_task(name, stock_task, data_dir) -> None:
     actual, expected = load_tasks(name, str(data_dir))["tasks"][name], stock_task(name)

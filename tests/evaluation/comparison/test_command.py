@@ -472,6 +472,7 @@ def test_models_are_compared_by_item(
     assert (tmp_path / "results" / "comparison.md").read_text() == text
 
 
+@pytest.mark.slow
 def test_models_on_other_items_are_not_tested(evaluate: Run, plain: str, checkpoint: Path, tmp_path: Path) -> None:
     evaluate(plain, "--tasks=arc_easy", "--limit=4")
     outcome = evaluate(tmp_path / "results" / "plain", checkpoint, "--tasks=arc_easy", "--limit=5")

@@ -88,6 +88,7 @@ def test_page_makes_no_requests(page: Chrome) -> None:
     assert page.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_page_shows_every_plot(page: Chrome) -> None:
     pictures = page.find_elements(By.CSS_SELECTOR, "figure img")
     assert len(pictures) >= 6

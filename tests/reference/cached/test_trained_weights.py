@@ -43,6 +43,7 @@ def test_resumed_run_equals_uninterrupted_run(
     assert all(torch.equal(weight, resumed.weights[name]) for name, weight in whole.weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 @pytest.mark.parametrize("way", ["by the trainer", "beforehand", "just trained"])
