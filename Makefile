@@ -10,8 +10,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 MODEL := models/SmolLM2-135M-Instruct
-# Real data for benchmarks and for tests marked `real`; without it they need --data, or are skipped.
-export LPC_DATA_DIR ?= $(wildcard $(CURDIR)/../shared/data)
 
 .PHONY: demo demo-smollm2 test test-fast bench bench-gpu lint format clean
 

@@ -80,12 +80,12 @@ def make_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def shorten(name: str) -> str:
-    """Cut the middle out of a name that is too long, and escape dollar signs."""
+def shorten(name: str, length: int = MAX_NAME_LENGTH) -> str:
+    """Cut the middle out of a name of more than `length` characters, and escape dollar signs."""
     # matplotlib reads text between dollar signs as a formula.
     name = name.replace("$", r"\$")
-    half = MAX_NAME_LENGTH // 2
-    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"
+    half = length // 2
+    return name if len(name) <= length else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def add_light_grid(axes: Axes, direction: str = "both") -> None:
@@ -106,7 +106,7 @@ def to_svg(figure: Figure) -> bytes:
     Letters are stored as outlines, so that the file needs no font.
     """
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "lpc", "svg.fonttype": "path"}), _ignore_missing_glyphs():
+    with rc_context({"svg.hashsalt": "lpc", "svg.fonttype": "path"}), ignore_missing_glyphs():
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=no_metadata)
     return buffer.getvalue()
@@ -122,13 +122,13 @@ def write_plots(folder: Path, plots: Sequence[Plot]) -> Iterator[tuple[Plot, byt
     for plot in plots:
         svg = to_svg(plot.figure)
         (folder / f"{plot.name}.svg").write_bytes(svg)
-        with _ignore_missing_glyphs():
+        with ignore_missing_glyphs():
             plot.figure.savefig(folder / f"{plot.name}.png", dpi=DPI)
         yield plot, svg
 
 
 @contextmanager
-def _ignore_missing_glyphs() -> Iterator[None]:
+def ignore_missing_glyphs() -> Iterator[None]:
     """Silence matplotlib's warning about missing glyphs: names may be in any script, and a box is drawn instead."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ import yaml
 from lightning.pytorch import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lpc_lightning.cli import commands, main
+from lpc_lightning.cli import commands
 from lpc_lightning.evaluation.adaptation.command import adapt
 from lpc_lightning.evaluation.comparison.command import evaluate
 from lpc_lightning.inference.alpaca import alpaca
@@ -28,6 +28,7 @@ from lpc_lightning.inference.generate import generate
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.prepare import prepare
 from lpc_lightning.ship_configs import configs
+from tests.fixtures.commands import Outcome, run_command
 
 POLICY = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
 MODEL = ["--model=DPO", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01"]
@@ -41,14 +42,6 @@ ALL = [*POLICY, *MODEL, *LATENT, *DATA, "--data.batch_size=2", *TRAINER]
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-class Outcome(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 Command = Callable[..., Outcome]
 
 
@@ -60,13 +53,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr("sys.argv", ["lpc-lightning", *arguments])
-        capsys.readouterr()
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as end:
-            code = end.code
-        return Outcome(code, *capsys.readouterr())
+        return run_command(capsys, *arguments)
 
     return run
 

@@ -134,7 +134,7 @@ def main() -> None:
         results.write()
         deadline = STARTED + options.seconds
         run = Run(bench, results, log, deadline, options.output, Path(scratch), options.tiny, options.only)
-        parts = options.parts.split(",")
+        parts = options.parts
         if "b" in parts:
             run.steps(main_cases(options.tiny))
         if "c" in parts:
@@ -147,6 +147,14 @@ def main() -> None:
             run.steps(further_cases(options.tiny))
             run.steps(best_batch_cases(options.tiny))
     print((options.output / "results.md").read_text())
+
+
+def _parts(text: str) -> list[str]:
+    """Split the value of `--parts`."""
+    parts = text.split(",")
+    if unknown := set(parts) - set("abcd"):
+        raise argparse.ArgumentTypeError(f"found {', '.join(sorted(unknown))}, expected some of a, b, c, d, as in b,c")
+    return parts
 
 
 def _log_of_everything(path: Path) -> TextIO:
@@ -170,7 +178,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/bench-gpu"), help="folder for results and log")
     parser.add_argument("--seconds", type=float, default=460.0, help="time for everything, imports included")
-    parser.add_argument("--parts", default="a,b,c,d", help="commands, step times, profile, agreement")
+    parser.add_argument(
+        "--parts", type=_parts, default=list("abcd"), help="commands, step times, profile, agreement; default: a,b,c,d"
+    )
     parser.add_argument("--only", type=re.compile, default="", metavar="REGEX", help="of cases and commands, by name")
     parser.add_argument("--tiny", action="store_true", help="everything in miniature on a CPU, without timing claims")
     parser.add_argument("--lengths", type=Path, help="file of token lengths, written by benchmarks.gpu.lengths")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from lpc_lightning.evaluation.accuracy.accuracy_modes import OTHERS, keep_largest
 from lpc_lightning.evaluation.codebook.embedding import embed
 from lpc_lightning.evaluation.codebook.mutual_information import entropy
-from lpc_lightning.evaluation.figures import COLOURS, MARKERS
+from lpc_lightning.evaluation.figures import COLOURS, MARKERS, ignore_missing_glyphs, shorten
 
 OTHERS_COLOUR = "#BBBBBB"
 MAX_CODES, MAX_COLUMNS, MAX_COLOURS = 40, 20, 14
@@ -58,7 +57,7 @@ def heat_map(codes: NDArray[np.int64], labels: Sequence[str], kind: str, title: 
     image = axes.imshow(shares, cmap="cividis", vmin=0, aspect="auto")
     figure.colorbar(image, ax=axes, label="share of the code's pairs")
     axes.axhline(len(names) - 1.5, color="white", linewidth=3)
-    axes.set_xticks(range(len(columns)), [_shorten(name) for name in columns], rotation=50, ha="right")
+    axes.set_xticks(range(len(columns)), [shorten(name, MAX_NAME_LENGTH) for name in columns], rotation=50, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel=kind, ylabel="likeliest code under the prior", title=title)
     if counts.size <= MAX_NUMBERED_CELLS:
@@ -141,16 +140,14 @@ def _draw_groups(axes: Axes, coordinates: NDArray[np.float64], labels: list[str]
             s=16,
             alpha=0.75,
             linewidths=0.5,
-            label=f"{_shorten(group) or '(none)'} ({members.sum()})",
+            label=f"{shorten(group, MAX_NAME_LENGTH) or '(none)'} ({members.sum()})",
         )
 
 
 def render(figure: Figure, path: Path) -> NDArray[np.uint8]:
     """Write a figure as a PNG file, and return its pixels (height, width, 3)."""
     canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        # Source names may use any script. matplotlib draws a box for a missing glyph.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+    with ignore_missing_glyphs():
         canvas.draw()
         canvas.print_png(path)
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -158,13 +155,6 @@ def render(figure: Figure, path: Path) -> NDArray[np.uint8]:
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def _shorten(name: str) -> str:
-    # matplotlib would read an unescaped dollar sign as the start of a formula.
-    name = name.replace("$", r"\$")
-    half = MAX_NAME_LENGTH // 2
-    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _clamp(low: float, value: float, high: float) -> float:

@@ -16,6 +16,7 @@ from lpc_lightning.inference import alpaca as module
 from lpc_lightning.inference.generation import Condition, Decoding, answers
 from lpc_lightning.inference.opening import open_policy
 from lpc_lightning.policy import TinyPolicy
+from tests.fixtures.commands import Outcome, run_command
 
 INSTRUCTIONS = [
     {
@@ -46,7 +47,7 @@ def instructions(tmp_path: Path) -> Path:
     return path
 
 
-Run = Callable[..., tuple[int, str, str]]
+Run = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -56,14 +57,8 @@ def alpaca(
     monkeypatch.setattr("sys.argv", ["lpc-lightning"])
     fixed = [f"--model={plain}", f"--instructions={instructions}", f"--output={tmp_path / 'model_outputs.json'}"]
 
-    def run(*flags: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            main(["alpaca", *fixed, "--max-new-tokens=6", "--batch-size=2", *flags])
-            code: Any = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+    def run(*flags: str) -> Outcome:
+        return run_command(capsys, "alpaca", *fixed, "--max-new-tokens=6", "--batch-size=2", *flags)
 
     return run
 

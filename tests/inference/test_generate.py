@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lpc_lightning.cli import main
 from lpc_lightning.inference.generation import Condition, Decoding, answers
 from lpc_lightning.inference.opening import open_policy
 from lpc_lightning.policy import TinyPolicy
+from tests.fixtures.commands import Outcome, run_command
 
 PROMPT = "How do I grow tomatoes?"
 
@@ -56,21 +58,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-Run = Callable[..., tuple[int, str, str]]
+Run = Callable[..., Outcome]
 
 
 @pytest.fixture
 def generate(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            main(["generate", *arguments])
-            code: Any = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(run_command, capsys, "generate")
 
 
 def written(path: Path) -> list[dict[str, Any]]:

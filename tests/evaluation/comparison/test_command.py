@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from lpc_lightning.evaluation.benchmarks.results import read_results
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from lpc_lightning.evaluation.comparison.command import name_models
 from lpc_lightning.inference.opening import open_module
+from tests.fixtures.commands import Outcome, run_command
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,18 +73,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory, loud_policy: Any) -> str:
     return str(folder)
 
 
-class Outcome(NamedTuple):
-    """Exit code and output of a command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
-
-
 Run = Callable[..., Outcome]
 
 
@@ -93,13 +82,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], data_dir: Path, tmp_path: Path)
     fixed = [f"--data-dir={data_dir}", f"--output={tmp_path / 'results'}", "--precision=float32", "--batch-size=4"]
 
     def run(*arguments: Any) -> Outcome:
-        capsys.readouterr()
-        try:
-            main(["evaluate", *fixed, *map(str, arguments)])
-            code: Any = 0
-        except SystemExit as exit_info:
-            code = exit_info.code
-        return Outcome(code, *capsys.readouterr())
+        return run_command(capsys, "evaluate", *fixed, *arguments)
 
     return run
 
