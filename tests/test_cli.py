@@ -190,6 +190,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), list(SETTINGS), ids=lambda value: value)
 def test_class_help_explains_every_setting(
     command: Command, monkeypatch: pytest.MonkeyPatch, group: str, name: str
@@ -207,6 +208,7 @@ def test_class_help_explains_every_setting(
 # A run.
 
 
+@pytest.mark.slow
 def test_each_run_writes_its_own_folder(fit: Command, runs: Path) -> None:
     assert fit().code == 0
     assert fit("--seed_everything=5").code == 0
@@ -274,6 +276,7 @@ def checkpoint(fit: Command, runs: Path) -> Path:
 # Lightning tells that the best score of the old folder does not count in the new one.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 class TestFromACheckpoint:
+    @pytest.mark.slow
     def test_resume_keeps_the_model_settings(self, checkpoint: Path, fit: Command, runs: Path) -> None:
         with pytest.warns(UserWarning, match=r"resume: found trainer\.max_epochs 2 \(before: 1\)"):
             output = fit(f"--ckpt_path={checkpoint}", "--model.beta=9", "--policy.width=32", "--latent=null")
@@ -348,6 +351,7 @@ class TestFromACheckpoint:
             output, r"checkpoint: its weights are of another architecture: .*found \(3, 16\), expected \(3, 32\)"
         )
 
+    @pytest.mark.slow
     def test_steps_of_another_size_are_refused(self, checkpoint: Path, fit: Command) -> None:
         output = fit(f"--ckpt_path={checkpoint}", "--trainer.accumulate_grad_batches=2")
         assert_one_error(

@@ -29,6 +29,7 @@ class Windows(Callback):
             self.closing.append(batch_idx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "closing", "weights"),
     [

@@ -114,6 +114,7 @@ def assert_same_gradients(module: PreferenceModule, gradients: dict[str, Tensor]
         assert_close(gradients[name], gradient, name)
 
 
+@pytest.mark.slow
 @every_family
 @every_algorithm
 @every_layout

@@ -121,6 +121,7 @@ def policy_gradients(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 # The plain algorithms
 
 
+@pytest.mark.slow
 @every_algorithm
 @every_layout
 def test_step_equals_loop_over_pairs(
@@ -160,6 +161,7 @@ def test_step_equals_loop_over_pairs(
         torch.testing.assert_close(ours.gradients[f"policy.{name}"], gradient, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.slow
 @every_algorithm
 @every_layout
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

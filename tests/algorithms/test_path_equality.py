@@ -198,6 +198,7 @@ def test_cases_have_distinct_losses_and_shapes(
     assert shapes["shared prefix, several pairs in each of several rows"][0] in (2, 3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 @torch.compiler.set_stance("force_eager")  # the C++ code of torch's compiler does not compile here
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")

@@ -55,6 +55,7 @@ def pictures(folder: Path) -> dict[str, set[str]]:
     return names
 
 
+@pytest.mark.slow
 def test_plots_in_run_folder_and_tensorboard(fit: Any, tmp_path: Path) -> None:
     fit(CodebookMonitor(every=1), MarginalSpace(**CODES))
     assert pictures(tmp_path / "run") == {"000006": PICTURES}
@@ -72,12 +73,14 @@ def test_plots_in_run_folder_and_tensorboard(fit: Any, tmp_path: Path) -> None:
         assert logged.std() > 5, "the image is empty"
 
 
+@pytest.mark.slow
 def test_plots_every_nth_validation_and_the_last(fit: Any, tmp_path: Path) -> None:
     fit(CodebookMonitor(every=2), GumbelSpace(**CODES), val_check_interval=2, num_sanity_val_steps=-1)
     # Validations are after 2, 4 and 6 steps. The sanity check does not count.
     assert set(pictures(tmp_path / "run")) == {"000004", "000006"}
 
 
+@pytest.mark.slow
 def test_plots_the_last_validation_once(fit: Any, tmp_path: Path) -> None:
     fit(CodebookMonitor(every=5), GumbelSpace(**CODES), val_check_interval=3, max_epochs=1)
     assert set(pictures(tmp_path / "run")) == {"000006"}
@@ -94,6 +97,7 @@ def test_validate_plots_without_training(tmp_path: Path, make_trainer: Callable[
     assert logged["val/latent/dead_codes"] == 3
 
 
+@pytest.mark.slow
 def test_metrics_against_the_module(fit: Any, perturb: Callable[..., None]) -> None:
     """Prior and posterior of each pair, computed from the states with the trained module."""
     monitor = CodebookMonitor()
@@ -128,6 +132,7 @@ def test_run_without_latent(fit: Any, tmp_path: Path) -> None:
     assert not any("information" in name or "latent" in name for name in trainer.callback_metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latent", [GaussianSpace(**CODES), MLPSpace(), VectorSpace()])
 def test_space_without_codes_plots_z(latent: LatentSpace, fit: Any, tmp_path: Path) -> None:
     trainer = fit(CodebookMonitor(), latent)

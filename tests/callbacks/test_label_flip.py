@@ -137,6 +137,7 @@ def test_cached_reference_follows_the_answers(run: Any) -> None:
         assert one[False] == pytest.approx(other[False], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_workers_have_the_same_labels(run: Any) -> None:
     one, two = (
@@ -177,6 +178,7 @@ class Save(Callback):
             trainer.save_checkpoint(self.folder / "two.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [[], [LabelFlipNoise(rate=0.3)], [LabelFlipNoise(rate=0.4, seed=5)]])
 def test_resume_with_other_noise(run: Any, tmp_path: Path, others: list[Callback]) -> None:
     run(LabelFlipNoise(rate=0.4), Save(tmp_path))

@@ -235,6 +235,7 @@ def test_same_limit_during_training_is_one_curve(fit, task, tmp_path) -> None:
     assert steps == [2, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latent", [False, True])
 def test_scores_against_a_separate_evaluation(latent, fit, task, tmp_path) -> None:
     """Without a latent: against HFLM. With a latent: against LatentLM outside of a training."""
@@ -304,6 +305,7 @@ def test_failed_writing_of_results(fit, task, tmp_path) -> None:
     assert trainer.global_step == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit"])
 def test_interrupt_keeps_all_checkpoints(error, fit, tmp_path) -> None:
     """`save_last` writes at the end of training, after all other callbacks. The benchmarks run after that."""

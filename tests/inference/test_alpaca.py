@@ -88,6 +88,7 @@ def test_the_file_is_what_alpaca_eval_reads(alpaca: Run, output: Path, plain: st
     assert "7 answers were cut at 6 tokens" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [1, 2, 5])
 def test_interrupted_command_resumes_its_file(
     done: int, alpaca: Run, output: Path, monkeypatch: pytest.MonkeyPatch

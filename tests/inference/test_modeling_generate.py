@@ -136,6 +136,7 @@ def test_each_returned_sequence_draws_its_own_z(llama: Any, prompts: list[Tensor
 # Beams
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
 def test_beams(use_cache: bool, latent: Any, prompts: list[Tensor], padded: Callable[..., Any]) -> None:

@@ -22,6 +22,7 @@ from lpc_lightning.types import LogitHead, PreferenceBatch, TokenizedPair
 
 Tiny = Callable[..., CausalPolicy]
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -78,6 +79,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_programs_one_for_each_shape(
     way: dict[str, Any], epoch: list[PreferenceBatch], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
@@ -106,6 +108,7 @@ def twins(tiny: Tiny, **settings: Any) -> list[CausalPolicy]:
     return policies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16-mixed"])
 def test_inductor_agrees(mixed: bool, epoch: list[PreferenceBatch], tiny: Tiny) -> None:
     plain, compiled = twins(tiny)
@@ -151,6 +154,7 @@ def test_other_calls_run_uncompiled(epoch: list[PreferenceBatch], tiny: Tiny) ->
     assert all(layer.forward.__self__ is layer for layer in twin.layers)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "bias and scale", "softcap"])
 def test_compiled_head_agrees(kind: str) -> None:
     """Compare values and gradients of the compiled head for several chunk sizes, with one program."""
@@ -181,6 +185,7 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sharded_layers_compile_whole(
     checkpointing: bool, mesh: DeviceMesh, epoch: list[PreferenceBatch], tiny: Tiny, monkeypatch: pytest.MonkeyPatch

@@ -79,12 +79,14 @@ def test_rows_not_shared_when_affected(change: str, warm_started: Callable[..., 
     assert warm_started(**OTHER[change]) == (12, 0)
 
 
+@pytest.mark.slow
 def test_rows_of_missing_pairs_are_added(warm_started: Callable[..., tuple[int, int]]) -> None:
     assert warm_started(warm_start_pairs=8) == (8, 0)
     assert warm_started(warm_start_pairs=21) == (21, 8)
     assert warm_started(warm_start_pairs=13, seed=7) == (13, 13)
 
 
+@pytest.mark.slow
 def test_run_with_cached_rows_is_identical(small_policy: Any, small_data: Any, fit_run: Any, tmp_path: Path) -> None:
     def run(cache: str) -> Any:
         latent = MarginalSpace(num_codes=3, hidden=8, warm_start_pairs=16)

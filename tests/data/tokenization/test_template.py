@@ -39,6 +39,7 @@ def rendered(template, given_example: PreferenceExample, answer: str) -> str:
     return bos + template.render(given_example.prompt) + frame.before + answer + frame.after
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(prompt=st.lists(texts, min_size=3, max_size=3), chosen=answers, rejected=answers)
 def test_tokenize_decodes_to_text_with_one_end(any_tokenizer, prompt, chosen, rejected):

@@ -78,6 +78,7 @@ def prompt_state(policy: Any, prompt: list[int]) -> Tensor:
     return policy.backbone(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state[0, -1:]
 
 
+@pytest.mark.slow
 def test_checkpoint_scored_by_its_reward(checkpoint: Path, data: PreferenceData) -> None:
     actual = preference_accuracy(str(checkpoint), data, progress_bar=False)
     assert actual.reward == "implicit reward of DPO"

@@ -145,6 +145,7 @@ def test_adapt_column_split_and_limit(checkpoints: dict[str, str], file: str, tm
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["plain", "gaussian"])
 def test_adapt_one_policy_without_codes(space: str, checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"models: found no codes in .*\.ckpt, so that nothing can be inferred"):
@@ -152,6 +153,7 @@ def test_adapt_one_policy_without_codes(space: str, checkpoints: dict[str, str],
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_adapt_several_policies_without_codes(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"models: found no codes in any of .*, .*\.ckpt; expected"):
         adapt([checkpoints["plain"], checkpoints["gaussian"]], file, output=str(tmp_path), limit=4, device="cpu")

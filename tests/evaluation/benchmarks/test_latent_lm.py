@@ -259,6 +259,7 @@ def test_max_length_setting(share: bool, policies: Build, tokenizer: PreTrainedT
     assert_close(score_tokens(lm, [(context, continuation)]), naive(policy, [cut], z_under(prior, "mean")), 1e-4)
 
 
+@pytest.mark.slow
 @shared_or_not
 @pytest.mark.parametrize("mode", ["mean", "sample"])
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -86,6 +86,7 @@ def test_scores_equal_simple_evaluate(settings, stock, data_dir) -> None:
         assert {item["doc_id"]: item["doc_hash"] for item in actual.items if item["task"] == task} == hashes
 
 
+@pytest.mark.slow
 def test_num_fewshot_does_not_apply_to_truthfulqa(stock, data_dir) -> None:
     actual = run_benchmarks(
         stock, ["arc_easy", "gsm8k", "truthfulqa_mc1"], data_dir=str(data_dir), num_fewshot=3, limit=2
@@ -145,6 +146,7 @@ def test_single_item_has_no_standard_error(stock, data_dir) -> None:
     assert scores(actual.metrics["arc_easy"])["acc"][1] is None
 
 
+@pytest.mark.slow
 def test_tasks_on_same_documents_run_together(recording_lm, data_dir) -> None:
     run_benchmarks(
         recording_lm, ["truthfulqa_mc1", "arc_easy", "truthfulqa_mc2", "truthfulqa_gen"], data_dir=str(data_dir)

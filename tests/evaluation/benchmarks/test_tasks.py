@@ -164,6 +164,7 @@ def test_check_tasks_suggests_similar_names(tasks, local, error, data_dir) -> No
         check_tasks(tasks, str(data_dir) if local else None)
 
 
+@pytest.mark.slow
 def test_check_tasks_accepts_groups_tags_files(task_file, documents) -> None:
     check_tasks(["mmlu", "ai2_arc", "hellaswag", task_file("mine", documents["arc/ARC-Easy"]["test"])])
 

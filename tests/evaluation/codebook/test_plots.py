@@ -136,6 +136,7 @@ def test_scatter_without_layout_shows_reason(points: NDArray[np.float32], note: 
     assert any(note in text for text in texts(figure))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [MIN_POINTS, 6, 20, 90])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])
 def test_embed_keeps_neighbours(count: int, scale: float) -> None:

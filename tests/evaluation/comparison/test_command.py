@@ -147,6 +147,7 @@ def test_plain_model_scores_equal_stock(evaluate: Run, plain: str, results: Any,
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, 2])
 def test_checkpoint_scored_under_its_latent(
     evaluate: Run, checkpoint: Path, results: Any, documents: Any, mode: int | None
@@ -270,6 +271,7 @@ def test_changed_files_use_another_folder(
     assert results("lpc-last-2").metrics == results("lpc-last").metrics
 
 
+@pytest.mark.slow
 def test_new_tasks_are_added_to_results(
     evaluate: Run, plain: str, results: Any, run_tasks: list[str], tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_page_shows_every_plot(page: Chrome) -> None:
         assert len(picture.get_attribute("alt") or "") > 30
 
 
+@pytest.mark.slow
 def test_table_sorts_by_click(page: Chrome) -> None:
     table = page.find_element(By.CSS_SELECTOR, "#table-means table")
     header, before = column(table, "val/rewards/accuracies")

@@ -52,6 +52,7 @@ def test_report_writes_every_file(reported: Path) -> None:
     assert files >= tables | plots | {"report.html", "report.md", "runs.csv"}
 
 
+@pytest.mark.slow
 def test_means_by_hand(reported: Path) -> None:
     """For 0.78, 0.81, 0.77: mean 0.786667; deviation sqrt(0.000866667 / 2); t at 0.975 with 2 degrees is 4.302653."""
     row = {row["latent"]: row for row in rows(reported / "means.csv")}["marginal"]
@@ -158,6 +159,7 @@ def test_report_of_an_ablation_without_finished_run(write_ablation: Write, tmp_p
     assert "2 runs in 2 groups: 2 failed." in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("latents", "seeds"), [(["marginal"], [None]), (["marginal"], [1, 2]), (["none", "marginal"], [1])]
 )
@@ -169,6 +171,7 @@ def test_report_of_few_runs(write_ablation: Write, seeds: list[int | None], late
     assert all(bool(row["low"]) == (len(seeds) > 1) for row in means)
 
 
+@pytest.mark.slow
 def test_report_selects_metrics_axes_and_baseline(write_ablation: Write, tmp_path: Path) -> None:
     axes = {"latent": ["none", "x"], "noise": [0, 0.5], "codes": [8, 64]}
     folder = write_ablation(axes, [1, 2], lambda latent, noise, codes, seed: 0.5 + noise * seed / 10)

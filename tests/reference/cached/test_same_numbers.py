@@ -64,6 +64,7 @@ def test_cached_run_equals_live_run(
     assert len(set(cached.losses)) >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_bfloat16_values_keep_their_precision(precision: Any, small_policy: Any, own_data: Any, fit_run: Any) -> None:
     """Log-probabilities of about 400 nats, rounded to bfloat16, have errors of up to a nat."""

@@ -35,6 +35,7 @@ class Reads(Callback):
         self.read["validation"].update(batch.ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "pairs"),
     [

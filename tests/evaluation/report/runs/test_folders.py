@@ -180,6 +180,7 @@ def test_load_run_of_a_fit(runs: Path) -> None:
     assert record.parameters["policy"] == load_folders([str(runs / "version_0")]).records[0].parameters["policy"]
 
 
+@pytest.mark.slow
 def test_load_run_without_summary(runs: Path) -> None:
     (record,) = load_folders([str(runs / "version_0")]).records
     assert (record.status, record.counted) == ("unknown", True)
