@@ -11,6 +11,7 @@ from functools import partial
 from importlib.abc import InspectLoader
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -289,10 +290,9 @@ def check_config_files(arguments: list[str]) -> None:
         ConfigError: A file does not exist.
     """
     options = ("-c", "--config", *(f"--{name}" for name in (*GROUPS, "model", "data", "trainer")))
-    following = [*arguments[1:], ""]
-    for argument, after in zip(arguments, following, strict=True):
+    for argument, following in pairwise([*arguments, ""]):
         option, equals, value = argument.partition("=")
-        path = Path(value if equals else after)
+        path = Path(value if equals else following)
         is_file_name = path.suffix in (".yaml", ".yml")
         if option.removesuffix("+") in options and is_file_name and not path.is_file():
             raise ConfigError(

@@ -137,6 +137,13 @@ def test_the_installed_program_is_this_one() -> None:
     assert done.stdout.startswith("usage: lpc-lightning COMMAND")
 
 
+@pytest.mark.parametrize("name", ["fit", "generate", "evaluate", "report", "adapt", "export"])
+def test_missing_arguments_are_an_error_line(command: Command, name: str) -> None:
+    output = command(name)
+    assert output.code in (1, 2)
+    assert "error: " in output.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"), [([], ""), (["fot"], "error: found command 'fot', expected one of fit, ")]
 )
