@@ -32,7 +32,6 @@ from lpc_lightning.evaluation.comparison.stored import (
 )
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.fingerprint import weights_of
-from lpc_lightning.inference.generation import trained_template
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy import UnsupportedPolicyError
@@ -152,7 +151,7 @@ def _parts(
         del run
     if pairs is None:
         return
-    pairs.template = trained_template(opened.origin)
+    pairs.template_settings = opened.template
     scored: PreferenceModule | OpenedPolicy
     if kind == "checkpoint":
         del opened  # free the policy before its module is opened, which has a reference as well

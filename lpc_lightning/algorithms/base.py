@@ -277,7 +277,7 @@ class PreferenceModule(PolicyModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the trained weights, without the reference, and the position in the data.
+        """Store the trained weights, without the reference, the template and the position in the data.
 
         The trained weights are those of the policy or its adapter, and those of the latent space.
         """
@@ -289,6 +289,8 @@ class PreferenceModule(PolicyModule):
             window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
             taken = rewind_to_last_step(checkpoint["loops"], window, batches)
             checkpoint["training_data"] = loader.state_dict() | {"taken": taken}
+        if isinstance(data := trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by fit
+            checkpoint["template"] = data.template_settings._asdict()
         checkpoint["run_length"] = run_length(trainer)
         if self._warm_started:
             checkpoint["warm_started"] = True

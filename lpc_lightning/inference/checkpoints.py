@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning.pytorch.cli import instantiate_module
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outline, read_sharded
 
 EXAMPLE = "runs/version_0/checkpoints/best.ckpt"
@@ -133,6 +134,25 @@ def checkpoint_origin(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         "epoch": checkpoint.get("epoch"),
         "seed": config.get("seed_everything"),
         "training_pairs": checkpoint.get("training_data", {}).get("pairs"),
+        "template": checkpoint.get("template"),
         "data": config.get("data"),
         "trainer": {name: value for name, value in config.get("trainer", {}).items() if name in TRAINER},
     }
+
+
+def trained_template(origin: Mapping[str, Any]) -> TemplateSettings:
+    """Return the template of training. Defaults if it is not recorded.
+
+    Args:
+        origin: Result of `checkpoint_origin`, or `training.json` of an exported folder under the key `training`.
+
+    Raises:
+        CheckpointError: The record is not that of a template.
+    """
+    recorded = origin.get("training", origin).get("template") or {}
+    if not isinstance(recorded, dict) or not set(recorded) <= set(TemplateSettings._fields):
+        raise CheckpointError(
+            f"template: found {str(recorded)[:80]}, expected {', '.join(TemplateSettings._fields)}. Take another "
+            "checkpoint of the run."
+        )
+    return TemplateSettings(**recorded)

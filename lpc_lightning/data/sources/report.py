@@ -36,6 +36,8 @@ class DataReport:
     """Number of valid pairs dropped by the length policy, by reason."""
     cut: dict[str, int] = field(default_factory=dict)
     """Number of kept pairs that the length policy shortened, by the part that was cut."""
+    changed: dict[str, int] = field(default_factory=dict)
+    """Number of kept pairs whose text the template changed, by the change."""
 
     def counting(self, rows: Iterable[T]) -> Iterator[T]:
         """Yield the same rows, and count each as read."""
@@ -67,6 +69,10 @@ class DataReport:
         """Count one pair that the length policy shortened."""
         self.cut[part] = self.cut.get(part, 0) + 1
 
+    def count_changed(self, change: str) -> None:
+        """Count one kept pair whose text the template changed."""
+        self.changed[change] = self.changed.get(change, 0) + 1
+
     def merged(self, other: DataReport) -> DataReport:
         """Return a new report with the counts of both reports added."""
         places = {reason: list(entries) for reason, entries in self.bad_places.items()}
@@ -81,12 +87,19 @@ class DataReport:
             bad_places=places,
             dropped=_sum(self.dropped, other.dropped),
             cut=_sum(self.cut, other.cut),
+            changed=_sum(self.changed, other.changed),
         )
 
     def metrics(self) -> dict[str, float]:
         """Return the counts by metric name: `data/read`, `data/kept`, `data/bad/empty_answer`, `data/dropped/...`."""
         named = {"read": self.read, "kept": self.kept, "held_apart": self.held_apart}
-        groups = {"other_splits": self.other_splits, "bad": self.bad, "dropped": self.dropped, "cut": self.cut}
+        groups = {
+            "other_splits": self.other_splits,
+            "bad": self.bad,
+            "dropped": self.dropped,
+            "cut": self.cut,
+            "changed": self.changed,
+        }
         for group, counts in groups.items():
             named |= {f"{group}/{_slug(reason)}": count for reason, count in counts.items()}
         return {f"data/{name}": float(count) for name, count in named.items()}
@@ -102,6 +115,7 @@ class DataReport:
             lines.append(f"  {n} bad: {reason}: {'; '.join(places)}{more}")
         lines += [f"  {n} dropped: {reason}" for reason, n in self.dropped.items()]
         lines += [f"  {n} kept with a cut {part}" for part, n in self.cut.items()]
+        lines += [f"  {n} kept with a change: {change}" for change, n in self.changed.items()]
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -37,6 +37,9 @@ Reason: TypeAlias = Literal[
     "wrong type",
     "invalid text",
     "refused by the chat template",
+    "left out by the chat template",
+    "already rendered",
+    "two think blocks",
     "end token in answer",
 ]
 """Reasons why a row cannot be used. They are keys of counters and, as `data/bad/...`, names of metrics."""
