@@ -99,7 +99,7 @@ def read_instructions(path: str) -> list[Row]:
     Raises:
         DataError: A row has no instruction or an invalid field. The message names file, row and field.
     """
-    found = []
+    instructions = []
     for place, row in read_rows(path):
         for field in ("instruction", "dataset"):
             if not isinstance(row.get(field, ""), str):
@@ -111,8 +111,8 @@ def read_instructions(path: str) -> list[Row]:
                 f"{place}: found `input`, which AlpacaEval 2 does not have. Put it into `instruction`, as the model is "
                 "to read it."
             )
-        found.append({"dataset": row.get("dataset", ""), "instruction": row["instruction"]})
-    return found
+        instructions.append({"dataset": row.get("dataset", ""), "instruction": row["instruction"]})
+    return instructions
 
 
 def _resume(path: Path, requested: Sequence[Row], settings: Mapping[str, Any]) -> list[Row]:

@@ -101,15 +101,15 @@ def conditions(
         prior(torch.zeros(1, prior.width, device=opened.policy.model.device), prior_mode)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    found = [Condition("prior" if prior_mode is None else f"prior, {prior_mode}", prior_mode)]
+    conditions = [Condition("prior" if prior_mode is None else f"prior, {prior_mode}", prior_mode)]
     if code_weights is not None:
-        found.append(Condition("code weights", code_weights=_weights(code_weights, opened)))
+        conditions.append(Condition("code weights", code_weights=_weights(code_weights, opened)))
     for code in codes:
         if prior.num_codes is None or not 0 <= code < prior.num_codes:
             kind = "has no codes" if prior.num_codes is None else f"has the codes 0 to {prior.num_codes - 1}"
             raise ConfigError(f"codes: found {code}, but the latent of {opened.name} {kind}.")
-        found.append(Condition(f"code {code}", code))
-    return found
+        conditions.append(Condition(f"code {code}", code))
+    return conditions
 
 
 def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
@@ -133,12 +133,12 @@ def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
 
 def _read_weights(path: str, name: str) -> Sequence[object]:
     """Read the list of a file. A file with several lists needs a name."""
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    if isinstance(found, dict) and name not in found:
-        raise ConfigError(f"code_weights: found {name or 'no name'} for {path}, expected one of {', '.join(found)}.")
-    if name and not isinstance(found, dict):
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if isinstance(content, dict) and name not in content:
+        raise ConfigError(f"code_weights: found {name or 'no name'} for {path}, expected one of {', '.join(content)}.")
+    if name and not isinstance(content, dict):
         raise ConfigError(f"code_weights: found the name {name} for {path}, which holds no lists by name.")
-    return found[name] if isinstance(found, dict) else found
+    return content[name] if isinstance(content, dict) else content
 
 
 def _report(
