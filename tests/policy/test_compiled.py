@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout
 from lpc_lightning.policy import CausalPolicy, LoRA, logprobs
@@ -198,7 +198,6 @@ def test_sharded_layers_compile_whole(
         fully_shard(layer, mesh=mesh)
     assert sharded.layers == layers
     fully_shard(sharded, mesh=mesh)
-    register_fsdp_forward_method(sharded, "read")
     sharded.compile_layers("aot_eager", few_shapes=True)
     for batch in epoch[:2]:
         logps = [policy(batch).logps() for policy in (sharded, plain)]
