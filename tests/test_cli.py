@@ -100,8 +100,8 @@ def test_help_lists_every_command(command: Command, flag: str) -> None:
 def test_usage_lists_plugins_without_importing_them() -> None:
     """lpc_lightning imports nothing from evaluation, whose lm-eval takes seconds."""
     code = (
-        "import sys; from lpc_lightning.cli import commands; told = commands()['evaluate'][1]; "
-        "assert not {'lpc_lightning.evaluation.comparison.command', 'lm_eval'} & set(sys.modules); print(told)"
+        "import sys; from lpc_lightning.cli import commands; summary = commands()['evaluate'][1]; "
+        "assert not {'lpc_lightning.evaluation.comparison.command', 'lm_eval'} & set(sys.modules); print(summary)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "benchmarks and preference accuracy of any models, side by side\n"
@@ -280,7 +280,7 @@ def checkpoint(fit: Command, runs: Path) -> Path:
     return path
 
 
-# Lightning tells that the best score of the old folder does not count in the new one.
+# Lightning warns that the best score of the old folder does not count in the new one.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 class TestFromACheckpoint:
     @pytest.mark.slow
