@@ -158,6 +158,10 @@ class PreferenceCLI(LightningCLI):
             return
         settings.pop("_instantiator", None)
         found = {name: settings.pop(name) for name in ("policy", "latent")}
+        if (policy := (found["policy"] or {}).get("init_args") or {}).get("trust_remote_code"):
+            # A checkpoint from somebody else must not allow its own code.
+            allowed = self.config[command].get("policy") and self.config[command].policy.init_args
+            policy["trust_remote_code"] = bool(allowed and allowed.get("trust_remote_code"))
         model = {"class_path": settings.pop("_class_path"), "init_args": settings}
         print(f"Model, policy and latent are set as in {path}; flags and config files do not change them.")
         self.config = self.parser.parse_object({command: {"model": model, **found}}, self.config)

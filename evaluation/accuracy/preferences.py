@@ -159,7 +159,7 @@ class LikelihoodScorer(LightningModule):
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
         """Score the pairs under the prior's z, or without z if there is no prior."""
-        forward = self.policy.read(batch)
+        forward = self.policy(batch)
         score = BatchScorer(forward, batch.lengths, None, mean_logps)
         z = None if self.prior is None else self.prior(forward.states.prompt)
         return {"terms": LatentTerms(*score.under(z), z=z), "states": forward.states, "score": score}

@@ -46,6 +46,7 @@ def evaluate(
     prior_mode: PriorMode | None = None,
     share_contexts: bool = True,
     device: str = "auto",
+    trust_remote_code: bool = False,
     seed: int = 1234,
     again: bool = False,
 ) -> bool:
@@ -78,6 +79,7 @@ def evaluate(
         share_contexts: Read a context once for all its continuations. This is faster, and scores differ by rounding
             only. If false, requests are batched exactly like in stock lm-eval.
         device: Device to run on: `auto`, `cpu`, `cuda` ...
+        trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
         seed: Seed of few-shot examples and of all other random draws.
         again: Compute results again even if they exist.
 
@@ -101,6 +103,7 @@ def evaluate(
         prior_mode=prior_mode,
         share_contexts=share_contexts,
         device=device,
+        trust_remote_code=trust_remote_code,
         seed=seed,
     )
     request.check()

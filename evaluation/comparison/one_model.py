@@ -56,6 +56,7 @@ class EvalRequest:
     prior_mode: PriorMode | None = None
     share_contexts: bool = True
     device: str = "auto"
+    trust_remote_code: bool = False
     seed: int = 1234
 
     def check(self) -> None:
@@ -90,7 +91,7 @@ class EvalRequest:
         Stored results with an equal key can be used again.
         """
         settings = asdict(self)
-        for name in ("tasks", "preferences", "batch_size", "device"):
+        for name in ("tasks", "preferences", "batch_size", "device", "trust_remote_code"):
             del settings[name]
         path = str(Path(model).resolve()) if Path(model).exists() else model
         return {**settings, "model": path, "weights": weights_of(model), "data": local_data(self.data_dir)}
@@ -143,7 +144,7 @@ def _parts(
     model: str, name: str, request: EvalRequest, key: dict[str, Any], tasks: list[str], pairs: PairsFile | None
 ) -> Iterator[BenchmarkResults]:
     """Yield the results of one benchmark after the other, then those of the pairs."""
-    opened = open_policy(model, _dtype(request), request.device, name)
+    opened = open_policy(model, _dtype(request), request.device, name, request.trust_remote_code)
     origin, kind = {**opened.origin, "name": name, REQUEST: key}, opened.kind
     if tasks:
         run = _benchmarks(opened, request)
@@ -156,7 +157,7 @@ def _parts(
     scored: PreferenceModule | OpenedPolicy
     if kind == "checkpoint":
         del opened  # free the policy before its module is opened, which has a reference as well
-        scored = open_module(model, request.device)
+        scored = open_module(model, request.device, request.trust_remote_code)
     else:
         scored = opened
     yield replace(_preferences(scored, pairs, request), origin=origin)

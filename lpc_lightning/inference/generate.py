@@ -41,6 +41,7 @@ def generate(
     output: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Write answers to prompts: under the prior and, side by side, under chosen codes.
 
@@ -69,6 +70,7 @@ def generate(
         output: A file for the answers, one JSON object a prompt; one that is there is written anew.
         dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.
         device: Where to run: `auto`, `cpu`, `cuda` ...
+        trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
     """
     if (prompt is None) == (prompts is None):
         raise ConfigError("prompt: expected either a prompt (--prompt) or a file of prompts (--prompts).")
@@ -76,7 +78,7 @@ def generate(
         raise ConfigError(f"prompt: found {prompt!r}, expected text.")
     prompt_list = [text_prompt(prompt, system)] if prompt is not None else read_prompts(str(prompts), system)
     decoding = Decoding(max_new_tokens, temperature, top_p, num_beams, seed, batch_size)
-    opened = open_policy(model, dtype=dtype, device=device)
+    opened = open_policy(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     under = conditions(opened, prior_mode, codes or [], code_weights)
     _report(opened, prompt_list, under, decoding, output)
 

@@ -286,7 +286,7 @@ def leak_module(build: Build, make_pairs: Callable[..., Any], leaking: bool) -> 
     pairs[::3] = [replace(pair, chosen_ids=[B], rejected_ids=[A]) for pair in pairs[::3]]
     module = build("dpo", GumbelSpace(num_codes=2, hidden=2, init_logit_std=1.0))
     space: Any = module.latent
-    forward = module.policy.read(PaddedLayout(0)(pairs))
+    forward = module.policy(PaddedLayout(0)(pairs))
     first_is_a = torch.tensor([pair.chosen_ids == [A] for pair in pairs])
     states = torch.nn.functional.rms_norm(forward.states.chosen, (16,))
     others = torch.nn.functional.rms_norm(forward.states.rejected, (16,))
