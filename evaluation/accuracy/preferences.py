@@ -35,7 +35,8 @@ class PreferenceResults:
     standard_errors: dict[str, float]
     """Standard errors of the means among the metrics."""
     items: list[Row]
-    """One row per pair: id, source, factor, annotator, flipped, and `margins` by mode, for paired comparisons."""
+    """One row per pair: id, source, factor, annotator, prompt, flipped, and `margins` by mode. For paired
+    comparisons."""
     reward: str
     """Description of the reward. Margins are differences of rewards."""
     pairs: int
@@ -158,7 +159,7 @@ class LikelihoodScorer(LightningModule):
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
         """Score the pairs under the prior's z, or without z if there is no prior."""
-        forward = self.policy.read(batch)
+        forward = self.policy(batch)
         score = BatchScorer(forward, batch.lengths, None, mean_logps)
         z = None if self.prior is None else self.prior(forward.states.prompt)
         return {"terms": LatentTerms(*score.under(z), z=z), "states": forward.states, "score": score}

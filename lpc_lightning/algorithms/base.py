@@ -24,7 +24,8 @@ from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.policy import PolicySpec
-from lpc_lightning.policy.logprobs import BatchForward, code_range
+from lpc_lightning.policy.causal import BatchForward
+from lpc_lightning.policy.logprobs import code_range
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
@@ -104,7 +105,7 @@ class PreferenceModule(PolicyModule):
 
     # The step
 
-    def read(self, batch: PreferenceBatch, code_range: float | None = None) -> tuple[BatchForward, BatchScorer]:
+    def score_batch(self, batch: PreferenceBatch, code_range: float | None = None) -> tuple[BatchForward, BatchScorer]:
         """Run the backbone once on a batch, and the reference if the algorithm has one.
 
         Args:
@@ -114,7 +115,7 @@ class PreferenceModule(PolicyModule):
         Returns:
             The policy's forward pass, and the algorithm's loss as a function of the latent.
         """
-        forward = self.policy.read(batch)
+        forward: BatchForward = self.policy(batch)
         reference = None if self.reference is None else self.reference.logps(batch)
         return forward, BatchScorer(forward, batch.lengths, reference, self.preference_loss, code_range)
 
@@ -175,7 +176,7 @@ class PreferenceModule(PolicyModule):
 
         The output also holds each pair's loss and margin, for callbacks.
         """
-        forward, score = self.read(batch, self._latest_code_range())
+        forward, score = self.score_batch(batch, self._latest_code_range())
         terms = self.training_terms(forward.states, score, self.progress)
         losses = terms.pairs.losses + terms.penalty
         loss = losses.mean()
@@ -190,9 +191,9 @@ class PreferenceModule(PolicyModule):
         return {"loss": loss * weight, "losses": losses.detach(), "margins": margins, "logged": logged}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Close the window in the latent space, whose running moments are updated once a step."""
+        """Update the running moments of the latent space, once for each optimizer step."""
         if self.latent is not None:
-            self.latent.close_window()
+            self.latent.update_moments()
 
     def on_validation_start(self) -> None:
         """Check the losses so far. A run that has diverged is not validated."""
@@ -238,7 +239,7 @@ class PreferenceModule(PolicyModule):
 
     def _infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
         torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))
-        forward, score = self.read(batch)
+        forward, score = self.score_batch(batch)
         return {"terms": self.inference_terms(forward.states, score), "states": forward.states, "score": score}
 
     def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:

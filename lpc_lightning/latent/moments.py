@@ -17,7 +17,7 @@ class RunningMoments(nn.Module):
     tokens of the chat template. Only a few percent of a state's squared norm, or less than one percent, differ between
     prompts. Without standardisation, a network of two layers receives almost no information about the prompt.
 
-    Features read in training mode are added to the moments by `close_window`, before an optimizer step. So the output
+    Features read in training mode are added to the moments by `update`, before an optimizer step. So the output
     for a pair does not depend on the other pairs of its batch, accumulated micro-batches count as one large batch, and
     a checkpoint holds the moments of the last step together with the weights. No gradient flows through the moments.
 
@@ -65,7 +65,7 @@ class RunningMoments(nn.Module):
         return differences / self.deviation
 
     @torch.no_grad()
-    def close_window(self, alike: bool = False) -> None:
+    def update(self, alike: bool = False) -> None:
         """Add all features read in training mode since the last call, on all devices, to the moments.
 
         Args:

@@ -55,7 +55,7 @@ def fit(
         space.train()
         for indices in fitted.split(EVAL_BATCH):
             space.training_terms(*pairs.select(indices), 0.0)
-        space.close_window(alike=True)
+        space.update_moments(alike=True)
         space.eval()
         plain = float(pairs.select(held_out)[1].under(None)[0].losses.mean())
 
