@@ -6,8 +6,10 @@ The 2B sequences of a batch have one order everywhere: the B chosen ones, then t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from hashlib import blake2b
 from typing import Any, TypedDict
 
 import torch
@@ -78,6 +80,11 @@ class TokenizedPair:
     reference_logps: tuple[float, float] | None = None
     """Log-probabilities of the chosen and the rejected answer under the reference, in nats. None if not cached."""
 
+    @property
+    def prompt(self) -> str:
+        """A hash of the prompt's tokens, the same for all pairs of one prompt."""
+        return blake2b(array("q", self.prompt_ids).tobytes(), digest_size=8).hexdigest()
+
     def swapped(self) -> TokenizedPair:
         """Return the same pair with the opposite label. Tokens and reference log-probabilities are swapped too."""
         logps = self.reference_logps
@@ -127,6 +134,8 @@ class PreferenceBatch:
     sources: tuple[str, ...]
     factors: tuple[str, ...]
     annotators: tuple[str, ...]
+    prompts: tuple[str, ...]
+    """`TokenizedPair.prompt` of each pair. Pairs with the same prompt are not independent."""
     tokens: int
     """Tokens that the backbone reads, padding not counted. Counted when the batch is laid out: the sum of a mask on a
     GPU would have the CPU wait for it."""

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lpc_lightning.algorithms.metrics import PairMeans, accuracies
 from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
+from lpc_lightning.evaluation.statistics.clusters import standard_error
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import PairLosses, PairStates, PreferenceBatch
 
@@ -84,9 +86,9 @@ class AccuracyReport:
     """`accuracy/MODE`, `margin/MODE` and `swap_turnover` over all pairs; the same with the suffixes `/source/NAME`,
     `/factor/NAME`, `/clean` and `/flipped`; and the counts `pairs`, `pairs/source/NAME` and so on."""
     standard_errors: dict[str, float] = field(default_factory=dict)
-    """Standard error of each mean that is taken over two pairs or more."""
+    """Standard error of each mean over the pairs of two prompts or more. Pairs of one prompt are not independent."""
     items: list[Row] = field(default_factory=list)
-    """One row per pair: id, source, factor, annotator, flipped, and `margins` by mode."""
+    """One row per pair: id, source, factor, annotator, prompt, flipped, and `margins` by mode."""
 
 
 class AccuracyModes(nn.Module):
@@ -130,12 +132,14 @@ class AccuracyModes(nn.Module):
         errors: dict[str, float] = {}
         counts: dict[str, float] = {}
         unshuffled = torch.tensor([row["unshuffled"] for row in rows])
+        prompts = np.array([row["prompt"] for row in rows])
         for suffix, members in self._groups(rows).items():
             counts[f"pairs{suffix}"] = float(members.sum())
-            for name, values in _group_values(margins, members, unshuffled).items():
+            for name, (values, scored) in _group_values(margins, members, unshuffled).items():
                 means[name + suffix] = float(values.mean())
-                if len(values) > 1:
-                    errors[name + suffix] = float(values.std() / len(values) ** 0.5)
+                error = standard_error(values.numpy(), prompts[scored.numpy()])
+                if error is not None:
+                    errors[name + suffix] = error
         if unshuffled.any():
             counts["pairs/not_shuffled"] = float(unshuffled.sum())
         means |= {name: float(value) for name, value in self.headline.compute().items()}
@@ -166,15 +170,17 @@ def keep_largest(labels: Sequence[str], max_groups: int) -> list[str]:
     return [label if label in kept else OTHERS for label in labels]
 
 
-def _group_values(margins: dict[str, Tensor], members: Tensor, unshuffled: Tensor) -> dict[str, Tensor]:
-    """Return the values of a group's pairs by metric. The mean of the values is the metric."""
-    values: dict[str, Tensor] = {}
+def _group_values(margins: dict[str, Tensor], members: Tensor, unshuffled: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by metric the values of a group's pairs, and those pairs as (n,) booleans. The mean is the metric."""
+    values: dict[str, tuple[Tensor, Tensor]] = {}
     for mode in (mode for mode in margins if mode != SWAPPED):
-        group_margins = margins[mode][members & ~unshuffled if mode == "shuffled" else members]
-        if len(group_margins):
-            values |= {f"accuracy/{mode}": accuracies(group_margins), f"margin/{mode}": group_margins}
+        scored = members & ~unshuffled if mode == "shuffled" else members
+        if scored.any():
+            differences = margins[mode][scored]
+            values[f"accuracy/{mode}"] = accuracies(differences), scored
+            values[f"margin/{mode}"] = differences, scored
     if SWAPPED in margins:
-        values["swap_turnover"] = turnover(margins["posterior"][members], margins[SWAPPED][members])
+        values["swap_turnover"] = turnover(margins["posterior"][members], margins[SWAPPED][members]), members
     return values
 
 

@@ -59,9 +59,12 @@ class PairTable(Metric):
 
 
 def pair_labels(batch: PreferenceBatch) -> list[Row]:
-    """Return the labels of each pair: id, source, factor, annotator, and whether label noise flipped it."""
-    columns = (batch.ids, batch.sources, batch.factors, batch.annotators, batch.flipped.tolist())
-    names = ("id", "source", "factor", "annotator", "flipped")
+    """Return the labels of each pair: id, source, factor, annotator, prompt, and whether label noise flipped it.
+
+    The prompt is a hash; see `TokenizedPair.prompt`.
+    """
+    columns = (batch.ids, batch.sources, batch.factors, batch.annotators, batch.prompts, batch.flipped.tolist())
+    names = ("id", "source", "factor", "annotator", "prompt", "flipped")
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 

@@ -35,7 +35,8 @@ class PreferenceResults:
     standard_errors: dict[str, float]
     """Standard errors of the means among the metrics."""
     items: list[Row]
-    """One row per pair: id, source, factor, annotator, flipped, and `margins` by mode, for paired comparisons."""
+    """One row per pair: id, source, factor, annotator, prompt, flipped, and `margins` by mode. For paired
+    comparisons."""
     reward: str
     """Description of the reward. Margins are differences of rewards."""
     pairs: int

@@ -73,7 +73,9 @@ def part(batch: PreferenceBatch, evaluated: EvaluationOutput, rows: slice) -> tu
     """Return some of the pairs as a separate batch."""
     terms = evaluated["terms"]
     lengths = torch.cat([half[rows] for half in batch.lengths.chunk(2)])
-    labels = {name: getattr(batch, name)[rows] for name in ("ids", "sources", "factors", "annotators", "flipped")}
+    labels = {
+        name: getattr(batch, name)[rows] for name in ("ids", "sources", "factors", "annotators", "prompts", "flipped")
+    }
     small = PreferenceBatch(
         **{**{f: getattr(batch, f) for f in batch.__dataclass_fields__}, **labels, "lengths": lengths}
     )
