@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.algorithms.metrics import PairMeans, accuracies
-from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from lpc_lightning.evaluation.statistics.clusters import standard_error
 from lpc_lightning.latent import LatentSpace
