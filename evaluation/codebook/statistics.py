@@ -25,7 +25,7 @@ from lpc_lightning.evaluation.codebook.mutual_information import (
 )
 from lpc_lightning.evaluation.codebook.recovery import STATISTICS
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
-from lpc_lightning.latent.divergence import categorical_kl
+from lpc_lightning.latent.discrete import categorical_kl
 from lpc_lightning.seeding import derive
 from lpc_lightning.types import PreferenceBatch
 
