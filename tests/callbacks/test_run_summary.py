@@ -66,7 +66,8 @@ def test_summary_of_validate_and_test(command, stage, fitted, tmp_path, capsys) 
     (metrics,) = getattr(trainer, command)(finished.lightning_module, datamodule=finished.datamodule, verbose=False)
     *table, last = capsys.readouterr().out.strip().splitlines()
     printed = dict(line.split() for line in table if line)
-    groups = {name for name in metrics if "/source/" in name or "/factor/" in name}
+    kinds = ("/source/", "/factor/", "/length_matched")
+    groups = {name for name in metrics if any(kind in name for kind in kinds)}
     assert groups
     assert printed == {name: f"{value:.4f}" for name, value in metrics.items() if name not in groups}
     assert printed[f"{stage}/accuracy/prior"] == printed[f"{stage}/rewards/accuracies"]
