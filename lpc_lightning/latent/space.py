@@ -9,8 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from lpc_lightning.latent.moments import RunningMoments
-from lpc_lightning.latent.networks import NetworkSettings
+from lpc_lightning.latent.networks import NetworkSettings, RunningMoments
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
 
 PriorMode = Literal["mean", "sample", "argmax"] | int

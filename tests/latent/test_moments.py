@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpc_lightning.latent.moments import RunningMoments
-from lpc_lightning.latent.networks import NetworkSettings, Prior
+from lpc_lightning.latent.networks import NetworkSettings, Prior, RunningMoments
 
 FEATURES = 5
 

@@ -207,6 +207,7 @@ def test_family_that_drops_blocks_uses_mask(
     fallback = CausalPolicy.__new__(CausalPolicy)
     nn.Module.__init__(fallback)
     fallback.model, fallback._takes_positions = policy.model, True
+    fallback._logit_scaling = policy._logit_scaling
     fallback.attends_by_segment = fallback._can_attend_by_segment()
     assert not fallback.attends_by_segment
     assert fallback._applies_block_mask()

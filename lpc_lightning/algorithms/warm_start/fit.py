@@ -14,7 +14,7 @@ from lpc_lightning.algorithms.warm_start.clusters import cluster_pairs, prompt_c
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.data.batching.annotator_batches import group_by_annotator
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
-from lpc_lightning.latent.evidence import given_earlier_pairs
+from lpc_lightning.latent.discrete import given_earlier_pairs
 from lpc_lightning.latent.networks import Codebook
 
 BATCH = 32
