@@ -1,4 +1,4 @@
-"""Answers against a loop that knows neither batches, caches nor padding."""
+"""Answers against a loop without batches, caches or padding."""
 
 from __future__ import annotations
 
@@ -289,8 +289,8 @@ def test_template_arguments_and_system_turns_of_training(case: Callable[..., Cas
         "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt and loud %}{{ 'LOUD:' }}{% endif %}"
     )
     made.opened = replace(made.opened, template=trained_template({"template": {"arguments": {"loud": True}}}))
-    made.ids = lambda prompt: made.tokenizer.encode(f"Be kind.\n\n{TEXTS[0]}<|im_end|>LOUD:")
-    (found,) = made.answers(prompts=[(Message(role="system", content="Be kind."), *PROMPTS[0])])
+    made.ids = lambda prompt: made.tokenizer.encode(f"Be kind.\n\n{TEXTS[1]}<|im_end|>LOUD:")
+    (found,) = made.answers(prompts=[(Message(role="system", content="Be kind."), *PROMPTS[1])])
     assert found.answers == (made.greedy(found.prompt, Condition()),)
 
 

@@ -22,6 +22,7 @@ from lpc_lightning.data.tokenization.system_turns import SystemTurns, treat_syst
 from lpc_lightning.data.tokenization.text_encoder import TextEncoder
 from lpc_lightning.types import Message, PreferenceExample, TokenizedPair
 
+RENDERED = "text that the template seems to have rendered already, encoded as plain text"
 SPLIT_CONTROL = "control tokens in a text, encoded as plain text"
 
 Note = Callable[[str], None]
@@ -180,11 +181,11 @@ class Template(ABC):
             note: Called with the description of each change to the texts.
 
         Raises:
-            BadRow: The template rejects the prompt or an answer, a text is already rendered, an answer is empty, or
-                both answers have the same ids.
+            BadRow: The template rejects the prompt or an answer, an answer is empty, or both answers have the same ids.
         """
         answers = (example.chosen, example.rejected)
-        self._check_unrendered(example)
+        if self._is_rendered(example):
+            note(RENDERED)
         prompt = self._encode_prompt(example.prompt, answers, note)
         chosen, rejected = (self._completion(prompt, answer, note) for answer in answers)
         if chosen == rejected:
@@ -250,8 +251,8 @@ class Template(ABC):
             ids = ids + self._text.continued(chunk)
         return ids
 
-    def _check_unrendered(self, example: PreferenceExample) -> None:
-        """Raise BadRow if a text of the data has the marks that this template writes itself."""
+    def _is_rendered(self, example: PreferenceExample) -> bool:
+        """Return True if a text of the data has the marks that this template writes itself."""
         user, answer, end = self._marks
         has_control = len(self._text.cut(user)) > 1
         bos = str(self.tokenizer.bos_token or "")
@@ -259,13 +260,14 @@ class Template(ABC):
             text = turn["content"].strip()
             if not user.startswith(bos):
                 text = text.removeprefix(bos).strip()
-            if not (user and answer and user in text and answer in text.partition(user)[2]):
-                continue
-            if has_control or (text.startswith(user) and text.endswith(answer)):
-                raise _already_rendered(text, f"{user!r} and {answer!r}")
-        for text in (example.chosen.strip(), example.rejected.strip()):
-            if end and text.endswith(end):
-                raise _already_rendered(text[-40:], repr(end))
+            if (
+                user
+                and answer
+                and answer in text.partition(user)[2]
+                and (has_control or (text.startswith(user) and text.endswith(answer)))
+            ):
+                return True
+        return bool(end) and any(text.rstrip().endswith(end) for text in (example.chosen, example.rejected))
 
     def _backend(self) -> object:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -273,11 +275,3 @@ class Template(ABC):
             return [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
         # Padding and truncation are left out: they are settings of the last call of the tokenizer.
         return {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
-
-
-def _already_rendered(text: str, marks: str) -> BadRow:
-    return BadRow(
-        "already rendered",
-        f"{text[:40]!r} contains {marks}, which the template writes itself; expected the text of a turn without it, or "
-        "a list of messages",
-    )

@@ -213,15 +213,15 @@ def test_turn_that_the_template_leaves_out_is_bad(template):
         ("base_without_bos", "User: Tea?\n\nAssistant:"),
     ],
 )  # fmt: skip
-def test_rendered_prompt_is_bad(tokenizers, name, prompt):
-    with pytest.raises(BadRow, match=r"already rendered: .* which the template writes itself"):
-        make_template(tokenizers[name]).tokenize(example(prompt))
+def test_rendered_prompt_is_counted(tokenizers, name, prompt):
+    report = counted(make_template(tokenizers[name]), example(prompt), example())
+    assert report.changed["text that the template seems to have rendered already, encoded as plain text"] == 1
 
 
 @pytest.mark.parametrize(("name", "end"), [("chatml", "<|im_end|>\n"), ("base_without_bos", "<|endoftext|>")])
-def test_answer_with_its_own_end_token_is_bad(tokenizers, name, end):
-    with pytest.raises(BadRow, match="already rendered"):
-        make_template(tokenizers[name]).tokenize(example(chosen=f"Tea.{end}"))
+def test_answer_with_its_own_end_token_is_counted(tokenizers, name, end):
+    report = counted(make_template(tokenizers[name]), example(chosen=f"Tea.{end}"), example())
+    assert report.changed["text that the template seems to have rendered already, encoded as plain text"] == 1
 
 
 def test_control_tokens_in_a_text_are_counted(tokenizers):

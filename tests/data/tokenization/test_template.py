@@ -45,11 +45,6 @@ def rendered(template, given_example: PreferenceExample, answer: str) -> str:
 def test_tokenize_decodes_to_text_with_one_end(any_tokenizer, prompt, chosen, rejected):
     template = make_template(any_tokenizer)
     given_example = example(*prompt, chosen=chosen, rejected=rejected)
-    end = any_tokenizer.decode([template.end_id])
-    if any(answer.strip().endswith(end) for answer in (chosen, rejected)):
-        with pytest.raises(BadRow, match="already rendered"):
-            template.tokenize(given_example)
-        return
     if rendered(template, given_example, chosen) == rendered(template, given_example, rejected):
         with pytest.raises(BadRow, match="equal answers"):
             template.tokenize(given_example)
