@@ -67,7 +67,7 @@ def adapt(
     level.
 
     OUTPUT contains adaptation.md and the plot as .svg and .png. For each model it contains MODEL/adaptation.json, with
-    standard errors over pairs, and MODEL/code_weights.json, with the weights of each annotator from all pairs. To
+    standard errors over prompts, and MODEL/code_weights.json, with the weights of each annotator from all pairs. To
     generate text for an annotator: `lpc-lightning generate --code-weights OUTPUT/MODEL/code_weights.json ANNOTATOR`.
 
     Args:
@@ -144,7 +144,7 @@ def _write(folder: Path, reports: Mapping[str, AdaptationReport], shots: Sequenc
     (folder / TABLE).write_text(text + "\n", encoding="utf-8")
     lines = panels(reports)
     figure = draw_adaptation(lines, sorted(set(shots)), None, "accuracy")
-    plot = Plot("adaptation", TITLE, figure, describe_lines(TITLE, lines, to_shots), "Bands: 95 % over pairs.")
+    plot = Plot("adaptation", TITLE, figure, describe_lines(TITLE, lines, to_shots), "Bands: 95 % over prompts.")
     list(write_plots(folder, [plot]))
     print(f"\n{text}\n\nWrote {folder / TABLE} and the plot, and {SCORES} and {WEIGHTS} of each model beside them.")
 

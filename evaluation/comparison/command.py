@@ -56,7 +56,7 @@ def evaluate(
     same settings are read and not computed again. After an interruption or a failure, run the same command again to
     complete the results. With several models, the first is the baseline of OUTPUT/comparison.md, .csv and .json. These
     files have the differences to the baseline and their significance: McNemar's exact test or a paired bootstrap,
-    corrected by Holm.
+    or, where preference pairs share a prompt, sign flips and resamples of whole prompts, corrected by Holm.
 
     Args:
         models: Models to evaluate, the baseline first: checkpoints (runs/version_0/checkpoints/best.ckpt), exported

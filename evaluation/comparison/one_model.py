@@ -36,6 +36,7 @@ from lpc_lightning.inference.generation import trained_template
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy import UnsupportedPolicyError
+from lpc_lightning.system_errors import explain_system_error
 
 SELF_EXPLAINING_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedPolicyError)
 """Errors whose text has what was found and what to do. Their class and location are not shown."""
@@ -165,7 +166,9 @@ def _parts(
 
 def describe(error: Exception) -> str:
     """Return the text of an error. For errors of other libraries, class, causes and location are added."""
-    return str(error) if isinstance(error, SELF_EXPLAINING_ERRORS) else failure_reason(error)
+    if isinstance(error, SELF_EXPLAINING_ERRORS):
+        return str(error)
+    return explain_system_error(error) or failure_reason(error)
 
 
 def _dtype(request: EvalRequest) -> str:

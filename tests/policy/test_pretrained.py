@@ -52,7 +52,7 @@ def test_saved_policy_is_loaded_unchanged(
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 11, 7), (3, 4, 9)]))
-    assert torch.equal(again.read(batch).logps(), original.read(batch).logps())
+    assert torch.equal(again(batch).logps(), original(batch).logps())
     text = "Two words, and 🥚."
     ours, theirs = saved.load_tokenizer(), spec.load_tokenizer()
     assert ours.encode(text) == theirs.encode(text)
@@ -133,7 +133,7 @@ def test_pretrained_policy_prefers_sense(question: str, right: str, wrong: str, 
     prompt = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)["input_ids"]
     answers = [[*tokenizer.encode(answer), tokenizer.eos_token_id] for answer in (right, wrong)]
     pair = TokenizedPair("", prompt, *answers)
-    padded, packed = (smollm2.read(layout([pair])).logps() for layout in (PaddedLayout(0), SharedPrefixLayout(0, 1)))
+    padded, packed = (smollm2(layout([pair])).logps() for layout in (PaddedLayout(0), SharedPrefixLayout(0, 1)))
     sense, nonsense = padded.tolist()
     assert sense > nonsense + 4
     assert sense / len(answers[0]) > -2.5, "a sensible answer is not a surprise"
