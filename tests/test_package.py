@@ -15,7 +15,7 @@ import lpc_lightning
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"types", "errors", "seeding", "transfer"},
-    {"paths"},
+    {"paths", "integrity", "yaml_files"},
     {"losses", "latent", "policy", "data"},
     {"distributed"},
     {"reference"},
