@@ -46,7 +46,7 @@ class Stepper:
     def loss(self, batch: PreferenceBatch) -> Tensor:
         """As `PreferenceModule.training_step` has it, metrics included."""
         with torch.autocast(self.module.device.type, torch.bfloat16):
-            reading, score = self.module.read(batch)
+            reading, score = self.module.score_batch(batch)
             terms = self.module.training_terms(reading.states, score, 0.5)
             self.module.train_metrics.update(terms, reading.states)
             return (terms.pairs.losses + terms.penalty).mean()

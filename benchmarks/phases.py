@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lpc_lightning.policy import logprobs
+from lpc_lightning.policy import causal, logprobs
 
 PARTS = (
     "data",
@@ -48,8 +48,8 @@ class Phases:
         if module.reference is not None:
             self._wrap(module.reference, "logps", "reference")
         self._wrap(module, "training_terms", "latent and loss")
-        self._wrap(logprobs.BatchForward, "logps", "head forward")
-        self._wrap(logprobs.BatchForward, "logps_per_code", "head forward")
+        self._wrap(causal.BatchForward, "logps", "head forward")
+        self._wrap(causal.BatchForward, "logps_per_code", "head forward")
         self._wrap_backward(logprobs._TokenLogps)
         self._wrap(trainer.strategy, "backward", "backbone backward")
         for optimizer in trainer.optimizers:

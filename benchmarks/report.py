@@ -151,10 +151,10 @@ def _passes(cell: dict[str, Any]) -> str:
 
 def _agreement(cell: dict[str, Any]) -> str:
     verdicts = [_verdict(cell, *sides) for sides in ((PLAIN, BASE), *LIKE_WITH_LIKE)]
-    found = [verdict for verdict in verdicts if verdict]
-    if not found:
+    lines = [verdict for verdict in verdicts if verdict]
+    if not lines:
         return ""
-    text = "\n".join(["Agreement with TRL, step by step:", "", *found])
+    text = "\n".join(["Agreement with TRL, step by step:", "", *lines])
     if BASE not in cell["sides"] or PLAIN not in cell["sides"]:
         return text
     theirs, ours = cell["sides"][BASE][0], cell["sides"][PLAIN][0]

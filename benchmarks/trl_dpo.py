@@ -30,9 +30,9 @@ class TokenisedDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, *arguments: Any, **options: Any) -> Dataset:
         start = time.perf_counter()
-        found = super()._precompute_ref_logps(*arguments, **options)
+        logps = super()._precompute_ref_logps(*arguments, **options)
         self.precompute_seconds += time.perf_counter() - start
-        return found
+        return logps
 
 
 class Recorder(TrainerCallback):
@@ -140,10 +140,10 @@ def check_tokens(trainer: DPOTrainer, steps: list[list[dict[str, Any]]]) -> None
     """
     for number, (batch, step) in enumerate(zip(trainer.get_train_dataloader(), steps, strict=True)):
         mask = batch["attention_mask"].bool()
-        found = [row[seen].tolist() for row, seen in zip(batch["input_ids"], mask, strict=True)]
+        tokens = [row[real].tolist() for row, real in zip(batch["input_ids"], mask, strict=True)]
         expected = [pair["prompt_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids") for pair in step]
         answers = [len(pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in step]
-        if found != expected or batch["completion_mask"].sum(1).tolist() != answers:
+        if tokens != expected or batch["completion_mask"].sum(1).tolist() != answers:
             raise RuntimeError(
                 f"step {number}: TRL's batch does not hold our tokens in our order; nothing was measured."
             )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lpc_lightning.callbacks.resources import ResourceMonitor
@@ -74,10 +75,14 @@ class RunSummary(Callback):
             "validation_after": self.after,
             "resources": resources,
         }
+        print(_table(before, self.after, resources, trainer.global_step))
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning
+            return  # a trial of a few batches leaves no files
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-        print(_table(before, self.after, resources, trainer.global_step))
-        print(f"Run folder: {folder}\nTensorBoard: {_command('tensorboard')} --logdir {folder}")
+        print(f"Run folder: {folder}")
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            print(f"TensorBoard: {_command('tensorboard')} --logdir {folder}")
 
     def _print_round(self, trainer: Trainer) -> None:
         folder = _run_folder(trainer)
@@ -88,7 +93,7 @@ class RunSummary(Callback):
         overall = {name: value for name, value in metrics.items() if name.count("/") < 3}
         width = max(map(len, overall), default=0)
         print("\n" + "\n".join(f"{name:<{width}}  {value:>10.4f}" for name, value in overall.items()))
-        if trainer.loggers:
+        if any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
             print(f"\nAll {len(metrics)} metrics, including those of groups: {folder / 'metrics.csv'}")
 
 

@@ -1,6 +1,7 @@
 """Align language models on preference pairs with Latent Preference Coding (Gong et al., ICML 2025)."""
 
 import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,13 @@ __all__ = [
     "SyntheticPreferences",
     "TinyPolicy",
 ]
+
+# The threads of GNU OpenMP spin at each barrier, by default so long that one busy process beside a fit makes it many
+# times slower. The library reads this variable when it is loaded with torch, so nothing imports torch before. Child
+# processes inherit it. The OpenMP of Intel and LLVM yields the processor while it spins and keeps its default: with a
+# short KMP_BLOCKTIME even steps without a neighbour are slower there.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 # transformers and peft import bitsandbytes if it is installed. On some processors it then warns that a CPU kernel for
 # 4-bit weights is missing, which matters only with a GPU. The filter must be set before those imports.

@@ -35,6 +35,8 @@ from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec, UnsupportedPolicyError
 from lpc_lightning.policy.precision import is_bfloat16_fast
+from lpc_lightning.run_folder import DiscardedRunFolder, RunFolder
+from lpc_lightning.system_errors import explain_system_error
 
 GROUPS = ("policy", "latent", "callbacks")
 """Settings that stand at the top of a config and belong to the module or to the trainer."""
@@ -51,15 +53,20 @@ class PreferenceCLI(LightningCLI):
             run_folder: Where the run writes. None: a new folder `version_N` in `trainer.default_root_dir`.
         """
         self._run_folder = run_folder
-        super().__init__(
-            PreferenceModule,
-            PreferenceDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "lpc-lightning", "description": __doc__},
-            args=None if arguments == sys.argv[1:] else arguments,
-        )
+        self._claimed: RunFolder | None = None
+        try:
+            super().__init__(
+                PreferenceModule,
+                PreferenceDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                parser_kwargs={"prog": "lpc-lightning", "description": __doc__},
+                args=None if arguments == sys.argv[1:] else arguments,
+            )
+        finally:
+            if self._claimed is not None:
+                self._claimed.release()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the groups and link them to the settings that they fill."""
@@ -105,6 +112,9 @@ class PreferenceCLI(LightningCLI):
         if trainer.enable_progress_bar is False:
             # Lightning refuses a bar among the callbacks then; our default callbacks hold one.
             trainer.callbacks = [each for each in trainer.callbacks or [] if "ProgressBar" not in each.class_path]
+        if trainer.logger is False:
+            # Lightning refuses callbacks that only log; our default callbacks hold one.
+            trainer.callbacks = [each for each in trainer.callbacks or [] if not each.class_path.endswith(LOGGING)]
         if trainer.plugins is None:
             trainer.plugins = [{"class_path": "lpc_lightning.distributed.checkpoint_io.AtomicCheckpointIO"}]
 
@@ -122,11 +132,18 @@ class PreferenceCLI(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Give the run a folder of its own, which its config does not name: run again, it is another run."""
         trainer = self.config[str(self.subcommand)].trainer
+        root = Path(trainer.default_root_dir or "runs")
         if self._run_folder is not None:
-            options["logger"] = run_loggers(self._run_folder.parent, self._run_folder.name)
+            options["logger"] = run_loggers(self._run_folder)
+        elif trainer.fast_dev_run:
+            self._claimed = DiscardedRunFolder()
+            options["default_root_dir"] = str(self._claimed.path)
         elif trainer.logger in (None, True):
-            root = Path(trainer.default_root_dir or "runs")
-            options["logger"] = run_loggers(root, next_version(root))
+            self._claimed = RunFolder(root)
+            options["logger"] = run_loggers(self._claimed.path)
+        elif trainer.logger is False:
+            self._claimed = RunFolder(root)
+            options["default_root_dir"] = str(self._claimed.path)
         return super().instantiate_trainer(**options)
 
     @staticmethod
@@ -165,6 +182,10 @@ class PreferenceCLI(LightningCLI):
             raise CheckpointError(f"ckpt_path: {error}") from error
         settings.pop("_instantiator", None)
         found = {name: settings.pop(name, None) for name in ("policy", "latent")}
+        if (policy := (found["policy"] or {}).get("init_args") or {}).get("trust_remote_code"):
+            # A checkpoint from somebody else must not allow its own code.
+            allowed = self.config[command].get("policy") and self.config[command].policy.init_args
+            policy["trust_remote_code"] = bool(allowed and allowed.get("trust_remote_code"))
         model = {"class_path": settings.pop("_class_path"), "init_args": settings}
         print(f"Model, policy and latent are set as in {path}; flags and config files do not change them.")
         exits, self.parser.exit_on_error = self.parser.exit_on_error, False
@@ -208,6 +229,8 @@ def _reason(error: ValueError) -> str:
     return "; ".join(dict.fromkeys(reasons)) or str(error)
 
 
+LOGGING = (".LearningRateMonitor", ".DeviceStatsMonitor")
+"""Callbacks of Lightning that need a logger."""
 JSONARGPARSE = ("- Expected a", "- Does not validate", "- Problem with")
 """How its own lines begin."""
 
@@ -218,17 +241,11 @@ def default_precision(accelerator: str) -> str:
     return "bf16-mixed" if is_bfloat16_fast("cuda" if on_gpu else "cpu") else "32-true"
 
 
-def next_version(root: Path) -> str:
-    """The first `version_N` that is not there, so that no run writes into another's folder."""
-    taken = {path.name for path in root.glob("version_*")}
-    return next(name for number in range(len(taken) + 1) if (name := f"version_{number}") not in taken)
-
-
-def run_loggers(root: Path, version: str) -> list[Logger]:
+def run_loggers(folder: Path) -> list[Logger]:
     """CSV and TensorBoard, side by side in one run folder."""
     # CSV first: it warns when it finds its folder in use. Row by row: a run that is killed leaves those before.
-    rows = CSVLogger(str(root), name="", version=version, flush_logs_every_n_steps=1)
-    return [rows, TensorBoardLogger(str(root), name="", version=version)]
+    rows = CSVLogger(str(folder.parent), name="", version=folder.name, flush_logs_every_n_steps=1)
+    return [rows, TensorBoardLogger(str(folder.parent), name="", version=folder.name)]
 
 
 def _fit(arguments: list[str]) -> None:
@@ -306,16 +323,22 @@ USER_ERRORS = (
 def main(arguments: list[str] | None = None) -> None:
     """Run a command."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    known = commands()
-    if not arguments or arguments[0] not in known:
-        _usage(arguments, known)
-    set_up_logging()
-    run, _ = known[arguments[0]]
     try:
+        known = commands()
+        if not arguments or arguments[0] not in known:
+            _usage(arguments, known)
+        set_up_logging()
+        run, _ = known[arguments[0]]
         check_config_files(arguments[1:])
         run(arguments)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        line = explain_system_error(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
     except SIGTERMException:
         sys.exit(143)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import lpc_lightning as lpc_lightning  # before torch: it sets how long OpenMP's threads spin at a barrier
+
+# isort: split
 import pytest
-
-# Set before torch is imported. Its OpenMP threads wait actively at each barrier, and two test processes on two cores
-# then slow each other down by a factor of ten. Processes that tests start inherit the setting.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import torch
 from hypothesis import HealthCheck, settings
 from lightning.pytorch import Callback, Trainer

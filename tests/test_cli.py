@@ -100,8 +100,8 @@ def test_help_lists_every_command(command: Command, flag: str) -> None:
 def test_usage_lists_plugins_without_importing_them() -> None:
     """lpc_lightning imports nothing from evaluation, whose lm-eval takes seconds."""
     code = (
-        "import sys; from lpc_lightning.cli import commands; told = commands()['evaluate'][1]; "
-        "assert not {'lpc_lightning.evaluation.comparison.command', 'lm_eval'} & set(sys.modules); print(told)"
+        "import sys; from lpc_lightning.cli import commands; summary = commands()['evaluate'][1]; "
+        "assert not {'lpc_lightning.evaluation.comparison.command', 'lm_eval'} & set(sys.modules); print(summary)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "benchmarks and preference accuracy of any models, side by side\n"
@@ -235,6 +235,36 @@ def test_each_run_writes_its_own_folder(fit: Command, runs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_run_without_logger_has_its_own_folder(fit: Command, runs: Path) -> None:
+    for _ in range(2):
+        output = fit("--trainer.logger=false", f"--callbacks={CONFIGS / 'callbacks' / 'default.yaml'}")
+        assert output.code == 0, output.err
+    assert f"Run folder: {runs / 'version_1'}\n" in output.out
+    for number in range(2):
+        names = {path.name for path in (runs / f"version_{number}").iterdir()}
+        assert names >= {"config.yaml", "summary.json", "checkpoints"}
+        assert "metrics.csv" not in names
+        assert not [name for name in names if name.startswith("events")]
+    assert {path.name for path in runs.iterdir()} == {"version_0", "version_1"}
+
+
+@pytest.mark.slow
+def test_fast_dev_run_leaves_nothing(fit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    callbacks = [f"--callbacks={CONFIGS / 'callbacks' / 'default.yaml'}", "--callbacks+=LabelFlipNoise"]
+    assert fit("--trainer.fast_dev_run=2", *callbacks, "--callbacks.rate=0.5").code == 0
+    assert list(Path().iterdir()) == []
+    assert not runs.exists()
+
+
+@pytest.mark.slow
+def test_failed_run_leaves_no_empty_folder(fit: Command, runs: Path) -> None:
+    assert fit("--data.layout=PaddedLayout", "--data.batch_size=0").code != 0
+    assert not runs.exists() or list(runs.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "callbacks", [[], [f"--callbacks={CONFIGS / 'callbacks' / 'default.yaml'}"]], ids=["", "callbacks"]
 )
@@ -280,7 +310,7 @@ def checkpoint(fit: Command, runs: Path) -> Path:
     return path
 
 
-# Lightning tells that the best score of the old folder does not count in the new one.
+# Lightning warns that the best score of the old folder does not count in the new one.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 class TestFromACheckpoint:
     @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Functions as commands: how settings are spelled, and what the help says of them."""
+"""Functions as commands: how settings are spelled, and the help text of each."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ import lpc_lightning
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types", "errors", "seeding", "transfer"},
+    {"errors"},
+    {"types", "seeding", "transfer", "run_folder", "system_errors"},
     {"paths", "integrity", "yaml_files"},
     {"losses", "latent", "policy", "data"},
     {"distributed"},

@@ -48,12 +48,12 @@ class Run:
             return
         left = self.deadline - time.perf_counter()
         if left < RESERVE:
-            found: dict[str, Any] = {"status": "left out: no time left", "seconds": 0.0}
+            outcome: dict[str, Any] = {"status": "left out: no time left", "seconds": 0.0}
         else:
             self.log.write(f"\n===== {name}\n")
-            found = attempt(run, min(limit, left), self.log)
-        self.results.add(part, {"name": name, **row, **found})
-        print(f"{time.perf_counter() - STARTED:6.1f} s  {name}: {_outcome(found)}", flush=True)
+            outcome = attempt(run, min(limit, left), self.log)
+        self.results.add(part, {"name": name, **row, **outcome})
+        print(f"{time.perf_counter() - STARTED:6.1f} s  {name}: {_describe(outcome)}", flush=True)
 
     def steps(self, cases: Iterable[Any]) -> None:
         """Part b: train and time."""
@@ -74,7 +74,7 @@ class Run:
             def run(case: Any = case, profiler: StepProfiler = profiler) -> dict[str, Any]:
                 file = self.bench.lengths_file(case)
                 ours.fit(case, file, self.scratch, self.bench.device, extra=profiler)
-                return {"trace": profiler.trace.name, **profiler.found}
+                return {"trace": profiler.trace.name, **profiler.summary}
 
             self.attempt(case.name, "profiles", run, 75.0)
 
@@ -166,12 +166,12 @@ def _log_of_everything(path: Path) -> TextIO:
     return log
 
 
-def _outcome(found: dict[str, Any]) -> str:
-    if "median_s" in found:
-        mfu = "" if found["mfu"] is None else f", MFU {100 * found['mfu']:.1f} %"
-        memory = "" if found["peak_gib"] is None else f", {found['peak_gib']:.1f} GiB"
-        return f"{1e3 * found['median_s']:.1f} ms a step, {found['pairs_per_s']:.1f} pairs/s{mfu}{memory}"
-    return str(found.get("left_out") or found["status"])
+def _describe(outcome: dict[str, Any]) -> str:
+    if "median_s" in outcome:
+        mfu = "" if outcome["mfu"] is None else f", MFU {100 * outcome['mfu']:.1f} %"
+        memory = "" if outcome["peak_gib"] is None else f", {outcome['peak_gib']:.1f} GiB"
+        return f"{1e3 * outcome['median_s']:.1f} ms a step, {outcome['pairs_per_s']:.1f} pairs/s{mfu}{memory}"
+    return str(outcome.get("left_out") or outcome["status"])
 
 
 def _options() -> argparse.Namespace:

@@ -45,7 +45,7 @@ class CodePaths(Callback):
         if self.apart is not None:
             return
         with trainer.precision_plugin.forward_context():
-            reading = pl_module.policy.read(batch)
+            reading = pl_module.policy(batch)
             codes = pl_module.latent.codebook.weight.detach()
             each = [reading.logps(code.expand(batch.pairs, -1)) for code in codes[: self.CODES]]
             at_once = reading.logps_per_code(codes)[:, : self.CODES]

@@ -52,24 +52,24 @@ def render(content: dict[str, Any]) -> str:
 
 
 def targets(steps: list[Row]) -> dict[str, float]:
-    """Return what was reached of each of `TARGETS` that was measured."""
+    """Return the value reached for each of `TARGETS` that was measured."""
     done = [row for row in steps if row["status"] == "ok"]
-    found: dict[str, float | None] = {}
+    reached: dict[str, float | None] = {}
     large = _at(done, "1.17B", "ultrafeedback", 8)
     small = _at(done, "135M", "hh", 16)
     names = iter(TARGETS)
     ours, trl = _best(large, "ours"), _best(large, "TRL")
-    found[next(names)] = None if ours is None else ours["mfu"]
-    found[next(names)] = _ratio(ours, trl, "pairs_per_s")
+    reached[next(names)] = None if ours is None else ours["mfu"]
+    reached[next(names)] = _ratio(ours, trl, "pairs_per_s")
     mine, theirs = _best(small, "ours"), _best(small, "TRL")
-    found[next(names)] = None if mine is None else 1e3 * mine["median_s"]
+    reached[next(names)] = None if mine is None else 1e3 * mine["median_s"]
     hh = [row for row in done if row["case"]["shape"] == "1.17B" and row["case"]["data"] == "hh"]
-    found[next(names)] = _ratio(_best(hh, "ours"), _best(hh, "TRL"), "pairs_per_s")
-    found[next(names)] = _ratio(ours, trl, "peak_gib")
-    found[next(names)] = _ratio(mine, theirs, "peak_gib")
+    reached[next(names)] = _ratio(_best(hh, "ours"), _best(hh, "TRL"), "pairs_per_s")
+    reached[next(names)] = _ratio(ours, trl, "peak_gib")
+    reached[next(names)] = _ratio(mine, theirs, "peak_gib")
     marginal = [row for row in large if row["case"]["latent"] == "marginal"]
-    found[next(names)] = _ratio(marginal[0] if marginal else None, ours, "median_s")
-    return {name: value for name, value in found.items() if value is not None}
+    reached[next(names)] = _ratio(marginal[0] if marginal else None, ours, "median_s")
+    return {name: value for name, value in reached.items() if value is not None}
 
 
 def _at(rows: list[Row], shape: str, data: str, pairs: int) -> list[Row]:

@@ -33,7 +33,7 @@ class StepProfiler(Callback):
             trace: File for the trace, compressed.
         """
         self.warmup, self.steps, self.trace = warmup, steps, trace
-        self.found: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
         self._profile: Any = None
         self._taken = 0
 
@@ -68,7 +68,7 @@ class StepProfiler(Callback):
         with gzip.open(self.trace, "wt", compresslevel=4) as file:
             file.write(content)
         plain.unlink()
-        self.found = summarize(json.loads(content)["traceEvents"], self.steps, wall)
+        self.summary = summarize(json.loads(content)["traceEvents"], self.steps, wall)
         trainer.should_stop = True
 
 

@@ -19,6 +19,7 @@ from lpc_lightning.cli import USER_ERRORS
 from lpc_lightning.evaluation.ablation.cell_run import run_cell
 from lpc_lightning.evaluation.ablation.folder import CellFolder
 from lpc_lightning.evaluation.ablation.process import LOCKED_EXIT_CODE, Job
+from lpc_lightning.system_errors import explain_system_error
 
 LOCK_TIMEOUT = 10.0
 """Maximum time to wait for a cell's lock, in seconds. The cells of a killed command end within this time."""
@@ -67,8 +68,11 @@ def _attempt(job: Job) -> None:
     except USER_ERRORS as fault:
         print(f"error: {fault}", file=sys.stderr)
         record = replace(record, status="failed")
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as fault:
+        if (line := explain_system_error(fault)) is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {line}", file=sys.stderr)
         record = replace(record, status="failed")
     else:
         record = replace(record, status="finished")

@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
+from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.algorithms.metrics import PairMeans, accuracies
-from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
+from lpc_lightning.evaluation.statistics.calibration import calibration_error, wrong_label_auroc
+from lpc_lightning.evaluation.statistics.clusters import standard_error
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import PairLosses, PairStates, PreferenceBatch
 
@@ -23,6 +27,9 @@ Group = Literal["source", "factor", "annotator"]
 """Labels by which pairs can be grouped."""
 SWAPPED = "posterior_swapped"
 """Key of the margins under the posterior of the swapped answers. It is used for `swap_turnover` and is not a mode."""
+LENGTH_MATCHED = "/length_matched"
+"""Suffix of metrics over pairs whose longer answer has less than `LENGTH_RATIO` times the tokens of the shorter one."""
+LENGTH_RATIO = 1.5
 OTHERS = "(others)"
 """Label of the pairs of all groups but the largest."""
 
@@ -81,12 +88,13 @@ class AccuracyReport:
     """Results of `AccuracyModes`."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    """`accuracy/MODE`, `margin/MODE` and `swap_turnover` over all pairs; the same with the suffixes `/source/NAME`,
-    `/factor/NAME`, `/clean` and `/flipped`; and the counts `pairs`, `pairs/source/NAME` and so on."""
+    """`accuracy/MODE`, `margin/MODE`, `log_loss/MODE` and `swap_turnover` over all pairs; the same with the suffixes
+    `/source/NAME`, `/factor/NAME`, `/clean`, `/flipped` and `/length_matched`; the counts `pairs`, `pairs/source/NAME`
+    and so on; over all pairs also `calibration_error/MODE`, and `wrong_label_auroc/MODE` if some labels are flipped."""
     standard_errors: dict[str, float] = field(default_factory=dict)
-    """Standard error of each mean that is taken over two pairs or more."""
+    """Standard error of each mean over the pairs of two prompts or more. Pairs of one prompt are not independent."""
     items: list[Row] = field(default_factory=list)
-    """One row per pair: id, source, factor, annotator, flipped, and `margins` by mode."""
+    """One row per pair: its labels (see `pair_labels`), and `margins` by mode."""
 
 
 class AccuracyModes(nn.Module):
@@ -130,12 +138,19 @@ class AccuracyModes(nn.Module):
         errors: dict[str, float] = {}
         counts: dict[str, float] = {}
         unshuffled = torch.tensor([row["unshuffled"] for row in rows])
+        prompts = np.array([row["prompt"] for row in rows])
         for suffix, members in self._groups(rows).items():
             counts[f"pairs{suffix}"] = float(members.sum())
-            for name, values in _group_values(margins, members, unshuffled).items():
+            for name, (values, scored) in _group_values(margins, members, unshuffled).items():
                 means[name + suffix] = float(values.mean())
-                if len(values) > 1:
-                    errors[name + suffix] = float(values.std() / len(values) ** 0.5)
+                error = standard_error(values.numpy(), prompts[scored.numpy()])
+                if error is not None:
+                    errors[name + suffix] = error
+        flipped = torch.tensor([row["flipped"] for row in rows])
+        for mode in (mode for mode in margins if mode not in (SWAPPED, "shuffled")):
+            means[f"calibration_error/{mode}"] = calibration_error(margins[mode])
+            if flipped.any() and not flipped.all():
+                means[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins[mode], flipped)
         if unshuffled.any():
             counts["pairs/not_shuffled"] = float(unshuffled.sum())
         means |= {name: float(value) for name, value in self.headline.compute().items()}
@@ -152,6 +167,9 @@ class AccuracyModes(nn.Module):
         flipped = torch.tensor([row["flipped"] for row in rows])
         if flipped.any():
             groups |= {"/clean": ~flipped, "/flipped": flipped}
+        matched = torch.tensor([max(row["tokens"]) < LENGTH_RATIO * min(row["tokens"]) for row in rows])
+        if not matched.all():
+            groups |= {LENGTH_MATCHED: matched}
         for kind in self.by:
             labels = keep_largest([row[kind] for row in rows], self.most)
             for group in sorted({label for label in labels if label}):
@@ -166,15 +184,18 @@ def keep_largest(labels: Sequence[str], max_groups: int) -> list[str]:
     return [label if label in kept else OTHERS for label in labels]
 
 
-def _group_values(margins: dict[str, Tensor], members: Tensor, unshuffled: Tensor) -> dict[str, Tensor]:
-    """Return the values of a group's pairs by metric. The mean of the values is the metric."""
-    values: dict[str, Tensor] = {}
+def _group_values(margins: dict[str, Tensor], members: Tensor, unshuffled: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by metric the values of a group's pairs, and those pairs as (n,) booleans. The mean is the metric."""
+    values: dict[str, tuple[Tensor, Tensor]] = {}
     for mode in (mode for mode in margins if mode != SWAPPED):
-        group_margins = margins[mode][members & ~unshuffled if mode == "shuffled" else members]
-        if len(group_margins):
-            values |= {f"accuracy/{mode}": accuracies(group_margins), f"margin/{mode}": group_margins}
+        scored = members & ~unshuffled if mode == "shuffled" else members
+        if scored.any():
+            differences = margins[mode][scored]
+            values[f"accuracy/{mode}"] = accuracies(differences), scored
+            values[f"margin/{mode}"] = differences, scored
+            values[f"log_loss/{mode}"] = softplus(-differences), scored
     if SWAPPED in margins:
-        values["swap_turnover"] = turnover(margins["posterior"][members], margins[SWAPPED][members])
+        values["swap_turnover"] = turnover(margins["posterior"][members], margins[SWAPPED][members]), members
     return values
 
 

@@ -54,6 +54,7 @@ def adapt(
     max_length: int = 1024,
     precision: Literal["32-true", "64-true", "bf16-mixed", "bf16-true"] = "32-true",
     device: str = "auto",
+    trust_remote_code: bool = False,
     seed: int = 0,
 ) -> None:
     """Infer each annotator's codes from a few labelled pairs, and score the annotator's other pairs under them.
@@ -66,7 +67,7 @@ def adapt(
     level.
 
     OUTPUT contains adaptation.md and the plot as .svg and .png. For each model it contains MODEL/adaptation.json, with
-    standard errors over pairs, and MODEL/code_weights.json, with the weights of each annotator from all pairs. To
+    standard errors over prompts, and MODEL/code_weights.json, with the weights of each annotator from all pairs. To
     generate text for an annotator: `lpc-lightning generate --code-weights OUTPUT/MODEL/code_weights.json ANNOTATOR`.
 
     Args:
@@ -85,6 +86,7 @@ def adapt(
         max_length: Most tokens of a prompt with its longer answer. Longer pairs are left out and counted in the output.
         precision: Precision of the computation, as `trainer.precision`.
         device: Device: `auto`, `cpu`, `cuda` ...
+        trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
         seed: Seed of the random choices.
 
     Raises:
@@ -97,7 +99,7 @@ def adapt(
     for name, path in named:
         pairs = PairsFile(preferences, split=split, limit=limit, batch_size=batch_size, max_length=max_length)
         pairs.template = trained_template(run_config(Path(path)))
-        module = open_module(path, device)
+        module = open_module(path, device, trust_remote_code)
         if len(named) == 1 and not isinstance(module.latent, DiscreteSpace):
             raise ConfigError(
                 f"models: found no codes in {path}, so that nothing can be inferred from labelled pairs; expected a "
@@ -142,7 +144,7 @@ def _write(folder: Path, reports: Mapping[str, AdaptationReport], shots: Sequenc
     (folder / TABLE).write_text(text + "\n", encoding="utf-8")
     lines = panels(reports)
     figure = draw_adaptation(lines, sorted(set(shots)), None, "accuracy")
-    plot = Plot("adaptation", TITLE, figure, describe_lines(TITLE, lines, to_shots), "Bands: 95 % over pairs.")
+    plot = Plot("adaptation", TITLE, figure, describe_lines(TITLE, lines, to_shots), "Bands: 95 % over prompts.")
     list(write_plots(folder, [plot]))
     print(f"\n{text}\n\nWrote {folder / TABLE} and the plot, and {SCORES} and {WEIGHTS} of each model beside them.")
 

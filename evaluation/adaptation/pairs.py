@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lpc_lightning.algorithms.scoring import EvaluationOutput
+from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, pair_labels
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights, correct, single_code
@@ -116,14 +116,17 @@ class AdaptationPairs(nn.Module):
         columns = {name: values.numpy()[order] for name, values in numbers.items()}
         ids = [str(rows[index]["id"]) for index in order]
         annotators = [str(rows[index][self.column]) for index in order]
+        prompts = [str(rows[index]["prompt"]) for index in order]
         tables = _tables(columns)
         report = AdaptationReport(
             annotators=dict(sorted(Counter(annotators).items())),
             scores=adaptation_scores(
-                tables or single_code(columns["prior"]), ids, annotators, self.shots, self.rounds, self.seed
+                tables or single_code(columns["prior"]), ids, annotators, self.shots, self.rounds, self.seed, prompts
             ),
             baselines={
-                name: mean_score(correct(columns[name]), np.array(annotators)) for name in BASELINES if name in columns
+                name: mean_score(correct(columns[name]), np.array(annotators), np.array(prompts))
+                for name in BASELINES
+                if name in columns
             },
         )
         if tables is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from lpc_lightning.algorithms.scoring import EvaluationOutput
+from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import pair_labels
 from lpc_lightning.evaluation.adaptation.inference import Table, correct
@@ -36,6 +36,7 @@ class PolicyUnderMixtures:
         """Remove all pairs."""
         self._correct: dict[int, list[float]] = {n: [] for n in self.mixtures}
         self._annotators: dict[int, list[str]] = {n: [] for n in self.mixtures}
+        self._prompts: dict[int, list[str]] = {n: [] for n in self.mixtures}
 
     def to(self, device: torch.device) -> None:
         """Do nothing: no state is on a device."""
@@ -59,7 +60,11 @@ class PolicyUnderMixtures:
             scored = [index for index, name in enumerate(batch.ids) if name in mixtures]
             self._correct[n] += right[scored].tolist()
             self._annotators[n] += [str(labels[index][self.column]) for index in scored]
+            self._prompts[n] += [batch.prompts[index] for index in scored]
 
     def scores(self) -> dict[int, Score]:
         """Return scores by number of labelled pairs."""
-        return {n: mean_score(np.array(right), np.array(self._annotators[n])) for n, right in self._correct.items()}
+        return {
+            n: mean_score(np.array(right), np.array(self._annotators[n]), np.array(self._prompts[n]))
+            for n, right in self._correct.items()
+        }

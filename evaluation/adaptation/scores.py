@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from lpc_lightning.evaluation.adaptation.inference import (
     log_weights_by_shots,
     margins,
 )
+from lpc_lightning.evaluation.statistics.clusters import cluster_sums, standard_error
 from lpc_lightning.seeding import derive
 
 SHOTS = (0, 1, 2, 4, 8, 16)
@@ -30,7 +32,7 @@ class Score:
 
     accuracy: float
     standard_error: float | None
-    """Standard error over pairs, which are taken as independent. None for one pair."""
+    """Standard error over prompts, whose pairs may be dependent. None for one prompt."""
     annotators_error: float | None
     """Standard error over annotators, whose pairs may be dependent. None for one annotator."""
     pairs: int
@@ -93,16 +95,19 @@ def adaptation_scores(
     shots: Sequence[int] = SHOTS,
     rounds: int = 20,
     seed: int = 0,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, dict[int, Score]]:
     """Compute the accuracy on each annotator's pairs, given n others of the same annotator.
 
     At n = 0 nothing is random, and the score is that of the prior. Arguments and errors are those of `infer_weights`.
+    `prompts` are (pairs,) the prompt of each pair, or None if each pair has a prompt of its own.
 
     Returns:
         Scores by inference (`exact`, and `amortised` if a posterior is learned) and n. At each n, annotators with n
         pairs or fewer are left out. An n at which no annotator is left is missing.
     """
     names = np.asarray(annotators)
+    contexts = np.arange(len(names)) if prompts is None else np.asarray(prompts)
     sums: dict[str, dict[int, Table]] = {
         name: {} for name, inference in INFERENCES.items() if inference.contributions(tables) is not None
     }
@@ -113,7 +118,10 @@ def adaptation_scores(
         predicted.setdefault(inferred.shots, np.zeros(len(names), dtype=bool))[inferred.rows] = True
     # Sums of halves are exact. Only the division rounds, so that a pair that is correct in every round has the value 1.
     return {
-        name: {n: mean_score(table[predicted[n]] / rounds, names[predicted[n]]) for n, table in sorted(by_n.items())}
+        name: {
+            n: mean_score(table[predicted[n]] / rounds, names[predicted[n]], contexts[predicted[n]])
+            for n, table in sorted(by_n.items())
+        }
         for name, by_n in sums.items()
     }
 
@@ -154,28 +162,21 @@ def circular_orders(members: NDArray[np.int64], ids: Sequence[str], rounds: int,
     return members[np.argsort(keys, axis=-1, kind="stable")]
 
 
-def mean_score(values: Table, annotators: NDArray[np.str_]) -> Score:
-    """Compute mean and standard errors of values over pairs.
-
-    With S_a the sum of an annotator's values minus the mean, and A annotators, the error over annotators is
-    sqrt(A / (A - 1) sum_a S_a^2) / n (Liang and Zeger 1986). For annotators with equally many pairs this is the
-    standard error of the mean of their means.
+def mean_score(values: Table, annotators: NDArray[np.str_], prompts: NDArray[Any]) -> Score:
+    """Compute the mean of values over pairs, and its standard errors over prompts and over annotators.
 
     Args:
         values: (n,) values, at least one.
         annotators: (n,) the annotator of each value.
+        prompts: (n,) the prompt of each value.
     """
-    mean = values.mean()
-    names, owner = np.unique(annotators, return_inverse=True)
-    pairs, sums = np.bincount(owner), np.bincount(owner, values)
-    several = len(names) > 1
-    variation = np.square(sums - mean * pairs).sum() * len(names) / (len(names) - 1) if several else None
+    sums, pairs = cluster_sums(values, annotators)
     return Score(
-        accuracy=float(mean),
-        standard_error=float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None,
-        annotators_error=None if variation is None else float(variation**0.5 / len(values)),
+        accuracy=float(values.mean()),
+        standard_error=standard_error(values, prompts),
+        annotators_error=standard_error(values, annotators),
         pairs=len(values),
-        by_annotator={str(name): float(accuracy) for name, accuracy in zip(names, sums / pairs, strict=True)},
+        by_annotator=dict(zip(np.unique(annotators).tolist(), (sums / pairs).tolist(), strict=True)),
     )
 
 

@@ -46,6 +46,7 @@ def evaluate(
     prior_mode: PriorMode | None = None,
     share_contexts: bool = True,
     device: str = "auto",
+    trust_remote_code: bool = False,
     seed: int = 1234,
     again: bool = False,
 ) -> bool:
@@ -55,7 +56,7 @@ def evaluate(
     same settings are read and not computed again. After an interruption or a failure, run the same command again to
     complete the results. With several models, the first is the baseline of OUTPUT/comparison.md, .csv and .json. These
     files have the differences to the baseline and their significance: McNemar's exact test or a paired bootstrap,
-    corrected by Holm.
+    or, where preference pairs share a prompt, sign flips and resamples of whole prompts, corrected by Holm.
 
     Args:
         models: Models to evaluate, the baseline first: checkpoints (runs/version_0/checkpoints/best.ckpt), exported
@@ -78,6 +79,7 @@ def evaluate(
         share_contexts: Read a context once for all its continuations. This is faster, and scores differ by rounding
             only. If false, requests are batched exactly like in stock lm-eval.
         device: Device to run on: `auto`, `cpu`, `cuda` ...
+        trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
         seed: Seed of few-shot examples and of all other random draws.
         again: Compute results again even if they exist.
 
@@ -101,6 +103,7 @@ def evaluate(
         prior_mode=prior_mode,
         share_contexts=share_contexts,
         device=device,
+        trust_remote_code=trust_remote_code,
         seed=seed,
     )
     request.check()

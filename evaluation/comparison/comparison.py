@@ -79,7 +79,12 @@ def _cell(measure: Measure, model: ModelScores, baseline: ModelScores, seed: int
     if model is baseline or note:
         return Cell(measure, model.name, value, stderr, note=note)
     baseline_items, model_items = baseline.items[measure], model.items[measure]
-    test = paired_test(list(baseline_items.values()), [model_items[item] for item in baseline_items], seed)
+    test = paired_test(
+        list(baseline_items.values()),
+        [model_items[item] for item in baseline_items],
+        seed,
+        clusters=[baseline.prompts.get(item, str(item)) for item in baseline_items],
+    )
     return Cell(measure, model.name, value, stderr, test, note=_caveat(model, baseline))
 
 
@@ -98,7 +103,8 @@ def _reason_against_test(measure: Measure, model: ModelScores, baseline: ModelSc
     total = len(model.items[measure].keys() | baseline.items[measure].keys())
     if shared < total:
         return f"not comparable: only {shared} of {total} items are the same"
-    return "" if shared > 1 else "no test: there is one item"
+    prompts = {baseline.prompts.get(item, str(item)) for item in baseline.items[measure]}
+    return "" if len(prompts) > 1 else "no test: there is one prompt"
 
 
 def _caveat(model: ModelScores, baseline: ModelScores) -> str:
@@ -116,8 +122,8 @@ def to_markdown(comparison: Comparison) -> str:
     if tested := [_difference(cell) for cell in comparison.cells if cell.test]:
         parts.append(
             f"Score ± standard error. Below: differences to {comparison.models[0]}, with 95 % intervals. p: McNemar's "
-            "exact test if all items score 0 or 1,\nelse a paired bootstrap; Holm: corrected for all tests shown. "
-            f"*: Holm below {LEVEL}."
+            "exact test if all items score 0 or 1,\nelse a paired bootstrap; sign flips of whole prompts where pairs "
+            f"share one. Holm: corrected for all tests shown. *: Holm below {LEVEL}."
         )
         header = ["task", "metric", "model", "difference", "95 % interval", "p", "Holm", "items"]
         parts.append(markdown_table(header, tested, left=3))

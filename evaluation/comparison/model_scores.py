@@ -38,6 +38,8 @@ class ModelScores:
     """By task, the conditions that must be equal in a comparison (version, few-shot, limit ...)."""
     precision: str | None = None
     """Precision of the arithmetic, `float32` or `bfloat16`. None if unknown. It changes scores by rounding only."""
+    prompts: Mapping[Item, str] = field(default_factory=dict)
+    """Prompt of each preference pair. Pairs of one prompt are tested together."""
 
 
 CONDITIONS = {
@@ -80,6 +82,7 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
             for measure, item_values in items.items()
             if _is_mean(values.get(measure), list(item_values.values()))
         },
+        prompts={Item(item["doc_id"], item["doc_hash"]): item["prompt"] for item in results.items if "prompt" in item},
         conditions={
             task: {label: record[key] for key, label in CONDITIONS.items() if key in record} | shared_conditions
             for task, record in results.record.get("tasks", {}).items()

@@ -35,6 +35,7 @@ from lpc_lightning.inference.generation import trained_template
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy import UnsupportedPolicyError
+from lpc_lightning.system_errors import explain_system_error
 
 SELF_EXPLAINING_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedPolicyError)
 """Errors whose text has what was found and what to do. Their class and location are not shown."""
@@ -55,6 +56,7 @@ class EvalRequest:
     prior_mode: PriorMode | None = None
     share_contexts: bool = True
     device: str = "auto"
+    trust_remote_code: bool = False
     seed: int = 1234
 
     def check(self) -> None:
@@ -89,7 +91,7 @@ class EvalRequest:
         Stored results with an equal key can be used again.
         """
         settings = asdict(self)
-        for name in ("tasks", "preferences", "batch_size", "device"):
+        for name in ("tasks", "preferences", "batch_size", "device", "trust_remote_code"):
             del settings[name]
         path = str(Path(model).resolve()) if Path(model).exists() else model
         return {**settings, "model": path, "weights": weights_of(model), "data": local_data(self.data_dir)}
@@ -142,7 +144,7 @@ def _parts(
     model: str, name: str, request: EvalRequest, key: dict[str, Any], tasks: list[str], pairs: PairsFile | None
 ) -> Iterator[BenchmarkResults]:
     """Yield the results of one benchmark after the other, then those of the pairs."""
-    opened = open_policy(model, _dtype(request), request.device, name)
+    opened = open_policy(model, _dtype(request), request.device, name, request.trust_remote_code)
     origin, kind = {**opened.origin, "name": name, REQUEST: key}, opened.kind
     if tasks:
         run = _benchmarks(opened, request)
@@ -155,7 +157,7 @@ def _parts(
     scored: PreferenceModule | OpenedPolicy
     if kind == "checkpoint":
         del opened  # free the policy before its module is opened, which has a reference as well
-        scored = open_module(model, request.device)
+        scored = open_module(model, request.device, request.trust_remote_code)
     else:
         scored = opened
     yield replace(_preferences(scored, pairs, request), origin=origin)
@@ -163,7 +165,9 @@ def _parts(
 
 def describe(error: Exception) -> str:
     """Return the text of an error. For errors of other libraries, class, causes and location are added."""
-    return str(error) if isinstance(error, SELF_EXPLAINING_ERRORS) else failure_reason(error)
+    if isinstance(error, SELF_EXPLAINING_ERRORS):
+        return str(error)
+    return explain_system_error(error) or failure_reason(error)
 
 
 def _dtype(request: EvalRequest) -> str:

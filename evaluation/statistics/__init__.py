@@ -1,1 +1,1 @@
-"""Significance tests, and estimates over seeds."""
+"""Significance tests, estimates over seeds, and values that are dependent within clusters."""

@@ -91,22 +91,25 @@ def paired_difference(baseline: Sequence[float], other: Sequence[float]) -> Seed
     return SeedDifference(mean, float(stats.ttest_1samp(differences, 0.0).pvalue), p_signs)
 
 
-def sign_flip_test(differences: NDArray[np.float64]) -> float:
+def sign_flip_test(differences: NDArray[np.float64], patterns: int = 2**MAX_EXACT_FLIPS) -> float:
     """Compute the share of sign patterns whose mean is at least as far from 0 as the observed mean.
 
-    Under the null hypothesis, each difference is as likely to have the opposite sign. Exact for up to 16 differences.
+    Under the null hypothesis, each difference is as likely to have the opposite sign. Exact if there are at most
+    `patterns` patterns.
 
     Source: Fisher 1935, "The Design of Experiments", section 21.
 
     Args:
         differences: (n,) differences, at least two.
+        patterns: Maximum number of sign patterns. If there are more, this number is drawn.
     """
     test = stats.permutation_test(
         (differences,),
         np.mean,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=2**MAX_EXACT_FLIPS,
+        n_resamples=patterns,
+        batch=max(1, 2**22 // len(differences)),
         alternative="two-sided",
         rng=np.random.default_rng(0),
     )

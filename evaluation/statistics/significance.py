@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from lpc_lightning.evaluation.statistics.clusters import bootstrap_interval, cluster_sums
+from lpc_lightning.evaluation.statistics.seeds import sign_flip_test
 
 RESAMPLES = 10_000
 """Number of bootstrap resamples. The p-values have a resolution of 0.0002."""
@@ -17,7 +21,7 @@ class PairedTest:
     """The difference between a model and the baseline, with its significance."""
 
     method: str
-    """`McNemar` or `bootstrap`."""
+    """`McNemar`, `bootstrap`, or `prompts`: sign flips and resamples of all items of a prompt together."""
     items: int
     """Number of items. Both models answered each of them."""
     difference: float
@@ -30,16 +34,22 @@ class PairedTest:
     """Two-sided p-value: the probability of a difference this large if the models do not differ."""
 
 
-def paired_test(baseline: Sequence[float], other: Sequence[float], seed: int = 0) -> PairedTest:
-    """Test whether two models differ: by McNemar's test if all scores are 0 or 1, else by a paired bootstrap.
+def paired_test(
+    baseline: Sequence[float], other: Sequence[float], seed: int = 0, clusters: Sequence[Any] | None = None
+) -> PairedTest:
+    """Test whether two models differ.
+
+    If several items share a cluster, the test flips and resamples whole clusters. Otherwise it is McNemar's test if all
+    scores are 0 or 1, and a paired bootstrap if not.
 
     Args:
         baseline: The baseline's score on each item, at least two items.
         other: The other model's scores, on the same items in the same order.
         seed: Seed of the bootstrap.
+        clusters: The cluster of each item, such as its prompt. None: all items are independent.
 
     Raises:
-        ValueError: There are fewer than two items, the numbers of items differ, or a score is not finite.
+        ValueError: There are fewer than two items or clusters, the numbers of items differ, or a score is not finite.
     """
     first, second = np.asarray(baseline, dtype=float), np.asarray(other, dtype=float)
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
@@ -48,9 +58,25 @@ def paired_test(baseline: Sequence[float], other: Sequence[float], seed: int = 0
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("paired_test: found a score that is not a finite number, expected finite scores only.")
+    if clusters is not None and len(set(clusters)) < len(first):
+        return _by_cluster(second - first, clusters, seed)
     if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
         return _mcnemar(first, second)
     return _bootstrap(second - first, seed)
+
+
+def _by_cluster(differences: np.ndarray, clusters: Sequence[Any], seed: int) -> PairedTest:
+    """Flip the signs of whole clusters for the p-value, and resample whole clusters for the interval.
+
+    Clusters without a difference have no influence on the p-value.
+    """
+    sums, sizes = cluster_sums(differences, clusters)
+    if len(sums) < 2:
+        raise ValueError(f"paired_test: found {len(differences)} items of one cluster, expected at least two clusters.")
+    low, high = bootstrap_interval(sums, sizes, RESAMPLES, seed)
+    differing = sums[sums != 0]
+    p_value = sign_flip_test(differing, RESAMPLES) if len(differing) > 1 else 1.0
+    return PairedTest("prompts", len(differences), float(differences.mean()), low, high, p_value)
 
 
 def _mcnemar(baseline: np.ndarray, other: np.ndarray) -> PairedTest:

@@ -4,7 +4,7 @@ from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPref
 from lpc_lightning.data.datamodule import PreferenceDataModule
 from lpc_lightning.data.label_noise import LabelNoise
 from lpc_lightning.data.preference_data import PreferenceData
-from lpc_lightning.data.sources.formats import Columns
+from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.synthetic_data import SyntheticPreferences
 

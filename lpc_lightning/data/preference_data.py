@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
+from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.example_source import RowSource
-from lpc_lightning.data.sources.formats import Columns
 from lpc_lightning.paths import expand_path
 
 

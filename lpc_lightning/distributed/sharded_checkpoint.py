@@ -128,13 +128,13 @@ def read_outline(path: Path) -> dict[str, Any]:
     `state_dict` holds tensors on the meta device. `optimizer_states`, if present, is a list of None.
     """
     outline = dict(torch.load(path / REST, weights_only=True, map_location="cpu"))
-    found = ShardReader(path).read_metadata().state_dict_metadata
+    stored = ShardReader(path).read_metadata().state_dict_metadata
     outline[WEIGHTS] = {
         name.removeprefix(f"{WEIGHTS}."): _empty(about, "meta")
-        for name, about in found.items()
+        for name, about in stored.items()
         if name.startswith(f"{WEIGHTS}.") and isinstance(about, TensorStorageMetadata)
     }
-    states = {name.partition(".")[0] for name in found if name.startswith(OPTIMIZER)}
+    states = {name.partition(".")[0] for name in stored if name.startswith(OPTIMIZER)}
     return outline | ({STATES: [None] * len(states)} if states else {})
 
 

@@ -38,6 +38,7 @@ def alpaca(
     batch_size: int = 8,
     dtype: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Answer AlpacaEval's instructions. Judging the answers is a step of your own, which needs a paid API.
 
@@ -61,12 +62,13 @@ def alpaca(
         batch_size: Instructions that are answered at a time.
         dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.
         device: Where to run: `auto`, `cpu`, `cuda` ...
+        trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: found {limit}, expected at least 1.")
     requested = read_instructions(instructions)[:limit]
     decoding = Decoding(max_new_tokens, temperature, top_p, seed=seed, batch_size=batch_size)
-    opened = open_policy(model, dtype=dtype, device=device, name=generator)
+    opened = open_policy(model, dtype, device, generator, trust_remote_code)
     (under,) = conditions(opened, prior_mode, [], None)
     settings = {"generator": opened.name, "model": model, "weights": weights_of(model), "prior_mode": prior_mode}
     settings |= {"dtype": dtype, **asdict(decoding)}
@@ -97,7 +99,7 @@ def read_instructions(path: str) -> list[Row]:
     Raises:
         DataError: A row has no instruction or an invalid field. The message names file, row and field.
     """
-    found = []
+    instructions = []
     for place, row in read_rows(path):
         for field in ("instruction", "dataset"):
             if not isinstance(row.get(field, ""), str):
@@ -109,8 +111,8 @@ def read_instructions(path: str) -> list[Row]:
                 f"{place}: found `input`, which AlpacaEval 2 does not have. Put it into `instruction`, as the model is "
                 "to read it."
             )
-        found.append({"dataset": row.get("dataset", ""), "instruction": row["instruction"]})
-    return found
+        instructions.append({"dataset": row.get("dataset", ""), "instruction": row["instruction"]})
+    return instructions
 
 
 def _resume(path: Path, requested: Sequence[Row], settings: Mapping[str, Any]) -> list[Row]:

@@ -110,8 +110,14 @@ def check_classes(settings: Mapping[str, Any], path: Path) -> None:
     _check_class(settings["_class_path"], PreferenceModule, "_class_path", path)
     for name, base in BASES.items():
         value = settings.get(name)
-        if value is not None:
-            _check_class(value.get("class_path") if isinstance(value, dict) else value, base, name, path)
+        if value is None:
+            continue
+        _check_class(value.get("class_path") if isinstance(value, dict) else value, base, name, path)
+        if not isinstance(value, dict) or not isinstance(value.get("init_args", {}), dict):
+            raise CheckpointError(
+                f"{path}: found {_name(value)} as its {name}, expected class_path and init_args. Take another "
+                "checkpoint of the run."
+            )
     bases = (*BASES.values(), Schedule)
     for place, class_path in _class_paths(settings):
         _check_class(class_path, bases, place, path)

@@ -37,6 +37,7 @@ def export(
     prior_mode: PriorMode | None = None,
     code_biases: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write a folder that stock transformers opens as the plain policy, and with `trust_remote_code=True` as a model
     that keeps its latent in `forward` and `generate`.
@@ -53,6 +54,7 @@ def export(
         code_biases: Write as well what each code adds to the logits (K rows as long as the vocabulary), for servers
             that steer by a code's number.
         overwrite: Replace an earlier export.
+        trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
 
     Returns:
         The folder.
@@ -65,7 +67,7 @@ def export(
     """
     target = Path(output).absolute()
     _check_free(target, overwrite)
-    module, origin = load_policy(checkpoint)
+    module, origin = load_policy(checkpoint, trust_remote_code=trust_remote_code)
     prior = _prior(module, prior_mode)
     template = make_template(module.tokenizer, (origin["data"] or {}).get("init_args", {}).get("template", "auto"))
     plain = _published(module, template)

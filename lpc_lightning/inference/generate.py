@@ -41,6 +41,7 @@ def generate(
     output: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Write answers to prompts: under the prior and, side by side, under chosen codes.
 
@@ -69,6 +70,7 @@ def generate(
         output: A file for the answers, one JSON object a prompt; one that is there is written anew.
         dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.
         device: Where to run: `auto`, `cpu`, `cuda` ...
+        trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
     """
     if (prompt is None) == (prompts is None):
         raise ConfigError("prompt: expected either a prompt (--prompt) or a file of prompts (--prompts).")
@@ -76,7 +78,7 @@ def generate(
         raise ConfigError(f"prompt: found {prompt!r}, expected text.")
     prompt_list = [text_prompt(prompt, system)] if prompt is not None else read_prompts(str(prompts), system)
     decoding = Decoding(max_new_tokens, temperature, top_p, num_beams, seed, batch_size)
-    opened = open_policy(model, dtype=dtype, device=device)
+    opened = open_policy(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     under = conditions(opened, prior_mode, codes or [], code_weights)
     _report(opened, prompt_list, under, decoding, output)
 
@@ -99,15 +101,15 @@ def conditions(
         prior(torch.zeros(1, prior.width, device=opened.policy.model.device), prior_mode)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    found = [Condition("prior" if prior_mode is None else f"prior, {prior_mode}", prior_mode)]
+    conditions = [Condition("prior" if prior_mode is None else f"prior, {prior_mode}", prior_mode)]
     if code_weights is not None:
-        found.append(Condition("code weights", code_weights=_weights(code_weights, opened)))
+        conditions.append(Condition("code weights", code_weights=_weights(code_weights, opened)))
     for code in codes:
         if prior.num_codes is None or not 0 <= code < prior.num_codes:
             kind = "has no codes" if prior.num_codes is None else f"has the codes 0 to {prior.num_codes - 1}"
             raise ConfigError(f"codes: found {code}, but the latent of {opened.name} {kind}.")
-        found.append(Condition(f"code {code}", code))
-    return found
+        conditions.append(Condition(f"code {code}", code))
+    return conditions
 
 
 def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
@@ -131,12 +133,12 @@ def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
 
 def _read_weights(path: str, name: str) -> Sequence[object]:
     """Read the list of a file. A file with several lists needs a name."""
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    if isinstance(found, dict) and name not in found:
-        raise ConfigError(f"code_weights: found {name or 'no name'} for {path}, expected one of {', '.join(found)}.")
-    if name and not isinstance(found, dict):
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if isinstance(content, dict) and name not in content:
+        raise ConfigError(f"code_weights: found {name or 'no name'} for {path}, expected one of {', '.join(content)}.")
+    if name and not isinstance(content, dict):
         raise ConfigError(f"code_weights: found the name {name} for {path}, which holds no lists by name.")
-    return found[name] if isinstance(found, dict) else found
+    return content[name] if isinstance(content, dict) else content
 
 
 def _report(

@@ -49,7 +49,9 @@ class OpenedPolicy:
         return plain if self.prior is None else latent_causal_lm(plain, self.prior)
 
 
-def open_policy(path: str, dtype: str = "auto", device: str = "auto", name: str | None = None) -> OpenedPolicy:
+def open_policy(
+    path: str, dtype: str = "auto", device: str = "auto", name: str | None = None, trust_remote_code: bool = False
+) -> OpenedPolicy:
     """Open a policy, and its latent if it has one.
 
     Args:
@@ -57,6 +59,7 @@ def open_policy(path: str, dtype: str = "auto", device: str = "auto", name: str 
         dtype: Type of the weights: `float32`, `bfloat16`, `float16`, `float64`; `auto` is the type they are stored in.
         device: Where to put it: `cpu`, `cuda`, `cuda:1` ...; `auto` is the first GPU, or the CPU where there is none.
         name: What to call it; None makes a name from the path.
+        trust_remote_code: Run Python code that comes with the model. What a checkpoint says about it does not count.
 
     Raises:
         CheckpointError: A checkpoint that cannot be read or built.
@@ -66,7 +69,7 @@ def open_policy(path: str, dtype: str = "auto", device: str = "auto", name: str 
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype: found {dtype!r}, expected auto, {', '.join(DTYPES)}.")
     to, opener = _device(device), _open_checkpoint if _is_checkpoint(path) else _open_model
-    kind, policy, tokenizer, prior, origin = opener(path, dtype)
+    kind, policy, tokenizer, prior, origin = opener(path, dtype, trust_remote_code)
     policy.requires_grad_(False).eval().to(to)
     if prior is not None:
         prior.requires_grad_(False).eval().to(to)
@@ -74,7 +77,7 @@ def open_policy(path: str, dtype: str = "auto", device: str = "auto", name: str 
     return OpenedPolicy(name or short_name(path), kind, policy, tokenizer, prior, origin)
 
 
-def open_module(path: str, device: str = "auto") -> PreferenceModule:
+def open_module(path: str, device: str = "auto", trust_remote_code: bool = False) -> PreferenceModule:
     """Build and load a checkpoint's module with its reference, in eval mode, for preference accuracy.
 
     Raises:
@@ -83,10 +86,16 @@ def open_module(path: str, device: str = "auto") -> PreferenceModule:
         ConfigError: No such device.
     """
     to, checkpoint = _device(device), read_checkpoint(Path(path))
-    return build_module(checkpoint, Path(path), lambda module: None).to(to)
+
+    def change(module: PreferenceModule) -> None:
+        _set_trust(module.policy_spec, trust_remote_code)
+
+    return build_module(checkpoint, Path(path), change).to(to)
 
 
-def load_policy(path: str, dtype: str = "auto") -> tuple[PreferenceModule, dict[str, Any]]:
+def load_policy(
+    path: str, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreferenceModule, dict[str, Any]]:
     """Load a checkpoint's module without a reference, on the CPU, and its origin.
 
     Raises:
@@ -99,6 +108,7 @@ def load_policy(path: str, dtype: str = "auto") -> tuple[PreferenceModule, dict[
         module.needs_reference = False  # a copy of the policy that would not be used
         spec = module.policy_spec
         spec.gradient_checkpointing = False
+        _set_trust(spec, trust_remote_code)
         if isinstance(spec, PretrainedPolicy):
             spec.quantization = None  # the adapter can be merged only into full weights
         # Set before the model is built: a later `.to(dtype)` would round its rotary frequencies as well.
@@ -107,19 +117,25 @@ def load_policy(path: str, dtype: str = "auto") -> tuple[PreferenceModule, dict[
     return build_module(checkpoint, Path(path), change), checkpoint_origin(checkpoint, Path(path))
 
 
+def _set_trust(spec: PolicySpec, trust_remote_code: bool) -> None:
+    """Replace the checkpoint's own setting: a file from somebody else must not allow its own code."""
+    if isinstance(spec, PretrainedPolicy):
+        spec.trust_remote_code = trust_remote_code
+
+
 def _stored(state: dict[str, torch.Tensor], spec: PolicySpec) -> str:
     """Return the type of the stored weights (`trainer.precision: bf16-true`). With an adapter, the policy's setting."""
     dtypes = {tensor.dtype for name, tensor in state.items() if name.startswith("policy.")}
     return str(dtypes.pop()).removeprefix("torch.") if spec.lora is None and len(dtypes) == 1 else spec.dtype
 
 
-def _open_checkpoint(path: str, dtype: str) -> tuple[Any, ...]:
-    module, origin = load_policy(path, dtype)
+def _open_checkpoint(path: str, dtype: str, trust_remote_code: bool) -> tuple[Any, ...]:
+    module, origin = load_policy(path, dtype, trust_remote_code)
     prior = None if module.latent is None else inference_prior(module.latent)
     return "checkpoint", module.policy, module.tokenizer, prior, origin
 
 
-def _open_model(path: str, dtype: str) -> tuple[Any, ...]:
+def _open_model(path: str, dtype: str, trust_remote_code: bool) -> tuple[Any, ...]:
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         runs = sorted(folder.glob("**/*.ckpt"))
@@ -127,7 +143,7 @@ def _open_model(path: str, dtype: str) -> tuple[Any, ...]:
         raise UnsupportedPolicyError(f"{path}: found a folder without config.json, expected {KINDS}.{hint}")
     if not folder.exists() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):
         raise UnsupportedPolicyError(f"found no file or folder {path}, expected {KINDS}.")
-    spec = PretrainedPolicy(path)
+    spec = PretrainedPolicy(path, trust_remote_code=trust_remote_code)
     stored = str(spec.load_config().dtype).removeprefix("torch.")
     spec.dtype = dtype if dtype != "auto" else stored if stored in DTYPES else "float32"  # type: ignore[assignment]
     tokenizer = spec.load_tokenizer()

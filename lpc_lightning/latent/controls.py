@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax
 
 from lpc_lightning.latent.discrete import MODES, DiscreteSpace
-from lpc_lightning.latent.divergence import WeightedKL, gaussian_kl
 from lpc_lightning.latent.estimators import GumbelSpace
 from lpc_lightning.latent.networks import Codebook, Posterior, Prior, check_codebook, state_deviation
-from lpc_lightning.latent.schedules import Linear, Schedule, as_schedule
+from lpc_lightning.latent.schedules import Linear, Schedule, WeightedKL, as_schedule
 from lpc_lightning.latent.space import InferenceForm, LatentSpace, LatentTerms, PairScorer, PriorMode
 from lpc_lightning.types import LogitHead, PairStates
 
@@ -219,3 +218,14 @@ class GaussianSpace(LatentSpace):
 
 def _draw(mean: Tensor, log_std: Tensor) -> Tensor:
     return mean + log_std.exp() * torch.randn_like(mean)
+
+
+def gaussian_kl(mean_q: Tensor, log_std_q: Tensor, mean_p: Tensor, log_std_p: Tensor) -> Tensor:
+    """Compute the KL between normal distributions with diagonal covariance. Each argument is (B, M).
+
+    Returns:
+        (B,) in nats.
+    """
+    ratio = (2 * (log_std_q - log_std_p)).exp()
+    shift = ((mean_q - mean_p) / log_std_p.exp()).square()
+    return 0.5 * (ratio + shift - 1 - 2 * (log_std_q - log_std_p)).sum(-1)

@@ -11,11 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gumbel_softmax
 
-from lpc_lightning.latent.discrete import DiscreteSpace
-from lpc_lightning.latent.divergence import WeightedKL, categorical_kl
-from lpc_lightning.latent.evidence import given_earlier_pairs
+from lpc_lightning.latent.discrete import DiscreteSpace, categorical_kl, given_earlier_pairs
 from lpc_lightning.latent.networks import Posterior, PosteriorReads
-from lpc_lightning.latent.schedules import Linear, Schedule, as_schedule
+from lpc_lightning.latent.schedules import Linear, Schedule, WeightedKL, as_schedule
 from lpc_lightning.latent.space import LatentTerms, PairScorer
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
 

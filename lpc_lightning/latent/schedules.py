@@ -1,9 +1,11 @@
-"""Schedules of the numbers that change over training: g, tau and the KL weight."""
+"""Schedules of the numbers that change over training (g, tau and the KL weight), and the KL penalty."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+
+from torch import Tensor
 
 
 class Schedule(ABC):
@@ -102,3 +104,20 @@ class WarmUp(Schedule):
 def as_schedule(value: float | Schedule) -> Schedule:
     """Convert a plain number to a `Constant`. Return a schedule unchanged."""
     return value if isinstance(value, Schedule) else Constant(value)
+
+
+class WeightedKL:
+    """Penalty that a latent adds to the loss of each pair: lambda max(KL, free bits)."""
+
+    def __init__(self, weight: float | Schedule, free_bits: float) -> None:
+        """Store the settings.
+
+        Args:
+            weight: lambda, or its schedule.
+            free_bits: KL in nats below which the penalty is constant (Kingma et al., 2016, arXiv 1606.04934, app. C.8).
+        """
+        self.weight, self.free_bits = as_schedule(weight), free_bits
+
+    def __call__(self, kl: Tensor, progress: float) -> Tensor:
+        """Compute the penalty (B,) from the KL (B,) in nats, at training progress `progress`."""
+        return self.weight(progress) * kl.clamp_min(self.free_bits)

@@ -9,8 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from lpc_lightning.latent.moments import RunningMoments
-from lpc_lightning.latent.networks import NetworkSettings
+from lpc_lightning.latent.networks import NetworkSettings, RunningMoments
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
 
 PriorMode = Literal["mean", "sample", "argmax"] | int
@@ -102,7 +101,7 @@ class LatentSpace(nn.Module, ABC):
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """Compute the loss of each labelled pair at `progress` (0 at the first optimizer step, 1 at the last)."""
 
-    def close_window(self, alike: bool = False) -> None:
+    def update_moments(self, alike: bool = False) -> None:
         """Add the pairs read since the last optimizer step to the running moments. Call it before each optimizer step.
 
         Args:
@@ -110,7 +109,7 @@ class LatentSpace(nn.Module, ABC):
         """
         for part in self.modules():
             if isinstance(part, RunningMoments):
-                part.close_window(alike)
+                part.update(alike)
 
     @abstractmethod
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A causal language model: a backbone that computes hidden states, and a head that computes logits from them."""
+"""A causal language model, and its forward pass on a batch: hidden states once, log-probabilities under any latent."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_head, head_of
-from lpc_lightning.policy.logprobs import BatchForward
+from lpc_lightning.policy.logprobs import logits_of, token_chunks, token_logps, token_logps_per_code
 from lpc_lightning.policy.masks import FULL, MASKS, block_mask, layer_windows
 from lpc_lightning.policy.memory_efficient_layers import restore_published
 from lpc_lightning.policy.segment_attention import SEGMENT, query_blocks
-from lpc_lightning.types import LogitHead, PreferenceBatch
+from lpc_lightning.types import LogitHead, PairStates, PreferenceBatch
 
 
 class CausalPolicy(nn.Module):
@@ -45,6 +45,8 @@ class CausalPolicy(nn.Module):
         # cuDNN's attention needs milliseconds of CPU time for every new shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        head = head_of(self.causal_lm)
+        self._logit_scaling = head.scale, head.softcap
         with _uncompiled():
             check_head(self.causal_lm, self.backbone)
             self.attends_by_segment = self._can_attend_by_segment()
@@ -65,8 +67,9 @@ class CausalPolicy(nn.Module):
 
     @property
     def head(self) -> LogitHead:
-        """The LM head: hidden states to logits."""
-        return replace(head_of(self.causal_lm), compiled=self._compiles_head)
+        """The LM head: hidden states to logits. Sharding replaces the tensors of its weights."""
+        linear = cast(nn.Linear, self.causal_lm.get_output_embeddings())
+        return LogitHead(linear.weight, linear.bias, *self._logit_scaling, compiled=self._compiles_head)
 
     @property
     def width(self) -> int:
@@ -131,7 +134,7 @@ class CausalPolicy(nn.Module):
         """The decoder layers."""
         return decoder_layers(self.causal_lm)
 
-    def read(self, batch: PreferenceBatch) -> BatchForward:
+    def forward(self, batch: PreferenceBatch) -> BatchForward:
         """Run the backbone on a batch."""
         return BatchForward(self.hidden(batch), batch, self.head)
 
@@ -187,7 +190,92 @@ class CausalPolicy(nn.Module):
     def reference_logps(self, batch: PreferenceBatch) -> Tensor:
         """Return (2B,) log-probability of each answer under the reference. See `as_reference`."""
         with self.as_reference() as reference:
-            return reference.read(batch).logps()
+            return cast(BatchForward, reference(batch)).logps()
+
+
+class BatchForward:
+    """Forward pass of the backbone on a batch: the answers' log-probabilities under any z, and the states of each pair.
+
+    Hidden states do not depend on z, so that one forward pass is enough for all latents.
+    """
+
+    def __init__(self, hidden: Tensor, batch: PreferenceBatch, head: LogitHead) -> None:
+        """Keep the hidden states at the batch's positions.
+
+        Args:
+            hidden: (R T, d) the backbone's last hidden states, flattened.
+            batch: The batch of these states.
+            head: The LM head.
+        """
+        # One gather, since the backward pass of each gather is a sum over all tokens.
+        at = torch.cat([batch.read_at, batch.prompt_end, batch.completion_end])
+        sizes = [len(batch.read_at), batch.pairs, batch.pairs, batch.pairs]
+        self._hidden, prompt, chosen, rejected = hidden[at].split(sizes)
+        self.states = PairStates(prompt, chosen, rejected, annotators=batch.annotators)
+        self._batch = batch
+        self._head = head
+
+    def logps(self, z: Tensor | None = None) -> Tensor:
+        """Return (2B,) log-probability of each answer under `z` (B, d) of its pair, or without z (None)."""
+        batch = self._batch
+        group = None if z is None else batch.owner % batch.pairs
+        return self._sum(token_logps(self._hidden, batch.targets, self._head, z, group))
+
+    def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
+        """Return (2B, K) log-probability of each answer under every code of `codes` (K, d).
+
+        See `token_logps_per_code` for `code_range`.
+        """
+        batch = self._batch
+        return self._sum(token_logps_per_code(self._hidden, batch.targets, self._head, codes, code_range))
+
+    def first_order(self) -> tuple[Tensor, Tensor]:
+        """Return (2B,) log-probability of each answer without z, and (2B, d) its gradient with respect to z at 0."""
+        hidden = self._hidden.detach().requires_grad_()
+        head = replace(self._head, weight=self._head.weight.detach())
+        with torch.enable_grad():
+            per_token = token_logps(hidden, self._batch.targets, head)
+        (z_gradients,) = torch.autograd.grad(per_token, hidden, torch.ones_like(per_token))
+        return self._sum(per_token.detach()), self._sum(z_gradients)
+
+    @torch.no_grad()
+    def mean_token(self) -> Tensor:
+        """Return (V,) log of the mean predicted distribution over all tokens of all answers."""
+        answers = 2 * self._batch.pairs
+        real = self._batch.owner < answers
+        sums = [
+            (logits_of(self._hidden[chunk], self._head).log_softmax(-1) + real[chunk, None].log()).logsumexp(0)
+            for chunk in token_chunks(self._hidden, len(self._head.weight))
+        ]
+        total = torch.stack(sums).logsumexp(0)
+        return total - real.sum().to(total.dtype).log()
+
+    def _sum(self, per_token: Tensor) -> Tensor:
+        return sum_by_answer(per_token, self._batch.owner, 2 * self._batch.pairs)
+
+
+def sum_by_answer(values: Tensor, owner: Tensor, answers: int) -> Tensor:
+    """Sum (N, ...) values of tokens over their answers.
+
+    Args:
+        values: Values of each token. Tokens with the owner `answers` are ignored.
+        owner: (N,) answer of each token.
+        answers: Number of answers, 2B.
+
+    Returns:
+        (2B, ...) in the type of `values`.
+    """
+    if not values.is_cuda:
+        sums = values.new_zeros(answers + 1, *values.shape[1:]).index_add(0, owner, values)
+        return sums[:answers]
+    return sum_by_product(values, owner, answers)
+
+
+def sum_by_product(values: Tensor, owner: Tensor, answers: int) -> Tensor:
+    """Compute `sum_by_answer` as a product with zeros and ones in float64. On a GPU, every run gives equal bits."""
+    members = (torch.arange(answers, device=owner.device)[:, None] == owner).double()
+    sums = members @ values.double().flatten(1) if values.dim() > 1 else members @ values.double()
+    return sums.to(values.dtype).reshape(answers, *values.shape[1:])
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpc_lightning.types import LogitHead, PairStates, PreferenceBatch
+from lpc_lightning.types import LogitHead
 
 CHUNK_ELEMENTS = 2**25
 """Logits in memory at a time on a CPU: 128 MiB in float32."""
@@ -108,7 +108,7 @@ def token_logps_and_greedy(hidden: Tensor, targets: Tensor, head: LogitHead) -> 
     logps, greedy = hidden.new_empty(len(hidden), dtype=exact), targets.new_empty(len(hidden), dtype=torch.bool)
     with torch.autocast(hidden.device.type, enabled=False):
         states, rows = hidden.to(product), head.weight.to(product)
-        for chunk in _chunks(hidden, len(rows)):
+        for chunk in token_chunks(hidden, len(rows)):
             logits = _logits(_product(states[chunk], rows.T), (head.bias, None, None), head.scale, head.softcap, exact)
             greedy[chunk] = logits.argmax(-1) == targets[chunk]
             logps[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - logits.logsumexp(-1)
@@ -160,7 +160,7 @@ class _TokenLogps(torch.autograd.Function):
         product, exact = _types(hidden)
         if table is not None and table.dtype == torch.float64:
             exact = torch.float64
-        chunks = _chunks(hidden, weight.shape[0])
+        chunks = token_chunks(hidden, weight.shape[0])
         ctx.head, ctx.product, ctx.chunks = replace(head, weight=weight.new_empty(0), bias=None), product, chunks
         vocabulary = _Vocabulary(head, exact)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -346,7 +346,7 @@ def _types(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return product, torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
+def token_chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
     """Cut N tokens into chunks: as large as allowed on a CPU, of equal size on a GPU."""
     tokens = len(hidden)
     size = max(1, (GPU_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS) // vocabulary)
@@ -388,88 +388,3 @@ def _exp_biases(table: Tensor, exact: torch.dtype) -> Tensor:
     """Return exp(b_k - max b_k): (K, V), at most 1."""
     biases = table.to(exact)
     return (biases - biases.amax(-1, keepdim=True)).exp()
-
-
-def sum_by_answer(values: Tensor, owner: Tensor, answers: int) -> Tensor:
-    """Sum (N, ...) values of tokens over their answers.
-
-    Args:
-        values: Values of each token. Tokens with the owner `answers` are ignored.
-        owner: (N,) answer of each token.
-        answers: Number of answers, 2B.
-
-    Returns:
-        (2B, ...) in the type of `values`.
-    """
-    if not values.is_cuda:
-        sums = values.new_zeros(answers + 1, *values.shape[1:]).index_add(0, owner, values)
-        return sums[:answers]
-    return sum_by_product(values, owner, answers)
-
-
-def sum_by_product(values: Tensor, owner: Tensor, answers: int) -> Tensor:
-    """Compute `sum_by_answer` as a product with zeros and ones in float64. On a GPU, every run gives equal bits."""
-    members = (torch.arange(answers, device=owner.device)[:, None] == owner).double()
-    sums = members @ values.double().flatten(1) if values.dim() > 1 else members @ values.double()
-    return sums.to(values.dtype).reshape(answers, *values.shape[1:])
-
-
-class BatchForward:
-    """Forward pass of the backbone on a batch: the answers' log-probabilities under any z, and the states of each pair.
-
-    Hidden states do not depend on z, so that one forward pass is enough for all latents.
-    """
-
-    def __init__(self, hidden: Tensor, batch: PreferenceBatch, head: LogitHead) -> None:
-        """Keep the hidden states at the batch's positions.
-
-        Args:
-            hidden: (R T, d) the backbone's last hidden states, flattened.
-            batch: The batch of these states.
-            head: The LM head.
-        """
-        # One gather, since the backward pass of each gather is a sum over all tokens.
-        at = torch.cat([batch.read_at, batch.prompt_end, batch.completion_end])
-        sizes = [len(batch.read_at), batch.pairs, batch.pairs, batch.pairs]
-        self._hidden, prompt, chosen, rejected = hidden[at].split(sizes)
-        self.states = PairStates(prompt, chosen, rejected, annotators=batch.annotators)
-        self._batch = batch
-        self._head = head
-
-    def logps(self, z: Tensor | None = None) -> Tensor:
-        """Return (2B,) log-probability of each answer under `z` (B, d) of its pair, or without z (None)."""
-        batch = self._batch
-        group = None if z is None else batch.owner % batch.pairs
-        return self._sum(token_logps(self._hidden, batch.targets, self._head, z, group))
-
-    def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
-        """Return (2B, K) log-probability of each answer under every code of `codes` (K, d).
-
-        See `token_logps_per_code` for `code_range`.
-        """
-        batch = self._batch
-        return self._sum(token_logps_per_code(self._hidden, batch.targets, self._head, codes, code_range))
-
-    def first_order(self) -> tuple[Tensor, Tensor]:
-        """Return (2B,) log-probability of each answer without z, and (2B, d) its gradient with respect to z at 0."""
-        hidden = self._hidden.detach().requires_grad_()
-        head = replace(self._head, weight=self._head.weight.detach())
-        with torch.enable_grad():
-            per_token = token_logps(hidden, self._batch.targets, head)
-        (z_gradients,) = torch.autograd.grad(per_token, hidden, torch.ones_like(per_token))
-        return self._sum(per_token.detach()), self._sum(z_gradients)
-
-    @torch.no_grad()
-    def mean_token(self) -> Tensor:
-        """Return (V,) log of the mean predicted distribution over all tokens of all answers."""
-        answers = 2 * self._batch.pairs
-        real = self._batch.owner < answers
-        sums = [
-            (logits_of(self._hidden[chunk], self._head).log_softmax(-1) + real[chunk, None].log()).logsumexp(0)
-            for chunk in _chunks(self._hidden, len(self._head.weight))
-        ]
-        total = torch.stack(sums).logsumexp(0)
-        return total - real.sum().to(total.dtype).log()
-
-    def _sum(self, per_token: Tensor) -> Tensor:
-        return sum_by_answer(per_token, self._batch.owner, 2 * self._batch.pairs)

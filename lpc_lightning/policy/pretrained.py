@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +33,7 @@ class PretrainedPolicy(PolicySpec):
         revision: str = "main",
         tokenizer: str | None = None,
         quantization: Literal["nf4"] | None = None,
+        trust_remote_code: bool = False,
         **policy: Any,
     ) -> None:
         """Keep the settings.
@@ -44,6 +47,8 @@ class PretrainedPolicy(PolicySpec):
                 (QLoRA, arXiv 2305.14314), with quantised scales, by bitsandbytes. `dtype` is then the type of the
                 arithmetic. A checkpoint contains only the adapter. To merge it, load it with null here, which puts it
                 onto the unquantised weights.
+            trust_remote_code: Run Python code that comes with the model or its tokenizer. If false, a model that needs
+                such code is refused. Read the code before you set this, and pin `revision` for a model on the hub.
             policy: Settings of `PolicySpec`.
 
         Raises:
@@ -51,6 +56,7 @@ class PretrainedPolicy(PolicySpec):
         """
         super().__init__(**policy)
         self.path, self.revision, self.tokenizer, self.quantization = path, revision, tokenizer, quantization
+        self.trust_remote_code = trust_remote_code
         if quantization is not None and self.lora is None:
             raise ConfigError(
                 f"policy.quantization: found {quantization} without an adapter, expected policy.lora, because "
@@ -78,7 +84,7 @@ class PretrainedPolicy(PolicySpec):
             return model
         # transformers refuses to save a model with a quantisation config. Move the weights to a model without one.
         del model.config.quantization_config
-        clean = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+        clean = AutoModelForCausalLM.from_config(model.config, dtype=dtype, trust_remote_code=self.trust_remote_code)
         clean.load_state_dict(model.state_dict())
         clean.generation_config = model.generation_config
         return clean
@@ -86,7 +92,8 @@ class PretrainedPolicy(PolicySpec):
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that is stored with the weights, or the one in `tokenizer`."""
         if self.tokenizer is not None:
-            return AutoTokenizer.from_pretrained(self.tokenizer)
+            with self._explaining("policy.tokenizer", self.tokenizer, "Expected a tokenizer of transformers."):
+                return AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=self.trust_remote_code)
         return self._load(AutoTokenizer)
 
     def _quantized(self, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
@@ -116,13 +123,27 @@ class PretrainedPolicy(PolicySpec):
                 f"policy.path: found no file or folder {self.path}. Expected a folder with config.json and weights, a "
                 "GGUF file, or a hub name. `lpc-lightning prepare` makes models/SmolLM2-135M-Instruct without a hub."
             )
+        if not local:
+            options["revision"] = self.revision
+        with self._explaining("policy.path", self.path, "Expected a decoder-only model of transformers."):
+            # Without this option transformers asks on the terminal, and runs the model's code after a "y".
+            return kind.from_pretrained(name, trust_remote_code=self.trust_remote_code, **options)
+
+    @contextmanager
+    def _explaining(self, setting: str, path: str, expected: str) -> Iterator[None]:
+        """Turn errors of transformers into one that names the setting."""
         try:
-            return kind.from_pretrained(name, **({} if local else {"revision": self.revision}), **options)
+            yield
         except (OSError, ValueError) as error:
+            if not self.trust_remote_code and "trust_remote_code" in str(error):
+                raise UnsupportedPolicyError(
+                    f"{setting}: {path} needs Python code that comes with it, which is not run unless you allow it. "
+                    "Read that code, then set policy.trust_remote_code to true (other commands than fit: "
+                    "--trust_remote_code), or use a model that transformers supports."
+                ) from error
             where = (
-                "in the folder or file" if local else "as a local folder or on the hub (the hub may be out of reach)"
+                "in the folder or file"
+                if Path(path).exists()
+                else "as a local folder or on the hub (the hub may be out of reach)"
             )
-            raise UnsupportedPolicyError(
-                f"policy.path: could not load {self.path} {where}: {error}\n"
-                "Expected a decoder-only model of transformers."
-            ) from error
+            raise UnsupportedPolicyError(f"{setting}: could not load {path} {where}: {error}\n{expected}") from error

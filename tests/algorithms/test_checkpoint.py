@@ -54,7 +54,7 @@ def predict(small_data: Any) -> Callable[[LightningModule], dict[str, Any]]:
         if module.latent is not None:
             values["prior"] = torch.cat([batch["prior"] for batch in batches])
         with torch.no_grad():
-            values["logps"] = torch.cat([module.policy.read(batch).logps() for batch in data.test_dataloader()])
+            values["logps"] = torch.cat([module.policy(batch).logps() for batch in data.test_dataloader()])
         return values
 
     return predict_values

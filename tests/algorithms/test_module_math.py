@@ -176,10 +176,10 @@ def test_step_without_latent_is_bitwise_plain(
     module = make(algorithm, dtype=dtype)
     policy, reference = copy.deepcopy(module.policy), copy.deepcopy(module.reference)
     batch = layout(pairs)
-    logps = policy.read(batch).logps()
+    logps = policy(batch).logps()
     of_reference = (None, None)
     if reference is not None:
-        of_reference = reference.policy.read(batch).logps().detach().chunk(2)
+        of_reference = reference.policy(batch).logps().detach().chunk(2)
     lengths = batch.lengths.to(logps.dtype).chunk(2)
     loss = ALGORITHMS[algorithm][2](PairLogps(*logps.chunk(2), *of_reference, *lengths)).losses.mean()
     loss.backward()

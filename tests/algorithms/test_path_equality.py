@@ -121,7 +121,7 @@ def build(tiny_spec: Callable[..., Any], exact: Any, perturb: Any) -> Callable[.
 def terms_of(made: PreferenceModule, batch: Any) -> Any:
     """Compute the terms of a training step half way through a run, with the same noise for all paths."""
     torch.manual_seed(3)
-    forward, score = made.read(batch)
+    forward, score = made.score_batch(batch)
     return made.training_terms(forward.states, score, 0.5)
 
 

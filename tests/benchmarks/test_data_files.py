@@ -1,4 +1,4 @@
-"""Which files are measured, and what is said of one that is not there."""
+"""Which files are measured, and the error for one that is not there."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_no_noise_without_a_change(policy: CausalPolicy, batches: list[Preferenc
 
 
 def test_a_small_change_is_rounding_in_bfloat16(policy: CausalPolicy, batches: list[PreferenceBatch]) -> None:
-    """Float32 says what the change is; the other's error is many times that."""
+    """The change in float32 is right; the error of the other is many times that."""
     noise = noise_of(policy, batches, 1e-6)
     rounding = noise["bf16-mixed"] - noise["32-true"]
     assert 0 < noise["32-true"].square().mean() < rounding.square().mean() / 1000

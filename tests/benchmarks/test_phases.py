@@ -16,7 +16,7 @@ from benchmarks.recorder import StepRecorder
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
-from lpc_lightning.policy import TinyPolicy, logprobs
+from lpc_lightning.policy import TinyPolicy, causal, logprobs
 
 SLOW = 0.1
 """Seconds by which a part is slowed down: far more than all of a tiny step takes."""
@@ -31,7 +31,7 @@ LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StepRecorder]:
     """Three recorded steps of a module, after something was done to it."""
     # What is wrapped for good in a benchmark's process is put back here.
-    for owner, name in ((logprobs.BatchForward, "logps"), (logprobs.BatchForward, "logps_per_code")):
+    for owner, name in ((causal.BatchForward, "logps"), (causal.BatchForward, "logps_per_code")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(logprobs._TokenLogps, "backward", staticmethod(logprobs._TokenLogps.backward))
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")

@@ -102,7 +102,7 @@ def tables_of(module: Any, data: SyntheticPreferences) -> tuple[CodeTables, list
         rows = []
         for labelled in (pair, pair.swapped()):
             batch = layout([labelled])
-            forward, score = module.read(batch)
+            forward, score = module.score_batch(batch)
             nats = 4.0 if isinstance(module, IPO) else 1.0  # its loss is 1/4 at a margin of 0, with beta = 1
             losses = [nats * score.under(code[None])[0].losses for code in space.codebook.weight]
             rows.append(torch.cat(losses))

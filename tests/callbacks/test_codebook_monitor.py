@@ -107,7 +107,7 @@ def test_metrics_against_the_module(fit: Any, perturb: Callable[..., None]) -> N
     priors, posteriors = [], []
     with torch.no_grad():
         for batch in loader:
-            states = module.policy.read(batch).states
+            states = module.policy(batch).states
             priors.append(module.latent.prior(states.prompt).log_softmax(-1))
             posteriors.append(module.latent.posterior(states.chosen, states.rejected).log_softmax(-1))
     prior, posterior = torch.cat(priors), torch.cat(posteriors)

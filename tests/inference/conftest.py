@@ -120,7 +120,7 @@ def prompts() -> list[Tensor]:
 
 @pytest.fixture(scope="session")
 def padded() -> Callable[..., dict[str, Tensor]]:
-    """Prompts as a batch, with the mask that tells them from padding."""
+    """Prompts as a batch, with the mask of their tokens, 0 at padding."""
 
     def pad(prompts: list[Tensor], side: str = "left") -> dict[str, Tensor]:
         width = max(len(ids) for ids in prompts)

@@ -29,8 +29,8 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 
-def says(model, tokens, tokenizer, prompt):
-    """What a model makes of tokens and of a prompt."""
+def outputs_of(model, tokens, tokenizer, prompt):
+    """Return logits for tokens, and the answers to a prompt and to a batch."""
     found = {"class": type(model).__name__, "dtype": str(model.dtype), "logits": model(**tokens).logits}
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -54,8 +54,8 @@ def main() -> None:
         stock = AutoModelForCausalLM.from_pretrained(place)
         latent = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
         found[name] = {
-            "stock": says(stock, tokens, tokenizer, requested["prompt"]),
-            "latent": says(latent, tokens, tokenizer, requested["prompt"]),
+            "stock": outputs_of(stock, tokens, tokenizer, requested["prompt"]),
+            "latent": outputs_of(latent, tokens, tokenizer, requested["prompt"]),
             "half": type(
                 AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True, dtype=torch.bfloat16)
             ).__name__,

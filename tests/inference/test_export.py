@@ -71,7 +71,7 @@ def elsewhere(exported: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         "tokens": batch()["input_ids"].tolist(),
         "mask": batch()["attention_mask"].tolist(),
     }
-    (root / "asked.json").write_text(json.dumps(requested))
+    (root / "requested.json").write_text(json.dumps(requested))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "HF_HOME": str(root),
@@ -82,14 +82,14 @@ def elsewhere(exported: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     }
     script = Path(__file__).with_name("elsewhere.py")
     done = subprocess.run(
-        [sys.executable, "-P", str(script), str(root / "asked.json"), str(root / "found.pt")],
+        [sys.executable, "-P", str(script), str(root / "requested.json"), str(root / "outputs.pt")],
         cwd=exported["codes"].parent,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return {"stderr": done.stderr, **torch.load(root / "found.pt")}
+    return {"stderr": done.stderr, **torch.load(root / "outputs.pt")}
 
 
 def close(found: Tensor, expected: Tensor) -> None:

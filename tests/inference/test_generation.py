@@ -1,4 +1,4 @@
-"""Answers against a loop that knows neither batches, caches nor padding."""
+"""Answers against a loop without batches, caches or padding."""
 
 from __future__ import annotations
 

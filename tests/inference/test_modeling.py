@@ -23,7 +23,7 @@ CODES = 5
 
 
 def logits_by_hand(latent: Any, states: Tensor, z: Tensor) -> Tensor:
-    """cap(scale (W (h + z) + b)), from what the config says."""
+    """cap(scale (W (h + z) + b)), with the values of the config."""
     head, config = latent.stock.get_output_embeddings(), latent.stock.config
     logits = (states + z) @ head.weight.T + (0 if head.bias is None else head.bias)
     logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)

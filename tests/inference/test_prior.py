@@ -52,7 +52,7 @@ def trained(perturb: Callable[..., None]) -> Callable[..., Any]:
         for network in space.modules():
             if isinstance(network, StateNetwork):
                 network(*(3 + states(9, dtype) for _ in range(network.first.in_features // WIDTH)))
-        space.close_window()
+        space.update_moments()
         return space.eval()
 
     return make

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lpc_lightning.algorithms.scoring import BatchScorer
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.latent.networks import StateNetwork
 from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
-from lpc_lightning.policy.logprobs import BatchForward
+from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates, TokenizedPair
 
 WIDTH, VOCABULARY = 6, 13
@@ -119,7 +119,7 @@ def meet() -> Callable[[nn.Module], None]:
         for network in module.modules():
             if isinstance(network, StateNetwork) and network.moments is not None:
                 network(*earlier_states(network.first.in_features // WIDTH))
-                network.moments.close_window()
+                network.moments.update()
 
     return update
 

@@ -7,7 +7,9 @@ import torch
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from lpc_lightning.latent import Exponential, Linear, WarmUp
-from lpc_lightning.latent.divergence import WeightedKL, categorical_kl, gaussian_kl
+from lpc_lightning.latent.controls import gaussian_kl
+from lpc_lightning.latent.discrete import categorical_kl
+from lpc_lightning.latent.schedules import WeightedKL
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lpc_lightning.latent import MarginalSpace
-from lpc_lightning.latent.evidence import given_earlier_pairs
+from lpc_lightning.latent.discrete import given_earlier_pairs
 
 SIZE: dict[str, Any] = {"num_codes": 3, "init_logit_std": 1.0, "hidden": 8}
 NAMES = [("a", "a", "a", "a"), ("a", "b", "a", "b"), ("", "a", "", "a"), ("b", "a", "a", "")]

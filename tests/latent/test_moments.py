@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpc_lightning.latent.moments import RunningMoments
-from lpc_lightning.latent.networks import NetworkSettings, Prior
+from lpc_lightning.latent.networks import NetworkSettings, Prior, RunningMoments
 
 FEATURES = 5
 
@@ -32,7 +31,7 @@ def after(batches: list[Tensor], moments: RunningMoments | None = None) -> Runni
     moments = moments or RunningMoments(FEATURES).double()
     for batch in batches:
         moments(batch)
-        moments.close_window()
+        moments.update()
     return moments
 
 
@@ -55,7 +54,7 @@ def test_moments_before_first_step() -> None:
     for _ in range(2):
         assert torch.equal(moments(draw(4)), draw(4))
     assert moments.pairs == 0
-    moments.close_window()
+    moments.update()
     assert moments.pairs == 8
 
 
@@ -66,17 +65,17 @@ def test_moments_of_micro_batches() -> None:
         parts = [in_parts(part) for part in step.split([1, 3, 0, 2])]
         torch.testing.assert_close(torch.cat(parts), whole)  # standardised by the moments of the previous step
         for moments in (at_once, in_parts):
-            moments.close_window()
+            moments.update()
         torch.testing.assert_close(dict(in_parts.named_buffers()), dict(at_once.named_buffers()))
 
 
 def test_moments_ignore_eval_mode() -> None:
     moments = after([draw(6)])
     before = copy.deepcopy(moments.state_dict())
-    moments.close_window()
+    moments.update()
     moments.eval()
     moments(draw(3, seed=1))
-    moments.close_window()
+    moments.update()
     assert set(before) == {"pairs", "mean", "variance"}
     assert all(torch.equal(value, before[name]) for name, value in moments.state_dict().items())
 
@@ -109,7 +108,7 @@ def test_moments_after_one_pair() -> None:
 def test_moments_pass_no_gradient() -> None:
     moments, features = after([draw(6)]), draw(4, seed=1).requires_grad_()
     moments(features).sum().backward()
-    moments.close_window()
+    moments.update()
     torch.testing.assert_close(features.grad, (1 / after([draw(6)]).deviation).expand(4, -1))
     assert not any(value.requires_grad for value in moments.state_dict().values())
 
@@ -155,7 +154,7 @@ def accuracy(standardise: bool) -> float:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(prior(states), classes).backward()
         if prior.moments is not None:
-            prior.moments.close_window()
+            prior.moments.update()
         optimizer.step()
     states, classes = prompts(500, seed=1000)
     return (prior.eval()(states).argmax(-1) == classes).float().mean().item()

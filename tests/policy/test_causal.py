@@ -93,7 +93,7 @@ def test_pairs_in_one_row_equal_separate_sequences(
     pairs = make_pairs([(1, 3, 2), (9, 11, 12), (2, 1, 1), (3, 2, 2)])
     batch = SharedPrefixLayout(0, row_tokens=10_000)(pairs)
     assert len(batch.input_ids) == 1
-    close(policy.read(batch).logps(), naive_logps(policy.model, pairs))
+    close(policy(batch).logps(), naive_logps(policy.model, pairs))
 
 
 @every_layout
@@ -101,7 +101,7 @@ def test_pairs_in_one_row_equal_separate_sequences(
 def test_logps_equal_those_of_model_logits(
     policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair], naive_logps: Naive
 ) -> None:
-    close(policy.read(layout(pairs)).logps(), naive_logps(policy.model, pairs))
+    close(policy(layout(pairs)).logps(), naive_logps(policy.model, pairs))
 
 
 @every_layout
@@ -115,7 +115,7 @@ def test_logps_in_float32(
     naive_logps: Naive,
 ) -> None:
     policy = tiny(family, dtype="float32")
-    found = policy.read(layout(pairs)).logps()
+    found = policy(layout(pairs)).logps()
     assert found.dtype == torch.float32
     close(found, naive_logps(policy.model, pairs), 1e-4)
 
@@ -126,7 +126,7 @@ def test_gradients_equal_those_of_loop(
 ) -> None:
     named = dict(policy.named_parameters())
     weights = torch.linspace(-1, 1, 2 * len(pairs), dtype=torch.float64)
-    ours = torch.autograd.grad((weights * policy.read(layout(pairs)).logps()).sum(), list(named.values()))
+    ours = torch.autograd.grad((weights * policy(layout(pairs)).logps()).sum(), list(named.values()))
     theirs = torch.autograd.grad((weights * naive_logps(policy.model, pairs)).sum(), list(named.values()))
     for name, found, expected in zip(named, ours, theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
@@ -147,7 +147,7 @@ def test_layouts_agree_for_all_lengths(
     make_pairs: Callable[..., list[TokenizedPair]],
 ) -> None:
     pairs = make_pairs(lengths, seed=seed)
-    padded, packed = (policy.read(layout(pairs)) for layout in (PaddedLayout(0), SharedPrefixLayout(0, row_tokens)))
+    padded, packed = (policy(layout(pairs)) for layout in (PaddedLayout(0), SharedPrefixLayout(0, row_tokens)))
     close(packed.logps(), padded.logps())
     for state in ("prompt", "chosen", "rejected"):
         close(getattr(packed.states, state), getattr(padded.states, state))
@@ -156,13 +156,13 @@ def test_layouts_agree_for_all_lengths(
 @every_layout
 @torch.no_grad()
 def test_answer_changes_only_its_own_logps(policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]) -> None:
-    before = policy.read(layout(pairs)).logps()
+    before = policy(layout(pairs)).logps()
     pair = pairs[3]
     for changed, number in (
         (replace(pair, chosen_ids=[token ^ 1 for token in pair.chosen_ids]), 3),
         (replace(pair, rejected_ids=[token ^ 1 for token in pair.rejected_ids]), 3 + len(pairs)),
     ):
-        after = policy.read(layout([*pairs[:3], changed, *pairs[4:]])).logps()
+        after = policy(layout([*pairs[:3], changed, *pairs[4:]])).logps()
         moved = (after - before).abs()
         assert moved[number] > 1e-2
         moved[number] = 0
@@ -172,9 +172,9 @@ def test_answer_changes_only_its_own_logps(policy: CausalPolicy, layout: Layout,
 @every_layout
 @torch.no_grad()
 def test_prompt_changes_only_its_own_answers(policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]) -> None:
-    before = policy.read(layout(pairs)).logps()
+    before = policy(layout(pairs)).logps()
     changed = replace(pairs[0], prompt_ids=[token ^ 1 for token in pairs[0].prompt_ids])
-    moved = (policy.read(layout([changed, *pairs[1:]])).logps() - before).abs()
+    moved = (policy(layout([changed, *pairs[1:]])).logps() - before).abs()
     own = [0, len(pairs)]
     assert moved[own].min() > 1e-2
     moved[own] = 0
@@ -197,7 +197,7 @@ def test_windows_and_soft_caps_change_logps(
 ) -> None:
     batch = LAYOUTS["narrow rows"](pairs)
     kernel = "eager" if family == "gemma2" else "auto"
-    default, without = (tiny(family, options=o, attention=kernel).read(batch).logps() for o in ({}, setting))
+    default, without = (tiny(family, options=o, attention=kernel)(batch).logps() for o in ({}, setting))
     assert (default - without).abs().max() > 1e-2
 
 
@@ -246,7 +246,7 @@ def test_heads_with_scale_or_bias(
     perturb(policy)
     assert policy.head.scale == pytest.approx(scale)
     assert (policy.head.bias is not None) == bias
-    ours, theirs = policy.read(layout(pairs)).logps(), naive_logps(policy.model, pairs)
+    ours, theirs = policy(layout(pairs)).logps(), naive_logps(policy.model, pairs)
     close(ours, theirs)
     if family == "cohere":
         return  # its rotary embeddings are in float32, so that gradients of shared prompts are not exact
@@ -280,7 +280,7 @@ def test_reference_excludes_adapter(
     naive_logps: Naive,
 ) -> None:
     batch = layout(pairs)
-    policy = adapted.read(batch).logps()
+    policy = adapted(batch).logps()
     close(policy, naive_logps(adapted.model, pairs))
     merged, base = (tiny_spec("llama").build() for _ in range(2))
     for name, module in adapted.causal_lm.named_modules():
@@ -290,16 +290,16 @@ def test_reference_excludes_adapter(
     close(policy, naive_logps(merged.model, pairs))
 
     with adapted.as_reference() as reference:
-        close(reference.read(batch).logps(), naive_logps(base.model, pairs))
+        close(reference(batch).logps(), naive_logps(base.model, pairs))
     assert (policy - naive_logps(base.model, pairs)).abs().min() > 1e-3
-    assert torch.equal(adapted.read(batch).logps(), policy), "the adapter is on again"
+    assert torch.equal(adapted(batch).logps(), policy), "the adapter is on again"
 
 
 def test_only_adapter_gets_gradients(adapted: CausalPolicy, pairs: list[TokenizedPair]) -> None:
     batch = LAYOUTS["narrow rows"](pairs)
     with adapted.as_reference() as reference:
-        assert not reference.read(batch).logps().requires_grad
-    adapted.read(batch).logps().sum().backward()
+        assert not reference(batch).logps().requires_grad
+    adapted(batch).logps().sum().backward()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in adapted.named_parameters() if "lora_" in name}
     adapted.zero_grad()
@@ -308,7 +308,7 @@ def test_only_adapter_gets_gradients(adapted: CausalPolicy, pairs: list[Tokenize
 def test_reference_without_adapter_is_policy(llama: CausalPolicy, pairs: list[TokenizedPair]) -> None:
     batch = LAYOUTS["narrow rows"](pairs)
     found = llama.reference_logps(batch)
-    assert torch.equal(found, llama.read(batch).logps())
+    assert torch.equal(found, llama(batch).logps())
     assert not found.requires_grad
 
 
@@ -332,7 +332,7 @@ def test_recurrent_layers_accept_padded_rows_only(
     recurrent = exact(small("recurrent_gemma", **options))
     perturb(recurrent)
     assert not recurrent.takes_block_mask
-    close(recurrent.read(PaddedLayout(0)(pairs)).logps().detach(), naive_logps(recurrent.model, pairs).detach())
+    close(recurrent(PaddedLayout(0)(pairs)).logps().detach(), naive_logps(recurrent.model, pairs).detach())
 
 
 def test_unknown_kernel_accepts_no_packed_rows(llama: CausalPolicy, exact_kernel: str) -> None:

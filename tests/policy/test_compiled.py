@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout
 from lpc_lightning.policy import CausalPolicy, LoRA, logprobs
@@ -55,7 +55,7 @@ def epoch(make_pairs: Callable[..., list[TokenizedPair]]) -> list[PreferenceBatc
 def outcome(policy: CausalPolicy, batch: PreferenceBatch, codes: Tensor) -> list[Tensor]:
     """Return log-probabilities without z, under z and under all codes, and the gradients of a sum of them."""
     policy.zero_grad(set_to_none=True)
-    forward = policy.read(batch)
+    forward = policy(batch)
     z = codes[torch.arange(batch.pairs) % len(codes)]
     logps = [forward.logps(), forward.logps(z), forward.logps_per_code(codes)]
     sum(each.square().mean() for each in logps).backward()  # type: ignore[union-attr]
@@ -139,7 +139,7 @@ def test_block_sparse_rows_agree(epoch: list[PreferenceBatch], tiny: Tiny) -> No
     assert compiled.block_sparse
     compiled._compiles_head = False
     for batch in [batch for batch in epoch if batch.input_ids.shape == epoch[0].input_ids.shape]:
-        assert_near([compiled.read(batch).logps()], [plain.read(batch).logps()], 1e-4)
+        assert_near([compiled(batch).logps()], [plain(batch).logps()], 1e-4)
         assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
@@ -198,10 +198,9 @@ def test_sharded_layers_compile_whole(
         fully_shard(layer, mesh=mesh)
     assert sharded.layers == layers
     fully_shard(sharded, mesh=mesh)
-    register_fsdp_forward_method(sharded, "read")
     sharded.compile_layers("aot_eager", few_shapes=True)
     for batch in epoch[:2]:
-        logps = [policy.read(batch).logps() for policy in (sharded, plain)]
+        logps = [policy(batch).logps() for policy in (sharded, plain)]
         assert_near([logps[0].detach()], [logps[1].detach()], 1e-5)
         for each in logps:
             each.sum().backward()

@@ -39,7 +39,7 @@ def pairs(make_pairs: Callable[..., list[TokenizedPair]]) -> list[TokenizedPair]
 def outcome(policy: CausalPolicy, layout: Layout, pairs: list[TokenizedPair]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return log-probabilities, and the gradients of their mean square."""
     policy.zero_grad(set_to_none=True)
-    logps = policy.read(layout(pairs)).logps()
+    logps = policy(layout(pairs)).logps()
     logps.square().mean().backward()
     named = policy.named_parameters()
     return logps.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
@@ -81,14 +81,14 @@ def test_flex_attention_agrees(family: str, layout: Layout, pairs: list[Tokenize
     flex, plain = (tiny(family, attention=kernel, **size) for kernel in ("flex_attention", "eager"))
     assert flex.takes_block_mask
     assert flex.backbone.config._attn_implementation == "flex_attention"
-    found, expected = (policy.read(layout(pairs)).logps() for policy in (flex, plain))
+    found, expected = (policy(layout(pairs)).logps() for policy in (flex, plain))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_flex_attention_training_on_cpu_is_refused(pairs: list[TokenizedPair], tiny: Tiny) -> None:
     policy = tiny("llama", dtype="float32", attention="flex_attention", context=256)
     with pytest.raises(UnsupportedPolicyError, match=r"policy\.attention: found flex_attention on a CPU"):
-        policy.read(LAYOUTS["packed"](pairs))
+        policy(LAYOUTS["packed"](pairs))
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_compiled_layers_with_adapter_agree(pairs: list[TokenizedPair], tiny: Ti
     assert_same(outcome(compiled, LAYOUTS["packed"], pairs), outcome(plain, LAYOUTS["packed"], pairs))
     with compiled.as_reference() as found, plain.as_reference() as expected:
         batch = LAYOUTS["packed"](pairs)
-        torch.testing.assert_close(found.read(batch).logps(), expected.read(batch).logps(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found(batch).logps(), expected(batch).logps(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow

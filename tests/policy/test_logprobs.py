@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lpc_lightning.data.batching.layouts import PaddedLayout
-from lpc_lightning.policy import logprobs
+from lpc_lightning.policy import causal, logprobs
+from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.policy.logprobs import (
-    BatchForward,
     code_logits,
     logits_of,
     token_logps,
@@ -424,7 +424,7 @@ def test_mean_token_holds_one_chunk(make_pairs: Callable[..., Any], monkeypatch:
         most = max(most, len(alive))
         return found
 
-    monkeypatch.setattr(logprobs, "logits_of", watched)
+    monkeypatch.setattr(causal, "logits_of", watched)
     forward_of(case, make_pairs).mean_token()
     assert most == 1
 
@@ -436,7 +436,7 @@ def test_z_agrees_with_all_codes(mixed: bool, nats: float, make_pairs: Callable[
     batch = PaddedLayout(0)(make_pairs([(5, 60, 70), (11, 90, 40)]))
     codes = torch.randn(4, policy.width, generator=torch.Generator().manual_seed(0)) * 0.05
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        forward = policy.read(batch)
+        forward = policy(batch)
         at_once = forward.logps_per_code(codes)
         one_by_one = torch.stack([forward.logps(code.expand(2, -1)) for code in codes], dim=1)
         plain = forward.logps()
@@ -449,5 +449,5 @@ def test_sum_by_answer_of_padded_tokens(shape: tuple[int, ...]) -> None:
     owner = torch.tensor([0, 0, 1, 3, 3, 4, 4])  # answer 2 is empty; 4 is padding
     values = torch.randn(7, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([sum((values[i] for i in range(7) if owner[i] == a), torch.zeros(shape)) for a in range(4)])
-    torch.testing.assert_close(logprobs.sum_by_answer(values, owner, 4), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(logprobs.sum_by_product(values, owner, 4), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(causal.sum_by_answer(values, owner, 4), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(causal.sum_by_product(values, owner, 4), expected, rtol=1e-12, atol=1e-12)

@@ -63,7 +63,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Callable[[Pref
 
         def run(batch: PreferenceBatch) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-                forward, score = module.read(batch)
+                forward, score = module.score_batch(batch)
                 terms = module.training_terms(forward.states, score, 0.5)
             (terms.pairs.losses + terms.penalty).mean().backward()
             module.zero_grad()

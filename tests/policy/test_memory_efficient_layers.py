@@ -56,7 +56,7 @@ def read(policy: CausalPolicy, batch: PreferenceBatch, mixed: bool) -> tuple[Ten
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
-        logps = policy.read(batch).logps()
+        logps = policy(batch).logps()
     weights = torch.linspace(-1, 1, len(logps), dtype=logps.dtype)
     return logps, list(torch.autograd.grad((weights * logps).sum(), trained))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ import torch
 from transformers import T5Config
 
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
+from lpc_lightning.inference.opening import open_module, open_policy
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
 from lpc_lightning.types import TokenizedPair
+from tests.fixtures.commands import run_command
 
 SMOLLM2 = Path(__file__).parents[2] / "models/SmolLM2-135M-Instruct"
 
@@ -47,7 +52,7 @@ def test_saved_policy_is_loaded_unchanged(
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 11, 7), (3, 4, 9)]))
-    assert torch.equal(again.read(batch).logps(), original.read(batch).logps())
+    assert torch.equal(again(batch).logps(), original(batch).logps())
     text = "Two words, and 🥚."
     ours, theirs = saved.load_tokenizer(), spec.load_tokenizer()
     assert ours.encode(text) == theirs.encode(text)
@@ -128,8 +133,83 @@ def test_pretrained_policy_prefers_sense(question: str, right: str, wrong: str, 
     prompt = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)["input_ids"]
     answers = [[*tokenizer.encode(answer), tokenizer.eos_token_id] for answer in (right, wrong)]
     pair = TokenizedPair("", prompt, *answers)
-    padded, packed = (smollm2.read(layout([pair])).logps() for layout in (PaddedLayout(0), SharedPrefixLayout(0, 1)))
+    padded, packed = (smollm2(layout([pair])).logps() for layout in (PaddedLayout(0), SharedPrefixLayout(0, 1)))
     sense, nonsense = padded.tolist()
     assert sense > nonsense + 4
     assert sense / len(answers[0]) > -2.5, "a sensible answer is not a surprise"
     torch.testing.assert_close(packed, padded, rtol=0, atol=2e-3)
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+Path(__file__).with_name("marker").touch()
+Path("{marker}").touch()
+
+class MarkedConfig(LlamaConfig):
+    model_type = "marked"
+
+class MarkedForCausalLM(LlamaForCausalLM):
+    config_class = MarkedConfig
+
+class MarkedTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def own_code(
+    tmp_path: Path, tiny_spec: Callable[..., TinyPolicy], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    """A model folder with code of its own for config, model and tokenizer, and a file that this code writes."""
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    spec = tiny_spec("llama")
+    save(spec.build(), spec, folder)
+    (folder / "marked.py").write_text(CODE.replace("{marker}", str(marker)))
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "marked"}
+    config["auto_map"] = {"AutoConfig": "marked.MarkedConfig", "AutoModelForCausalLM": "marked.MarkedForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    own = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "MarkedTokenizer"}
+    own["auto_map"] = {"AutoTokenizer": [None, "marked.MarkedTokenizer"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # transformers would ask, and run the code after a "y"
+    return folder, marker
+
+
+def test_own_code_is_not_run_unless_allowed(own_code: tuple[Path, Path]) -> None:
+    folder, marker = own_code
+    for load in (
+        PretrainedPolicy(str(folder)).load_config,
+        PretrainedPolicy("x", tokenizer=str(folder)).load_tokenizer,
+    ):
+        with pytest.raises(UnsupportedPolicyError, match="needs Python code that comes with it, which is not run"):
+            load()
+    with pytest.raises(UnsupportedPolicyError, match="not run unless you allow it"):
+        open_policy(str(folder))
+    assert not marker.exists()
+    opened = open_policy(str(folder), trust_remote_code=True)
+    assert marker.exists()
+    assert type(opened.policy.causal_lm).__name__ == "MarkedForCausalLM"
+
+
+def test_checkpoint_cannot_allow_its_own_code(
+    own_code: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
+    folder, marker = own_code
+    trusting = {"class_path": "lpc_lightning.policy.PretrainedPolicy"}
+    trusting["init_args"] = {"path": str(folder), "trust_remote_code": True}  # type: ignore[assignment]
+    settings = {"_class_path": "lpc_lightning.algorithms.DPO", "policy": trusting, "latent": None}
+    file = tmp_path / "hostile.ckpt"
+    torch.save({"hyper_parameters": settings, "state_dict": {}}, file)
+    for open_it in (open_policy, open_module):
+        with pytest.raises(UnsupportedPolicyError, match="not run unless you allow it"):
+            open_it(str(file))
+    flags = ["--policy=TinyPolicy", "--model=DPO", "--data=SyntheticPreferences", "--data.train_pairs=2"]
+    flags += ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", f"--data.cache_dir={tmp_path}"]
+    assert run_command(capsys, "validate", f"--ckpt_path={file}", *flags).errors[0].endswith("supports.")
+    assert not marker.exists()

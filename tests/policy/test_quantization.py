@@ -83,7 +83,7 @@ def test_logps_equal_those_of_dequantised_weights(
                 weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
                 named[name.removesuffix(".base_layer")].weight.copy_(weight)
         batch = SharedPrefixLayout(0, 64)(pairs)
-        torch.testing.assert_close(quantised.read(batch).logps(), plain.read(batch).logps(), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(quantised(batch).logps(), plain(batch).logps(), rtol=1e-4, atol=1e-3)
 
 
 def test_adapter_of_quantised_policy_learns(quantised: Any, pairs: list[TokenizedPair]) -> None:
@@ -102,7 +102,7 @@ def test_adapter_of_quantised_policy_learns(quantised: Any, pairs: list[Tokenize
 
 def test_quantised_training_on_cpu_is_refused(quantised: Any, pairs: list[TokenizedPair]) -> None:
     with pytest.raises(UnsupportedPolicyError, match=r"policy\.quantization: found weights in 4 bits on a CPU"):
-        quantised.read(SharedPrefixLayout(0, 64)(pairs))
+        quantised(SharedPrefixLayout(0, 64)(pairs))
 
 
 def test_adapter_loads_onto_unquantised_weights(quantised: Any, folder: str, pairs: list[TokenizedPair]) -> None:
@@ -114,7 +114,7 @@ def test_adapter_loads_onto_unquantised_weights(quantised: Any, folder: str, pai
     assert not [name for name in missing if "lora_" in name]
     batch = SharedPrefixLayout(0, 64)(pairs)
     with torch.no_grad():
-        found, coarse = whole.read(batch).logps(), quantised.read(batch).logps()
+        found, coarse = whole(batch).logps(), quantised(batch).logps()
         merged = whole.model.merge_and_unload()
     assert (found - coarse).abs().max() < 0.1 * coarse.abs().max()
     assert type(merged).__name__ == "LlamaForCausalLM"

@@ -148,7 +148,7 @@ def test_kernels_agree(
     found = {}
     for name, policy in kernels.items():
         before = len(calls)
-        logps = policy.read(batch).logps()
+        logps = policy(batch).logps()
         weights = torch.linspace(-1, 1, len(logps), dtype=torch.float64)
         found[name] = [logps, *torch.autograd.grad((weights * logps).sum(), list(policy.parameters()))]
         assert (len(calls) - before) == (2 if name == "segment" else 0), "one call per layer, by this kernel only"
@@ -162,10 +162,10 @@ def test_kernels_agree(
 def test_checkpointed_layers_have_same_gradients(kernels: dict[str, CausalPolicy], make_pairs: MakePairs) -> None:
     policy, batch = kernels["segment"], SharedPrefixLayout(0, 35)(make_pairs(LENGTHS))
     weights = list(policy.parameters())
-    plain = torch.autograd.grad(policy.read(batch).logps().sum(), weights)
+    plain = torch.autograd.grad(policy(batch).logps().sum(), weights)
     policy.set_gradient_checkpointing(True)
     try:
-        again = torch.autograd.grad(policy.read(batch).logps().sum(), weights)
+        again = torch.autograd.grad(policy(batch).logps().sum(), weights)
     finally:
         policy.set_gradient_checkpointing(False)
     for mine, theirs in zip(again, plain, strict=True):
@@ -200,14 +200,15 @@ def test_family_that_drops_blocks_uses_mask(
 ) -> None:
     policy = tiny("llama")
     batch = SharedPrefixLayout(0, 35)(make_pairs(LENGTHS))
-    expected = policy.read(batch).logps()
+    expected = policy(batch).logps()
     forward = policy.backbone.forward
     monkeypatch.setattr(policy.backbone, "forward", lambda blocks=None, **inputs: forward(**inputs))
     monkeypatch.setattr(CausalPolicy, "_takes_positions", True, raising=False)
     fallback = CausalPolicy.__new__(CausalPolicy)
     nn.Module.__init__(fallback)
     fallback.model, fallback._takes_positions = policy.model, True
+    fallback._logit_scaling = policy._logit_scaling
     fallback.attends_by_segment = fallback._can_attend_by_segment()
     assert not fallback.attends_by_segment
     assert fallback._applies_block_mask()
-    torch.testing.assert_close(fallback.read(batch).logps(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fallback(batch).logps(), expected, rtol=1e-9, atol=1e-9)

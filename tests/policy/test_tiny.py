@@ -62,10 +62,10 @@ def test_dropout_is_off(family: str, tiny: Callable[..., CausalPolicy], make_pai
     policy = tiny(family, options=DROPOUT[family])
     batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 6, 7), (3, 4, 5)]))
     assert policy.training
-    first, second = policy.read(batch).logps(), policy.read(batch).logps()
+    first, second = policy(batch).logps(), policy(batch).logps()
     assert torch.equal(first, second)
     policy.eval()
-    assert torch.equal(policy.read(batch).logps(), first)
+    assert torch.equal(policy(batch).logps(), first)
     assert all(module.p == 0 for module in policy.modules() if isinstance(module, nn.Dropout))
 
 
@@ -73,9 +73,9 @@ def test_dropout_is_off(family: str, tiny: Callable[..., CausalPolicy], make_pai
 def test_adapter_dropout_is_separate(tiny: Callable[..., CausalPolicy], make_pairs: Callable[..., Any]) -> None:
     policy = tiny("llama", lora=LoRA(rank=2, dropout=0.5))
     batch = SharedPrefixLayout(0, 40)(make_pairs([(5, 6, 7), (3, 4, 5)]))
-    assert not torch.equal(policy.read(batch).logps(), policy.read(batch).logps())
+    assert not torch.equal(policy(batch).logps(), policy(batch).logps())
     with policy.as_reference() as reference:
-        assert torch.equal(reference.read(batch).logps(), reference.read(batch).logps())
+        assert torch.equal(reference(batch).logps(), reference(batch).logps())
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
@@ -91,7 +91,7 @@ def test_gradient_checkpointing_recomputes_layers(
         calls: list[str] = []
         last = [module for name, module in policy.named_modules() if name.endswith(".mlp")][-1]
         last.register_forward_pre_hook(lambda *_, calls=calls: calls.append("mlp"))
-        logps = policy.read(batch).logps()
+        logps = policy(batch).logps()
         logps.square().sum().backward()
         gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
         found.append((logps.detach(), gradients, len(calls)))

@@ -14,7 +14,7 @@ from lpc_lightning.algorithms.warm_start.clusters import cluster_pairs, prompt_c
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.data.batching.annotator_batches import group_by_annotator
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
-from lpc_lightning.latent.evidence import given_earlier_pairs
+from lpc_lightning.latent.discrete import given_earlier_pairs
 from lpc_lightning.latent.networks import Codebook
 
 BATCH = 32
@@ -55,7 +55,7 @@ def fit(
         space.train()
         for indices in fitted.split(EVAL_BATCH):
             space.training_terms(*pairs.select(indices), 0.0)
-        space.close_window(alike=True)
+        space.update_moments(alike=True)
         space.eval()
         plain = float(pairs.select(held_out)[1].under(None)[0].losses.mean())
 

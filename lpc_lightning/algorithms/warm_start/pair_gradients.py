@@ -14,6 +14,7 @@ from torch import Tensor
 from lpc_lightning.algorithms.warm_start.linearized_policy import make_rows, swap_labels
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.policy import CausalPolicy, fingerprint
+from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.reference.cached import computation_key
 from lpc_lightning.reference.live import Reference
 from lpc_lightning.reference.pair_cache import PairCache
@@ -86,5 +87,5 @@ def _open_rows(policy: CausalPolicy) -> Iterator[PairFunction]:
 
 @torch.no_grad()
 def _rows(policy: CausalPolicy, batch: PreferenceBatch) -> Tensor:
-    forward = policy.read(batch)
+    forward: BatchForward = policy(batch)
     return make_rows(forward.states, *forward.first_order(), batch)

@@ -90,6 +90,6 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> None:
 @torch.no_grad()
 def _mean_token(module: PreferenceModule, batch: PreferenceBatch) -> MeanToken:
     with module.trainer.precision_plugin.forward_context(), eval_mode(module.policy):
-        log_p = module.policy.read(batch.to(module.device)).mean_token()
+        log_p = module.policy(batch.to(module.device)).mean_token()
     head = module.policy.head
     return MeanToken(replace(head, weight=head.weight.detach().float()), log_p.float())

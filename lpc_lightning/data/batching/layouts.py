@@ -96,6 +96,7 @@ class Layout(ABC):
             sources=tuple(pair.source for pair in pairs),
             factors=tuple(pair.factor for pair in pairs),
             annotators=tuple(pair.annotator for pair in pairs),
+            prompts=tuple(pair.prompt for pair in pairs),
             tokens=int(rows.attention_mask.sum()),
             reference_bits=_reference_bits(pairs),
         )

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
-from lpc_lightning.data.sources.formats import Columns, to_example
+from lpc_lightning.data.sources.columns import Columns
+from lpc_lightning.data.sources.formats import to_example
 from lpc_lightning.data.sources.report import DataReport
-from lpc_lightning.data.sources.rows import BadRow, read_rows, source_key
+from lpc_lightning.data.sources.rows import BadRow, Tie, read_rows, source_key
 from lpc_lightning.data.sources.splits import held_out, select_split
 from lpc_lightning.types import PreferenceExample
 
@@ -62,12 +63,17 @@ class RowSource:
         if self.split is not None:
             rows = select_split(rows, self.split, self.split_column, report.count_other_split)
         for place, row in rows:
+            forms: list[str] = []
             try:
-                example = to_example(row, place, self.columns)
+                example = to_example(row, place, self.columns, forms)
             except BadRow as fault:
                 report.count_bad(place, fault)
                 continue
+            except Tie:
+                report.count_dropped("tie")
+                continue
             if self._is_selected(example):
+                report.count_selected(forms, example.meta)
                 yield example
             else:
                 report.held_apart += 1

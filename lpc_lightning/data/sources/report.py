@@ -15,6 +15,9 @@ T = TypeVar("T")
 PLACES = 3
 """Number of places that are stored for each reason."""
 
+MOST_COLUMNS = 12
+"""Number of unused columns that are listed."""
+
 
 @dataclass
 class DataReport:
@@ -33,9 +36,13 @@ class DataReport:
     bad_places: dict[str, list[str]] = field(default_factory=dict)
     """Places and details of the first three bad rows, by reason."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Number of valid pairs dropped by the length policy, by reason."""
+    """Number of valid pairs dropped because of a tie or by the length policy, by reason."""
     cut: dict[str, int] = field(default_factory=dict)
     """Number of kept pairs that the length policy shortened, by the part that was cut."""
+    forms: dict[str, int] = field(default_factory=dict)
+    """Number of selected pairs that were read from a special form, by form."""
+    meta: dict[str, int] = field(default_factory=dict)
+    """Number of selected pairs with a column that has no purpose, by column."""
 
     def counting(self, rows: Iterable[T]) -> Iterator[T]:
         """Yield the same rows, and count each as read."""
@@ -60,12 +67,18 @@ class DataReport:
         self.other_splits[split] = self.other_splits.get(split, 0) + 1
 
     def count_dropped(self, reason: str) -> None:
-        """Count one pair dropped by the length policy."""
+        """Count one pair dropped because of a tie or by the length policy."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def count_cut(self, part: str) -> None:
         """Count one pair that the length policy shortened."""
         self.cut[part] = self.cut.get(part, 0) + 1
+
+    def count_selected(self, forms: Iterable[str], meta: Iterable[str]) -> None:
+        """Count one selected pair with its special forms and its columns without a purpose."""
+        for counts, names in ((self.forms, forms), (self.meta, meta)):
+            for name in names:
+                counts[name] = counts.get(name, 0) + 1
 
     def merged(self, other: DataReport) -> DataReport:
         """Return a new report with the counts of both reports added."""
@@ -81,12 +94,15 @@ class DataReport:
             bad_places=places,
             dropped=_sum(self.dropped, other.dropped),
             cut=_sum(self.cut, other.cut),
+            forms=_sum(self.forms, other.forms),
+            meta=_sum(self.meta, other.meta),
         )
 
     def metrics(self) -> dict[str, float]:
         """Return the counts by metric name: `data/read`, `data/kept`, `data/bad/empty_answer`, `data/dropped/...`."""
         named = {"read": self.read, "kept": self.kept, "held_apart": self.held_apart}
         groups = {"other_splits": self.other_splits, "bad": self.bad, "dropped": self.dropped, "cut": self.cut}
+        groups["forms"] = self.forms
         for group, counts in groups.items():
             named |= {f"{group}/{_slug(reason)}": count for reason, count in counts.items()}
         return {f"data/{name}": float(count) for name, count in named.items()}
@@ -102,6 +118,9 @@ class DataReport:
             lines.append(f"  {n} bad: {reason}: {'; '.join(places)}{more}")
         lines += [f"  {n} dropped: {reason}" for reason, n in self.dropped.items()]
         lines += [f"  {n} kept with a cut {part}" for part, n in self.cut.items()]
+        lines += [f"  {n} read from a special form: {form}" for form, n in self.forms.items()]
+        shown = list(self.meta)[:MOST_COLUMNS] + (["..."] if len(self.meta) > MOST_COLUMNS else [])
+        lines += [f"  columns that are in no text: {', '.join(shown)}"] if shown else []
         return "\n".join(lines)
 
     def __str__(self) -> str:

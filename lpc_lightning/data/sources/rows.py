@@ -34,6 +34,11 @@ Reason: TypeAlias = Literal[
     "conversation does not end in an answer",
     "unknown role",
     "unknown form",
+    "unknown label",
+    "ambiguous columns",
+    "ambiguous message",
+    "message list as text",
+    "rendered text",
     "wrong type",
     "invalid text",
     "refused by the chat template",
@@ -58,6 +63,10 @@ class BadRow(ValueError):  # noqa: N818 - a bad row is counted, and is an error 
         super().__init__(f"{reason}: {detail}")
         self.reason: Reason = reason
         self.detail = detail
+
+
+class Tie(ValueError):  # noqa: N818 - a tie is no error: the row is dropped and counted
+    """Raised for one row whose label prefers neither answer."""
 
 
 OnBad: TypeAlias = Callable[[str, BadRow], None]

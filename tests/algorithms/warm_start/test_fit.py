@@ -95,7 +95,7 @@ def test_fit_of_every_space(name: str, planted: Callable[..., Any]) -> None:
     assert all(value.isfinite().all() for value in space.state_dict().values())
     assert loss <= plain
     assert any(not torch.equal(value, before[key]) for key, value in space.state_dict().items())
-    moments = [part for part in space.modules() if isinstance(part, latent.moments.RunningMoments)]
+    moments = [part for part in space.modules() if isinstance(part, latent.networks.RunningMoments)]
     assert all(part.pairs == 1200 - 120 for part in moments)
     if name != "VectorSpace":
         assert moments

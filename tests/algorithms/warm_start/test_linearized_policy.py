@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from lpc_lightning.algorithms.scoring import BatchScorer
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.warm_start.linearized_policy import (
     LinearizedForward,
     LinearizedPairs,
@@ -22,7 +22,7 @@ from lpc_lightning.algorithms.warm_start.linearized_policy import (
 )
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
-from lpc_lightning.policy.logprobs import BatchForward
+from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PreferenceBatch
 
 WIDTH, VOCABULARY = 5, 11

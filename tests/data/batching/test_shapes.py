@@ -108,7 +108,7 @@ def test_padding_adds_nothing(
     found: list[Any] = []
     for layout in (fixed, SharedPrefixLayout(0, None)):
         policy.zero_grad()
-        forward = policy.read(layout(pairs))
+        forward = policy(layout(pairs))
         plain, per_code = forward.logps(), forward.logps_per_code(codes)
         under = forward.logps(codes[[0, 1, 2, 0, 1, 2]])
         (plain.square().sum() + per_code.sum() + under.sum() + forward.states.chosen.sum()).backward()

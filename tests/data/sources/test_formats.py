@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpc_lightning.data.sources.formats import Columns, to_example
+from lpc_lightning.data.sources.columns import Columns
+from lpc_lightning.data.sources.formats import to_example
 from lpc_lightning.data.sources.rows import BadRow
 
 

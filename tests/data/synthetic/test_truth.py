@@ -57,7 +57,7 @@ def test_bayes_accuracy_one_or_two_opposed_factors() -> None:
 
 def test_two_attributes_by_hand() -> None:
     # Whichever decides, the other one differs in 32 of the 63 sets. Then the two agree half of the time, and the best
-    # guess is right always; else half of the time. In the other 31 sets the pair itself tells which one decided.
+    # guess is right always; else half of the time. In the other 31 sets the pair itself shows which one decided.
     assert bayes_accuracy(["short", "formal"]) == Fraction(31, 63) + Fraction(32, 63) * Fraction(3, 4)
 
 

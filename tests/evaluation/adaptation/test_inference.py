@@ -108,7 +108,7 @@ def test_adaptation_scores_zero_shots_is_the_prior(kind: str) -> None:
     tables = random_tables(len(NAMES), seed=3)
     for rounds in (1, 7, 20):
         score = adaptation_scores(tables, IDS, NAMES, (0, 3), rounds)[kind][0]
-        assert score == mean_score(correct(margins(tables.log_prior, tables)), np.array(NAMES))
+        assert score == mean_score(correct(margins(tables.log_prior, tables)), np.array(NAMES), np.arange(len(NAMES)))
 
 
 def even_tables(right: Sequence[Sequence[float]], wrong: Sequence[Sequence[float]]) -> CodeTables:
@@ -200,22 +200,23 @@ def test_circular_orders_of_a_subset() -> None:
 
 
 def test_mean_score_errors_closed_form() -> None:
-    """Over pairs: the error of a binomial. Over annotators with equally many pairs: the error of their means."""
+    """Over prompts of one pair: the error of a binomial. Over annotators of four pairs: the error of their means."""
     values, names = np.array([1.0, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1]), np.repeat(["anna", "ben", "cleo"], 4)
-    score = mean_score(values, names)
+    prompts = np.arange(len(values))
+    score = mean_score(values, names, prompts)
     assert score.accuracy == pytest.approx(8 / 12)
     assert score.standard_error == pytest.approx(math.sqrt(8 / 12 * 4 / 12 / 11))
     assert score.annotators_error == pytest.approx(np.std([0.75, 0.25, 1.0], ddof=1) / math.sqrt(3))
     assert score.by_annotator == {"anna": 0.75, "ben": 0.25, "cleo": 1.0}
-    assert mean_score(values[:1], names[:1]).standard_error is None
-    assert mean_score(values[:4], names[:4]).annotators_error is None
+    assert mean_score(values[:1], names[:1], prompts[:1]).standard_error is None
+    assert mean_score(values[:4], names[:4], prompts[:4]).annotators_error is None
 
 
 def test_mean_score_errors_of_biased_coins() -> None:
     """Each annotator has a biased coin. The error over pairs is too small, the error over annotators is right."""
     draw, names = np.random.default_rng(0), np.repeat(np.arange(20).astype(str), 16)
     biased = [(draw.random((20, 1)) > draw.random((20, 16))).astype(float).ravel() for _ in range(400)]
-    scores = [mean_score(values, names) for values in biased]
+    scores = [mean_score(values, names, np.arange(len(values))) for values in biased]
     deviation = np.std([score.accuracy for score in scores])
     assert np.mean([score.annotators_error or 0 for score in scores]) == pytest.approx(deviation, rel=0.1)
     assert np.mean([score.standard_error or 0 for score in scores]) < 0.5 * deviation

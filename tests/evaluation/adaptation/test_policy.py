@@ -49,7 +49,7 @@ def is_correct(module: DPO, batches: list[Any], name: str, weights: Any) -> floa
     space: Any = module.latent
     (batch,) = [batch for batch in batches if name in batch.ids]
     z = sum(float(weight) * code for weight, code in zip(weights, space.codebook.weight, strict=True))
-    pairs, _ = module.read(batch)[1].under(z.expand(len(batch.ids), -1))
+    pairs, _ = module.score_batch(batch)[1].under(z.expand(len(batch.ids), -1))
     index = batch.ids.index(name)
     return float(pairs.chosen_rewards[index] > pairs.rejected_rewards[index])
 
@@ -82,6 +82,6 @@ def test_policy_under_mixtures_of_one_code(module: DPO, batches: list[Any]) -> N
     expected = []
     for batch in batches:
         with torch.no_grad():
-            pairs, _ = module.read(batch)[1].under_codes(space.codebook.weight)
+            pairs, _ = module.score_batch(batch)[1].under_codes(space.codebook.weight)
         expected += (pairs.chosen_rewards > pairs.rejected_rewards)[:, 1].tolist()
     assert scores[8].accuracy == pytest.approx(np.mean(expected))

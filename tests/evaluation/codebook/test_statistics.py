@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.algorithms.scoring import EvaluationOutput
+from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.evaluation.codebook.recovery import matched_accuracy, purity
 from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics, PointSample, point_key
@@ -73,7 +73,9 @@ def part(batch: PreferenceBatch, evaluated: EvaluationOutput, rows: slice) -> tu
     """Return some of the pairs as a separate batch."""
     terms = evaluated["terms"]
     lengths = torch.cat([half[rows] for half in batch.lengths.chunk(2)])
-    labels = {name: getattr(batch, name)[rows] for name in ("ids", "sources", "factors", "annotators", "flipped")}
+    labels = {
+        name: getattr(batch, name)[rows] for name in ("ids", "sources", "factors", "annotators", "prompts", "flipped")
+    }
     small = PreferenceBatch(
         **{**{f: getattr(batch, f) for f in batch.__dataclass_fields__}, **labels, "lengths": lengths}
     )

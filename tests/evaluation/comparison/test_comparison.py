@@ -61,6 +61,18 @@ def test_compare_tests_against_first_model() -> None:
         assert cell.note == ""
 
 
+def test_compare_tests_prompts_as_wholes() -> None:
+    """Four pairs of one prompt are flipped together. Documents without a prompt are independent."""
+    base, other = model("base"), model("other", better=0.3)
+    prompts = {item: f"prompt {index // 4}" for index, item in enumerate(base.items[ARC])}
+    actual = compare([replace(base, prompts=prompts), other])
+    first, second = (list(each.items[ARC].values()) for each in (base, other))
+    expected = paired_test(first, second, clusters=[index // 4 for index in range(40)])
+    assert differences(actual)[ARC, "other"] == expected
+    assert {test.method for test in differences(actual).values()} == {"prompts"}
+    assert {test.method for test in differences(compare([base, other])).values()} == {"McNemar", "bootstrap"}
+
+
 def test_compare_matches_items_in_any_order() -> None:
     base, other = model("base"), model("other", better=0.2)
     items = {measure: dict(reversed(item_scores.items())) for measure, item_scores in other.items.items()}
@@ -129,7 +141,7 @@ def test_compare_scores_without_items() -> None:
 
 def test_compare_single_item() -> None:
     actual = compare([model("base", items=1), model("other", items=1)])
-    assert {cell.note for cell in actual.cells if cell.model == "other"} == {"no test: there is one item"}
+    assert {cell.note for cell in actual.cells if cell.model == "other"} == {"no test: there is one prompt"}
 
 
 def test_compare_missing_task() -> None:
@@ -165,7 +177,8 @@ def test_to_markdown_text(small: Comparison) -> None:
         "\n"
         "Score ± standard error. Below: differences to base, with 95 % intervals. p: McNemar's exact test if all items "
         "score 0 or 1,\n"
-        "else a paired bootstrap; Holm: corrected for all tests shown. *: Holm below 0.05.\n"
+        "else a paired bootstrap; sign flips of whole prompts where pairs share one. Holm: corrected for all tests "
+        "shown. *: Holm below 0.05.\n"
         "\n"
         "| task     | metric | model  | difference |      95 % interval |     p |  Holm | items |\n"
         "| -------- | ------ | ------ | ---------: | -----------------: | ----: | ----: | ----: |\n"

@@ -41,7 +41,7 @@ def test_batches_without_values_are_refused(small_policy: Any, make_pairs: Calla
         ConfigError,
         match=r"found cached, and pairs without reference log-probabilities \(the first is 'pair 0'\)\. Expected",
     ):
-        module.read(PaddedLayout(0)(make_pairs([(3, 4, 5), (2, 2, 2)])))
+        module.score_batch(PaddedLayout(0)(make_pairs([(3, 4, 5), (2, 2, 2)])))
 
 
 def test_unknown_reference_is_refused(small_policy: Any) -> None:

@@ -1,0 +1,119 @@
+"""How much slower a fit becomes beside one busy process, by how long OpenMP's threads spin at a barrier.
+
+    python -m benchmarks.neighbour
+
+Each measurement is a `lpc-lightning fit` of a tiny policy in a fresh process. The machine must be quiet otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+SPIN_COUNTS = (10_000, 300_000)
+"""Values of GOMP_SPINCOUNT: the project's, and GNU OpenMP's default."""
+WARMUP = 2
+"""Steps before those that are measured."""
+
+
+def main() -> None:
+    """Measure, alone and beside a busy process in turn, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each fit")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the policy")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind")
+    parser.add_argument("--spin-counts", type=int, nargs="+", default=SPIN_COUNTS, help="values of GOMP_SPINCOUNT")
+    options = parser.parse_args()
+    kinds = [(count, is_beside) for count in options.spin_counts for is_beside in (False, True)]
+    seconds: dict[tuple[int, bool], list[float]] = {kind: [] for kind in kinds}
+    for number in range(options.rounds):
+        for spin_count, is_beside in kinds:
+            print(f"round {number + 1}, GOMP_SPINCOUNT={spin_count}, {_PLACE[is_beside]} ...", end=" ", flush=True)
+            seconds[spin_count, is_beside].append(measure(spin_count, is_beside, options.steps, options.layers))
+            print(f"{seconds[spin_count, is_beside][-1]:.2f} s", flush=True)
+    print(f"\nSeconds of {options.steps} steps, {options.layers} layers, medians of {options.rounds}:\n")
+    print(render(seconds))
+
+
+def measure(spin_count: int, is_beside: bool, steps: int, layers: int) -> float:
+    """Return the seconds of some steps of a fit in a fresh process.
+
+    Args:
+        spin_count: GOMP_SPINCOUNT of that process.
+        is_beside: Run another process all the time that needs a whole core.
+        steps: Number of steps that are measured, after those for warm-up.
+        layers: Number of layers of the policy.
+    """
+    waiting = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in waiting}
+    environment["GOMP_SPINCOUNT"] = str(spin_count)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "recording.json"
+        recorder = {"class_path": "benchmarks.recorder.StepRecorder", "init_args": {"output": str(output)}}
+        settings = {
+            "config": "configs/experiment/tiny.yaml",
+            "policy.layers": layers,
+            "data.train_pairs": 8 * (WARMUP + steps),
+            "data.validation_pairs": 0,
+            "data.batch_size": 8,
+            "data.cache_dir": folder,
+            "trainer.default_root_dir": folder,
+            "callbacks": json.dumps([recorder]),
+            "trainer.max_steps": WARMUP + steps,
+            "trainer.logger": "false",
+            "trainer.enable_checkpointing": "false",
+            "trainer.enable_progress_bar": "false",
+            "trainer.enable_model_summary": "false",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "lpc_lightning",
+            "fit",
+            *(f"--{name}={value}" for name, value in settings.items()),
+        ]
+        with busy_process() if is_beside else nullcontext():
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+        ended = json.loads(output.read_text())["ended"]
+    return ended[-1] - ended[-1 - steps]
+
+
+@contextmanager
+def busy_process() -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process that needs a whole core."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+_PLACE = {False: "alone", True: "beside a busy process"}
+
+
+def render(seconds: Mapping[tuple[int, bool], Sequence[float]]) -> str:
+    """Return a Markdown table of medians.
+
+    Args:
+        seconds: Measurements by spin count, alone (false) and beside a busy process (true).
+    """
+    lines = ["| GOMP_SPINCOUNT | alone | beside a busy process | ratio |", "| --- | --- | --- | --- |"]
+    for spin_count in dict.fromkeys(count for count, _ in seconds):
+        alone, beside = (statistics.median(seconds[spin_count, is_beside]) for is_beside in (False, True))
+        lines.append(f"| {spin_count} | {alone:.2f} | {beside:.2f} | {beside / alone:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

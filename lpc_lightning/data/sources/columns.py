@@ -1,0 +1,75 @@
+"""Names of the columns of a row, and how their cells are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a row, and how their cells are read.
+
+    A row needs two answers in an order of preference: `chosen` and `rejected`, or two answers and a label. Columns
+    without a purpose are stored in `meta`. Source, factor and annotator may be the same column. For example,
+    `annotator: factor` treats each factor as one annotator.
+    """
+
+    prompt: str = "prompt"
+    """The prompt: text, rendered text or messages. May be absent if the answers are whole conversations. If no row
+    column has this name, a single column `instruction`, `question`, `query`, `history` or `context` is used."""
+    chosen: str = "chosen"
+    """The preferred answer: text, one assistant message, or a whole conversation that ends with the answer."""
+    rejected: str = "rejected"
+    """The other answer, in the same formats."""
+    answer_a: str | None = None
+    """First of two answers that a label orders, in the formats of `chosen`. null: the columns of a known data set (see
+    docs/data.md)."""
+    answer_b: str | None = None
+    """Second of the two answers."""
+    label: str | None = None
+    """Label that orders the two answers. null: the label column of a known data set."""
+    label_a: list[str | int | float] | None = None
+    """Values of the label if the first answer is preferred, such as [model_a] or [-3, -2, -1]. null: the values of a
+    known data set, otherwise `a`, `A` or the name of the first answer's column."""
+    label_b: list[str | int | float] | None = None
+    """Values of the label if the second answer is preferred."""
+    label_tie: list[str | int | float] | None = None
+    """Values of the label if no answer is preferred. These rows are dropped and counted."""
+    system: str | None = None
+    """System text, placed before the prompt. null: the column `system`, `system_prompt` or `system_message`. A name
+    that no row has: no system text."""
+    input: str | None = None
+    """Text appended to the prompt after a blank line. null: the column `input` if the prompt is in `instruction`. A
+    name that no row has: nothing is appended."""
+    rendered: Literal["turns", "text"] = "turns"
+    """Treatment of text that a chat template has rendered ("<|im_start|>user", "Human: ... Assistant:"), and of message
+    lists that are written as text. `turns`: convert to messages. `text`: use it as plain text."""
+    source: str = "source"
+    """Origin of the pair. Defaults to the empty text if absent."""
+    factor: str = "factor"
+    """The preference factor that decided the label. Defaults to the empty text if absent."""
+    annotator: str = "annotator"
+    """Name of the annotator who labelled the pair. Defaults to the empty text if absent."""
+    id: str = "id"
+    """Name of the pair. Defaults to the place of the row if absent."""
+
+    def __post_init__(self) -> None:
+        names = [self.prompt, self.chosen, self.rejected, self.id, *{self.source, self.factor, self.annotator}]
+        names += [name for name in (self.answer_a, self.answer_b, self.label, self.system, self.input) if name]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"columns: found {repeated} for more than one purpose, expected a column for each purpose")
+        if (self.answer_a is None) != (self.answer_b is None):
+            raise ValueError(
+                f"columns: found answer_a={self.answer_a!r} and answer_b={self.answer_b!r}, expected both or neither"
+            )
+        if self.answer_a is not None and self.label is None:
+            raise ValueError(
+                f"columns: found the answers {self.answer_a!r} and {self.answer_b!r} without columns.label, expected "
+                "the column that says which answer is preferred"
+            )
+
+    @property
+    def purposes(self) -> set[str]:
+        """Names of all columns that have a purpose."""
+        return {value for f in fields(self) if f.name != "rendered" and isinstance(value := getattr(self, f.name), str)}

@@ -1,0 +1,144 @@
+"""Conversion of text that a chat template has rendered back to messages."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lpc_lightning.data.sources.messages import ROLES
+from lpc_lightning.data.sources.rows import BadRow
+from lpc_lightning.types import Message, PreferenceExample
+
+
+@dataclass(frozen=True)
+class Markup:
+    """Headers and ends that a template writes around turns."""
+
+    name: str
+    """Name in reports."""
+    header: re.Pattern[str]
+    """Header of a turn. Its only group is the name of the role."""
+    end: re.Pattern[str] | None = None
+    """Token at the end of a turn. None: a turn ends at the next header."""
+    later: str = ""
+    """Header of a later turn, which the text must contain. A text that only begins with "Human:" is no dialogue."""
+
+    @property
+    def description(self) -> str:
+        """Name of the form in reports."""
+        return f"rendered text ({self.name})"
+
+    @property
+    def has_tokens(self) -> bool:
+        """True if headers are control tokens, which ordinary text does not contain."""
+        return self.end is not None
+
+    def turns(self, text: str) -> tuple[Message, ...] | None:
+        """Split a text into turns. Return None if it does not begin with a header, or has text between turns."""
+        text = text.lstrip() if self.has_tokens else text
+        if not self.header.match(text) or not (self.later in text or text.startswith("\n\n")):
+            return None
+        _, *parts = self.header.split(text)
+        messages: list[Message] = []
+        for name, body in zip(parts[::2], parts[1::2], strict=True):
+            role, content = _ROLES.get(name.lower()), self._content(body)
+            if role is None or content is None:
+                return None
+            messages += _turn(role, content)
+        return tuple(messages)
+
+    def answer(self, text: str) -> str:
+        """Return an answer without its header, its end token and the white space around it."""
+        turns = self.turns(text)
+        if self.has_tokens and turns is not None and [turn["role"] for turn in turns] == ["assistant"]:
+            return turns[0]["content"].strip()
+        content = self._content(text)
+        return text if content is None else content.strip()
+
+    def _content(self, body: str) -> str | None:
+        if self.end is None:
+            return body.strip()
+        content, *rest = self.end.split(body)
+        return content if not any(part.strip() for part in rest) else None
+
+
+_ROLES = {**ROLES, "[inst]": "user", "[/inst]": "assistant"}
+
+
+def _turn(role: str, content: str) -> list[Message]:
+    """Return a turn. A system text that is written in the user's turn, as Llama 2 does, is a turn of its own."""
+    head, end, rest = content.partition("<</SYS>>")
+    if role == "user" and end and head.lstrip().startswith("<<SYS>>"):
+        system = head.lstrip().removeprefix("<<SYS>>").strip()
+        return [Message(role="system", content=system), Message(role="user", content=rest.strip())]
+    return [Message(role=role, content=content)]
+
+
+def _lines(speakers: str, separator: str, prefix: str = "") -> Markup:
+    """Return the markup of lines like "Human: ..." and "Assistant: ...", with `separator` before each."""
+    return Markup(
+        name=f"{prefix}{speakers.replace('|', '/')} {'lines' if separator == LINE else 'paragraphs'}",
+        header=re.compile(rf"(?:\A\s*|{separator}){prefix}({speakers}):"),
+        later=f"{separator}{prefix}Assistant:",
+    )
+
+
+LINE, PARAGRAPH = "\n", "\n\n"
+_TOKENS = (
+    ("ChatML", r"<\|im_start\|>(\w+)(?:\n|<\|im_sep\|>|\Z)", r"<\|im_end\|>"),
+    (
+        "Llama 3",
+        r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>(\w+)<\|end_header_id\|>(?:\n\n|\Z)",
+        r"<\|eot_id\|>|<\|end_of_text\|>",
+    ),
+    ("Gemma", r"(?:<bos>)?<start_of_turn>(\w+)(?:\n|\Z)", r"<end_of_turn>"),
+    ("Zephyr", r"<\|(system|user|assistant)\|>\n?", r"</s>|<\|end\|>|<\|endoftext\|>"),
+    ("Llama 2", r"\s*(?:<s>\s*)?(\[INST\]|\[/INST\]) ?", r"\s*</s>"),
+    (
+        "DeepSeek",
+        r"(?:<\uff5cbegin▁of▁sentence\uff5c>)?<\uff5c(User|Assistant)\uff5c>",
+        r"<\uff5cend▁of▁sentence\uff5c>",
+    ),
+)
+MARKUPS = (
+    *(Markup(name, re.compile(header), re.compile(end)) for name, header, end in _TOKENS),
+    _lines("Human|Assistant", PARAGRAPH),
+    _lines("Human|Assistant", LINE),
+    _lines("System|User|Assistant", PARAGRAPH),
+    _lines("System|User|Assistant", LINE),
+    _lines("Human|Assistant", LINE, prefix="### "),
+    _lines("User|Assistant", LINE, prefix="### "),
+)
+"""Supported markups, in the order in which they are tried."""
+_TOKEN = re.compile(
+    r"\A\s*(?:<\|im_start\|>|<\|begin_of_text\|>|<\|start_header_id\|>|<start_of_turn>|<s>\s*\[INST\]|\[INST\]|<\uff5c)"
+    r"|(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\uff5cend▁of▁sentence\uff5c>)\s*\Z"
+)
+_OPEN = re.compile(
+    r"(?:(?:\A|\s)(?:ASSISTANT|### (?:Response|Assistant)):|<\|im_start\|>assistant|\[/INST\]|<\|assistant\|>)\s*\Z"
+)
+
+
+def read_markup(text: object) -> tuple[Markup, tuple[Message, ...]] | None:
+    """Return the markup and the turns of a rendered dialogue, or None for other cells."""
+    if not isinstance(text, str):
+        return None
+    return next(((markup, turns) for markup in MARKUPS if (turns := markup.turns(text))), None)
+
+
+def refuse_rendered(example: PreferenceExample) -> None:
+    """Refuse a pair with parts of a rendered dialogue that could not be read.
+
+    Raises:
+        BadRow: A text begins or ends with a control token of a template, or the prompt ends with an open answer.
+    """
+    turns = [turn["content"] for turn in example.prompt]
+    found = next((text for text in (*turns, example.chosen, example.rejected) if _TOKEN.search(text)), None)
+    if found is None and _OPEN.search(turns[-1]):
+        found = turns[-1]
+    if found is not None:
+        raise BadRow(
+            "rendered text",
+            f"found control tokens or headers of a template in {found[:30]!r} ... {found[-30:]!r}. Remove them, so "
+            "that the policy's own template can render the pair, or set data.columns.rendered=text to keep them",
+        )

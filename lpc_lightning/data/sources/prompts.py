@@ -1,0 +1,94 @@
+"""Parts of a prompt that are in columns of their own: its text, a system text and an input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lpc_lightning.data.sources.columns import Columns
+from lpc_lightning.data.sources.rows import BadRow, Row
+from lpc_lightning.types import Message
+
+PROMPT_NAMES = ("instruction", "question", "query", "history", "context")
+"""Columns that hold the prompt in known data sets."""
+SYSTEM_NAMES = ("system", "system_prompt", "system_message")
+"""Columns that hold a system text in known data sets."""
+INPUT = "input"
+
+
+def find_prompt(row: Row, columns: Columns, of_form: str | None) -> str:
+    """Return the column of the prompt.
+
+    Args:
+        row: Cells by column name.
+        columns: Names of the columns.
+        of_form: Column of the prompt in the data set that the row's answers belong to, if known.
+
+    Raises:
+        BadRow: Several columns may hold the prompt.
+    """
+    if row.get(columns.prompt) is not None or columns.prompt != Columns.prompt:
+        return columns.prompt
+    free = [name for name in PROMPT_NAMES if row.get(name) and name not in columns.purposes]
+    if of_form in free:
+        return of_form
+    if len(free) > 1:
+        raise BadRow("ambiguous columns", f"found no {columns.prompt!r}, but {_names(free)}; set data.columns.prompt")
+    return free[0] if free else columns.prompt
+
+
+def with_system(prompt: tuple[Message, ...], row: Row, columns: Columns) -> tuple[tuple[Message, ...], list[str]]:
+    """Place the system text of a column before the prompt. Return the prompt, and the columns that were used.
+
+    Raises:
+        BadRow: Several columns have a system text, or the prompt has another one.
+    """
+    names = _texts(row, SYSTEM_NAMES, columns) if columns.system is None else _texts(row, [columns.system])
+    if not names:
+        return prompt, []
+    texts = {row[name] for name in names} | {turn["content"] for turn in prompt if turn["role"] == "system"}
+    if len(texts) > 1:
+        others = " and in the prompt" if len({row[name] for name in names}) == 1 else ""
+        raise BadRow(
+            "ambiguous columns", f"found different system texts in {_names(names)}{others}; set data.columns.system"
+        )
+    if prompt and prompt[0]["role"] == "system":
+        return prompt, names
+    return (Message(role="system", content=texts.pop()), *prompt), names
+
+
+def with_input(
+    prompt: tuple[Message, ...], name: str, row: Row, columns: Columns
+) -> tuple[tuple[Message, ...], list[str]]:
+    """Append the text of the input column to the prompt's last turn. Return the prompt, and the columns that were used.
+
+    Args:
+        prompt: The prompt so far.
+        name: Column of the prompt.
+        row: Cells by column name.
+        columns: Names of the columns.
+
+    Raises:
+        BadRow: The row has a column `input`, the prompt is not in `instruction`, and no setting names the input column.
+    """
+    found = _texts(row, [INPUT], columns) if columns.input is None else _texts(row, [columns.input])
+    if not found or not prompt or row[found[0]].strip() in prompt[-1]["content"]:
+        return prompt, []
+    if columns.input is None and name != "instruction":
+        raise BadRow(
+            "ambiguous columns",
+            f"found text in {name!r} and in {INPUT!r}. Set data.columns.input={INPUT} to append it to the prompt, or "
+            "to a name that no row has to leave it out",
+        )
+    *earlier, last = prompt
+    text = f"{last['content']}\n\n{row[found[0]]}"
+    return (*earlier, Message(role=last["role"], content=text)), found
+
+
+def _texts(row: Row, names: Sequence[str], columns: Columns | None = None) -> list[str]:
+    """Return the columns that have a text and no other purpose."""
+    taken = set() if columns is None else columns.purposes
+    return [name for name in names if isinstance(row.get(name), str) and row[name].strip() and name not in taken]
+
+
+def _names(names: Sequence[str]) -> str:
+    return " and ".join(map(repr, names))

@@ -1,0 +1,98 @@
+"""Structures of a pair: whole conversations, or a prompt with two answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+from lpc_lightning.data.sources.markup import read_markup
+from lpc_lightning.data.sources.messages import describe, is_messages, to_message, to_messages
+from lpc_lightning.data.sources.rows import BadRow
+from lpc_lightning.types import Message
+
+
+class Triple(NamedTuple):
+    """Texts of a pair."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+Structure: TypeAlias = Callable[[Any, Any, Any, list[str]], Triple | None]
+"""Function from the cells of prompt, chosen and rejected to a triple. It returns None if the cells have another
+structure. It appends the names of special forms to the list."""
+
+
+def conversations(prompt: Any, chosen: Any, rejected: Any, forms: list[str]) -> Triple | None:
+    """Read two lists of messages. Their common turns are the prompt, which the prompt's cell may repeat."""
+    if not (is_messages(chosen) and is_messages(rejected)) or len(chosen) == len(rejected) == 1:
+        return None
+    triple = _split(to_messages(chosen, forms), to_messages(rejected, forms))
+    if is_messages(prompt) and to_messages(prompt, forms) != triple.prompt:
+        raise BadRow("prompt differs from the conversations", "the prompt's messages are not their common turns")
+    return triple
+
+
+def rendered_conversations(prompt: Any, chosen: Any, rejected: Any, forms: list[str]) -> Triple | None:
+    """Read two rendered dialogues. Their common turns are the prompt, which the prompt's cell may repeat."""
+    one, other = read_markup(chosen), read_markup(rejected)
+    if one is None or other is None or len(one[1]) == len(other[1]) == 1:
+        return None
+    # With a prompt, an answer may itself be a dialogue in lines. It is a whole conversation only if it repeats the
+    # prompt. Control tokens are no answer.
+    repeats = isinstance(prompt, str) and all(text.startswith(prompt.rstrip()) for text in (chosen, rejected))
+    if prompt and not repeats and not one[0].has_tokens:
+        return None
+    forms.append(one[0].description)
+    return _split(one[1], other[1])
+
+
+def rendered_prompt(prompt: Any, chosen: Any, rejected: Any, forms: list[str]) -> Triple | None:
+    """Read a rendered dialogue that ends where the answers begin."""
+    rendered = read_markup(prompt)
+    if rendered is None:
+        return None
+    markup, turns = rendered
+    if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
+        turns = turns[:-1]
+    forms.append(markup.description)
+    return Triple(turns, *(markup.answer(_answer(cell, forms)) for cell in (chosen, rejected)))
+
+
+def prompt_and_answers(prompt: Any, chosen: Any, rejected: Any, forms: list[str]) -> Triple | None:
+    """Read a prompt, as text or messages, and two answers, each as text or one assistant message."""
+    if is_messages(prompt):
+        return Triple(to_messages(prompt, forms), _answer(chosen, forms), _answer(rejected, forms))
+    if isinstance(prompt, str):
+        return Triple((Message(role="user", content=prompt),), _answer(chosen, forms), _answer(rejected, forms))
+    return None
+
+
+def _split(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Triple:
+    """Split two conversations into their common turns and the last turn of each."""
+    common = len(chosen) - 1
+    if len(rejected) != len(chosen) or chosen[:common] != rejected[:common]:
+        turn = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        difference = f"turn {turn + 1}" if turn is not None else "their number of turns"
+        raise BadRow(
+            "conversations differ before the last turn",
+            f"found {len(chosen)} and {len(rejected)} turns, which differ at {difference}; expected a difference in "
+            "the last turn only",
+        )
+    if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        roles = f"{chosen[-1]['role']!r} and {rejected[-1]['role']!r}"
+        raise BadRow("conversation does not end in an answer", f"the last turns have the roles {roles}")
+    return Triple(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+
+
+def _answer(cell: Any, forms: list[str]) -> str:
+    if isinstance(cell, str):
+        return cell
+    items = [cell] if isinstance(cell, dict) else cell
+    if not is_messages(items) or len(items) != 1:
+        raise BadRow("wrong type", f"an answer is {describe(cell)}; expected text or one assistant message")
+    message = to_message(items[0], forms)
+    if message["role"] != "assistant":
+        raise BadRow("conversation does not end in an answer", f"the only turn has the role {message['role']!r}")
+    return message["content"]

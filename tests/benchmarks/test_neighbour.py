@@ -1,0 +1,23 @@
+"""The cost of a busy neighbour, in miniature."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.neighbour import busy_process, measure, render
+
+
+def test_table_has_medians_and_their_ratio() -> None:
+    seconds = {(10_000, False): [2.0, 9.0, 1.0], (10_000, True): [3.0, 5.0, 4.0]}
+    assert render(seconds).splitlines()[2:] == ["| 10000 | 2.00 | 4.00 | 2.00 |"]
+
+
+def test_busy_process_runs_until_the_end() -> None:
+    with busy_process() as process:
+        assert process.poll() is None
+    assert process.poll() is not None
+
+
+@pytest.mark.slow
+def test_steps_of_a_fit_are_timed() -> None:
+    assert 0 < measure(10_000, is_beside=False, steps=2, layers=1) < 60
