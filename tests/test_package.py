@@ -15,7 +15,7 @@ import lpc_lightning
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"types", "errors", "seeding", "transfer", "run_folder", "system_errors"},
-    {"paths"},
+    {"paths", "markdown", "output_paths"},
     {"losses", "latent", "policy", "data"},
     {"distributed"},
     {"reference"},
