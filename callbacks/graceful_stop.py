@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lpc_lightning.algorithms.accumulation import is_optimizer_step
+from lpc_lightning.algorithms.base import is_optimizer_step
 
 
 class GracefulStop(Callback):

@@ -10,12 +10,14 @@ from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round
 
 
 class PreferenceAccuracy(CollectPairs):
-    """Callback that logs `accuracy/MODE` and `margin/MODE` for each mode of `mode_margins`, and `swap_turnover`.
+    """Callback that logs `accuracy/MODE`, `margin/MODE` and `log_loss/MODE` for each mode, and `swap_turnover`.
 
     Names start with val/ or test/. `accuracy/prior` is the module's own `rewards/accuracies`. All modes use the
     backbone pass of the step. Each mode needs a pass through the LM head; all codes together need one. Each metric is
-    also logged by group, with the suffix `/source/NAME` or `/factor/NAME`, and, if labels were flipped, with `/clean`
-    and `/flipped`. `pairs/...` is the number of pairs in each group. docs/accuracy_modes.md explains the metrics.
+    also logged by group, with the suffix `/source/NAME` or `/factor/NAME`; if labels were flipped, with `/clean` and
+    `/flipped`; and for pairs of similar length, with `/length_matched`. `pairs/...` is the number of pairs in each
+    group. Over all pairs there is also `calibration_error/MODE`, and, if labels were flipped, `wrong_label_auroc/MODE`.
+    docs/accuracy_modes.md explains the metrics.
 
     If the data gives the best accuracy that is possible from the prompt (the built-in preferences), `share_of_best` is
     the main accuracy divided by it. It can be above 1 only by chance, in a finite sample.

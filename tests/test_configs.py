@@ -102,12 +102,10 @@ def test_experiment_header(path: Path) -> None:
 
 
 def experiments() -> list[tuple[Path, str | None, str | None]]:
-    """Each base, and its combinations of the --model and --latent files that its header names."""
+    """Each base, and its combinations of the values of --model and --latent that its header names."""
     combinations: list[tuple[Path, str | None, str | None]] = []
     for path in EXPERIMENTS:
-        named = {
-            group: re.findall(rf"^#   --{group} configs/(\S+)", path.read_text(), re.M) for group in ("model", "latent")
-        }
+        named = {group: re.findall(rf"^#   --{group} (\S+)", path.read_text(), re.M) for group in ("model", "latent")}
         combinations += [(path, *pair) for pair in product([None, *named["model"]], [None, *named["latent"]])]
     return combinations
 
@@ -121,18 +119,23 @@ def test_experiments_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("path", "model", "latent"), experiments(), ids=lambda value: str(getattr(value, "stem", value))
 )
-def test_experiment_is_instantiated(path: Path, model: str | None, latent: str | None, swap: list[str]) -> None:
-    flags = [f"--{name}={CONFIGS / file}" for name, file in (("model", model), ("latent", latent)) if file]
+def test_experiment_is_instantiated(
+    path: Path, model: str | None, latent: str | None, swap: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    flags = [f"--{name}={value}" for name, value in (("model", model), ("latent", latent)) if value]
     built = Parsed([f"--config={path}", *flags, *swap])
-    algorithm = Path(model or "dpo").stem.partition("_")[0]
+    algorithm = Path(model or "dpo").stem.partition("_")[0].lower()
     space = Path(latent or ("marginal" if path.stem == "demo" else "none")).stem
     assert type(built.model).__name__ == ALGORITHMS[algorithm]
     assert type(built.model.latent).__name__ == SPACES[space]
     assert isinstance(built.model.policy_spec, TinyPolicy)
     defaults = built.model.make_optimizer([torch.zeros(1, requires_grad=True)]).defaults
     assert defaults["fused"]
-    file = path.parent / yaml.safe_load(path.read_text())["model"] if model is None else CONFIGS / model
-    assert defaults["lr"] == yaml.safe_load(file.read_text())["init_args"]["optimizer"]["init_args"]["lr"]
+    stated = model if model and model.endswith(".yaml") else yaml.safe_load(path.read_text())["model"]
+    if isinstance(stated, str):
+        stated = yaml.safe_load((Path() if stated == model else path.parent).joinpath(stated).read_text())
+    assert defaults["lr"] == stated["init_args"]["optimizer"]["init_args"]["lr"]
     names = {type(callback).__name__ for callback in built.trainer.callbacks}
     assert {"ModelCheckpoint", "GracefulStop", "RunSummary", "FinalValidation", "ResourceMonitor"} <= names
 
@@ -184,7 +187,7 @@ def test_trainers_state_the_same_settings() -> None:
 @pytest.mark.parametrize("latent", [None, *sorted(CONFIGS.glob("latent/*.yaml"))], ids=lambda path: path and path.stem)
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def test_algorithm_and_latent_train_two_steps(algorithm: str, latent: Path | None, swap: list[str]) -> None:
-    path, model = CONFIGS / "experiment" / "smollm2.yaml", CONFIGS / "algorithm" / f"{algorithm}_small.yaml"
+    path = CONFIGS / "experiment" / "smollm2.yaml"
     steps = [
         "--data.deciding=hidden",
         "--data.train_pairs=32",
@@ -193,7 +196,8 @@ def test_algorithm_and_latent_train_two_steps(algorithm: str, latent: Path | Non
         "--trainer.enable_progress_bar=false",
         "--trainer.precision=32-true",
     ]
-    done = PreferenceCLI(["fit", f"--config={path}", f"--model={model}", f"--latent={latent or 'null'}", *swap, *steps])
+    groups = [f"--model={ALGORITHMS[algorithm]}", f"--latent={latent or 'null'}"]
+    done = PreferenceCLI(["fit", f"--config={path}", *groups, *swap, *steps])
     assert done.trainer.global_step == 2
     losses = done.trainer.callback_metrics
     assert torch.isfinite(losses["train/loss"])

@@ -14,7 +14,8 @@ import lpc_lightning
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types", "errors", "seeding", "transfer", "run_folder", "system_errors"},
+    {"errors"},
+    {"types", "seeding", "transfer", "run_folder", "system_errors"},
     {"paths", "markdown", "output_paths"},
     {"losses", "latent", "policy", "data"},
     {"distributed"},

@@ -59,8 +59,9 @@ def ablate(
     """Run every cell of a grid: a fit in its own folder and process, followed by validation and test.
 
     A grid is a YAML file with the arguments of `lpc-lightning fit` that all cells share, and axes with values (see
-    configs/ablation/). After the file, `AXIS=VALUE,VALUE` replaces the values of an axis, and `SETTING=VALUE` (such as
-    trainer.max_steps=20) sets a setting of all cells.
+    configs/ablation/). `extends: FILE` in it names a grid file of which it states a change: mappings are merged, lists
+    replace lists, null removes a key. After the file, `AXIS=VALUE,VALUE` replaces the values of an axis, and
+    `SETTING=VALUE` (such as trainer.max_steps=20) sets a setting of all cells.
 
     If the command runs again, it skips finished cells and resumes interrupted cells from their checkpoints. Cells run
     from the start if their settings, files or code have changed. If a cell fails, its error is recorded, and the other

@@ -13,10 +13,12 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
+from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.algorithms.metrics import PairMeans, accuracies
-from lpc_lightning.algorithms.scoring import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
+from lpc_lightning.evaluation.statistics.calibration import calibration_error, wrong_label_auroc
 from lpc_lightning.evaluation.statistics.clusters import standard_error
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import PairLosses, PairStates, PreferenceBatch
@@ -25,6 +27,9 @@ Group = Literal["source", "factor", "annotator"]
 """Labels by which pairs can be grouped."""
 SWAPPED = "posterior_swapped"
 """Key of the margins under the posterior of the swapped answers. It is used for `swap_turnover` and is not a mode."""
+LENGTH_MATCHED = "/length_matched"
+"""Suffix of metrics over pairs whose longer answer has less than `LENGTH_RATIO` times the tokens of the shorter one."""
+LENGTH_RATIO = 1.5
 OTHERS = "(others)"
 """Label of the pairs of all groups but the largest."""
 
@@ -83,12 +88,13 @@ class AccuracyReport:
     """Results of `AccuracyModes`."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    """`accuracy/MODE`, `margin/MODE` and `swap_turnover` over all pairs; the same with the suffixes `/source/NAME`,
-    `/factor/NAME`, `/clean` and `/flipped`; and the counts `pairs`, `pairs/source/NAME` and so on."""
+    """`accuracy/MODE`, `margin/MODE`, `log_loss/MODE` and `swap_turnover` over all pairs; the same with the suffixes
+    `/source/NAME`, `/factor/NAME`, `/clean`, `/flipped` and `/length_matched`; the counts `pairs`, `pairs/source/NAME`
+    and so on; over all pairs also `calibration_error/MODE`, and `wrong_label_auroc/MODE` if some labels are flipped."""
     standard_errors: dict[str, float] = field(default_factory=dict)
     """Standard error of each mean over the pairs of two prompts or more. Pairs of one prompt are not independent."""
     items: list[Row] = field(default_factory=list)
-    """One row per pair: id, source, factor, annotator, prompt, flipped, and `margins` by mode."""
+    """One row per pair: its labels (see `pair_labels`), and `margins` by mode."""
 
 
 class AccuracyModes(nn.Module):
@@ -140,6 +146,11 @@ class AccuracyModes(nn.Module):
                 error = standard_error(values.numpy(), prompts[scored.numpy()])
                 if error is not None:
                     errors[name + suffix] = error
+        flipped = torch.tensor([row["flipped"] for row in rows])
+        for mode in (mode for mode in margins if mode not in (SWAPPED, "shuffled")):
+            means[f"calibration_error/{mode}"] = calibration_error(margins[mode])
+            if flipped.any() and not flipped.all():
+                means[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins[mode], flipped)
         if unshuffled.any():
             counts["pairs/not_shuffled"] = float(unshuffled.sum())
         means |= {name: float(value) for name, value in self.headline.compute().items()}
@@ -156,6 +167,9 @@ class AccuracyModes(nn.Module):
         flipped = torch.tensor([row["flipped"] for row in rows])
         if flipped.any():
             groups |= {"/clean": ~flipped, "/flipped": flipped}
+        matched = torch.tensor([max(row["tokens"]) < LENGTH_RATIO * min(row["tokens"]) for row in rows])
+        if not matched.all():
+            groups |= {LENGTH_MATCHED: matched}
         for kind in self.by:
             labels = keep_largest([row[kind] for row in rows], self.most)
             for group in sorted({label for label in labels if label}):
@@ -179,6 +193,7 @@ def _group_values(margins: dict[str, Tensor], members: Tensor, unshuffled: Tenso
             differences = margins[mode][scored]
             values[f"accuracy/{mode}"] = accuracies(differences), scored
             values[f"margin/{mode}"] = differences, scored
+            values[f"log_loss/{mode}"] = softplus(-differences), scored
     if SWAPPED in margins:
         values["swap_turnover"] = turnover(margins["posterior"][members], margins[SWAPPED][members]), members
     return values

@@ -59,12 +59,14 @@ class PairTable(Metric):
 
 
 def pair_labels(batch: PreferenceBatch) -> list[Row]:
-    """Return the labels of each pair: id, source, factor, annotator, prompt, and whether label noise flipped it.
+    """Return the labels of each pair.
 
-    The prompt is a hash; see `TokenizedPair.prompt`.
+    They are id, source, factor, annotator, prompt (a hash; see `TokenizedPair.prompt`), whether label noise flipped the
+    pair, and `tokens`, the numbers of tokens of the chosen and the rejected answer.
     """
-    columns = (batch.ids, batch.sources, batch.factors, batch.annotators, batch.prompts, batch.flipped.tolist())
-    names = ("id", "source", "factor", "annotator", "prompt", "flipped")
+    tokens = batch.lengths.view(2, -1).T.tolist()
+    columns = (batch.ids, batch.sources, batch.factors, batch.annotators, batch.prompts, batch.flipped.tolist(), tokens)
+    names = ("id", "source", "factor", "annotator", "prompt", "flipped", "tokens")
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.algorithms.scoring import BatchScorer, EvaluationOutput
+from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, Group
@@ -31,12 +31,11 @@ class PreferenceResults:
     """Scores of a policy on preference pairs."""
 
     metrics: dict[str, float]
-    """`accuracy/MODE`, `margin/MODE`, `swap_turnover`, `pairs`; see `AccuracyReport`."""
+    """`accuracy/MODE`, `log_loss/MODE`, `swap_turnover`, `pairs` and so on; see `AccuracyReport`."""
     standard_errors: dict[str, float]
     """Standard errors of the means among the metrics."""
     items: list[Row]
-    """One row per pair: id, source, factor, annotator, prompt, flipped, and `margins` by mode. For paired
-    comparisons."""
+    """One row per pair: its labels (see `pair_labels`), and `margins` by mode, for paired comparisons."""
     reward: str
     """Description of the reward. Margins are differences of rewards."""
     pairs: int

@@ -8,17 +8,16 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpc_lightning.algorithms.accumulation import is_logged, is_optimizer_step, window_weight
 from lpc_lightning.algorithms.checkpoint import check_same_architecture, rewind_to_last_step
-from lpc_lightning.algorithms.metrics import PreferenceMetrics, fetch
+from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput, TrainingOutput
+from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
-from lpc_lightning.algorithms.recent_losses import RecentLosses
 from lpc_lightning.algorithms.run_length import compare_run_length, run_length
-from lpc_lightning.algorithms.scoring import BatchScorer, EvaluationOutput, TrainingOutput
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
@@ -190,6 +189,11 @@ class PreferenceModule(PolicyModule):
         weight = window_weight(self.trainer, batch.pairs, batch_idx)
         return {"loss": loss * weight, "losses": losses.detach(), "margins": margins, "logged": logged}
 
+    @property
+    def progress(self) -> float:
+        """Progress of training: 0 at the first optimizer step, 1 at the last."""
+        return min(1.0, self.trainer.global_step / max(1, self._steps - 1))
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Update the running moments of the latent space, once for each optimizer step."""
         if self.latent is not None:
@@ -313,3 +317,44 @@ class PreferenceModule(PolicyModule):
         result = super().load_state_dict(state_dict, strict, assign)
         result.missing_keys[:] = [name for name in result.missing_keys if name in self._trained]
         return result
+
+
+# Gradient accumulation. A window is the group of micro-batches whose gradients make one optimizer step.
+
+
+def is_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Return True if the optimizer steps after this micro-batch: its window is full, or the epoch ends."""
+    number = batch_idx + 1
+    return number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
+
+
+def is_logged(trainer: Trainer, batch_idx: int) -> bool:
+    """Return True if the step of this micro-batch is logged. Call it before the step is taken.
+
+    Logged are every `trainer.log_every_n_steps`-th step, which loggers write, the first and the last step of the run,
+    and the last step of each epoch, whose values callbacks may read. Metrics of other steps are not computed, because
+    reading them would make the CPU wait for the device.
+    """
+    step = trainer.global_step + 1
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
+    window = trainer.accumulate_grad_batches
+    ends_epoch = batch_idx // window == (trainer.num_training_batches - 1) // window
+    return ends_epoch or step in (1, trainer.max_steps) or (every > 0 and step % every == 0)
+
+
+def window_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:
+    """Return the factor of a micro-batch's mean loss that makes the window's loss the mean over its pairs.
+
+    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short.
+
+    Args:
+        trainer: The trainer. The factor is 1 if its loader is not a `TrainingLoader`, whose batch sizes are known.
+        pairs: Number of pairs in the micro-batch.
+        batch_idx: Number of the micro-batch in the epoch, from 0.
+    """
+    loader, window = trainer.train_dataloader, trainer.accumulate_grad_batches
+    if window == 1 or not isinstance(loader, TrainingLoader):
+        return 1.0
+    start = batch_idx - batch_idx % window
+    end = min(start + window, int(trainer.num_training_batches))
+    return pairs * window / sum(loader.batch_sizes[start:end])

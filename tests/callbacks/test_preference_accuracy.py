@@ -88,8 +88,10 @@ def test_metrics_of_all_pairs_and_of_groups(
     for group in {""} | groups:
         means = {f"val/{kind}/{mode}{group}" for kind in ("accuracy", "margin") for mode in MODES}
         assert {*means, f"val/pairs{group}", f"val/swap_turnover{group}"} <= set(metrics)
-    logged = {name for name in metrics if name.split("/")[1] in ("accuracy", "margin", "pairs", "swap_turnover")}
-    assert len(logged) == (2 * len(MODES) + 2) * (1 + len(groups))
+    kinds = ("accuracy", "margin", "log_loss", "calibration_error", "pairs", "swap_turnover")
+    logged = {name for name in metrics if name.split("/")[1] in kinds}
+    deterministic = len(MODES) - 1  # all modes but `shuffled` have a calibration error
+    assert len(logged) == (3 * len(MODES) + 2) * (2 + len(groups)) + deterministic
     assert [item["id"] for item in callback.report.items] == [example.id for example in examples]
     assert [item["source"] for item in callback.report.items] == [example.source for example in examples]
     assert {name.removeprefix("val/"): metrics[name] for name in logged} == callback.report.metrics
@@ -121,9 +123,12 @@ def test_share_of_best_unknown(
 
 def test_run_without_latent(data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]) -> None:
     (metrics,) = make_trainer(callbacks=[PreferenceAccuracy(by=[])]).validate(make_module(None), data, verbose=False)
-    assert {name for name in metrics if name.split("/")[1] in ("accuracy", "margin", "pairs", "swap_turnover")} == {
-        "val/accuracy/prior", "val/margin/prior", "val/pairs",
-    }  # fmt: skip
+    kinds = ("accuracy", "margin", "log_loss", "pairs", "swap_turnover")
+    assert {name for name in metrics if name.split("/")[1] in kinds} == {
+        f"val/{name}{group}"
+        for name in ("accuracy/prior", "margin/prior", "log_loss/prior", "pairs")
+        for group in ("", "/length_matched")
+    }
 
 
 class Rounds(Callback):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
-from lpc_lightning.algorithms.scoring import EvaluationOutput
+from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.evaluation.accuracy.accuracy_modes import (
     OTHERS,
@@ -25,6 +25,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import (
     turnover,
 )
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable
+from lpc_lightning.evaluation.statistics.calibration import calibration_error, wrong_label_auroc
 from lpc_lightning.latent import (
     ExpectedSpace,
     GaussianSpace,
@@ -352,7 +353,7 @@ def test_group_metrics_are_means_over_pairs(build: Build, make_pairs: Callable[.
     assert [item["id"] for item in report.items] == [pair.id for pair in pairs]
     groups: dict[str, list[int]] = {
         "": [0, 1, 2, 3, 4], "/clean": [0, 2, 3], "/flipped": [1, 4], "/factor/terse": [1, 3],
-        "/source/wide": [0, 1], "/source/high/er": [2], "/source/ünï": [4],
+        "/source/wide": [0, 1], "/source/high/er": [2], "/source/ünï": [4], "/length_matched": [4],
     }  # fmt: skip
     expected: dict[str, float] = {}
     errors: dict[str, float] = {}
@@ -363,6 +364,7 @@ def test_group_metrics_are_means_over_pairs(build: Build, make_pairs: Callable[.
             for mode in ("prior", "posterior", "marginal", "no_latent", "shuffled"):
                 margin = margins[mode]
                 columns.setdefault(f"margin/{mode}", []).append(margin)
+                columns.setdefault(f"log_loss/{mode}", []).append(math.log1p(math.exp(-margin)))
                 columns.setdefault(f"accuracy/{mode}", []).append(1.0 if margin > 0 else 0.0 if margin < 0 else 0.5)
             columns.setdefault("swap_turnover", []).append(float(margins["posterior"] * margins[SWAPPED] < 0))
         for value, numbers in columns.items():
@@ -371,6 +373,10 @@ def test_group_metrics_are_means_over_pairs(build: Build, make_pairs: Callable[.
             if len(numbers) > 1:
                 variance = sum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1)
                 errors[value + name] = math.sqrt(variance / len(numbers))
+    for mode in ("prior", "posterior", "marginal", "no_latent"):
+        margins = torch.tensor([item["margins"][mode] for item in report.items], dtype=torch.float64)
+        expected[f"calibration_error/{mode}"] = calibration_error(margins)
+        expected[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins, torch.tensor([0, 1, 0, 0, 1]).bool())
     assert report.metrics == pytest.approx(expected, rel=1e-12)
     assert report.standard_errors == pytest.approx(errors, rel=1e-9)
 
@@ -390,9 +396,15 @@ def test_standard_errors_over_prompts(build: Build, make_pairs: Callable[..., li
 
 def test_metrics_without_flipped_pairs(build: Build, make_pairs: Callable[..., Any]) -> None:
     actual = report_of(build("dpo", None), [PaddedLayout(0)(make_pairs(LENGTHS))])
-    assert set(actual.metrics) == {"accuracy/prior", "margin/prior", "pairs"}
-    assert set(actual.standard_errors) == {"accuracy/prior", "margin/prior"}
-    assert set(actual.items[0]) == {"id", "source", "factor", "annotator", "prompt", "flipped", "margins"}
+    means = {"accuracy/prior", "margin/prior", "log_loss/prior"}
+    assert {name for name in actual.metrics if not name.endswith("/length_matched")} == {
+        *means, "pairs", "calibration_error/prior",
+    }  # fmt: skip
+    assert set(actual.standard_errors) == means
+    assert set(actual.items[0]) == {
+        "id", "source", "factor", "annotator", "prompt", "flipped", "tokens", "margins",
+    }  # fmt: skip
+    assert [item["tokens"] for item in actual.items] == [[3, 7], [9, 1], [1, 4], [13, 5], [2, 2]]
 
 
 def test_shuffled_mode_with_single_pair_batches(build: Build, make_pairs: Callable[..., Any]) -> None:
@@ -428,6 +440,7 @@ def test_metrics_of_diverged_policy_are_nan(build: Build, make_pairs: Callable[.
     actual = report_of(module, [PaddedLayout(0)(make_pairs(LENGTHS))]).metrics
     assert math.isnan(actual["accuracy/prior"])
     assert math.isnan(actual["margin/shuffled"])
+    assert math.isnan(actual["calibration_error/prior"])
     assert not math.isnan(actual["margin/no_latent"])
 
 
@@ -437,7 +450,7 @@ def test_small_groups_are_merged(layout: Layout, build: Build, make_pairs: Calla
     module = build("dpo", None)
     actual = report_of(module, [layout(pairs)], by=["source"], most=1).metrics
     assert {name for name in actual if name.startswith("pairs")} == {
-        "pairs", "pairs/clean", "pairs/flipped", "pairs/source/wide", f"pairs/source/{OTHERS}",
+        "pairs", "pairs/clean", "pairs/flipped", "pairs/source/wide", f"pairs/source/{OTHERS}", "pairs/length_matched",
     }  # fmt: skip
     assert actual[f"pairs/source/{OTHERS}"] == 2
 

@@ -1,0 +1,51 @@
+"""Tests of calibration and detection, against scikit-learn and loops over pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.calibration import calibration_curve
+
+from lpc_lightning.evaluation.statistics.calibration import BINS, calibration_error, wrong_label_auroc
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 20.0])
+def test_calibration_error_equals_scikit_learn(scale: float) -> None:
+    margins = scale * torch.randn(400, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.2
+    confidences = np.clip(1 / (1 + np.exp(-margins.abs().numpy())), 0, 1)
+    correct = margins.numpy() > 0
+    # scikit-learn's bins are over [0, 1]; confidences are in the upper half of them.
+    accuracy, confidence = calibration_curve(correct, confidences, n_bins=2 * BINS)
+    edges = np.linspace(0, 1, 2 * BINS + 1)
+    counts = np.bincount(np.searchsorted(edges[1:-1], confidences), minlength=2 * BINS)
+    expected = np.abs(accuracy - confidence) @ counts[counts > 0] / len(correct)
+    assert calibration_error(margins) == pytest.approx(expected, rel=1e-9)
+
+
+def test_calibration_error_by_hand() -> None:
+    """Three predictions at 0.9, two of them correct: |2/3 - 0.9|."""
+    margin = float(np.log(9))
+    assert calibration_error(torch.tensor([margin, margin, -margin])) == pytest.approx(0.9 - 2 / 3, rel=1e-6)
+
+
+def test_calibration_error_of_true_probabilities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    margins = 2 * torch.randn(100_000, generator=generator)
+    labels = torch.rand(100_000, generator=generator) < margins.sigmoid()
+    assert calibration_error(torch.where(labels, margins, -margins)) < 0.01
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e4])
+def test_wrong_label_auroc_equals_a_loop(scale: float) -> None:
+    margins = (scale * torch.randn(60, generator=torch.Generator().manual_seed(5)).double()).round(decimals=9)
+    wrong = torch.rand(60, generator=torch.Generator().manual_seed(6)) < 0.3
+    comparisons = [(low < high) + 0.5 * (low == high) for low in margins[wrong] for high in margins[~wrong]]
+    assert wrong_label_auroc(margins, wrong) == pytest.approx(float(sum(comparisons)) / len(comparisons), rel=1e-12)
+
+
+def test_wrong_label_auroc_counts_pairs() -> None:
+    """Wrong margins -1 and 2 against right margins 2 and 5: three of four comparisons, and a tie is half of one."""
+    margins, wrong = torch.tensor([-1.0, 2.0, 2.0, 5.0]), torch.tensor([True, True, False, False])
+    assert wrong_label_auroc(margins, wrong) == pytest.approx((1 + 1 + 0.5 + 1) / 4, rel=1e-9)
+    assert wrong_label_auroc(torch.zeros(4), wrong) == pytest.approx(0.5, rel=1e-9)
