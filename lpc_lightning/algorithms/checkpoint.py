@@ -7,11 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lpc_lightning.errors import CheckpointError
 from lpc_lightning.latent import LatentSpace
-
-
-class CheckpointError(ValueError):
-    """Raised when a checkpoint does not fit the model that loads it."""
 
 
 def trained_shapes(module: nn.Module) -> dict[str, torch.Size]:
