@@ -23,6 +23,7 @@ from lpc_lightning.evaluation.ablation.progress import Progress
 from lpc_lightning.evaluation.ablation.ray_cluster import run_on_ray
 from lpc_lightning.evaluation.ablation.slurm import array_script
 from lpc_lightning.function_command import run_function
+from lpc_lightning.output_paths import check_folder
 
 
 def main(arguments: list[str]) -> None:
@@ -91,6 +92,7 @@ def ablate(
         raise ConfigError(f"processes: found {processes}, expected at least 1.")
     changed_grid = read_grid(Path(grid[0])).with_changes(grid[1:])
     folder = Path(output or f"runs/ablation/{changed_grid.name}").absolute()
+    check_folder(folder, "output")
     cells = plan(folder, changed_grid.cells(), weights)
     if cell is not None and not 0 <= cell < len(cells):
         raise ConfigError(f"cell: found {cell}, expected a number from 0 to {len(cells) - 1}.")

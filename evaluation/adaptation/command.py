@@ -26,6 +26,7 @@ from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
 from lpc_lightning.latent import DiscreteSpace
+from lpc_lightning.output_paths import check_folder
 
 UNDER_Z = "exact_z"
 """Scores under z = sum_k w_k e_k, with the weights of `exact`."""
@@ -93,6 +94,7 @@ def adapt(
         DataError: There are no such pairs, no pair has an annotator, or no annotator has enough pairs.
     """
     named = name_models(models, names)
+    check_folder(Path(output), "output")
     collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
     reports: dict[str, AdaptationReport] = {}
     for name, path in named:

@@ -11,9 +11,8 @@ from typing import Any, Literal
 import torch
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.data import DataError
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, score_pairs
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks

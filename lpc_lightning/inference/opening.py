@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -183,8 +184,8 @@ def _device(device: str) -> torch.device:
 
 def short_name(path: str) -> str:
     """Return `version_3-best` for runs/version_3/checkpoints/best.ckpt, else the last part of the path."""
-    place = Path(path).absolute() if Path(path).exists() else Path(path)
+    place = Path(os.path.abspath(path)) if Path(path).exists() else Path(path)
     if not _is_checkpoint(path):
-        return place.name.removesuffix(".gguf")
+        return place.name.removesuffix(".gguf").lstrip(".") or "model"
     run = place.parent.parent if place.parent.name == "checkpoints" else place.parent
-    return f"{run.name}-{place.stem}" if run.name else place.stem
+    return (f"{run.name}-{place.stem}" if run.name else place.stem).lstrip(".") or "model"

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.errors import CheckpointError
 from lpc_lightning.evaluation.report.runs.records import FINISHED, UNKNOWN, Curve, Loaded, Measurement, RunRecord
 from lpc_lightning.evaluation.report.runs.settings import SEED, flatten
 from lpc_lightning.inference.checkpoints import read_checkpoint, run_folder
