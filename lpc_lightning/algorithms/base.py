@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -13,11 +14,12 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpc_lightning.algorithms.checkpoint import check_same_architecture, rewind_to_last_step
+from lpc_lightning.algorithms.checkpoint import check_same_architecture
 from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput, TrainingOutput
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
-from lpc_lightning.algorithms.run_length import compare_run_length, run_length
+from lpc_lightning.algorithms.position import read_position, resume_position, write_position
+from lpc_lightning.algorithms.run_length import compare_run_length, run_length, warn_of_no_step
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
@@ -161,11 +163,6 @@ class PreferenceModule(PolicyModule):
                 "expected a column `annotator`. Set data.columns.annotator to its name, or latent.annotators to false."
             )
 
-    def on_train_epoch_start(self) -> None:
-        """Set the sampler's epoch. Lightning sets it one too high in a run resumed under `max_steps`."""
-        if isinstance(loader := self.trainer.train_dataloader, TrainingLoader):
-            loader.sampler.set_epoch(self.current_epoch)
-
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Seed the step's random draws by its position in the run (see `seeding`)."""
         torch.manual_seed(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank))
@@ -206,6 +203,11 @@ class PreferenceModule(PolicyModule):
     def on_train_end(self) -> None:
         """Check the last losses."""
         self._losses.check()
+
+    def on_fit_end(self) -> None:
+        """Warn if a resumed run was at its end already."""
+        if self._resumed:
+            warn_of_no_step(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Free the gradients after a step. Lightning would keep them in memory during the next forward pass."""
@@ -291,9 +293,11 @@ class PreferenceModule(PolicyModule):
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
         trainer = self.trainer
         if isinstance(loader := trainer.train_dataloader, TrainingLoader):
-            window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
-            taken = rewind_to_last_step(checkpoint["loops"], window, batches)
-            checkpoint["training_data"] = loader.state_dict() | {"taken": taken}
+            order = loader.state_dict()
+            position = read_position(trainer, checkpoint["loops"], order["epoch"])
+            write_position(trainer, checkpoint["loops"], position)
+            checkpoint |= {"epoch": position.epoch, "position": asdict(position)}
+            checkpoint["training_data"] = order | {"epoch": position.epoch, "taken": position.batch}
         checkpoint["run_length"] = run_length(trainer)
         if self._warm_started:
             checkpoint["warm_started"] = True
@@ -311,6 +315,17 @@ class PreferenceModule(PolicyModule):
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
         self._resumed = {name: checkpoint[name] for name in RESUMED if name in checkpoint}
+        if "position" in checkpoint and self._trainer is not None and self._trainer.training:
+            self._restore_position(checkpoint)
+
+    def _restore_position(self, checkpoint: Mapping[str, Any]) -> None:
+        """Set the position in the loops and in the data. Lightning restores the loops after `on_load_checkpoint`."""
+        trainer = self.trainer
+        trainer.fit_loop.setup_data()  # counts the batches, as the schedules do a moment later
+        position = resume_position(trainer, checkpoint["position"])
+        write_position(trainer, checkpoint["loops"], position)
+        taken = {"epoch": position.epoch, "taken": position.batch}
+        self._resumed["training_data"] = checkpoint["training_data"] | taken
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights like torch. Frozen weights, which no checkpoint holds, are not reported as missing."""
