@@ -11,7 +11,7 @@ import json
 import zipfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from lpc_lightning.errors import DamagedFileError
@@ -54,6 +54,18 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
     with archive.open(entry) as file:
         while file.read(CHUNK):  # compares the checksum at the end of the entry
             pass
+
+
+@cache
+def code_digest(*folders: str) -> str:
+    """Return a SHA-256 of the source code of folders of this package, such as `data/tokenization`.
+
+    It is part of the keys of caches, so that values of older code are not used.
+    """
+    package = Path(__file__).parent
+    files = sorted(file for folder in folders for file in (package / folder).rglob("*.py"))
+    parts = [(str(file.relative_to(package)), digest_of(file)) for file in files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def digest_of(path: Path) -> str:

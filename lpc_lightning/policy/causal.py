@@ -115,6 +115,11 @@ class CausalPolicy(nn.Module):
             # local function, so that the policy could not be pickled for another process.
             model.disable_input_require_grads()
 
+    @property
+    def is_compiled(self) -> bool:
+        """True if the decoder layers are compiled."""
+        return self._compiled is not None
+
     def compile_layers(self, backend: str = "inductor", few_shapes: bool | None = None) -> None:
         """Compile the decoder layers with torch. Modules and their names do not change.
 

@@ -18,6 +18,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.distributed.sharding import reshard
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.integrity import code_digest
 from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
 from lpc_lightning.policy.segment_attention import SEGMENT
 from lpc_lightning.reference.live import PolicyOwner
@@ -25,6 +26,9 @@ from lpc_lightning.reference.pair_cache import PairCache
 from lpc_lightning.reference.pair_pass import PairFunction
 from lpc_lightning.reference.shared_pass import shared_pass
 from lpc_lightning.types import PreferenceBatch
+
+CODE = ("policy", "reference", "algorithms/warm_start")
+"""Folders whose code determines the values of caches."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ class CachedReference:
 def computation_key(weights: str, policy: CausalPolicy, trainer: Any) -> dict[str, str]:
     """Return the key of a `PairCache`: everything but the tokens that changes the values of a pair.
 
-    In bfloat16, log-probabilities of long answers differ by about a nat between a CPU and a GPU.
+    In bfloat16, log-probabilities of long answers differ by about a nat between a CPU and a GPU. Kernel and device are
+    those that run, not those of the settings.
 
     Args:
         weights: Fingerprint of the weights.
@@ -119,17 +124,29 @@ def computation_key(weights: str, policy: CausalPolicy, trainer: Any) -> dict[st
         trainer: Trainer whose device and precision are used.
     """
     device = trainer.strategy.root_device
+    name = f" {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return {
         "weights": weights,
-        "attention": attention_kernel(policy.causal_lm.config._attn_implementation, device),
+        "attention": attention_kernel(policy.causal_lm.config._attn_implementation, device, policy.block_sparse),
+        "compiled": str(policy.is_compiled),
         "precision": trainer.precision,
         "products": torch.get_float32_matmul_precision(),
-        "device": device.type,
+        "device": device.type + name,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "code": code_digest(*CODE),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 
 
-def attention_kernel(setting: str, device: torch.device) -> str:
-    """Return the attention kernel that runs on a device if a model is set to `setting`."""
-    return "sdpa" if setting == SEGMENT and device.type != "cpu" else setting
+def attention_kernel(setting: str, device: torch.device, block_sparse: bool = False) -> str:
+    """Return the attention kernel that runs on a device.
+
+    Args:
+        setting: Kernel that the model is set to.
+        device: The device.
+        block_sparse: True if compiled layers skip blocks without visible tokens.
+    """
+    if setting == SEGMENT and device.type != "cpu":
+        return "flex_attention" if block_sparse else "sdpa"
+    return setting

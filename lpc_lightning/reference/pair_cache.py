@@ -1,19 +1,21 @@
 """Values that a policy gives to pairs, computed once and shared between runs.
 
 An entry of the cache is a folder. Its name is a fingerprint of everything that decides the values. It holds numbered
-parts with the values of some pairs each. A part is written to a temporary file and then linked to its name, so that a
+parts with the values of some pairs each. A part is an npz file with its SHA-256 at the end. It
+is written to a temporary file and then linked to its name, so that a
 killed process leaves only complete parts. Parts never change. If two parts hold the same pair, the lower number counts.
 So several processes can add parts at the same time, and a value that has been read stays the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
 import time
-import zipfile
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -26,10 +28,9 @@ from lpc_lightning.data.tokenization.tokens import TokenStore
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Version of the entries. Raise it when the same weights, settings and tokens give other values than before."""
 PART = "[0-9]" * 6 + ".npz"
 """Pattern of the file names of parts."""
+DIGEST_SIZE = hashlib.sha256().digest_size
 _UNFINISHED = ".unfinished"
 
 
@@ -53,12 +54,12 @@ class PairCache:
         Args:
             kind: Name of the values. Entries of a kind share a folder.
             numbers: m, number of values per pair.
-            key: Everything but the tokens that decides the values: weights, kernel, device, precision.
-            pairs: The tokens, with the labels of the data and without label noise.
+            key: Everything but the tokens that decides the values: weights, kernel, device, precision, code, libraries.
+            pairs: The pairs, with the labels of the data and without label noise. Their tokens are part of the key.
             dtype: Type of the values that `read` returns.
             cache_dir: Root of the cache. Default: `default_cache_dir()`.
         """
-        decides = json.dumps([FORMAT, dict(key), pairs.fingerprint], sort_keys=True)
+        decides = json.dumps([dict(key), pairs.token_digest], sort_keys=True)
         fingerprint = hashlib.sha256(decides.encode()).hexdigest()[:32]
         self.folder = (cache_dir or default_cache_dir()) / kind / fingerprint
         self._pairs, self._numbers, self._dtype = len(pairs), numbers, dtype
@@ -71,7 +72,7 @@ class PairCache:
         for part in sorted(self.folder.glob(PART)):
             try:
                 stored, stored_values = self._open(part)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, KeyError) as error:
                 log.warning("The cached values in %s are damaged (%s). They are computed again.", part, error)
                 continue
             requested = row_of[stored] >= 0
@@ -95,7 +96,7 @@ class PairCache:
         scratch = self.folder / f"{uuid4().hex}{_UNFINISHED}"
         try:
             with scratch.open("xb") as file:
-                np.savez(file, places=indices, values=values)  # a zip, which holds checksums
+                file.write(_packed(indices, values))
                 file.flush()
                 os.fsync(file.fileno())
             taken = [int(part.stem) for part in self.folder.glob(PART)]
@@ -106,11 +107,15 @@ class PairCache:
                 except FileExistsError:  # another process took this number
                     continue
         finally:
-            scratch.unlink()
+            scratch.unlink(missing_ok=True)
 
     def _open(self, part: Path) -> tuple[np.ndarray, np.ndarray]:
-        with part.open("rb") as file, np.load(file) as arrays:
-            indices, values = arrays["places"], arrays["values"]
+        content = part.read_bytes()
+        arrays, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
+        if hashlib.sha256(arrays).digest() != digest:
+            raise ValueError("their content does not have its digest")
+        with np.load(io.BytesIO(arrays), allow_pickle=False) as stored:
+            indices, values = stored["places"], stored["values"]
         if values.shape != (len(indices), self._numbers) or np.isnan(values).any() or (indices >= self._pairs).any():
             raise ValueError(f"they are not {self._numbers} each of {self._pairs} pairs")
         return indices, values
@@ -118,8 +123,14 @@ class PairCache:
     def _remove_leftovers(self) -> None:
         """Remove files that killed processes left more than a day ago."""
         for scratch in self.folder.glob(f"*{_UNFINISHED}"):
-            try:
-                if time.time() - scratch.stat().st_mtime > 24 * 3600:
+            with contextlib.suppress(OSError):  # another process has removed it, or it belongs to another user
+                if time.time() - scratch.lstat().st_mtime > 24 * 3600:
                     scratch.unlink()
-            except FileNotFoundError:  # another process has removed it
-                continue
+
+
+def _packed(indices: np.ndarray, values: np.ndarray) -> bytes:
+    """Return the content of a part."""
+    file = io.BytesIO()
+    np.savez(file, places=indices, values=values)
+    arrays = file.getvalue()
+    return arrays + hashlib.sha256(arrays).digest()

@@ -17,6 +17,7 @@ from lpc_lightning.data import PaddedLayout, SyntheticPreferences
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.reference.pair_cache import PairCache
+from tests.fixtures.damage import bit_flips, zeroed_blocks
 
 PAIRS = 40
 EVERY = np.arange(PAIRS)
@@ -125,6 +126,17 @@ def test_read_skips_damaged_part_with_warning(
     assert f"{cache.folder / '000000.npz'} are damaged" in caplog.text
     cache.add(*values(1, 3))
     assert set(stored_values(cache)) == {1, 3, 4}
+
+
+def test_flipped_bits_of_a_part_are_noticed(cache: PairCache, caplog: pytest.LogCaptureFixture) -> None:
+    cache.add(*values(*range(12)))
+    (part,) = cache.folder.iterdir()
+    good = part.read_bytes()
+    for bad in [*bit_flips(good, 300, tail=300), *zeroed_blocks(good, 64)]:
+        part.write_bytes(bad)
+        caplog.clear()
+        assert stored_values(cache) == {}
+        assert "are damaged" in caplog.text
 
 
 def test_add_removes_old_unfinished_files(cache: PairCache) -> None:

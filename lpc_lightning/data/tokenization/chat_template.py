@@ -6,6 +6,8 @@ import inspect
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+from functools import cache
 from itertools import takewhile
 from typing import Any
 
@@ -24,6 +26,11 @@ log = logging.getLogger(__name__)
 CHANGED_TURN = "turn that the chat template does not render word for word"
 CHANGED_ANSWER = "answer that the chat template does not render word for word, used as it is"
 
+DAY = datetime(2024, 7, 26)
+"""Day that a template sees as today. It is the one that Llama 3.2's template writes where there is no clock."""
+CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+"""Call of the function of chat templates that formats the current time."""
+
 _QUESTION = "probe of the question"
 _PROBE = "probe of the answer"
 _EDGE = "\n \n "
@@ -35,6 +42,8 @@ class ChatTemplate(Template):
     A completion is what the chat template renders behind the generation prompt for a conversation that ends in the
     answer. If the template does not render the answer there word for word, the answer is appended to the generation
     prompt, which happens with templates that remove reasoning from every answer.
+
+    A template that writes today's date gets the same day at all times (`DAY`), so that tokens do not depend on the day.
 
     The constructor renders probe conversations. The results show the text that the template writes around an answer,
     whether it strips the answer, and whether it renders system turns. The end token is the first added token after the
@@ -65,6 +74,12 @@ class ChatTemplate(Template):
             )
         self.tokenizer = tokenizer
         self._arguments = dict(arguments or {})
+        # transformers passes no functions to a template, so that the calls are replaced by their result.
+        template = tokenizer.get_chat_template()
+        self._dated = CLOCK.sub(lambda call: repr(DAY.strftime(call[2])), template)
+        self._has_day = self._dated != template
+        if self._has_day:
+            _report_day(name_of(tokenizer))
         _check_arguments(self._arguments, tokenizer)
         user = Message(role="user", content=_QUESTION)
         try:
@@ -105,6 +120,11 @@ class ChatTemplate(Template):
             system_turns = "keep" if self._renders_system_turns() else "fold"
         marks = _turn_marks(tokenizer, prompt, head, str(tokenizer.eos_token) if end is None else end[0], control)
         super().__init__(tokenizer, frame, control, [], marks, system_turns)
+
+    @property
+    def day(self) -> str:
+        """See `Template.day`."""
+        return DAY.date().isoformat() if self._has_day else ""
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -178,10 +198,22 @@ class ChatTemplate(Template):
             [{"role": turn["role"], "content": turn["content"]} for turn in messages],
             tokenize=False,
             add_generation_prompt=generate,
+            chat_template=self._dated,
             **self._arguments,
         )
         assert isinstance(text, str)
         return text
+
+
+@cache
+def _report_day(name: str) -> None:
+    """Log once that the day is fixed."""
+    log.warning(
+        "The chat template of %s can write today's date. Tokens must not change from day to day, so it sees %s as "
+        "today, in training, evaluation and generation. To set another text, use data.template_kwargs if the template "
+        "has an argument for it, such as date_string.",
+        name, f"{DAY:%d %b %Y}",
+    )  # fmt: skip
 
 
 def _check_arguments(arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -157,11 +157,16 @@ class Template(ABC):
         """Arguments of the chat template."""
         return {}
 
+    @property
+    def day(self) -> str:
+        """Day that the template sees as today, "" if it does not read the date."""
+        return ""
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that determines the token ids: tokenizer, chat template, settings and frame."""
         tokens = self.tokenizer.special_tokens_map
-        settings = [self.kind, self.arguments, self.system_turns]
+        settings = [self.kind, self.arguments, self.system_turns, self.day]
         parts = [settings, asdict(self.frame), self._lead_ids, self.tokenizer.chat_template, tokens, self._backend()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -1,9 +1,11 @@
 """Cache of tokenized data sets.
 
-An entry of the cache is a folder. Its name is a fingerprint of everything that determines its content. It holds
-`pairs.arrow` (an Arrow stream, read through a memory map) and `report.json`. An entry is written to a temporary folder
-and then renamed. So a process that is killed leaves no incomplete entry, and if two processes write the same entry, one
-of them is kept.
+An entry of the cache is a folder. Its name is a fingerprint of everything that determines its content: the rows, the
+template, the settings, the code and the libraries. It holds `pairs.arrow` (an Arrow stream, read through a memory map)
+and `report.json` with the digests of both. An entry is written to a temporary folder and then renamed. So a killed
+process leaves no incomplete entry, and if two processes write the same entry, one of them is kept. A damaged entry is
+repaired by replacing its files, and its folder stays where it is. Another process can rename or remove an entry at any
+time: the pairs that were made or read remain open.
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from uuid import uuid4
 
+import jinja2
 import pyarrow as pa
+import tokenizers
+import transformers
 
 from lpc_lightning.data.sources.example_source import ExampleSource
 from lpc_lightning.data.sources.report import DataReport
@@ -30,11 +35,18 @@ from lpc_lightning.data.tokenization.cache_lock import one_at_a_time
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.data.tokenization.tokens import SCHEMA, TokenStore, tokenize_examples
+from lpc_lightning.integrity import code_digest, digest_of
 
 log = logging.getLogger(__name__)
 
-FORMAT = 5
-"""Version of the entries. Increase it when the same settings give other tokens or other columns."""
+PAIRS, REPORT = "pairs.arrow", "report.json"
+"""Files of an entry."""
+CODE = ("data/sources", "data/tokenization")
+"""Folders whose code determines the tokens."""
+DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException)
+"""Errors of reading a damaged entry."""
+ATTEMPTS = 20
+"""Attempts to store an entry whose folder other processes rename."""
 
 
 def default_cache_dir() -> Path:
@@ -68,7 +80,7 @@ def load_or_tokenize(
     """
     if bad_rows not in ("error", "skip"):
         raise DataError(f"bad_rows={bad_rows!r}: expected 'error' or 'skip'")
-    parts = [FORMAT, source.key(), template.fingerprint, asdict(lengths), bad_rows]
+    parts = [_versions(), source.key(), template.fingerprint, asdict(lengths), bad_rows]
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     root = (cache_dir or default_cache_dir()) / "tokens"
     entry = root / fingerprint[:32]
@@ -78,14 +90,20 @@ def load_or_tokenize(
         return _load_entry(entry) or _make_entry(entry, source, template, lengths, bad_rows)
 
 
+def _versions() -> list[str]:
+    """Return a digest of the code and the versions of the libraries that determine the tokens."""
+    return [code_digest(*CODE), transformers.__version__, tokenizers.__version__, jinja2.__version__]
+
+
 def _load_entry(entry: Path) -> tuple[TokenStore, DataReport] | None:
     """Open an entry. Return None if it does not exist or is damaged."""
     if not entry.exists():
         return None
     try:
         return _open_entry(entry)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        log.warning("The cached tokens in %s are damaged (%s). The data set is tokenized again.", entry, error)
+    except DAMAGES as error:
+        if entry.exists():  # otherwise another process has renamed it meanwhile
+            log.warning("The cached tokens in %s are damaged (%s). The data set is tokenized again.", entry, error)
         return None
 
 
@@ -93,10 +111,11 @@ def _make_entry(
     entry: Path, source: ExampleSource, template: Template, lengths: LengthPolicy, bad_rows: str
 ) -> tuple[TokenStore, DataReport]:
     root = entry.parent
+    scratch = root / f"{entry.name}.{uuid4().hex}{_UNFINISHED}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=_UNFINISHED, dir=root))
+        scratch.mkdir()
     except OSError as error:
         raise DataError(
             f"The token cache {root} cannot be written: {error}. Set `cache_dir` or the environment variable "
@@ -104,10 +123,13 @@ def _make_entry(
         ) from error
     try:
         report = _write_entry(scratch, source, template, lengths, bad_rows)
+        # Opened before it is moved, because another process may rename it.
+        store = TokenStore(scratch)
+        store.folder = entry
         _move_entry(scratch, entry)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return TokenStore(entry), report
+    return store, report
 
 
 _UNFINISHED = ".unfinished"
@@ -119,7 +141,7 @@ def _write_entry(
     start = time.perf_counter()
     report = DataReport()
     pairs = tokenize_examples(source.read(report), template, lengths, report)
-    path = folder / "pairs.arrow"
+    path = folder / PAIRS
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         while chunk := list(islice(pairs, 1024)):
             columns = {name: [getattr(pair, name) for pair in chunk] for name in SCHEMA.names}
@@ -131,46 +153,73 @@ def _write_entry(
         )
     if not report.kept:
         raise DataError(f"No pair is left.\n{report}\nCheck the split, the columns and the length limits.")
-    metadata = {"sha256": _sha256(path), "report": json.loads(report.to_json())}
-    (folder / "report.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+    metadata = {"sha256": digest_of(path), "report": json.loads(report.to_json())}
+    content = json.dumps(metadata | {"digest": _digest(metadata)}, indent=1)
+    (folder / REPORT).write_text(content, encoding="utf-8")
     log.info("Tokenized in %.1f s: %s", time.perf_counter() - start, report)
     return report
 
 
 def _open_entry(entry: Path) -> tuple[TokenStore, DataReport]:
-    metadata = json.loads((entry / "report.json").read_text(encoding="utf-8"))
-    report = DataReport.from_json(json.dumps(metadata["report"]))
-    if _sha256(entry / "pairs.arrow") != metadata["sha256"]:
-        raise ValueError("pairs.arrow does not have the checksum in report.json")
-    return TokenStore(entry), report
+    metadata = json.loads((entry / REPORT).read_text(encoding="utf-8"))
+    digest = metadata.pop("digest")
+    if digest != _digest(metadata):
+        raise ValueError(f"{REPORT} does not have its digest")
+    if digest_of(entry / PAIRS) != metadata["sha256"]:
+        raise ValueError(f"{PAIRS} does not have the digest in {REPORT}")
+    return TokenStore(entry), DataReport.from_json(json.dumps(metadata["report"]))
+
+
+def _digest(metadata: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _move_entry(scratch: Path, entry: Path) -> None:
-    """Rename a finished entry to its final path. Keep a valid entry that another process has made meanwhile."""
-    try:
-        os.replace(scratch, entry)
+    """Rename a finished entry to its final path. Keep a valid entry that another process has made meanwhile.
+
+    Raises:
+        OSError: The cache is full or not writable.
+    """
+    failure: OSError | None = None
+    for _ in range(ATTEMPTS):
+        try:
+            scratch.rename(entry)
+            return
+        except OSError as error:
+            failure = error
+        try:
+            _open_entry(entry)
+            return
+        except DAMAGES:
+            try:
+                _repair(entry, scratch)
+                return
+            except FileNotFoundError as error:  # another process has renamed the folder meanwhile
+                failure = error
+    assert failure is not None
+    raise failure
+
+
+def _repair(entry: Path, scratch: Path) -> None:
+    """Replace the files of a damaged entry. A folder that is not empty cannot be replaced, and it is not removed."""
+    if not entry.is_dir():
+        entry.unlink()  # a file, or a link to nothing
+        scratch.rename(entry)
         return
-    except OSError:
-        if not entry.exists():
-            raise
-    try:
-        _open_entry(entry)
-    except (OSError, ValueError, KeyError, pa.ArrowException):
-        # A folder that is not empty cannot be replaced, so the damaged one is renamed first. Another process may have
-        # renamed it already.
-        with tempfile.TemporaryDirectory(prefix=f"{entry.name}.", suffix=_UNFINISHED, dir=entry.parent) as aside:
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(entry, Path(aside) / "damaged")
-            _move_entry(scratch, entry)
+    for name in (PAIRS, REPORT):
+        copy = entry / f"{name}.{uuid4().hex}"
+        shutil.copyfile(scratch / name, copy)
+        copy.replace(entry / name)
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Remove unfinished folders of killed processes that are at least one day old."""
-    for folder in root.glob(f"*{_UNFINISHED}"):
-        if time.time() - folder.stat().st_mtime > 24 * 3600:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Remove unfinished entries of killed processes that are at least one day old."""
+    for leftover in root.glob(f"*{_UNFINISHED}"):
+        # Another process may remove it at the same time. A link may lead to nothing.
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.lstat().st_mtime <= 24 * 3600:
+                continue
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()

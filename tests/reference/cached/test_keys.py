@@ -42,6 +42,14 @@ def test_key_changes_with_a_version(library: Any, policy: CausalPolicy, monkeypa
     assert key_on("cpu", policy) != before
 
 
+def test_key_names_the_kernel_that_runs(policy: CausalPolicy, emulated: Waits) -> None:
+    before = key_on(NAME, policy)
+    policy.compile_layers(few_shapes=True)
+    after = key_on(NAME, policy)
+    assert {name for name in before if before[name] != after[name]} == {"attention", "compiled"}
+    assert (before["attention"], after["attention"]) == ("sdpa", "flex_attention")
+
+
 @pytest.mark.parametrize("kernel", ["eager", "flex_attention", "flash_attention_2"])
 def test_other_kernels_run_as_set(kernel: str) -> None:
     assert attention_kernel(kernel, torch.device("cpu")) == attention_kernel(kernel, DEVICE) == kernel
