@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.opening import open_module, open_policy
 
