@@ -165,7 +165,7 @@ def _ours(
         "trainer": "configs/trainer/cpu.yaml",
         "policy": "configs/policy/smollm2_135m_instruct.yaml",
         "data": "configs/data/hh.yaml",
-        "model": "configs/algorithm/dpo_small.yaml",
+        "model": "DPO",
     }
     arguments = [f"--{name}={value}" for name, value in {**groups, **settings}.items()]
     return ["-m", "lpc_lightning", "fit", *arguments, *flags]

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
 
-from lpc_lightning.algorithms.accumulation import is_optimizer_step
+from lpc_lightning.algorithms.base import is_optimizer_step
 from lpc_lightning.algorithms.metrics import accuracies
 from lpc_lightning.callbacks.flip_order import FlipOrder, Uniform
 from lpc_lightning.data import LabelNoise, PreferenceDataModule

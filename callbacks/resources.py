@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lpc_lightning.algorithms.accumulation import is_optimizer_step
+from lpc_lightning.algorithms.base import is_optimizer_step
 from lpc_lightning.types import PreferenceBatch
 
 Time = float | torch.cuda.Event

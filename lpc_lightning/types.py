@@ -15,6 +15,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from lpc_lightning.errors import ConfigError
+
 PIECES = 4096
 """Size of the block of segment numbers for one prompt and its completions (see `PreferenceBatch.segments`)."""
 
@@ -140,18 +142,28 @@ class PreferenceBatch:
     """Tokens that the backbone reads, padding not counted. Counted when the batch is laid out: the sum of a mask on a
     GPU would have the CPU wait for it."""
     reference_bits: Tensor | None = None
-    """(2B,) `reference_logps`, the bits of each float64 number as an int64. A trainer of `bf16-true` casts the
-    floating-point tensors of a batch, and three digits would be left."""
+    """(2B,) log-probabilities under the reference, the bits of each float64 number as an int64. None unless they are
+    cached for all pairs. A trainer of `bf16-true` casts the floating-point tensors of a batch, and three digits would
+    be left."""
 
     @property
     def pairs(self) -> int:
         """Number of pairs, B."""
         return self.prompt_end.shape[0]
 
-    @property
-    def reference_logps(self) -> Tensor | None:
-        """(2B,) log-probabilities under the reference, in nats, float64; None unless they are cached for all pairs."""
-        return None if self.reference_bits is None else self.reference_bits.view(torch.float64)
+    def cached_reference_logps(self) -> Tensor:
+        """Return the (2B,) log-probabilities under the reference, in nats, float64.
+
+        Raises:
+            ConfigError: They are not cached for all pairs.
+        """
+        if self.reference_bits is None:
+            raise ConfigError(
+                f"model.reference: found cached, and pairs without reference log-probabilities (the first is "
+                f"{self.ids[0]!r}). Expected batches of a PreferenceDataModule in a run of the trainer. Set "
+                "model.reference: live for other batches."
+            )
+        return self.reference_bits.view(torch.float64)
 
     def _on_tensors(self, change: Callable[[Tensor], Tensor]) -> PreferenceBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

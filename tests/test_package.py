@@ -14,8 +14,9 @@ import lpc_lightning
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types", "errors", "seeding", "transfer", "run_folder", "system_errors"},
-    {"paths"},
+    {"errors"},
+    {"types", "seeding", "transfer", "run_folder", "system_errors"},
+    {"paths", "markdown", "output_paths", "integrity", "yaml_files"},
     {"losses", "latent", "policy", "data"},
     {"distributed"},
     {"reference"},

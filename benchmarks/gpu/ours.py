@@ -136,7 +136,7 @@ def arguments(case: Case, lengths: Path, scratch: Path, device: str) -> list[str
         "data.vocabulary": SHAPES[case.shape]["vocab_size"],
         "data.batch_size": case.pairs,
         "data.cache_dir": scratch,
-        "model": CONFIGS / "algorithm" / "dpo_small.yaml",
+        "model": "DPO",
         "model.beta": BETA,
         "model.optimizer.lr": LEARNING_RATE,
         "model.warmup_ratio": 0.0,

@@ -23,6 +23,7 @@ from lpc_lightning.evaluation.ablation.progress import Progress
 from lpc_lightning.evaluation.ablation.ray_cluster import run_on_ray
 from lpc_lightning.evaluation.ablation.slurm import array_script
 from lpc_lightning.function_command import run_function
+from lpc_lightning.output_paths import check_folder
 
 
 def main(arguments: list[str]) -> None:
@@ -58,8 +59,9 @@ def ablate(
     """Run every cell of a grid: a fit in its own folder and process, followed by validation and test.
 
     A grid is a YAML file with the arguments of `lpc-lightning fit` that all cells share, and axes with values (see
-    configs/ablation/). After the file, `AXIS=VALUE,VALUE` replaces the values of an axis, and `SETTING=VALUE` (such as
-    trainer.max_steps=20) sets a setting of all cells.
+    configs/ablation/). `extends: FILE` in it names a grid file of which it states a change: mappings are merged, lists
+    replace lists, null removes a key. After the file, `AXIS=VALUE,VALUE` replaces the values of an axis, and
+    `SETTING=VALUE` (such as trainer.max_steps=20) sets a setting of all cells.
 
     If the command runs again, it skips finished cells and resumes interrupted cells from their checkpoints. Cells run
     from the start if their settings, files or code have changed. If a cell fails, its error is recorded, and the other
@@ -90,6 +92,7 @@ def ablate(
         raise ConfigError(f"processes: found {processes}, expected at least 1.")
     changed_grid = read_grid(Path(grid[0])).with_changes(grid[1:])
     folder = Path(output or f"runs/ablation/{changed_grid.name}").absolute()
+    check_folder(folder, "output")
     cells = plan(folder, changed_grid.cells(), weights)
     if cell is not None and not 0 <= cell < len(cells):
         raise ConfigError(f"cell: found {cell}, expected a number from 0 to {len(cells) - 1}.")

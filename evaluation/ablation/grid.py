@@ -11,12 +11,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.yaml_files import parse_yaml, read_yaml
 
 FIT_SETTINGS = ("seed_everything", "trainer", "policy", "data", "model", "latent", "callbacks")
 """First parts of the names of `fit`'s settings."""
+KEYS = {"extends", "base", "axes", "skip"}
+"""Keys of a grid file."""
 MAX_NAME_LENGTH = 200
 """Maximum number of characters of a cell's name. File systems allow 255 bytes."""
 
@@ -93,7 +94,7 @@ class Grid:
         for change in changes:
             name, equals, value = change.partition("=")
             if name in axes and equals:
-                axes[name] = axes[name].with_values([yaml.safe_load(part) for part in value.split(",")])
+                axes[name] = axes[name].with_values([parse_yaml(part, name) for part in value.split(",")])
             elif name.split(".")[0] in FIT_SETTINGS and equals:
                 settings.append(f"--{name}={value}")
             else:
@@ -131,25 +132,73 @@ class Grid:
 def read_grid(path: Path) -> Grid:
     """Read a grid from a YAML file. `configs/ablation/noise_tiny.yaml` shows all features.
 
+    A file has `base` (arguments of `fit` for all cells), `axes`, and optionally `skip`. With `extends: FILE` it states
+    what differs from another grid file: mappings are merged, lists replace lists, and null removes a key. Keys that a
+    file names come after the others, in its order. FILE is relative to the file's folder.
+
     Raises:
         ConfigError: The file does not exist, or is not a grid.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"ablate: found no file {path} ({error.strerror}), expected a grid as YAML.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: found invalid YAML, expected a grid as YAML: {error}") from error
-    required, allowed = {"base", "axes"}, {"base", "axes", "skip"}
-    if not isinstance(content, dict) or not required <= set(content) <= allowed:
-        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ConfigError(f"{path}: found {keys}, expected base, axes, and optionally skip.")
+    return _grid(_read(path, "ablate", ()), path)
+
+
+def _read(path: Path, label: str, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the content of a file, merged with the content of the file that it extends.
+
+    Args:
+        path: The file.
+        label: What names the file, for errors.
+        extending: Files that extend this one.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{label}: found no file {path}, expected a grid as YAML.")
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not set(content) <= KEYS:
+        raise _wrong_keys(content, path)
+    extended = content.pop("extends", None)
+    if extended is None:
+        return content
+    label, files = f"{path} extends", (*extending, path.resolve())
+    if not isinstance(extended, str):
+        raise ConfigError(f"{label}: found {extended!r}, expected the name of a grid file.")
+    other = path.parent / extended
+    if other.resolve() in files:
+        raise ConfigError(f"{label}: found {extended}, which extends {path.name}, expected a grid file that does not.")
+    theirs = _read(other, label, files)
+    _grid(theirs, other)  # an error names the file that has it
+    return _merge(theirs, content, str(path))
+
+
+def _merge(theirs: Mapping[str, Any], ours: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Return their mapping with our changes (see `read_grid`)."""
+    merged = {key: value for key, value in theirs.items() if key not in ours}
+    for key, value in ours.items():
+        if value is None and key not in theirs:
+            raise ConfigError(
+                f"{label} {key}: found null, which removes what the extended file states, and it states no {key}. "
+                f"Expected one of {', '.join(map(str, theirs))}."
+            )
+        if isinstance(value, dict) and isinstance(theirs.get(key), dict):
+            merged[key] = _merge(theirs[key], value, f"{label} {key}")
+        elif value is not None:
+            merged[key] = value
+    return merged
+
+
+def _grid(content: Mapping[str, Any], path: Path) -> Grid:
+    if not {"base", "axes"} <= set(content) or not isinstance(content["axes"], dict):
+        raise _wrong_keys(content, path)
     axes = tuple(_axis(str(name), axis, path) for name, axis in content["axes"].items())
     names, skip = [axis.name for axis in axes], tuple(content.get("skip") or ())
     for combination in skip:
         if not isinstance(combination, dict) or not set(combination) <= set(names):
             raise ConfigError(f"{path} skip: found {combination}, expected values for some of {', '.join(names)}.")
     return Grid(path.stem, tuple(_arguments(content["base"], f"{path} base")), axes, skip)
+
+
+def _wrong_keys(content: Any, path: Path) -> ConfigError:
+    keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+    return ConfigError(f"{path}: found {keys}, expected base, axes, and optionally skip and extends.")
 
 
 def to_text(value: Any) -> str:

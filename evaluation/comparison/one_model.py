@@ -11,9 +11,8 @@ from typing import Any, Literal
 import torch
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.data import DataError
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, score_pairs
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks
@@ -32,7 +31,6 @@ from lpc_lightning.evaluation.comparison.stored import (
 )
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.fingerprint import weights_of
-from lpc_lightning.inference.generation import trained_template
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy import UnsupportedPolicyError
@@ -154,7 +152,7 @@ def _parts(
         del run
     if pairs is None:
         return
-    pairs.template = trained_template(opened.origin)
+    pairs.template_settings = opened.template
     scored: PreferenceModule | OpenedPolicy
     if kind == "checkpoint":
         del opened  # free the policy before its module is opened, which has a reference as well

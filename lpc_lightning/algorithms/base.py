@@ -5,20 +5,21 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpc_lightning.algorithms.accumulation import is_logged, is_optimizer_step, window_weight
-from lpc_lightning.algorithms.checkpoint import check_same_architecture, rewind_to_last_step
-from lpc_lightning.algorithms.metrics import PreferenceMetrics, fetch
+from lpc_lightning.algorithms.checkpoint import check_same_architecture
+from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput, TrainingOutput
+from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
-from lpc_lightning.algorithms.recent_losses import RecentLosses
-from lpc_lightning.algorithms.run_length import compare_run_length, run_length
-from lpc_lightning.algorithms.scoring import BatchScorer, EvaluationOutput, TrainingOutput
+from lpc_lightning.algorithms.position import read_position, resume_position, write_position
+from lpc_lightning.algorithms.run_length import compare_run_length, run_length, warn_of_no_step
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
@@ -162,11 +163,6 @@ class PreferenceModule(PolicyModule):
                 "expected a column `annotator`. Set data.columns.annotator to its name, or latent.annotators to false."
             )
 
-    def on_train_epoch_start(self) -> None:
-        """Set the sampler's epoch. Lightning sets it one too high in a run resumed under `max_steps`."""
-        if isinstance(loader := self.trainer.train_dataloader, TrainingLoader):
-            loader.sampler.set_epoch(self.current_epoch)
-
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Seed the step's random draws by its position in the run (see `seeding`)."""
         torch.manual_seed(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank))
@@ -190,6 +186,11 @@ class PreferenceModule(PolicyModule):
         weight = window_weight(self.trainer, batch.pairs, batch_idx)
         return {"loss": loss * weight, "losses": losses.detach(), "margins": margins, "logged": logged}
 
+    @property
+    def progress(self) -> float:
+        """Progress of training: 0 at the first optimizer step, 1 at the last."""
+        return min(1.0, self.trainer.global_step / max(1, self._steps - 1))
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Update the running moments of the latent space, once for each optimizer step."""
         if self.latent is not None:
@@ -202,6 +203,11 @@ class PreferenceModule(PolicyModule):
     def on_train_end(self) -> None:
         """Check the last losses."""
         self._losses.check()
+
+    def on_fit_end(self) -> None:
+        """Warn if a resumed run was at its end already."""
+        if self._resumed:
+            warn_of_no_step(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Free the gradients after a step. Lightning would keep them in memory during the next forward pass."""
@@ -278,7 +284,7 @@ class PreferenceModule(PolicyModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the trained weights, without the reference, and the position in the data.
+        """Store the trained weights, without the reference, the template and the position in the data.
 
         The trained weights are those of the policy or its adapter, and those of the latent space.
         """
@@ -287,9 +293,13 @@ class PreferenceModule(PolicyModule):
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
         trainer = self.trainer
         if isinstance(loader := trainer.train_dataloader, TrainingLoader):
-            window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
-            taken = rewind_to_last_step(checkpoint["loops"], window, batches)
-            checkpoint["training_data"] = loader.state_dict() | {"taken": taken}
+            order = loader.state_dict()
+            position = read_position(trainer, checkpoint["loops"], order["epoch"])
+            write_position(trainer, checkpoint["loops"], position)
+            checkpoint |= {"epoch": position.epoch, "position": asdict(position)}
+            checkpoint["training_data"] = order | {"epoch": position.epoch, "taken": position.batch}
+        if isinstance(data := trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by fit
+            checkpoint["template"] = data.template_settings._asdict()
         checkpoint["run_length"] = run_length(trainer)
         if self._warm_started:
             checkpoint["warm_started"] = True
@@ -307,9 +317,61 @@ class PreferenceModule(PolicyModule):
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
         self._resumed = {name: checkpoint[name] for name in RESUMED if name in checkpoint}
+        if "position" in checkpoint and self._trainer is not None and self._trainer.training:
+            self._restore_position(checkpoint)
+
+    def _restore_position(self, checkpoint: Mapping[str, Any]) -> None:
+        """Set the position in the loops and in the data. Lightning restores the loops after `on_load_checkpoint`."""
+        trainer = self.trainer
+        trainer.fit_loop.setup_data()  # counts the batches, as the schedules do a moment later
+        position = resume_position(trainer, checkpoint["position"])
+        write_position(trainer, checkpoint["loops"], position)
+        taken = {"epoch": position.epoch, "taken": position.batch}
+        self._resumed["training_data"] = checkpoint["training_data"] | taken
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights like torch. Frozen weights, which no checkpoint holds, are not reported as missing."""
         result = super().load_state_dict(state_dict, strict, assign)
         result.missing_keys[:] = [name for name in result.missing_keys if name in self._trained]
         return result
+
+
+# Gradient accumulation. A window is the group of micro-batches whose gradients make one optimizer step.
+
+
+def is_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Return True if the optimizer steps after this micro-batch: its window is full, or the epoch ends."""
+    number = batch_idx + 1
+    return number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
+
+
+def is_logged(trainer: Trainer, batch_idx: int) -> bool:
+    """Return True if the step of this micro-batch is logged. Call it before the step is taken.
+
+    Logged are every `trainer.log_every_n_steps`-th step, which loggers write, the first and the last step of the run,
+    and the last step of each epoch, whose values callbacks may read. Metrics of other steps are not computed, because
+    reading them would make the CPU wait for the device.
+    """
+    step = trainer.global_step + 1
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
+    window = trainer.accumulate_grad_batches
+    ends_epoch = batch_idx // window == (trainer.num_training_batches - 1) // window
+    return ends_epoch or step in (1, trainer.max_steps) or (every > 0 and step % every == 0)
+
+
+def window_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:
+    """Return the factor of a micro-batch's mean loss that makes the window's loss the mean over its pairs.
+
+    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short.
+
+    Args:
+        trainer: The trainer. The factor is 1 if its loader is not a `TrainingLoader`, whose batch sizes are known.
+        pairs: Number of pairs in the micro-batch.
+        batch_idx: Number of the micro-batch in the epoch, from 0.
+    """
+    loader, window = trainer.train_dataloader, trainer.accumulate_grad_batches
+    if window == 1 or not isinstance(loader, TrainingLoader):
+        return 1.0
+    start = batch_idx - batch_idx % window
+    end = min(start + window, int(trainer.num_training_batches))
+    return pairs * window / sum(loader.batch_sizes[start:end])

@@ -1,11 +1,16 @@
-"""Latent Preference Coding on top of any algorithm."""
+"""Latent Preference Coding on top of any algorithm: a batch's losses as a function of the latent, and their use."""
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Protocol, TypedDict
+
+from torch import Tensor, nn
 
 from lpc_lightning.latent import LatentSpace, LatentTerms, PairScorer
-from lpc_lightning.types import LogitHead, PairStates
+from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
 
 
 class LatentMixin:
@@ -33,3 +38,96 @@ class LatentMixin:
         if self.latent is None:
             return LatentTerms(*score.under(None))
         return self.latent.inference_terms(states, score)
+
+
+class AnswerLogps(Protocol):
+    """Log-probabilities of a batch's answers as a function of z (see `BatchForward`)."""
+
+    def logps(self, z: Tensor | None = None) -> Tensor:
+        """Return (2B,) log-probabilities under `z` (B, d) of each pair, or without z (None)."""
+        ...
+
+    def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
+        """Return (2B, K) log-probabilities under every code of `codes` (K, d).
+
+        See `token_logps_per_code` for `code_range`.
+        """
+        ...
+
+
+class BatchScorer:
+    """Losses and log-probabilities of one batch under any z, from one backbone pass (a `PairScorer`)."""
+
+    reference: Tensor | None
+    """(2B,) log-probabilities under the reference. None for an algorithm without a reference."""
+
+    def __init__(
+        self,
+        forward: AnswerLogps,
+        lengths: Tensor,
+        reference: Tensor | None,
+        loss: Callable[[PairLogps], PairLosses],
+        code_range: float | None = None,
+    ) -> None:
+        """Keep the values that do not depend on z.
+
+        Args:
+            forward: Result of the policy's backbone pass.
+            lengths: (2B,) completion tokens of each sequence.
+            reference: (2B,) log-probabilities under the reference. None for an algorithm without a reference.
+            loss: The preference loss.
+            code_range: See `token_logps_per_code`.
+        """
+        self._forward, self._lengths, self.reference, self._loss = forward, lengths, reference, loss
+        # Several values of a batch are computed under the same codes. They share one pass through the head.
+        self._logps_per_code = lru_cache(maxsize=1)(partial(forward.logps_per_code, code_range=code_range))
+        self._swapped = False
+
+    def under(self, z: Tensor | None) -> tuple[PairLosses, PairLogps]:
+        """Compute (B,) losses and log-probabilities with z (B, d) added before the head. None: the plain policy."""
+        return self._score(self._forward.logps(z), self._lengths, self.reference)
+
+    def under_codes(self, codes: Tensor) -> tuple[PairLosses, PairLogps]:
+        """Compute (B, K) losses and log-probabilities under every code of `codes` (K, d)."""
+        reference = None if self.reference is None else self.reference[:, None]
+        return self._score(self._logps_per_code(codes), self._lengths[:, None], reference)
+
+    def swapped(self) -> BatchScorer:
+        """Return a scorer of the same pairs with the opposite labels. It shares the log-probabilities per code."""
+        other = copy.copy(self)
+        other._swapped = not self._swapped
+        return other
+
+    def _score(self, policy: Tensor, lengths: Tensor, reference: Tensor | None) -> tuple[PairLosses, PairLogps]:
+        references = (None, None) if reference is None else self._pair(reference.to(policy.dtype))
+        logps = PairLogps(*self._pair(policy), *references, *self._pair(lengths.to(policy.dtype)))
+        return self._loss(logps), logps
+
+    def _pair(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Split values (2B, ...) into (B, ...) of the chosen and (B, ...) of the rejected answers."""
+        first, second = values.chunk(2)
+        return (second, first) if self._swapped else (first, second)
+
+
+class TrainingOutput(TypedDict):
+    """Output of a training step, for the trainer and for callbacks."""
+
+    loss: Tensor
+    """Value to minimise, with gradient."""
+    losses: Tensor
+    """(B,) loss of each pair plus the latent's penalty, without gradient."""
+    margins: Tensor
+    """(B,) reward margins, without gradient."""
+    logged: bool
+    """True if this step is logged (see `is_logged`)."""
+
+
+class EvaluationOutput(TypedDict):
+    """Output of a validation or test step, for callbacks. They can score other z without another backbone pass."""
+
+    terms: LatentTerms
+    """Losses, rewards and log-probabilities under the prior."""
+    states: PairStates
+    """Hidden states h_x, h_w and h_l."""
+    score: BatchScorer
+    """Losses, rewards and log-probabilities under any other z."""

@@ -50,6 +50,7 @@ class PolicyModule(LatentMixin, LightningModule):
     lr_schedule: str
     warmup_ratio: float
     _built = _starting = False
+    _steps: int
     _tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -143,7 +144,7 @@ class PolicyModule(LatentMixin, LightningModule):
         if latent := self.latent_parameters():
             groups.append({"params": latent, "name": "latent", "lr": self.latent_lr})
         optimizer = self.make_optimizer(groups)
-        steps = self._total_steps()
+        self._steps = steps = self._total_steps()
         schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -164,11 +165,6 @@ class PolicyModule(LatentMixin, LightningModule):
             plugin.clip_grad_by_norm(optimizer, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    @property
-    def progress(self) -> float:
-        """Progress of training: 0 at the first optimizer step, 1 at the last."""
-        return min(1.0, self.trainer.global_step / max(1, self._total_steps() - 1))
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches

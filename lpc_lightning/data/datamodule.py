@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -20,7 +20,8 @@ from lpc_lightning.data.sources.example_source import ExampleSource
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
-from lpc_lightning.data.tokenization.templates import TemplateKind, make_template
+from lpc_lightning.data.tokenization.system_turns import SystemTurns
+from lpc_lightning.data.tokenization.templates import TemplateKind, TemplateSettings, make_template
 from lpc_lightning.data.tokenization.token_cache import load_or_tokenize
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.errors import ConfigError
@@ -59,6 +60,8 @@ class PreferenceDataModule(LightningDataModule):
         layout: Literal["auto", "padded", "shared_prefix"] = "auto",
         row_tokens: int | None = None,
         template: TemplateKind = "auto",
+        template_kwargs: dict[str, Any] | None = None,
+        system_turns: SystemTurns = "auto",
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,
         too_long: Literal["drop", "truncate_prompt", "truncate_answer", "error"] = "drop",
@@ -84,6 +87,11 @@ class PreferenceDataModule(LightningDataModule):
                 On a GPU, rows are padded, so that an epoch has at most four batch shapes (see `shapes`).
             template: Template that converts a conversation to text. `chat`: the tokenizer's chat template. `plain`:
                 text with User: and Assistant:. `auto`: chat if the tokenizer has a chat template, otherwise plain.
+            template_kwargs: Arguments of the chat template, such as `{enable_thinking: false}`. Evaluation and
+                generation use the same ones. null: none.
+            system_turns: Treatment of system turns. `keep`: the template renders them; a row is bad if it does not.
+                `fold`: put their text in front of the next user turn. `drop`: leave them out. `auto`: keep if the
+                template renders system turns, otherwise fold. Changed pairs are counted in the log and in a metric.
             max_length: Maximum number of tokens of a prompt and its longer answer. null: no limit.
             max_prompt_length: Maximum number of tokens of a prompt. null: no limit.
             too_long: Treatment of longer pairs. `drop`: leave the pair out. `truncate_prompt`: keep the end of the
@@ -137,7 +145,8 @@ class PreferenceDataModule(LightningDataModule):
                 "expected auto or false. Each of the three decides which pairs share a batch."
             )
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.layout, self.row_tokens, self.template = layout, row_tokens, template
+        self.layout, self.row_tokens = layout, row_tokens
+        self.template_settings = TemplateSettings(template, template_kwargs, system_turns)
         self.lengths = LengthPolicy(max_length, max_prompt_length, too_long)
         self.bad_rows, self.num_workers = bad_rows, num_workers
         self.length_window, self.pairs_per_annotator = length_window, pairs_per_annotator
@@ -226,7 +235,7 @@ class PreferenceDataModule(LightningDataModule):
             return None
         if stage == "train" and self._noise is not None and self._noise.marks_prompts:
             source = MarkedSource(source, self._noise)
-        template = make_template(tokenizer, self.template)
+        template = make_template(tokenizer, *self.template_settings)
         self.pairs[stage], self.reports[stage] = load_or_tokenize(
             source,
             template,
@@ -335,7 +344,7 @@ class PreferenceDataModule(LightningDataModule):
                 "data.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask, "
                 "expected padded or auto. Change data.layout, or set policy.attention to sdpa or eager."
             )
-        pad_id = make_template(require_part(self._tokenizer), self.template).pad_id
+        pad_id = make_template(require_part(self._tokenizer), *self.template_settings).pad_id
         if self.layout == "padded" or not takes_mask:
             return PaddedLayout(pad_id)
         if self._on_gpu:

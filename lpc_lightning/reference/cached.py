@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
@@ -57,21 +56,8 @@ class CachedReference:
         self._weights = fingerprint(policy)
         self.passes: dict[Stage, Pass] = {}
         """Work of the last run, by stage."""
-
-    def logps(self, batch: PreferenceBatch) -> Tensor:
-        """Return the (2B,) log-probabilities stored in the batch.
-
-        Raises:
-            ConfigError: The batch has none.
-        """
-        logps = batch.reference_logps
-        if logps is None:
-            raise ConfigError(
-                f"model.reference: found cached, and pairs without reference log-probabilities (the first is "
-                f"{batch.ids[0]!r}). Expected batches of a PreferenceDataModule in a run of the trainer. Set "
-                "model.reference: live for other batches."
-            )
-        return logps.to(torch.float64 if self._policy.causal_lm.dtype == torch.float64 else torch.float32)
+        self.logps = PreferenceBatch.cached_reference_logps
+        """Function from a batch to the (2B,) values that it carries."""
 
     def prepare(self, module: PolicyOwner, untouched: bool) -> None:
         """Compute what this run will read and the cache lacks, and attach the values to the batches.

@@ -34,7 +34,7 @@ class Reference(Protocol):
         """
 
     def logps(self, batch: PreferenceBatch) -> Tensor:
-        """Return (2B,) log-probabilities of the answers, in nats, without gradient."""
+        """Return (2B,) log-probabilities of the answers, in nats, without gradient. Called in every step."""
 
 
 class AdapterOff:
@@ -65,13 +65,10 @@ class FrozenCopy(nn.Module):
         # Not in eval mode: dropout is off, so that the modes do not differ. Lightning warns if modes are mixed.
         self.policy = copy.deepcopy(policy).requires_grad_(False)
         self.policy.set_gradient_checkpointing(False)
+        self.logps = self.policy.reference_logps
 
     def prepare(self, module: PolicyOwner, untouched: bool) -> None:
         """Do nothing."""
-
-    def logps(self, batch: PreferenceBatch) -> Tensor:
-        """Return (2B,) log-probabilities of the answers."""
-        return self.policy.reference_logps(batch)
 
 
 def live_reference(policy: CausalPolicy, spec: PolicySpec) -> Reference:

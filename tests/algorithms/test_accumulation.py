@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from lpc_lightning.algorithms import DPO, SimPO
-from lpc_lightning.algorithms.accumulation import is_optimizer_step, window_weight
+from lpc_lightning.algorithms.base import is_optimizer_step, window_weight
 from lpc_lightning.latent import MarginalSpace
 
 

@@ -11,8 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.algorithms.metrics import fetch
-from lpc_lightning.algorithms.recent_losses import MAX_UNREAD, RecentLosses
+from lpc_lightning.algorithms.metrics import MAX_UNREAD, RecentLosses, fetch
 from lpc_lightning.types import PairLogps, PairLosses
 
 

@@ -37,7 +37,7 @@ def test_summary_before_and_after_training(complete, fitted, tmp_path, capsys) -
     row = next(line.split() for line in table.splitlines() if line.startswith("prior accuracy"))
     assert row[-1] == f"{after['val/rewards/accuracies']:.4f}"
     assert row[-2] == (f"{before['val/rewards/accuracies']:.4f}" if complete else "-")
-    assert f"--logdir {tmp_path / 'run'}" in table
+    assert f"Run folder: {tmp_path / 'run'}" in table
 
 
 def test_summary_against_separate_validations(fitted, tmp_path) -> None:
@@ -67,6 +67,7 @@ def test_summary_of_validate_and_test(command, stage, fitted, tmp_path, capsys) 
     *table, last = capsys.readouterr().out.strip().splitlines()
     printed = dict(line.split() for line in table if line)
     groups = {name for name in metrics if "/source/" in name or "/factor/" in name}
+    groups |= {name for name in metrics if name.endswith("/length_matched") and name.count("/") == 3}
     assert groups
     assert printed == {name: f"{value:.4f}" for name, value in metrics.items() if name not in groups}
     assert printed[f"{stage}/accuracy/prior"] == printed[f"{stage}/rewards/accuracies"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lpc_lightning.algorithms.scoring import BatchScorer
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.latent.networks import StateNetwork

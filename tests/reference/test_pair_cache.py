@@ -221,10 +221,9 @@ def test_store_attaches_values_to_pairs(store: TokenStore, scored: TokenStore) -
 
 def test_batch_has_values_only_if_complete(scored: TokenStore) -> None:
     layout = PaddedLayout(0)
-    logps = layout([scored[1], scored[3].swapped()]).reference_logps
-    assert logps is not None
+    logps = layout([scored[1], scored[3].swapped()]).cached_reference_logps()
     assert logps.tolist() == [-1.1, -3.2, -1.2, -3.1]
-    assert layout([scored[1], scored[5]]).reference_logps is None
+    assert layout([scored[1], scored[5]]).reference_bits is None
 
 
 def test_values_survive_pickling(scored: TokenStore) -> None:

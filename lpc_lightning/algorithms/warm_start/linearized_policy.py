@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpc_lightning.algorithms.scoring import BatchScorer
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.policy.logprobs import code_logits
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates, PreferenceBatch
 

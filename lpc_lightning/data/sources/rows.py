@@ -33,6 +33,8 @@ Reason: TypeAlias = Literal[
     "wrong type",
     "invalid text",
     "refused by the chat template",
+    "left out by the chat template",
+    "two think blocks",
     "end token in answer",
 ]
 """Reasons why a row cannot be used. They are keys of counters and, as `data/bad/...`, names of metrics."""

@@ -95,9 +95,11 @@ def test_cluster_pairs_with_one_cluster(features: str, planted_clusters: Any) ->
 
 
 def test_cluster_pairs_with_four_pairs() -> None:
-    codes, assigned = cluster_pairs(torch.randn(4, 3), torch.randn(4, 5), 2)
+    features = torch.tensor([[1.0, 0.0, 0.1], [1.0, 0.1, 0.0], [-1.0, 0.0, 0.1], [-1.0, 0.1, 0.0]])
+    codes, assigned = cluster_pairs(features, features[:, :1] * torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]), 2)
     assert codes.isfinite().all()
-    assert set(assigned.tolist()) == {0, 1}
+    first, second, *others = assigned.tolist()
+    assert (first, others) == (second, [1 - first] * 2)
 
 
 @pytest.fixture

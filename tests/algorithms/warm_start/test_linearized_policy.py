@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from lpc_lightning.algorithms.scoring import BatchScorer
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.warm_start.linearized_policy import (
     LinearizedForward,
     LinearizedPairs,

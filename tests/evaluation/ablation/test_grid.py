@@ -91,6 +91,7 @@ def test_changes_reject_unknown_names(read: Any, change: str, message: str) -> N
     [
         ([1], "found list, expected base, axes"),
         ({"base": []}, "found base, expected base, axes"),
+        ({**GRID, "axes": [1]}, "found base, axes, expected base, axes"),
         ({**GRID, "axis": {}}, "found base, axes, axis, expected"),
         ({**GRID, "base": ["fit"]}, "base: found 'fit', expected arguments of fit"),
         ({**GRID, "axes": {"seed": [1]}}, r"axes.seed: found \[1\], expected names"),
@@ -100,6 +101,62 @@ def test_changes_reject_unknown_names(read: Any, change: str, message: str) -> N
     ],
 )
 def test_read_grid_rejects_invalid_content(read: Any, grid: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(grid)
+
+
+def test_extended_grid_states_what_differs(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "full.yaml").write_text(yaml.safe_dump(GRID | {"skip": [{"codes": 8}]}, sort_keys=False))
+    axes = {
+        "algorithm": {"simpo": None, "ipo": ["--model=IPO"]},
+        "seed": {"values": [1], "key": "seed_everything"},
+        "noise": {"values": [0.5]},
+        "codes": {},
+    }
+    grid = read({"extends": "other/full.yaml", "base": ["--config=b.yaml"], "axes": axes, "skip": None})
+    assert grid.name == "grid"
+    assert grid.base == ("--config=b.yaml",)
+    assert grid.skip == ()
+    assert [(axis.name, axis.arguments, axis.values) for axis in grid.axes] == [
+        ("algorithm", {"dpo": ("--model=DPO",), "ipo": ("--model=IPO",)}, ("dpo", "ipo")),
+        ("seed", ("--seed_everything={value}",), (1,)),
+        ("noise", ("--callbacks+=F", '--callbacks.x={"rate": {value}}'), (0.5,)),
+        ("codes", ("--latent.num_codes={value}",), (8, None)),
+    ]
+
+
+def test_extended_grid_may_extend_another(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump({"extends": "first.yaml", "axes": {"noise": None}}))
+    grid = read({"extends": "second.yaml", "base": []})
+    assert [axis.name for axis in grid.axes] == ["algorithm", "codes"]
+    assert grid.base == ()
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"extends": "none.yaml"}, r"grid\.yaml extends: found no file .*none\.yaml"),
+        ({"extends": ["other.yaml"]}, r"grid\.yaml extends: found \['other.yaml'\], expected the name of a grid file"),
+        ({"extends": "grid.yaml"}, r"grid\.yaml extends: found grid.yaml, which extends grid.yaml"),
+        ({"extends": "circle.yaml"}, r"circle\.yaml extends: found grid.yaml, which extends circle.yaml"),
+        ({"extends": "wrong.yaml"}, r"wrong\.yaml base: found 'fit'"),
+        (
+            {"extends": "other.yaml", "axes": {"sede": None}},
+            r"grid\.yaml axes sede: found null.*one of algorithm, noise",
+        ),
+        (
+            {"extends": "other.yaml", "axes": {"codes": {"key": None}}},
+            r"grid\.yaml axes\.codes: found values, expected",
+        ),
+        ({"extends": "other.yaml", "axes": None}, r"grid\.yaml: found base, expected base, axes"),
+    ],
+)
+def test_extends_rejects_invalid_content(read: Any, tmp_path: Path, grid: Any, message: str) -> None:
+    others = {"other": GRID, "wrong": GRID | {"base": ["fit"]}, "circle": {"extends": "grid.yaml"}}
+    for name, content in others.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.raises(ConfigError, match=message):
         read(grid)
 
