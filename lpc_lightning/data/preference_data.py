@@ -47,8 +47,8 @@ class PreferenceData(PreferenceDataModule):
                 has it, otherwise hold out a share of the training prompts.
             test_split: Split for testing. null: no test.
             validation_share: Share of the training prompts that is held out if there is no validation split, from 0 to
-                below 1. A hash of the prompt decides, so that training and validation have no prompt in common. At least
-                one prompt is held out if there are two or more. 0: no prompt is held out.
+                below 1. A hash of the prompt decides, so that training and validation have no prompt in common. At
+                least one prompt is held out if there are two or more. 0: no prompt is held out.
             split_column: Column that holds the split of each row, if files have no splits of their own. Rows without it
                 belong to `train`.
             columns: Names of the columns, and how their cells are read. null: the defaults of `Columns`.

@@ -41,7 +41,8 @@ class RowSource:
     """Names of the columns, and how their cells are read."""
     split: str | None = None
     """Split to read: one of the path's own splits (hub data sets, folders and JSON files with splits), otherwise a
-    value of the split column. A row without a value counts as `train`. None: `train` of own splits, otherwise all rows."""
+    value of the split column. A row without a value counts as `train`. None: the own split `train`, otherwise all
+    rows."""
     split_column: str = "split"
     """Name of the split column."""
     held_out: bool | None = None
