@@ -328,7 +328,7 @@ def test_sigterm_during_the_evaluation(fit, task, tmp_path) -> None:
     with pytest.raises(SIGTERMException):
         fit("run", GracefulStop(), LMEvaluation([task_with_sigterm], every_n_steps=2, step_limit=2))
     stopped = torch.load(tmp_path / "run" / "checkpoints" / "stopped.ckpt", weights_only=True)
-    assert stopped["global_step"] == 3
+    assert stopped["global_step"] == 2
     assert (tmp_path / "run" / "lm_eval" / "step_2" / "results.json").is_file()
 
     class AtTheEnd(Callback):
@@ -471,7 +471,7 @@ def test_config_file(monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["lpc-lightning"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     stated = yaml.safe_load((CONFIGS / "lm_eval.yaml").read_text())
-    assert stated[:-1] == yaml.safe_load((CONFIGS / "default.yaml").read_text())
+    assert len(stated) == 1
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Callback, "callback", required=True)
     parsed = parser.parse_object({"callback": stated[-1]})
