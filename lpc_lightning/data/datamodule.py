@@ -16,6 +16,7 @@ from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout, Padde
 from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
 from lpc_lightning.data.batching.run_reads import evaluation_reads, micro_batches, training_reads
 from lpc_lightning.data.label_noise import LabelNoise, MarkedSource
+from lpc_lightning.data.rendered_pair import RENDERED_PAIR, render_pair
 from lpc_lightning.data.sources.example_source import ExampleSource
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
@@ -26,7 +27,7 @@ from lpc_lightning.data.tokenization.token_cache import load_or_tokenize
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.seeding import run_seed
-from lpc_lightning.types import Ceiling
+from lpc_lightning.types import Ceiling, TokenizedPair
 
 Stage = Literal["train", "validation", "test"]
 STAGES: dict[str, tuple[Stage, ...]] = {
@@ -71,6 +72,7 @@ class PreferenceDataModule(LightningDataModule):
         balance_batches: bool | Literal["auto"] = "auto",
         num_workers: int = 0,
         cache_dir: str | None = None,
+        print_pair: bool = True,
     ) -> None:
         """Check and store the settings.
 
@@ -115,6 +117,8 @@ class PreferenceDataModule(LightningDataModule):
                 `auto`: true on a GPU with packed rows if length_window and pairs_per_annotator are null.
             num_workers: Number of processes that prepare batches in advance. 0: the training process prepares them.
             cache_dir: Folder of the token cache. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning if it is unset.
+            print_pair: Whether to print the first training pair at the start of a fit, as text with marks around the
+                trained tokens. It is also written to `rendered_pair.txt` in the run folder.
 
         Raises:
             ValueError: A setting is out of range.
@@ -151,6 +155,7 @@ class PreferenceDataModule(LightningDataModule):
         self.bad_rows, self.num_workers = bad_rows, num_workers
         self.length_window, self.pairs_per_annotator = length_window, pairs_per_annotator
         self.balance_batches = balance_batches
+        self.print_pair = print_pair
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pairs: dict[Stage, TokenStore] = {}
         self.reports: dict[Stage, DataReport] = {}
@@ -277,9 +282,21 @@ class PreferenceDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Build the loader of shuffled training batches. A resumed run continues after its last batch."""
         pairs, batches = self.training_pairs, self._training_batches()
+        if self.print_pair:
+            self._print_pair(pairs[0])
         read = (batch for epoch in range(PLANNED_EPOCHS) for batch in batches.all_devices(epoch))
         layout = self._planned(pairs, read)
         return TrainingLoader(pairs, batches, layout, self.num_workers, self._on_gpu)
+
+    def _print_pair(self, pair: TokenizedPair) -> None:
+        assert self.trainer is not None
+        folder = self.trainer.log_dir  # a collective call: all devices must make it
+        text = render_pair(pair, require_part(self._tokenizer))
+        rank_zero_info(f"Training {text}")
+        keep = self.trainer.loggers and not self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning
+        if folder is not None and keep and self.trainer.is_global_zero:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / RENDERED_PAIR).write_text(text + "\n", encoding="utf-8")
 
     def _training_batches(self) -> TrainingBatches:
         pairs = self.pairs["train"]
