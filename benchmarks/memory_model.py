@@ -181,18 +181,18 @@ def layer_activations(model: Architecture, step: Step) -> float:
     """Bytes of a token that the backward pass of one layer needs (`lpc_lightning.policy.memory_efficient_layers`).
 
     Two norms keep their input (wide) and give their output to products (narrow); attention keeps queries, keys and
-    values (repeated for grouped queries), its output, and a row of the mask; the feed-forward network keeps gate and
-    other factor.
+    values (repeated for grouped queries) and its output; the feed-forward network keeps gate and other factor.
     """
     norms = (step.wide + step.narrow) * 2 * model.width
-    attention = step.narrow * (4 * model.attended + step.row)
+    attention = step.narrow * 4 * model.attended
     return norms + attention + step.narrow * 2 * model.feed_forward
 
 
 def activations(model: Architecture, step: Step) -> float:
     """Bytes that are kept from the forward pass: of all layers, or with checkpointing of each layer its input."""
     layer = step.wide * model.width if step.checkpointing else layer_activations(model, step)
-    last = step.wide * 2 * model.width  # the last norm, as published: input and normalised input
+    # The last norm, as published (input and normalised input), and a row of the mask, which all layers share.
+    last = step.wide * 2 * model.width + step.narrow * step.row
     casts = 2 * step.narrow * model.layers * model.layer / 2 if step.precision == "bf16-mixed" else 0
     if step.adapter is not None:
         casts = 0  # autocast keeps the casts of trained weights only

@@ -22,6 +22,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.command import ablate
 from lpc_lightning.evaluation.tables import markdown_table
 from lpc_lightning.function_command import run_function
+from lpc_lightning.output_paths import check_folder
 
 CONFIGS = Path(str(files("lpc_lightning"))) / "configs"
 ARMS = {"none": "DPO", "marginal": "LPC-DPO, exact marginal, warm start"}
@@ -57,6 +58,7 @@ def demo(output: str = "runs/demo", processes: int = 2) -> None:
         ConfigError: A fit failed.
     """
     folder = Path(output)
+    check_folder(folder, "output")
     folder.mkdir(parents=True, exist_ok=True)
     print(f"Two fits of a tiny policy to 4,096 built-in pairs: {' and '.join(ARMS.values())}.", flush=True)
     runs = {name: folder / "fits" / "cells" / f"latent={value},seed=1" for value, name in ARMS.items()}

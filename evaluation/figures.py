@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 """Palette of Okabe and Ito (2008), which colour-blind readers can distinguish. Its yellow is left out, because it is
@@ -81,9 +82,7 @@ def make_figure(width: float, height: float) -> Figure:
 
 
 def shorten(name: str, length: int = MAX_NAME_LENGTH) -> str:
-    """Cut the middle out of a name of more than `length` characters, and escape dollar signs."""
-    # matplotlib reads text between dollar signs as a formula.
-    name = name.replace("$", r"\$")
+    """Cut the middle out of a name of more than `length` characters."""
     half = length // 2
     return name if len(name) <= length else f"{name[: half - 1]}…{name[-half:]}"
 
@@ -106,7 +105,7 @@ def to_svg(figure: Figure) -> bytes:
     Letters are stored as outlines, so that the file needs no font.
     """
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "lpc", "svg.fonttype": "path"}), ignore_missing_glyphs():
+    with rc_context({"svg.hashsalt": "lpc", "svg.fonttype": "path"}), literal_text(figure):
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=no_metadata)
     return buffer.getvalue()
@@ -122,14 +121,20 @@ def write_plots(folder: Path, plots: Sequence[Plot]) -> Iterator[tuple[Plot, byt
     for plot in plots:
         svg = to_svg(plot.figure)
         (folder / f"{plot.name}.svg").write_bytes(svg)
-        with ignore_missing_glyphs():
+        with literal_text(plot.figure):
             plot.figure.savefig(folder / f"{plot.name}.png", dpi=DPI)
         yield plot, svg
 
 
 @contextmanager
-def ignore_missing_glyphs() -> Iterator[None]:
-    """Silence matplotlib's warning about missing glyphs: names may be in any script, and a box is drawn instead."""
-    with warnings.catch_warnings():
+def literal_text(figure: Figure) -> Iterator[None]:
+    """Draw all text of a figure character by character: names of runs and settings may have any.
+
+    matplotlib reads text between dollar signs as a formula, and raises if it is none. For a letter that the font does
+    not have it warns, and draws a box.
+    """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lpc_lightning.markdown import escape_markdown
+
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Format a Markdown table, with each column padded to one width.
@@ -14,9 +16,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: i
         left: Number of columns, from the left, that are left-aligned. The others are right-aligned, for numbers.
 
     Returns:
-        The table without a final line break. "|" in a cell is escaped, and a line break becomes a space.
+        The table without a final line break. In a cell, "|" and HTML are escaped, and a line break becomes a space.
     """
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    lines = [[escape_markdown(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True)]
     rule = ["-" * width if index < left else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
     return "\n".join(

@@ -14,26 +14,30 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
+from traceback import walk_tb
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.function_command import run_function
+from lpc_lightning.inference.checkpoint_entries import check_classes, check_resumable
 from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec, UnsupportedPolicyError
 from lpc_lightning.policy.precision import is_bfloat16_fast
 from lpc_lightning.run_folder import DiscardedRunFolder, RunFolder
 from lpc_lightning.system_errors import explain_system_error
+from lpc_lightning.yaml_files import SUFFIXES, check_value, check_yaml
 
 GROUPS = ("policy", "latent", "callbacks")
 """Settings that stand at the top of a config and belong to the module or to the trainer."""
@@ -168,20 +172,55 @@ class PreferenceCLI(LightningCLI):
         if not path or path in ("best", "last"):
             return
         try:
-            settings = dict(read_checkpoint(Path(path), weights=False).get("hyper_parameters", {}))
+            checkpoint = read_checkpoint(Path(path), weights=False)
+            if command == "fit":
+                check_resumable(checkpoint, Path(path))
+            settings = dict(checkpoint.get("hyper_parameters", {}))
+            if "_class_path" not in settings:
+                return
+            check_classes(settings, Path(path))
         except CheckpointError as error:
             raise CheckpointError(f"ckpt_path: {error}") from error
-        if "_class_path" not in settings:
-            return
         settings.pop("_instantiator", None)
-        found = {name: settings.pop(name) for name in ("policy", "latent")}
+        found = {name: settings.pop(name, None) for name in ("policy", "latent")}
         if (policy := (found["policy"] or {}).get("init_args") or {}).get("trust_remote_code"):
             # A checkpoint from somebody else must not allow its own code.
             allowed = self.config[command].get("policy") and self.config[command].policy.init_args
             policy["trust_remote_code"] = bool(allowed and allowed.get("trust_remote_code"))
         model = {"class_path": settings.pop("_class_path"), "init_args": settings}
         print(f"Model, policy and latent are set as in {path}; flags and config files do not change them.")
-        self.config = self.parser.parse_object({command: {"model": model, **found}}, self.config)
+        exits, self.parser.exit_on_error = self.parser.exit_on_error, False
+        try:
+            self.config = self.parser.parse_object({command: {"model": model, **found}}, self.config)
+        except (ArgumentError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"ckpt_path: {path} holds settings that cannot be used ({reason}), expected those of the run. Take "
+                "another checkpoint of the run."
+            ) from error
+        finally:
+            self.parser.exit_on_error = exits
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a command. An error of Lightning while it restores a checkpoint is one of the checkpoint."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            path = self.config[subcommand].get("ckpt_path")
+            if not path or isinstance(error, USER_ERRORS) or not _is_restoring(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"ckpt_path: {path} cannot be restored ({type(error).__name__}: {reason}), expected the state of a run "
+                "with this trainer and these callbacks. Take another checkpoint of the run."
+            ) from error
+
+
+def _is_restoring(error: BaseException) -> bool:
+    """Return whether an error was raised while Lightning restored a checkpoint."""
+    frames = (frame.f_code for frame, _ in walk_tb(error.__traceback__))
+    names = ("restore", "_restore", "resume", "_load")
+    return any(code.co_filename == checkpoint_connector.__file__ and code.co_name.startswith(names) for code in frames)
 
 
 def _reason(error: ValueError) -> str:
@@ -291,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
             _usage(arguments, known)
         set_up_logging()
         run, _ = known[arguments[0]]
-        check_config_files(arguments[1:])
+        check_config_files(arguments)
         run(arguments)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
@@ -306,22 +345,40 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(143)
 
 
+LONGEST_PATH = 4096
+"""Characters of a path at most."""
+
+
 def check_config_files(arguments: list[str]) -> None:
-    """Check that all config files on the command line exist. The parser's own error is a page of usage.
+    """Check that all config files of a command line exist and are plain YAML, with the files that they name.
+
+    The parser's own error is a page of usage, and it does not end for a file that refers to itself.
+
+    Args:
+        arguments: The command and what follows it.
 
     Raises:
-        ConfigError: A file does not exist.
+        ConfigError: A file does not exist or is no plain YAML.
     """
-    options = ("-c", "--config", *(f"--{name}" for name in (*GROUPS, "model", "data", "trainer")))
-    for argument, following in pairwise([*arguments, ""]):
+    command, *rest = arguments
+    # Elsewhere these are other options: `generate --model` is a checkpoint.
+    groups = (*GROUPS, "model", "data", "trainer") if COMMANDS.get(command, (None,))[0] is _fit else ()
+    options = ("-c", "--config", *(f"--{name}" for name in groups))
+    for argument, following in pairwise([*rest, ""]):
         option, equals, value = argument.partition("=")
-        path = Path(value if equals else following)
-        is_file_name = path.suffix in (".yaml", ".yml")
-        if option.removesuffix("+") in options and is_file_name and not path.is_file():
+        text = value if equals else following
+        if option.removesuffix("+") not in options:
+            if option.startswith("--") and "." in option:
+                check_value(text, option)
+        elif len(text) < LONGEST_PATH and Path(text).is_file():
+            check_yaml(Path(text))
+        elif text.endswith(SUFFIXES):
             raise ConfigError(
-                f"{option}: found no file {path} in {Path.cwd()}.\n"
+                f"{option}: found no file {text} in {Path.cwd()}.\n"
                 "Expected a YAML file; `lpc-lightning configs` writes those that come with the package."
             )
+        else:
+            check_value(text, option)
 
 
 def set_up_logging() -> None:

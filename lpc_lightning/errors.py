@@ -3,3 +3,11 @@
 
 class ConfigError(ValueError):
     """Raised when a configuration value is invalid. The message names the setting, the value and what was expected."""
+
+
+class DamagedFileError(ValueError):
+    """Raised when a file does not have the content that was written. The message names the file and the difference."""
+
+
+class CheckpointError(ValueError):
+    """Raised when a checkpoint is missing, damaged or of another form, or does not fit the model that loads it."""

@@ -8,6 +8,7 @@ from typing import Literal
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.data.synthetic.sample import write_sample
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.output_paths import check_file
 from lpc_lightning.policy.prepare import prepare_smollm2
 
 
@@ -42,6 +43,7 @@ def prepare(
     path = Path(pairs)
     if path.suffix != ".jsonl":
         raise ConfigError(f"pairs: found {path}, expected a file name that ends in .jsonl.")
+    check_file(path, "pairs")
     if path.exists():
         raise ConfigError(f"pairs: found an existing file {path}, expected a new one. Remove it or give another name.")
     if count < 1:

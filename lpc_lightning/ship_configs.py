@@ -7,6 +7,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.output_paths import check_folder
 
 
 def configs(output: str = "configs", overwrite: bool = False) -> Path:
@@ -23,6 +24,7 @@ def configs(output: str = "configs", overwrite: bool = False) -> Path:
         ConfigError: A file exists already and `overwrite` is false; nothing is written then.
     """
     folder = Path(output)
+    check_folder(folder, "output")
     with as_file(files("lpc_lightning") / "configs") as shipped:
         names = sorted(path.relative_to(shipped) for path in shipped.rglob("*") if path.is_file())
         if not overwrite and (existing := [name for name in names if (folder / name).exists()]):

@@ -389,6 +389,31 @@ class TestFromACheckpoint:
         )
 
     @pytest.mark.slow
+    def test_damaged_entries_are_refused(
+        self, checkpoint: Path, fit: Command, command: Command, tmp_path: Path
+    ) -> None:
+        kept = torch.load(checkpoint, weights_only=True)
+        name = next(iter(kept["callbacks"]))
+        settings = kept["hyper_parameters"]
+        changes: dict[str, tuple[dict[str, Any], str]] = {
+            "loops": ({"loops": {"fit_loop": 3}}, "found no counts in loops"),
+            "count": ({"loops": kept["loops"] | {"fit_loop": {"state_dict": {}}}}, "found no counts in loops"),
+            "callbacks": ({"callbacks": {name: 3}}, "cannot be restored"),
+            "optimizer": ({"optimizer_states": [{"state": 3}]}, "cannot be restored"),
+            "schedule": ({"lr_schedulers": [None]}, "cannot be restored"),
+            "policy": ({"hyper_parameters": settings | {"policy": {"class_path": "os.system"}}}, "cannot import code"),
+            "beta": ({"hyper_parameters": settings | {"beta": []}}, "holds settings that cannot be used"),
+        }
+        for change, message in changes.values():
+            torch.save(kept | change, tmp_path / "other.ckpt")
+            output = fit(f"--ckpt_path={tmp_path / 'other.ckpt'}", "--trainer.max_epochs=2")
+            assert_one_error(output, rf"ckpt_path: .*other\.ckpt.*{message}")
+        del kept["loops"]
+        torch.save(kept, tmp_path / "other.ckpt")
+        output = fit(f"--ckpt_path={tmp_path / 'other.ckpt'}", "--trainer.max_epochs=2")
+        assert_one_error(output, r"ckpt_path: .*other\.ckpt: found no entry loops, expected the full state of a run")
+
+    @pytest.mark.slow
     def test_steps_of_another_size_are_refused(self, checkpoint: Path, fit: Command) -> None:
         output = fit(f"--ckpt_path={checkpoint}", "--trainer.accumulate_grad_batches=2")
         assert_one_error(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
     {"types", "seeding", "transfer", "run_folder", "system_errors"},
-    {"paths"},
+    {"paths", "markdown", "output_paths", "integrity", "yaml_files"},
     {"losses", "latent", "policy", "data"},
     {"distributed"},
     {"reference"},

@@ -23,6 +23,7 @@ from lpc_lightning.evaluation.ablation.progress import Progress
 from lpc_lightning.evaluation.ablation.ray_cluster import run_on_ray
 from lpc_lightning.evaluation.ablation.slurm import array_script
 from lpc_lightning.function_command import run_function
+from lpc_lightning.output_paths import check_folder
 
 
 def main(arguments: list[str]) -> None:
@@ -91,6 +92,7 @@ def ablate(
         raise ConfigError(f"processes: found {processes}, expected at least 1.")
     changed_grid = read_grid(Path(grid[0])).with_changes(grid[1:])
     folder = Path(output or f"runs/ablation/{changed_grid.name}").absolute()
+    check_folder(folder, "output")
     cells = plan(folder, changed_grid.cells(), weights)
     if cell is not None and not 0 <= cell < len(cells):
         raise ConfigError(f"cell: found {cell}, expected a number from 0 to {len(cells) - 1}.")
@@ -128,6 +130,10 @@ def _print_summary(cells: Sequence[PlannedCell], folder: Path) -> None:
     counts = Counter("not run" if record is None else record.status for record in records)
     print(f"{', '.join(f'{number} {status}' for status, number in counts.items())}: {folder}")
     if counts["failed"]:
-        print("Failed cells: see `error` in their cell.json, and their log.txt. Use --retry-failed to run them again.")
+        print("Failed cells (--retry-failed runs them again; each has a log.txt):")
+        for planned, record in zip(cells, records, strict=True):
+            if record is not None and record.status == "failed":
+                cause = (record.error or "no cause was recorded").splitlines()[-1]
+                print(f"  {planned.folder.path.name}: {cause}")
     if counts["finished"]:
         print(f"Tables and plots: lpc-lightning report {os.path.relpath(folder)}")

@@ -23,10 +23,10 @@ from lpc_lightning.evaluation.figures import Plot, write_plots
 from lpc_lightning.evaluation.line_panels import Line, describe_lines
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.function_command import run_function
-from lpc_lightning.inference.checkpoints import run_config
-from lpc_lightning.inference.generation import trained_template
+from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
 from lpc_lightning.latent import DiscreteSpace
+from lpc_lightning.output_paths import check_folder
 
 UNDER_Z = "exact_z"
 """Scores under z = sum_k w_k e_k, with the weights of `exact`."""
@@ -94,11 +94,13 @@ def adapt(
         DataError: There are no such pairs, no pair has an annotator, or no annotator has enough pairs.
     """
     named = name_models(models, names)
+    check_folder(Path(output), "output")
     collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
     reports: dict[str, AdaptationReport] = {}
     for name, path in named:
         pairs = PairsFile(preferences, split=split, limit=limit, batch_size=batch_size, max_length=max_length)
-        pairs.template = trained_template(run_config(Path(path)))
+        checkpoint = read_checkpoint(Path(path), weights=False)
+        pairs.template_settings = trained_template(checkpoint_origin(checkpoint, Path(path)))
         module = open_module(path, device, trust_remote_code)
         if len(named) == 1 and not isinstance(module.latent, DiscreteSpace):
             raise ConfigError(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lpc_lightning.evaluation.accuracy.accuracy_modes import OTHERS, keep_largest
 from lpc_lightning.evaluation.codebook.embedding import embed
 from lpc_lightning.evaluation.codebook.mutual_information import entropy
-from lpc_lightning.evaluation.figures import COLOURS, MARKERS, ignore_missing_glyphs, shorten
+from lpc_lightning.evaluation.figures import COLOURS, MARKERS, literal_text, shorten
 
 OTHERS_COLOUR = "#BBBBBB"
 MAX_CODES, MAX_COLUMNS, MAX_COLOURS = 40, 20, 14
@@ -147,7 +147,7 @@ def _draw_groups(axes: Axes, coordinates: NDArray[np.float64], labels: list[str]
 def render(figure: Figure, path: Path) -> NDArray[np.uint8]:
     """Write a figure as a PNG file, and return its pixels (height, width, 3)."""
     canvas = FigureCanvasAgg(figure)
-    with ignore_missing_glyphs():
+    with literal_text(figure):
         canvas.draw()
         canvas.print_png(path)
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -21,6 +21,7 @@ from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.opening import short_name
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.output_paths import check_folder, check_name
 from lpc_lightning.paths import expand_path
 from lpc_lightning.policy.precision import is_bfloat16_fast
 
@@ -91,6 +92,7 @@ def evaluate(
         DataError: The file of preference pairs does not exist, or has no pairs.
     """
     named_models = name_models(models, names)
+    check_folder(Path(output), "output")
     request = EvalRequest(
         tasks=PAPER_TASKS if tasks is None else tuple(task for task in tasks if task != "none"),
         data_dir=None if data_dir is None else expand_path(data_dir, "data_dir"),
@@ -137,7 +139,7 @@ def name_models(models: Sequence[str], names: Sequence[str] | None) -> list[tupl
         names: Their names. None: names are made from `models`, with numbers added to repeated names.
 
     Raises:
-        ConfigError: The number of names is not the number of models, or two names are equal.
+        ConfigError: The number of names is not the number of models, two names are equal, or a name is no folder's.
     """
     if names is None:
         counts = Counter[str]()
@@ -147,6 +149,8 @@ def name_models(models: Sequence[str], names: Sequence[str] | None) -> list[tupl
             names.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
     if len(names) != len(models):
         raise ConfigError(f"names: found {len(names)} for {len(models)} models, expected one for each.")
+    for name in names:
+        check_name(name, "names")
     if len(set(names)) < len(names):
         raise ConfigError(f"names: found {', '.join(names)}, expected no two equal names.")
     return list(zip(names, models, strict=True))

@@ -28,8 +28,12 @@ from lpc_lightning.evaluation.report.tables import (
     runs_table,
 )
 from lpc_lightning.function_command import run_function
+from lpc_lightning.markdown import escape_markdown
+from lpc_lightning.output_paths import check_folder
 
-PAGE, TEXT, PLOTS = "report.html", "report.md", "plots"
+PAGE, TEXT, RUNS, PLOTS = "report.html", "report.md", "runs.csv", "plots"
+GENERATOR = '<meta name="generator" content="lpc-lightning report">'
+"""Line of every page, by which an earlier report is recognised."""
 MAX_LISTED = 40
 """Most metrics that an error lists."""
 
@@ -73,6 +77,8 @@ def report(
         ConfigError: There are no runs, or there is no such metric, axis or baseline. The error lists the valid ones.
         DataError: A file of a run cannot be read.
     """
+    folder = Path(out)
+    _check_replaceable(folder)
     loaded = load_folders(runs)
     records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
     study = make_study(records, loaded.axes)
@@ -89,11 +95,10 @@ def report(
     baseline_name = ", ".join(f"{axis}={value}" for axis, value in baseline_axes.items())
     plots, not_drawn = draw(Subject(study, metrics, compared, baseline_name, selected_axes))
 
-    folder = Path(out)
     (folder / PLOTS).mkdir(parents=True, exist_ok=True)
     for table in (*tables, missing):
         write_table(folder, table)
-    write_csv(folder / "runs.csv", all_runs.records)
+    write_csv(folder / RUNS, all_runs.records)
     pictures = [make_picture(plot, svg) for plot, svg in write_plots(folder / PLOTS, plots)]
     common = common_settings([record.settings for record in records if record.settings])
     page = Page(
@@ -111,14 +116,28 @@ def report(
         runs=all_runs,
         details=[run_details(record, common) for record in study.records],
     )
-    parts = [f"# {page.title}", page.summary, *map(to_markdown, [*tables, missing])]
-    parts += [f"## {plot.title}\n\n![{plot.alt}]({PLOTS}/{plot.name}.svg)\n\n{plot.caption}" for plot in plots]
+    parts = [f"# {escape_markdown(page.title)}", escape_markdown(page.summary), *map(to_markdown, [*tables, missing])]
+    for plot in plots:
+        heading, alt, caption = map(escape_markdown, (plot.title, plot.alt, plot.caption))
+        parts.append(f"## {heading}\n\n![{alt}]({PLOTS}/{plot.name}.svg)\n\n{caption}")
     (folder / TEXT).write_text("\n\n".join(part.rstrip() for part in parts) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(render_page(page), encoding="utf-8")
     print("\n".join(to_markdown(table) for table in tables if table.rows))
     if left_out:
         print(f"{folder / missing.name}.md lists what is left out and why: {len(left_out)} lines.")
     print(f"{page.summary}\nWrote {folder / PAGE}, and tables and plots beside it.")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Check that the files to write are new, or those of an earlier report."""
+    check_folder(folder, "out")
+    page = folder / PAGE
+    existing = [path for path in (page, folder / TEXT, folder / RUNS) if path.exists()]
+    is_report = page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")
+    if existing and not is_report:
+        raise ConfigError(
+            f"out: {existing[0]} exists and is not of an earlier report, expected another folder (--out), or move it."
+        )
 
 
 def _select_metrics(study: Study, names: Sequence[str] | None) -> list[str]:

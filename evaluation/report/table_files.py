@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.evaluation.tables import markdown_table
+from lpc_lightning.markdown import escape_markdown
 
 NO_VALUE = "-"
 LATEX = {
@@ -72,7 +73,8 @@ def to_markdown(table: Table) -> str:
     """Format a table as Markdown, with its title above and its notes below."""
     left = next((index for index, column in enumerate(table.columns) if column.numeric), len(table.columns))
     rows = [[cell.text for cell in row] for row in table.rows]
-    parts = [f"## {table.title}", markdown_table([column.name for column in table.columns], rows, left), *table.notes]
+    names, notes = [column.name for column in table.columns], map(escape_markdown, table.notes)
+    parts = [f"## {escape_markdown(table.title)}", markdown_table(names, rows, left), *notes]
     return "\n\n".join(parts) + "\n"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -13,15 +15,17 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpc_lightning.algorithms.checkpoint import check_same_architecture, rewind_to_last_step
+from lpc_lightning.algorithms.checkpoint import check_same_architecture
 from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput, TrainingOutput
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
-from lpc_lightning.algorithms.run_length import compare_run_length, run_length
+from lpc_lightning.algorithms.position import read_position, resume_position, write_position
+from lpc_lightning.algorithms.run_length import compare_run_length, run_length, warn_of_no_step
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
+from lpc_lightning.losses import add_nll
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.policy.logprobs import code_range
@@ -46,6 +50,7 @@ class PreferenceModule(PolicyModule):
         latent_lr: float = 1e-3,
         lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
         warmup_ratio: float = 0.1,
+        nll_weight: float = 0.0,
     ) -> None:
         """Keep the settings. Models are built in `configure_model`.
 
@@ -60,9 +65,11 @@ class PreferenceModule(PolicyModule):
             latent_lr: Learning rate of the latent space. New networks need a larger one than a pretrained backbone.
             lr_schedule: Schedule of the learning rates after warm-up. `cosine` and `linear` fall to 0.
             warmup_ratio: Share of the optimizer steps over which the learning rates rise from 0.
+            nll_weight: Weight of an SFT term, the mean negative log-likelihood per token of the chosen answers under
+                the same z (RPO, arXiv 2404.19733, uses 1). It keeps chosen answers likely. 0: no such term.
 
         Raises:
-            ConfigError: `reference` is neither `cached` nor `live`.
+            ConfigError: `reference` is neither `cached` nor `live`, or `nll_weight` is negative.
         """
         super().__init__()
         with warnings.catch_warnings():
@@ -75,8 +82,11 @@ class PreferenceModule(PolicyModule):
             self.remove_ignored_hparams(["reference"])
         if reference not in REFERENCES:
             raise ConfigError(f"model.reference: found {reference!r}, expected {' or '.join(REFERENCES)}.")
+        if not 0 <= nll_weight < math.inf:
+            raise ConfigError(f"model.nll_weight: found {nll_weight}, expected a number of at least 0.")
         self.policy_spec, self.latent, self.make_optimizer = policy, latent, optimizer
         self.latent_lr, self.lr_schedule, self.warmup_ratio = latent_lr, lr_schedule, warmup_ratio
+        self.nll_weight = nll_weight
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the others
         self.reference_kind = reference
         self._warm_started = False
@@ -87,6 +97,11 @@ class PreferenceModule(PolicyModule):
     @abstractmethod
     def preference_loss(self, logps: PairLogps) -> PairLosses:
         """Compute the algorithm's loss and rewards of each pair."""
+
+    def pair_loss(self, logps: PairLogps) -> PairLosses:
+        """Compute the loss of each pair in training and validation: `preference_loss`, and the SFT term if it is on."""
+        pairs = self.preference_loss(logps)
+        return add_nll(pairs, logps, self.nll_weight) if self.nll_weight else pairs
 
     def check_settings(self) -> None:
         """Compute the loss of one pair, so that invalid settings raise an error before the first step.
@@ -116,7 +131,7 @@ class PreferenceModule(PolicyModule):
         """
         forward: BatchForward = self.policy(batch)
         reference = None if self.reference is None else self.reference.logps(batch)
-        return forward, BatchScorer(forward, batch.lengths, reference, self.preference_loss, code_range)
+        return forward, BatchScorer(forward, batch.lengths, reference, self.pair_loss, code_range)
 
     def on_train_start(self) -> None:
         """Restore the position in the data of a resumed run, compare its length, and run the warm start.
@@ -161,11 +176,6 @@ class PreferenceModule(PolicyModule):
                 "expected a column `annotator`. Set data.columns.annotator to its name, or latent.annotators to false."
             )
 
-    def on_train_epoch_start(self) -> None:
-        """Set the sampler's epoch. Lightning sets it one too high in a run resumed under `max_steps`."""
-        if isinstance(loader := self.trainer.train_dataloader, TrainingLoader):
-            loader.sampler.set_epoch(self.current_epoch)
-
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Seed the step's random draws by its position in the run (see `seeding`)."""
         torch.manual_seed(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank))
@@ -206,6 +216,11 @@ class PreferenceModule(PolicyModule):
     def on_train_end(self) -> None:
         """Check the last losses."""
         self._losses.check()
+
+    def on_fit_end(self) -> None:
+        """Warn if a resumed run was at its end already."""
+        if self._resumed:
+            warn_of_no_step(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Free the gradients after a step. Lightning would keep them in memory during the next forward pass."""
@@ -282,7 +297,7 @@ class PreferenceModule(PolicyModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the trained weights, without the reference, and the position in the data.
+        """Store the trained weights, without the reference, the template and the position in the data.
 
         The trained weights are those of the policy or its adapter, and those of the latent space.
         """
@@ -291,9 +306,13 @@ class PreferenceModule(PolicyModule):
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
         trainer = self.trainer
         if isinstance(loader := trainer.train_dataloader, TrainingLoader):
-            window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
-            taken = rewind_to_last_step(checkpoint["loops"], window, batches)
-            checkpoint["training_data"] = loader.state_dict() | {"taken": taken}
+            order = loader.state_dict()
+            position = read_position(trainer, checkpoint["loops"], order["epoch"])
+            write_position(trainer, checkpoint["loops"], position)
+            checkpoint |= {"epoch": position.epoch, "position": asdict(position)}
+            checkpoint["training_data"] = order | {"epoch": position.epoch, "taken": position.batch}
+        if isinstance(data := trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by fit
+            checkpoint["template"] = data.template_settings._asdict()
         checkpoint["run_length"] = run_length(trainer)
         if self._warm_started:
             checkpoint["warm_started"] = True
@@ -311,6 +330,17 @@ class PreferenceModule(PolicyModule):
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
         self._resumed = {name: checkpoint[name] for name in RESUMED if name in checkpoint}
+        if "position" in checkpoint and self._trainer is not None and self._trainer.training:
+            self._restore_position(checkpoint)
+
+    def _restore_position(self, checkpoint: Mapping[str, Any]) -> None:
+        """Set the position in the loops and in the data. Lightning restores the loops after `on_load_checkpoint`."""
+        trainer = self.trainer
+        trainer.fit_loop.setup_data()  # counts the batches, as the schedules do a moment later
+        position = resume_position(trainer, checkpoint["position"])
+        write_position(trainer, checkpoint["loops"], position)
+        taken = {"epoch": position.epoch, "taken": position.batch}
+        self._resumed["training_data"] = checkpoint["training_data"] | taken
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights like torch. Frozen weights, which no checkpoint holds, are not reported as missing."""

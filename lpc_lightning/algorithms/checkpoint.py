@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lpc_lightning.errors import CheckpointError
 from lpc_lightning.latent import LatentSpace
-
-
-class CheckpointError(ValueError):
-    """Raised when a checkpoint does not fit the model that loads it."""
 
 
 def trained_shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -24,29 +20,6 @@ def trained_shapes(module: nn.Module) -> dict[str, torch.Size]:
     spaces = ((name, part) for name, part in module.named_modules() if isinstance(part, LatentSpace))
     states = [space.state_dict(prefix=f"{name}.") for name, space in spaces]
     return {name: value.shape for part in (weights, *states) for name, value in part.items()}
-
-
-def rewind_to_last_step(loops: Mapping[str, Any], window: int, batches: float) -> int:
-    """Set the trainer's batch counts back to the last optimizer step.
-
-    A checkpoint does not hold the gradients that were accumulated since that step.
-
-    Args:
-        loops: The entry `loops` of the checkpoint. It is changed.
-        window: Number of micro-batches that are accumulated for a step.
-        batches: Number of micro-batches in an epoch. The last one closes its window.
-
-    Returns:
-        Number of micro-batches of the epoch that the optimizer steps so far have used.
-    """
-    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
-    done = progress["current"]["processed"]
-    since = 0 if done == batches else done % window
-    if since:
-        for counts in (progress["current"], progress["total"]):
-            step = counts["processed"] - since
-            counts.update(ready=step, started=step, processed=step, completed=step)
-    return int(done - since)
 
 
 def check_same_architecture(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> None:

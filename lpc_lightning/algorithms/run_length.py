@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lpc_lightning.errors import ConfigError
 
@@ -47,3 +48,23 @@ def compare_run_length(trainer: Trainer, before: dict[str, Any]) -> None:
             f"resume: found trainer.{', trainer.'.join(changes)}. From here on, the schedules of the learning rate, g "
             f"and tau are those of a run of {trainer.estimated_stepping_batches} steps."
         )
+        _set_learning_rates(trainer)
+
+
+def _set_learning_rates(trainer: Trainer) -> None:
+    """Set the learning rates of the next step. The checkpoint holds those of the schedule of the run before."""
+    for config in trainer.lr_scheduler_configs:
+        schedule = config.scheduler
+        if isinstance(schedule, LambdaLR):
+            groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, rate, factor in groups:
+                group["lr"] = rate * factor(schedule.last_epoch)
+
+
+def warn_of_no_step(trainer: Trainer) -> None:
+    """Warn that a resumed run was at its end before its first step."""
+    rank_zero_warn(
+        f"resume: found a checkpoint of step {trainer.global_step} (epoch {trainer.current_epoch}), where this run "
+        f"ends: trainer.max_steps {trainer.max_steps}, max_epochs {trainer.max_epochs}, or max_time. Nothing was "
+        "trained. Raise them to go on."
+    )

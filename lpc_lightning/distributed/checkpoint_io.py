@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lpc_lightning.distributed.checkpoint_check import check_checkpoint
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_sharded
 
 
@@ -55,9 +56,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        """Load a file, or join the shards of a folder for a strategy that does not shard."""
-        if "://" not in str(path) and is_sharded(Path(path)):
-            return read_sharded(Path(path))
+        """Load a file, or join the shards of a folder for a strategy that does not shard.
+
+        Raises:
+            CheckpointError: The content of a local checkpoint is not what was written.
+        """
+        if "://" not in str(path) and Path(path).exists():
+            check_checkpoint(Path(path))
+            if is_sharded(Path(path)):
+                return read_sharded(Path(path))
         return super().load_checkpoint(path, *args, **options)
 
 

@@ -6,7 +6,9 @@ holds everything else: settings, counters, schedules.
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -15,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 REST = "meta.pt"
 """File for everything that is not sharded."""
@@ -26,6 +30,69 @@ WEIGHTS, OPTIMIZER = "state_dict", "optimizer_"
 """Prefixes of the weights and of the optimizers (followed by a number) in the shards."""
 STATES = "optimizer_states"
 """Key of the optimizer states in a checkpoint of one file."""
+
+
+INDEX_CLASSES = {
+    "collections": ("OrderedDict",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    "torch": ("Size",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.serialization": ("_get_layout",),
+}
+"""Classes and functions that torch's index of shards needs, by module. Types of numbers come in addition."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickler that makes objects of `torch.distributed.checkpoint` only. A file must not run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class of the index."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in INDEX_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"found {module}.{name}, expected classes of an index of shards")
+        return super().find_class(module, name)
+
+
+class ShardReader(FileSystemReader):
+    """Reader of shards whose index cannot run code. torch's own reader unpickles any class."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read the index."""
+        with Path(self.path, INDEX).open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"found {type(metadata).__name__}, expected an index of shards")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """Planner that reads values other than tensors without running code."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Set a value of the state that is no tensor, such as a learning rate."""
+        loaded = torch.load(value, weights_only=True)
+        name = read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], loaded)
+        else:
+            self.state_dict[name] = loaded
+
+
+def shards_of(path: Path, rank: int) -> list[Path]:
+    """Return the files that a device wrote into a sharded checkpoint."""
+    return sorted(path.glob(f"__{rank}_*.distcp"))
 
 
 def is_sharded(path: Path) -> bool:
@@ -61,7 +128,7 @@ def read_outline(path: Path) -> dict[str, Any]:
     `state_dict` holds tensors on the meta device. `optimizer_states`, if present, is a list of None.
     """
     outline = dict(torch.load(path / REST, weights_only=True, map_location="cpu"))
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = ShardReader(path).read_metadata().state_dict_metadata
     outline[WEIGHTS] = {
         name.removeprefix(f"{WEIGHTS}."): _empty(about, "meta")
         for name, about in stored.items()
@@ -82,7 +149,7 @@ def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
     Returns:
         The checkpoint, on the CPU.
     """
-    index = FileSystemReader(path).read_metadata()
+    index = ShardReader(path).read_metadata()
     flat = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
         if isinstance(about, TensorStorageMetadata)
@@ -92,7 +159,7 @@ def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # `no_dist` is intended
-        load(flat, storage_reader=FileSystemReader(path), no_dist=True)
+        load(flat, storage_reader=ShardReader(path), planner=SafePlanner(), no_dist=True)
     shards: dict[str, Any] = {}
     for name, value in flat.items():
         _place(shards, index.planner_data[name], value)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint import load
@@ -21,7 +22,20 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lpc_lightning.distributed.sharded_checkpoint import OPTIMIZER, WEIGHTS, is_sharded, put_in_place, read_outline
+from lpc_lightning.distributed.checkpoint_check import check_on_all_devices
+from lpc_lightning.distributed.sharded_checkpoint import (
+    INDEX,
+    OPTIMIZER,
+    REST,
+    WEIGHTS,
+    SafePlanner,
+    ShardReader,
+    is_sharded,
+    put_in_place,
+    read_outline,
+    shards_of,
+)
+from lpc_lightning.integrity import digests_of, write_digests
 
 SHARDS = StateDictOptions(cpu_offload=True, ignore_frozen_params=True, strict=False)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -91,15 +105,27 @@ class FSDP2Strategy(ModelParallelStrategy):
             # Left behind by a killed run. The other devices wait for this one before they write.
             shutil.rmtree(partial, ignore_errors=True)
         super().save_checkpoint(checkpoint, partial, storage_options)
+        self._write_digests(partial)
         if self.is_global_zero:
             put_in_place(partial, path)
         self.barrier()
+
+    def _write_digests(self, partial: Path) -> None:
+        """Write the SHA-256 of every file. Each device reads its own shards, which it has just written."""
+        own = shards_of(partial, self.global_rank)
+        if self.is_global_zero:
+            own += [partial / REST, partial / INDEX]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, digests_of(own))
+        if self.is_global_zero:
+            write_digests(partial, {name: digest for each in found for name, digest in each.items()})
 
     # Loading
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint. The weights of a sharded one are shapes at first, which the module checks."""
         self._path = Path(self.broadcast(checkpoint_path))
+        check_on_all_devices(self._path)
         if is_sharded(self._path):
             return read_outline(self._path)
         return dict(torch.load(self._path, weights_only=weights_only, map_location="cpu", mmap=True))
@@ -108,7 +134,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Load this device's part of the weights."""
         if is_sharded(self._path):
             weights = get_model_state_dict(self._module, options=SHARDS)
-            load({WEIGHTS: weights}, checkpoint_id=self._path)
+            load({WEIGHTS: weights}, storage_reader=ShardReader(self._path), planner=SafePlanner())
             set_model_state_dict(self._module, weights, options=SHARDS)
         else:
             set_model_state_dict(self._module, dict(checkpoint[WEIGHTS]), options=WHOLE)
@@ -118,7 +144,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         for number, optimizer in enumerate(map(_bare, self.optimizers)):
             if is_sharded(self._path):
                 shards = {f"{OPTIMIZER}{number}": get_optimizer_state_dict(self._module, optimizer, options=SHARDS)}
-                load(shards, checkpoint_id=self._path)
+                load(shards, storage_reader=ShardReader(self._path), planner=SafePlanner())
                 (state,), form = shards.values(), SHARDS
             else:
                 numbered, form = checkpoint["optimizer_states"][number], WHOLE

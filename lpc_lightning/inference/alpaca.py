@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lpc_lightning.data import DataError
-from lpc_lightning.data.sources.rows import read_rows
+from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.fingerprint import weights_of
 from lpc_lightning.inference.generate import conditions
@@ -20,6 +20,7 @@ from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_policy
 from lpc_lightning.inference.prompts import text_prompt
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.output_paths import check_file
 
 Row = dict[str, str]
 
@@ -66,6 +67,7 @@ def alpaca(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: found {limit}, expected at least 1.")
+    check_file(Path(output), "output")
     requested = read_instructions(instructions)[:limit]
     decoding = Decoding(max_new_tokens, temperature, top_p, seed=seed, batch_size=batch_size)
     opened = open_policy(model, dtype, device, generator, trust_remote_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.data.tokenization.template import Template
+from lpc_lightning.inference.local_paths import without_folders
+from lpc_lightning.markdown import code_span, escape_markdown
 from lpc_lightning.types import Message
 
 PAPER = "[Latent Preference Coding](https://arxiv.org/abs/2505.04993)"
@@ -48,16 +51,17 @@ class Exported:
 def model_card(model: Exported) -> str:
     """Return the card as Markdown, with the YAML front matter of the hub."""
     latent = [] if model.latent is None else [_steer(model, model.latent), _latent_section(model.latent)]
-    parts = [_front(model), _head(model), _use(model), *latent, _training(model.origin), _results(model.results)]
+    parts = [_front(model), _head(model), _use(model), *latent, _training(without_folders(model.origin))]
+    parts.append(_results(without_folders(model.results)))
     return "\n\n".join([*parts, _limits(model)]) + "\n"
 
 
 def _front(model: Exported) -> str:
-    tags = ["preference-optimization", model.origin["algorithm"].lower()]
+    tags = ["preference-optimization", re.sub(r"\W", "-", model.origin["algorithm"].lower())]
     if model.latent is not None:
         tags.append("latent-preference-coding")
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
-    if (base := _base(model.origin)) and not Path(base).exists():
+    if (base := _base(model.origin)) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base) and not Path(base).exists():
         lines.append(f"base_model: {base}")
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
     licence = "# license: yours to state. The terms of the base model and of the preference data apply."
@@ -69,11 +73,16 @@ def _base(origin: Mapping[str, Any]) -> str | None:
 
 
 def _head(model: Exported) -> str:
-    origin = model.origin
-    base = f"`{_base(origin)}`" if _base(origin) else f"a model with random weights (`{_class(origin['policy'])}`)"
+    origin = without_folders(model.origin)
+    base = (
+        code_span(str(_base(origin)))
+        if _base(origin)
+        else f"a model with random weights ({code_span(_class(origin['policy']))})"
+    )
     lora = " by a low-rank adapter, which is merged into the weights" if _lora(origin) else ""
     text = (
-        f"# {model.name}\n\n{base[0].upper()}{base[1:]}, aligned on preference pairs with {origin['algorithm']}{lora}"
+        f"# {_text(model.name)}\n\n{base[0].upper()}{base[1:]}, aligned on preference pairs with "
+        f"{_text(origin['algorithm'])}{lora}"
     )
     if model.latent is None:
         return f"{text}. A plain model: transformers opens it as it is."
@@ -104,7 +113,7 @@ def _use(model: Exported) -> str:
         _code(
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'folder = "{model.name}"  # where these files are',
+            f"folder = {json.dumps(model.name, ensure_ascii=False)}  # where these files are",
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
             "",
@@ -190,7 +199,7 @@ def _latent_section(latent: Mapping[str, Any]) -> str:
 
 
 def _training(origin: Mapping[str, Any]) -> str:
-    rows: list[tuple[str, Any]] = [("algorithm", f"{origin['algorithm']}{_settings(origin['settings'])}")]
+    rows: list[tuple[str, Any]] = [("algorithm", f"{_text(origin['algorithm'])}{_settings(origin['settings'])}")]
     latent, data, trainer = origin["latent"], origin["data"], origin["trainer"] or {}
     rows.append(("latent", f"{_class(latent)}{_settings(latent.get('init_args') or {})}" if latent else "none"))
     rows.append(("policy", f"{_class(origin['policy'])}{_settings(origin['policy'].get('init_args') or {})}"))
@@ -199,10 +208,11 @@ def _training(origin: Mapping[str, Any]) -> str:
     rows.append(("training pairs", origin["training_pairs"]))
     rows.append(("optimizer steps", origin["step"]))
     rows += [
-        (label, trainer.get(key)) for label, key in (("precision", "precision"), ("clipping", "gradient_clip_val"))
+        (label, _optional(trainer.get(key)))
+        for label, key in (("precision", "precision"), ("clipping", "gradient_clip_val"))
     ]
-    rows.append(("micro-batches to a step", trainer.get("accumulate_grad_batches")))
-    rows += [("seed", origin["seed"]), ("weights exported as", origin["dtype"])]
+    rows.append(("micro-batches to a step", _optional(trainer.get("accumulate_grad_batches"))))
+    rows += [("seed", _optional(origin["seed"])), ("weights exported as", origin["dtype"])]
     rows.append(
         ("made with", ", ".join(f"{name} {version(name)}" for name in ("lpc-lightning", "torch", "transformers")))
     )
@@ -224,7 +234,7 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
         ]
     for path, found in results.items():
         rows = [
-            (task, metric, _number(value), _number(scores.get(_stderr(metric))))
+            (_text(task), _text(metric), _number(value), _number(scores.get(_stderr(metric))))
             for task, scores in (found.get("metrics") or {}).items()
             for metric, value in scores.items()
             if "_stderr" not in metric
@@ -232,7 +242,7 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
         if rows:
             of = (found.get("origin") or {}).get("path")
             parts += [
-                f"Benchmarks (`{path}`{f', of `{of}`' if of else ''}):",
+                f"Benchmarks ({code_span(path)}{f', of {code_span(str(of))}' if of else ''}):",
                 _table(("task", "metric", "value", "standard error"), rows),
             ]
     if len(parts) == 1:
@@ -263,12 +273,16 @@ def _limits(model: Exported) -> str:
 
 
 def _class(spec: Mapping[str, Any]) -> str:
-    return str(spec["class_path"]).rpartition(".")[2]
+    return _text(str(spec["class_path"]).rpartition(".")[2])
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
     """Format settings as ` (beta 0.1, codes 32)`. None and False are left out. A class has its own settings."""
-    text = [f"{name} {_value(value)}" for name, value in settings.items() if value is not None and value is not False]
+    text = [
+        f"{_text(str(name))} {_value(value)}"
+        for name, value in settings.items()
+        if value is not None and value is not False
+    ]
     return f" ({', '.join(text)})" if text else ""
 
 
@@ -279,11 +293,20 @@ def _value(value: Any) -> str:
             if "class_path" in value
             else _settings(value).strip()
         )
-    return f"`{value}`" if isinstance(value, str) else json.dumps(value)
+    return code_span(value) if isinstance(value, str) else _text(json.dumps(value))
+
+
+def _text(value: str) -> str:
+    """Escape a text that is not code. A backtick of its own would begin code."""
+    return escape_markdown(value).replace("`", "\\`")
+
+
+def _optional(value: Any) -> str | None:
+    return None if value is None else _text(str(value))
 
 
 def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else _text(str(value))
 
 
 def _code(*lines: str) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import instantiate_module
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.algorithms.checkpoint import CheckpointError
+from lpc_lightning.data.tokenization.templates import TemplateSettings
+from lpc_lightning.distributed.checkpoint_check import check_checkpoint
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outline, read_sharded
+from lpc_lightning.errors import CheckpointError, ConfigError
+from lpc_lightning.inference.checkpoint_entries import check_classes, check_entries
+from lpc_lightning.integrity import is_archive
+from lpc_lightning.yaml_files import read_yaml
 
 EXAMPLE = "runs/version_0/checkpoints/best.ckpt"
 TRAINER = ("precision", "max_steps", "max_epochs", "gradient_clip_val", "accumulate_grad_batches", "devices")
@@ -29,28 +32,32 @@ def read_checkpoint(path: Path, weights: bool = True) -> dict[str, Any]:
 
     Args:
         path: A file, or a folder of shards.
-        weights: False reads only the shapes of a sharded checkpoint's weights.
+        weights: False reads only the shapes of a sharded checkpoint's weights, and does not check the weights.
 
     Raises:
-        CheckpointError: The checkpoint is missing or cannot be read.
+        CheckpointError: The checkpoint is missing or cannot be read, or its content is not what was written.
     """
     sharded = is_sharded(path)
     if path.is_dir() and not sharded:
         raise CheckpointError(f"{path} is a folder without shards, expected a checkpoint such as {EXAMPLE}.")
     if not path.exists():
         raise CheckpointError(f"found no file {path}, expected a checkpoint such as {EXAMPLE}.")
-    if not sharded and not zipfile.is_zipfile(path):
+    if not sharded and not is_archive(path):
         raise CheckpointError(f"{path} is no checkpoint, or one that was cut short, expected one such as {EXAMPLE}.")
+    check_checkpoint(path, tensors=weights)
     try:
         if sharded:
-            return read_sharded(path, optimizers=False) if weights else read_outline(path)
-        return dict(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
+            checkpoint = read_sharded(path, optimizers=False) if weights else read_outline(path)
+        else:
+            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # a file of another format can raise any exception
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {reason}), expected a checkpoint that this suite wrote. "
             "Take another one of the run."
         ) from error
+    check_entries(checkpoint, path)
+    return dict(checkpoint)
 
 
 def build_module(
@@ -93,17 +100,17 @@ def module_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _make_module(settings: dict[str, Any], path: Path) -> PreferenceModule:
-    home, _, name = settings["_class_path"].rpartition(".")
-    # A file must not cause an import. Lightning has the same rule.
-    algorithm = getattr(sys.modules.get(home), name, None)
-    if not (isinstance(algorithm, type) and issubclass(algorithm, PreferenceModule)):
-        raise CheckpointError(
-            f"{path} belongs to {settings['_class_path']}, which is no algorithm that has been imported. Import the "
-            "module that defines it before opening its checkpoint."
-        )
+    check_classes(settings, path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*``(ArgumentParser.add_instantiator|instantiate_classes)``")
-        return instantiate_module(PreferenceModule, settings)  # type: ignore[type-abstract]  # a subclass is built
+        try:
+            return instantiate_module(PreferenceModule, settings)  # type: ignore[type-abstract]  # a subclass is built
+        except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{path}: found settings that {settings['_class_path']} refuses ({reason}), expected those of the run. "
+                "Take another checkpoint of the run."
+            ) from error
 
 
 def run_folder(path: Path) -> Path:
@@ -113,9 +120,24 @@ def run_folder(path: Path) -> Path:
 
 
 def run_config(path: Path) -> dict[str, Any]:
-    """Read the run's `config.yaml`. Empty if the file is missing."""
+    """Read the run's `config.yaml`. Empty if the file is missing.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
     file = run_folder(path) / "config.yaml"
-    return yaml.safe_load(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    config = read_yaml(file)
+    for name in ("data", "trainer"):
+        value = config.get(name) if isinstance(config, dict) else None
+        if not isinstance(config, dict) or not isinstance(value, dict | None):
+            raise ConfigError(
+                f"{file}: found {type(value if isinstance(config, dict) else config).__name__} as "
+                f"{name if isinstance(config, dict) else 'its content'}, expected the settings of the run. Restore the "
+                "file, or take the checkpoint out of its folder."
+            )
+    return config
 
 
 def checkpoint_origin(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -133,6 +155,25 @@ def checkpoint_origin(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         "epoch": checkpoint.get("epoch"),
         "seed": config.get("seed_everything"),
         "training_pairs": checkpoint.get("training_data", {}).get("pairs"),
+        "template": checkpoint.get("template"),
         "data": config.get("data"),
-        "trainer": {name: value for name, value in config.get("trainer", {}).items() if name in TRAINER},
+        "trainer": {name: value for name, value in (config.get("trainer") or {}).items() if name in TRAINER},
     }
+
+
+def trained_template(origin: Mapping[str, Any]) -> TemplateSettings:
+    """Return the template of training. Defaults if it is not recorded.
+
+    Args:
+        origin: Result of `checkpoint_origin`, or `training.json` of an exported folder under the key `training`.
+
+    Raises:
+        CheckpointError: The record is not that of a template.
+    """
+    recorded = origin.get("training", origin).get("template") or {}
+    if not isinstance(recorded, dict) or not set(recorded) <= set(TemplateSettings._fields):
+        raise CheckpointError(
+            f"template: found {str(recorded)[:80]}, expected {', '.join(TemplateSettings._fields)}. Take another "
+            "checkpoint of the run."
+        )
+    return TemplateSettings(**recorded)

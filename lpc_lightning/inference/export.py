@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +23,16 @@ from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.card import Exported, model_card
-from lpc_lightning.inference.checkpoints import run_folder
+from lpc_lightning.inference.checkpoints import run_folder, trained_template
+from lpc_lightning.inference.local_paths import clean_configs, without_folders
 from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.output_paths import check_folder
 
 BIASES = "code_biases.safetensors"
+FILES = "files"
+"""Key of the record with the names of all files that `export` has written."""
 SHARD = "5GB"
 
 
@@ -53,7 +59,7 @@ def export(
             `argmax`, or the number of a code. null: as it was trained.
         code_biases: Write as well what each code adds to the logits (K rows as long as the vocabulary), for servers
             that steer by a code's number.
-        overwrite: Replace an earlier export.
+        overwrite: Replace an earlier export. A folder with any other file is refused.
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
 
     Returns:
@@ -65,14 +71,17 @@ def export(
         ConfigError: A setting that this checkpoint cannot have, or a folder that is not free.
         CheckpointWriteError: The folder cannot be written.
     """
-    target = Path(output).absolute()
+    target = Path(os.path.abspath(output))
+    check_folder(target, "output")
+    target = target.resolve()  # a link to a folder stays, and its folder is written
     _check_free(target, overwrite)
     module, origin = load_policy(checkpoint, trust_remote_code=trust_remote_code)
     prior = _prior(module, prior_mode)
-    template = make_template(module.tokenizer, (origin["data"] or {}).get("init_args", {}).get("template", "auto"))
+    template = make_template(module.tokenizer, *trained_template(origin))
     plain = _published(module, template)
     if dtype != "auto":
         plain.to(getattr(torch, dtype))
+    origin["path"] = str(Path(checkpoint).absolute().relative_to(run_folder(Path(checkpoint)).parent))
     origin["dtype"] = str(plain.dtype).removeprefix("torch.")
     model: Any = plain if prior is None else latent_causal_lm(plain, prior)
     biases = _biases(model, prior) if code_biases else None
@@ -85,28 +94,48 @@ def export(
         biases=None if biases is None else BIASES,
         results=_results(checkpoint),
     )
-    with _replacing(target) as folder:
+    with _replacing(target, overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD)
         module.tokenizer.save_pretrained(folder)
         if biases is not None:
             save_file({"code_biases": biases}, folder / BIASES, metadata={"format": "pt"})
-        (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
-        (folder / "README.md").write_text(model_card(exported))
+        clean_configs(folder)
+        (folder / "README.md").write_text(model_card(exported), encoding="utf-8")
+        written = sorted([*(file.name for file in folder.iterdir()), ORIGIN])
+        content = json.dumps({**without_folders(origin), FILES: written}, indent=1)
+        (folder / ORIGIN).write_text(content + "\n", encoding="utf-8")
     print(f"Wrote {target}. Read {target / 'README.md'}, and state a licence in it before you publish it.")
     return target
 
 
 def _check_free(target: Path, overwrite: bool) -> None:
-    if target.is_file():
-        raise ConfigError(f"output: {target} is a file, expected a folder that is new or empty.")
-    if not target.is_dir() or not any(target.iterdir()):
+    """Check that the folder is new or empty, or that it holds an earlier export and nothing else."""
+    check_folder(target, "output")
+    if not target.is_dir() or not (found := {path.name for path in target.iterdir()}):
         return
-    if not (target / ORIGIN).is_file():
+    written = _files_of_export(target)
+    if not written:
         raise ConfigError(
             f"output: {target} is not empty and no earlier export, expected a folder that is new or empty."
         )
     if not overwrite:
         raise ConfigError(f"output: {target} holds an earlier export. Expected another folder, or --overwrite.")
+    if others := sorted(found - written):
+        raise ConfigError(
+            f"output: found {others[0]} in {target}, which export has not written and --overwrite would delete. "
+            f"Expected an earlier export and nothing else ({len(others)} other files). Move them, or give another "
+            "folder."
+        )
+
+
+def _files_of_export(folder: Path) -> set[str]:
+    """Return the names of the files that `export` has written, as its record lists them. Empty for other folders."""
+    try:
+        record = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    is_record = isinstance(record, dict) and {"algorithm", "policy", "latent", FILES} <= set(record)
+    return set(map(str, record[FILES])) if is_record and isinstance(record[FILES], list) else set()
 
 
 def _prior(module: PreferenceModule, mode: PriorMode | None) -> InferencePrior | None:
@@ -167,24 +196,25 @@ def _results(checkpoint: str) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def _replacing(target: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a folder that replaces `target` when it is complete. It is removed on failure."""
-    partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
+    # A folder of its own: another export to the same target may run.
+    scratch = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}")
+    partial, old = scratch / "partial", scratch / "old"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         for file in partial.glob("*.safetensors"):  # safetensors writes them readable only by their owner
             file.chmod((partial / "config.json").stat().st_mode)
+        _check_free(target, overwrite)  # again: files may have come while the model was loaded and written
         if target.exists():
             target.rename(old)
         partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointWriteError(
             f"output: could not write {target}: {error}. Expected a folder with enough space and write permission."
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not target.exists():
             old.rename(target)
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -19,6 +19,7 @@ from lpc_lightning.inference.opening import OpenedPolicy, open_policy
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
 from lpc_lightning.inference.side_by_side import side_by_side
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.output_paths import check_file
 
 TOP = 5
 """Number of the prior's codes in the output."""
@@ -67,11 +68,13 @@ def generate(
         seed: Seed of all draws.
         batch_size: Prompts that are answer at a time.
         system: A system turn for prompts that have none.
-        output: A file for the answers, one JSON object a prompt; one that is there is written anew.
+        output: A file for the answers, one JSON object a prompt; answers of an earlier command are replaced.
         dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.
         device: Where to run: `auto`, `cpu`, `cuda` ...
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
     """
+    if output:
+        _check_replaceable(Path(output))
     if (prompt is None) == (prompts is None):
         raise ConfigError("prompt: expected either a prompt (--prompt) or a file of prompts (--prompts).")
     if prompt is not None and not prompt.strip():
@@ -81,6 +84,20 @@ def generate(
     opened = open_policy(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     under = conditions(opened, prior_mode, codes or [], code_weights)
     _report(opened, prompt_list, under, decoding, output)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Check that the file is new, empty, or has the answers of an earlier command."""
+    check_file(path, "output")
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except ValueError:
+        first = None
+    if not (isinstance(first, dict) and {"model", "answers"} <= set(first)):
+        raise ConfigError(f"output: {path} exists and holds no answers of this command. Give another --output.")
 
 
 def conditions(

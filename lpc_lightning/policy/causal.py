@@ -161,7 +161,9 @@ class CausalPolicy(nn.Module):
                 # transformers uses a mask of four dimensions as it is. The kernel uses the blocks instead.
                 mask, options["blocks"] = input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool), query_blocks(segments)
             else:
-                scores = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+                # Autocast does not cast float64.
+                mixed = torch.is_autocast_enabled(device) and self.model.dtype != torch.float64
+                scores = torch.get_autocast_dtype(device) if mixed else self.model.dtype
                 mask = block_mask(segments, position_ids, config, kernel, scores)
         return self.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **options).last_hidden_state
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lpc_lightning.policy.cast_weights import cast_weights
+
 MOST_SHAPES = 12
 """Largest number of batch shapes that are compiled. Batches of other shapes run uncompiled."""
 PROGRAMS = 64
@@ -63,8 +65,12 @@ class _Forward:
         states: Tensor = args[0] if args else options["hidden_states"]
         # Shapes are never removed, so that a checkpointed layer is recomputed by the same program.
         known = self._shapes is None or tuple(states.shape[:2]) in self._shapes
-        run = self._compiled if known and options.get("past_key_values") is None else self._uncompiled
-        return run(layer, *args, **options)
+        if not known or options.get("past_key_values") is not None:
+            return self._uncompiled(layer, *args, **options)
+        if self._shapes is None:  # weights that are no parameters would be compiled with sizes that vary
+            return self._compiled(layer, *args, **options)
+        with cast_weights(layer, states.device.type):
+            return self._compiled(layer, *args, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
         return self

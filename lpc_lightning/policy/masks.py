@@ -69,13 +69,11 @@ MakeMask = Callable[[Tensor, Tensor, int | None, torch.dtype], Any]
 """From segments, positions, window and type of the scores to the mask of a kernel."""
 
 
-def boolean_mask(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> Tensor:
-    """Return (R, 1, T, T) bool, the mask of `sdpa`."""
-    return visible_pairs(segments, position_ids, window)
-
-
 def additive_mask(segments: Tensor, position_ids: Tensor, window: int | None, scores: torch.dtype) -> Tensor:
-    """Return (R, 1, T, T) in the type of the scores. `eager` adds this mask to the scores."""
+    """Return (R, 1, T, T) in the type of the scores: 0 if visible, else the lowest value.
+
+    `eager` adds this mask to the scores. `sdpa` would make one from a boolean mask again in every layer, and keep it.
+    """
     visible = visible_pairs(segments, position_ids, window)
     return torch.zeros_like(visible, dtype=scores).masked_fill(~visible, torch.finfo(scores).min)
 
@@ -140,8 +138,8 @@ def _key_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 MASKS: dict[str, MakeMask] = {
-    "sdpa": boolean_mask,
-    SEGMENT: boolean_mask,
+    "sdpa": additive_mask,
+    SEGMENT: additive_mask,
     "eager": additive_mask,
     "flex_attention": block_sparse_mask,
 }
@@ -158,7 +156,7 @@ def block_mask(
         position_ids: (R, T).
         config: The backbone's config.
         attention: The kernel. One that is not in `MASKS` gets the mask of sdpa.
-        dtype: Type of the scores, used by `eager`.
+        dtype: Type of the scores.
 
     Returns:
         The mask, or a dictionary from layer type to mask.
@@ -172,6 +170,6 @@ def block_mask(
             f"data.layout: found packed rows for {config.model_type}, which has layers that accept no mask. Expected "
             "padded."
         )
-    make_mask = MASKS.get(attention, boolean_mask)
+    make_mask = MASKS.get(attention, additive_mask)
     masks = {name: make_mask(segments, position_ids, window, dtype) for name, window in windows.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))

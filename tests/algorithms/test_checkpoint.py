@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lpc_lightning.algorithms import DPO, PreferenceModule, SimPO
-from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.cli import PreferenceCLI
+from lpc_lightning.errors import CheckpointError
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA
 

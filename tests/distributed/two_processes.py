@@ -17,13 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.live_memory import peak_bytes
 from lpc_lightning.algorithms import DPO, FSDP2Strategy
-from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.callbacks import ResourceMonitor
 from lpc_lightning.callbacks.resources import peak_memory
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.data.batching.loading import TrainingBatches
 from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.latent import GumbelSpace, MarginalSpace
 from lpc_lightning.policy import CausalPolicy, LoRA, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
 from lpc_lightning.seeding import derive, run_seed

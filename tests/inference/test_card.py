@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.inference.card import Exported, model_card
@@ -76,7 +77,20 @@ def test_local_base_model_is_not_a_hub_name(tmp_path: Any) -> None:
     policy = {"class_path": "lpc_lightning.policy.PretrainedPolicy", "init_args": {"path": str(tmp_path)}}
     text = card({"policy": policy})
     assert "base_model" not in front(text)
-    assert f"`{tmp_path}`, aligned on preference pairs with SimPO" in text
+    assert f"`{tmp_path.name}`, aligned on preference pairs with SimPO" in text
+    assert str(tmp_path.parent) not in text
+
+
+def test_card_of_hostile_settings_has_no_html() -> None:
+    html = "<script>x</script>`"
+    policy = {"class_path": f"x.{html}", "init_args": {"path": html, html: [html]}}
+    results = {f"{html}/results.json": {"metrics": {html: {html: 0.5}}, "origin": {"path": html}}}
+    text = card({"policy": policy, "algorithm": html, "seed": html, "settings": {"a": html}}, results=results)
+    page = MarkdownIt("commonmark").enable("table").render(text)  # it lets HTML through
+    assert "<table>" in page
+    assert "&lt;script&gt;" in page
+    assert "<script" not in page
+    assert "base_model" not in front(text)
 
 
 def test_model_card_training_settings() -> None:

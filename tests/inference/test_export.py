@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lpc_lightning.algorithms.checkpoint import CheckpointError
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.opening import open_module, open_policy
 
@@ -309,6 +308,8 @@ def test_a_folder_that_is_not_free(checkpoint: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
+    (mine / "config.json").write_text("{}")
+    (mine / "training.json").write_text('{"policy": "mine"}')  # a common name is no sign of an export
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match=r"output: .*/mine is not empty and no earlier export"):
             export(str(checkpoint), str(mine), overwrite=overwrite)
@@ -323,9 +324,32 @@ def test_export_replaces_only_on_request(checkpoint: Path, fitted: Callable[...,
         ConfigError, match=r"output: .*/out holds an earlier export. Expected another folder, or --over"
     ):
         export(str(fitted()), str(folder))
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"output: found notes\.txt in .*/out, which export has not written"):
+        export(str(fitted()), str(folder), overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
     export(str(fitted()), str(folder), overwrite=True)
     assert {file.name for file in folder.iterdir()} == FILES
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_through_a_link_keeps_the_link(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    export(str(checkpoint), str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_no_local_path_is_published(exported: dict[str, Path], fitted: Callable[..., Path]) -> None:
+    roots = [str(folder) for folder in (exported["codes"].parent, fitted(*CASES["codes"]).parents[2])]
+    for folder in exported.values():
+        for file in folder.iterdir():
+            assert not [root for root in roots if root.encode() in file.read_bytes()]
+    origin = json.loads((exported["codes"] / "training.json").read_text())
+    assert origin["path"] == "version_0/checkpoints/best.ckpt"
 
 
 def test_a_full_disk_leaves_the_earlier_export_whole(checkpoint: Path, tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ def exact_attention(
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is None:
         attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    # transformers makes boolean masks. Masks of packed rows are added to the scores.
+    hidden = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask < 0
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 

@@ -119,12 +119,14 @@ def test_inductor_agrees(mixed: bool, epoch: list[PreferenceBatch], tiny: Tiny) 
             assert_near(outcome(compiled, batch, codes), outcome(plain, batch, codes), 0.05 if mixed else 1e-4)
 
 
-def test_inductor_layer_has_few_kernels(epoch: list[PreferenceBatch], tiny: Tiny) -> None:
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16-mixed"])
+def test_inductor_layer_has_few_kernels(mixed: bool, epoch: list[PreferenceBatch], tiny: Tiny) -> None:
     """Count the kernels of forward and backward. Matrix products and attention are library calls and not counted."""
     _, compiled = twins(tiny)
     compiled.compile_layers(few_shapes=True)
     batch = epoch[0]
-    states = compiled.hidden(batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        states = compiled.hidden(batch)
     states.square().mean().backward()
     assert counters["stats"]["unique_graphs"] == 1
     assert 0 < metrics.generated_kernel_count <= 40

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from lpc_lightning.data.batching.layouts import SharedPrefixLayout
-from lpc_lightning.policy.masks import block_mask, layer_windows, visible_blocks, visible_pairs
+from lpc_lightning.policy.masks import additive_mask, block_mask, layer_windows, visible_blocks, visible_pairs
 from lpc_lightning.types import PIECES
 
 
@@ -68,21 +68,35 @@ def test_layer_windows(family, options, windows) -> None:
     assert layer_windows(AutoConfig.for_model(family, **options)) == windows
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "segment", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_block_mask_of_eager_and_sdpa(dtype, make_pairs) -> None:
+def test_additive_block_mask(dtype, kernel, make_pairs) -> None:
     batch = SharedPrefixLayout(0, 30)(make_pairs([(4, 3, 2), (2, 5, 3)]))
     config = AutoConfig.for_model("gemma2", num_hidden_layers=2, sliding_window=3)
-    boolean = block_mask(batch.segments, batch.position_ids, config, "sdpa", dtype)
-    scores = block_mask(batch.segments, batch.position_ids, config, "eager", dtype)
-    assert set(boolean) == set(scores) == {"full_attention", "sliding_attention"}
+    scores = block_mask(batch.segments, batch.position_ids, config, kernel, dtype)
+    assert set(scores) == {"full_attention", "sliding_attention"}
     for kind, window in (("full_attention", None), ("sliding_attention", 3)):
         visible = visible_pairs(batch.segments, batch.position_ids, window)
-        assert boolean[kind].dtype == torch.bool
-        assert torch.equal(boolean[kind], visible)
         assert scores[kind].dtype == dtype
         assert (scores[kind][visible] == 0).all()
         assert (scores[kind][~visible] == torch.finfo(dtype).min).all()
-    assert (boolean["full_attention"] != boolean["sliding_attention"]).any()
+    assert (scores["full_attention"] != scores["sliding_attention"]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_additive_mask_equals_boolean(dtype, make_pairs) -> None:
+    batch = SharedPrefixLayout(0, 30)(make_pairs([(4, 3, 2), (2, 5, 3)]))
+    mask = additive_mask(batch.segments, batch.position_ids, None, dtype)
+    visible = visible_pairs(batch.segments, batch.position_ids, None)
+    generator = torch.Generator().manual_seed(0)
+    rows, _, tokens, _ = visible.shape
+    states = [torch.randn(rows, 2, tokens, 8, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    results = []
+    for each in (mask, visible):
+        out = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=each)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), states)])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_layers_without_mask_are_refused(make_pairs) -> None:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, spec
 from lpc_lightning.policy.memory_efficient_layers import GatedMLP, RMSNorm
+from lpc_lightning.policy.rotary_attention import RotaryAttention
 from lpc_lightning.types import PreferenceBatch
 
 FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "gemma2")
@@ -97,14 +99,15 @@ def test_gradients_in_bfloat16_are_as_exact(batch: PreferenceBatch, perturb: Cal
 
 
 @pytest.mark.parametrize(
-    ("family", "mlp", "norm"),
-    [("llama", 1, 2), ("mistral", 1, 2), ("qwen2", 1, 2), ("gpt2", 0, 0), ("gemma2", 1, 0)],
+    ("family", "mlp", "norm", "attention"),
+    [("llama", 1, 2, 1), ("mistral", 1, 2, 1), ("qwen2", 1, 2, 1), ("gpt2", 0, 0, 0), ("gemma2", 1, 0, 0)],
 )
-def test_known_parts_are_replaced(family: str, mlp: int, norm: int) -> None:
+def test_known_parts_are_replaced(family: str, mlp: int, norm: int, attention: int) -> None:
     policy = TinyPolicy(family).build()
     found = kinds(policy)
     layers = len(policy.layers)
     assert (found.count(GatedMLP), found.count(RMSNorm)) == (mlp * layers, norm * layers)
+    assert found.count(RotaryAttention) == attention * layers
     assert type(policy.backbone.norm if family != "gpt2" else policy.backbone.ln_f) not in (GatedMLP, RMSNorm)
 
 
@@ -172,6 +175,39 @@ def test_bytes_kept_by_a_layer() -> None:
     assert layer() == tokens * (norms + attention + 2 * 2 * config.intermediate_size)
     with published_layers():
         assert layer() > 1.7 * tokens * (norms + attention + 2 * 2 * config.intermediate_size)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that read or write memory: neither views nor allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        allocates = func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_like)
+        aliases = func.is_view or func.overloadpacket in (torch.ops.aten._unsafe_view, torch.ops.aten.detach)
+        self.count += not (allocates or aliases)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mixed", "most"),
+    [("float32", False, 72), ("bfloat16", False, 82), ("float32", True, 88)],
+    ids=["32-true", "bf16-true", "bf16-mixed"],
+)
+def test_layer_has_few_operations(dtype: Any, mixed: bool, most: int, batch: PreferenceBatch) -> None:
+    """Count the operations of a layer's forward and backward pass by the kernel and mask of a GPU."""
+
+    def operations(layers: int) -> int:
+        policy = TinyPolicy(layers=layers, dtype=dtype, attention="sdpa").build()
+        with Operations() as passes:
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                hidden = policy.hidden(batch)
+            hidden.sum().backward()
+        return passes.count
+
+    assert operations(3) - operations(2) <= most
+    with published_layers():
+        assert operations(3) - operations(2) > 1.3 * most
 
 
 def test_recomputation_uses_same_dropout(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:

@@ -206,7 +206,7 @@ class TrainingLoader(PreferenceLoader):
             self._taken += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int | str | None]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position in the epoch, and everything that determines the order."""
         return {"epoch": self._epoch, "taken": self._taken, "noise": self._noise, **self._order}
 

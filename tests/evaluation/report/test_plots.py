@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,11 +240,19 @@ def test_draw_lists_plots_without_data() -> None:
 
 
 def test_long_names_and_formulas_are_text(tmp_path: Path) -> None:
-    names = ["x" * 200, "$\\frac{1$", "a_b^c", "说明"]
+    names = ["x" * 200, "$\\frac{1$", "a_b^c", "说明", "$" * 200, "\\$x$ and \\$y$"]
     plot = drawn(next(means(subject(grid(latent=names)))), tmp_path)
     labels = [label.get_text() for label in panels(plot.figure)[0].get_yticklabels()]
     assert max(map(len, labels)) <= 65
-    assert labels[1] == shorten(names[1]) == "\\$\\frac{1\\$"
+    assert labels[1] == shorten(names[1]) == names[1]
+
+
+def test_dollar_signs_in_axes_and_values_are_text(tmp_path: Path) -> None:
+    axes: dict[str, list[Any]] = {"$\\frac{$": ["$\\x$", "\\$y$z$"], "$rate$": [1, 2, 4, 16], "$^$": ["a", "b"]}
+    records = [replace(each, curves={METRIC: Curve((1, 2), (0.5, 0.6))}) for each in grid(**axes)]
+    plots, _ = draw(subject(records, {"$\\frac{$": "$\\x$"}))
+    assert len(plots) == len(list(write_plots(tmp_path, plots))) >= 5
+    assert {path.parent for path in tmp_path.rglob("*")} == {tmp_path}
 
 
 def test_to_svg_is_reproducible() -> None:

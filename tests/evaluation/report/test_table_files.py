@@ -35,7 +35,7 @@ def test_to_markdown() -> None:
         "| latent_space | accuracy | 95 % interval |\n"
         "| ------------ | -------: | ------------: |\n"
         "| none         |   0.1235 |    [0.1, 0.2] |\n"
-        "| a & b <c>    |        - |             - |\n\n"
+        "| a & b &lt;c> |        - |             - |\n\n"
         "How to read it.\n"
     )
 

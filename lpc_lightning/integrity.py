@@ -1,0 +1,117 @@
+"""Detection of files whose content is not what was written.
+
+A zip file, such as a checkpoint of torch, holds a checksum of each of its entries. torch's own reader does not compare
+them. For other files, `write_digests` writes the SHA-256 of each file into `digests.json` beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from lpc_lightning.errors import DamagedFileError
+
+DIGESTS = "digests.json"
+"""File with the SHA-256 of the files beside it, by name."""
+CHUNK = 1 << 20
+"""Bytes that are read at a time."""
+
+
+def is_archive(path: Path) -> bool:
+    """Return whether a file is a complete zip file, as `torch.save` writes it. Its entries are not read."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a damaged end of the file
+        return False
+
+
+def check_archive(path: Path, tensors: bool = True) -> None:
+    """Compare the entries of a file written by `torch.save` with their checksums. Entries are read in parallel.
+
+    Args:
+        path: The file.
+        tensors: False leaves out the entries that hold only numbers of tensors.
+
+    Raises:
+        DamagedFileError: An entry is missing or has other content, or the file is no zip file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, ThreadPoolExecutor() as threads:
+            entries = [each for each in archive.infolist() if tensors or "/data/" not in each.filename]
+            list(threads.map(partial(_read, archive), entries))
+    except Exception as error:  # a damaged directory of entries can raise any exception
+        raise DamagedFileError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    if entry.compress_type != zipfile.ZIP_STORED:  # torch compresses nothing. A compressed entry could fill the memory
+        raise zipfile.BadZipFile(f"found the compressed entry {entry.filename!r}, expected entries that are stored")
+    with archive.open(entry) as file:
+        while file.read(CHUNK):  # compares the checksum at the end of the entry
+            pass
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests_of(paths: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of files by name. The files are read in parallel."""
+    files = sorted(paths)
+    with ThreadPoolExecutor() as threads:
+        return dict(zip((file.name for file in files), threads.map(digest_of, files), strict=True))
+
+
+def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write `digests.json` of a folder.
+
+    Args:
+        folder: The folder.
+        digests: SHA-256 by name of file (see `digests_of`).
+    """
+    (folder / DIGESTS).write_text(json.dumps(dict(digests), indent=1) + "\n", encoding="utf-8")
+
+
+def read_digests(folder: Path) -> dict[str, str]:
+    """Read `digests.json` of a folder.
+
+    Raises:
+        DamagedFileError: It is missing or not of its form.
+    """
+    path = folder / DIGESTS
+    try:
+        digests = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(digests, dict) or not all(
+        isinstance(value, str) and Path(name).name == name for name, value in digests.items()
+    ):
+        raise DamagedFileError(f"{path}: found other content, expected an object with a SHA-256 for each file's name")
+    return digests
+
+
+def check_digests(folder: Path, share: slice = slice(None)) -> None:
+    """Compare the files of a folder with its `digests.json`. Files that it does not list are not compared.
+
+    Args:
+        folder: The folder.
+        share: Part of the files to compare, in alphabetical order.
+
+    Raises:
+        DamagedFileError: A file is missing or has other content, or `digests.json` is missing or damaged.
+    """
+    expected = read_digests(folder)
+    names = sorted(expected)[share]
+    try:
+        found = digests_of(folder / name for name in names)
+    except OSError as error:
+        raise DamagedFileError(f"{folder} is incomplete ({error}), expected the files in its {DIGESTS}") from error
+    if changed := [name for name in names if found[name] != expected[name]]:
+        raise DamagedFileError(f"{folder / changed[0]} does not have the SHA-256 in {folder / DIGESTS}")

@@ -1,0 +1,53 @@
+"""Checks of the paths that commands write to: nothing is replaced that a command has not written itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lpc_lightning.errors import ConfigError
+
+
+def check_folder(path: Path, setting: str) -> None:
+    """Check that a path is a folder, or that nothing exists there.
+
+    Raises:
+        ConfigError: The path is a file, a device, a pipe, or a link to nothing.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConfigError(f"{setting}: {path} is {_kind(path)}, expected a folder, or a path that does not exist.")
+
+
+def check_file(path: Path, setting: str) -> None:
+    """Check that a path is a file, or that nothing exists there.
+
+    Raises:
+        ConfigError: The path is a folder, a device, a pipe, or a link to nothing.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        raise ConfigError(f"{setting}: {path} is {_kind(path)}, expected a file, or a path that does not exist.")
+
+
+def check_name(name: str, setting: str) -> None:
+    """Check that a name can be the name of a folder in the output folder.
+
+    Raises:
+        ConfigError: The name is empty, has a separator, or leads out of the folder.
+    """
+    if not name.strip() or name.startswith(".") or any(character in name for character in "/\\\0\n"):
+        raise ConfigError(
+            f"{setting}: found {name!r}, expected a name for a folder: not empty, without / and \\, and not starting "
+            "with a dot."
+        )
+
+
+def _kind(path: Path) -> str:
+    kinds = {
+        "a folder": path.is_dir(),
+        "a file": path.is_file(),
+        "a pipe": path.is_fifo(),
+        "a device": path.is_block_device() or path.is_char_device(),
+        "a socket": path.is_socket(),
+        "a link to nothing": path.is_symlink() and not path.exists(),
+    }
+    return next((name for name, holds in kinds.items() if holds), "of an unknown kind")

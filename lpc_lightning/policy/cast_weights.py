@@ -1,0 +1,73 @@
+"""Casts of a layer's weights to autocast's type, in one kernel, before the layer runs.
+
+Autocast casts each weight by a kernel of its own, and each gradient by another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.pytorch_utils import Conv1D
+
+MATRIX_PRODUCTS = (nn.Linear, Conv1D)
+"""Modules whose weights autocast casts. A subclass can use its weights differently, and is left to autocast."""
+
+
+@contextmanager
+def cast_weights(layer: nn.Module, device: str) -> Iterator[None]:
+    """Replace the float32 weights of matrix products by casts of them, if autocast is on. Gradients reach the weights.
+
+    The casts exist until the backward pass. FSDP2 frees whole weights earlier, so that its layers are not changed.
+
+    Args:
+        layer: A decoder layer.
+        device: Type of its device.
+    """
+    dtype = torch.get_autocast_dtype(device)
+    applies = torch.is_autocast_enabled(device) and not isinstance(layer, FSDPModule)
+    owners = [
+        (module._parameters, name)
+        for module in (layer.modules() if applies else ())
+        if type(module) in MATRIX_PRODUCTS
+        for name, weight in module._parameters.items()
+        if weight is not None and weight.dtype == torch.float32
+    ]
+    if not owners:
+        yield
+        return
+    weights = [parameters[name] for parameters, name in owners]
+    try:
+        for (parameters, name), cast in zip(owners, _Cast.apply(dtype, *weights), strict=True):
+            parameters[name] = cast
+        yield
+    finally:
+        for (parameters, name), weight in zip(owners, weights, strict=True):
+            parameters[name] = weight
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        cast = _copies(weights, dtype)
+        ctx.mark_non_differentiable(
+            *(c for c, needed in zip(cast, ctx.needs_input_grad[1:], strict=True) if not needed)
+        )
+        ctx.set_materialize_grads(False)
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        exact = iter(_copies([gradient for gradient in gradients if gradient is not None], torch.float32))
+        return None, *(None if gradient is None else next(exact) for gradient in gradients)
+
+
+def _copies(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
