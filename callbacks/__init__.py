@@ -1,6 +1,7 @@
 """Callbacks that run around training. Each file contains one callback."""
 
 from lpc_lightning.callbacks.adaptation import AnnotatorAdaptation
+from lpc_lightning.callbacks.best_and_last import BestAndLast
 from lpc_lightning.callbacks.codebook_monitor import CodebookMonitor
 from lpc_lightning.callbacks.final_validation import FinalValidation
 from lpc_lightning.callbacks.flip_order import ByAnnotator, FlipOrder, LongerWins, SmallMarginsFirst, Uniform
@@ -15,6 +16,7 @@ from lpc_lightning.callbacks.run_summary import RunSummary
 
 __all__ = [
     "AnnotatorAdaptation",
+    "BestAndLast",
     "ByAnnotator",
     "CodebookMonitor",
     "FinalValidation",
