@@ -2,6 +2,7 @@
 
 from lpc_lightning.callbacks.adaptation import AnnotatorAdaptation
 from lpc_lightning.callbacks.best_and_last import BestAndLast
+from lpc_lightning.callbacks.chosen_reward import ChosenRewardWarning
 from lpc_lightning.callbacks.codebook_monitor import CodebookMonitor
 from lpc_lightning.callbacks.final_validation import FinalValidation
 from lpc_lightning.callbacks.flip_order import ByAnnotator, FlipOrder, LongerWins, SmallMarginsFirst, Uniform
@@ -18,6 +19,7 @@ __all__ = [
     "AnnotatorAdaptation",
     "BestAndLast",
     "ByAnnotator",
+    "ChosenRewardWarning",
     "CodebookMonitor",
     "FinalValidation",
     "FlipOrder",

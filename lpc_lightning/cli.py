@@ -37,6 +37,7 @@ from lpc_lightning.policy import PolicySpec, UnsupportedPolicyError
 from lpc_lightning.policy.precision import is_bfloat16_fast
 from lpc_lightning.run_folder import DiscardedRunFolder, RunFolder
 from lpc_lightning.system_errors import explain_system_error
+from lpc_lightning.yaml_files import SUFFIXES, check_value, check_yaml
 
 GROUPS = ("policy", "latent", "callbacks")
 """Settings that stand at the top of a config and belong to the module or to the trainer."""
@@ -344,22 +345,34 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(143)
 
 
+LONGEST_PATH = 4096
+"""Characters of a path at most."""
+
+
 def check_config_files(arguments: list[str]) -> None:
-    """Check that all config files on the command line exist. The parser's own error is a page of usage.
+    """Check that all config files on the command line exist and are plain YAML, with the files that they name.
+
+    The parser's own error is a page of usage, and it does not end for a file that refers to itself.
 
     Raises:
-        ConfigError: A file does not exist.
+        ConfigError: A file does not exist or is no plain YAML.
     """
     options = ("-c", "--config", *(f"--{name}" for name in (*GROUPS, "model", "data", "trainer")))
     for argument, following in pairwise([*arguments, ""]):
         option, equals, value = argument.partition("=")
-        path = Path(value if equals else following)
-        is_file_name = path.suffix in (".yaml", ".yml")
-        if option.removesuffix("+") in options and is_file_name and not path.is_file():
+        text = value if equals else following
+        if option.removesuffix("+") not in options:
+            if option.startswith("--") and "." in option:
+                check_value(text, option)
+        elif len(text) < LONGEST_PATH and Path(text).is_file():
+            check_yaml(Path(text))
+        elif text.endswith(SUFFIXES):
             raise ConfigError(
-                f"{option}: found no file {path} in {Path.cwd()}.\n"
+                f"{option}: found no file {text} in {Path.cwd()}.\n"
                 "Expected a YAML file; `lpc-lightning configs` writes those that come with the package."
             )
+        else:
+            check_value(text, option)
 
 
 def set_up_logging() -> None:

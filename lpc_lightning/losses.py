@@ -4,6 +4,7 @@ In the formulas, r_w and r_l are the log-ratios log pi(y|x,z) - log pi_ref(y|x) 
 """
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -100,6 +101,25 @@ def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.
     rejected = logps.policy_rejected / logps.rejected_lengths
     losses = -logsigmoid(beta * (chosen - rejected - gamma_beta_ratio))
     return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
+
+
+def add_nll(pairs: PairLosses, logps: PairLogps, weight: float) -> PairLosses:
+    """Add `weight` times the chosen answer's mean negative log-likelihood per token, the SFT term of RPO.
+
+    Source: Pang et al., 2024, arXiv 2404.19733, eq. 1.
+
+    In the loss of a mixture of codes, the likelihood of the whole answer is averaged over the codes. The log-likelihood
+    of the label does not change, so the answer's text has no influence on the posterior.
+
+    Args:
+        pairs: Result of a preference loss.
+        logps: The log-probabilities that the loss was computed from.
+        weight: The paper's alpha.
+    """
+    label = pairs.label_log_likelihood
+    text = (weight / logps.chosen_lengths.flatten(), logps.policy_chosen)
+    losses = pairs.losses - weight * logps.policy_chosen / logps.chosen_lengths
+    return replace(pairs, losses=losses, log_likelihood=label, parts=(*(pairs.parts or ((1.0, label),)), text))
 
 
 def check_beta(beta: float) -> None:

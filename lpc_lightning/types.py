@@ -247,9 +247,9 @@ class PairLosses:
     """Implicit reward of the rejected answer, scaled by beta, without gradient."""
     log_likelihood: Tensor | None = None
     """Log-likelihood of each label, in nats, up to a constant. None if the loss is a negative log-likelihood itself."""
-    parts: tuple[tuple[float, Tensor], ...] = ()
-    """Pairs of a weight and a log-likelihood. The loss is their negative weighted sum. Empty if the loss is
-    `-label_log_likelihood`."""
+    parts: tuple[tuple[float | Tensor, Tensor], ...] = ()
+    """Pairs of a weight, a number or (B,), and a log-likelihood. The loss is their negative weighted sum. Empty if the
+    loss is `-label_log_likelihood`."""
 
     @property
     def label_log_likelihood(self) -> Tensor:

@@ -45,7 +45,7 @@ from lpc_lightning.latent import (
     VectorSpace,
 )
 from lpc_lightning.policy import LoRA, TinyPolicy
-from tests.fixtures.emulated_device import DEVICE, NAME, Waits
+from tests.fixtures.emulated_device import DEVICE, NAME
 
 pytestmark = pytest.mark.slow
 
@@ -171,13 +171,6 @@ def test_first_values_do_not_depend_on_the_device(latent: str, accelerator: str)
 # Training
 
 
-@pytest.mark.parametrize("latent", LATENTS)
-def test_fit_with_every_latent(latent: str, fit: Callable[..., Trainer]) -> None:
-    module = DPO(policy=tiny(), latent=LATENTS[latent]())
-    assert fit(module).global_step == 2
-    check_finite(module)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fit_variants(variant: str, fit: Callable[..., Trainer]) -> None:
     module = VARIANTS[variant]()
@@ -228,27 +221,28 @@ def test_evaluation_loops(
     assert sum(len(batch["ids"]) for batch in predictions) == 5
 
 
-# Waits in a step
-
-
 @pytest.mark.parametrize("latent", LATENTS)
-def test_micro_batches_do_not_wait(
-    latent: str, fit: Callable[..., Trainer], emulated: Waits, monkeypatch: pytest.MonkeyPatch, accelerator: str
+def test_fit_waits_only_for_logged_steps(
+    latent: str, fit: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, accelerator: str, request: Any
 ) -> None:
-    if accelerator != NAME:
-        pytest.skip("waits are noted on the emulated device")
+    """Three steps of four micro-batches with every latent. Waits are noted on the emulated device."""
     advance, noted = _TrainingEpochLoop.advance, []
+    waits = request.getfixturevalue("emulated") if accelerator == NAME else None
 
     def noting(self: Any, *args: Any) -> None:
-        with emulated.noted():
+        with waits.noted():
             advance(self, *args)
-        noted.append(list(emulated.waits))
-        emulated.waits.clear()
+        noted.append(list(waits.waits))
+        waits.waits.clear()
 
-    monkeypatch.setattr(_TrainingEpochLoop, "advance", noting)
+    if waits:
+        monkeypatch.setattr(_TrainingEpochLoop, "advance", noting)
     module = DPO(policy=tiny(), latent=LATENTS[latent]())
     steps: dict[str, Any] = {"max_steps": 3, "accumulate_grad_batches": 4, "log_every_n_steps": 3}
-    fit(module, pairs={"train_pairs": 52}, save_every=100, **steps)
+    assert fit(module, pairs={"train_pairs": 52}, save_every=100, **steps).global_step == 3
+    check_finite(module)
+    if not waits:
+        return
     assert len(noted) == 12
     # Spaces that score codes measure the range of the codes once, in the first micro-batch of a run.
     assert [wait for wait in noted[0] if "code_range" not in wait] == []
@@ -266,20 +260,36 @@ def test_micro_batches_do_not_wait(
 # Inference and evaluation
 
 
+@pytest.fixture(scope="module")
+def checkpoints() -> dict[str, str]:
+    """Checkpoints by device, filled by the fixture `checkpoint`."""
+    return {}
+
+
 @pytest.fixture
-def checkpoint(accelerator: str, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Checkpoint of `lpc-lightning fit` on the device."""
+def checkpoint(
+    checkpoints: dict[str, str],
+    accelerator: str,
+    cache_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    """Checkpoint of `lpc-lightning fit` on the device. It is made once."""
+    if accelerator in checkpoints:
+        return checkpoints[accelerator]
     monkeypatch.setattr("sys.argv", ["lpc-lightning"])
+    folder = tmp_path_factory.mktemp(accelerator)
     flags = (
         "--model=DPO --policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --latent=MarginalSpace "
     )
     flags += "--latent.num_codes=4 --latent.init_logit_std=1 --data=SyntheticPreferences --data.train_pairs=4 "
     flags += f"--data.validation_pairs=0 --data.test_pairs=0 --data.cache_dir={cache_dir} --trainer.devices=1 "
-    flags += f"--trainer.accelerator={accelerator} --trainer.default_root_dir={tmp_path} --trainer.precision=32-true "
+    flags += f"--trainer.accelerator={accelerator} --trainer.default_root_dir={folder} --trainer.precision=32-true "
     flags += "--trainer.max_steps=1 --trainer.log_every_n_steps=1 --trainer.enable_model_summary=false"
     PreferenceCLI(["fit", *flags.split()])
-    (path,) = tmp_path.glob("version_0/checkpoints/*.ckpt")
-    return str(path)
+    (path,) = folder.glob("version_0/checkpoints/*.ckpt")
+    checkpoints[accelerator] = str(path)
+    return checkpoints[accelerator]
 
 
 @pytest.fixture

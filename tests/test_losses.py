@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, simpo_loss
 from lpc_lightning.types import PairLogps, PairLosses
 
 
@@ -212,6 +212,28 @@ def test_robust_dpo_mixture_unbiased(rate: float) -> None:
             likelihood = (1 - rate) * chance + rate * (1 - chance)
             assert float(observed.label_log_likelihood[pair, code].exp()) == pytest.approx(likelihood, rel=1e-12)
             assert float(opposite.label_log_likelihood[pair, code].exp()) == pytest.approx(1 - likelihood, rel=1e-12)
+
+
+@every_loss
+def test_add_nll_golden_values(name: str) -> None:
+    """The chosen answers have 3/2, 2.5/5, 4/4 and 1.5/1 nats per token."""
+    result = add_nll(LOSSES[name](GOLDEN), GOLDEN, 0.5)
+    expected = torch.tensor(EXPECTED[name], dtype=torch.float64) + torch.tensor([0.75, 0.25, 0.5, 0.75])
+    torch.testing.assert_close(result.losses, expected.double(), rtol=0, atol=1e-6)
+
+
+@every_loss
+def test_add_nll_of_mixture(name: str) -> None:
+    """Label and answer are two events. The likelihood of each is averaged over the codes, in plain exponentials."""
+    logps, weights = random_logps(6, codes=3), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    plain, log_weights = LOSSES[name](logps), weights.log().expand(6, 3)
+    result = add_nll(plain, logps, 0.7)
+    assert torch.equal(result.label_log_likelihood, plain.label_log_likelihood)
+    for pair in range(6):
+        chances = [math.exp(float(logps.policy_chosen[pair, code])) for code in range(3)]
+        answer = -math.log(sum(float(w) * chance for w, chance in zip(weights, chances, strict=True)))
+        expected = float(plain.of_mixture(log_weights)[pair]) + 0.7 * answer / float(logps.chosen_lengths[pair])
+        assert float(result.of_mixture(log_weights)[pair]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_simpo_ignores_reference() -> None:

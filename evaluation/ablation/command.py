@@ -130,6 +130,10 @@ def _print_summary(cells: Sequence[PlannedCell], folder: Path) -> None:
     counts = Counter("not run" if record is None else record.status for record in records)
     print(f"{', '.join(f'{number} {status}' for status, number in counts.items())}: {folder}")
     if counts["failed"]:
-        print("Failed cells: see `error` in their cell.json, and their log.txt. Use --retry-failed to run them again.")
+        print("Failed cells (--retry-failed runs them again; each has a log.txt):")
+        for planned, record in zip(cells, records, strict=True):
+            if record is not None and record.status == "failed":
+                cause = (record.error or "no cause was recorded").splitlines()[-1]
+                print(f"  {planned.folder.path.name}: {cause}")
     if counts["finished"]:
         print(f"Tables and plots: lpc-lightning report {os.path.relpath(folder)}")

@@ -15,10 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lpc_lightning.evaluation.provenance import package_versions
 from lpc_lightning.inference.fingerprint import weights_of
+from lpc_lightning.yaml_files import read_yaml
 
 OUTPUT_SETTINGS = ("default_root_dir", "cache_dir", "dirpath", "save_dir")
 """Settings with paths that a run writes to. They do not change its results."""
@@ -111,5 +110,5 @@ def _describe_file(path: Path) -> tuple[str, ...]:
     description = f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
     if path.suffix not in (".yaml", ".yml"):
         return (description,)
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     return description, *_files_in_value("", content, path.parent)

@@ -11,9 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.yaml_files import parse_yaml, read_yaml
 
 FIT_SETTINGS = ("seed_everything", "trainer", "policy", "data", "model", "latent", "callbacks")
 """First parts of the names of `fit`'s settings."""
@@ -95,7 +94,7 @@ class Grid:
         for change in changes:
             name, equals, value = change.partition("=")
             if name in axes and equals:
-                axes[name] = axes[name].with_values([yaml.safe_load(part) for part in value.split(",")])
+                axes[name] = axes[name].with_values([parse_yaml(part, name) for part in value.split(",")])
             elif name.split(".")[0] in FIT_SETTINGS and equals:
                 settings.append(f"--{name}={value}")
             else:
@@ -151,12 +150,9 @@ def _read(path: Path, label: str, extending: tuple[Path, ...]) -> dict[str, Any]
         label: What names the file, for errors.
         extending: Files that extend this one.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{label}: found no file {path} ({error.strerror}), expected a grid as YAML.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: found invalid YAML, expected a grid as YAML: {error}") from error
+    if not path.is_file():
+        raise ConfigError(f"{label}: found no file {path}, expected a grid as YAML.")
+    content = read_yaml(path)
     if not isinstance(content, dict) or not set(content) <= KEYS:
         raise _wrong_keys(content, path)
     extended = content.pop("extends", None)

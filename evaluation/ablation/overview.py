@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.folder import write_json
 from lpc_lightning.evaluation.ablation.grid import Axis, Grid
@@ -24,12 +26,18 @@ def write_overview(output: Path, grid: Grid, command: str) -> None:
         ConfigError: The folder has a grid with other axes.
     """
     path = output / "ablation.json"
+    output.mkdir(parents=True, exist_ok=True)
+    with FileLock(output / "lock"):  # another command may run other values in the same folder
+        _update(path, grid, command)
+
+
+def _update(path: Path, grid: Grid, command: str) -> None:
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"axes": {}}
     names = [axis.name for axis in grid.axes]
     if before["axes"] and set(before["axes"]) != set(names):
         raise ConfigError(
-            f"output: found a grid over {', '.join(before['axes'])} in {output}, expected one over {', '.join(names)}. "
-            "Use another folder (--output)."
+            f"output: found a grid over {', '.join(before['axes'])} in {path.parent}, expected one over "
+            f"{', '.join(names)}. Use another folder (--output)."
         )
     overview = {
         "name": grid.name,
@@ -39,7 +47,6 @@ def write_overview(output: Path, grid: Grid, command: str) -> None:
         "command": command,
         "versions": provenance(),
     }
-    output.mkdir(parents=True, exist_ok=True)
     write_json(path, overview)
 
 

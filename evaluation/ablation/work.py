@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -34,6 +37,7 @@ def work(job: Job) -> None:
         job: The cell to run.
     """
     _end_with_server()
+    _end_with_command()
     # Ctrl-C also reaches the command, which then stops its cells with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if job.environment is not None:
@@ -65,23 +69,27 @@ def _attempt(job: Job) -> None:
         run_cell(job.folder, job.weights)
     except SIGTERMException:
         error, record = "stopped by SIGTERM", replace(record, status="stopped")
-    except USER_ERRORS as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        record = replace(record, status="failed")
     except BaseException as fault:
-        if (line := explain_system_error(fault)) is None:
-            traceback.print_exc()
-        else:
-            print(f"error: {line}", file=sys.stderr)
-        record = replace(record, status="failed")
+        error, record = log_fault(fault, folder), replace(record, status="failed")
     else:
         record = replace(record, status="finished")
-    for stream_object in (sys.stdout, sys.stderr):
-        stream_object.flush()
-    if record.status == "failed":
-        error = folder.last_lines()
     seconds, peak = record.seconds + time.monotonic() - start, max(record.peak_bytes, _peak_bytes())
     folder.write(replace(record, error=error, seconds=seconds, peak_bytes=peak))
+
+
+def log_fault(fault: BaseException, folder: CellFolder) -> str:
+    """Write an error to the log. Return the end of the log, with the cause as its last line."""
+    explained = str(fault) if isinstance(fault, USER_ERRORS) else explain_system_error(fault)
+    with suppress(OSError):  # the disk may be full
+        if explained is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {explained}", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    cause = " ".join((f"{type(fault).__name__}: {fault}" if explained is None else explained).split())
+    end = folder.last_lines()
+    return end if end.endswith(cause) else f"{end}\n{cause}".strip()
 
 
 def _peak_bytes() -> int:
@@ -91,9 +99,22 @@ def _peak_bytes() -> int:
 
 
 def _end_with_server() -> None:
-    """Make the kernel kill this process when the server ends, for example because the command was killed (Linux only).
-
-    On other systems the cell continues. It keeps its lock, so the next command skips it.
-    """
+    """Make the kernel kill this process when the server is killed (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _end_with_command() -> None:
+    """Kill this process when the command ends, also if the command was killed.
+
+    The server outlives a killed command: it waits for the end of a pipe that its cells hold open as well. Each cell
+    therefore watches a pipe that only the command holds.
+    """
+    command = multiprocessing.parent_process()
+    assert command is not None
+
+    def watch() -> None:
+        command.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 import time
@@ -15,11 +16,12 @@ import torch
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.algorithms.metrics import accuracies
-from lpc_lightning.data import DataError, PreferenceDataModule
+from lpc_lightning.data import Columns, DataError, PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.example_source import ExampleSource, RowSource
+from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.report import DataReport
-from lpc_lightning.data.sources.rows import read_rows
+from lpc_lightning.data.sources.splits import split_names
 from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, stderr_name, to_json_value
 from lpc_lightning.evaluation.provenance import provenance
@@ -36,27 +38,38 @@ ALL_PAIRS_METRIC = re.compile("swap_turnover|(accuracy|margin|log_loss|calibrati
 class PairsFile(PreferenceDataModule):
     """The pairs of one file, for scoring only."""
 
-    def __init__(self, path: str, split: str | None = None, limit: int | None = None, **data: Any) -> None:
+    def __init__(
+        self,
+        path: str,
+        split: str | None = None,
+        limit: int | None = None,
+        columns: Columns | None = None,
+        split_column: str = "split",
+        **data: Any,
+    ) -> None:
         """Select pairs of a file.
 
         Args:
-            path: A file in any format that `read_rows` can read. Environment variables are replaced.
-            split: Value of the column `split` in the selected rows. None: `test` if the file has this column, else all
-                rows.
+            path: A file, a folder or a pattern of files in any format that `read_rows` can read. Environment variables
+                are replaced.
+            split: Split of the selected rows. None: `test` if the path has splits, or if any row has a value in the
+                split column; else all rows.
             limit: Maximum number of pairs, taken from the start. None: all pairs.
+            columns: Names of the columns, and how their cells are read. None: the defaults of `Columns`.
+            split_column: Column that holds the split of each row.
             data: Settings of `PreferenceDataModule`.
 
         Raises:
-            DataError: The file does not exist, or has no rows.
+            DataError: The file does not exist.
         """
         super().__init__(**data)
         path = expand_path(path, "preferences")
-        if not Path(path).is_file():
+        if not Path(path).expanduser().exists() and not glob.has_magic(path):
             raise DataError(f"preferences: found no file {path}, expected preference pairs such as pairs.jsonl.")
-        first_row = next(row for _, row in read_rows(path, on_bad=lambda location, fault: None))
-        self.split = "test" if split is None and "split" in first_row else split
+        self.split = "test" if split is None and split_names(open_location(path), split_column) else split
         self.limit = limit
-        self._pairs = FirstExamples(RowSource(path, split=self.split), limit)
+        source = RowSource(path, columns=columns or Columns(), split=self.split, split_column=split_column)
+        self._pairs = FirstExamples(source, limit)
 
     @property
     def content(self) -> str:

@@ -23,8 +23,7 @@ from lpc_lightning.evaluation.figures import Plot, write_plots
 from lpc_lightning.evaluation.line_panels import Line, describe_lines
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.function_command import run_function
-from lpc_lightning.inference.checkpoints import run_config
-from lpc_lightning.inference.generation import trained_template
+from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
 from lpc_lightning.latent import DiscreteSpace
 from lpc_lightning.output_paths import check_folder
@@ -100,7 +99,8 @@ def adapt(
     reports: dict[str, AdaptationReport] = {}
     for name, path in named:
         pairs = PairsFile(preferences, split=split, limit=limit, batch_size=batch_size, max_length=max_length)
-        pairs.template = trained_template(run_config(Path(path)))
+        checkpoint = read_checkpoint(Path(path), weights=False)
+        pairs.template_settings = trained_template(checkpoint_origin(checkpoint, Path(path)))
         module = open_module(path, device, trust_remote_code)
         if len(named) == 1 and not isinstance(module.latent, DiscreteSpace):
             raise ConfigError(

@@ -21,7 +21,7 @@ from lpc_lightning.evaluation.benchmarks.trial import failure_reason
 from lpc_lightning.evaluation.comparison.stored import (
     REQUEST,
     add_run,
-    find_folder,
+    claim_folder,
     holds_results,
     local_data,
     merge_parts,
@@ -31,7 +31,6 @@ from lpc_lightning.evaluation.comparison.stored import (
 )
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.fingerprint import weights_of
-from lpc_lightning.inference.generation import trained_template
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy import UnsupportedPolicyError
@@ -121,7 +120,21 @@ def evaluate_model(
         stored_results = read_stored(Path(model))
         return stored_results, stored_results.failures
     key, pairs = request.key(model), request.pairs()
-    folder, stored = find_folder(output, name, key)
+    output.mkdir(parents=True, exist_ok=True)
+    with claim_folder(output, name, key) as (folder, stored):
+        return _complete(model, name, request, key, pairs, folder, stored, again)
+
+
+def _complete(
+    model: str,
+    name: str,
+    request: EvalRequest,
+    key: dict[str, Any],
+    pairs: PairsFile | None,
+    folder: Path,
+    stored: BenchmarkResults | None,
+    again: bool,
+) -> tuple[BenchmarkResults, dict[str, str]]:
     tasks = list(request.tasks) if again else missing_tasks(stored, request.tasks)
     if pairs is not None and not again and _are_scored(pairs, stored):
         pairs = None
@@ -153,7 +166,7 @@ def _parts(
         del run
     if pairs is None:
         return
-    pairs.template = trained_template(opened.origin)
+    pairs.template_settings = opened.template
     scored: PreferenceModule | OpenedPolicy
     if kind == "checkpoint":
         del opened  # free the policy before its module is opened, which has a reference as well

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from lpc_lightning.data import DataError
 from lpc_lightning.evaluation.benchmarks.results import RESULTS, BenchmarkResults, read_results, to_json_value
@@ -38,10 +41,12 @@ def read_stored(folder: Path) -> BenchmarkResults:
         ) from error
 
 
-def find_folder(output: Path, name: str, key: Mapping[str, Any]) -> tuple[Path, BenchmarkResults | None]:
-    """Return the folder for a model's results under these settings, and the results in it, if any.
+@contextmanager
+def claim_folder(output: Path, name: str, key: Mapping[str, Any]) -> Iterator[tuple[Path, BenchmarkResults | None]]:
+    """Yield the folder for a model's results under these settings, and the results in it, if any.
 
-    The folder is `name`. If that folder has results with other settings or of another model, it is `name-2`, and so on.
+    The folder is `name`. If that folder has results with other settings or of another model, or if another command is
+    writing to it, it is `name-2`, and so on.
 
     Args:
         output: Folder with one subfolder per model.
@@ -50,11 +55,18 @@ def find_folder(output: Path, name: str, key: Mapping[str, Any]) -> tuple[Path, 
     """
     for number in count(1):
         folder = output / (name if number == 1 else f"{name}-{number}")
-        if not (folder / RESULTS).is_file():
-            return folder, None
-        if (results := read_stored(folder)).origin.get(REQUEST) == to_json_value(key):
-            return folder, results
-    raise AssertionError("count() does not end")
+        lock = FileLock(output / f".{folder.name}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        try:
+            results = read_stored(folder) if (folder / RESULTS).is_file() else None
+            if results is None or results.origin.get(REQUEST) == to_json_value(key):
+                yield folder, results
+                return
+        finally:
+            lock.release()
 
 
 def local_data(data_dir: str | None) -> str | None:

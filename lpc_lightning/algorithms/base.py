@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
+from lpc_lightning.losses import add_nll
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.policy.logprobs import code_range
@@ -48,6 +50,7 @@ class PreferenceModule(PolicyModule):
         latent_lr: float = 1e-3,
         lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
         warmup_ratio: float = 0.1,
+        nll_weight: float = 0.0,
     ) -> None:
         """Keep the settings. Models are built in `configure_model`.
 
@@ -62,9 +65,11 @@ class PreferenceModule(PolicyModule):
             latent_lr: Learning rate of the latent space. New networks need a larger one than a pretrained backbone.
             lr_schedule: Schedule of the learning rates after warm-up. `cosine` and `linear` fall to 0.
             warmup_ratio: Share of the optimizer steps over which the learning rates rise from 0.
+            nll_weight: Weight of an SFT term, the mean negative log-likelihood per token of the chosen answers under
+                the same z (RPO, arXiv 2404.19733, uses 1). It keeps chosen answers likely. 0: no such term.
 
         Raises:
-            ConfigError: `reference` is neither `cached` nor `live`.
+            ConfigError: `reference` is neither `cached` nor `live`, or `nll_weight` is negative.
         """
         super().__init__()
         with warnings.catch_warnings():
@@ -77,8 +82,11 @@ class PreferenceModule(PolicyModule):
             self.remove_ignored_hparams(["reference"])
         if reference not in REFERENCES:
             raise ConfigError(f"model.reference: found {reference!r}, expected {' or '.join(REFERENCES)}.")
+        if not 0 <= nll_weight < math.inf:
+            raise ConfigError(f"model.nll_weight: found {nll_weight}, expected a number of at least 0.")
         self.policy_spec, self.latent, self.make_optimizer = policy, latent, optimizer
         self.latent_lr, self.lr_schedule, self.warmup_ratio = latent_lr, lr_schedule, warmup_ratio
+        self.nll_weight = nll_weight
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the others
         self.reference_kind = reference
         self._warm_started = False
@@ -89,6 +97,11 @@ class PreferenceModule(PolicyModule):
     @abstractmethod
     def preference_loss(self, logps: PairLogps) -> PairLosses:
         """Compute the algorithm's loss and rewards of each pair."""
+
+    def pair_loss(self, logps: PairLogps) -> PairLosses:
+        """Compute the loss of each pair in training and validation: `preference_loss`, and the SFT term if it is on."""
+        pairs = self.preference_loss(logps)
+        return add_nll(pairs, logps, self.nll_weight) if self.nll_weight else pairs
 
     def check_settings(self) -> None:
         """Compute the loss of one pair, so that invalid settings raise an error before the first step.
@@ -118,7 +131,7 @@ class PreferenceModule(PolicyModule):
         """
         forward: BatchForward = self.policy(batch)
         reference = None if self.reference is None else self.reference.logps(batch)
-        return forward, BatchScorer(forward, batch.lengths, reference, self.preference_loss, code_range)
+        return forward, BatchScorer(forward, batch.lengths, reference, self.pair_loss, code_range)
 
     def on_train_start(self) -> None:
         """Restore the position in the data of a resumed run, compare its length, and run the warm start.
@@ -284,7 +297,7 @@ class PreferenceModule(PolicyModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the trained weights, without the reference, and the position in the data.
+        """Store the trained weights, without the reference, the template and the position in the data.
 
         The trained weights are those of the policy or its adapter, and those of the latent space.
         """
@@ -298,6 +311,8 @@ class PreferenceModule(PolicyModule):
             write_position(trainer, checkpoint["loops"], position)
             checkpoint |= {"epoch": position.epoch, "position": asdict(position)}
             checkpoint["training_data"] = order | {"epoch": position.epoch, "taken": position.batch}
+        if isinstance(data := trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by fit
+            checkpoint["template"] = data.template_settings._asdict()
         checkpoint["run_length"] = run_length(trainer)
         if self._warm_started:
             checkpoint["warm_started"] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -16,16 +16,18 @@ from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout, Padde
 from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
 from lpc_lightning.data.batching.run_reads import evaluation_reads, micro_batches, training_reads
 from lpc_lightning.data.label_noise import LabelNoise, MarkedSource
+from lpc_lightning.data.rendered_pair import RENDERED_PAIR, render_pair
 from lpc_lightning.data.sources.example_source import ExampleSource
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
-from lpc_lightning.data.tokenization.templates import TemplateKind, make_template
+from lpc_lightning.data.tokenization.system_turns import SystemTurns
+from lpc_lightning.data.tokenization.templates import TemplateKind, TemplateSettings, make_template
 from lpc_lightning.data.tokenization.token_cache import load_or_tokenize
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.seeding import run_seed
-from lpc_lightning.types import Ceiling
+from lpc_lightning.types import Ceiling, TokenizedPair
 
 Stage = Literal["train", "validation", "test"]
 STAGES: dict[str, tuple[Stage, ...]] = {
@@ -59,6 +61,8 @@ class PreferenceDataModule(LightningDataModule):
         layout: Literal["auto", "padded", "shared_prefix"] = "auto",
         row_tokens: int | None = None,
         template: TemplateKind = "auto",
+        template_kwargs: dict[str, Any] | None = None,
+        system_turns: SystemTurns = "auto",
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,
         too_long: Literal["drop", "truncate_prompt", "truncate_answer", "error"] = "drop",
@@ -68,6 +72,7 @@ class PreferenceDataModule(LightningDataModule):
         balance_batches: bool | Literal["auto"] = "auto",
         num_workers: int = 0,
         cache_dir: str | None = None,
+        print_pair: bool = True,
     ) -> None:
         """Check and store the settings.
 
@@ -84,6 +89,11 @@ class PreferenceDataModule(LightningDataModule):
                 On a GPU, rows are padded, so that an epoch has at most four batch shapes (see `shapes`).
             template: Template that converts a conversation to text. `chat`: the tokenizer's chat template. `plain`:
                 text with User: and Assistant:. `auto`: chat if the tokenizer has a chat template, otherwise plain.
+            template_kwargs: Arguments of the chat template, such as `{enable_thinking: false}`. Evaluation and
+                generation use the same ones. null: none.
+            system_turns: Treatment of system turns. `keep`: the template renders them; a row is bad if it does not.
+                `fold`: put their text in front of the next user turn. `drop`: leave them out. `auto`: keep if the
+                template renders system turns, otherwise fold. Changed pairs are counted in the log and in a metric.
             max_length: Maximum number of tokens of a prompt and its longer answer. null: no limit.
             max_prompt_length: Maximum number of tokens of a prompt. null: no limit.
             too_long: Treatment of longer pairs. `drop`: leave the pair out. `truncate_prompt`: keep the end of the
@@ -107,6 +117,8 @@ class PreferenceDataModule(LightningDataModule):
                 `auto`: true on a GPU with packed rows if length_window and pairs_per_annotator are null.
             num_workers: Number of processes that prepare batches in advance. 0: the training process prepares them.
             cache_dir: Folder of the token cache. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning if it is unset.
+            print_pair: Whether to print the first training pair at the start of a fit, as text with marks around the
+                trained tokens. It is also written to `rendered_pair.txt` in the run folder.
 
         Raises:
             ValueError: A setting is out of range.
@@ -137,11 +149,13 @@ class PreferenceDataModule(LightningDataModule):
                 "expected auto or false. Each of the three decides which pairs share a batch."
             )
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.layout, self.row_tokens, self.template = layout, row_tokens, template
+        self.layout, self.row_tokens = layout, row_tokens
+        self.template_settings = TemplateSettings(template, template_kwargs, system_turns)
         self.lengths = LengthPolicy(max_length, max_prompt_length, too_long)
         self.bad_rows, self.num_workers = bad_rows, num_workers
         self.length_window, self.pairs_per_annotator = length_window, pairs_per_annotator
         self.balance_batches = balance_batches
+        self.print_pair = print_pair
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pairs: dict[Stage, TokenStore] = {}
         self.reports: dict[Stage, DataReport] = {}
@@ -226,7 +240,7 @@ class PreferenceDataModule(LightningDataModule):
             return None
         if stage == "train" and self._noise is not None and self._noise.marks_prompts:
             source = MarkedSource(source, self._noise)
-        template = make_template(tokenizer, self.template)
+        template = make_template(tokenizer, *self.template_settings)
         self.pairs[stage], self.reports[stage] = load_or_tokenize(
             source,
             template,
@@ -268,9 +282,21 @@ class PreferenceDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Build the loader of shuffled training batches. A resumed run continues after its last batch."""
         pairs, batches = self.training_pairs, self._training_batches()
+        if self.print_pair:
+            self._print_pair(pairs[0])
         read = (batch for epoch in range(PLANNED_EPOCHS) for batch in batches.all_devices(epoch))
         layout = self._planned(pairs, read)
         return TrainingLoader(pairs, batches, layout, self.num_workers, self._on_gpu)
+
+    def _print_pair(self, pair: TokenizedPair) -> None:
+        assert self.trainer is not None
+        folder = self.trainer.log_dir  # a collective call: all devices must make it
+        text = render_pair(pair, require_part(self._tokenizer))
+        rank_zero_info(f"Training {text}")
+        keep = self.trainer.loggers and not self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning
+        if folder is not None and keep and self.trainer.is_global_zero:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / RENDERED_PAIR).write_text(text + "\n", encoding="utf-8")
 
     def _training_batches(self) -> TrainingBatches:
         pairs = self.pairs["train"]
@@ -335,7 +361,7 @@ class PreferenceDataModule(LightningDataModule):
                 "data.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask, "
                 "expected padded or auto. Change data.layout, or set policy.attention to sdpa or eager."
             )
-        pad_id = make_template(require_part(self._tokenizer), self.template).pad_id
+        pad_id = make_template(require_part(self._tokenizer), *self.template_settings).pad_id
         if self.layout == "padded" or not takes_mask:
             return PaddedLayout(pad_id)
         if self._on_gpu:

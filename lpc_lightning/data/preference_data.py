@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.example_source import RowSource
+from lpc_lightning.data.sources.locations import open_location
+from lpc_lightning.data.sources.splits import VALIDATION_NAMES, split_names
 from lpc_lightning.paths import expand_path
+
+Path: TypeAlias = str | tuple[str, ...]
 
 
 class PreferenceData(PreferenceDataModule):
-    """Preference pairs from a JSON lines, JSON, CSV or Parquet file, or from a Hugging Face data set.
+    """Preference pairs from JSON lines, JSON, CSV or Parquet files, or from a Hugging Face data set.
 
     The rows may have any of the supported formats.
     """
 
     def __init__(
         self,
-        path: str | dict[str, str],
+        path: str | list[str] | dict[str, str | list[str]],
         config: str | None = None,
         train_split: str = "train",
         validation_split: str | None = None,
@@ -32,18 +36,22 @@ class PreferenceData(PreferenceDataModule):
         """Check and store the settings.
 
         Args:
-            path: A local file, a folder written by `datasets`, or the name of a data set on the hub. Alternatively a
-                mapping of `train`, `validation` and `test` to one file each. Environment variables are replaced:
+            path: A local file, a pattern such as `data/*.jsonl`, a list of files and patterns, a folder of files, a
+                folder written by `datasets`, or the name of a data set on the hub. Alternatively a mapping of `train`,
+                `validation` and `test` to one of these each. Environment variables are replaced:
                 `${LPC_DATA_DIR}/preferences/pairs.jsonl`.
             config: Configuration of a hub data set. null: its default.
-            train_split: Split for training: a hub split, or a value of the file's split column.
-            validation_split: Split for validation. null: hold out a share of the training prompts.
+            train_split: Split for training: a split of the folder, JSON file or hub data set, or a value of the split
+                column.
+            validation_split: Split for validation. null: `validation`, `valid`, `val` or `dev`, if the file or folder
+                has it, otherwise hold out a share of the training prompts.
             test_split: Split for testing. null: no test.
-            validation_share: Share of the training prompts that is held out if validation_split is null, from 0 to
-                below 1. A hash of the prompt decides, so that training and validation have no prompt in common. 0: no
-                validation.
-            split_column: Column of a file that holds the split of each row. Rows without it belong to `train`.
-            columns: Names of the columns. null: the defaults of `Columns`.
+            validation_share: Share of the training prompts that is held out if there is no validation split, from 0 to
+                below 1. A hash of the prompt decides, so that training and validation have no prompt in common. At
+                least one prompt is held out if there are two or more. 0: no prompt is held out.
+            split_column: Column that holds the split of each row, if files have no splits of their own. Rows without it
+                belong to `train`.
+            columns: Names of the columns, and how their cells are read. null: the defaults of `Columns`.
             data: Settings of `PreferenceDataModule`.
 
         Raises:
@@ -55,10 +63,10 @@ class PreferenceData(PreferenceDataModule):
             raise ValueError(f"data.path: found files for {sorted(path)}, expected train and optionally {known[1:]}.")
         if not 0 <= validation_share < 1:
             raise ValueError(f"data.validation_share: found {validation_share}, expected a share from 0 to below 1.")
-        self.path: str | dict[str, str] = (
-            {stage: expand_path(each, f"data.path.{stage}") for stage, each in path.items()}
+        self.path: Path | dict[str, Path] = (
+            {stage: _expanded(each, f"data.path.{stage}") for stage, each in path.items()}
             if isinstance(path, dict)
-            else expand_path(path, "data.path")
+            else _expanded(path, "data.path")
         )
         self.config, self.split_column = config, split_column
         self.columns = columns or Columns()
@@ -79,16 +87,33 @@ class PreferenceData(PreferenceDataModule):
         return self.validation_share > 0 and not self._has_own_rows("validation")
 
     def _has_own_rows(self, stage: Stage) -> bool:
-        return stage in self.path if isinstance(self.path, dict) else self.splits[stage] is not None
+        return stage in self.path if isinstance(self.path, dict) else self._split(stage) is not None
+
+    def _split(self, stage: Stage) -> str | None:
+        """Return the split of a stage, or None if it has none."""
+        if stage == "validation" and self.splits["validation"] is None:
+            return self._unnamed_validation_split
+        return self.splits[stage]
+
+    @cached_property
+    def _unnamed_validation_split(self) -> str | None:
+        """Validation split that the data has, although no setting names it. Reads the split column of a file once."""
+        assert not isinstance(self.path, dict)
+        names = split_names(open_location(self.path, self.config), self.split_column)
+        used = (self.splits["train"], self.splits["test"])
+        return next((name for name in VALIDATION_NAMES if name in names and name not in used), None)
 
     def _rows(self, stage: Stage, held_out: bool | None) -> RowSource:
-        shared: dict[str, Any] = {
-            "columns": self.columns,
-            "held_out": held_out,
-            "held_out_share": 0.0 if held_out is None else self.validation_share,
-        }
-        if isinstance(self.path, dict):
-            return RowSource(self.path[stage], **shared)
-        if Path(self.path).is_file():
-            return RowSource(self.path, split=self.splits[stage], split_column=self.split_column, **shared)
-        return RowSource(self.path, config=self.config, dataset_split=self.splits[stage], **shared)
+        return RowSource(
+            self.path[stage] if isinstance(self.path, dict) else self.path,
+            config=self.config,
+            columns=self.columns,
+            split=None if isinstance(self.path, dict) else self._split(stage),
+            split_column=self.split_column,
+            held_out=held_out,
+            held_out_share=0.0 if held_out is None else self.validation_share,
+        )
+
+
+def _expanded(path: str | list[str], setting: str) -> Path:
+    return expand_path(path, setting) if isinstance(path, str) else tuple(expand_path(each, setting) for each in path)

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lpc_lightning.data import DataError
-from lpc_lightning.data.sources.rows import read_rows
+from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.fingerprint import weights_of
 from lpc_lightning.inference.generate import conditions

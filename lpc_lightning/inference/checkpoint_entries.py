@@ -29,6 +29,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "pytorch-lightning_version": str,
     "training_data": dict,
     "run_length": dict,
+    "template": dict,
 }
 """Type of each entry."""
 RESUMED = ("state_dict", "callbacks", "loops", "optimizer_states", "lr_schedulers", "epoch", "global_step")

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import instantiate_module
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.distributed.checkpoint_check import check_checkpoint
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outline, read_sharded
-from lpc_lightning.errors import CheckpointError
+from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.inference.checkpoint_entries import check_classes, check_entries
 from lpc_lightning.integrity import is_archive
+from lpc_lightning.yaml_files import read_yaml
 
 EXAMPLE = "runs/version_0/checkpoints/best.ckpt"
 TRAINER = ("precision", "max_steps", "max_epochs", "gradient_clip_val", "accumulate_grad_batches", "devices")
@@ -119,9 +120,24 @@ def run_folder(path: Path) -> Path:
 
 
 def run_config(path: Path) -> dict[str, Any]:
-    """Read the run's `config.yaml`. Empty if the file is missing."""
+    """Read the run's `config.yaml`. Empty if the file is missing.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
     file = run_folder(path) / "config.yaml"
-    return yaml.safe_load(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    config = read_yaml(file)
+    for name in ("data", "trainer"):
+        value = config.get(name) if isinstance(config, dict) else None
+        if not isinstance(config, dict) or not isinstance(value, dict | None):
+            raise ConfigError(
+                f"{file}: found {type(value if isinstance(config, dict) else config).__name__} as "
+                f"{name if isinstance(config, dict) else 'its content'}, expected the settings of the run. Restore the "
+                "file, or take the checkpoint out of its folder."
+            )
+    return config
 
 
 def checkpoint_origin(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -139,6 +155,25 @@ def checkpoint_origin(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         "epoch": checkpoint.get("epoch"),
         "seed": config.get("seed_everything"),
         "training_pairs": checkpoint.get("training_data", {}).get("pairs"),
+        "template": checkpoint.get("template"),
         "data": config.get("data"),
-        "trainer": {name: value for name, value in config.get("trainer", {}).items() if name in TRAINER},
+        "trainer": {name: value for name, value in (config.get("trainer") or {}).items() if name in TRAINER},
     }
+
+
+def trained_template(origin: Mapping[str, Any]) -> TemplateSettings:
+    """Return the template of training. Defaults if it is not recorded.
+
+    Args:
+        origin: Result of `checkpoint_origin`, or `training.json` of an exported folder under the key `training`.
+
+    Raises:
+        CheckpointError: The record is not that of a template.
+    """
+    recorded = origin.get("training", origin).get("template") or {}
+    if not isinstance(recorded, dict) or not set(recorded) <= set(TemplateSettings._fields):
+        raise CheckpointError(
+            f"template: found {str(recorded)[:80]}, expected {', '.join(TemplateSettings._fields)}. Take another "
+            "checkpoint of the run."
+        )
+    return TemplateSettings(**recorded)

@@ -23,7 +23,7 @@ from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.card import Exported, model_card
-from lpc_lightning.inference.checkpoints import run_folder
+from lpc_lightning.inference.checkpoints import run_folder, trained_template
 from lpc_lightning.inference.local_paths import clean_configs, without_folders
 from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
@@ -77,7 +77,7 @@ def export(
     _check_free(target, overwrite)
     module, origin = load_policy(checkpoint, trust_remote_code=trust_remote_code)
     prior = _prior(module, prior_mode)
-    template = make_template(module.tokenizer, (origin["data"] or {}).get("init_args", {}).get("template", "auto"))
+    template = make_template(module.tokenizer, *trained_template(origin))
     plain = _published(module, template)
     if dtype != "auto":
         plain.to(getattr(torch, dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,7 +21,7 @@ from transformers import (
 
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.rows import BadRow
-from lpc_lightning.data.tokenization.templates import TemplateKind, make_template
+from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.opening import OpenedPolicy
 from lpc_lightning.latent import PriorMode
@@ -124,7 +124,7 @@ def answers(
         DataError: The template rejects a prompt, or a prompt fills the context. Raised before generation.
         ValueError: The policy's latent does not have the condition.
     """
-    template = make_template(opened.tokenizer, trained_template(opened.origin))
+    template = make_template(opened.tokenizer, *opened.template)
     encoded = []
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -140,16 +140,6 @@ def answers(
             batch, *writer.write([encoded[place] for place in batch], rooms[batch[0]], conditions), strict=True
         )
     )
-
-
-def trained_template(origin: Mapping[str, Any]) -> TemplateKind:
-    """Return the template of training. `auto` if it is not recorded.
-
-    Args:
-        origin: Of an `OpenedPolicy`, or a run's config.
-    """
-    kind: TemplateKind = (origin.get("training", origin).get("data") or {}).get("init_args", {}).get("template", "auto")
-    return kind
 
 
 def _batches(rooms: Sequence[int], size: int) -> Iterator[list[int]]:

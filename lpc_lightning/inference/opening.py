@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.inference.checkpoints import build_module, checkpoint_origin, read_checkpoint
+from lpc_lightning.inference.checkpoints import build_module, checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, InferencePrior, latent_causal_lm, load_prior
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy, UnsupportedPolicyError
@@ -42,6 +43,8 @@ class OpenedPolicy:
     """Map from the prompt to z. None if the policy has no latent."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Origin, for `results.json`: path, algorithm, settings, step. JSON values."""
+    template: TemplateSettings = field(default_factory=TemplateSettings)
+    """Settings of the template of training."""
 
     @cached_property
     def causal_lm(self) -> PreTrainedModel:
@@ -75,7 +78,7 @@ def open_policy(
     if prior is not None:
         prior.requires_grad_(False).eval().to(to)
     origin |= {"kind": kind, "dtype": str(policy.causal_lm.dtype).removeprefix("torch.")}
-    return OpenedPolicy(name or short_name(path), kind, policy, tokenizer, prior, origin)
+    return OpenedPolicy(name or short_name(path), kind, policy, tokenizer, prior, origin, trained_template(origin))
 
 
 def open_module(path: str, device: str = "auto", trust_remote_code: bool = False) -> PreferenceModule:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lpc_lightning.data.sources.formats import to_example
-from lpc_lightning.data.sources.rows import BadRow, DataError, read_rows
+from lpc_lightning.data.sources.reading import read_rows
+from lpc_lightning.data.sources.rows import BadRow, DataError
 from lpc_lightning.types import Message
 
 Prompt = tuple[Message, ...]

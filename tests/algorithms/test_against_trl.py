@@ -33,6 +33,11 @@ ALGORITHMS: dict[str, tuple[type[PreferenceModule], dict[str, Any], dict[str, An
     ),
     "ipo": (IPO, {"beta": 0.4, "length_average": True}, {"loss_type": "ipo", "beta": 0.4}),
 }
+WITH_SFT = (
+    DPO,
+    {"beta": 0.3, "nll_weight": 0.7},
+    {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7], "beta": 0.3},
+)
 LAYOUTS: dict[str, Layout] = {"padded": PaddedLayout(0), "shared prefix": SharedPrefixLayout(0, row_tokens=40)}
 FINAL_NORM = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gemma2": "model.norm"}
 
@@ -52,7 +57,7 @@ def sides(tiny_spec: Callable[..., Any], perturb: Callable[..., None], tmp_path:
     """Our module and TRL's trainer with equal weights. The policies differ from their references."""
 
     def make(algorithm: str, family: str, **latent: Any) -> Sides:
-        kind, ours, theirs = ALGORITHMS[algorithm]
+        kind, ours, theirs = WITH_SFT if algorithm == "dpo with sft" else ALGORITHMS[algorithm]
         # With windows and eager attention, rows of padding are NaN, and TRL's own code would read them.
         options = {"sliding_window": 64} if family == "gemma2" else None
         module = kind(policy=tiny_spec(family, options=options), reference="live", **ours, **latent)
@@ -127,6 +132,23 @@ def test_step_equals_trl(
     train_step: Callable[..., Any],
 ) -> None:
     module, trainer = sides(algorithm, family)
+    theirs = trainer.compute_loss(trainer.model, collated(trainer, pairs))
+    theirs.backward()
+    ours = train_step(module, pairs, layout)
+    assert_close(ours.loss, theirs.detach(), "loss")
+    assert_same_gradients(module, ours.gradients, trainer)
+
+
+@every_layout
+def test_step_with_sft_term_equals_trl(
+    layout: Layout,
+    sides: Callable[..., Sides],
+    make_pairs: Callable[..., list[TokenizedPair]],
+    train_step: Callable[..., Any],
+) -> None:
+    """TRL averages over the tokens of a batch. This equals the mean over answers if all have the same length."""
+    pairs = make_pairs([(5, 6, 7), (11, 6, 1), (1, 6, 4), (3, 6, 5)])
+    module, trainer = sides("dpo with sft", "llama")
     theirs = trainer.compute_loss(trainer.model, collated(trainer, pairs))
     theirs.backward()
     ours = train_step(module, pairs, layout)

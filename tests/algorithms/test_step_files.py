@@ -15,7 +15,7 @@ from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
 from lpc_lightning.latent import MarginalSpace
 
 PACKAGE = lpc_lightning.__file__.removesuffix("__init__.py")
-LAYERS = {"policy/segment_attention.py", "policy/memory_efficient_layers.py"}
+LAYERS = {f"policy/{name}.py" for name in ("segment_attention", "rotary_attention", "memory_efficient_layers")}
 """Files that transformers calls inside the backbone. They are part of the model."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,62 @@ def test_path_saved_data_set_splits(data: Any, tmp_path: Path) -> None:
     assert ids(module, "validation") == ["ultra[test_prefs] row 1", "ultra[test_prefs] row 2"]
     assert module.source("test") is None
     assert "Question 6?" in prompts(module, "validation")[0]
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+def test_split_column_names_validation(name: str, data: Any, write_rows: Any) -> None:
+    """The rows of a validation split are used, and no training prompt is held out."""
+    splits = ["train"] * 6 + [name] * 2 + ["test"] * 2
+    module = data(write_rows([row(n, split=split) for n, split in enumerate(splits)]))
+    stages = {stage: ids(module, stage) for stage in ("train", "validation", "test")}
+    lines = [f"pairs.jsonl line {n}" for n in range(1, 11)]
+    assert stages == {"train": lines[:6], "validation": lines[6:8], "test": lines[8:]}
+    assert module.reports["train"].other_splits == {name: 2, "test": 2}
+
+
+def test_split_in_a_few_rows(data: Any, write_rows: Any) -> None:
+    module = data(write_rows([row(n) for n in range(5)] + [row(5, split="validation")]), validation_share=0.0)
+    assert len(ids(module, "train")) == 5
+    assert ids(module, "validation") == ["pairs.jsonl line 6"]
+
+
+@pytest.mark.parametrize("number", [2, 3, 10])
+def test_small_file_has_one_validation_prompt(number: int, data: Any, write_rows: Any) -> None:
+    """The default share of 0.05 selects none of a few prompts."""
+    rows = [row(n) for n in range(number)] + [row(n, chosen="Other.") for n in range(number)]
+    module = data(write_rows(rows))
+    train, validation = ids(module, "train"), ids(module, "validation")
+    assert len(validation) == 2
+    assert sorted(train + validation) == sorted(f"pairs.jsonl line {n}" for n in range(1, 2 * number + 1))
+    assert prompts(module, "validation")[0] == prompts(module, "validation")[1]
+
+
+def test_path_json_with_splits(data: Any, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps({"train": [row(n) for n in range(6)], "test": [row(6)], "dev": [row(7)]}, indent=1))
+    module = data(path, validation_share=0.2)
+    assert ids(module, "train") == [f"pairs.json[train] row {n}" for n in range(1, 7)]
+    assert ids(module, "test") == ["pairs.json[test] row 1"]
+    assert ids(module, "validation") == ["pairs.json[dev] row 1"]
+
+
+def test_path_folder_of_shards(data: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
+        Dataset.from_list([row(10 * number + n) for n in range(9)]).to_parquet(folder / f"{name}.parquet")
+    module = data(folder.parent)
+    held = ids(module, "validation")
+    assert sorted(held + ids(module, "train")) == [
+        f"train-0000{k}-of-00002.parquet row {n}" for k in range(2) for n in range(1, 10)
+    ]
+    assert ids(module, "test") == [f"test-00000-of-00001.parquet row {n}" for n in range(1, 10)]
+
+
+def test_path_list_of_files(write_rows: Any, tmp_path: Path) -> None:
+    files = [str(write_rows([row(n)], f"{n}.jsonl")) for n in range(3)]
+    module = PreferenceData(files, validation_share=0.0, cache_dir=str(tmp_path / "cache"))
+    assert ids(module, "train") == [f"{n}.jsonl line 1" for n in range(3)]
 
 
 def test_columns_with_other_names(data: Any, write_rows: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import GenerationConfig
 
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.inference.checkpoints import trained_template
 from lpc_lightning.inference.generation import Answer, Answered, Condition, Decoding, _GumbelNoise, answers
 from lpc_lightning.inference.opening import OpenedPolicy, inference_prior
 from lpc_lightning.latent import GaussianSpace, LatentSpace, MarginalSpace
@@ -28,7 +30,7 @@ CONDITIONS = [
     *(Condition(f"code {code}", code) for code in range(3)),
     Condition("mixture", code_weights=(0.2, -0.5, 1.0)),
 ]
-DATA = {"class_path": "lpc_lightning.data.PreferenceData", "init_args": {"template": "plain"}}
+PLAIN = {"template": {"kind": "plain", "arguments": None, "system_turns": "auto"}}
 SHORT = Decoding(max_new_tokens=12)
 
 
@@ -191,11 +193,11 @@ def test_the_smallest_nucleus_is_greedy(llama: Case) -> None:
 # What an answer depends on
 
 
-@pytest.mark.parametrize("origin", [{"data": DATA}, {"training": {"data": DATA}}], ids=["checkpoint", "export"])
+@pytest.mark.parametrize("origin", [PLAIN, {"training": PLAIN}], ids=["checkpoint", "export"])
 def test_prompts_are_put_as_in_training(case: Callable[..., Case], origin: dict[str, Any]) -> None:
     made = case()
     chat = made.answers()
-    made.opened.origin.update(origin)
+    made.opened = replace(made.opened, template=trained_template(origin))
     made.ids = lambda prompt: made.tokenizer.encode(f"User: {prompt[0]['content']}\n\nAssistant:")
     found = made.answers()
     assert found != chat
@@ -271,12 +273,25 @@ def test_answers_prompt_fills_context(case: Callable[..., Case]) -> None:
 def test_a_prompt_that_the_template_refuses_is_named(case: Callable[..., Case]) -> None:
     made = case()
     made.tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "{% for m in messages %}{% if m.content == 'Be brief.' %}{{ raise_exception('too brief') }}{% endif %}"
         "{{ m.content }}<|im_end|>{% endfor %}"
     )
-    system = (Message(role="system", content="Be brief."), *PROMPTS[0])
-    with pytest.raises(DataError, match="prompt 2: refused by the chat template: no system turns"):
-        answers(made.opened, [PROMPTS[0], system])
+    brief = (Message(role="user", content="Be brief."),)
+    with pytest.raises(DataError, match="prompt 2: refused by the chat template: too brief"):
+        answers(made.opened, [PROMPTS[0], brief])
+
+
+def test_template_arguments_and_system_turns_of_training(case: Callable[..., Case]) -> None:
+    """The template refuses system turns. The greedy oracle gets the text that training used."""
+    made = case()
+    made.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt and loud %}{{ 'LOUD:' }}{% endif %}"
+    )
+    made.opened = replace(made.opened, template=trained_template({"template": {"arguments": {"loud": True}}}))
+    made.ids = lambda prompt: made.tokenizer.encode(f"Be kind.\n\n{TEXTS[1]}<|im_end|>LOUD:")
+    (found,) = made.answers(prompts=[(Message(role="system", content="Be kind."), *PROMPTS[1])])
+    assert found.answers == (made.greedy(found.prompt, Condition()),)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lpc_lightning.errors import CheckpointError
 from lpc_lightning.evaluation.report.runs.records import FINISHED, UNKNOWN, Curve, Loaded, Measurement, RunRecord
 from lpc_lightning.evaluation.report.runs.settings import SEED, flatten
 from lpc_lightning.inference.checkpoints import read_checkpoint, run_folder
+from lpc_lightning.yaml_files import read_yaml
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.csv", "summary.json"
 RESULT_PREFIXES = ("train/", "val/", "test/", "lm_eval/", "resources/")
@@ -72,9 +71,7 @@ def _status(folder: Path, has_summary: bool) -> tuple[str, str | None]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    # libyaml is ten times as fast, but not always installed.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return (yaml.load(path.read_text(encoding="utf-8"), loader) or {}) if path.is_file() else {}
+    return (read_yaml(path) or {}) if path.is_file() else {}
 
 
 def read_curves(path: Path) -> dict[str, tuple[float, Curve]]:

@@ -9,9 +9,11 @@ from typing import Protocol
 
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.formats import to_example
+from lpc_lightning.data.sources.locations import open_location
+from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.report import DataReport
-from lpc_lightning.data.sources.rows import BadRow, Tie, read_rows, source_key
-from lpc_lightning.data.sources.splits import held_out, select_split
+from lpc_lightning.data.sources.rows import BadRow, Tie
+from lpc_lightning.data.sources.splits import first_held_out, prompt_rank, select_split
 from lpc_lightning.types import PreferenceExample
 
 
@@ -29,59 +31,69 @@ class ExampleSource(Protocol):
 
 @dataclass(frozen=True)
 class RowSource:
-    """Examples from a file, a saved folder or a hub data set (see `read_rows` for the supported formats)."""
+    """Examples from files, a folder or a hub data set (see `read_rows` for the supported formats)."""
 
-    path: str
-    """File, folder or hub name."""
+    path: str | tuple[str, ...]
+    """File, folder, pattern or hub name, or files and patterns."""
     config: str | None = None
     """Configuration of a hub data set."""
-    dataset_split: str | None = None
-    """Split of a hub data set or a saved folder, such as `train_prefs`. None: `train`."""
     columns: Columns = field(default_factory=Columns)
-    """Names of the columns."""
+    """Names of the columns, and how their cells are read."""
     split: str | None = None
-    """Read only rows with this value in the split column. A row without a value counts as `train`. None: all rows."""
+    """Split to read: one of the path's own splits (hub data sets, folders and JSON files with splits), otherwise a
+    value of the split column. A row without a value counts as `train`. None: the own split `train`, otherwise all
+    rows."""
     split_column: str = "split"
     """Name of the split column."""
     held_out: bool | None = None
     """True: only held-out prompts. False: only the other prompts. None: all prompts."""
     held_out_share: float = 0.0
-    """Share of prompts to hold out, in [0, 1], selected by a hash of the prompt's text."""
+    """Share of prompts to hold out, in [0, 1], selected by a hash of the prompt's text. At least one prompt is held out
+    if there are two or more."""
     held_out_seed: int = 0
     """Seed of the hash. A different seed holds out different prompts."""
 
     def key(self) -> str:
         """See `ExampleSource.key`."""
         settings = {name: value for name, value in asdict(self).items() if name != "path"}
-        content = source_key(self.path, config=self.config, split=self.dataset_split)
-        return json.dumps([content, settings], sort_keys=True)
+        location = open_location(self.path, self.config)
+        return json.dumps([location.key(None if location.splits is None else self.split), settings], sort_keys=True)
 
     def read(self, report: DataReport) -> Iterator[PreferenceExample]:
         """See `ExampleSource.read`."""
-        rows = read_rows(self.path, config=self.config, split=self.dataset_split, on_bad=report.count_unread)
-        rows = report.counting(rows)
-        if self.split is not None:
-            rows = select_split(rows, self.split, self.split_column, report.count_other_split)
-        for place, row in rows:
-            forms: list[str] = []
-            try:
-                example = to_example(row, place, self.columns, forms)
-            except BadRow as fault:
-                report.count_bad(place, fault)
-                continue
-            except Tie:
-                report.count_dropped("tie")
-                continue
-            if self._is_selected(example):
+        lowest = None
+        if self.held_out is not None:
+            examples = (example for example, _ in self._examples(DataReport()))
+            lowest = first_held_out((example.prompt for example in examples), self.held_out_share, self.held_out_seed)
+        for example, forms in self._examples(report):
+            if self._is_selected(example, lowest):
                 report.count_selected(forms, example.meta)
                 yield example
             else:
                 report.held_apart += 1
 
-    def _is_selected(self, example: PreferenceExample) -> bool:
+    def _examples(self, report: DataReport) -> Iterator[tuple[PreferenceExample, list[str]]]:
+        """Yield the examples of the split with the names of their special forms."""
+        has_own_splits = open_location(self.path, self.config).splits is not None
+        own = self.split if has_own_splits else None
+        rows = read_rows(self.path, config=self.config, split=own, on_bad=report.count_unread)
+        rows = report.counting(rows)
+        if self.split is not None and not has_own_splits:
+            rows = select_split(rows, self.split, self.split_column, report.count_other_split)
+        for place, row in rows:
+            forms: list[str] = []
+            try:
+                yield to_example(row, place, self.columns, forms), forms
+            except BadRow as fault:
+                report.count_bad(place, fault)
+            except Tie:
+                report.count_dropped("tie")
+
+    def _is_selected(self, example: PreferenceExample, lowest: int | None) -> bool:
         if self.held_out is None:
             return True
-        return self.held_out == held_out(example.prompt, self.held_out_share, self.held_out_seed)
+        rank = prompt_rank(example.prompt, self.held_out_seed)
+        return self.held_out == (rank < self.held_out_share * 2**64 or rank == lowest)
 
 
 @dataclass(frozen=True)

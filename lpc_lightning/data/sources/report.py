@@ -39,6 +39,8 @@ class DataReport:
     """Number of valid pairs dropped because of a tie or by the length policy, by reason."""
     cut: dict[str, int] = field(default_factory=dict)
     """Number of kept pairs that the length policy shortened, by the part that was cut."""
+    changed: dict[str, int] = field(default_factory=dict)
+    """Number of kept pairs whose text the template changed, by the change."""
     forms: dict[str, int] = field(default_factory=dict)
     """Number of selected pairs that were read from a special form, by form."""
     meta: dict[str, int] = field(default_factory=dict)
@@ -74,6 +76,10 @@ class DataReport:
         """Count one pair that the length policy shortened."""
         self.cut[part] = self.cut.get(part, 0) + 1
 
+    def count_changed(self, change: str) -> None:
+        """Count one kept pair whose text the template changed."""
+        self.changed[change] = self.changed.get(change, 0) + 1
+
     def count_selected(self, forms: Iterable[str], meta: Iterable[str]) -> None:
         """Count one selected pair with its special forms and its columns without a purpose."""
         for counts, names in ((self.forms, forms), (self.meta, meta)):
@@ -94,6 +100,7 @@ class DataReport:
             bad_places=places,
             dropped=_sum(self.dropped, other.dropped),
             cut=_sum(self.cut, other.cut),
+            changed=_sum(self.changed, other.changed),
             forms=_sum(self.forms, other.forms),
             meta=_sum(self.meta, other.meta),
         )
@@ -101,8 +108,14 @@ class DataReport:
     def metrics(self) -> dict[str, float]:
         """Return the counts by metric name: `data/read`, `data/kept`, `data/bad/empty_answer`, `data/dropped/...`."""
         named = {"read": self.read, "kept": self.kept, "held_apart": self.held_apart}
-        groups = {"other_splits": self.other_splits, "bad": self.bad, "dropped": self.dropped, "cut": self.cut}
-        groups["forms"] = self.forms
+        groups = {
+            "other_splits": self.other_splits,
+            "bad": self.bad,
+            "dropped": self.dropped,
+            "cut": self.cut,
+            "changed": self.changed,
+            "forms": self.forms,
+        }
         for group, counts in groups.items():
             named |= {f"{group}/{_slug(reason)}": count for reason, count in counts.items()}
         return {f"data/{name}": float(count) for name, count in named.items()}
@@ -118,6 +131,7 @@ class DataReport:
             lines.append(f"  {n} bad: {reason}: {'; '.join(places)}{more}")
         lines += [f"  {n} dropped: {reason}" for reason, n in self.dropped.items()]
         lines += [f"  {n} kept with a cut {part}" for part, n in self.cut.items()]
+        lines += [f"  {n} kept with a change: {change}" for change, n in self.changed.items()]
         lines += [f"  {n} read from a special form: {form}" for form, n in self.forms.items()]
         shown = list(self.meta)[:MOST_COLUMNS] + (["..."] if len(self.meta) > MOST_COLUMNS else [])
         lines += [f"  columns that are in no text: {', '.join(shown)}"] if shown else []

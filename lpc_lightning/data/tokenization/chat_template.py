@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.data.sources.rows import BadRow, DataError
-from lpc_lightning.data.tokenization.template import AnswerFrame, Template
+from lpc_lightning.data.tokenization.system_turns import SystemTurns
+from lpc_lightning.data.tokenization.template import AnswerFrame, Note, Template, TurnMarks, no_note
 from lpc_lightning.data.tokenization.text_encoder import any_of, eos_id, name_of, special_texts
+from lpc_lightning.data.tokenization.think_blocks import check_one_block, continue_block, is_think_tag
 from lpc_lightning.types import Message
 
 log = logging.getLogger(__name__)
 
+CHANGED_TURN = "turn that the chat template does not render word for word"
+CHANGED_ANSWER = "answer that the chat template does not render word for word, used as it is"
+
+_QUESTION = "probe of the question"
 _PROBE = "probe of the answer"
 _EDGE = "\n \n "
 
@@ -23,27 +32,41 @@ _EDGE = "\n \n "
 class ChatTemplate(Template):
     """Chat template of the tokenizer. The chat template itself writes the beginning-of-sequence token, if any.
 
-    The constructor renders a probe conversation. The result shows the text that the template writes around an answer,
-    and whether the template strips the answer. The end token is the first added token after the answer of the probe,
-    or the eos token if no added token follows.
+    A completion is what the chat template renders behind the generation prompt for a conversation that ends in the
+    answer. If the template does not render the answer there word for word, the answer is appended to the generation
+    prompt, which happens with templates that remove reasoning from every answer.
+
+    The constructor renders probe conversations. The results show the text that the template writes around an answer,
+    whether it strips the answer, and whether it renders system turns. The end token is the first added token after the
+    answer of the probe, or the eos token if no added token follows.
 
     Args:
         tokenizer: A tokenizer with a chat template.
+        arguments: Arguments of the chat template, such as `enable_thinking`.
+        system_turns: Treatment of system turns.
 
     Raises:
-        DataError: The tokenizer has no chat template or no end token, or the template does not render the probe.
+        DataError: The tokenizer has no chat template or no end token, the template does not render the probe, or it has
+            no such argument.
     """
 
     kind = "chat"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Mapping[str, Any] | None = None,
+        system_turns: SystemTurns = "auto",
+    ) -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 f"The tokenizer {name_of(tokenizer)} has no chat template. Use the plain template, or the tokenizer of "
                 "a chat model."
             )
         self.tokenizer = tokenizer
-        user = Message(role="user", content="question")
+        self._arguments = dict(arguments or {})
+        _check_arguments(self._arguments, tokenizer)
+        user = Message(role="user", content=_QUESTION)
         try:
             prompt = self._apply([user], generate=True)
             whole = self._apply([user, Message(role="assistant", content=_PROBE)])
@@ -62,7 +85,8 @@ class ChatTemplate(Template):
         if not head.startswith(prompt):
             log.warning(
                 "The chat template of %s ends a generation prompt with %r, but writes %r before the answer of an "
-                "assistant turn. Answers are appended to the generation prompt.",
+                "assistant turn. Answers are appended to the generation prompt. A think block that it opens is closed "
+                "before an answer without one. If the template has an argument for it, set data.template_kwargs.",
                 name_of(tokenizer), prompt[-40:], head[-40:],
             )  # fmt: skip
         added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
@@ -74,24 +98,128 @@ class ChatTemplate(Template):
             strip_left=_stripped(spaced.partition(_PROBE)[0].removeprefix(head)),
             strip_right=_stripped(spaced.rpartition(_PROBE)[2].removesuffix(after)[::-1]),
         )
+        self._after = after
         markers = {text for text in added if len(text) > 1 and (text in prompt or text in after)}
-        super().__init__(tokenizer, frame, markers | special_texts(tokenizer), lead_ids=[])
+        control = {text for text in markers | special_texts(tokenizer) if not is_think_tag(text)}
+        if system_turns == "auto":
+            system_turns = "keep" if self._renders_system_turns() else "fold"
+        marks = _turn_marks(tokenizer, prompt, head, str(tokenizer.eos_token) if end is None else end[0], control)
+        super().__init__(tokenizer, frame, control, [], marks, system_turns)
 
-    def render(self, prompt: Sequence[Message]) -> str:
+    @property
+    def arguments(self) -> dict[str, object]:
+        """See `Template.arguments`."""
+        return self._arguments
+
+    def render(self, prompt: Sequence[Message], note: Note = no_note) -> str:
         """See `Template.render`."""
         try:
-            return self._apply(prompt, generate=True)
+            rendered = self._apply(prompt, generate=True)
+            for place, turn in enumerate(prompt):
+                if turn["role"] == "system" or turn["content"].strip() not in rendered:
+                    self._check_turn(prompt, place, rendered, note)
+        except jinja2.TemplateError as error:
+            has_system = any(turn["role"] == "system" for turn in prompt)
+            advice = "; data.system_turns: fold puts a system turn in front of the user turn" if has_system else ""
+            raise BadRow("refused by the chat template", f"{error}{advice}") from error
+        return rendered
+
+    def render_answer(self, prompt: Sequence[Message], rendered: str, answer: str, note: Note = no_note) -> str:
+        """See `Template.render_answer`."""
+        completion = self._rendered_answer(prompt, rendered, answer)
+        if completion is None:
+            completion = self.frame.around(continue_block(rendered, answer, note))
+            if self._renders_after(prompt, rendered):
+                note(CHANGED_ANSWER)
+        check_one_block(rendered, completion, answer)
+        return completion
+
+    def _rendered_answer(self, prompt: Sequence[Message], rendered: str, answer: str) -> str | None:
+        """Return the answer as the template renders it. None if it is not rendered behind the prompt word for word."""
+        try:
+            whole = self._apply([*prompt, Message(role="assistant", content=answer)])
         except jinja2.TemplateError as error:
             raise BadRow("refused by the chat template", str(error)) from error
+        if not (whole.startswith(rendered) and whole.endswith(self._after)):
+            return None
+        completion = whole[len(rendered) :].removesuffix(self._after)
+        return completion + self.frame.after if _squeezed(answer) in _squeezed(completion) else None
+
+    def _renders_after(self, prompt: Sequence[Message], rendered: str) -> bool:
+        """Return True if the template renders answers behind the generation prompt."""
+        return self._apply([*prompt, Message(role="assistant", content=_PROBE)]).startswith(rendered)
+
+    def _check_turn(self, prompt: Sequence[Message], place: int, rendered: str, note: Note) -> None:
+        """Compare the rendered prompt with that of another text in one turn.
+
+        Raises:
+            BadRow: They are equal, so that the text of the turn is lost.
+        """
+        turn = prompt[place]
+        other = [*prompt[:place], Message(role=turn["role"], content=_PROBE), *prompt[place + 1 :]]
+        if turn["content"].strip() and self._apply(other, generate=True) == rendered:
+            advice = "data.system_turns to fold or drop" if turn["role"] == "system" else "data.template to plain"
+            raise BadRow(
+                "left out by the chat template",
+                f"the text of turn {place + 1} ({turn['role']}) is not in the rendered prompt; set {advice}",
+            )
+        if turn["content"].strip() not in rendered:
+            note(CHANGED_TURN)
+
+    def _renders_system_turns(self) -> bool:
+        turns = [Message(role="system", content=_PROBE), Message(role="user", content=_QUESTION)]
+        try:
+            return _PROBE in self._apply(turns, generate=True)
+        except jinja2.TemplateError:
+            return False
 
     def _apply(self, messages: Sequence[Message], generate: bool = False) -> str:
         text = self.tokenizer.apply_chat_template(
             [{"role": turn["role"], "content": turn["content"]} for turn in messages],
             tokenize=False,
             add_generation_prompt=generate,
+            **self._arguments,
         )
         assert isinstance(text, str)
         return text
+
+
+def _check_arguments(arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
+    for name in arguments:
+        if name in reserved or name == "messages":
+            raise DataError(f"data.template_kwargs: found {name}, which the suite sets itself. Remove it.")
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+            raise DataError(
+                f"data.template_kwargs: found {name}, which the chat template of {name_of(tokenizer)} does not read; "
+                "expected arguments of this template, such as enable_thinking in that of Qwen3."
+            )
+
+
+def _turn_marks(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, head: str, end: str, control: Collection[str]
+) -> TurnMarks:
+    """Return the text around the turns of the probe.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: Generation prompt of the probe.
+        head: Text in front of the answer of the probe, in a whole conversation.
+        end: Text of the end token.
+        control: Texts of the control tokens.
+    """
+    before_user, _, after_user = prompt.partition(_QUESTION)
+    if tokenizer.bos_token and head.count(str(tokenizer.bos_token)) == 1:
+        before_user = before_user.removeprefix(str(tokenizer.bos_token))
+    last = max((match.start() for match in re.finditer(any_of(control), before_user)), default=0) if control else 0
+    both = zip(after_user, head.partition(_QUESTION)[2], strict=False)
+    before_answer = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], both))
+    return TurnMarks(before_user[last:].strip(), before_answer.strip(), end if len(end) > 1 else "")
+
+
+def _squeezed(text: str) -> str:
+    """Return a text without its white space. A template may change white space around reasoning."""
+    return "".join(text.split())
 
 
 def _stripped(left: str) -> str | None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lpc_lightning.data.tokenization.template import AnswerFrame, Template
+from lpc_lightning.data.tokenization.system_turns import SystemTurns
+from lpc_lightning.data.tokenization.template import AnswerFrame, Note, Template, TurnMarks, no_note
 from lpc_lightning.data.tokenization.text_encoder import eos_id, special_texts
 from lpc_lightning.types import Message
 
@@ -18,6 +19,7 @@ class PlainTemplate(Template):
 
     Args:
         tokenizer: Any tokenizer with an eos token.
+        system_turns: Treatment of system turns. `auto` is `keep`.
 
     Raises:
         DataError: The tokenizer has no eos token.
@@ -25,14 +27,19 @@ class PlainTemplate(Template):
 
     kind = "plain"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_turns: SystemTurns = "auto") -> None:
         bare = tokenizer.encode("User", add_special_tokens=False)
         full = tokenizer.encode("User")
         lead = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         super().__init__(
-            tokenizer, AnswerFrame(end_id=eos_id(tokenizer), before=" "), special_texts(tokenizer), lead_ids=full[:lead]
+            tokenizer,
+            AnswerFrame(end_id=eos_id(tokenizer), before=" "),
+            special_texts(tokenizer),
+            full[:lead],
+            TurnMarks("User:", "Assistant:", str(tokenizer.eos_token)),
+            "keep" if system_turns == "auto" else system_turns,
         )
 
-    def render(self, prompt: Sequence[Message]) -> str:
+    def render(self, prompt: Sequence[Message], note: Note = no_note) -> str:
         """See `Template.render`."""
         return "".join(f"{turn['role'].capitalize()}: {turn['content']}\n\n" for turn in prompt) + "Assistant:"

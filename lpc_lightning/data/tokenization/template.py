@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,8 +18,19 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.data.sources.rows import BadRow
+from lpc_lightning.data.tokenization.system_turns import SystemTurns, treat_system_turns
 from lpc_lightning.data.tokenization.text_encoder import TextEncoder
 from lpc_lightning.types import Message, PreferenceExample, TokenizedPair
+
+RENDERED = "text that the template seems to have rendered already, encoded as plain text"
+SPLIT_CONTROL = "control tokens in a text, encoded as plain text"
+
+Note = Callable[[str], None]
+"""Callback with the description of a change to a text."""
+
+
+def no_note(description: str) -> None:
+    """Do nothing with a description."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,32 @@ class AnswerFrame:
     strip_right: str | None = ""
     """Characters that the template strips from the end of an answer. None: all white space."""
 
+    def around(self, answer: str) -> str:
+        """Return the text of a completion: the stripped answer, and the text around it."""
+        return self.before + answer.lstrip(self.strip_left).rstrip(self.strip_right) + self.after
+
+
+class TurnMarks(NamedTuple):
+    """Text that a template writes around turns. In the data, it shows that a text is already rendered."""
+
+    user: str
+    """Text in front of a user turn."""
+    answer: str
+    """Text between a user turn and the answer."""
+    end: str
+    """Text of the end-of-answer token."""
+
 
 class _Prompt(NamedTuple):
     """Encoded prompt, with the part of its text that is encoded together with an answer."""
 
     ids: list[int]
+    turns: list[Message]
+    """Turns as the template gets them, with `mark` at the splits."""
+    rendered: str
+    """Rendered text of the prompt, with `mark` at the splits."""
+    mark: str
+    """Character that marks the splits in control tokens."""
     tail: str
     """Text of the prompt from its last control token on. No earlier text can merge with an answer."""
     tail_ids: list[int]
@@ -56,25 +88,52 @@ class Template(ABC):
         kind: `chat` or `plain`.
         tokenizer: The tokenizer.
         frame: Text around an answer, and its end token.
+        system_turns: Treatment of system turns: `keep`, `fold` or `drop`.
     """
 
     kind: str
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, frame: AnswerFrame, control: Collection[str], lead_ids: list[int]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        frame: AnswerFrame,
+        control: Collection[str],
+        lead_ids: list[int],
+        marks: TurnMarks,
+        system_turns: SystemTurns,
     ) -> None:
         self.tokenizer = tokenizer
         self.frame = frame
+        self.system_turns = system_turns
         self._lead_ids = lead_ids
         self._text = TextEncoder(tokenizer, control)
+        self._marks = marks
 
     @abstractmethod
-    def render(self, prompt: Sequence[Message]) -> str:
+    def render(self, prompt: Sequence[Message], note: Note = no_note) -> str:
         """Render the prompt as text, up to the start of the answer.
+
+        Args:
+            prompt: The turns. System turns are rendered as they are.
+            note: Called with a description if the text of a turn is changed.
 
         Raises:
             BadRow: The template rejects this conversation.
         """
+
+    def render_answer(self, prompt: Sequence[Message], rendered: str, answer: str, note: Note = no_note) -> str:
+        """Render an answer as the text between the rendered prompt and the end-of-answer token.
+
+        Args:
+            prompt: The turns in front of the answer.
+            rendered: Result of `render` for these turns.
+            answer: The answer.
+            note: Called with a description if the text is changed.
+
+        Raises:
+            BadRow: The template cannot render this answer.
+        """
+        return self.frame.around(answer)
 
     @property
     def end_id(self) -> int:
@@ -93,11 +152,17 @@ class Template(ABC):
         bos: int | None = self.tokenizer.bos_token_id
         return bos
 
+    @property
+    def arguments(self) -> dict[str, object]:
+        """Arguments of the chat template."""
+        return {}
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that determines the token ids: tokenizer, chat template, kind and frame."""
+        """SHA-256 of everything that determines the token ids: tokenizer, chat template, settings and frame."""
         tokens = self.tokenizer.special_tokens_map
-        parts = [self.kind, asdict(self.frame), self._lead_ids, self.tokenizer.chat_template, tokens, self._backend()]
+        settings = [self.kind, self.arguments, self.system_turns]
+        parts = [settings, asdict(self.frame), self._lead_ids, self.tokenizer.chat_template, tokens, self._backend()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
@@ -108,14 +173,21 @@ class Template(ABC):
         """
         return self._encode_prompt(prompt).ids
 
-    def tokenize(self, example: PreferenceExample) -> TokenizedPair:
+    def tokenize(self, example: PreferenceExample, note: Note = no_note) -> TokenizedPair:
         """Encode both sequences of a pair: `prompt_ids + chosen_ids` and `prompt_ids + rejected_ids`.
 
+        Args:
+            example: The pair.
+            note: Called with the description of each change to the texts.
+
         Raises:
-            BadRow: The template rejects the prompt, an answer is empty, or both answers have the same ids.
+            BadRow: The template rejects the prompt or an answer, an answer is empty, or both answers have the same ids.
         """
-        prompt = self._encode_prompt(example.prompt)
-        chosen, rejected = (self._completion(prompt, answer) for answer in (example.chosen, example.rejected))
+        answers = (example.chosen, example.rejected)
+        if self._is_rendered(example):
+            note(RENDERED)
+        prompt = self._encode_prompt(example.prompt, answers, note)
+        chosen, rejected = (self._completion(prompt, answer, note) for answer in answers)
         if chosen == rejected:
             raise BadRow("equal answers", f"both are encoded as the same {len(chosen)} tokens: {example.chosen[:40]!r}")
         return TokenizedPair(
@@ -129,16 +201,14 @@ class Template(ABC):
             flipped=example.flipped,
         )
 
-    def _encode_prompt(self, prompt: Sequence[Message]) -> _Prompt:
-        pieces = [self._text.cut(turn["content"]) for turn in prompt]
-        mark = self._text.free_mark(prompt) if any(len(cut) > 1 for cut in pieces) else None
-        rendered = self.render(
-            [
-                Message(role=turn["role"], content=(mark or "").join(cut))
-                for turn, cut in zip(prompt, pieces, strict=True)
-            ]
-        )
-        first, *rest = rendered.split(mark) if mark else [rendered]
+    def _encode_prompt(self, prompt: Sequence[Message], answers: Sequence[str] = (), note: Note = no_note) -> _Prompt:
+        treated, change = treat_system_turns(prompt, self.system_turns)
+        if change:
+            note(change)
+        mark = self._text.free_mark([*(turn["content"] for turn in treated), *answers])
+        turns = [Message(role=turn["role"], content=self._split(turn["content"], mark, note)) for turn in treated]
+        rendered = self.render(turns, note)
+        first, *rest = rendered.split(mark)
         ids = self._lead_ids + self._text.ids(first)
         for chunk in rest:
             ids = ids + self._text.continued(chunk)
@@ -147,28 +217,31 @@ class Template(ABC):
             raise BadRow("empty prompt", f"the {self.kind} template renders it as {rendered!r}")
         tail = last[self._text.last_control(last) :]
         continues = bool(rest) and len(tail) == len(last)
-        return _Prompt(ids, tail, self._text.encoded(tail, continues), continues)
+        return _Prompt(ids, turns, rendered, mark, tail, self._text.encoded(tail, continues), continues)
 
-    def _completion(self, prompt: _Prompt, answer: str) -> list[int]:
+    def _split(self, text: str, mark: str, note: Note) -> str:
+        """Return a text with a mark in each control token."""
+        pieces = self._text.cut(text)
+        if len(pieces) > 1:
+            note(SPLIT_CONTROL)
+        return mark.join(pieces)
+
+    def _completion(self, prompt: _Prompt, answer: str, note: Note) -> list[int]:
         if not answer.strip():
             raise BadRow("empty answer", f"the answer is {answer!r}")
-        answer = answer.lstrip(self.frame.strip_left).rstrip(self.frame.strip_right)
-        ids = self._framed(prompt, answer)
-        if len(ids) <= len(self.frame.before + self.frame.after) and ids == self._framed(prompt, ""):
+        split = self._split(answer, prompt.mark, note)
+        ids = self._continued(prompt, self.render_answer(prompt.turns, prompt.rendered, split, note))
+        empty = self.frame.around("")
+        if len(ids) <= len(empty) and ids == self._continued(prompt, empty):
             raise BadRow("empty answer", f"the tokenizer returns no token for {answer[:40]!r}")
         if self.end_id in ids:
             detail = f"the tokenizer encodes text in {answer[:40]!r} as its end-of-answer token (id {self.end_id})"
             raise BadRow("end token in answer", detail)
         return [*ids, self.end_id]
 
-    def _framed(self, prompt: _Prompt, answer: str) -> list[int]:
-        """Encode the answer and the text around it, without the end token."""
-        first, *rest = self._text.cut(answer)
-        first = self.frame.before + first
-        if rest:
-            rest[-1] += self.frame.after
-        else:
-            first += self.frame.after
+    def _continued(self, prompt: _Prompt, text: str) -> list[int]:
+        """Encode the text behind a prompt, without the end token."""
+        first, *rest = text.split(prompt.mark)
         joint = self._text.encoded(prompt.tail + first, prompt.tail_continues)
         cut = len(prompt.tail_ids)
         # If a token spans the boundary, the answer is encoded separately. The prompt must have the ids that it has at
@@ -177,6 +250,24 @@ class Template(ABC):
         for chunk in rest:
             ids = ids + self._text.continued(chunk)
         return ids
+
+    def _is_rendered(self, example: PreferenceExample) -> bool:
+        """Return True if a text of the data has the marks that this template writes itself."""
+        user, answer, end = self._marks
+        has_control = len(self._text.cut(user)) > 1
+        bos = str(self.tokenizer.bos_token or "")
+        for turn in example.prompt:
+            text = turn["content"].strip()
+            if not user.startswith(bos):
+                text = text.removeprefix(bos).strip()
+            if (
+                user
+                and answer
+                and answer in text.partition(user)[2]
+                and (has_control or (text.startswith(user) and text.endswith(answer)))
+            ):
+                return True
+        return bool(end) and any(text.rstrip().endswith(end) for text in (example.chosen, example.rejected))
 
     def _backend(self) -> object:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)

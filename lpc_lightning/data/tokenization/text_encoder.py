@@ -8,7 +8,6 @@ from collections.abc import Collection, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.data.sources.rows import DataError
-from lpc_lightning.types import Message
 
 
 class TextEncoder:
@@ -53,10 +52,9 @@ class TextEncoder:
         """Return the start of the last control token in a text, or 0 if it has none."""
         return max((match.start() for match in self._control.finditer(text)), default=0)
 
-    def free_mark(self, prompt: Sequence[Message]) -> str:
-        """Return a private use character that no turn contains. It marks the splits in the rendered text."""
-        used = set().union(*(turn["content"] for turn in prompt))
-        return next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in used)
+    def free_mark(self, texts: Sequence[str]) -> str:
+        """Return a private use character that no text contains. It marks the splits in the rendered text."""
+        return next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if not any(mark in text for text in texts))
 
     def _behind_opener(self, text: str) -> list[int] | None:
         for opener, opener_ids in self._openers:

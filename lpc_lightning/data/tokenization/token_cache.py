@@ -33,7 +33,7 @@ from lpc_lightning.data.tokenization.tokens import SCHEMA, TokenStore, tokenize_
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Version of the entries. Increase it when the same settings give other tokens or other columns."""
 
 

@@ -49,8 +49,9 @@ def tokenize_examples(
         DataError: A pair is too long, and the length policy is `error`.
     """
     for index, example in enumerate(examples):
+        changes: dict[str, None] = {}
         try:
-            pair = template.tokenize(example)
+            pair = template.tokenize(example, changes.setdefault)
         except BadRow as fault:
             report.count_bad(f"id {example.id!r}", fault)
             continue
@@ -60,6 +61,8 @@ def tokenize_examples(
             continue
         if fitted.cut:
             report.count_cut(fitted.cut)
+        for change in changes:
+            report.count_changed(change)
         report.kept += 1
         yield replace(fitted.pair, index=index)
 

@@ -8,11 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lpc_lightning.data.sources.rows import BadRow, DataError, read_rows, source_key
+from lpc_lightning.data.sources.locations import open_location
+from lpc_lightning.data.sources.reading import read_rows
+from lpc_lightning.data.sources.rows import BadRow, DataError
 
 ROWS = [
     {"prompt": f"p{i}", "chosen": "a\u2028b", "rejected": "c", "meta": {"score": i} if i else "none"} for i in range(3)
 ]
+
+
+def source_key(path, split=None):
+    return open_location(path).key(split)
 
 
 def test_read_rows_json_lines(write_rows):
@@ -142,7 +148,7 @@ def test_read_rows_bad_extension_and_split(tmp_path, write_rows):
     path.write_text("x")
     with pytest.raises(DataError, match=r"found the extension '\.xlsx', expected .*\.jsonl, .*\.parquet"):
         read_rows(path)
-    with pytest.raises(DataError, match=r"split='test' for a plain file"):
+    with pytest.raises(DataError, match=r"split='test' for rows that have no splits"):
         read_rows(write_rows(ROWS), split="test")
 
 
@@ -154,10 +160,10 @@ def test_read_rows_saved_folder(tmp_path):
     assert list(read_rows(one))[2] == ("one[train] row 3", rows[2])
     assert list(read_rows(several, split="test")) == [("several[test] row 1", rows[0])]
     with pytest.raises(DataError, match=r"no split 'train'\. It has: test"):
-        read_rows(several)
+        list(read_rows(several))
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"was not written by `save_to_disk` of datasets.*It holds: notes\.txt"):
+    with pytest.raises(DataError, match=r"notes\.txt: found the extension '\.txt', expected one of \.jsonl"):
         read_rows(tmp_path / "plain")
 
 
@@ -184,7 +190,7 @@ def test_read_rows_hub_unreachable(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     bars = datasets.are_progress_bars_disabled()
     with pytest.raises(DataError, match=r"no local file org/name, and the hub could not be read .*no route to host"):
-        read_rows("org/name")
+        list(read_rows("org/name"))
     assert datasets.are_progress_bars_disabled() == bars
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpc_lightning.data.sources.splits import held_out, select_split, split_of
+from lpc_lightning.data.sources.splits import first_held_out, held_out, prompt_rank, select_split, split_of
 
 
 def test_split_of_missing_value():
@@ -41,3 +41,13 @@ def test_held_out_share_and_seed():
 def test_held_out_share_out_of_range():
     with pytest.raises(ValueError, match=r"share=1\.5.*between 0 and 1"):
         held_out("x", 1.5)
+
+
+@given(st.lists(st.text(), max_size=12), st.integers(0, 3))
+def test_first_held_out_of_few_prompts(prompts, seed):
+    selected = [prompt for prompt in prompts if held_out(prompt, 0.05, seed)]
+    lowest = first_held_out(prompts, 0.05, seed)
+    if selected or len(set(prompts)) < 2:
+        assert lowest is None
+    else:
+        assert lowest == min(prompt_rank(prompt, seed) for prompt in prompts)

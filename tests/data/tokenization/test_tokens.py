@@ -251,9 +251,9 @@ def test_cache_two_processes_make_one_entry(write_rows, template, cache, monkeyp
     both_at_work, answers = fork.Barrier(2), fork.Queue()
     tokenize = type(template).tokenize
 
-    def together(self, example):
+    def together(self, example, note):
         both_at_work.wait(timeout=30)
-        return tokenize(self, example)
+        return tokenize(self, example, note)
 
     def work() -> None:
         store, report = load_or_tokenize(source, template, ANY_LENGTH, cache_dir=cache)
@@ -283,11 +283,11 @@ def test_cache_slower_process_replaces_damaged_entry(write_rows, template, cache
     entry.rename(aside)
     tokenize = type(template).tokenize
 
-    def meanwhile(self, example):
+    def meanwhile(self, example, note):
         if aside.exists():
             aside.rename(entry)
             turn_a_bit(entry)
-        return tokenize(self, example)
+        return tokenize(self, example, note)
 
     monkeypatch.setattr(type(template), "tokenize", meanwhile)
     store, _ = load_or_tokenize(source, template, ANY_LENGTH, cache_dir=cache)

@@ -18,7 +18,9 @@ import yaml
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation import fingerprint
 from lpc_lightning.evaluation.ablation.command import ablate, main
-from lpc_lightning.evaluation.ablation.folder import Weights
+from lpc_lightning.evaluation.ablation.folder import CellFolder, Weights
+from lpc_lightning.evaluation.ablation.work import log_fault
+from lpc_lightning.system_errors import SPACE
 
 pytestmark = pytest.mark.slow
 
@@ -124,6 +126,21 @@ def test_ablate_continues_after_failed_cell(
     assert record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")["attempts"] == 1
     expected = read_results(uninterrupted)
     assert read_results(output) == {name: expected[name] for name in read_results(output)}
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (ConfigError("policy.path: found x.\nExpected y."), "policy.path: found x. Expected y."),
+        (RuntimeError("first\n\n  second"), "RuntimeError: first second"),
+        (OSError(28, "No space left on device", "file"), f"file: No space left on device. {SPACE}"),
+    ],
+)
+def test_cause_of_failed_cell_is_last_line(fault: Exception, cause: str, tmp_path: Path) -> None:
+    folder = CellFolder(tmp_path)
+    folder.log.write_text("before\n")
+    lines = log_fault(fault, folder).splitlines()
+    assert lines == ["before", cause]
 
 
 def test_ablate_weights_of_best_checkpoint(grid: Path) -> None:

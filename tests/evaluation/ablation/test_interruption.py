@@ -116,6 +116,22 @@ def test_ablate_after_killed_command(
     assert read_results(grid.parent / "out") == expected(uninterrupted, read_results)
 
 
+def test_killed_command_ends_its_cells(start: Callable[[], BaseProcess], arguments: list[str], grid: Path) -> None:
+    arguments[1:1] = ["trainer.max_steps=1000000", "trainer.max_epochs=-1"]
+    arguments.append("--processes=2")
+    process = start()
+    assert until(process, lambda: len(list((grid.parent / "out").glob("cells/*/run/metrics.csv"))) == 2)
+    cells = cell_processes(process.pid)  # type: ignore[arg-type]  # it has started
+    assert len(cells) == 2
+    process.kill()
+    deadline = time.monotonic() + 5
+    while (alive := [cell for cell in cells if is_alive(cell)]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for cell in alive:
+        os.kill(cell, signal.SIGKILL)
+    assert not alive
+
+
 def test_ablate_after_killed_cell(
     start: Callable[[], BaseProcess], arguments: list[str], grid: Path, uninterrupted: Path, read_results: Read
 ) -> None:

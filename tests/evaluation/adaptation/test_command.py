@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lpc_lightning.cli import main as lpc_lightning
 from lpc_lightning.data import DataError
@@ -160,15 +161,13 @@ def test_adapt_several_policies_without_codes(checkpoints: dict[str, str], file:
 
 
 def test_adapt_uses_the_training_template(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
-    config = Path(checkpoints["expected"]).parents[1] / "config.yaml"
-    text = config.read_text()
-    assert "template: auto" in text
-    config.write_text(text.replace("template: auto", "template: verse"))
-    try:
-        with pytest.raises(DataError, match="verse"):
-            adapt([checkpoints["expected"]], file, output=str(tmp_path), limit=4, device="cpu")
-    finally:
-        config.write_text(text)
+    checkpoint = torch.load(checkpoints["expected"], weights_only=True)
+    assert checkpoint["template"] == {"kind": "auto", "arguments": None, "system_turns": "auto"}
+    checkpoint["template"]["kind"] = "verse"
+    path = tmp_path / "verse.ckpt"
+    torch.save(checkpoint, path)
+    with pytest.raises(DataError, match="verse"):
+        adapt([str(path)], file, output=str(tmp_path), limit=4, device="cpu")
 
 
 def test_adapt_column_without_values(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:

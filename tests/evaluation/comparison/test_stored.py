@@ -11,7 +11,7 @@ from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_
 from lpc_lightning.evaluation.comparison.stored import (
     REQUEST,
     add_run,
-    find_folder,
+    claim_folder,
     holds_results,
     missing_tasks,
     split_by_documents,
@@ -80,16 +80,27 @@ def test_split_by_documents() -> None:
     assert split_by_documents(tasks) == [["truthfulqa_mc1", "truthfulqa_mc2"], ["arc_easy"], ["own.yaml"], ["piqa"]]
 
 
-def test_find_folder_per_request(tmp_path: Path) -> None:
+def test_claim_folder_per_request(tmp_path: Path) -> None:
     requests = [{"limit": 1, "path": Path("a")}, {"limit": 2, "path": Path("a")}]
     for number, request in enumerate(requests):
-        folder, actual = find_folder(tmp_path, "model", request)
-        assert (folder.name, actual) == (["model", "model-2"][number], None)
-        write_results(folder, run([f"task {number}"]), {REQUEST: request})
+        with claim_folder(tmp_path, "model", request) as (folder, actual):
+            assert (folder.name, actual) == (["model", "model-2"][number], None)
+            write_results(folder, run([f"task {number}"]), {REQUEST: request})
     for number, request in enumerate(requests):
-        folder, actual = find_folder(tmp_path, "model", request)
-        assert actual is not None
-        assert (folder.name, list(actual.metrics)) == (["model", "model-2"][number], [f"task {number}"])
+        with claim_folder(tmp_path, "model", request) as (folder, actual):
+            assert actual is not None
+            assert (folder.name, list(actual.metrics)) == (["model", "model-2"][number], [f"task {number}"])
+
+
+def test_commands_that_run_together_do_not_meet(tmp_path: Path) -> None:
+    with (
+        claim_folder(tmp_path, "model", {"limit": 1}) as (first, _),
+        claim_folder(tmp_path, "model", {"limit": 2}) as (second, _),
+    ):
+        assert (first.name, second.name) == ("model", "model-2")
+        write_results(first, run(["a"]), {REQUEST: {"limit": 1}})
+    with claim_folder(tmp_path, "model", {"limit": 2}) as (third, _):
+        assert third.name == "model-2"  # free again
 
 
 def test_holds_results_of_model_folder(tmp_path: Path) -> None:

@@ -1,0 +1,201 @@
+"""Files, patterns, lists, folders and JSON files of splits, each with the rows and the places that they hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lpc_lightning.data.sources.locations import open_location
+from lpc_lightning.data.sources.reading import read_rows
+from lpc_lightning.data.sources.rows import DataError
+from lpc_lightning.data.sources.splits import split_names
+
+
+def rows(*numbers: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in numbers]
+
+
+def write(path: Path, *numbers: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(*numbers)))
+    return path
+
+
+def places(path: Any, split: str | None = None) -> list[tuple[str, str]]:
+    return [(place, row["prompt"]) for place, row in read_rows(path, split=split)]
+
+
+def test_pattern_of_files(tmp_path: Path) -> None:
+    for name, number in (("b.jsonl", 2), ("a.jsonl", 1), ("deep/c.jsonl", 3)):
+        write(tmp_path / name, number)
+    (tmp_path / "notes.txt").touch()
+    expected = [("a.jsonl line 1", "p1"), ("b.jsonl line 1", "p2")]
+    assert places(f"{tmp_path}/*.jsonl") == expected
+    assert places(f"{tmp_path}/**/*.jsonl") == [*expected, ("c.jsonl line 1", "p3")]
+    assert places([f"{tmp_path}/deep/*", str(tmp_path / "a.jsonl")]) == [("c.jsonl line 1", "p3"), expected[0]]
+    with pytest.raises(DataError, match=r"There is no file .*\*\.csv"):
+        read_rows(f"{tmp_path}/*.csv")
+    with pytest.raises(DataError, match=r"There is no file .*missing\.jsonl"):
+        read_rows([f"{tmp_path}/a.jsonl", f"{tmp_path}/missing.jsonl"])
+    with pytest.raises(DataError, match=r"notes\.txt: found the extension"):
+        read_rows(f"{tmp_path}/*")
+
+
+def test_pattern_is_a_file_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs[1].jsonl", 1)
+    assert places(str(path)) == [("pairs[1].jsonl line 1", "p1")]
+
+
+def test_files_of_one_name_have_other_places(tmp_path: Path) -> None:
+    files = [str(write(tmp_path / folder / "x.jsonl", n)) for n, folder in enumerate("ab")]
+    assert places(files) == [("a/x.jsonl line 1", "p0"), ("b/x.jsonl line 1", "p1")]
+    assert open_location(files).key(None) != open_location(files[::-1]).key(None)
+
+
+def test_folder_of_parquet_shards(tmp_path: Path) -> None:
+    """A data set as downloaded from the hub, compared with what `datasets` reads from it."""
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    shards = {"train-00000-of-00002": (0, 1), "train-00001-of-00002": (2,), "test-00000-of-00001": (3, 4)}
+    for name, numbers in shards.items():
+        pq.write_table(pa.Table.from_pylist(rows(*numbers)), folder / "data" / f"{name}.parquet")
+    for split in ("train", "test"):
+        stock = datasets.load_dataset(str(folder), split=split, cache_dir=str(tmp_path / "cache"))
+        assert [row for _, row in read_rows(folder, split=split)] == stock.to_list()
+    assert places(folder)[2] == ("train-00001-of-00002.parquet row 1", "p2")
+    location = open_location(folder)
+    assert split_names(location) == {"train", "test"}
+    assert location.key("train") != location.key("test")
+    with pytest.raises(DataError, match=r"set has no split 'dev'\. It has: train, test"):
+        places(folder, "dev")
+
+
+def test_folder_without_data(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty cannot be read as a data set: .*It holds: nothing"):
+        read_rows(tmp_path / "empty")
+
+
+def test_json_with_splits(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps({"train": rows(0, 1), "test": rows(2)}, indent=1))
+    assert places(path) == [("pairs.json[train] row 1", "p0"), ("pairs.json[train] row 2", "p1")]
+    assert places(path, "test") == [("pairs.json[test] row 1", "p2")]
+    assert split_names(open_location(path)) == {"train", "test"}
+    assert open_location(path).key("train") != open_location(path).key("test")
+    with pytest.raises(DataError, match=r"no split 'dev'\. It has: train, test"):
+        places(path, "dev")
+
+
+@pytest.mark.parametrize("content", [{"prompt": ["p"], "chosen": ["a"], "rejected": ["b"]}, {"train": rows(0), "n": 1}])
+def test_json_of_other_form(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="or an object with such a list for each split"):
+        places(path)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet", "folder"])
+def test_split_names_of_a_column(tmp_path: Path, ending: str) -> None:
+    """The column may be in a few rows only."""
+    table = [row | {"split": split} for row, split in zip(rows(0, 1, 2), (None, "test", "train"), strict=True)]
+    path = tmp_path / f"pairs.{ending}"
+    if ending == "jsonl":
+        path.write_text("".join(json.dumps({k: v for k, v in row.items() if v}) + "\n" for row in [*table, *rows(3)]))
+    elif ending == "folder":
+        datasets.Dataset.from_list(table).save_to_disk(str(path))
+    else:
+        frame = datasets.Dataset.from_list(table)
+        {"json": lambda p: frame.to_json(p, lines=False), "csv": frame.to_csv, "parquet": frame.to_parquet}[ending](
+            path
+        )
+    assert split_names(open_location(path)) == {"test", "train"}
+    assert split_names(open_location(path), "other") == set()
+
+
+# Faults of rows, each named by its place
+
+
+def faults(path: Path) -> tuple[list[str], list[str]]:
+    bad: list[str] = []
+    good = [row["prompt"] for _, row in read_rows(path, on_bad=lambda place, fault: bad.append(f"{place}: {fault}"))]
+    return good, bad
+
+
+LONG, DEEP = "9" * 5000, "[" * 1500 + "]" * 1500
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_json_faults_of_rows(tmp_path: Path, ending: str) -> None:
+    lines = [
+        '{"prompt": "p0"}',
+        '{"prompt": "p1", "prompt": "p2"}',
+        f'{{"prompt": "p3", "n": {LONG}}}',
+        '{"prompt": "p4", "meta": [{"a": 1, "a": 1}]}',
+        '{"prompt": "p5", "n": -12}',
+    ]
+    path = tmp_path / f"pairs.{ending}"
+    path.write_text("\n".join(lines) if ending == "jsonl" else f"[{','.join(lines)}]")
+    good, bad = faults(path)
+    assert good == ["p0", "p5"]
+    place = "line" if ending == "jsonl" else "row"
+    assert [fault.removeprefix(f"pairs.{ending} {place} ") for fault in bad] == [
+        "2: repeated column: the key 'prompt' occurs 2 times",
+        "3: invalid JSON: found an integer with 5000 digits",
+        "4: repeated column: the key 'a' occurs 2 times",
+    ]
+    with pytest.raises(DataError, match=rf"pairs\.{ending} {place} 2: repeated column"):
+        list(read_rows(path))
+
+
+def test_json_nested_deep(tmp_path: Path) -> None:
+    lines = tmp_path / "pairs.jsonl"
+    lines.write_text(f'{{"prompt": "p0"}}\n{{"prompt": {DEEP}}}\n{{"prompt": "p2"}}\n')
+    good, bad = faults(lines)
+    assert good == ["p0", "p2"]
+    assert bad[0].startswith("pairs.jsonl line 2: invalid JSON: maximum recursion depth")
+    whole = tmp_path / "pairs.json"
+    whole.write_text(f'[{{"prompt": {DEEP}}}]')
+    with pytest.raises(DataError, match=r"pairs\.json: found a value that is nested too deep.*as JSON lines"):
+        faults(whole)
+    whole.write_text('{"data": [], "data": []}')
+    with pytest.raises(DataError, match=r"pairs\.json: repeated column: the key 'data' occurs 2 times"):
+        faults(whole)
+
+
+def texts(*cells: bytes) -> pa.Table:
+    """Build a table of texts that may be no UTF-8, as writers without a check produce."""
+    binary = pa.array(cells, pa.binary())
+    return pa.table({"prompt": pa.Array.from_buffers(pa.string(), len(cells), binary.buffers())})
+
+
+def test_parquet_text_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(texts(b"p0", b"\xff", b"p2", b"a\xc3"), path, row_group_size=3)
+    expected = "pairs.parquet row {}: invalid UTF-8: {} at byte {} of a text"
+    assert faults(path) == (
+        ["p0", "p2"],
+        [expected.format(2, "invalid start byte", 0), expected.format(4, "unexpected end of data", 1)],
+    )
+
+
+def test_saved_folder_text_is_not_utf8(tmp_path: Path) -> None:
+    datasets.Dataset(texts(b"p0", b"\xff", b"\xff", b"p3")).save_to_disk(str(tmp_path / "saved"))
+    good, bad = faults(tmp_path / "saved")
+    assert good == ["p0", "p3"]
+    assert [fault.split(":")[0] for fault in bad] == ["saved[train] row 2", "saved[train] row 3"]
+
+
+def test_repeated_columns_of_tables(tmp_path: Path) -> None:
+    comma = tmp_path / "pairs.csv"
+    comma.write_text("prompt,chosen,chosen\na,b,c\n")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["chosen", "chosen"])
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    for path in (comma, tmp_path / "pairs.parquet"):
+        with pytest.raises(DataError, match=r"found the columns \['chosen'\] more than once"):
+            faults(path)
