@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
             _usage(arguments, known)
         set_up_logging()
         run, _ = known[arguments[0]]
-        check_config_files(arguments[1:])
+        check_config_files(arguments)
         run(arguments)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
@@ -350,15 +350,21 @@ LONGEST_PATH = 4096
 
 
 def check_config_files(arguments: list[str]) -> None:
-    """Check that all config files on the command line exist and are plain YAML, with the files that they name.
+    """Check that all config files of a command line exist and are plain YAML, with the files that they name.
 
     The parser's own error is a page of usage, and it does not end for a file that refers to itself.
+
+    Args:
+        arguments: The command and what follows it.
 
     Raises:
         ConfigError: A file does not exist or is no plain YAML.
     """
-    options = ("-c", "--config", *(f"--{name}" for name in (*GROUPS, "model", "data", "trainer")))
-    for argument, following in pairwise([*arguments, ""]):
+    command, *rest = arguments
+    # Elsewhere these are other options: `generate --model` is a checkpoint.
+    groups = (*GROUPS, "model", "data", "trainer") if COMMANDS.get(command, (None,))[0] is _fit else ()
+    options = ("-c", "--config", *(f"--{name}" for name in groups))
+    for argument, following in pairwise([*rest, ""]):
         option, equals, value = argument.partition("=")
         text = value if equals else following
         if option.removesuffix("+") not in options:

@@ -50,8 +50,8 @@ def latent_values(terms: LatentTerms, states: PairStates) -> dict[str, Tensor]:
         values["z_norm_ratio"] = terms.z.detach().float().norm(dim=-1) / states.prompt.detach().float().norm(dim=-1)
     if terms.kl is not None:
         values["kl"] = terms.kl.detach()
-    if isinstance(terms.penalty, Tensor):
-        values["kl_weighted"] = terms.penalty.detach()
+    if terms.weighted_kl is not None:
+        values["kl_weighted"] = terms.weighted_kl.detach()
     if terms.prior is not None:
         values["prior_entropy"] = entropy(terms.prior)
     if terms.posterior is not None:

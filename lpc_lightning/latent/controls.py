@@ -179,7 +179,8 @@ class GaussianSpace(LatentSpace):
         weights = (1 - g) * _draw(posterior_mean, posterior_log_std) + g * _draw(prior_mean, prior_log_std)
         kl = gaussian_kl(posterior_mean, posterior_log_std, prior_mean, prior_log_std)
         z = self.codebook(weights)
-        return LatentTerms(*score.under(z), penalty=self.divergence(kl, progress), z=z, kl=kl, settings={"g": g})
+        weighted = self.divergence(kl, progress)
+        return LatentTerms(*score.under(z), penalty=weighted, z=z, kl=kl, weighted_kl=weighted, settings={"g": g})
 
     def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute z = c E, where c is the posterior's mean."""

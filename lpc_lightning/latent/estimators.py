@@ -85,9 +85,11 @@ class GumbelSpace(PosteriorSpace):
         from_posterior = gumbel_softmax(posterior, tau, hard=self.hard)
         z = self.codebook((1 - g) * from_posterior + g * from_prior)
         kl = categorical_kl(posterior, prior)
+        weighted_kl = self.divergence(kl, progress)
         return LatentTerms(
             *score.under(z),
-            penalty=self.divergence(kl, progress) + self.diversity_penalty(prior),
+            penalty=weighted_kl + self.diversity_penalty(prior),
+            weighted_kl=weighted_kl,
             z=z,
             kl=kl,
             prior=prior,
@@ -107,9 +109,11 @@ class ExpectedSpace(PosteriorSpace):
         pairs, logps = score.under_codes(self.codebook.weight)
         losses = (posterior.exp() * pairs.losses).sum(-1)
         kl = categorical_kl(posterior, prior)
+        weighted_kl = self.divergence(kl, progress)
         return LatentTerms(
             *average_over_codes(pairs, logps, posterior, losses),
-            penalty=self.divergence(kl, progress) + self.diversity_penalty(prior),
+            penalty=weighted_kl + self.diversity_penalty(prior),
+            weighted_kl=weighted_kl,
             z=self.codebook(posterior.exp()).detach(),
             kl=kl,
             prior=prior,

@@ -37,11 +37,13 @@ class LatentTerms:
     logps: PairLogps
     """(B,) log-probabilities, averaged like the rewards."""
     penalty: Tensor | float = 0.0
-    """(B,) penalty of the latent, to be added to the losses (lambda KL), with gradient."""
+    """(B,) penalty of the latent, to be added to the losses (lambda KL and the diversity penalty), with gradient."""
     z: Tensor | None = None
     """(B, d) preference representation under which the pairs were scored."""
     kl: Tensor | None = None
     """(B,) KL from prior to posterior before weighting, in nats."""
+    weighted_kl: Tensor | None = None
+    """(B,) part of the penalty that comes from the KL (lambda KL)."""
     prior: Tensor | None = None
     """(B, K) prior log-probabilities of the codes."""
     posterior: Tensor | None = None

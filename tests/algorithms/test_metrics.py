@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_latent_values_of_available_terms() -> None:
     prior = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.1, 0.1, 0.8]])
     posterior = torch.tensor([[0.9, 0.05, 0.05], [0.2, 0.2, 0.6], [0.8, 0.1, 0.1]])
     z = torch.tensor([[0.0, 5.0], [0.0, 1.0], [0.0, 0.0]])
-    full = terms(z=z, kl=column(0.1, 0.2, 0.3), penalty=column(0.01, 0.02, 0.03), prior=prior.log())
+    full = terms(z=z, kl=column(0.1, 0.2, 0.3), weighted_kl=column(0.01, 0.02, 0.03), prior=prior.log())
+    full = replace(full, penalty=column(0.5, 0.5, 0.5))  # with a diversity penalty
     values = latent_values(full, STATES)
     assert values["latent/z_norm_ratio"].tolist() == [1.0, 0.5, 0.0]
     assert values["latent/kl"].tolist() == pytest.approx([0.1, 0.2, 0.3])

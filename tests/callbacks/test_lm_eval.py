@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import GumbelSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
+from tests.fixtures.processes import ForkedProcess
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "callbacks"
 QUESTIONS = [
@@ -419,7 +418,6 @@ def test_sharded_policy_is_not_evaluated(fit, task, tmp_path, monkeypatch) -> No
 def one_process_of_two(rank: int, folder: Path, task: str) -> None:
     """Run one process of DDP. The processes connect through a file, where Lightning would use a port."""
     os.environ["LOCAL_RANK"] = str(rank)
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     data = SyntheticPreferences(train_pairs=8, validation_pairs=2, batch_size=2, cache_dir=str(folder / "cache"))
     module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=gumbel(), optimizer=adam)
@@ -445,23 +443,16 @@ def one_process_of_two(rank: int, folder: Path, task: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_requests(task, tmp_path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path), task],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        ForkedProcess(one_process_of_two, rank, tmp_path, task, log=tmp_path / f"{rank}.log") for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=120) for process in processes]
+        codes = [process.wait() for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = [(process.output.read_text(), process.errors) for process in processes]
+    assert codes == [0, 0], outputs
     (table, progress), (other_table, other_progress) = outputs
     assert table.count("| numbers ") == 1
     assert progress.count("Benchmark: numbers") == 3, "during training, at the end, and alone"
@@ -480,7 +471,7 @@ def test_config_file(monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["lpc-lightning"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     stated = yaml.safe_load((CONFIGS / "lm_eval.yaml").read_text())
-    assert stated[:-1] == yaml.safe_load((CONFIGS / "default.yaml").read_text())
+    assert len(stated) == 1
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Callback, "callback", required=True)
     parsed = parser.parse_object({"callback": stated[-1]})
@@ -497,7 +488,3 @@ def test_config_file(monkeypatch) -> None:
     cli = Parsed(["fit", *flags, f"--callbacks={CONFIGS / 'lm_eval.yaml'}", "--callbacks.limit=7"])
     (evaluation,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, LMEvaluation)]
     assert evaluation.limit == 7
-
-
-if __name__ == "__main__":
-    one_process_of_two(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

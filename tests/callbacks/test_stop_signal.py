@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lpc_lightning.callbacks import GracefulStop
+from tests.fixtures.processes import ForkedProcess
 
 
 def _ask(rank: int, folder: str) -> None:
@@ -24,5 +24,6 @@ def _ask(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_signal_reaches_all_processes(tmp_path: Path) -> None:
-    mp.start_processes(_ask, (str(tmp_path),), nprocs=2, start_method="spawn")
+    processes = [ForkedProcess(_ask, rank, str(tmp_path), log=tmp_path / f"{rank}.log") for rank in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
     assert [(tmp_path / name).read_text() for name in "01"] == ["False True", "False True"]

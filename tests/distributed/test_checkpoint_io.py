@@ -1,16 +1,15 @@
 """Tests that checkpoints are complete or absent, on a full disk and if the process is killed while it writes."""
 
 import resource
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO, CheckpointWriteError
+from tests.fixtures.processes import ForkedProcess
 
 
 def small() -> dict:
@@ -48,32 +47,34 @@ def test_save_without_folder_raises_write_error(tmp_path: Path) -> None:
         AtomicCheckpointIO().save_checkpoint(small(), tmp_path / "file" / "last.ckpt")
 
 
+class Stuck:
+    """A value whose pickling does not end."""
+
+    def __init__(self, started: Path) -> None:
+        self.started = started
+
+    def __reduce__(self) -> Any:
+        self.started.touch()
+        time.sleep(600)
+
+
+def save_without_end(path: Path, started: Path) -> None:
+    AtomicCheckpointIO().save_checkpoint({"state_dict": torch.ones(1000), "x": Stuck(started)}, path)
+
+
 @pytest.mark.slow
 def test_killed_save_keeps_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(small(), path)
     before = path.read_bytes()
-    script = f"""
-        import time, torch
-        from pathlib import Path
-        from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
-
-        class Stuck:
-            def __reduce__(self):
-                Path({str(tmp_path / "stuck")!r}).touch()
-                time.sleep(600)
-
-        AtomicCheckpointIO().save_checkpoint({{"state_dict": torch.ones(1000), "x": Stuck()}}, {str(path)!r})
-    """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+    process = ForkedProcess(save_without_end, path, tmp_path / "stuck", log=tmp_path / "log")
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "stuck").exists():
-            assert process.poll() is None
+            assert process.is_running
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         process.kill()
-        process.wait()
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.glob("*.ckpt")] == ["last.ckpt"]

@@ -105,7 +105,7 @@ def test_open_policy_origin(checkpoint: Path) -> None:
     origin = open_policy(str(checkpoint)).origin
     assert json.loads(json.dumps(origin)) == origin
     assert origin["path"] == str(checkpoint)
-    assert (origin["kind"], origin["algorithm"], origin["step"], origin["epoch"]) == ("checkpoint", "DPO", 2, 0)
+    assert (origin["kind"], origin["algorithm"], origin["step"], origin["epoch"]) == ("checkpoint", "DPO", 2, 1)
     assert origin["settings"]["beta"] == 0.1
     assert origin["settings"]["optimizer"]["init_args"]["lr"] == 0.01
     assert not {"policy", "latent", "_class_path", "_instantiator"} & set(origin["settings"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from lpc_lightning.data import PaddedLayout, SyntheticPreferences
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.reference.pair_cache import PairCache
+from tests.fixtures.processes import ForkedProcess
 
 PAIRS = 40
 EVERY = np.arange(PAIRS)
@@ -153,38 +152,29 @@ def test_default_folder_is_the_cache_folder(store: TokenStore, monkeypatch: pyte
     assert PairCache("reference", 2, KEY, store).folder.parent == tmp_path / "all" / "reference"
 
 
-ADDER = """
-import sys, time
-import numpy as np
-from pathlib import Path
-from lpc_lightning.reference.pair_cache import PairCache
-from lpc_lightning.data.tokenization.tokens import TokenStore
-
-store, root, salt, ready, go = sys.argv[1:]
-cache = PairCache("reference", 2, {"weights": "a", "precision": "32-true"}, TokenStore(Path(store)), Path(root))
-Path(ready).touch()
-while not Path(go).exists():
-    time.sleep(0.001)
-for index in range(40):
-    cache.add(np.array([index]), np.full((1, 2), float(salt)))
-"""
+def add_all(store: Path, root: Path, salt: float, ready: Path, go: Path) -> None:
+    """Add values one by one, as soon as the file `go` exists."""
+    cache = PairCache("reference", 2, KEY, TokenStore(store), root)
+    ready.touch()
+    while not go.exists():
+        time.sleep(0.001)
+    for index in range(PAIRS):
+        cache.add(np.array([index]), np.full((1, 2), salt))
 
 
 @pytest.mark.slow
 def test_add_by_two_processes(store: TokenStore, cache: PairCache, tmp_path: Path) -> None:
     ready, go = [tmp_path / "ready 1", tmp_path / "ready 2"], tmp_path / "go"
     adders = [
-        subprocess.Popen(
-            [sys.executable, "-c", ADDER, str(store.folder), str(tmp_path), salt, str(ready_file), str(go)]
-        )
-        for salt, ready_file in zip("12", ready, strict=True)
+        ForkedProcess(add_all, store.folder, tmp_path, salt, ready_file, go, log=tmp_path / f"{salt}.log")
+        for salt, ready_file in zip((1.0, 2.0), ready, strict=True)
     ]
     while not all(file.exists() for file in ready):
-        assert all(adder.poll() is None for adder in adders)
+        assert all(adder.is_running for adder in adders)
         time.sleep(0.01)
     go.touch()
     before: dict[int, tuple[float, float]] = {}
-    while any(adder.poll() is None for adder in adders):
+    while any(adder.is_running for adder in adders):
         now = stored_values(cache)
         assert now | before == now, "values that were read do not change"
         before = now

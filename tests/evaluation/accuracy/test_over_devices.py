@@ -1,8 +1,6 @@
 """Tests on two processes (gloo, CPU) with different sources: their results equal those of one process."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
 from lpc_lightning.evaluation.codebook.statistics import CodebookStatistics
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import TinyPolicy
+from tests.fixtures.processes import ForkedProcess
 
 pytestmark = pytest.mark.distributed
 
@@ -90,10 +89,10 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     files = [folder / f"{rank}.json" for rank in range(2)]
     processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder / "rendezvous"), str(file)])
+        ForkedProcess(one_process_of_two, rank, str(folder / "rendezvous"), str(file), log=folder / f"{rank}.log")
         for rank, file in enumerate(files)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait() for process in processes] == [0, 0], [process.errors for process in processes]
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -129,7 +128,3 @@ def test_sharded_weights_equal_one_process(results):
     expected = collect_results(module, [*first, *second, *second])
     for result in results:
         assert_close(result["sharded"], expected, tolerance=1e-4)
-
-
-if __name__ == "__main__":
-    one_process_of_two(int(sys.argv[1]), *sys.argv[2:])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy
+from tests.fixtures.processes import ForkedProcess
 from tests.fixtures.real_data import DATA_DIR
 
 ROOT = Path(__file__).parents[3]
@@ -149,7 +147,6 @@ def test_metrics_at_zero_z_equal_stock(tasks: list[dict[str, Any]]) -> None:
 
 def one_process_of_two(rank: int, rendezvous: str, data: str, result: str) -> None:
     """Evaluate a share of the documents. Rank 0 writes the results of all ranks."""
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     spec, policy = build_policy()
     lm = LatentLM(policy, spec.load_tokenizer(), make_prior(1.0))
@@ -171,18 +168,20 @@ def test_two_processes_equal_one_process(tasks: list[dict[str, Any]], tmp_path: 
     data.write_text(json.dumps(tasks))
     results = [tmp_path / f"{rank}.json" for rank in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "rendezvous"), str(data), str(result)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        ForkedProcess(
+            one_process_of_two,
+            rank,
+            str(tmp_path / "rendezvous"),
+            str(data),
+            str(result),
+            log=tmp_path / f"{rank}.log",
         )
         for rank, result in enumerate(results)
     ]
     spec, policy = build_policy()
     alone = evaluate(LatentLM(policy, spec.load_tokenizer(), make_prior(1.0)), tasks)
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    codes, errors = [process.wait() for process in processes], [process.errors for process in processes]
+    assert codes == [0, 0], errors
     assert "Running loglikelihood requests" in errors[0]
     assert not any(bar in errors[1] for bar in ("Running", "Tokenizing inputs"))
     assert alone is not None
@@ -205,7 +204,3 @@ def test_smollm2_arc_scores_equal_stock() -> None:
     actual = LatentLM(policy, tokenizer, vector).loglikelihood(requests)
     assert [greedy for _, greedy in actual] == [greedy for _, greedy in stock]
     assert [logp for logp, _ in actual] == pytest.approx([logp for logp, _ in stock], abs=1e-3, rel=0)
-
-
-if __name__ == "__main__":
-    one_process_of_two(int(sys.argv[1]), *sys.argv[2:])

@@ -7,8 +7,6 @@ import logging
 import os
 import random
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import lm_eval.tasks
@@ -25,6 +23,7 @@ from lpc_lightning.evaluation.benchmarks.results import read_results, scores, st
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from lpc_lightning.evaluation.benchmarks.shared_requests import divide_requests
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks, task_manager
+from tests.fixtures.processes import ForkedProcess
 
 EXACT = {"rel": 1e-9, "abs": 1e-12}
 RAISES = "def process_results(doc, results):\n    raise LookupError('no such key')\n"
@@ -310,7 +309,6 @@ def score_and_write(data_dir: str, result: str) -> None:
 
 
 def one_process_of_two(rank: int, rendezvous: str, data_dir: str, result: str) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     score_and_write(data_dir, result)
     torch.distributed.destroy_process_group()
@@ -320,17 +318,19 @@ def one_process_of_two(rank: int, rendezvous: str, data_dir: str, result: str) -
 def test_two_processes_equal_one_and_fail_together(data_dir, tmp_path) -> None:
     one, *two = (tmp_path / name for name in ("one", "first", "second"))
     processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "rendezvous"), str(data_dir), str(result)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
-            stderr=subprocess.PIPE,
-            text=True,
+        ForkedProcess(
+            one_process_of_two,
+            rank,
+            str(tmp_path / "rendezvous"),
+            str(data_dir),
+            str(result),
+            log=tmp_path / f"{rank}.log",
         )
         for rank, result in enumerate(two)
     ]
     score_and_write(str(data_dir), str(one))
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    codes, errors = [process.wait(240) for process in processes], [process.errors for process in processes]
+    assert codes == [0, 0], errors
     expected, first, second = map(read_results, (one, *two))
     assert set(expected.metrics) == {"truthfulqa_gen", "arc_easy", "truthfulqa_mc2"}
     for actual in (first, second):
@@ -346,7 +346,3 @@ def test_two_processes_equal_one_and_fail_together(data_dir, tmp_path) -> None:
     assert "it/s" in errors[0]
     assert "Benchmark" not in errors[1]
     assert "it/s" not in errors[1]
-
-
-if __name__ == "__main__":
-    one_process_of_two(int(sys.argv[1]), *sys.argv[2:])
