@@ -143,7 +143,7 @@ class _Network(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
         super().__init__()
-        self.first, self.second = (_linear(tensors, f"{name}.{layer}") for layer in ("first", "second"))
+        self.first, self.second = (_Affine(tensors, f"{name}.{layer}") for layer in ("first", "second"))
 
     def forward(self, prompt: Tensor) -> Tensor:
         """Map (B, d) to (B, outputs), in float32 or wider."""
@@ -153,11 +153,16 @@ class _Network(nn.Module):
         return output.to(torch.promote_types(kind, torch.float32))
 
 
-def _linear(tensors: Mapping[str, Tensor], name: str) -> nn.Linear:
-    weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    layer.weight, layer.bias = _copied(weight), _copied(bias)
-    return layer
+class _Affine(nn.Module):
+    """Linear layer that no quantisation replaces: libraries look for `nn.Linear`, and the latent is small."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        super().__init__()
+        self.weight, self.bias = _copied(tensors[f"{name}.weight"]), _copied(tensors[f"{name}.bias"])
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map (B, inputs) to (B, outputs)."""
+        return nn.functional.linear(states, self.weight, self.bias)
 
 
 def _copied(tensor: Tensor) -> nn.Parameter:
@@ -243,7 +248,7 @@ class DeterministicPrior(InferencePrior, kind="mlp"):
     @property
     def width(self) -> int:
         """d."""
-        return self.network.first.in_features
+        return self.network.first.weight.shape[1]
 
     def _taken(self, prompt: Tensor, mode: str | int) -> Tensor:
         if mode not in DiscretePrior.modes:
@@ -467,7 +472,7 @@ class LatentGenerationMixin(Stock):
     def _head(self, states: Tensor) -> Tensor:
         """(N, V) logits, float32 or wider, that the model's own code makes of states (N, d)."""
         head = self.get_output_embeddings()
-        token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with _hooked(head, lambda entering: states[None].to(entering), self.get_decoder(), lambda leaving: None):
             outputs = super().forward(
                 input_ids=token, attention_mask=torch.ones_like(token), use_cache=False, return_dict=True
@@ -543,6 +548,11 @@ class LatentGenerationMixin(Stock):
         return False  # the hooks of a pass are new ones each time: torch.compile would compile each time
 
     # Files
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the class by the stock class that it is made from: it has no name to be found under."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _empty_view, (self.stock,), *state
 
     def plain_causal_lm(self) -> PreTrainedModel:
         """Return the stock model without the latent. All weights are shared."""
@@ -627,6 +637,11 @@ def _latent_class(stock: Any) -> Any:
         "config_class": stock.config_class,
     }
     return type(f"Latent{stock.__name__}", (LatentGenerationMixin, stock), space)
+
+
+def _empty_view(stock: Any) -> Any:
+    kind = _latent_class(stock)
+    return kind.__new__(kind)
 
 
 def _with_signature(latent: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +386,47 @@ def test_a_forward_that_goes_past_its_head_is_refused(make_latent: Callable[...,
         RuntimeError, match="LatentFused: its forward did not call its LM head, so that z was not added"
     ):
         model(input_ids=prompts[0][None])
+
+
+@torch.no_grad()
+def test_pickled_model_is_the_same_model(llama: Any, prompts: list[Tensor]) -> None:
+    ids = prompts[0][None]
+    expected = llama.model(input_ids=ids)
+    again = pickle.loads(pickle.dumps(llama.model))
+    assert type(again) is type(llama.model)
+    saved = io.BytesIO()
+    torch.save(llama.model, saved)
+    saved.seek(0)
+    for model in (again, torch.load(saved, weights_only=False)):
+        assert torch.equal(model(input_ids=ids).logits, expected.logits)
+        assert torch.equal(model(input_ids=ids).z, expected.z)
+    assert torch.equal(again.plain_causal_lm()(input_ids=ids).logits, llama.stock(input_ids=ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+@torch.no_grad()
+def test_quantised_model_keeps_its_latent(make_latent: Callable[..., Any], prompts: list[Tensor]) -> None:
+    latent, ids = make_latent(dtype="float32"), prompts[0][None]
+    quantise = partial(torch.ao.quantization.quantize_dynamic, qconfig_spec={nn.Linear}, dtype=torch.qint8)
+    model, stock = quantise(latent.model), quantise(latent.stock)
+    assert all(parameter.dtype == torch.float32 for parameter in model.latent_prior.parameters())
+    assert not [child for child in model.latent_prior.modules() if "quantized" in type(child).__module__]
+    zero = torch.zeros(latent.policy.width)
+    assert torch.equal(model(input_ids=ids, z=zero).logits, stock(input_ids=ids).logits)
+    states = stock.get_decoder()(input_ids=ids).last_hidden_state
+    assert torch.equal(model(input_ids=ids).z, latent.model.latent_prior(states[:, -1]))
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_model_cast_as_a_whole_answers_alike(
+    dtype: torch.dtype, make_latent: Callable[..., Any], prompts: list[Tensor]
+) -> None:
+    latent, ids = make_latent(dtype="float32"), prompts[0][None]
+    expected = latent.model(input_ids=ids)
+    cast = copy.deepcopy(latent.model).to(dtype)
+    outputs = cast(input_ids=ids)
+    assert outputs.logits.dtype == outputs.z.dtype == dtype
+    error = (outputs.logits.float() - expected.logits).norm() / expected.logits.norm()
+    assert error < 16 * torch.finfo(dtype).eps
