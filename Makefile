@@ -2,6 +2,7 @@
 # make demo-smollm2   a short fit of SmolLM2-135M-Instruct on built-in pairs
 # make test   the whole test suite, as CI runs it
 # make test-fast   its quick part, in under two minutes
+# make test-resume   every chain of up to three stops of a run, by SIGTERM and SIGKILL; hours
 # make bench  this project and TRL side by side; BENCH='--data my_pairs.jsonl' for your own pairs
 # make bench-gpu  the same on one GPU in eight minutes, without a hub and without pretrained weights
 # make lint   ruff and mypy
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: demo demo-smollm2 test test-fast bench bench-gpu lint format clean
+.PHONY: demo demo-smollm2 test test-fast test-resume bench bench-gpu lint format clean
 
 # Where there is no python3.11, whatever python3 there is; pip says if it is too old.
 $(BIN)/python:
@@ -40,6 +41,9 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not distributed and not real and not cuda"
+
+test-resume: $(VENV)/.installed-dev
+	LPC_ALL_STOPS=1 $(BIN)/pytest -n 2 --dist worksteal tests/callbacks/test_stops.py
 
 DATA_DIR ?= $(or $(LPC_DATA_DIR),data)/preferences
 bench: $(VENV)/.installed-dev $(MODEL)/config.json

@@ -1,6 +1,7 @@
 """Callbacks that run around training. Each file contains one callback."""
 
 from lpc_lightning.callbacks.adaptation import AnnotatorAdaptation
+from lpc_lightning.callbacks.best_and_last import BestAndLast
 from lpc_lightning.callbacks.chosen_reward import ChosenRewardWarning
 from lpc_lightning.callbacks.codebook_monitor import CodebookMonitor
 from lpc_lightning.callbacks.final_validation import FinalValidation
@@ -16,6 +17,7 @@ from lpc_lightning.callbacks.run_summary import RunSummary
 
 __all__ = [
     "AnnotatorAdaptation",
+    "BestAndLast",
     "ByAnnotator",
     "ChosenRewardWarning",
     "CodebookMonitor",

@@ -25,6 +25,8 @@ from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
 
 FILE = "label_noise.json"
+KINDS = ("clean", "flipped")
+NAMES = ("loss", "accuracy_true", "accuracy_noisy")
 
 
 class LabelFlipNoise(LabelNoise, Callback):
@@ -39,8 +41,9 @@ class LabelFlipNoise(LabelNoise, Callback):
 
     Metrics of each logged optimizer step are under `train/noise/clean/` and `train/noise/flipped/`, from the step's own
     pass: `loss`; `accuracy_noisy`, the share of pairs whose answer labelled as chosen has the higher reward; and
-    `accuracy_true`, the same for the answer that was chosen before the noise. If a policy memorises noise, its
-    `flipped/accuracy_true` falls. Under a latent with a posterior, z of a training step depends on the label.
+    `accuracy_true`, the same for the answer that was chosen before the noise. They are NaN if the step has no pairs of
+    that kind. If a policy memorises noise, its `flipped/accuracy_true` falls. Under a latent with a posterior, z of a
+    training step depends on the label.
 
     The run folder gets `label_noise.json`: settings, reached rate, and ids of the flipped pairs.
     """
@@ -75,6 +78,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         self.sources, self.factors = sources, factors
         self._seed = seed
         self._metrics = NoiseMetrics()
+        self._kinds: list[str] = []
 
     @property
     def seed(self) -> int:
@@ -125,6 +129,8 @@ class LabelFlipNoise(LabelNoise, Callback):
         self._metrics.to(pl_module.device)
         pairs = data.training_pairs
         flipped = np.flatnonzero(pairs.flipped).tolist()
+        counts = (len(pairs) - len(flipped), len(flipped))
+        self._kinds = [kind for kind, count in zip(KINDS, counts, strict=True) if count]
         rank_zero_info(f"{self.key()}: {len(flipped)} of {len(pairs)} training pairs flipped.")
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
         if not trainer.is_global_zero:
@@ -154,7 +160,9 @@ class LabelFlipNoise(LabelNoise, Callback):
         self._metrics.to(pl_module.device)
         self._metrics.update(outputs["losses"], outputs["margins"], batch.flipped)
         if is_optimizer_step(trainer, batch_idx):
-            metrics = {f"train/noise/{name}": value for name, value in self._metrics.compute().items()}
+            # Lightning would log the last value again for a kind that a step has no pairs of.
+            unknown = {f"{kind}/{name}": torch.tensor(torch.nan) for kind in self._kinds for name in NAMES}
+            metrics = {f"train/noise/{name}": value for name, value in (unknown | self._metrics.compute()).items()}
             self._metrics.reset()
             pl_module.log_dict(metrics, batch_size=1)  # the same on all devices
 
@@ -187,12 +195,11 @@ class NoiseMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means by name, on the CPU."""
-        names = ("loss", "accuracy_true", "accuracy_noisy")
-        kinds = {kind: sums for kind, sums in zip(("clean", "flipped"), self.sums.cpu(), strict=True) if sums[0]}
+        kinds = {kind: sums for kind, sums in zip(KINDS, self.sums.cpu(), strict=True) if sums[0]}
         return {
             f"{kind}/{name}": value / sums[0]
             for kind, sums in kinds.items()
-            for name, value in zip(names, sums[1:], strict=True)
+            for name, value in zip(NAMES, sums[1:], strict=True)
         }
 
 

@@ -146,7 +146,7 @@ def test_experiment_is_instantiated(
         stated = yaml.safe_load((Path() if stated == model else path.parent).joinpath(stated).read_text())
     assert defaults["lr"] == stated["init_args"]["optimizer"]["init_args"]["lr"]
     names = {type(callback).__name__ for callback in built.trainer.callbacks}
-    assert {"ModelCheckpoint", "GracefulStop", "RunSummary", "FinalValidation", "ResourceMonitor"} <= names
+    assert {"BestAndLast", "GracefulStop", "RunSummary", "FinalValidation", "ResourceMonitor"} <= names
 
 
 @pytest.mark.parametrize("path", groups(), ids=name_of)

@@ -19,7 +19,7 @@ from lpc_lightning.types import PreferenceBatch
 
 CONFIGS = ROOT / "configs"
 SEED, BETA, LEARNING_RATE = 0, 0.1, 1e-6
-LEFT_OUT = ("ModelCheckpoint", "FinalValidation", "WritePredictions")
+LEFT_OUT = ("BestAndLast", "FinalValidation", "WritePredictions")
 """Default callbacks that have nothing to do in a run without validation and checkpoints."""
 
 

@@ -129,20 +129,24 @@ class CellFolder:
             metrics.rename(self.path / f"metrics_before_{len(self._earlier_metrics())}.csv")
 
     def join_metrics(self) -> None:
-        """Put the metrics of earlier attempts before those of the last one. Each step appears once."""
+        """Put the metrics of earlier attempts before those of the last one, as an uninterrupted run writes them.
+
+        An attempt repeats the rows of those before it from its first row on. It also repeats the counts of the data.
+        """
         metrics, earlier = self.run / "metrics.csv", self._earlier_metrics()
         rows: list[dict[str, str]] = []
         for path in [*earlier, *([metrics] if metrics.exists() else [])]:
             with path.open(newline="") as file:
                 new = list(csv.DictReader(file))
-            # Every attempt logs counts of the data at step 0. It resumed at the first step with training metrics.
-            trained = [int(row["step"]) for row in new if any(row[name] for name in row if name.startswith("train/"))]
-            if rows and trained:
-                rows = [row for row in rows if int(row["step"]) < min(trained)]
-                new = [row for row in new if int(row["step"]) >= min(trained)]
+            if rows:
+                new = [row for row in new if not all(name.startswith("data/") for name in _measured(row))]
+            if new:
+                first = (new[0]["step"], _measured(new[0]))
+                repeated = (index for index, row in enumerate(rows) if (row["step"], _measured(row)) == first)
+                rows = rows[: next(repeated, None)]
             rows += new
         if earlier:
-            columns = list(dict.fromkeys(name for row in rows for name in row))
+            columns = sorted({name for row in rows for name in row})
             partial = metrics.with_suffix(".partial")
             with partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, columns, restval="")
@@ -154,6 +158,11 @@ class CellFolder:
 
     def _earlier_metrics(self) -> list[Path]:
         return sorted(self.path.glob("metrics_before_*.csv"))
+
+
+def _measured(row: Mapping[str, str]) -> frozenset[str]:
+    """Return the names of the metrics that a row of `metrics.csv` has."""
+    return frozenset(name for name, value in row.items() if value and name not in ("step", "epoch"))
 
 
 def write_json(path: Path, value: Any) -> None:

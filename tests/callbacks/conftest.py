@@ -32,8 +32,11 @@ def fitted(tmp_path: Path) -> Callable[..., Trainer]:
             "enable_progress_bar": False,
             "accelerator": "cpu",
         }
+        ckpt_path = trainer.pop("ckpt_path", None)
         finished = Trainer(callbacks=list(callbacks), **(settings | trainer))
-        finished.fit(DPO(policy=policy, latent=MarginalSpace(num_codes=4, init_logit_std=0.5)), data)
+        finished.fit(
+            DPO(policy=policy, latent=MarginalSpace(num_codes=4, init_logit_std=0.5)), data, ckpt_path=ckpt_path
+        )
         return finished
 
     return fit

@@ -1,0 +1,102 @@
+"""Tests of `best.ckpt` and `last.ckpt`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from lpc_lightning.callbacks import BestAndLast
+
+# The resumed runs are longer than the first one.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:resume. found trainer.max_epochs 2")]
+
+
+class Score(Callback):
+    """Logs the monitored metric."""
+
+    def __init__(self, scores: dict[int, float]) -> None:
+        self.scores = scores
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log("val/score", self.scores[trainer.global_step])
+
+
+class Remember(Callback):
+    """Keeps the step of `last.ckpt` at the start of each batch."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, int | None] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.steps[trainer.global_step] = step_of(folder_of(trainer) / "last.ckpt")
+
+
+def folder_of(trainer: Trainer) -> Path:
+    return Path(str(trainer.log_dir)) / "checkpoints"
+
+
+def step_of(path: Path) -> int | None:
+    return int(torch.load(path, weights_only=True)["global_step"]) if path.exists() else None
+
+
+# 20 pairs are 10 micro-batches and 5 steps.
+SCORES = {2: 0.5, 4: 0.4, 7: 0.3, 9: 0.9, 10: 0.2}
+
+
+def test_last_is_written_at_every_validation(fitted: Callable[..., Trainer]) -> None:
+    remembered = Remember()
+    trainer = fitted(
+        BestAndLast("val/score"), Score(SCORES), remembered, max_epochs=2, val_check_interval=4, num_sanity_val_steps=0
+    )
+    assert remembered.steps == {
+        0: None, 1: None, 2: 2, 3: 2, 4: 4, 5: 5, 6: 5, 7: 7, 8: 7, 9: 9,
+    }  # fmt: skip
+    assert step_of(folder_of(trainer) / "last.ckpt") == 10
+    assert step_of(folder_of(trainer) / "best.ckpt") == 9
+
+
+def test_last_without_validation(fitted: Callable[..., Trainer]) -> None:
+    trainer = fitted(BestAndLast("val/score"), max_steps=3, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0)
+    assert step_of(folder_of(trainer) / "last.ckpt") == 3
+    assert not (folder_of(trainer) / "best.ckpt").exists()
+
+
+def test_best_is_remembered_in_another_folder(fitted: Callable[..., Trainer], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"val_check_interval": 4, "num_sanity_val_steps": 0}
+    first = folder_of(fitted(BestAndLast("val/score"), Score(SCORES), max_epochs=1, **options))
+    assert (step_of(first / "best.ckpt"), step_of(first / "last.ckpt")) == (2, 5)
+    content = (first / "best.ckpt").read_bytes()
+    for name, scores, best in (("worse", SCORES | {9: 0.4}, 2), ("better", SCORES, 9)):
+        logger = CSVLogger(tmp_path, name="", version=name)
+        resumed = fitted(
+            BestAndLast("val/score"),
+            Score(scores),
+            max_epochs=2,
+            logger=logger,
+            ckpt_path=first / "last.ckpt",
+            **options,
+        )
+        assert step_of(folder_of(resumed) / "best.ckpt") == best
+        assert resumed.checkpoint_callback.best_model_path == str(folder_of(resumed) / "best.ckpt")
+        assert (first / "best.ckpt").read_bytes() == content
+
+
+def test_best_that_is_gone_is_forgotten(fitted: Callable[..., Trainer]) -> None:
+    options: dict[str, Any] = {"val_check_interval": 4, "num_sanity_val_steps": 0}
+    first = folder_of(fitted(BestAndLast("val/score"), Score(SCORES), max_epochs=1, **options))
+    (first / "best.ckpt").unlink()
+    last = first.parent / "last.ckpt"
+    (first / "last.ckpt").rename(last)
+    first.rename(first.with_name("earlier"))
+    logger = CSVLogger(first.parents[1], name="", version="other")
+    with pytest.warns(UserWarning, match=r"checkpoint: found no .*best\.ckpt of step 2, expected the best one"):
+        resumed = fitted(
+            BestAndLast("val/score"), Score(SCORES | {9: 0.25}), max_epochs=2, logger=logger, ckpt_path=last, **options
+        )
+    assert step_of(folder_of(resumed) / "best.ckpt") == 7
