@@ -12,6 +12,7 @@ import torch
 from lpc_lightning.algorithms import DPO, SimPO
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import LoRA
+from lpc_lightning.reference.pair_cache import _packed
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -51,7 +52,7 @@ def test_run_reads_the_cache(small_policy: Any, own_data: Any, fit_run: Any, par
     for part in parts():
         with np.load(part) as arrays:
             indices, logps = arrays["places"], arrays["values"]
-        np.savez(part, places=indices, values=logps + np.array([1.0, 3.0]))
+        part.write_bytes(_packed(indices, logps + np.array([1.0, 3.0])))
     after = run()
     (one,), (other,) = before.training.values(), after.training.values()
     assert other["train/rewards/chosen"] - one["train/rewards/chosen"] == pytest.approx(-0.1, abs=1e-5)
