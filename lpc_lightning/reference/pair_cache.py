@@ -1,9 +1,10 @@
 """Values that a policy gives to pairs, computed once and shared between runs.
 
 An entry of the cache is a folder. Its name is a fingerprint of everything that decides the values. It holds numbered
-parts with the values of some pairs each. A part is an npz file with its SHA-256 at the end. It is written to a temporary
-file and then linked to its name, so that a killed process leaves only complete parts. Parts never change. If two parts hold the same pair, the lower number counts.
-So several processes can add parts at the same time, and a value that has been read stays the same.
+parts with the values of some pairs each. A part is an npz file with its SHA-256 at the end. It is written to a
+temporary file and then linked to its name, so that a killed process leaves only complete parts. Parts never change. If
+two parts hold the same pair, the lower number counts. So several processes can add parts at the same time, and a value
+that has been read stays the same.
 """
 
 from __future__ import annotations

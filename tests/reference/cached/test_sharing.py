@@ -71,6 +71,7 @@ SHARED: dict[str, Change] = {
     "latent": {"module": {"latent": marginal}},
     "adapter": {"policy": {"lora": LoRA(rank=2)}},
     "activation checkpointing": {"policy": {"gradient_checkpointing": True}},
+    "length limit that cuts nothing": {"data": {"max_length": 700}},
 }
 OTHER: dict[str, Change] = {
     "weights": {"policy": {"seed": 3}},
@@ -80,7 +81,6 @@ OTHER: dict[str, Change] = {
     "precision": {"trainer": {"precision": "bf16-mixed"}},
     "pairs": {"data": {"data_seed": 4}},
     "template": {"data": {"template": "plain"}},
-    "length limit": {"data": {"max_length": 700}},
 }
 
 
