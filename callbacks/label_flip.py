@@ -71,7 +71,7 @@ class LabelFlipNoise(LabelNoise, Callback):
             factors: Flip only pairs that one of these factors decided. null: all pairs.
         """
         if not 0 <= rate <= 1:
-            raise ConfigError(f"LabelFlipNoise.rate: found {rate}, expected a rate from 0 to 1.")
+            raise ConfigError(f"LabelFlipNoise.rate: found {rate}, expected a share from 0 to 1: 0.3 for 30 %.")
         if marker is not None and not marker.strip():
             raise ConfigError(f"LabelFlipNoise.marker: found {marker!r}, expected a text, or null for no marker.")
         self.rate, self.order, self.marker, self.marker_at = rate, order or Uniform(), marker, marker_at

@@ -153,6 +153,22 @@ class PreferenceCLI(LightningCLI):
         theirs = LightningCLI.subcommands()
         return theirs | {name: {*theirs[name], "verbose"} for name in ("validate", "test")}
 
+    def after_test(self) -> None:
+        """Refuse a test or a prediction without pairs, which Lightning ends without a result.
+
+        Raises:
+            DataError: There are no test pairs.
+        """
+        data = self.datamodule
+        if not len(data.pairs.get("test", ())):
+            rows = f" {data.reports['test']}." if "test" in data.reports else ""
+            raise DataError(
+                f"{self.subcommand}: found no test pairs, expected at least one.{rows} Set data.test_split to the "
+                "split to use, or data.test_pairs for built-in pairs."
+            )
+
+    after_predict = after_test
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         found = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand in ("validate", "test"):
@@ -232,7 +248,10 @@ def _reason(error: ValueError) -> str:
 
 LOGGING = (".LearningRateMonitor", ".DeviceStatsMonitor")
 """Callbacks of Lightning that need a logger."""
-JSONARGPARSE = ("- Expected a", "- Does not validate", "- Problem with")
+JSONARGPARSE = tuple(
+    f"- {start}"
+    for start in ("Expected a", "Does not validate", "Problem with", "Not a valid", "a class path", "a dict with")
+)
 """How its own lines begin."""
 
 

@@ -569,6 +569,10 @@ def test_unknown_policy_is_refused(command: Command, places: list[str], tmp_path
         (["--model.beta=0"], r"beta: found 0\.0, expected a number above 0\."),
         (["--model.label_smoothing=0.6"], r"label_smoothing: found 0\.6, expected a share from 0 and at most 0\.5"),
         (["--trainer.max_epochs=-1"], r"trainer: found no end of training, expected max_steps or max_epochs"),
+        (
+            [f"--callbacks={CONFIGS / 'callbacks' / 'label_flip.yaml'}", "--callbacks.rate=30"],
+            r"LabelFlipNoise\.rate: found 30\.0, expected a share from 0 to 1: 0\.3 for 30 %\.\s*$",
+        ),
         (["--data.max_length=20"], r"No pair is left\..*6 dropped: pair longer than max_length.*the length limits"),
         (
             ["--data.too_long=error", "--data.max_length=90"],
@@ -587,6 +591,13 @@ def test_unknown_policy_is_refused(command: Command, places: list[str], tmp_path
 )
 def test_setting_out_of_range_is_refused(fit: Command, flags: list[str], pattern: str) -> None:
     assert_one_error(fit(*flags), pattern)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test", "predict"])
+def test_no_test_pairs_is_an_error_line(name: str, command: Command, places: list[str]) -> None:
+    output = command(name, *ALL[: -len(TRAINER)], *TRAINER[:3], *places, "--data.test_pairs=0")
+    assert_one_error(output, rf"{name}: found no test pairs, expected at least one\.")
 
 
 @pytest.mark.parametrize("missing", ["policy", "data"])

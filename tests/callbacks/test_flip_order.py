@@ -138,7 +138,7 @@ def test_small_margins_missing_score(column: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LabelFlipNoise(rate=1.5), "LabelFlipNoise.rate: found 1.5, expected a rate from 0 to 1"),
+        (lambda: LabelFlipNoise(rate=1.5), "LabelFlipNoise.rate: found 1.5, expected a share from 0 to 1"),
         (lambda: LabelFlipNoise(rate=0.1, marker=" "), "LabelFlipNoise.marker: found ' ', expected a text"),
         (lambda: ByAnnotator({"ann": -1.0}), "order.shares: found -1.0 for ann, expected a probability"),
     ],
