@@ -44,27 +44,27 @@ class Smoke:
         self._write_pairs()
         gpu = self.device == "cuda"
         mixed = "bf16-mixed" if gpu else "32-true"
-        yield self._fit("dpo", "DPO, no latent", precision=mixed)
-        yield self._fit("gumbel", "IPO, gumbel, LoRA, live", "ipo", "gumbel", lora=True, live=True, precision=mixed)
+        yield self._fit("DPO", "DPO, no latent", precision=mixed)
+        yield self._fit("gumbel", "IPO, gumbel, LoRA, live", "IPO", "gumbel", lora=True, live=True, precision=mixed)
         if not self.tiny:
-            yield self._fit("simpo", "SimPO, expected, bf16-true", "simpo", "expected", precision="bf16-true")
-            yield self._fit("sdpa", "DPO, marginal, live, sdpa", "dpo", "marginal", live=True, attention="sdpa")
-            yield self._fit("padded", "DPO, gumbel, padded", "dpo", "gumbel", more={"data.layout": "padded"})
-            yield self._fit("lora", "DPO, marginal, LoRA, cached", "dpo", "marginal", lora=True, precision=mixed)
+            yield self._fit("SimPO", "SimPO, expected, bf16-true", "SimPO", "expected", precision="bf16-true")
+            yield self._fit("sdpa", "DPO, marginal, live, sdpa", "DPO", "marginal", live=True, attention="sdpa")
+            yield self._fit("padded", "DPO, gumbel, padded", "DPO", "gumbel", more={"data.layout": "padded"})
+            yield self._fit("lora", "DPO, marginal, LoRA, cached", "DPO", "marginal", lora=True, precision=mixed)
             kept = {"policy.gradient_checkpointing": "true"}
             yield self._fit(
                 "kept", "DPO, checkpointing, eager attention", attention="eager", precision=mixed, more=kept
             )
             for control in ("vector", "mlp", "gaussian", "prior_only", "posterior_only"):
-                yield self._fit(control, f"DPO, {control}", "dpo", control, precision=mixed)
+                yield self._fit(control, f"DPO, {control}", "DPO", control, precision=mixed)
             annotators = {"data.deciding": "hidden", "data.pairs_per_annotator": 2}
-            yield self._fit("annotators", "DPO, marginal_annotators", "dpo", "marginal_annotators", more=annotators)
+            yield self._fit("annotators", "DPO, marginal_annotators", "DPO", "marginal_annotators", more=annotators)
             wide = {"policy.attention": "flash_attention_2"}
             yield self._fit(
                 "flash", "DPO, flash_attention_2, float32 weights", precision="bf16-mixed", more=wide, needs=FLASH
             )
         warm = {"latent.warm_start_pairs": 8, "latent.num_codes": 4}
-        yield self._fit("warm", "DPO, marginal, warm start, checkpoint", "dpo", "marginal", more=warm, saved=True)
+        yield self._fit("warm", "DPO, marginal, warm start, checkpoint", "DPO", "marginal", more=warm, saved=True)
         run = self.folder / "warm"
         checkpoint = run / "version_0" / "checkpoints" / "last.ckpt"
         for command in ("validate", "test", "predict"):
@@ -85,13 +85,13 @@ class Smoke:
             if gpu:
                 yield self._fit("flex", "DPO, flex_attention", attention="flex_attention", precision=mixed)
             compiled = {"policy.compile": "true"}
-            yield self._fit("compiled", "DPO, marginal, compile", "dpo", "marginal", precision=mixed, more=compiled)
+            yield self._fit("compiled", "DPO, marginal, compile", "DPO", "marginal", precision=mixed, more=compiled)
 
     def _fit(
         self,
         folder: str,
         name: str,
-        algorithm: str = "dpo",
+        algorithm: str = "DPO",
         latent: str | None = None,
         *,
         lora: bool = False,
@@ -118,10 +118,10 @@ class Smoke:
             "data.test_pairs": 4,
             "data.batch_size": 4,
             "data.cache_dir": self.folder / "cache",
-            "model": CONFIGS / "algorithm" / f"{algorithm}_tiny.yaml",
+            "model": algorithm,
             "seed_everything": 0,
         }
-        if algorithm != "simpo":
+        if algorithm != "SimPO":
             settings["model.reference"] = "live" if live else "cached"
         if latent is not None:
             settings["latent"] = CONFIGS / "latent" / f"{latent}.yaml"

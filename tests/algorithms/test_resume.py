@@ -183,8 +183,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, small_policy: Any, small_d
         (2, {}, "'seed': 2, .*'seed': 1, "),
         (1, {"batch_size": 3}, "'batch_size': 3, .*'batch_size': 2, "),
         (1, {"train_pairs": 20}, "'pairs': 20, .*'pairs': 21, "),
-        (1, {"data_seed": 5}, "'data': '[0-9a-f]{32}', .*'data': '[0-9a-f]{32}', "),
-        (1, {"max_length": 150}, "'data': '[0-9a-f]{32}', "),
+        (1, {"data_seed": 5}, "'data': '[0-9a-f]{64}', .*'data': '[0-9a-f]{64}', "),
+        (1, {"max_length": 150}, "'data': '[0-9a-f]{64}', "),
     ],
     ids=["seed", "batch size", "number of pairs", "other pairs", "length limit"],
 )
