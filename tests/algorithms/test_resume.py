@@ -153,6 +153,41 @@ def test_resumed_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
         assert list(resumed.training) == list(expected.training)[start:], name
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+@pytest.mark.parametrize("longer", [{"max_steps": 9}, {"max_steps": -1, "max_epochs": 2}], ids=["steps", "epochs"])
+def test_ended_run_goes_on_with_more_steps(
+    longer: dict[str, Any], small_policy: Any, small_data: Any, fit_run: Any, tmp_path: Path
+) -> None:
+    """A run of 3 steps ends within an epoch of 6. With constant rates it goes on like a run of the full length."""
+
+    class AtEnd(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    def fit(**options: Any) -> Any:
+        settings: dict[str, Any] = {"lr_schedule": "constant_with_warmup", "warmup_ratio": 0.0, "optimizer": adam}
+        return fit_run(DPO(policy=small_policy(), **settings), small_data(), accumulate_grad_batches=2, **options)
+
+    fit(max_steps=3, callbacks=[AtEnd()])
+    with pytest.warns(UserWarning, match=r"resume: found trainer\.max_"):
+        resumed = fit(ckpt_path=tmp_path / "end.ckpt", **longer)
+    whole = fit(**longer)
+    assert resumed.trainer.global_step == whole.trainer.global_step == {9: 9, -1: 12}[longer["max_steps"]]
+    assert same(resumed.weights, whole.weights)
+    assert list(resumed.training.values()) == list(whole.training.values())[3:]
+    assert resumed.batches == whole.batches[6:]
+
+
+def test_resume_at_the_end_warns(small_policy: Any, small_data: Any, fit_run: Any, tmp_path: Path) -> None:
+    class AtEnd(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    fit_run(DPO(policy=small_policy(), optimizer=adam), max_steps=2, callbacks=[AtEnd()])
+    with pytest.warns(UserWarning, match=r"found a checkpoint of step 2 .* Nothing was trained"):
+        fit_run(DPO(policy=small_policy(), optimizer=adam), max_steps=2, ckpt_path=tmp_path / "end.ckpt")
+
+
 def test_compared_runs_have_noise_and_schedules(whole: Whole) -> None:
     rows = list(whole.run.training.values())
     rates = [step["backbone"] for step in whole.run.optimizer]
