@@ -200,7 +200,7 @@ class PreferenceCLI(LightningCLI):
         settings.pop("_instantiator", None)
         found = {name: settings.pop(name, None) for name in ("policy", "latent")}
         if (policy := (found["policy"] or {}).get("init_args") or {}).get("trust_remote_code"):
-            # A checkpoint from somebody else must not allow its own code.
+            # A checkpoint from another author must not allow its own code.
             allowed = self.config[command].get("policy") and self.config[command].policy.init_args
             policy["trust_remote_code"] = bool(allowed and allowed.get("trust_remote_code"))
         model = {"class_path": settings.pop("_class_path"), "init_args": settings}

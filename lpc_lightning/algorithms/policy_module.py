@@ -68,6 +68,8 @@ class PolicyModule(LatentMixin, LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check and set up the strategy. The DataModule of the run has been set up before."""
+        if stage == "fit":
+            self.policy_spec.check_start()
         check_strategy(self.trainer.strategy)
         set_micro_batch_size(self.trainer.strategy)
         self._starting = True

@@ -122,7 +122,7 @@ def load_policy(
 
 
 def _set_trust(spec: PolicySpec, trust_remote_code: bool) -> None:
-    """Replace the checkpoint's own setting: a file from somebody else must not allow its own code."""
+    """Replace the checkpoint's own setting: a file from another author must not allow its own code."""
     if isinstance(spec, PretrainedPolicy):
         spec.trust_remote_code = trust_remote_code
 

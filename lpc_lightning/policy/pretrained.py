@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +23,11 @@ from transformers import (
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy.head import UnsupportedPolicyError
 from lpc_lightning.policy.spec import PolicySpec
+
+LATENT = "latent.safetensors"
+"""File of the latent in a folder that `lpc-lightning export` has written."""
+ADAPTER = "adapter_config.json"
+"""File of peft's in the folder of an adapter."""
 
 
 class PretrainedPolicy(PolicySpec):
@@ -89,6 +95,14 @@ class PretrainedPolicy(PolicySpec):
         clean.generation_config = model.generation_config
         return clean
 
+    def check_start(self) -> None:
+        """Warn if the folder is an export with a latent: training starts from the plain policy in it."""
+        if (Path(self.path) / LATENT).is_file():
+            rank_zero_warn(
+                f"policy.path: found an export with a latent in {self.path}. A fit starts from its policy at z = 0, "
+                "which is also the reference. The latent in the export is not used; `latent` makes a new one."
+            )
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that is stored with the weights, or the one in `tokenizer`."""
         if self.tokenizer is not None:
@@ -116,6 +130,17 @@ class PretrainedPolicy(PolicySpec):
     def _load(self, kind: Any, **options: Any) -> Any:
         file = Path(self.path)
         name, local = self.path, file.is_dir()
+        if file.suffix == ".ckpt" and file.exists():
+            raise UnsupportedPolicyError(
+                f"policy.path: found the checkpoint {self.path}, expected a folder with config.json and weights. "
+                f"`lpc-lightning export {self.path} --output FOLDER` makes one; `fit --ckpt_path` resumes the run."
+            )
+        if (file / ADAPTER).is_file() and not (file / "config.json").is_file():
+            raise UnsupportedPolicyError(
+                f"policy.path: found an adapter without its base model in {self.path}, expected a folder with "
+                "config.json and weights. Merge it first: `merge_and_unload` of peft, then `save_pretrained` of the "
+                "model and of the tokenizer."
+            )
         if file.suffix == ".gguf" and file.is_file():
             name, local, options["gguf_file"] = str(file.parent), True, file.name
         if not local and (file.suffix == ".gguf" or file.is_absolute() or self.path.startswith((".", "models/"))):

@@ -61,6 +61,9 @@ class PolicySpec(ABC):
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer of the model."""
 
+    def check_start(self) -> None:  # noqa: B027  # optional
+        """Check the weights as the start of a fit. By default there is nothing to check."""
+
     def build(self, tokenizer: PreTrainedTokenizerBase | None = None) -> CausalPolicy:
         """Load the model, add the adapter, and check that the model is supported.
 

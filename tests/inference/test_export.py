@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.opening import open_module, open_policy
+from lpc_lightning.policy import PretrainedPolicy
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +96,17 @@ def elsewhere(exported: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fit_from_an_export_starts_without_its_latent(exported: dict[str, Path], fit_run: Any) -> None:
+    """The policy is the stock model in the folder. The latent is lost, and the run warns."""
+    policy = PretrainedPolicy(str(exported["codes"]))
+    with pytest.warns(UserWarning, match="found an export with a latent in .* The latent in the export is not used"):
+        run = fit_run(DPO(policy=policy), max_steps=1)
+    stock = AutoModelForCausalLM.from_pretrained(exported["codes"])
+    start = PretrainedPolicy(str(exported["codes"])).build().causal_lm
+    assert all(torch.equal(value, start.state_dict()[name]) for name, value in stock.state_dict().items())
+    assert run.trainer.global_step == 1
 
 
 @torch.no_grad()
