@@ -49,7 +49,7 @@ def adapt(
     shots: list[int] | None = None,
     rounds: int = 20,
     under_z: bool = True,
-    limit: int | None = None,
+    limit: int | float | None = None,
     batch_size: int = 8,
     max_length: int = 1024,
     precision: Literal["32-true", "64-true", "bf16-mixed", "bf16-true"] = "32-true",
@@ -81,7 +81,7 @@ def adapt(
         rounds: Number of random choices of the labelled pairs, which are averaged.
         under_z: Also score the policy under z = sum_k w_k e_k, in the first round. This takes a second pass over the
             pairs.
-        limit: Use the first pairs up to this number. null: all of them.
+        limit: Use the first pairs up to this number; below 1: this share of them. null: all of them.
         batch_size: Pairs in a batch.
         max_length: Most tokens of a prompt with its longer answer. Longer pairs are left out and counted in the output.
         precision: Precision of the computation, as `trainer.precision`.

@@ -16,6 +16,7 @@ from lpc_lightning.evaluation.accuracy.pair_table import PairTable, pair_labels
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights, correct, single_code
 from lpc_lightning.evaluation.adaptation.scores import (
     SHOTS,
+    PairKey,
     Score,
     adaptation_mixtures,
     adaptation_scores,
@@ -43,8 +44,8 @@ class AdaptationReport:
     has a latent."""
     weights: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     """(K,) weights over the codes of each annotator, from all pairs of that annotator. Empty: no codes."""
-    mixtures: Mapping[int, Mapping[str, NDArray[np.float64]]] = field(default_factory=dict)
-    """(K,) weights for each pair, by number of labelled pairs and by the pair's id; see `adaptation_mixtures`."""
+    mixtures: Mapping[int, Mapping[PairKey, NDArray[np.float64]]] = field(default_factory=dict)
+    """(K,) weights for each pair, by number of labelled pairs; see `adaptation_mixtures`."""
 
     @property
     def metrics(self) -> dict[str, float]:

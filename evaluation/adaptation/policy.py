@@ -11,7 +11,7 @@ from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import pair_labels
 from lpc_lightning.evaluation.adaptation.inference import Table, correct
-from lpc_lightning.evaluation.adaptation.scores import Score, mean_score
+from lpc_lightning.evaluation.adaptation.scores import PairKey, Score, mean_score
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.types import PreferenceBatch
 
@@ -22,11 +22,11 @@ class PolicyUnderMixtures:
     `generate --code-weights` uses such a z. The cost is one pass through the LM head for each number of shots.
     """
 
-    def __init__(self, mixtures: Mapping[int, Mapping[str, Table]], column: Group) -> None:
+    def __init__(self, mixtures: Mapping[int, Mapping[PairKey, Table]], column: Group) -> None:
         """Start without pairs.
 
         Args:
-            mixtures: (K,) weights by number of labelled pairs and by the pair's id; see `adaptation_mixtures`.
+            mixtures: (K,) weights for each pair, by number of labelled pairs; see `adaptation_mixtures`.
             column: Label that identifies a pair's annotator.
         """
         self.mixtures, self.column = mixtures, column
@@ -51,15 +51,16 @@ class PolicyUnderMixtures:
         """
         assert isinstance(space, DiscreteSpace)
         codes, labels = space.codebook.weight, pair_labels(batch)
+        keys = [(str(row[self.column]), str(row["id"])) for row in labels]
         zeros = np.zeros(len(codes))
         for n, mixtures in self.mixtures.items():
-            weights = np.stack([mixtures.get(name, zeros) for name in batch.ids])
+            weights = np.stack([mixtures.get(key, zeros) for key in keys])
             z = space.codebook(torch.as_tensor(weights, dtype=codes.dtype, device=codes.device))
             pairs, _ = evaluated["score"].under(z)
             right = correct((pairs.chosen_rewards - pairs.rejected_rewards).double().cpu().numpy())
-            scored = [index for index, name in enumerate(batch.ids) if name in mixtures]
+            scored = [index for index, key in enumerate(keys) if key in mixtures]
             self._correct[n] += right[scored].tolist()
-            self._annotators[n] += [str(labels[index][self.column]) for index in scored]
+            self._annotators[n] += [keys[index][0] for index in scored]
             self._prompts[n] += [batch.prompts[index] for index in scored]
 
     def scores(self) -> dict[int, Score]:

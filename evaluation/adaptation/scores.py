@@ -26,6 +26,10 @@ SHOTS = (0, 1, 2, 4, 8, 16)
 """Default numbers of labelled pairs."""
 
 
+PairKey = tuple[str, str]
+"""Annotator and id of a pair. Several annotators may label pairs with the same id."""
+
+
 @dataclass(frozen=True)
 class Score:
     """An accuracy over pairs. The value of a pair is its mean over the rounds."""
@@ -128,19 +132,20 @@ def adaptation_scores(
 
 def adaptation_mixtures(
     tables: CodeTables, ids: Sequence[str], annotators: Sequence[str], shots: Sequence[int] = SHOTS, seed: int = 0
-) -> dict[int, dict[str, Table]]:
+) -> dict[int, dict[PairKey, Table]]:
     """Compute (K,) weights over the codes for each pair from n others of its annotator: `exact`, in the first round.
 
     Arguments and errors are those of `infer_weights`.
 
     Returns:
-        Weights by n and by the pair's id. Pairs of annotators with n pairs or fewer are left out.
+        Weights by n and by annotator and id of the pair. Pairs of annotators with n pairs or fewer are left out.
     """
-    mixtures: dict[int, dict[str, Table]] = {}
+    mixtures: dict[int, dict[PairKey, Table]] = {}
     for inferred in infer_weights(tables, ids, annotators, shots, 1, seed):
         if inferred.inference == "exact":
             (rows,), (weights,) = inferred.rows, np.exp(log_softmax(inferred.log_weights, axis=-1))
-            mixtures.setdefault(inferred.shots, {}).update(zip((ids[row] for row in rows), weights, strict=True))
+            keys = [(annotators[row], ids[row]) for row in rows]
+            mixtures.setdefault(inferred.shots, {}).update(zip(keys, weights, strict=True))
     return mixtures
 
 

@@ -186,7 +186,9 @@ def test_mixtures_against_a_loop(seed: int) -> None:
     for position, pair in enumerate(ring):
         for n in (0, 2, 4):
             given = [ring[(position + step) % 7] for step in range(1, n + 1)]
-            assert mixtures[n][IDS[pair]] == pytest.approx(naive_weights("exact", tables, given, pair), abs=1e-12)
+            assert mixtures[n][NAMES[pair], IDS[pair]] == pytest.approx(
+                naive_weights("exact", tables, given, pair), abs=1e-12
+            )
 
 
 def test_circular_orders_of_a_subset() -> None:

@@ -59,12 +59,26 @@ def test_policy_under_mixtures_against_single_pairs(module: DPO, batches: list[A
     scores = collect_batches(module, batches, PolicyUnderMixtures(report.mixtures, "annotator")).scores()
     assert [(n, score.pairs) for n, score in scores.items()] == [(0, 12), (1, 11), (4, 11)]
     for n, score in scores.items():
-        expected = {name: is_correct(module, batches, name, weights) for name, weights in report.mixtures[n].items()}
+        mixtures = report.mixtures[n].items()
+        expected = {name: is_correct(module, batches, name, weights) for (_, name), weights in mixtures}
         assert score.accuracy == pytest.approx(np.mean(list(expected.values())), abs=1e-12)
         owners = {f"pair {number}": name for number, name in enumerate(ANNOTATORS)}
         for annotator, mean in score.by_annotator.items():
             own = [value for name, value in expected.items() if owners[name] == annotator]
             assert mean == pytest.approx(np.mean(own), abs=1e-12)
+
+
+def test_policy_under_mixtures_ids_repeat(module: DPO, batches: list[Any]) -> None:
+    """Ids may start again with each annotator. Given all other pairs of an annotator, their order does not matter."""
+    numbers = iter([0, *range(6), *range(5)])
+    repeated = [replace(batch, ids=tuple(str(next(numbers)) for _ in batch.ids)) for batch in batches]
+    scores = []
+    for given in (batches, repeated):
+        report = collect_batches(module, given, AdaptationPairs(shots=(4, 5))).collect()
+        scores.append(collect_batches(module, given, PolicyUnderMixtures(report.mixtures, "annotator")).scores())
+    assert [{n: score.pairs for n, score in each.items()} for each in scores] == [{4: 11, 5: 6}] * 2
+    for n, annotator in ((4, "ben"), (5, "anna")):
+        assert scores[0][n].by_annotator[annotator] == scores[1][n].by_annotator[annotator]
 
 
 def test_policy_under_mixtures_zero_shots(module: DPO, batches: list[Any]) -> None:
@@ -75,8 +89,8 @@ def test_policy_under_mixtures_zero_shots(module: DPO, batches: list[Any]) -> No
 
 
 def test_policy_under_mixtures_of_one_code(module: DPO, batches: list[Any]) -> None:
-    names = [name for batch in batches for name in batch.ids]
-    mixtures = {8: dict.fromkeys(names, np.array([0.0, 1.0, 0.0]))}
+    keys = [key for batch in batches for key in zip(batch.annotators, batch.ids, strict=True)]
+    mixtures = {8: dict.fromkeys(keys, np.array([0.0, 1.0, 0.0]))}
     scores = collect_batches(module, batches, PolicyUnderMixtures(mixtures, "annotator")).scores()
     space: Any = module.latent
     expected = []
