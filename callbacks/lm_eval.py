@@ -55,7 +55,7 @@ class LMEvaluation(Callback):
         self,
         tasks: Sequence[str] = PAPER_TASKS,
         data_dir: str | None = None,
-        limit: int | None = None,
+        limit: int | float | None = None,
         every_n_steps: int | None = None,
         step_limit: int = 100,
         num_fewshot: int | None = None,
@@ -69,7 +69,8 @@ class LMEvaluation(Callback):
         Args:
             tasks: Names of lm-eval's tasks, groups or tags, or paths of task files (.yaml).
             data_dir: Folder with the tasks' data (arc/, gsm8k/, truthfulqa/). null: download the data from the hub.
-            limit: Evaluate the first documents of each task up to this number, at the end. null: all of them.
+            limit: Evaluate the first documents of each task up to this number, at the end; below 1: this share of them.
+                null: all of them.
             every_n_steps: Also evaluate after every n-th optimizer step. null: only at the end.
             step_limit: Same as `limit`, for evaluations during training.
             num_fewshot: Examples before each question. null: the task's default.
@@ -150,7 +151,7 @@ class LMEvaluation(Callback):
             print(_table(results))
 
     def _run(
-        self, trainer: Trainer, pl_module: LightningModule, limit: int | None, folder: Path, name: str
+        self, trainer: Trainer, pl_module: LightningModule, limit: int | float | None, folder: Path, name: str
     ) -> BenchmarkResults:
         assert isinstance(pl_module, PreferenceModule)
         # `log_dir` is a collective call: all processes must make it.
@@ -179,7 +180,7 @@ class LMEvaluation(Callback):
             seed=self.seed,
         )
 
-    def _benchmarks(self, trainer: Trainer, module: PreferenceModule, limit: int | None) -> BenchmarkResults:
+    def _benchmarks(self, trainer: Trainer, module: PreferenceModule, limit: int | float | None) -> BenchmarkResults:
         from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 
         return run_benchmarks(

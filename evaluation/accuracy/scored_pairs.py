@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class PairsFile(PreferenceDataModule):
         self,
         path: str,
         split: str | None = None,
-        limit: int | None = None,
+        limit: int | float | None = None,
         columns: Columns | None = None,
         split_column: str = "split",
         **data: Any,
@@ -54,7 +55,7 @@ class PairsFile(PreferenceDataModule):
                 are replaced.
             split: Split of the selected rows. None: `test` if the path has splits, or if any row has a value in the
                 split column; else all rows.
-            limit: Maximum number of pairs, taken from the start. None: all pairs.
+            limit: Maximum number of pairs, taken from the start; below 1: a share of them, rounded up. None: all pairs.
             columns: Names of the columns, and how their cells are read. None: the defaults of `Columns`.
             split_column: Column that holds the split of each row.
             data: Settings of `PreferenceDataModule`.
@@ -86,8 +87,8 @@ class FirstExamples:
     """The first examples of a source."""
 
     source: ExampleSource
-    count: int | None
-    """Number of examples. None: all of them."""
+    count: int | float | None
+    """Number of examples; below 1: a share of them, rounded up. None: all of them."""
 
     def key(self) -> str:
         """Return a key of the examples; see `ExampleSource.key`."""
@@ -95,7 +96,10 @@ class FirstExamples:
 
     def read(self, report: DataReport) -> Iterator[PreferenceExample]:
         """Yield the examples; see `ExampleSource.read`. Rows after the last one are neither read nor counted."""
-        return islice(self.source.read(report), self.count)
+        count = self.count
+        if count is not None and count < 1:
+            count = math.ceil(count * sum(1 for _ in self.source.read(DataReport())))
+        return islice(self.source.read(report), None if count is None else int(count))
 
 
 def score_pairs(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, precision: str | None) -> BenchmarkResults:
@@ -146,4 +150,6 @@ def _item(row: dict[str, Any], content: str) -> dict[str, Any]:
     margins: dict[str, float] = row["margins"]
     correct = {f"accuracy/{mode}": float(accuracies(torch.tensor(margin))) for mode, margin in margins.items()}
     labels = {name: value for name, value in row.items() if name not in ("id", "margins")}
-    return {"task": TASK, "doc_id": row["id"], "doc_hash": content, "metrics": correct, "response": margins, **labels}
+    # Ids may repeat across annotators.
+    version = f"{content} {row['annotator']}".rstrip()
+    return {"task": TASK, "doc_id": row["id"], "doc_hash": version, "metrics": correct, "response": margins, **labels}

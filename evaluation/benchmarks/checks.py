@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
-def check_counts(limit: int | None, num_fewshot: int | None) -> None:
+def check_counts(limit: int | float | None, num_fewshot: int | None) -> None:
     """Check that `limit` and `num_fewshot` are in range.
 
     Raises:
-        ConfigError: `limit` is below 1, or `num_fewshot` is below 0.
+        ConfigError: `limit` is neither a whole number above 0 nor a share below 1, or `num_fewshot` is below 0.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit: found {limit}, expected at least one document, or null for all of them.")
+    if limit is not None and (not 0 < limit < math.inf or (limit > 1 and limit != int(limit))):
+        raise ConfigError(
+            f"limit: found {limit}, expected a number of documents, at least 1, or a share of them below 1, or null "
+            "for all of them."
+        )
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot: found {num_fewshot}, expected 0 or more, or null for each task's own number.")
 

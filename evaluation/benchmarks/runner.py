@@ -46,7 +46,7 @@ def run_benchmarks(
     tasks: Sequence[str] = PAPER_TASKS,
     *,
     data_dir: str | None = None,
-    limit: int | None = None,
+    limit: int | float | None = None,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
     seed: int = 1234,
@@ -62,7 +62,7 @@ def run_benchmarks(
         lm: The model.
         tasks: Names of lm-eval tasks, groups or tags, or paths of task files (.yaml).
         data_dir: Folder of local data, with the files of `LOCAL_DATA`. None: data comes from the hub.
-        limit: Number of documents per task, taken from the start. None: all documents.
+        limit: Number of documents per task, taken from the start; below 1: a share of them. None: all documents.
         num_fewshot: Number of examples before each question. None: each task's own number. A task whose own number is 0
             always has no examples.
         apply_chat_template: Format prompts as conversations, with the chat template of the model's tokenizer.
@@ -108,7 +108,7 @@ class _Run:
     """Settings of a run, and its results so far."""
 
     lm: LM
-    limit: int | None
+    limit: int | float | None
     num_fewshot: int | None
     apply_chat_template: bool
     seed: int

@@ -39,7 +39,7 @@ def evaluate(
     preferences: str | None = None,
     output: str = "results",
     names: list[str] | None = None,
-    limit: int | None = None,
+    limit: int | float | None = None,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
     batch_size: int | Literal["auto"] = "auto",
@@ -69,7 +69,7 @@ def evaluate(
             checkpoint is scored by its algorithm's reward, any other model by mean log-probability.
         output: Folder for the results.
         names: Names of the models in tables and folders, one per model. null: names made from the models' paths.
-        limit: Number of documents per task, and of pairs, from the start. null: all of them.
+        limit: Number of documents per task, and of pairs, from the start; below 1: a share of them. null: all of them.
         num_fewshot: Number of examples before each question. null: each task's own number.
         apply_chat_template: Format the benchmarks' prompts as conversations, with the tokenizer's chat template.
         batch_size: Number of sequences per batch. `auto` uses what fits into memory.

@@ -47,7 +47,7 @@ class EvalRequest:
     tasks: tuple[str, ...]
     data_dir: str | None = None
     preferences: str | None = None
-    limit: int | None = None
+    limit: int | float | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False
     batch_size: int | Literal["auto"] = "auto"

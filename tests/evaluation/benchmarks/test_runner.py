@@ -60,7 +60,7 @@ def recording_lm(loud_policy):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_fewshot": 2, "limit": 5}, {"apply_chat_template": True, "limit": 4}],
+    [{}, {"num_fewshot": 2, "limit": 5}, {"apply_chat_template": True, "limit": 0.3}],
     ids=["own", "two shots", "chat"],
 )
 def test_scores_equal_simple_evaluate(settings, stock, data_dir) -> None:

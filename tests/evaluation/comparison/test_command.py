@@ -218,7 +218,7 @@ def test_limit_of_pairs_without_split_column(evaluate: Run, plain: str, results:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evaluate(plain, "--tasks=none", f"--preferences={path}").code == 0
     assert results("plain").record["tasks"]["preferences"]["items"] == 6
-    assert evaluate(plain, "--tasks=none", f"--preferences={path}", "--limit=4").code == 0
+    assert evaluate(plain, "--tasks=none", f"--preferences={path}", "--limit=0.6").code == 0
     assert results("plain-2").record["tasks"]["preferences"]["items"] == 4
 
 
@@ -377,7 +377,7 @@ def test_invalid_pairs_do_not_stop_benchmarks(evaluate: Run, plain: str, results
     assert outcome.errors[0].startswith("plain, preferences: 1 rows cannot be used.")
     assert "equal answers" in outcome.err
     assert set(results("plain").metrics) == {"arc_easy"}
-    assert evaluate(plain, "--tasks=arc_easy", "--limit=4").code == 0
+    assert evaluate(plain, "--tasks=arc_easy", "--limit=0.6").code == 0
 
 
 def test_damaged_results_are_an_error(evaluate: Run, plain: str, tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_damaged_results_are_an_error(evaluate: Run, plain: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--limit=0"], "limit: found 0, expected at least one document"),
+        (["--limit=0"], "limit: found 0, expected a number of documents, at least 1, or a share"),
         (["--num-fewshot=-1"], "num_fewshot: found -1, expected 0 or more"),
         (["--tasks=none"], "tasks: found none, expected a task, or a file of preference pairs"),
         (["--tasks=arc_esay"], "tasks: found 'arc_esay' with data_dir, expected arc_easy"),
