@@ -16,7 +16,7 @@ SPACE = "Free some space, or write to another disk (--output, --trainer.default_
 PERMISSION = "Give a path that you may write to (--output, --trainer.default_root_dir, --data.cache_dir)."
 FILES = "Raise the limit (`ulimit -n 4096`), or use fewer processes (--data.num_workers 0)."
 MEMORY = (
-    "Use smaller batches (--data.tokens_per_batch, --data.batch_size, --batch_size), fewer processes, a smaller model, "
+    "Use smaller batches (--data.batch_size, --data.row_tokens, --batch_size), fewer processes, a smaller model, "
     "or a machine with more memory."
 )
 PLACE = "Give another path."
