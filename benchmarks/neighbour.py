@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-SPIN_COUNTS = (10_000, 300_000)
-"""Values of GOMP_SPINCOUNT: the project's, and GNU OpenMP's default."""
+SPIN_COUNTS = (1_000, 10_000, 300_000)
+"""Values of GOMP_SPINCOUNT: the project's, a longer one, and GNU OpenMP's default."""
 WARMUP = 2
 """Steps before those that are measured."""
 
