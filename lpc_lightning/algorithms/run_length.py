@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lpc_lightning.data.batching.loading import NEW_RUN
 from lpc_lightning.errors import ConfigError
 
 LENGTH_SETTINGS = ("max_epochs", "max_steps", "limit_train_batches")
@@ -39,7 +40,7 @@ def compare_run_length(trainer: Trainer, before: dict[str, Any]) -> None:
     if now[name] != before[name]:
         raise ConfigError(
             f"trainer.{name}: found {now[name]}, expected {before[name]} as in the checkpoint. Resume with the same "
-            "value, or start a new run from the weights."
+            f"value, or {NEW_RUN}."
         )
     if changes := [
         f"{name} {now[name]} (before: {before[name]})" for name in LENGTH_SETTINGS if now[name] != before[name]

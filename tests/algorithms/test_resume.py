@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
 from lpc_lightning.algorithms import DPO, PreferenceModule
+from lpc_lightning.callbacks import LabelFlipNoise
+from lpc_lightning.data import PreferenceData
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import Exponential, GumbelSpace
@@ -176,6 +179,38 @@ def test_ended_run_goes_on_with_more_steps(
     assert same(resumed.weights, whole.weights)
     assert list(resumed.training.values()) == list(whole.training.values())[3:]
     assert resumed.batches == whole.batches[6:]
+
+
+@pytest.fixture
+def renamed(small_policy: Any, fit_run: Any, tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
+    """Function that resumes a run from a copy of its file under another name; returns the whole and the resumed run."""
+    rows = [{"prompt": f"Name {number}!", "chosen": f"It is {number}.", "rejected": "No."} for number in range(16)]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def fit(name: str, ckpt_path: Path | None = None, **options: Any) -> Any:
+        sizes: dict[str, Any] = {"validation_share": 0.2, "test_split": None, "batch_size": 2}
+        data = PreferenceData(str(tmp_path / f"{name}.jsonl"), cache_dir=str(tmp_path / "cache"), **sizes)
+        module = DPO(policy=small_policy(), optimizer=adam)
+        return fit_run(module, data, ckpt_path=ckpt_path, max_epochs=2, **options)
+
+    def runs(callbacks: Callable[[], list[Callback]]) -> tuple[Any, Any]:
+        whole = fit("a", callbacks=[Within(tmp_path), *callbacks()])
+        return whole, fit("b", tmp_path / "within.ckpt", callbacks=callbacks())
+
+    return runs
+
+
+def test_renamed_file_resumes(renamed: Callable[..., tuple[Any, Any]]) -> None:
+    whole, resumed = renamed(list)
+    assert same(resumed.weights, whole.weights)
+    assert list(resumed.training.values()) == list(whole.training.values())[5:]
+
+
+def test_renamed_file_with_other_flips_is_refused(renamed: Callable[..., tuple[Any, Any]]) -> None:
+    """Rows without an id have one of the file's name, on which the flips depend."""
+    with pytest.raises(DataError, match=r"label noise .* flipped other pairs than in the checkpoint, .* former name"):
+        renamed(lambda: [LabelFlipNoise(0.5)])
 
 
 def test_resume_at_the_end_warns(small_policy: Any, small_data: Any, fit_run: Any, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.seeding import derive
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
+NEW_RUN = "start a new run from an export of the checkpoint (`lpc-lightning export`; its latent starts anew)"
+
 
 class TrainingBatches(Sampler[list[int]]):
     """Shuffled batches of one epoch. The order is a function of (seed, epoch) only. Each device takes every n-th pair.
@@ -188,6 +190,7 @@ class TrainingLoader(PreferenceLoader):
         self.sampler = batches
         self._data = pairs.fingerprint if isinstance(pairs, TokenStore) else ""
         self._noise = pairs.noise if isinstance(pairs, TokenStore) else ""
+        self._flips = pairs.flips_digest if isinstance(pairs, TokenStore) else ""
         self._epoch = self._taken = 0
         self._taken_before: dict[int, int] = {}
 
@@ -208,7 +211,7 @@ class TrainingLoader(PreferenceLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the epoch, and everything that determines the order."""
-        return {"epoch": self._epoch, "taken": self._taken, "noise": self._noise, **self._order}
+        return {"epoch": self._epoch, "taken": self._taken, "noise": self._noise, "flips": self._flips, **self._order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the epoch after the batches that were taken. A later epoch starts with its first batch.
@@ -219,14 +222,20 @@ class TrainingLoader(PreferenceLoader):
         if self._noise != state["noise"]:
             raise DataError(
                 f"resume: found {self._noise or 'no label noise'}, expected {state['noise'] or 'no label noise'} as in "
-                "the checkpoint. Resume with the same settings of LabelFlipNoise, or start a new run from the weights."
+                "the checkpoint. Resume with the same settings of LabelFlipNoise, or {NEW_RUN}."
             )
         expected = {name: state[name] for name in self._order}
         if self._order != expected:
             raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
                 "same seed_everything, data, data.batch_size, data.length_window, data.pairs_per_annotator, "
-                "data.balance_batches and devices, or start a new run from the weights."
+                f"data.balance_batches and devices, or {NEW_RUN}."
+            )
+        if self._flips != state["flips"]:
+            raise DataError(
+                f"resume: {self._noise} flipped other pairs than in the checkpoint, although their texts are the same. "
+                "Expected pairs with the same ids; rows without an id are identified by file name and line. Give the "
+                f"file its former name, or {NEW_RUN}."
             )
         self._epoch, self._taken = state["epoch"], state["taken"]
         self._taken_before = {self._epoch: self._taken}

@@ -145,6 +145,11 @@ class TokenStore(Sequence[TokenizedPair]):
         parts = [self.token_digest, self._digest("annotator")]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    @property
+    def flips_digest(self) -> str:
+        """SHA-256 of the choice of reversed labels. Empty if no label is reversed."""
+        return "" if self._swaps is None else hashlib.sha256(np.packbits(self._swaps).tobytes()).hexdigest()
+
     def _digest(self, *names: str) -> str:
         """Hash the values of columns, whatever the batches of rows in which they are stored."""
         digest = hashlib.sha256()
