@@ -41,7 +41,8 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
             parser.add_argument(f"--{each}", default=default, **several)
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=set(lists))
     switches = {each for each, hint in hints.items() if hint is bool}
-    settings = parser.parse_args(list(_spelled_out(arguments, set(lists), switches))).as_dict()
+    parsed = parser.parse_args(list(_spelled_out(arguments, set(lists), switches)))
+    settings = parser.instantiate(parsed).as_dict()  # a parameter may be a data class, whose fields are settings
     del settings["config"]
     return function(**settings)
 

@@ -499,7 +499,7 @@ def test_a_bad_row_is_named(kind: str, command: Command, places: list[str], tmp_
     assert_one_error(output, pattern)
     if not rows:
         return
-    assert "Correct or remove them, or set `data.bad_rows: skip` to train without them." in output.err
+    assert "Correct or remove them, or leave them out: `--data.bad_rows skip` (evaluate" in output.err
     went_on = command(
         "fit", *POLICY, *MODEL, *flags, *TRAINER, *places, "--data.bad_rows=skip", "--trainer.max_steps=1"
     )

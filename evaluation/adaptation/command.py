@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lpc_lightning.data import DataError
+from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
@@ -49,6 +50,8 @@ def adapt(
     shots: list[int] | None = None,
     rounds: int = 20,
     under_z: bool = True,
+    columns: Columns | None = None,
+    bad_rows: Literal["error", "skip"] = "error",
     limit: int | float | None = None,
     batch_size: int = 8,
     max_length: int = 1024,
@@ -81,6 +84,9 @@ def adapt(
         rounds: Number of random choices of the labelled pairs, which are averaged.
         under_z: Also score the policy under z = sum_k w_k e_k, in the first round. This takes a second pass over the
             pairs.
+        columns: Names of the columns, and how their cells are read, as `data.columns` of a fit. null: the defaults.
+        bad_rows: Treatment of pairs that cannot be used. `error`: stop and list them. `skip`: leave them out and count
+            them.
         limit: Use the first pairs up to this number; below 1: this share of them. null: all of them.
         batch_size: Pairs in a batch.
         max_length: Most tokens of a prompt with its longer answer. Longer pairs are left out and counted in the output.
@@ -98,7 +104,15 @@ def adapt(
     collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
     reports: dict[str, AdaptationReport] = {}
     for name, path in named:
-        pairs = PairsFile(preferences, split=split, limit=limit, batch_size=batch_size, max_length=max_length)
+        pairs = PairsFile(
+            preferences,
+            split=split,
+            limit=limit,
+            columns=columns,
+            bad_rows=bad_rows,
+            batch_size=batch_size,
+            max_length=max_length,
+        )
         checkpoint = read_checkpoint(Path(path), weights=False)
         pairs.template_settings = trained_template(checkpoint_origin(checkpoint, Path(path)))
         module = open_module(path, device, trust_remote_code)

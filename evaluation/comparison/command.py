@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS
@@ -39,6 +40,8 @@ def evaluate(
     preferences: str | None = None,
     output: str = "results",
     names: list[str] | None = None,
+    columns: Columns | None = None,
+    bad_rows: Literal["error", "skip"] = "error",
     limit: int | float | None = None,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
@@ -69,6 +72,10 @@ def evaluate(
             checkpoint is scored by its algorithm's reward, any other model by mean log-probability.
         output: Folder for the results.
         names: Names of the models in tables and folders, one per model. null: names made from the models' paths.
+        columns: Names of the columns of these pairs, and how their cells are read, as `data.columns` of a fit. null:
+            the defaults.
+        bad_rows: Treatment of pairs that cannot be used. `error`: stop and list them. `skip`: leave them out and count
+            them.
         limit: Number of documents per task, and of pairs, from the start; below 1: a share of them. null: all of them.
         num_fewshot: Number of examples before each question. null: each task's own number.
         apply_chat_template: Format the benchmarks' prompts as conversations, with the tokenizer's chat template.
@@ -97,6 +104,8 @@ def evaluate(
         tasks=PAPER_TASKS if tasks is None else tuple(task for task in tasks if task != "none"),
         data_dir=None if data_dir is None else expand_path(data_dir, "data_dir"),
         preferences=preferences,
+        columns=columns or Columns(),
+        bad_rows=bad_rows,
         limit=limit,
         num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,

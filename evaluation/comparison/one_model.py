@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import DataError
+from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, score_pairs
@@ -47,6 +48,8 @@ class EvalRequest:
     tasks: tuple[str, ...]
     data_dir: str | None = None
     preferences: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    bad_rows: Literal["error", "skip"] = "error"
     limit: int | float | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False
@@ -82,7 +85,9 @@ class EvalRequest:
         if self.preferences is None:
             return None
         size = 8 if self.batch_size == "auto" else self.batch_size
-        return PairsFile(self.preferences, limit=self.limit, batch_size=size)
+        return PairsFile(
+            self.preferences, limit=self.limit, columns=self.columns, batch_size=size, bad_rows=self.bad_rows
+        )
 
     def key(self, model: str) -> dict[str, Any]:
         """Return all settings and files that determine a model's score on a task.
@@ -90,7 +95,7 @@ class EvalRequest:
         Stored results with an equal key can be used again.
         """
         settings = asdict(self)
-        for name in ("tasks", "preferences", "batch_size", "device", "trust_remote_code"):
+        for name in ("tasks", "preferences", "columns", "bad_rows", "batch_size", "device", "trust_remote_code"):
             del settings[name]
         path = str(Path(model).resolve()) if Path(model).exists() else model
         return {**settings, "model": path, "weights": weights_of(model), "data": local_data(self.data_dir)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lpc_lightning.data.sources.files import Rows
 from lpc_lightning.data.sources.locations import open_location
-from lpc_lightning.data.sources.rows import BadRow, DataError, OnBad
+from lpc_lightning.data.sources.rows import SKIP, BadRow, DataError, OnBad
 
 
 def read_rows(
@@ -48,7 +48,7 @@ def read_rows(
     def bad(place: str, fault: BadRow) -> None:
         nonlocal bad_rows
         if on_bad is None:
-            raise DataError(f"{place}: {fault}. Correct or remove it; a fit can skip it (`data.bad_rows: skip`).")
+            raise DataError(f"{place}: {fault}. Correct or remove it, or skip it: {SKIP}.")
         bad_rows += 1
         on_bad(place, fault)
 

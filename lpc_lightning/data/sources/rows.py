@@ -8,6 +8,9 @@ from typing import Any, Literal, TypeAlias
 Row: TypeAlias = dict[str, Any]
 """One row: cells by column name."""
 
+SKIP = "`--data.bad_rows skip` (evaluate and adapt: `--bad_rows skip`)"
+"""Option that leaves out rows that cannot be used, for errors."""
+
 Reason: TypeAlias = Literal[
     "invalid UTF-8",
     "invalid JSON",

@@ -30,7 +30,7 @@ import transformers
 
 from lpc_lightning.data.sources.example_source import ExampleSource
 from lpc_lightning.data.sources.report import DataReport
-from lpc_lightning.data.sources.rows import DataError
+from lpc_lightning.data.sources.rows import SKIP, DataError
 from lpc_lightning.data.tokenization.cache_lock import one_at_a_time
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.template import Template
@@ -148,8 +148,8 @@ def _write_entry(
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
     if report.bad and bad_rows == "error":
         raise DataError(
-            f"{sum(report.bad.values())} rows cannot be used.\n{report}\nCorrect or remove them, or set "
-            "`data.bad_rows: skip` to train without them."
+            f"{sum(report.bad.values())} rows cannot be used.\n{report}\nCorrect or remove them, or leave "
+            f"them out: {SKIP}."
         )
     if not report.kept:
         raise DataError(f"No pair is left.\n{report}\nCheck the split, the columns and the length limits.")

@@ -122,7 +122,7 @@ def test_read_rows_bad_lines(tmp_path):
         ("pairs.jsonl line 6", "invalid JSON"),
         ("pairs.jsonl line 7", "invalid JSON"),
     ]
-    with pytest.raises(DataError, match=r"pairs\.jsonl line 2: invalid JSON: .*begins with.*data\.bad_rows: skip"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl line 2: invalid JSON: .*begins with.*data\.bad_rows skip`"):
         list(read_rows(path))
 
 

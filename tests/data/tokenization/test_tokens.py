@@ -121,7 +121,7 @@ def test_bad_rows_are_listed_in_one_error(write_rows, template, cache):
         load_or_tokenize(source, template, ANY_LENGTH, cache_dir=cache)
     text = str(caught.value)
     assert text.startswith("3 rows cannot be used.")
-    for part in ("pairs.jsonl line 3", "pairs.jsonl line 4", "pairs.jsonl line 6", "invalid JSON", "bad_rows: skip"):
+    for part in ("pairs.jsonl line 3", "pairs.jsonl line 4", "pairs.jsonl line 6", "invalid JSON", "bad_rows skip"):
         assert part in text
     assert entries(cache) == []
     store, report = load_or_tokenize(source, template, ANY_LENGTH, bad_rows="skip", cache_dir=cache)

@@ -212,6 +212,20 @@ def test_preference_accuracy_equals_trainer_test(
     assert "not comparable: reward is likelihood, but implicit for lpc-last" in outcome.out
 
 
+def test_preferences_take_columns_and_skip_bad_rows(evaluate: Run, plain: str, results: Any, tmp_path: Path) -> None:
+    rows = [{"question": f"Why {n}?", "better": "So.", "rejected": "No."} for n in range(4)] + [{"question": "Why?"}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [plain, "--tasks=none", f"--preferences={path}", "--columns.chosen=better"]
+    outcome = evaluate(*flags)
+    assert outcome.code == 1
+    assert "1 bad: missing answer: pairs.jsonl line 5" in outcome.err
+    assert "evaluate and adapt: `--bad_rows skip`" in outcome.err
+    assert evaluate(*flags, "--bad_rows=skip").code == 0
+    record = results("plain").record["tasks"]["preferences"]
+    assert (record["items"], record["bad"]) == (4, {"missing answer": 1})
+
+
 def test_limit_of_pairs_without_split_column(evaluate: Run, plain: str, results: Any, tmp_path: Path) -> None:
     rows = [{"prompt": f"Why {n}?", "chosen": "So.", "rejected": "No."} for n in range(6)]
     path = tmp_path / "pairs.jsonl"
