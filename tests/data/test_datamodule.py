@@ -316,7 +316,7 @@ def test_bad_rows_error_lists_all_rows(data: Any, write_rows: Any, tmp_path: Pat
     assert text.startswith("4 rows cannot be used.")
     for number, reason in ((2, "missing answer"), (3, "empty answer"), (4, "equal answers"), (5, "invalid JSON")):
         assert f"{reason}: pairs.jsonl line {number}" in text
-    assert "`data.bad_rows: skip`" in text
+    assert "`--data.bad_rows skip`" in text
 
 
 def test_metrics_have_the_stage_name(tmp_path: Path) -> None:

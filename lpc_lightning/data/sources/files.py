@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from lpc_lightning.data.sources.rows import BadRow, DataError, OnBad, Row
+from lpc_lightning.data.sources.rows import SKIP, BadRow, DataError, OnBad, Row
 from lpc_lightning.data.sources.strict_json import JsonParser, Marked
 
 Rows: TypeAlias = Iterator[tuple[str, Row]]
@@ -90,7 +90,7 @@ def parse_json(path: Path, parser: JsonParser) -> Any:
     except RecursionError as error:
         raise DataError(
             f"{path}: found a value that is nested too deep to be parsed, expected rows of a few levels. Remove it, or "
-            "save the rows as JSON lines (.jsonl), in which `data.bad_rows: skip` can skip a single row."
+            f"save the rows as JSON lines (.jsonl), of which a single row can be left out: {SKIP}."
         ) from error
     except ValueError as error:
         line, message = getattr(error, "lineno", 1), getattr(error, "msg", str(error))
