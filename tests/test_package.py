@@ -29,6 +29,7 @@ LAYERS = (
 """Parts of the method, lowest first. A part imports from its own layer's name or from lower layers only."""
 EVALUATION = (
     {"provenance", "tables"},
+    {"samples"},
     {"ablation"},
     {"statistics"},
     {"figures"},
