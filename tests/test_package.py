@@ -18,7 +18,7 @@ LAYERS = (
     {"types", "seeding", "transfer", "run_folder", "system_errors"},
     {"paths", "markdown", "output_paths", "integrity", "yaml_files"},
     {"losses", "latent", "policy", "data"},
-    {"distributed"},
+    {"distributed", "robust"},
     {"reference"},
     {"algorithms"},
     {"inference"},
