@@ -19,7 +19,7 @@ LAYERS = (
     {"paths", "markdown", "output_paths", "integrity", "yaml_files"},
     {"loggers"},
     {"losses", "latent", "policy", "data"},
-    {"distributed"},
+    {"distributed", "robust"},
     {"reference"},
     {"algorithms"},
     {"inference"},
@@ -30,6 +30,7 @@ LAYERS = (
 """Parts of the method, lowest first. A part imports from its own layer's name or from lower layers only."""
 EVALUATION = (
     {"provenance", "tables"},
+    {"samples"},
     {"ablation"},
     {"statistics"},
     {"figures"},
