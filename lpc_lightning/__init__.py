@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lpc_lightning.algorithms import DPO, IPO, KTO, ORPO, PreferenceModule, SimPO
-    from lpc_lightning.data import PreferenceData, PreferenceDataModule, SyntheticPreferences
+    from lpc_lightning.data import (
+        MixtureSource,
+        PreferenceData,
+        PreferenceDataModule,
+        PreferenceMixture,
+        SyntheticPreferences,
+    )
     from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
     from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy
 
@@ -21,8 +27,10 @@ __all__ = [
     "LatentSpace",
     "LoRA",
     "MarginalSpace",
+    "MixtureSource",
     "PreferenceData",
     "PreferenceDataModule",
+    "PreferenceMixture",
     "PreferenceModule",
     "PretrainedPolicy",
     "SimPO",

@@ -5,6 +5,7 @@ In the formulas, r_w and r_l are the log-ratios log pi(y|x,z) - log pi_ref(y|x) 
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -152,7 +153,16 @@ def kto_loss(
     losses = (desirable_weight * (-desirable).sigmoid() + undesirable_weight * (-undesirable).sigmoid()) / 2
     log_likelihood = logsigmoid(desirable) + logsigmoid(undesirable)
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    return PairLosses(losses, *rewards, log_likelihood, expectation=losses)
+    parts = tuple(
+        (partial(_misjudgement, weight), logsigmoid(logits))
+        for weight, logits in ((desirable_weight / 2, desirable), (undesirable_weight / 2, undesirable))
+    )
+    return PairLosses(losses, *rewards, log_likelihood, parts=parts)
+
+
+def _misjudgement(weight: float, log_probability: Tensor) -> Tensor:
+    """Compute weight (1 - P) from log P, the log-probability that an answer is judged as labelled."""
+    return -weight * torch.expm1(log_probability)
 
 
 def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
@@ -194,9 +204,10 @@ def add_nll(pairs: PairLosses, logps: PairLogps, weight: float) -> PairLosses:
         logps: The log-probabilities that the loss was computed from.
         weight: The paper's alpha.
     """
+    label = pairs.label_log_likelihood
     text = (weight / logps.chosen_lengths.flatten(), logps.policy_chosen)
     losses = pairs.losses - weight * logps.policy_chosen / logps.chosen_lengths
-    return replace(pairs, losses=losses, log_likelihood=pairs.label_log_likelihood, parts=(*pairs.log_parts, text))
+    return replace(pairs, losses=losses, log_likelihood=label, parts=(*(pairs.parts or ((1.0, label),)), text))
 
 
 def check_beta(beta: float) -> None:

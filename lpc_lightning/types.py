@@ -247,12 +247,11 @@ class PairLosses:
     """Implicit reward of the rejected answer, scaled by beta, without gradient."""
     log_likelihood: Tensor | None = None
     """Log-likelihood of each label, in nats, up to a constant. None if the loss is a negative log-likelihood itself."""
-    parts: tuple[tuple[float | Tensor, Tensor], ...] = ()
-    """Pairs of a weight, a number or (B,), and a log-likelihood. The loss is their negative weighted sum, plus
-    `expectation`. Empty without `expectation`: the loss is `-label_log_likelihood`."""
-    expectation: Tensor | None = None
-    """Part of the loss that is linear in probabilities. Under a mixture of codes it is the mean over the codes. None if
-    there is no such part."""
+    parts: tuple[tuple[float | Tensor | Callable[[Tensor], Tensor], Tensor], ...] = ()
+    """Pairs of a weight, a number or (B,), and a log-likelihood. The loss is their negative weighted sum. In place of a
+    weight, a function of the log-likelihood returns the part's loss. Empty if the loss is `-label_log_likelihood`."""
+    right: Tensor | None = None
+    """Posterior probability that each label is right, without gradient. None if the loss does not infer it."""
 
     @property
     def label_log_likelihood(self) -> Tensor:
@@ -264,12 +263,8 @@ class PairLosses:
 
         The likelihoods are averaged over the codes before the logarithm is taken.
         """
-        terms = [-weight * (log_weights + part).logsumexp(-1) for weight, part in self.log_parts]
-        if self.expectation is not None:
-            terms.append((log_weights.exp() * self.expectation).sum(-1))
-        return torch.stack(terms).sum(0)
-
-    @property
-    def log_parts(self) -> tuple[tuple[float | Tensor, Tensor], ...]:
-        """`parts`, or the label's log-likelihood if the loss has no other parts."""
-        return self.parts if self.parts or self.expectation is not None else ((1.0, self.label_log_likelihood),)
+        losses = []
+        for weight, part in self.parts or ((1.0, self.label_log_likelihood),):
+            likelihood = (log_weights + part).logsumexp(-1)
+            losses.append(weight(likelihood) if callable(weight) else -weight * likelihood)
+        return torch.stack(losses).sum(0)

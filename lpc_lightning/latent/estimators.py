@@ -111,7 +111,7 @@ class ExpectedSpace(PosteriorSpace):
         kl = categorical_kl(posterior, prior)
         weighted_kl = self.divergence(kl, progress)
         return LatentTerms(
-            *average_over_codes(pairs, logps, posterior, losses),
+            *average_over_codes(pairs, logps, posterior, losses, posterior),
             penalty=weighted_kl + self.diversity_penalty(prior),
             weighted_kl=weighted_kl,
             z=self.codebook(posterior.exp()).detach(),
@@ -162,7 +162,7 @@ class MarginalSpace(DiscreteSpace):
         updated_prior = given_earlier_pairs(prior, log_likelihoods, states.annotators) if self.annotators else prior
         posterior = (updated_prior + log_likelihoods).log_softmax(-1).detach()
         return LatentTerms(
-            *average_over_codes(pairs, logps, prior, pairs.of_mixture(updated_prior)),
+            *average_over_codes(pairs, logps, prior, pairs.of_mixture(updated_prior), posterior),
             penalty=self.diversity_penalty(prior),
             z=self.codebook(prior.exp()).detach(),
             kl=categorical_kl(posterior, updated_prior.detach()),
@@ -176,7 +176,7 @@ class MarginalSpace(DiscreteSpace):
 
 
 def average_over_codes(
-    pairs: PairLosses, logps: PairLogps, log_weights: Tensor, losses: Tensor
+    pairs: PairLosses, logps: PairLogps, log_weights: Tensor, losses: Tensor, log_posterior: Tensor
 ) -> tuple[PairLosses, PairLogps]:
     """Average rewards and log-probabilities (B, K) over the codes, without gradient, and attach the step's `losses`.
 
@@ -185,13 +185,16 @@ def average_over_codes(
         logps: Log-probabilities under each code.
         log_weights: (B, K) log-weights of the codes.
         losses: (B,) losses of the step.
+        log_posterior: (B, K) log-posterior of the codes given the labels. It averages the posterior that a label is
+            right.
     """
     weights = log_weights.detach().exp()
 
     def mean(values: Tensor) -> Tensor:
         return (weights * values.detach()).sum(-1)
 
+    right = None if pairs.right is None else (log_posterior.detach().exp() * pairs.right).sum(-1)
     return (
-        PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards)),
+        PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards), right=right),
         replace(logps, policy_chosen=mean(logps.policy_chosen), policy_rejected=mean(logps.policy_rejected)),
     )
