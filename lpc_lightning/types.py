@@ -247,9 +247,11 @@ class PairLosses:
     """Implicit reward of the rejected answer, scaled by beta, without gradient."""
     log_likelihood: Tensor | None = None
     """Log-likelihood of each label, in nats, up to a constant. None if the loss is a negative log-likelihood itself."""
-    parts: tuple[tuple[float | Tensor, Tensor], ...] = ()
-    """Pairs of a weight, a number or (B,), and a log-likelihood. The loss is their negative weighted sum. Empty if the
-    loss is `-label_log_likelihood`."""
+    parts: tuple[tuple[float | Tensor | Callable[[Tensor], Tensor], Tensor], ...] = ()
+    """Pairs of a weight, a number or (B,), and a log-likelihood. The loss is their negative weighted sum. In place of a
+    weight, a function of the log-likelihood returns the part's loss. Empty if the loss is `-label_log_likelihood`."""
+    right: Tensor | None = None
+    """Posterior probability that each label is right, without gradient. None if the loss does not infer it."""
 
     @property
     def label_log_likelihood(self) -> Tensor:
@@ -261,5 +263,8 @@ class PairLosses:
 
         The likelihoods are averaged over the codes before the logarithm is taken.
         """
-        parts = self.parts or ((1.0, self.label_log_likelihood),)
-        return torch.stack([-weight * (log_weights + part).logsumexp(-1) for weight, part in parts]).sum(0)
+        losses = []
+        for weight, part in self.parts or ((1.0, self.label_log_likelihood),):
+            likelihood = (log_weights + part).logsumexp(-1)
+            losses.append(weight(likelihood) if callable(weight) else -weight * likelihood)
+        return torch.stack(losses).sum(0)

@@ -81,6 +81,8 @@ class PolicyModule(LatentMixin, LightningModule):
             self._build()
         if self._starting and isinstance(data := self.trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]
             data.set_policy(self.policy)
+            for metrics in (self.val_metrics, self.test_metrics):
+                metrics.split_by_source(data.source_names)
         if self._starting and self.reference is not None:
             self.reference.prepare(self, untouched=fresh or self.policy_spec.lora is not None)
         self._starting = False
