@@ -17,6 +17,7 @@ LAYERS = (
     {"errors"},
     {"types", "seeding", "transfer", "run_folder", "system_errors"},
     {"paths", "markdown", "output_paths", "integrity", "yaml_files"},
+    {"loggers"},
     {"losses", "latent", "policy", "data"},
     {"distributed", "robust"},
     {"reference"},
@@ -29,6 +30,7 @@ LAYERS = (
 """Parts of the method, lowest first. A part imports from its own layer's name or from lower layers only."""
 EVALUATION = (
     {"provenance", "tables"},
+    {"samples"},
     {"ablation"},
     {"statistics"},
     {"figures"},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.robust import REPO, ConservativeLoss, DrDPO, HolderDPO, RobustLoss, UnbiasedLoss
 from lpc_lightning.robust.dr_dpo import dr_dpo_loss
 from lpc_lightning.robust.holder_dpo import holder_dpo_loss
@@ -200,6 +200,13 @@ def test_robust_losses_finite_at_extreme_margins(robust: RobustLoss, margin: flo
         (gradient,) = torch.autograd.grad(losses.sum(), chosen)
         assert losses.isfinite().all()
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("robust", [ConservativeLoss(0.2), UnbiasedLoss(0.2), REPO(), HolderDPO()])
+@pytest.mark.parametrize("loss", [kto_loss, orpo_loss])
+def test_robust_losses_refuse_kto_and_orpo(robust: RobustLoss, loss: Loss) -> None:
+    with pytest.raises(ValueError, match=r"robust_loss: found .*, expected DPO(, IPO)? or SimPO\."):
+        robust.pair_losses(loss, random_pairs())
 
 
 def test_holder_dpo_refuses_ipo() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lpc_lightning.robust.base import PreferenceLoss, RobustLoss, swap_answers
+from lpc_lightning.robust.base import PreferenceLoss, RobustLoss, both_labels
 from lpc_lightning.robust.reliability import Reliabilities
 from lpc_lightning.types import PairLogps, PairLosses
 
@@ -77,7 +77,7 @@ class REPO(RobustLoss):
         if reliability is None:
             reliability = logps.policy_chosen.new_tensor([self.initial])
         eta = reliability[:, None] if logps.policy_chosen.dim() == 2 else reliability
-        return re_po_losses(loss(logps), loss(swap_answers(logps)), eta)
+        return re_po_losses(*both_labels(loss, logps), eta)
 
     def start(self, annotators: Sequence[str]) -> None:
         """Add the annotators of the run."""

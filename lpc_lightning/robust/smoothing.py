@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lpc_lightning.robust.base import PreferenceLoss, RobustLoss, swap_answers
+from lpc_lightning.robust.base import PreferenceLoss, RobustLoss, both_labels
 from lpc_lightning.types import PairLogps, PairLosses
 
 
@@ -54,7 +54,7 @@ def unbiased_losses(observed: PairLosses, opposite: PairLosses, rate: float) -> 
     parts: list[tuple[float | Tensor, Tensor]] = []
     for factor, pairs in ((kept, observed), (flipped, opposite)):
         for weight, part in pairs.parts or ((1.0, pairs.label_log_likelihood),):
-            assert not callable(weight)  # no algorithm's loss has a function
+            assert not callable(weight)  # see `both_labels`
             parts.append((factor * weight, part))
     likelihood = torch.logaddexp(
         math.log1p(-rate) + observed.label_log_likelihood, math.log(rate) + opposite.label_log_likelihood
@@ -81,7 +81,7 @@ class ConservativeLoss(RobustLoss):
 
     def pair_losses(self, loss: PreferenceLoss, logps: PairLogps, reliability: Tensor | None = None) -> PairLosses:
         """Compute `conservative_losses`."""
-        return conservative_losses(loss(logps), loss(swap_answers(logps)), self.rate)
+        return conservative_losses(*both_labels(loss, logps), self.rate)
 
 
 class UnbiasedLoss(RobustLoss):
@@ -102,4 +102,4 @@ class UnbiasedLoss(RobustLoss):
 
     def pair_losses(self, loss: PreferenceLoss, logps: PairLogps, reliability: Tensor | None = None) -> PairLosses:
         """Compute `unbiased_losses`."""
-        return unbiased_losses(loss(logps), loss(swap_answers(logps)), self.rate)
+        return unbiased_losses(*both_labels(loss, logps), self.rate)

@@ -194,13 +194,13 @@ def auroc(margins: list[float], wrong: list[bool]) -> float:
 
 
 def test_wrong_training_labels_are_scored(
-    data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer], naive_logps: Any
+    data: SyntheticPreferences, make_module: Any, make_trainer: Any, naive_logps: Any, tmp_path: Path
 ) -> None:
     """The margins are those of the trained policy on the noisy labels. The reliability adds its log-odds."""
     module = make_module(None)
     module.robust_loss = REPO()
     accuracy = PreferenceAccuracy()
-    trainer = make_trainer(callbacks=[accuracy, LabelFlipNoise(0.4, seed=2)], max_epochs=1)
+    trainer = make_trainer(callbacks=[accuracy, LabelFlipNoise(0.4, seed=2)], max_epochs=1, default_root_dir=tmp_path)
     trainer.fit(module, datamodule=data)
     pairs = data.training_pairs[:]
     with torch.no_grad():
