@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -163,8 +162,8 @@ def _published(module: PreferenceModule, template: Template) -> PreTrainedModel:
     Training uses no dropout, so that policy and reference differ only by training. The exported model has the dropout
     of the published base model again, for further training.
     """
-    wrapped = module.policy.model
-    model: Any = wrapped.merge_and_unload() if isinstance(wrapped, PeftModel) else wrapped
+    wrapped: Any = module.policy.model
+    model = wrapped.merge_and_unload() if module.policy.has_adapter else wrapped
     for name, value in vars(module.policy_spec.load_config()).items():
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
             setattr(model.config, name, value)
