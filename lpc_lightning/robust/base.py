@@ -71,20 +71,6 @@ class RobustLoss:
         """Restore what `state_dict` has returned."""
 
 
-def both_labels(loss: PreferenceLoss, logps: PairLogps) -> tuple[PairLosses, PairLosses]:
-    """Compute the losses of the labels, and those of the opposite labels.
-
-    Raises:
-        ValueError: The loss does not compare the two answers alone.
-    """
-    observed, opposite = loss(logps), loss(swap_answers(logps))
-    if len(observed.parts) > 1 or any(callable(weight) for weight, _ in observed.parts):
-        raise ValueError(
-            "robust_loss: found a loss that does more than compare the answers (KTO, ORPO), expected DPO, IPO or SimPO."
-        )
-    return observed, opposite
-
-
 def swap_answers(logps: PairLogps) -> PairLogps:
     """Return the log-probabilities of the same pairs with the opposite labels."""
     return PairLogps(

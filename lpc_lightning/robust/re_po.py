@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lpc_lightning.robust.base import PreferenceLoss, RobustLoss, both_labels
+from lpc_lightning.robust.base import PreferenceLoss, RobustLoss, swap_answers
 from lpc_lightning.robust.reliability import Reliabilities
 from lpc_lightning.types import PairLogps, PairLosses
 
@@ -76,8 +76,14 @@ class REPO(RobustLoss):
         """Compute `re_po_losses`. Without reliabilities, the initial one is used."""
         if reliability is None:
             reliability = logps.policy_chosen.new_tensor([self.initial])
+        observed = loss(logps)
+        if len(observed.parts) > 1:
+            raise ValueError(
+                "robust_loss: found REPO with a loss of several terms (KTO, ORPO), expected DPO, IPO or SimPO, whose "
+                "loss gives the probability of a label."
+            )
         eta = reliability[:, None] if logps.policy_chosen.dim() == 2 else reliability
-        return re_po_losses(*both_labels(loss, logps), eta)
+        return re_po_losses(observed, loss(swap_answers(logps)), eta)
 
     def start(self, annotators: Sequence[str]) -> None:
         """Add the annotators of the run."""
