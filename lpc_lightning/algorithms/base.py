@@ -298,7 +298,7 @@ class PreferenceModule(PolicyModule):
 
     def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:
         evaluated = self._infer(batch, batch_idx)
-        metrics.update(evaluated["terms"], evaluated["states"])
+        metrics.update(evaluated["terms"], evaluated["states"], batch.sources)
         return evaluated
 
     def _log_training(self) -> None:

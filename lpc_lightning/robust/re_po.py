@@ -76,8 +76,14 @@ class REPO(RobustLoss):
         """Compute `re_po_losses`. Without reliabilities, the initial one is used."""
         if reliability is None:
             reliability = logps.policy_chosen.new_tensor([self.initial])
+        observed = loss(logps)
+        if len(observed.parts) > 1:
+            raise ValueError(
+                "robust_loss: found REPO with a loss of several terms (KTO, ORPO), expected DPO, IPO or SimPO, whose "
+                "loss gives the probability of a label."
+            )
         eta = reliability[:, None] if logps.policy_chosen.dim() == 2 else reliability
-        return re_po_losses(loss(logps), loss(swap_answers(logps)), eta)
+        return re_po_losses(observed, loss(swap_answers(logps)), eta)
 
     def start(self, annotators: Sequence[str]) -> None:
         """Add the annotators of the run."""
