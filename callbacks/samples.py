@@ -12,7 +12,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -20,6 +19,7 @@ from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.tokenization.templates import TemplateSettings
+from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
 from lpc_lightning.evaluation.samples import TEXT, Record, samples_text, write_samples
@@ -29,7 +29,6 @@ from lpc_lightning.inference.opening import OpenedPolicy, view_module
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
 from lpc_lightning.reference.live import FrozenCopy
 
-SHARDED = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 BEFORE = "before training"
 """Name of the answers of the policy before training."""
 LIKELIEST = 2
@@ -118,7 +117,7 @@ class AnswerSamples(Callback):
             DataError: A prompt has no room for an answer in the policy's context.
         """
         assert isinstance(pl_module, PreferenceModule)
-        self._is_on = not isinstance(trainer.strategy, SHARDED)
+        self._is_on = not keeps_weights_elsewhere(trainer.strategy)
         if not self._is_on:
             rank_zero_warn(
                 f"AnswerSamples: {type(trainer.strategy).__name__} shards the policy over devices, so that nothing is "
