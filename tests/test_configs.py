@@ -14,6 +14,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
 from lpc_lightning.algorithms import PreferenceModule
@@ -36,7 +37,7 @@ BASES: dict[str, type] = {
     "algorithm": PreferenceModule,
 }
 EXPERIMENTS = sorted(CONFIGS.glob("experiment/**/*.yaml"))
-ALGORITHMS = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
+ALGORITHMS = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "kto": "KTO", "orpo": "ORPO"}
 SPACES = {"none": "NoneType", "gumbel": "GumbelSpace", "marginal": "MarginalSpace"}
 
 
@@ -235,6 +236,15 @@ def test_callbacks_state_our_arguments(path: Path) -> None:
             parsed = parser.parse_object({"callback": stated}).as_dict()["callback"]
             ours = {"init_args": {}} | parsed
             assert set(stated.get("init_args", {})) >= set(ours["init_args"]) - INHERITED, stated["class_path"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("logger/*.yaml")), ids=name_of)
+def test_logger_file_parses_and_opens_with_its_flag(path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Logger, "logger", required=True)
+    stated = yaml.safe_load(path.read_text())
+    assert parser.parse_object({"logger": stated}).logger.class_path == stated["class_path"]
+    assert path.read_text().startswith(f"# `--trainer.logger configs/{name_of(path)}`: ")
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.robust import REPO, ConservativeLoss, DrDPO, HolderDPO, RobustLoss, UnbiasedLoss
 from lpc_lightning.robust.dr_dpo import dr_dpo_loss
 from lpc_lightning.robust.holder_dpo import holder_dpo_loss
@@ -200,6 +200,39 @@ def test_robust_losses_finite_at_extreme_margins(robust: RobustLoss, margin: flo
         (gradient,) = torch.autograd.grad(losses.sum(), chosen)
         assert losses.isfinite().all()
         assert gradient.isfinite().all()
+
+
+SEVERAL_TERMS: dict[str, Loss] = {"kto": partial(kto_loss, beta=0.5), "orpo": partial(orpo_loss, beta=0.5)}
+
+
+@pytest.mark.parametrize("algorithm", list(SEVERAL_TERMS))
+@pytest.mark.parametrize(
+    ("robust", "kept", "flipped"), [(ConservativeLoss(0.2), 0.8, 0.2), (UnbiasedLoss(0.2), 4 / 3, -1 / 3)]
+)
+def test_smoothing_of_losses_with_several_terms(
+    algorithm: str, robust: RobustLoss, kept: float, flipped: float
+) -> None:
+    """Of a mixture too, if the terms of both labels do not share a weight. KTO's are linear, and texts have lengths."""
+    loss, logps, codes = SEVERAL_TERMS[algorithm], random_pairs(), random_pairs(codes=3)
+    expected = kept * loss(logps).losses + flipped * loss(swapped(logps)).losses
+    torch.testing.assert_close(robust.pair_losses(loss, logps).losses, expected, rtol=1e-12, atol=1e-12)
+    log_weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log().expand(6, 3)
+    mixture = robust.pair_losses(loss, codes).of_mixture(log_weights)
+    if algorithm == "kto" or isinstance(robust, UnbiasedLoss):
+        of_labels = [loss(pairs).of_mixture(log_weights) for pairs in (codes, swapped(codes))]
+        torch.testing.assert_close(mixture, kept * of_labels[0] + flipped * of_labels[1], rtol=1e-12, atol=1e-12)
+    rows = PairLogps(*(getattr(logps, field.name)[:, None] for field in fields(PairLogps)))
+    same = replace(
+        rows, policy_chosen=rows.policy_chosen.expand(6, 3), policy_rejected=rows.policy_rejected.expand(6, 3)
+    )
+    torch.testing.assert_close(robust.pair_losses(loss, same).of_mixture(log_weights), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", list(SEVERAL_TERMS))
+@pytest.mark.parametrize("robust", [REPO(), HolderDPO()])
+def test_robust_losses_refuse_several_terms(algorithm: str, robust: RobustLoss) -> None:
+    with pytest.raises(ValueError, match=rf"robust_loss: found {type(robust).__name__} with a loss .* expected DPO"):
+        robust.pair_losses(SEVERAL_TERMS[algorithm], random_pairs())
 
 
 def test_holder_dpo_refuses_ipo() -> None:

@@ -15,8 +15,9 @@ from lpc_lightning.evaluation.report.contrasts import contrasts, read_baseline
 from lpc_lightning.evaluation.report.page import Page, make_picture, render_page, run_details
 from lpc_lightning.evaluation.report.plots import draw
 from lpc_lightning.evaluation.report.run_tables import run_tables
+from lpc_lightning.evaluation.report.runs.differences import add_axes
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, add_axes, join_measurements
+from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, join_measurements
 from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, flatten
 from lpc_lightning.evaluation.report.study import ACCURACIES, LeftOut, Study, make_study
 from lpc_lightning.evaluation.report.subject import Subject, numeric_axes
@@ -28,6 +29,7 @@ from lpc_lightning.evaluation.report.tables import (
     means_table,
     runs_table,
 )
+from lpc_lightning.evaluation.report.tuning_table import tuning_table
 from lpc_lightning.function_command import run_function
 from lpc_lightning.markdown import escape_markdown
 from lpc_lightning.output_paths import check_folder
@@ -54,14 +56,15 @@ def report(
 ) -> None:
     """Compare runs: means over seeds, differences to a baseline, plots, and one page that opens offline.
 
-    Runs that differ only in the seed form a group. Each group gets its mean with Student's 95 % interval. It also gets
-    its difference to the group that has the baseline's settings and agrees in all others. The difference is taken seed
-    by seed, with a paired t-test and Holm's correction for the number of tests. Runs that failed, are missing or have
-    no value of a metric are listed.
+    Runs that differ only in the seed form a group. Runs of different grids and fits are told apart by every further
+    setting in which they differ, unless it cannot change a result, such as a path of outputs. Each group gets its mean
+    with Student's 95 % interval. It also gets its difference to the group that has the baseline's settings and agrees
+    in all others. The difference is taken seed by seed, with a paired t-test and Holm's correction for the number of
+    tests. Runs that failed, are missing or have no value of a metric are listed.
 
     OUT contains report.html, which needs no other file and also has the codes and the samples of runs; report.md;
-    means, differences and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as .svg
-    and .png in plots/.
+    means, differences, tuning and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as
+    .svg and .png in plots/.
 
     Args:
         runs: Folders that are or contain ablations of `ablate`, runs of `fit`, or results of `evaluate`. Results are
@@ -91,6 +94,8 @@ def report(
     left_out = [*study.left_out(metrics), *unmatched, *(LeftOut(*note) for note in notes)]
 
     tables = [means_table(study, metrics), cost_table(study)]
+    if loaded.tunings:
+        tables.insert(1, tuning_table(loaded.tunings))
     if baseline_axes:
         tables.insert(1, contrasts_table(study, compared, baseline_axes))
     missing, all_runs = left_out_table(left_out), runs_table(study, metrics)

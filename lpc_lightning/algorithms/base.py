@@ -273,7 +273,7 @@ class PreferenceModule(PolicyModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Return the ids, rewards, margins and prior of the pairs."""
-        terms = self._infer(batch, batch_idx)["terms"]
+        terms = self.infer(batch, batch_idx)["terms"]
         pairs = terms.pairs
         return {
             "ids": batch.ids,
@@ -291,20 +291,22 @@ class PreferenceModule(PolicyModule):
         """Log the means over all test pairs of all devices."""
         self._report("test", self.test_metrics)
 
-    def _infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
+    def infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
+        """Score pairs under the prior, without metrics."""
         torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))
         forward, score = self.score_batch(batch)
         return {"terms": self.inference_terms(forward.states, score), "states": forward.states, "score": score}
 
     def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:
-        evaluated = self._infer(batch, batch_idx)
-        metrics.update(evaluated["terms"], evaluated["states"])
+        evaluated = self.infer(batch, batch_idx)
+        metrics.update(evaluated["terms"], evaluated["states"], batch.sources)
         return evaluated
 
     def _log_training(self) -> None:
         """Log the window that ends here. All its values are copied from the device in one transfer."""
         losses, ranges = self._losses.unread(), self._measure_code_range()
-        values = fetch({**self.train_metrics.collect(), **losses, **ranges})
+        reliability = {} if self.robust_loss is None else self.robust_loss.metrics()
+        values = fetch({**self.train_metrics.collect(), **losses, **ranges, **reliability})
         self._losses.check({name: values.pop(name) for name in losses})
         for name in ranges:
             self._code_range = float(values.pop(name))
