@@ -1,11 +1,18 @@
 """Preference losses: pure functions from `PairLogps` to `PairLosses`.
 
 In the formulas, r_w and r_l are the log-ratios log pi(y|x,z) - log pi_ref(y|x) of the chosen and the rejected answer.
+
+A pair may have a margin m, in units of the reward (beta D, and for SimPO beta times the difference of the means). The
+loss then asks for a reward difference that is larger by m. For DPO this is DPO with an offset (ODPO, Amini et al.,
+2024, arXiv 2402.10571): beta D becomes beta D - m. The loss of the opposite label, which label smoothing and robust
+losses use, asks the same of the other answer: -beta D - m. The rewards do not contain the margin. Without margins,
+every loss is that of its paper.
 """
 
 import math
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -42,12 +49,16 @@ def dpo_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.0, 
         raise ValueError(f"label_smoothing: found {label_smoothing}, expected a share from 0 and {limit}.")
     chosen, rejected = log_ratios(logps)
     logits = beta * (chosen - rejected)
-    agree, disagree = -logsigmoid(logits), -logsigmoid(-logits)
+    logits, opposite = (logits, -logits) if logps.margins is None else (logits - logps.margins, -logits - logps.margins)
+    agree, disagree = -logsigmoid(logits), -logsigmoid(opposite)
     rewards = beta * chosen.detach(), beta * rejected.detach()
     if not robust or not label_smoothing:
         return PairLosses((1 - label_smoothing) * agree + label_smoothing * disagree, *rewards)
     kept, flipped = ((1 - label_smoothing) / (1 - 2 * label_smoothing), -label_smoothing / (1 - 2 * label_smoothing))
-    log_likelihood = (label_smoothing + (1 - 2 * label_smoothing) * logits.sigmoid()).log()
+    if logps.margins is None:
+        log_likelihood = (label_smoothing + (1 - 2 * label_smoothing) * logits.sigmoid()).log()
+    else:  # the probabilities of the two labels do not add up to 1
+        log_likelihood = torch.logaddexp(math.log1p(-label_smoothing) - agree, math.log(label_smoothing) - disagree)
     parts = ((kept, -agree), (flipped, -disagree))
     return PairLosses(kept * agree + flipped * disagree, *rewards, log_likelihood, parts=parts)
 
@@ -63,6 +74,9 @@ def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) 
     that value: -(D / target - 1)^2 nats, with the target 1 / (2 beta). A label then costs one nat before training. In
     DPO it costs log 2 nats.
 
+    A margin m moves the target of the reward difference beta D from 1/2 to 1/2 + m: `(D - (1/2 + m) / beta)^2`. The
+    scale of the nats stays. IPO's derivation has no such term; m = 0 is IPO.
+
     Args:
         logps: Log-probabilities of the pairs under policy and reference.
         beta: The paper's tau. The target margin of the loss is 1 / (2 beta) nats.
@@ -75,7 +89,8 @@ def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) 
     chosen, rejected = log_ratios(logps)
     if length_average:
         chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
-    losses = (chosen - rejected - 1 / (2 * beta)).square()
+    difference = chosen - rejected if logps.margins is None else chosen - rejected - logps.margins / beta
+    losses = (difference - 1 / (2 * beta)).square()
     nats = (2 * beta) ** 2
     log_likelihood = -nats * losses
     rewards = beta * chosen.detach(), beta * rejected.detach()
@@ -86,7 +101,7 @@ def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.
     """Compute the SimPO loss (Meng et al., 2024, arXiv 2405.14734, eq. 6).
 
     `-log sigmoid(beta (mean log pi(y_w) - mean log pi(y_l) - gamma / beta))`. Each mean runs over the tokens of one
-    answer.
+    answer. A pair's margin is added to gamma. With `gamma_beta_ratio` 0 it is the pair's target margin alone.
 
     Args:
         logps: Log-probabilities of the pairs. Those of the reference are ignored.
@@ -99,7 +114,8 @@ def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.
     check_beta(beta)
     chosen = logps.policy_chosen / logps.chosen_lengths
     rejected = logps.policy_rejected / logps.rejected_lengths
-    losses = -logsigmoid(beta * (chosen - rejected - gamma_beta_ratio))
+    logits = beta * (chosen - rejected - gamma_beta_ratio)
+    losses = -logsigmoid(logits if logps.margins is None else logits - logps.margins)
     return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
@@ -120,6 +136,15 @@ def add_nll(pairs: PairLosses, logps: PairLogps, weight: float) -> PairLosses:
     text = (weight / logps.chosen_lengths.flatten(), logps.policy_chosen)
     losses = pairs.losses - weight * logps.policy_chosen / logps.chosen_lengths
     return replace(pairs, losses=losses, log_likelihood=label, parts=(*(pairs.parts or ((1.0, label),)), text))
+
+
+def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Compute sum(w_i l_i) / sum(w_i) over pairs. 0 if all weights are 0. The plain mean if `weights` is None."""
+    if weights is None:
+        return losses.mean()
+    weights = weights.to(losses.dtype)
+    total = weights.sum()
+    return (weights * losses).sum() / total.where(total > 0, 1.0)
 
 
 def check_beta(beta: float) -> None:

@@ -48,7 +48,7 @@ every_loss = pytest.mark.parametrize("name", list(LOSSES))
 with_reference = pytest.mark.parametrize("name", [name for name in LOSSES if name != "simpo"])
 
 
-def random_logps(pairs: int, codes: int | None = None, seed: int = 0) -> PairLogps:
+def random_logps(pairs: int, codes: int | None = None, seed: int = 0, margins: bool = False) -> PairLogps:
     """Draw log-probabilities of about -10. With `codes`, the policy's are (pairs, codes) and the others (pairs, 1)."""
     generator = torch.Generator().manual_seed(seed)
     rest = (pairs,) if codes is None else (pairs, 1)
@@ -60,31 +60,35 @@ def random_logps(pairs: int, codes: int | None = None, seed: int = 0) -> PairLog
     def lengths() -> Tensor:
         return torch.randint(1, 9, rest, generator=generator).double()
 
-    return PairLogps(draw(policy), draw(policy), draw(rest), draw(rest), lengths(), lengths())
+    logps = PairLogps(draw(policy), draw(policy), draw(rest), draw(rest), lengths(), lengths())
+    return replace(logps, margins=torch.linspace(-0.5, 1.5, pairs).double().reshape(rest)) if margins else logps
 
 
 def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x))
 
 
-def naive(name: str, pw: Tensor, pl: Tensor, rw: Tensor, rl: Tensor, nw: Tensor, nl: Tensor) -> Tensor:
+def naive(
+    name: str, pw: Tensor, pl: Tensor, rw: Tensor, rl: Tensor, nw: Tensor, nl: Tensor, margin: float = 0.0
+) -> Tensor:
     """Compute the loss of one pair from the log-probabilities and lengths of both answers."""
     beta, eps = 0.1, 0.1
     if name == "simpo":
-        return -torch.log(sigmoid(2.0 * pw / nw - 2.0 * pl / nl - 1.0))
+        return -torch.log(sigmoid(2.0 * pw / nw - 2.0 * pl / nl - 1.0 - margin))
     if name == "ipo_sum":
-        return ((pw - rw) - (pl - rl) - 5.0) ** 2
+        return ((pw - rw) - (pl - rl) - (0.5 + margin) / beta) ** 2
     if name == "ipo_average":
-        return ((pw - rw) / nw - (pl - rl) / nl - 5.0) ** 2
+        return ((pw - rw) / nw - (pl - rl) / nl - (0.5 + margin) / beta) ** 2
     # The probability that the winner beats the loser, as a Bradley-Terry model of the two rewards.
     reward_w, reward_l = beta * (pw - rw), beta * (pl - rl)
-    wins = torch.exp(reward_w) / (torch.exp(reward_w) + torch.exp(reward_l))
+    wins = torch.exp(reward_w) / (torch.exp(reward_w) + torch.exp(reward_l + margin))
+    loses = torch.exp(reward_l) / (torch.exp(reward_l) + torch.exp(reward_w + margin))
     if name == "dpo":
         return -torch.log(wins)
     if name == "cdpo":
-        return -(1 - eps) * torch.log(wins) - eps * torch.log(1 - wins)
+        return -(1 - eps) * torch.log(wins) - eps * torch.log(loses)
     assert name == "rdpo"
-    return -((1 - eps) * torch.log(wins) - eps * torch.log(1 - wins)) / (1 - 2 * eps)
+    return -((1 - eps) * torch.log(wins) - eps * torch.log(loses)) / (1 - 2 * eps)
 
 
 @every_loss
@@ -94,9 +98,10 @@ def test_losses_golden_values(name: str) -> None:
 
 
 @every_loss
+@pytest.mark.parametrize("margins", [False, True])
 @pytest.mark.parametrize("codes", [None, 1, 3])
-def test_losses_match_loop_over_pairs(name: str, codes: int | None) -> None:
-    logps = random_logps(5, codes)
+def test_losses_match_loop_over_pairs(name: str, codes: int | None, margins: bool) -> None:
+    logps = random_logps(5, codes, margins=margins)
     leaves = [logps.policy_chosen.requires_grad_(), logps.policy_rejected.requires_grad_()]
     losses = LOSSES[name](logps).losses
     assert losses.shape == logps.policy_chosen.shape
@@ -105,9 +110,10 @@ def test_losses_match_loop_over_pairs(name: str, codes: int | None) -> None:
     expected = []
     for pair in range(5):
         numbers = [column.reshape(-1)[pair] for column in rest]
+        margin = 0.0 if logps.margins is None else logps.margins.flatten()[pair].item()
         for code in range(codes or 1):
             policies = [leaf.reshape(5, -1)[pair, code] for leaf in leaves]
-            expected.append(naive(name, *policies, *numbers))
+            expected.append(naive(name, *policies, *numbers, margin))
     loop = torch.stack(expected).reshape(losses.shape)
     torch.testing.assert_close(losses, loop, rtol=1e-12, atol=1e-12)
 
@@ -121,7 +127,7 @@ def test_losses_match_loop_over_pairs(name: str, codes: int | None) -> None:
 
 @every_loss
 def test_losses_of_single_pairs_match_batch(name: str) -> None:
-    logps = random_logps(4)
+    logps = random_logps(4, margins=True)
     alone = [
         PairLogps(*(getattr(logps, field)[pair : pair + 1] for field in PairLogps.__dataclass_fields__))
         for pair in range(4)
@@ -168,6 +174,7 @@ def swapped(logps: PairLogps) -> PairLogps:
         logps.reference_chosen,
         logps.rejected_lengths,
         logps.chosen_lengths,
+        logps.margins,
     )
 
 
@@ -179,16 +186,17 @@ def test_dpo_half_smoothing_ignores_label() -> None:
     assert (original - reversed_).abs().min() > 1e-3
 
 
+@pytest.mark.parametrize("margins", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.45])
-def test_robust_dpo_unbiased_at_flip_rate(rate: float) -> None:
-    logps = random_logps(6)
+def test_robust_dpo_unbiased_at_flip_rate(rate: float, margins: bool) -> None:
+    logps = random_logps(6, margins=margins)
     clean, flipped = (dpo_loss(pairs, 0.1, rate, robust=True).losses for pairs in (logps, swapped(logps)))
     torch.testing.assert_close((1 - rate) * clean + rate * flipped, dpo_loss(logps, 0.1).losses, rtol=1e-12, atol=1e-13)
 
 
 @every_loss
 def test_of_mixture_of_equal_codes_is_loss(name: str) -> None:
-    logps = random_logps(6)
+    logps = random_logps(6, margins=True)
     rows = PairLogps(**{column.name: getattr(logps, column.name)[:, None] for column in fields(PairLogps)})
     codes = replace(rows, policy_chosen=rows.policy_chosen.expand(6, 3))
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
@@ -40,12 +40,12 @@ def random_pairs(codes: int | None = None) -> PairLogps:
     shapes = (policy, policy, rest, rest)
     numbers = [2 * torch.randn(shape, generator=generator, dtype=torch.float64) - 6 for shape in shapes]
     lengths = [torch.randint(1, 5, rest, generator=generator).double() for _ in range(2)]
-    return PairLogps(*numbers, *lengths)
+    return PairLogps(*numbers, *lengths, torch.linspace(-0.5, 1.0, 6, dtype=torch.float64).reshape(rest))
 
 
 def swapped(logps: PairLogps) -> PairLogps:
-    pw, pl, rw, rl, nw, nl = (getattr(logps, field.name) for field in fields(logps))
-    return PairLogps(pl, pw, rl, rw, nl, nw)
+    pw, pl, rw, rl, nw, nl, margins = (getattr(logps, field.name) for field in fields(logps))
+    return PairLogps(pl, pw, rl, rw, nl, nw, margins)
 
 
 def check_values(robust: RobustLoss, algorithm: str, logps: PairLogps, *expected: float) -> None:
@@ -158,7 +158,7 @@ def test_re_po_gradient_is_that_of_the_marginal(algorithm: str) -> None:
 
 def test_re_po_mixture_sums_out_codes_and_labels() -> None:
     """Against a loop over codes and over right and wrong labels, with the joint posterior of the label."""
-    logps, eta = random_pairs(3), torch.linspace(0.55, 0.95, 6, dtype=torch.float64)
+    logps, eta = replace(random_pairs(3), margins=None), torch.linspace(0.55, 0.95, 6, dtype=torch.float64)
     prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     pairs = REPO().pair_losses(ALGORITHMS["dpo"], logps, eta)
     mixture = pairs.of_mixture(prior.log())
