@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, simpo_loss, weighted_mean
 from lpc_lightning.types import PairLogps, PairLosses
 
 
@@ -220,6 +220,30 @@ def test_robust_dpo_mixture_unbiased(rate: float) -> None:
             likelihood = (1 - rate) * chance + rate * (1 - chance)
             assert float(observed.label_log_likelihood[pair, code].exp()) == pytest.approx(likelihood, rel=1e-12)
             assert float(opposite.label_log_likelihood[pair, code].exp()) == pytest.approx(1 - likelihood, rel=1e-12)
+
+
+def test_dpo_mixture_with_margins() -> None:
+    """The likelihood of a label under a code is sigmoid(beta D - m). Against a loop in plain exponentials."""
+    logps = random_logps(6, codes=3, margins=True)
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    assert logps.margins is not None
+    mixture = dpo_loss(logps, 0.1).of_mixture(weights.log().expand(6, 3))
+    for pair in range(6):
+        chance = 0.0
+        for code in range(3):
+            chosen = logps.policy_chosen[pair, code] - logps.reference_chosen[pair, 0]
+            rejected = logps.policy_rejected[pair, code] - logps.reference_rejected[pair, 0]
+            offset = 0.1 * float(chosen - rejected) - float(logps.margins[pair, 0])
+            chance += float(weights[code]) / (1 + math.exp(-offset))
+        assert float(mixture[pair]) == pytest.approx(-math.log(chance), rel=1e-12)
+
+
+def test_weighted_mean_repeats_pairs() -> None:
+    losses = torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
+    repeated = torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(weighted_mean(losses, torch.tensor([2, 1, 0])), repeated.mean(), rtol=1e-15, atol=0)
+    assert weighted_mean(losses, torch.zeros(3)) == 0
+    assert torch.equal(weighted_mean(losses, None), losses.mean())
 
 
 @every_loss

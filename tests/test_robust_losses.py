@@ -252,3 +252,11 @@ def test_one_reliability_for_all_annotators() -> None:
     robust.update()
     values = robust.reliabilities(["a", "new"], torch.device("cpu"))
     torch.testing.assert_close(values, torch.full((2,), 0.6).double())
+
+
+def test_dr_dpo_weights_repeat_pairs() -> None:
+    losses = torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
+    repeated = torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64)
+    weighted = DrDPO(0.7).batch_loss(losses, torch.tensor([2.0, 1.0, 0.0]))
+    torch.testing.assert_close(weighted, DrDPO(0.7).batch_loss(repeated), rtol=1e-7, atol=0)
+    assert DrDPO(0.7).batch_loss(losses, torch.zeros(3)) == 0
