@@ -133,9 +133,9 @@ class MarginalSpace(DiscreteSpace):
     taken over the marginals of the label and of its opposite (see `dpo_loss`).
 
     A pair's margin m is part of the likelihood: for DPO, the label has the probability sigmoid(beta D_k - m) under code
-    k. It is not that of a Bradley-Terry model, because the probabilities of the two labels add up to less than 1 if m is
-    above 0. So a label with a large margin favours the codes under which its answer is better by about m. A pair's
-    weight multiplies its loss alone. The posterior q and the evidence that pairs share do not depend on weights.
+    k. With m above 0, the probabilities of the two labels add up to less than 1. So a label with a large margin favours
+    the codes under which its answer is better by about m. A pair's weight multiplies its loss alone. The posterior q
+    and the evidence that pairs share do not depend on weights.
 
     With `annotators`, p_k is the prior updated with the annotator's earlier pairs in the batch. The losses of an
     annotator's pairs then add up to the marginal of all their labels together. This marginal contains information that
