@@ -62,7 +62,7 @@ def report(
     in all others. The difference is taken seed by seed, with a paired t-test and Holm's correction for the number of
     tests. Runs that failed, are missing or have no value of a metric are listed.
 
-    OUT contains report.html, which needs no other file and also has the last answers of `AnswerSamples`; report.md;
+    OUT contains report.html, which needs no other file and also has the codes and the samples of runs; report.md;
     means, differences, tuning and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as
     .svg and .png in plots/.
 
