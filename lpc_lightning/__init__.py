@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+    from lpc_lightning.algorithms import DPO, IPO, KTO, ORPO, PreferenceModule, SimPO
     from lpc_lightning.data import (
         MixtureSource,
         PreferenceData,
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DPO",
     "IPO",
+    "KTO",
+    "ORPO",
     "ExpectedSpace",
     "GumbelSpace",
     "LatentSpace",

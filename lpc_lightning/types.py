@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -261,6 +261,10 @@ class PairLogps:
     """Margin that the loss asks for, in units of the reward. None: 0."""
 
 
+Weight: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
+"""Weight of a part of a loss (see `PairLosses.parts`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class PairLosses:
     """Result of a preference loss. Each tensor is (B,) or (B, K), like the policy's log-probabilities."""
@@ -273,7 +277,7 @@ class PairLosses:
     """Implicit reward of the rejected answer, scaled by beta, without gradient."""
     log_likelihood: Tensor | None = None
     """Log-likelihood of each label, in nats, up to a constant. None if the loss is a negative log-likelihood itself."""
-    parts: tuple[tuple[float | Tensor | Callable[[Tensor], Tensor], Tensor], ...] = ()
+    parts: tuple[tuple[Weight, Tensor], ...] = ()
     """Pairs of a weight, a number or (B,), and a log-likelihood. The loss is their negative weighted sum. In place of a
     weight, a function of the log-likelihood returns the part's loss. Empty if the loss is `-label_log_likelihood`."""
     right: Tensor | None = None

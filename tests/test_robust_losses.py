@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.robust import REPO, ConservativeLoss, DrDPO, HolderDPO, RobustLoss, UnbiasedLoss
 from lpc_lightning.robust.dr_dpo import dr_dpo_loss
 from lpc_lightning.robust.holder_dpo import holder_dpo_loss
@@ -33,14 +33,15 @@ def pairs_with_margins(*margins: float) -> PairLogps:
     return PairLogps(*rows)
 
 
-def random_pairs(codes: int | None = None) -> PairLogps:
+def random_pairs(codes: int | None = None, margins: bool = False) -> PairLogps:
     generator = torch.Generator().manual_seed(3)
     policy = (6,) if codes is None else (6, codes)
     rest = (6,) if codes is None else (6, 1)
     shapes = (policy, policy, rest, rest)
     numbers = [2 * torch.randn(shape, generator=generator, dtype=torch.float64) - 6 for shape in shapes]
     lengths = [torch.randint(1, 5, rest, generator=generator).double() for _ in range(2)]
-    return PairLogps(*numbers, *lengths, torch.linspace(-0.5, 1.0, 6, dtype=torch.float64).reshape(rest))
+    logps = PairLogps(*numbers, *lengths)
+    return replace(logps, margins=torch.linspace(-0.5, 1.0, 6).double().reshape(rest)) if margins else logps
 
 
 def swapped(logps: PairLogps) -> PairLogps:
@@ -121,7 +122,7 @@ def test_holder_dpo_derivative_is_published(gamma: float) -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.3])
 def test_smoothing_equals_dpo_settings(rate: float) -> None:
     for codes in (None, 3):
-        logps = random_pairs(codes)
+        logps = random_pairs(codes, margins=True)
         log_weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
         for robust, unbiased in ((ConservativeLoss(rate), False), (UnbiasedLoss(rate), True)):
             ours = robust.pair_losses(ALGORITHMS["dpo"], logps)
@@ -135,7 +136,7 @@ def test_smoothing_equals_dpo_settings(rate: float) -> None:
 
 @every_algorithm
 def test_unbiased_loss_mean_is_clean_loss(algorithm: str) -> None:
-    logps, log_weights = random_pairs(3), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    logps, log_weights = random_pairs(3, margins=True), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
     clean, robust = ALGORITHMS[algorithm], UnbiasedLoss(0.2)
     observed, flipped = (robust.pair_losses(clean, pairs) for pairs in (logps, swapped(logps)))
     for value in (lambda pairs: pairs.losses, lambda pairs: pairs.of_mixture(log_weights)):
@@ -158,7 +159,7 @@ def test_re_po_gradient_is_that_of_the_marginal(algorithm: str) -> None:
 
 def test_re_po_mixture_sums_out_codes_and_labels() -> None:
     """Against a loop over codes and over right and wrong labels, with the joint posterior of the label."""
-    logps, eta = replace(random_pairs(3), margins=None), torch.linspace(0.55, 0.95, 6, dtype=torch.float64)
+    logps, eta = random_pairs(3), torch.linspace(0.55, 0.95, 6, dtype=torch.float64)
     prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     pairs = REPO().pair_losses(ALGORITHMS["dpo"], logps, eta)
     mixture = pairs.of_mixture(prior.log())
@@ -200,6 +201,39 @@ def test_robust_losses_finite_at_extreme_margins(robust: RobustLoss, margin: flo
         (gradient,) = torch.autograd.grad(losses.sum(), chosen)
         assert losses.isfinite().all()
         assert gradient.isfinite().all()
+
+
+SEVERAL_TERMS: dict[str, Loss] = {"kto": partial(kto_loss, beta=0.5), "orpo": partial(orpo_loss, beta=0.5)}
+
+
+@pytest.mark.parametrize("algorithm", list(SEVERAL_TERMS))
+@pytest.mark.parametrize(
+    ("robust", "kept", "flipped"), [(ConservativeLoss(0.2), 0.8, 0.2), (UnbiasedLoss(0.2), 4 / 3, -1 / 3)]
+)
+def test_smoothing_of_losses_with_several_terms(
+    algorithm: str, robust: RobustLoss, kept: float, flipped: float
+) -> None:
+    """Of a mixture too, if the terms of both labels do not share a weight. KTO's are linear, and texts have lengths."""
+    loss, logps, codes = SEVERAL_TERMS[algorithm], random_pairs(), random_pairs(codes=3)
+    expected = kept * loss(logps).losses + flipped * loss(swapped(logps)).losses
+    torch.testing.assert_close(robust.pair_losses(loss, logps).losses, expected, rtol=1e-12, atol=1e-12)
+    log_weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log().expand(6, 3)
+    mixture = robust.pair_losses(loss, codes).of_mixture(log_weights)
+    if algorithm == "kto" or isinstance(robust, UnbiasedLoss):
+        of_labels = [loss(pairs).of_mixture(log_weights) for pairs in (codes, swapped(codes))]
+        torch.testing.assert_close(mixture, kept * of_labels[0] + flipped * of_labels[1], rtol=1e-12, atol=1e-12)
+    rows = PairLogps(*(getattr(logps, field.name)[:, None] for field in fields(PairLogps)[:6]))
+    same = replace(
+        rows, policy_chosen=rows.policy_chosen.expand(6, 3), policy_rejected=rows.policy_rejected.expand(6, 3)
+    )
+    torch.testing.assert_close(robust.pair_losses(loss, same).of_mixture(log_weights), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", list(SEVERAL_TERMS))
+@pytest.mark.parametrize("robust", [REPO(), HolderDPO()])
+def test_robust_losses_refuse_several_terms(algorithm: str, robust: RobustLoss) -> None:
+    with pytest.raises(ValueError, match=rf"robust_loss: found {type(robust).__name__} with a loss .* expected DPO"):
+        robust.pair_losses(SEVERAL_TERMS[algorithm], random_pairs())
 
 
 def test_holder_dpo_refuses_ipo() -> None:

@@ -128,9 +128,11 @@ class MarginalSpace(DiscreteSpace):
     paper's objective is a bound on it. The posterior is exact: q_k is proportional to p_k exp(-l_k). There is no
     posterior network and no Gumbel noise, and no label can leak.
 
-    Two losses are not log-likelihoods. For IPO the loss is the soft minimum over codes
+    Some losses are not log-likelihoods. For IPO the loss is the soft minimum over codes
     -1/s log sum_k p_k exp(-s l_k), where s converts the loss to nats (see `ipo_loss`). For rDPO the unbiased sum is
-    taken over the marginals of the label and of its opposite (see `dpo_loss`).
+    taken over the marginals of the label and of its opposite (see `dpo_loss`). KTO's loss is 1 - P, and the marginal
+    replaces P of each answer by sum_k p_k P_k (see `kto_loss`). ORPO's two terms are marginals of their own (see
+    `orpo_loss`).
 
     A pair's margin m is part of the likelihood: for DPO, the label has the probability sigmoid(beta D_k - m) under code
     k. With m above 0, the probabilities of the two labels add up to less than 1. So a label with a large margin favours

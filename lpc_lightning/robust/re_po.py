@@ -76,8 +76,14 @@ class REPO(RobustLoss):
         """Compute `re_po_losses`. Without reliabilities, the initial one is used."""
         if reliability is None:
             reliability = logps.policy_chosen.new_tensor([self.initial])
+        observed = loss(logps)
+        if len(observed.parts) > 1:
+            raise ValueError(
+                "robust_loss: found REPO with a loss of several terms (KTO, ORPO), expected DPO, IPO or SimPO, whose "
+                "loss gives the probability of a label."
+            )
         eta = reliability[:, None] if logps.policy_chosen.dim() == 2 else reliability
-        return re_po_losses(loss(logps), loss(swap_answers(logps)), eta)
+        return re_po_losses(observed, loss(swap_answers(logps)), eta)
 
     def start(self, annotators: Sequence[str]) -> None:
         """Add the annotators of the run."""
@@ -98,6 +104,13 @@ class REPO(RobustLoss):
     def update(self) -> None:
         """Update the reliabilities."""
         self.learned.update()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return mean, smallest and largest reliability."""
+        values = self.learned.values
+        if not self.learned.names:
+            return {}
+        return {"reliability/mean": values.mean(), "reliability/min": values.min(), "reliability/max": values.max()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the reliabilities."""

@@ -39,6 +39,14 @@ class Columns:
     """Values of the label if the second answer is preferred."""
     label_tie: list[str | int | float] | None = None
     """Values of the label if no answer is preferred. These rows are dropped and counted."""
+    vote: str | None = None
+    """Entry that names the preferred answer by its column, such as `meta.one_vote` (the entry `one_vote` of the column
+    `meta`) with the values `chosen` and `rejected`. Rows with another value are dropped and counted as ties. null: the
+    answers are in the order of their columns or of the label."""
+    gold: str | None = None
+    """Entry that names the right answer by its column, such as `meta.gold`, or the column itself if it always holds the
+    right answer, such as `chosen`. Pairs whose label prefers the other answer count as wrong labels: see
+    `gold_accuracy` in docs/metrics.md. Rows with another value are dropped and counted as ties. null: unknown."""
     system: str | None = None
     """System text, placed before the prompt. null: the column `system`, `system_prompt` or `system_message`. A name
     that no row has: no system text."""
@@ -88,6 +96,11 @@ class Columns:
             raise ValueError(
                 f"columns: found score_chosen={self.score_chosen!r} and score_rejected={self.score_rejected!r}, "
                 "expected both or neither"
+            )
+        if self.score_chosen is not None and (self.answer_a or self.vote):
+            raise ValueError(
+                "columns: found score_chosen together with a label or a vote, expected one of them. The scores are "
+                "those of the columns chosen and rejected; a label or a vote orders the answers anew"
             )
         if not 0 < self.margin_alpha < math.inf:
             raise ValueError(f"columns.margin_alpha: found {self.margin_alpha}, expected a number above 0")

@@ -85,6 +85,7 @@ def test_invalid_number_names_file_row_and_column(write_rows: Any, tmp_path: Pat
     ("columns", "message"),
     [
         ({"score_chosen": "good"}, "found score_chosen='good' and score_rejected=None, expected both or neither"),
+        (SCORES | {"vote": "meta.vote"}, "found score_chosen together with a label or a vote"),
         (SCORES | {"margin_alpha": 0.0}, r"columns\.margin_alpha: found 0\.0, expected a number above 0"),
         ({"weight": "id"}, r"found \['id'\] for more than one purpose"),
     ],
