@@ -22,6 +22,7 @@ from lpc_lightning.evaluation.ablation.folder import CellFolder, Weights
 from lpc_lightning.evaluation.ablation.work import log_fault
 from lpc_lightning.evaluation.report.command import report
 from lpc_lightning.system_errors import SPACE
+from tests.fixtures.processes import forked_command
 
 pytestmark = pytest.mark.slow
 
@@ -88,9 +89,9 @@ def test_cell_independent_of_order_and_processes(uninterrupted: Path, grid: Path
 def test_cell_equals_plain_fit(uninterrupted: Path, tmp_path: Path) -> None:
     """Compare the last of four cells with `fit` in a new process with the same number of threads."""
     cell = uninterrupted / "cells" / "latent=gumbel,noise=0.5,seed=1"
-    fit = [sys.executable, "-m", "lpc_lightning", "fit", *record(cell)["arguments"]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*fit, f"--trainer.default_root_dir={tmp_path}"], check=True, capture_output=True, env=environment)
+    fit = ["fit", *record(cell)["arguments"], f"--trainer.default_root_dir={tmp_path}"]
+    process = forked_command(*fit, log=tmp_path / "log")
+    assert process.wait() == 0, process.errors
     weights, expected = (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for run in (tmp_path / "version_0", cell / "run")
