@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +13,9 @@ from lpc_lightning.policy.head import UnsupportedPolicyError, check_vocabulary
 from lpc_lightning.policy.lora import LoRA
 from lpc_lightning.policy.memory_efficient_layers import make_memory_efficient
 from lpc_lightning.policy.segment_attention import SEGMENT
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Attention = Literal["auto", "segment", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -61,6 +64,10 @@ class PolicySpec(ABC):
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer of the model."""
 
+    def adapt(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """Add the adapter that is trained, if there is one."""
+        return model if self.lora is None else self.lora.apply(model)
+
     def check_start(self) -> None:  # noqa: B027  # optional
         """Check the weights as the start of a fit. By default there is nothing to check."""
 
@@ -85,7 +92,7 @@ class PolicySpec(ABC):
         check_vocabulary(model, self.load_tokenizer() if tokenizer is None else tokenizer)
         model.eval()
         make_memory_efficient(decoder_layers(model))
-        policy = CausalPolicy(model if self.lora is None else self.lora.apply(model))
+        policy = CausalPolicy(self.adapt(model))
         if self.gradient_checkpointing:
             policy.set_gradient_checkpointing(True)
         policy.train()
