@@ -3,6 +3,7 @@
 from lpc_lightning.callbacks.adaptation import AnnotatorAdaptation
 from lpc_lightning.callbacks.best_and_last import BestAndLast
 from lpc_lightning.callbacks.chosen_reward import ChosenRewardWarning
+from lpc_lightning.callbacks.code_explanations import CodeExplanations
 from lpc_lightning.callbacks.codebook_monitor import CodebookMonitor
 from lpc_lightning.callbacks.final_validation import FinalValidation
 from lpc_lightning.callbacks.flip_order import (
@@ -29,6 +30,7 @@ __all__ = [
     "BestAndLast",
     "ByAnnotator",
     "ChosenRewardWarning",
+    "CodeExplanations",
     "CodebookMonitor",
     "FinalValidation",
     "FlipOrder",

@@ -26,7 +26,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
-from lpc_lightning.losses import add_nll
+from lpc_lightning.losses import add_nll, weighted_mean
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.policy.logprobs import code_range
@@ -36,7 +36,7 @@ from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
 PROGRESS_BAR = ("loss", "rewards/accuracies", "rewards/margins", "latent/codebook_perplexity")
 """Metrics that the progress bar shows."""
-RESUMED = ("training_data", "run_length", "warm_started", "code_range")
+RESUMED = ("training_data", "run_length", "warm_start", "code_range")
 """Entries of a checkpoint that `on_train_start` reads."""
 
 
@@ -94,7 +94,8 @@ class PreferenceModule(PolicyModule):
         self.nll_weight, self.robust_loss = nll_weight, robust_loss
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the others
         self.reference_kind = reference
-        self._warm_started = False
+        self.warm_start_result: dict[str, Any] | None = None
+        """Decision of the warm start (see `algorithms.warm_start.decision`). None: there was no warm start."""
         self._losses = RecentLosses()
         self._code_range: float | None = None
         self._resumed: dict[str, Any] = {}
@@ -130,7 +131,7 @@ class PreferenceModule(PolicyModule):
     def setup(self, stage: str) -> None:
         """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights."""
         super().setup(stage)
-        self._resumed, self._warm_started = {}, False
+        self._resumed, self.warm_start_result = {}, None
         self._losses, self._code_range = RecentLosses(), None
         if stage == "fit" and self.robust_loss is not None:
             self.robust_loss.reset()
@@ -153,7 +154,7 @@ class PreferenceModule(PolicyModule):
         if self.robust_loss is not None:
             reliability = self.robust_loss.reliabilities(batch.annotators, batch.lengths.device)
             loss = partial(self.pair_loss, reliability=reliability)
-        return forward, BatchScorer(forward, batch.lengths, reference, loss, code_range)
+        return forward, BatchScorer(forward, batch.lengths, reference, loss, code_range, batch.margins)
 
     def on_train_start(self) -> None:
         """Restore the position in the data of a resumed run, compare its length, and run the warm start.
@@ -172,7 +173,7 @@ class PreferenceModule(PolicyModule):
         if "run_length" in self._resumed:
             compare_run_length(self.trainer, self._resumed["run_length"])
         # A checkpoint of step 0 can come from before the warm start, or from within the first step, after it.
-        self._warm_started = "warm_started" in self._resumed
+        self.warm_start_result = self._resumed.get("warm_start")
         self._code_range = self._resumed.get("code_range")
         self._resumed = {}
         self._check_annotators()
@@ -183,13 +184,12 @@ class PreferenceModule(PolicyModule):
             self.latent is not None
             and self.latent.warm_start_pairs
             and self.trainer.global_step == 0
-            and not self._warm_started
+            and self.warm_start_result is None
         ):
             # Imported only if needed: scikit-learn is slow to import.
             from lpc_lightning.algorithms.warm_start.warm_start import warm_start
 
-            warm_start(self, self.latent)
-            self._warm_started = True
+            self.warm_start_result = warm_start(self, self.latent).record()
 
     def _check_annotators(self) -> None:
         """Refuse `latent.annotators` if the training pairs name no annotator."""
@@ -206,31 +206,33 @@ class PreferenceModule(PolicyModule):
         torch.manual_seed(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> TrainingOutput:
-        """Compute the mean over pairs of the preference loss plus the latent's penalty.
+        """Compute the mean over pairs of the preference loss plus the latent's penalty, with the weights of the pairs.
 
         The output also holds each pair's loss and margin, for callbacks.
         """
         forward, score = self.score_batch(batch, self._latest_code_range())
         terms = self.training_terms(forward.states, score, self.progress)
         losses = terms.pairs.losses + terms.penalty
-        loss = losses.mean() if self.robust_loss is None else self._robust_batch_loss(terms, batch)
+        loss = self._robust_batch_loss(terms, batch) if self.robust_loss else weighted_mean(losses, batch.weights)
         self._losses.add(loss, self.trainer.global_step, self.current_epoch, batch_idx, batch.ids)
         logged = is_logged(self.trainer, batch_idx)
         if logged:
-            self.train_metrics.update(terms, forward.states)
+            self.train_metrics.update(terms, forward.states, weights=batch.weights)
             if is_optimizer_step(self.trainer, batch_idx):
                 self._log_training()
         margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
-        weight = window_weight(self.trainer, batch.pairs, batch_idx)
-        return {"loss": loss * weight, "losses": losses.detach(), "margins": margins, "logged": logged}
+        weight = window_weight(self.trainer, batch.pairs, batch_idx, batch.weights)
+        return {"loss": (loss * weight).to(loss.dtype), "losses": losses.detach(), "margins": margins, "logged": logged}
 
     def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
         """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
         assert self.robust_loss is not None
         if terms.pairs.right is not None:
             self.robust_loss.observe(batch.annotators, terms.pairs.right)
-        penalty = terms.penalty.mean() if isinstance(terms.penalty, Tensor) else terms.penalty
-        return self.robust_loss.batch_loss(terms.pairs.losses) + penalty
+        penalty = terms.penalty
+        if isinstance(penalty, Tensor):
+            penalty = weighted_mean(penalty, batch.weights)
+        return self.robust_loss.batch_loss(terms.pairs.losses, batch.weights) + penalty
 
     @property
     def progress(self) -> float:
@@ -299,7 +301,7 @@ class PreferenceModule(PolicyModule):
 
     def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:
         evaluated = self.infer(batch, batch_idx)
-        metrics.update(evaluated["terms"], evaluated["states"], batch.sources)
+        metrics.update(evaluated["terms"], evaluated["states"], batch.sources, batch.weights)
         return evaluated
 
     def _log_training(self) -> None:
@@ -351,8 +353,8 @@ class PreferenceModule(PolicyModule):
         if isinstance(data := trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by fit
             checkpoint["template"] = data.template_settings._asdict()
         checkpoint["run_length"] = run_length(trainer)
-        if self._warm_started:
-            checkpoint["warm_started"] = True
+        if self.warm_start_result is not None:
+            checkpoint["warm_start"] = self.warm_start_result
         if self._code_range is not None:
             checkpoint["code_range"] = self._code_range
         if self.robust_loss is not None and (state := self.robust_loss.state_dict()):
@@ -413,19 +415,26 @@ def is_logged(trainer: Trainer, batch_idx: int) -> bool:
     return ends_epoch or step in (1, trainer.max_steps) or (every > 0 and step % every == 0)
 
 
-def window_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:
+def window_weight(trainer: Trainer, pairs: int, batch_idx: int, weights: Tensor | None = None) -> float | Tensor:
     """Return the factor of a micro-batch's mean loss that makes the window's loss the mean over its pairs.
 
-    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short.
+    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short. With
+    weights, the window's loss is sum(w_i l_i) / sum(w_i) over its pairs on all devices, whose gradients the trainer
+    averages. The sum of the weights is known from the order of the epoch, so no device waits for another one. It is 0
+    if all weights of the window are 0.
 
     Args:
         trainer: The trainer. The factor is 1 if its loader is not a `TrainingLoader`, whose batch sizes are known.
         pairs: Number of pairs in the micro-batch.
         batch_idx: Number of the micro-batch in the epoch, from 0.
+        weights: (B,) weights of the micro-batch's pairs. None: all are equal.
     """
     loader, window = trainer.train_dataloader, trainer.accumulate_grad_batches
-    if window == 1 or not isinstance(loader, TrainingLoader):
+    if not isinstance(loader, TrainingLoader) or (window == 1 and weights is None):
         return 1.0
     start = batch_idx - batch_idx % window
     end = min(start + window, int(trainer.num_training_batches))
-    return pairs * window / sum(loader.batch_sizes[start:end])
+    if weights is None:
+        return pairs * window / sum(loader.batch_sizes[start:end])
+    total = loader.weight_sum(start, end)
+    return weights.sum() * (window * trainer.world_size / total) if total else 0.0
