@@ -36,10 +36,10 @@ def means_table(study: Study, metrics: Sequence[str]) -> Table:
             records.append({**axes, "metric": metric, **numbers, "runs": len(group.records)})
         rows.append(cells)
     notes = [
-        "Mean over n seeds with Student's 95 % confidence interval. It covers what changes with the seed. If all seeds "
-        "are cells of ablate and are scored on the same prompts, it also covers the choice of these prompts (their number "
-        "is in the CSV file). One seed has no interval. If n is smaller than the number of runs, the other runs are listed "
-        "in the table of left-out runs."
+        "Mean over n seeds with Student's 95 % confidence interval. It covers what changes with the seed. If all "
+        "seeds are cells of ablate and are scored on the same prompts, it also covers the choice of these prompts "
+        "(prompts in the CSV file). One seed has no interval. If n is smaller than the number of runs, the other runs "
+        "are listed in the table of left-out runs."
     ]
     return Table("means", "Means over seeds", columns, rows, records, notes)
 
