@@ -96,6 +96,16 @@ class BatchScorer:
         margins = None if self._margins is None else self._margins[:, None]
         return self._score(self._logps_per_code(codes), self._lengths[:, None], reference, margins)
 
+    def rescaled(self, scale: Callable[[PairLogps], PairLogps]) -> BatchScorer:
+        """Return a scorer whose loss receives rescaled log-probabilities. It shares those per code."""
+        other, loss = copy.copy(self), self._loss
+        other._loss = lambda logps: loss(scale(logps))
+        return other
+
+    def losses(self, logps: PairLogps) -> PairLosses:
+        """Compute the losses of log-probabilities that `under` or `under_codes` returned."""
+        return self._loss(logps)
+
     def swapped(self) -> BatchScorer:
         """Return a scorer of the same pairs with the opposite labels. It shares the log-probabilities per code.
 
