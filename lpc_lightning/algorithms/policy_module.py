@@ -107,6 +107,7 @@ class PolicyModule(LatentMixin, LightningModule):
         device = torch.get_default_device()
         with torch.device("cpu"):  # equal initial values on every kind of device
             self.build_latent(self.policy.width, self.policy.head)
+            self.policy_spec.restore_latent(self.latent)
         if self.latent is not None:
             self.latent.to(device)
 

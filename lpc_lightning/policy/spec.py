@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpc_lightning.policy.causal import CausalPolicy, decoder_layers
@@ -67,6 +68,12 @@ class PolicySpec(ABC):
     def adapt(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
         """Add the adapter that is trained, if there is one."""
         return model if self.lora is None else self.lora.apply(model)
+
+    def restore_latent(self, space: nn.Module | None) -> None:  # noqa: B027  # optional
+        """Load the latent that belongs to the weights into a new space. By default there is none.
+
+        Called after `build`.
+        """
 
     def check_start(self) -> None:  # noqa: B027  # optional
         """Check the weights as the start of a fit. By default there is nothing to check."""

@@ -520,3 +520,9 @@ def test_pair_table_round_trip() -> None:
     numbers, rows = table.read()
     assert {name: values.tolist() for name, values in numbers.items()} == {"a": [1.5, 2.0, 3.25], "b": [1, 2, 3]}
     assert rows == [{"id": "x\n"}, {"id": "\u2028 é"}, {"id": '"', "flag": True}]
+
+
+def test_pair_table_of_one_number() -> None:
+    table = PairTable()
+    table.update({"a": torch.tensor([1.5])}, [{"id": "x"}])
+    assert table.read() == ({"a": torch.tensor([1.5])}, [{"id": "x"}])
