@@ -26,7 +26,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
-from lpc_lightning.losses import add_nll
+from lpc_lightning.losses import add_nll, weighted_mean
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.policy.logprobs import code_range
@@ -156,7 +156,7 @@ class PreferenceModule(PolicyModule):
         if self.robust_loss is not None:
             reliability = self.robust_loss.reliabilities(batch.annotators, batch.lengths.device)
             loss = partial(self.pair_loss, reliability=reliability)
-        return forward, BatchScorer(forward, batch.lengths, reference, loss, code_range)
+        return forward, BatchScorer(forward, batch.lengths, reference, loss, code_range, batch.margins)
 
     def on_train_start(self) -> None:
         """Restore the position in the data of a resumed run, compare its length, and run the warm start.
@@ -208,31 +208,33 @@ class PreferenceModule(PolicyModule):
         torch.manual_seed(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> TrainingOutput:
-        """Compute the mean over pairs of the preference loss plus the latent's penalty.
+        """Compute the mean over pairs of the preference loss plus the latent's penalty, with the weights of the pairs.
 
         The output also holds each pair's loss and margin, for callbacks.
         """
         forward, score = self.score_batch(batch, self._latest_code_range())
         terms = self.training_terms(forward.states, score, self.progress)
         losses = terms.pairs.losses + terms.penalty
-        loss = losses.mean() if self.robust_loss is None else self._robust_batch_loss(terms, batch)
+        loss = self._robust_batch_loss(terms, batch) if self.robust_loss else weighted_mean(losses, batch.weights)
         self._losses.add(loss, self.trainer.global_step, self.current_epoch, batch_idx, batch.ids)
         logged = is_logged(self.trainer, batch_idx)
         if logged:
-            self.train_metrics.update(terms, forward.states)
+            self.train_metrics.update(terms, forward.states, weights=batch.weights)
             if is_optimizer_step(self.trainer, batch_idx):
                 self._log_training()
         margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
-        weight = window_weight(self.trainer, batch.pairs, batch_idx)
-        return {"loss": loss * weight, "losses": losses.detach(), "margins": margins, "logged": logged}
+        weight = window_weight(self.trainer, batch.pairs, batch_idx, batch.weights)
+        return {"loss": (loss * weight).to(loss.dtype), "losses": losses.detach(), "margins": margins, "logged": logged}
 
     def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
         """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
         assert self.robust_loss is not None
         if terms.pairs.right is not None:
             self.robust_loss.observe(batch.annotators, terms.pairs.right)
-        penalty = terms.penalty.mean() if isinstance(terms.penalty, Tensor) else terms.penalty
-        return self.robust_loss.batch_loss(terms.pairs.losses) + penalty
+        penalty = terms.penalty
+        if isinstance(penalty, Tensor):
+            penalty = weighted_mean(penalty, batch.weights)
+        return self.robust_loss.batch_loss(terms.pairs.losses, batch.weights) + penalty
 
     @property
     def progress(self) -> float:
@@ -304,7 +306,7 @@ class PreferenceModule(PolicyModule):
 
     def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:
         evaluated = self._infer(batch, batch_idx)
-        metrics.update(evaluated["terms"], evaluated["states"], batch.sources)
+        metrics.update(evaluated["terms"], evaluated["states"], batch.sources, batch.weights)
         return evaluated
 
     def _log_training(self) -> None:
@@ -418,19 +420,26 @@ def is_logged(trainer: Trainer, batch_idx: int) -> bool:
     return ends_epoch or step in (1, trainer.max_steps) or (every > 0 and step % every == 0)
 
 
-def window_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:
+def window_weight(trainer: Trainer, pairs: int, batch_idx: int, weights: Tensor | None = None) -> float | Tensor:
     """Return the factor of a micro-batch's mean loss that makes the window's loss the mean over its pairs.
 
-    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short.
+    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short. With
+    weights, the window's loss is sum(w_i l_i) / sum(w_i) over its pairs on all devices, whose gradients the trainer
+    averages. The sum of the weights is known from the order of the epoch, so no device waits for another one. It is 0
+    if all weights of the window are 0.
 
     Args:
         trainer: The trainer. The factor is 1 if its loader is not a `TrainingLoader`, whose batch sizes are known.
         pairs: Number of pairs in the micro-batch.
         batch_idx: Number of the micro-batch in the epoch, from 0.
+        weights: (B,) weights of the micro-batch's pairs. None: all are equal.
     """
     loader, window = trainer.train_dataloader, trainer.accumulate_grad_batches
-    if window == 1 or not isinstance(loader, TrainingLoader):
+    if not isinstance(loader, TrainingLoader) or (window == 1 and weights is None):
         return 1.0
     start = batch_idx - batch_idx % window
     end = min(start + window, int(trainer.num_training_batches))
-    return pairs * window / sum(loader.batch_sizes[start:end])
+    if weights is None:
+        return pairs * window / sum(loader.batch_sizes[start:end])
+    total = loader.weight_sum(start, end)
+    return weights.sum() * (window * trainer.world_size / total) if total else 0.0

@@ -113,6 +113,7 @@ class PolicyModule(LatentMixin, LightningModule):
         try:
             with torch.device("cpu"):  # equal initial values on every kind of device
                 self.build_latent(self.policy.width, self.policy.head)
+                self.policy_spec.restore_latent(self.latent)
         finally:
             torch.set_default_dtype(default)
         if self.latent is not None:

@@ -134,6 +134,11 @@ class MarginalSpace(DiscreteSpace):
     replaces P of each answer by sum_k p_k P_k (see `kto_loss`). ORPO's two terms are marginals of their own (see
     `orpo_loss`).
 
+    A pair's margin m is part of the likelihood: for DPO, the label has the probability sigmoid(beta D_k - m) under code
+    k. With m above 0, the probabilities of the two labels add up to less than 1. So a label with a large margin favours
+    the codes under which its answer is better by about m. A pair's weight multiplies its loss alone. The posterior q
+    and the evidence that pairs share do not depend on weights.
+
     With `annotators`, p_k is the prior updated with the annotator's earlier pairs in the batch. The losses of an
     annotator's pairs then add up to the marginal of all their labels together. This marginal contains information that
     single pairs do not have. If half of the annotators prefer the opposite of the other half, one code for each half

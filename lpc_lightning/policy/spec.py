@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpc_lightning.errors import ConfigError
@@ -14,6 +15,9 @@ from lpc_lightning.policy.head import UnsupportedPolicyError, check_vocabulary
 from lpc_lightning.policy.lora import LoRA
 from lpc_lightning.policy.memory_efficient_layers import make_memory_efficient
 from lpc_lightning.policy.segment_attention import SEGMENT
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Attention = Literal["auto", "segment", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -71,6 +75,16 @@ class PolicySpec(ABC):
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer of the model."""
 
+    def adapt(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """Add the adapter that is trained, if there is one."""
+        return model if self.lora is None else self.lora.apply(model)
+
+    def restore_latent(self, space: nn.Module | None) -> None:  # noqa: B027  # optional
+        """Load the latent that belongs to the weights into a new space. By default there is none.
+
+        Called after `build`.
+        """
+
     def check_start(self) -> None:  # noqa: B027  # optional
         """Check the weights as the start of a fit. By default there is nothing to check."""
 
@@ -95,7 +109,7 @@ class PolicySpec(ABC):
         check_vocabulary(model, self.load_tokenizer() if tokenizer is None else tokenizer)
         model.eval()
         make_memory_efficient(decoder_layers(model))
-        policy = CausalPolicy(model if self.lora is None else self.lora.apply(model))
+        policy = CausalPolicy(self.adapt(model))
         if self.gradient_checkpointing:
             policy.set_gradient_checkpointing(True)
         policy.train()

@@ -30,9 +30,13 @@ SCHEMA = pa.schema(
         ("factor", pa.string()),
         ("annotator", pa.string()),
         ("flipped", pa.bool_()),
+        ("weight", pa.float64()),
+        ("margin", pa.float64()),
         ("index", pa.int64()),
     ]
 )
+NUMBERS = ("weight", "margin")
+"""Columns that may be empty."""
 assert [*SCHEMA.names, "reference_logps"] == [f.name for f in fields(TokenizedPair)]
 
 
@@ -128,12 +132,17 @@ class TokenStore(Sequence[TokenizedPair]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"TokenStore: found index {index}, expected one below {len(self)}")
         row = index % len(self)
-        pair = TokenizedPair(**self._values(row), reference_logps=self._reference_of(row))
+        pair = TokenizedPair(**self._values(row) | self._numbers_of(row), reference_logps=self._reference_of(row))
         return pair if self._swaps is None or not self._swaps[row] else pair.swapped()
 
     def _values(self, row: int) -> dict[str, Any]:
-        """Return the cells of a row by column name."""
-        return {name: self._table[name][row].as_py() for name in SCHEMA.names}
+        """Return the cells of a row by column name, without weight and margin."""
+        return {name: self._table[name][row].as_py() for name in SCHEMA.names if name not in NUMBERS}
+
+    def _numbers_of(self, row: int) -> dict[str, float]:
+        """Return weight and margin of a row, those that the data has."""
+        columns = {"weight": self.weights, "margin": self.margins}
+        return {name: float(column[row]) for name, column in columns.items() if column is not None}
 
     def _reference_of(self, row: int) -> tuple[float, float] | None:
         if self._reference_logps is None:
@@ -148,14 +157,30 @@ class TokenStore(Sequence[TokenizedPair]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that determines training: the token ids, and the annotators of the pairs."""
+        """SHA-256 of everything that determines training: token ids, annotators, weights and margins of the pairs."""
         parts = [self.token_digest, self._digest("annotator")]
+        for column in (self.weights, self.margins):
+            parts.append("" if column is None else hashlib.sha256(column.tobytes()).hexdigest())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
     def flips_digest(self) -> str:
         """SHA-256 of the choice of reversed labels. Empty if no label is reversed."""
         return "" if self._swaps is None else hashlib.sha256(np.packbits(self._swaps).tobytes()).hexdigest()
+
+    @cached_property
+    def weights(self) -> np.ndarray | None:
+        """(pairs,) weight of each pair in the loss, 1 if a row has none. None if no row has a weight."""
+        return self._filled("weight", 1.0)
+
+    @cached_property
+    def margins(self) -> np.ndarray | None:
+        """(pairs,) margin of each pair, 0 if a row has none. None if no row has a margin."""
+        return self._filled("margin", 0.0)
+
+    def _filled(self, name: str, default: float) -> np.ndarray | None:
+        column = self._table[name]
+        return None if column.null_count == len(column) else column.fill_null(default).to_numpy()
 
     def _digest(self, *names: str) -> str:
         """Hash the values of columns, whatever the batches of rows in which they are stored."""
