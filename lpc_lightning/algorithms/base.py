@@ -93,6 +93,8 @@ class PreferenceModule(PolicyModule):
             raise ConfigError(f"model.reference: found {reference!r}, expected {' or '.join(REFERENCES)}.")
         if not 0 <= nll_weight < math.inf:
             raise ConfigError(f"model.nll_weight: found {nll_weight}, expected a number of at least 0.")
+        if not policy.trainable and latent is None:
+            raise ConfigError("policy.trainable: found false and no latent space, expected true or a latent to train.")
         self.policy_spec, self.latent, self.make_optimizer = policy, latent, optimizer
         self.latent_lr, self.lr_schedule, self.warmup_ratio = latent_lr, lr_schedule, warmup_ratio
         self.nll_weight, self.robust_loss = nll_weight, robust_loss
@@ -279,7 +281,7 @@ class PreferenceModule(PolicyModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Return the ids, rewards, margins and prior of the pairs."""
-        terms = self.infer(batch, batch_idx)["terms"]
+        terms = self._infer(batch, batch_idx)["terms"]
         pairs = terms.pairs
         return {
             "ids": batch.ids,
@@ -297,14 +299,17 @@ class PreferenceModule(PolicyModule):
         """Log the means over all test pairs of all devices."""
         self._report("test", self.test_metrics)
 
-    def infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
-        """Score pairs under the prior, without metrics."""
+    def scoring_step(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
+        """Score pairs under the prior, without metrics. For callbacks that score other pairs."""
+        return self._infer(batch, batch_idx)
+
+    def _infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
         torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))
         forward, score = self.score_batch(batch)
         return {"terms": self.inference_terms(forward.states, score), "states": forward.states, "score": score}
 
     def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:
-        evaluated = self.infer(batch, batch_idx)
+        evaluated = self._infer(batch, batch_idx)
         metrics.update(evaluated["terms"], evaluated["states"], batch.sources, batch.weights)
         return evaluated
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import DeepSpeedPrecision, MixedPrecision
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
@@ -106,9 +107,16 @@ class PolicyModule(LatentMixin, LightningModule):
         self.policy = self.policy_spec.build(self.tokenizer)
         self.reference = self._make_reference() if self.needs_reference else None
         device = torch.get_default_device()
-        with torch.device("cpu"):  # equal initial values on every kind of device
-            self.build_latent(self.policy.width, self.policy.head)
-            self.policy_spec.restore_latent(self.latent)
+        default = torch.get_default_dtype()
+        if self.latent is not None:
+            self.latent.narrow = self.device_mesh is not None
+            torch.set_default_dtype(default if self.latent.narrow else torch.promote_types(default, torch.float32))
+        try:
+            with torch.device("cpu"):  # equal initial values on every kind of device
+                self.build_latent(self.policy.width, self.policy.head)
+                self.policy_spec.restore_latent(self.latent)
+        finally:
+            torch.set_default_dtype(default)
         if self.latent is not None:
             self.latent.to(device)
 
@@ -159,7 +167,7 @@ class PolicyModule(LatentMixin, LightningModule):
         from transformers import get_scheduler  # the import takes a second, and only training needs it
 
         backbone = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": backbone, "name": "backbone"}]
+        groups: list[dict[str, Any]] = [{"params": backbone, "name": "backbone"}] if backbone else []
         if latent := self.latent_parameters():
             groups.append({"params": latent, "name": "latent", "lr": self.latent_lr})
         optimizer = self.make_optimizer(groups)
@@ -173,15 +181,19 @@ class PolicyModule(LatentMixin, LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by `trainer.gradient_clip_val`.
+        """Clip by `trainer.gradient_clip_val`, the policy and the latent space each by their own norm.
+
+        In one norm, the larger gradient of one of them would scale down the steps of the other.
 
         Lightning refuses to clip gradients for a fused optimizer under mixed precision, because the loss scaler of
         float16 unscales inside such an optimizer. bfloat16 has no scaler, so its plugin can clip.
         """
         plugin = self.trainer.precision_plugin
-        unscaled = isinstance(plugin, MixedPrecision) and plugin.scaler is None
-        if gradient_clip_val and unscaled and gradient_clip_algorithm in (None, "norm"):
-            plugin.clip_grad_by_norm(optimizer, gradient_clip_val)
+        scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if gradient_clip_val and by_norm and not scaled and not isinstance(plugin, DeepSpeedPrecision):
+            for group in optimizer.param_groups:
+                clip_grad_norm_(group["params"], gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy.causal import CausalPolicy, decoder_layers
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_vocabulary
 from lpc_lightning.policy.lora import LoRA
@@ -32,6 +33,7 @@ class PolicySpec(ABC):
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         compile: bool | Literal["auto"] = "auto",
+        trainable: bool = True,
     ) -> None:
         """Keep the settings that all policies share.
 
@@ -49,9 +51,17 @@ class PolicySpec(ABC):
                 for each shape of a batch, so that a step takes hundreds of kernel launches instead of thousands. The
                 first steps take about a minute. It needs a C++ compiler (CPU) or Triton (GPU). `auto` compiles on a
                 GPU, in runs of at least 200 micro-batches.
+            trainable: False freezes the policy, and only the latent space is trained. There is then no backward pass
+                through the backbone, and a checkpoint holds no weights of the policy.
+
+        Raises:
+            ConfigError: An adapter is frozen.
         """
+        if lora is not None and not trainable:
+            raise ConfigError("policy.trainable: found false together with policy.lora, expected only one of them.")
         self.dtype, self.attention = dtype, attention
         self.lora, self.gradient_checkpointing, self.compile = lora, gradient_checkpointing, compile
+        self.trainable = trainable
 
     @abstractmethod
     def load_config(self) -> PreTrainedConfig:
@@ -103,6 +113,8 @@ class PolicySpec(ABC):
         if self.gradient_checkpointing:
             policy.set_gradient_checkpointing(True)
         policy.train()
+        if not self.trainable:
+            policy.requires_grad_(False)
         return policy
 
     def _kernel(self, config: PreTrainedConfig) -> str:
