@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import DeepSpeedPrecision, MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import clip_grad_norm_
@@ -73,6 +74,8 @@ class PolicyModule(LatentMixin, LightningModule):
         """Check and set up the strategy. The DataModule of the run has been set up before."""
         if stage == "fit":
             self.policy_spec.check_start()
+            if self.needs_reference:
+                rank_zero_info(f"reference: {self.reference_path or self.policy_spec.start}")
         check_strategy(self.trainer.strategy)
         set_micro_batch_size(self.trainer.strategy)
         self._starting = True

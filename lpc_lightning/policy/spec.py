@@ -79,6 +79,11 @@ class PolicySpec(ABC):
         """Add the adapter that is trained, if there is one."""
         return model if self.lora is None else self.lora.apply(model)
 
+    @property
+    def start(self) -> str:
+        """Name of the weights that a fit starts from, for messages."""
+        return type(self).__name__
+
     def restore_latent(self, space: nn.Module | None) -> None:  # noqa: B027  # optional
         """Load the latent that belongs to the weights into a new space. By default there is none.
 
