@@ -90,6 +90,20 @@ def test_fit_policy_settings(policy: dict[str, Any], fit: Callable[..., Trainer]
     assert all(value.isfinite().all() for value in weights(module).values())
 
 
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2, dropout=0.1)])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_cuda_graphs_change_no_bit(latent: str, lora: LoRA | None, fit: Callable[..., Trainer]) -> None:
+    runs = []
+    for graphs in (False, True):
+        module = DPO(policy=tiny(compile=True, cuda_graphs=graphs, lora=lora), latent=LATENTS[latent]())
+        fit(module, max_steps=3, accumulate_grad_batches=2)
+        assert (module.policy._graphed is not None) is graphs
+        assert not graphs or any(module.policy._graphed._graphs.values())
+        runs.append(weights(module))
+    for name, value in runs[0].items():
+        assert torch.equal(runs[1][name], value), name
+
+
 @pytest.mark.parametrize("latent", ["none", "expected", "marginal"])
 def test_losses_equal_cpu(latent: str, fit: Callable[..., Trainer]) -> None:
     losses = []

@@ -128,8 +128,10 @@ class PolicyModule(LatentMixin, LightningModule):
 
     def _compile(self) -> None:
         if self._should_compile():
+            spec, alone = self.policy_spec, self._trainer is None or self._trainer.world_size == 1
+            graphs = spec.cuda_graphs and self._on_gpu and alone and not spec.gradient_checkpointing
             for policy in policies_of(self):
-                policy.compile_layers(few_shapes=self._on_gpu)
+                policy.compile_layers(few_shapes=self._on_gpu, cuda_graphs=graphs)
 
     def _shard(self, mesh: DeviceMesh) -> None:
         shard(self, mesh)

@@ -28,6 +28,7 @@ class PolicySpec(ABC):
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         compile: bool | Literal["auto"] = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         """Keep the settings that all policies share.
 
@@ -45,9 +46,13 @@ class PolicySpec(ABC):
                 for each shape of a batch, so that a step takes hundreds of kernel launches instead of thousands. The
                 first steps take about a minute. It needs a C++ compiler (CPU) or Triton (GPU). `auto` compiles on a
                 GPU, in runs of at least 200 micro-batches.
+            cuda_graphs: Replay the compiled backbone from CUDA graphs in training on one GPU, so that a small model
+                does not wait for Python. Results are equal to the last bit. Memory holds the gradients twice. Not
+                used with gradient_checkpointing.
         """
         self.dtype, self.attention = dtype, attention
-        self.lora, self.gradient_checkpointing, self.compile = lora, gradient_checkpointing, compile
+        self.lora, self.gradient_checkpointing = lora, gradient_checkpointing
+        self.compile, self.cuda_graphs = compile, cuda_graphs
 
     @abstractmethod
     def load_config(self) -> PreTrainedConfig:
