@@ -14,9 +14,11 @@ from lpc_lightning.callbacks.preference_accuracy import PreferenceAccuracy
 from lpc_lightning.callbacks.progress import PreferenceProgressBar
 from lpc_lightning.callbacks.resources import ResourceMonitor
 from lpc_lightning.callbacks.run_summary import RunSummary
+from lpc_lightning.callbacks.samples import AnswerSamples
 
 __all__ = [
     "AnnotatorAdaptation",
+    "AnswerSamples",
     "BestAndLast",
     "ByAnnotator",
     "ChosenRewardWarning",

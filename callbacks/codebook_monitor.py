@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
@@ -15,6 +14,7 @@ from lpc_lightning.evaluation.accuracy.collect import CollectValidation, log_rou
 from lpc_lightning.evaluation.codebook.plots import code_use, heat_map, render, scatter
 from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics
 from lpc_lightning.latent import LatentSpace
+from lpc_lightning.loggers import log_picture
 from lpc_lightning.seeding import derive
 
 LABELS = ("source", "factor")
@@ -34,7 +34,8 @@ class CodebookMonitor(CollectValidation):
       entropy of the prior.
 
     Plotted: the use of each code; codes by source and by factor; a t-SNE of z coloured by source (UMAP if `umap-learn`
-    is installed). The plots are written as PNG to `codebook/` in the run folder, and as images to TensorBoard.
+    is installed). The plots are written as PNG to `codebook/` in the run folder, and to each logger that takes
+    pictures.
 
     Args:
         every: Plot every n-th validation. The last one of a run is always plotted, the sanity check never.
@@ -96,9 +97,7 @@ class CodebookMonitor(CollectValidation):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures(self.report, trainer.global_step).items():
             pixels = render(figure, folder / f"step_{trainer.global_step:06d}_{name}.png")
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(f"codebook/{name}", pixels, trainer.global_step, dataformats="HWC")
+            log_picture(trainer, f"codebook/{name}", pixels)
 
 
 def figures(report: CodebookReport, step: int) -> dict[str, Figure]:

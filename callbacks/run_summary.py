@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lpc_lightning.callbacks.resources import ResourceMonitor
+from lpc_lightning.loggers import log_table, viewers
 
 ROWS = {
     "loss": "loss",
@@ -27,7 +25,7 @@ ROWS = {
 class RunSummary(Callback):
     """Callback that prints validation before and after training, speed and memory.
 
-    It writes the same to `summary.json` in the run folder.
+    It writes the same to `summary.json` in the run folder, and as a table to each logger that takes tables.
 
     Validation before training is Lightning's sanity check. With `trainer.num_sanity_val_steps: -1` it covers the whole
     validation set, and its metrics are also logged, at step 0.
@@ -75,14 +73,16 @@ class RunSummary(Callback):
             "validation_after": self.after,
             "resources": resources,
         }
-        print(_table(before, self.after, resources, trainer.global_step))
+        rows = _rows(before, self.after, resources, trainer.global_step)
+        print(_lines(rows))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning
             return  # a trial of a few batches leaves no files
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
         print(f"Run folder: {folder}")
-        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            print(f"TensorBoard: {_command('tensorboard')} --logdir {folder}")
+        log_table(trainer, "summary", ("", "before", "after"), rows)
+        for line in viewers(trainer):
+            print(line)
 
     def _print_round(self, trainer: Trainer) -> None:
         folder = _run_folder(trainer)
@@ -101,26 +101,29 @@ def _run_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
 
 
-def _command(name: str) -> str:
-    """Return how to call a program of this environment from here, even if the environment is not activated."""
-    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
-
-
 def _validation(trainer: Trainer) -> dict[str, float]:
     metrics = trainer.callback_metrics
     return {name.removeprefix("val/"): float(value) for name, value in metrics.items() if name.startswith("val/")}
 
 
-def _table(before: dict[str, float], after: dict[str, float], resources: dict[str, float], steps: int) -> str:
+def _rows(
+    before: dict[str, float], after: dict[str, float], resources: dict[str, float], steps: int
+) -> list[tuple[str, str, str]]:
+    """Return the rows of the table: what, before, after."""
+
     def cell(values: dict[str, float], name: str) -> str:
         return f"{values[name]:.4f}" if name in values else "-"
 
-    rows = [("", "before", "after")]
-    rows += [(title, cell(before, name), cell(after, name)) for title, name in ROWS.items() if name in after]
+    rows = [(title, cell(before, name), cell(after, name)) for title, name in ROWS.items() if name in after]
     rows += [("optimizer steps", "", str(steps))]
     units = {"tokens_per_second": "tokens per second", "seconds_per_step": "seconds per step"}
     rows += [(title, "", f"{resources[name]:.1f}") for name, title in units.items() if name in resources]
     rows += [("peak memory", "", f"{resources['peak_memory_gib']:.2f} GiB")] if resources else []
+    return rows
+
+
+def _lines(rows: list[tuple[str, str, str]]) -> str:
+    rows = [("", "before", "after"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
     return "\n".join(["", lines[0], "-" * (sum(widths) + 4), *lines[1:], ""])

@@ -6,21 +6,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
-    from lpc_lightning.data import PreferenceData, PreferenceDataModule, SyntheticPreferences
+    from lpc_lightning.algorithms import DPO, IPO, KTO, ORPO, PreferenceModule, SimPO
+    from lpc_lightning.data import (
+        MixtureSource,
+        PreferenceData,
+        PreferenceDataModule,
+        PreferenceMixture,
+        SyntheticPreferences,
+    )
     from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
     from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy
 
 __all__ = [
     "DPO",
     "IPO",
+    "KTO",
+    "ORPO",
     "ExpectedSpace",
     "GumbelSpace",
     "LatentSpace",
     "LoRA",
     "MarginalSpace",
+    "MixtureSource",
     "PreferenceData",
     "PreferenceDataModule",
+    "PreferenceMixture",
     "PreferenceModule",
     "PretrainedPolicy",
     "SimPO",

@@ -1,7 +1,8 @@
 """Detection of files whose content is not what was written.
 
 A zip file, such as a checkpoint of torch, holds a checksum of each of its entries. torch's own reader does not compare
-them. For other files, `write_digests` writes the SHA-256 of each file into `digests.json` beside them.
+them. For other files, `write_digests` writes the SHA-256 of each file into `digests.json` beside them: the shards of a
+checkpoint, an exported folder, and a prepared model.
 """
 
 from __future__ import annotations
@@ -129,11 +130,25 @@ def check_digests(folder: Path, share: slice = slice(None)) -> None:
     Raises:
         DamagedFileError: A file is missing or has other content, or `digests.json` is missing or damaged.
     """
+    if changed := changed_files(folder, share):
+        raise DamagedFileError(f"{folder / changed[0]} does not have the SHA-256 in {folder / DIGESTS}")
+
+
+def changed_files(folder: Path, share: slice = slice(None), weights: bool = True) -> list[str]:
+    """Return the names of the files that do not have the SHA-256 in the folder's `digests.json`.
+
+    Args:
+        folder: The folder.
+        share: Part of the files to compare, in alphabetical order.
+        weights: False leaves out the safetensors files, which are large.
+
+    Raises:
+        DamagedFileError: A file is missing, or `digests.json` is missing or damaged.
+    """
     expected = read_digests(folder)
-    names = sorted(expected)[share]
+    names = sorted(name for name in expected if weights or not name.endswith(".safetensors"))[share]
     try:
         found = digests_of(folder / name for name in names)
     except OSError as error:
         raise DamagedFileError(f"{folder} is incomplete ({error}), expected the files in its {DIGESTS}") from error
-    if changed := [name for name in names if found[name] != expected[name]]:
-        raise DamagedFileError(f"{folder / changed[0]} does not have the SHA-256 in {folder / DIGESTS}")
+    return [name for name in names if found[name] != expected[name]]

@@ -5,7 +5,9 @@ In the formulas, r_w and r_l are the log-ratios log pi(y|x,z) - log pi_ref(y|x) 
 
 import math
 from dataclasses import replace
+from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -103,6 +105,92 @@ def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.
     return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
+def kto_loss(
+    logps: PairLogps,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    reference_point: float = 0.0,
+) -> PairLosses:
+    """Compute the KTO loss (Ethayarajh et al., 2024, arXiv 2402.01306, eq. 7) of two answers that are judged alone.
+
+    The chosen answer is desirable, the rejected one undesirable, each compared with the reference point z0. The loss is
+    the mean over both answers:
+    `[desirable_weight (1 - sigmoid(beta (r_w - z0))) + undesirable_weight (1 - sigmoid(beta (z0 - r_l)))] / 2`.
+
+    The paper estimates z0, the KL between policy and reference, at every step from prompts with the answers to other
+    prompts of the batch. Here z0 is a constant. An estimate needs another pass of policy and reference. It would also
+    make a pair's loss depend on the other pairs of its batch, so that neither its validation loss nor its posterior
+    over codes would be defined. With z0 = 0, the KL before training, this is APO-zero (D'Oosterlinck et al., 2024,
+    arXiv 2408.06266, eq. 7), which TRL calls `apo_zero_unpaired`. The authors of KTO use z0 = 0 only to measure what
+    their estimate adds.
+
+    The loss is not a negative log-likelihood, but linear in probabilities: under a code, an answer is judged desirable
+    with probability sigmoid(beta (r - z0)). A mixture of codes averages these probabilities, and so the losses. The
+    label's log-likelihood is that of both judgements under one code,
+    `log sigmoid(beta (r_w - z0)) + log sigmoid(beta (z0 - r_l))`. The two weights say how much a judgement counts, not
+    how likely it is, so they are not part of it.
+
+    Args:
+        logps: Log-probabilities of the pairs under policy and reference.
+        beta: Scale of the log-ratios, per nat. A larger beta saturates the loss earlier.
+        desirable_weight: The paper's lambda_D.
+        undesirable_weight: The paper's lambda_U.
+        reference_point: z0, in nats.
+
+    Raises:
+        ValueError: A setting is out of range, or the reference is missing.
+    """
+    check_beta(beta)
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    for name, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(f"{name}: found {weight}, expected a number above 0.")
+    if not 0 <= reference_point < math.inf:
+        raise ValueError(f"reference_point: found {reference_point}, expected a number of at least 0, as a KL is.")
+    chosen, rejected = log_ratios(logps)
+    desirable, undesirable = beta * (chosen - reference_point), beta * (reference_point - rejected)
+    losses = (desirable_weight * (-desirable).sigmoid() + undesirable_weight * (-undesirable).sigmoid()) / 2
+    log_likelihood = logsigmoid(desirable) + logsigmoid(undesirable)
+    rewards = beta * chosen.detach(), beta * rejected.detach()
+    parts = tuple(
+        (partial(_misjudgement, weight), logsigmoid(logits))
+        for weight, logits in ((desirable_weight / 2, desirable), (undesirable_weight / 2, undesirable))
+    )
+    return PairLosses(losses, *rewards, log_likelihood, parts=parts)
+
+
+def _misjudgement(weight: float, log_probability: Tensor) -> Tensor:
+    """Compute weight (1 - P) from log P, the log-probability that an answer is judged as labelled."""
+    return -weight * torch.expm1(log_probability)
+
+
+def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
+    """Compute the ORPO loss (Hong et al., 2024, arXiv 2403.07691, eq. 6).
+
+    `-mean log pi(y_w) - beta log sigmoid(log odds(y_w) - log odds(y_l))` with odds = P / (1 - P). P is the geometric
+    mean of the probabilities of an answer's tokens. The first term is SFT on the chosen answer, without the prompt,
+    whose tokens TRL counts too.
+
+    The label's log-likelihood is `log sigmoid(...)`, the Bradley-Terry probability odds(y_w) / (odds(y_w) + odds(y_l)).
+    beta is its weight in the loss, and does not change the posterior over codes. The SFT term is mixed as in `add_nll`.
+
+    Args:
+        logps: Log-probabilities of the pairs. Those of the reference are ignored.
+        beta: The paper's lambda, the weight of the odds ratio beside the SFT term.
+
+    Raises:
+        ValueError: `beta` is out of range.
+    """
+    check_beta(beta)
+    chosen = logps.policy_chosen / logps.chosen_lengths
+    rejected = logps.policy_rejected / logps.rejected_lengths
+    log_likelihood = logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+    rewards = beta * chosen.detach(), beta * rejected.detach()
+    odds_ratio = PairLosses(-beta * log_likelihood, *rewards, log_likelihood, parts=((beta, log_likelihood),))
+    return add_nll(odds_ratio, logps, 1.0)
+
+
 def add_nll(pairs: PairLosses, logps: PairLogps, weight: float) -> PairLosses:
     """Add `weight` times the chosen answer's mean negative log-likelihood per token, the SFT term of RPO.
 
@@ -132,6 +220,12 @@ def check_beta(beta: float) -> None:
         raise ValueError(f"beta: found {beta}, expected a number above 0.")
 
 
+def _log_odds(mean_logps: Tensor) -> Tensor:
+    """Compute log (P / (1 - P)) from log P. Rounding makes P = 1 of certain answers, whose odds would be infinite."""
+    mean_logps = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
+    return mean_logps - (-torch.expm1(mean_logps)).log()
+
+
 def log_ratios(logps: PairLogps) -> tuple[Tensor, Tensor]:
     """Compute r_w and r_l: log pi(y|x,z) - log pi_ref(y|x) of the chosen and of the rejected answer.
 
@@ -144,6 +238,6 @@ def log_ratios(logps: PairLogps) -> tuple[Tensor, Tensor]:
     if logps.reference_chosen is None or logps.reference_rejected is None:
         raise ValueError(
             "PairLogps: found no reference log-probabilities, expected those of both answers. "
-            "DPO and IPO compare the policy with a reference; SimPO does not need one."
+            "DPO, IPO and KTO compare the policy with a reference; SimPO and ORPO do not need one."
         )
     return logps.policy_chosen - logps.reference_chosen, logps.policy_rejected - logps.reference_rejected

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -235,6 +235,10 @@ class PairLogps:
     """Number of completion tokens of the rejected answer."""
 
 
+Weight: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
+"""Weight of a part of a loss (see `PairLosses.parts`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class PairLosses:
     """Result of a preference loss. Each tensor is (B,) or (B, K), like the policy's log-probabilities."""
@@ -247,9 +251,11 @@ class PairLosses:
     """Implicit reward of the rejected answer, scaled by beta, without gradient."""
     log_likelihood: Tensor | None = None
     """Log-likelihood of each label, in nats, up to a constant. None if the loss is a negative log-likelihood itself."""
-    parts: tuple[tuple[float | Tensor, Tensor], ...] = ()
-    """Pairs of a weight, a number or (B,), and a log-likelihood. The loss is their negative weighted sum. Empty if the
-    loss is `-label_log_likelihood`."""
+    parts: tuple[tuple[Weight, Tensor], ...] = ()
+    """Pairs of a weight, a number or (B,), and a log-likelihood. The loss is their negative weighted sum. In place of a
+    weight, a function of the log-likelihood returns the part's loss. Empty if the loss is `-label_log_likelihood`."""
+    right: Tensor | None = None
+    """Posterior probability that each label is right, without gradient. None if the loss does not infer it."""
 
     @property
     def label_log_likelihood(self) -> Tensor:
@@ -261,5 +267,8 @@ class PairLosses:
 
         The likelihoods are averaged over the codes before the logarithm is taken.
         """
-        parts = self.parts or ((1.0, self.label_log_likelihood),)
-        return torch.stack([-weight * (log_weights + part).logsumexp(-1) for weight, part in parts]).sum(0)
+        losses = []
+        for weight, part in self.parts or ((1.0, self.label_log_likelihood),):
+            likelihood = (log_weights + part).logsumexp(-1)
+            losses.append(weight(likelihood) if callable(weight) else -weight * likelihood)
+        return torch.stack(losses).sum(0)

@@ -177,6 +177,8 @@ SETTINGS = {
     ("model", "DPO"): ["beta", "label_smoothing", "robust", "latent_lr", "lr_schedule", "warmup_ratio", "optimizer"],
     ("model", "IPO"): ["beta", "length_average"],
     ("model", "SimPO"): ["beta", "gamma_beta_ratio"],
+    ("model", "KTO"): ["beta", "desirable_weight", "undesirable_weight", "reference_point", "reference"],
+    ("model", "ORPO"): ["beta", "latent_lr"],
     ("latent", "GumbelSpace"): [
         "tau",
         "hard",

@@ -36,7 +36,7 @@ BASES: dict[str, type] = {
     "algorithm": PreferenceModule,
 }
 EXPERIMENTS = sorted(CONFIGS.glob("experiment/**/*.yaml"))
-ALGORITHMS = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
+ALGORITHMS = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "kto": "KTO", "orpo": "ORPO"}
 SPACES = {"none": "NoneType", "gumbel": "GumbelSpace", "marginal": "MarginalSpace"}
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+from lpc_lightning.algorithms import DPO, IPO, KTO, ORPO, PreferenceModule, SimPO
 from lpc_lightning.callbacks import GracefulStop, LabelFlipNoise, PreferenceProgressBar, ResourceMonitor
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
@@ -26,14 +26,20 @@ pytestmark = [
 ]
 
 CODES = {"num_codes": 4, "hidden": 16, "init_logit_std": 1.0}
-ALGORITHMS: dict[str, type[PreferenceModule]] = {"dpo": DPO, "ipo": IPO, "simpo": SimPO}
+ALGORITHMS: dict[str, type[PreferenceModule]] = {"dpo": DPO, "ipo": IPO, "simpo": SimPO, "kto": KTO, "orpo": ORPO}
 LATENTS: dict[str, Callable[[], LatentSpace | None]] = {
     "none": lambda: None,
     "gumbel": lambda: GumbelSpace(**CODES),
     "expected": lambda: ExpectedSpace(**CODES),
     "marginal": lambda: MarginalSpace(**CODES),
 }
-REFERENCES = {"dpo": ("cached", "live"), "ipo": ("cached", "live"), "simpo": (None,)}
+REFERENCES = {
+    "dpo": ("cached", "live"),
+    "ipo": ("cached", "live"),
+    "simpo": (None,),
+    "kto": ("cached",),
+    "orpo": (None,),
+}
 CASES = [
     (algorithm, latent, reference, lora)
     for algorithm in ALGORITHMS

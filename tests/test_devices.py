@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+from lpc_lightning.algorithms import DPO, IPO, KTO, ORPO, PreferenceModule, SimPO
 from lpc_lightning.callbacks import (
     CodebookMonitor,
     FinalValidation,
@@ -67,6 +67,8 @@ VARIANTS: dict[str, Callable[[], PreferenceModule]] = {
     "ipo": lambda: IPO(policy=tiny(), latent=GumbelSpace(**CODES, **WARM)),
     "simpo": lambda: SimPO(policy=tiny(), latent=MarginalSpace(**CODES, **WARM)),
     "simpo_without_codes": lambda: SimPO(policy=tiny(), latent=GaussianSpace(**CODES, **WARM)),
+    "kto": lambda: KTO(policy=tiny(), latent=MarginalSpace(**CODES, **WARM)),
+    "orpo": lambda: ORPO(policy=tiny(), latent=ExpectedSpace(**CODES)),
     "live": lambda: DPO(policy=tiny(), latent=MarginalSpace(**CODES), reference="live"),
     "lora": lambda: DPO(policy=tiny(lora=LoRA(rank=2, dropout=0.1)), latent=ExpectedSpace(**CODES)),
     "lora_live": lambda: DPO(policy=tiny(lora=LoRA(rank=2)), reference="live"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.types import PairLogps, PairLosses
 
 
@@ -35,6 +35,8 @@ LOSSES: dict[str, Loss] = {
     "ipo_sum": lambda logps: ipo_loss(logps, beta=0.1),
     "ipo_average": lambda logps: ipo_loss(logps, beta=0.1, length_average=True),
     "simpo": lambda logps: simpo_loss(logps, beta=2.0, gamma_beta_ratio=0.5),
+    "kto": lambda logps: kto_loss(logps, beta=0.1, undesirable_weight=1.5, reference_point=0.5),
+    "orpo": lambda logps: orpo_loss(logps, beta=0.1),
 }
 EXPECTED = {
     "dpo": [0.616344, 0.663597, 0.616344, 0.663597],
@@ -43,9 +45,14 @@ EXPECTED = {
     "ipo_sum": [11.56, 19.36, 11.56, 19.36],
     "ipo_average": [21.6225, 21.5296, 19.8025, 24.6016],
     "simpo": [1.701413, 0.201413, 0.313262, 3.048587],
+    # Judged by beta (r_w - 0.5) = -0.07, -0.07, -0.07, -0.06 and beta (0.5 - r_l) = 0.23, 0.13, 0.23, 0.12.
+    "kto": [0.590811, 0.609406, 0.590811, 0.610025],
+    # 1.5, 0.5, 1 and 1.5 nats per token of the chosen answer, and a tenth of 0.87467, 0.12790, 0.23818 and 1.85113 nats
+    # from the odds, which are 1 / (e^1.5 - 1) against 1 / (e^1.25 - 1), and so on.
+    "orpo": [1.587467, 0.51279, 1.023818, 1.685113],
 }
 every_loss = pytest.mark.parametrize("name", list(LOSSES))
-with_reference = pytest.mark.parametrize("name", [name for name in LOSSES if name != "simpo"])
+with_reference = pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("simpo", "orpo")])
 
 
 def random_logps(pairs: int, codes: int | None = None, seed: int = 0) -> PairLogps:
@@ -72,6 +79,11 @@ def naive(name: str, pw: Tensor, pl: Tensor, rw: Tensor, rl: Tensor, nw: Tensor,
     beta, eps = 0.1, 0.1
     if name == "simpo":
         return -torch.log(sigmoid(2.0 * pw / nw - 2.0 * pl / nl - 1.0))
+    if name == "orpo":
+        odds_w, odds_l = (torch.exp(p / n) / (1 - torch.exp(p / n)) for p, n in ((pw, nw), (pl, nl)))
+        return -pw / nw - 0.1 * torch.log(odds_w / (odds_w + odds_l))
+    if name == "kto":
+        return ((1 - sigmoid(0.1 * (pw - rw - 0.5))) + 1.5 * (1 - sigmoid(0.1 * (0.5 - (pl - rl))))) / 2
     if name == "ipo_sum":
         return ((pw - rw) - (pl - rl) - 5.0) ** 2
     if name == "ipo_average":
@@ -146,6 +158,7 @@ def test_rewards_are_scaled_and_detached(name: str) -> None:
             length = float(getattr(logps, f"{side}_lengths")[pair])
             expected = {
                 "simpo": 2.0 * policy / length,
+                "orpo": 0.1 * policy / length,
                 "ipo_average": 0.1 * (policy - reference) / length,
             }.get(name, 0.1 * (policy - reference))
             assert float(rewards[pair]) == pytest.approx(expected, rel=1e-12)
@@ -236,10 +249,86 @@ def test_add_nll_of_mixture(name: str) -> None:
         assert float(result.of_mixture(log_weights)[pair]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_simpo_ignores_reference() -> None:
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_losses_ignore_reference(name: str) -> None:
     logps = random_logps(6)
     without = replace(logps, reference_chosen=None, reference_rejected=None)
-    assert torch.equal(LOSSES["simpo"](logps).losses, LOSSES["simpo"](without).losses)
+    assert torch.equal(LOSSES[name](logps).losses, LOSSES[name](without).losses)
+
+
+def test_kto_mixture_averages_judgements() -> None:
+    """The mixture judges each answer alone, with the mean of its codes' probabilities, in plain exponentials."""
+    logps, weights = random_logps(6, codes=3), [0.2, 0.5, 0.3]
+    result = LOSSES["kto"](logps)
+    mixture = result.of_mixture(torch.tensor(weights, dtype=torch.float64).log().expand(6, 3))
+    for pair in range(6):
+        z0 = 0.5
+        judged_w, judged_l = (
+            [
+                1 / (1 + math.exp(-sign * 0.1 * (float(policy[pair, code]) - float(reference[pair, 0]) - z0)))
+                for code in range(3)
+            ]
+            for sign, policy, reference in (
+                (1, logps.policy_chosen, logps.reference_chosen),
+                (-1, logps.policy_rejected, logps.reference_rejected),
+            )
+        )
+        desirable, undesirable = (
+            sum(w * chance for w, chance in zip(weights, chances, strict=True)) for chances in (judged_w, judged_l)
+        )
+        assert float(mixture[pair]) == pytest.approx(((1 - desirable) + 1.5 * (1 - undesirable)) / 2, rel=1e-12)
+        for code in range(3):
+            likelihood = judged_w[code] * judged_l[code]
+            assert float(result.label_log_likelihood[pair, code].exp()) == pytest.approx(likelihood, rel=1e-12)
+
+
+def test_orpo_mixture_averages_label_and_text() -> None:
+    logps, weights = random_logps(6, codes=3, seed=2), [0.2, 0.5, 0.3]
+    result = LOSSES["orpo"](logps)
+    mixture = result.of_mixture(torch.tensor(weights, dtype=torch.float64).log().expand(6, 3))
+    for pair in range(6):
+        means = [
+            (
+                float(logps.policy_chosen[pair, code] / logps.chosen_lengths[pair]),
+                float(logps.policy_rejected[pair, code] / logps.rejected_lengths[pair]),
+            )
+            for code in range(3)
+        ]
+        odds = [[math.exp(mean) / (1 - math.exp(mean)) for mean in code] for code in means]
+        chances = [chosen / (chosen + rejected) for chosen, rejected in odds]
+        label = sum(w * chance for w, chance in zip(weights, chances, strict=True))
+        texts = [math.exp(float(logps.policy_chosen[pair, code])) for code in range(3)]
+        text = sum(w * chance for w, chance in zip(weights, texts, strict=True))
+        expected = -0.1 * math.log(label) - math.log(text) / float(logps.chosen_lengths[pair])
+        assert float(mixture[pair]) == pytest.approx(expected, rel=1e-12)
+        for code, chance in enumerate(chances):
+            assert float(result.label_log_likelihood[pair, code].exp()) == pytest.approx(chance, rel=1e-12)
+
+
+def test_orpo_of_certain_answers() -> None:
+    """Rounding makes answers of probability 1. Equal odds have a loss of beta log 2."""
+    certain, half = torch.zeros(1, requires_grad=True), torch.full((1,), -math.log(2))
+    ones = torch.ones(1)
+    losses = orpo_loss(PairLogps(certain, certain, None, None, ones, ones), beta=0.1).losses
+    torch.testing.assert_close(losses, torch.tensor([0.1 * math.log(2)]))
+    losses = orpo_loss(PairLogps(certain, half, None, None, ones, ones), beta=0.1).losses
+    (gradient,) = torch.autograd.grad(losses.sum(), certain)
+    assert 0 < losses.item() < 1e-6
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("desirable_weight", 0.0),
+        ("undesirable_weight", -1.0),
+        ("desirable_weight", math.nan),
+        ("reference_point", -0.1),
+    ],
+)
+def test_kto_settings_out_of_range(setting: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{setting}: found {value}, expected"):
+        kto_loss(GOLDEN, **{setting: value})
 
 
 def test_ipo_gradient_zero_at_target_margin() -> None:
@@ -273,7 +362,7 @@ def test_dpo_label_smoothing_out_of_range(smoothing: float, robust: bool, value:
         dpo_loss(GOLDEN, 0.1, smoothing, robust)
 
 
-@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss, simpo_loss])
+@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss, simpo_loss, kto_loss, orpo_loss])
 @pytest.mark.parametrize("beta", [0, -0.1, math.nan, math.inf])
 def test_losses_beta_out_of_range(loss: Callable[..., PairLosses], beta: float) -> None:
     with pytest.raises(ValueError, match=rf"^beta: found {beta}, expected a number above 0\.$"):

@@ -17,8 +17,9 @@ LAYERS = (
     {"errors"},
     {"types", "seeding", "transfer", "run_folder", "system_errors"},
     {"paths", "markdown", "output_paths", "integrity", "yaml_files"},
+    {"loggers"},
     {"losses", "latent", "policy", "data"},
-    {"distributed"},
+    {"distributed", "robust"},
     {"reference"},
     {"algorithms"},
     {"inference"},
@@ -29,6 +30,7 @@ LAYERS = (
 """Parts of the method, lowest first. A part imports from its own layer's name or from lower layers only."""
 EVALUATION = (
     {"provenance", "tables"},
+    {"samples"},
     {"ablation"},
     {"statistics"},
     {"figures"},

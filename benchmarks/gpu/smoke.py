@@ -48,6 +48,8 @@ class Smoke:
         yield self._fit("gumbel", "IPO, gumbel, LoRA, live", "IPO", "gumbel", lora=True, live=True, precision=mixed)
         if not self.tiny:
             yield self._fit("SimPO", "SimPO, expected, bf16-true", "SimPO", "expected", precision="bf16-true")
+            yield self._fit("KTO", "KTO, marginal", "KTO", "marginal", precision=mixed)
+            yield self._fit("ORPO", "ORPO, no latent", "ORPO", precision=mixed)
             yield self._fit("sdpa", "DPO, marginal, live, sdpa", "DPO", "marginal", live=True, attention="sdpa")
             yield self._fit("padded", "DPO, gumbel, padded", "DPO", "gumbel", more={"data.layout": "padded"})
             yield self._fit("lora", "DPO, marginal, LoRA, cached", "DPO", "marginal", lora=True, precision=mixed)
@@ -121,7 +123,7 @@ class Smoke:
             "model": algorithm,
             "seed_everything": 0,
         }
-        if algorithm != "SimPO":
+        if algorithm not in ("SimPO", "ORPO"):
             settings["model.reference"] = "live" if live else "cached"
         if latent is not None:
             settings["latent"] = CONFIGS / "latent" / f"{latent}.yaml"

@@ -14,14 +14,15 @@ import torch
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.folder import Weights
-from lpc_lightning.evaluation.ablation.grid import read_grid
+from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.local import run_locally
 from lpc_lightning.evaluation.ablation.overview import write_overview
-from lpc_lightning.evaluation.ablation.plan import PlannedCell, plan
+from lpc_lightning.evaluation.ablation.plan import CELLS, Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.process import Job
 from lpc_lightning.evaluation.ablation.progress import Progress
 from lpc_lightning.evaluation.ablation.ray_cluster import run_on_ray
 from lpc_lightning.evaluation.ablation.slurm import array_script
+from lpc_lightning.evaluation.ablation.stages import Stages
 from lpc_lightning.function_command import run_function
 from lpc_lightning.output_paths import check_folder
 
@@ -63,6 +64,12 @@ def ablate(
     replace lists, null removes a key. After the file, `AXIS=VALUE,VALUE` replaces the values of an axis, and
     `SETTING=VALUE` (such as trainer.max_steps=20) sets a setting of all cells.
 
+    A grid may tune an axis, such as the learning rate (`tune`; see configs/ablation/noise_tiny.yaml). Then all
+    combinations of the other axes are first fitted at the same values of that axis, under tuning seeds. Validation
+    chooses a value for each combination. If a best value is the smallest or the largest one, a further value is tried
+    for all combinations. The cells of the result have other seeds and run at the chosen values. `AXIS=VALUE,VALUE` and
+    `tune.seeds=VALUE,VALUE` change the values and the tuning seeds. A single value is used without tuning.
+
     If the command runs again, it skips finished cells and resumes interrupted cells from their checkpoints. Cells run
     from the start if their settings, files or code have changed. If a cell fails, its error is recorded, and the other
     cells run. Tokens and reference log-probabilities that cells share are computed once.
@@ -80,7 +87,8 @@ def ablate(
         gpus: Number of GPUs per cell, with Ray. Cells share a GPU if it is below 1.
         retries: Number of times that Ray resumes a cell after its process or node died.
         cell: Run only the cell with this number, for a Slurm array.
-        print_array: Print a Slurm script that runs the cells as an array. Run no cells.
+        print_array: Print a Slurm script that runs the cells as an array. Run no cells. With a tuned axis, print and
+            submit it again when its cells have ended, until no cell is left.
 
     Returns:
         True if all selected cells are finished.
@@ -93,47 +101,64 @@ def ablate(
     changed_grid = read_grid(Path(grid[0])).with_changes(grid[1:])
     folder = Path(output or f"runs/ablation/{changed_grid.name}").absolute()
     check_folder(folder, "output")
-    cells = plan(folder, changed_grid.cells(), weights)
+    stages = Stages(folder, changed_grid, weights, retry_failed, keep_stale)
+    cells = stages.plan().cells
     if cell is not None and not 0 <= cell < len(cells):
         raise ConfigError(f"cell: found {cell}, expected a number from 0 to {len(cells) - 1}.")
-    selected = cells if cell is None else [cells[cell]]
-    to_run = [planned for planned in selected if planned.needs_run(retry_failed, keep_stale)]
     if print_array:
+        to_run = stages.to_run(cells if cell is None else [cells[cell]])
         command = ["lpc-lightning", "ablate", *grid, f"--output={folder}", f"--weights={weights}"]
         print(array_script(changed_grid.name, command, [planned.number for planned in to_run]), end="")
         return True
     write_overview(folder, changed_grid, shlex.join(["lpc-lightning", "ablate", *grid]))
     default_threads = max(1, torch.get_num_threads() // processes) if launcher == "local" else max(1, int(cpus))
     directory, environment = Path.cwd(), dict(os.environ)
-    jobs = [
-        Job(planned.folder.path, planned.new_record, weights, threads or default_threads, directory, environment)
-        for planned in to_run
-    ]
-    skipped = len(selected) - len(jobs)
-    job_count = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
-    print(f"{job_count} to run in {folder / 'cells'}" + (f", {skipped} skipped." if skipped else "."))
-    progress = Progress(len(jobs))
+
+    def run(to_run: Sequence[PlannedCell], skipped: int) -> None:
+        jobs = [
+            Job(planned.folder.path, planned.new_record, weights, threads or default_threads, directory, environment)
+            for planned in to_run
+        ]
+        job_count = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
+        folders = sorted({str(job.folder.parent) for job in jobs}) or [str(folder / CELLS)]
+        print(f"{job_count} to run in {' and '.join(folders)}" + (f", {skipped} skipped." if skipped else "."))
+        progress = Progress(len(jobs))
+        try:
+            if launcher == "ray":
+                run_on_ray(jobs, cpus, gpus, retries, progress)
+            else:
+                run_locally(jobs, processes, progress)
+        finally:
+            progress.close()
+
     try:
-        if launcher == "ray":
-            run_on_ray(jobs, cpus, gpus, retries, progress)
-        else:
-            run_locally(jobs, processes, progress)
+        stages.run(run, cell)
     finally:
-        progress.close()
-        _print_summary(cells, folder)
-    return all(planned.folder.is_finished for planned in selected)
+        planned = stages.plan()
+        _print_summary(planned, changed_grid, folder)
+    selected = planned.cells if cell is None else [planned.cells[cell]]
+    is_complete = planned.is_complete or cell is not None
+    return is_complete and all(each.folder.is_finished or each.is_diverged_tuning for each in selected)
 
 
-def _print_summary(cells: Sequence[PlannedCell], folder: Path) -> None:
-    """Print the number of cells by status, and the next command."""
-    records = [planned.folder.record() for planned in cells]
+def _print_summary(planned: Plan, grid: Grid, folder: Path) -> None:
+    """Print the chosen values, the number of cells by status, and the next command."""
+    if grid.tune is not None and planned.choices:
+        print(f"{grid.tune.axis.name}, tuned by {grid.tune.by} over the seeds {', '.join(map(str, grid.tune.seeds))}:")
+        for choice in planned.choices:
+            name = ", ".join(f"{axis}={value}" for axis, value in choice.group.items())
+            print(f"  {name}: {choice.value}" + (f" ({choice.note})" if choice.note else ""))
+    elif not planned.is_complete:
+        print("The tuning is not complete. Run the same command again to continue.")
+    cells = planned.cells
+    records = [each.folder.record() for each in cells]
     counts = Counter("not run" if record is None else record.status for record in records)
     print(f"{', '.join(f'{number} {status}' for status, number in counts.items())}: {folder}")
     if counts["failed"]:
         print("Failed cells (--retry-failed runs them again; each has a log.txt):")
-        for planned, record in zip(cells, records, strict=True):
+        for each, record in zip(cells, records, strict=True):
             if record is not None and record.status == "failed":
                 cause = (record.error or "no cause was recorded").splitlines()[-1]
-                print(f"  {planned.folder.path.name}: {cause}")
+                print(f"  {each.folder.path.name}: {cause}")
     if counts["finished"]:
         print(f"Tables and plots: lpc-lightning report {os.path.relpath(folder)}")

@@ -31,10 +31,16 @@ class Record:
     """Fingerprint of arguments, files and code; see `fingerprint`."""
     arguments: tuple[str, ...]
     """Arguments of `lpc-lightning fit`."""
+    weights: Weights = "last"
+    """Weights that are validated and tested."""
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+    """The tuned axis with the value chosen for the cell. Empty: the cell's grid has no tuned axis."""
     status: Status = "running"
     """State of the cell. If it is `running` and no process runs, the cell was killed together with its command."""
     error: str | None = None
     """End of the log, if the cell did not finish."""
+    diverged: bool = False
+    """True if the cell failed because a loss was not a finite number."""
     attempts: int = 0
     """Number of times that the cell was started."""
     seconds: float = 0.0
@@ -89,7 +95,9 @@ class CellFolder:
             before = new
         elif before.status == "running":
             before = self.mark_stopped(before)
-        now = replace(before, status="running", error=None, attempts=before.attempts + 1, started=time.time())
+        now = replace(
+            before, status="running", error=None, diverged=False, attempts=before.attempts + 1, started=time.time()
+        )
         self.path.mkdir(parents=True, exist_ok=True)
         self.write(now)
         return now

@@ -3,53 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.ablation.axes import Axis, read_arguments, read_axis, setting_name, to_text
+from lpc_lightning.evaluation.ablation.tuning import Tuning, read_tuning
 from lpc_lightning.yaml_files import parse_yaml, read_yaml
 
 FIT_SETTINGS = ("seed_everything", "trainer", "policy", "data", "model", "latent", "callbacks")
 """First parts of the names of `fit`'s settings."""
-KEYS = {"extends", "base", "axes", "skip"}
+KEYS = {"extends", "base", "axes", "tune", "skip"}
 """Keys of a grid file."""
 MAX_NAME_LENGTH = 200
 """Maximum number of characters of a cell's name. File systems allow 255 bytes."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a grid."""
-
-    name: str
-    arguments: Mapping[str, tuple[str, ...]] | tuple[str, ...]
-    """Arguments of `fit`. Either those of each value, by the value's name; or those of all values, where `{value}` is
-    replaced by the value."""
-    values: tuple[Any, ...]
-    """Names of values, or the values themselves."""
-
-    def arguments_for(self, value: Any) -> list[str]:
-        """Return the arguments of `fit` for a value."""
-        if isinstance(self.arguments, Mapping):
-            return list(self.arguments[str(value)])
-        return [argument.replace("{value}", to_text(value)) for argument in self.arguments]
-
-    def with_values(self, values: Sequence[Any]) -> Axis:
-        """Return the same axis with other values.
-
-        Raises:
-            ConfigError: The axis has named values, and a name is not one of them.
-        """
-        if isinstance(self.arguments, Mapping):
-            values = [str(value) for value in values]
-            if unknown := [value for value in values if value not in self.arguments]:
-                raise ConfigError(f"{self.name}: found {', '.join(unknown)}, expected {', '.join(self.arguments)}.")
-        return replace(self, values=tuple(values))
 
 
 @dataclass(frozen=True)
@@ -60,6 +31,13 @@ class Cell:
     """The cell's value on each axis."""
     arguments: tuple[str, ...]
     """Arguments of `lpc-lightning fit`."""
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+    """The tuned axis with the value that was chosen for the cell. Empty: the grid has no tuned axis."""
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The cell's value on each axis except `seed`."""
+        return {axis: value for axis, value in self.axes.items() if axis != "seed"}
 
     @property
     def name(self) -> str:
@@ -83,29 +61,71 @@ class Grid:
     """Combinations that are left out: for some of the axes, a value or a list of values."""
     settings: tuple[str, ...] = ()
     """Arguments of all cells that come after those of the axes."""
+    tune: Tuning | None = None
+    """The tuned axis, which is not among `axes`."""
+
+    def __post_init__(self) -> None:
+        """Check that the tuned axis is the same for all cells, and that no seed is used for both tuning and results.
+
+        Raises:
+            ConfigError: There is no axis `seed`, a seed is used twice, or an argument sets the tuned setting.
+        """
+        if self.tune is None:
+            return
+        seeds = next((axis.values for axis in self.axes if axis.name == "seed"), None)
+        if seeds is None:
+            raise ConfigError(f"{self.name} tune: found no axis seed, expected one, for the runs at the chosen values.")
+        if shared := [to_text(seed) for seed in self.tune.seeds if seed in seeds]:
+            raise ConfigError(
+                f"{self.name} tune.seeds: found {', '.join(shared)}, which the axis seed also has, expected other "
+                "seeds: results of a seed that was used for tuning are biased."
+            )
+        tuned = self.tune.axis
+        for label, argument in self._fixed_arguments():
+            if any(f"{setting_name(argument)}.".startswith(f"{name}.") for name in tuned.settings):
+                raise ConfigError(
+                    f"{self.name} {label}: found {argument}, which sets the tuned axis {tuned.name}, expected no such "
+                    "argument: the values of a tuned axis are the same for all cells (tune.values)."
+                )
+
+    def _fixed_arguments(self) -> Iterator[tuple[str, str]]:
+        """Yield the arguments of the base, of all values of the axes and of the command line, each with its place."""
+        yield from (("base", argument) for argument in self.base)
+        for axis in self.axes:
+            named = axis.arguments if isinstance(axis.arguments, Mapping) else {"arguments": axis.arguments}
+            yield from ((f"axes.{axis.name}.{name}", each) for name, arguments in named.items() for each in arguments)
+        yield from (("change", argument) for argument in self.settings)
 
     def with_changes(self, changes: Sequence[str]) -> Grid:
         """Return the grid after the changes `AXIS=VALUE,VALUE` and `SETTING=VALUE` from the command line.
 
+        `tune.seeds=VALUE,VALUE` and the like change the section `tune`.
+
         Raises:
             ConfigError: A change is neither for an axis nor for a setting of `fit`, or the axis has no such value.
         """
-        axes, settings = {axis.name: axis for axis in self.axes}, list(self.settings)
+        axes, settings, tune = {axis.name: axis for axis in self.axes}, list(self.settings), self.tune
         for change in changes:
             name, equals, value = change.partition("=")
-            if name in axes and equals:
-                axes[name] = axes[name].with_values([parse_yaml(part, name) for part in value.split(",")])
+            if tune is not None and equals and (name == tune.axis.name or name.startswith("tune.")):
+                field_name = "values" if name == tune.axis.name else name.removeprefix("tune.")
+                tune = tune.with_change(field_name, _parse_values(value, name))
+            elif name in axes and equals:
+                axes[name] = axes[name].with_values(_parse_values(value, name))
             elif name.split(".")[0] in FIT_SETTINGS and equals:
                 settings.append(f"--{name}={value}")
             else:
+                names = ", ".join([*axes, *([] if tune is None else [tune.axis.name])])
                 raise ConfigError(
-                    f"ablate: found {change!r}, expected AXIS=VALUE,VALUE with one of the axes {', '.join(axes)}, or a "
-                    "setting of fit such as trainer.max_steps=20."
+                    f"ablate: found {change!r}, expected AXIS=VALUE,VALUE with one of the axes {names}, or a setting "
+                    " of fit such as trainer.max_steps=20."
                 )
-        return replace(self, axes=tuple(axes.values()), settings=tuple(settings))
+        return replace(self, axes=tuple(axes.values()), settings=tuple(settings), tune=tune)
 
     def cells(self) -> list[Cell]:
         """Return the cells of all combinations that are not skipped. The last axis changes fastest.
+
+        They have no value on the tuned axis (see `at`).
 
         Raises:
             ConfigError: There are no cells, or two cells are equal.
@@ -121,6 +141,25 @@ class Grid:
             raise ConfigError(f"{self.name}: found a value twice on an axis, expected each value once.")
         return cells
 
+    def tuning_cells(self, value: Any) -> list[Cell]:
+        """Return the cells of all groups and all tuning seeds at a value of the tuned axis."""
+        assert self.tune is not None
+        axis, seeds = self.tune.axis, self.tune.seeds
+        axes = tuple(each.with_values(seeds) if each.name == "seed" else each for each in self.axes)
+        return [
+            Cell({**cell.group, axis.name: value, "seed": cell.axes["seed"]}, self.at(cell, value).arguments)
+            for cell in replace(self, axes=axes, tune=None).cells()
+        ]
+
+    def at(self, cell: Cell, value: Any) -> Cell:
+        """Return a cell with the value that was chosen on the tuned axis.
+
+        The arguments of the tuned axis come last, so that no config file of another axis replaces them.
+        """
+        assert self.tune is not None
+        axis = self.tune.axis
+        return replace(cell, arguments=(*cell.arguments, *axis.arguments_for(value)), tuned={axis.name: value})
+
     def _cell(self, values: Sequence[Any]) -> Cell | None:
         value_by_axis = {axis.name: value for axis, value in zip(self.axes, values, strict=True)}
         if any(_matches(value_by_axis, combination) for combination in self.skip):
@@ -132,9 +171,9 @@ class Grid:
 def read_grid(path: Path) -> Grid:
     """Read a grid from a YAML file. `configs/ablation/noise_tiny.yaml` shows all features.
 
-    A file has `base` (arguments of `fit` for all cells), `axes`, and optionally `skip`. With `extends: FILE` it states
-    what differs from another grid file: mappings are merged, lists replace lists, and null removes a key. Keys that a
-    file names come after the others, in its order. FILE is relative to the file's folder.
+    A file has `base` (arguments of `fit` for all cells), `axes`, and optionally `tune` (see `Tuning`) and `skip`. With
+    `extends: FILE` it states what differs from another grid file: mappings are merged, lists replace lists, and null
+    removes a key. Keys that a file names come after the others, in its order. FILE is relative to the file's folder.
 
     Raises:
         ConfigError: The file does not exist, or is not a grid.
@@ -188,49 +227,25 @@ def _merge(theirs: Mapping[str, Any], ours: Mapping[str, Any], label: str) -> di
 def _grid(content: Mapping[str, Any], path: Path) -> Grid:
     if not {"base", "axes"} <= set(content) or not isinstance(content["axes"], dict):
         raise _wrong_keys(content, path)
-    axes = tuple(_axis(str(name), axis, path) for name, axis in content["axes"].items())
+    contents, tune = dict(content["axes"]), content.get("tune")
+    if tune is not None:
+        name = tune.get("axis") if isinstance(tune, dict) else None
+        tune = read_tuning(tune, contents.pop(name, None), str(path))
+    axes = tuple(read_axis(str(name), axis, f"{path} axes.{name}") for name, axis in contents.items())
     names, skip = [axis.name for axis in axes], tuple(content.get("skip") or ())
     for combination in skip:
         if not isinstance(combination, dict) or not set(combination) <= set(names):
             raise ConfigError(f"{path} skip: found {combination}, expected values for some of {', '.join(names)}.")
-    return Grid(path.stem, tuple(_arguments(content["base"], f"{path} base")), axes, skip)
+    return Grid(path.stem, tuple(read_arguments(content["base"], f"{path} base")), axes, skip, tune=tune)
 
 
 def _wrong_keys(content: Any, path: Path) -> ConfigError:
     keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-    return ConfigError(f"{path}: found {keys}, expected base, axes, and optionally skip and extends.")
+    return ConfigError(f"{path}: found {keys}, expected base, axes, and optionally tune, skip and extends.")
 
 
-def to_text(value: Any) -> str:
-    """Return a value as written on the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _axis(name: str, content: Any, path: Path) -> Axis:
-    label = f"{path} axes.{name}"
-    if not isinstance(content, dict) or not content:
-        raise ConfigError(f"{label}: found {content!r}, expected names with their arguments, or key and values.")
-    values = content.get("values", list(content))
-    if not isinstance(values, list) or set(content) == {"values"}:
-        raise ConfigError(
-            f"{label}: found {', '.join(content)}, expected a list of values, and key, arguments or names."
-        )
-    if set(content) not in ({"values", "key"}, {"values", "arguments"}):
-        named_arguments = {
-            str(value): tuple(_arguments(arguments, f"{label}.{value}"))
-            for value, arguments in content.items()
-            if value != "values"
-        }
-        return Axis(name, named_arguments, tuple(named_arguments)).with_values(values)
-    arguments = [f"--{content['key']}={{value}}"] if "key" in content else _arguments(content["arguments"], label)
-    return Axis(name, tuple(arguments), tuple(content["values"]))
-
-
-def _arguments(content: Any, label: str) -> Iterator[str]:
-    for argument in content or []:
-        if not isinstance(argument, str) or not argument.startswith("--"):
-            raise ConfigError(f"{label}: found {argument!r}, expected arguments of fit, such as --model.beta=0.1.")
-        yield argument
+def _parse_values(text: str, name: str) -> list[Any]:
+    return [parse_yaml(part, name) for part in text.split(",")]
 
 
 def _matches(value_by_axis: Mapping[str, Any], combination: Mapping[str, Any]) -> bool:

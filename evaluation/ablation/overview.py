@@ -1,16 +1,19 @@
-"""The file `ablation.json`: properties that all cells of a folder share."""
+"""The files `ablation.json`, with properties that all cells of a folder share, and `tuning.json`, with the choices."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.ablation.axes import Axis
 from lpc_lightning.evaluation.ablation.folder import write_json
-from lpc_lightning.evaluation.ablation.grid import Axis, Grid
+from lpc_lightning.evaluation.ablation.grid import Grid
+from lpc_lightning.evaluation.ablation.tuning import Choice, Tuning, mean_score
 from lpc_lightning.evaluation.provenance import provenance
 
 
@@ -23,7 +26,7 @@ def write_overview(output: Path, grid: Grid, command: str) -> None:
         command: The command that runs the grid.
 
     Raises:
-        ConfigError: The folder has a grid with other axes.
+        ConfigError: The folder has a grid with other axes, or results under a tuning seed.
     """
     path = output / "ablation.json"
     output.mkdir(parents=True, exist_ok=True)
@@ -39,10 +42,19 @@ def _update(path: Path, grid: Grid, command: str) -> None:
             f"output: found a grid over {', '.join(before['axes'])} in {path.parent}, expected one over "
             f"{', '.join(names)}. Use another folder (--output)."
         )
+    tune = grid.tune
+    used = [] if tune is None else [seed for seed in before["axes"].get("seed", []) if seed in tune.seeds]
+    if used:
+        raise ConfigError(
+            f"tune.seeds: found {', '.join(map(str, used))}, which the results in {path.parent} have, expected other "
+            "seeds, or another folder (--output)."
+        )
     overview = {
         "name": grid.name,
         "base": [*grid.base, *grid.settings],
         "axes": {axis.name: _values(axis, before["axes"].get(axis.name, [])) for axis in grid.axes},
+        "controls": {axis.name: _controls(axis, tune) for axis in grid.axes},
+        "tune": None if tune is None else tune.describe(),
         "skip": [dict(combination) for combination in grid.skip],
         "command": command,
         "versions": provenance(),
@@ -52,3 +64,41 @@ def _update(path: Path, grid: Grid, command: str) -> None:
 
 def _values(axis: Axis, earlier_values: list[Any]) -> list[Any]:
     return [*axis.values, *(value for value in earlier_values if value not in axis.values)]
+
+
+def _controls(axis: Axis, tune: Tuning | None) -> list[str]:
+    """Return the settings that differ between values of an axis: its own, and the tuned one, chosen for each group."""
+    tuned = tune.axis.settings if tune is not None and axis.name != "seed" else []
+    return [*axis.settings, *tuned]
+
+
+def write_choices(output: Path, tune: Tuning, choices: Sequence[Choice]) -> None:
+    """Write the scores of all tuning cells and the chosen values to `tuning.json`.
+
+    Groups of earlier commands in the same folder are kept.
+
+    Args:
+        output: The ablation's folder.
+        tune: The section `tune` of the grid.
+        choices: The tuning of each group.
+    """
+    path = output / "tuning.json"
+    groups = [{"axes": dict(choice.group), "tune": tune.describe(), **_tuned(choice, tune)} for choice in choices]
+    with FileLock(output / "lock"):
+        before = json.loads(path.read_text(encoding="utf-8"))["groups"] if path.exists() else []
+        names = [group["axes"] for group in groups]
+        content = {"groups": [*groups, *(group for group in before if group["axes"] not in names)]}
+        if content["groups"] != before:
+            write_json(path, content)
+
+
+def _tuned(choice: Choice, tune: Tuning) -> dict[str, Any]:
+    values = []
+    for value, outcomes in choice.outcomes.items():
+        cells = [
+            {"seed": seed, **outcome._asdict(), "score": outcome.score if outcome.status == "scored" else None}
+            for seed, outcome in zip(tune.seeds, outcomes, strict=True)
+        ]
+        is_added = value not in tune.axis.values
+        values.append({"value": value, "added": is_added, "mean": mean_score(outcomes), "cells": cells})
+    return {"value": choice.value, "note": choice.note, "values": values}

@@ -16,7 +16,9 @@ from pathlib import Path
 from lpc_lightning.evaluation.ablation.folder import CellFolder, Record, Weights
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["lpc_lightning.evaluation.ablation.work", "lpc_lightning.callbacks"])
+MODULES = ("lpc_lightning.__main__", "lpc_lightning.evaluation.ablation.work", "lpc_lightning.callbacks")
+"""Modules that the server imports: the command first, which imports without garbage collection."""
+FORKED.set_forkserver_preload(list(MODULES))
 LOCKED_EXIT_CODE = 75
 """Exit code if another command is running the cell."""
 

@@ -70,7 +70,8 @@ def _attempt(job: Job) -> None:
     except SIGTERMException:
         error, record = "stopped by SIGTERM", replace(record, status="stopped")
     except BaseException as fault:
-        error, record = log_fault(fault, folder), replace(record, status="failed")
+        is_diverged = isinstance(fault, FloatingPointError)
+        error, record = log_fault(fault, folder), replace(record, status="failed", diverged=is_diverged)
     else:
         record = replace(record, status="finished")
     seconds, peak = record.seconds + time.monotonic() - start, max(record.peak_bytes, _peak_bytes())

@@ -14,6 +14,7 @@ from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.evaluation.report.contrasts import contrasts, read_baseline
 from lpc_lightning.evaluation.report.page import Page, make_picture, render_page, run_details
 from lpc_lightning.evaluation.report.plots import draw
+from lpc_lightning.evaluation.report.run_tables import run_tables
 from lpc_lightning.evaluation.report.runs.folders import load_folders
 from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, add_axes, join_measurements
 from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, flatten
@@ -58,8 +59,9 @@ def report(
     by seed, with a paired t-test and Holm's correction for the number of tests. Runs that failed, are missing or have
     no value of a metric are listed.
 
-    OUT contains report.html, which needs no other file; report.md; means, differences and cost as .md, .csv and .tex;
-    runs.csv with every metric of every run; and the plots as .svg and .png in plots/.
+    OUT contains report.html, which needs no other file and also has the last answers of `AnswerSamples`; report.md;
+    means, differences and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as .svg
+    and .png in plots/.
 
     Args:
         runs: Folders that are or contain ablations of `ablate`, runs of `fit`, or results of `evaluate`. Results are
@@ -111,6 +113,7 @@ def report(
         tables=tables,
         pictures=pictures,
         not_drawn=not_drawn,
+        run_tables=run_tables(study.records),
         left_out=missing,
         errors=[entry for entry in left_out if "\n" in entry.why.strip()],
         runs=all_runs,

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from lpc_lightning.evaluation.figures import NoPlot, Plot
+from lpc_lightning.evaluation.report.run_tables import RunTables
 from lpc_lightning.evaluation.report.runs.records import RunProvenance, RunRecord
 from lpc_lightning.evaluation.report.study import LeftOut
 from lpc_lightning.evaluation.report.table_files import Table
@@ -60,6 +61,7 @@ class Page:
     tables: Sequence[Table]
     pictures: Sequence[Picture]
     not_drawn: Sequence[NoPlot]
+    run_tables: Sequence[RunTables]
     left_out: Table
     errors: Sequence[LeftOut]
     """Errors of several lines, of which the table shows only the last one."""

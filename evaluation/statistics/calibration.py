@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -48,4 +47,6 @@ def wrong_label_auroc(margins: Tensor, wrong: Tensor) -> float:
     """
     if margins.isnan().any():
         return math.nan
+    from sklearn.metrics import roc_auc_score  # the import takes a second, and most runs have no known wrong labels
+
     return float(roc_auc_score(wrong.cpu().numpy(), -margins.double().cpu().numpy()))

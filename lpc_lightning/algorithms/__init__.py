@@ -3,7 +3,9 @@
 from lpc_lightning.algorithms.base import PreferenceModule
 from lpc_lightning.algorithms.dpo import DPO
 from lpc_lightning.algorithms.ipo import IPO
+from lpc_lightning.algorithms.kto import KTO
+from lpc_lightning.algorithms.orpo import ORPO
 from lpc_lightning.algorithms.simpo import SimPO
 from lpc_lightning.distributed.sharded_strategy import FSDP2Strategy
 
-__all__ = ["DPO", "IPO", "FSDP2Strategy", "PreferenceModule", "SimPO"]
+__all__ = ["DPO", "IPO", "KTO", "ORPO", "FSDP2Strategy", "PreferenceModule", "SimPO"]

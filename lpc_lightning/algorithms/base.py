@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,11 +25,12 @@ from lpc_lightning.algorithms.run_length import compare_run_length, run_length, 
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.latent import DiscreteSpace, LatentSpace
+from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
 from lpc_lightning.losses import add_nll
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.policy.logprobs import code_range
+from lpc_lightning.robust import RobustLoss
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
@@ -51,6 +53,7 @@ class PreferenceModule(PolicyModule):
         lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
         warmup_ratio: float = 0.1,
         nll_weight: float = 0.0,
+        robust_loss: RobustLoss | None = None,
     ) -> None:
         """Keep the settings. Models are built in `configure_model`.
 
@@ -67,6 +70,8 @@ class PreferenceModule(PolicyModule):
             warmup_ratio: Share of the optimizer steps over which the learning rates rise from 0.
             nll_weight: Weight of an SFT term, the mean negative log-likelihood per token of the chosen answers under
                 the same z (RPO, arXiv 2404.19733, uses 1). It keeps chosen answers likely. 0: no such term.
+            robust_loss: Loss for labels that may be wrong, made from the algorithm's loss: ConservativeLoss (cDPO),
+                UnbiasedLoss (rDPO), DrDPO, REPO or HolderDPO (see docs/robust_losses.md). null: the algorithm's loss.
 
         Raises:
             ConfigError: `reference` is neither `cached` nor `live`, or `nll_weight` is negative.
@@ -77,7 +82,7 @@ class PreferenceModule(PolicyModule):
             self.save_hyperparameters()
         if "_class_path" not in self.hparams:
             # The module was built in code, not by the command line. Its objects cannot be settings in a checkpoint.
-            self.remove_ignored_hparams(["policy", "latent", "optimizer"])
+            self.remove_ignored_hparams(["policy", "latent", "optimizer", "robust_loss"])
         if not self.needs_reference:
             self.remove_ignored_hparams(["reference"])
         if reference not in REFERENCES:
@@ -86,7 +91,7 @@ class PreferenceModule(PolicyModule):
             raise ConfigError(f"model.nll_weight: found {nll_weight}, expected a number of at least 0.")
         self.policy_spec, self.latent, self.make_optimizer = policy, latent, optimizer
         self.latent_lr, self.lr_schedule, self.warmup_ratio = latent_lr, lr_schedule, warmup_ratio
-        self.nll_weight = nll_weight
+        self.nll_weight, self.robust_loss = nll_weight, robust_loss
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the others
         self.reference_kind = reference
         self._warm_started = False
@@ -98,9 +103,20 @@ class PreferenceModule(PolicyModule):
     def preference_loss(self, logps: PairLogps) -> PairLosses:
         """Compute the algorithm's loss and rewards of each pair."""
 
-    def pair_loss(self, logps: PairLogps) -> PairLosses:
-        """Compute the loss of each pair in training and validation: `preference_loss`, and the SFT term if it is on."""
-        pairs = self.preference_loss(logps)
+    def label_loss(self, logps: PairLogps, reliability: Tensor | None = None) -> PairLosses:
+        """Compute `preference_loss`, or the robust loss that is made from it.
+
+        Args:
+            logps: Log-probabilities of the pairs.
+            reliability: (B,) see `RobustLoss.pair_losses`.
+        """
+        if self.robust_loss is None:
+            return self.preference_loss(logps)
+        return self.robust_loss.pair_losses(self.preference_loss, logps, reliability)
+
+    def pair_loss(self, logps: PairLogps, reliability: Tensor | None = None) -> PairLosses:
+        """Compute the loss of each pair in training and validation: `label_loss`, and the SFT term if it is on."""
+        pairs = self.label_loss(logps, reliability)
         return add_nll(pairs, logps, self.nll_weight) if self.nll_weight else pairs
 
     def check_settings(self) -> None:
@@ -109,13 +125,15 @@ class PreferenceModule(PolicyModule):
         Raises:
             ValueError: A setting of the loss is out of range.
         """
-        self.preference_loss(PairLogps(*torch.zeros(6, 1, device="cpu")))
+        self.label_loss(PairLogps(*torch.zeros(6, 1, device="cpu")))
 
     def setup(self, stage: str) -> None:
         """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights."""
         super().setup(stage)
         self._resumed, self._warm_started = {}, False
         self._losses, self._code_range = RecentLosses(), None
+        if stage == "fit" and self.robust_loss is not None:
+            self.robust_loss.reset()
 
     # The step
 
@@ -131,7 +149,11 @@ class PreferenceModule(PolicyModule):
         """
         forward: BatchForward = self.policy(batch)
         reference = None if self.reference is None else self.reference.logps(batch)
-        return forward, BatchScorer(forward, batch.lengths, reference, self.pair_loss, code_range)
+        loss = self.pair_loss
+        if self.robust_loss is not None:
+            reliability = self.robust_loss.reliabilities(batch.annotators, batch.lengths.device)
+            loss = partial(self.pair_loss, reliability=reliability)
+        return forward, BatchScorer(forward, batch.lengths, reference, loss, code_range)
 
     def on_train_start(self) -> None:
         """Restore the position in the data of a resumed run, compare its length, and run the warm start.
@@ -154,6 +176,9 @@ class PreferenceModule(PolicyModule):
         self._code_range = self._resumed.get("code_range")
         self._resumed = {}
         self._check_annotators()
+        if self.robust_loss is not None:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
+            self.robust_loss.start(data.training_pairs.annotators if isinstance(data, PreferenceDataModule) else [""])
         if (
             self.latent is not None
             and self.latent.warm_start_pairs
@@ -188,7 +213,7 @@ class PreferenceModule(PolicyModule):
         forward, score = self.score_batch(batch, self._latest_code_range())
         terms = self.training_terms(forward.states, score, self.progress)
         losses = terms.pairs.losses + terms.penalty
-        loss = losses.mean()
+        loss = losses.mean() if self.robust_loss is None else self._robust_batch_loss(terms, batch)
         self._losses.add(loss, self.trainer.global_step, self.current_epoch, batch_idx, batch.ids)
         logged = is_logged(self.trainer, batch_idx)
         if logged:
@@ -199,15 +224,25 @@ class PreferenceModule(PolicyModule):
         weight = window_weight(self.trainer, batch.pairs, batch_idx)
         return {"loss": loss * weight, "losses": losses.detach(), "margins": margins, "logged": logged}
 
+    def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
+        """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
+        assert self.robust_loss is not None
+        if terms.pairs.right is not None:
+            self.robust_loss.observe(batch.annotators, terms.pairs.right)
+        penalty = terms.penalty.mean() if isinstance(terms.penalty, Tensor) else terms.penalty
+        return self.robust_loss.batch_loss(terms.pairs.losses) + penalty
+
     @property
     def progress(self) -> float:
         """Progress of training: 0 at the first optimizer step, 1 at the last."""
         return min(1.0, self.trainer.global_step / max(1, self._steps - 1))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Update the running moments of the latent space, once for each optimizer step."""
+        """Update the running moments of the latent space and the reliabilities, once for each optimizer step."""
         if self.latent is not None:
             self.latent.update_moments()
+        if self.robust_loss is not None:
+            self.robust_loss.update()
 
     def on_validation_start(self) -> None:
         """Check the losses so far. A run that has diverged is not validated."""
@@ -263,7 +298,7 @@ class PreferenceModule(PolicyModule):
 
     def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:
         evaluated = self._infer(batch, batch_idx)
-        metrics.update(evaluated["terms"], evaluated["states"])
+        metrics.update(evaluated["terms"], evaluated["states"], batch.sources)
         return evaluated
 
     def _log_training(self) -> None:
@@ -318,6 +353,8 @@ class PreferenceModule(PolicyModule):
             checkpoint["warm_started"] = True
         if self._code_range is not None:
             checkpoint["code_range"] = self._code_range
+        if self.robust_loss is not None and (state := self.robust_loss.state_dict()):
+            checkpoint["robust_loss"] = state
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another architecture. DeepSpeed loads its own weights before this check.
@@ -330,6 +367,8 @@ class PreferenceModule(PolicyModule):
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
         self._resumed = {name: checkpoint[name] for name in RESUMED if name in checkpoint}
+        if "robust_loss" in checkpoint and self.robust_loss is not None:
+            self.robust_loss.load_state_dict(checkpoint["robust_loss"])
         if "position" in checkpoint and self._trainer is not None and self._trainer.training:
             self._restore_position(checkpoint)
 

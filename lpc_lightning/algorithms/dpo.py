@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lpc_lightning.algorithms.base import PreferenceModule
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.losses import dpo_loss
 from lpc_lightning.types import PairLogps, PairLosses
 
@@ -25,8 +26,14 @@ class DPO(PreferenceModule):
 
         Raises:
             ValueError: A setting is out of range.
+            ConfigError: `label_smoothing` is set together with `robust_loss`.
         """
         super().__init__(**module)
+        if label_smoothing and self.robust_loss is not None:
+            raise ConfigError(
+                f"model.label_smoothing: found {label_smoothing} together with model.robust_loss, expected only one of "
+                "them. ConservativeLoss and UnbiasedLoss are label smoothing and the unbiased loss."
+            )
         self.beta, self.label_smoothing, self.robust = beta, label_smoothing, robust
         self.check_settings()
 

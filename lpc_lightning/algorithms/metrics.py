@@ -149,6 +149,43 @@ class PairMeans(Metric):
         return dict(zip(self.names, self.sums / self.pairs, strict=True))
 
 
+class SourceMeans(Metric):
+    """Accuracy, mean loss and number of pairs of each data set of a mixture."""
+
+    full_state_update = False
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Create empty sums.
+
+        Args:
+            names: Names of the data sets, the same on all devices.
+        """
+        super().__init__()
+        self.names = tuple(names)
+        self.add_state("sums", torch.zeros(len(names), 3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.sums: Tensor
+
+    def update(self, sources: Sequence[str], values: Mapping[str, Tensor]) -> None:
+        """Add a batch.
+
+        Args:
+            sources: (B,) data set of each pair.
+            values: Values (B,) by name (see `pair_values`).
+        """
+        losses, correct = values["loss"].double(), values["rewards/accuracies"].double()
+        numbers = torch.tensor([self.names.index(source) for source in sources])
+        members = torch.nn.functional.one_hot(numbers, len(self.names)).T.to(losses)
+        self.sums += members @ torch.stack([torch.ones_like(losses), losses, correct], dim=1)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return `accuracy/NAME`, `loss/NAME` and `pairs/NAME`. Data sets without pairs are left out."""
+        values: dict[str, Tensor] = {}
+        for name, (pairs, losses, correct) in zip(self.names, self.sums.cpu(), strict=True):
+            if pairs:
+                values |= {f"accuracy/{name}": correct / pairs, f"loss/{name}": losses / pairs, f"pairs/{name}": pairs}
+        return values
+
+
 class PreferenceMetrics(torch.nn.Module):
     """All metrics of one stage (training, validation or test)."""
 
@@ -161,11 +198,19 @@ class PreferenceMetrics(torch.nn.Module):
         super().__init__()
         self.means = PairMeans()
         self.use = None if num_codes is None else CodeUse(num_codes)
+        self.by_source: SourceMeans | None = None
         self.settings: dict[str, float] = {}
 
-    def update(self, terms: LatentTerms, states: PairStates) -> None:
-        """Add a batch."""
-        self.means.update(pair_values(terms) | latent_values(terms, states))
+    def split_by_source(self, names: Sequence[str]) -> None:
+        """Compute metrics for each of these sources, too. They are the sources of all pairs. Empty: not by source."""
+        self.by_source = SourceMeans(names).to(self.means.device) if names else None
+
+    def update(self, terms: LatentTerms, states: PairStates, sources: Sequence[str] = ()) -> None:
+        """Add a batch. `sources` are needed after `split_by_source`."""
+        values = pair_values(terms)
+        self.means.update(values | latent_values(terms, states))
+        if self.by_source is not None:
+            self.by_source.update(sources, values)
         if self.use is not None and terms.prior is not None:
             self.use.update(terms.prior)
         self.settings = {f"latent/{name}": value for name, value in terms.settings.items()}
@@ -176,6 +221,9 @@ class PreferenceMetrics(torch.nn.Module):
         if self.use is not None:
             values |= self.use.compute()
             self.use.reset()
+        if self.by_source is not None:
+            values |= self.by_source.compute()
+            self.by_source.reset()
         self.means.reset()
         return values
 

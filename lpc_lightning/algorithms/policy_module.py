@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms.checkpoint import trained_shapes
 from lpc_lightning.algorithms.latent_mixin import LatentMixin
@@ -81,6 +81,8 @@ class PolicyModule(LatentMixin, LightningModule):
             self._build()
         if self._starting and isinstance(data := self.trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]
             data.set_policy(self.policy)
+            for metrics in (self.val_metrics, self.test_metrics):
+                metrics.split_by_source(data.source_names)
         if self._starting and self.reference is not None:
             self.reference.prepare(self, untouched=fresh or self.policy_spec.lora is not None)
         self._starting = False
@@ -143,6 +145,8 @@ class PolicyModule(LatentMixin, LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Create the optimizer over two parameter groups, and its schedule of warm-up and decay per optimizer step."""
+        from transformers import get_scheduler  # the import takes a second, and only training needs it
+
         backbone = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [{"params": backbone, "name": "backbone"}]
         if latent := self.latent_parameters():

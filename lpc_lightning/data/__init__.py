@@ -3,6 +3,7 @@
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.datamodule import PreferenceDataModule
 from lpc_lightning.data.label_noise import LabelNoise
+from lpc_lightning.data.mixture import MixtureSource, PreferenceMixture
 from lpc_lightning.data.preference_data import PreferenceData
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.rows import DataError
@@ -13,9 +14,11 @@ __all__ = [
     "DataError",
     "LabelNoise",
     "Layout",
+    "MixtureSource",
     "PaddedLayout",
     "PreferenceData",
     "PreferenceDataModule",
+    "PreferenceMixture",
     "SharedPrefixLayout",
     "SyntheticPreferences",
 ]

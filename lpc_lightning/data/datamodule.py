@@ -169,6 +169,11 @@ class PreferenceDataModule(LightningDataModule):
         """Return the examples of a stage, or None if the stage has no examples."""
 
     @property
+    def source_names(self) -> tuple[str, ...]:
+        """Sources for which validation and test report metrics of their own. Empty unless the data is a mixture."""
+        return ()
+
+    @property
     def ceiling(self) -> Ceiling | None:
         """Best possible accuracy on clean pairs. None if unknown; it is known for generated data."""
         return None
@@ -197,16 +202,20 @@ class PreferenceDataModule(LightningDataModule):
                 "expected one at most. Remove one of the callbacks."
             )
         self._noise = noise
-        source = self.source("train")
-        if source is None:
+        if self.source("train") is None:
             return
         if noise.marks_prompts:
             self.load("train", require_part(self._tokenizer))
             self._report("train")
             return
+        self._swaps = self._flips(noise)
+
+    def _flips(self, noise: LabelNoise) -> np.ndarray:
+        """Return (pairs,) bool, True for the training pairs whose label the noise reverses."""
+        source = self.source("train")
+        assert source is not None
         # The token cache does not hold texts and scores, so the examples are read again.
-        examples = list(source.read(DataReport()))
-        self._swaps = noise.flips(examples)[self.pairs["train"].indices]
+        return noise.flips(list(source.read(DataReport())))[self.pairs["train"].indices]
 
     def prepare_data(self) -> None:
         """Fill the token cache. Lightning calls this in one process per machine."""
@@ -223,11 +232,18 @@ class PreferenceDataModule(LightningDataModule):
 
     def _report(self, stage: Stage) -> None:
         assert self.trainer is not None
-        report = self.reports[stage]
-        rank_zero_info(f"{stage}: {report}")
-        metrics = {key.replace("data/", f"data/{stage}/", 1): value for key, value in report.metrics().items()}
+        rank_zero_info(f"{stage}: {self._describe(stage)}")
+        metrics = {key.replace("data/", f"data/{stage}/", 1): value for key, value in self._counts(stage).items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, 0)
+
+    def _describe(self, stage: Stage) -> str:
+        """Return the text of the log on the rows of a stage."""
+        return str(self.reports[stage])
+
+    def _counts(self, stage: Stage) -> dict[str, float]:
+        """Return the numbers of rows of a stage by name, `data/...` (see `DataReport.metrics`)."""
+        return self.reports[stage].metrics()
 
     def load(self, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> TokenStore | None:
         """Load the tokens of a stage, and store the report on its rows in `reports`. Needs no trainer.
@@ -238,17 +254,17 @@ class PreferenceDataModule(LightningDataModule):
         source = self.source(stage)
         if source is None:
             return None
+        self.pairs[stage], self.reports[stage] = self._tokens(stage, source, tokenizer)
+        return self.pairs[stage]
+
+    def _tokens(
+        self, stage: Stage, source: ExampleSource, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[TokenStore, DataReport]:
+        """Return the tokens of a source, with marked prompts if the run's noise marks them."""
         if stage == "train" and self._noise is not None and self._noise.marks_prompts:
             source = MarkedSource(source, self._noise)
         template = make_template(tokenizer, *self.template_settings)
-        self.pairs[stage], self.reports[stage] = load_or_tokenize(
-            source,
-            template,
-            self.lengths,
-            bad_rows=self.bad_rows,
-            cache_dir=self.cache_dir,
-        )
-        return self.pairs[stage]
+        return load_or_tokenize(source, template, self.lengths, bad_rows=self.bad_rows, cache_dir=self.cache_dir)
 
     @property
     def training_pairs(self) -> TokenStore:

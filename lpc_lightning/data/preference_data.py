@@ -1,4 +1,4 @@
-"""DataModule for preference pairs from files or the hub."""
+"""Rows of the three stages from files or the hub, and their DataModule."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from lpc_lightning.paths import expand_path
 Path: TypeAlias = str | tuple[str, ...]
 
 
-class PreferenceData(PreferenceDataModule):
-    """Preference pairs from JSON lines, JSON, CSV or Parquet files, or from a Hugging Face data set.
+class StageRows:
+    """Rows for training, validation and testing, from files or a hub data set.
 
-    The rows may have any of the supported formats.
+    It is a base class of classes with further settings, which are passed on.
     """
+
+    _group = "data"
+    """Settings group that errors name."""
 
     def __init__(
         self,
@@ -31,7 +34,7 @@ class PreferenceData(PreferenceDataModule):
         validation_share: float = 0.05,
         split_column: str = "split",
         columns: Columns | None = None,
-        **data: Any,
+        **others: Any,
     ) -> None:
         """Check and store the settings.
 
@@ -52,21 +55,25 @@ class PreferenceData(PreferenceDataModule):
             split_column: Column that holds the split of each row, if files have no splits of their own. Rows without it
                 belong to `train`.
             columns: Names of the columns, and how their cells are read. null: the defaults of `Columns`.
-            data: Settings of `PreferenceDataModule`.
+            others: Settings of the next base class.
 
         Raises:
             ValueError: A setting is out of range.
         """
-        super().__init__(**data)
+        super().__init__(**others)
         known = ("train", "validation", "test")
         if isinstance(path, dict) and not ({"train"} <= set(path) <= set(known)):
-            raise ValueError(f"data.path: found files for {sorted(path)}, expected train and optionally {known[1:]}.")
+            raise ValueError(
+                f"{self._group}.path: found files for {sorted(path)}, expected train and optionally {known[1:]}."
+            )
         if not 0 <= validation_share < 1:
-            raise ValueError(f"data.validation_share: found {validation_share}, expected a share from 0 to below 1.")
+            raise ValueError(
+                f"{self._group}.validation_share: found {validation_share}, expected a share from 0 to below 1."
+            )
         self.path: Path | dict[str, Path] = (
-            {stage: _expanded(each, f"data.path.{stage}") for stage, each in path.items()}
+            {stage: _expanded(each, f"{self._group}.path.{stage}") for stage, each in path.items()}
             if isinstance(path, dict)
-            else _expanded(path, "data.path")
+            else _expanded(path, f"{self._group}.path")
         )
         self.config, self.split_column = config, split_column
         self.columns = columns or Columns()
@@ -113,6 +120,13 @@ class PreferenceData(PreferenceDataModule):
             held_out=held_out,
             held_out_share=0.0 if held_out is None else self.validation_share,
         )
+
+
+class PreferenceData(StageRows, PreferenceDataModule):
+    """Preference pairs from JSON lines, JSON, CSV or Parquet files, or from a Hugging Face data set.
+
+    The rows may have any of the supported formats.
+    """
 
 
 def _expanded(path: str | list[str], setting: str) -> Path:

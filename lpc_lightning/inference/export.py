@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -27,6 +26,7 @@ from lpc_lightning.inference.checkpoints import run_folder, trained_template
 from lpc_lightning.inference.local_paths import clean_configs, without_folders
 from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
+from lpc_lightning.integrity import DIGESTS, digests_of, write_digests
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.output_paths import check_folder
 
@@ -48,8 +48,10 @@ def export(
     """Write a folder that stock transformers opens as the plain policy, and with `trust_remote_code=True` as a model
     that keeps its latent in `forward` and `generate`.
 
-    With it come the tokenizer and a model card (`README.md`) with the settings, the data and the results that lie in
-    the run's folder. An adapter is merged into the weights. No licence is written: it is yours to state.
+    With it come the tokenizer, a model card (`README.md`) with the settings, the data and the results that lie in the
+    run's folder, and a SHA-256 of every other file (`digests.json`).
+
+    An adapter is merged into the weights. No licence is written: it is yours to state.
 
     Args:
         checkpoint: A checkpoint, such as `runs/version_0/checkpoints/best.ckpt`.
@@ -100,10 +102,11 @@ def export(
         if biases is not None:
             save_file({"code_biases": biases}, folder / BIASES, metadata={"format": "pt"})
         clean_configs(folder)
-        (folder / "README.md").write_text(model_card(exported), encoding="utf-8")
-        written = sorted([*(file.name for file in folder.iterdir()), ORIGIN])
+        written = sorted({*(file.name for file in folder.iterdir()), "README.md", ORIGIN, DIGESTS})
         content = json.dumps({**without_folders(origin), FILES: written}, indent=1)
         (folder / ORIGIN).write_text(content + "\n", encoding="utf-8")
+        write_digests(folder, digests_of(file for file in folder.iterdir() if file.name != DIGESTS))
+        (folder / "README.md").write_text(model_card(exported), encoding="utf-8")  # without a digest: it is edited
     print(f"Wrote {target}. Read {target / 'README.md'}, and state a licence in it before you publish it.")
     return target
 
@@ -159,8 +162,8 @@ def _published(module: PreferenceModule, template: Template) -> PreTrainedModel:
     Training uses no dropout, so that policy and reference differ only by training. The exported model has the dropout
     of the published base model again, for further training.
     """
-    wrapped = module.policy.model
-    model: Any = wrapped.merge_and_unload() if isinstance(wrapped, PeftModel) else wrapped
+    wrapped: Any = module.policy.model
+    model = wrapped.merge_and_unload() if module.policy.has_adapter else wrapped
     for name, value in vars(module.policy_spec.load_config()).items():
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
             setattr(model.config, name, value)

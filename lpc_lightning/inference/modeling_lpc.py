@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import inspect
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,8 @@ from transformers.utils import cached_file
 
 LATENT_FILE = "latent.safetensors"
 """File of the latent's tensors. Stock transformers ignores it and opens the folder as the plain policy."""
+DIGESTS_FILE = "digests.json"
+"""File with the SHA-256 of the files beside it, by name."""
 CONFIG_KEY = "lpc"
 """Key of the latent's settings in `config.json`."""
 CACHES = ("past_key_values", "cache_params")
@@ -586,6 +590,8 @@ class LatentGenerationMixin(Stock):
         tensors = {name.removeprefix(f"{PRIOR}."): tensor.contiguous() for name, tensor in latent.items()}
         save_file(tensors, folder / LATENT_FILE, metadata={"format": "pt"})
         shutil.copyfile(__file__, folder / Path(__file__).name)
+        digests = {file.name: _digest(file) for file in sorted(folder.glob("*.safetensors"))}
+        (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -717,11 +723,15 @@ class LatentCausalLM:
 
         Returns:
             See `latent_causal_lm`; with `output_loading_info=True`, and the loading information of transformers.
+
+        Raises:
+            ValueError: A safetensors file does not have the SHA-256 in `digests.json`, if there is that file.
         """
         for name in ("trust_remote_code", "_from_auto"):
             kwargs.pop(name, None)
         loaded = AutoModelForCausalLM.from_pretrained(path, *args, config=config, trust_remote_code=False, **kwargs)
         causal_lm, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        _check_weights(path, {name: kwargs[name] for name in HUB if name in kwargs})
         model = latent_causal_lm(causal_lm, load_prior(path, causal_lm.config, **kwargs))
         return (model, *info) if info else model
 
@@ -751,6 +761,27 @@ def load_prior(path: str | Path, config: Any, **hub: Any) -> InferencePrior:
     where = {name: hub[name] for name in HUB if name in hub}
     file: Any = cached_file(path, LATENT_FILE, **where)
     return InferencePrior.of(settings, load_file(file))
+
+
+def _check_weights(path: str | Path, where: Mapping[str, Any]) -> None:
+    """Compare the weights with their digests. A folder or repository without digests is not checked."""
+    try:
+        file: Any = cached_file(path, DIGESTS_FILE, **where)
+    except OSError:
+        return
+    folder = Path(file).parent
+    for name, digest in json.loads(Path(file).read_text(encoding="utf-8")).items():
+        weights = folder / name
+        if name.endswith(".safetensors") and weights.is_file() and _digest(weights) != digest:
+            raise ValueError(
+                f"{weights} does not have the SHA-256 in {DIGESTS_FILE}, expected the content that was written. Copy "
+                f"or download it again. If you have changed it yourself, remove its line from {DIGESTS_FILE}."
+            )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_prompts(given: Mapping[str, Any]) -> None:

@@ -162,6 +162,19 @@ def _open_model(path: str, dtype: str, trust_remote_code: bool) -> tuple[Any, ..
     return "export", policy, tokenizer, load_prior(path, config), origin | {"latent": settings}
 
 
+def view_module(module: PreferenceModule, name: str, template: TemplateSettings, latent: bool = True) -> OpenedPolicy:
+    """View a built module as an opened policy. The policy is the module's own; the prior is a copy.
+
+    Args:
+        module: The module. Its modes and gradients are not changed: call `eval()` before generation.
+        name: What to call it.
+        template: Settings of the template of training.
+        latent: False leaves out the latent.
+    """
+    prior = inference_prior(module.latent) if latent and module.latent is not None else None
+    return OpenedPolicy(name, "checkpoint", module.policy, module.tokenizer, prior, template=template)
+
+
 def inference_prior(space: LatentSpace) -> InferencePrior:
     """Copy the prior of a trained latent space. Later training does not change the copy."""
     form = space.inference_form()

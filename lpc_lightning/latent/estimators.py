@@ -111,7 +111,7 @@ class ExpectedSpace(PosteriorSpace):
         kl = categorical_kl(posterior, prior)
         weighted_kl = self.divergence(kl, progress)
         return LatentTerms(
-            *average_over_codes(pairs, logps, posterior, losses),
+            *average_over_codes(pairs, logps, posterior, losses, posterior),
             penalty=weighted_kl + self.diversity_penalty(prior),
             weighted_kl=weighted_kl,
             z=self.codebook(posterior.exp()).detach(),
@@ -128,9 +128,11 @@ class MarginalSpace(DiscreteSpace):
     paper's objective is a bound on it. The posterior is exact: q_k is proportional to p_k exp(-l_k). There is no
     posterior network and no Gumbel noise, and no label can leak.
 
-    Two losses are not log-likelihoods. For IPO the loss is the soft minimum over codes
+    Some losses are not log-likelihoods. For IPO the loss is the soft minimum over codes
     -1/s log sum_k p_k exp(-s l_k), where s converts the loss to nats (see `ipo_loss`). For rDPO the unbiased sum is
-    taken over the marginals of the label and of its opposite (see `dpo_loss`).
+    taken over the marginals of the label and of its opposite (see `dpo_loss`). KTO's loss is 1 - P, and the marginal
+    replaces P of each answer by sum_k p_k P_k (see `kto_loss`). ORPO's two terms are marginals of their own (see
+    `orpo_loss`).
 
     With `annotators`, p_k is the prior updated with the annotator's earlier pairs in the batch. The losses of an
     annotator's pairs then add up to the marginal of all their labels together. This marginal contains information that
@@ -160,7 +162,7 @@ class MarginalSpace(DiscreteSpace):
         updated_prior = given_earlier_pairs(prior, log_likelihoods, states.annotators) if self.annotators else prior
         posterior = (updated_prior + log_likelihoods).log_softmax(-1).detach()
         return LatentTerms(
-            *average_over_codes(pairs, logps, prior, pairs.of_mixture(updated_prior)),
+            *average_over_codes(pairs, logps, prior, pairs.of_mixture(updated_prior), posterior),
             penalty=self.diversity_penalty(prior),
             z=self.codebook(prior.exp()).detach(),
             kl=categorical_kl(posterior, updated_prior.detach()),
@@ -174,7 +176,7 @@ class MarginalSpace(DiscreteSpace):
 
 
 def average_over_codes(
-    pairs: PairLosses, logps: PairLogps, log_weights: Tensor, losses: Tensor
+    pairs: PairLosses, logps: PairLogps, log_weights: Tensor, losses: Tensor, log_posterior: Tensor
 ) -> tuple[PairLosses, PairLogps]:
     """Average rewards and log-probabilities (B, K) over the codes, without gradient, and attach the step's `losses`.
 
@@ -183,13 +185,16 @@ def average_over_codes(
         logps: Log-probabilities under each code.
         log_weights: (B, K) log-weights of the codes.
         losses: (B,) losses of the step.
+        log_posterior: (B, K) log-posterior of the codes given the labels. It averages the posterior that a label is
+            right.
     """
     weights = log_weights.detach().exp()
 
     def mean(values: Tensor) -> Tensor:
         return (weights * values.detach()).sum(-1)
 
+    right = None if pairs.right is None else (log_posterior.detach().exp() * pairs.right).sum(-1)
     return (
-        PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards)),
+        PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards), right=right),
         replace(logps, policy_chosen=mean(logps.policy_chosen), policy_rejected=mean(logps.policy_rejected)),
     )

@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +21,9 @@ from lpc_lightning.policy.masks import FULL, MASKS, block_mask, layer_windows
 from lpc_lightning.policy.memory_efficient_layers import restore_published
 from lpc_lightning.policy.segment_attention import SEGMENT, query_blocks
 from lpc_lightning.types import LogitHead, PairStates, PreferenceBatch
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # the import takes a second, and a policy without an adapter needs none of it
 
 
 class CausalPolicy(nn.Module):
@@ -59,8 +61,13 @@ class CausalPolicy(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, including the layers of an adapter."""
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        model = self.model if isinstance(self.model, PreTrainedModel) else self.model.get_base_model()
         return cast(PreTrainedModel, model)
+
+    @property
+    def has_adapter(self) -> bool:
+        """True if the model is wrapped in an adapter of peft."""
+        return not isinstance(self.model, PreTrainedModel)
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -206,7 +213,7 @@ class CausalPolicy(nn.Module):
 
         Without an adapter, this is the reference only before training.
         """
-        bare = self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+        bare = nullcontext() if isinstance(self.model, PreTrainedModel) else self.model.disable_adapter()
         with torch.no_grad(), bare:
             yield self
 

@@ -7,7 +7,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from lpc_lightning.policy.causal import CausalPolicy
@@ -27,7 +26,7 @@ def fingerprint(policy: CausalPolicy, adapter: bool = False) -> str:
         64 hexadecimal digits. They are equal for equal weights in one type with one config, from any source.
     """
     model = policy.causal_lm
-    adapted = isinstance(policy.model, PeftModel) and not adapter  # then only its parameters require gradients
+    adapted = policy.has_adapter and not adapter  # then only its parameters require gradients
     tensors: list[Tensor] = [parameter for parameter in model.parameters() if not (adapted and parameter.requires_grad)]
     tensors += list(model.buffers())
     config = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_FIELDS}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -28,6 +31,8 @@ class LoRA:
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
         """Freeze `model` and add adapters to its layers."""
+        from peft import LoraConfig, get_peft_model  # the import takes a second: only where there is an adapter
+
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,

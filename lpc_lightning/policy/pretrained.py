@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import ConfigError, DamagedFileError
+from lpc_lightning.integrity import DIGESTS, changed_files
 from lpc_lightning.policy.head import UnsupportedPolicyError
 from lpc_lightning.policy.spec import PolicySpec
 
@@ -28,6 +29,8 @@ LATENT = "latent.safetensors"
 """File of the latent in a folder that `lpc-lightning export` has written."""
 ADAPTER = "adapter_config.json"
 """File of peft's in the folder of an adapter."""
+EDITABLE = ("chat_template.jinja", "config.json", "generation_config.json", "tokenizer_config.json", "training.json")
+"""Files of text that people change by hand. One with another digest is reported, and used."""
 
 
 class PretrainedPolicy(PolicySpec):
@@ -107,6 +110,7 @@ class PretrainedPolicy(PolicySpec):
         """Load the tokenizer that is stored with the weights, or the one in `tokenizer`."""
         if self.tokenizer is not None:
             with self._explaining("policy.tokenizer", self.tokenizer, "Expected a tokenizer of transformers."):
+                self._check_content("policy.tokenizer", Path(self.tokenizer), weights=False)
                 return AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=self.trust_remote_code)
         return self._load(AutoTokenizer)
 
@@ -150,9 +154,31 @@ class PretrainedPolicy(PolicySpec):
             )
         if not local:
             options["revision"] = self.revision
+        self._check_content("policy.path", file, weights=kind is AutoModelForCausalLM)
         with self._explaining("policy.path", self.path, "Expected a decoder-only model of transformers."):
             # Without this option transformers asks on the terminal, and runs the model's code after a "y".
             return kind.from_pretrained(name, trust_remote_code=self.trust_remote_code, **options)
+
+    @staticmethod
+    def _check_content(setting: str, folder: Path, weights: bool) -> None:
+        """Compare the files of a folder with their digests, if `export` or `prepare` has written them."""
+        if not (folder / DIGESTS).is_file():
+            return
+        try:
+            changed = changed_files(folder, weights=weights)
+        except DamagedFileError as error:
+            raise UnsupportedPolicyError(f"{setting}: {error}. Export, prepare or copy the folder again.") from error
+        if damaged := [name for name in changed if name not in EDITABLE]:
+            raise UnsupportedPolicyError(
+                f"{setting}: {folder / damaged[0]} does not have the SHA-256 in {folder / DIGESTS}, expected the "
+                "content that was written. Export, prepare or copy the folder again. If you have changed the file "
+                f"yourself, remove its line from {DIGESTS}."
+            )
+        if changed:
+            rank_zero_warn(
+                f"{setting}: {', '.join(changed)} in {folder} changed after the folder was written. If you have not "
+                f"changed it, copy the folder again. If you have, remove its line from {DIGESTS}."
+            )
 
     @contextmanager
     def _explaining(self, setting: str, path: str, expected: str) -> Iterator[None]:

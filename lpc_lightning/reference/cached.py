@@ -84,17 +84,23 @@ class CachedReference:
     def _prepare_stage(
         self, stage: Stage, data: PreferenceDataModule, trainer: Any, module: PolicyOwner, untouched: bool
     ) -> None:
-        pairs, reads, start = data.pairs[stage], sorted(data.reads(stage)), time.perf_counter()
-        cache = PairCache("reference", 2, computation_key(self._weights, self._policy, trainer), pairs, data.cache_dir)
+        pairs, reads, start = data.pairs[stage], np.array(sorted(data.reads(stage)), dtype=int), time.perf_counter()
+        key, layout = computation_key(self._weights, self._policy, trainer), data.make_layout()
         open_function, title = partial(self._open_published, module, untouched), f"reference, {stage} pairs"
-        values, missing = shared_pass(cache, pairs, reads, data.make_layout(), open_function, trainer, title)
         logps = np.full((len(pairs), 2), np.nan)
-        logps[reads] = values
+        missing = 0
+        for part, rows, places in pairs.parts(reads):
+            began = time.perf_counter()
+            cache = PairCache("reference", 2, key, part, data.cache_dir)
+            distinct, inverse = np.unique(rows, return_inverse=True)
+            values, computed = shared_pass(cache, part, distinct, layout, open_function, trainer, title)
+            logps[reads[places]] = values[inverse]
+            missing += computed
+            took = f"{computed} computed in {time.perf_counter() - began:.1f} s" if computed else "none computed"
+            reused = len(distinct) - computed
+            rank_zero_info(f"{stage}: reference log-probabilities in {cache.folder}: {reused} pairs reused, {took}.")
         data.attach_reference(stage, logps)
-        self.passes[stage] = passed = Pass(missing, time.perf_counter() - start)
-        took = f"{passed.pairs} computed in {passed.seconds:.1f} s" if missing else "none computed"
-        reused = len(reads) - missing
-        rank_zero_info(f"{stage}: reference log-probabilities in {cache.folder}: {reused} pairs reused, {took}.")
+        self.passes[stage] = Pass(missing, time.perf_counter() - start)
 
     @contextmanager
     def _open_published(self, module: PolicyOwner, untouched: bool) -> Iterator[PairFunction]:

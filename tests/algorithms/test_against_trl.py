@@ -9,19 +9,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from lpc_lightning.algorithms import DPO, IPO, PreferenceModule
+from lpc_lightning.algorithms import DPO, IPO, KTO, PreferenceModule
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.latent import VectorSpace
+from lpc_lightning.losses import orpo_loss
 from lpc_lightning.reference.live import FrozenCopy
-from lpc_lightning.types import TokenizedPair
+from lpc_lightning.types import PairLogps, TokenizedPair
 
 PRECISION = 1e-5
 ALGORITHMS: dict[str, tuple[type[PreferenceModule], dict[str, Any], dict[str, Any]]] = {
@@ -212,3 +214,75 @@ def test_metrics_equal_trls(
         (theirs,) = trainer._metrics["train"][name]
         assert float(ours[f"train/{name}"]) == pytest.approx(theirs, rel=PRECISION)
     assert 0 < float(ours["train/rewards/accuracies"]) < 1
+
+
+@pytest.mark.parametrize("estimates", [True, False], ids=["kto", "apo_zero_unpaired"])
+def test_kto_step_equals_trl(
+    estimates: bool,
+    tiny_spec: Callable[..., Any],
+    perturb: Callable[..., None],
+    tmp_path: Path,
+    pairs: list[TokenizedPair],
+    train_step: Callable[..., Any],
+) -> None:
+    """TRL's estimate of the KL is our reference point. Its batch has the answers of our pairs as rows."""
+    module = KTO(policy=tiny_spec("llama"), reference="live", beta=0.3, desirable_weight=0.7)
+    module.configure_model()
+    perturb(module.policy, seed=1)
+    perturb(module.reference, seed=2)
+    config = KTOConfig(
+        str(tmp_path),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        max_length=None,
+        save_strategy="no",
+        disable_tqdm=True,
+        beta=0.3,
+        desirable_weight=0.7,
+        loss_type="kto" if estimates else "apo_zero_unpaired",
+        per_device_train_batch_size=8,
+    )
+    rows = [
+        (pair.prompt_ids, ids, ids == pair.chosen_ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)
+    ]
+    trainer = KTOTrainer(
+        copy.deepcopy(module.policy.causal_lm),
+        copy.deepcopy(module.reference.policy.causal_lm),
+        config,
+        train_dataset=Dataset.from_list([{"prompt": "a", "completion": " b", "label": each} for each in (True, False)]),
+        processing_class=module.tokenizer,
+    )
+    batch = trainer.data_collator(
+        [
+            {"prompt_ids": prompt, "completion_ids": answer, "label": label}
+            | ({"KL_completion_ids": rows[number - 1][1]} if estimates else {})
+            for number, (prompt, answer, label) in enumerate(rows)
+        ]
+    )
+    theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+    (kl,) = trainer._metrics["train"]["kl"]
+    assert (kl > 0) == estimates
+    module.reference_point = kl
+    ours = train_step(module, pairs)
+    assert_close(ours.loss, theirs.detach(), "loss")
+    assert_same_gradients(module, ours.gradients, trainer)
+
+
+def test_orpo_odds_ratio_equals_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.orpo import ORPOTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    sums = -10 * torch.rand(2, 5, generator=generator) - 0.1
+    lengths = torch.randint(1, 9, (2, 5), generator=generator).float()
+    ours = orpo_loss(PairLogps(*sums, None, None, *lengths), beta=0.3)
+    device = SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(beta=0.3, accelerator=device)
+    losses, *rewards, _, _ = ORPOTrainer.odds_ratio_loss(trainer, *(sums / lengths))
+    # TRL subtracts the odds ratio from the SFT term, which is over prompt and answer.
+    assert_close(ours.losses, -losses - sums[0] / lengths[0], "loss")
+    assert_close(ours.chosen_rewards, rewards[0], "chosen reward")
+    assert_close(ours.rejected_rewards, rewards[1], "rejected reward")

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+from lpc_lightning.algorithms import DPO, IPO, KTO, ORPO, PreferenceModule, SimPO
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.batching.loading import TrainingBatches, TrainingLoader
 from lpc_lightning.latent import (
@@ -28,7 +28,7 @@ from lpc_lightning.latent import (
     PriorOnlySpace,
     VectorSpace,
 )
-from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.policy import LoRA
 from lpc_lightning.reference.live import AdapterOff
 from lpc_lightning.types import PairLogps, TokenizedPair
@@ -40,6 +40,10 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 def log_sigmoid(x: Tensor) -> Tensor:
     return -torch.log(1 + torch.exp(-x))
+
+
+def odds(probability: Tensor) -> Tensor:
+    return probability / (1 - probability)
 
 
 # Each algorithm: the module, its settings, our loss, and the loss of one pair from the log-probabilities of policy and
@@ -84,6 +88,23 @@ ALGORITHMS: dict[str, tuple[type[PreferenceModule], dict[str, Any], Callable[...
         {"beta": 2.5, "gamma_beta_ratio": 0.4},
         lambda logps: simpo_loss(logps, 2.5, 0.4),
         lambda pw, pl, rw, rl, nw, nl: -log_sigmoid(2.5 * (pw / nw - pl / nl - 0.4)),
+    ),
+    "kto": (
+        KTO,
+        {"beta": 0.3, "desirable_weight": 0.8, "reference_point": 0.6},
+        lambda logps: kto_loss(logps, 0.3, 0.8, reference_point=0.6),
+        lambda pw, pl, rw, rl, nw, nl: (
+            0.4 * (1 - torch.exp(log_sigmoid(0.3 * (pw - rw - 0.6))))
+            + 0.5 * (1 - torch.exp(log_sigmoid(0.3 * (0.6 - pl + rl))))
+        ),
+    ),
+    "orpo": (
+        ORPO,
+        {"beta": 0.4},
+        lambda logps: orpo_loss(logps, 0.4),
+        lambda pw, pl, rw, rl, nw, nl: (
+            -pw / nw + 0.4 * torch.log(1 + odds(torch.exp(pl / nl)) / odds(torch.exp(pw / nw)))
+        ),
     ),
 }
 every_algorithm = pytest.mark.parametrize("algorithm", list(ALGORITHMS))
@@ -136,7 +157,7 @@ def test_step_equals_loop_over_pairs(
     module = make(algorithm)
     policy = exact(module.policy)
     reference = None if module.reference is None else exact(module.reference.policy)
-    assert (reference is None) == (algorithm == "simpo")
+    assert (reference is None) == (algorithm in ("simpo", "orpo"))
     policy_of = naive_logps(policy.model, pairs)
     reference_of = torch.full_like(policy_of, torch.nan)
     if reference is not None:
@@ -245,7 +266,7 @@ PER_CODE = ("expected", "marginal")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(ZERO))
-@pytest.mark.parametrize("algorithm", ["dpo", "ipo", "simpo"])
+@pytest.mark.parametrize("algorithm", ["dpo", "ipo", "simpo", "kto", "orpo"])
 @every_layout
 def test_step_with_zero_codes_is_plain(
     name: str,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lpc_lightning
-from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+from lpc_lightning.algorithms import DPO, IPO, KTO, ORPO, PreferenceModule, SimPO
 from lpc_lightning.latent import MarginalSpace
 
 PACKAGE = lpc_lightning.__file__.removesuffix("__init__.py")
@@ -60,7 +60,7 @@ def test_step_passes_documented_files(latent: bool, most: int, small_policy: Any
     assert len(files) <= most
 
 
-@pytest.mark.parametrize("algorithm", [DPO, IPO, SimPO])
+@pytest.mark.parametrize("algorithm", [DPO, IPO, SimPO, KTO, ORPO])
 def test_step_without_cache_passes_eight_files(algorithm: Any, small_policy: Any, step_files: Any) -> None:
     reference = {"reference": "live"} if algorithm.needs_reference else {}
     assert len(step_files(algorithm(policy=small_policy(), **reference))) <= 8

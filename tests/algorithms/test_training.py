@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.testing import assert_close
 
-from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+from lpc_lightning.algorithms import DPO, IPO, KTO, PreferenceModule, SimPO
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA
 
@@ -29,7 +29,7 @@ def marginal(**space: Any) -> MarginalSpace:
 
 # Accumulation. Of 21 pairs, the third and last step of an epoch has 5, in micro-batches of 2, 2 and 1.
 
-ALGORITHMS: dict[str, Callable[..., PreferenceModule]] = {"DPO": DPO, "IPO": IPO, "SimPO": SimPO}
+ALGORITHMS: dict[str, Callable[..., PreferenceModule]] = {"DPO": DPO, "IPO": IPO, "SimPO": SimPO, "KTO": KTO}
 
 
 @pytest.mark.parametrize("latent", [None, marginal], ids=["plain", "marginal"])

@@ -65,6 +65,7 @@ def one(cache_dir: Path) -> dict[str, Result]:
         results = {name: two_processes.fit("one", 1, two_processes.module(name), str(cache_dir)) for name in QUIET}
         results["live"] = two_processes.fit("one", 1, two_processes.module("plain", reference="live"), str(cache_dir))
         results["warm_started"] = two_processes.fit("one", 1, two_processes.warm_starting(), str(cache_dir))
+        results["reliable"] = two_processes.fit("one", 1, two_processes.reliable(), str(cache_dir))
         results["gumbel"] = two_processes.fit_as_two("gumbel", str(cache_dir))
         results["lora"] = two_processes.fit_as_two("gumbel", str(cache_dir), "lora")
     return results
@@ -97,6 +98,13 @@ def test_warm_start_of_two_processes_equals_one(two: Any, one: Any) -> None:
     result, expected = two["ddp warm_started"], one["warm_started"]
     assert result["weights"]["latent.prior.moments.pairs"] == expected["weights"]["latent.prior.moments.pairs"]
     assert_same(result, expected)
+
+
+def test_reliability_of_two_processes_equals_one(two: Any, one: Any) -> None:
+    result, expected = two["ddp reliable"], one["reliable"]
+    assert_same(result, expected)
+    torch.testing.assert_close(result["reliability"]["values"], expected["reliability"]["values"], rtol=0, atol=1e-5)
+    assert abs(float(expected["reliability"]["values"]) - 0.9) > 0.001
 
 
 def test_warm_start_refuses_sharded_weights(two: Any) -> None:

@@ -25,6 +25,7 @@ from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.latent import GumbelSpace, MarginalSpace
 from lpc_lightning.policy import CausalPolicy, LoRA, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.robust import REPO
 from lpc_lightning.seeding import derive, run_seed
 
 LATENTS = {
@@ -164,6 +165,7 @@ def fit(
         ],
         "val": rows.with_name("val/loss"),
         "weights": {name: whole(value) for name, value in module.state_dict().items()},
+        "reliability": None if module.robust_loss is None else module.robust_loss.state_dict(),
         "steps": trainer.global_step,
         "tokens": [
             round(row["resources/tokens_per_second"] * row["resources/seconds_per_step"])
@@ -173,6 +175,10 @@ def fit(
         "peak": monitor.summary()["peak_memory_gib"],
         "peak of this process": peak_memory(torch.device("cpu")),
     }
+
+
+def reliable() -> DPO:
+    return DPO(policy=TinyPolicy(width=16, layers=1, heads=2), robust_loss=REPO(rate=0.5), optimizer=adam)
 
 
 # Noise of two devices in one process
@@ -229,6 +235,7 @@ def runs(folder: Path, cache: str) -> Iterator[tuple[str, dict[str, Any]]]:
             resumed = fit(strategy, 2, module("gumbel", lora), cache, resume=folder / f"{written}.ckpt")
             yield f"{strategy} from {written}", resumed
     yield "ddp warm_started", fit("ddp", 2, warm_starting(), cache)
+    yield "ddp reliable", fit("ddp", 2, reliable(), cache)
     try:
         fit("fsdp", 2, warm_starting(), cache)
     except ConfigError as error:

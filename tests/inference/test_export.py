@@ -22,8 +22,9 @@ from lpc_lightning.algorithms import DPO
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.inference.export import export
+from lpc_lightning.inference.modeling_lpc import LatentCausalLM
 from lpc_lightning.inference.opening import open_module, open_policy
-from lpc_lightning.policy import PretrainedPolicy
+from lpc_lightning.policy import PretrainedPolicy, UnsupportedPolicyError
 
 pytestmark = pytest.mark.slow
 
@@ -39,9 +40,9 @@ CASES: dict[str, list[str]] = {
     "plain": [],
 }
 PROMPT = "Which plant needs little water?"
-LATENT_FILES = {"latent.safetensors", "modeling_lpc.py"}
+LATENT_FILES = {"latent.safetensors", "modeling_lpc.py", "digests.json"}
 FILES = {"config.json", "generation_config.json", "model.safetensors", "README.md", "training.json", "tokenizer.json"}
-FILES |= {"tokenizer_config.json", "chat_template.jinja"}
+FILES |= {"tokenizer_config.json", "chat_template.jinja", "digests.json"}
 
 
 def batch() -> dict[str, Tensor]:
@@ -260,6 +261,7 @@ def test_answers_end_where_training_ended_them(fitted: Callable[..., Path], tmp_
     tokenizer.save_pretrained(base)
     config = json.loads((base / "generation_config.json").read_text())
     (base / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": other}))
+    (base / "digests.json").unlink()
     pretrained = ["--policy=PretrainedPolicy", f"--policy.path={base}"]
     folder = export(str(fitted(*CODED, *pretrained)), str(tmp_path / "out"))
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [other, end]
@@ -365,6 +367,57 @@ def test_no_local_path_is_published(exported: dict[str, Path], fitted: Callable[
     assert origin["path"] == "version_0/checkpoints/best.ckpt"
 
 
+@pytest.fixture
+def copied(exported: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of an export that may be damaged."""
+    return Path(shutil.copytree(exported["codes"], tmp_path / "copied"))
+
+
+def flip(file: Path, share: float) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(share * (len(content) - 1))] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_in_an_export_is_refused(copied: Path) -> None:
+    for name in ("latent.safetensors", "model.safetensors", "tokenizer.json", "modeling_lpc.py"):
+        for share in (0.1, 0.9):
+            flip(copied / name, share)
+            with pytest.raises(UnsupportedPolicyError, match=rf"policy.path: .*{name} does not have the SHA-256 in"):
+                open_policy(str(copied))
+            flip(copied / name, share)
+    flip(copied / "README.md", 0.5)  # people write a licence into it
+    assert open_policy(str(copied)).prior is not None
+    flip(copied / "tokenizer.json", 0.5)
+    with pytest.raises(UnsupportedPolicyError, match=r"policy.tokenizer: .*tokenizer.json does not have the SHA-256"):
+        PretrainedPolicy("any", tokenizer=str(copied)).load_tokenizer()
+
+
+def test_an_edited_config_of_an_export_is_reported(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.warns(UserWarning, match=r"policy.path: config.json in .*copied changed after the folder was written"):
+        assert open_policy(str(copied)).policy.causal_lm.config.rms_norm_eps == 0.5
+
+
+def test_an_export_without_digests_opens(copied: Path) -> None:
+    (copied / "digests.json").unlink()
+    assert open_policy(str(copied)).prior is not None
+    assert LatentCausalLM.from_pretrained(copied).latent_prior is not None
+
+
+def test_the_model_of_an_export_checks_its_weights(copied: Path, tmp_path: Path) -> None:
+    """Without this project, and for a folder that the model has saved itself. The stock model is not checked."""
+    LatentCausalLM.from_pretrained(copied).save_pretrained(tmp_path / "again")
+    for folder in (copied, tmp_path / "again"):
+        for name in ("latent.safetensors", "model.safetensors"):
+            flip(folder / name, 0.9)
+            with pytest.raises(ValueError, match=rf"{name} does not have the SHA-256 in digests.json"):
+                LatentCausalLM.from_pretrained(folder)
+            flip(folder / name, 0.9)
+        assert LatentCausalLM.from_pretrained(folder).latent_prior is not None
+
+
 def test_a_full_disk_leaves_the_earlier_export_whole(checkpoint: Path, tmp_path: Path) -> None:
     folder = export(str(checkpoint), str(tmp_path / "out"))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -393,6 +446,6 @@ def test_the_model_refuses_to_be_saved_by_halves(fitted: Callable[..., Path], tm
 def test_a_folder_without_its_latent_is_refused(exported: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(exported["codes"], tmp_path / "out")
     (folder / "latent.safetensors").unlink()
-    with pytest.raises(OSError, match=r"latent\.safetensors"):
+    with pytest.raises(UnsupportedPolicyError, match=r"out is incomplete .*latent\.safetensors"):
         open_policy(str(folder))
     assert AutoModelForCausalLM.from_pretrained(folder) is not None

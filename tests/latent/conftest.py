@@ -13,7 +13,7 @@ from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.latent.networks import StateNetwork
-from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates, TokenizedPair
 
@@ -23,6 +23,11 @@ LOSSES: dict[str, Callable[[PairLogps], PairLosses]] = {
     "ipo": lambda logps: ipo_loss(logps, beta=0.4),
     "simpo": lambda logps: simpo_loss(logps, beta=1.5, gamma_beta_ratio=0.3),
 }
+OTHERS: dict[str, Callable[[PairLogps], PairLosses]] = {
+    "kto": lambda logps: kto_loss(logps, beta=0.7, undesirable_weight=1.5, reference_point=0.4),
+    "orpo": lambda logps: orpo_loss(logps, beta=0.3),
+}
+"""Losses whose marginal over codes is not that of exp(-loss)."""
 
 
 class Toy:
@@ -43,8 +48,8 @@ class Toy:
         self.reading = BatchForward(self.hidden, self.batch, self.head)
         # Within a nat or two of the policy, so that no sigmoid saturates.
         self.reference = self.reading.logps().detach() + draw(2 * len(pairs))
-        reference = None if algorithm == "simpo" else self.reference
-        self.score = BatchScorer(self.reading, self.batch.lengths, reference, LOSSES[algorithm])
+        reference = None if algorithm in ("simpo", "orpo") else self.reference
+        self.score = BatchScorer(self.reading, self.batch.lengths, reference, (LOSSES | OTHERS)[algorithm])
 
     @property
     def states(self) -> PairStates:
@@ -93,15 +98,22 @@ class Toy:
         return 1 / 1.25**2 if self.algorithm == "ipo" else 1.0
 
 
+@pytest.fixture
+def toy_of(make_pairs: Callable[..., list[TokenizedPair]]) -> Callable[[str], Toy]:
+    """Return a function that makes the toy batch of an algorithm."""
+    pairs = make_pairs([(3, 2, 4), (1, 1, 3), (2, 5, 1), (4, 3, 3)], vocabulary=VOCABULARY)
+    return lambda algorithm: Toy(algorithm, pairs, seed=0)
+
+
 @pytest.fixture(params=list(LOSSES))
-def toy(request: pytest.FixtureRequest, make_pairs: Callable[..., list[TokenizedPair]]) -> Toy:
+def toy(request: pytest.FixtureRequest, toy_of: Callable[[str], Toy]) -> Toy:
     """Toy batch for each algorithm."""
-    return Toy(request.param, make_pairs([(3, 2, 4), (1, 1, 3), (2, 5, 1), (4, 3, 3)], vocabulary=VOCABULARY), seed=0)
+    return toy_of(request.param)
 
 
 @pytest.fixture
-def dpo_toy(make_pairs: Callable[..., list[TokenizedPair]]) -> Toy:
-    return Toy("dpo", make_pairs([(3, 2, 4), (1, 1, 3), (2, 5, 1), (4, 3, 3)], vocabulary=VOCABULARY), seed=0)
+def dpo_toy(toy_of: Callable[[str], Toy]) -> Toy:
+    return toy_of("dpo")
 
 
 def earlier_states(inputs: int) -> list[Tensor]:

@@ -89,6 +89,46 @@ def test_marginal_of_dpo_is_label_likelihood(dpo_toy: Any, build: Callable[..., 
     torch.testing.assert_close(terms.pairs.losses, -torch.log(likelihood), rtol=1e-11, atol=1e-12)
 
 
+def test_marginal_of_kto_averages_judgements(
+    toy_of: Callable[[str], Any], build: Callable[..., Any], naive_network: Network
+) -> None:
+    """The loss is KTO's, 1 - P, of the mixture's P for each answer. The evidence is that of both judgements."""
+    toy = toy_of("kto")
+    space = build(MarginalSpace(**SIZE), toy)
+    prior = softmax(naive_network(space.prior, toy.states.prompt))
+    desirable, undesirable = [], []
+    for code in space.codebook.weight:
+        ratios = toy.naive_logps(code.expand(4, -1)) - toy.reference
+        desirable.append(1 / (1 + torch.exp(-0.7 * (ratios[:4] - 0.4))))
+        undesirable.append(1 / (1 + torch.exp(0.7 * (ratios[4:] - 0.4))))
+    first, second = (torch.stack(chances, dim=1) for chances in (desirable, undesirable))
+    terms = space.training_terms(toy.states, toy.score, 0.0)
+    joint = prior * first * second
+    torch.testing.assert_close(space.log_evidence(toy.states.prompt, toy.score), joint.sum(1).log())
+    torch.testing.assert_close(terms.posterior.exp(), (joint / joint.sum(1, keepdim=True)).detach())
+    losses = ((1 - (prior * first).sum(1)) + 1.5 * (1 - (prior * second).sum(1))) / 2
+    assert_same_loss_and_gradients(total(terms), losses.mean(), space, toy)
+
+
+def test_marginal_of_orpo_mixes_label_and_text(
+    toy_of: Callable[[str], Any], build: Callable[..., Any], naive_network: Network
+) -> None:
+    toy = toy_of("orpo")
+    space = build(MarginalSpace(**SIZE), toy)
+    prior = softmax(naive_network(space.prior, toy.states.prompt))
+    likelihood, text = torch.zeros(2, 4, dtype=torch.float64)
+    for number, code in enumerate(space.codebook.weight):
+        logps = toy.naive_logps(code.expand(4, -1))
+        text = text + prior[:, number] * torch.exp(logps[:4])
+        means = torch.exp(logps / toy.batch.lengths)
+        odds = means / (1 - means)
+        likelihood = likelihood + prior[:, number] * odds[:4] / (odds[:4] + odds[4:])
+    terms = space.training_terms(toy.states, toy.score, 0.0)
+    torch.testing.assert_close(space.log_evidence(toy.states.prompt, toy.score), likelihood.log())
+    losses = -0.3 * likelihood.log() - text.log() / toy.batch.lengths[:4]
+    assert_same_loss_and_gradients(total(terms), losses.mean(), space, toy)
+
+
 def test_marginal_posterior_exact(toy: Any, build: Callable[..., Any], naive_network: Network) -> None:
     space = build(MarginalSpace(**SIZE), toy)
     terms = space.training_terms(toy.states, toy.score, 0.0)

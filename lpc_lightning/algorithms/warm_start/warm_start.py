@@ -68,7 +68,7 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> None:
     rows, computed = labelled_rows(module, data, indices)
     reference = None if module.reference is None else reference_logps(module.reference, data, indices, trainer)
     token = _mean_token(module, data.make_layout()(labelled[:TOKEN_PAIRS]))
-    linearized = LinearizedPairs(rows, reference, token, [pair.annotator for pair in labelled], module.preference_loss)
+    linearized = LinearizedPairs(rows, reference, token, [pair.annotator for pair in labelled], module.label_loss)
 
     with own_random_state(module.device), torch.enable_grad():
         torch.manual_seed(seed)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
 from lpc_lightning.data.sources.columns import Columns
@@ -94,6 +95,38 @@ class RowSource:
             return True
         rank = prompt_rank(example.prompt, self.held_out_seed)
         return self.held_out == (rank < self.held_out_share * 2**64 or rank == lowest)
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """The same examples with another `PreferenceExample.source`."""
+
+    examples: ExampleSource
+    name: str
+    """The source of every example."""
+
+    def key(self) -> str:
+        """See `ExampleSource.key`."""
+        return json.dumps([self.examples.key(), self.name])
+
+    def read(self, report: DataReport) -> Iterator[PreferenceExample]:
+        """See `ExampleSource.read`."""
+        return (replace(example, source=self.name) for example in self.examples.read(report))
+
+
+@dataclass(frozen=True)
+class ChainedSource:
+    """The examples of several sources, one source after another."""
+
+    sources: Sequence[ExampleSource]
+
+    def key(self) -> str:
+        """See `ExampleSource.key`."""
+        return json.dumps([source.key() for source in self.sources])
+
+    def read(self, report: DataReport) -> Iterator[PreferenceExample]:
+        """See `ExampleSource.read`."""
+        return chain.from_iterable(source.read(report) for source in self.sources)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from lpc_lightning.data.sources.rows import SKIP, BadRow, DataError, OnBad, Row
+from lpc_lightning.data.sources.rows import SKIP, BadRow, DataError, OnBad, Row, undecoded
 from lpc_lightning.data.sources.strict_json import JsonParser, Marked
 
 Rows: TypeAlias = Iterator[tuple[str, Row]]
@@ -81,10 +81,10 @@ def parse_json(path: Path, parser: JsonParser) -> Any:
     """Parse a JSON file.
 
     Raises:
-        DataError: The file is not UTF-8 or not JSON, or it is nested too deep.
+        DataError: The file is not JSON, or it is nested too deep.
     """
     try:
-        content = parser.parse(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode())
+        content = parser.parse_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
     except RecursionError as error:
@@ -118,23 +118,27 @@ def _checked(row: Any, place: str, parser: JsonParser, bad: OnBad) -> Rows:
 def _csv(path: Path, name: str, bad: OnBad, only: str | None) -> Rows:
     # The default limit of 131,072 characters per cell is too small for a long conversation.
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # Bytes that are not UTF-8 are substituted, so that a row can be left out.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = csv.reader(file, strict=True)
         try:
             header = next(lines, [])
+            if fault := undecoded(",".join(header), "the header"):
+                raise DataError(f"{path} line 1: {fault}. Save the file as UTF-8.")
             _refuse_repeated(path, header)
             start = lines.line_num + 1
             for cells in lines:
                 place, start = f"{name} line {start}", lines.line_num + 1
                 if len(cells) == len(header):
-                    yield place, dict(zip(header, cells, strict=True))
+                    row = dict(zip(header, cells, strict=True))
+                    faults = (undecoded(cell, f"the column {column!r}") for column, cell in row.items())
+                    if fault := next(filter(None, faults), None):
+                        bad(place, fault)
+                    else:
+                        yield place, row
                 elif cells:
                     detail = f"found {len(cells)} fields, expected {len(header)} as in the header"
                     bad(place, BadRow("wrong number of fields", detail))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is not UTF-8 after line {lines.line_num}: {error.reason}. Save it as UTF-8."
-            ) from error
         except csv.Error as error:
             raise DataError(f"{path} line {lines.line_num} is not CSV: {error}. Correct the quotes there.") from error
 

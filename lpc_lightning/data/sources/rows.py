@@ -61,6 +61,25 @@ class BadRow(ValueError):  # noqa: N818 - a bad row is counted, and is an error 
         self.detail = detail
 
 
+def undecoded(text: str, where: str) -> BadRow | None:
+    """Return the fault of a text that holds bytes which are not UTF-8, or None.
+
+    Args:
+        text: Text decoded from UTF-8 with `errors="surrogateescape"`.
+        where: What the text is, for the detail.
+    """
+    try:
+        text.encode()  # fast, and fails for the substitutes of the bytes
+    except UnicodeEncodeError:
+        try:
+            text.encode(errors="surrogateescape").decode()
+        except UnicodeDecodeError as error:
+            return BadRow("invalid UTF-8", f"{error.reason} at byte {error.start} of {where}")
+        except UnicodeEncodeError:  # a surrogate that an escape of JSON has made
+            pass
+    return None
+
+
 class Tie(ValueError):  # noqa: N818 - a tie is no error: the row is dropped and counted
     """Raised for one row whose label prefers neither answer."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -99,6 +99,10 @@ class TokenStore(Sequence[TokenizedPair]):
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, np.ndarray | None, np.ndarray | None, str]]:
         return TokenStore, (self.folder, self._reference_logps, self._swaps, self.noise)
 
+    def parts(self, indices: np.ndarray) -> list[tuple[TokenStore, np.ndarray, np.ndarray]]:
+        """Return the stores that hold pairs, each with (n,) its rows and (n,) their places in `indices`."""
+        return [(self, indices, np.arange(len(indices)))]
+
     def with_reference(self, logps: np.ndarray) -> TokenStore:
         """Return the same pairs with their log-probabilities under the reference, (pairs, 2). NaN means unknown.
 
@@ -124,9 +128,12 @@ class TokenStore(Sequence[TokenizedPair]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"TokenStore: found index {index}, expected one below {len(self)}")
         row = index % len(self)
-        values = {name: self._table[name][row].as_py() for name in SCHEMA.names}
-        pair = TokenizedPair(**values, reference_logps=self._reference_of(row))
+        pair = TokenizedPair(**self._values(row), reference_logps=self._reference_of(row))
         return pair if self._swaps is None or not self._swaps[row] else pair.swapped()
+
+    def _values(self, row: int) -> dict[str, Any]:
+        """Return the cells of a row by column name."""
+        return {name: self._table[name][row].as_py() for name in SCHEMA.names}
 
     def _reference_of(self, row: int) -> tuple[float, float] | None:
         if self._reference_logps is None:
@@ -178,8 +185,11 @@ class TokenStore(Sequence[TokenizedPair]):
     @property
     def flipped(self) -> np.ndarray:
         """(pairs,) bool, True for pairs with a wrong label."""
-        stored = self._table["flipped"].to_numpy()
-        return stored if self._swaps is None else stored ^ self._swaps
+        return self._stored_flips if self._swaps is None else self._stored_flips ^ self._swaps
+
+    @property
+    def _stored_flips(self) -> np.ndarray:
+        return self._table["flipped"].to_numpy()
 
     @property
     def piece_lengths(self) -> np.ndarray:

@@ -21,7 +21,7 @@ from lpc_lightning.algorithms.warm_start.linearized_policy import (
     swap_labels,
 )
 from lpc_lightning.data.batching.layouts import PaddedLayout
-from lpc_lightning.losses import dpo_loss, ipo_loss, simpo_loss
+from lpc_lightning.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PreferenceBatch
 
@@ -32,6 +32,8 @@ LOSSES: dict[str, Any] = {
     "ipo": partial(ipo_loss, beta=0.3),
     "ipo, averaged": partial(ipo_loss, beta=0.3, length_average=True),
     "simpo": partial(simpo_loss, beta=2.0, gamma_beta_ratio=0.5),
+    "kto": partial(kto_loss, beta=0.5, reference_point=0.3),
+    "orpo": partial(orpo_loss, beta=0.5),
 }
 every_loss = pytest.mark.parametrize("algorithm", list(LOSSES))
 
@@ -105,7 +107,7 @@ def test_divergence_equals_torch_distributions(make_pairs: Callable[..., Any]) -
 @every_loss
 def test_rows_reproduce_the_forward_pass(algorithm: str, make_pairs: Callable[..., Any]) -> None:
     case, loss = ForwardCase(make_pairs, alike=False), LOSSES[algorithm]
-    reference = None if algorithm == "simpo" else case.forward.logps() + case.draw(6)
+    reference = None if algorithm in ("simpo", "orpo") else case.forward.logps() + case.draw(6)
     plain, z_gradients = case.forward.first_order()
     rows = make_rows(case.forward.states, plain, z_gradients, case.batch)
     assert rows.shape == (3, 5 * WIDTH + 4)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
+from lpc_lightning.algorithms import DPO, IPO, KTO, ORPO, PreferenceModule, SimPO
 from lpc_lightning.algorithms.warm_start import warm_start as warm_start_module
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.callbacks import LabelFlipNoise
@@ -220,7 +220,7 @@ LATENTS: dict[str, Callable[[], LatentSpace]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [DPO, IPO, SimPO])
+@pytest.mark.parametrize("algorithm", [DPO, IPO, SimPO, KTO, ORPO])
 @pytest.mark.parametrize("latent", list(LATENTS))
 def test_warm_start_of_latents_and_algorithms(
     latent: str, algorithm: type[PreferenceModule], module: Any, fit_run: Any, small_data: Any, warm_starts: Any

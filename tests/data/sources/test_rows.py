@@ -59,7 +59,8 @@ def test_read_rows_json(tmp_path, content):
         (b'{"prompt": 1}\n{"prompt": 2}', r"pairs\.json line 2 is not JSON: Extra data.*\.jsonl"),
         (b'"text"', "holds a JSON str. Expected a list"),
         (b'{"rows": []}', "holds a JSON dict. Expected a list"),
-        (b'["\xff"]', "is not UTF-8"),
+        (b'["\xff"]', r"pairs\.json row 1: invalid UTF-8: invalid start byte at byte 0 of the text "),
+        (b'[{"a": "\xff"}, ', r"pairs\.json is not UTF-8: invalid start byte at byte 8"),
         (b"[]", "holds no rows"),
         (b'[{"a": 1}, 7]', r"pairs\.json row 2: not an object: found a JSON int"),
     ],
@@ -90,11 +91,32 @@ def test_read_rows_bad_csv(tmp_path):
     path.write_text('prompt,chosen\na,"b"c\n')
     with pytest.raises(DataError, match=r"pairs\.csv line 2 is not CSV"):
         list(read_rows(path))
-    path.write_bytes(b"prompt,chosen\n\xff\xfe,b\n")
-    with pytest.raises(DataError, match=r"pairs\.csv is not UTF-8"):
-        list(read_rows(path))
+    for header in ("prompt,caf\xe9".encode("latin-1"), "prompt".encode("utf-16")):
+        path.write_bytes(header + b"\na,b\n")
+        with pytest.raises(DataError, match=r"pairs\.csv line 1: invalid UTF-8: .* of the header\. Save the file as"):
+            list(read_rows(path))
     path.write_text("prompt,chosen\n")
     with pytest.raises(DataError, match="holds no rows"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.json"])
+def test_read_rows_partly_latin_1(tmp_path, name):
+    """The rows in Latin-1 are bad, with their place and byte. The others are read."""
+    rows = [{"prompt": f"caf\u00e9,\n{number}", "chosen": "a"} for number in range(4)]
+    path = tmp_path / name
+    if name == "pairs.csv":
+        lines = ["prompt,chosen\n", *(f'"{row["prompt"]}",{row["chosen"]}\n' for row in rows)]
+        places = ["pairs.csv line 4", "pairs.csv line 8"]
+    else:
+        lines = ["[", *(json.dumps(row, ensure_ascii=False) + ",]"[row is rows[-1]] for row in rows)]
+        places = ["pairs.json row 2", "pairs.json row 4"]
+    path.write_bytes(b"".join(line.encode(["utf-8", "latin-1"][n % 2 == 0]) for n, line in enumerate(lines)))
+    bad_rows: list[tuple[str, BadRow]] = []
+    found = [row for _, row in read_rows(path, on_bad=lambda place, fault: bad_rows.append((place, fault)))]
+    assert found == [rows[0], rows[2]]
+    assert [(place, fault.reason) for place, fault in bad_rows] == [(place, "invalid UTF-8") for place in places]
+    with pytest.raises(DataError, match=rf"{places[0]}: invalid UTF-8: invalid continuation byte at byte 3 of the "):
         list(read_rows(path))
 
 

@@ -23,9 +23,18 @@ VALUES = {
 }
 
 
+ANSWER = {"under": "code 1", "decoding": "greedy", "text": "Turn off <b>both</b> | all", "tokens": 6, "finished": False}
+SAMPLE = {"step": 8, "prompt": [{"role": "user", "content": "How?"}], "prior": [0.2, 0.8], "answers": [ANSWER]}
+
+
 @pytest.fixture(scope="module")
 def ablation(write_ablation: Write) -> Path:
-    return write_ablation({"latent": list(VALUES)}, [1, 2, 3], lambda latent, seed: VALUES[latent][seed - 1])
+    """An ablation, with samples of two validations in one of its runs."""
+    folder = write_ablation({"latent": list(VALUES)}, [1, 2, 3], lambda latent, seed: VALUES[latent][seed - 1])
+    early = {**SAMPLE, "step": 4, "answers": [{**ANSWER, "text": "Early."}]}
+    lines = "".join(json.dumps(record) + "\n" for record in (early, SAMPLE))
+    (folder / "cells" / "latent=gumbel,seed=2" / "run" / "samples.jsonl").write_text(lines)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +59,17 @@ def test_report_writes_every_file(reported: Path) -> None:
     names = ("means", "differences", "curve", "cost")
     plots = {f"plots/val_rewards_accuracies_{name}.{kind}" for name in names for kind in ("svg", "png")}
     assert files >= tables | plots | {"report.html", "report.md", "runs.csv"}
+
+
+@pytest.mark.slow
+def test_page_has_the_last_samples(reported: Path) -> None:
+    page = (reported / "report.html").read_text()
+    (section,) = re.findall(r'<section id="answers">.*?</section>', page, re.S)
+    assert re.findall(r"<summary>(.*?)</summary>", section) == ["latent=gumbel,seed=2"]
+    assert "<h3>Step 8: How?</h3>" in section
+    assert "Turn off &lt;b&gt;both&lt;/b&gt; | all [...]" in section
+    assert "Likeliest codes under the prior: 1 (0.800), 0 (0.200)" in section
+    assert "Early." not in section
 
 
 @pytest.mark.slow

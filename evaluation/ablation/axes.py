@@ -1,0 +1,101 @@
+"""Axes of a grid: names, values, and the arguments of `fit` that a value stands for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lpc_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a grid."""
+
+    name: str
+    arguments: Mapping[str, tuple[str, ...]] | tuple[str, ...]
+    """Arguments of `fit`. Either those of each value, by the value's name; or those of all values, where `{value}` is
+    replaced by the value."""
+    values: tuple[Any, ...]
+    """Names of values, or the values themselves."""
+
+    def arguments_for(self, value: Any) -> list[str]:
+        """Return the arguments of `fit` for a value."""
+        if isinstance(self.arguments, Mapping):
+            return list(self.arguments[str(value)])
+        return [argument.replace("{value}", to_text(value)) for argument in self.arguments]
+
+    @property
+    def settings(self) -> list[str]:
+        """Names of the settings that the axis sets, for any of its values (see `setting_name`)."""
+        lists = self.arguments.values() if isinstance(self.arguments, Mapping) else [self.arguments]
+        return list(dict.fromkeys(setting_name(argument) for arguments in lists for argument in arguments))
+
+    def with_values(self, values: Sequence[Any]) -> Axis:
+        """Return the same axis with other values.
+
+        Raises:
+            ConfigError: The axis has named values, and a name is not one of them.
+        """
+        if isinstance(self.arguments, Mapping):
+            values = [str(value) for value in values]
+            if unknown := [value for value in values if value not in self.arguments]:
+                raise ConfigError(f"{self.name}: found {', '.join(unknown)}, expected {', '.join(self.arguments)}.")
+        return replace(self, values=tuple(values))
+
+
+def to_text(value: Any) -> str:
+    """Return a value as written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def read_axis(name: str, content: Any, label: str) -> Axis:
+    """Read an axis: `key` or `arguments` with `values`, or names with their arguments.
+
+    Args:
+        name: Name of the axis.
+        content: Content of the file.
+        label: Place in the file, for errors.
+
+    Raises:
+        ConfigError: The content is not an axis.
+    """
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"{label}: found {content!r}, expected names with their arguments, or key and values.")
+    values = content.get("values", list(content))
+    if not isinstance(values, list) or set(content) == {"values"}:
+        raise ConfigError(
+            f"{label}: found {', '.join(content)}, expected a list of values, and key, arguments or names."
+        )
+    if set(content) not in ({"values", "key"}, {"values", "arguments"}):
+        named_arguments = {
+            str(value): tuple(read_arguments(arguments, f"{label}.{value}"))
+            for value, arguments in content.items()
+            if value != "values"
+        }
+        return Axis(name, named_arguments, tuple(named_arguments)).with_values(values)
+    arguments = [f"--{content['key']}={{value}}"] if "key" in content else read_arguments(content["arguments"], label)
+    return Axis(name, tuple(arguments), tuple(content["values"]))
+
+
+def read_arguments(content: Any, label: str) -> Iterator[str]:
+    """Yield the arguments of a list.
+
+    Raises:
+        ConfigError: An entry is not an argument.
+    """
+    for argument in content or []:
+        if not isinstance(argument, str) or not argument.startswith("--"):
+            raise ConfigError(f"{label}: found {argument!r}, expected arguments of fit, such as --model.beta=0.1.")
+        yield argument
+
+
+def setting_name(argument: str) -> str:
+    """Return the name of the setting that an argument of `fit` sets, such as `model.optimizer.lr`.
+
+    `init_args` is left out, because a name with it means the same setting as one without it.
+    """
+    name = argument.removeprefix("--").partition("=")[0].removesuffix("+")
+    return ".".join(part for part in name.split(".") if part != "init_args")

@@ -1,0 +1,47 @@
+"""Tables of single runs that are no numbers: answers to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lpc_lightning.evaluation.figures import shorten
+from lpc_lightning.evaluation.report.runs.records import RunRecord
+from lpc_lightning.evaluation.report.table_files import Column, Table, text_cell
+from lpc_lightning.evaluation.samples import likeliest_codes, read_samples, samples_table
+
+LONGEST_TITLE = 120
+"""Characters of a prompt in a title at most. The whole prompt is in a note below."""
+
+
+@dataclass(frozen=True)
+class RunTables:
+    """The tables of one run."""
+
+    run: str
+    tables: tuple[Table, ...]
+
+
+def run_tables(records: Iterable[RunRecord]) -> list[RunTables]:
+    """Read the tables of the runs that have some."""
+    found = ((record.name, tuple(_tables(record.folder))) for record in records if record.folder is not None)
+    return [RunTables(name, tables) for name, tables in found if tables]
+
+
+def _tables(folder: Path) -> Iterator[Table]:
+    yield from _samples(folder)
+
+
+def _samples(folder: Path) -> Iterator[Table]:
+    """Yield a table for each prompt, with the answers of the last validation."""
+    records = read_samples(folder)
+    for number, record in enumerate(record for record in records if record["step"] == records[-1]["step"]):
+        header, rows = samples_table(record)
+        prompt = record["prompt"][-1]["content"]
+        title = f"Step {record['step']}: {shorten(' '.join(prompt.split()), LONGEST_TITLE)}"
+        notes = [f"The prompt: {prompt}"] if len(prompt) > LONGEST_TITLE else []
+        if record["prior"] is not None:
+            notes.append(f"Likeliest codes under the prior: {likeliest_codes(record['prior'], 3)}")
+        cells = [[text_cell(text) for text in row] for row in rows]
+        yield Table(f"samples_{number}", title, [Column(name) for name in header], cells, [], notes)

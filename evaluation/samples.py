@@ -1,0 +1,83 @@
+"""Answers to fixed prompts during training: their records, and the files of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from lpc_lightning.evaluation.tables import markdown_table
+from lpc_lightning.markdown import escape_markdown
+
+ROWS, TEXT = "samples.jsonl", "samples.md"
+"""Names of the files: for programs, and for readers."""
+UNFINISHED = " [...]"
+"""Mark of an answer that reached its limit of tokens."""
+TOP = 3
+"""Number of the prior's codes in the text."""
+
+Record = dict[str, Any]
+"""A prompt at one validation, as JSON: `step`, `prompt` (messages), `prior` ((K,) or null), and `answers`, a list of
+`under`, `decoding`, `text`, `tokens` and `finished`."""
+
+
+def write_samples(folder: Path, records: Sequence[Record]) -> None:
+    """Write `samples.jsonl`, a line for each record, and `samples.md`, the latest step first.
+
+    Args:
+        folder: Run folder. It is created if it does not exist.
+        records: All records of the run, by rising step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    steps = [samples_text(list(group)) for _, group in groupby(records, key=itemgetter("step"))]
+    texts = {ROWS: rows, TEXT: "\n".join(["# Samples\n", *reversed(steps)])}
+    for name, text in texts.items():
+        partial = folder / f"{name}.partial"  # a run may be killed while it writes
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / name)
+
+
+def read_samples(folder: Path) -> list[Record]:
+    """Read the records of a run folder. Empty if there are none."""
+    path = folder / ROWS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def samples_text(records: Sequence[Record]) -> str:
+    """Format the records of one step as Markdown: for each prompt, the answers side by side."""
+    parts = [f"## Step {records[0]['step']}"]
+    for number, record in enumerate(records, 1):
+        parts.append(f"### Prompt {number}\n\n{_quoted(record['prompt'][-1]['content'])}")
+        if record["prior"] is not None:
+            parts.append(f"Likeliest codes under the prior: {likeliest_codes(record['prior'], TOP)}")
+        header, rows = samples_table(record)
+        parts.append(markdown_table(header, rows, left=len(header)))
+    return "\n\n".join(parts) + "\n"
+
+
+def samples_table(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a record's answers: a row for each `under`, a column for each `decoding`."""
+    decodings = list(dict.fromkeys(answer["decoding"] for answer in record["answers"]))
+    by_row: dict[str, dict[str, str]] = {}
+    for answer in record["answers"]:
+        text = answer["text"] + ("" if answer["finished"] else UNFINISHED)
+        by_row.setdefault(answer["under"], {})[answer["decoding"]] = text
+    return ["under", *decodings], [[under, *map(cells.__getitem__, decodings)] for under, cells in by_row.items()]
+
+
+def likeliest_codes(prior: Sequence[float], most: int) -> str:
+    """List the likeliest codes with their probabilities: `3 (0.412), 0 (0.207)`."""
+    ranked = sorted(enumerate(prior), key=lambda code: -code[1])[:most]
+    return ", ".join(f"{code} ({probability:.3f})" for code, probability in ranked)
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in _escaped_lines(text))
+
+
+def _escaped_lines(text: str) -> Iterable[str]:
+    return (escape_markdown(line) for line in text.splitlines())

@@ -1,0 +1,110 @@
+"""Losses for a known rate of wrong labels: conservative (cDPO) and unbiased (rDPO)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lpc_lightning.robust.base import PreferenceLoss, RobustLoss, swap_answers
+from lpc_lightning.types import PairLogps, PairLosses, Weight
+
+
+def conservative_losses(observed: PairLosses, opposite: PairLosses, rate: float) -> PairLosses:
+    """Compute `(1 - rate) l + rate l'`, with l the loss of the label and l' that of the opposite label.
+
+    For DPO this is cDPO (Mitchell, 2023).
+
+    Args:
+        observed: Losses of the labels.
+        opposite: Losses of the opposite labels.
+        rate: Expected share of wrong labels, 0 to 0.5.
+    """
+
+    def mean(first: Tensor, second: Tensor) -> Tensor:
+        return (1 - rate) * first + rate * second
+
+    parts: list[tuple[Weight, Tensor]] = []
+    for (weight, part), (other_weight, other_part) in zip(observed.parts, opposite.parts, strict=True):
+        if isinstance(weight, float) and weight == other_weight:
+            parts.append((weight, mean(part, other_part)))
+        else:  # KTO's parts are functions, and an answer's text is weighed by its length
+            parts += [(_scaled(weight, 1 - rate), part), (_scaled(other_weight, rate), other_part)]
+    first, second = observed.log_likelihood, opposite.log_likelihood
+    likelihood = None if first is None or second is None else mean(first, second)
+    losses = mean(observed.losses, opposite.losses)
+    return replace(observed, losses=losses, log_likelihood=likelihood, parts=tuple(parts))
+
+
+def unbiased_losses(observed: PairLosses, opposite: PairLosses, rate: float) -> PairLosses:
+    """Compute `[(1 - rate) l - rate l'] / (1 - 2 rate)`, whose mean over flips at this rate is the clean loss.
+
+    For DPO this is rDPO (Chowdhury et al., 2024, arXiv 2403.00409, eq. 12). See `dpo_loss` for the loss of a mixture
+    of codes.
+
+    Args:
+        observed: Losses of the labels.
+        opposite: Losses of the opposite labels.
+        rate: Share of wrong labels, 0 to below 0.5.
+    """
+    if not rate:
+        return observed
+    kept, flipped = (1 - rate) / (1 - 2 * rate), -rate / (1 - 2 * rate)
+    parts: list[tuple[Weight, Tensor]] = []
+    for factor, pairs in ((kept, observed), (flipped, opposite)):
+        for weight, part in pairs.parts or ((1.0, pairs.label_log_likelihood),):
+            parts.append((_scaled(weight, factor), part))
+    likelihood = torch.logaddexp(
+        math.log1p(-rate) + observed.label_log_likelihood, math.log(rate) + opposite.label_log_likelihood
+    )
+    losses = kept * observed.losses + flipped * opposite.losses
+    return replace(observed, losses=losses, log_likelihood=likelihood, parts=tuple(parts))
+
+
+def _scaled(weight: Weight, factor: float) -> Weight:
+    """Return the weight, or the function in its place, times `factor`."""
+    return (lambda part: factor * weight(part)) if callable(weight) else factor * weight
+
+
+class ConservativeLoss(RobustLoss):
+    """Label smoothing (cDPO) of any algorithm's loss: see `conservative_losses`."""
+
+    def __init__(self, rate: float) -> None:
+        """Store the setting.
+
+        Args:
+            rate: Expected share of wrong labels, 0 to 0.5.
+
+        Raises:
+            ValueError: `rate` is out of range.
+        """
+        if not 0 <= rate <= 0.5:
+            raise ValueError(f"robust_loss.rate: found {rate}, expected a share from 0 to 0.5.")
+        self.rate = rate
+
+    def pair_losses(self, loss: PreferenceLoss, logps: PairLogps, reliability: Tensor | None = None) -> PairLosses:
+        """Compute `conservative_losses`."""
+        return conservative_losses(loss(logps), loss(swap_answers(logps)), self.rate)
+
+
+class UnbiasedLoss(RobustLoss):
+    """Unbiased loss (rDPO) of any algorithm: see `unbiased_losses`."""
+
+    def __init__(self, rate: float) -> None:
+        """Store the setting.
+
+        Args:
+            rate: Share of wrong labels, 0 to below 0.5.
+
+        Raises:
+            ValueError: `rate` is out of range.
+        """
+        if not 0 <= rate < 0.5:
+            raise ValueError(f"robust_loss.rate: found {rate}, expected a share from 0 to below 0.5.")
+        self.rate = rate
+
+    def pair_losses(self, loss: PreferenceLoss, logps: PairLogps, reliability: Tensor | None = None) -> PairLosses:
+        """Compute `unbiased_losses`."""
+        return unbiased_losses(loss(logps), loss(swap_answers(logps)), self.rate)

@@ -1,0 +1,347 @@
+"""Tests of tuned grids with a function of (value, seed) in place of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import log, nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.ablation import plan as plan_module
+from lpc_lightning.evaluation.ablation.folder import CellFolder, write_json
+from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
+from lpc_lightning.evaluation.ablation.overview import write_overview
+from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
+from lpc_lightning.evaluation.ablation.stages import Stages
+
+BY = "val/rewards/accuracies"
+LR = "model.optimizer.init_args.lr"
+TUNE: dict[str, Any] = {"axis": "lr", "values": [1e-4, 3e-4, 1e-3, 3e-3], "seeds": [101, 102], "by": BY}
+AXES: dict[str, Any] = {
+    "latent": {"none": ["--latent=null"], "marginal": ["--latent=M"]},
+    "lr": {"key": LR},
+    "seed": {"values": [1, 2, 3], "key": "seed_everything"},
+}
+Score = Callable[[str, float, int], float | str]
+"""The stand-in for a fit: latent, value and seed give a score, or the error of a failed cell."""
+
+
+@pytest.fixture(autouse=True)
+def arguments_as_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without code and files, whose fingerprints have tests of their own."""
+    monkeypatch.setattr(plan_module, "fingerprint", lambda arguments, weights: f"{' '.join(arguments)} {weights}")
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., Grid]:
+    """Function that reads the grid with changes of its section `tune` and of its other keys."""
+
+    def read(tune: dict[str, Any] | None = None, **content: Any) -> Grid:
+        path = tmp_path / "grid.yaml"
+        grid = {"base": ["--config=a.yaml"], "axes": AXES, "tune": {**TUNE, **(tune or {})}, **content}
+        path.write_text(yaml.safe_dump(grid, sort_keys=False))
+        return read_grid(path)
+
+    return read
+
+
+def optimum(**best: float) -> Score:
+    """Return a score that falls with the distance of the value's logarithm to the best one. Seeds shift all values."""
+    return lambda latent, value, seed: 0.9 - log(value / best[latent]) ** 2 / 100 + seed / 1e4
+
+
+class Engine:
+    """Runs the stages of a grid in a folder, with a score in place of fits. It may be killed after some cells."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.started: list[str] = []
+
+    def __call__(self, grid: Grid, score: Score, kill_after: int | None = None, **settings: Any) -> Plan:
+        def run(cells: Sequence[PlannedCell], skipped: int) -> None:
+            for cell in cells:
+                if kill_after is not None and len(self.started) >= kill_after:
+                    raise KeyboardInterrupt
+                self.started.append(cell.folder.path.name)
+                fit(cell, score)
+
+        write_overview(self.output, grid, "ablate")
+        return Stages(self.output, grid, "last", **settings).run(run)
+
+    def choices(self) -> dict[str, float | None]:
+        """Return the chosen values by latent, from `tuning.json`."""
+        groups = json.loads((self.output / "tuning.json").read_text())["groups"]
+        return {group["axes"]["latent"]: group["value"] for group in groups}
+
+    def notes(self) -> dict[str, str]:
+        groups = json.loads((self.output / "tuning.json").read_text())["groups"]
+        return {group["axes"]["latent"]: group["note"] for group in groups}
+
+    def names(self, folder: str) -> set[str]:
+        return {path.name for path in (self.output / folder).iterdir()} if (self.output / folder).exists() else set()
+
+
+def fit(cell: PlannedCell, score: Score) -> None:
+    """Write the files that a fit leaves, with a score in place of its metric."""
+    record = cell.folder.begin(cell.new_record)
+    arguments = dict(argument.removeprefix("--").split("=") for argument in record.arguments)
+    result = score(str(record.axes["latent"]), float(arguments[LR]), int(arguments["seed_everything"]))
+    if isinstance(result, str):
+        record = replace(record, status="failed", error=result, diverged=result == "nan")
+    else:
+        metrics = {BY: result if result == result else None, "val/loss": -result}
+        write_json(cell.folder.results, {"metrics": metrics})
+        record = replace(record, status="finished")
+    cell.folder.write(record)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    return Engine(tmp_path / "out")
+
+
+def test_tuner_finds_known_best_value(read: Callable[..., Grid], engine: Engine) -> None:
+    plan = engine(read(), optimum(none=1e-3, marginal=3e-4))
+    assert engine.choices() == {"none": 1e-3, "marginal": 3e-4}
+    assert plan.is_complete
+    # Every arm has the same values and seeds. The result has other seeds and no value of the tuned axis in its axes.
+    assert engine.names("tuning") == {
+        f"latent={latent},lr={json.dumps(value)},seed={seed}"
+        for latent in ("none", "marginal")
+        for value in TUNE["values"]
+        for seed in (101, 102)
+    }
+    assert engine.names("cells") == {f"latent={latent},seed={seed}" for latent in AXES["latent"] for seed in (1, 2, 3)}
+    for cell in (engine.output / "cells").iterdir():
+        record = CellFolder(cell).record()
+        assert record is not None
+        chosen = engine.choices()[record.axes["latent"]]
+        assert record.tuned == {"lr": chosen}
+        assert record.arguments[-1] == f"--{LR}={json.dumps(chosen)}"
+    assert len(engine.started) == len(set(engine.started)) == 16 + 6
+
+
+def test_tuner_minimizes(read: Callable[..., Grid], engine: Engine) -> None:
+    engine(read({"by": "val/loss", "mode": "min"}), optimum(none=3e-4, marginal=1e-3))
+    assert engine.choices() == {"none": 3e-4, "marginal": 1e-3}
+
+
+def test_tuner_takes_mean_over_seeds(read: Callable[..., Grid], engine: Engine) -> None:
+    """At 3e-4 one seed is best of all and the other is bad; 1e-3 is best on average."""
+    scores = {(3e-4, 101): 0.99, (3e-4, 102): 0.5, (1e-3, 101): 0.8, (1e-3, 102): 0.8}
+    engine(read(), lambda latent, value, seed: scores.get((value, seed), 0.6))
+    assert engine.choices() == {"none": 1e-3, "marginal": 1e-3}
+
+
+def test_tuner_widens_at_an_edge(read: Callable[..., Grid], engine: Engine) -> None:
+    """The values are widened for all arms alike, by the ratio of the last two values."""
+    engine(read(), optimum(none=9e-3, marginal=3e-4))
+    assert engine.choices() == {"none": 9e-3, "marginal": 3e-4}
+    groups = json.loads((engine.output / "tuning.json").read_text())["groups"]
+    # 9e-3 is best, but only 27e-3 shows that it is not an edge.
+    tried = [[(entry["value"], entry["added"]) for entry in group["values"]] for group in groups]
+    assert tried == [[*((value, False) for value in TUNE["values"]), (9e-3, True), (27e-3, True)]] * 2
+    assert set(engine.notes().values()) == {""}
+
+
+def test_tuner_widens_at_both_edges(read: Callable[..., Grid], engine: Engine) -> None:
+    engine(read({"values": [1e-3, 3e-3], "widen": 1}), optimum(none=1e-3, marginal=9e-3))
+    assert engine.choices() == {"none": 1e-3, "marginal": 9e-3}
+    assert {name.split(",")[1] for name in engine.names("tuning")} == {"lr=0.00033", "lr=0.001", "lr=0.003", "lr=0.009"}
+
+
+def test_tuner_stops_at_limit_and_says_so(read: Callable[..., Grid], engine: Engine) -> None:
+    plan = engine(read(), optimum(none=1.0, marginal=1e-3))
+    assert engine.choices() == {"none": 27e-3, "marginal": 1e-3}
+    assert engine.notes()["none"] == "the largest value that was tried, so that the best one may be beyond it"
+    assert engine.notes()["marginal"] == ""
+    assert plan.is_complete
+
+
+@pytest.mark.parametrize(
+    ("best", "chosen"), [([1e-4, 3e-4], 3e-4), ([1e-4, 3e-3], 1e-4), ([3e-4, 1e-3], 3e-4), ([1e-4, 1e-3, 3e-3], 1e-3)]
+)
+def test_tied_values(read: Callable[..., Grid], engine: Engine, best: list[float], chosen: float) -> None:
+    """The value nearest to the middle counts; of two that are equally near, the smaller one. Means tie, not seeds."""
+
+    def score(latent: str, value: float, seed: int) -> float:
+        return (0.7 if (seed == 101) == (value == best[0]) else 0.8) if value in best else 0.6
+
+    engine(read({"widen": 0}), score)
+    assert engine.choices() == {"none": chosen, "marginal": chosen}
+
+
+def test_failed_tuning_cell_blocks_its_arm(read: Callable[..., Grid], engine: Engine) -> None:
+    good = optimum(none=1e-3, marginal=3e-4)
+    failing = ("none", 3e-3, 102)
+    plan = engine(read(), lambda *cell: "OSError: disk full" if cell == failing else good(*cell))
+    assert engine.choices() == {"none": None, "marginal": 3e-4}
+    cause = "no value is chosen and no result is run, because latent=none,lr=0.003,seed=102 failed"
+    assert engine.notes()["none"] == cause
+    assert not plan.is_complete
+    assert engine.names("cells") == {f"latent=marginal,seed={seed}" for seed in (1, 2, 3)}
+
+    engine.started.clear()
+    engine(read(), good)
+    assert engine.started == []
+    plan = engine(read(), good, retry_failed=True)
+    assert engine.started == ["latent=none,lr=0.003,seed=102", *(f"latent=none,seed={seed}" for seed in (1, 2, 3))]
+    assert engine.choices() == {"none": 1e-3, "marginal": 3e-4}
+    assert plan.is_complete
+
+
+@pytest.mark.parametrize("outcome", ["nan", nan])
+def test_diverged_value_is_not_chosen(read: Callable[..., Grid], engine: Engine, outcome: float | str) -> None:
+    """The value is tried, so that the one below it is not at an edge."""
+    good = optimum(none=3e-3, marginal=3e-4)
+    plan = engine(read(), lambda *cell: outcome if cell == ("none", 3e-3, 102) else good(*cell))
+    assert engine.choices() == {"none": 1e-3, "marginal": 3e-4}
+    assert engine.notes()["none"] == "diverged: latent=none,lr=0.003,seed=102"
+    assert plan.is_complete
+    assert not any("lr=0.009" in name for name in engine.names("tuning"))
+
+
+def test_all_values_diverged(read: Callable[..., Grid], engine: Engine) -> None:
+    plan = engine(read(), lambda latent, value, seed: nan if latent == "none" else 0.5)
+    assert engine.choices()["none"] is None
+    assert "all values diverged" in engine.notes()["none"]
+    assert not plan.is_complete
+
+
+@pytest.mark.parametrize("kill_after", [0, 1, 15, 16, 18, 24, 25])
+def test_killed_tuning_resumes(read: Callable[..., Grid], engine: Engine, kill_after: int) -> None:
+    """Killed before, within and after the tuning, its widening and the result: no cell runs twice."""
+    score = optimum(none=3e-3, marginal=3e-4)
+    with pytest.raises(KeyboardInterrupt):
+        engine(read(), score, kill_after)
+    plan = engine(read(), score)
+    uninterrupted = Engine(engine.output.with_name("other"))
+    assert [cell.folder.path.name for cell in uninterrupted(read(), score).cells] == [
+        cell.folder.path.name for cell in plan.cells
+    ]
+    assert sorted(engine.started) == sorted(uninterrupted.started)
+    assert (engine.output / "tuning.json").read_bytes() == (uninterrupted.output / "tuning.json").read_bytes()
+
+
+def test_numbers_of_cells_do_not_change(read: Callable[..., Grid], engine: Engine) -> None:
+    """A Slurm task selects a cell by its number, while other tasks add cells."""
+    numbers: dict[int, str] = {}
+    for after in range(0, 30, 5):
+        with pytest.raises(KeyboardInterrupt):
+            engine(read(), optimum(none=3e-3, marginal=3e-4), after)
+        plan = Stages(engine.output, read(), "last").plan()
+        names = {cell.number: cell.folder.path.name for cell in plan.cells}
+        assert numbers.items() <= names.items()
+        assert list(names) == list(range(len(names)))
+        numbers = names
+
+
+def test_changed_section_changes_choices(read: Callable[..., Grid], engine: Engine) -> None:
+    def score(latent: str, value: float, seed: int) -> float:
+        return optimum(none=3e-4, marginal=3e-4)(latent, value, seed) if seed != 103 else 0.5 + (value == 1e-3)
+
+    engine(read(), score)
+    engine.started.clear()
+    engine(read({"values": [1e-4, 3e-4, 5e-4, 1e-3]}), score)
+    assert engine.started == [
+        f"latent={latent},lr=0.0005,seed={seed}" for latent in AXES["latent"] for seed in (101, 102)
+    ]
+
+    engine.started.clear()
+    engine(read({"seeds": [103]}), score)
+    assert engine.choices() == {"none": 1e-3, "marginal": 1e-3}
+    assert {name for name in engine.started if "lr" not in name} == engine.names("cells")  # they run at the new value
+
+
+def test_change_of_latent_keeps_other_choices(read: Callable[..., Grid], engine: Engine) -> None:
+    score = optimum(none=1e-3, marginal=3e-4)
+    engine(read().with_changes(["latent=none"]), score)
+    engine(read().with_changes(["latent=marginal"]), score)
+    assert engine.choices() == {"none": 1e-3, "marginal": 3e-4}
+
+
+def test_single_value_is_not_tuned(read: Callable[..., Grid], engine: Engine) -> None:
+    plan = engine(read().with_changes(["lr=5e-4"]), optimum(none=1e-3, marginal=3e-4))
+    assert plan.is_complete
+    assert engine.names("tuning") == set()
+    records = [CellFolder(cell).record() for cell in (engine.output / "cells").iterdir()]
+    assert [record.tuned for record in records if record] == [{"lr": 5e-4}] * 6
+
+
+def test_metric_that_is_not_logged(read: Callable[..., Grid], engine: Engine) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tune.by: found val/acc, which .* not logged, expected one of val/loss, val/r"
+    ):
+        engine(read({"by": "val/acc"}), optimum(none=1e-3, marginal=1e-3))
+
+
+def test_seed_of_results_is_no_tuning_seed(read: Callable[..., Grid], engine: Engine) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tune\.seeds: found 101, which the axis seed also has, expected other seeds"
+    ):
+        read().with_changes(["seed=1,101"])
+    with pytest.raises(ConfigError, match="found 2, which the axis seed also has"):
+        read({"seeds": [2, 101]})
+    engine(read(), optimum(none=1e-3, marginal=1e-3))
+    one = {"values": [1], "key": "seed_everything"}
+    with pytest.raises(ConfigError, match=r"tune\.seeds: found 3, which the results in .*out have"):
+        engine(read({"seeds": [3, 4]}, axes=AXES | {"seed": one}), optimum(none=1e-3, marginal=1e-3))
+
+
+@pytest.mark.parametrize("argument", [f"--{LR}=1e-5", "--model.optimizer.lr=1e-5"])
+def test_arm_has_no_value_of_its_own(read: Callable[..., Grid], argument: str) -> None:
+    latent = {"none": ["--latent=null"], "marginal": ["--latent=M", argument]}
+    with pytest.raises(ConfigError, match=r"axes\.latent\.marginal: found --model.*, which sets the tuned axis lr"):
+        read(axes={**AXES, "latent": latent})
+    with pytest.raises(ConfigError, match=r"base: found --model.*, which sets the tuned axis lr"):
+        read(base=[argument])
+    with pytest.raises(ConfigError, match=r"change: found --model.*, which sets the tuned axis lr"):
+        read().with_changes([argument.removeprefix("--")])
+    with pytest.raises(ConfigError, match=r"skip: found .*, expected values for some of latent, seed"):
+        read(skip=[{"latent": "none", "lr": [3e-3]}])
+
+
+def test_tuned_value_comes_after_config_files(read: Callable[..., Grid]) -> None:
+    """A config file of an arm may contain a learning rate."""
+    grid = read().with_changes(["model=configs/algorithm/ipo.yaml"])
+    assert [cell.arguments[-1] for cell in grid.tuning_cells(1e-3)] == [f"--{LR}=0.001"] * 4
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ({"values": [1e-3, 1e-4]}, r"tune\.values: found 0.001, 0.0001, expected positive numbers in rising order"),
+        ({"values": [0, 1e-3]}, "expected positive numbers"),
+        ({"values": ["a"]}, "expected positive numbers"),
+        ({"values": 1e-3}, r"tune\.values: found 0.001, expected a list"),
+        ({"seeds": [101, 101]}, r"tune\.seeds: found 101, 101, expected at least one seed, each seed once"),
+        ({"by": "test/rewards/accuracies"}, r"tune\.by: found test/.*, expected a validation metric"),
+        ({"mode": "most"}, r"tune\.mode: found most, expected max or min"),
+        ({"widen": -1}, r"tune\.widen: found -1"),
+        ({"axis": "rate"}, r"axes\.rate: found no such axis, expected key or arguments alone"),
+        ({"axis": "seed"}, r"axes\.seed: found values, key, expected key or arguments alone"),
+        ({"best": 1}, r"tune: found axis, values, seeds, by, best, expected axis, values, seeds, by, and optionally"),
+    ],
+)
+def test_read_tuning_rejects_invalid_content(read: Callable[..., Grid], tune: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tune)
+
+
+def test_tuning_needs_an_axis_of_seeds(read: Callable[..., Grid]) -> None:
+    with pytest.raises(ConfigError, match="tune: found no axis seed"):
+        read(axes={name: axis for name, axis in AXES.items() if name != "seed"})
+
+
+def test_changes_of_the_section(read: Callable[..., Grid]) -> None:
+    tune = read().with_changes(["lr=1e-4,1e-2", "tune.seeds=7", "tune.widen=0"]).tune
+    assert tune is not None
+    assert (tune.axis.values, tune.seeds, tune.widen) == ((1e-4, 1e-2), (7,), 0)
+    with pytest.raises(ConfigError, match=r"found tune\.seed, expected values, seeds, by"):
+        read().with_changes(["tune.seed=7"])
