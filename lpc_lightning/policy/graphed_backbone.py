@@ -16,6 +16,8 @@ from torch import Tensor
 
 Backbone = Callable[..., Tensor]
 """From token ids, attention mask, segments and positions of a batch to (R, T, d) last hidden states."""
+ERRORS = "thread_local"
+"""Other threads, such as one that pins batches, may call CUDA during a capture."""
 WARM_UP = 2
 """Passes before a capture. They compile, choose kernels and allocate what libraries keep."""
 
@@ -97,11 +99,11 @@ class _Graphs:
         # Autocast's cache would keep casts of weights in memory that the graph reuses.
         with torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False):
             self._warm_up(backbone, parameters)
-            with torch.cuda.graph(self.forward, pool=pool):
+            with torch.cuda.graph(self.forward, pool=pool, capture_error_mode=ERRORS):
                 hidden = backbone(*self.inputs)
             self.pool = self.forward.pool()
             self.upstream = torch.empty_like(hidden)
-            with torch.cuda.graph(self.backward, pool=self.pool):
+            with torch.cuda.graph(self.backward, pool=self.pool, capture_error_mode=ERRORS):
                 computed = torch.autograd.grad(hidden, parameters, self.upstream, allow_unused=True)
                 used = [number for number, gradient in enumerate(computed) if gradient is not None]
                 torch._foreach_copy_([gradients[number] for number in used], [computed[number] for number in used])
