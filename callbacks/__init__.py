@@ -3,9 +3,17 @@
 from lpc_lightning.callbacks.adaptation import AnnotatorAdaptation
 from lpc_lightning.callbacks.best_and_last import BestAndLast
 from lpc_lightning.callbacks.chosen_reward import ChosenRewardWarning
+from lpc_lightning.callbacks.code_explanations import CodeExplanations
 from lpc_lightning.callbacks.codebook_monitor import CodebookMonitor
 from lpc_lightning.callbacks.final_validation import FinalValidation
-from lpc_lightning.callbacks.flip_order import ByAnnotator, FlipOrder, LongerWins, SmallMarginsFirst, Uniform
+from lpc_lightning.callbacks.flip_order import (
+    ByAnnotator,
+    FlipOrder,
+    LongerWins,
+    SmallMarginsFirst,
+    Uniform,
+    UnreliableAnnotators,
+)
 from lpc_lightning.callbacks.graceful_stop import GracefulStop
 from lpc_lightning.callbacks.label_flip import LabelFlipNoise
 from lpc_lightning.callbacks.lm_eval import LMEvaluation
@@ -22,6 +30,7 @@ __all__ = [
     "BestAndLast",
     "ByAnnotator",
     "ChosenRewardWarning",
+    "CodeExplanations",
     "CodebookMonitor",
     "FinalValidation",
     "FlipOrder",
@@ -35,5 +44,6 @@ __all__ = [
     "RunSummary",
     "SmallMarginsFirst",
     "Uniform",
+    "UnreliableAnnotators",
     "WritePredictions",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +19,13 @@ class FlipOrder(ABC):
     """Rule that gives each pair a threshold. A pair is flipped at every noise rate above its threshold."""
 
     @abstractmethod
-    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:
+    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray, seed: int = 0) -> np.ndarray:
         """Compute the noise rate above which each pair is flipped.
 
         Args:
             examples: The pairs that may be flipped.
             draws: (examples,) a random number in [0, 1) for each pair, which depends only on its content.
+            seed: Seed of further random numbers.
 
         Returns:
             (examples,) thresholds. Infinity: the pair is never flipped.
@@ -37,7 +40,7 @@ class FlipOrder(ABC):
 class Uniform(FlipOrder):
     """Symmetric noise. Every pair is flipped with probability `rate`."""
 
-    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:
+    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray, seed: int = 0) -> np.ndarray:
         """Return the random numbers."""
         return draws
 
@@ -45,7 +48,7 @@ class Uniform(FlipOrder):
 class LongerWins(FlipOrder):
     """Length bias. A pair whose chosen answer is the shorter one, in characters, is flipped with probability `rate`."""
 
-    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:
+    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray, seed: int = 0) -> np.ndarray:
         """Return the random numbers of pairs whose chosen answer is the shorter one, and infinity for the others."""
         shorter_chosen = np.array([len(pair.chosen) < len(pair.rejected) for pair in examples], dtype=bool)
         return np.where(shorter_chosen, draws, np.inf)
@@ -64,7 +67,7 @@ class SmallMarginsFirst(FlipOrder):
         """
         self.chosen, self.rejected = chosen, rejected
 
-    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:
+    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray, seed: int = 0) -> np.ndarray:
         """Return each pair's rank by margin, divided by the number of pairs.
 
         Raises:
@@ -95,10 +98,46 @@ class ByAnnotator(FlipOrder):
                 raise ConfigError(f"order.shares: found {share} for {name}, expected a probability between 0 and 1.")
         self.shares, self.others = shares, others
 
-    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray) -> np.ndarray:
+    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray, seed: int = 0) -> np.ndarray:
         """Return the random numbers divided by the shares, and infinity for a share of 0."""
         shares = np.array([self.shares.get(pair.annotator, self.others) for pair in examples], dtype=float)
         return np.divide(draws, shares, out=np.full(len(shares), np.inf), where=shares > 0)
+
+
+class UnreliableAnnotators(FlipOrder):
+    """Whole annotators are unreliable. `rate` is the share of annotators whose labels are wrong or random.
+
+    Each annotator's place in a random order depends only on the seed and the annotator's name. An annotator who is
+    unreliable at one rate is also unreliable at every higher rate. Pairs without an annotator are never flipped.
+    """
+
+    def __init__(self, wrong: float = 0.5) -> None:
+        """Set how unreliable these annotators are.
+
+        Args:
+            wrong: Probability, from 0 to 1, that a label of an unreliable annotator is wrong. 0.5: the labels are
+                random. 1: all labels are the opposite of the right ones.
+        """
+        if not 0 <= wrong <= 1:
+            raise ConfigError(f"order.wrong: found {wrong}, expected a probability between 0 and 1.")
+        self.wrong = wrong
+
+    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray, seed: int = 0) -> np.ndarray:
+        """Return the annotator's rank divided by the number of annotators, and infinity for labels that stay right.
+
+        Raises:
+            DataError: No pair has an annotator.
+        """
+        names = sorted({pair.annotator for pair in examples if pair.annotator})
+        if not names:
+            raise DataError(
+                f"callbacks.order: found no annotator in {len(examples)} training pairs, expected a column `annotator`."
+                " Set data.columns.annotator to its name, or choose another order."
+            )
+        order = sorted(names, key=lambda name: hashlib.sha256(json.dumps([seed, name]).encode()).digest())
+        rank = {name: place / len(names) for place, name in enumerate(order)}
+        ranks = np.array([rank.get(pair.annotator, np.inf) for pair in examples])
+        return np.where(draws < self.wrong, ranks, np.inf)
 
 
 def _read_score(example: PreferenceExample, column: str) -> float:

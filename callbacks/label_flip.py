@@ -62,7 +62,8 @@ class LabelFlipNoise(LabelNoise, Callback):
 
         Args:
             rate: Noise rate from 0 to 1. Its meaning depends on `order`.
-            order: Kind of noise: `Uniform`, `LongerWins`, `SmallMarginsFirst` or `ByAnnotator`. null: `Uniform`.
+            order: Kind of noise: `Uniform`, `LongerWins`, `SmallMarginsFirst`, `ByAnnotator` or `UnreliableAnnotators`.
+                null: `Uniform`.
             seed: Seed of the random numbers. null: the seed of the run (seed_everything).
             marker: Text that is added to the prompts of flipped pairs, such as `[FLIP]` in the paper, so that the
                 policy can recognise wrong labels. null: no text.
@@ -97,7 +98,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         indices = [index for index, example in enumerate(examples) if self._may_flip(example)]
         draws = np.array([draw(self.seed, examples[index]) for index in indices])
         flips = np.zeros(len(examples), dtype=bool)
-        flips[indices] = self.order.thresholds([examples[index] for index in indices], draws) < self.rate
+        flips[indices] = self.order.thresholds([examples[index] for index in indices], draws, self.seed) < self.rate
         return flips
 
     def _may_flip(self, example: PreferenceExample) -> bool:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 
+from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, AccuracyReport, Group
 from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round
+from lpc_lightning.seeding import derive, run_seed
+
+TRAINING_METRICS = ("wrong_label_auroc/", "gold_accuracy/")
+"""Prefixes of the metrics of training pairs that are logged."""
 
 
 class PreferenceAccuracy(CollectPairs):
@@ -14,10 +20,15 @@ class PreferenceAccuracy(CollectPairs):
 
     Names start with val/ or test/. `accuracy/prior` is the module's own `rewards/accuracies`. All modes use the
     backbone pass of the step. Each mode needs a pass through the LM head; all codes together need one. Each metric is
-    also logged by group, with the suffix `/source/NAME` or `/factor/NAME`; if labels were flipped, with `/clean` and
+    also logged by group, with the suffix `/source/NAME` or `/factor/NAME`; if labels are wrong, with `/clean` and
     `/flipped`; and for pairs of similar length, with `/length_matched`. `pairs/...` is the number of pairs in each
-    group. Over all pairs there is also `calibration_error/MODE`, and, if labels were flipped, `wrong_label_auroc/MODE`.
-    docs/accuracy_modes.md explains the metrics.
+    group. Over all pairs there is also `calibration_error/MODE`. If some labels are known to be wrong, there are also
+    `wrong_label_auroc/MODE`, and `gold_accuracy/MODE` and its like against the right labels. docs/accuracy_modes.md
+    explains the metrics.
+
+    If some training labels are known to be wrong, each validation of a fit also scores `training_pairs` training pairs
+    with their labels. It logs `val/training/wrong_label_auroc/MODE` and `val/training/gold_accuracy/MODE`, which show
+    whether the policy finds wrong training labels. The cost is one forward pass over these pairs for each validation.
 
     If the data gives the best accuracy that is possible from the prompt (the built-in preferences), `share_of_best` is
     the main accuracy divided by it. It can be above 1 only by chance, in a finite sample.
@@ -25,13 +36,30 @@ class PreferenceAccuracy(CollectPairs):
     Args:
         by: Labels that define the groups: `source`, `factor`, `annotator`.
         most: Most groups of each label. Only the largest are kept; the others form the group `(others)`.
+        training_pairs: Maximum number of training pairs that a validation scores if training labels are known to be
+            wrong. 0: none.
     """
 
-    def __init__(self, by: list[Group] | None = None, most: int = 32) -> None:
+    def __init__(self, by: list[Group] | None = None, most: int = 32, training_pairs: int = 512) -> None:
         self.modes = AccuracyModes(["source", "factor"] if by is None else by, most)
         super().__init__(self.modes)
+        self.training_pairs = training_pairs
         self.report = AccuracyReport()
         """Report of the last round, with a row for each pair."""
+        self.training_report = AccuracyReport()
+        """Report of the last round on training pairs. Empty if no training label is known to be wrong."""
+        self._sample: list[int] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the training pairs to score, the same in all runs with this seed."""
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
+        self._sample = []
+        if not isinstance(data, PreferenceDataModule) or not self.training_pairs:
+            return
+        order = np.random.default_rng(derive("training sample", run_seed())).permutation(sorted(data.reads("train")))
+        sample = order[: max(self.training_pairs, trainer.world_size)].tolist()
+        if data.training_pairs.flipped[sample].any() and len(sample) >= trainer.world_size:
+            self._sample = sample
 
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the round over all devices."""
@@ -40,4 +68,16 @@ class PreferenceAccuracy(CollectPairs):
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         if isinstance(data, PreferenceDataModule) and data.ceiling is not None and metrics:
             metrics["share_of_best"] = metrics["accuracy/prior"] / data.ceiling.from_prompt
+        if stage == "val" and self._sample and not trainer.sanity_checking and isinstance(pl_module, PreferenceModule):
+            self.training_report = self._score_training(trainer, pl_module, data)
+            for name, value in self.training_report.metrics.items():
+                if name.startswith(TRAINING_METRICS) and name.count("/") == 1:
+                    metrics[f"training/{name}"] = value
         log_round(pl_module, stage, metrics)
+
+    def _score_training(self, trainer: Trainer, module: PreferenceModule, data: PreferenceDataModule) -> AccuracyReport:
+        modes = AccuracyModes((), 0).to(module.device)
+        for number, batch in enumerate(data.training_sample(self._sample)):
+            with trainer.precision_plugin.forward_context():
+                modes.update(module.infer(batch.to(module.device), number), batch, module.latent)
+        return modes.collect()

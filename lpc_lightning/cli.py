@@ -21,7 +21,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -36,6 +36,7 @@ from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec, UnsupportedPolicyError
 from lpc_lightning.policy.precision import is_bfloat16_fast
 from lpc_lightning.run_folder import DiscardedRunFolder, RunFolder
+from lpc_lightning.run_loggers import SaveSettings, build_logger, run_loggers
 from lpc_lightning.system_errors import explain_system_error
 from lpc_lightning.yaml_files import SUFFIXES, check_value, check_yaml
 
@@ -59,6 +60,7 @@ class PreferenceCLI(LightningCLI):
             super().__init__(
                 PreferenceModule,
                 PreferenceDataModule,
+                save_config_callback=SaveSettings,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
@@ -116,6 +118,8 @@ class PreferenceCLI(LightningCLI):
         if trainer.logger is False:
             # Lightning refuses callbacks that only log; our default callbacks hold one.
             trainer.callbacks = [each for each in trainer.callbacks or [] if not each.class_path.endswith(LOGGING)]
+        if trainer.fast_dev_run and trainer.logger:
+            trainer.logger = None  # a trial of a few batches reports nowhere
         if trainer.plugins is None:
             trainer.plugins = [{"class_path": "lpc_lightning.distributed.checkpoint_io.AtomicCheckpointIO"}]
 
@@ -125,6 +129,12 @@ class PreferenceCLI(LightningCLI):
         Raises:
             ConfigError: A class refuses its settings.
         """
+        trainer = self.config[str(self.subcommand)].trainer
+        if self._run_folder is None:
+            root = Path(trainer.default_root_dir or "runs")
+            self._claimed = DiscardedRunFolder() if trainer.fast_dev_run else RunFolder(root)
+            self._run_folder = self._claimed.path
+        self.parser.add_instantiator(partial(build_logger, self._run_folder), class_type=Logger)
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -132,19 +142,12 @@ class PreferenceCLI(LightningCLI):
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Give the run a folder of its own, which its config does not name: run again, it is another run."""
-        trainer = self.config[str(self.subcommand)].trainer
-        root = Path(trainer.default_root_dir or "runs")
-        if self._run_folder is not None:
-            options["logger"] = run_loggers(self._run_folder)
-        elif trainer.fast_dev_run:
-            self._claimed = DiscardedRunFolder()
+        settings = self.config[str(self.subcommand)].trainer
+        if self._claimed is not None and (settings.fast_dev_run or settings.logger is False):
             options["default_root_dir"] = str(self._claimed.path)
-        elif trainer.logger in (None, True):
-            self._claimed = RunFolder(root)
-            options["logger"] = run_loggers(self._claimed.path)
-        elif trainer.logger is False:
-            self._claimed = RunFolder(root)
-            options["default_root_dir"] = str(self._claimed.path)
+        else:
+            assert self._run_folder is not None
+            options["logger"] = run_loggers(self._run_folder, self._get(self.config_init, "trainer").logger)
         return super().instantiate_trainer(**options)
 
     @staticmethod
@@ -259,13 +262,6 @@ def default_precision(accelerator: str) -> str:
     """bf16-mixed where the device multiplies bfloat16 fast (GPUs, CPUs with AMX or AVX512-BF16), float32 elsewhere."""
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if is_bfloat16_fast("cuda" if on_gpu else "cpu") else "32-true"
-
-
-def run_loggers(folder: Path) -> list[Logger]:
-    """CSV and TensorBoard, side by side in one run folder."""
-    # CSV first: it warns when it finds its folder in use. Row by row: a run that is killed leaves those before.
-    rows = CSVLogger(str(folder.parent), name="", version=folder.name, flush_logs_every_n_steps=1)
-    return [rows, TensorBoardLogger(str(folder.parent), name="", version=folder.name)]
 
 
 def _fit(arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
+from PIL import Image
 
 Rows = Sequence[Sequence[Any]]
 
@@ -127,7 +128,8 @@ class CometForm(LoggerForm):
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         """Log an image."""
-        self.logger.experiment.log_image(pixels, name, step=step)
+        # Comet would scale an array to its own range of values.
+        self.logger.experiment.log_image(Image.fromarray(pixels), name, step=step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Log a text."""

@@ -250,6 +250,22 @@ def test_run_without_logger_has_its_own_folder(fit: Command, runs: Path) -> None
     assert {path.name for path in runs.iterdir()} == {"version_0", "version_1"}
 
 
+def test_loggers_receive_the_settings(fit: Command, runs: Path) -> None:
+    """With the loggers of a file: rows and hyperparameters, and no events."""
+    output = fit(f"--trainer.logger={CONFIGS / 'logger' / 'csv.yaml'}", "--trainer.max_epochs=1")
+    assert output.code == 0, output.err
+    run = runs / "version_0"
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "rendered_pair.txt",
+    }  # fmt: skip
+    stated, saved = (yaml.safe_load((run / name).read_text()) for name in ("hparams.yaml", "config.yaml"))
+    assert stated["run_folder"] == str(run)
+    assert stated["data"] == saved["data"]
+    assert stated["trainer"]["max_epochs"] == 1
+    assert stated["seed_everything"] == 4
+    assert stated["latent"]["init_args"]["num_codes"] == 3
+
+
 @pytest.mark.slow
 def test_fast_dev_run_leaves_nothing(fit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
     (tmp_path / "here").mkdir()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import cycle, zip_longest
+from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
 from lpc_lightning.algorithms import PreferenceModule
@@ -237,6 +238,15 @@ def test_callbacks_state_our_arguments(path: Path) -> None:
             assert set(stated.get("init_args", {})) >= set(ours["init_args"]) - INHERITED, stated["class_path"]
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("logger/*.yaml")), ids=name_of)
+def test_logger_file_parses_and_opens_with_its_flag(path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Logger, "logger", required=True)
+    stated = yaml.safe_load(path.read_text())
+    assert parser.parse_object({"logger": stated}).logger.class_path == stated["class_path"]
+    assert path.read_text().startswith(f"# `--trainer.logger configs/{name_of(path)}`: ")
+
+
 @pytest.mark.parametrize(
     "path", [path for path in sorted(CONFIGS.glob("callbacks/*.yaml")) if "label_flip" in path.stem], ids=name_of
 )
@@ -264,6 +274,29 @@ def test_ablation_header(path: Path) -> None:
     first, second, *_ = path.read_text().splitlines()
     assert first.startswith(f"# lpc-lightning ablate configs/{name_of(path)}")
     assert second.startswith("# ")
+
+
+EXPLORATIONS = {"annotators_smollm2", "demo", "learning_rates_tiny"}
+"""Grids without a tuned axis, with one seed. They are no evidence."""
+
+
+@pytest.mark.parametrize("path", [path for path in ABLATIONS if path.stem not in EXPLORATIONS], ids=name_of)
+def test_ablation_tunes_every_arm_alike(path: Path) -> None:
+    grid = read_grid(path)
+    assert grid.tune is not None
+    assert grid.tune.axis.settings == ["model.optimizer.lr"]
+    values = grid.tune.axis.values
+    assert len(values) >= 4
+    assert all(2 < larger / smaller < 4 for smaller, larger in pairwise(values))
+    assert len(grid.tune.seeds) >= 2
+    (seeds,) = (axis for axis in grid.axes if axis.name == "seed")
+    assert len(seeds.values) >= 5
+    if "llama3" in grid.base[0]:
+        assert "--data=configs/data/ultrafeedback_held_out.yaml" in grid.base
+    else:
+        assert seeds.settings == ["seed_everything", "data.data_seed"]
+        (pairs,) = (argument for argument in grid.base if argument.startswith("--data.validation_pairs="))
+        assert int(pairs.partition("=")[2]) >= 512
 
 
 @pytest.mark.parametrize(
@@ -298,6 +331,8 @@ def test_ablation_values_parse(path: Path, swap: list[str], monkeypatch: pytest.
     ends |= {axis.name: tuple(axis.arguments) for axis in grid.axes if isinstance(axis.arguments, Mapping)}
     axes = tuple(axis.with_values(list(dict.fromkeys(ends[axis.name]))) for axis in grid.axes)
     cells = replace(grid, axes=axes).cells()
+    if grid.tune is not None:
+        cells = [grid.at(cell, grid.tune.axis.values[-1]) for cell in cells]
     values = [{(axis, str(value)) for axis, value in cell.axes.items()} for cell in cells]
     missing = set[tuple[str, str]]().union(*values)
     while missing:  # few cells that hold every value between them: a parse takes most of a second

@@ -17,7 +17,7 @@ LAYERS = (
     {"errors"},
     {"types", "seeding", "transfer", "run_folder", "system_errors"},
     {"paths", "markdown", "output_paths", "integrity", "yaml_files"},
-    {"loggers"},
+    {"loggers", "run_loggers"},
     {"losses", "latent", "policy", "data"},
     {"distributed", "robust"},
     {"reference"},

@@ -33,6 +33,15 @@ class Axis:
         lists = self.arguments.values() if isinstance(self.arguments, Mapping) else [self.arguments]
         return list(dict.fromkeys(setting_name(argument) for arguments in lists for argument in arguments))
 
+    @property
+    def controls(self) -> list[str]:
+        """Settings that may differ between values of the axis.
+
+        `latent.*` means a setting and everything below it: the value is a config file, or it belongs to a list.
+        """
+        lists = self.arguments.values() if isinstance(self.arguments, Mapping) else [self.arguments]
+        return list(dict.fromkeys(_control(argument) for arguments in lists for argument in arguments))
+
     def with_values(self, values: Sequence[Any]) -> Axis:
         """Return the same axis with other values.
 
@@ -44,6 +53,14 @@ class Axis:
             if unknown := [value for value in values if value not in self.arguments]:
                 raise ConfigError(f"{self.name}: found {', '.join(unknown)}, expected {', '.join(self.arguments)}.")
         return replace(self, values=tuple(values))
+
+
+def _control(argument: str) -> str:
+    name, _, value = argument.partition("=")
+    setting = setting_name(argument)
+    if name.endswith("+") or setting.startswith("callbacks."):
+        return f"{setting.partition('.')[0]}.*"
+    return f"{setting}.*" if value.endswith((".yaml", ".yml")) else setting
 
 
 def to_text(value: Any) -> str:

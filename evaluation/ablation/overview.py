@@ -69,7 +69,7 @@ def _values(axis: Axis, earlier_values: list[Any]) -> list[Any]:
 def _controls(axis: Axis, tune: Tuning | None) -> list[str]:
     """Return the settings that differ between values of an axis: its own, and the tuned one, chosen for each group."""
     tuned = tune.axis.settings if tune is not None and axis.name != "seed" else []
-    return [*axis.settings, *tuned]
+    return [*axis.controls, *tuned]
 
 
 def write_choices(output: Path, tune: Tuning, choices: Sequence[Choice]) -> None:

@@ -27,6 +27,8 @@ Group = Literal["source", "factor", "annotator"]
 """Labels by which pairs can be grouped."""
 SWAPPED = "posterior_swapped"
 """Key of the margins under the posterior of the swapped answers. It is used for `swap_turnover` and is not a mode."""
+RIGHT = "label_right"
+"""Key of the posterior that a label is right, if the loss infers it. It is used for `wrong_label_auroc/label_right`."""
 LENGTH_MATCHED = "/length_matched"
 """Suffix of metrics over pairs whose longer answer has less than `LENGTH_RATIO` times the tokens of the shorter one."""
 LENGTH_RATIO = 1.5
@@ -46,6 +48,9 @@ def mode_margins(evaluated: EvaluationOutput, space: LatentSpace | None) -> dict
     - `no_latent`: z = 0.
     - `shuffled`: z of another pair of the batch. Absent if the batch has a single pair.
 
+    A loss that infers whether labels are right (REPO) adds the key `RIGHT`, the posterior that each label is right.
+    With a codebook, it is the exact posterior that sums out the code.
+
     Args:
         evaluated: The return value of `validation_step` or `test_step`.
         space: The module's latent space, or None.
@@ -55,6 +60,9 @@ def mode_margins(evaluated: EvaluationOutput, space: LatentSpace | None) -> dict
     """
     terms, states, score = evaluated["terms"], evaluated["states"], evaluated["score"]
     margins = {"prior": _margins(terms.pairs)}
+    if terms.pairs.right is not None:
+        summed_out = None if space is None else space.right_labels(states.prompt, score)
+        margins[RIGHT] = terms.pairs.right if summed_out is None else summed_out
     if terms.z is None:
         return margins
     zs: dict[str, Tensor | None] = {"no_latent": None}
@@ -90,7 +98,9 @@ class AccuracyReport:
     metrics: dict[str, float] = field(default_factory=dict)
     """`accuracy/MODE`, `margin/MODE`, `log_loss/MODE` and `swap_turnover` over all pairs; the same with the suffixes
     `/source/NAME`, `/factor/NAME`, `/clean`, `/flipped` and `/length_matched`; the counts `pairs`, `pairs/source/NAME`
-    and so on; over all pairs also `calibration_error/MODE`, and `wrong_label_auroc/MODE` if some labels are flipped."""
+    and so on; over all pairs also `calibration_error/MODE`. If some labels are wrong, also
+    `wrong_label_auroc/MODE`, and `gold_accuracy/MODE`, `gold_log_loss/MODE` and `gold_calibration_error/MODE` against
+    the right labels. `longer_is_chosen` is the share of pairs whose chosen answer has more tokens."""
     standard_errors: dict[str, float] = field(default_factory=dict)
     """Standard error of each mean over the pairs of two prompts or more. Pairs of one prompt are not independent."""
     items: list[Row] = field(default_factory=list)
@@ -138,17 +148,24 @@ class AccuracyModes(nn.Module):
         errors: dict[str, float] = {}
         counts: dict[str, float] = {}
         unshuffled = torch.tensor([row["unshuffled"] for row in rows])
+        flipped = torch.tensor([row["flipped"] for row in rows])
+        wrong = flipped if flipped.any() else None
+        longer = torch.tensor([row["tokens"][0] - row["tokens"][1] for row in rows], dtype=torch.float64)
         prompts = np.array([row["prompt"] for row in rows])
         for suffix, members in self._groups(rows).items():
             counts[f"pairs{suffix}"] = float(members.sum())
-            for name, (values, scored) in _group_values(margins, members, unshuffled).items():
+            by_length = longer if suffix in ("", LENGTH_MATCHED) else None
+            for name, (values, scored) in _group_values(margins, members, unshuffled, wrong, by_length).items():
                 means[name + suffix] = float(values.mean())
                 error = standard_error(values.numpy(), prompts[scored.numpy()])
                 if error is not None:
                     errors[name + suffix] = error
-        flipped = torch.tensor([row["flipped"] for row in rows])
         for mode in (mode for mode in margins if mode not in (SWAPPED, "shuffled")):
-            means[f"calibration_error/{mode}"] = calibration_error(margins[mode])
+            if mode != RIGHT:
+                means[f"calibration_error/{mode}"] = calibration_error(margins[mode])
+                if flipped.any():
+                    gold = torch.where(flipped, -margins[mode], margins[mode])
+                    means[f"gold_calibration_error/{mode}"] = calibration_error(gold)
             if flipped.any() and not flipped.all():
                 means[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins[mode], flipped)
         if unshuffled.any():
@@ -184,22 +201,42 @@ def keep_largest(labels: Sequence[str], max_groups: int) -> list[str]:
     return [label if label in kept else OTHERS for label in labels]
 
 
-def _group_values(margins: dict[str, Tensor], members: Tensor, unshuffled: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return by metric the values of a group's pairs, and those pairs as (n,) booleans. The mean is the metric."""
+def _group_values(
+    margins: dict[str, Tensor], members: Tensor, unshuffled: Tensor, wrong: Tensor | None, longer: Tensor | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by metric the values of a group's pairs, and those pairs as (n,) booleans. The mean is the metric.
+
+    Args:
+        margins: (n,) margins of all pairs, by mode.
+        members: (n,) True for the pairs of the group.
+        unshuffled: (n,) True for pairs without the mode `shuffled`.
+        wrong: (n,) True for wrong labels. None: no label is known to be wrong.
+        longer: (n,) tokens of the chosen answer minus those of the other one. None: without these metrics.
+    """
     values: dict[str, tuple[Tensor, Tensor]] = {}
-    for mode in (mode for mode in margins if mode != SWAPPED):
+    if longer is not None:
+        values["longer_is_chosen"] = accuracies(longer[members]), members
+    if longer is not None and wrong is not None:
+        values["gold_longer_is_chosen"] = accuracies(torch.where(wrong, -longer, longer)[members]), members
+    for mode in (mode for mode in margins if mode not in (SWAPPED, RIGHT)):
         scored = members & ~unshuffled if mode == "shuffled" else members
         if scored.any():
             differences = margins[mode][scored]
             values[f"accuracy/{mode}"] = accuracies(differences), scored
             values[f"margin/{mode}"] = differences, scored
             values[f"log_loss/{mode}"] = softplus(-differences), scored
+            if wrong is not None:
+                gold = torch.where(wrong[scored], -differences, differences)
+                values[f"gold_accuracy/{mode}"] = accuracies(gold), scored
+                values[f"gold_log_loss/{mode}"] = softplus(-gold), scored
     if SWAPPED in margins:
         values["swap_turnover"] = turnover(margins["posterior"][members], margins[SWAPPED][members]), members
     return values
 
 
 def _item(row: Row, margins: dict[str, Tensor], index: int) -> Row:
-    modes = [mode for mode in margins if not (mode == "shuffled" and row["unshuffled"])]
+    modes = [mode for mode in margins if mode != RIGHT and not (mode == "shuffled" and row["unshuffled"])]
     labels = {name: value for name, value in row.items() if name != "unshuffled"}
+    if RIGHT in margins:
+        labels[RIGHT] = float(margins[RIGHT][index])
     return labels | {"margins": {mode: float(margins[mode][index]) for mode in modes}}

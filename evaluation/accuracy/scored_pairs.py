@@ -32,7 +32,9 @@ from lpc_lightning.types import PreferenceExample
 
 TASK = "preferences"
 """Name of the task in results and tables."""
-ALL_PAIRS_METRIC = re.compile("swap_turnover|(accuracy|margin|log_loss|calibration_error|wrong_label_auroc)/[^/]+")
+ALL_PAIRS_METRIC = re.compile(
+    "swap_turnover|(gold_)?longer_is_chosen|((gold_)?(accuracy|log_loss|calibration_error)|margin|wrong_label_auroc)/[^/]+"
+)
 """Pattern of metrics over all pairs. The others are counts or metrics of a group: `accuracy/prior/source/books`."""
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lpc_lightning.data.tokenization.chat_template import ChatTemplate
+from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.context_latent import ContextLatent, Latent
 from lpc_lightning.evaluation.benchmarks.contexts import Request
@@ -71,6 +73,7 @@ class LatentLM(TorchDistributed, HFLM):
         max_length: int | None = None,
         mixed_precision_dtype: torch.dtype | None = None,
         seed: int = 0,
+        template: Template | None = None,
     ) -> None:
         """Wrap a policy for lm-eval.
 
@@ -88,20 +91,27 @@ class LatentLM(TorchDistributed, HFLM):
             max_length: Maximum number of input tokens. None: the maximum in the policy's config.
             mixed_precision_dtype: Data type of autocast. None: no autocast.
             seed: Seed of the draws in mode `sample`.
+            template: Template of training, whose arguments and date a chat template gets as well. None, or a template
+                that is no chat template: the tokenizer's chat template without arguments.
 
         Raises:
             ConfigError: The batch size is invalid, or the prior does not have this mode.
         """
         _check_batch_size(batch_size)
+        tokenizer = copy.deepcopy(tokenizer)
+        arguments: dict[str, object] = {}
+        if isinstance(template, ChatTemplate):
+            tokenizer.chat_template, arguments = template.source, template.arguments
         with _hidden_hflm_warnings():
             super().__init__(
                 pretrained=policy.causal_lm,
                 backend="causal",
-                tokenizer=copy.deepcopy(tokenizer),
+                tokenizer=tokenizer,
                 max_length=max_length,
                 mixed_precision_dtype=mixed_precision_dtype,
                 batch_size=batch_size,
                 max_batch_size=max_batch_size,
+                chat_template_args=arguments,
             )
         self.policy = policy
         self.share_contexts = share_contexts and policy.takes_block_mask

@@ -37,7 +37,15 @@ from lpc_lightning.evaluation.provenance import provenance
 
 log = logging.getLogger(__name__)
 
-LM_SETTINGS = ("prior_mode", "share_contexts", "batch_size", "max_length", "mixed_precision_dtype", "device")
+LM_SETTINGS = (
+    "prior_mode",
+    "share_contexts",
+    "batch_size",
+    "max_length",
+    "mixed_precision_dtype",
+    "device",
+    "chat_template_args",
+)
 """Attributes of a model that go into the record, if the model has them."""
 
 

@@ -6,6 +6,7 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS
 from lpc_lightning.evaluation.comparison.comparison import compare, to_markdown, write_comparison
 from lpc_lightning.evaluation.comparison.model_scores import ModelScores, scores_of
 from lpc_lightning.evaluation.comparison.one_model import EvalRequest, describe, evaluate_model
+from lpc_lightning.evaluation.comparison.stored import claim_name
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.opening import short_name
@@ -57,10 +59,11 @@ def evaluate(
     """Run lm-eval's benchmarks on models with their latent, optionally with preference accuracy, and compare models.
 
     Each model's scores go to OUTPUT/NAME/results.json, and every item goes to items.jsonl. Existing results with the
-    same settings are read and not computed again. After an interruption or a failure, run the same command again to
-    complete the results. With several models, the first is the baseline of OUTPUT/comparison.md, .csv and .json. These
-    files have the differences to the baseline and their significance: McNemar's exact test or a paired bootstrap,
-    or, where preference pairs share a prompt, sign flips and resamples of whole prompts, corrected by Holm.
+    same settings are read and not computed again. Commands that run together keep their results apart. After an
+    interruption or a failure, run the same command again to complete the results. With several models, the first is the
+    baseline of OUTPUT/comparison.md, .csv and .json. These files have the differences to the baseline and their
+    significance: McNemar's exact test or a paired bootstrap, or, where preference pairs share a prompt, sign flips and
+    resamples of whole prompts, corrected by Holm.
 
     Args:
         models: Models to evaluate, the baseline first: checkpoints (runs/version_0/checkpoints/best.ckpt), exported
@@ -119,22 +122,23 @@ def evaluate(
     )
     request.check()
     model_scores, failures = list[ModelScores](), list[str]()
-    for number, (name, model) in enumerate(named_models, 1):
-        if number > 1:
-            _free_memory()
-        print(f"Model {number} of {len(named_models)}: {name} ({model})", flush=True)
-        try:
-            results, missing = evaluate_model(model, name, request, Path(output), again)
-        except Exception as error:  # any error: the other models are still evaluated
-            failures.append(f"{name}: {describe(error)}")
-            continue
-        failures += [f"{name}, {task}: {reason}" for task, reason in missing.items()]
-        print(f"\n{table(results)}\n", flush=True)
-        model_scores.append(scores_of(name, results))
-    if len(model_scores) > 1:
-        if model_scores[0].name != named_models[0][0]:
-            print(f"{named_models[0][0]} has no results. The baseline is {model_scores[0].name}.")
-        _compare(model_scores, Path(output))
+    with claim_name(Path(output), "comparison") if len(named_models) > 1 else nullcontext("") as comparison_name:
+        for number, (name, model) in enumerate(named_models, 1):
+            if number > 1:
+                _free_memory()
+            print(f"Model {number} of {len(named_models)}: {name} ({model})", flush=True)
+            try:
+                results, missing = evaluate_model(model, name, request, Path(output), again)
+            except Exception as error:  # any error: the other models are still evaluated
+                failures.append(f"{name}: {describe(error)}")
+                continue
+            failures += [f"{name}, {task}: {reason}" for task, reason in missing.items()]
+            print(f"\n{table(results)}\n", flush=True)
+            model_scores.append(scores_of(name, results))
+        if len(model_scores) > 1:
+            if model_scores[0].name != named_models[0][0]:
+                print(f"{named_models[0][0]} has no results. The baseline is {model_scores[0].name}.")
+            _compare(model_scores, Path(output), comparison_name)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return not failures
@@ -177,12 +181,11 @@ def table(results: BenchmarkResults) -> str:
     return markdown_table(["task", "metric", "score", "items"], rows, left=2)
 
 
-def _compare(model_scores: Sequence[ModelScores], output: Path) -> None:
+def _compare(model_scores: Sequence[ModelScores], output: Path, name: str) -> None:
     comparison = compare(model_scores)
-    output.mkdir(parents=True, exist_ok=True)
-    write_comparison(output, comparison)
+    write_comparison(output, comparison, name)
     print(to_markdown(comparison))
-    print(f"\nWrote {output / 'comparison.md'}, .csv and .json.")
+    print(f"\nWrote {output / f'{name}.md'}, .csv and .json.")
 
 
 def _auto_precision(device: str) -> Literal["float32", "bfloat16"]:

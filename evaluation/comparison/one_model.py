@@ -13,6 +13,7 @@ import torch
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.columns import Columns
+from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, score_pairs
@@ -219,6 +220,7 @@ def _benchmarks(opened: OpenedPolicy, request: EvalRequest) -> Callable[[list[st
         batch_size=request.batch_size,
         mixed_precision_dtype=torch.bfloat16 if request.precision == "bfloat16" else None,
         seed=request.seed,
+        template=make_template(opened.tokenizer, *opened.template) if request.apply_chat_template else None,
     )
     return partial(
         run_benchmarks,

@@ -20,17 +20,20 @@ INTERVAL = "95 % interval"
 
 def means_table(study: Study, metrics: Sequence[str]) -> Table:
     """Make the table of each group's mean of each metric, with its interval."""
-    columns = _axis_columns(study)
+    tuned = _tuned_axes(study)
+    columns = [*_axis_columns(study), *(Column(axis, True) for axis in tuned)]
     for metric in metrics:
         columns += [Column(metric, True), Column(INTERVAL, True), Column("n", True)]
     rows, records = [], []
     for group in study.groups:
-        cells = _axis_cells(study, group)
+        chosen = {axis: _tuned_values(group, axis) for axis in tuned}
+        cells = [*_axis_cells(study, group), *(text_cell(" or ".join(map(str, each))) for each in chosen.values())]
         for metric in metrics:
             mean = group.estimate(metric)
             cells += [number_cell(mean.mean if mean else None), _interval(mean), _count(mean, group)]
             numbers = asdict(mean) if mean else {"n": 0}
-            records.append({**_axes(study, group), "metric": metric, **numbers, "runs": len(group.records)})
+            axes = {**_axes(study, group), **{axis: " ".join(map(str, each)) for axis, each in chosen.items()}}
+            records.append({**axes, "metric": metric, **numbers, "runs": len(group.records)})
         rows.append(cells)
     notes = [
         "Mean over n seeds with Student's 95 % confidence interval. One seed has no interval. If n is smaller than the "
@@ -140,6 +143,7 @@ def runs_table(study: Study, metrics: Sequence[str]) -> Table:
             records.append(
                 {
                     **_axes(study, group),
+                    **record.tuned,
                     "seed": record.seed,
                     "status": record.status,
                     "run": record.name,
@@ -170,6 +174,14 @@ def _axis_columns(study: Study) -> list[Column]:
 
 def _axis_cells(study: Study, group: Group) -> list[Cell]:
     return [text_cell(group.axes[axis]) if axis in group.axes else Cell(NO_VALUE) for axis in study.axes]
+
+
+def _tuned_axes(study: Study) -> list[str]:
+    return list(dict.fromkeys(axis for record in study.records for axis in record.tuned))
+
+
+def _tuned_values(group: Group, axis: str) -> list[Value]:
+    return list(dict.fromkeys(record.tuned[axis] for record in group.counted if axis in record.tuned))
 
 
 def _axes(study: Study, group: Group) -> dict[str, Any]:

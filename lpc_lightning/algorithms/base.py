@@ -36,7 +36,7 @@ from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
 PROGRESS_BAR = ("loss", "rewards/accuracies", "rewards/margins", "latent/codebook_perplexity")
 """Metrics that the progress bar shows."""
-RESUMED = ("training_data", "run_length", "warm_started", "code_range")
+RESUMED = ("training_data", "run_length", "warm_start", "code_range")
 """Entries of a checkpoint that `on_train_start` reads."""
 
 
@@ -94,7 +94,8 @@ class PreferenceModule(PolicyModule):
         self.nll_weight, self.robust_loss = nll_weight, robust_loss
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the others
         self.reference_kind = reference
-        self._warm_started = False
+        self.warm_start_result: dict[str, Any] | None = None
+        """Decision of the warm start (see `algorithms.warm_start.decision`). None: there was no warm start."""
         self._losses = RecentLosses()
         self._code_range: float | None = None
         self._resumed: dict[str, Any] = {}
@@ -130,7 +131,7 @@ class PreferenceModule(PolicyModule):
     def setup(self, stage: str) -> None:
         """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights."""
         super().setup(stage)
-        self._resumed, self._warm_started = {}, False
+        self._resumed, self.warm_start_result = {}, None
         self._losses, self._code_range = RecentLosses(), None
         if stage == "fit" and self.robust_loss is not None:
             self.robust_loss.reset()
@@ -172,7 +173,7 @@ class PreferenceModule(PolicyModule):
         if "run_length" in self._resumed:
             compare_run_length(self.trainer, self._resumed["run_length"])
         # A checkpoint of step 0 can come from before the warm start, or from within the first step, after it.
-        self._warm_started = "warm_started" in self._resumed
+        self.warm_start_result = self._resumed.get("warm_start")
         self._code_range = self._resumed.get("code_range")
         self._resumed = {}
         self._check_annotators()
@@ -183,13 +184,12 @@ class PreferenceModule(PolicyModule):
             self.latent is not None
             and self.latent.warm_start_pairs
             and self.trainer.global_step == 0
-            and not self._warm_started
+            and self.warm_start_result is None
         ):
             # Imported only if needed: scikit-learn is slow to import.
             from lpc_lightning.algorithms.warm_start.warm_start import warm_start
 
-            warm_start(self, self.latent)
-            self._warm_started = True
+            self.warm_start_result = warm_start(self, self.latent).record()
 
     def _check_annotators(self) -> None:
         """Refuse `latent.annotators` if the training pairs name no annotator."""
@@ -273,7 +273,7 @@ class PreferenceModule(PolicyModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Return the ids, rewards, margins and prior of the pairs."""
-        terms = self._infer(batch, batch_idx)["terms"]
+        terms = self.infer(batch, batch_idx)["terms"]
         pairs = terms.pairs
         return {
             "ids": batch.ids,
@@ -291,20 +291,22 @@ class PreferenceModule(PolicyModule):
         """Log the means over all test pairs of all devices."""
         self._report("test", self.test_metrics)
 
-    def _infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
+    def infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
+        """Score pairs under the prior, without metrics."""
         torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))
         forward, score = self.score_batch(batch)
         return {"terms": self.inference_terms(forward.states, score), "states": forward.states, "score": score}
 
     def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:
-        evaluated = self._infer(batch, batch_idx)
+        evaluated = self.infer(batch, batch_idx)
         metrics.update(evaluated["terms"], evaluated["states"], batch.sources)
         return evaluated
 
     def _log_training(self) -> None:
         """Log the window that ends here. All its values are copied from the device in one transfer."""
         losses, ranges = self._losses.unread(), self._measure_code_range()
-        values = fetch({**self.train_metrics.collect(), **losses, **ranges})
+        reliability = {} if self.robust_loss is None else self.robust_loss.metrics()
+        values = fetch({**self.train_metrics.collect(), **losses, **ranges, **reliability})
         self._losses.check({name: values.pop(name) for name in losses})
         for name in ranges:
             self._code_range = float(values.pop(name))
@@ -349,8 +351,8 @@ class PreferenceModule(PolicyModule):
         if isinstance(data := trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by fit
             checkpoint["template"] = data.template_settings._asdict()
         checkpoint["run_length"] = run_length(trainer)
-        if self._warm_started:
-            checkpoint["warm_started"] = True
+        if self.warm_start_result is not None:
+            checkpoint["warm_start"] = self.warm_start_result
         if self._code_range is not None:
             checkpoint["code_range"] = self._code_range
         if self.robust_loss is not None and (state := self.robust_loss.state_dict()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -225,7 +225,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the tokens, and report to the log and the loggers how many rows were kept, dropped or cut."""
-        self._noise = self._swaps = None
+        if stage == "fit":  # a validation after the fit may score training pairs with their labels
+            self._noise = self._swaps = None
         for name in STAGES[stage]:
             if self.load(name, require_part(self._tokenizer)) is not None:
                 self._report(name)
@@ -359,6 +360,18 @@ class PreferenceDataModule(LightningDataModule):
         read = (batch for plan in plans for batch in plan.batches)
         layout = self._planned(pairs, read)
         return PreferenceLoader(pairs, plans[rank], layout, self.num_workers, self._on_gpu)
+
+    def training_sample(self, indices: Sequence[int]) -> PreferenceLoader:
+        """Build a loader of some training pairs, each of them once, with the labels of this run.
+
+        Args:
+            indices: Indices of the pairs, at least one for each device.
+        """
+        pairs, (rank, devices) = self.training_pairs, self._place
+        plans = [EvaluationBatches(len(indices), self.eval_batch_size, each, devices) for each in range(devices)]
+        lengths = pairs.piece_lengths[list(indices)]
+        layout = self.make_layout().for_batches(lengths[batch] for plan in plans for batch in plan.batches)
+        return PreferenceLoader([pairs[index] for index in indices], plans[rank], layout, 0, self._on_gpu)
 
     def _planned(self, pairs: TokenStore, batches: Iterable[list[int]]) -> Layout:
         piece_lengths = pairs.piece_lengths

@@ -99,11 +99,12 @@ def _lora(origin: Mapping[str, Any]) -> Any:
 def _use(model: Exported) -> str:
     trust = "" if model.latent is None else ", trust_remote_code=True"
     if model.template.kind == "chat":
+        arguments = f", **{model.template.arguments}" if model.template.arguments else ""
         prompt = (
             'messages = [{"role": "user", "content": "What makes a good question?"}]\n'
             "prompt = tokenizer.apply_chat_template(\n"
-            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
-            ")"
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True'
+            f"{arguments}\n)"
         )
     else:
         text = model.template.render([Message(role="user", content="What makes a good question?")])
@@ -125,6 +126,7 @@ def _use(model: Exported) -> str:
             "",
             "print(answer())",
         ),
+        *(_dated(model.template.day) if model.template.day else []),
         'Several prompts in a batch are padded on the left (`tokenizer.padding_side = "left"`).',
     ]
     if model.latent is not None:
@@ -135,6 +137,10 @@ def _use(model: Exported) -> str:
             "what is left of it where remote code is not allowed."
         )
     return "\n\n".join(parts)
+
+
+def _dated(day: str) -> list[str]:
+    return [f"The chat template can write today's date. In training it was {day}."]
 
 
 def _steer(model: Exported, latent: Mapping[str, Any]) -> str:

@@ -59,6 +59,10 @@ class RobustLoss:
     def update(self) -> None:
         """Update the reliabilities, once for each optimizer step, from its pairs on all devices."""
 
+    def metrics(self) -> dict[str, Tensor]:
+        """Return metrics () of training, by name."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores. Empty without reliabilities."""
         return {}

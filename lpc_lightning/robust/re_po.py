@@ -105,6 +105,13 @@ class REPO(RobustLoss):
         """Update the reliabilities."""
         self.learned.update()
 
+    def metrics(self) -> dict[str, Tensor]:
+        """Return mean, smallest and largest reliability."""
+        values = self.learned.values
+        if not self.learned.names:
+            return {}
+        return {"reliability/mean": values.mean(), "reliability/min": values.min(), "reliability/max": values.max()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the reliabilities."""
         return self.learned.state_dict()

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from lpc_lightning.callbacks import ByAnnotator, FlipOrder, LabelFlipNoise, LongerWins, SmallMarginsFirst, Uniform
+from lpc_lightning.callbacks import (
+    ByAnnotator,
+    FlipOrder,
+    LabelFlipNoise,
+    LongerWins,
+    SmallMarginsFirst,
+    Uniform,
+    UnreliableAnnotators,
+)
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.types import Message, PreferenceExample
@@ -140,9 +148,35 @@ def test_small_margins_missing_score(column: str) -> None:
     [
         (lambda: LabelFlipNoise(rate=1.5), "LabelFlipNoise.rate: found 1.5, expected a share from 0 to 1"),
         (lambda: LabelFlipNoise(rate=0.1, marker=" "), "LabelFlipNoise.marker: found ' ', expected a text"),
+        (lambda: UnreliableAnnotators(1.5), "order.wrong: found 1.5, expected a probability"),
         (lambda: ByAnnotator({"ann": -1.0}), "order.shares: found -1.0 for ann, expected a probability"),
     ],
 )
 def test_settings_out_of_range(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_unreliable_annotators_are_whole_annotators() -> None:
+    """Ten annotators have 40 pairs each. A quarter of the annotators, rounded up, has random or opposite labels."""
+    pairs = [
+        replace(pair, id=f"{index % 10}-{index}", annotator=f"worker {index % 10}")
+        for index, pair in enumerate(PAIRS_TO_FLIP[:400])
+    ]
+    pairs.append(replace(pairs[0], id="nobody", annotator=""))
+    wrong = {share: flipped(pairs, rate=0.25, order=UnreliableAnnotators(share)) for share in (0.0, 0.5, 1.0)}
+    who = {share: {name.split("-")[0] for name in names} for share, names in wrong.items()}
+    assert not wrong[0.0]
+    assert len(who[1.0]) == 3
+    assert len(wrong[1.0]) == 120
+    assert who[0.5] == who[1.0]
+    assert 40 < len(wrong[0.5]) < 80
+    assert flipped(pairs, rate=0.5, order=UnreliableAnnotators(1.0)) > wrong[1.0]
+    assert len(flipped(pairs, rate=1.0, order=UnreliableAnnotators(1.0))) == 400
+    others = {frozenset(flipped(pairs, rate=0.25, seed=seed, order=UnreliableAnnotators(1.0))) for seed in range(6)}
+    assert len(others) > 1
+
+
+def test_unreliable_annotators_need_annotators() -> None:
+    with pytest.raises(DataError, match=r"found no annotator in 1 training pairs, expected a column `annotator`"):
+        flipped([replace(PAIRS_TO_FLIP[0], annotator="")], rate=0.25, order=UnreliableAnnotators())

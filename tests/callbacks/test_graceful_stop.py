@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.fixtures.processes import ForkedProcess, forked_command
+
 pytestmark = pytest.mark.slow
 
-# The tensors are small, so that a second thread would only cost time.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 CONFIG = Path(__file__).parents[2] / "configs" / "callbacks" / "default.yaml"
 
 
@@ -44,7 +41,22 @@ def command(tmp_path: Path) -> list[str]:
         "trainer.log_every_n_steps": "1",
         "trainer.default_root_dir": str(tmp_path / "runs"),
     }
-    return [sys.executable, "-m", "lpc_lightning", "fit", *(f"--{name}={value}" for name, value in flags.items())]
+    return ["fit", *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def finished(command: list[str], log: Path) -> str:
+    """Run a command, and return its output."""
+    process = forked_command(*command, log=log)
+    assert process.wait() == 0, process.errors
+    return log.read_text()
+
+
+def wait_until(happened: Callable[[], bool], process: ForkedProcess) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.is_running, process.errors
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,18 +65,14 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_sigterm_then_resume_equals_a_whole_run(command: list[str], tmp_path: Path) -> None:
     whole, stopped, resumed = (tmp_path / "runs" / f"version_{number}" for number in range(3))
-    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+    finished(command, tmp_path / "whole.log")
 
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    process = forked_command(*command, log=tmp_path / "stopped.log")
     metrics = stopped / "metrics.csv"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and "train/loss" in metrics.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, output
+    wait_until(lambda: metrics.is_file() and "train/loss" in metrics.read_text(), process)
+    process.terminate()
+    assert process.wait() == 143, process.errors
+    output = process.output.read_text() + process.errors
     checkpoint = stopped / "checkpoints" / "stopped.ckpt"
     assert f"--ckpt_path {checkpoint}" in output
     assert "Traceback" not in output
@@ -72,8 +80,7 @@ def test_sigterm_then_resume_equals_a_whole_run(command: list[str], tmp_path: Pa
     assert 0 < steps < 20
 
     resume = [*command, f"--ckpt_path={checkpoint}"]
-    finished = subprocess.run(resume, check=True, capture_output=True, text=True, env=ENVIRONMENT)
-    assert "flags and config files do not change them" in finished.stdout
+    assert "flags and config files do not change them" in finished(resume, tmp_path / "resumed.log")
     expected, actual = final_weights(whole), final_weights(resumed)
     assert set(actual) == set(expected)
     for name, weight in expected.items():
@@ -82,17 +89,16 @@ def test_sigterm_then_resume_equals_a_whole_run(command: list[str], tmp_path: Pa
 
 def test_sigterm_in_the_warm_start(command: list[str], tmp_path: Path) -> None:
     slow = [*command, "--data.train_pairs=4096", "--latent.warm_start_pairs=4096"]
-    process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
-    assert process.stdout is not None
-    output = ""
-    while "warm start:" not in output:
-        output += (character := process.stdout.read(1))
-        assert character, output
-    process.send_signal(signal.SIGTERM)
+    process = forked_command(*slow, log=tmp_path / "log")
+
+    def output() -> str:
+        return process.output.read_text() + process.errors
+
+    wait_until(lambda: "warm start:" in output(), process)
+    process.terminate()
     sent = time.monotonic()
-    output += process.communicate(timeout=120)[0]
-    assert process.returncode == 143, output
+    assert process.wait() == 143, output()
     assert time.monotonic() - sent < 30
-    assert "held-out loss per pair" not in output, "the warm start was over before the signal"
-    assert "Traceback" not in output
+    assert "held-out pairs" not in output(), "the warm start was over before the signal"
+    assert "Traceback" not in output()
     assert not (tmp_path / "runs" / "version_0" / "checkpoints" / "stopped.ckpt").exists()

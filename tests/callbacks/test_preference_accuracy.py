@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from lpc_lightning.algorithms import DPO, SimPO
-from lpc_lightning.callbacks import CodebookMonitor, PreferenceAccuracy
+from lpc_lightning.callbacks import CodebookMonitor, LabelFlipNoise, PreferenceAccuracy
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.robust import REPO
 
 CODES: dict[str, Any] = {"num_codes": 4, "init_logit_std": 2.0}
 MODES = {"prior", "posterior", "marginal", "no_latent", "shuffled"}
@@ -88,10 +90,10 @@ def test_metrics_of_all_pairs_and_of_groups(
     for group in {""} | groups:
         means = {f"val/{kind}/{mode}{group}" for kind in ("accuracy", "margin") for mode in MODES}
         assert {*means, f"val/pairs{group}", f"val/swap_turnover{group}"} <= set(metrics)
-    kinds = ("accuracy", "margin", "log_loss", "calibration_error", "pairs", "swap_turnover")
+    kinds = ("accuracy", "margin", "log_loss", "calibration_error", "pairs", "swap_turnover", "longer_is_chosen")
     logged = {name for name in metrics if name.split("/")[1] in kinds}
     deterministic = len(MODES) - 1  # all modes but `shuffled` have a calibration error
-    assert len(logged) == (3 * len(MODES) + 2) * (2 + len(groups)) + deterministic
+    assert len(logged) == (3 * len(MODES) + 2) * (2 + len(groups)) + deterministic + 2
     assert [item["id"] for item in callback.report.items] == [example.id for example in examples]
     assert [item["source"] for item in callback.report.items] == [example.source for example in examples]
     assert {name.removeprefix("val/"): metrics[name] for name in logged} == callback.report.metrics
@@ -177,3 +179,54 @@ def test_callbacks_do_not_change_training(
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
+
+
+def auroc(margins: list[float], wrong: list[bool]) -> float:
+    """Compute the share of pairs of a wrong and a right label in which the wrong one has the lower margin."""
+    lower = [
+        (low < high) + (low == high) / 2
+        for low, bad in zip(margins, wrong, strict=True)
+        if bad
+        for high, other in zip(margins, wrong, strict=True)
+        if not other
+    ]
+    return sum(lower) / len(lower)
+
+
+def test_wrong_training_labels_are_scored(
+    data: SyntheticPreferences, make_module: Any, make_trainer: Any, naive_logps: Any, tmp_path: Path
+) -> None:
+    """The margins are those of the trained policy on the noisy labels. The reliability adds its log-odds."""
+    module = make_module(None)
+    module.robust_loss = REPO()
+    accuracy = PreferenceAccuracy()
+    trainer = make_trainer(callbacks=[accuracy, LabelFlipNoise(0.4, seed=2)], max_epochs=1, default_root_dir=tmp_path)
+    trainer.fit(module, datamodule=data)
+    pairs = data.training_pairs[:]
+    with torch.no_grad():
+        logps = naive_logps(module.policy.causal_lm, pairs).float().view(2, -1)
+    ratios = logps - torch.tensor([pair.reference_logps for pair in pairs]).T
+    differences = (module.beta * (ratios[0] - ratios[1])).tolist()
+    margins = dict(zip([pair.id for pair in pairs], differences, strict=True))
+    items = accuracy.training_report.items
+    assert sorted(item["id"] for item in items) == sorted(margins)
+    for item in items:
+        assert item["margins"]["prior"] == pytest.approx(margins[item["id"]], abs=1e-4)
+        (eta,) = module.robust_loss.reliabilities([""], torch.device("cpu")).tolist()
+        p = 1 / (1 + math.exp(-item["margins"]["prior"]))
+        assert item["label_right"] == pytest.approx(eta * p / (eta * p + (1 - eta) * (1 - p)), abs=1e-5)
+    wrong = [item["flipped"] for item in items]
+    assert 0 < sum(wrong) < 12
+    metrics = trainer.callback_metrics
+    expected = auroc([item["margins"]["prior"] for item in items], wrong)
+    assert float(metrics["val/training/wrong_label_auroc/prior"]) == pytest.approx(expected, abs=1e-6)
+    assert float(metrics["val/training/wrong_label_auroc/label_right"]) == pytest.approx(expected, abs=0.05)
+    right = [(item["margins"]["prior"] > 0) != item["flipped"] for item in items]
+    assert float(metrics["val/training/gold_accuracy/prior"]) == pytest.approx(sum(right) / 12, abs=1e-6)
+
+
+def test_clean_training_labels_are_not_scored(data: Any, make_module: Any, make_trainer: Any) -> None:
+    trainer = make_trainer(callbacks=[PreferenceAccuracy()], max_epochs=1)
+    trainer.fit(make_module(None), datamodule=data)
+    assert not [name for name in trainer.callback_metrics if "training/" in name]
+    assert not [name for name in trainer.callback_metrics if "gold_" in name]

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.inference.card import Exported, model_card
 from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.types import Message
 
 ORIGIN: dict[str, Any] = {
     "path": "runs/version_0/checkpoints/best.ckpt",
@@ -161,6 +162,18 @@ def test_a_prompt_is_written_as_in_training() -> None:
     assert r'"User: What makes a good question?\n\nAssistant:"' in card(template="plain")
     assert "apply_chat_template" in card(template="chat")
     assert "apply_chat_template" not in card(template="plain")
+
+
+def test_model_card_template_arguments() -> None:
+    """The code of the card writes the prompt of training."""
+    tokenizer = TinyPolicy().load_tokenizer()
+    tokenizer.chat_template = "{% if quiet %}Be quiet. {% endif %}" + str(tokenizer.chat_template)
+    template = make_template(tokenizer, "chat", {"quiet": True})
+    (block,) = re.findall(r"```python\n(.*?)```", model_card(Exported("my-model", ORIGIN, template)), re.S)
+    found: dict[str, Any] = {"tokenizer": tokenizer}
+    exec(block[block.index("messages =") : block.index("def answer")], found)
+    messages = [Message(role="user", content="What makes a good question?")]
+    assert found["prompt"]["input_ids"][0].tolist() == template.prompt_ids(messages)
 
 
 def test_model_card_adapter() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,14 @@ def fit(
     }
 
 
-def two_devices(folder: Path) -> dict[str, Any]:
+def two_devices(folder: Path) -> None:
+    """Train as one of two processes, and write the results."""
+    results = runs_of_two_devices(folder)
+    torch.save(results, folder / f"rank {torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def runs_of_two_devices(folder: Path) -> dict[str, Any]:
     """Train under both strategies: live, cached and reused references, and weights that change at the start."""
     values = {}
     for name in ("ddp", "fsdp"):
@@ -130,7 +136,7 @@ def empty(cache: Path, kept: Path) -> None:
     torch.distributed.barrier()
 
 
-def fit_slowly(cache: str) -> None:
+def fit_slowly(cache: Path) -> None:
     """Compute values in small parts until the process is killed."""
     pair_pass.BATCH_TOKENS, pair_pass.ROUNDS = 1, 1
     add = PairCache.add
@@ -141,15 +147,3 @@ def fit_slowly(cache: str) -> None:
 
     PairCache.add = add_and_wait  # type: ignore[method-assign]
     fit(cache)
-
-
-if __name__ == "__main__":
-    command, where = sys.argv[1:]
-    if command == "fit_slowly":
-        fit_slowly(where)
-    elif command == "fit":
-        fit(where)
-    else:
-        results = two_devices(Path(where))
-        torch.save(results, Path(where) / f"rank {torch.distributed.get_rank()}.pt")
-        torch.distributed.destroy_process_group()

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +13,7 @@ import pytest
 import torch
 
 from lpc_lightning.reference import pair_pass
+from tests.fixtures.processes import ForkedProcess, forked_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -50,9 +47,8 @@ def alone(fit: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathF
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     """Results of both devices, and the folder of their caches."""
     folder = tmp_path_factory.mktemp("together")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*torchrun, str(PROGRAM), "two", str(folder)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for process in forked_ranks(run_program, "two_devices", folder, folder=folder):
+        assert process.wait(timeout=300) == 0, process.errors[-3000:]
     return [torch.load(folder / f"rank {rank}.pt", weights_only=True) for rank in range(2)], folder
 
 
@@ -129,16 +125,18 @@ def test_two_devices_resume_without_cache(together: tuple[list[dict[str, Any]], 
         assert resumed["validation"] == whole["validation"]
 
 
-def start(command: str, cache: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(PROGRAM), command, str(cache)], env=environment)
+def run_program(function: str, folder: Path) -> None:
+    """Run a function of the program, in a process of its own: the program changes settings of its process."""
+    from tests.reference import reference_processes
+
+    getattr(reference_processes, function)(folder)
 
 
 def test_two_concurrent_runs_share_values(
     fit: Callable[..., dict[str, Any]], alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    runs = [start("fit", tmp_path) for _ in range(2)]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    runs = [ForkedProcess(run_program, "fit", tmp_path, log=tmp_path / f"{number}.log") for number in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
     stored = values_in(tmp_path)
     assert sorted(map(len, stored.values())) == [VALIDATION, TRAIN]
     assert not list((tmp_path / "reference").glob("*/*.unfinished"))
@@ -149,12 +147,11 @@ def test_two_concurrent_runs_share_values(
 def test_killed_run_leaves_valid_values(
     fit: Callable[..., dict[str, Any]], alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = start("fit_slowly", tmp_path)
+    run = ForkedProcess(run_program, "fit_slowly", tmp_path, log=tmp_path / "log")
     while len(list((tmp_path / "reference").glob("*/*.npz"))) < 3:
-        assert run.poll() is None
+        assert run.is_running, run.errors
         time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.kill()
     (before,) = values_in(tmp_path).values()
     assert 3 <= len(before) < TRAIN, "the run was killed before its end"
 

@@ -24,20 +24,27 @@ from lpc_lightning.evaluation.report.runs.records import (
     split_seed,
 )
 from lpc_lightning.evaluation.report.runs.settings import Value, as_value
+from lpc_lightning.evaluation.report.runs.tuning import read_tunings
 
-ABLATION, CELL = "ablation.json", "cell.json"
+ABLATION, CELL, CELLS = "ablation.json", "cell.json", "cells"
 
 
 def load_ablation(folder: Path) -> Loaded:
     """Read `ablation.json` and the cells under `cells/`. A cell of the grid without a folder becomes a record, too."""
     ablation = json.loads((folder / ABLATION).read_text(encoding="utf-8"))
     grid = {name: tuple(as_value(value) for value in values) for name, values in ablation["axes"].items()}
-    cells = reduce(add, (load_cell(path.parent) for path in sorted(folder.glob(f"cells/*/{CELL}"))), Loaded())
+    cells = reduce(add, (load_cell(path.parent) for path in sorted(folder.glob(f"{CELLS}/*/{CELL}"))), Loaded())
     facts = {"base": shlex.join(ablation["base"]), **ablation["versions"], "folder": str(folder)}
     origin = RunProvenance(ablation["name"], ablation["command"], facts)
     axes = {name: values for name, values in grid.items() if name != "seed"}
     missing = tuple(_missing_cells(grid, ablation.get("skip", ()), cells.records))
-    return Loaded(axes=axes, origins=(origin,)) + cells + Loaded(records=missing)
+    common: dict[str, Any] = {"grid": str(folder), "controls": _controls(ablation)}
+    missing = tuple(replace(record, **common) for record in missing)
+    return Loaded(axes=axes, origins=(origin,), tunings=tuple(read_tunings(folder))) + cells + Loaded(records=missing)
+
+
+def _controls(ablation: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {axis: tuple(names) for axis, names in ablation["controls"].items()}
 
 
 def _missing_cells(
@@ -61,17 +68,25 @@ def _matches(cell: Mapping[str, Value], combination: Mapping[str, Any]) -> bool:
 
 
 def load_cell(folder: Path) -> Loaded:
-    """Read `cell.json`, the logs of the cell's run, and `results.json` if it exists."""
+    """Read `cell.json`, the logs of the cell's run, `results.json` if it exists, and what is known of the grid."""
     cell = json.loads((folder / CELL).read_text(encoding="utf-8"))
     axes, seed = split_seed(cell["axes"])
     run = folder / "run"
     logged = read_run(run)
+    grid, controls = folder.parent.parent, dict[str, tuple[str, ...]]()
+    if (grid / ABLATION).is_file():
+        controls = _controls(json.loads((grid / ABLATION).read_text(encoding="utf-8")))
+    tune = next((tuning.section for tuning in read_tunings(grid) if tuning.axes == axes), "none")
+    settings = {**logged.settings, "weights": cell["weights"], "tune": tune} if logged.settings else {}
     record = replace(
         logged,
         name=folder.name,
         axes=axes,
         seed=seed,
-        has_axes=True,
+        settings=settings,
+        grid=str(grid),
+        controls=controls,
+        tuned={axis: as_value(value) for axis, value in cell["tuned"].items()},
         status=cell["status"],
         error=cell.get("error"),
         folder=run,

@@ -56,8 +56,7 @@ def read_run(folder: Path) -> RunRecord:
         seconds=None if seconds is None else seconds * summary["steps"],
         peak_bytes=None if peak is None else peak * 2**30,
         curves={name: curve for name, (_, curve) in curves.items()},
-        settings=flatten(config),
-        has_axes=False,
+        settings={**flatten(config), "weights": "last"} if config else {},
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.evaluation.report.runs.settings import Value, as_value, differing_settings
+from lpc_lightning.evaluation.report.runs.settings import Value, as_value
 
 FINISHED, MISSING, UNKNOWN = "finished", "missing", "unknown"
 COUNTED = (FINISHED, UNKNOWN)
@@ -47,8 +47,12 @@ class RunRecord:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     settings: Mapping[str, Value] = field(default_factory=dict)
     """All settings by the names of their flags."""
-    has_axes: bool = True
-    """True if `axes` are given. False: they are derived from the settings in which such runs differ."""
+    grid: str = ""
+    """Folder of the ablation whose cell the run is. Empty: the run is no cell."""
+    controls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Settings that each axis of the grid sets, also those of the axis `seed`; see `Axis.controls`."""
+    tuned: Mapping[str, Value] = field(default_factory=dict)
+    """Tuned axes of the grid, with the values that were chosen for the run."""
 
     @property
     def counted(self) -> bool:
@@ -80,6 +84,28 @@ class RunProvenance:
 
 
 @dataclass(frozen=True)
+class GroupTuning:
+    """The tuning of an axis for one group of an ablation's cells."""
+
+    axes: Mapping[str, Value]
+    """The group's value on each axis, without seed and tuned axis."""
+    axis: str
+    """The tuned axis."""
+    section: str
+    """The section `tune` of the grid, as text. Groups with different ones were not tuned alike."""
+    value: Value
+    """The chosen value. `none`: no value was chosen."""
+    note: str
+    """What a reader has to know about the choice."""
+    scores: Mapping[Value, Mapping[int, float | None]]
+    """By value and tuning seed: the score. None: the cell has none."""
+    added: tuple[Value, ...]
+    """Values that were added because a best value was at an edge."""
+    by: str
+    """The metric of the scores."""
+
+
+@dataclass(frozen=True)
 class Loaded:
     """The content of one or several folders."""
 
@@ -88,6 +114,7 @@ class Loaded:
     origins: tuple[RunProvenance, ...] = ()
     axes: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     """Values of each axis in the order in which the ablations name them."""
+    tunings: tuple[GroupTuning, ...] = ()
 
     def __add__(self, other: Loaded) -> Loaded:
         """Join the contents. Equal origins and values are kept once."""
@@ -96,18 +123,13 @@ class Loaded:
             for name in [*self.axes, *(name for name in other.axes if name not in self.axes)]
         }
         origins = [*self.origins, *(origin for origin in other.origins if origin not in self.origins)]
-        return Loaded(self.records + other.records, self.measurements + other.measurements, tuple(origins), axes)
-
-
-def add_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Give axes to records without them: the settings in which these records differ."""
-    names = differing_settings([record.settings for record in records if not record.has_axes])
-    return [
-        record
-        if record.has_axes
-        else replace(record, axes={name: record.settings[name] for name in names if name in record.settings})
-        for record in records
-    ]
+        return Loaded(
+            self.records + other.records,
+            self.measurements + other.measurements,
+            tuple(origins),
+            axes,
+            self.tunings + other.tunings,
+        )
 
 
 def join_measurements(

@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Value = str | int | float
 """A setting's value in a table: a number or a text."""
 
-PATHS = ("config", "ckpt_path", "weights_only", "trainer.default_root_dir", "trainer.logger", "data.cache_dir")
-"""Settings of where a run reads and writes. They do not influence its results."""
+WITHOUT_INFLUENCE = (
+    # Where a run reads and writes.
+    "config",
+    "ckpt_path",
+    "weights_only",
+    "trainer.default_root_dir",
+    "trainer.logger",
+    "trainer.model_registry",
+    "data.cache_dir",
+    # What a run prints and logs.
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.enable_autolog_hparams",
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
+    "trainer.num_sanity_val_steps",
+    "data.print_pair",
+    "callbacks.AnswerSamples",
+    "callbacks.ChosenRewardWarning",
+    "callbacks.CodebookMonitor",
+    "callbacks.GracefulStop",
+    "callbacks.LearningRateMonitor",
+    "callbacks.PreferenceAccuracy",
+    "callbacks.PreferenceProgressBar",
+    "callbacks.ResourceMonitor",
+    "callbacks.RunSummary",
+    "callbacks.WritePredictions",
+    # How fast it runs.
+    "data.num_workers",
+)
+"""Settings that cannot change the metrics of a run, with the arguments below them. Runs may differ in them."""
 SEED = "seed_everything"
 
 
@@ -72,32 +101,9 @@ def _flatten_classes(name: str, entries: Sequence[Mapping[str, Any]]) -> Iterato
         yield from _flatten(f"{name}.{class_name}{suffix}", entry)
 
 
-def differing_settings(runs: Sequence[Mapping[str, Value]]) -> list[str]:
-    """Return the names of the settings in which runs differ, in the order in which they first appear.
-
-    A setting that follows from another one is left out. Examples: an argument that changes only with its class (SimPO
-    has its own default of beta), and a seed that changes only with the run's seed.
-
-    Args:
-        runs: The settings of each run, from `flatten`.
-    """
-    names = [name for name in dict.fromkeys(name for run in runs for name in run) if name not in (SEED, *PATHS)]
-    varying = [name for name in names if len({run.get(name) for run in runs}) > 1]
-    return [name for name in varying if not any(_follows(name, owner, runs) for owner in _owners(name, varying))]
-
-
-def _owners(name: str, varying: Sequence[str]) -> list[str]:
-    """Return the classes that contain a setting, and the run's seed if the setting is a seed."""
-    classes = [other for other in varying if name.startswith(f"{other}.")]
-    return [*classes, SEED] if name.endswith("seed") else classes
-
-
-def _follows(name: str, other: str, runs: Sequence[Mapping[str, Value]]) -> bool:
-    """Return true if the other setting differs between runs and runs that agree in it agree in this one."""
-    by_other: dict[Hashable, set[Hashable]] = {}
-    for run in runs:
-        by_other.setdefault(run.get(other), set()).add(run.get(name))
-    return len(by_other) > 1 and all(len(values) == 1 for values in by_other.values())
+def is_without_influence(name: str) -> bool:
+    """Return true if a setting is among `WITHOUT_INFLUENCE`."""
+    return any(name == listed or name.startswith((f"{listed}.", f"{listed}-")) for listed in WITHOUT_INFLUENCE)
 
 
 def common_settings(runs: Sequence[Mapping[str, Value]]) -> dict[str, Value]:

@@ -36,6 +36,14 @@ class Columns:
     """Values of the label if the second answer is preferred."""
     label_tie: list[str | int | float] | None = None
     """Values of the label if no answer is preferred. These rows are dropped and counted."""
+    vote: str | None = None
+    """Entry that names the preferred answer by its column, such as `meta.one_vote` (the entry `one_vote` of the column
+    `meta`) with the values `chosen` and `rejected`. Rows with another value are dropped and counted as ties. null: the
+    answers are in the order of their columns or of the label."""
+    gold: str | None = None
+    """Entry that names the right answer by its column, such as `meta.gold`, or the column itself if it always holds the
+    right answer, such as `chosen`. Pairs whose label prefers the other answer count as wrong labels: see
+    `gold_accuracy` in docs/metrics.md. Rows with another value are dropped and counted as ties. null: unknown."""
     system: str | None = None
     """System text, placed before the prompt. null: the column `system`, `system_prompt` or `system_message`. A name
     that no row has: no system text."""

@@ -18,6 +18,7 @@ from lpc_lightning.data.sources.structures import (
     rendered_conversations,
     rendered_prompt,
 )
+from lpc_lightning.data.sources.votes import gold_differs, voted_order
 from lpc_lightning.types import PreferenceExample
 
 DEFAULTS = Columns()
@@ -48,10 +49,11 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
 
     Raises:
         BadRow: The row cannot be used. The exception has the reason.
-        Tie: The row's label prefers neither answer.
+        Tie: The row's label, vote or gold label prefers neither answer.
     """
     labelled = find_labelled_answers(row, columns)
     answers = (columns.chosen, columns.rejected) if labelled is None else labelled.ordered(row)
+    answers = voted_order(row, answers, columns.vote)
     for name in answers:
         if row.get(name) is None:
             raise BadRow("missing answer", f"no {name!r}; the row has {sorted(map(str, row))}; {SETTINGS}")
@@ -78,6 +80,7 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
         source=_label(row, columns.source),
         factor=_label(row, columns.factor),
         annotator=_label(row, columns.annotator),
+        flipped=gold_differs(row, answers, columns.gold),
         meta={name: cell for name, cell in row.items() if name not in used},
     )
     _check(example)

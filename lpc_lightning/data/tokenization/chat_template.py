@@ -131,6 +131,11 @@ class ChatTemplate(Template):
         """See `Template.arguments`."""
         return self._arguments
 
+    @property
+    def source(self) -> str:
+        """Jinja source of the chat template, in which today's date is fixed."""
+        return self._dated
+
     def render(self, prompt: Sequence[Message], note: Note = no_note) -> str:
         """See `Template.render`."""
         try:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from lpc_lightning.data.tokenization.cache_lock import one_at_a_time
-
-SCRIPT = """
-import sys, time
-from pathlib import Path
-from lpc_lightning.data.tokenization.cache_lock import one_at_a_time
-entry = Path(sys.argv[1])
-if not entry.exists():
-    with one_at_a_time(entry):
-        if not entry.exists():
-            print("made", flush=True)
-            time.sleep(float(sys.argv[2]))
-            entry.mkdir(parents=True)
-"""
+from tests.fixtures.processes import ForkedProcess
 
 
-def start(entry: Path, seconds: float) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(entry), str(seconds)], stdout=subprocess.PIPE, text=True)
+def make(entry: Path, seconds: float) -> None:
+    """Make the entry if it is missing, which takes some time, and print that."""
+    if not entry.exists():
+        with one_at_a_time(entry):
+            if not entry.exists():
+                print("made", flush=True)
+                time.sleep(seconds)
+                entry.mkdir(parents=True)
+
+
+def start(entry: Path, seconds: float, name: str) -> ForkedProcess:
+    return ForkedProcess(make, entry, seconds, log=entry.parents[1] / f"{name}.log")
+
+
+def wait_for_lock(process: ForkedProcess) -> None:
+    while not process.output.read_text():
+        assert process.is_running, process.errors
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -36,31 +38,29 @@ def entry(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_lock_one_process_makes_the_entry(entry: Path) -> None:
-    processes = [start(entry, 0.5) for _ in range(3)]
-    assert sorted(process.communicate(timeout=60)[0] for process in processes) == ["", "", "made\n"]
+    processes = [start(entry, 0.5, str(number)) for number in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert sorted(process.output.read_text() for process in processes) == ["", "", "made\n"]
 
 
 @pytest.mark.slow
 def test_lock_of_killed_process_is_released(entry: Path) -> None:
-    first = start(entry, 60)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "made\n"
+    first = start(entry, 60, "first")
+    wait_for_lock(first)
     first.kill()
-    first.communicate()
-    second = start(entry, 0)
-    assert second.communicate(timeout=60)[0] == "made\n"
+    second = start(entry, 0, "second")
+    assert second.wait(timeout=60) == 0
+    assert second.output.read_text() == "made\n"
 
 
 @pytest.mark.slow
 def test_lock_timeout_continues_without_lock(entry: Path) -> None:
-    first = start(entry, 60)
-    assert first.stdout is not None
-    first.stdout.readline()
+    first = start(entry, 60, "first")
+    wait_for_lock(first)
     began = time.monotonic()
     with one_at_a_time(entry, seconds=0.2):
         assert 0.2 <= time.monotonic() - began < 10
     first.kill()
-    first.communicate()
 
 
 def test_lock_unwritable_folder_continues_without_lock(tmp_path: Path) -> None:

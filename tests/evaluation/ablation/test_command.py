@@ -20,7 +20,9 @@ from lpc_lightning.evaluation.ablation import fingerprint
 from lpc_lightning.evaluation.ablation.command import ablate, main
 from lpc_lightning.evaluation.ablation.folder import CellFolder, Weights
 from lpc_lightning.evaluation.ablation.work import log_fault
+from lpc_lightning.evaluation.report.command import report
 from lpc_lightning.system_errors import SPACE
+from tests.fixtures.processes import forked_command
 
 pytestmark = pytest.mark.slow
 
@@ -87,9 +89,9 @@ def test_cell_independent_of_order_and_processes(uninterrupted: Path, grid: Path
 def test_cell_equals_plain_fit(uninterrupted: Path, tmp_path: Path) -> None:
     """Compare the last of four cells with `fit` in a new process with the same number of threads."""
     cell = uninterrupted / "cells" / "latent=gumbel,noise=0.5,seed=1"
-    fit = [sys.executable, "-m", "lpc_lightning", "fit", *record(cell)["arguments"]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*fit, f"--trainer.default_root_dir={tmp_path}"], check=True, capture_output=True, env=environment)
+    fit = ["fit", *record(cell)["arguments"], f"--trainer.default_root_dir={tmp_path}"]
+    process = forked_command(*fit, log=tmp_path / "log")
+    assert process.wait() == 0, process.errors
     weights, expected = (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for run in (tmp_path / "version_0", cell / "run")
@@ -141,6 +143,42 @@ def test_cause_of_failed_cell_is_last_line(fault: Exception, cause: str, tmp_pat
     folder.log.write_text("before\n")
     lines = log_fault(fault, folder).splitlines()
     assert lines == ["before", cause]
+
+
+def test_ablate_tunes_a_learning_rate(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate of 1e-9 learns nothing. One of 1e-2 lowers the training loss, and with it that of the same pairs."""
+    output, content = grid.parent / "out", yaml.safe_load(grid.read_text())
+    content["base"] = [argument for argument in content["base"] if ".optimizer." not in argument]
+    content["axes"] |= {"lr": {"key": "model.optimizer.lr"}, "seed": {"values": [1], "key": "seed_everything"}}
+    content["tune"] = {
+        "axis": "lr",
+        "values": ["1e-9", "1e-2"],
+        "seeds": [7],
+        "by": "val/loss",
+        "mode": "min",
+        "widen": 0,
+    }
+    grid.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert ablate([str(grid), "latent=none", "noise=0"], output=str(output), threads=1)
+    scores = {
+        rate: json.loads((output / f"tuning/latent=none,noise=0,lr={rate},seed=7/results.json").read_text())["metrics"]
+        for rate in ("1e-09", "0.01")
+    }
+    best = min(scores, key=lambda rate: scores[rate]["val/loss"])
+    (cell,) = (output / "cells").iterdir()
+    assert cell.name == "latent=none,noise=0,seed=1"
+    assert record(cell)["tuned"] == {"lr": float(best)}
+    assert record(cell)["arguments"][-1] == f"--model.optimizer.lr={best}"
+    assert f"latent=none, noise=0: {float(best)} (the " in capsys.readouterr().out
+    report([str(output)], out=str(grid.parent / "report"))
+    with (grid.parent / "report" / "tuning.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["value"], row["seed"], float(row["score"])) for row in rows] == [
+        (str(float(rate)), "7", scores[rate]["val/loss"]) for rate in scores
+    ]
+    assert [row["is_chosen"] for row in rows] == [str(rate == best) for rate in scores]
+    with (grid.parent / "report" / "runs.csv").open() as file:
+        assert [row["lr"] for row in csv.DictReader(file)] == [str(float(best))]
 
 
 def test_ablate_weights_of_best_checkpoint(grid: Path) -> None:

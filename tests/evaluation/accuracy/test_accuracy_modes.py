@@ -360,12 +360,20 @@ def test_group_metrics_are_means_over_pairs(build: Build, make_pairs: Callable[.
     for name, members in groups.items():
         expected[f"pairs{name}"] = len(members)
         columns: dict[str, list[float]] = {}
-        for margins in (report.items[member]["margins"] for member in members):
+        for member in members:
+            margins, sign = report.items[member]["margins"], -1 if member in (1, 4) else 1
+            chosen, rejected = report.items[member]["tokens"]
+            if name in ("", "/length_matched"):
+                longer = (chosen > rejected) + (chosen == rejected) / 2
+                columns.setdefault("longer_is_chosen", []).append(longer)
+                columns.setdefault("gold_longer_is_chosen", []).append(longer if sign == 1 else 1 - longer)
             for mode in ("prior", "posterior", "marginal", "no_latent", "shuffled"):
                 margin = margins[mode]
                 columns.setdefault(f"margin/{mode}", []).append(margin)
                 columns.setdefault(f"log_loss/{mode}", []).append(math.log1p(math.exp(-margin)))
                 columns.setdefault(f"accuracy/{mode}", []).append(1.0 if margin > 0 else 0.0 if margin < 0 else 0.5)
+                columns.setdefault(f"gold_log_loss/{mode}", []).append(math.log1p(math.exp(-sign * margin)))
+                columns.setdefault(f"gold_accuracy/{mode}", []).append(float(sign * margin > 0))
             columns.setdefault("swap_turnover", []).append(float(margins["posterior"] * margins[SWAPPED] < 0))
         for value, numbers in columns.items():
             mean = sum(numbers) / len(numbers)
@@ -376,6 +384,7 @@ def test_group_metrics_are_means_over_pairs(build: Build, make_pairs: Callable[.
     for mode in ("prior", "posterior", "marginal", "no_latent"):
         margins = torch.tensor([item["margins"][mode] for item in report.items], dtype=torch.float64)
         expected[f"calibration_error/{mode}"] = calibration_error(margins)
+        expected[f"gold_calibration_error/{mode}"] = calibration_error(margins * torch.tensor([1, -1, 1, 1, -1]))
         expected[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins, torch.tensor([0, 1, 0, 0, 1]).bool())
     assert report.metrics == pytest.approx(expected, rel=1e-12)
     assert report.standard_errors == pytest.approx(errors, rel=1e-9)
@@ -396,7 +405,7 @@ def test_standard_errors_over_prompts(build: Build, make_pairs: Callable[..., li
 
 def test_metrics_without_flipped_pairs(build: Build, make_pairs: Callable[..., Any]) -> None:
     actual = report_of(build("dpo", None), [PaddedLayout(0)(make_pairs(LENGTHS))])
-    means = {"accuracy/prior", "margin/prior", "log_loss/prior"}
+    means = {"accuracy/prior", "margin/prior", "log_loss/prior", "longer_is_chosen"}
     assert {name for name in actual.metrics if not name.endswith("/length_matched")} == {
         *means, "pairs", "calibration_error/prior",
     }  # fmt: skip

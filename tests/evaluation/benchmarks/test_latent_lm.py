@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -16,11 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedT
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.policy import CausalPolicy
 from lpc_lightning.seeding import derive
+from lpc_lightning.types import Message
 
 WIDTH, CODES, WINDOW, SEED = 16, 5, 64, 7
 FAMILIES = ["llama", "mistral", "qwen2", "gpt2", "gemma2"]
@@ -499,3 +502,18 @@ def test_latent_lm_attributes_for_lm_eval(policies: Build, tokenizer: PreTrained
     assert (lm.rank, lm.world_size, lm.max_length) == (0, 1, WINDOW)
     assert lm.prior_mode == "argmax"
     assert LatentLM(policies("llama"), tokenizer).prior_mode is None
+
+
+def test_latent_lm_renders_the_template_of_training(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+    """lm-eval's prompt is the trained prompt: the template gets the arguments, and the day of training."""
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = (
+        "{{ strftime_now('%Y') }}{% if quiet %}Be quiet. {% endif %}{{ messages[0].content }}: "
+        "{% if messages | length > 1 %}{{ messages[1].content }}{% endif %}"
+    )
+    template = make_template(dated, "chat", {"quiet": True})
+    lm = LatentLM(policies("llama"), dated, template=template)
+    assert lm.apply_chat_template([{"role": "user", "content": "Hello"}]) == "2024Be quiet. Hello: "
+    assert template.render([Message(role="user", content="Hello")]) == "2024Be quiet. Hello: "
+    assert lm.chat_template_args == {"quiet": True}
+    assert LatentLM(policies("llama"), dated, template=make_template(dated, "plain")).chat_template_args == {}

@@ -226,6 +226,17 @@ def test_preferences_take_columns_and_skip_bad_rows(evaluate: Run, plain: str, r
     assert (record["items"], record["bad"]) == (4, {"missing answer": 1})
 
 
+def test_benchmarks_get_the_template_of_training(evaluate: Run, plain: str, results: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "quiet"))
+    template = folder / "chat_template.jinja"
+    template.write_text("{% if quiet %}Be quiet. {% endif %}" + template.read_text())
+    settings = {"kind": "auto", "arguments": {"quiet": True}, "system_turns": "auto"}
+    (folder / "training.json").write_text(json.dumps({"template": settings}))
+    outcome = evaluate(folder, "--tasks", "arc_easy", "--limit=1", "--apply_chat_template=true")
+    assert outcome.code == 0, outcome.err
+    assert results("quiet").record["model"]["chat_template_args"] == {"quiet": True}
+
+
 def test_limit_of_pairs_without_split_column(evaluate: Run, plain: str, results: Any, tmp_path: Path) -> None:
     rows = [{"prompt": f"Why {n}?", "chosen": "So.", "rejected": "No."} for n in range(6)]
     path = tmp_path / "pairs.jsonl"

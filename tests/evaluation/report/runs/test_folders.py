@@ -14,9 +14,10 @@ from lpc_lightning.cli import main
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
+from lpc_lightning.evaluation.report.runs.differences import add_axes
 from lpc_lightning.evaluation.report.runs.fit import read_curves
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import Curve, RunRecord, add_axes, join_measurements
+from lpc_lightning.evaluation.report.runs.records import Curve, RunRecord, join_measurements
 
 
 def by_name(records: list[RunRecord] | tuple[RunRecord, ...]) -> dict[str, RunRecord]:

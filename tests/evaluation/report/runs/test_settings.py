@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, differing_settings, flatten
+from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, flatten, is_without_influence
 
 
 @pytest.mark.parametrize(
@@ -67,38 +67,23 @@ def test_flatten_uses_names_of_flags() -> None:
     }
 
 
-def settings(**config: Any) -> dict[str, Any]:
-    return flatten(config)
-
-
-def test_differing_ignores_seed_and_paths() -> None:
-    runs = [settings(seed_everything=seed, trainer={"default_root_dir": f"runs/{seed}"}) for seed in (1, 2)]
-    assert differing_settings(runs) == []
-
-
-def test_differing_ignores_derived_seeds() -> None:
-    paired = [settings(seed_everything=seed, data={"data_seed": 10 + seed}) for seed in (1, 2, 1)]
-    crossed = [settings(seed_everything=seed, data={"data_seed": other}) for seed in (1, 2) for other in (1, 2)]
-    assert differing_settings(paired) == []
-    assert differing_settings(crossed) == ["data.data_seed"]
-
-
-def test_differing_ignores_arguments_of_a_class() -> None:
-    """SimPO has its own default of beta, and a run without latent has no codes."""
-    dpo, simpo = latent("DPO", beta=0.1, robust=False), latent("SimPO", beta=2.0)
-    runs = [settings(model=model, latent=space) for model in (dpo, simpo) for space in (None, latent("M", num_codes=4))]
-    assert differing_settings(runs) == ["model", "latent"]
-
-
-def test_differing_within_a_class() -> None:
-    runs = [settings(latent=space) for space in (None, latent("M", num_codes=4), latent("M", num_codes=8))]
-    assert differing_settings(runs) == ["latent", "latent.num_codes"]
-
-
-def test_flatten_empty_list_of_callbacks() -> None:
-    flips = [{"class_path": "lpc_lightning.callbacks.LabelFlipNoise", "init_args": {"rate": 0.3}}]
-    assert differing_settings([settings(callbacks=None), settings(callbacks=[])]) == []
-    assert differing_settings([settings(callbacks=None), settings(callbacks=flips)]) == ["callbacks.LabelFlipNoise"]
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("trainer.default_root_dir", True),
+        ("trainer.logger.save_dir", True),
+        ("data.cache_dir", True),
+        ("data.num_workers", True),
+        ("callbacks.ResourceMonitor", True),
+        ("callbacks.RunSummary-2", True),
+        ("callbacks.AnnotatorAdaptation.rounds", False),
+        ("trainer.log_every_n_steps_more", False),
+        ("data.train_pairs", False),
+        ("data", False),
+    ],
+)
+def test_settings_without_influence(name: str, expected: bool) -> None:
+    assert is_without_influence(name) == expected
 
 
 def test_common_settings() -> None:

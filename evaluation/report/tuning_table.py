@@ -1,0 +1,69 @@
+"""A report's table of tuned axes: the scores of all values, and the chosen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from lpc_lightning.evaluation.report.runs.records import GroupTuning
+from lpc_lightning.evaluation.report.runs.settings import Value
+from lpc_lightning.evaluation.report.table_files import NO_VALUE, Cell, Column, Table, number_cell, text_cell
+
+
+def tuning_table(tunings: Sequence[GroupTuning]) -> Table:
+    """Make the table of the tuning of each group, with a column for each value.
+
+    Its records have a line for each value and seed.
+    """
+    axes = list(dict.fromkeys(axis for tuning in tunings for axis in tuning.axes))
+    tuned = list(dict.fromkeys(tuning.axis for tuning in tunings))
+    values = sorted({float(value) for tuning in tunings for value in tuning.scores})
+    columns = [*map(Column, axes), *(Column(name, True) for name in tuned)]
+    columns += [*(Column(f"at {value:g}", True) for value in values), Column("note")]
+    rows, records = [], []
+    for tuning in tunings:
+        cells = [text_cell(tuning.axes[axis]) if axis in tuning.axes else Cell(NO_VALUE) for axis in axes]
+        cells += [text_cell(tuning.value) if tuning.axis == name else Cell(NO_VALUE) for name in tuned]
+        cells += [_score(tuning, value) for value in values]
+        rows.append([*cells, text_cell(tuning.note)])
+        records += _records(tuning, axes)
+    sections = [f"{tuning.section}." for tuning in tunings]
+    notes = [
+        "The mean score over the tuning seeds at each value; *: the chosen value; +: a value that was added for all "
+        "groups because a best value was at an edge. The results are from other seeds. How each axis was tuned: "
+        + " ".join(dict.fromkeys(sections))
+    ]
+    return Table("tuning", "Tuning", columns, rows, records, notes)
+
+
+def _score(tuning: GroupTuning, value: Value) -> Cell:
+    mean = _mean(tuning, value)
+    if mean is None:
+        return Cell(NO_VALUE)
+    marks = "+" * (value in tuning.added) + "*" * (value == tuning.value)
+    return Cell(f"{marks} {number_cell(mean).text}".strip(), mean)
+
+
+def _mean(tuning: GroupTuning, value: Value) -> float | None:
+    scores = [score for score in tuning.scores.get(value, {}).values() if score is not None]
+    return fmean(scores) if scores and len(scores) == len(tuning.scores[value]) else None
+
+
+def _records(tuning: GroupTuning, axes: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            **{axis: tuning.axes.get(axis) for axis in axes},
+            "tuned": tuning.axis,
+            "value": value,
+            "seed": seed,
+            "metric": tuning.by,
+            "score": score,
+            "mean": _mean(tuning, value),
+            "is_chosen": value == tuning.value,
+            "is_added": value in tuning.added,
+            "note": tuning.note,
+        }
+        for value, scores in tuning.scores.items()
+        for seed, score in scores.items()
+    ]
