@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+GRAPHS = {"auto": None, True: "with CUDA graphs", False: "without CUDA graphs"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -23,7 +25,7 @@ class Case:
     """Name of a file in `configs/latent`; ours only."""
     compiled: bool = True
     """True compiles the decoder layers; ours only."""
-    cuda_graphs: bool = True
+    cuda_graphs: bool | Literal["auto"] = "auto"
     """True replays the compiled backbone from CUDA graphs; ours only."""
     checkpointing: bool = False
     """True computes the activations of each layer again in the backward pass."""
@@ -43,7 +45,7 @@ class Case:
         """Side and options."""
         parts = [self.side, self.latent, "checkpointing" if self.checkpointing else None]
         if self.side == "ours":
-            parts.append("eager" if not self.compiled else None if self.cuda_graphs else "without CUDA graphs")
+            parts.append("eager" if not self.compiled else GRAPHS[self.cuda_graphs])
         return ", ".join(part for part in parts if part)
 
     @property
@@ -84,7 +86,7 @@ def further_cases(tiny: bool) -> list[Case]:
         HH_LARGE,
         _trl(HH_LARGE),
         replace(small, cuda_graphs=False),
-        replace(large, cuda_graphs=False),
+        replace(large, cuda_graphs=True),
         replace(small, compiled=False, steps=16, warmup=6),
         replace(large, compiled=False, steps=16, warmup=6),
         _trl(large, checkpointing=True, steps=12, warmup=4),

@@ -99,7 +99,6 @@ class Bench:
             **rates(case, clock.seconds(), batches, self.peak),
             **shape_costs(clock.host, shapes, batches),
             "peak_gib": _peak(self.device),
-            "reserved_gib": _reserved(self.device),
             "start_gib": before,
             "reference_s": reference,
             "first_step": {name: first.get(name, first.get(f"train/{name}")) for name in FIRST},
@@ -192,9 +191,5 @@ def _allocated(device: str) -> float | None:
 
 
 def _peak(device: str) -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-
-
-def _reserved(device: str) -> float | None:
-    """Most memory taken from the driver. It includes what CUDA graphs keep for their next replay."""
+    """Return the most memory taken from the driver. It includes what CUDA graphs keep for their next replay."""
     return torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else None

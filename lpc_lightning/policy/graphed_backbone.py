@@ -96,8 +96,12 @@ class _Graphs:
         self.inputs = [value.clone() for value in inputs]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         dtype = torch.get_autocast_dtype("cuda")
-        # Autocast's cache would keep casts of weights in memory that the graph reuses.
-        with torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False):
+        # Autocast's cache would keep casts of weights in memory that the graph reuses. The passes before a capture must
+        # not change the random numbers of the step.
+        with (
+            torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False),
+            torch.random.fork_rng([torch.cuda.current_device()]),
+        ):
             self._warm_up(backbone, parameters)
             with torch.cuda.graph(self.forward, pool=pool, capture_error_mode=ERRORS):
                 hidden = backbone(*self.inputs)

@@ -28,7 +28,7 @@ class PolicySpec(ABC):
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         compile: bool | Literal["auto"] = "auto",
-        cuda_graphs: bool = True,
+        cuda_graphs: bool | Literal["auto"] = "auto",
     ) -> None:
         """Keep the settings that all policies share.
 
@@ -47,8 +47,9 @@ class PolicySpec(ABC):
                 first steps take about a minute. It needs a C++ compiler (CPU) or Triton (GPU). `auto` compiles on a
                 GPU, in runs of at least 200 micro-batches.
             cuda_graphs: Replay the compiled backbone from CUDA graphs in training on one GPU, so that a small model
-                does not wait for Python. Results are equal to the last bit. Memory holds the gradients twice. Not
-                used with gradient_checkpointing.
+                does not wait for Python. Memory holds the gradients twice, and activations apart from everything
+                else. Not used with gradient_checkpointing. `auto` is true for models of less than 500 million weights:
+                135 million train 3.4 times as fast on an H200, 1.2 billion no faster.
         """
         self.dtype, self.attention = dtype, attention
         self.lora, self.gradient_checkpointing = lora, gradient_checkpointing
