@@ -26,7 +26,8 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec
 from lpc_lightning.reference.cached import CachedReference
-from lpc_lightning.reference.live import Reference, live_reference
+from lpc_lightning.reference.live import FrozenModel, Reference, live_reference
+from lpc_lightning.reference.other_model import build_other
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PreferenceBatch
 
@@ -46,6 +47,7 @@ class PolicyModule(LatentMixin, LightningModule):
     reference: Reference | None
     policy_spec: PolicySpec
     reference_kind: str
+    reference_path: str | None
     make_optimizer: OptimizerCallable
     latent_lr: float
     lr_schedule: str
@@ -103,8 +105,7 @@ class PolicyModule(LatentMixin, LightningModule):
     def _make_parts(self) -> None:
         torch.manual_seed(derive("weights", run_seed()))
         self.policy = self.policy_spec.build(self.tokenizer)
-        make_reference = REFERENCES[self.reference_kind]
-        self.reference = make_reference(self.policy, self.policy_spec) if self.needs_reference else None
+        self.reference = self._make_reference() if self.needs_reference else None
         device = torch.get_default_device()
         default = torch.get_default_dtype()
         if self.latent is not None:
@@ -118,6 +119,17 @@ class PolicyModule(LatentMixin, LightningModule):
             torch.set_default_dtype(default)
         if self.latent is not None:
             self.latent.to(device)
+
+    def _make_reference(self) -> Reference:
+        if self.reference_path is None:
+            return REFERENCES[self.reference_kind](self.policy, self.policy_spec)
+        if self.reference_kind == "cached" and self.device_mesh is not None:
+            raise ConfigError(
+                "model.reference: found cached with model.reference_path and a strategy that shards the weights, "
+                "expected live."
+            )
+        other, spec = build_other(self.reference_path, self.policy_spec, self.tokenizer)
+        return FrozenModel(other) if self.reference_kind == "live" else CachedReference(other, spec, separate=True)
 
     def _should_compile(self) -> bool:
         """Return whether to compile. `auto` compiles on a GPU, in a run of at least `COMPILED_FROM` micro-batches.
