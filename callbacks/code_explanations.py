@@ -16,16 +16,17 @@ from lpc_lightning.evaluation.accuracy.collect import CollectValidation
 from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, find_examples
 from lpc_lightning.evaluation.codebook.explanation_files import TEXT, write_explanation
 from lpc_lightning.latent import DiscreteSpace
+from lpc_lightning.loggers import log_text
 
 
 class CodeExplanations(CollectValidation):
     """Callback that writes what each code stands for to `codes.md` and `codes.json` in the run folder.
 
-    The files are written at the end of a fit, over the pairs of the last validation, and after `validate`. They have
-    the tokens that a code raises and lowers, the prompts that choose it, the pairs that it decides, and a label. The
-    cost is small: nothing is generated, and the log-probabilities under all codes are shared with other callbacks.
-    `lpc-lightning explain` does the same for a checkpoint, with answers. Idle without codes, and for a policy that is
-    sharded over devices.
+    The files are written at the end of a fit, over the pairs of the last validation, and after `validate`. Loggers that
+    take text get the text, too. They have the tokens that a code raises and lowers, the prompts that choose it, the
+    pairs that it decides, and a label. The cost is small: nothing is generated, and the log-probabilities under all
+    codes are shared with other callbacks. `lpc-lightning explain` does the same for a checkpoint, with answers. Idle
+    without codes, and for a policy that is sharded over devices.
     """
 
     def __init__(self, tokens: int = 10, examples: int = 3) -> None:
@@ -84,7 +85,8 @@ class CodeExplanations(CollectValidation):
             source = data.source("validation") if isinstance(data, PreferenceDataModule) else None
             if source is not None:
                 explanation = explanation.with_texts(find_examples(source, explanation.shown_pairs))
-            write_explanation(folder, explanation, {"checkpoint": None, "step": self._step, "preferences": None})
+            origin = {"checkpoint": None, "step": self._step, "preferences": None}
+            log_text(trainer, "codes", write_explanation(folder, explanation, origin))
         except Exception as error:  # a failed explanation must not end the training
             rank_zero_warn(f"CodeExplanations: the codes have no {TEXT}: {type(error).__name__}: {error}")
             return

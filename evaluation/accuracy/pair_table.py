@@ -57,7 +57,8 @@ class PairTable(Metric):
         if not self.update_called:
             return {}, []
         numbers, labels = self.compute()
-        return dict(zip(self.columns, numbers.cpu().unbind(-1), strict=True)), _unpack(labels)
+        numbers = numbers.cpu().view(-1, len(self.columns))  # torchmetrics turns a single number into a scalar
+        return dict(zip(self.columns, numbers.unbind(-1), strict=True)), _unpack(labels)
 
 
 def pair_labels(batch: PreferenceBatch) -> list[Row]:

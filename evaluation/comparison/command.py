@@ -19,6 +19,7 @@ from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS
 from lpc_lightning.evaluation.comparison.comparison import compare, to_markdown, write_comparison
 from lpc_lightning.evaluation.comparison.model_scores import ModelScores, scores_of
 from lpc_lightning.evaluation.comparison.one_model import EvalRequest, describe, evaluate_model
+from lpc_lightning.evaluation.comparison.score_tables import score_tables
 from lpc_lightning.evaluation.comparison.stored import claim_name
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.function_command import run_function
@@ -39,7 +40,7 @@ def evaluate(
     models: list[str],
     tasks: list[str] | None = None,
     data_dir: str | None = None,
-    preferences: str | None = None,
+    preferences: list[str] | None = None,
     output: str = "results",
     names: list[str] | None = None,
     columns: Columns | None = None,
@@ -71,8 +72,10 @@ def evaluate(
         tasks: Names of lm-eval tasks or groups, or paths of task files (.yaml); `none` for no benchmarks. null: the
             paper's tasks, arc_easy, arc_challenge, gsm8k, truthfulqa_mc1 and truthfulqa_mc2.
         data_dir: Folder with the tasks' data (arc/, gsm8k/, truthfulqa/). null: the data comes from the hub.
-        preferences: File of preference pairs to score. If it has a column `split`, the rows of `test` are used. A
-            checkpoint is scored by its algorithm's reward, any other model by mean log-probability.
+        preferences: Files of preference pairs to score. If a file has a column `split`, the rows of `test` are used. A
+            checkpoint is scored by its algorithm's reward, any other model by mean log-probability. Files in the form
+            of RM-Bench (lists of three answers) and of RewardBench (a column `subset`) also get the scores that these
+            benchmarks define, under every mode of z, without and with length normalisation.
         output: Folder for the results.
         names: Names of the models in tables and folders, one per model. null: names made from the models' paths.
         columns: Names of the columns of these pairs, and how their cells are read, as `data.columns` of a fit. null:
@@ -106,7 +109,7 @@ def evaluate(
     request = EvalRequest(
         tasks=PAPER_TASKS if tasks is None else tuple(task for task in tasks if task != "none"),
         data_dir=None if data_dir is None else expand_path(data_dir, "data_dir"),
-        preferences=preferences,
+        preferences=tuple(preferences or ()),
         columns=columns or Columns(),
         bad_rows=bad_rows,
         limit=limit,
@@ -134,6 +137,8 @@ def evaluate(
                 continue
             failures += [f"{name}, {task}: {reason}" for task, reason in missing.items()]
             print(f"\n{table(results)}\n", flush=True)
+            for text in score_tables(results.record.get("tasks", {})).values():
+                print(f"{text}\n", flush=True)
             model_scores.append(scores_of(name, results))
         if len(model_scores) > 1:
             if model_scores[0].name != named_models[0][0]:

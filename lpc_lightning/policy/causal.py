@@ -20,6 +20,7 @@ from lpc_lightning.policy.logprobs import logits_of, token_chunks, token_logps, 
 from lpc_lightning.policy.masks import FULL, MASKS, block_mask, layer_windows
 from lpc_lightning.policy.memory_efficient_layers import restore_published
 from lpc_lightning.policy.segment_attention import SEGMENT, query_blocks
+from lpc_lightning.policy.start_adapter import trained_adapter_off
 from lpc_lightning.types import LogitHead, PairStates, PreferenceBatch
 
 if TYPE_CHECKING:
@@ -146,8 +147,8 @@ class CausalPolicy(nn.Module):
         kernel = self.backbone.config._attn_implementation
         self.block_sparse = few_shapes and self.takes_block_mask and kernel in (SEGMENT, "flex_attention")
         self._compiles_head = few_shapes
-        if cuda_graphs:
-            self._graphed = GraphedBackbone(each for each in self.backbone.parameters() if each.requires_grad)
+        trained = [each for each in self.backbone.parameters() if each.requires_grad]
+        self._graphed = GraphedBackbone(trained) if cuda_graphs and trained else None
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -209,11 +210,11 @@ class CausalPolicy(nn.Module):
 
     @contextmanager
     def as_reference(self) -> Iterator[CausalPolicy]:
-        """Turn off gradients and the adapter, so that the policy computes what the reference does.
+        """Turn off gradients and the adapter in training, so that the policy computes what the reference does.
 
         Without an adapter, this is the reference only before training.
         """
-        bare = nullcontext() if isinstance(self.model, PreTrainedModel) else self.model.disable_adapter()
+        bare = nullcontext() if isinstance(self.model, PreTrainedModel) else trained_adapter_off(self.model)
         with torch.no_grad(), bare:
             yield self
 
