@@ -1,4 +1,4 @@
-"""Tests of `GraphedBackbone` on a CPU. Its graphs record operations and repeat them. tests/test_cuda.py has real ones."""
+"""Tests of `GraphedBackbone` on a CPU, with graphs that record operations and repeat them. See also test_cuda.py."""
 
 from __future__ import annotations
 
