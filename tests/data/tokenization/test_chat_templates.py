@@ -1,6 +1,5 @@
 """Chat templates with the structure of popular ones. The oracle is the text that the decoded ids must have."""
 
-
 import pytest
 
 from lpc_lightning.data.sources.report import DataReport
