@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import DeepSpeedPrecision, MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import clip_grad_norm_
@@ -35,6 +36,8 @@ PARTS = ("policy", "reference", "latent")
 """Attributes of the module that are built in `configure_model`."""
 COMPILED_FROM = 200
 """Smallest number of micro-batches of a run for which compilation saves time."""
+GRAPHED_BELOW = 500_000_000
+"""Number of weights from which CUDA graphs are not worth their memory, between the sizes that were measured."""
 REFERENCES: dict[str, Callable[..., Reference]] = {"cached": CachedReference, "live": live_reference}
 """Kinds of references by name."""
 
@@ -73,6 +76,8 @@ class PolicyModule(LatentMixin, LightningModule):
         """Check and set up the strategy. The DataModule of the run has been set up before."""
         if stage == "fit":
             self.policy_spec.check_start()
+            if self.needs_reference:
+                rank_zero_info(f"reference: {self.reference_path or self.policy_spec.start}")
         check_strategy(self.trainer.strategy)
         set_micro_batch_size(self.trainer.strategy)
         self._starting = True
@@ -152,7 +157,13 @@ class PolicyModule(LatentMixin, LightningModule):
     def _compile(self) -> None:
         if self._should_compile():
             for policy in policies_of(self):
-                policy.compile_layers(few_shapes=self._on_gpu)
+                policy.compile_layers(few_shapes=self._on_gpu, cuda_graphs=self._replays(policy))
+
+    def _replays(self, policy: CausalPolicy) -> bool:
+        """Return whether a compiled policy trains with CUDA graphs. Launches cost a large model no time."""
+        setting, alone = self.policy_spec.cuda_graphs, self._trainer is None or self._trainer.world_size == 1
+        wanted = sum(map(torch.numel, policy.parameters())) < GRAPHED_BELOW if setting == "auto" else setting
+        return wanted and self._on_gpu and alone and not self.policy_spec.gradient_checkpointing
 
     def _shard(self, mesh: DeviceMesh) -> None:
         shard(self, mesh)

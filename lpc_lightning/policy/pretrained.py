@@ -133,6 +133,13 @@ class PretrainedPolicy(PolicySpec):
         clean.generation_config = model.generation_config
         return clean
 
+    @property
+    def start(self) -> str:
+        """Path of the model, and its adapter if there is one."""
+        if self.adapter is None:
+            return self.path
+        return f"{self.path} with the adapter {self.adapter} ({'merged' if self.merge_adapter else 'frozen'})"
+
     def check_start(self) -> None:
         """Warn if the folder is an export with a latent: training starts from the plain policy in it."""
         if (Path(self.path) / LATENT).is_file():
