@@ -3,6 +3,7 @@
 from lpc_lightning.callbacks.adaptation import AnnotatorAdaptation
 from lpc_lightning.callbacks.best_and_last import BestAndLast
 from lpc_lightning.callbacks.chosen_reward import ChosenRewardWarning
+from lpc_lightning.callbacks.code_explanations import CodeExplanations
 from lpc_lightning.callbacks.codebook_monitor import CodebookMonitor
 from lpc_lightning.callbacks.final_validation import FinalValidation
 from lpc_lightning.callbacks.flip_order import (
@@ -22,6 +23,7 @@ from lpc_lightning.callbacks.progress import PreferenceProgressBar
 from lpc_lightning.callbacks.resources import ResourceMonitor
 from lpc_lightning.callbacks.run_summary import RunSummary
 from lpc_lightning.callbacks.samples import AnswerSamples
+from lpc_lightning.callbacks.step_profile import StepProfile
 
 __all__ = [
     "AnnotatorAdaptation",
@@ -29,6 +31,7 @@ __all__ = [
     "BestAndLast",
     "ByAnnotator",
     "ChosenRewardWarning",
+    "CodeExplanations",
     "CodebookMonitor",
     "FinalValidation",
     "FlipOrder",
@@ -41,6 +44,7 @@ __all__ = [
     "ResourceMonitor",
     "RunSummary",
     "SmallMarginsFirst",
+    "StepProfile",
     "Uniform",
     "UnreliableAnnotators",
     "WritePredictions",

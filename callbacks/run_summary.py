@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -25,7 +26,8 @@ ROWS = {
 class RunSummary(Callback):
     """Callback that prints validation before and after training, speed and memory.
 
-    It writes the same to `summary.json` in the run folder, and as a table to each logger that takes tables.
+    It writes the same to `summary.json` in the run folder, and as a table to each logger that takes tables. The file
+    also has the decision of a warm start: whether the fitted codes were kept, and why.
 
     Validation before training is Lightning's sanity check. With `trainer.num_sanity_val_steps: -1` it covers the whole
     validation set, and its metrics are also logged, at step 0.
@@ -67,12 +69,14 @@ class RunSummary(Callback):
         monitors = [callback for callback in callbacks if isinstance(callback, ResourceMonitor)]
         resources = monitors[0].summary() if monitors else {}
         before = self.before if is_complete else {}
-        summary = {
+        summary: dict[str, Any] = {
             "steps": trainer.global_step,
             "validation_before": before,
             "validation_after": self.after,
             "resources": resources,
         }
+        if (result := getattr(pl_module, "warm_start_result", None)) is not None:
+            summary["warm_start"] = result
         rows = _rows(before, self.after, resources, trainer.global_step)
         print(_lines(rows))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning

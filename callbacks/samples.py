@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -20,6 +18,7 @@ from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.tokenization.templates import TemplateSettings
+from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
 from lpc_lightning.evaluation.samples import TEXT, Record, samples_text, write_samples
@@ -27,9 +26,9 @@ from lpc_lightning.inference.generate import conditions
 from lpc_lightning.inference.generation import Answered, Condition, Decoding, answers
 from lpc_lightning.inference.opening import OpenedPolicy, view_module
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
-from lpc_lightning.reference.live import FrozenCopy
+from lpc_lightning.loggers import log_text
+from lpc_lightning.reference.live import FrozenModel
 
-SHARDED = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 BEFORE = "before training"
 """Name of the answers of the policy before training."""
 LIKELIEST = 2
@@ -39,11 +38,11 @@ LIKELIEST = 2
 class AnswerSamples(Callback):
     """Callback that answers the same prompts at each validation: under the prior, under codes, and before training.
 
-    The answers are written to `samples.md` and `samples.jsonl` in the run folder, to TensorBoard as text, and to the
-    page of `lpc-lightning report`. Greedy answers change only with the weights; drawn ones have the same seed at every
-    step and under every code. The policy before training answers once, before the first step. These answers are kept in
-    the checkpoint, with all others: a resumed run writes the same files as an uninterrupted one. Without a latent there
-    are the policy's answers, and those before training.
+    The answers are written to `samples.md` and `samples.jsonl` in the run folder, as text to every logger that takes
+    text, and to the page of `lpc-lightning report`. Greedy answers change only with the weights; drawn ones have the
+    same seed at every step and under every code. The policy before training answers once, before the first step. These
+    answers are kept in the checkpoint, with all others: a resumed run writes the same files as an uninterrupted one.
+    Without a latent there are the policy's answers, and those before training.
 
     The training is not changed. The cost is logged as `resources/samples_seconds` and `resources/samples_tokens`, and
     printed at the first validation and at the end. A policy that is sharded over processes (FSDP, DeepSpeed) is not
@@ -118,7 +117,7 @@ class AnswerSamples(Callback):
             DataError: A prompt has no room for an answer in the policy's context.
         """
         assert isinstance(pl_module, PreferenceModule)
-        self._is_on = not isinstance(trainer.strategy, SHARDED)
+        self._is_on = not keeps_weights_elsewhere(trainer.strategy)
         if not self._is_on:
             rank_zero_warn(
                 f"AnswerSamples: {type(trainer.strategy).__name__} shards the policy over devices, so that nothing is "
@@ -164,7 +163,7 @@ class AnswerSamples(Callback):
         self.records += [{"step": step, **record} for record in answered]
         write_samples(folder, self.records)
         text = samples_text([record for record in self.records if record["step"] == step])
-        _log_text(trainer, "samples", text)
+        log_text(trainer, "samples", text)
         if not self.rounds:
             rank_zero_info(f"Samples at a validation, such as this one: {cost}. See {folder / TEXT}.")
         self.rounds += 1
@@ -219,7 +218,7 @@ class AnswerSamples(Callback):
             context: Any = nullcontext()
         elif module.policy_spec.lora is not None:
             context = module.policy.as_reference()
-        elif isinstance(module.reference, FrozenCopy):
+        elif isinstance(module.reference, FrozenModel) and module.reference_path is None:
             policy, context = replace(policy, policy=module.reference.policy), nullcontext()
         else:
             yield None
@@ -287,12 +286,6 @@ def _validation_prompts(data: PreferenceDataModule, count: int) -> Iterator[Prom
             yield example.prompt
         if len(seen) == count:
             return
-
-
-def _log_text(trainer: Trainer, tag: str, text: str) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(tag, text, trainer.global_step)
 
 
 def _cost(seconds: float, tokens: int) -> str:

@@ -1,6 +1,12 @@
 """Preference losses: pure functions from `PairLogps` to `PairLosses`.
 
 In the formulas, r_w and r_l are the log-ratios log pi(y|x,z) - log pi_ref(y|x) of the chosen and the rejected answer.
+
+A pair may have a margin m, in units of the reward (beta D, and for SimPO beta times the difference of the means). The
+loss then asks for a reward difference that is larger by m. For DPO this is DPO with an offset (ODPO, Amini et al.,
+2024, arXiv 2402.10571): beta D becomes beta D - m. The loss of the opposite label, which label smoothing and robust
+losses use, asks the same of the other answer: -beta D - m. The rewards do not contain the margin. Without margins,
+every loss is that of its paper.
 """
 
 import math
@@ -44,12 +50,16 @@ def dpo_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.0, 
         raise ValueError(f"label_smoothing: found {label_smoothing}, expected a share from 0 and {limit}.")
     chosen, rejected = log_ratios(logps)
     logits = beta * (chosen - rejected)
-    agree, disagree = -logsigmoid(logits), -logsigmoid(-logits)
+    logits, opposite = (logits, -logits) if logps.margins is None else (logits - logps.margins, -logits - logps.margins)
+    agree, disagree = -logsigmoid(logits), -logsigmoid(opposite)
     rewards = beta * chosen.detach(), beta * rejected.detach()
     if not robust or not label_smoothing:
         return PairLosses((1 - label_smoothing) * agree + label_smoothing * disagree, *rewards)
     kept, flipped = ((1 - label_smoothing) / (1 - 2 * label_smoothing), -label_smoothing / (1 - 2 * label_smoothing))
-    log_likelihood = (label_smoothing + (1 - 2 * label_smoothing) * logits.sigmoid()).log()
+    if logps.margins is None:
+        log_likelihood = (label_smoothing + (1 - 2 * label_smoothing) * logits.sigmoid()).log()
+    else:  # the probabilities of the two labels do not add up to 1
+        log_likelihood = torch.logaddexp(math.log1p(-label_smoothing) - agree, math.log(label_smoothing) - disagree)
     parts = ((kept, -agree), (flipped, -disagree))
     return PairLosses(kept * agree + flipped * disagree, *rewards, log_likelihood, parts=parts)
 
@@ -65,6 +75,9 @@ def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) 
     that value: -(D / target - 1)^2 nats, with the target 1 / (2 beta). A label then costs one nat before training. In
     DPO it costs log 2 nats.
 
+    A margin m moves the target of the reward difference beta D from 1/2 to 1/2 + m: `(D - (1/2 + m) / beta)^2`. The
+    scale of the nats stays. IPO's derivation has no such term; m = 0 is IPO.
+
     Args:
         logps: Log-probabilities of the pairs under policy and reference.
         beta: The paper's tau. The target margin of the loss is 1 / (2 beta) nats.
@@ -77,7 +90,8 @@ def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) 
     chosen, rejected = log_ratios(logps)
     if length_average:
         chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
-    losses = (chosen - rejected - 1 / (2 * beta)).square()
+    difference = chosen - rejected if logps.margins is None else chosen - rejected - logps.margins / beta
+    losses = (difference - 1 / (2 * beta)).square()
     nats = (2 * beta) ** 2
     log_likelihood = -nats * losses
     rewards = beta * chosen.detach(), beta * rejected.detach()
@@ -88,7 +102,7 @@ def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.
     """Compute the SimPO loss (Meng et al., 2024, arXiv 2405.14734, eq. 6).
 
     `-log sigmoid(beta (mean log pi(y_w) - mean log pi(y_l) - gamma / beta))`. Each mean runs over the tokens of one
-    answer.
+    answer. A pair's margin is added to gamma. With `gamma_beta_ratio` 0 it is the pair's target margin alone.
 
     Args:
         logps: Log-probabilities of the pairs. Those of the reference are ignored.
@@ -101,7 +115,8 @@ def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.
     check_beta(beta)
     chosen = logps.policy_chosen / logps.chosen_lengths
     rejected = logps.policy_rejected / logps.rejected_lengths
-    losses = -logsigmoid(beta * (chosen - rejected - gamma_beta_ratio))
+    logits = beta * (chosen - rejected - gamma_beta_ratio)
+    losses = -logsigmoid(logits if logps.margins is None else logits - logps.margins)
     return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
@@ -139,7 +154,7 @@ def kto_loss(
         reference_point: z0, in nats.
 
     Raises:
-        ValueError: A setting is out of range, or the reference is missing.
+        ValueError: A setting is out of range, the reference is missing, or pairs have margins.
     """
     check_beta(beta)
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
@@ -148,6 +163,11 @@ def kto_loss(
             raise ValueError(f"{name}: found {weight}, expected a number above 0.")
     if not 0 <= reference_point < math.inf:
         raise ValueError(f"reference_point: found {reference_point}, expected a number of at least 0, as a KL is.")
+    if logps.margins is not None:
+        raise ValueError(
+            "margins: found margins of pairs, expected none, because KTO judges each answer alone. Set "
+            "data.columns.margin to null."
+        )
     chosen, rejected = log_ratios(logps)
     desirable, undesirable = beta * (chosen - reference_point), beta * (reference_point - rejected)
     losses = (desirable_weight * (-desirable).sigmoid() + undesirable_weight * (-undesirable).sigmoid()) / 2
@@ -174,6 +194,7 @@ def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
 
     The label's log-likelihood is `log sigmoid(...)`, the Bradley-Terry probability odds(y_w) / (odds(y_w) + odds(y_l)).
     beta is its weight in the loss, and does not change the posterior over codes. The SFT term is mixed as in `add_nll`.
+    A pair's margin is subtracted from the difference of log odds.
 
     Args:
         logps: Log-probabilities of the pairs. Those of the reference are ignored.
@@ -185,7 +206,8 @@ def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
     check_beta(beta)
     chosen = logps.policy_chosen / logps.chosen_lengths
     rejected = logps.policy_rejected / logps.rejected_lengths
-    log_likelihood = logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+    logits = _log_odds(chosen) - _log_odds(rejected)
+    log_likelihood = logsigmoid(logits if logps.margins is None else logits - logps.margins)
     rewards = beta * chosen.detach(), beta * rejected.detach()
     odds_ratio = PairLosses(-beta * log_likelihood, *rewards, log_likelihood, parts=((beta, log_likelihood),))
     return add_nll(odds_ratio, logps, 1.0)
@@ -208,6 +230,15 @@ def add_nll(pairs: PairLosses, logps: PairLogps, weight: float) -> PairLosses:
     text = (weight / logps.chosen_lengths.flatten(), logps.policy_chosen)
     losses = pairs.losses - weight * logps.policy_chosen / logps.chosen_lengths
     return replace(pairs, losses=losses, log_likelihood=label, parts=(*(pairs.parts or ((1.0, label),)), text))
+
+
+def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Compute sum(w_i l_i) / sum(w_i) over pairs. 0 if all weights are 0. The plain mean if `weights` is None."""
+    if weights is None:
+        return losses.mean()
+    weights = weights.to(losses.dtype)
+    total = weights.sum()
+    return (weights * losses).sum() / total.where(total > 0, 1.0)
 
 
 def check_beta(beta: float) -> None:

@@ -1,9 +1,16 @@
-"""Checks of the paths that commands write to: nothing is replaced that a command has not written itself."""
+"""Checks of the paths that commands write to.
+
+Nothing is replaced that a command has not written itself, or that another running command writes to.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lpc_lightning.errors import ConfigError
 
@@ -39,6 +46,53 @@ def check_name(name: str, setting: str) -> None:
             f"{setting}: found {name!r}, expected a name for a folder: not empty, without / and \\, and not starting "
             "with a dot."
         )
+
+
+@contextmanager
+def claim_output_folder(path: Path, setting: str) -> Iterator[None]:
+    """Keep other commands from writing to a folder. It is made, and removed again if nothing is written.
+
+    Raises:
+        ConfigError: Another command writes to it.
+    """
+    existed = path.is_dir()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with _claim(path, path / ".lock", setting):
+            yield
+    finally:
+        if not existed:
+            with suppress(OSError):  # it holds files
+                path.rmdir()
+
+
+@contextmanager
+def claim_output_file(path: Path, setting: str) -> Iterator[None]:
+    """Keep other commands from writing to a file. Its folder is made.
+
+    Raises:
+        ConfigError: Another command writes to it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _claim(path, path.resolve().with_name(f".{path.name}.lock"), setting):
+        yield
+
+
+@contextmanager
+def _claim(path: Path, lock_file: Path, setting: str) -> Iterator[None]:
+    lock = FileLock(lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"{setting}: another command writes to {path}, expected a path of its own for each command. Give another "
+            "path, or wait until the other command ends."
+        ) from None
+    try:
+        yield
+    finally:
+        lock_file.unlink(missing_ok=True)  # before the release: afterwards it could be the file of another command
+        lock.release()
 
 
 def _kind(path: Path) -> str:

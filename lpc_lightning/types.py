@@ -44,11 +44,16 @@ class PreferenceExample:
     """Name of the annotator who labelled the pair. Empty if unknown."""
     flipped: bool = False
     """True if label noise has swapped the two answers."""
+    weight: float | None = None
+    """Weight of the pair in the loss, at least 0. None: 1."""
+    margin: float | None = None
+    """Margin that the loss asks for, in units of the reward (see `losses`). None: 0. It belongs to the label: with the
+    opposite label, the loss asks the same margin of the other answer."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the row, unchanged."""
 
     def swapped(self) -> PreferenceExample:
-        """Return the same comparison with the opposite label."""
+        """Return the same comparison with the opposite label, and the same weight and margin."""
         return replace(self, chosen=self.rejected, rejected=self.chosen, flipped=not self.flipped)
 
 
@@ -60,6 +65,11 @@ class Ceiling:
     """Accuracy of the best predictor that reads the prompt and both answers."""
     given_annotator: float
     """Accuracy of the best predictor that also has the annotator and the annotator's preference factor."""
+
+
+def prompt_hash(ids: bytes) -> str:
+    """Return a hash of a prompt's token ids, given as the bytes of 64-bit integers."""
+    return blake2b(ids, digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,8 @@ class TokenizedPair:
     factor: str = ""
     annotator: str = ""
     flipped: bool = False
+    weight: float | None = None
+    margin: float | None = None
     index: int = 0
     """Position of the pair among all examples of the source, from 0. Dropped examples are counted too."""
     reference_logps: tuple[float, float] | None = None
@@ -85,10 +97,13 @@ class TokenizedPair:
     @property
     def prompt(self) -> str:
         """A hash of the prompt's tokens, the same for all pairs of one prompt."""
-        return blake2b(array("q", self.prompt_ids).tobytes(), digest_size=8).hexdigest()
+        return prompt_hash(array("q", self.prompt_ids).tobytes())
 
     def swapped(self) -> TokenizedPair:
-        """Return the same pair with the opposite label. Tokens and reference log-probabilities are swapped too."""
+        """Return the same pair with the opposite label. Tokens and reference log-probabilities are swapped too.
+
+        Weight and margin stay as they are: a wrong label is as strong as the right one.
+        """
         logps = self.reference_logps
         return replace(
             self,
@@ -145,6 +160,20 @@ class PreferenceBatch:
     """(2B,) log-probabilities under the reference, the bits of each float64 number as an int64. None unless they are
     cached for all pairs. A trainer of `bf16-true` casts the floating-point tensors of a batch, and three digits would
     be left."""
+    weight_bits: Tensor | None = None
+    """(B,) weights, like `reference_bits`. None if the data has no weights."""
+    margin_bits: Tensor | None = None
+    """(B,) margins, like `reference_bits`. None if the data has no margins."""
+
+    @property
+    def weights(self) -> Tensor | None:
+        """(B,) weight of each pair in the loss, float64. None: all weights are 1."""
+        return None if self.weight_bits is None else self.weight_bits.view(torch.float64)
+
+    @property
+    def margins(self) -> Tensor | None:
+        """(B,) margin of each pair in units of the reward, float64. None: all margins are 0."""
+        return None if self.margin_bits is None else self.margin_bits.view(torch.float64)
 
     @property
     def pairs(self) -> int:
@@ -233,6 +262,8 @@ class PairLogps:
     """Number of completion tokens of the chosen answer."""
     rejected_lengths: Tensor
     """Number of completion tokens of the rejected answer."""
+    margins: Tensor | None = None
+    """Margin that the loss asks for, in units of the reward. None: 0."""
 
 
 Weight: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]

@@ -194,7 +194,8 @@ SETTINGS = {
     ("latent", "GaussianSpace"): ["num_codes", "g", "kl_weight"],
     ("latent", "VectorSpace"): ["init_logit_std"],
     ("policy", "TinyPolicy"): ["family", "width", "dtype", "attention", "lora", "gradient_checkpointing"],
-    ("policy", "PretrainedPolicy"): ["path", "revision", "tokenizer", "lora"],
+    ("policy", "PretrainedPolicy"): ["path", "revision", "tokenizer", "adapter", "merge_adapter", "lora"],
+    ("policy", "TrainedPolicy"): ["path", "keep_latent", "lora", "dtype"],
     ("data", "PreferenceData"): ["path", "validation_share", "columns", "batch_size", "layout", "too_long", "bad_rows"],
     ("data", "SyntheticPreferences"): ["deciding", "train_pairs", "num_workers", "cache_dir"],
 }

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import cycle, zip_longest
+from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -279,6 +279,29 @@ def test_ablation_header(path: Path) -> None:
     assert second.startswith("# ")
 
 
+EXPLORATIONS = {"annotators_smollm2", "demo", "learning_rates_tiny"}
+"""Grids without a tuned axis, with one seed. They are no evidence."""
+
+
+@pytest.mark.parametrize("path", [path for path in ABLATIONS if path.stem not in EXPLORATIONS], ids=name_of)
+def test_ablation_tunes_every_arm_alike(path: Path) -> None:
+    grid = read_grid(path)
+    assert grid.tune is not None
+    assert grid.tune.axis.settings == ["model.optimizer.lr"]
+    values = grid.tune.axis.values
+    assert len(values) >= 4
+    assert all(2 < larger / smaller < 4 for smaller, larger in pairwise(values))
+    assert len(grid.tune.seeds) >= 2
+    (seeds,) = (axis for axis in grid.axes if axis.name == "seed")
+    assert len(seeds.values) >= 5
+    if "llama3" in grid.base[0]:
+        assert "--data=configs/data/ultrafeedback_held_out.yaml" in grid.base
+    else:
+        assert seeds.settings == ["seed_everything", "data.data_seed"]
+        (pairs,) = (argument for argument in grid.base if argument.startswith("--data.validation_pairs="))
+        assert int(pairs.partition("=")[2]) >= 512
+
+
 @pytest.mark.parametrize(
     "name",
     ["annotators_smollm2", "demo", "g_schedule_tiny", "gumbel_remedies", "hidden_tiny", "noise", "noise_marked_tiny"],
@@ -311,6 +334,8 @@ def test_ablation_values_parse(path: Path, swap: list[str], monkeypatch: pytest.
     ends |= {axis.name: tuple(axis.arguments) for axis in grid.axes if isinstance(axis.arguments, Mapping)}
     axes = tuple(axis.with_values(list(dict.fromkeys(ends[axis.name]))) for axis in grid.axes)
     cells = replace(grid, axes=axes).cells()
+    if grid.tune is not None:
+        cells = [grid.at(cell, grid.tune.axis.values[-1]) for cell in cells]
     values = [{(axis, str(value)) for axis, value in cell.axes.items()} for cell in cells]
     missing = set[tuple[str, str]]().union(*values)
     while missing:  # few cells that hold every value between them: a parse takes most of a second

@@ -339,4 +339,4 @@ def test_adapt(checkpoint: str, pairs: str, accelerator: str, tmp_path: Path) ->
 
 def test_evaluate_preferences(checkpoint: str, pairs: str, accelerator: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"tasks": ["none"], "precision": "float32", "device": f"{accelerator}:0"}
-    assert evaluate([checkpoint], preferences=pairs, output=str(tmp_path / "results"), **settings)
+    assert evaluate([checkpoint], preferences=[pairs], output=str(tmp_path / "results"), **settings)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
+from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss, weighted_mean
 from lpc_lightning.types import PairLogps, PairLosses
 
 
@@ -55,7 +55,7 @@ every_loss = pytest.mark.parametrize("name", list(LOSSES))
 with_reference = pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("simpo", "orpo")])
 
 
-def random_logps(pairs: int, codes: int | None = None, seed: int = 0) -> PairLogps:
+def random_logps(pairs: int, codes: int | None = None, seed: int = 0, margins: bool = False) -> PairLogps:
     """Draw log-probabilities of about -10. With `codes`, the policy's are (pairs, codes) and the others (pairs, 1)."""
     generator = torch.Generator().manual_seed(seed)
     rest = (pairs,) if codes is None else (pairs, 1)
@@ -67,36 +67,46 @@ def random_logps(pairs: int, codes: int | None = None, seed: int = 0) -> PairLog
     def lengths() -> Tensor:
         return torch.randint(1, 9, rest, generator=generator).double()
 
-    return PairLogps(draw(policy), draw(policy), draw(rest), draw(rest), lengths(), lengths())
+    logps = PairLogps(draw(policy), draw(policy), draw(rest), draw(rest), lengths(), lengths())
+    return replace(logps, margins=torch.linspace(-0.5, 1.5, pairs).double().reshape(rest)) if margins else logps
+
+
+def columns(logps: PairLogps) -> dict[str, Tensor]:
+    """Return the log-probabilities and other numbers of pairs by name, those that are not None."""
+    named = {column.name: getattr(logps, column.name) for column in fields(PairLogps)}
+    return {name: values for name, values in named.items() if values is not None}
 
 
 def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x))
 
 
-def naive(name: str, pw: Tensor, pl: Tensor, rw: Tensor, rl: Tensor, nw: Tensor, nl: Tensor) -> Tensor:
+def naive(
+    name: str, pw: Tensor, pl: Tensor, rw: Tensor, rl: Tensor, nw: Tensor, nl: Tensor, margin: float = 0.0
+) -> Tensor:
     """Compute the loss of one pair from the log-probabilities and lengths of both answers."""
     beta, eps = 0.1, 0.1
     if name == "simpo":
-        return -torch.log(sigmoid(2.0 * pw / nw - 2.0 * pl / nl - 1.0))
+        return -torch.log(sigmoid(2.0 * pw / nw - 2.0 * pl / nl - 1.0 - margin))
     if name == "orpo":
         odds_w, odds_l = (torch.exp(p / n) / (1 - torch.exp(p / n)) for p, n in ((pw, nw), (pl, nl)))
-        return -pw / nw - 0.1 * torch.log(odds_w / (odds_w + odds_l))
+        return -pw / nw - 0.1 * torch.log(odds_w / (odds_w + odds_l * math.exp(margin)))
     if name == "kto":
         return ((1 - sigmoid(0.1 * (pw - rw - 0.5))) + 1.5 * (1 - sigmoid(0.1 * (0.5 - (pl - rl))))) / 2
     if name == "ipo_sum":
-        return ((pw - rw) - (pl - rl) - 5.0) ** 2
+        return ((pw - rw) - (pl - rl) - (0.5 + margin) / beta) ** 2
     if name == "ipo_average":
-        return ((pw - rw) / nw - (pl - rl) / nl - 5.0) ** 2
+        return ((pw - rw) / nw - (pl - rl) / nl - (0.5 + margin) / beta) ** 2
     # The probability that the winner beats the loser, as a Bradley-Terry model of the two rewards.
     reward_w, reward_l = beta * (pw - rw), beta * (pl - rl)
-    wins = torch.exp(reward_w) / (torch.exp(reward_w) + torch.exp(reward_l))
+    wins = torch.exp(reward_w) / (torch.exp(reward_w) + torch.exp(reward_l + margin))
+    loses = torch.exp(reward_l) / (torch.exp(reward_l) + torch.exp(reward_w + margin))
     if name == "dpo":
         return -torch.log(wins)
     if name == "cdpo":
-        return -(1 - eps) * torch.log(wins) - eps * torch.log(1 - wins)
+        return -(1 - eps) * torch.log(wins) - eps * torch.log(loses)
     assert name == "rdpo"
-    return -((1 - eps) * torch.log(wins) - eps * torch.log(1 - wins)) / (1 - 2 * eps)
+    return -((1 - eps) * torch.log(wins) - eps * torch.log(loses)) / (1 - 2 * eps)
 
 
 @every_loss
@@ -107,8 +117,9 @@ def test_losses_golden_values(name: str) -> None:
 
 @every_loss
 @pytest.mark.parametrize("codes", [None, 1, 3])
-def test_losses_match_loop_over_pairs(name: str, codes: int | None) -> None:
-    logps = random_logps(5, codes)
+@pytest.mark.parametrize("margins", [False, True])
+def test_losses_match_loop_over_pairs(name: str, codes: int | None, margins: bool) -> None:
+    logps = random_logps(5, codes, margins=margins and name != "kto")
     leaves = [logps.policy_chosen.requires_grad_(), logps.policy_rejected.requires_grad_()]
     losses = LOSSES[name](logps).losses
     assert losses.shape == logps.policy_chosen.shape
@@ -117,9 +128,10 @@ def test_losses_match_loop_over_pairs(name: str, codes: int | None) -> None:
     expected = []
     for pair in range(5):
         numbers = [column.reshape(-1)[pair] for column in rest]
+        margin = 0.0 if logps.margins is None else logps.margins.flatten()[pair].item()
         for code in range(codes or 1):
             policies = [leaf.reshape(5, -1)[pair, code] for leaf in leaves]
-            expected.append(naive(name, *policies, *numbers))
+            expected.append(naive(name, *policies, *numbers, margin))
     loop = torch.stack(expected).reshape(losses.shape)
     torch.testing.assert_close(losses, loop, rtol=1e-12, atol=1e-12)
 
@@ -133,10 +145,9 @@ def test_losses_match_loop_over_pairs(name: str, codes: int | None) -> None:
 
 @every_loss
 def test_losses_of_single_pairs_match_batch(name: str) -> None:
-    logps = random_logps(4)
+    logps = random_logps(4, margins=name != "kto")
     alone = [
-        PairLogps(*(getattr(logps, field)[pair : pair + 1] for field in PairLogps.__dataclass_fields__))
-        for pair in range(4)
+        PairLogps(**{field: values[pair : pair + 1] for field, values in columns(logps).items()}) for pair in range(4)
     ]
     torch.testing.assert_close(
         LOSSES[name](logps).losses, torch.cat([LOSSES[name](pair).losses for pair in alone]), rtol=0, atol=0
@@ -181,6 +192,7 @@ def swapped(logps: PairLogps) -> PairLogps:
         logps.reference_chosen,
         logps.rejected_lengths,
         logps.chosen_lengths,
+        logps.margins,
     )
 
 
@@ -192,17 +204,18 @@ def test_dpo_half_smoothing_ignores_label() -> None:
     assert (original - reversed_).abs().min() > 1e-3
 
 
+@pytest.mark.parametrize("margins", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.45])
-def test_robust_dpo_unbiased_at_flip_rate(rate: float) -> None:
-    logps = random_logps(6)
+def test_robust_dpo_unbiased_at_flip_rate(rate: float, margins: bool) -> None:
+    logps = random_logps(6, margins=margins)
     clean, flipped = (dpo_loss(pairs, 0.1, rate, robust=True).losses for pairs in (logps, swapped(logps)))
     torch.testing.assert_close((1 - rate) * clean + rate * flipped, dpo_loss(logps, 0.1).losses, rtol=1e-12, atol=1e-13)
 
 
 @every_loss
 def test_of_mixture_of_equal_codes_is_loss(name: str) -> None:
-    logps = random_logps(6)
-    rows = PairLogps(**{column.name: getattr(logps, column.name)[:, None] for column in fields(PairLogps)})
+    logps = random_logps(6, margins=name != "kto")
+    rows = PairLogps(**{column: values[:, None] for column, values in columns(logps).items()})
     codes = replace(rows, policy_chosen=rows.policy_chosen.expand(6, 3))
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     mixture = LOSSES[name](codes).of_mixture(weights.log().expand(6, 3))
@@ -225,6 +238,30 @@ def test_robust_dpo_mixture_unbiased(rate: float) -> None:
             likelihood = (1 - rate) * chance + rate * (1 - chance)
             assert float(observed.label_log_likelihood[pair, code].exp()) == pytest.approx(likelihood, rel=1e-12)
             assert float(opposite.label_log_likelihood[pair, code].exp()) == pytest.approx(1 - likelihood, rel=1e-12)
+
+
+def test_dpo_mixture_with_margins() -> None:
+    """The likelihood of a label under a code is sigmoid(beta D - m). Against a loop in plain exponentials."""
+    logps = random_logps(6, codes=3, margins=True)
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    assert logps.margins is not None
+    mixture = dpo_loss(logps, 0.1).of_mixture(weights.log().expand(6, 3))
+    for pair in range(6):
+        chance = 0.0
+        for code in range(3):
+            chosen = logps.policy_chosen[pair, code] - logps.reference_chosen[pair, 0]
+            rejected = logps.policy_rejected[pair, code] - logps.reference_rejected[pair, 0]
+            offset = 0.1 * float(chosen - rejected) - float(logps.margins[pair, 0])
+            chance += float(weights[code]) / (1 + math.exp(-offset))
+        assert float(mixture[pair]) == pytest.approx(-math.log(chance), rel=1e-12)
+
+
+def test_weighted_mean_repeats_pairs() -> None:
+    losses = torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
+    repeated = torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(weighted_mean(losses, torch.tensor([2, 1, 0])), repeated.mean(), rtol=1e-15, atol=0)
+    assert weighted_mean(losses, torch.zeros(3)) == 0
+    assert torch.equal(weighted_mean(losses, None), losses.mean())
 
 
 @every_loss
@@ -329,6 +366,11 @@ def test_orpo_of_certain_answers() -> None:
 def test_kto_settings_out_of_range(setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{setting}: found {value}, expected"):
         kto_loss(GOLDEN, **{setting: value})
+
+
+def test_kto_refuses_margins() -> None:
+    with pytest.raises(ValueError, match=r"margins: found margins of pairs.*Set data\.columns\.margin to null"):
+        LOSSES["kto"](random_logps(2, margins=True))
 
 
 def test_ipo_gradient_zero_at_target_margin() -> None:

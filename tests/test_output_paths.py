@@ -10,7 +10,8 @@ import pytest
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.comparison.command import name_models
-from lpc_lightning.output_paths import check_file, check_folder, check_name
+from lpc_lightning.output_paths import check_file, check_folder, check_name, claim_output_file, claim_output_folder
+from lpc_lightning.policy import TinyPolicy
 from tests.fixtures.commands import run_command
 
 GRID = "configs/ablation/noise_tiny.yaml"
@@ -42,6 +43,27 @@ def test_output_that_is_no_folder_or_file_is_refused(
     assert outcome.errors[0].split(": ", 1)[1].startswith(f"{target} is {expected}, expected a f")
     assert stat.S_ISFIFO(target.lstat().st_mode) if kind == "pipe" else target.readlink() == Path("nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["target.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["generate", "alpaca", "adapt", "report"])
+def test_output_of_a_running_command_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "new" / "out"
+    claim = claim_output_folder if name in ("adapt", "report") else claim_output_file
+    (tmp_path / "none.json").write_text('[{"instruction": "Why?"}]')
+    monkeypatch.chdir(tmp_path)
+    spec = TinyPolicy(width=16, layers=1, heads=2)
+    spec.build().causal_lm.save_pretrained(tmp_path / "none")
+    spec.load_tokenizer().save_pretrained(tmp_path / "none")
+    with claim(target, "output"):
+        outcome = run_command(capsys, name, *COMMANDS[name].format(target).split())
+    assert outcome.code == 1
+    assert f": another command writes to {target}, expected a path of its own" in outcome.errors[0]
+    assert not target.exists()
+    assert not list(target.parent.iterdir())
+    with claim(target, "output"):  # free again
+        pass
 
 
 @pytest.mark.parametrize(

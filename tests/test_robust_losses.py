@@ -33,19 +33,20 @@ def pairs_with_margins(*margins: float) -> PairLogps:
     return PairLogps(*rows)
 
 
-def random_pairs(codes: int | None = None) -> PairLogps:
+def random_pairs(codes: int | None = None, margins: bool = False) -> PairLogps:
     generator = torch.Generator().manual_seed(3)
     policy = (6,) if codes is None else (6, codes)
     rest = (6,) if codes is None else (6, 1)
     shapes = (policy, policy, rest, rest)
     numbers = [2 * torch.randn(shape, generator=generator, dtype=torch.float64) - 6 for shape in shapes]
     lengths = [torch.randint(1, 5, rest, generator=generator).double() for _ in range(2)]
-    return PairLogps(*numbers, *lengths)
+    logps = PairLogps(*numbers, *lengths)
+    return replace(logps, margins=torch.linspace(-0.5, 1.0, 6).double().reshape(rest)) if margins else logps
 
 
 def swapped(logps: PairLogps) -> PairLogps:
-    pw, pl, rw, rl, nw, nl = (getattr(logps, field.name) for field in fields(logps))
-    return PairLogps(pl, pw, rl, rw, nl, nw)
+    pw, pl, rw, rl, nw, nl, margins = (getattr(logps, field.name) for field in fields(logps))
+    return PairLogps(pl, pw, rl, rw, nl, nw, margins)
 
 
 def check_values(robust: RobustLoss, algorithm: str, logps: PairLogps, *expected: float) -> None:
@@ -121,7 +122,7 @@ def test_holder_dpo_derivative_is_published(gamma: float) -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.3])
 def test_smoothing_equals_dpo_settings(rate: float) -> None:
     for codes in (None, 3):
-        logps = random_pairs(codes)
+        logps = random_pairs(codes, margins=True)
         log_weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
         for robust, unbiased in ((ConservativeLoss(rate), False), (UnbiasedLoss(rate), True)):
             ours = robust.pair_losses(ALGORITHMS["dpo"], logps)
@@ -135,7 +136,7 @@ def test_smoothing_equals_dpo_settings(rate: float) -> None:
 
 @every_algorithm
 def test_unbiased_loss_mean_is_clean_loss(algorithm: str) -> None:
-    logps, log_weights = random_pairs(3), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    logps, log_weights = random_pairs(3, margins=True), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
     clean, robust = ALGORITHMS[algorithm], UnbiasedLoss(0.2)
     observed, flipped = (robust.pair_losses(clean, pairs) for pairs in (logps, swapped(logps)))
     for value in (lambda pairs: pairs.losses, lambda pairs: pairs.of_mixture(log_weights)):
@@ -221,7 +222,7 @@ def test_smoothing_of_losses_with_several_terms(
     if algorithm == "kto" or isinstance(robust, UnbiasedLoss):
         of_labels = [loss(pairs).of_mixture(log_weights) for pairs in (codes, swapped(codes))]
         torch.testing.assert_close(mixture, kept * of_labels[0] + flipped * of_labels[1], rtol=1e-12, atol=1e-12)
-    rows = PairLogps(*(getattr(logps, field.name)[:, None] for field in fields(PairLogps)))
+    rows = PairLogps(*(getattr(logps, field.name)[:, None] for field in fields(PairLogps)[:6]))
     same = replace(
         rows, policy_chosen=rows.policy_chosen.expand(6, 3), policy_rejected=rows.policy_rejected.expand(6, 3)
     )
@@ -285,3 +286,11 @@ def test_one_reliability_for_all_annotators() -> None:
     robust.update()
     values = robust.reliabilities(["a", "new"], torch.device("cpu"))
     torch.testing.assert_close(values, torch.full((2,), 0.6).double())
+
+
+def test_dr_dpo_weights_repeat_pairs() -> None:
+    losses = torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
+    repeated = torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64)
+    weighted = DrDPO(0.7).batch_loss(losses, torch.tensor([2.0, 1.0, 0.0]))
+    torch.testing.assert_close(weighted, DrDPO(0.7).batch_loss(repeated), rtol=1e-7, atol=0)
+    assert DrDPO(0.7).batch_loss(losses, torch.zeros(3)) == 0

@@ -134,5 +134,5 @@ def assert_commands_open_it(stopped: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"Say {word}.", "chosen": "Yes.", "rejected": "No."} for word in ("one", "two", "three")]
     pairs.write_text("\n".join(map(json.dumps, rows)))
     results = tmp_path / "results"
-    evaluate([str(stopped)], tasks=["none"], preferences=str(pairs), output=str(results), names=["sharded"])
+    evaluate([str(stopped)], tasks=["none"], preferences=[str(pairs)], output=str(results), names=["sharded"])
     assert json.loads((results / "sharded" / "results.json").read_text())

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
+from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput
 from lpc_lightning.algorithms.metrics import PairMeans, accuracies
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from lpc_lightning.evaluation.statistics.calibration import calibration_error, wrong_label_auroc
 from lpc_lightning.evaluation.statistics.clusters import standard_error
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.types import PairLosses, PairStates, PreferenceBatch
+from lpc_lightning.types import PairLogps, PairLosses, PairStates, PreferenceBatch
 
 Group = Literal["source", "factor", "annotator"]
 """Labels by which pairs can be grouped."""
@@ -34,9 +35,40 @@ LENGTH_MATCHED = "/length_matched"
 LENGTH_RATIO = 1.5
 OTHERS = "(others)"
 """Label of the pairs of all groups but the largest."""
+LengthScale = Callable[[PairLogps], PairLogps]
+"""Change of the answers' log-probabilities before the loss."""
 
 
-def mode_margins(evaluated: EvaluationOutput, space: LatentSpace | None) -> dict[str, Tensor]:
+def summed(logps: PairLogps) -> PairLogps:
+    """Return log-probabilities that a loss cannot divide by lengths: sums over the tokens of each answer."""
+    return replace(
+        logps,
+        chosen_lengths=torch.ones_like(logps.chosen_lengths),
+        rejected_lengths=torch.ones_like(logps.rejected_lengths),
+    )
+
+
+def per_token(logps: PairLogps) -> PairLogps:
+    """Return log-probabilities divided by the number of tokens of each answer, policy and reference alike."""
+    chosen, rejected = logps.chosen_lengths, logps.rejected_lengths
+    return summed(
+        replace(
+            logps,
+            policy_chosen=logps.policy_chosen / chosen,
+            policy_rejected=logps.policy_rejected / rejected,
+            reference_chosen=None if logps.reference_chosen is None else logps.reference_chosen / chosen,
+            reference_rejected=None if logps.reference_rejected is None else logps.reference_rejected / rejected,
+        )
+    )
+
+
+LENGTH_SCALES: dict[str, LengthScale] = {"summed": summed, "per_token": per_token}
+"""Rewards without and with length normalisation, for every algorithm."""
+
+
+def mode_margins(
+    evaluated: EvaluationOutput, space: LatentSpace | None, scales: Mapping[str, LengthScale] | None = None
+) -> dict[str, Tensor]:
     """Compute the margin of each pair in every mode of the space, from one backbone pass.
 
     A margin is the reward of the chosen answer minus that of the rejected answer. In mode `marginal` it is the log-odds
@@ -54,12 +86,20 @@ def mode_margins(evaluated: EvaluationOutput, space: LatentSpace | None) -> dict
     Args:
         evaluated: The return value of `validation_step` or `test_step`.
         space: The module's latent space, or None.
+        scales: Further scales of the answers' log-probabilities, by name (see `LENGTH_SCALES`). None: the algorithm's
+            own only.
 
     Returns:
-        (B,) margins by mode. A policy without z has the mode `prior` only.
+        (B,) margins by mode. A policy without z has the mode `prior` only. With scales, also the margins under each
+        scale, by `MODE/SCALE`. They are from the same passes and under the same z.
     """
     terms, states, score = evaluated["terms"], evaluated["states"], evaluated["score"]
-    margins = {"prior": _margins(terms.pairs)}
+    scales = scales or {}
+
+    def under_scales(mode: str, logps: PairLogps) -> dict[str, Tensor]:
+        return {f"{mode}/{name}": _margins(score.losses(scale(logps))) for name, scale in scales.items()}
+
+    margins = {"prior": _margins(terms.pairs)} | under_scales("prior", terms.logps)
     if terms.pairs.right is not None:
         summed_out = None if space is None else space.right_labels(states.prompt, score)
         margins[RIGHT] = terms.pairs.right if summed_out is None else summed_out
@@ -73,10 +113,19 @@ def mode_margins(evaluated: EvaluationOutput, space: LatentSpace | None) -> dict
         swapped_states = PairStates(prompt=states.prompt, chosen=states.rejected, rejected=states.chosen)
         z, swapped_z = space.posterior_z(states, score), space.posterior_z(swapped_states, score.swapped())
         zs |= {} if z is None else {"posterior": z, SWAPPED: swapped_z}
-        evidence, swapped_evidence = (space.log_evidence(states.prompt, scorer) for scorer in (score, score.swapped()))
-        if evidence is not None and swapped_evidence is not None:
-            margins["marginal"] = evidence - swapped_evidence
-    return margins | {mode: _margins(score.under(z)[0]) for mode, z in zs.items()}
+        scorers = {"marginal": score} | {f"marginal/{name}": score.rescaled(scale) for name, scale in scales.items()}
+        odds = {name: _log_odds(space, states, each) for name, each in scorers.items()}
+        margins |= {name: value for name, value in odds.items() if value is not None}
+    for mode, z in zs.items():
+        pairs, logps = score.under(z)
+        margins |= {mode: _margins(pairs)} | ({} if mode == SWAPPED else under_scales(mode, logps))
+    return margins
+
+
+def _log_odds(space: LatentSpace, states: PairStates, score: BatchScorer) -> Tensor | None:
+    """Compute the log-odds (B,) of the labels with the code summed out. None without codes."""
+    evidence, swapped = (space.log_evidence(states.prompt, each) for each in (score, score.swapped()))
+    return None if evidence is None or swapped is None else evidence - swapped
 
 
 def turnover(first: Tensor, second: Tensor) -> Tensor:
@@ -104,32 +153,40 @@ class AccuracyReport:
     standard_errors: dict[str, float] = field(default_factory=dict)
     """Standard error of each mean over the pairs of two prompts or more. Pairs of one prompt are not independent."""
     items: list[Row] = field(default_factory=list)
-    """One row per pair: its labels (see `pair_labels`), and `margins` by mode."""
+    """One row per pair: its labels (see `pair_labels`), `margins` by mode, and with scales `scaled`, the margins by
+    `MODE/SCALE`."""
 
 
 class AccuracyModes(nn.Module):
     """Accuracy and mean margin in every mode, over all pairs and for groups of pairs, over all devices."""
 
-    def __init__(self, by: Sequence[Group] = ("source", "factor"), most: int = 32) -> None:
+    def __init__(
+        self,
+        by: Sequence[Group] = ("source", "factor"),
+        most: int = 32,
+        scales: Mapping[str, LengthScale] | None = None,
+    ) -> None:
         """Create empty counts.
 
         Args:
             by: Labels by which pairs are grouped.
             most: Maximum number of groups per label. The smaller groups are merged into one.
+            scales: Further scales of the rewards (see `mode_margins`). Each adds `accuracy/MODE/SCALE` over all pairs.
         """
         super().__init__()
-        self.by, self.most = tuple(by), most
+        self.by, self.most, self.scales = tuple(by), most, dict(scales or {})
         self.table = PairTable()
         # Summed like the module's own metric, so that both numbers are equal to the last bit.
         self.headline = PairMeans()
 
     def update(self, evaluated: EvaluationOutput, batch: PreferenceBatch, space: LatentSpace | None) -> None:
         """Add a batch. See `mode_margins` for the arguments."""
-        margins = mode_margins(evaluated, space)
+        margins = mode_margins(evaluated, space, self.scales)
         self.headline.update({"accuracy/prior": accuracies(margins["prior"]), "margin/prior": margins["prior"]})
         unshuffled = "no_latent" in margins and "shuffled" not in margins
         if unshuffled:
-            margins["shuffled"] = torch.full_like(margins["prior"], torch.nan)
+            names = ["shuffled", *(f"shuffled/{name}" for name in self.scales)]
+            margins |= dict.fromkeys(names, torch.full_like(margins["prior"], torch.nan))
         self.table.update(
             dict(sorted(margins.items())), [{**row, "unshuffled": unshuffled} for row in pair_labels(batch)]
         )
@@ -141,9 +198,11 @@ class AccuracyModes(nn.Module):
 
     def collect(self) -> AccuracyReport:
         """Return the results over all pairs since the last call, from all devices. Then remove all pairs."""
-        margins, rows = self.table.read()
+        columns, rows = self.table.read()
         if not rows:
             return AccuracyReport()
+        scaled = {name: values for name, values in columns.items() if "/" in name}
+        margins = {name: values for name, values in columns.items() if name not in scaled}
         means: dict[str, float] = {}
         errors: dict[str, float] = {}
         counts: dict[str, float] = {}
@@ -168,10 +227,19 @@ class AccuracyModes(nn.Module):
                     means[f"gold_calibration_error/{mode}"] = calibration_error(gold)
             if flipped.any() and not flipped.all():
                 means[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins[mode], flipped)
+        for name, values in scaled.items():
+            scored = ~values.isnan()
+            if scored.any():
+                means[f"accuracy/{name}"] = float(accuracies(values[scored]).mean())
+                error = standard_error(accuracies(values[scored]).numpy(), prompts[scored.numpy()])
+                errors |= {} if error is None else {f"accuracy/{name}": error}
         if unshuffled.any():
             counts["pairs/not_shuffled"] = float(unshuffled.sum())
         means |= {name: float(value) for name, value in self.headline.compute().items()}
         items = [_item(row, margins, index) for index, row in enumerate(rows)]
+        for index, item in enumerate(items if scaled else ()):
+            numbers = {name: float(column[index]) for name, column in scaled.items()}
+            item["scaled"] = {name: number for name, number in numbers.items() if not math.isnan(number)}
         self.reset()
         return AccuracyReport(means | counts, errors, items)
 

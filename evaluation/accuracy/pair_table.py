@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -55,7 +57,8 @@ class PairTable(Metric):
         if not self.update_called:
             return {}, []
         numbers, labels = self.compute()
-        return dict(zip(self.columns, numbers.cpu().unbind(-1), strict=True)), _unpack(labels)
+        numbers = numbers.cpu().view(-1, len(self.columns))  # torchmetrics turns a single number into a scalar
+        return dict(zip(self.columns, numbers.unbind(-1), strict=True)), _unpack(labels)
 
 
 def pair_labels(batch: PreferenceBatch) -> list[Row]:
@@ -68,6 +71,20 @@ def pair_labels(batch: PreferenceBatch) -> list[Row]:
     columns = (batch.ids, batch.sources, batch.factors, batch.annotators, batch.prompts, batch.flipped.tolist(), tokens)
     names = ("id", "source", "factor", "annotator", "prompt", "flipped", "tokens")
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def split_codes(name: str, values: Tensor) -> dict[str, Tensor]:
+    """Split (B, K) values into K named columns."""
+    return {f"{name}/{code}": value for code, value in enumerate(values.unbind(-1))}
+
+
+def join_codes(columns: Mapping[str, NDArray[np.float64]], name: str) -> NDArray[np.float64]:
+    """Join the columns of `split_codes`: (n, K).
+
+    Raises:
+        ValueError: There are no such columns.
+    """
+    return np.stack([values for each, values in columns.items() if each.startswith(f"{name}/")], axis=-1)
 
 
 def _pack(rows: Iterable[Row]) -> Tensor:

@@ -14,7 +14,7 @@ from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
-from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, Group
+from lpc_lightning.evaluation.accuracy.accuracy_modes import LENGTH_SCALES, AccuracyModes, Group
 from lpc_lightning.evaluation.accuracy.collect import Collector, CollectPairs
 from lpc_lightning.evaluation.accuracy.pair_table import Row
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
@@ -31,11 +31,13 @@ class PreferenceResults:
     """Scores of a policy on preference pairs."""
 
     metrics: dict[str, float]
-    """`accuracy/MODE`, `log_loss/MODE`, `swap_turnover`, `pairs` and so on; see `AccuracyReport`."""
+    """`accuracy/MODE`, `log_loss/MODE`, `swap_turnover`, `pairs` and so on; see `AccuracyReport`. Also
+    `accuracy/MODE/summed` and `accuracy/MODE/per_token`."""
     standard_errors: dict[str, float]
     """Standard errors of the means among the metrics."""
     items: list[Row]
-    """One row per pair: its labels (see `pair_labels`), and `margins` by mode, for paired comparisons."""
+    """One row per pair: its labels (see `pair_labels`), `margins` by mode, for paired comparisons, and `scaled`, the
+    margins of rewards without and with length normalisation, by `MODE/summed` and `MODE/per_token`."""
     reward: str
     """Description of the reward. Margins are differences of rewards."""
     pairs: int
@@ -77,7 +79,7 @@ def preference_accuracy(
     if isinstance(model, str):
         model = open_module(model) if model.endswith(".ckpt") else open_policy(model)
     module = LikelihoodScorer(model) if isinstance(model, OpenedPolicy) else model
-    modes = AccuracyModes(by)
+    modes = AccuracyModes(by, scales=LENGTH_SCALES)
     rows = evaluate_pairs(module, data, modes, split, precision, progress_bar)
     report = modes.collect()
     return PreferenceResults(

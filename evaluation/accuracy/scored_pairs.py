@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import math
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +18,22 @@ from lpc_lightning.data import Columns, DataError, PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.example_source import ExampleSource, RowSource
 from lpc_lightning.data.sources.locations import open_location
-from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.splits import split_names
 from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
+from lpc_lightning.evaluation.accuracy.reward_benchmarks import PairForm, Scores, find_form
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, stderr_name, to_json_value
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.opening import OpenedPolicy
 from lpc_lightning.paths import expand_path
-from lpc_lightning.types import PreferenceExample
 
 TASK = "preferences"
 """Name of the task in results and tables."""
 ALL_PAIRS_METRIC = re.compile(
     "swap_turnover|(gold_)?longer_is_chosen|((gold_)?(accuracy|log_loss|calibration_error)|margin|wrong_label_auroc)/[^/]+"
+    "|accuracy/prior/(summed|per_token)"
 )
-"""Pattern of metrics over all pairs. The others are counts or metrics of a group: `accuracy/prior/source/books`."""
+"""Pattern of metrics over all pairs. The others are counts or metrics of a group, `accuracy/prior/source/books`, or
+accuracies of other modes without and with length normalisation, `accuracy/marginal/per_token`."""
 
 
 class PairsFile(PreferenceDataModule):
@@ -48,6 +46,7 @@ class PairsFile(PreferenceDataModule):
         limit: int | float | None = None,
         columns: Columns | None = None,
         split_column: str = "split",
+        task: str = TASK,
         **data: Any,
     ) -> None:
         """Select pairs of a file.
@@ -57,9 +56,11 @@ class PairsFile(PreferenceDataModule):
                 are replaced.
             split: Split of the selected rows. None: `test` if the path has splits, or if any row has a value in the
                 split column; else all rows.
-            limit: Maximum number of pairs, taken from the start; below 1: a share of them, rounded up. None: all pairs.
+            limit: Maximum number of pairs, taken from the start; below 1: a share of them, rounded up. Rows in place of
+                pairs if a row holds several. None: all pairs.
             columns: Names of the columns, and how their cells are read. None: the defaults of `Columns`.
             split_column: Column that holds the split of each row.
+            task: Name of the file in results.
             data: Settings of `PreferenceDataModule`.
 
         Raises:
@@ -70,9 +71,10 @@ class PairsFile(PreferenceDataModule):
         if not Path(path).expanduser().exists() and not glob.has_magic(path):
             raise DataError(f"preferences: found no file {path}, expected preference pairs such as pairs.jsonl.")
         self.split = "test" if split is None and split_names(open_location(path), split_column) else split
-        self.limit = limit
+        self.limit, self.task = limit, task
+        self.form = find_form(path)
         source = RowSource(path, columns=columns or Columns(), split=self.split, split_column=split_column)
-        self._pairs = FirstExamples(source, limit)
+        self._pairs = self.form.source(source, limit)
 
     @property
     def content(self) -> str:
@@ -82,26 +84,6 @@ class PairsFile(PreferenceDataModule):
     def source(self, stage: Stage) -> ExampleSource | None:
         """Return the pairs for the stage `test`, None for other stages."""
         return self._pairs if stage == "test" else None
-
-
-@dataclass(frozen=True)
-class FirstExamples:
-    """The first examples of a source."""
-
-    source: ExampleSource
-    count: int | float | None
-    """Number of examples; below 1: a share of them, rounded up. None: all of them."""
-
-    def key(self) -> str:
-        """Return a key of the examples; see `ExampleSource.key`."""
-        return f"{self.source.key()} first {self.count}"
-
-    def read(self, report: DataReport) -> Iterator[PreferenceExample]:
-        """Yield the examples; see `ExampleSource.read`. Rows after the last one are neither read nor counted."""
-        count = self.count
-        if count is not None and count < 1:
-            count = math.ceil(count * sum(1 for _ in self.source.read(DataReport())))
-        return islice(self.source.read(report), None if count is None else int(count))
 
 
 def score_pairs(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, precision: str | None) -> BenchmarkResults:
@@ -116,7 +98,7 @@ def score_pairs(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, precis
         DataError: There are no pairs, or the data is invalid.
     """
     started = time.perf_counter()
-    scored, content = preference_accuracy(model, pairs, precision=precision), pairs.content
+    scored, content, task = preference_accuracy(model, pairs, precision=precision), pairs.content, pairs.task
     metrics: dict[str, float] = {}
     groups: dict[str, float] = {}
     for name, value in sorted(scored.metrics.items(), key=_headline_first):
@@ -124,7 +106,9 @@ def score_pairs(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, precis
         destination[name] = value
         if name in scored.standard_errors:
             destination[stderr_name(name)] = scored.standard_errors[name]
-    record = {
+    form_scores = benchmark_scores(pairs.form, scored.items)
+    headlines = {f"{pairs.form.name}/{name}": value for name, value in _headlines(form_scores).items()}
+    record: dict[str, Any] = {
         "version": content,
         "limit": pairs.limit,
         "items": scored.pairs,
@@ -137,9 +121,34 @@ def score_pairs(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, precis
         "cut": scored.cut,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    items = [_item(row, content) for row in scored.items]
-    run_record = {"tasks": {TASK: record}, "settings": {"tasks": [TASK]}, "seconds": record["seconds"], **provenance()}
-    return BenchmarkResults({TASK: metrics}, items, {}, to_json_value(run_record))
+    record |= {"form": pairs.form.name, "scores": form_scores} if form_scores else {}
+    items = [_item(row, content, task) for row in scored.items]
+    run_record = {"tasks": {task: record}, "settings": {"tasks": [task]}, "seconds": record["seconds"], **provenance()}
+    return BenchmarkResults({task: headlines | metrics}, items, {}, to_json_value(run_record))
+
+
+def benchmark_scores(form: PairForm, items: Sequence[dict[str, Any]]) -> dict[str, Scores]:
+    """Return the scores of a benchmark by `MODE/SCALE`, the prior first. Empty for plain pairs.
+
+    Args:
+        form: The form of the rows.
+        items: The pairs, with `scaled` (see `PreferenceResults.items`).
+    """
+    columns = dict.fromkeys(name for item in items for name in item["scaled"])
+    scores = {
+        name: form.scores([(item, item["scaled"][name]) for item in items if name in item["scaled"]])
+        for name in sorted(columns, key=lambda name: (not name.startswith("prior/"), name))
+    }
+    return {name: values for name, values in scores.items() if values}
+
+
+def _headlines(scores: dict[str, Scores]) -> Scores:
+    """Return the scores under the prior, without those of subsets: `average/prior/summed` and so on."""
+    return {
+        f"{name}/{column}": value
+        for column, values in scores.items() if column.startswith("prior/")
+        for name, value in values.items() if not name.startswith("subset/")
+    }  # fmt: skip
 
 
 def _headline_first(metric: tuple[str, float]) -> tuple[bool, bool]:
@@ -148,10 +157,10 @@ def _headline_first(metric: tuple[str, float]) -> tuple[bool, bool]:
     return not name.startswith("accuracy/"), not name.startswith(("accuracy/prior", "margin/prior"))
 
 
-def _item(row: dict[str, Any], content: str) -> dict[str, Any]:
+def _item(row: dict[str, Any], content: str, task: str) -> dict[str, Any]:
     margins: dict[str, float] = row["margins"]
     correct = {f"accuracy/{mode}": float(accuracies(torch.tensor(margin))) for mode, margin in margins.items()}
-    labels = {name: value for name, value in row.items() if name not in ("id", "margins")}
+    labels = {name: value for name, value in row.items() if name not in ("id", "margins", "scaled")}
     # Ids may repeat across annotators.
     version = f"{content} {row['annotator']}".rstrip()
-    return {"task": TASK, "doc_id": row["id"], "doc_hash": version, "metrics": correct, "response": margins, **labels}
+    return {"task": task, "doc_id": row["id"], "doc_hash": version, "metrics": correct, "response": margins, **labels}

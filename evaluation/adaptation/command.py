@@ -27,7 +27,7 @@ from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
 from lpc_lightning.latent import DiscreteSpace
-from lpc_lightning.output_paths import check_folder
+from lpc_lightning.output_paths import check_folder, claim_output_folder
 
 UNDER_Z = "exact_z"
 """Scores under z = sum_k w_k e_k, with the weights of `exact`."""
@@ -102,43 +102,44 @@ def adapt(
     named = name_models(models, names)
     check_folder(Path(output), "output")
     collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
-    reports: dict[str, AdaptationReport] = {}
-    for name, path in named:
-        pairs = PairsFile(
-            preferences,
-            split=split,
-            limit=limit,
-            columns=columns,
-            bad_rows=bad_rows,
-            batch_size=batch_size,
-            max_length=max_length,
-        )
-        checkpoint = read_checkpoint(Path(path), weights=False)
-        pairs.template_settings = trained_template(checkpoint_origin(checkpoint, Path(path)))
-        module = open_module(path, device, trust_remote_code)
-        if len(named) == 1 and not isinstance(module.latent, DiscreteSpace):
-            raise ConfigError(
-                f"models: found no codes in {path}, so that nothing can be inferred from labelled pairs; expected a "
-                "checkpoint of a latent with codes, such as MarginalSpace."
+    with claim_output_folder(Path(output), "output"):
+        reports: dict[str, AdaptationReport] = {}
+        for name, path in named:
+            pairs = PairsFile(
+                preferences,
+                split=split,
+                limit=limit,
+                columns=columns,
+                bad_rows=bad_rows,
+                batch_size=batch_size,
+                max_length=max_length,
             )
-        rows = evaluate_pairs(module, pairs, collector, precision=precision)
-        print(f"{name}: {rows}")
-        report = collector.collect()
-        _check_annotators(report, collector, preferences)
-        if report.weights and under_z:
-            policy = PolicyUnderMixtures(report.mixtures, annotator_column)
-            evaluate_pairs(module, pairs, policy, precision=precision)
-            report = replace(report, scores={**report.scores, UNDER_Z: policy.scores()})
-        write_adaptation(Path(output) / name, report, collector)
-        reports[name] = report
-        del module
-        gc.collect()  # the module contains reference cycles, which only the collector frees
-    if not any(report.weights for report in reports.values()):
-        raise ConfigError(
-            f"models: found no codes in any of {', '.join(models)}; expected at least one checkpoint of a latent with "
-            "codes, such as MarginalSpace."
-        )
-    _write(Path(output), reports, collector.shots)
+            checkpoint = read_checkpoint(Path(path), weights=False)
+            pairs.template_settings = trained_template(checkpoint_origin(checkpoint, Path(path)))
+            module = open_module(path, device, trust_remote_code)
+            if len(named) == 1 and not isinstance(module.latent, DiscreteSpace):
+                raise ConfigError(
+                    f"models: found no codes in {path}, so that nothing can be inferred from labelled pairs; expected "
+                    "a checkpoint of a latent with codes, such as MarginalSpace."
+                )
+            rows = evaluate_pairs(module, pairs, collector, precision=precision)
+            print(f"{name}: {rows}")
+            report = collector.collect()
+            _check_annotators(report, collector, preferences)
+            if report.weights and under_z:
+                policy = PolicyUnderMixtures(report.mixtures, annotator_column)
+                evaluate_pairs(module, pairs, policy, precision=precision)
+                report = replace(report, scores={**report.scores, UNDER_Z: policy.scores()})
+            write_adaptation(Path(output) / name, report, collector)
+            reports[name] = report
+            del module
+            gc.collect()  # the module contains reference cycles, which only the collector frees
+        if not any(report.weights for report in reports.values()):
+            raise ConfigError(
+                f"models: found no codes in any of {', '.join(models)}; expected at least one checkpoint of a latent "
+                "with codes, such as MarginalSpace."
+            )
+        _write(Path(output), reports, collector.shots)
 
 
 def _check_annotators(report: AdaptationReport, pairs: AdaptationPairs, preferences: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
-from lpc_lightning.evaluation.accuracy.pair_table import PairTable, pair_labels
+from lpc_lightning.evaluation.accuracy.pair_table import PairTable, join_codes, pair_labels, split_codes
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights, correct, single_code
 from lpc_lightning.evaluation.adaptation.scores import (
     SHOTS,
@@ -93,11 +93,11 @@ class AdaptationPairs(nn.Module):
             numbers["no_latent"] = _margins(score.under(None)[0])
         if isinstance(space, DiscreteSpace):
             codes = space.codebook.weight
-            numbers |= _by_code("log_prior", space.log_prior(states.prompt))
-            numbers |= _by_code("losses", -score.under_codes(codes)[0].label_log_likelihood)
-            numbers |= _by_code("swapped", -score.swapped().under_codes(codes)[0].label_log_likelihood)
+            numbers |= split_codes("log_prior", space.log_prior(states.prompt))
+            numbers |= split_codes("losses", -score.under_codes(codes)[0].label_log_likelihood)
+            numbers |= split_codes("swapped", -score.swapped().under_codes(codes)[0].label_log_likelihood)
         if isinstance(space, PosteriorSpace):
-            numbers |= _by_code("log_posterior", space.log_posterior(states, score))
+            numbers |= split_codes("log_posterior", space.log_posterior(states, score))
         self.table.update(numbers, pair_labels(batch))
 
     def reset(self) -> None:
@@ -143,17 +143,9 @@ def _margins(pairs: PairLosses) -> Tensor:
     return pairs.chosen_rewards - pairs.rejected_rewards
 
 
-def _by_code(name: str, values: Tensor) -> dict[str, Tensor]:
-    """Split (B, K) values into K named columns."""
-    return {f"{name}/{code}": value for code, value in enumerate(values.unbind(-1))}
-
-
 def _tables(columns: Mapping[str, NDArray[np.float64]]) -> CodeTables | None:
-    def table(prefix: str) -> NDArray[np.float64] | None:
-        by_code = [values for name, values in columns.items() if name.startswith(f"{prefix}/")]
-        return np.stack(by_code, axis=-1) if by_code else None
-
-    prior, losses, swapped = (table(prefix) for prefix in ("log_prior", "losses", "swapped"))
-    if prior is None or losses is None or swapped is None:
+    if "log_prior/0" not in columns:
         return None
-    return CodeTables(prior, losses, swapped, table("log_posterior"))
+    posterior = join_codes(columns, "log_posterior") if "log_posterior/0" in columns else None
+    prior, losses, swapped = (join_codes(columns, name) for name in ("log_prior", "losses", "swapped"))
+    return CodeTables(prior, losses, swapped, posterior)

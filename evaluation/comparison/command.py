@@ -6,6 +6,7 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,8 @@ from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS
 from lpc_lightning.evaluation.comparison.comparison import compare, to_markdown, write_comparison
 from lpc_lightning.evaluation.comparison.model_scores import ModelScores, scores_of
 from lpc_lightning.evaluation.comparison.one_model import EvalRequest, describe, evaluate_model
+from lpc_lightning.evaluation.comparison.score_tables import score_tables
+from lpc_lightning.evaluation.comparison.stored import claim_name
 from lpc_lightning.evaluation.tables import markdown_table, score
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.opening import short_name
@@ -37,7 +40,7 @@ def evaluate(
     models: list[str],
     tasks: list[str] | None = None,
     data_dir: str | None = None,
-    preferences: str | None = None,
+    preferences: list[str] | None = None,
     output: str = "results",
     names: list[str] | None = None,
     columns: Columns | None = None,
@@ -57,10 +60,11 @@ def evaluate(
     """Run lm-eval's benchmarks on models with their latent, optionally with preference accuracy, and compare models.
 
     Each model's scores go to OUTPUT/NAME/results.json, and every item goes to items.jsonl. Existing results with the
-    same settings are read and not computed again. After an interruption or a failure, run the same command again to
-    complete the results. With several models, the first is the baseline of OUTPUT/comparison.md, .csv and .json. These
-    files have the differences to the baseline and their significance: McNemar's exact test or a paired bootstrap,
-    or, where preference pairs share a prompt, sign flips and resamples of whole prompts, corrected by Holm.
+    same settings are read and not computed again. Commands that run together keep their results apart. After an
+    interruption or a failure, run the same command again to complete the results. With several models, the first is the
+    baseline of OUTPUT/comparison.md, .csv and .json. These files have the differences to the baseline and their
+    significance: McNemar's exact test or a paired bootstrap, or, where preference pairs share a prompt, sign flips and
+    resamples of whole prompts, corrected by Holm.
 
     Args:
         models: Models to evaluate, the baseline first: checkpoints (runs/version_0/checkpoints/best.ckpt), exported
@@ -68,8 +72,10 @@ def evaluate(
         tasks: Names of lm-eval tasks or groups, or paths of task files (.yaml); `none` for no benchmarks. null: the
             paper's tasks, arc_easy, arc_challenge, gsm8k, truthfulqa_mc1 and truthfulqa_mc2.
         data_dir: Folder with the tasks' data (arc/, gsm8k/, truthfulqa/). null: the data comes from the hub.
-        preferences: File of preference pairs to score. If it has a column `split`, the rows of `test` are used. A
-            checkpoint is scored by its algorithm's reward, any other model by mean log-probability.
+        preferences: Files of preference pairs to score. If a file has a column `split`, the rows of `test` are used. A
+            checkpoint is scored by its algorithm's reward, any other model by mean log-probability. Files in the form
+            of RM-Bench (lists of three answers) and of RewardBench (a column `subset`) also get the scores that these
+            benchmarks define, under every mode of z, without and with length normalisation.
         output: Folder for the results.
         names: Names of the models in tables and folders, one per model. null: names made from the models' paths.
         columns: Names of the columns of these pairs, and how their cells are read, as `data.columns` of a fit. null:
@@ -103,7 +109,7 @@ def evaluate(
     request = EvalRequest(
         tasks=PAPER_TASKS if tasks is None else tuple(task for task in tasks if task != "none"),
         data_dir=None if data_dir is None else expand_path(data_dir, "data_dir"),
-        preferences=preferences,
+        preferences=tuple(preferences or ()),
         columns=columns or Columns(),
         bad_rows=bad_rows,
         limit=limit,
@@ -119,22 +125,25 @@ def evaluate(
     )
     request.check()
     model_scores, failures = list[ModelScores](), list[str]()
-    for number, (name, model) in enumerate(named_models, 1):
-        if number > 1:
-            _free_memory()
-        print(f"Model {number} of {len(named_models)}: {name} ({model})", flush=True)
-        try:
-            results, missing = evaluate_model(model, name, request, Path(output), again)
-        except Exception as error:  # any error: the other models are still evaluated
-            failures.append(f"{name}: {describe(error)}")
-            continue
-        failures += [f"{name}, {task}: {reason}" for task, reason in missing.items()]
-        print(f"\n{table(results)}\n", flush=True)
-        model_scores.append(scores_of(name, results))
-    if len(model_scores) > 1:
-        if model_scores[0].name != named_models[0][0]:
-            print(f"{named_models[0][0]} has no results. The baseline is {model_scores[0].name}.")
-        _compare(model_scores, Path(output))
+    with claim_name(Path(output), "comparison") if len(named_models) > 1 else nullcontext("") as comparison_name:
+        for number, (name, model) in enumerate(named_models, 1):
+            if number > 1:
+                _free_memory()
+            print(f"Model {number} of {len(named_models)}: {name} ({model})", flush=True)
+            try:
+                results, missing = evaluate_model(model, name, request, Path(output), again)
+            except Exception as error:  # any error: the other models are still evaluated
+                failures.append(f"{name}: {describe(error)}")
+                continue
+            failures += [f"{name}, {task}: {reason}" for task, reason in missing.items()]
+            print(f"\n{table(results)}\n", flush=True)
+            for text in score_tables(results.record.get("tasks", {})).values():
+                print(f"{text}\n", flush=True)
+            model_scores.append(scores_of(name, results))
+        if len(model_scores) > 1:
+            if model_scores[0].name != named_models[0][0]:
+                print(f"{named_models[0][0]} has no results. The baseline is {model_scores[0].name}.")
+            _compare(model_scores, Path(output), comparison_name)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return not failures
@@ -177,12 +186,11 @@ def table(results: BenchmarkResults) -> str:
     return markdown_table(["task", "metric", "score", "items"], rows, left=2)
 
 
-def _compare(model_scores: Sequence[ModelScores], output: Path) -> None:
+def _compare(model_scores: Sequence[ModelScores], output: Path, name: str) -> None:
     comparison = compare(model_scores)
-    output.mkdir(parents=True, exist_ok=True)
-    write_comparison(output, comparison)
+    write_comparison(output, comparison, name)
     print(to_markdown(comparison))
-    print(f"\nWrote {output / 'comparison.md'}, .csv and .json.")
+    print(f"\nWrote {output / f'{name}.md'}, .csv and .json.")
 
 
 def _auto_precision(device: str) -> Literal["float32", "bfloat16"]:

@@ -170,12 +170,12 @@ def to_rows(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def write_comparison(folder: Path, comparison: Comparison) -> None:
-    """Write `comparison.md`, `comparison.csv` and `comparison.json` into an existing folder."""
+def write_comparison(folder: Path, comparison: Comparison, name: str = "comparison") -> None:
+    """Write `comparison.md`, `comparison.csv` and `comparison.json` into an existing folder, or under another name."""
     rows = to_rows(comparison)
-    (folder / "comparison.md").write_text(to_markdown(comparison) + "\n", encoding="utf-8")
-    (folder / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    with (folder / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
+    (folder / f"{name}.md").write_text(to_markdown(comparison) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]) if rows else [])
         table.writeheader()
         table.writerows(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, score_pair
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
 from lpc_lightning.evaluation.benchmarks.trial import failure_reason
+from lpc_lightning.evaluation.comparison.score_tables import write_score_tables
 from lpc_lightning.evaluation.comparison.stored import (
     REQUEST,
     add_run,
@@ -48,7 +49,7 @@ class EvalRequest:
 
     tasks: tuple[str, ...]
     data_dir: str | None = None
-    preferences: str | None = None
+    preferences: tuple[str, ...] = ()
     columns: Columns = field(default_factory=Columns)
     bad_rows: Literal["error", "skip"] = "error"
     limit: int | float | None = None
@@ -72,23 +73,22 @@ class EvalRequest:
         check_counts(self.limit, self.num_fewshot)
         if self.tasks:
             check_tasks(self.tasks, self.data_dir)
-        elif self.preferences is None:
+        elif not self.preferences:
             raise ConfigError("tasks: found none, expected a task, or a file of preference pairs (--preferences).")
-        if self.preferences is not None and self.prior_mode is not None:
+        if self.preferences and self.prior_mode is not None:
             raise ConfigError(
                 f"prior_mode: found {self.prior_mode!r} with a file of preference pairs, expected null: pairs are "
                 "scored with the model's own setting. Score benchmarks and pairs in separate runs."
             )
         self.pairs()
 
-    def pairs(self) -> PairsFile | None:
-        """Return the preference pairs to score, or None."""
-        if self.preferences is None:
-            return None
+    def pairs(self) -> list[PairsFile]:
+        """Return the files of preference pairs to score. With several, each is a task named by its file."""
         size = 8 if self.batch_size == "auto" else self.batch_size
-        return PairsFile(
-            self.preferences, limit=self.limit, columns=self.columns, batch_size=size, bad_rows=self.bad_rows
-        )
+        return [
+            PairsFile(path, limit=self.limit, columns=self.columns, batch_size=size, bad_rows=self.bad_rows, task=task)
+            for path, task in zip(self.preferences, _task_names(self.preferences), strict=True)
+        ]
 
     def key(self, model: str) -> dict[str, Any]:
         """Return all settings and files that determine a model's score on a task.
@@ -100,6 +100,18 @@ class EvalRequest:
             del settings[name]
         path = str(Path(model).resolve()) if Path(model).exists() else model
         return {**settings, "model": path, "weights": weights_of(model), "data": local_data(self.data_dir)}
+
+
+def _task_names(paths: Sequence[str]) -> list[str]:
+    """Return the names of files of pairs in results: that of a single file, else one with the name of each file."""
+    if len(paths) < 2:
+        return [PREFERENCES] * len(paths)
+    stems = [Path(path).name.split(".")[0] for path in paths]
+    numbers = [stems[:place].count(stem) for place, stem in enumerate(stems)]
+    return [
+        f"{PREFERENCES}-{stem}" + (f"-{number + 1}" if number else "")
+        for stem, number in zip(stems, numbers, strict=True)
+    ]
 
 
 def evaluate_model(
@@ -136,15 +148,14 @@ def _complete(
     name: str,
     request: EvalRequest,
     key: dict[str, Any],
-    pairs: PairsFile | None,
+    pairs: list[PairsFile],
     folder: Path,
     stored: BenchmarkResults | None,
     again: bool,
 ) -> tuple[BenchmarkResults, dict[str, str]]:
     tasks = list(request.tasks) if again else missing_tasks(stored, request.tasks)
-    if pairs is not None and not again and _are_scored(pairs, stored):
-        pairs = None
-    if stored is not None and not tasks and pairs is None:
+    pairs = [each for each in pairs if again or not _are_scored(each, stored)]
+    if stored is not None and not tasks and not pairs:
         print(f"Read from {folder}, written {stored.record['date']}. Use --again to compute the results again.")
         return stored, {}
     if stored is not None and not again:
@@ -154,13 +165,14 @@ def _complete(
         new = merge_parts(new, part)
         combined = add_run(stored, new)
         write_results(folder, combined, part.origin)
+        write_score_tables(folder, combined.record["tasks"])
     assert new is not None
     print(f"Wrote {folder}.")
     return combined, new.failures
 
 
 def _parts(
-    model: str, name: str, request: EvalRequest, key: dict[str, Any], tasks: list[str], pairs: PairsFile | None
+    model: str, name: str, request: EvalRequest, key: dict[str, Any], tasks: list[str], pairs: list[PairsFile]
 ) -> Iterator[BenchmarkResults]:
     """Yield the results of one benchmark after the other, then those of the pairs."""
     opened = open_policy(model, _dtype(request), request.device, name, request.trust_remote_code)
@@ -170,16 +182,18 @@ def _parts(
         for part in split_by_documents(tasks):
             yield replace(run(part), origin=origin)
         del run
-    if pairs is None:
+    if not pairs:
         return
-    pairs.template_settings = opened.template
+    for each in pairs:
+        each.template_settings = opened.template
     scored: PreferenceModule | OpenedPolicy
     if kind == "checkpoint":
         del opened  # free the policy before its module is opened, which has a reference as well
         scored = open_module(model, request.device, request.trust_remote_code)
     else:
         scored = opened
-    yield replace(_preferences(scored, pairs, request), origin=origin)
+    for each in pairs:
+        yield replace(_preferences(scored, each, request), origin=origin)
 
 
 def describe(error: Exception) -> str:
@@ -194,7 +208,7 @@ def _dtype(request: EvalRequest) -> str:
 
 
 def _are_scored(pairs: PairsFile, results: BenchmarkResults | None) -> bool:
-    record = {} if results is None else results.record["tasks"].get(PREFERENCES, {})
+    record = {} if results is None else results.record["tasks"].get(pairs.task, {})
     return bool(record.get("version") == pairs.content)
 
 
@@ -202,8 +216,8 @@ def _preferences(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, reque
     try:
         return score_pairs(model, pairs, precision="bf16-mixed" if request.precision == "bfloat16" else None)
     except Exception as error:  # any error: the results of the benchmarks must not be lost
-        record = {"tasks": {}, "settings": {"tasks": [PREFERENCES]}, "seconds": 0.0, **provenance()}
-        return BenchmarkResults({}, [], {PREFERENCES: describe(error)}, record)
+        record = {"tasks": {}, "settings": {"tasks": [pairs.task]}, "seconds": 0.0, **provenance()}
+        return BenchmarkResults({}, [], {pairs.task: describe(error)}, record)
 
 
 def _benchmarks(opened: OpenedPolicy, request: EvalRequest) -> Callable[[list[str]], BenchmarkResults]:

@@ -69,6 +69,26 @@ def claim_folder(output: Path, name: str, key: Mapping[str, Any]) -> Iterator[tu
             lock.release()
 
 
+@contextmanager
+def claim_name(output: Path, name: str) -> Iterator[str]:
+    """Yield a name for files in a folder: `name`, or `name-2` and so on if another command writes files of that name.
+
+    Args:
+        output: The folder. It is made.
+        name: The name without its ending.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        free = name if number == 1 else f"{name}-{number}"
+        lock = FileLock(output / f".{free}.md.lock", timeout=0)
+        try:
+            with lock:
+                yield free
+                return
+        except Timeout:
+            continue
+
+
 def local_data(data_dir: str | None) -> str | None:
     """Return a fingerprint of the benchmarks' local files, or None if the data comes from the hub."""
     if data_dir is None:

@@ -17,7 +17,7 @@ from lpc_lightning.evaluation.report.plots import draw
 from lpc_lightning.evaluation.report.run_tables import run_tables
 from lpc_lightning.evaluation.report.runs.differences import add_axes
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, join_measurements
+from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, check_conditions, join_measurements
 from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, flatten
 from lpc_lightning.evaluation.report.study import ACCURACIES, LeftOut, Study, make_study
 from lpc_lightning.evaluation.report.subject import Subject, numeric_axes
@@ -32,7 +32,7 @@ from lpc_lightning.evaluation.report.tables import (
 from lpc_lightning.evaluation.report.tuning_table import tuning_table
 from lpc_lightning.function_command import run_function
 from lpc_lightning.markdown import escape_markdown
-from lpc_lightning.output_paths import check_folder
+from lpc_lightning.output_paths import check_folder, claim_output_folder
 
 PAGE, TEXT, RUNS, PLOTS = "report.html", "report.md", "runs.csv", "plots"
 GENERATOR = '<meta name="generator" content="lpc-lightning report">'
@@ -58,11 +58,12 @@ def report(
 
     Runs that differ only in the seed form a group. Runs of different grids and fits are told apart by every further
     setting in which they differ, unless it cannot change a result, such as a path of outputs. Each group gets its mean
-    with Student's 95 % interval. It also gets its difference to the group that has the baseline's settings and agrees
-    in all others. The difference is taken seed by seed, with a paired t-test and Holm's correction for the number of
-    tests. Runs that failed, are missing or have no value of a metric are listed.
+    with a 95 % interval, which also covers the choice of test prompts if cells of `ablate` share them. It also gets its
+    difference to the group that has the baseline's settings and agrees in all others. The difference is taken seed by
+    seed, with a paired t-test and Holm's correction for the number of tests. Runs that failed, are missing or have no
+    value of a metric are listed.
 
-    OUT contains report.html, which needs no other file and also has the last answers of `AnswerSamples`; report.md;
+    OUT contains report.html, which needs no other file and also has the codes and the samples of runs; report.md;
     means, differences, tuning and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as
     .svg and .png in plots/.
 
@@ -79,61 +80,68 @@ def report(
         title: Title of the page. null: the ablation's name.
 
     Raises:
-        ConfigError: There are no runs, or there is no such metric, axis or baseline. The error lists the valid ones.
+        ConfigError: There are no runs, or there is no such metric, axis or baseline. The error lists the valid ones. Or
+            a metric was measured under different conditions.
         DataError: A file of a run cannot be read.
     """
     folder = Path(out)
     _check_replaceable(folder)
-    loaded = load_folders(runs)
-    records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
-    study = make_study(records, loaded.axes)
-    metrics = _select_metrics(study, metric)
-    selected_axes = _select_axes(study, x)
-    baseline_axes = read_baseline(study, baseline)
-    compared, unmatched = contrasts(study, metrics, baseline_axes)
-    left_out = [*study.left_out(metrics), *unmatched, *(LeftOut(*note) for note in notes)]
+    with claim_output_folder(folder, "out"):
+        loaded = load_folders(runs)
+        records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
+        study = make_study(records, loaded.axes)
+        metrics = _select_metrics(study, metric)
+        check_conditions(records, metrics)
+        selected_axes = _select_axes(study, x)
+        baseline_axes = read_baseline(study, baseline)
+        compared, unmatched = contrasts(study, metrics, baseline_axes)
+        left_out = [*study.left_out(metrics), *unmatched, *(LeftOut(*note) for note in notes)]
 
-    tables = [means_table(study, metrics), cost_table(study)]
-    if loaded.tunings:
-        tables.insert(1, tuning_table(loaded.tunings))
-    if baseline_axes:
-        tables.insert(1, contrasts_table(study, compared, baseline_axes))
-    missing, all_runs = left_out_table(left_out), runs_table(study, metrics)
-    baseline_name = ", ".join(f"{axis}={value}" for axis, value in baseline_axes.items())
-    plots, not_drawn = draw(Subject(study, metrics, compared, baseline_name, selected_axes))
+        tables = [means_table(study, metrics), cost_table(study)]
+        if loaded.tunings:
+            tables.insert(1, tuning_table(loaded.tunings))
+        if baseline_axes:
+            tables.insert(1, contrasts_table(study, compared, baseline_axes))
+        missing, all_runs = left_out_table(left_out), runs_table(study, metrics)
+        baseline_name = ", ".join(f"{axis}={value}" for axis, value in baseline_axes.items())
+        plots, not_drawn = draw(Subject(study, metrics, compared, baseline_name, selected_axes))
 
-    (folder / PLOTS).mkdir(parents=True, exist_ok=True)
-    for table in (*tables, missing):
-        write_table(folder, table)
-    write_csv(folder / RUNS, all_runs.records)
-    pictures = [make_picture(plot, svg) for plot, svg in write_plots(folder / PLOTS, plots)]
-    common = common_settings([record.settings for record in records if record.settings])
-    page = Page(
-        title=title or " and ".join(_names(loaded.origins)) or f"{len(records)} runs",
-        summary=_summary(study),
-        origins=[RunProvenance(origin.name, origin.command, _flatten(origin.facts)) for origin in loaded.origins],
-        axes=_describe_axes(study),
-        settings=common,
-        versions=_flatten({**provenance(), "command": _command(runs, out, baseline, metric, x, title)}),
-        tables=tables,
-        pictures=pictures,
-        not_drawn=not_drawn,
-        run_tables=run_tables(study.records),
-        left_out=missing,
-        errors=[entry for entry in left_out if "\n" in entry.why.strip()],
-        runs=all_runs,
-        details=[run_details(record, common) for record in study.records],
-    )
-    parts = [f"# {escape_markdown(page.title)}", escape_markdown(page.summary), *map(to_markdown, [*tables, missing])]
-    for plot in plots:
-        heading, alt, caption = map(escape_markdown, (plot.title, plot.alt, plot.caption))
-        parts.append(f"## {heading}\n\n![{alt}]({PLOTS}/{plot.name}.svg)\n\n{caption}")
-    (folder / TEXT).write_text("\n\n".join(part.rstrip() for part in parts) + "\n", encoding="utf-8")
-    (folder / PAGE).write_text(render_page(page), encoding="utf-8")
-    print("\n".join(to_markdown(table) for table in tables if table.rows))
-    if left_out:
-        print(f"{folder / missing.name}.md lists what is left out and why: {len(left_out)} lines.")
-    print(f"{page.summary}\nWrote {folder / PAGE}, and tables and plots beside it.")
+        (folder / PLOTS).mkdir(parents=True, exist_ok=True)
+        for table in (*tables, missing):
+            write_table(folder, table)
+        write_csv(folder / RUNS, all_runs.records)
+        pictures = [make_picture(plot, svg) for plot, svg in write_plots(folder / PLOTS, plots)]
+        common = common_settings([record.settings for record in records if record.settings])
+        page = Page(
+            title=title or " and ".join(_names(loaded.origins)) or f"{len(records)} runs",
+            summary=_summary(study),
+            origins=[RunProvenance(origin.name, origin.command, _flatten(origin.facts)) for origin in loaded.origins],
+            axes=_describe_axes(study),
+            settings=common,
+            versions=_flatten({**provenance(), "command": _command(runs, out, baseline, metric, x, title)}),
+            tables=tables,
+            pictures=pictures,
+            not_drawn=not_drawn,
+            run_tables=run_tables(study.records),
+            left_out=missing,
+            errors=[entry for entry in left_out if "\n" in entry.why.strip()],
+            runs=all_runs,
+            details=[run_details(record, common) for record in study.records],
+        )
+        parts = [
+            f"# {escape_markdown(page.title)}",
+            escape_markdown(page.summary),
+            *map(to_markdown, [*tables, missing]),
+        ]
+        for plot in plots:
+            heading, alt, caption = map(escape_markdown, (plot.title, plot.alt, plot.caption))
+            parts.append(f"## {heading}\n\n![{alt}]({PLOTS}/{plot.name}.svg)\n\n{caption}")
+        (folder / TEXT).write_text("\n\n".join(part.rstrip() for part in parts) + "\n", encoding="utf-8")
+        (folder / PAGE).write_text(render_page(page), encoding="utf-8")
+        print("\n".join(to_markdown(table) for table in tables if table.rows))
+        if left_out:
+            print(f"{folder / missing.name}.md lists what is left out and why: {len(left_out)} lines.")
+        print(f"{page.summary}\nWrote {folder / PAGE}, and tables and plots beside it.")
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tables of single runs that are no numbers: answers to prompts."""
+"""Tables of single runs that are no numbers: what the codes stand for, and answers to prompts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lpc_lightning.evaluation.codebook.explanation_files import explanation_tables, read_explanation
 from lpc_lightning.evaluation.figures import shorten
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.table_files import Column, Table, text_cell
@@ -30,7 +31,15 @@ def run_tables(records: Iterable[RunRecord]) -> list[RunTables]:
 
 
 def _tables(folder: Path) -> Iterator[Table]:
+    yield from _codes(folder)
     yield from _samples(folder)
+
+
+def _codes(folder: Path) -> Iterator[Table]:
+    content = read_explanation(folder)
+    for number, table in enumerate(() if content is None else explanation_tables(content)):
+        cells = [[text_cell(text) for text in row] for row in table.rows]
+        yield Table(f"codes_{number}", table.title, [Column(name) for name in table.header], cells, [], table.notes)
 
 
 def _samples(folder: Path) -> Iterator[Table]:

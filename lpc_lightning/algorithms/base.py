@@ -26,7 +26,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
-from lpc_lightning.losses import add_nll
+from lpc_lightning.losses import add_nll, weighted_mean
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.policy.logprobs import code_range
@@ -36,7 +36,7 @@ from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
 PROGRESS_BAR = ("loss", "rewards/accuracies", "rewards/margins", "latent/codebook_perplexity")
 """Metrics that the progress bar shows."""
-RESUMED = ("training_data", "run_length", "warm_started", "code_range")
+RESUMED = ("training_data", "run_length", "warm_start", "code_range")
 """Entries of a checkpoint that `on_train_start` reads."""
 
 
@@ -48,6 +48,7 @@ class PreferenceModule(PolicyModule):
         policy: PolicySpec,
         latent: LatentSpace | None = None,
         reference: Literal["cached", "live"] = "cached",
+        reference_path: str | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0, fused=True),
         latent_lr: float = 1e-3,
         lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
@@ -62,8 +63,11 @@ class PreferenceModule(PolicyModule):
             latent: The latent space of Latent Preference Coding. null: the plain algorithm.
             reference: `cached` computes the reference's log-probabilities of all pairs of a run before its first step.
                 They are stored on disk for other runs (data.cache_dir), and no reference is in memory. `live` runs the
-                reference at every batch. It is a frozen copy of the policy, or with LoRA the policy without its
-                adapter.
+                reference at every batch. It is a frozen copy of the policy, or with LoRA the policy without the
+                adapter in training.
+            reference_path: Another model as the reference: a hub name, a folder (also an adapter or an export, at
+                z = 0) or a GGUF file. It needs the policy's vocabulary. null: the policy as it is before training,
+                with the adapter that it starts from (policy.adapter), and without its latent.
             optimizer: Optimizer of both parameter groups. Its learning rate is that of the policy.
             latent_lr: Learning rate of the latent space. New networks need a larger one than a pretrained backbone.
             lr_schedule: Schedule of the learning rates after warm-up. `cosine` and `linear` fall to 0.
@@ -84,17 +88,20 @@ class PreferenceModule(PolicyModule):
             # The module was built in code, not by the command line. Its objects cannot be settings in a checkpoint.
             self.remove_ignored_hparams(["policy", "latent", "optimizer", "robust_loss"])
         if not self.needs_reference:
-            self.remove_ignored_hparams(["reference"])
+            self.remove_ignored_hparams(["reference", "reference_path"])
         if reference not in REFERENCES:
             raise ConfigError(f"model.reference: found {reference!r}, expected {' or '.join(REFERENCES)}.")
         if not 0 <= nll_weight < math.inf:
             raise ConfigError(f"model.nll_weight: found {nll_weight}, expected a number of at least 0.")
+        if not policy.trainable and latent is None:
+            raise ConfigError("policy.trainable: found false and no latent space, expected true or a latent to train.")
         self.policy_spec, self.latent, self.make_optimizer = policy, latent, optimizer
         self.latent_lr, self.lr_schedule, self.warmup_ratio = latent_lr, lr_schedule, warmup_ratio
         self.nll_weight, self.robust_loss = nll_weight, robust_loss
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the others
-        self.reference_kind = reference
-        self._warm_started = False
+        self.reference_kind, self.reference_path = reference, reference_path
+        self.warm_start_result: dict[str, Any] | None = None
+        """Decision of the warm start (see `algorithms.warm_start.decision`). None: there was no warm start."""
         self._losses = RecentLosses()
         self._code_range: float | None = None
         self._resumed: dict[str, Any] = {}
@@ -130,7 +137,7 @@ class PreferenceModule(PolicyModule):
     def setup(self, stage: str) -> None:
         """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights."""
         super().setup(stage)
-        self._resumed, self._warm_started = {}, False
+        self._resumed, self.warm_start_result = {}, None
         self._losses, self._code_range = RecentLosses(), None
         if stage == "fit" and self.robust_loss is not None:
             self.robust_loss.reset()
@@ -153,7 +160,7 @@ class PreferenceModule(PolicyModule):
         if self.robust_loss is not None:
             reliability = self.robust_loss.reliabilities(batch.annotators, batch.lengths.device)
             loss = partial(self.pair_loss, reliability=reliability)
-        return forward, BatchScorer(forward, batch.lengths, reference, loss, code_range)
+        return forward, BatchScorer(forward, batch.lengths, reference, loss, code_range, batch.margins)
 
     def on_train_start(self) -> None:
         """Restore the position in the data of a resumed run, compare its length, and run the warm start.
@@ -172,7 +179,7 @@ class PreferenceModule(PolicyModule):
         if "run_length" in self._resumed:
             compare_run_length(self.trainer, self._resumed["run_length"])
         # A checkpoint of step 0 can come from before the warm start, or from within the first step, after it.
-        self._warm_started = "warm_started" in self._resumed
+        self.warm_start_result = self._resumed.get("warm_start")
         self._code_range = self._resumed.get("code_range")
         self._resumed = {}
         self._check_annotators()
@@ -183,13 +190,12 @@ class PreferenceModule(PolicyModule):
             self.latent is not None
             and self.latent.warm_start_pairs
             and self.trainer.global_step == 0
-            and not self._warm_started
+            and self.warm_start_result is None
         ):
             # Imported only if needed: scikit-learn is slow to import.
             from lpc_lightning.algorithms.warm_start.warm_start import warm_start
 
-            warm_start(self, self.latent)
-            self._warm_started = True
+            self.warm_start_result = warm_start(self, self.latent).record()
 
     def _check_annotators(self) -> None:
         """Refuse `latent.annotators` if the training pairs name no annotator."""
@@ -206,31 +212,33 @@ class PreferenceModule(PolicyModule):
         seed_draws(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank), self.device)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> TrainingOutput:
-        """Compute the mean over pairs of the preference loss plus the latent's penalty.
+        """Compute the mean over pairs of the preference loss plus the latent's penalty, with the weights of the pairs.
 
         The output also holds each pair's loss and margin, for callbacks.
         """
         forward, score = self.score_batch(batch, self._latest_code_range())
         terms = self.training_terms(forward.states, score, self.progress)
         losses = terms.pairs.losses + terms.penalty
-        loss = losses.mean() if self.robust_loss is None else self._robust_batch_loss(terms, batch)
+        loss = self._robust_batch_loss(terms, batch) if self.robust_loss else weighted_mean(losses, batch.weights)
         self._losses.add(loss, self.trainer.global_step, self.current_epoch, batch_idx, batch.ids)
         logged = is_logged(self.trainer, batch_idx)
         if logged:
-            self.train_metrics.update(terms, forward.states)
+            self.train_metrics.update(terms, forward.states, weights=batch.weights)
             if is_optimizer_step(self.trainer, batch_idx):
                 self._log_training()
         margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
-        weight = window_weight(self.trainer, batch.pairs, batch_idx)
-        return {"loss": loss * weight, "losses": losses.detach(), "margins": margins, "logged": logged}
+        weight = window_weight(self.trainer, batch.pairs, batch_idx, batch.weights)
+        return {"loss": (loss * weight).to(loss.dtype), "losses": losses.detach(), "margins": margins, "logged": logged}
 
     def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
         """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
         assert self.robust_loss is not None
         if terms.pairs.right is not None:
             self.robust_loss.observe(batch.annotators, terms.pairs.right)
-        penalty = terms.penalty.mean() if isinstance(terms.penalty, Tensor) else terms.penalty
-        return self.robust_loss.batch_loss(terms.pairs.losses) + penalty
+        penalty = terms.penalty
+        if isinstance(penalty, Tensor):
+            penalty = weighted_mean(penalty, batch.weights)
+        return self.robust_loss.batch_loss(terms.pairs.losses, batch.weights) + penalty
 
     @property
     def progress(self) -> float:
@@ -273,7 +281,7 @@ class PreferenceModule(PolicyModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Return the ids, rewards, margins and prior of the pairs."""
-        terms = self.infer(batch, batch_idx)["terms"]
+        terms = self._infer(batch, batch_idx)["terms"]
         pairs = terms.pairs
         return {
             "ids": batch.ids,
@@ -291,15 +299,18 @@ class PreferenceModule(PolicyModule):
         """Log the means over all test pairs of all devices."""
         self._report("test", self.test_metrics)
 
-    def infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
-        """Score pairs under the prior, without metrics."""
+    def scoring_step(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
+        """Score pairs under the prior, without metrics. For callbacks that score other pairs."""
+        return self._infer(batch, batch_idx)
+
+    def _infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
         seed_draws(derive("evaluation", run_seed(), batch_idx, self.global_rank), self.device)
         forward, score = self.score_batch(batch)
         return {"terms": self.inference_terms(forward.states, score), "states": forward.states, "score": score}
 
     def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:
-        evaluated = self.infer(batch, batch_idx)
-        metrics.update(evaluated["terms"], evaluated["states"], batch.sources)
+        evaluated = self._infer(batch, batch_idx)
+        metrics.update(evaluated["terms"], evaluated["states"], batch.sources, batch.weights)
         return evaluated
 
     def _log_training(self) -> None:
@@ -351,8 +362,8 @@ class PreferenceModule(PolicyModule):
         if isinstance(data := trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by fit
             checkpoint["template"] = data.template_settings._asdict()
         checkpoint["run_length"] = run_length(trainer)
-        if self._warm_started:
-            checkpoint["warm_started"] = True
+        if self.warm_start_result is not None:
+            checkpoint["warm_start"] = self.warm_start_result
         if self._code_range is not None:
             checkpoint["code_range"] = self._code_range
         if self.robust_loss is not None and (state := self.robust_loss.state_dict()):
@@ -413,19 +424,26 @@ def is_logged(trainer: Trainer, batch_idx: int) -> bool:
     return ends_epoch or step in (1, trainer.max_steps) or (every > 0 and step % every == 0)
 
 
-def window_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:
+def window_weight(trainer: Trainer, pairs: int, batch_idx: int, weights: Tensor | None = None) -> float | Tensor:
     """Return the factor of a micro-batch's mean loss that makes the window's loss the mean over its pairs.
 
-    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short.
+    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short. With
+    weights, the window's loss is sum(w_i l_i) / sum(w_i) over its pairs on all devices, whose gradients the trainer
+    averages. The sum of the weights is known from the order of the epoch, so no device waits for another one. It is 0
+    if all weights of the window are 0.
 
     Args:
         trainer: The trainer. The factor is 1 if its loader is not a `TrainingLoader`, whose batch sizes are known.
         pairs: Number of pairs in the micro-batch.
         batch_idx: Number of the micro-batch in the epoch, from 0.
+        weights: (B,) weights of the micro-batch's pairs. None: all are equal.
     """
     loader, window = trainer.train_dataloader, trainer.accumulate_grad_batches
-    if window == 1 or not isinstance(loader, TrainingLoader):
+    if not isinstance(loader, TrainingLoader) or (window == 1 and weights is None):
         return 1.0
     start = batch_idx - batch_idx % window
     end = min(start + window, int(trainer.num_training_batches))
-    return pairs * window / sum(loader.batch_sizes[start:end])
+    if weights is None:
+        return pairs * window / sum(loader.batch_sizes[start:end])
+    total = loader.weight_sum(start, end)
+    return weights.sum() * (window * trainer.world_size / total) if total else 0.0

@@ -68,6 +68,7 @@ class BatchScorer:
         reference: Tensor | None,
         loss: Callable[[PairLogps], PairLosses],
         code_range: float | None = None,
+        margins: Tensor | None = None,
     ) -> None:
         """Keep the values that do not depend on z.
 
@@ -77,7 +78,9 @@ class BatchScorer:
             reference: (2B,) log-probabilities under the reference. None for an algorithm without a reference.
             loss: The preference loss.
             code_range: See `token_logps_per_code`.
+            margins: (B,) margins that the loss asks for. None: 0.
         """
+        self._margins = margins
         self._forward, self._lengths, self.reference, self._loss = forward, lengths, reference, loss
         # Several values of a batch are computed under the same codes. They share one pass through the head.
         self._logps_per_code = lru_cache(maxsize=1)(partial(forward.logps_per_code, code_range=code_range))
@@ -85,25 +88,42 @@ class BatchScorer:
 
     def under(self, z: Tensor | None) -> tuple[PairLosses, PairLogps]:
         """Compute (B,) losses and log-probabilities with z (B, d) added before the head. None: the plain policy."""
-        return self._score(self._forward.logps(z), self._lengths, self.reference)
+        return self._score(self._forward.logps(z), self._lengths, self.reference, self._margins)
 
     def under_codes(self, codes: Tensor) -> tuple[PairLosses, PairLogps]:
         """Compute (B, K) losses and log-probabilities under every code of `codes` (K, d)."""
         reference = None if self.reference is None else self.reference[:, None]
-        return self._score(self._logps_per_code(codes), self._lengths[:, None], reference)
+        margins = None if self._margins is None else self._margins[:, None]
+        return self._score(self._logps_per_code(codes), self._lengths[:, None], reference, margins)
+
+    def rescaled(self, scale: Callable[[PairLogps], PairLogps]) -> BatchScorer:
+        """Return a scorer whose loss receives rescaled log-probabilities. It shares those per code."""
+        other, loss = copy.copy(self), self._loss
+        other._loss = lambda logps: loss(scale(logps))
+        return other
+
+    def losses(self, logps: PairLogps) -> PairLosses:
+        """Compute the losses of log-probabilities that `under` or `under_codes` returned."""
+        return self._loss(logps)
 
     def swapped(self) -> BatchScorer:
-        """Return a scorer of the same pairs with the opposite labels. It shares the log-probabilities per code."""
+        """Return a scorer of the same pairs with the opposite labels. It shares the log-probabilities per code.
+
+        The margins are the same: the loss asks them of the other answer (see `PreferenceExample.margin`).
+        """
         other = copy.copy(self)
         other._swapped = not self._swapped
         return other
 
-    def _score(self, policy: Tensor, lengths: Tensor, reference: Tensor | None) -> tuple[PairLosses, PairLogps]:
-        references = (None, None) if reference is None else self._pair(reference.to(policy.dtype))
-        logps = PairLogps(*self._pair(policy), *references, *self._pair(lengths.to(policy.dtype)))
+    def _score(
+        self, policy: Tensor, lengths: Tensor, reference: Tensor | None, margins: Tensor | None
+    ) -> tuple[PairLosses, PairLogps]:
+        of_chosen, of_rejected = (None, None) if reference is None else self._pair(reference.to(policy.dtype))
+        margins = None if margins is None else margins.to(policy.dtype)
+        logps = PairLogps(*self._pair(policy), of_chosen, of_rejected, *self._pair(lengths.to(policy.dtype)), margins)
         return self._loss(logps), logps
 
-    def _pair(self, values: Tensor) -> tuple[Tensor, ...]:
+    def _pair(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Split values (2B, ...) into (B, ...) of the chosen and (B, ...) of the rejected answers."""
         first, second = values.chunk(2)
         return (second, first) if self._swapped else (first, second)
@@ -115,7 +135,7 @@ class TrainingOutput(TypedDict):
     loss: Tensor
     """Value to minimise, with gradient."""
     losses: Tensor
-    """(B,) loss of each pair plus the latent's penalty, without gradient."""
+    """(B,) loss of each pair plus the latent's penalty, without its weight and without gradient."""
     margins: Tensor
     """(B,) reward margins, without gradient."""
     logged: bool

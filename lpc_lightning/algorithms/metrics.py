@@ -162,7 +162,7 @@ class SourceMeans(Metric):
         """
         super().__init__()
         self.names = tuple(names)
-        self.add_state("sums", torch.zeros(len(names), 3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(names), 4, dtype=torch.float64), dist_reduce_fx="sum")
         self.sums: Tensor
 
     def update(self, sources: Sequence[str], values: Mapping[str, Tensor]) -> None:
@@ -170,19 +170,25 @@ class SourceMeans(Metric):
 
         Args:
             sources: (B,) data set of each pair.
-            values: Values (B,) by name (see `pair_values`).
+            values: Values (B,) by name (see `pair_values`). With a `weight`, the losses are multiplied by it.
         """
         losses, correct = values["loss"].double(), values["rewards/accuracies"].double()
+        weights = values["weight"] if "weight" in values else torch.ones_like(losses)
         numbers = torch.tensor([self.names.index(source) for source in sources])
         members = torch.nn.functional.one_hot(numbers, len(self.names)).T.to(losses)
-        self.sums += members @ torch.stack([torch.ones_like(losses), losses, correct], dim=1)
+        self.sums += members @ torch.stack([torch.ones_like(losses), weights, losses, correct], dim=1)
 
     def compute(self) -> dict[str, Tensor]:
         """Return `accuracy/NAME`, `loss/NAME` and `pairs/NAME`. Data sets without pairs are left out."""
         values: dict[str, Tensor] = {}
-        for name, (pairs, losses, correct) in zip(self.names, self.sums.cpu(), strict=True):
-            if pairs:
-                values |= {f"accuracy/{name}": correct / pairs, f"loss/{name}": losses / pairs, f"pairs/{name}": pairs}
+        known = (self.sums[:, 0] > 0).tolist()
+        for name, has_pairs, (pairs, weights, losses, correct) in zip(self.names, known, self.sums, strict=True):
+            if has_pairs:
+                values |= {
+                    f"accuracy/{name}": correct / pairs,
+                    f"loss/{name}": losses / weights,
+                    f"pairs/{name}": pairs,
+                }
         return values
 
 
@@ -205,9 +211,20 @@ class PreferenceMetrics(torch.nn.Module):
         """Compute metrics for each of these sources, too. They are the sources of all pairs. Empty: not by source."""
         self.by_source = SourceMeans(names).to(self.means.device) if names else None
 
-    def update(self, terms: LatentTerms, states: PairStates, sources: Sequence[str] = ()) -> None:
-        """Add a batch. `sources` are needed after `split_by_source`."""
+    def update(
+        self, terms: LatentTerms, states: PairStates, sources: Sequence[str] = (), weights: Tensor | None = None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            terms: Losses and rewards.
+            states: Hidden states.
+            sources: (B,) sources of the pairs. Needed after `split_by_source`.
+            weights: (B,) weights of the pairs in the loss, in every batch or in none. Other metrics are plain means.
+        """
         values = pair_values(terms)
+        if weights is not None:
+            values = values | {"loss": values["loss"] * weights, "weight": weights}
         self.means.update(values | latent_values(terms, states))
         if self.by_source is not None:
             self.by_source.update(sources, values)
@@ -218,6 +235,8 @@ class PreferenceMetrics(torch.nn.Module):
     def collect(self) -> dict[str, float | Tensor]:
         """Return all metrics since the last call, over all devices, and reset them."""
         values: dict[str, float | Tensor] = {**self.means.compute(), **self.settings}
+        if "weight" in values:
+            values["loss"] /= values["weight"]
         if self.use is not None:
             values |= self.use.compute()
             self.use.reset()

@@ -46,8 +46,8 @@ class StageRows:
             config: Configuration of a hub data set. null: its default.
             train_split: Split for training: a split of the folder, JSON file or hub data set, or a value of the split
                 column.
-            validation_split: Split for validation. null: `validation`, `valid`, `val` or `dev`, if the file or folder
-                has it, otherwise hold out a share of the training prompts.
+            validation_split: Split for validation. null: `validation`, `valid`, `val` or `dev`, if the file, folder
+                or hub data set has it, otherwise hold out a share of the training prompts.
             test_split: Split for testing. null: no test.
             validation_share: Share of the training prompts that is held out if there is no validation split, from 0 to
                 below 1. A hash of the prompt decides, so that training and validation have no prompt in common. At

@@ -20,7 +20,7 @@ from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_policy
 from lpc_lightning.inference.prompts import text_prompt
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.output_paths import check_file
+from lpc_lightning.output_paths import check_file, claim_output_file
 
 Row = dict[str, str]
 
@@ -76,23 +76,24 @@ def alpaca(
     settings |= {"dtype": dtype, **asdict(decoding)}
     del settings["batch_size"]  # it does not change the answers
     path = Path(output)
-    rows = _resume(path, requested, settings)
-    if rows:
-        print(f"{path} holds {len(rows)} of {len(requested)} answers already.")
-    left = requested[len(rows) :]
-    prompts = [text_prompt(row["instruction"]) for row in left]
-    unfinished = 0
-    with tqdm(total=len(requested), initial=len(rows), unit="answer") as bar:
-        for row, answered in zip(left, answers(opened, prompts, [under], decoding), strict=True):
-            (answer,) = answered.answers
-            rows.append({**row, "output": answer.text, "generator": opened.name})
-            unfinished += not answer.finished
-            bar.update()
-            if len(rows) % batch_size == 0 or len(rows) == len(requested):
-                _write(path, rows)
-    if unfinished:
-        print(f"{unfinished} answers were cut at {max_new_tokens} tokens or at the end of the context.")
-    print(f"Wrote {path}. To judge it (a paid API): alpaca_eval --model_outputs {path}")
+    with claim_output_file(path, "output"):
+        rows = _resume(path, requested, settings)
+        if rows:
+            print(f"{path} holds {len(rows)} of {len(requested)} answers already.")
+        left = requested[len(rows) :]
+        prompts = [text_prompt(row["instruction"]) for row in left]
+        unfinished = 0
+        with tqdm(total=len(requested), initial=len(rows), unit="answer") as bar:
+            for row, answered in zip(left, answers(opened, prompts, [under], decoding), strict=True):
+                (answer,) = answered.answers
+                rows.append({**row, "output": answer.text, "generator": opened.name})
+                unfinished += not answer.finished
+                bar.update()
+                if len(rows) % batch_size == 0 or len(rows) == len(requested):
+                    _write(path, rows)
+        if unfinished:
+            print(f"{unfinished} answers were cut at {max_new_tokens} tokens or at the end of the context.")
+        print(f"Wrote {path}. To judge it (a paid API): alpaca_eval --model_outputs {path}")
 
 
 def read_instructions(path: str) -> list[Row]:
@@ -121,7 +122,6 @@ def _resume(path: Path, requested: Sequence[Row], settings: Mapping[str, Any]) -
     """Read the answers of an interrupted command. Check that instructions and settings are the same."""
     beside = path.with_suffix(".settings.json")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(settings, indent=2) + "\n")
         return []
     advice = "Give another --output, or remove that file."

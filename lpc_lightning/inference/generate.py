@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lpc_lightning.inference.opening import OpenedPolicy, open_policy
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
 from lpc_lightning.inference.side_by_side import side_by_side
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.output_paths import check_file
+from lpc_lightning.output_paths import check_file, claim_output_file
 
 TOP = 5
 """Number of the prior's codes in the output."""
@@ -81,9 +81,10 @@ def generate(
         raise ConfigError(f"prompt: found {prompt!r}, expected text.")
     prompt_list = [text_prompt(prompt, system)] if prompt is not None else read_prompts(str(prompts), system)
     decoding = Decoding(max_new_tokens, temperature, top_p, num_beams, seed, batch_size)
-    opened = open_policy(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    under = conditions(opened, prior_mode, codes or [], code_weights)
-    _report(opened, prompt_list, under, decoding, output)
+    with claim_output_file(Path(output), "output") if output else nullcontext():
+        opened = open_policy(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        under = conditions(opened, prior_mode, codes or [], code_weights)
+        _report(opened, prompt_list, under, decoding, output)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -166,8 +167,6 @@ def _report(
     output: str | None,
 ) -> None:
     width = shutil.get_terminal_size().columns
-    if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         file = stack.enter_context(Path(output).open("w", encoding="utf-8")) if output else None
         bar = stack.enter_context(

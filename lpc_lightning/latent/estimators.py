@@ -23,7 +23,7 @@ class PosteriorSpace(DiscreteSpace):
 
     def __init__(
         self,
-        kl_weight: float | Schedule = 0.1,
+        kl_weight: float | Schedule = 0.05,
         free_bits: float = 0.0,
         posterior_reads: PosteriorReads = "both",
         **space: Any,
@@ -31,7 +31,8 @@ class PosteriorSpace(DiscreteSpace):
         """Store the settings.
 
         Args:
-            kl_weight: lambda, the weight of the KL between posterior and prior. A number or a schedule (`WarmUp`).
+            kl_weight: lambda, the weight of the KL between posterior and prior. A number or a schedule (`WarmUp`). The
+                paper tries 0.01, 0.05 and 0.1, and uses 0.05.
             free_bits: KL in nats below which the penalty of a pair is constant.
             posterior_reads: Input of the posterior: `both` answers' states concatenated, as in the paper; their
                 `difference` h_w - h_l; or their `sum`, which does not depend on the label, so that no label can leak.
@@ -133,6 +134,11 @@ class MarginalSpace(DiscreteSpace):
     taken over the marginals of the label and of its opposite (see `dpo_loss`). KTO's loss is 1 - P, and the marginal
     replaces P of each answer by sum_k p_k P_k (see `kto_loss`). ORPO's two terms are marginals of their own (see
     `orpo_loss`).
+
+    A pair's margin m is part of the likelihood: for DPO, the label has the probability sigmoid(beta D_k - m) under code
+    k. With m above 0, the probabilities of the two labels add up to less than 1. So a label with a large margin favours
+    the codes under which its answer is better by about m. A pair's weight multiplies its loss alone. The posterior q
+    and the evidence that pairs share do not depend on weights.
 
     With `annotators`, p_k is the prior updated with the annotator's earlier pairs in the batch. The losses of an
     annotator's pairs then add up to the marginal of all their labels together. This marginal contains information that

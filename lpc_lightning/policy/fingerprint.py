@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lpc_lightning.policy.causal import CausalPolicy
+from lpc_lightning.policy.start_adapter import frozen_scales
 
 IGNORED_FIELDS = ("_name_or_path", "architectures", "transformers_version")
 """Config fields that do not change the model's outputs."""
@@ -30,7 +31,7 @@ def fingerprint(policy: CausalPolicy, adapter: bool = False) -> str:
     tensors: list[Tensor] = [parameter for parameter in model.parameters() if not (adapted and parameter.requires_grad)]
     tensors += list(model.buffers())
     config = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_FIELDS}
-    header = [type(model).__name__, json.dumps(config, sort_keys=True, default=str)]
+    header = [type(model).__name__, json.dumps(config, sort_keys=True, default=str), *frozen_scales(model)]
     with ThreadPoolExecutor() as threads:  # hashing releases the interpreter lock
         digests = threads.map(_digest, tensors)
     return hashlib.sha256("\n".join([*header, *digests]).encode()).hexdigest()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoRA:
-    """A low-rank adapter (Hu et al., 2021, arXiv 2106.09685). The policy without the adapter is the reference.
+    """A low-rank adapter (Hu et al., 2021, arXiv 2106.09685). The policy without this adapter is the reference.
 
     Args:
         rank: Rank r of each update.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -24,11 +24,13 @@ from lpc_lightning.errors import ConfigError, DamagedFileError
 from lpc_lightning.integrity import DIGESTS, changed_files
 from lpc_lightning.policy.head import UnsupportedPolicyError
 from lpc_lightning.policy.spec import PolicySpec
+from lpc_lightning.policy.start_adapter import base_of, is_adapter, keep_adapter, merge_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 LATENT = "latent.safetensors"
 """File of the latent in a folder that `lpc-lightning export` has written."""
-ADAPTER = "adapter_config.json"
-"""File of peft's in the folder of an adapter."""
 EDITABLE = ("chat_template.jinja", "config.json", "generation_config.json", "tokenizer_config.json", "training.json")
 """Files of text that people change by hand. One with another digest is reported, and used."""
 
@@ -43,13 +45,16 @@ class PretrainedPolicy(PolicySpec):
         tokenizer: str | None = None,
         quantization: Literal["nf4"] | None = None,
         trust_remote_code: bool = False,
+        adapter: str | None = None,
+        merge_adapter: bool = True,
         **policy: Any,
     ) -> None:
         """Keep the settings.
 
         Args:
             path: Hub name (`mistralai/Mistral-7B-v0.1`), local folder, or GGUF file (`model.Q4_1.gguf`). The weights of
-                a GGUF file are dequantised.
+                a GGUF file are dequantised. The folder of an adapter stands for `adapter` on the base model that its
+                adapter_config.json names.
             revision: Branch, tag or commit on the hub.
             tokenizer: Hub name or folder of another tokenizer. null: the model's own.
             quantization: `nf4` keeps the frozen weights of the linear layers in 4 bits while an adapter is trained
@@ -58,12 +63,20 @@ class PretrainedPolicy(PolicySpec):
                 onto the unquantised weights.
             trust_remote_code: Run Python code that comes with the model or its tokenizer. If false, a model that needs
                 such code is refused. Read the code before you set this, and pin `revision` for a model on the hub.
+            adapter: Folder or hub name of a LoRA adapter of peft, from SFT for example. Policy and reference start as
+                the model in `path` with this adapter. A tokenizer in its folder is used in place of the model's own.
+            merge_adapter: Add the adapter's updates to the weights. false keeps it as it is, frozen under the adapter
+                in training (`lora`). With `quantization` this is the only way.
             policy: Settings of `PolicySpec`.
 
         Raises:
-            ConfigError: `quantization` is set without an adapter, or for a GGUF file.
+            ConfigError: `quantization` is set without an adapter to train, for a GGUF file, or with an adapter to
+                merge; or `merge_adapter` is false without an adapter to train.
         """
         super().__init__(**policy)
+        if adapter is None and is_adapter(path):
+            path, adapter = base_of(path), path
+        self.adapter, self.merge_adapter = adapter, merge_adapter
         self.path, self.revision, self.tokenizer, self.quantization = path, revision, tokenizer, quantization
         self.trust_remote_code = trust_remote_code
         if quantization is not None and self.lora is None:
@@ -77,6 +90,17 @@ class PretrainedPolicy(PolicySpec):
                 "Expected a folder or a hub name."
             )
 
+        if adapter is not None and not merge_adapter and self.lora is None:
+            raise ConfigError(
+                "policy.merge_adapter: found false and no policy.lora, expected an adapter to train above the frozen "
+                "one. Set policy.lora, or merge_adapter to true."
+            )
+        if adapter is not None and merge_adapter and quantization is not None:
+            raise ConfigError(
+                f"policy.merge_adapter: found true with policy.quantization {quantization}, expected false, because "
+                "updates cannot be added to quantised weights."
+            )
+
     def load_config(self) -> PreTrainedConfig:
         """Load the config that is stored with the weights."""
         return self._load(AutoConfig)
@@ -88,7 +112,18 @@ class PretrainedPolicy(PolicySpec):
                 f"policy.path: found {self.path} ({config.model_type}), an encoder-decoder, "
                 "expected a decoder-only model."
             )
-        model = self._load(AutoModelForCausalLM, config=config, dtype=dtype, **self._quantized(dtype))
+        model = self._load_base(config, dtype)
+        return merge_adapter(model, self.adapter) if self.adapter is not None and self.merge_adapter else model
+
+    def adapt(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """Add the adapter that is trained, and the frozen one that the fit starts from."""
+        adapted = super().adapt(model)
+        if self.adapter is not None and not self.merge_adapter and not isinstance(adapted, PreTrainedModel):
+            keep_adapter(adapted, self.adapter)
+        return adapted
+
+    def _load_base(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        model: PreTrainedModel = self._load(AutoModelForCausalLM, config=config, dtype=dtype, **self._quantized(dtype))
         if not self.path.endswith(".gguf"):
             return model
         # transformers refuses to save a model with a quantisation config. Move the weights to a model without one.
@@ -98,20 +133,31 @@ class PretrainedPolicy(PolicySpec):
         clean.generation_config = model.generation_config
         return clean
 
+    @property
+    def start(self) -> str:
+        """Path of the model, and its adapter if there is one."""
+        if self.adapter is None:
+            return self.path
+        return f"{self.path} with the adapter {self.adapter} ({'merged' if self.merge_adapter else 'frozen'})"
+
     def check_start(self) -> None:
         """Warn if the folder is an export with a latent: training starts from the plain policy in it."""
         if (Path(self.path) / LATENT).is_file():
             rank_zero_warn(
                 f"policy.path: found an export with a latent in {self.path}. A fit starts from its policy at z = 0, "
-                "which is also the reference. The latent in the export is not used; `latent` makes a new one."
+                "which is also the reference. The latent in the export is not used; `latent` makes a new one. "
+                "`--policy TrainedPolicy` keeps it."
             )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer that is stored with the weights, or the one in `tokenizer`."""
-        if self.tokenizer is not None:
-            with self._explaining("policy.tokenizer", self.tokenizer, "Expected a tokenizer of transformers."):
-                self._check_content("policy.tokenizer", Path(self.tokenizer), weights=False)
-                return AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=self.trust_remote_code)
+        """Load the tokenizer that is stored with the weights or their adapter, or the one in `tokenizer`."""
+        name = self.tokenizer
+        if name is None and self.adapter is not None and (Path(self.adapter) / "tokenizer_config.json").is_file():
+            name = self.adapter
+        if name is not None:
+            with self._explaining("policy.tokenizer", name, "Expected a tokenizer of transformers."):
+                self._check_content("policy.tokenizer", Path(name), weights=False)
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         return self._load(AutoTokenizer)
 
     def _quantized(self, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
@@ -137,20 +183,17 @@ class PretrainedPolicy(PolicySpec):
         if file.suffix == ".ckpt" and file.exists():
             raise UnsupportedPolicyError(
                 f"policy.path: found the checkpoint {self.path}, expected a folder with config.json and weights. "
-                f"`lpc-lightning export {self.path} --output FOLDER` makes one; `fit --ckpt_path` resumes the run."
-            )
-        if (file / ADAPTER).is_file() and not (file / "config.json").is_file():
-            raise UnsupportedPolicyError(
-                f"policy.path: found an adapter without its base model in {self.path}, expected a folder with "
-                "config.json and weights. Merge it first: `merge_and_unload` of peft, then `save_pretrained` of the "
-                "model and of the tokenizer."
+                f"`lpc-lightning export {self.path} --output FOLDER` makes one. `fit --policy TrainedPolicy` starts a "
+                "new fit from it, and `fit --ckpt_path` resumes the run."
             )
         if file.suffix == ".gguf" and file.is_file():
             name, local, options["gguf_file"] = str(file.parent), True, file.name
         if not local and (file.suffix == ".gguf" or file.is_absolute() or self.path.startswith((".", "models/"))):
+            of = "" if self.adapter is None else f", the base model of the adapter {self.adapter}"
             raise UnsupportedPolicyError(
-                f"policy.path: found no file or folder {self.path}. Expected a folder with config.json and weights, a "
-                "GGUF file, or a hub name. `lpc-lightning prepare` makes models/SmolLM2-135M-Instruct without a hub."
+                f"policy.path: found no file or folder {self.path}{of}. Expected a folder with config.json and "
+                "weights, a GGUF file, or a hub name. `lpc-lightning prepare` makes models/SmolLM2-135M-Instruct "
+                "without a hub."
             )
         if not local:
             options["revision"] = self.revision

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lpc_lightning.losses import weighted_mean
 from lpc_lightning.types import PairLogps, PairLosses
 
 PreferenceLoss: TypeAlias = Callable[[PairLogps], PairLosses]
@@ -34,9 +35,14 @@ class RobustLoss:
         """
         return loss(logps)
 
-    def batch_loss(self, losses: Tensor) -> Tensor:
-        """Compute the loss () of a micro-batch from the losses (B,) of its pairs."""
-        return losses.mean()
+    def batch_loss(self, losses: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Compute the loss () of a micro-batch from the losses (B,) of its pairs.
+
+        Args:
+            losses: (B,) losses.
+            weights: (B,) weights of the pairs. None: all are equal.
+        """
+        return weighted_mean(losses, weights)
 
     def start(self, annotators: Sequence[str]) -> None:
         """Prepare for a run on pairs of these annotators. Known reliabilities are kept."""
@@ -72,7 +78,7 @@ class RobustLoss:
 
 
 def swap_answers(logps: PairLogps) -> PairLogps:
-    """Return the log-probabilities of the same pairs with the opposite labels."""
+    """Return the log-probabilities of the same pairs with the opposite labels, and the same margins."""
     return PairLogps(
         policy_chosen=logps.policy_rejected,
         policy_rejected=logps.policy_chosen,
@@ -80,4 +86,5 @@ def swap_answers(logps: PairLogps) -> PairLogps:
         reference_rejected=logps.reference_chosen,
         chosen_lengths=logps.rejected_lengths,
         rejected_lengths=logps.chosen_lengths,
+        margins=logps.margins,
     )

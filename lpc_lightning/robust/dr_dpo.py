@@ -9,7 +9,7 @@ from torch import Tensor
 from lpc_lightning.robust.base import RobustLoss
 
 
-def dr_dpo_loss(losses: Tensor, temperature: float) -> Tensor:
+def dr_dpo_loss(losses: Tensor, temperature: float, weights: Tensor | None = None) -> Tensor:
     """Compute `-b' log mean exp(-loss / b')` over a batch, with b' the `temperature`.
 
     Its gradient is the mean of the pairs' gradients with weights proportional to exp(-loss / b').
@@ -19,8 +19,13 @@ def dr_dpo_loss(losses: Tensor, temperature: float) -> Tensor:
     Args:
         losses: (B,) losses of the pairs.
         temperature: The paper's beta'. The mean of the losses is the limit for large values.
+        weights: (B,) weights of the pairs in the mean. None: all are equal.
     """
-    return -temperature * ((-losses / temperature).logsumexp(0) - math.log(len(losses)))
+    if weights is None:
+        return -temperature * ((-losses / temperature).logsumexp(0) - math.log(len(losses)))
+    known = weights.any()  # 0 if all weights are 0; as a tensor, because a branch would wait for the device
+    logs = weights.to(losses.dtype).where(known, 1.0).log()
+    return -temperature * ((logs - losses / temperature).logsumexp(0) - logs.logsumexp(0)) * known
 
 
 class DrDPO(RobustLoss):
@@ -40,6 +45,6 @@ class DrDPO(RobustLoss):
             raise ValueError(f"robust_loss.temperature: found {temperature}, expected a number above 0.")
         self.temperature = temperature
 
-    def batch_loss(self, losses: Tensor) -> Tensor:
+    def batch_loss(self, losses: Tensor, weights: Tensor | None = None) -> Tensor:
         """Compute `dr_dpo_loss`."""
-        return dr_dpo_loss(losses, self.temperature)
+        return dr_dpo_loss(losses, self.temperature, weights)

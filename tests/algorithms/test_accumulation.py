@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.testing import assert_close
 
 from lpc_lightning.algorithms import DPO, SimPO
 from lpc_lightning.algorithms.base import is_optimizer_step, window_weight
+from lpc_lightning.data import PreferenceData
 from lpc_lightning.latent import MarginalSpace
 
 
@@ -115,3 +118,54 @@ def test_accumulated_steps_equal_plain_loop(
         assert_close(run.weights[f"policy.model.{name}"], weight, rtol=0, atol=1e-7)
     start = dict(reference.named_parameters())
     assert all((weight - start[name]).abs().max() > 1e-4 for name, weight in model.named_parameters())
+
+
+def test_weighted_steps_equal_plain_loop(
+    small_policy: Any, fit_run: Any, naive_logps: Callable[..., torch.Tensor], tmp_path: Path
+) -> None:
+    """The oracle is gradient descent on sum(w_i l_i) / sum(w_i) over the pairs of each step, l = -log s(beta D - m).
+
+    A step has three micro-batches of 2 pairs, the last one of an epoch has one with a single pair. Two pairs have the
+    weight 0, and so all pairs of a micro-batch may have it.
+    """
+    rate, beta = 0.5, 0.1
+    numbers = {f"pair {n}": (float(n % 4), n / 4 - 1) for n in range(11)}
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
+    rows = [
+        {"id": name, "prompt": word, "chosen": word * 2, "rejected": word * 3, "weight": weight, "margin": margin}
+        for word, (name, (weight, margin)) in zip(words, numbers.items(), strict=True)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PreferenceData(str(path), validation_share=0.0, batch_size=2, cache_dir=str(tmp_path / "cache"))
+    spec = small_policy(dtype="float64")
+    module = DPO(
+        policy=spec,
+        beta=beta,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate),
+        lr_schedule="constant_with_warmup",
+        warmup_ratio=0.0,
+    )
+    run = fit_run(module, data, max_epochs=2, precision="64-true", accumulate_grad_batches=3)
+
+    model, reference = spec.build().causal_lm, spec.build().causal_lm
+    pairs_by_id = {pair.id: pair for pair in data.pairs["train"]}
+    losses = []
+    for epoch in range(2):
+        batches = run.batches[6 * epoch : 6 * epoch + 6]
+        for start in (0, 3):
+            pairs = [pairs_by_id[name] for batch in batches[start : start + 3] for name in batch]
+            weights, margins = torch.tensor([numbers[pair.id] for pair in pairs], dtype=torch.float64).T
+            with torch.no_grad():
+                published = naive_logps(reference, pairs)
+            chosen, rejected = (naive_logps(model, pairs) - published).chunk(2)
+            loss = (weights * -logsigmoid(beta * (chosen - rejected) - margins)).sum() / weights.sum()
+            loss.backward()
+            losses.append(loss.item())
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= rate * parameter.grad
+                    parameter.grad = None
+    assert run.losses == pytest.approx(losses, rel=1e-9)
+    for name, weight in model.named_parameters():
+        assert_close(run.weights[f"policy.model.{name}"], weight, rtol=0, atol=1e-7)

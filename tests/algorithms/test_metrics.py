@@ -145,3 +145,22 @@ def test_preference_metrics_collect_and_reset() -> None:
     plain = PreferenceMetrics(num_codes=None)
     plain.update(terms(), STATES)
     assert not any(name.startswith("latent/") for name in plain.collect())
+
+
+def test_weights_count_in_the_loss_alone() -> None:
+    metrics = PreferenceMetrics(None)
+    metrics.split_by_source(("a", "b", "empty"))
+    metrics.update(terms(), STATES, ("a", "b", "a"), column(3.0, 0.5, 1.0))
+    metrics.update(terms(), STATES, ("b", "b", "b"), column(0.0, 2.0, 0.0))
+    values = metrics.collect()
+    of_a, of_b = (3 * 0.5 + 4.0, 4.0), (2.5 * 1.5, 2.5)
+    assert float(values["loss"]) == pytest.approx((of_a[0] + of_b[0]) / (of_a[1] + of_b[1]))
+    assert float(values["weight"]) == pytest.approx(6.5 / 6)
+    assert float(values["rewards/accuracies"]) == pytest.approx(0.5)
+    by_source = {name: float(value) for name, value in values.items() if name.endswith(("/a", "/b", "/empty"))}
+    assert by_source == pytest.approx(
+        {
+            **{"accuracy/a": 0.5, "loss/a": of_a[0] / of_a[1], "pairs/a": 2},
+            **{"accuracy/b": 0.5, "loss/b": of_b[0] / of_b[1], "pairs/b": 4},
+        }
+    )

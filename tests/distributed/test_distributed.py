@@ -66,6 +66,8 @@ def one(cache_dir: Path) -> dict[str, Result]:
         results["live"] = two_processes.fit("one", 1, two_processes.module("plain", reference="live"), str(cache_dir))
         results["warm_started"] = two_processes.fit("one", 1, two_processes.warm_starting(), str(cache_dir))
         results["reliable"] = two_processes.fit("one", 1, two_processes.reliable(), str(cache_dir))
+        weighted = {"data": two_processes.WeightedPairs}
+        results["weighted"] = two_processes.fit("one", 1, two_processes.module("marginal"), str(cache_dir), **weighted)
         results["gumbel"] = two_processes.fit_as_two("gumbel", str(cache_dir))
         results["lora"] = two_processes.fit_as_two("gumbel", str(cache_dir), "lora")
     return results
@@ -98,6 +100,12 @@ def test_warm_start_of_two_processes_equals_one(two: Any, one: Any) -> None:
     result, expected = two["ddp warm_started"], one["warm_started"]
     assert result["weights"]["latent.prior.moments.pairs"] == expected["weights"]["latent.prior.moments.pairs"]
     assert_same(result, expected)
+
+
+def test_weighted_steps_of_two_processes_equal_one(two: Any, one: Any) -> None:
+    """The weights of the two devices have other sums in most steps."""
+    assert_same(two["ddp weighted"], one["weighted"])
+    assert one["weighted"]["train"][-1]["train/weight"] != 1
 
 
 def test_reliability_of_two_processes_equals_one(two: Any, one: Any) -> None:

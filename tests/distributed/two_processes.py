@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lpc_lightning.callbacks import ResourceMonitor
 from lpc_lightning.callbacks.resources import peak_memory
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.data.batching.loading import TrainingBatches
+from lpc_lightning.data.sources.example_source import ExamplesInMemory
 from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.latent import GumbelSpace, MarginalSpace
@@ -181,6 +183,18 @@ def reliable() -> DPO:
     return DPO(policy=TinyPolicy(width=16, layers=1, heads=2), robust_loss=REPO(rate=0.5), optimizer=adam)
 
 
+class WeightedPairs(SyntheticPreferences):
+    """The same pairs with weights, some of them 0, and margins."""
+
+    def source(self, stage: Any) -> ExamplesInMemory | None:
+        source = super().source(stage)
+        if source is None:
+            return None
+        numbered = enumerate(source.examples)
+        examples = [replace(example, weight=float(n % 4), margin=n / 10 - 1) for n, example in numbered]
+        return ExamplesInMemory(examples, f"weighted {source.name}")
+
+
 # Noise of two devices in one process
 
 
@@ -235,6 +249,7 @@ def runs(folder: Path, cache: str) -> Iterator[tuple[str, dict[str, Any]]]:
             resumed = fit(strategy, 2, module("gumbel", lora), cache, resume=folder / f"{written}.ckpt")
             yield f"{strategy} from {written}", resumed
     yield "ddp warm_started", fit("ddp", 2, warm_starting(), cache)
+    yield "ddp weighted", fit("ddp", 2, module("marginal"), cache, data=WeightedPairs)
     yield "ddp reliable", fit("ddp", 2, reliable(), cache)
     try:
         fit("fsdp", 2, warm_starting(), cache)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import T5Config
 
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
@@ -38,15 +37,6 @@ def test_checkpoint_as_policy_is_refused(tmp_path: Path) -> None:
         UnsupportedPolicyError, match=r"found the checkpoint .*last\.ckpt, expected .*lpc-lightning export"
     ):
         PretrainedPolicy(str(path)).build()
-
-
-def test_adapter_folder_as_policy_is_refused(tmp_path: Path) -> None:
-    model = get_peft_model(
-        TinyPolicy(width=16, layers=1, heads=2).build().causal_lm, LoraConfig(target_modules=["q_proj"])
-    )
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UnsupportedPolicyError, match=r"found an adapter without its base model .*merge_and_unload"):
-        PretrainedPolicy(str(tmp_path / "adapter")).build()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2", "gemma2"])

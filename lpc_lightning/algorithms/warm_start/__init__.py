@@ -10,5 +10,6 @@ no backbone, and codes are fitted to thousands of pairs at once.
 - `held_out`: the pairs that are held out.
 - `clusters`: clusters of the gradients that prompts or annotators predict.
 - `fit`: codes and networks from these clusters, then training by the algorithm's own loss.
+- `decision`: whether pairs that nothing has read are likelier under the fitted space.
 - `warm_start`: all steps together.
 """

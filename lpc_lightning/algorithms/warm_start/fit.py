@@ -49,7 +49,7 @@ def fit(
         Mean losses of held-out pairs, in nats: without a latent, and under the fitted space.
     """
     fitted, held_out = torch.arange(len(pairs)).split([len(pairs) - held, held])
-    batches = partial(_batches, pairs.annotators, pairs_per_annotator)
+    batches = partial(batches_of, pairs.annotators, pairs_per_annotator)
     held_out_batches = batches(held_out)
     with torch.no_grad():
         space.train()
@@ -153,7 +153,7 @@ def _mean_loss(loss_of: Callable[[Tensor, float], Tensor], batches: Sequence[Ten
     return sum(float(loss_of(batch, 1.0)) * len(batch) for batch in batches) / sum(map(len, batches))
 
 
-def _batches(annotators: Sequence[str], pairs_per_annotator: int | None, indices: Tensor) -> Sequence[Tensor]:
+def batches_of(annotators: Sequence[str], pairs_per_annotator: int | None, indices: Tensor) -> Sequence[Tensor]:
     """Split shuffled pairs at `indices` into batches like those of training."""
     if pairs_per_annotator is not None:
         generator = torch.default_generator

@@ -1,35 +1,60 @@
-"""Choice of the pairs that a warm start holds out. Scales and epochs are selected on them."""
+"""Choice of the pairs that a warm start holds out: one part to select on, and one part to decide on."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 
-HELD_OUT_SHARE = 0.1
-"""Share of the pairs that is held out."""
+SHARE = 0.1
+"""Share of the pairs in each of the two parts."""
+DECIDING_PROMPTS = 5
+"""Number of prompts that the deciding part should have, if there are four times as many."""
 
 
-def hold_out(prompts: Sequence[Hashable]) -> tuple[list[int], int]:
-    """Hold out whole prompts, so that no answer is in both parts.
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """An order of the pairs, in which those that are fitted come first, then the selection, then the decision."""
+
+    order: list[int]
+    """Numbers of all pairs. If whole prompts are held out, the pairs of a prompt follow its first pair."""
+    selection: int
+    """Number of pairs on which scales and epochs are selected."""
+    decision: int
+    """Number of pairs at the end, which decide whether the fitted space is used. Nothing else reads them."""
+    whole_prompts: bool
+    """True if no prompt has pairs in two parts."""
+
+
+def hold_out(prompts: Sequence[Hashable]) -> HeldOut:
+    """Hold out whole prompts, so that no answer is in two parts.
 
     Several annotators often label the same answers. Codes that are fitted to one annotator's label would be tested on
     another annotator's label for the same two answers, and the smallest scale would seem best.
 
-    Args:
-        prompts: (N,) prompts of shuffled pairs, two or more.
+    Each part has at least two pairs and at least a tenth of all pairs. If whole prompts would be more than half of the
+    pairs, there are too few prompts, and pairs are held out without regard to prompts.
 
-    Returns:
-        The order of the pairs and the number of held-out pairs at its end. In this order the pairs of a prompt follow
-        its first pair. At least two pairs and at least a tenth of all pairs are held out. If whole prompts would be
-        more than half of the pairs, there are too few prompts, and pairs are held out without regard to prompts.
+    Args:
+        prompts: (N,) prompts of shuffled pairs, six or more.
     """
     pairs_of: dict[Hashable, list[int]] = {}
     for number, prompt in enumerate(prompts):
         pairs_of.setdefault(prompt, []).append(number)
-    target, held = max(2, round(HELD_OUT_SHARE * len(prompts))), 0
-    for pairs in reversed(pairs_of.values()):
-        if held >= target:
+    pairs, target = len(prompts), max(2, round(SHARE * len(prompts)))
+    last = iter(reversed(pairs_of.values()))
+    decision = _take(last, target, min(DECIDING_PROMPTS, len(pairs_of) // 4))
+    selection = _take(last, target, 1)
+    if selection < target or selection + decision > max(2 * target, pairs // 2):
+        return HeldOut(list(range(pairs)), target, target, whole_prompts=False)
+    order = [number for members in pairs_of.values() for number in members]
+    return HeldOut(order, selection, decision, whole_prompts=True)
+
+
+def _take(prompts: Iterator[list[int]], target: int, fewest: int) -> int:
+    """Take prompts until they have `target` pairs and are at least `fewest`. Return their number of pairs."""
+    taken = count = 0
+    for members in prompts:
+        taken, count = taken + len(members), count + 1
+        if taken >= target and count >= fewest:
             break
-        held += len(pairs)
-    if held > max(target, len(prompts) // 2):
-        return list(range(len(prompts))), target
-    return [number for pairs in pairs_of.values() for number in pairs], held
+    return taken

@@ -79,14 +79,20 @@ class LinearizedPairs:
             annotators: (N,) annotator of each pair, "" if unknown.
             loss: The preference loss.
         """
+        self._rows, self.reference, self._token, self._loss = rows, reference, token, loss
+        self.annotators = tuple(annotators)
         width = token.head.weight.shape[1]
         states, z_gradients, self.plain, self.lengths = rows.split([3 * width, 2 * width, 2, 2], dim=1)
         self.prompt, self.chosen, self.rejected = states.split(width, dim=1)
-        self.z_gradients, self.reference = z_gradients.unflatten(1, (2, width)), reference
-        self.annotators, self._token, self._loss = tuple(annotators), token, loss
+        self.z_gradients = z_gradients.unflatten(1, (2, width))
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def part(self, chosen: slice) -> LinearizedPairs:
+        """Return some of the pairs."""
+        reference = None if self.reference is None else self.reference[chosen]
+        return LinearizedPairs(self._rows[chosen], reference, self._token, self.annotators[chosen], self._loss)
 
     @property
     def z_gradient_difference(self) -> Tensor:

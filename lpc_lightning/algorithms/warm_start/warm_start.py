@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lpc_lightning.algorithms.warm_start.decision import Decision, decide
 from lpc_lightning.algorithms.warm_start.fit import fit
 from lpc_lightning.algorithms.warm_start.held_out import hold_out
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs, MeanToken
@@ -30,14 +31,15 @@ if TYPE_CHECKING:
     from lpc_lightning.algorithms.base import PreferenceModule
 
 
-def warm_start(module: PreferenceModule, space: LatentSpace) -> None:
+def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
     """Fit `space` to `space.warm_start_pairs` of the run's training pairs. The policy is not changed.
 
-    The labels are those of the run, with its label noise.
+    The labels are those of the run, with its label noise. If pairs that are held out from the fit and its selection are
+    not likelier under the fitted space, it stays as it was (see `decision`).
 
     Raises:
-        ConfigError: The data is no `PreferenceDataModule`, there are fewer than four pairs or two pairs per code, or
-            the strategy keeps the weights elsewhere.
+        ConfigError: The data is no `PreferenceDataModule`, there are fewer than six pairs or two pairs per code, or the
+            strategy keeps the weights elsewhere.
     """
     started, trainer = time.perf_counter(), module.trainer
     data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
@@ -54,37 +56,41 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> None:
         )
     pairs, seed = data.training_pairs, derive("warm start", run_seed())
     indices = np.random.default_rng(seed).permutation(sorted(data.reads("train")))[: space.warm_start_pairs].tolist()
-    fewest = 2 * max(2, getattr(space, "num_codes", 1))
+    fewest = 2 * max(3, getattr(space, "num_codes", 1))
     if len(indices) < fewest:
         raise ConfigError(
             f"latent.warm_start_pairs: found {len(indices)} training pairs (setting: {space.warm_start_pairs}), "
-            f"expected at least {fewest} (four, and two for each code). Use more pairs or fewer codes "
+            f"expected at least {fewest} (six, and two for each code). Use more pairs or fewer codes "
             "(latent.num_codes), or set it to 0 for a run without warm start."
         )
 
-    order, held = hold_out([tuple(pairs[index].prompt_ids) for index in indices])
-    indices = [indices[number] for number in order]
+    parts = hold_out([tuple(pairs[index].prompt_ids) for index in indices])
+    indices = [indices[number] for number in parts.order]
     labelled = [pairs[index] for index in indices]
     rows, computed = labelled_rows(module, data, indices)
     reference = None if module.reference is None else reference_logps(module.reference, data, indices, trainer)
     token = _mean_token(module, data.make_layout()(labelled[:TOKEN_PAIRS]))
     linearized = LinearizedPairs(rows, reference, token, [pair.annotator for pair in labelled], module.label_loss)
+    first = len(labelled) - parts.decision
 
     with own_random_state(module.device), torch.enable_grad():
         torch.manual_seed(seed)
         trained = copy.deepcopy(space).float()
-        plain, loss = fit(trained, linearized, held, module.latent_lr, data.pairs_per_annotator)
-    space.load_state_dict(trained.state_dict())
+        fit(trained, linearized.part(slice(first)), parts.selection, module.latent_lr, data.pairs_per_annotator)
+    prompts = [pair.prompt if parts.whole_prompts else number for number, pair in enumerate(labelled[first:])]
+    decision = decide(trained, linearized.part(slice(first, None)), prompts, data.pairs_per_annotator)
+    if decision.installed:
+        space.load_state_dict(trained.state_dict())
     if trainer.world_size > 1:
-        # Tensor by tensor. A strategy's `broadcast` pickles them, and each process would unpickle them on the device of
-        # the first process.
+        # The first process decides. Tensor by tensor: a strategy's `broadcast` pickles them, and each process would
+        # unpickle them on the device of the first process.
         for tensor in (*space.parameters(), *space.buffers()):
             dist.broadcast(tensor.data, src=0)
     took = time.perf_counter() - started
     rank_zero_info(
-        f"warm start: {len(indices)} training pairs ({len(indices) - computed} reused), in {took:.1f} s; "
-        f"held-out loss per pair {loss:.4f} nats, {plain:.4f} without a latent."
+        f"warm start: {len(indices)} training pairs ({len(indices) - computed} reused), in {took:.1f} s; {decision}"
     )
+    return decision
 
 
 @torch.no_grad()

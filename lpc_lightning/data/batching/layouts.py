@@ -99,6 +99,8 @@ class Layout(ABC):
             prompts=tuple(pair.prompt for pair in pairs),
             tokens=int(rows.attention_mask.sum()),
             reference_bits=_reference_bits(pairs),
+            weight_bits=_bits([pair.weight for pair in pairs]),
+            margin_bits=_bits([pair.margin for pair in pairs]),
         )
 
 
@@ -108,6 +110,12 @@ def _reference_bits(pairs: Sequence[TokenizedPair]) -> Tensor | None:
     if len(known) != len(pairs):
         return None
     return torch.tensor(known, dtype=torch.float64).T.flatten().view(torch.int64)
+
+
+def _bits(values: Sequence[float | None]) -> Tensor | None:
+    """Return the bits of (B,) weights or margins, or None if a pair has none."""
+    known = [value for value in values if value is not None]
+    return torch.tensor(known, dtype=torch.float64).view(torch.int64) if len(known) == len(values) else None
 
 
 def _pad(values: Sequence[int] | torch.Tensor, padding: int, value: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.seeding import derive
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
-NEW_RUN = "start a new run from an export of the checkpoint (`lpc-lightning export`; its latent starts anew)"
+NEW_RUN = "start a new fit from the checkpoint's weights, its latent included (`--policy TrainedPolicy`)"
 
 
 class TrainingBatches(Sampler[list[int]]):
@@ -192,7 +192,23 @@ class TrainingLoader(PreferenceLoader):
         self._noise = pairs.noise if isinstance(pairs, TokenStore) else ""
         self._flips = pairs.flips_digest if isinstance(pairs, TokenStore) else ""
         self._epoch = self._taken = 0
+        self._pairs = pairs
+        self._weights_of, self._weights_in_order = -1, np.zeros(0)
         self._taken_before: dict[int, int] = {}
+
+    def weight_sum(self, start: int, end: int) -> float | None:
+        """Return the sum of the weights of the pairs in batches `start` to `end` - 1 of this epoch, on all devices.
+
+        None if the data has no weights.
+        """
+        weights = self._pairs.weights if isinstance(self._pairs, TokenStore) else None
+        if weights is None:
+            return None
+        if self._weights_of != self._epoch:
+            order = self.sampler.first(len(self.sampler), self._epoch)
+            self._weights_in_order, self._weights_of = weights[order], self._epoch
+        step = self.sampler.batch_size * self.sampler.devices
+        return float(self._weights_in_order[start * step : end * step].sum())
 
     @property
     def batch_sizes(self) -> list[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, TypeAlias
+
+MarginScale: TypeAlias = Literal["log", "difference"]
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,45 @@ class Columns:
     id: str = "id"
     """Name of the pair. Defaults to the place of the row if absent."""
 
+    weight: str | None = "weight"
+    """Weight of the pair in the loss, a finite number of at least 0: the loss is the weighted mean over the pairs of an
+    optimizer step. Defaults to 1 if absent. null: all weights are 1."""
+    margin: str | None = "margin"
+    """Margin of the pair, a finite number in units of the reward: the loss asks that the chosen answer's reward exceeds
+    that of the rejected one by so much more (see `losses`). Defaults to 0 if absent. null: all margins are 0."""
+    score_chosen: str | None = None
+    """Score of the chosen answer, from which the margin is computed in place of the column `margin`: margin_alpha times
+    the scaled difference of both scores. null: no scores."""
+    score_rejected: str | None = None
+    """Score of the rejected answer."""
+    margin_scale: MarginScale = "log"
+    """Scale of the difference of scores. `log`: its natural logarithm, as in ODPO (arXiv 2402.10571), which needs a
+    higher score of the chosen answer. `difference`: the difference itself."""
+    margin_alpha: float = 1.0
+    """Factor of a margin from scores, ODPO's alpha."""
+
     def __post_init__(self) -> None:
         names = [self.prompt, self.chosen, self.rejected, self.id, *{self.source, self.factor, self.annotator}]
         names += [name for name in (self.answer_a, self.answer_b, self.label, self.system, self.input) if name]
+        names += [name for name in (self.weight, self.margin, self.score_chosen, self.score_rejected) if name]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"columns: found {repeated} for more than one purpose, expected a column for each purpose")
         if (self.answer_a is None) != (self.answer_b is None):
             raise ValueError(
                 f"columns: found answer_a={self.answer_a!r} and answer_b={self.answer_b!r}, expected both or neither"
             )
+        if (self.score_chosen is None) != (self.score_rejected is None):
+            raise ValueError(
+                f"columns: found score_chosen={self.score_chosen!r} and score_rejected={self.score_rejected!r}, "
+                "expected both or neither"
+            )
+        if self.score_chosen is not None and (self.answer_a or self.vote):
+            raise ValueError(
+                "columns: found score_chosen together with a label or a vote, expected one of them. The scores are "
+                "those of the columns chosen and rejected; a label or a vote orders the answers anew"
+            )
+        if not 0 < self.margin_alpha < math.inf:
+            raise ValueError(f"columns.margin_alpha: found {self.margin_alpha}, expected a number above 0")
         if self.answer_a is not None and self.label is None:
             raise ValueError(
                 f"columns: found the answers {self.answer_a!r} and {self.answer_b!r} without columns.label, expected "
@@ -79,5 +112,6 @@ class Columns:
 
     @property
     def purposes(self) -> set[str]:
-        """Names of all columns that have a purpose."""
-        return {value for f in fields(self) if f.name != "rendered" and isinstance(value := getattr(self, f.name), str)}
+        """Names of the columns with texts and labels. Numbers stay in `meta` for other uses, such as label noise."""
+        others = ("rendered", "margin_scale", "weight", "margin", "score_chosen", "score_rejected")
+        return {value for f in fields(self) if f.name not in others and isinstance(value := getattr(self, f.name), str)}

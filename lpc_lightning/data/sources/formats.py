@@ -19,6 +19,7 @@ from lpc_lightning.data.sources.structures import (
     rendered_prompt,
 )
 from lpc_lightning.data.sources.votes import gold_differs, voted_order
+from lpc_lightning.data.sources.weights import read_margin, read_weight
 from lpc_lightning.types import PreferenceExample
 
 DEFAULTS = Columns()
@@ -81,8 +82,11 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
         factor=_label(row, columns.factor),
         annotator=_label(row, columns.annotator),
         flipped=gold_differs(row, answers, columns.gold),
+        weight=read_weight(row, columns),
+        margin=read_margin(row, columns),
         meta={name: cell for name, cell in row.items() if name not in used},
     )
+    special += ["weight"] * (example.weight is not None) + ["margin"] * (example.margin is not None)
     _check(example)
     if columns.rendered == "turns":
         refuse_rendered(example)

@@ -44,6 +44,14 @@ class Location(ABC):
             DataError: The location has no such split, or cannot be read.
         """
 
+    def own_splits(self) -> tuple[str, ...]:
+        """Return the names of its own splits. Those of a hub data set are asked from the hub.
+
+        Raises:
+            DataError: The hub cannot be read.
+        """
+        return self.splits or ()
+
     @abstractmethod
     def key(self, split: str | None) -> str:
         """Return a text that changes whenever `rows` would yield other rows or other places."""
@@ -159,18 +167,30 @@ class HubDataset(Location):
         """See `Location.key`."""
         return f"dataset {self.name}[{split or DEFAULT_SPLIT}] {self._load(split)._fingerprint}"
 
+    def own_splits(self) -> tuple[str, ...]:
+        """See `Location.own_splits`."""
+        import datasets
+
+        with self._reading("its splits"):
+            return tuple(datasets.get_dataset_split_names(self.name, self.config))
+
     def _load(self, split: str | None) -> Dataset:
         import datasets
 
         split = split or DEFAULT_SPLIT
+        with self._reading(f"{self.name}[{split}]"):
+            return datasets.load_dataset(self.name, self.config, split=split)
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
         with _no_progress_bars():
             try:
-                return datasets.load_dataset(self.name, self.config, split=split)
+                yield
             except Exception as error:  # the hub raises many kinds of exceptions
                 raise DataError(
-                    f"There is no local file {self.name}, and the hub could not be read for {self.name}[{split}], "
-                    f"configuration {self.config}: {type(error).__name__}: {error}. Use the path of a file, or an "
-                    "existing hub name, configuration and split."
+                    f"There is no local file {self.name}, and the hub could not be read for {what}, configuration "
+                    f"{self.config}: {type(error).__name__}: {error}. Use the path of a file, or an existing hub name, "
+                    "configuration and split."
                 ) from error
 
 

@@ -47,10 +47,10 @@ def split_names(location: Location, split_column: str = "split") -> set[str]:
     """Return the names of a location's splits.
 
     They are its own splits if it has any, otherwise the values of the split column in all rows. Rows without a value
-    do not count. Empty for a hub data set, whose splits are not known without the network.
+    do not count.
     """
     if location.splits is not None:
-        return set(location.splits)
+        return set(location.own_splits())
     rows = location.rows(None, lambda place, fault: None, only=split_column)
     return {split_of(row, split_column) for _, row in rows if row.get(split_column) not in (None, "")}
 

@@ -98,12 +98,7 @@ class ChatTemplate(Template):
                 "template."
             )
         if not head.startswith(prompt):
-            log.warning(
-                "The chat template of %s ends a generation prompt with %r, but writes %r before the answer of an "
-                "assistant turn. Answers are appended to the generation prompt. A think block that it opens is closed "
-                "before an answer without one. If the template has an argument for it, set data.template_kwargs.",
-                name_of(tokenizer), prompt[-40:], head[-40:],
-            )  # fmt: skip
+            _report_other_end(name_of(tokenizer), prompt[-40:], head[-40:])
         added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
         end = re.search(any_of(added), after) if added else None
         frame = AnswerFrame(
@@ -218,6 +213,17 @@ def _report_day(name: str) -> None:
         "today, in training, evaluation and generation. To set another text, use data.template_kwargs if the template "
         "has an argument for it, such as date_string.",
         name, f"{DAY:%d %b %Y}",
+    )  # fmt: skip
+
+
+@cache
+def _report_other_end(name: str, prompt: str, head: str) -> None:
+    """Log once that a generation prompt is not what stands in front of an answer."""
+    log.warning(
+        "The chat template of %s ends a generation prompt with %r, but writes %r before the answer of an assistant "
+        "turn. Answers are appended to the generation prompt. A think block that it opens is closed before an answer "
+        "without one. If the template has an argument for it, set data.template_kwargs.",
+        name, prompt, head,
     )  # fmt: skip
 
 

@@ -204,6 +204,8 @@ class Template(ABC):
             factor=example.factor,
             annotator=example.annotator,
             flipped=example.flipped,
+            weight=example.weight,
+            margin=example.margin,
         )
 
     def _encode_prompt(self, prompt: Sequence[Message], answers: Sequence[str] = (), note: Note = no_note) -> _Prompt:

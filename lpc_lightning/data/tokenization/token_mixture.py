@@ -95,6 +95,26 @@ class TokenMixture(TokenStore):
             digest.update(np.ascontiguousarray(rows, np.int64).data)
         return digest.hexdigest()
 
+    @cached_property
+    def weights(self) -> np.ndarray | None:
+        """(pairs,) weight of each pair in the loss, 1 if a row has none. None if no row of any store has a weight."""
+        return self._gather_numbers("weights", 1.0)
+
+    @cached_property
+    def margins(self) -> np.ndarray | None:
+        """(pairs,) margin of each pair, 0 if a row has none. None if no row of any store has a margin."""
+        return self._gather_numbers("margins", 0.0)
+
+    def _gather_numbers(self, attribute: str, default: float) -> np.ndarray | None:
+        columns = {name: getattr(store, attribute) for name, store in self.stores.items()}
+        if all(column is None for column in columns.values()):
+            return None
+        filled = {
+            name: np.full(len(self.stores[name]), default) if column is None else column
+            for name, column in columns.items()
+        }
+        return self.gather(filled)
+
     @property
     def indices(self) -> np.ndarray:
         """(pairs,) position of each pair among all examples of its own source."""
@@ -104,6 +124,11 @@ class TokenMixture(TokenStore):
     def annotators(self) -> list[str]:
         """Annotator of each pair, "" if unknown."""
         return self._gather("annotators").tolist()
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """(pairs,) `TokenizedPair.prompt` of each pair."""
+        return self._gather("prompts")
 
     @property
     def _stored_flips(self) -> np.ndarray:

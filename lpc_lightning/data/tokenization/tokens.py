@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,7 +19,7 @@ from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import BadRow
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.template import Template
-from lpc_lightning.types import PreferenceExample, TokenizedPair
+from lpc_lightning.types import PreferenceExample, TokenizedPair, prompt_hash
 
 SCHEMA = pa.schema(
     [
@@ -30,9 +31,13 @@ SCHEMA = pa.schema(
         ("factor", pa.string()),
         ("annotator", pa.string()),
         ("flipped", pa.bool_()),
+        ("weight", pa.float64()),
+        ("margin", pa.float64()),
         ("index", pa.int64()),
     ]
 )
+NUMBERS = ("weight", "margin")
+"""Columns that may be empty."""
 assert [*SCHEMA.names, "reference_logps"] == [f.name for f in fields(TokenizedPair)]
 
 
@@ -128,12 +133,17 @@ class TokenStore(Sequence[TokenizedPair]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"TokenStore: found index {index}, expected one below {len(self)}")
         row = index % len(self)
-        pair = TokenizedPair(**self._values(row), reference_logps=self._reference_of(row))
+        pair = TokenizedPair(**self._values(row) | self._numbers_of(row), reference_logps=self._reference_of(row))
         return pair if self._swaps is None or not self._swaps[row] else pair.swapped()
 
     def _values(self, row: int) -> dict[str, Any]:
-        """Return the cells of a row by column name."""
-        return {name: self._table[name][row].as_py() for name in SCHEMA.names}
+        """Return the cells of a row by column name, without weight and margin."""
+        return {name: self._table[name][row].as_py() for name in SCHEMA.names if name not in NUMBERS}
+
+    def _numbers_of(self, row: int) -> dict[str, float]:
+        """Return weight and margin of a row, those that the data has."""
+        columns = {"weight": self.weights, "margin": self.margins}
+        return {name: float(column[row]) for name, column in columns.items() if column is not None}
 
     def _reference_of(self, row: int) -> tuple[float, float] | None:
         if self._reference_logps is None:
@@ -148,14 +158,30 @@ class TokenStore(Sequence[TokenizedPair]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that determines training: the token ids, and the annotators of the pairs."""
+        """SHA-256 of everything that determines training: token ids, annotators, weights and margins of the pairs."""
         parts = [self.token_digest, self._digest("annotator")]
+        for column in (self.weights, self.margins):
+            parts.append("" if column is None else hashlib.sha256(column.tobytes()).hexdigest())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
     def flips_digest(self) -> str:
         """SHA-256 of the choice of reversed labels. Empty if no label is reversed."""
         return "" if self._swaps is None else hashlib.sha256(np.packbits(self._swaps).tobytes()).hexdigest()
+
+    @cached_property
+    def weights(self) -> np.ndarray | None:
+        """(pairs,) weight of each pair in the loss, 1 if a row has none. None if no row has a weight."""
+        return self._filled("weight", 1.0)
+
+    @cached_property
+    def margins(self) -> np.ndarray | None:
+        """(pairs,) margin of each pair, 0 if a row has none. None if no row has a margin."""
+        return self._filled("margin", 0.0)
+
+    def _filled(self, name: str, default: float) -> np.ndarray | None:
+        column = self._table[name]
+        return None if column.null_count == len(column) else column.fill_null(default).to_numpy()
 
     def _digest(self, *names: str) -> str:
         """Hash the values of columns, whatever the batches of rows in which they are stored."""
@@ -181,6 +207,13 @@ class TokenStore(Sequence[TokenizedPair]):
     def annotators(self) -> list[str]:
         """Annotator of each pair, "" if unknown."""
         return self._table["annotator"].to_pylist()
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """(pairs,) `TokenizedPair.prompt` of each pair."""
+        column = self._table["prompt_ids"].combine_chunks()
+        bounds, ids = column.offsets.to_numpy(), column.values.to_numpy().astype(np.int64)
+        return np.array([prompt_hash(ids[start:end].tobytes()) for start, end in pairwise(bounds)])
 
     @property
     def flipped(self) -> np.ndarray:

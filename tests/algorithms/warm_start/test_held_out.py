@@ -9,37 +9,53 @@ from hypothesis import strategies as st
 from lpc_lightning.algorithms.warm_start.held_out import hold_out
 
 
-def parts(prompts: list[int]) -> tuple[list[int], list[int]]:
-    order, held = hold_out(prompts)
-    assert sorted(order) == list(range(len(prompts)))
-    return order[: len(order) - held], order[len(order) - held :]
+def parts(prompts: list[int]) -> tuple[list[int], list[int], list[int]]:
+    held = hold_out(prompts)
+    assert sorted(held.order) == list(range(len(prompts)))
+    first, last = len(prompts) - held.selection - held.decision, len(prompts) - held.decision
+    return held.order[:first], held.order[first:last], held.order[last:]
 
 
-@given(st.lists(st.integers(0, 60), min_size=2, max_size=80))
+@given(st.lists(st.integers(0, 60), min_size=6, max_size=80))
 def test_hold_out_keeps_prompts_in_one_part(prompts: list[int]) -> None:
-    fitted, held = parts(prompts)
-    assert len(held) >= max(2, round(len(prompts) / 10))
-    if {prompts[pair] for pair in fitted} & {prompts[pair] for pair in held}:
-        # Allowed only if the last prompts, which make up a tenth, hold more than half of the pairs.
-        last, covered = list(dict.fromkeys(prompts)), 0
-        while covered < len(held):
-            covered += prompts.count(last.pop())
-        assert covered > len(prompts) // 2
-        assert len(held) == max(2, round(len(prompts) / 10))
+    least = max(2, round(len(prompts) / 10))
+    fitted, selection, decision = parts(prompts)
+    assert fitted
+    assert min(len(selection), len(decision)) >= least
+    shared = [
+        {prompts[pair] for pair in first} & {prompts[pair] for pair in second}
+        for first, second in ((fitted, selection), (fitted, decision), (selection, decision))
+    ]
+    whole = hold_out(prompts).whole_prompts
+    assert not (whole and any(shared))
+    if not whole:
+        assert (len(selection), len(decision)) == (least, least)
+    else:
+        assert len(selection) + len(decision) <= max(2 * least, len(prompts) // 2)
 
 
-@pytest.mark.parametrize(("pairs", "held"), [(4, 2), (20, 2), (400, 40)])
-def test_hold_out_keeps_order_of_distinct_prompts(pairs: int, held: int) -> None:
-    assert hold_out(range(pairs)) == (list(range(pairs)), held)
+@pytest.mark.parametrize(("pairs", "decision", "selection"), [(6, 2, 2), (20, 5, 2), (400, 40, 40)])
+def test_hold_out_keeps_order_of_distinct_prompts(pairs: int, decision: int, selection: int) -> None:
+    held = hold_out(range(pairs))
+    assert (held.order, held.selection, held.decision) == (list(range(pairs)), selection, decision)
+    assert held.whole_prompts
 
 
 def test_hold_out_groups_pairs_of_a_prompt() -> None:
-    """Order of prompts: 0 1 2 .. 9 0 1 .. 9. A tenth of 40 pairs is 4, the pairs of prompt 9."""
-    order, held = hold_out([number % 10 for number in range(40)])
-    assert held == 4
-    assert order[:4] == [0, 10, 20, 30]
-    assert order[-4:] == [9, 19, 29, 39]
+    """Order of prompts: 0 1 2 .. 9 0 1 .. 9. A tenth of 40 pairs is 4. Two of ten prompts decide."""
+    held = hold_out([number % 10 for number in range(40)])
+    assert (held.selection, held.decision, held.whole_prompts) == (4, 8, True)
+    assert held.order[:4] == [0, 10, 20, 30]
+    assert held.order[-12:] == [7, 17, 27, 37, 8, 18, 28, 38, 9, 19, 29, 39]
+
+
+def test_hold_out_decides_on_five_prompts() -> None:
+    """Of 24 prompts with 50 pairs each, a tenth of the pairs would be three prompts."""
+    held = hold_out([number % 24 for number in range(1200)])
+    assert (held.selection, held.decision, held.whole_prompts) == (150, 250, True)
 
 
 def test_hold_out_splits_a_single_prompt() -> None:
-    assert hold_out([7] * 30) == (list(range(30)), 3)
+    held = hold_out([7] * 30)
+    assert (held.order, held.selection, held.decision) == (list(range(30)), 3, 3)
+    assert not held.whole_prompts

@@ -9,8 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lpc_lightning.data import PreferenceData
+from lpc_lightning.data.datamodule import require_part
 from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.reading import read_rows
+from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.sources.splits import split_names
 
@@ -73,6 +76,26 @@ def test_folder_of_parquet_shards(tmp_path: Path) -> None:
     assert location.key("train") != location.key("test")
     with pytest.raises(DataError, match=r"set has no split 'dev'\. It has: train, test"):
         places(folder, "dev")
+
+
+def test_hub_data_set_is_validated_on_its_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder in the layout of the hub takes the place of the hub. `datasets` itself names its splits."""
+    for split, numbers in (("train", (0, 1)), ("validation", (2,))):
+        write(tmp_path / "remote" / f"{split}.jsonl", *numbers)
+    load, names = datasets.load_dataset, datasets.get_dataset_split_names
+    remote, cache = str(tmp_path / "remote"), str(tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, split: load(remote, split=split, cache_dir=cache))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, *_: names(remote))
+    monkeypatch.chdir(tmp_path)
+    data = PreferenceData("org/name")
+    found = {stage: list(require_part(data.source(stage)).read(DataReport())) for stage in ("train", "validation")}
+    assert {stage: [each.prompt[0]["content"] for each in found[stage]] for stage in found} == {
+        "train": ["p0", "p1"],
+        "validation": ["p2"],
+    }
+    monkeypatch.delattr(datasets, "get_dataset_split_names")
+    with pytest.raises(DataError, match=r"no local file org/name, and the hub could not be read for its splits"):
+        PreferenceData("org/name").source("validation")
 
 
 def test_folder_without_data(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Chat templates with the structure of popular ones. The oracle is the text that the decoded ids must have."""
 
-import logging
-
 import pytest
 
 from lpc_lightning.data.sources.report import DataReport
@@ -123,10 +121,8 @@ def test_open_think_block_of_the_prompt(template, name, answer, completion):
     assert found == f"{completion}<|endoftext|>"
 
 
-def test_closed_think_blocks_are_counted_and_told(template, caplog):
-    with caplog.at_level(logging.WARNING):
-        r1 = template(R1)
-    assert "set data.template_kwargs" in caplog.text
+def test_closed_think_blocks_are_counted(template):
+    r1 = template(R1)
     report = counted(r1, example(), example(chosen="<think>\n1\n</think>\n\nA", rejected="<think>\n2\n</think>\n\nB"))
     assert report.kept == 2
     assert report.changed == {"think block of the generation prompt closed in front of an answer without one": 1}

@@ -267,7 +267,10 @@ def test_generation_prompt_mismatch_is_logged(fresh, caplog):
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n'", "assistant\n<think>\n'")
     with caplog.at_level(logging.WARNING):
         template = make_template(tokenizer)
-    assert "are appended to the generation prompt" in caplog.text
+        make_template(tokenizer)
+    (message,) = caplog.messages
+    assert "are appended to the generation prompt" in message
+    assert "set data.template_kwargs" in message
     assert template.frame.before == ""
     assert tokenizer.decode(template.prompt_ids(example("Hi").prompt)).endswith("assistant\n<think>\n")
 

@@ -16,6 +16,7 @@ from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
 from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.evaluation.accuracy.accuracy_modes import (
+    LENGTH_SCALES,
     OTHERS,
     SWAPPED,
     AccuracyModes,
@@ -149,7 +150,7 @@ class Naive:
         d = rejected - chosen if swapped else chosen - rejected
 
         def nll(x: Tensor) -> Tensor:
-            return torch.log(1 + torch.exp(-x))
+            return (-x).clamp(min=0) + torch.log(1 + torch.exp(-x.abs()))
 
         return {
             "dpo": lambda: nll(0.3 * d),
@@ -201,6 +202,47 @@ class Naive:
             "marginal": lambda: sum(self.likelihoods(False)).ln() - sum(self.likelihoods(True)).ln(),
         }
         return {mode: margins[mode]() for mode in modes}
+
+
+@dataclass
+class Scaled(Naive):
+    """The same with rewards that are sums over tokens or means per token, whatever the algorithm does."""
+
+    scale: str
+
+    def rewards(self, z: Tensor | float) -> tuple[Tensor, Tensor]:
+        rewards = []
+        for answer in (self.pair.chosen_ids, self.pair.rejected_ids):
+            reward = answer_logp(self.module.policy, self.pair.prompt_ids, answer, z)
+            if self.algorithm != "simpo":
+                reward = reward - answer_logp(self.module.reference.policy, self.pair.prompt_ids, answer)
+            rewards.append(reward / len(answer) if self.scale == "per_token" else reward)
+        return rewards[0], rewards[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+def test_scaled_margins_match_single_sequences(
+    algorithm: str, build: Build, make_pairs: Callable[..., list[TokenizedPair]]
+) -> None:
+    """Without and with length normalisation. The posterior's z is that of the algorithm's own loss."""
+    pairs = make_pairs(LENGTHS[:3])
+    module = build(algorithm, SPACES["marginal"]())
+    batch = SharedPrefixLayout(0, row_tokens=40)(pairs)
+    actual = mode_margins(evaluated(module, batch), module.latent, LENGTH_SCALES)
+    assert set(actual) == ALL | {f"{mode}/{scale}" for mode in ALL - {SWAPPED} for scale in LENGTH_SCALES}
+    own = [Naive(algorithm, module, pair) for pair in pairs]
+    for scale in LENGTH_SCALES:
+        for row, pair in enumerate(pairs):
+            naive = Scaled(algorithm, module, pair, scale)
+            expected = naive.margins(own[row - 1].prior_z(), {"prior", "no_latent", "shuffled", "marginal"})
+            expected["posterior"] = naive.margin(own[row].posterior_z(swapped=False))
+            margins = {mode: float(actual[f"{mode}/{scale}"][row]) for mode in expected}
+            values = {mode: float(value) for mode, value in expected.items()}
+            assert margins == pytest.approx(values, rel=1e-6, abs=1e-9)
+    same = "per_token" if algorithm == "simpo" else "summed"
+    for mode in ALL - {SWAPPED}:
+        assert torch.allclose(actual[f"{mode}/{same}"], actual[mode], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -478,3 +520,9 @@ def test_pair_table_round_trip() -> None:
     numbers, rows = table.read()
     assert {name: values.tolist() for name, values in numbers.items()} == {"a": [1.5, 2.0, 3.25], "b": [1, 2, 3]}
     assert rows == [{"id": "x\n"}, {"id": "\u2028 é"}, {"id": '"', "flag": True}]
+
+
+def test_pair_table_of_one_number() -> None:
+    table = PairTable()
+    table.update({"a": torch.tensor([1.5])}, [{"id": "x"}])
+    assert table.read() == ({"a": torch.tensor([1.5])}, [{"id": "x"}])

@@ -153,7 +153,9 @@ def test_plain_model_has_prior_mode_only(data: PreferenceData, tmp_path: Path) -
         f"{name}{group}"
         for name in ("accuracy/prior", "margin/prior", "log_loss/prior", "pairs")
         for group in ("", "/source/a", "/source/b", "/length_matched")
-    } | {"calibration_error/prior", "longer_is_chosen", "longer_is_chosen/length_matched"}
+    } | {"calibration_error/prior", "longer_is_chosen", "longer_is_chosen/length_matched"} | {
+        "accuracy/prior/summed", "accuracy/prior/per_token",
+    }  # fmt: skip
     policy = PretrainedPolicy(str(tmp_path / "plain")).build()
     for item, pair in zip(actual.items, pairs_of(data, spec.load_tokenizer()), strict=True):
         chosen, rejected = (

@@ -208,6 +208,7 @@ def test_preference_accuracy_equals_trainer_test(
     assert sum(correct) / 9 == pytest.approx(metrics["accuracy/prior"])
     other = results("plain").metrics["preferences"]
     means = ("accuracy/prior", "margin/prior", "log_loss/prior")
+    means += ("accuracy/prior/summed", "accuracy/prior/per_token")
     assert set(other) == {*means, *(f"{name}_stderr" for name in means), "calibration_error/prior"}
     assert "not comparable: reward is likelihood, but implicit for lpc-last" in outcome.out
 
@@ -235,6 +236,42 @@ def test_benchmarks_get_the_template_of_training(evaluate: Run, plain: str, resu
     outcome = evaluate(folder, "--tasks", "arc_easy", "--limit=1", "--apply_chat_template=true")
     assert outcome.code == 0, outcome.err
     assert results("quiet").record["model"]["chat_template_args"] == {"quiet": True}
+
+
+@pytest.mark.slow
+def test_reward_benchmarks_are_tasks_of_their_own(
+    evaluate: Run, checkpoint: Path, results: Any, tmp_path: Path
+) -> None:
+    """One file of each benchmark. The scores follow from the rewards of a test of the same pairs, read as pairs."""
+    subsets = ["hep-go", "hep-js", "donotanswer"]
+    graded = [
+        {"prompt": f"Why {n}?", "chosen": f"So {n * n}.", "rejected": "No!", "subset": subsets[n % 3], "id": n}
+        for n in range(6)
+    ]
+    styles = {kind: [f"{kind} {'word ' * style}" for style in range(3)] for kind in ("chosen", "rejected")}
+    files = {"graded": graded, "styled": [{"prompt": "Why?", **styles, "id": 0, "domain": "code"}]}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in files]
+    outcome = evaluate(checkpoint, "--tasks=none", "--preferences", *paths)
+    assert outcome.code == 0, outcome.err
+    tasks = results("lpc-last").record["tasks"]
+    assert set(tasks) == {"preferences-graded", "preferences-styled"}
+    items = [item for item in results("lpc-last").items if item["task"] == "preferences-graded"]
+    for mode in ("prior", "marginal", "posterior", "no_latent"):
+        right = {
+            subset: [item["response"][mode] > 0 for item in items if item["factor"] == subset] for subset in subsets
+        }
+        scores = tasks["preferences-graded"]["scores"][f"{mode}/summed"]  # DPO's own reward
+        expected = {subset: sum(each) / 2 for subset, each in right.items()}
+        assert {subset: scores[f"subset/{subset}"] for subset in subsets} == expected
+        assert scores["section/Reasoning"] == pytest.approx(sum(right["hep-go"] + right["hep-js"]) / 4)
+    assert tasks["preferences-styled"]["items"] == 9
+    assert {"average", "easy", "domain/code/hard"} <= set(tasks["preferences-styled"]["scores"]["prior/per_token"])
+    table = (tmp_path / "results" / "lpc-last" / "reward_benchmarks.md").read_text()
+    assert "| subset/donotanswer " in table
+    assert "preferences-styled, rm_bench" in outcome.out
+    assert "Read from" in evaluate(checkpoint, "--tasks=none", "--preferences", *paths).out
 
 
 def test_limit_of_pairs_without_split_column(evaluate: Run, plain: str, results: Any, tmp_path: Path) -> None:

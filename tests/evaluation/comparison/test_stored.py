@@ -12,6 +12,7 @@ from lpc_lightning.evaluation.comparison.stored import (
     REQUEST,
     add_run,
     claim_folder,
+    claim_name,
     holds_results,
     missing_tasks,
     split_by_documents,
@@ -101,6 +102,15 @@ def test_commands_that_run_together_do_not_meet(tmp_path: Path) -> None:
         write_results(first, run(["a"]), {REQUEST: {"limit": 1}})
     with claim_folder(tmp_path, "model", {"limit": 2}) as (third, _):
         assert third.name == "model-2"  # free again
+
+
+def test_comparisons_that_are_made_together_do_not_meet(tmp_path: Path) -> None:
+    with claim_name(tmp_path, "comparison") as first, claim_name(tmp_path, "comparison") as second:
+        assert (first, second) == ("comparison", "comparison-2")
+        with claim_folder(tmp_path, "comparison", {}) as (folder, _):
+            assert folder.name == "comparison"  # the folder of a model with this name
+    with claim_name(tmp_path, "comparison") as again:
+        assert again == "comparison"
 
 
 def test_holds_results_of_model_folder(tmp_path: Path) -> None:

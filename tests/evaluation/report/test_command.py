@@ -13,6 +13,10 @@ import pytest
 from scipy import stats
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.codebook.code_labels import CodeLabel, ColumnMatch
+from lpc_lightning.evaluation.codebook.code_tokens import TokenShift
+from lpc_lightning.evaluation.codebook.explanation import CodeExplanation, Explanation
+from lpc_lightning.evaluation.codebook.explanation_files import write_explanation
 from lpc_lightning.evaluation.report.command import main, report
 
 Write = Callable[..., Path]
@@ -33,7 +37,11 @@ def ablation(write_ablation: Write) -> Path:
     folder = write_ablation({"latent": list(VALUES)}, [1, 2, 3], lambda latent, seed: VALUES[latent][seed - 1])
     early = {**SAMPLE, "step": 4, "answers": [{**ANSWER, "text": "Early."}]}
     lines = "".join(json.dumps(record) + "\n" for record in (early, SAMPLE))
-    (folder / "cells" / "latent=gumbel,seed=2" / "run" / "samples.jsonl").write_text(lines)
+    run = folder / "cells" / "latent=gumbel,seed=2" / "run"
+    (run / "samples.jsonl").write_text(lines)
+    label = CodeLabel("factor", "<i>kind</i>", 3, 4)
+    code = CodeExplanation(7, 0.25, 4, label, [TokenShift(5, " dear", 0.5)], [], [], [])
+    write_explanation(run, Explanation(12, [code], [ColumnMatch("factor", "prior", 0.9, 0.1, 0.8)]), {})
     return folder
 
 
@@ -62,7 +70,7 @@ def test_report_writes_every_file(reported: Path) -> None:
 
 
 @pytest.mark.slow
-def test_page_has_the_last_samples(reported: Path) -> None:
+def test_page_has_codes_and_the_last_samples(reported: Path) -> None:
     page = (reported / "report.html").read_text()
     (section,) = re.findall(r'<section id="answers">.*?</section>', page, re.S)
     assert re.findall(r"<summary>(.*?)</summary>", section) == ["latent=gumbel,seed=2"]
@@ -70,6 +78,9 @@ def test_page_has_the_last_samples(reported: Path) -> None:
     assert "Turn off &lt;b&gt;both&lt;/b&gt; | all [...]" in section
     assert "Likeliest codes under the prior: 1 (0.800), 0 (0.200)" in section
     assert "Early." not in section
+    assert "<h3>1 codes over 12 pairs</h3>" in section
+    assert "factor &lt;i&gt;kind&lt;/i&gt; (3 of 4)" in section
+    assert "&#34; dear&#34; +0.50" in section
 
 
 @pytest.mark.slow

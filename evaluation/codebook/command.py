@@ -1,0 +1,193 @@
+"""What each code of a policy stands for: its tokens, its prompts, the pairs that it decides, and its answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.datamodule import Stage
+from lpc_lightning.data.sources.columns import Columns
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
+from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
+from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, PairKey, find_examples
+from lpc_lightning.evaluation.codebook.explanation_files import JSON, TEXT, check_files, write_explanation
+from lpc_lightning.function_command import run_function
+from lpc_lightning.inference.checkpoints import (
+    checkpoint_origin,
+    read_checkpoint,
+    run_config,
+    run_folder,
+    trained_template,
+)
+from lpc_lightning.inference.generate import conditions
+from lpc_lightning.inference.generation import Decoding, answers
+from lpc_lightning.inference.opening import open_module, short_name, view_module
+from lpc_lightning.inference.prompts import Prompt, text_prompt
+from lpc_lightning.latent import DiscreteSpace
+from lpc_lightning.output_paths import check_folder
+from lpc_lightning.types import PreferenceExample
+
+MOST_ANSWERS = 8
+"""Most codes that answer if none are chosen."""
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    run_function(explain, arguments[1:], arguments[0])
+
+
+def explain(
+    checkpoints: list[str],
+    preferences: str | None = None,
+    output: str | None = None,
+    prompt: str | None = None,
+    codes: list[int] | None = None,
+    max_new_tokens: int = 64,
+    tokens: int = 10,
+    examples: int = 3,
+    whole_vocabulary: bool = False,
+    split: str | None = None,
+    columns: Columns | None = None,
+    bad_rows: Literal["error", "skip"] = "error",
+    limit: int | float | None = None,
+    batch_size: int = 8,
+    max_length: int = 1024,
+    precision: Literal["32-true", "64-true", "bf16-mixed", "bf16-true"] = "32-true",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Explain the codes of a policy: their tokens, their prompts, the pairs that they decide, and their answers.
+
+    For each code: the tokens that it raises and lowers most (LMHead(e_k) against the mean over codes), the prompts for
+    which the prior makes it likeliest, the pairs whose reward margin it changes most against the prior's z, and its
+    answer to one prompt beside those of other codes. If source, factor or annotator of the pairs matches the codes, by
+    normalised mutual information, each code gets its most frequent value as a label.
+
+    The text is printed and written to codes.md, and everything to codes.json. `lpc-lightning report` shows them. A fit
+    with codes writes both at its end, without answers (callback `CodeExplanations`).
+
+    Args:
+        checkpoints: Checkpoints whose latent has codes (runs/version_0/checkpoints/best.ckpt).
+        preferences: File of preference pairs. null: the validation pairs of the run, as in its config.yaml.
+        output: Folder for the files, with a folder for each checkpoint. null: the folder of the run.
+        prompt: Prompt to answer. null: that of the first pair.
+        codes: Codes to answer under, from 0. null: those that are likeliest for some pair, at most 8, the most used.
+        max_new_tokens: Tokens of an answer at most. 0: no answers.
+        tokens: Tokens that a code raises, and tokens that it lowers, at most.
+        examples: Prompts and pairs of each code at most.
+        whole_vocabulary: Choose the tokens from the whole vocabulary. false: from the tokens of the pairs' answers.
+        split: Use the rows of `preferences` with this value in the column `split`. null: `test` if the file has this
+            column, else all.
+        columns: Names of the columns of `preferences`, and how their cells are read, as `data.columns` of a fit. null:
+            the defaults.
+        bad_rows: Treatment of pairs of `preferences` that cannot be used. `error`: stop and list them. `skip`: leave
+            them out and count them.
+        limit: Use the first pairs of `preferences` up to this number; below 1: this share of them. null: all of them.
+        batch_size: Pairs of `preferences` in a batch.
+        max_length: Most tokens of a prompt with its longer answer, for `preferences`. Longer pairs are left out and
+            counted in the output.
+        precision: Precision of the computation, as `trainer.precision`.
+        device: Device: `auto`, `cpu`, `cuda` ...
+        trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
+
+    Raises:
+        ConfigError: A latent has no codes, or a setting is out of range.
+        DataError: There are no such pairs.
+    """
+    for name, value, least in (("tokens", tokens, 1), ("examples", examples, 0), ("max_new_tokens", max_new_tokens, 0)):
+        if value < least:
+            raise ConfigError(f"{name}: found {value}, expected at least {least}.")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError(f"prompt: found {prompt!r}, expected text.")
+    for path in checkpoints:
+        checkpoint = read_checkpoint(Path(path), weights=False)
+        origin = checkpoint_origin(checkpoint, Path(path))
+        folder = run_folder(Path(path)) if output is None else Path(output) / short_name(path)
+        check_folder(folder, "output")
+        check_files(folder)
+        data: PreferenceDataModule
+        if preferences is None:
+            data = _run_data(Path(path))
+        else:
+            data = PairsFile(
+                preferences,
+                split=split,
+                limit=limit,
+                columns=columns,
+                bad_rows=bad_rows,
+                batch_size=batch_size,
+                max_length=max_length,
+            )
+            data.template_settings = trained_template(origin)
+        module = open_module(path, device, trust_remote_code)
+        space = module.latent
+        if not isinstance(space, DiscreteSpace):
+            found = "no latent" if space is None else f"the latent {type(space).__name__}, which has no codes,"
+            raise ConfigError(f"checkpoints: found {found} in {path}, expected one with codes, such as MarginalSpace.")
+        opened = view_module(module, path, data.template_settings)
+        conditions(opened, None, codes or [], None)  # unknown codes are refused before the pass over the pairs
+        collector, stage = ExplanationPairs(), _stage(preferences)
+        print(f"{path}: {evaluate_pairs(module, data, collector, stage, precision)}")
+        head = module.policy.head
+        explanation = collector.explain(space, head, module.tokenizer, tokens, examples, whole_vocabulary)
+        assert explanation is not None  # without pairs, evaluate_pairs raises an error
+        explanation = explanation.with_texts(_examples(data, stage, explanation.shown_pairs))
+        answered = None
+        if max_new_tokens:
+            asked = _first_prompt(data, stage) if prompt is None else text_prompt(prompt)
+            under = conditions(opened, None, _used_codes(explanation) if codes is None else codes, None)
+            answered = next(answers(opened, [asked], under, Decoding(max_new_tokens)))
+        facts = {"checkpoint": path, "step": origin.get("step"), "preferences": preferences}
+        print(f"\n{write_explanation(folder, explanation, facts, answered)}")
+        print(f"Wrote {os.path.relpath(folder / TEXT)}, and the whole texts to {JSON} beside it.")
+
+
+def _run_data(path: Path) -> PreferenceDataModule:
+    """Make the data of the run that wrote a checkpoint.
+
+    Raises:
+        ConfigError: The run has no config with data, or the data does not take its settings.
+    """
+    settings = run_config(path).get("data")
+    expected = "Give a file of pairs: --preferences pairs.jsonl."
+    if not settings:
+        raise ConfigError(f"preferences: found no config.yaml with data in {run_folder(path)}. {expected}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PreferenceDataModule, "data")
+    try:
+        data: PreferenceDataModule = parser.instantiate(parser.parse_object({"data": settings})).data
+    except (ArgumentError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"preferences: found data settings in {run_folder(path)}/config.yaml that cannot be used ({reason}). "
+            f"{expected}"
+        ) from error
+    return data
+
+
+def _stage(preferences: str | None) -> Literal["validation", "test"]:
+    return "validation" if preferences is None else "test"
+
+
+def _examples(data: PreferenceDataModule, stage: Stage, pairs: Iterable[PairKey]) -> dict[PairKey, PreferenceExample]:
+    source = data.source(stage)
+    assert source is not None  # its pairs have been scored
+    return find_examples(source, pairs)
+
+
+def _first_prompt(data: PreferenceDataModule, stage: Stage) -> Prompt:
+    pair = data.pairs[stage][0]
+    ((_, example),) = _examples(data, stage, [(pair.id, pair.annotator)]).items()
+    return example.prompt
+
+
+def _used_codes(explanation: Explanation) -> list[int]:
+    """Return the codes that are likeliest for some pair, the most used ones, in order."""
+    ranked = sorted(explanation.codes, key=lambda code: (-code.likeliest, -code.share))
+    return sorted(code.code for code in ranked[:MOST_ANSWERS] if code.likeliest)

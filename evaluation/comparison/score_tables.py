@@ -1,0 +1,47 @@
+"""Tables of the scores that RM-Bench and RewardBench define, for one model."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lpc_lightning.evaluation.tables import markdown_table
+
+TABLE = "reward_benchmarks"
+"""Name of the files."""
+
+
+def score_tables(records: Mapping[str, Any]) -> dict[str, str]:
+    """Return a table in Markdown for each file of a benchmark, by task: a score a row, a mode and a scale a column.
+
+    Args:
+        records: Records of a model's results, by task.
+    """
+    tables = {}
+    for task, record in records.items():
+        if scores := record.get("scores"):
+            names = dict.fromkeys(name for values in scores.values() for name in values)
+            rows = [
+                [name, *("-" if name not in values else f"{values[name]:.4f}" for values in scores.values())]
+                for name in names
+            ]
+            tables[task] = markdown_table([f"{task}, {record['form']}", *scores], rows)
+    return tables
+
+
+def write_score_tables(folder: Path, records: Mapping[str, Any]) -> None:
+    """Write `reward_benchmarks.md` and `.csv` into an existing folder. Without benchmarks, write nothing."""
+    tables = score_tables(records)
+    if not tables:
+        return
+    (folder / f"{TABLE}.md").write_text("\n\n".join(tables.values()) + "\n", encoding="utf-8")
+    with (folder / f"{TABLE}.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", "form", "score", "mode", "scale", "value"])
+        for task in tables:
+            record = records[task]
+            for column, values in record["scores"].items():
+                for name, value in values.items():
+                    writer.writerow([task, record["form"], name, *column.split("/"), value])

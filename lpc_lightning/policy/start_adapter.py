@@ -1,0 +1,149 @@
+"""A published adapter as the start of a fit: merged into the weights, or kept frozen beside the adapter in training."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lpc_lightning.policy.head import UnsupportedPolicyError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+ADAPTER = "adapter_config.json"
+"""File of peft's in the folder of an adapter."""
+TRAINED, START = "default", "start"
+"""peft's names of the adapter in training, and of a frozen adapter that the fit starts from."""
+
+
+def is_adapter(path: str) -> bool:
+    """Return whether a path is a folder with an adapter and without a model."""
+    folder = Path(path)
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(adapter: str) -> str:
+    """Return the base model that the folder of an adapter names.
+
+    Raises:
+        UnsupportedPolicyError: The folder names none.
+    """
+    try:
+        base = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UnsupportedPolicyError(
+            f"policy.path: could not read {Path(adapter) / ADAPTER}: {error}. Expected the settings of an adapter."
+        ) from error
+    if not base:
+        raise UnsupportedPolicyError(
+            f"policy.path: found no base_model_name_or_path in {Path(adapter) / ADAPTER}, expected the adapter's base "
+            "model. Set policy.path to that model and policy.adapter to this folder."
+        )
+    return str(base)
+
+
+def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """Add the updates of an adapter to the weights of its base model.
+
+    Args:
+        model: The base model, unquantised. It is changed.
+        adapter: Folder or hub name.
+
+    Raises:
+        UnsupportedPolicyError: The adapter is no LoRA, or does not fit.
+    """
+    from peft import PeftModel  # the import takes a second: only where there is an adapter
+
+    _check_adapter(adapter)
+    with _explaining(adapter), torch.device("cpu"):
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter, torch_device="cpu").merge_and_unload()
+    merged.requires_grad_(True)  # peft froze them
+    return merged
+
+
+def keep_adapter(model: PeftModel, adapter: str) -> None:
+    """Add a second adapter, which stays frozen. The model then computes with both.
+
+    Args:
+        model: The base model with the adapter in training.
+        adapter: Folder or hub name of the second adapter.
+
+    Raises:
+        UnsupportedPolicyError: The adapter is no LoRA, does not fit, or replaces whole layers.
+    """
+    replaced = getattr(_check_adapter(adapter), "modules_to_save", None)
+    if replaced:
+        raise UnsupportedPolicyError(
+            f"policy.merge_adapter: found false for {adapter}, which replaces whole layers ({', '.join(replaced)}). "
+            "Expected true."
+        )
+    with _explaining(adapter), torch.device("cpu"):
+        if missing := model.load_adapter(adapter, START, torch_device="cpu").missing_keys:
+            raise ValueError(f"Found missing adapter keys: {missing}.")
+    _activate_both(model)
+
+
+@contextmanager
+def trained_adapter_off(model: PeftModel) -> Iterator[None]:
+    """Turn off the adapter in training. A frozen adapter stays on."""
+    if START not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    tuner: Any = model.base_model
+    tuner.set_adapter(START, inference_mode=True)
+    try:
+        yield
+    finally:
+        _activate_both(model)
+
+
+def frozen_scales(model: nn.Module) -> list[str]:
+    """Return the scales of the updates of a frozen adapter, layer by layer. They are no parameters."""
+    scalings = (getattr(module, "scaling", None) for module in model.modules())
+    return [str(each[START]) for each in scalings if isinstance(each, dict) and START in each]
+
+
+def _activate_both(model: PeftModel) -> None:
+    tuner: Any = model.base_model
+    tuner.set_adapter([START, TRAINED])
+    for name, parameter in model.named_parameters():
+        if f".{START}." in name:
+            parameter.requires_grad_(False)
+
+
+def _check_adapter(adapter: str) -> PeftConfig:
+    from peft import PeftConfig, PeftType
+
+    with _explaining(adapter):
+        config: PeftConfig = PeftConfig.from_pretrained(adapter)
+    if config.peft_type != PeftType.LORA:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise UnsupportedPolicyError(
+            f"policy.adapter: found an adapter of the kind {kind} in {adapter}, expected LORA, whose updates can be "
+            "added to the weights."
+        )
+    return config
+
+
+@contextmanager
+def _explaining(adapter: str) -> Iterator[None]:
+    """Turn errors of peft into one that names the setting. peft only warns of missing weights."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            yield
+    except (OSError, ValueError, RuntimeError, UserWarning) as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedPolicyError(
+            f"policy.adapter: could not load {adapter}: {reason[:500]} Expected a LoRA adapter that was trained on the "
+            "model in policy.path."
+        ) from error

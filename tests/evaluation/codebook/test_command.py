@@ -1,0 +1,146 @@
+"""Tests of the command `lpc-lightning explain`, and of the callback that does the same at the end of a fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpc_lightning.cli import main as lpc_lightning
+from lpc_lightning.data.synthetic import PreferenceGenerator
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.codebook.command import explain, main
+from lpc_lightning.inference.generation import Condition, Decoding, answers
+from lpc_lightning.inference.opening import open_policy
+from lpc_lightning.inference.prompts import text_prompt
+
+pytestmark = pytest.mark.slow
+
+FLAGS = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
+FLAGS += "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.03 --data=SyntheticPreferences "
+FLAGS += "--data.train_pairs=8 --data.validation_pairs=6 --data.test_pairs=0 --data.batch_size=4 "
+FLAGS += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
+FLAGS += "--trainer.max_steps=2 --trainer.log_every_n_steps=1 --trainer.enable_model_summary=false"
+SPACES = {
+    "codes": ["--latent=MarginalSpace", "--latent.num_codes=3", "--latent.init_logit_std=2"],
+    "gaussian": ["--latent=GaussianSpace", "--latent.num_codes=3"],
+    "plain": [],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["lpc-lightning"])
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv("PL_SEED_WORKERS", "0")
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Folders of runs of two steps with the callback, by latent space."""
+    root = tmp_path_factory.mktemp("fits")
+    patch.setenv("LPC_LIGHTNING_CACHE", str(root / "cache"))
+    for name, space in SPACES.items():
+        added = ["--callbacks+=lpc_lightning.callbacks.CodeExplanations", "--callbacks.examples=2"]
+        lpc_lightning(["fit", *FLAGS.split(), *space, *added, f"--trainer.default_root_dir={root / name}"])
+    return {name: root / name / "version_0" for name in SPACES}
+
+
+def checkpoint(run: Path) -> str:
+    (path,) = (run / "checkpoints").glob("*.ckpt")
+    return str(path)
+
+
+def test_explain_equals_the_end_of_the_fit(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs["codes"]
+    at_the_end = json.loads((run / "codes.json").read_text())
+    assert at_the_end["pairs"] == 6
+    assert at_the_end["answered"] is None
+    capsys.readouterr()
+
+    main(["explain", checkpoint(run), "--examples=2", "--max_new_tokens=3", "--device=cpu"])
+    out = capsys.readouterr().out
+    written = json.loads((run / "codes.json").read_text())
+    assert (run / "codes.md").read_text() in out
+    for code, before in zip(written["codes"], at_the_end["codes"], strict=True):
+        for part in ("likeliest", "label", "raised", "lowered", "prompts", "decided"):
+            assert code[part] == approximately(before[part]), part
+    texts = {each["prompt"] for code in written["codes"] for each in code["prompts"]}
+    assert texts <= {pair.prompt[-1]["content"] for pair in PreferenceGenerator().examples(6, "validation")}
+
+
+def approximately(value: Any) -> Any:
+    """Allow rounding in all numbers of a JSON value."""
+    if isinstance(value, float):
+        return pytest.approx(value, abs=1e-4)
+    if isinstance(value, list):
+        return [approximately(each) for each in value]
+    return {name: approximately(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def test_explain_a_file_with_answers(runs: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    pairs = PreferenceGenerator("hidden", annotators=3).examples(5, "test")
+    rows = [
+        {
+            "id": "same",
+            "prompt": list(pair.prompt),
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "annotator": f"{n}",
+        }
+        for n, pair in enumerate(pairs)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = checkpoint(runs["codes"])
+    asked = {"prompt": "How?", "codes": [2], "max_new_tokens": 4, "limit": 4, "device": "cpu"}
+    explain([model], str(path), output=str(tmp_path / "out"), whole_vocabulary=True, **asked)
+    (written,) = (tmp_path / "out").glob("*/codes.json")
+    content = json.loads(written.read_text())
+    assert content["pairs"] == 4
+    assert content["preferences"] == str(path)
+    for each in content["codes"][0]["decided"]:
+        pair = pairs[int(each["pair"][1])]
+        assert (each["chosen"], each["rejected"]) == (pair.chosen, pair.rejected)
+
+    opened = open_policy(model, device="cpu")
+    expected = next(answers(opened, [text_prompt("How?")], [Condition("prior"), Condition("code 2", 2)], Decoding(4)))
+    assert [each["text"] for each in content["answered"]["answers"]] == [each.text for each in expected.answers]
+    assert "## One prompt under each code: How?" in written.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("name", ["gaussian", "plain"])
+def test_explain_without_codes(runs: dict[str, Path], name: str) -> None:
+    assert not list(runs[name].glob("codes.*"))
+    found = "no latent" if name == "plain" else "the latent GaussianSpace, which has no codes,"
+    with pytest.raises(ConfigError, match=rf"checkpoints: found {found} in .*, expected one with codes, such as"):
+        explain([checkpoint(runs[name])], device="cpu")
+
+
+def test_explain_refuses_settings(runs: dict[str, Path], tmp_path: Path) -> None:
+    model = checkpoint(runs["codes"])
+    with pytest.raises(ConfigError, match="tokens: found 0, expected at least 1"):
+        explain([model], tokens=0)
+    with pytest.raises(ConfigError, match=r"codes: found 7, but the latent of .* has the codes 0 to 2"):
+        explain([model], codes=[7], device="cpu")
+    folder = tmp_path / "version_0-last"
+    other = tmp_path / Path(model).name
+    other.write_bytes(Path(model).read_bytes())
+    with pytest.raises(ConfigError, match=r"preferences: found no config\.yaml with data in .* Give a file of pairs"):
+        explain([str(other)], output=str(folder))
+    (tmp_path / "codes.md").write_text("my notes")
+    with pytest.raises(ConfigError, match=r"output: .*codes\.md exists and does not explain codes"):
+        explain([str(other)])
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # of Lightning's own checkpoints, in another folder
+def test_validate_explains_the_codes(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = runs["codes"]
+    flags = [f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint(run)}"]
+    lpc_lightning(["validate", *flags, f"--trainer.default_root_dir={tmp_path}"])
+    assert json.loads((tmp_path / "version_0" / "codes.json").read_text())["pairs"] == 6
