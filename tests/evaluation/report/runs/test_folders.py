@@ -268,9 +268,8 @@ def test_test_on_other_pairs() -> None:
             Measurement("b", {"test/loss": 0.5}, Path("b"), Path("t"), 1, {"test/loss": settings}),
         ]
         records, _ = join_measurements(runs, measured)
-        with (
-            pytest.raises(ConfigError, match=r"data\.path two\.jsonl for a and the run's own for b") if fails else nullcontext()
-        ):
+        message = r"data\.path two\.jsonl for a and the run's own for b"
+        with pytest.raises(ConfigError, match=message) if fails else nullcontext():
             check_conditions(records, ["test/loss"])
 
 
