@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -61,7 +62,9 @@ class Fit(PreferenceCLI):
 
 
 class Parsed(Fit):
-    """The same without running the command."""
+    """The same without running the command, and without the copy of the settings for a checkpoint."""
+
+    config_dump: ClassVar[dict[str, Any]] = {}
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
