@@ -74,6 +74,11 @@ class TrainedPolicy(PolicySpec):
         """Load the tokenizer of the run."""
         return self._base.load_tokenizer()
 
+    @property
+    def start(self) -> str:
+        """Path of the checkpoint or export."""
+        return f"{self.path} without latent"
+
     def restore_latent(self, space: nn.Module | None) -> None:
         """Load the latent of the checkpoint or export into a new space, if `keep_latent` is set.
 
