@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from benchmarks.phases import Phases
 from benchmarks.recording import Recording
+from lpc_lightning.callbacks.step_parts import StepParts
 from lpc_lightning.reference.cached import CachedReference
 from lpc_lightning.types import PreferenceBatch
 
@@ -26,20 +26,21 @@ class StepRecorder(Callback):
             split: Also time the parts of a step. That costs a little time itself.
         """
         self.output, self.recording = output, Recording()
-        self.phases = Phases() if split else None
+        self.split = split
+        self.parts: StepParts | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the reference took by now, and begin to time the parts."""
         self.recording.reference = reference_of(pl_module)
-        if self.phases is not None:
-            self.phases.watch(trainer, pl_module)
+        if self.split:
+            self.parts = StepParts(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PreferenceBatch, batch_idx: int
     ) -> None:
         """The data has arrived."""
-        if self.phases is not None:
-            self.phases.start_step()
+        if self.parts is not None:
+            self.parts.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
@@ -47,13 +48,14 @@ class StepRecorder(Callback):
         """Note the step."""
         metrics = trainer.callback_metrics
         self.recording.end_step(float(metrics["train/loss"]), float(metrics["train/rewards/margins"]), list(batch.ids))
-        if self.phases is not None:
-            self.phases.end_step()
+        if self.parts is not None:
+            self.parts.end()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write."""
-        if self.phases is not None:
-            self.recording.shares = self.phases.steps
+        if self.parts is not None:
+            self.parts.close()
+            self.recording.shares = self.parts.seconds()
         self.recording.write(self.output)
 
 

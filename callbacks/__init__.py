@@ -23,6 +23,7 @@ from lpc_lightning.callbacks.progress import PreferenceProgressBar
 from lpc_lightning.callbacks.resources import ResourceMonitor
 from lpc_lightning.callbacks.run_summary import RunSummary
 from lpc_lightning.callbacks.samples import AnswerSamples
+from lpc_lightning.callbacks.step_profile import StepProfile
 
 __all__ = [
     "AnnotatorAdaptation",
@@ -43,6 +44,7 @@ __all__ = [
     "ResourceMonitor",
     "RunSummary",
     "SmallMarginsFirst",
+    "StepProfile",
     "Uniform",
     "UnreliableAnnotators",
     "WritePredictions",

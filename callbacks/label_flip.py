@@ -129,7 +129,9 @@ class LabelFlipNoise(LabelNoise, Callback):
         data.set_label_noise(self)
         self._metrics.to(pl_module.device)
         pairs = data.training_pairs
-        flipped = np.flatnonzero(pairs.flipped).tolist()
+        # Labels may be wrong before the noise (data.columns.gold). Marked pairs are tokenized with their new label.
+        wrong_before = False if self.marks_prompts else data.pairs["train"].flipped
+        flipped = np.flatnonzero(pairs.flipped != wrong_before).tolist()
         counts = (len(pairs) - len(flipped), len(flipped))
         self._kinds = [kind for kind, count in zip(KINDS, counts, strict=True) if count]
         rank_zero_info(f"{self.key()}: {len(flipped)} of {len(pairs)} training pairs flipped.")

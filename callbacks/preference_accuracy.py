@@ -79,5 +79,5 @@ class PreferenceAccuracy(CollectPairs):
         modes = AccuracyModes((), 0).to(module.device)
         for number, batch in enumerate(data.training_sample(self._sample)):
             with trainer.precision_plugin.forward_context():
-                modes.update(module.infer(batch.to(module.device), number), batch, module.latent)
+                modes.update(module.scoring_step(batch.to(module.device), number), batch, module.latent)
         return modes.collect()

@@ -45,7 +45,7 @@ class ResourceMonitor(Callback):
     ) -> None:
         """Start the clock at the first batch of a step, and count tokens and pairs."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._step = _Step(start=_now(pl_module.device))
+            self._step = _Step(start=read_clock(pl_module.device))
         self._step.tokens += batch.tokens
         self._step.pairs += batch.pairs
 
@@ -55,7 +55,7 @@ class ResourceMonitor(Callback):
         """Stop the clock at the last batch of a step. If the step is logged, read the times and log them."""
         if not is_optimizer_step(trainer, batch_idx):
             return
-        self._step.end = _now(pl_module.device)
+        self._step.end = read_clock(pl_module.device)
         self._steps.append(self._step)
         if not outputs["logged"]:
             return
@@ -80,7 +80,7 @@ class ResourceMonitor(Callback):
         peak = torch.tensor(peak_memory(trainer.strategy.root_device), device=device)
         self._peak = float(trainer.strategy.reduce(peak, reduce_op="max"))
         for step, (tokens, pairs) in zip(steps, counts.tolist(), strict=True):
-            self._rows.append((_seconds(step.start, step.end), tokens, pairs))
+            self._rows.append((seconds_between(step.start, step.end), tokens, pairs))
 
     def summary(self) -> dict[str, float]:
         """Return medians over the steps after warm-up, and the peak memory up to the last logged step."""
@@ -105,7 +105,7 @@ class _Step:
     pairs: int = 0
 
 
-def _now(device: torch.device) -> Time:
+def read_clock(device: torch.device) -> Time:
     """Return the current time. On a GPU: an event at the end of all work launched so far."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -114,7 +114,8 @@ def _now(device: torch.device) -> Time:
     return event
 
 
-def _seconds(start: Time, end: Time) -> float:
+def seconds_between(start: Time, end: Time) -> float:
+    """Return the seconds between two values of `read_clock`. For events this waits for the second one."""
     if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         end.synchronize()
         return start.elapsed_time(end) / 1000

@@ -27,7 +27,7 @@ from lpc_lightning.inference.generation import Answered, Condition, Decoding, an
 from lpc_lightning.inference.opening import OpenedPolicy, view_module
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
 from lpc_lightning.loggers import log_text
-from lpc_lightning.reference.live import FrozenCopy
+from lpc_lightning.reference.live import FrozenModel
 
 BEFORE = "before training"
 """Name of the answers of the policy before training."""
@@ -218,7 +218,7 @@ class AnswerSamples(Callback):
             context: Any = nullcontext()
         elif module.policy_spec.lora is not None:
             context = module.policy.as_reference()
-        elif isinstance(module.reference, FrozenCopy):
+        elif isinstance(module.reference, FrozenModel) and module.reference_path is None:
             policy, context = replace(policy, policy=module.reference.policy), nullcontext()
         else:
             yield None

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         PreferenceMixture,
         SyntheticPreferences,
     )
+    from lpc_lightning.inference import TrainedPolicy
     from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
     from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy
 
@@ -36,6 +37,7 @@ __all__ = [
     "SimPO",
     "SyntheticPreferences",
     "TinyPolicy",
+    "TrainedPolicy",
 ]
 
 # The threads of GNU OpenMP spin at each barrier, by default so long that one busy process beside a fit makes it many
@@ -56,7 +58,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use: `import lpc_lightning.losses` must not import transformers."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for package in ("algorithms", "data", "latent", "policy"):
+    for package in ("algorithms", "data", "latent", "policy", "inference"):
         module = import_module(f"{__name__}.{package}")
         if name in module.__all__:
             return getattr(module, name)

@@ -21,6 +21,8 @@ DIGESTS = "digests.json"
 """File with the SHA-256 of the files beside it, by name."""
 CHUNK = 1 << 20
 """Bytes that are read at a time."""
+READERS = 8
+"""Threads that read one file."""
 
 
 def is_archive(path: Path) -> bool:
@@ -42,14 +44,22 @@ def check_archive(path: Path, tensors: bool = True) -> None:
         DamagedFileError: An entry is missing or has other content, or the file is no zip file.
     """
     try:
-        with zipfile.ZipFile(path) as archive, ThreadPoolExecutor() as threads:
+        with zipfile.ZipFile(path) as archive:
             entries = [each for each in archive.infolist() if tensors or "/data/" not in each.filename]
-            list(threads.map(partial(_read, archive), entries))
+        with ThreadPoolExecutor(READERS) as threads:
+            list(threads.map(partial(_read, path), [entries[start::READERS] for start in range(READERS)]))
     except Exception as error:  # a damaged directory of entries can raise any exception
         raise DamagedFileError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
-def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+def _read(path: Path, entries: Iterable[zipfile.ZipInfo]) -> None:
+    # A file of its own: before Python 3.13, threads that share a ZipFile move each other's position.
+    with zipfile.ZipFile(path) as archive:
+        for entry in entries:
+            _read_entry(archive, entry)
+
+
+def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
     if entry.compress_type != zipfile.ZIP_STORED:  # torch compresses nothing. A compressed entry could fill the memory
         raise zipfile.BadZipFile(f"found the compressed entry {entry.filename!r}, expected entries that are stored")
     with archive.open(entry) as file:

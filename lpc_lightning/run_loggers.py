@@ -89,8 +89,11 @@ class SaveSettings(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Send the settings as hyperparameters."""
+        if not trainer.loggers:
+            return
         stated = {name: value for name, value in self.config.as_dict().items() if name in LOGGED}
-        settings = _plain({"run_folder": trainer.log_dir, **stated})
+        # Only the first process is here: `trainer.log_dir` is a collective call.
+        settings = _plain({"run_folder": trainer.loggers[0].log_dir, **stated})
         settings["trainer"].pop("logger")
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)

@@ -67,6 +67,11 @@ class Ceiling:
     """Accuracy of the best predictor that also has the annotator and the annotator's preference factor."""
 
 
+def prompt_hash(ids: bytes) -> str:
+    """Return a hash of a prompt's token ids, given as the bytes of 64-bit integers."""
+    return blake2b(ids, digest_size=8).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
     """A `PreferenceExample` as token ids. The prompt's ids are an exact prefix of both sequences.
@@ -92,7 +97,7 @@ class TokenizedPair:
     @property
     def prompt(self) -> str:
         """A hash of the prompt's tokens, the same for all pairs of one prompt."""
-        return blake2b(array("q", self.prompt_ids).tobytes(), digest_size=8).hexdigest()
+        return prompt_hash(array("q", self.prompt_ids).tobytes())
 
     def swapped(self) -> TokenizedPair:
         """Return the same pair with the opposite label. Tokens and reference log-probabilities are swapped too.

@@ -100,7 +100,8 @@ def test_help_lists_every_command(command: Command, flag: str) -> None:
 def test_usage_lists_plugins_without_importing_them() -> None:
     """lpc_lightning imports nothing from evaluation, whose lm-eval takes seconds."""
     code = (
-        "import sys; from lpc_lightning.cli import commands; summary = commands()['evaluate'][1]; "
+        "import sys, lpc_lightning.__main__; from lpc_lightning.cli import commands\n"
+        "summary = commands()['evaluate'][1]\n"
         "assert not {'lpc_lightning.evaluation.comparison.command', 'lm_eval'} & set(sys.modules); print(summary)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -194,6 +195,7 @@ SETTINGS = {
     ("latent", "VectorSpace"): ["init_logit_std"],
     ("policy", "TinyPolicy"): ["family", "width", "dtype", "attention", "lora", "gradient_checkpointing"],
     ("policy", "PretrainedPolicy"): ["path", "revision", "tokenizer", "adapter", "merge_adapter", "lora"],
+    ("policy", "TrainedPolicy"): ["path", "keep_latent", "lora", "dtype"],
     ("data", "PreferenceData"): ["path", "validation_share", "columns", "batch_size", "layout", "too_long", "bad_rows"],
     ("data", "SyntheticPreferences"): ["deciding", "train_pairs", "num_workers", "cache_dir"],
 }

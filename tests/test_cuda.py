@@ -65,7 +65,8 @@ def fit(cache_dir: Path, tmp_path: Path) -> Callable[..., Trainer]:
         settings |= {"logger": False, "num_sanity_val_steps": 0, "limit_val_batches": 0, "enable_model_summary": False}
         settings |= {"enable_checkpointing": False, "enable_progress_bar": False, "gradient_clip_val": 1.0}
         sizes: dict[str, Any] = {"train_pairs": 32, "validation_pairs": 4, "test_pairs": 4, "batch_size": 4}
-        data = SyntheticPreferences(**sizes, cache_dir=str(cache_dir))
+        # By default, only a GPU balances batches. Both devices train on the same ones here.
+        data = SyntheticPreferences(**sizes, cache_dir=str(cache_dir), balance_batches=True)
         fitter = Trainer(accelerator=accelerator, default_root_dir=tmp_path, **(settings | trainer))
         fitter.fit(module, datamodule=data, ckpt_path=ckpt_path)
         return fitter
@@ -94,6 +95,21 @@ def test_fit_policy_settings(policy: dict[str, Any], fit: Callable[..., Trainer]
     module = DPO(policy=tiny(**policy), latent=MarginalSpace(**CODES))
     assert fit(module).global_step == 2
     assert all(value.isfinite().all() for value in weights(module).values())
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2, dropout=0.1)])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_cuda_graphs_change_no_bit(latent: str, lora: LoRA | None, fit: Callable[..., Trainer]) -> None:
+    runs = []
+    for graphs in (False, True):
+        module = DPO(policy=tiny(compile=True, cuda_graphs=graphs, lora=lora), latent=LATENTS[latent]())
+        fit(module, max_steps=3, accumulate_grad_batches=2, deterministic=True)
+        assert (module.policy._graphed is not None) is graphs
+        assert not graphs or any(module.policy._graphed._graphs.values())
+        runs.append(weights(module))
+    torch.use_deterministic_algorithms(False)
+    for name, value in runs[0].items():
+        assert torch.equal(runs[1][name], value), name
 
 
 @pytest.mark.parametrize("latent", ["none", "expected", "marginal"])

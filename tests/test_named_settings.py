@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from lpc_lightning import algorithms, data, latent, policy
+from lpc_lightning import algorithms, data, inference, latent, policy
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.latent import LatentSpace
@@ -48,7 +48,7 @@ def test_named_settings_exist() -> None:
     known = {
         "data": settings(data, PreferenceDataModule),
         "model": settings(algorithms, PreferenceModule),
-        "policy": settings(policy, PolicySpec),
+        "policy": settings(policy, PolicySpec) | settings(inference, PolicySpec),
         "latent": settings(latent, LatentSpace),
         "trainer": set(inspect.signature(Trainer.__init__).parameters),
     }

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+GRAPHS = {"auto": None, True: "with CUDA graphs", False: "without CUDA graphs"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -23,6 +25,8 @@ class Case:
     """Name of a file in `configs/latent`; ours only."""
     compiled: bool = True
     """True compiles the decoder layers; ours only."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """True replays the compiled backbone from CUDA graphs; ours only."""
     checkpointing: bool = False
     """True computes the activations of each layer again in the backward pass."""
     steps: int = 24
@@ -40,7 +44,8 @@ class Case:
     def method(self) -> str:
         """Side and options."""
         parts = [self.side, self.latent, "checkpointing" if self.checkpointing else None]
-        parts.append("eager" if self.side == "ours" and not self.compiled else None)
+        if self.side == "ours":
+            parts.append("eager" if not self.compiled else GRAPHS[self.cuda_graphs])
         return ", ".join(part for part in parts if part)
 
     @property
@@ -80,6 +85,8 @@ def further_cases(tiny: bool) -> list[Case]:
     return [
         HH_LARGE,
         _trl(HH_LARGE),
+        replace(small, cuda_graphs=False),
+        replace(large, cuda_graphs=True),
         replace(small, compiled=False, steps=16, warmup=6),
         replace(large, compiled=False, steps=16, warmup=6),
         _trl(large, checkpointing=True, steps=12, warmup=4),
@@ -103,10 +110,11 @@ def best_batch_cases(tiny: bool) -> Iterator[Case]:
     if tiny:
         return
     short = replace(HH_LARGE, steps=12, warmup=5, limit=40.0)
-    for pairs in (32, 64, 8):
-        yield from (replace(short, pairs=pairs), _trl(short, pairs=pairs))
+    yield _trl(short, pairs=32)
+    yield from (replace(short, pairs=pairs) for pairs in (32, 64, 128))
+    yield _trl(short, pairs=64)
     yield _trl(short, pairs=64, checkpointing=True)
-    yield replace(short, pairs=64, checkpointing=True)
+    yield replace(short, pairs=128, checkpointing=True)
 
 
 def _trl(case: Case, **changes: object) -> Case:

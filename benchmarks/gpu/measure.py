@@ -191,4 +191,5 @@ def _allocated(device: str) -> float | None:
 
 
 def _peak(device: str) -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    """Return the most memory taken from the driver. It includes what CUDA graphs keep for their next replay."""
+    return torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else None

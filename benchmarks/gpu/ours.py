@@ -130,6 +130,7 @@ def arguments(case: Case, lengths: Path, scratch: Path, device: str) -> list[str
         "policy.shape": case.shape,
         "policy.dtype": "bfloat16" if case.precision == "bf16-true" else "float32",
         "policy.compile": str(case.compiled).lower(),
+        "policy.cuda_graphs": str(case.cuda_graphs).lower(),
         "policy.gradient_checkpointing": str(case.checkpointing).lower(),
         "data": "benchmarks.gpu.pairs.RandomTokens",
         "data.lengths": lengths,

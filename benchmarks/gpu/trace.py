@@ -14,6 +14,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from lpc_lightning.callbacks.step_parts import covered
+
 WINDOW = "measured steps"
 SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 READING = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
@@ -93,7 +95,7 @@ def summarize(events: Iterable[dict[str, Any]], steps: int, wall: float) -> dict
     operations = [event for event in host if event["cat"] == "cpu_op"]
     kernels = [event for event in events if event["cat"] == "kernel"]
     copies = [event for event in events if event["cat"] == "gpu_memcpy"]
-    busy = _union((event["ts"], event["ts"] + event["dur"]) for event in kernels)
+    busy = covered((event["ts"], event["ts"] + event["dur"]) for event in kernels)
     return {
         "steps": steps,
         "wall_ms": 1e3 * wall / steps,
@@ -115,15 +117,6 @@ def summarize(events: Iterable[dict[str, Any]], steps: int, wall: float) -> dict
 def _waits(event: dict[str, Any]) -> bool:
     """cudaMemcpyAsync and its like begin as cudaMemcpy does and do not wait by themselves."""
     return "Async" not in event["name"]
-
-
-def _union(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of some spans: kernels of several streams overlap."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
 
 
 def _own_time(operations: list[dict[str, Any]]) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -9,11 +10,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
+
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli import PreferenceCLI, set_up_logging
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.ablation.folder import CellFolder, Weights, write_json
+from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyReport
+from lpc_lightning.evaluation.accuracy.collect import CollectPairs
 
 
 def run_cell(path: Path, weights: Weights) -> None:
@@ -47,6 +52,7 @@ def run_cell(path: Path, weights: Weights) -> None:
         if _has_pairs(data, stage):
             evaluate(module, datamodule=data, verbose=False, ckpt_path=ckpt_path)
             metrics |= {name: _finite_or_none(value) for name, value in cli.trainer.callback_metrics.items()}
+            _write_pairs(folder.pairs(stage), cli.trainer)
     results = {
         "axes": dict(record.axes),
         "metrics": dict(sorted(metrics.items())),
@@ -56,6 +62,19 @@ def run_cell(path: Path, weights: Weights) -> None:
     if cli.trainer.is_global_zero:
         folder.join_metrics()
         write_json(folder.results, results)
+
+
+def _write_pairs(path: Path, trainer: Trainer) -> None:
+    """Write a line for each pair of the last round, if a callback has the margins of the pairs.
+
+    A report needs the prompts, because pairs of one prompt are not independent.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+    reports = (getattr(callback, "report", None) for callback in callbacks if isinstance(callback, CollectPairs))
+    report = next((each for each in reports if isinstance(each, AccuracyReport)), None)
+    if report is not None and trainer.is_global_zero:
+        lines = ({name: item[name] for name in ("prompt", "flipped", "tokens", "margins")} for item in report.items)
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
 
 
 def _has_pairs(data: PreferenceDataModule, stage: Any) -> bool:

@@ -64,6 +64,10 @@ class CellFolder:
         self.run, self.log = path / "run", path / "log.txt"
         self.results = path / "results.json"
 
+    def pairs(self, stage: str) -> Path:
+        """Return the file with the margins of the pairs of `validation` or `test`."""
+        return self.path / f"pairs_{stage}.jsonl"
+
     def record(self) -> Record | None:
         """Read the cell's record. None if the cell has never run."""
         try:
@@ -90,7 +94,8 @@ class CellFolder:
         before = self.record()
         if before is None or before.fingerprint != new.fingerprint:
             shutil.rmtree(self.run, ignore_errors=True)
-            for path in (self.results, self.log, *self._earlier_metrics()):
+            pairs = self.path.glob("pairs_*.jsonl")
+            for path in (self.results, self.log, *pairs, *self._earlier_metrics()):
                 path.unlink(missing_ok=True)
             before = new
         elif before.status == "running":

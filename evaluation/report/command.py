@@ -17,7 +17,7 @@ from lpc_lightning.evaluation.report.plots import draw
 from lpc_lightning.evaluation.report.run_tables import run_tables
 from lpc_lightning.evaluation.report.runs.differences import add_axes
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, join_measurements
+from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, check_conditions, join_measurements
 from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, flatten
 from lpc_lightning.evaluation.report.study import ACCURACIES, LeftOut, Study, make_study
 from lpc_lightning.evaluation.report.subject import Subject, numeric_axes
@@ -58,9 +58,10 @@ def report(
 
     Runs that differ only in the seed form a group. Runs of different grids and fits are told apart by every further
     setting in which they differ, unless it cannot change a result, such as a path of outputs. Each group gets its mean
-    with Student's 95 % interval. It also gets its difference to the group that has the baseline's settings and agrees
-    in all others. The difference is taken seed by seed, with a paired t-test and Holm's correction for the number of
-    tests. Runs that failed, are missing or have no value of a metric are listed.
+    with a 95 % interval, which also covers the choice of test prompts if cells of `ablate` share them. It also gets its
+    difference to the group that has the baseline's settings and agrees in all others. The difference is taken seed by
+    seed, with a paired t-test and Holm's correction for the number of tests. Runs that failed, are missing or have no
+    value of a metric are listed.
 
     OUT contains report.html, which needs no other file and also has the codes and the samples of runs; report.md;
     means, differences, tuning and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as
@@ -79,7 +80,8 @@ def report(
         title: Title of the page. null: the ablation's name.
 
     Raises:
-        ConfigError: There are no runs, or there is no such metric, axis or baseline. The error lists the valid ones.
+        ConfigError: There are no runs, or there is no such metric, axis or baseline. The error lists the valid ones. Or
+            a metric was measured under different conditions.
         DataError: A file of a run cannot be read.
     """
     folder = Path(out)
@@ -89,6 +91,7 @@ def report(
         records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
         study = make_study(records, loaded.axes)
         metrics = _select_metrics(study, metric)
+        check_conditions(records, metrics)
         selected_axes = _select_axes(study, x)
         baseline_axes = read_baseline(study, baseline)
         compared, unmatched = contrasts(study, metrics, baseline_axes)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value, as_value
-from lpc_lightning.evaluation.report.study import Group, LeftOut, Study
+from lpc_lightning.evaluation.report.study import Group, LeftOut, Study, prompt_deviations, shared_by
 from lpc_lightning.evaluation.statistics.seeds import SeedDifference, paired_difference
 from lpc_lightning.evaluation.statistics.significance import holm
 
@@ -114,20 +115,28 @@ def _find_baseline(study: Study, group: Group, baseline: Mapping[str, Value]) ->
 
 
 def _contrast(group: Group, baseline: Group, metric: str) -> Contrast:
-    values, baseline_values = _by_seed(group, metric), _by_seed(baseline, metric)
-    shared = [seed for seed in values if seed in baseline_values]
-    difference = (
-        paired_difference([baseline_values[seed] for seed in shared], [values[seed] for seed in shared])
-        if shared
-        else None
-    )
-    unpaired = sorted(set(values) ^ set(baseline_values))
+    runs, baseline_runs = _by_seed(group, metric), _by_seed(baseline, metric)
+    seeds = [seed for seed in runs if seed in baseline_runs]
+    difference = None
+    if seeds:
+        values, baseline_values = ([each[seed].metrics[metric] for seed in seeds] for each in (runs, baseline_runs))
+        by_prompt = [_prompt_differences(runs[seed], baseline_runs[seed], metric) for seed in seeds]
+        difference = paired_difference(baseline_values, values, shared_by(by_prompt))
+    unpaired = sorted(set(runs) ^ set(baseline_runs))
     return Contrast(group, baseline, metric, difference, tuple(unpaired))
 
 
-def _by_seed(group: Group, metric: str) -> dict[str, float]:
-    """Return the metric by seed. Runs without a seed can be paired only if the group has a single run."""
+def _prompt_differences(run: RunRecord, baseline: RunRecord, metric: str) -> dict[str, float] | None:
+    """Return what the pairs of each prompt add to the difference of two runs. None: they are not on record."""
+    ours, theirs = prompt_deviations(run, metric), prompt_deviations(baseline, metric)
+    if ours is None or theirs is None:
+        return None
+    return {prompt: ours.get(prompt, 0.0) - theirs.get(prompt, 0.0) for prompt in {**ours, **theirs}}
+
+
+def _by_seed(group: Group, metric: str) -> dict[str, RunRecord]:
+    """Return the runs with the metric by seed. Runs without a seed can be paired only if the group has a single run."""
     values = group.values(metric)
     if len(values) == 1 and values[0][0].seed is None:
-        return {"none": values[0][1]}
-    return {str(record.seed) if record.seed is not None else f"none ({record.name})": value for record, value in values}
+        return {"none": values[0][0]}
+    return {str(record.seed) if record.seed is not None else f"none ({record.name})": record for record, _ in values}

@@ -41,7 +41,7 @@ def means(subject: Subject) -> Drawn:
             _Row(subject.study.label(group), mean, [value for _, value in group.values(metric)])
             for group, mean in estimates
         ]
-        caption = "Point and bar: mean over seeds and Student's 95 % interval. Small dots: single seeds."
+        caption = "Point and bar: mean over seeds and its 95 % interval. Small dots: single seeds."
         yield _forest_plot(f"{metric}_means", title, metric, rows, caption)
 
 
@@ -66,7 +66,7 @@ def differences(subject: Subject) -> Drawn:
             yield NoPlot(title, "no group has a seed in common with its baseline")
             continue
         caption = (
-            "Mean difference under the same seeds, with Student's 95 % interval. Filled: significant at 0.05 after "
+            "Mean difference under the same seeds, with its 95 % interval. Filled: significant at 0.05 after "
             "Holm's correction. Without a bar: one pair of runs."
         )
         yield _forest_plot(f"{metric}_differences", title, f"difference in {metric}", rows, caption, zero_line=True)
@@ -143,7 +143,7 @@ def costs(subject: Subject) -> Drawn:
         for group, mean, seconds, peak in points
     ]
     caption = (
-        "One point for each group: mean over seeds, with Student's 95 % interval. The table of time and memory "
+        "One point for each group: mean over seeds, with its 95 % interval. The table of time and memory "
         "explains how both are measured."
     )
     yield Plot(file_name(f"{metric}_cost"), title, figure, _describe(title, texts), caption)

@@ -24,7 +24,7 @@ MAX_LINES = 7
 MAX_POINTS = 40
 """Most points of a curve. Neighbours in a longer curve are averaged."""
 BAND = (
-    "Bands: Student's 95 % interval of the mean over seeds; one seed has none. "
+    "Bands: the 95 % interval of the mean over seeds; one seed has none. "
     "Bands much wider than the distance between the lines are cropped."
 )
 

@@ -9,9 +9,11 @@ from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
+from lpc_lightning.evaluation.report.runs.pairs import prompt_deviations as read_deviations
 from lpc_lightning.evaluation.report.runs.records import FINISHED, RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
-from lpc_lightning.evaluation.statistics.seeds import Estimate, estimate
+from lpc_lightning.evaluation.statistics.clusters import shared_variance
+from lpc_lightning.evaluation.statistics.seeds import NOTHING_SHARED, Estimate, Shared, estimate
 
 ACCURACIES = ("val/rewards/accuracies", "test/rewards/accuracies")
 """Default metrics: the first of these that a run has logged."""
@@ -41,8 +43,24 @@ class Group:
 
     def estimate(self, metric: str) -> Estimate | None:
         """Estimate the mean of the metric over runs. None: no run has a finite value."""
-        values = [value for _, value in self.values(metric)]
-        return estimate(values) if values else None
+        values = self.values(metric)
+        if not values:
+            return None
+        by_prompt = [prompt_deviations(record, metric) for record, _ in values]
+        return estimate([value for _, value in values], shared_by(by_prompt))
+
+
+def prompt_deviations(record: RunRecord, metric: str) -> Mapping[str, float] | None:
+    """Return what the pairs of each prompt add to a metric of a run. None: they are not on record."""
+    if record.folder is None or not record.grid:
+        return None
+    return read_deviations(record.folder.parent, metric, record.metrics[metric])
+
+
+def shared_by(seeds: Sequence[Mapping[str, float] | None]) -> Shared:
+    """Estimate the variance that seeds share. Without the pairs of all seeds it is not known, and taken as 0."""
+    known = [seed for seed in seeds if seed is not None]
+    return shared_variance(known) if len(known) == len(seeds) else NOTHING_SHARED
 
 
 class LeftOut(NamedTuple):

@@ -36,8 +36,10 @@ def means_table(study: Study, metrics: Sequence[str]) -> Table:
             records.append({**axes, "metric": metric, **numbers, "runs": len(group.records)})
         rows.append(cells)
     notes = [
-        "Mean over n seeds with Student's 95 % confidence interval. One seed has no interval. If n is smaller than the "
-        "number of runs, the other runs are listed in the table of left-out runs."
+        "Mean over n seeds with Student's 95 % confidence interval. It covers what changes with the seed. If all "
+        "seeds are cells of ablate and are scored on the same prompts, it also covers the choice of these prompts "
+        "(prompts in the CSV file). One seed has no interval. If n is smaller than the number of runs, the other runs "
+        "are listed in the table of left-out runs."
     ]
     return Table("means", "Means over seeds", columns, rows, records, notes)
 
@@ -73,6 +75,7 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
                 "difference": mean.mean if mean else None,
                 "low": mean.low if mean else None,
                 "high": mean.high if mean else None,
+                "prompts": mean.prompts if mean else None,
                 "p": difference.p_value if difference else None,
                 "p_holm": contrast.p_corrected,
                 "p_sign_flips": difference.p_signs if difference else None,
@@ -84,7 +87,8 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
     notes = [
         "Difference to the runs with the same seed and settings, except for "
         + " and ".join(f"{axis}={value}" for axis, value in baseline.items())
-        + f". p: paired t-test; Holm: corrected for all {count} tests shown; *: Holm below {LEVEL}. Sign flips: the "
+        + ". Intervals and p cover the choice of test prompts as in the table of means. p: paired t-test;"
+        + f" Holm: corrected for all {count} tests shown; *: Holm below {LEVEL}. Sign flips: the "
         "exact test that assumes no normal distribution, not corrected; with n seeds it is never below 2^(1 - n). "
         "If all differences are equal, t is not defined, and p is that of the sign flips."
     ]

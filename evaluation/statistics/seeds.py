@@ -16,6 +16,19 @@ MAX_EXACT_FLIPS = 16
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """The part of a mean's variance that all seeds share, because they are scored on the same test prompts."""
+
+    variance: float = 0.0
+    """Estimate of the mean covariance between the scores of two seeds, at least 0."""
+    prompts: int = 0
+    """Number of prompts that several seeds have."""
+
+
+NOTHING_SHARED = Shared()
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """A mean over seeds, with its confidence interval."""
 
@@ -28,6 +41,8 @@ class Estimate:
     """Lower end of the 95 % confidence interval of the mean. None for a single seed."""
     high: float | None = None
     """Upper end of that interval. None for a single seed."""
+    prompts: int = 0
+    """Number of test prompts that several seeds share. The interval covers the choice of these prompts, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +52,26 @@ class SeedDifference:
     estimate: Estimate
     """Mean of the differences, setting minus baseline."""
     p_value: float | None = None
-    """Two-sided p-value of the paired t-test. If all differences are equal, t is undefined, and this is `p_signs`.
-    None for one pair."""
+    """Two-sided p-value of the paired t-test, with the variance of `estimate`. If all differences are equal, t is
+    undefined, and this is `p_signs`. None for one pair."""
     p_signs: float | None = None
     """Two-sided p-value of the sign-flip test, which does not assume a normal distribution. At least 2^(1 - n). None
     for one pair."""
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Compute the mean and Student's confidence interval for it.
+def estimate(values: Sequence[float], shared: Shared = NOTHING_SHARED) -> Estimate:
+    """Compute the mean and its confidence interval.
 
-    Source: Student 1908, "The probable error of a mean".
+    Student's interval covers everything that changes with the seed. If the seeds are scored on the same prompts, their
+    values are correlated, and the variance of the mean is s^2 / n + c, with the deviation s over the n seeds and the
+    mean covariance c between two seeds. The degrees of freedom then follow from the two parts.
+
+    Sources: Student 1908, "The probable error of a mean". Satterthwaite 1946, "An approximate distribution of estimates
+    of variance components".
 
     Args:
         values: One finite value per seed, at least one.
+        shared: The covariance, from `shared_variance`.
 
     Raises:
         ValueError: `values` is empty, or a value is not finite.
@@ -61,16 +82,29 @@ def estimate(values: Sequence[float]) -> Estimate:
     if len(samples) == 1:
         return Estimate(1, float(samples[0]))
     mean, deviation = float(samples.mean()), float(samples.std(ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(samples) - 1)) * deviation / len(samples) ** 0.5
-    return Estimate(len(samples), mean, deviation, mean - half, mean + half)
+    error, freedom = _standard_error(deviation, len(samples), shared)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    return Estimate(len(samples), mean, deviation, mean - half, mean + half, shared.prompts)
 
 
-def paired_difference(baseline: Sequence[float], other: Sequence[float]) -> SeedDifference:
+def _standard_error(deviation: float, count: int, shared: Shared) -> tuple[float, float]:
+    """Return the standard error of a mean over seeds, and its degrees of freedom."""
+    own, total = deviation**2 / count, deviation**2 / count + shared.variance
+    if not shared.variance:
+        return own**0.5, count - 1
+    spread = own**2 / (count - 1) + shared.variance**2 / (shared.prompts - 1)
+    return total**0.5, total**2 / spread
+
+
+def paired_difference(
+    baseline: Sequence[float], other: Sequence[float], shared: Shared = NOTHING_SHARED
+) -> SeedDifference:
     """Compute `other` minus `baseline` for each seed, and test whether the mean differs from 0.
 
     Args:
         baseline: One value per seed.
         other: One value per seed, for the same seeds in the same order.
+        shared: The covariance of the differences, from `shared_variance`.
 
     Raises:
         ValueError: The lengths differ, both are empty, or a value is not finite.
@@ -80,7 +114,7 @@ def paired_difference(baseline: Sequence[float], other: Sequence[float]) -> Seed
             f"paired_difference: found {len(baseline)} and {len(other)} values, expected the same number of each."
         )
     differences = np.asarray(other, dtype=float) - np.asarray(baseline, dtype=float)
-    mean = estimate(differences.tolist())
+    mean = estimate(differences.tolist(), shared)
     if mean.deviation is None:
         return SeedDifference(mean)
     p_signs = sign_flip_test(differences)
@@ -88,7 +122,8 @@ def paired_difference(baseline: Sequence[float], other: Sequence[float]) -> Seed
     scale = max(np.abs(baseline).max(), np.abs(other).max())
     if mean.deviation <= 1e-12 * scale:
         return SeedDifference(mean, p_signs, p_signs)
-    return SeedDifference(mean, float(stats.ttest_1samp(differences, 0.0).pvalue), p_signs)
+    error, freedom = _standard_error(mean.deviation, mean.n, shared)
+    return SeedDifference(mean, float(2 * stats.t.sf(abs(mean.mean) / error, freedom)), p_signs)
 
 
 def sign_flip_test(differences: NDArray[np.float64], patterns: int = 2**MAX_EXACT_FLIPS) -> float:

@@ -31,7 +31,7 @@ from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.policy.logprobs import code_range
 from lpc_lightning.robust import RobustLoss
-from lpc_lightning.seeding import derive, run_seed
+from lpc_lightning.seeding import derive, run_seed, seed_draws
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
 PROGRESS_BAR = ("loss", "rewards/accuracies", "rewards/margins", "latent/codebook_perplexity")
@@ -48,6 +48,7 @@ class PreferenceModule(PolicyModule):
         policy: PolicySpec,
         latent: LatentSpace | None = None,
         reference: Literal["cached", "live"] = "cached",
+        reference_path: str | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0, fused=True),
         latent_lr: float = 1e-3,
         lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
@@ -62,8 +63,11 @@ class PreferenceModule(PolicyModule):
             latent: The latent space of Latent Preference Coding. null: the plain algorithm.
             reference: `cached` computes the reference's log-probabilities of all pairs of a run before its first step.
                 They are stored on disk for other runs (data.cache_dir), and no reference is in memory. `live` runs the
-                reference at every batch. It is a frozen copy of the policy, or with LoRA the policy without its
-                adapter.
+                reference at every batch. It is a frozen copy of the policy, or with LoRA the policy without the
+                adapter in training.
+            reference_path: Another model as the reference: a hub name, a folder (also an adapter or an export, at
+                z = 0) or a GGUF file. It needs the policy's vocabulary. null: the policy as it is before training,
+                with the adapter that it starts from (policy.adapter), and without its latent.
             optimizer: Optimizer of both parameter groups. Its learning rate is that of the policy.
             latent_lr: Learning rate of the latent space. New networks need a larger one than a pretrained backbone.
             lr_schedule: Schedule of the learning rates after warm-up. `cosine` and `linear` fall to 0.
@@ -84,16 +88,18 @@ class PreferenceModule(PolicyModule):
             # The module was built in code, not by the command line. Its objects cannot be settings in a checkpoint.
             self.remove_ignored_hparams(["policy", "latent", "optimizer", "robust_loss"])
         if not self.needs_reference:
-            self.remove_ignored_hparams(["reference"])
+            self.remove_ignored_hparams(["reference", "reference_path"])
         if reference not in REFERENCES:
             raise ConfigError(f"model.reference: found {reference!r}, expected {' or '.join(REFERENCES)}.")
         if not 0 <= nll_weight < math.inf:
             raise ConfigError(f"model.nll_weight: found {nll_weight}, expected a number of at least 0.")
+        if not policy.trainable and latent is None:
+            raise ConfigError("policy.trainable: found false and no latent space, expected true or a latent to train.")
         self.policy_spec, self.latent, self.make_optimizer = policy, latent, optimizer
         self.latent_lr, self.lr_schedule, self.warmup_ratio = latent_lr, lr_schedule, warmup_ratio
         self.nll_weight, self.robust_loss = nll_weight, robust_loss
         self.strict_loading = False  # a checkpoint holds no frozen weights; `on_load_checkpoint` checks the others
-        self.reference_kind = reference
+        self.reference_kind, self.reference_path = reference, reference_path
         self.warm_start_result: dict[str, Any] | None = None
         """Decision of the warm start (see `algorithms.warm_start.decision`). None: there was no warm start."""
         self._losses = RecentLosses()
@@ -203,7 +209,7 @@ class PreferenceModule(PolicyModule):
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Seed the step's random draws by its position in the run (see `seeding`)."""
-        torch.manual_seed(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank))
+        seed_draws(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank), self.device)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> TrainingOutput:
         """Compute the mean over pairs of the preference loss plus the latent's penalty, with the weights of the pairs.
@@ -275,7 +281,7 @@ class PreferenceModule(PolicyModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Return the ids, rewards, margins and prior of the pairs."""
-        terms = self.infer(batch, batch_idx)["terms"]
+        terms = self._infer(batch, batch_idx)["terms"]
         pairs = terms.pairs
         return {
             "ids": batch.ids,
@@ -293,14 +299,17 @@ class PreferenceModule(PolicyModule):
         """Log the means over all test pairs of all devices."""
         self._report("test", self.test_metrics)
 
-    def infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
-        """Score pairs under the prior, without metrics."""
-        torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))
+    def scoring_step(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
+        """Score pairs under the prior, without metrics. For callbacks that score other pairs."""
+        return self._infer(batch, batch_idx)
+
+    def _infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
+        seed_draws(derive("evaluation", run_seed(), batch_idx, self.global_rank), self.device)
         forward, score = self.score_batch(batch)
         return {"terms": self.inference_terms(forward.states, score), "states": forward.states, "score": score}
 
     def _evaluate(self, batch: PreferenceBatch, batch_idx: int, metrics: PreferenceMetrics) -> EvaluationOutput:
-        evaluated = self.infer(batch, batch_idx)
+        evaluated = self._infer(batch, batch_idx)
         metrics.update(evaluated["terms"], evaluated["states"], batch.sources, batch.weights)
         return evaluated
 

@@ -181,8 +181,9 @@ class SourceMeans(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return `accuracy/NAME`, `loss/NAME` and `pairs/NAME`. Data sets without pairs are left out."""
         values: dict[str, Tensor] = {}
-        for name, (pairs, weights, losses, correct) in zip(self.names, self.sums.cpu(), strict=True):
-            if pairs:
+        known = (self.sums[:, 0] > 0).tolist()
+        for name, has_pairs, (pairs, weights, losses, correct) in zip(self.names, known, self.sums, strict=True):
+            if has_pairs:
                 values |= {
                     f"accuracy/{name}": correct / pairs,
                     f"loss/{name}": losses / weights,

@@ -25,7 +25,7 @@ class ORPO(PreferenceModule):
             ValueError: A setting is out of range.
         """
         # Not settings of ORPO: no reference is built, and the loss has an SFT term.
-        super().__init__(reference="live", nll_weight=0.0, **module)
+        super().__init__(reference="live", reference_path=None, nll_weight=0.0, **module)
         self.beta = beta
         self.check_settings()
 

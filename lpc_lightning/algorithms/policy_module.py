@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import DeepSpeedPrecision, MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +27,8 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec
 from lpc_lightning.reference.cached import CachedReference
-from lpc_lightning.reference.live import Reference, live_reference
+from lpc_lightning.reference.live import FrozenModel, Reference, live_reference
+from lpc_lightning.reference.other_model import build_other
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PreferenceBatch
 
@@ -33,6 +36,8 @@ PARTS = ("policy", "reference", "latent")
 """Attributes of the module that are built in `configure_model`."""
 COMPILED_FROM = 200
 """Smallest number of micro-batches of a run for which compilation saves time."""
+GRAPHED_BELOW = 500_000_000
+"""Number of weights from which CUDA graphs are not worth their memory, between the sizes that were measured."""
 REFERENCES: dict[str, Callable[..., Reference]] = {"cached": CachedReference, "live": live_reference}
 """Kinds of references by name."""
 
@@ -45,6 +50,7 @@ class PolicyModule(LatentMixin, LightningModule):
     reference: Reference | None
     policy_spec: PolicySpec
     reference_kind: str
+    reference_path: str | None
     make_optimizer: OptimizerCallable
     latent_lr: float
     lr_schedule: str
@@ -70,6 +76,8 @@ class PolicyModule(LatentMixin, LightningModule):
         """Check and set up the strategy. The DataModule of the run has been set up before."""
         if stage == "fit":
             self.policy_spec.check_start()
+            if self.needs_reference:
+                rank_zero_info(f"reference: {self.reference_path or self.policy_spec.start}")
         check_strategy(self.trainer.strategy)
         set_micro_batch_size(self.trainer.strategy)
         self._starting = True
@@ -102,13 +110,31 @@ class PolicyModule(LatentMixin, LightningModule):
     def _make_parts(self) -> None:
         torch.manual_seed(derive("weights", run_seed()))
         self.policy = self.policy_spec.build(self.tokenizer)
-        make_reference = REFERENCES[self.reference_kind]
-        self.reference = make_reference(self.policy, self.policy_spec) if self.needs_reference else None
+        self.reference = self._make_reference() if self.needs_reference else None
         device = torch.get_default_device()
-        with torch.device("cpu"):  # equal initial values on every kind of device
-            self.build_latent(self.policy.width, self.policy.head)
+        default = torch.get_default_dtype()
+        if self.latent is not None:
+            self.latent.narrow = self.device_mesh is not None
+            torch.set_default_dtype(default if self.latent.narrow else torch.promote_types(default, torch.float32))
+        try:
+            with torch.device("cpu"):  # equal initial values on every kind of device
+                self.build_latent(self.policy.width, self.policy.head)
+                self.policy_spec.restore_latent(self.latent)
+        finally:
+            torch.set_default_dtype(default)
         if self.latent is not None:
             self.latent.to(device)
+
+    def _make_reference(self) -> Reference:
+        if self.reference_path is None:
+            return REFERENCES[self.reference_kind](self.policy, self.policy_spec)
+        if self.reference_kind == "cached" and self.device_mesh is not None:
+            raise ConfigError(
+                "model.reference: found cached with model.reference_path and a strategy that shards the weights, "
+                "expected live."
+            )
+        other, spec = build_other(self.reference_path, self.policy_spec, self.tokenizer)
+        return FrozenModel(other) if self.reference_kind == "live" else CachedReference(other, spec, separate=True)
 
     def _should_compile(self) -> bool:
         """Return whether to compile. `auto` compiles on a GPU, in a run of at least `COMPILED_FROM` micro-batches.
@@ -131,7 +157,13 @@ class PolicyModule(LatentMixin, LightningModule):
     def _compile(self) -> None:
         if self._should_compile():
             for policy in policies_of(self):
-                policy.compile_layers(few_shapes=self._on_gpu)
+                policy.compile_layers(few_shapes=self._on_gpu, cuda_graphs=self._replays(policy))
+
+    def _replays(self, policy: CausalPolicy) -> bool:
+        """Return whether a compiled policy trains with CUDA graphs. Launches cost a large model no time."""
+        setting, alone = self.policy_spec.cuda_graphs, self._trainer is None or self._trainer.world_size == 1
+        wanted = sum(map(torch.numel, policy.parameters())) < GRAPHED_BELOW if setting == "auto" else setting
+        return wanted and self._on_gpu and alone and not self.policy_spec.gradient_checkpointing
 
     def _shard(self, mesh: DeviceMesh) -> None:
         shard(self, mesh)
@@ -146,7 +178,7 @@ class PolicyModule(LatentMixin, LightningModule):
         from transformers import get_scheduler  # the import takes a second, and only training needs it
 
         backbone = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": backbone, "name": "backbone"}]
+        groups: list[dict[str, Any]] = [{"params": backbone, "name": "backbone"}] if backbone else []
         if latent := self.latent_parameters():
             groups.append({"params": latent, "name": "latent", "lr": self.latent_lr})
         optimizer = self.make_optimizer(groups)
@@ -160,15 +192,19 @@ class PolicyModule(LatentMixin, LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by `trainer.gradient_clip_val`.
+        """Clip by `trainer.gradient_clip_val`, the policy and the latent space each by their own norm.
+
+        In one norm, the larger gradient of one of them would scale down the steps of the other.
 
         Lightning refuses to clip gradients for a fused optimizer under mixed precision, because the loss scaler of
         float16 unscales inside such an optimizer. bfloat16 has no scaler, so its plugin can clip.
         """
         plugin = self.trainer.precision_plugin
-        unscaled = isinstance(plugin, MixedPrecision) and plugin.scaler is None
-        if gradient_clip_val and unscaled and gradient_clip_algorithm in (None, "norm"):
-            plugin.clip_grad_by_norm(optimizer, gradient_clip_val)
+        scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if gradient_clip_val and by_norm and not scaled and not isinstance(plugin, DeepSpeedPrecision):
+            for group in optimizer.param_groups:
+                clip_grad_norm_(group["params"], gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -25,7 +25,7 @@ class SimPO(PreferenceModule):
         Raises:
             ValueError: A setting is out of range.
         """
-        super().__init__(reference="live", **module)  # not a setting of SimPO; no reference is built
+        super().__init__(reference="live", reference_path=None, **module)  # not settings of SimPO; none is built
         self.beta, self.gamma_beta_ratio = beta, gamma_beta_ratio
         self.check_settings()
 

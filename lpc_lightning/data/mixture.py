@@ -187,6 +187,8 @@ class PreferenceMixture(PreferenceDataModule):
             lines += [f"  {name}: {first}", *(f"  {line}" for line in more)]
             if stage == "train":
                 lines.append(f"    {_describe_use(mixture.uses(name))}")
+            if shared := self._in_training(stage, name):
+                lines.append(f"    {shared} pairs have a prompt that is in training, perhaps of another data set")
         return "\n".join(lines)
 
     def _counts(self, stage: Stage) -> dict[str, float]:
@@ -194,7 +196,15 @@ class PreferenceMixture(PreferenceDataModule):
         for name, report in self._source_reports[stage].items():
             counts |= {key.replace("data/", f"data/{name}/", 1): count for key, count in report.metrics().items()}
             counts[f"data/{name}/pairs"] = float(mixture.uses(name).sum())
+            if shared := self._in_training(stage, name):
+                counts[f"data/{name}/prompts_in_training"] = float(shared)
         return counts
+
+    def _in_training(self, stage: Stage, name: str) -> int:
+        """Return how many validation pairs of a data set have the prompt of a training pair of any data set."""
+        if stage != "validation" or "train" not in self.pairs:
+            return 0
+        return int(np.isin(self._mixture(stage).stores[name].prompts, self.pairs["train"].prompts).sum())
 
 
 def _describe_use(uses: np.ndarray) -> str:

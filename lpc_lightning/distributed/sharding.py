@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import CausalPolicy
 
-STEPS = ("training_step", "validation_step", "test_step", "predict_step", "reference_step")
+STEPS = ("training_step", "validation_step", "test_step", "predict_step", "reference_step", "scoring_step")
 
 
 def policies_of(module: LightningModule) -> list[CausalPolicy]:

@@ -74,7 +74,7 @@ def build_module(
         CheckpointError: It holds no module settings, or its weights do not fit.
         UnsupportedPolicyError: Its policy cannot be loaded.
     """
-    module = _make_module(module_settings(checkpoint, path), path)
+    module = make_module(module_settings(checkpoint, path), path)
     change(module)
     with torch.random.fork_rng(devices=[]):  # building draws new weights with the run's seed
         module.on_load_checkpoint(checkpoint)
@@ -99,7 +99,12 @@ def module_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     return settings
 
 
-def _make_module(settings: dict[str, Any], path: Path) -> PreferenceModule:
+def make_module(settings: dict[str, Any], path: Path) -> PreferenceModule:
+    """Make a checkpoint's module from its settings. Its models are not built.
+
+    Raises:
+        CheckpointError: The settings are not those of a module.
+    """
     check_classes(settings, path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*``(ArgumentParser.add_instantiator|instantiate_classes)``")

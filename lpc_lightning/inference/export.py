@@ -23,6 +23,7 @@ from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.card import Exported, model_card
 from lpc_lightning.inference.checkpoints import run_folder, trained_template
+from lpc_lightning.inference.code_biases import BIASES
 from lpc_lightning.inference.local_paths import clean_configs, without_folders
 from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
@@ -30,7 +31,6 @@ from lpc_lightning.integrity import DIGESTS, digests_of, write_digests
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.output_paths import check_folder
 
-BIASES = "code_biases.safetensors"
 FILES = "files"
 """Key of the record with the names of all files that `export` has written."""
 SHARD = "5GB"

@@ -17,11 +17,10 @@ from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.checkpoints import build_module, checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, InferencePrior, latent_causal_lm, load_prior
+from lpc_lightning.inference.trained_policy import ORIGIN, TrainedPolicy
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy, UnsupportedPolicyError
 
-ORIGIN = "training.json"
-"""File of an exported folder with the origin of its checkpoint."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 KINDS = (
     "a checkpoint (runs/version_0/checkpoints/best.ckpt), an exported folder, or a plain model: a folder with "
@@ -123,7 +122,7 @@ def load_policy(
 
 def _set_trust(spec: PolicySpec, trust_remote_code: bool) -> None:
     """Replace the checkpoint's own setting: a file from another author must not allow its own code."""
-    if isinstance(spec, PretrainedPolicy):
+    if isinstance(spec, PretrainedPolicy | TrainedPolicy):
         spec.trust_remote_code = trust_remote_code
 
 

@@ -138,7 +138,7 @@ class GaussianSpace(LatentSpace):
         self,
         num_codes: int = 32,
         init_logit_std: float = 0.1,
-        kl_weight: float | Schedule = 0.1,
+        kl_weight: float | Schedule = 0.05,
         free_bits: float = 0.0,
         g: float | Schedule | None = None,
         prior_mode: Literal["mean", "sample"] = "mean",

@@ -23,7 +23,7 @@ class PosteriorSpace(DiscreteSpace):
 
     def __init__(
         self,
-        kl_weight: float | Schedule = 0.1,
+        kl_weight: float | Schedule = 0.05,
         free_bits: float = 0.0,
         posterior_reads: PosteriorReads = "both",
         **space: Any,
@@ -31,7 +31,8 @@ class PosteriorSpace(DiscreteSpace):
         """Store the settings.
 
         Args:
-            kl_weight: lambda, the weight of the KL between posterior and prior. A number or a schedule (`WarmUp`).
+            kl_weight: lambda, the weight of the KL between posterior and prior. A number or a schedule (`WarmUp`). The
+                paper tries 0.01, 0.05 and 0.1, and uses 0.05.
             free_bits: KL in nats below which the penalty of a pair is constant.
             posterior_reads: Input of the posterior: `both` answers' states concatenated, as in the paper; their
                 `difference` h_w - h_l; or their `sum`, which does not depend on the label, so that no label can leak.

@@ -56,8 +56,9 @@ class Codebook(nn.Module):
         self.weight = nn.Parameter(scale * torch.randn(num_codes, width))
 
     def forward(self, weights: Tensor) -> Tensor:
-        """Compute z = c E (B, d) from weights (B, K) over the codes."""
-        return weights.to(self.weight.dtype) @ self.weight
+        """Compute z = c E (B, d) from weights (B, K) over the codes, outside autocast in the type of the codes."""
+        with torch.autocast(weights.device.type, enabled=False):
+            return weights.to(self.weight.dtype) @ self.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +168,19 @@ class RunningMoments(nn.Module):
 
         In bfloat16 a small update of the mean, about a thousandth of the difference, would be lost to rounding.
         """
-
-        def wide(tensor: Tensor) -> Tensor:
-            changed = fn(tensor)
-            narrow = changed.is_floating_point() and changed.itemsize < torch.float32.itemsize
-            return tensor.to(changed.device) if narrow else changed
-
-        super()._apply(wide, *args, **kwargs)
+        super()._apply(at_least_float32(fn), *args, **kwargs)
         return self
+
+
+def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function that moves tensors like `fn`, but converts none to a floating-point type below float32."""
+
+    def wide(tensor: Tensor) -> Tensor:
+        changed = fn(tensor)
+        narrow = changed.is_floating_point() and changed.itemsize < torch.float32.itemsize
+        return tensor.to(changed.device) if narrow else changed
+
+    return wide
 
 
 class StateNetwork(nn.Module):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from lpc_lightning.latent.networks import NetworkSettings, RunningMoments
+from lpc_lightning.latent.networks import NetworkSettings, RunningMoments, at_least_float32
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
 
 PriorMode = Literal["mean", "sample", "argmax"] | int
@@ -68,7 +68,13 @@ class LatentSpace(nn.Module, ABC):
     """Preference representation z for each pair, added to the hidden states before the LM head.
 
     A space is declared before the policy is loaded: `__init__` stores settings, and `build` creates the parameters.
+
+    Its parameters, and so their optimizer state, are float32 under every precision (float64 under `64-true`). In
+    bfloat16, a step of a code below 1/256 of an entry would be lost.
     """
+
+    narrow: bool = False
+    """True lets a trainer of `bf16-true` convert the parameters. FSDP2 needs one type for all trained weights."""
 
     def __init__(
         self, detach: bool = False, hidden: int = 256, standardise: bool = True, warm_start_pairs: int = 0
@@ -94,6 +100,11 @@ class LatentSpace(nn.Module, ABC):
             raise ValueError(f"latent.warm_start_pairs: found {warm_start_pairs}, expected at least 0.")
         self.warm_start_pairs = warm_start_pairs
         self.networks = NetworkSettings(hidden, detach, standardise)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> LatentSpace:
+        """Apply `fn` as torch does (`to`, `half` ...), but keep floating-point tensors in float32 or wider."""
+        super()._apply(fn if self.narrow else at_least_float32(fn), *args, **kwargs)
+        return self
 
     @abstractmethod
     def build(self, width: int, head: LogitHead) -> None:

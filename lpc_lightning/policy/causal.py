@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lpc_lightning.policy.compiled_layers import CompiledLayers
+from lpc_lightning.policy.graphed_backbone import GraphedBackbone
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_head, head_of
 from lpc_lightning.policy.logprobs import logits_of, token_chunks, token_logps, token_logps_per_code
 from lpc_lightning.policy.masks import FULL, MASKS, block_mask, layer_windows
@@ -33,6 +34,7 @@ class CausalPolicy(nn.Module):
     """True if attention skips hidden blocks of packed rows, so that long rows cost no more."""
     _compiled: CompiledLayers | None = None
     _compiles_head = False
+    _graphed: GraphedBackbone | None = None
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         """Wrap a causal LM.
@@ -128,12 +130,16 @@ class CausalPolicy(nn.Module):
         """True if the decoder layers are compiled."""
         return self._compiled is not None
 
-    def compile_layers(self, backend: str = "inductor", few_shapes: bool | None = None) -> None:
+    def compile_layers(
+        self, backend: str = "inductor", few_shapes: bool | None = None, cuda_graphs: bool = False
+    ) -> None:
         """Compile the decoder layers with torch. Modules and their names do not change.
 
         Args:
             backend: Backend of `torch.compile`.
             few_shapes: See `CompiledLayers`. Default: True on a GPU, where layouts make batches of few shapes.
+            cuda_graphs: Replay training passes from CUDA graphs. This needs few shapes on one GPU, and activations that
+                the backward pass does not recompute.
         """
         few_shapes = self.model.device.type == "cuda" if few_shapes is None else few_shapes
         restore_published(self.layers)  # the compiler decides what to keep for the backward pass
@@ -141,6 +147,8 @@ class CausalPolicy(nn.Module):
         kernel = self.backbone.config._attn_implementation
         self.block_sparse = few_shapes and self.takes_block_mask and kernel in (SEGMENT, "flex_attention")
         self._compiles_head = few_shapes
+        trained = [each for each in self.backbone.parameters() if each.requires_grad]
+        self._graphed = GraphedBackbone(trained) if cuda_graphs and trained else None
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -153,8 +161,16 @@ class CausalPolicy(nn.Module):
 
     def hidden(self, batch: PreferenceBatch) -> Tensor:
         """Return (R T, d) last hidden states of all tokens, flattened."""
-        states = self.states(batch.input_ids, batch.attention_mask, batch.segments, batch.position_ids)
+        inputs = batch.input_ids, batch.attention_mask, batch.segments, batch.position_ids
+        if self._graphed is not None and torch.is_grad_enabled() and self._runs_compiled(batch):
+            states = self._graphed(self.states, *inputs)
+        else:
+            states = self.states(*inputs)
         return states.flatten(0, 1)
+
+    def _runs_compiled(self, batch: PreferenceBatch) -> bool:
+        packed = batch.segments is not None
+        return packed and self._compiled is not None and self._compiled.admit(batch.input_ids.shape)
 
     def states(
         self, input_ids: Tensor, attention_mask: Tensor, segments: Tensor | None, position_ids: Tensor

@@ -133,12 +133,20 @@ class PretrainedPolicy(PolicySpec):
         clean.generation_config = model.generation_config
         return clean
 
+    @property
+    def start(self) -> str:
+        """Path of the model, and its adapter if there is one."""
+        if self.adapter is None:
+            return self.path
+        return f"{self.path} with the adapter {self.adapter} ({'merged' if self.merge_adapter else 'frozen'})"
+
     def check_start(self) -> None:
         """Warn if the folder is an export with a latent: training starts from the plain policy in it."""
         if (Path(self.path) / LATENT).is_file():
             rank_zero_warn(
                 f"policy.path: found an export with a latent in {self.path}. A fit starts from its policy at z = 0, "
-                "which is also the reference. The latent in the export is not used; `latent` makes a new one."
+                "which is also the reference. The latent in the export is not used; `latent` makes a new one. "
+                "`--policy TrainedPolicy` keeps it."
             )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -175,7 +183,8 @@ class PretrainedPolicy(PolicySpec):
         if file.suffix == ".ckpt" and file.exists():
             raise UnsupportedPolicyError(
                 f"policy.path: found the checkpoint {self.path}, expected a folder with config.json and weights. "
-                f"`lpc-lightning export {self.path} --output FOLDER` makes one; `fit --ckpt_path` resumes the run."
+                f"`lpc-lightning export --checkpoint {self.path} --output FOLDER` makes one. `fit --policy "
+                "TrainedPolicy` starts a new fit from it, and `fit --ckpt_path` resumes the run."
             )
         if file.suffix == ".gguf" and file.is_file():
             name, local, options["gguf_file"] = str(file.parent), True, file.name

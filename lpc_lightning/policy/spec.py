@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy.causal import CausalPolicy, decoder_layers
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_vocabulary
 from lpc_lightning.policy.lora import LoRA
@@ -31,6 +33,8 @@ class PolicySpec(ABC):
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         compile: bool | Literal["auto"] = "auto",
+        cuda_graphs: bool | Literal["auto"] = "auto",
+        trainable: bool = True,
     ) -> None:
         """Keep the settings that all policies share.
 
@@ -48,9 +52,22 @@ class PolicySpec(ABC):
                 for each shape of a batch, so that a step takes hundreds of kernel launches instead of thousands. The
                 first steps take about a minute. It needs a C++ compiler (CPU) or Triton (GPU). `auto` compiles on a
                 GPU, in runs of at least 200 micro-batches.
+            cuda_graphs: Replay the compiled backbone from CUDA graphs in training on one GPU, so that a small model
+                does not wait for Python. Memory holds the gradients twice, and activations apart from everything
+                else. Not used with gradient_checkpointing. `auto` is true for models of less than 500 million weights:
+                135 million train 3.4 times as fast on an H200, 1.2 billion no faster.
+            trainable: False freezes the policy, and only the latent space is trained. There is then no backward pass
+                through the backbone, and a checkpoint holds no weights of the policy.
+
+        Raises:
+            ConfigError: An adapter is frozen.
         """
+        if lora is not None and not trainable:
+            raise ConfigError("policy.trainable: found false together with policy.lora, expected only one of them.")
         self.dtype, self.attention = dtype, attention
-        self.lora, self.gradient_checkpointing, self.compile = lora, gradient_checkpointing, compile
+        self.lora, self.gradient_checkpointing = lora, gradient_checkpointing
+        self.compile, self.cuda_graphs = compile, cuda_graphs
+        self.trainable = trainable
 
     @abstractmethod
     def load_config(self) -> PreTrainedConfig:
@@ -67,6 +84,17 @@ class PolicySpec(ABC):
     def adapt(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
         """Add the adapter that is trained, if there is one."""
         return model if self.lora is None else self.lora.apply(model)
+
+    @property
+    def start(self) -> str:
+        """Name of the weights that a fit starts from, for messages."""
+        return type(self).__name__
+
+    def restore_latent(self, space: nn.Module | None) -> None:  # noqa: B027  # optional
+        """Load the latent that belongs to the weights into a new space. By default there is none.
+
+        Called after `build`.
+        """
 
     def check_start(self) -> None:  # noqa: B027  # optional
         """Check the weights as the start of a fit. By default there is nothing to check."""
@@ -96,6 +124,8 @@ class PolicySpec(ABC):
         if self.gradient_checkpointing:
             policy.set_gradient_checkpointing(True)
         policy.train()
+        if not self.trainable:
+            policy.requires_grad_(False)
         return policy
 
     def _kernel(self, config: PreTrainedConfig) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,10 @@ CODE = ("policy", "reference", "algorithms/warm_start")
 """Folders whose code determines the values of caches."""
 
 
+OpenFunction = Callable[[], AbstractContextManager[PairFunction]]
+"""Context manager that yields a function of pairs."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """Work of a run before its first step."""
@@ -46,17 +50,19 @@ class CachedReference:
 
     Before a run, the policy itself computes the values that the run will read and the cache lacks. The policy equals
     the reference until a checkpoint is loaded or training begins. For a policy that is already trained, the published
-    weights are loaded beside it during this pass.
+    weights are loaded beside it during this pass. Another model (`separate`) is in memory until the end of the pass.
     """
 
-    def __init__(self, policy: CausalPolicy, spec: PolicySpec) -> None:
+    def __init__(self, policy: CausalPolicy, spec: PolicySpec, separate: bool = False) -> None:
         """Keep the policy and a fingerprint of its weights.
 
         Args:
-            policy: The policy before training.
-            spec: Spec that the policy was built from.
+            policy: The policy before training, or another model.
+            spec: Spec that it was built from.
+            separate: True if it is another model.
         """
-        self._policy, self._spec = policy, spec
+        self._policy: CausalPolicy | None = policy
+        self._spec, self._separate = spec, separate
         self._weights = fingerprint(policy)
         self.passes: dict[Stage, Pass] = {}
         """Work of the last run, by stage."""
@@ -78,15 +84,19 @@ class CachedReference:
             )
         # Lightning builds models under the run's device as the default one.
         with torch.device("cpu"):
+            model = self._build() if self._policy is None else self._policy
+            open_function = partial(self._open_published, module, model, untouched)
             for stage in data.stages:
-                self._prepare_stage(stage, data, trainer, module, untouched)
+                self._prepare_stage(stage, data, trainer, model, open_function)
+        if self._separate:
+            self._policy = None
 
     def _prepare_stage(
-        self, stage: Stage, data: PreferenceDataModule, trainer: Any, module: PolicyOwner, untouched: bool
+        self, stage: Stage, data: PreferenceDataModule, trainer: Any, model: CausalPolicy, open_function: OpenFunction
     ) -> None:
         pairs, reads, start = data.pairs[stage], np.array(sorted(data.reads(stage)), dtype=int), time.perf_counter()
-        key, layout = computation_key(self._weights, self._policy, trainer), data.make_layout()
-        open_function, title = partial(self._open_published, module, untouched), f"reference, {stage} pairs"
+        key, layout = computation_key(self._weights, model, trainer), data.make_layout()
+        title = f"reference, {stage} pairs"
         logps = np.full((len(pairs), 2), np.nan)
         missing = 0
         for part, rows, places in pairs.parts(reads):
@@ -103,19 +113,25 @@ class CachedReference:
         self.passes[stage] = Pass(missing, time.perf_counter() - start)
 
     @contextmanager
-    def _open_published(self, module: PolicyOwner, untouched: bool) -> Iterator[PairFunction]:
+    def _open_published(self, module: PolicyOwner, model: CausalPolicy, untouched: bool) -> Iterator[PairFunction]:
         """Yield the log-probabilities (B, 2) of a batch under the published weights, on the run's device."""
         trainer: Any = module.trainer
-        policy = self._policy if untouched else self._spec.build()
-        if not untouched and fingerprint(policy) != self._weights:
-            raise ConfigError(
-                "policy: found other weights than those that this module was built from, expected the same weights "
-                "for its reference. Build the module again, or set model.reference: live before training."
-            )
+        policy = model if untouched or self._separate else self._build()
         trainer.precision_plugin.convert_module(policy).to(trainer.strategy.root_device)
-        logps = module.reference_step if untouched else policy.reference_logps
+        logps = module.reference_step if untouched and not self._separate else policy.reference_logps
         yield lambda batch: logps(batch).view(2, -1).T
         reshard(module)
+
+    def _build(self) -> CausalPolicy:
+        """Build the reference again, and check that its weights are still the same."""
+        policy = self._spec.build()
+        if fingerprint(policy) != self._weights:
+            setting = "model.reference_path" if self._separate else "policy"
+            raise ConfigError(
+                f"{setting}: found other weights than those that this module was built from, expected the same weights "
+                "for its reference. Build the module again, or set model.reference: live before training."
+            )
+        return policy
 
 
 def computation_key(weights: str, policy: CausalPolicy, trainer: Any) -> dict[str, str]:

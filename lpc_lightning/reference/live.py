@@ -52,18 +52,18 @@ class AdapterOff:
         """Do nothing."""
 
 
-class FrozenCopy(nn.Module):
+class FrozenModel(nn.Module):
     """Reference as a second model in memory, run at every batch."""
 
     def __init__(self, policy: CausalPolicy) -> None:
-        """Copy the policy.
+        """Freeze a model.
 
         Args:
-            policy: The policy, not trained yet.
+            policy: A model of its own: a copy of the untrained policy, or another model.
         """
         super().__init__()
         # Not in eval mode: dropout is off, so that the modes do not differ. Lightning warns if modes are mixed.
-        self.policy = copy.deepcopy(policy).requires_grad_(False)
+        self.policy = policy.requires_grad_(False)
         self.policy.set_gradient_checkpointing(False)
         self.logps = self.policy.reference_logps
 
@@ -78,4 +78,4 @@ def live_reference(policy: CausalPolicy, spec: PolicySpec) -> Reference:
         policy: The policy, not trained yet.
         spec: Spec that the policy was built from.
     """
-    return FrozenCopy(policy) if spec.lora is None else AdapterOff(policy)
+    return FrozenModel(copy.deepcopy(policy)) if spec.lora is None else AdapterOff(policy)

@@ -23,10 +23,9 @@ def dr_dpo_loss(losses: Tensor, temperature: float, weights: Tensor | None = Non
     """
     if weights is None:
         return -temperature * ((-losses / temperature).logsumexp(0) - math.log(len(losses)))
-    if not weights.any():
-        return 0.0 * losses.sum()
-    logs = weights.to(losses.dtype).log()
-    return -temperature * ((logs - losses / temperature).logsumexp(0) - logs.logsumexp(0))
+    known = weights.any()  # 0 if all weights are 0; as a tensor, because a branch would wait for the device
+    logs = weights.to(losses.dtype).where(known, 1.0).log()
+    return -temperature * ((logs - losses / temperature).logsumexp(0) - logs.logsumexp(0)) * known
 
 
 class DrDPO(RobustLoss):

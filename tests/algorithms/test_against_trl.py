@@ -22,7 +22,7 @@ from lpc_lightning.algorithms import DPO, IPO, KTO, PreferenceModule
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.latent import VectorSpace
 from lpc_lightning.losses import orpo_loss
-from lpc_lightning.reference.live import FrozenCopy
+from lpc_lightning.reference.live import FrozenModel
 from lpc_lightning.types import PairLogps, TokenizedPair
 
 PRECISION = 1e-5
@@ -64,7 +64,7 @@ def sides(tiny_spec: Callable[..., Any], perturb: Callable[..., None], tmp_path:
         options = {"sliding_window": 64} if family == "gemma2" else None
         module = kind(policy=tiny_spec(family, options=options), reference="live", **ours, **latent)
         module.configure_model()
-        assert isinstance(module.reference, FrozenCopy)
+        assert isinstance(module.reference, FrozenModel)
         perturb(module.policy, seed=1)
         perturb(module.reference, seed=2)
         if module.latent is not None:

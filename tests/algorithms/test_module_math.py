@@ -337,6 +337,24 @@ def test_layouts_give_the_same_step(
         torch.testing.assert_close(packed.gradients[weight], gradient, rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("name", ["none", *FULL])
+def test_equal_margins_are_simpos_target_margin(
+    name: str, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any]
+) -> None:
+    """The margin 0.5 of every pair, beside gamma / beta = 0.4, is gamma / beta = 0.6 under every latent."""
+    steps = []
+    for ratio, margin in ((0.4, 0.5), (0.6, None), (0.4, None)):
+        module = make("simpo", FULL[name]() if name in FULL else None)
+        module.gamma_beta_ratio = ratio
+        steps.append(train_step(module, [replace(pair, margin=margin) for pair in pairs]))
+    of_margin, of_setting, without = steps
+    torch.testing.assert_close(of_margin.loss, of_setting.loss, rtol=1e-9, atol=1e-12)
+    assert abs(of_margin.loss - without.loss) > 1e-3
+    for weight, gradient in of_setting.gradients.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(of_margin.gradients[weight], gradient, rtol=1e-5, atol=1e-6 * scale + 1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", *FULL])
 @pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-5), ("bf16-mixed", 2**-7), ("bf16-true", 2**-7)])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.phases import PARTS
 from benchmarks.run import _turns
+from lpc_lightning.callbacks.step_parts import PARTS
 from lpc_lightning.policy import TinyPolicy
 
 pytestmark = pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lpc_lightning.algorithms import DPO, SimPO
 from lpc_lightning.callbacks import CodebookMonitor, LabelFlipNoise, PreferenceAccuracy
-from lpc_lightning.data import SyntheticPreferences
+from lpc_lightning.data import Columns, PreferenceData, SyntheticPreferences
 from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.robust import REPO
@@ -230,3 +231,47 @@ def test_clean_training_labels_are_not_scored(data: Any, make_module: Any, make_
     trainer.fit(make_module(None), datamodule=data)
     assert not [name for name in trainer.callback_metrics if "training/" in name]
     assert not [name for name in trainer.callback_metrics if "gold_" in name]
+
+
+def test_votes_are_scored_against_gold(make_module: Any, make_trainer: Any, tmp_path: Path) -> None:
+    """Every third label is wrong in all splits. Noise flips further training labels, right ones and wrong ones."""
+    rows = [
+        {
+            "id": str(number),
+            "split": ("train", "train", "validation")[number // 3 % 3],
+            "prompt": f"Name {number}!",
+            "chosen": "yes " * (1 + number % 4),
+            "rejected": "no no",
+            "meta": {"gold": "rejected" if number % 3 == 0 else "chosen"},
+        }
+        for number in range(36)
+    ]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits: dict[str, Any] = {"validation_split": "validation", "validation_share": 0.0, "test_split": None}
+    data = PreferenceData(
+        str(tmp_path / "votes.jsonl"),
+        columns=Columns(gold="meta.gold"),
+        cache_dir=str(tmp_path),
+        batch_size=4,
+        **splits,
+    )
+    accuracy, noise = PreferenceAccuracy(), LabelFlipNoise(0.3, seed=4)
+    trainer = make_trainer(callbacks=[accuracy, noise], max_epochs=1, default_root_dir=tmp_path)
+    trainer.fit(make_module(None), datamodule=data)
+    items, metrics = accuracy.report.items, trainer.callback_metrics
+    assert sum(item["flipped"] for item in items) == 4
+    assert len(items) == 12
+    right = [(item["margins"]["prior"] > 0) != item["flipped"] for item in items]
+    assert float(metrics["val/gold_accuracy/prior"]) == pytest.approx(sum(right) / 12, abs=1e-6)
+    longer = []
+    for item in items:
+        chosen, rejected = item["tokens"]
+        share = 1.0 if chosen > rejected else 0.0 if chosen < rejected else 0.5
+        longer.append(1 - share if item["flipped"] else share)
+    assert float(metrics["val/gold_longer_is_chosen"]) == pytest.approx(sum(longer) / 12, abs=1e-6)
+    record = json.loads((tmp_path / "label_noise.json").read_text())
+    flips = set(record["ids"])
+    assert 0 < len(flips) < 24
+    wrong = {item["id"] for item in accuracy.training_report.items if item["flipped"]}
+    assert wrong == {row["id"] for row in rows if row["split"] == "train" and (int(row["id"]) % 3 == 0)} ^ flips
+    assert "val/training/wrong_label_auroc/prior" in metrics

@@ -235,6 +235,24 @@ def test_report_says_how_often_pairs_are_used(mixture: Any) -> None:
     assert numbers["data/kept"] == 16
 
 
+def test_report_counts_prompts_in_training(write_rows: Any, tmp_path: Path) -> None:
+    """Two prompts of the second file's validation split are in training: one in its own, one in the first file's."""
+
+    def row(prompt: str, split: str) -> dict[str, str]:
+        return {"prompt": prompt, "chosen": f"Good {split}.", "rejected": "Bad.", "split": split}
+
+    first = write_rows([row("One?", "train"), row("Two?", "validation")], "a.jsonl")
+    second = write_rows([row("Three?", "train"), *(row(p, "valid") for p in ("One?", "Three?", "Four?"))], "b.jsonl")
+    sources = [MixtureSource(path=str(path)) for path in (first, second)]
+    data = PreferenceMixture(sources, cache_dir=str(tmp_path / "cache"))
+    for stage in ("train", "validation"):
+        pairs = loaded(data, stage)
+        assert pairs.prompts.tolist() == [pair.prompt for pair in pairs]
+    assert "2 pairs have a prompt that is in training" in data._describe("validation")
+    counts = data._counts("validation")
+    assert (counts["data/b/prompts_in_training"], "data/a/prompts_in_training" in counts) == (2, False)
+
+
 # Settings.
 
 

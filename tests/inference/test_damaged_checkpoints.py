@@ -18,7 +18,7 @@ from lpc_lightning.errors import CheckpointError
 from lpc_lightning.inference.checkpoint_entries import check_resumable
 from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.inference.opening import open_policy
-from lpc_lightning.integrity import DIGESTS, digests_of, write_digests
+from lpc_lightning.integrity import DIGESTS, check_archive, digests_of, write_digests
 from tests.fixtures.damage import bit_flips, zeroed_blocks
 
 COUNTS = {"ready": 1, "started": 1, "processed": 1, "completed": 1}
@@ -67,6 +67,17 @@ def outcome(path: Path, expected: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
+def test_archive_is_read_by_several_threads(tmp_path: Path) -> None:
+    path = tmp_path / "many.ckpt"
+    torch.save({str(number): torch.full((16,), number) for number in range(200)}, path)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads that shared a position in the file would read each other's entries
+    try:
+        check_archive(path)
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_flipped_bits_are_refused_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     torch.save(content(), path)

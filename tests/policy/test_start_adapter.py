@@ -136,6 +136,19 @@ def test_trained_policy_keeps_adapter_in_reference(
     assert not any("lora" in name for name in exported.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        ({"adapter": None}, "base"),
+        ({}, "base with the adapter sft (merged)"),
+        ({"lora": LoRA(), "merge_adapter": False}, "base with the adapter sft (frozen)"),
+    ],
+)
+def test_start_names_the_adapter(settings: dict[str, Any], start: str) -> None:
+    """This name of the reference is printed at the start of a fit."""
+    assert PretrainedPolicy("base", **({"adapter": "sft"} | settings)).start == start
+
+
 def test_fingerprint_depends_on_start_adapter(base: Path, save_adapter: Any) -> None:
     """The scale of a frozen adapter is no parameter."""
     adapters = [None, save_adapter("one"), save_adapter("two", lora_alpha=3)]

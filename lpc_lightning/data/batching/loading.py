@@ -19,7 +19,7 @@ from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.seeding import derive
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
-NEW_RUN = "start a new run from an export of the checkpoint (`lpc-lightning export`; its latent starts anew)"
+NEW_RUN = "start a new fit from the checkpoint's weights, its latent included (`--policy TrainedPolicy`)"
 
 
 class TrainingBatches(Sampler[list[int]]):

@@ -125,6 +125,11 @@ class TokenMixture(TokenStore):
         """Annotator of each pair, "" if unknown."""
         return self._gather("annotators").tolist()
 
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """(pairs,) `TokenizedPair.prompt` of each pair."""
+        return self._gather("prompts")
+
     @property
     def _stored_flips(self) -> np.ndarray:
         return self._gather("_stored_flips")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,7 +19,7 @@ from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import BadRow
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.template import Template
-from lpc_lightning.types import PreferenceExample, TokenizedPair
+from lpc_lightning.types import PreferenceExample, TokenizedPair, prompt_hash
 
 SCHEMA = pa.schema(
     [
@@ -206,6 +207,13 @@ class TokenStore(Sequence[TokenizedPair]):
     def annotators(self) -> list[str]:
         """Annotator of each pair, "" if unknown."""
         return self._table["annotator"].to_pylist()
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """(pairs,) `TokenizedPair.prompt` of each pair."""
+        column = self._table["prompt_ids"].combine_chunks()
+        bounds, ids = column.offsets.to_numpy(), column.values.to_numpy().astype(np.int64)
+        return np.array([prompt_hash(ids[start:end].tobytes()) for start, end in pairwise(bounds)])
 
     @property
     def flipped(self) -> np.ndarray:

@@ -31,6 +31,7 @@ BASE = {
 }
 CALLBACKS = [
     "--callbacks+=lpc_lightning.callbacks.GracefulStop",
+    "--callbacks+=lpc_lightning.callbacks.PreferenceAccuracy",
     "--callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
     "--callbacks.every_n_train_steps=3",
     "--callbacks.save_last=true",

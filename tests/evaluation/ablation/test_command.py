@@ -48,6 +48,10 @@ def test_ablate_files_of_every_cell(uninterrupted: Path) -> None:
         assert results["step"] == 24
         assert 0 <= results["metrics"]["val/rewards/accuracies"] <= 1
         assert 0 <= results["metrics"]["test/rewards/accuracies"] <= 1
+        pairs = [json.loads(line) for line in (cell / "pairs_test.jsonl").read_text().splitlines()]
+        assert len(pairs) == 4
+        right = [pair["margins"]["prior"] > 0 for pair in pairs]
+        assert sum(right) / 4 == results["metrics"]["test/rewards/accuracies"]
         assert results["parameters"]["policy"] > 0
         assert (results["parameters"]["latent"] > 0) == (cell_record["axes"]["latent"] == "gumbel")
         noise = json.loads((cell / "run" / "label_noise.json").read_text())

@@ -1,0 +1,105 @@
+"""Tests of the scores of single pairs in a report, by hand and against the statistics over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from math import log1p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lpc_lightning.evaluation.report.contrasts import contrasts
+from lpc_lightning.evaluation.report.runs.folders import load_folders
+from lpc_lightning.evaluation.report.runs.pairs import prompt_deviations
+from lpc_lightning.evaluation.report.study import make_study
+
+METRIC = "test/rewards/accuracies"
+
+
+def write_pairs(cell: Path, margins: Sequence[float], prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+    rows = [
+        {
+            "prompt": prompt,
+            "flipped": columns.get("flipped", [False] * len(margins))[number],
+            "tokens": columns.get("tokens", [(3, 3)] * len(margins))[number],
+            "margins": {"prior": margin},
+        }
+        for number, (margin, prompt) in enumerate(zip(margins, prompts, strict=True))
+    ]
+    (cell / "pairs_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_prompt_deviations_by_hand(tmp_path: Path) -> None:
+    """Of a: right and wrong; of b: right and a tie, whose score is 1/2. The mean is 0.625."""
+    write_pairs(tmp_path, [1.0, -2.0, 3.0, 0.0], ["a", "a", "b", "b"], flipped=[False, True, False, False])
+    added = prompt_deviations(tmp_path, METRIC, 0.625)
+    assert added == {"a": pytest.approx(-0.25 / 4), "b": pytest.approx(0.25 / 4)}
+    assert prompt_deviations(tmp_path, "test/accuracy/prior", 0.625) == added
+    assert prompt_deviations(tmp_path, "test/gold_accuracy/prior", 0.875) == {
+        "a": pytest.approx(0.25 / 4),
+        "b": pytest.approx(-0.25 / 4),
+    }
+    losses = [log1p(np.exp(-margin)) for margin in (1, -2, 3, 0)]
+    assert prompt_deviations(tmp_path, "test/log_loss/prior", float(np.mean(losses))) == {
+        "a": pytest.approx((losses[0] + losses[1] - losses[2] - losses[3]) / 8),
+        "b": pytest.approx((losses[2] + losses[3] - losses[0] - losses[1]) / 8),
+    }
+
+
+def test_prompt_deviations_of_similar_length(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [1.0, -1.0, 1.0], ["a", "b", "c"], tokens=[(2, 2), (14, 10), (15, 10)])
+    assert prompt_deviations(tmp_path, "test/accuracy/prior/length_matched", 0.5) == {"a": 0.25, "b": -0.25}
+
+
+@pytest.mark.parametrize(
+    ("metric", "value"),
+    [
+        (METRIC, 0.5),  # another mean: other weights have been evaluated since
+        ("val/rewards/accuracies", 1.0),  # another stage
+        ("test/accuracy/posterior", 1.0),
+        ("test/loss", 1.0),
+        ("arc_easy/acc", 1.0),
+    ],
+)
+def test_prompt_deviations_not_on_record(tmp_path: Path, metric: str, value: float) -> None:
+    write_pairs(tmp_path, [1.0, 2.0], ["a", "b"])
+    assert prompt_deviations(tmp_path, metric, value) is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_interval_covers_shared_prompts(write_ablation: Callable[..., Path], tmp_path: Path, shared: bool) -> None:
+    """Seeds agree in which prompts are right, so that only the choice of prompts matters."""
+    draw = np.random.default_rng(0)
+    hard = draw.random(40) < 0.3
+    scores: dict[tuple[str, int], np.ndarray] = {}
+    for latent, rate in (("none", 0.05), ("marginal", 0.02)):
+        for seed in range(1, 6):
+            wrong = hard if latent == "none" else hard & (np.arange(40) % 3 > 0)
+            scores[latent, seed] = np.where(wrong ^ (draw.random(40) < rate), -1.0, 1.0)
+    # The fixture's test accuracy is 0.1 below what it is given.
+    folder = write_ablation(
+        {"latent": ["none", "marginal"]}, [1, 2, 3, 4, 5], lambda *cell: float((scores[cell] > 0).mean()) + 0.1
+    )
+    for (latent, seed), margins in scores.items():
+        names = [f"prompt {number}" + ("" if shared else f" of {seed}") for number in range(40)]
+        write_pairs(folder / "cells" / f"latent={latent},seed={seed}", margins.tolist(), names)
+    study = make_study(load_folders([str(folder)]).records)
+    (contrast,), _ = contrasts(study, [METRIC], {"latent": "none"})
+    values = {latent: [(scores[latent, seed] > 0).mean() for seed in range(1, 6)] for latent in ("none", "marginal")}
+    expected = stats.ttest_rel(values["marginal"], values["none"])
+    interval = expected.confidence_interval(0.95)
+    assert contrast.difference is not None
+    actual = contrast.difference.estimate
+    assert actual.low is not None
+    assert actual.high is not None
+    assert actual.prompts == (40 if shared else 0)
+    if shared:
+        assert actual.high - actual.low > 1.2 * (interval.high - interval.low)
+        assert contrast.difference.p_value > expected.pvalue  # type: ignore[operator]
+    else:
+        assert (actual.low, actual.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+        assert contrast.difference.p_value == pytest.approx(expected.pvalue, rel=1e-9)
