@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+# For the programs that tests start. Their tensors are tiny: a second thread costs more time than it saves, as do
+# processes that compile.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# isort: split
 from hypothesis import HealthCheck, settings  # first: it asks the garbage collector who refers to its objects
 
 # isort: split

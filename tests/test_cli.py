@@ -100,7 +100,8 @@ def test_help_lists_every_command(command: Command, flag: str) -> None:
 def test_usage_lists_plugins_without_importing_them() -> None:
     """lpc_lightning imports nothing from evaluation, whose lm-eval takes seconds."""
     code = (
-        "import sys; from lpc_lightning.cli import commands; summary = commands()['evaluate'][1]; "
+        "import sys, lpc_lightning.__main__; from lpc_lightning.cli import commands\n"
+        "summary = commands()['evaluate'][1]\n"
         "assert not {'lpc_lightning.evaluation.comparison.command', 'lm_eval'} & set(sys.modules); print(summary)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

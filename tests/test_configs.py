@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -61,7 +62,9 @@ class Fit(PreferenceCLI):
 
 
 class Parsed(Fit):
-    """The same without running the command."""
+    """The same without running the command, and without the copy of the settings for a checkpoint."""
+
+    config_dump: ClassVar[dict[str, Any]] = {}
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -293,7 +296,7 @@ def test_ablation_tunes_every_arm_alike(path: Path) -> None:
     assert len(seeds.values) >= 5
     if "llama3" in grid.base[0]:
         assert "--data=configs/data/ultrafeedback_held_out.yaml" in grid.base
-    else:
+    elif path.stem.endswith("_tiny"):
         assert seeds.settings == ["seed_everything", "data.data_seed"]
         (pairs,) = (argument for argument in grid.base if argument.startswith("--data.validation_pairs="))
         assert int(pairs.partition("=")[2]) >= 512

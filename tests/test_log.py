@@ -15,7 +15,10 @@ import lpc_lightning  # noqa: F401 - the import itself is tested
 def test_import_of_commands_prints_nothing() -> None:
     """With bitsandbytes, on a processor with AVX512-BF16, the import would warn of a missing kernel."""
     done = subprocess.run(
-        [sys.executable, "-c", "import lpc_lightning.cli"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", "import lpc_lightning.__main__"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert (done.stdout, done.stderr) == ("", "")
 

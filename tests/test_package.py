@@ -31,12 +31,12 @@ LAYERS = (
 EVALUATION = (
     {"provenance", "tables"},
     {"samples"},
-    {"ablation"},
     {"statistics"},
     {"figures"},
     {"line_panels"},
     {"benchmarks"},
     {"accuracy"},
+    {"ablation"},
     {"codebook"},
     {"comparison"},
     {"adaptation"},

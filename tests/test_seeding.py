@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
-from lpc_lightning.seeding import derive, run_seed
+from lpc_lightning.seeding import derive, run_seed, seed_draws
 
 
 # The first 16 hex digits of `printf 'step/0/1/2/3' | sha256sum`, without the last bit.
@@ -28,6 +29,14 @@ def test_derive_depends_on_parts_and_order() -> None:
     assert len({derive(*part) for part in parts}) == len(parts)
     assert derive("step", 1, 2) != derive("step", 2, 1)
     assert derive("step", 1, 11) != derive("step", 11, 1)
+
+
+def test_seed_on_cpu_is_not_queued_for_gpus() -> None:
+    queued = len(torch.cuda._queued_calls)
+    for seed in (5, 2**63 - 1):
+        seed_draws(seed, torch.device("cpu"))
+        assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(seed)))
+    assert len(torch.cuda._queued_calls) == queued
 
 
 @pytest.mark.parametrize(("setting", "seed"), [(None, 0), ("", 0), ("0", 0), ("41", 41)])

@@ -69,10 +69,6 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
     for item in results.items:
         for metric, value in item["metrics"].items():
             items.setdefault(Measure(item["task"], metric), {})[Item(item["doc_id"], item["doc_hash"])] = value
-    shared_conditions = {
-        "chat template": results.record.get("settings", {}).get("apply_chat_template"),
-        "few-shot seed": results.record.get("seeds", {}).get("fewshot"),
-    }
     return ModelScores(
         name=name,
         scores=values,
@@ -83,12 +79,25 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
             if _is_mean(values.get(measure), list(item_values.values()))
         },
         prompts={Item(item["doc_id"], item["doc_hash"]): item["prompt"] for item in results.items if "prompt" in item},
-        conditions={
-            task: {label: record[key] for key, label in CONDITIONS.items() if key in record} | shared_conditions
-            for task, record in results.record.get("tasks", {}).items()
-        },
+        conditions=conditions_of(results.record),
         precision=results.origin.get(REQUEST, {}).get("precision"),
     )
+
+
+def conditions_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the conditions of each task, which must be equal in a comparison.
+
+    Args:
+        record: The record of a run of `evaluate`.
+    """
+    shared = {
+        "chat template": record.get("settings", {}).get("apply_chat_template"),
+        "few-shot seed": record.get("seeds", {}).get("fewshot"),
+    }
+    return {
+        task: {label: entries[key] for key, label in CONDITIONS.items() if key in entries} | shared
+        for task, entries in record.get("tasks", {}).items()
+    }
 
 
 def _is_mean(value: float | None, items: Sequence[Any]) -> bool:

@@ -17,7 +17,7 @@ from lpc_lightning.evaluation.report.plots import draw
 from lpc_lightning.evaluation.report.run_tables import run_tables
 from lpc_lightning.evaluation.report.runs.differences import add_axes
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, join_measurements
+from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, check_conditions, join_measurements
 from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, flatten
 from lpc_lightning.evaluation.report.study import ACCURACIES, LeftOut, Study, make_study
 from lpc_lightning.evaluation.report.subject import Subject, numeric_axes
@@ -80,7 +80,8 @@ def report(
         title: Title of the page. null: the ablation's name.
 
     Raises:
-        ConfigError: There are no runs, or there is no such metric, axis or baseline. The error lists the valid ones.
+        ConfigError: There are no runs, or there is no such metric, axis or baseline. The error lists the valid ones. Or
+            a metric was measured under different conditions.
         DataError: A file of a run cannot be read.
     """
     folder = Path(out)
@@ -90,6 +91,7 @@ def report(
         records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
         study = make_study(records, loaded.axes)
         metrics = _select_metrics(study, metric)
+        check_conditions(records, metrics)
         selected_axes = _select_axes(study, x)
         baseline_axes = read_baseline(study, baseline)
         compared, unmatched = contrasts(study, metrics, baseline_axes)

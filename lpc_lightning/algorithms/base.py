@@ -31,7 +31,7 @@ from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.policy.logprobs import code_range
 from lpc_lightning.robust import RobustLoss
-from lpc_lightning.seeding import derive, run_seed
+from lpc_lightning.seeding import derive, run_seed, seed_draws
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
 PROGRESS_BAR = ("loss", "rewards/accuracies", "rewards/margins", "latent/codebook_perplexity")
@@ -209,7 +209,7 @@ class PreferenceModule(PolicyModule):
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Seed the step's random draws by its position in the run (see `seeding`)."""
-        torch.manual_seed(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank))
+        seed_draws(derive("step", run_seed(), self.current_epoch, batch_idx, self.global_rank), self.device)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> TrainingOutput:
         """Compute the mean over pairs of the preference loss plus the latent's penalty, with the weights of the pairs.
@@ -304,7 +304,7 @@ class PreferenceModule(PolicyModule):
         return self._infer(batch, batch_idx)
 
     def _infer(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
-        torch.manual_seed(derive("evaluation", run_seed(), batch_idx, self.global_rank))
+        seed_draws(derive("evaluation", run_seed(), batch_idx, self.global_rank), self.device)
         forward, score = self.score_batch(batch)
         return {"terms": self.inference_terms(forward.states, score), "states": forward.states, "score": score}
 

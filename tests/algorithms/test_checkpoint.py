@@ -66,6 +66,24 @@ def assert_same_predictions(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert torch.equal(value, other[name]), name
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory, fit_run: Any, small_data: Any) -> Callable[..., Path]:
+    """Return a function that does the same once for each name."""
+    paths: dict[Any, Path] = {}
+
+    def save(name: Any, make: Callable[[], PreferenceModule]) -> Path:
+        if name not in paths:
+            folder = tmp_path_factory.mktemp("saved")
+            keep = ModelCheckpoint(dirpath=folder, filename="saved")
+            with pytest.MonkeyPatch.context() as environment:
+                environment.setenv("PL_GLOBAL_SEED", "0")
+                fit_run(make(), small_data(train_pairs=4), max_epochs=1, callbacks=[keep])
+            paths[name] = folder / "saved.ckpt"
+        return paths[name]
+
+    return save
+
+
 @pytest.fixture
 def saved(tmp_path: Path, fit_run: Any, small_data: Any) -> Callable[..., Path]:
     """Return a function that trains a module for two steps and saves it."""
@@ -254,14 +272,14 @@ SPACES: dict[str, Space | None] = {
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_load_refuses_other_architecture(
-    wrote: tuple[str, str], reads: tuple[str, str], problem: str, saved: Any, small_policy: Any, small_data: Any
+    wrote: tuple[str, str], reads: tuple[str, str], problem: str, saved_once: Any, small_policy: Any, small_data: Any
 ) -> None:
     def module(names: tuple[str, str]) -> DPO:
         policy, space = names
         latent = SPACES[space]
         return DPO(policy=small_policy(**SETTINGS[policy]), latent=latent and latent(), optimizer=adam)
 
-    path = saved(module(wrote))
+    path = saved_once(wrote, lambda: module(wrote))
     sentence = (
         rf"^checkpoint: its weights are of another architecture: .*{problem}.* Expected the \d+ trained weights of this"
     )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from lpc_lightning.evaluation.benchmarks.results import RESULTS, scores
+from lpc_lightning.evaluation.comparison.model_scores import conditions_of
 from lpc_lightning.evaluation.report.runs.records import Loaded, Measurement, RunProvenance, numeric_metrics
 from lpc_lightning.inference.checkpoints import run_folder
 
@@ -23,5 +24,8 @@ def load_evaluation(folder: Path) -> Loaded:
     is_run = origin.get("kind") == "checkpoint" and model
     name = str(origin.get("name") or folder.name)
     facts = {"versions": results.get("packages"), "settings": results.get("settings"), "git": results.get("git")}
-    measurement = Measurement(name, metrics, run_folder(Path(model)) if is_run else None, folder, origin.get("seed"))
+    by_task = conditions_of(results)
+    conditions = {metric: by_task.get(metric.rpartition("/")[0], {}) for metric in metrics}
+    run = run_folder(Path(model)) if is_run else None
+    measurement = Measurement(name, metrics, run, folder, origin.get("seed"), conditions)
     return Loaded(measurements=(measurement,), origins=(RunProvenance(f"evaluate {name}", facts=facts),))

@@ -29,7 +29,9 @@ def load_run(folder: Path) -> Loaded:
     trained = any(name.startswith("train/") for name in record.curves) or (folder / "checkpoints").is_dir()
     if checkpoint and not trained:
         run = run_folder(Path(checkpoint))
-        return Loaded(measurements=(Measurement(record.name, record.metrics, run, folder, record.seed),))
+        pairs = {name: value for name, value in record.settings.items() if name.startswith("data")}
+        conditions = dict.fromkeys(record.metrics, pairs)
+        return Loaded(measurements=(Measurement(record.name, record.metrics, run, folder, record.seed, conditions),))
     return Loaded(records=(replace(record, parameters=checkpoint_parameters(folder)),))
 
 

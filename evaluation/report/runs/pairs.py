@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ METRIC = re.compile(r"(val|test)/(gold_)?(accuracy|margin|log_loss)/([a-z_]+)(/l
 """Metrics that are means over pairs."""
 
 
+@cache
 def prompt_deviations(cell: Path, metric: str, value: float) -> Mapping[str, float] | None:
     """Return what the pairs of each prompt add to a metric of a cell; see `deviations`.
 
@@ -48,7 +49,7 @@ def prompt_deviations(cell: Path, metric: str, value: float) -> Mapping[str, flo
     return deviations(scores, [row["prompt"] for row in rows])
 
 
-@cache
+@lru_cache(maxsize=8)
 def _read(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]

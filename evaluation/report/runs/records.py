@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.evaluation.report.runs.settings import Value, as_value
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.report.runs.settings import Value, as_value, is_without_influence
 
 FINISHED, MISSING, UNKNOWN = "finished", "missing", "unknown"
 COUNTED = (FINISHED, UNKNOWN)
@@ -47,6 +48,8 @@ class RunRecord:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     settings: Mapping[str, Value] = field(default_factory=dict)
     """All settings by the names of their flags."""
+    conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By metric that was measured after the run: conditions that do not follow from the run's settings."""
     grid: str = ""
     """Folder of the ablation whose cell the run is. Empty: the run is no cell."""
     controls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -71,6 +74,8 @@ class Measurement:
     folder: Path
     """Folder of the results."""
     seed: int | None = None
+    conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By metric: what it was measured on and how."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +151,14 @@ def join_measurements(
     joined = list(records)
     indices = {record.folder.resolve(): index for index, record in enumerate(records) if record.folder is not None}
     added: dict[int, dict[str, float]] = {}
+    conditions: dict[int, dict[str, Mapping[str, Any]]] = {}
     notes = []
     for measured in measurements:
         index = None if measured.run is None else indices.get(measured.run.resolve())
         if index is None:
             axes = {"model": as_value(measured.name)}
-            joined.append(
-                RunRecord(measured.name, axes, measured.seed, folder=measured.folder, metrics=measured.metrics)
-            )
+            record = RunRecord(measured.name, axes, measured.seed, folder=measured.folder, metrics=measured.metrics)
+            joined.append(replace(record, conditions=measured.conditions))
             continue
         metrics = added.setdefault(index, {})
         changed = sorted(name for name, value in measured.metrics.items() if metrics.get(name, value) != value)
@@ -161,9 +166,41 @@ def join_measurements(
             reason = f"{', '.join(changed)}: the value in {measured.folder} counts"
             notes.append((joined[index].name, "repeated", reason))
         metrics |= measured.metrics
+        own = records[index].settings
+        conditions.setdefault(index, {}).update(
+            {
+                metric: {name: value for name, value in entries.items() if own.get(name) != value}
+                for metric, entries in measured.conditions.items()
+            }
+        )
     for index, metrics in added.items():
-        joined[index] = replace(joined[index], metrics={**joined[index].metrics, **metrics})
+        record = joined[index]
+        joined[index] = replace(record, metrics={**record.metrics, **metrics}, conditions=conditions[index])
     return joined, notes
+
+
+def check_conditions(records: Sequence[RunRecord], metrics: Sequence[str]) -> None:
+    """Check that a metric was measured under the same conditions in all runs.
+
+    Args:
+        records: The runs, with the measurements.
+        metrics: Metrics to compare.
+
+    Raises:
+        ConfigError: Two runs differ in a condition. The error names it.
+    """
+    for metric in metrics:
+        having = [record for record in records if metric in record.metrics and record.counted]
+        for record in having[1:]:
+            ours, first = record.conditions.get(metric, {}), having[0].conditions.get(metric, {})
+            for name in {**first, **ours}:
+                if is_without_influence(name) or first.get(name) == ours.get(name):
+                    continue
+                values = [as_value(each[name]) if name in each else "the run's own" for each in (first, ours)]
+                raise ConfigError(
+                    f"runs: found {metric} measured with {name} {values[0]} for {having[0].name} and {values[1]} for "
+                    f"{record.name}, expected equal conditions. Measure one of them again, or leave it out."
+                )
 
 
 def numeric_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

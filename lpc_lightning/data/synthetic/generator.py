@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from random import Random
 
 from lpc_lightning.data.synthetic.answers import compose
@@ -106,6 +107,7 @@ def _styles(factor: str, rng: Random) -> tuple[Style, Style]:
     return chosen, rejected
 
 
+@cache
 def _visible_truth(seed: int) -> Truth:
     names = tuple(domain.name for domain in DOMAINS)
     rng = stream("visible factors", seed)
@@ -124,6 +126,7 @@ def _visible_truth(seed: int) -> Truth:
     )
 
 
+@cache
 def _hidden_truth(annotators: int, seed: int) -> Truth:
     rng = stream("hidden factors", seed)
     disputed, second, third = shuffled(rng, list(ATTRIBUTES))[:3]

@@ -75,13 +75,19 @@ def shapes_of_epochs(data: PreferenceDataModule, balance: bool) -> tuple[set[Bat
     return set(shapes), 1 - sum(n.tokens for n in needed) / sum(shape.tokens for shape in shapes)
 
 
+@pytest.fixture(scope="module")
+def real_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Token cache of the real files."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.skipif(not PREFERENCES.is_dir(), reason="no $LPC_DATA_DIR/preferences")
 @pytest.mark.parametrize("pairs", [8, 16])
 @pytest.mark.parametrize("file", sorted(PREFERENCES.glob("*.jsonl")), ids=lambda file: file.stem)
-def test_real_epochs_have_four_shapes(file: Path, pairs: int, tmp_path: Path) -> None:
-    data = PreferenceData(str(file), batch_size=pairs, too_long="truncate_answer", cache_dir=str(tmp_path))
+def test_real_epochs_have_four_shapes(file: Path, pairs: int, real_cache: str) -> None:
+    data = PreferenceData(str(file), batch_size=pairs, too_long="truncate_answer", cache_dir=real_cache)
     shapes, padding = shapes_of_epochs(data, balance=True)
     assert len(shapes) <= MOST_SHAPES
     assert padding <= 0.1

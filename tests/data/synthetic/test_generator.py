@@ -47,7 +47,8 @@ def test_visible_pairs_ignore_annotators() -> None:
 @pytest.mark.slow
 def test_pairs_are_equal_in_another_process() -> None:
     code = (
-        "import json, hashlib; from dataclasses import asdict; from lpc_lightning.data.synthetic import *\n"
+        "import gc, json, hashlib; gc.disable(); from dataclasses import asdict\n"
+        "from lpc_lightning.data.synthetic import *\n"
         "pairs = PreferenceGenerator('hidden', 6, 5).examples(40, 'test')\n"
         "print(hashlib.sha256(json.dumps([asdict(p) for p in pairs], sort_keys=True).encode()).hexdigest())"
     )

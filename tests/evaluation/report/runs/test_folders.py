@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,13 @@ from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_
 from lpc_lightning.evaluation.report.runs.differences import add_axes
 from lpc_lightning.evaluation.report.runs.fit import read_curves
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import Curve, RunRecord, join_measurements
+from lpc_lightning.evaluation.report.runs.records import (
+    Curve,
+    Measurement,
+    RunRecord,
+    check_conditions,
+    join_measurements,
+)
 
 
 def by_name(records: list[RunRecord] | tuple[RunRecord, ...]) -> dict[str, RunRecord]:
@@ -201,11 +208,14 @@ def test_join_measurements_of_a_test(runs: Path) -> None:
     assert notes == []
 
 
-def write_evaluation(folder: Path, model: str, score: float, kind: str = "checkpoint") -> Path:
+def write_evaluation(
+    folder: Path, model: str, score: float, kind: str = "checkpoint", limit: int | None = None
+) -> Path:
     """Write results as `evaluate` does."""
     metrics = {"arc_easy": {"acc": score, "acc_stderr": 0.01}}
+    record = {"packages": {"torch": "2.13.0"}, "tasks": {"arc_easy": {"limit": limit, "version": 1}}}
     origin = {"path": model, "kind": kind, "seed": 3, "name": folder.name, "request": {"model": model}}
-    write_results(folder, BenchmarkResults(metrics, [], {}, {"packages": {"torch": "2.13.0"}}), origin)
+    write_results(folder, BenchmarkResults(metrics, [], {}, record), origin)
     return folder
 
 
@@ -232,6 +242,35 @@ def test_join_measurements_without_run(tmp_path: Path) -> None:
         ({"model": "base"}, {"arc_easy/acc": 0.3}),
         ({"model": "gone"}, {"arc_easy/acc": 0.4}),
     ]
+
+
+def test_measurements_under_other_conditions(tmp_path: Path) -> None:
+    paths = [
+        str(write_evaluation(tmp_path / name, name, 0.3, "model", limit))
+        for name, limit in (("a", 100), ("b", 100), ("c", None))
+    ]
+    alike, _ = join_measurements([], load_folders(paths[:2]).measurements)
+    check_conditions(alike, ["arc_easy/acc"])
+    records, _ = join_measurements([], load_folders(paths).measurements)
+    check_conditions(records, ["loss"])
+    with pytest.raises(ConfigError, match="arc_easy/acc measured with limit 100 for a and none for c, expected equal"):
+        check_conditions(records, ["arc_easy/acc"])
+
+
+def test_test_on_other_pairs() -> None:
+    """A test on the run's own data has no conditions beside its settings."""
+    settings = {"data": "PreferenceData", "data.path": "one.jsonl", "data.cache_dir": "x"}
+    runs = [RunRecord(name, folder=Path(name), settings=settings) for name in ("a", "b")]
+    for path, fails in (("one.jsonl", False), ("two.jsonl", True)):
+        conditions = {"test/loss": settings | {"data.path": path, "data.cache_dir": "y"}}
+        measured = [
+            Measurement("a", {"test/loss": 0.5}, Path("a"), Path("t"), 1, conditions),
+            Measurement("b", {"test/loss": 0.5}, Path("b"), Path("t"), 1, {"test/loss": settings}),
+        ]
+        records, _ = join_measurements(runs, measured)
+        message = r"data\.path two\.jsonl for a and the run's own for b"
+        with pytest.raises(ConfigError, match=message) if fails else nullcontext():
+            check_conditions(records, ["test/loss"])
 
 
 def test_join_measurements_measured_twice(runs: Path, tmp_path: Path) -> None:
