@@ -226,7 +226,7 @@ def test_evaluation_loops(
 
 @pytest.mark.parametrize(
     ("latent", "robust"),
-    [*((name, None) for name in LATENTS), ("none", REPO()), ("marginal", REPO()), ("none", DrDPO())],
+    [*((name, None) for name in LATENTS), ("marginal", REPO())],
 )
 def test_fit_waits_only_for_logged_steps(
     latent: str,
