@@ -260,7 +260,7 @@ def test_robust_settings_out_of_range(make: Callable[[], RobustLoss], message: s
 def test_reliabilities_are_moving_averages() -> None:
     """Two micro-batches make a step. Annotator c has no pair in the first step."""
     robust = REPO(0.9, rate=0.1)
-    robust.start(["b", "a", "c", "a"])
+    robust.start(["b", "a", "c", "a"], torch.device("cpu"))
 
     def values() -> Tensor:
         return robust.reliabilities(["a", "b", "c", "unknown"], torch.device("cpu"))
@@ -281,7 +281,7 @@ def test_reliabilities_are_moving_averages() -> None:
 
 def test_one_reliability_for_all_annotators() -> None:
     robust = REPO(0.8, rate=0.5, by_annotator=False)
-    robust.start(["a", "b"])
+    robust.start(["a", "b"], torch.device("cpu"))
     robust.observe(["a", "b"], torch.tensor([0.2, 0.6]))
     robust.update()
     values = robust.reliabilities(["a", "new"], torch.device("cpu"))
@@ -301,7 +301,7 @@ def test_reliabilities_converge_to_the_truth() -> None:
     generator = torch.Generator().manual_seed(5)
     truth = {"careful": 0.95, "careless": 0.7, "opposite": 0.2}
     robust = REPO(0.9, rate=0.1)
-    robust.start(list(truth))
+    robust.start(list(truth), torch.device("cpu"))
     for _ in range(150):
         for name, reliability in truth.items():
             margins = 4 * torch.randn(200, generator=generator, dtype=torch.float64)
