@@ -188,6 +188,8 @@ def test_ablate_tunes_a_learning_rate(grid: Path, capsys: pytest.CaptureFixture[
         (str(float(rate)), "7", scores[rate]["val/loss"]) for rate in scores
     ]
     assert [row["is_chosen"] for row in rows] == [str(rate == best) for rate in scores]
+    with (grid.parent / "report" / "means.csv").open() as file:
+        assert [row["metric"] for row in csv.DictReader(file)] == ["test/rewards/accuracies"]
     with (grid.parent / "report" / "runs.csv").open() as file:
         assert [row["lr"] for row in csv.DictReader(file)] == [str(float(best))]
 
