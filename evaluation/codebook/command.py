@@ -183,7 +183,7 @@ def _examples(data: PreferenceDataModule, stage: Stage, pairs: Iterable[PairKey]
 
 def _first_prompt(data: PreferenceDataModule, stage: Stage) -> Prompt:
     pair = data.pairs[stage][0]
-    ((_, example),) = _examples(data, stage, [(pair.id, pair.annotator)]).items()
+    ((_, example),) = _examples(data, stage, [(pair.id, pair.annotator, pair.source)]).items()
     return example.prompt
 
 
