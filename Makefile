@@ -2,7 +2,8 @@
 # make demo-smollm2   a short fit of SmolLM2-135M-Instruct on built-in pairs
 # make test   the whole test suite, as CI runs it
 # make test-fast   its quick part, in under two minutes
-# make test-resume   every chain of up to three stops of a run, by SIGTERM and SIGKILL; hours
+# make test-resume   every chain of up to three stops of a run, by SIGTERM and SIGKILL; hours. CHAINS=20 draws 20 of them;
+#                    SEED=1 draws others
 # make bench  this project and TRL side by side; BENCH='--data my_pairs.jsonl' for your own pairs
 # make bench-gpu  the same on one GPU in eight minutes, without a hub and without pretrained weights
 # make lint   ruff and mypy
@@ -42,8 +43,10 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not distributed and not real and not cuda"
 
+CHAINS ?= all
+SEED ?= 0
 test-resume: $(VENV)/.installed-dev
-	LPC_ALL_STOPS=1 $(BIN)/pytest -n 2 --dist worksteal tests/callbacks/test_stops.py
+	LPC_STOP_CHAINS=$(CHAINS) LPC_STOP_SEED=$(SEED) $(BIN)/pytest -n 2 --dist worksteal tests/callbacks/test_stops.py
 
 DATA_DIR ?= $(or $(LPC_DATA_DIR),data)/preferences
 bench: $(VENV)/.installed-dev $(MODEL)/config.json

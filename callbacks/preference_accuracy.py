@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
@@ -68,7 +69,8 @@ class PreferenceAccuracy(CollectPairs):
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         if isinstance(data, PreferenceDataModule) and data.ceiling is not None and metrics:
             metrics["share_of_best"] = metrics["accuracy/prior"] / data.ceiling.from_prompt
-        if stage == "val" and self._sample and not trainer.sanity_checking and isinstance(pl_module, PreferenceModule):
+        in_training = trainer.state.fn == TrainerFn.FITTING and stage == "val" and not trainer.sanity_checking
+        if in_training and self._sample and isinstance(pl_module, PreferenceModule):
             self.training_report = self._score_training(trainer, pl_module, data)
             for name, value in self.training_report.metrics.items():
                 if name.startswith(TRAINING_METRICS) and name.count("/") == 1:

@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
@@ -275,13 +274,9 @@ def _template(trainer: Trainer) -> TemplateSettings:
 
 def _validation_prompts(data: PreferenceDataModule, count: int) -> Iterator[Prompt]:
     """Yield the first different prompts of the validation pairs."""
-    source = data.source("validation")
-    if source is None:
-        return
-    used = set(data.pairs["validation"].indices.tolist())
     seen: list[Prompt] = []
-    for index, example in enumerate(source.read(DataReport())):
-        if index in used and example.prompt not in seen:
+    for example in data.kept_examples("validation"):
+        if example.prompt not in seen:
             seen.append(example.prompt)
             yield example.prompt
         if len(seen) == count:

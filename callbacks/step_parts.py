@@ -49,7 +49,7 @@ class StepParts:
         self._mark: Time | None = None
         self._end: Time | None = None
         policy: Any = module.policy
-        self._wrap(policy, "states", "backbone forward")
+        self._wrap(policy, "hidden", "backbone forward")  # not its part that CUDA graphs capture and replay
         if module.reference is not None:
             self._wrap(module.reference, "logps", "reference")
         self._wrap(module, "training_terms", "latent and loss")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import PyTorchProfiler
 
 from lpc_lightning.algorithms.base import is_optimizer_step
 from lpc_lightning.callbacks.step_parts import PARTS, StepParts, idle_share
@@ -21,7 +22,8 @@ class StepProfile(Callback):
     Parts: waiting for data, the reference, forward and backward of backbone and head, latent and loss, the optimizer,
     and everything else. They are means over some optimizer steps, and add up to the time of a step. On a GPU times are
     those of the device. The same number of steps after them is run under torch's profiler, for the share of the time in
-    which the GPU is idle. Validation is left out. The results of the run do not change.
+    which the GPU is idle, unless `trainer.profiler` is `pytorch`. Validation is left out. The results of the run do not
+    change.
 
     Args:
         warmup_steps: Number of first steps that are left out.
@@ -69,7 +71,7 @@ class StepProfile(Callback):
             self._parts.end()
         elif self._taken == self.warmup_steps + self.steps:
             self._read_parts()
-            self._start_profile(pl_module)
+            self._start_profile(trainer, pl_module)
             if self._profile is None:
                 self._report(trainer)
         elif self._taken == self.warmup_steps + 2 * self.steps and self._profile is not None:
@@ -104,8 +106,10 @@ class StepProfile(Callback):
             batches = parts.seconds()
             self.seconds = {part: sum(batch[part] for batch in batches) / steps for part in PARTS}
 
-    def _start_profile(self, pl_module: LightningModule) -> None:
-        if pl_module.device.type != "cuda":
+    def _start_profile(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # torch has one profiler at a time.
+        profiler = trainer.profiler  # type: ignore[attr-defined]  # set by Lightning's connector
+        if pl_module.device.type != "cuda" or isinstance(profiler, PyTorchProfiler):
             return
         torch.cuda.synchronize(pl_module.device)
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])

@@ -23,12 +23,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.connectors import checkpoint_connector
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
-from lpc_lightning.errors import CheckpointError, ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError, one_line
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoint_entries import check_classes, check_resumable
 from lpc_lightning.inference.checkpoints import read_checkpoint
@@ -212,7 +213,7 @@ class PreferenceCLI(LightningCLI):
         try:
             self.config = self.parser.parse_object({command: {"model": model, **found}}, self.config)
         except (ArgumentError, TypeError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise CheckpointError(
                 f"ckpt_path: {path} holds settings that cannot be used ({reason}), expected those of the run. Take "
                 "another checkpoint of the run."
@@ -228,7 +229,7 @@ class PreferenceCLI(LightningCLI):
             path = self.config[subcommand].get("ckpt_path")
             if not path or isinstance(error, USER_ERRORS) or not _is_restoring(error):
                 raise
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise CheckpointError(
                 f"ckpt_path: {path} cannot be restored ({type(error).__name__}: {reason}), expected the state of a run "
                 "with this trainer and these callbacks. Take another checkpoint of the run."
@@ -397,10 +398,25 @@ def check_config_files(arguments: list[str]) -> None:
 
 
 def set_up_logging() -> None:
-    """Warnings and the log as a command shows them."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    """Set how a command shows warnings and the log: each warning once, those of the log from the first device only."""
+    warnings.showwarning = _showing_once(warnings.showwarning)
+    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # set by Lightning when it is imported
+    level = logging.WARNING if is_first else logging.ERROR  # a warning would come once from each device
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.msg)
+
+
+def _showing_once(show: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that shows each warning once. Python shows it again after any change of the filters."""
+    shown = set[tuple[str, type[Warning]]]()
+
+    def showwarning(message: Warning | str, category: type[Warning], *place: Any, **where: Any) -> None:
+        if (str(message), category) not in shown:
+            shown.add((str(message), category))
+            show(message, category, *place, **where)
+
+    return showwarning
 
 
 def _usage(arguments: list[str], known: dict[str, Command]) -> None:

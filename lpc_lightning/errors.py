@@ -11,3 +11,8 @@ class DamagedFileError(ValueError):
 
 class CheckpointError(ValueError):
     """Raised when a checkpoint is missing, damaged or of another form, or does not fit the model that loads it."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error without line breaks, for an error that quotes it."""
+    return " ".join(str(error).split())

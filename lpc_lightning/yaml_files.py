@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import ConfigError, one_line
 
 LARGEST = 100_000
 """Largest number of values of a file, counted as often as its aliases repeat them."""
@@ -91,7 +91,7 @@ def _compose(content: bytes | str, source: str) -> yaml.Node | None:
             "UTF-8. Save the file as UTF-8."
         ) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"{source}: found text that is no YAML ({reason}), expected YAML.") from error
     _check_size(node, source)
     return node
@@ -113,7 +113,7 @@ def _construct(node: yaml.Node | None, source: str) -> Any:
     try:
         return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"{source}: found a value that cannot be read ({reason}), expected YAML.") from error
     finally:
         loader.dispose()

@@ -45,6 +45,7 @@ from lpc_lightning.latent import (
     VectorSpace,
 )
 from lpc_lightning.policy import LoRA, TinyPolicy
+from lpc_lightning.robust import REPO, RobustLoss
 from tests.fixtures.emulated_device import DEVICE, NAME
 
 pytestmark = pytest.mark.slow
@@ -223,9 +224,17 @@ def test_evaluation_loops(
     assert sum(len(batch["ids"]) for batch in predictions) == 5
 
 
-@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize(
+    ("latent", "robust"),
+    [*((name, None) for name in LATENTS), ("marginal", REPO())],
+)
 def test_fit_waits_only_for_logged_steps(
-    latent: str, fit: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, accelerator: str, request: Any
+    latent: str,
+    robust: RobustLoss | None,
+    fit: Callable[..., Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    accelerator: str,
+    request: Any,
 ) -> None:
     """Three steps of two micro-batches with every latent. Waits are noted on the emulated device."""
     advance, noted = _TrainingEpochLoop.advance, []
@@ -239,7 +248,7 @@ def test_fit_waits_only_for_logged_steps(
 
     if waits:
         monkeypatch.setattr(_TrainingEpochLoop, "advance", noting)
-    module = DPO(policy=tiny(), latent=LATENTS[latent]())
+    module = DPO(policy=tiny(), latent=LATENTS[latent](), robust_loss=robust)
     steps: dict[str, Any] = {"max_steps": 3, "accumulate_grad_batches": 2, "log_every_n_steps": 3}
     assert fit(module, pairs={"train_pairs": 28}, save_every=100, **steps).global_step == 3
     check_finite(module)

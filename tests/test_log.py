@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 
 import lpc_lightning  # noqa: F401 - the import itself is tested
+from lpc_lightning.cli import set_up_logging
 
 
 @pytest.mark.slow
@@ -21,6 +24,30 @@ def test_import_of_commands_prints_nothing() -> None:
         check=True,
     )
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_command_shows_a_warning_once() -> None:
+    """Python forgets which warnings it has shown when the filters change, as `catch_warnings` does."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        set_up_logging()
+        for text in ("slow", "slow", "hot", "slow"):
+            warnings.warn(text, UserWarning, stacklevel=1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("default")
+    assert [str(each.message) for each in found] == ["slow", "hot"]
+
+
+@pytest.mark.parametrize(("rank", "level"), [(0, logging.WARNING), (1, logging.ERROR)])
+def test_log_warnings_of_the_first_device(rank: int, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    before = logging.root.level
+    try:
+        set_up_logging()
+        assert logging.root.level == level
+    finally:
+        logging.root.setLevel(before)
 
 
 def test_bitsandbytes_warning_is_suppressed(caplog: pytest.LogCaptureFixture) -> None:

@@ -260,7 +260,7 @@ def test_robust_settings_out_of_range(make: Callable[[], RobustLoss], message: s
 def test_reliabilities_are_moving_averages() -> None:
     """Two micro-batches make a step. Annotator c has no pair in the first step."""
     robust = REPO(0.9, rate=0.1)
-    robust.start(["b", "a", "c", "a"])
+    robust.start(["b", "a", "c", "a"], torch.device("cpu"))
 
     def values() -> Tensor:
         return robust.reliabilities(["a", "b", "c", "unknown"], torch.device("cpu"))
@@ -281,7 +281,7 @@ def test_reliabilities_are_moving_averages() -> None:
 
 def test_one_reliability_for_all_annotators() -> None:
     robust = REPO(0.8, rate=0.5, by_annotator=False)
-    robust.start(["a", "b"])
+    robust.start(["a", "b"], torch.device("cpu"))
     robust.observe(["a", "b"], torch.tensor([0.2, 0.6]))
     robust.update()
     values = robust.reliabilities(["a", "new"], torch.device("cpu"))
@@ -294,3 +294,24 @@ def test_dr_dpo_weights_repeat_pairs() -> None:
     weighted = DrDPO(0.7).batch_loss(losses, torch.tensor([2.0, 1.0, 0.0]))
     torch.testing.assert_close(weighted, DrDPO(0.7).batch_loss(repeated), rtol=1e-7, atol=0)
     assert DrDPO(0.7).batch_loss(losses, torch.zeros(3)) == 0
+
+
+def test_reliabilities_converge_to_the_truth() -> None:
+    """The policy is calibrated: an answer is preferred with probability p. Labels are wrong at known rates."""
+    generator = torch.Generator().manual_seed(5)
+    truth = {"careful": 0.95, "careless": 0.7, "opposite": 0.2}
+    robust = REPO(0.9, rate=0.1)
+    robust.start(list(truth), torch.device("cpu"))
+    for _ in range(150):
+        for name, reliability in truth.items():
+            margins = 4 * torch.randn(200, generator=generator, dtype=torch.float64)
+            preferred = torch.rand(200, generator=generator) < margins.sigmoid()
+            right = torch.rand(200, generator=generator) < reliability
+            labelled = torch.where(preferred == right, margins, -margins)  # margin of the answer labelled as chosen
+            eta = robust.reliabilities([name] * 200, torch.device("cpu"))
+            pairs = robust.pair_losses(partial(dpo_loss, beta=1.0), pairs_with_margins(*labelled.tolist()), eta)
+            assert pairs.right is not None
+            robust.observe([name] * 200, pairs.right)
+        robust.update()
+    learned = robust.reliabilities(list(truth), torch.device("cpu")).tolist()
+    assert learned == pytest.approx(list(truth.values()), abs=0.04)

@@ -75,10 +75,10 @@ class Grid:
         seeds = next((axis.values for axis in self.axes if axis.name == "seed"), None)
         if seeds is None:
             raise ConfigError(f"{self.name} tune: found no axis seed, expected one, for the runs at the chosen values.")
-        if shared := [to_text(seed) for seed in self.tune.seeds if seed in seeds]:
+        if shared := {to_text(seed) for seed in self.tune.seeds} & {to_text(seed) for seed in seeds}:
             raise ConfigError(
-                f"{self.name} tune.seeds: found {', '.join(shared)}, which the axis seed also has, expected other "
-                "seeds: results of a seed that was used for tuning are biased."
+                f"{self.name} tune.seeds: found {', '.join(sorted(shared))}, which the axis seed also has, expected "
+                "other seeds: results of a seed that was used for tuning are biased."
             )
         tuned = self.tune.axis
         for label, argument in self._fixed_arguments():

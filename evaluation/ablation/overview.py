@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.axes import Axis
+from lpc_lightning.evaluation.ablation.axes import Axis, to_text
 from lpc_lightning.evaluation.ablation.folder import write_json
 from lpc_lightning.evaluation.ablation.grid import Grid
 from lpc_lightning.evaluation.ablation.tuning import Choice, Tuning, mean_score
@@ -43,8 +43,8 @@ def _update(path: Path, grid: Grid, command: str) -> None:
             f"{', '.join(names)}. Use another folder (--output)."
         )
     tune = grid.tune
-    used = [] if tune is None else [seed for seed in before["axes"].get("seed", []) if seed in tune.seeds]
-    if used:
+    tuning_seeds = [] if tune is None else [to_text(seed) for seed in tune.seeds]
+    if used := [seed for seed in before["axes"].get("seed", []) if to_text(seed) in tuning_seeds]:
         raise ConfigError(
             f"tune.seeds: found {', '.join(map(str, used))}, which the results in {path.parent} have, expected other "
             "seeds, or another folder (--output)."

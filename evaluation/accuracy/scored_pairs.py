@@ -79,7 +79,7 @@ class PairsFile(PreferenceDataModule):
     @property
     def content(self) -> str:
         """A hash that changes if the selected pairs change."""
-        return hashlib.sha256(f"{self._pairs.key()} {self.bad_rows}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self._pairs.key()} {self.bad_rows} {self.lengths}".encode()).hexdigest()[:16]
 
     def source(self, stage: Stage) -> ExampleSource | None:
         """Return the pairs for the stage `test`, None for other stages."""

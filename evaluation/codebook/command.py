@@ -12,7 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.columns import Columns
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import ConfigError, one_line
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, PairKey, find_examples
@@ -163,7 +163,7 @@ def _run_data(path: Path) -> PreferenceDataModule:
     try:
         data: PreferenceDataModule = parser.instantiate(parser.parse_object({"data": settings})).data
     except (ArgumentError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"preferences: found data settings in {run_folder(path)}/config.yaml that cannot be used ({reason}). "
             f"{expected}"
@@ -183,7 +183,7 @@ def _examples(data: PreferenceDataModule, stage: Stage, pairs: Iterable[PairKey]
 
 def _first_prompt(data: PreferenceDataModule, stage: Stage) -> Prompt:
     pair = data.pairs[stage][0]
-    ((_, example),) = _examples(data, stage, [(pair.id, pair.annotator)]).items()
+    ((_, example),) = _examples(data, stage, [(pair.id, pair.annotator, pair.source)]).items()
     return example.prompt
 
 

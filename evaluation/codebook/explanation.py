@@ -24,8 +24,8 @@ from lpc_lightning.types import LogitHead, PairLosses, PreferenceBatch, Preferen
 
 COLUMNS = ("factor", "annotator", "source")
 """Columns that may name the codes. If several match equally well, the first one does."""
-PairKey = tuple[str, str]
-"""Id and annotator of a pair: ids may repeat across annotators."""
+PairKey = tuple[str, str, str]
+"""Id, annotator and source of a pair: ids may repeat across annotators, and across the data sets of a mixture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,7 @@ def find_examples(source: ExampleSource, pairs: Iterable[PairKey]) -> dict[PairK
     for example in source.read(DataReport()):
         if not missing:
             break
-        key = (example.id, example.annotator)
+        key = (example.id, example.annotator, example.source)
         if key in missing:
             found[key] = example
             missing.remove(key)
@@ -246,7 +246,7 @@ def _ranked(values: NDArray[np.float64], rows: Sequence[Row]) -> list[int]:
 
 
 def _key(row: Row) -> PairKey:
-    return str(row["id"]), str(row["annotator"])
+    return str(row["id"]), str(row["annotator"]), str(row["source"])
 
 
 def _margins(pairs: PairLosses) -> Tensor:

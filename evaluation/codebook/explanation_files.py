@@ -139,8 +139,8 @@ def _notes(content: Mapping[str, Any]) -> Iterator[str]:
     if any(code["label"] for code in content["codes"]):
         best = columns[0]
         yield (
-            f"Label: the {best['column']} of most pairs whose likeliest code under the {best['codes_by']} it is, and "
-            "how many of these pairs have it."
+            f"Label: the most frequent {best['column']} of the pairs for which the code is likeliest under the "
+            f"{best['codes_by']}, and how many of these pairs have it."
         )
     elif columns:
         yield "No code has a label, because no column of the data matches the codes."

@@ -71,7 +71,7 @@ class PointSample(Metric):
         self.keys.append(torch.tensor([point_key(pair_id) for pair_id in ids], device=self.device))
         if sum(len(keys) for keys in self.keys) > 2 * self.max_points:
             keys, kept = self.compute()
-            self.keys, self.points = [keys], [kept]
+            self.keys, self.points = [keys.view(-1)], [kept]
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return (m,) keys (see `point_key`) and (m, d) points, sorted by key."""
@@ -160,6 +160,7 @@ class CodebookStatistics(nn.Module):
         if not rows:
             return CodebookReport()
         keys, points = self.sample.compute()
+        keys = keys.view(-1)  # torchmetrics turns a single number into a scalar
         rows_by_key = {point_key(row["id"]): row for row in rows}
         prior, posterior = (_mean_distribution(mass) for mass in (self.prior, self.posterior))
         metrics: dict[str, float] = {}
@@ -236,4 +237,4 @@ def _codes_and_labels(
 
 
 def _mean_distribution(mass: CodeMass) -> NDArray[np.float64] | None:
-    return mass.compute().cpu().numpy() if mass.update_called else None
+    return mass.compute().view(-1).cpu().numpy() if mass.update_called else None

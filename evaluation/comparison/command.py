@@ -45,6 +45,7 @@ def evaluate(
     names: list[str] | None = None,
     columns: Columns | None = None,
     bad_rows: Literal["error", "skip"] = "error",
+    max_length: int | None = 1024,
     limit: int | float | None = None,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
@@ -82,6 +83,8 @@ def evaluate(
             the defaults.
         bad_rows: Treatment of pairs that cannot be used. `error`: stop and list them. `skip`: leave them out and count
             them.
+        max_length: Most tokens of a prompt with its longer answer. Longer pairs are left out and counted. null: no
+            limit, which scores of a benchmark need to be comparable.
         limit: Number of documents per task, and of pairs, from the start; below 1: a share of them. null: all of them.
         num_fewshot: Number of examples before each question. null: each task's own number.
         apply_chat_template: Format the benchmarks' prompts as conversations, with the tokenizer's chat template.
@@ -112,6 +115,7 @@ def evaluate(
         preferences=tuple(preferences or ()),
         columns=columns or Columns(),
         bad_rows=bad_rows,
+        max_length=max_length,
         limit=limit,
         num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,

@@ -52,6 +52,7 @@ class EvalRequest:
     preferences: tuple[str, ...] = ()
     columns: Columns = field(default_factory=Columns)
     bad_rows: Literal["error", "skip"] = "error"
+    max_length: int | None = 1024
     limit: int | float | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False
@@ -86,7 +87,15 @@ class EvalRequest:
         """Return the files of preference pairs to score. With several, each is a task named by its file."""
         size = 8 if self.batch_size == "auto" else self.batch_size
         return [
-            PairsFile(path, limit=self.limit, columns=self.columns, batch_size=size, bad_rows=self.bad_rows, task=task)
+            PairsFile(
+                path,
+                limit=self.limit,
+                columns=self.columns,
+                batch_size=size,
+                bad_rows=self.bad_rows,
+                max_length=self.max_length,
+                task=task,
+            )
             for path, task in zip(self.preferences, _task_names(self.preferences), strict=True)
         ]
 
@@ -96,7 +105,16 @@ class EvalRequest:
         Stored results with an equal key can be used again.
         """
         settings = asdict(self)
-        for name in ("tasks", "preferences", "columns", "bad_rows", "batch_size", "device", "trust_remote_code"):
+        for name in (
+            "tasks",
+            "preferences",
+            "columns",
+            "bad_rows",
+            "max_length",
+            "batch_size",
+            "device",
+            "trust_remote_code",
+        ):
             del settings[name]
         path = str(Path(model).resolve()) if Path(model).exists() else model
         return {**settings, "model": path, "weights": weights_of(model), "data": local_data(self.data_dir)}

@@ -27,7 +27,9 @@ def score_tables(records: Mapping[str, Any]) -> dict[str, str]:
                 [name, *("-" if name not in values else f"{values[name]:.4f}" for values in scores.values())]
                 for name in names
             ]
-            tables[task] = markdown_table([f"{task}, {record['form']}", *scores], rows)
+            dropped = sum(record["dropped"].values())
+            title = f"{task}, {record['form']}: {record['items']} pairs, {dropped} dropped"
+            tables[task] = markdown_table([title, *scores], rows)
     return tables
 
 

@@ -75,7 +75,8 @@ def report(
         baseline: Settings to compare with, as AXIS=VALUE, one or several: `latent=none`. null: `latent=none` if there
             are such runs, else no comparison.
         metric: Metrics to report by their logged names, such as `val/rewards/accuracies`, or as TASK/METRIC for
-            benchmarks. null: the accuracy in validation, or in test if no run has validated.
+            benchmarks. null: the accuracy in validation; in test if no run has validated, or if a grid has
+            chosen values in validation (`tune`).
         x: Numeric axes to plot metrics against. null: all of them.
         title: Title of the page. null: the ablation's name.
 
@@ -90,7 +91,7 @@ def report(
         loaded = load_folders(runs)
         records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
         study = make_study(records, loaded.axes)
-        metrics = _select_metrics(study, metric)
+        metrics = _select_metrics(study, metric, is_tuned=bool(loaded.tunings))
         check_conditions(records, metrics)
         selected_axes = _select_axes(study, x)
         baseline_axes = read_baseline(study, baseline)
@@ -156,10 +157,12 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _select_metrics(study: Study, names: Sequence[str] | None) -> list[str]:
+def _select_metrics(study: Study, names: Sequence[str] | None, is_tuned: bool) -> list[str]:
     available = study.metrics
+    # Validation has chosen the values of a tuned axis.
+    defaults = reversed(ACCURACIES) if is_tuned else ACCURACIES
     # If no run has finished, any metric is accepted: the report then contains the errors of the runs.
-    selected = list(dict.fromkeys(names or [name for name in ACCURACIES if name in available or not available][:1]))
+    selected = list(dict.fromkeys(names or [name for name in defaults if name in available or not available][:1]))
     if not selected or (available and set(selected) - set(available)):
         unknown = [name for name in selected if name not in available] or list(ACCURACIES)
         ordered = sorted(available, key=lambda name: (name.count("/"), name))

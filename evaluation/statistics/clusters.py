@@ -63,7 +63,7 @@ def deviations(values: ArrayLike, clusters: ArrayLike) -> dict[str, float]:
 def shared_variance(seeds: Sequence[Mapping[str, float]]) -> Shared:
     """Estimate the covariance between the means of two seeds whose clusters are partly or wholly the same.
 
-    With c_sp from `deviations` for seed s and cluster p, S seeds and P clusters of several seeds, it is
+    With c_sp from `deviations` for seed s and cluster p, S seeds, and P clusters in a seed, it is
     P / (P - 1) sum_p ((sum_s c_sp)^2 - sum_s c_sp^2) / (S (S - 1)). It is 0 if no cluster is shared, as when each seed
     has data of its own. If all seeds have the same clusters, it is the variance that the clusters add to the mean.
 
@@ -82,7 +82,8 @@ def shared_variance(seeds: Sequence[Mapping[str, float]]) -> Shared:
         return NOTHING_SHARED
     added = np.array([[seed.get(name, 0.0) for name in shared] for seed in seeds])
     covariance = (np.square(added.sum(0)) - np.square(added).sum(0)).sum() / (count * (count - 1))
-    return Shared(max(0.0, float(covariance)) * len(shared) / (len(shared) - 1), len(shared))
+    clusters = min(len(seed) for seed in seeds)
+    return Shared(max(0.0, float(covariance)) * clusters / (clusters - 1), len(shared))
 
 
 def bootstrap_interval(

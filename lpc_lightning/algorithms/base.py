@@ -185,7 +185,8 @@ class PreferenceModule(PolicyModule):
         self._check_annotators()
         if self.robust_loss is not None:
             data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-            self.robust_loss.start(data.training_pairs.annotators if isinstance(data, PreferenceDataModule) else [""])
+            names = data.training_pairs.annotators if isinstance(data, PreferenceDataModule) else [""]
+            self.robust_loss.start(names, self.device)
         if (
             self.latent is not None
             and self.latent.warm_start_pairs

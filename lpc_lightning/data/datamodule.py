@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -27,7 +27,7 @@ from lpc_lightning.data.tokenization.token_cache import load_or_tokenize
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.seeding import run_seed
-from lpc_lightning.types import Ceiling, TokenizedPair
+from lpc_lightning.types import Ceiling, PreferenceExample, TokenizedPair
 
 Stage = Literal["train", "validation", "test"]
 STAGES: dict[str, tuple[Stage, ...]] = {
@@ -267,6 +267,14 @@ class PreferenceDataModule(LightningDataModule):
         template = make_template(tokenizer, *self.template_settings)
         return load_or_tokenize(source, template, self.lengths, bad_rows=self.bad_rows, cache_dir=self.cache_dir)
 
+    def kept_examples(self, stage: Stage) -> Iterator[PreferenceExample]:
+        """Yield the examples of a stage whose pairs are used, as text, with the labels of the data.
+
+        The tokens of the stage have been loaded before. A pair that was dropped for its length is left out.
+        """
+        if (source := self.source(stage)) is not None:
+            yield from kept_of(source, self.pairs[stage])
+
     @property
     def training_pairs(self) -> TokenStore:
         """Training pairs with the labels of this run."""
@@ -414,6 +422,12 @@ class PreferenceDataModule(LightningDataModule):
     def _on_gpu(self) -> bool:
         assert self.trainer is not None
         return self.trainer.strategy.root_device.type == "cuda"
+
+
+def kept_of(source: ExampleSource, pairs: TokenStore) -> Iterator[PreferenceExample]:
+    """Yield the examples of a source that became the pairs of a store."""
+    kept = set(pairs.indices.tolist())
+    return (example for index, example in enumerate(source.read(DataReport())) if index in kept)
 
 
 Part = TypeVar("Part")

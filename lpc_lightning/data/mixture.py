@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
+from lpc_lightning.data.datamodule import PreferenceDataModule, Stage, kept_of
 from lpc_lightning.data.label_noise import LabelNoise
 from lpc_lightning.data.preference_data import StageRows
 from lpc_lightning.data.sources.example_source import ChainedSource, ExampleSource, NamedSource
@@ -20,6 +20,7 @@ from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.tokenization.token_mixture import TokenMixture
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.seeding import derive
+from lpc_lightning.types import PreferenceExample
 
 TAKEN_NAMES = ("prior", "posterior", "marginal", "no_latent", "shuffled", "clean", "flipped", "length_matched")
 """Names that metrics such as `val/accuracy/NAME` and `val/pairs/NAME` have for other groups."""
@@ -166,6 +167,11 @@ class PreferenceMixture(PreferenceDataModule):
             merged = merged.merged(report)
         self.reports[stage] = merged
         return self.pairs[stage]
+
+    def kept_examples(self, stage: Stage) -> Iterator[PreferenceExample]:
+        """See `PreferenceDataModule.kept_examples`. Each example is read once, whatever the weight of its data set."""
+        for name, source in self._sources(stage):
+            yield from kept_of(NamedSource(source, name), self._mixture(stage).stores[name])
 
     def _flips(self, noise: LabelNoise) -> np.ndarray:
         flips = {}

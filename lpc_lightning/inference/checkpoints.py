@@ -15,7 +15,7 @@ from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.distributed.checkpoint_check import check_checkpoint
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outline, read_sharded
-from lpc_lightning.errors import CheckpointError, ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError, one_line
 from lpc_lightning.inference.checkpoint_entries import check_classes, check_entries
 from lpc_lightning.integrity import is_archive
 from lpc_lightning.yaml_files import read_yaml
@@ -111,7 +111,7 @@ def make_module(settings: dict[str, Any], path: Path) -> PreferenceModule:
         try:
             return instantiate_module(PreferenceModule, settings)  # type: ignore[type-abstract]  # a subclass is built
         except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise CheckpointError(
                 f"{path}: found settings that {settings['_class_path']} refuses ({reason}), expected those of the run. "
                 "Take another checkpoint of the run."

@@ -60,6 +60,8 @@ class TrainedPolicy(PolicySpec):
         state = read_checkpoint(folder)["state_dict"]
         self._latent = _part(state, LATENT)
         adapted = base.adapt(model)
+        if not base.trainable:  # the checkpoint then holds no weights of the policy
+            adapted.requires_grad_(False)
         trained = {name: p for name, p in adapted.named_parameters(remove_duplicate=False) if p.requires_grad}
         weights = _part(state, WEIGHTS)
         try:

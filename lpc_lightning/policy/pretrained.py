@@ -183,8 +183,8 @@ class PretrainedPolicy(PolicySpec):
         if file.suffix == ".ckpt" and file.exists():
             raise UnsupportedPolicyError(
                 f"policy.path: found the checkpoint {self.path}, expected a folder with config.json and weights. "
-                f"`lpc-lightning export {self.path} --output FOLDER` makes one. `fit --policy TrainedPolicy` starts a "
-                "new fit from it, and `fit --ckpt_path` resumes the run."
+                f"`lpc-lightning export --checkpoint {self.path} --output FOLDER` makes one. `fit --policy "
+                "TrainedPolicy` starts a new fit from it, and `fit --ckpt_path` resumes the run."
             )
         if file.suffix == ".gguf" and file.is_file():
             name, local, options["gguf_file"] = str(file.parent), True, file.name

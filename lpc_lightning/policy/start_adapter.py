@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lpc_lightning.errors import one_line
 from lpc_lightning.policy.head import UnsupportedPolicyError
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _explaining(adapter: str) -> Iterator[None]:
             warnings.filterwarnings("error", message="Found missing adapter keys")
             yield
     except (OSError, ValueError, RuntimeError, UserWarning) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UnsupportedPolicyError(
             f"policy.adapter: could not load {adapter}: {reason[:500]} Expected a LoRA adapter that was trained on the "
             "model in policy.path."

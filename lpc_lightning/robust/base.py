@@ -44,8 +44,8 @@ class RobustLoss:
         """
         return weighted_mean(losses, weights)
 
-    def start(self, annotators: Sequence[str]) -> None:
-        """Prepare for a run on pairs of these annotators. Known reliabilities are kept."""
+    def start(self, annotators: Sequence[str], device: torch.device) -> None:
+        """Prepare for a run on a device, on pairs of these annotators. Known reliabilities are kept."""
 
     def reset(self) -> None:
         """Forget what a run has learned."""

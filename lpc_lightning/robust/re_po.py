@@ -85,9 +85,10 @@ class REPO(RobustLoss):
         eta = reliability[:, None] if logps.policy_chosen.dim() == 2 else reliability
         return re_po_losses(observed, loss(swap_answers(logps)), eta)
 
-    def start(self, annotators: Sequence[str]) -> None:
-        """Add the annotators of the run."""
+    def start(self, annotators: Sequence[str], device: torch.device) -> None:
+        """Add the annotators of the run, and move the reliabilities to its device, before the first step."""
         self.learned.add_names(self._names(annotators))
+        self.learned.values = self.learned.values.to(device)
 
     def reset(self) -> None:
         """Forget all reliabilities."""

@@ -119,7 +119,7 @@ def test_profile_leaves_results_and_calls_unchanged(fit: Fit) -> None:
     assert all(torch.equal(one, other) for one, other in zip(ends.losses, plain.losses, strict=True))
     assert [getattr(causal.BatchForward, name) for name in ("logps", "logps_per_code")] == calls
     assert logprobs._TokenLogps.backward is backward
-    assert not {"states", "training_terms", "configure_gradient_clipping"} & (vars(module) | vars(module.policy)).keys()
+    assert not {"hidden", "training_terms", "configure_gradient_clipping"} & (vars(module) | vars(module.policy)).keys()
 
 
 @pytest.mark.slow

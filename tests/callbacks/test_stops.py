@@ -1,13 +1,14 @@
 """Tests that a run that is stopped several times, by SIGTERM and SIGKILL, ends like an uninterrupted run.
 
-With `LPC_ALL_STOPS=1` (`make test-resume`), every chain of up to three stops is tested, at every step. Without it, each
-setting has a few chains.
+Each setting has a few chains. With `LPC_STOP_CHAINS=all` (`make test-resume`), every chain of up to three stops is
+tested, at every step. With a number (`make test-resume CHAINS=20`), so many of them are drawn.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ from tests.callbacks.stopped_run import SIGTERM_EXIT_CODE, STEPS, Stop, run_in_c
 pytestmark = pytest.mark.slow
 
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
-ALL = bool(os.environ.get("LPC_ALL_STOPS"))
+NUMBER = os.environ.get("LPC_STOP_CHAINS", "")
+ALL = NUMBER == "all"
 # Epochs end after steps 4, 8 and 12. Validations follow steps 2, 4, 6 ...; with an interval of 3 micro-batches, every
 # other one is within a step, and none is at the end of an epoch.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -40,13 +42,20 @@ CHAINS: dict[str, list[list[Stop]]] = {
     "steps": [[Stop(4, TERM), Stop(9, KILL), Stop(12, TERM)]],
     "within steps": [[Stop(5, KILL), Stop(8, TERM), Stop(9, TERM)]],
 }
-CASES = [
-    (name, chain)
-    for name in SETTINGS
-    for chain in (
-        [[Stop(step, kind)] for step in range(1, STEPS + 1) for kind in (TERM, KILL)] if ALL else CHAINS[name]
-    )
-]
+
+
+def cases() -> Iterator[tuple[str, list[Stop]]]:
+    """Yield settings with chains: every first stop, drawn chains, or those of `CHAINS`."""
+    if NUMBER.isdecimal():
+        generator = random.Random(os.environ.get("LPC_STOP_SEED", "0"))
+        for _ in range(int(NUMBER)):
+            steps = sorted(generator.sample(range(1, STEPS + 1), generator.randint(1, 3)))
+            stops = [Stop(step, generator.choice((TERM, KILL))) for step in steps]
+            yield generator.choice(list(SETTINGS)), stops
+        return
+    for name in SETTINGS:
+        first = [[Stop(step, kind)] for step in range(1, STEPS + 1) for kind in (TERM, KILL)]
+        yield from ((name, chain) for chain in (first if ALL else CHAINS[name]))
 
 
 def run(folder: Path, cache: Path, setting: str, stop: Stop | None) -> None:
@@ -114,7 +123,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return whole
 
 
-@pytest.mark.parametrize(("setting", "chain"), CASES)
+@pytest.mark.parametrize(("setting", "chain"), list(cases()))
 def test_stopped_run_equals_uninterrupted(
     setting: str, chain: list[Stop], uninterrupted: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -253,6 +253,17 @@ def test_report_counts_prompts_in_training(write_rows: Any, tmp_path: Path) -> N
     assert (counts["data/b/prompts_in_training"], "data/a/prompts_in_training" in counts) == (2, False)
 
 
+def test_kept_examples_are_those_of_the_pairs(mixture: Any) -> None:
+    """The longest pair is dropped: the last validation pair of the second file, which has the longest answers."""
+    longest = int(loaded(mixture(), "validation").piece_lengths[:, [0, 2]].sum(1).max())
+    data = mixture({"weight": 2}, max_length=longest - 1)
+    for stage, count in (("train", 16), ("validation", 5)):
+        pairs = loaded(data, stage)
+        kept = [(example.source, example.id) for example in data.kept_examples(stage)]
+        assert kept == list(dict.fromkeys((pair.source, pair.id) for pair in pairs))
+        assert len(kept) == count
+
+
 # Settings.
 
 

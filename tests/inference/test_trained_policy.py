@@ -160,6 +160,19 @@ def test_latent_that_does_not_fit_is_refused(
         module.configure_model()
 
 
+def test_checkpoint_of_a_frozen_policy(fitted: Callable[..., Path]) -> None:
+    """The checkpoint has no weights of the policy. A new fit trains them, from those of the base model."""
+    path = fitted(*CODED, "--policy.trainable=false")
+    latent = codes()
+    module = DPO(policy=TrainedPolicy(str(path)), latent=latent)
+    module.configure_model()
+    stock = TinyPolicy(width=16, layers=1, heads=2).build().causal_lm.state_dict()
+    for name, parameter in module.policy.causal_lm.named_parameters():
+        assert torch.equal(parameter, stock[name])
+        assert parameter.requires_grad
+    assert torch.equal(latent.codebook.weight, trained(path)["latent.codebook.weight"])
+
+
 def test_other_paths_are_refused(tmp_path: Path) -> None:
     for path in (str(tmp_path), "hub/name"):
         with pytest.raises(

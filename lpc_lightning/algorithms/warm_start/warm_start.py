@@ -77,8 +77,8 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
         torch.manual_seed(seed)
         trained = copy.deepcopy(space).float()
         fit(trained, linearized.part(slice(first)), parts.selection, module.latent_lr, data.pairs_per_annotator)
-    prompts = [pair.prompt if parts.whole_prompts else number for number, pair in enumerate(labelled[first:])]
-    decision = decide(trained, linearized.part(slice(first, None)), prompts, data.pairs_per_annotator)
+        prompts = [pair.prompt if parts.whole_prompts else number for number, pair in enumerate(labelled[first:])]
+        decision = decide(trained, linearized.part(slice(first, None)), prompts, data.pairs_per_annotator)
     if decision.installed:
         space.load_state_dict(trained.state_dict())
     if trainer.world_size > 1:

@@ -238,7 +238,7 @@ class TrainingLoader(PreferenceLoader):
         if self._noise != state["noise"]:
             raise DataError(
                 f"resume: found {self._noise or 'no label noise'}, expected {state['noise'] or 'no label noise'} as in "
-                "the checkpoint. Resume with the same settings of LabelFlipNoise, or {NEW_RUN}."
+                f"the checkpoint. Resume with the same settings of LabelFlipNoise, or {NEW_RUN}."
             )
         expected = {name: state[name] for name in self._order}
         if self._order != expected:

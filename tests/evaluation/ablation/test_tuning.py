@@ -14,6 +14,7 @@ import yaml
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation import plan as plan_module
+from lpc_lightning.evaluation.ablation.command import ablate
 from lpc_lightning.evaluation.ablation.folder import CellFolder, write_json
 from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
@@ -240,6 +241,19 @@ def test_numbers_of_cells_do_not_change(read: Callable[..., Grid], engine: Engin
         assert numbers.items() <= names.items()
         assert list(names) == list(range(len(names)))
         numbers = names
+
+
+def test_slurm_array_has_the_next_stage(
+    read: Callable[..., Grid], engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid, score = read(), optimum(none=1e-3, marginal=3e-4)
+    for after, cells in ((None, "0-15"), (3, "3-15"), (16, "16-21")):
+        if after is not None:
+            with pytest.raises(KeyboardInterrupt):
+                engine(grid, score, after)
+        capsys.readouterr()
+        assert ablate([str(tmp_path / "grid.yaml")], output=str(engine.output), print_array=True)
+        assert f"#SBATCH --array={cells}%16" in capsys.readouterr().out
 
 
 def test_changed_section_changes_choices(read: Callable[..., Grid], engine: Engine) -> None:

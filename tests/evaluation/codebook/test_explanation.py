@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import SyntheticPreferences
+from lpc_lightning.data.sources.example_source import ChainedSource, NamedSource, RowSource
+from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, find_examples
 from lpc_lightning.latent import MarginalSpace, MLPSpace
+from tests.evaluation.conftest import write_rows
 
 BETA, CODES, PAIRS = 0.5, 3, 9
 
@@ -115,6 +118,20 @@ def test_explanation_finds_its_texts(scored: Any, explained: Explanation) -> Non
     assert [replace(code, prompts=[], decided=[]) for code in shown.codes] == [
         replace(code, prompts=[], decided=[]) for code in explained.codes
     ]
+
+
+def test_texts_of_equal_ids_in_a_mixture(tmp_path: Path) -> None:
+    """Rows without an id are named by the file's name and the line, which two folders may share."""
+    sources = []
+    for folder in ("first", "second"):
+        path = tmp_path / folder / "pairs.jsonl"
+        write_rows(path, [{"prompt": f"{folder}?", "chosen": "Yes.", "rejected": "No."}])
+        sources.append(NamedSource(RowSource(str(path)), folder))
+    examples = [next(source.read(DataReport())) for source in sources]
+    assert examples[0].id == examples[1].id
+    wanted = [(each.id, each.annotator, each.source) for each in examples]
+    found = find_examples(ChainedSource(sources), wanted)
+    assert [found[key].prompt[0]["content"] for key in wanted] == ["first?", "second?"]
 
 
 def test_explanation_without_codes() -> None:

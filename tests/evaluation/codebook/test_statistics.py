@@ -235,6 +235,16 @@ def test_point_sample_independent_of_batches() -> None:
         assert torch.equal(kept, points[expected])
 
 
+def test_report_of_one_pair() -> None:
+    batch, evaluated, prior = make_batch(["a"], ["f"])
+    statistics = CodebookStatistics(FixedPosteriorSpace(None))
+    statistics.update(evaluated, batch, FixedPosteriorSpace(None))
+    report = statistics.collect()
+    assert [row["id"] for row in report.point_rows] == ["pair 0"]
+    assert report.codes is not None
+    assert report.codes.tolist() == [int(prior.argmax())]
+
+
 def test_point_rows_match_points() -> None:
     batch, evaluated, _ = make_batch([f"s{number % 5}" for number in range(30)], [""] * 30)
     statistics = CodebookStatistics(FixedPosteriorSpace(None), most_points=8)

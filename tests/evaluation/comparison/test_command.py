@@ -208,7 +208,7 @@ def test_preference_accuracy_equals_trainer_test(
     assert sum(correct) / 9 == pytest.approx(metrics["accuracy/prior"])
     other = results("plain").metrics["preferences"]
     means = ("accuracy/prior", "margin/prior", "log_loss/prior")
-    means += ("accuracy/prior/summed", "accuracy/prior/per_token")
+    means += ("accuracy/prior/summed", "accuracy/prior/per_token", "longer_is_chosen")
     assert set(other) == {*means, *(f"{name}_stderr" for name in means), "calibration_error/prior"}
     assert "not comparable: reward is likelihood, but implicit for lpc-last" in outcome.out
 
@@ -270,8 +270,11 @@ def test_reward_benchmarks_are_tasks_of_their_own(
     assert {"average", "easy", "domain/code/hard"} <= set(tasks["preferences-styled"]["scores"]["prior/per_token"])
     table = (tmp_path / "results" / "lpc-last" / "reward_benchmarks.md").read_text()
     assert "| subset/donotanswer " in table
-    assert "preferences-styled, rm_bench" in outcome.out
+    assert "preferences-styled, rm_bench: 9 pairs, 0 dropped" in outcome.out
     assert "Read from" in evaluate(checkpoint, "--tasks=none", "--preferences", *paths).out
+    shorter = evaluate(checkpoint, "--tasks=none", "--max_length=1", "--preferences", *paths)
+    assert shorter.code == 1
+    assert "9 dropped: pair longer than max_length" in shorter.err
 
 
 def test_limit_of_pairs_without_split_column(evaluate: Run, plain: str, results: Any, tmp_path: Path) -> None:

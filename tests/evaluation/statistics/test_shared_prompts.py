@@ -98,6 +98,7 @@ DESIGNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("design", "shared"), [("seeds", True), ("prompts", True), ("both", True), ("noise", True), ("both", False)]
 )
