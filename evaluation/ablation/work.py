@@ -82,7 +82,9 @@ def log_fault(fault: BaseException, folder: CellFolder) -> str:
     """Write an error to the log. Return the end of the log, with the cause as its last line."""
     explained = str(fault) if isinstance(fault, USER_ERRORS) else explain_system_error(fault)
     with suppress(OSError):  # the disk may be full
-        if explained is None:
+        if isinstance(fault, SystemExit):  # the parser of the arguments has printed why
+            explained = f"\n{folder.last_lines()}".rpartition("\nerror: ")[2]
+        elif explained is None:
             traceback.print_exc()
         else:
             print(f"error: {explained}", file=sys.stderr)

@@ -149,6 +149,13 @@ def test_cause_of_failed_cell_is_last_line(fault: Exception, cause: str, tmp_pat
     assert lines == ["before", cause]
 
 
+def test_cause_of_refused_arguments_is_last_line(tmp_path: Path) -> None:
+    folder = CellFolder(tmp_path)
+    folder.log.write_text("usage: fit ...\nerror: found --sed,\nexpected --seed\n")
+    lines = log_fault(SystemExit(2), folder).splitlines()
+    assert lines[-1] == "found --sed, expected --seed"
+
+
 def test_ablate_tunes_a_learning_rate(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A rate of 1e-9 learns nothing. One of 1e-2 lowers the training loss, and with it that of the same pairs."""
     output, content = grid.parent / "out", yaml.safe_load(grid.read_text())
