@@ -98,7 +98,8 @@ class LabelFlipNoise(LabelNoise, Callback):
         indices = [index for index, example in enumerate(examples) if self._may_flip(example)]
         draws = np.array([draw(self.seed, examples[index]) for index in indices])
         flips = np.zeros(len(examples), dtype=bool)
-        flips[indices] = self.order.thresholds([examples[index] for index in indices], draws, self.seed) < self.rate
+        if indices:  # a data set of a mixture may have none
+            flips[indices] = self.order.thresholds([examples[index] for index in indices], draws, self.seed) < self.rate
         return flips
 
     def _may_flip(self, example: PreferenceExample) -> bool:
@@ -138,6 +139,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
         if not trainer.is_global_zero:
             return
+        rows = [pairs[number] for number in flipped]
         record = {
             "noise": self.key(),
             "rate": self.rate,
@@ -147,8 +149,9 @@ class LabelFlipNoise(LabelNoise, Callback):
             "pairs": len(pairs),
             "flipped": len(flipped),
             "data": pairs.fingerprint,
-            "places": [pairs[number].index for number in flipped],
-            "ids": [pairs[number].id for number in flipped],
+            "places": [row.index for row in rows],
+            "ids": [row.id for row in rows],
+            "sources": [row.source for row in rows],
         }
         folder.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())

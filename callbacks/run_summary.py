@@ -41,6 +41,14 @@ class RunSummary(Callback):
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the metrics before training. A resumed run has no sanity check, which would measure them."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the metrics before training."""
+        self.before = dict(state_dict["before"])
+
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the metrics of the validation before the first step."""
         self.before = _validation(trainer)

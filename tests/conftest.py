@@ -38,6 +38,12 @@ settings.register_profile("shared machine", deadline=None, suppress_health_check
 settings.load_profile("shared machine")
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more time than it saves
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of several processes first: a worker that takes over late tests then does not repeat their runs."""
+    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},

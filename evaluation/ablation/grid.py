@@ -118,7 +118,7 @@ class Grid:
                 names = ", ".join([*axes, *([] if tune is None else [tune.axis.name])])
                 raise ConfigError(
                     f"ablate: found {change!r}, expected AXIS=VALUE,VALUE with one of the axes {names}, or a setting "
-                    " of fit such as trainer.max_steps=20."
+                    "of fit such as trainer.max_steps=20."
                 )
         return replace(self, axes=tuple(axes.values()), settings=tuple(settings), tune=tune)
 

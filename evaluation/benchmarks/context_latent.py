@@ -10,7 +10,7 @@ from torch import Tensor
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.seeding import derive
+from lpc_lightning.seeding import derive, seed_draws
 
 Latent = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
 """Function from states (G, d) at the last tokens of G contexts, and the contexts' tokens, to z (G, d)."""
@@ -62,5 +62,5 @@ class ContextLatent:
             )
 
     def _sample(self, state: Tensor, context: Sequence[int]) -> Tensor:
-        torch.manual_seed(derive(self.seed, *context))
+        seed_draws(derive(self.seed, *context), state.device)
         return self.prior(state, self.mode)

@@ -30,7 +30,7 @@ from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_module, short_name, view_module
 from lpc_lightning.inference.prompts import Prompt, text_prompt
 from lpc_lightning.latent import DiscreteSpace
-from lpc_lightning.output_paths import check_folder
+from lpc_lightning.output_paths import check_folder, claim_output_folder
 from lpc_lightning.types import PreferenceExample
 
 MOST_ANSWERS = 8
@@ -111,41 +111,44 @@ def explain(
         folder = run_folder(Path(path)) if output is None else Path(output) / short_name(path)
         check_folder(folder, "output")
         check_files(folder)
-        data: PreferenceDataModule
-        if preferences is None:
-            data = _run_data(Path(path))
-        else:
-            data = PairsFile(
-                preferences,
-                split=split,
-                limit=limit,
-                columns=columns,
-                bad_rows=bad_rows,
-                batch_size=batch_size,
-                max_length=max_length,
-            )
-            data.template_settings = trained_template(origin)
-        module = open_module(path, device, trust_remote_code)
-        space = module.latent
-        if not isinstance(space, DiscreteSpace):
-            found = "no latent" if space is None else f"the latent {type(space).__name__}, which has no codes,"
-            raise ConfigError(f"checkpoints: found {found} in {path}, expected one with codes, such as MarginalSpace.")
-        opened = view_module(module, path, data.template_settings)
-        conditions(opened, None, codes or [], None)  # unknown codes are refused before the pass over the pairs
-        collector, stage = ExplanationPairs(), _stage(preferences)
-        print(f"{path}: {evaluate_pairs(module, data, collector, stage, precision)}")
-        head = module.policy.head
-        explanation = collector.explain(space, head, module.tokenizer, tokens, examples, whole_vocabulary)
-        assert explanation is not None  # without pairs, evaluate_pairs raises an error
-        explanation = explanation.with_texts(_examples(data, stage, explanation.shown_pairs))
-        answered = None
-        if max_new_tokens:
-            asked = _first_prompt(data, stage) if prompt is None else text_prompt(prompt)
-            under = conditions(opened, None, _used_codes(explanation) if codes is None else codes, None)
-            answered = next(answers(opened, [asked], under, Decoding(max_new_tokens)))
-        facts = {"checkpoint": path, "step": origin.get("step"), "preferences": preferences}
-        print(f"\n{write_explanation(folder, explanation, facts, answered)}")
-        print(f"Wrote {os.path.relpath(folder / TEXT)}, and the whole texts to {JSON} beside it.")
+        with claim_output_folder(folder, "output"):
+            data: PreferenceDataModule
+            if preferences is None:
+                data = _run_data(Path(path))
+            else:
+                data = PairsFile(
+                    preferences,
+                    split=split,
+                    limit=limit,
+                    columns=columns,
+                    bad_rows=bad_rows,
+                    batch_size=batch_size,
+                    max_length=max_length,
+                )
+                data.template_settings = trained_template(origin)
+            module = open_module(path, device, trust_remote_code)
+            space = module.latent
+            if not isinstance(space, DiscreteSpace):
+                found = "no latent" if space is None else f"the latent {type(space).__name__}, which has no codes,"
+                raise ConfigError(
+                    f"checkpoints: found {found} in {path}, expected one with codes, such as MarginalSpace."
+                )
+            opened = view_module(module, path, data.template_settings)
+            conditions(opened, None, codes or [], None)  # unknown codes are refused before the pass over the pairs
+            collector, stage = ExplanationPairs(), _stage(preferences)
+            print(f"{path}: {evaluate_pairs(module, data, collector, stage, precision)}")
+            head = module.policy.head
+            explanation = collector.explain(space, head, module.tokenizer, tokens, examples, whole_vocabulary)
+            assert explanation is not None  # without pairs, evaluate_pairs raises an error
+            explanation = explanation.with_texts(_examples(data, stage, explanation.shown_pairs))
+            answered = None
+            if max_new_tokens:
+                asked = _first_prompt(data, stage) if prompt is None else text_prompt(prompt)
+                under = conditions(opened, None, _used_codes(explanation) if codes is None else codes, None)
+                answered = next(answers(opened, [asked], under, Decoding(max_new_tokens)))
+            facts = {"checkpoint": path, "step": origin.get("step"), "preferences": preferences}
+            print(f"\n{write_explanation(folder, explanation, facts, answered)}")
+            print(f"Wrote {os.path.relpath(folder / TEXT)}, and the whole texts to {JSON} beside it.")
 
 
 def _run_data(path: Path) -> PreferenceDataModule:

@@ -87,10 +87,10 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
     notes = [
         "Difference to the runs with the same seed and settings, except for "
         + " and ".join(f"{axis}={value}" for axis, value in baseline.items())
-        + ". Intervals and p cover the choice of test prompts as in the table of means. p: paired t-test;"
-        + f" Holm: corrected for all {count} tests shown; *: Holm below {LEVEL}. Sign flips: the "
-        "exact test that assumes no normal distribution, not corrected; with n seeds it is never below 2^(1 - n). "
-        "If all differences are equal, t is not defined, and p is that of the sign flips."
+        + ". Intervals and p cover the choice of test prompts as in the table of means. p: paired t-test; Holm: "
+        + f"corrected for all {count} tests shown; *: Holm below {LEVEL}. Sign flips: the exact test over seeds alone. "
+        "It assumes no normal distribution and is not corrected; with n seeds it is never below 2^(1 - n). If all "
+        "differences are equal, t is not defined, and p is that of the sign flips."
     ]
     return Table("differences", "Differences to the baseline", columns, rows, records, notes)
 

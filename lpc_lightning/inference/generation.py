@@ -25,7 +25,7 @@ from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.opening import OpenedPolicy
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.seeding import derive
+from lpc_lightning.seeding import derive, seed_draws
 from lpc_lightning.types import Message
 
 Prompt = Sequence[Message]
@@ -197,7 +197,7 @@ class _Writer:
         rows = []
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             for state, ids in zip(states, encoded, strict=True):
-                torch.manual_seed(derive("prior", self._decoding.seed, *ids))
+                seed_draws(derive("prior", self._decoding.seed, *ids), self._device)
                 rows.append(self._opened.prior(state[None], condition.prior_mode, weights))
         return torch.cat(rows)
 

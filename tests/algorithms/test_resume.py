@@ -192,7 +192,7 @@ def renamed(small_policy: Any, fit_run: Any, tmp_path: Path) -> Callable[..., tu
         sizes: dict[str, Any] = {"validation_share": 0.2, "test_split": None, "batch_size": 2}
         data = PreferenceData(str(tmp_path / f"{name}.jsonl"), cache_dir=str(tmp_path / "cache"), **sizes)
         module = DPO(policy=small_policy(), optimizer=adam)
-        return fit_run(module, data, ckpt_path=ckpt_path, max_epochs=2, **options)
+        return fit_run(module, data, ckpt_path=ckpt_path, max_epochs=2, default_root_dir=tmp_path, **options)
 
     def runs(callbacks: Callable[[], list[Callback]]) -> tuple[Any, Any]:
         whole = fit("a", callbacks=[Within(tmp_path), *callbacks()])

@@ -120,6 +120,8 @@ def test_only_training_labels_change(run: Any, cache: Path, tmp_path: Path) -> N
     assert (record["pairs"], record["flipped"], record["reached"]) == (40, len(flipped), len(flipped) / 40)
     names = list(expected_flips(noise, cache))
     assert [names[index] for index in record["places"]] == flipped
+    sources = {example.id: example.source for example in data(cache).source("train").examples}  # type: ignore[union-attr]
+    assert record["sources"] == [sources[name] for name in flipped]
 
 
 def test_caches_are_shared_by_all_rates(run: Any, cache: Path) -> None:

@@ -54,6 +54,19 @@ def test_summary_against_separate_validations(fitted, tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:resume. found trainer.max_steps")
+def test_summary_of_a_resumed_run_has_the_start(fitted, tmp_path) -> None:
+    settings = {"num_sanity_val_steps": -1, "max_epochs": None, "enable_checkpointing": False}
+    fitted(RunSummary(), max_steps=2, **settings).save_checkpoint(tmp_path / "two.ckpt")
+    stopped = json.loads((tmp_path / "run" / "summary.json").read_text())
+    logger = CSVLogger(tmp_path, name="", version="resumed")
+    fitted(RunSummary(), max_steps=3, logger=logger, ckpt_path=tmp_path / "two.ckpt", **settings)
+    summary = json.loads((tmp_path / "resumed" / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert summary["validation_before"] == stopped["validation_before"] != {}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "stage"), [("validate", "val"), ("test", "test")])
 def test_summary_of_validate_and_test(command, stage, fitted, tmp_path, capsys) -> None:
     """The output has every metric over all pairs, no metrics of groups, and the file that contains those."""

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from lpc_lightning.algorithms import DPO, SimPO
 from lpc_lightning.callbacks import LabelFlipNoise
-from lpc_lightning.callbacks.flip_order import SmallMarginsFirst
+from lpc_lightning.callbacks.flip_order import SmallMarginsFirst, UnreliableAnnotators
 from lpc_lightning.data import DataError, MixtureSource, PreferenceData, PreferenceDataModule, PreferenceMixture
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.data.batching.loading import TrainingLoader
@@ -178,6 +178,13 @@ def test_label_noise_is_that_of_each_file(order: Any, mixture: Any, alone: Any) 
     expected = {pair for name in SIZES for pair in flipped(alone(name))}
     assert {flip for _, flip in expected} == {False, True}
     assert set(flipped(mixture({"weight": 2}))) == expected
+
+
+def test_label_noise_of_the_annotators_of_one_file(mixture: Any) -> None:
+    data = mixture()
+    loaded(data)
+    data.set_label_noise(LabelFlipNoise(rate=1.0, order=UnreliableAnnotators(wrong=1.0), sources=["a"]))
+    assert {(pair.source, pair.flipped) for pair in data.training_pairs} == {("a", True), ("b", False)}
 
 
 def test_label_noise_by_name_and_with_marker(mixture: Any, make_trainer: Any, tmp_path: Path) -> None:

@@ -227,9 +227,7 @@ def test_peak_is_maximum_over_processes(folder: Path, two: Any) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("reference", two_processes.REFERENCES)
-@pytest.mark.parametrize("lora", two_processes.LORAS)
-@pytest.mark.parametrize("latent", two_processes.LATENTS)
+@pytest.mark.parametrize(("latent", "lora", "reference"), two_processes.BUILDS)
 def test_sharded_build_equals_whole_build(latent: str, lora: str, reference: str, rank: int, folder: Path) -> None:
     built = torch.load(folder / f"{rank}.pt", weights_only=True)["built"][f"{latent} {lora} {reference}"]
     assert built["names"]

@@ -14,7 +14,7 @@ from lpc_lightning.evaluation.report.runs.settings import SEED, Value, as_value,
 
 BY_SEED = "by seed"
 """Value of a seed that changes with the run's seed."""
-PACKAGES = ("algorithms", "latent", "data", "policy", "callbacks")
+PACKAGES = ("algorithms", "robust", "latent", "data", "policy", "callbacks")
 """Packages whose classes have settings with defaults."""
 
 

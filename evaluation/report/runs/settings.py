@@ -29,6 +29,7 @@ WITHOUT_INFLUENCE = (
     "data.print_pair",
     "callbacks.AnswerSamples",
     "callbacks.ChosenRewardWarning",
+    "callbacks.CodeExplanations",
     "callbacks.CodebookMonitor",
     "callbacks.GracefulStop",
     "callbacks.LearningRateMonitor",
@@ -36,6 +37,7 @@ WITHOUT_INFLUENCE = (
     "callbacks.PreferenceProgressBar",
     "callbacks.ResourceMonitor",
     "callbacks.RunSummary",
+    "callbacks.StepProfile",
     "callbacks.WritePredictions",
     # How fast it runs.
     "data.num_workers",

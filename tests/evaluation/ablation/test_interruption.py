@@ -188,9 +188,11 @@ def test_sigterm_writes_checkpoint(
 
 
 def test_two_commands_share_cells(
-    start: Callable[[], BaseProcess], grid: Path, uninterrupted: Path, read_results: Read
+    start: Callable[[], BaseProcess], arguments: list[str], grid: Path, uninterrupted: Path, read_results: Read
 ) -> None:
-    for process in [start() for _ in range(2)]:
-        end(process)
+    process = start()
+    assert until(process, lambda: bool(cell_processes(process.pid)))  # type: ignore[arg-type]  # it has started
+    main(["ablate", *arguments])
+    assert end(process) == 0
     assert read_results(grid.parent / "out") == expected(uninterrupted, read_results)
     assert all(record["attempts"] == 1 for record in records(grid).values())

@@ -14,8 +14,9 @@ from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.codebook.command import explain, main
 from lpc_lightning.inference.generation import Condition, Decoding, answers
-from lpc_lightning.inference.opening import open_policy
+from lpc_lightning.inference.opening import open_policy, short_name
 from lpc_lightning.inference.prompts import text_prompt
+from lpc_lightning.output_paths import claim_output_folder
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +82,15 @@ def approximately(value: Any) -> Any:
     if isinstance(value, list):
         return [approximately(each) for each in value]
     return {name: approximately(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def test_explain_keeps_other_commands_out(runs: dict[str, Path], tmp_path: Path) -> None:
+    model = checkpoint(runs["codes"])
+    with (
+        claim_output_folder(tmp_path / short_name(model), "output"),
+        pytest.raises(ConfigError, match=r"output: another command writes to .*version_0"),
+    ):
+        explain([model], output=str(tmp_path), device="cpu")
 
 
 def test_explain_a_file_with_answers(runs: dict[str, Path], tmp_path: Path) -> None:

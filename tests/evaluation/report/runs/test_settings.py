@@ -76,6 +76,8 @@ def test_flatten_uses_names_of_flags() -> None:
         ("data.num_workers", True),
         ("callbacks.ResourceMonitor", True),
         ("callbacks.RunSummary-2", True),
+        ("callbacks.CodeExplanations.tokens", True),
+        ("callbacks.StepProfile.steps", True),
         ("callbacks.AnnotatorAdaptation.rounds", False),
         ("trainer.log_every_n_steps_more", False),
         ("data.train_pairs", False),
