@@ -21,6 +21,8 @@ ROWS = {
     "dead codes": "latent/dead_codes",
     "prior entropy (nats)": "latent/prior_entropy",
 }
+BEFORE = "validation_before"
+"""Entry of a checkpoint, and of the summary, with the metrics before training."""
 
 
 class RunSummary(Callback):
@@ -41,13 +43,14 @@ class RunSummary(Callback):
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the metrics before training. A resumed run has no sanity check, which would measure them."""
-        return {"before": self.before}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the metrics before training. A resumed run has no sanity check, which would measure them."""
+        # Not as the callback's state: Lightning would warn wherever a checkpoint is loaded without this callback.
+        checkpoint[BEFORE] = self.before
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the metrics before training."""
-        self.before = dict(state_dict["before"])
+        self.before = dict(checkpoint.get(BEFORE, {}))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the metrics of the validation before the first step."""
@@ -79,7 +82,7 @@ class RunSummary(Callback):
         before = self.before if is_complete else {}
         summary: dict[str, Any] = {
             "steps": trainer.global_step,
-            "validation_before": before,
+            BEFORE: before,
             "validation_after": self.after,
             "resources": resources,
         }

@@ -213,7 +213,7 @@ class AnswerSamples(Callback):
     def _policy_before(self, trainer: Trainer, module: PreferenceModule) -> Iterator[OpenedPolicy | None]:
         """Yield the policy before training. None: a resumed run no longer has it."""
         policy = view_module(module, BEFORE, _template(trainer), latent=False)
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 or not module.policy_spec.trainable:
             context: Any = nullcontext()
         elif module.policy_spec.lora is not None:
             context = module.policy.as_reference()

@@ -193,13 +193,17 @@ def test_samples_of_a_resumed_run(train: Callable[..., Run], tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("reference", "kept"), [("cached", False), ("live", True)])
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [({}, False), ({"reference": "live"}, True), ({"policy": {"trainable": False}}, True)],
+    ids=["cached", "live", "frozen"],
+)
 def test_samples_of_other_prompts_after_a_resume(
-    train: Callable[..., Run], tmp_path: Path, reference: str, kept: bool
+    train: Callable[..., Run], tmp_path: Path, settings: dict[str, Any], kept: bool
 ) -> None:
-    train(Save(tmp_path), AnswerSamples(**SHORT), reference=reference)
+    train(Save(tmp_path), AnswerSamples(**SHORT), **settings)
     first = read_samples(tmp_path)[0]
-    resumed = {"reference": reference, "ckpt_path": tmp_path / "2.ckpt"}
+    resumed = {**settings, "ckpt_path": tmp_path / "2.ckpt"}
     text = first["prompt"][-1]["content"]
     others = AnswerSamples(prompts=[text], codes=[0], temperature=0, **SHORT)
     if kept:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lpc_lightning.evaluation.benchmarks.results import RESULTS, scores
 from lpc_lightning.evaluation.comparison.model_scores import conditions_of
@@ -15,17 +17,17 @@ def load_evaluation(folder: Path) -> Loaded:
     """Read a model's `results.json`: the metrics of each task as `TASK/METRIC`, without standard errors."""
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     origin = results["origin"]
-    metrics = {
-        f"{task}/{name}": value
-        for task, task_metrics in results["metrics"].items()
-        for name, (value, _) in scores(numeric_metrics(task_metrics)).items()
-    }
+    by_task = conditions_of(results)
+    metrics: dict[str, float] = {}
+    conditions: dict[str, Mapping[str, Any]] = {}
+    for task, task_metrics in results["metrics"].items():
+        named = {f"{task}/{name}": value for name, (value, _) in scores(numeric_metrics(task_metrics)).items()}
+        metrics |= named
+        conditions |= dict.fromkeys(named, by_task.get(task, {}))
     model = (origin.get("request") or {}).get("model") or origin.get("path")
     is_run = origin.get("kind") == "checkpoint" and model
     name = str(origin.get("name") or folder.name)
     facts = {"versions": results.get("packages"), "settings": results.get("settings"), "git": results.get("git")}
-    by_task = conditions_of(results)
-    conditions = {metric: by_task.get(metric.rpartition("/")[0], {}) for metric in metrics}
     run = run_folder(Path(model)) if is_run else None
     measurement = Measurement(name, metrics, run, folder, origin.get("seed"), conditions)
     return Loaded(measurements=(measurement,), origins=(RunProvenance(f"evaluate {name}", facts=facts),))

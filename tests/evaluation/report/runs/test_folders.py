@@ -209,11 +209,17 @@ def test_join_measurements_of_a_test(runs: Path) -> None:
 
 
 def write_evaluation(
-    folder: Path, model: str, score: float, kind: str = "checkpoint", limit: int | None = None
+    folder: Path,
+    model: str,
+    score: float,
+    kind: str = "checkpoint",
+    limit: int | None = None,
+    name: str = "arc_easy/acc",
 ) -> Path:
-    """Write results as `evaluate` does."""
-    metrics = {"arc_easy": {"acc": score, "acc_stderr": 0.01}}
-    record = {"packages": {"torch": "2.13.0"}, "tasks": {"arc_easy": {"limit": limit, "version": 1}}}
+    """Write results as `evaluate` does. `name` is the task and its metric."""
+    task, _, metric = name.partition("/")
+    metrics = {task: {metric: score, f"{metric}_stderr": 0.01}}
+    record = {"packages": {"torch": "2.13.0"}, "tasks": {task: {"limit": limit, "version": 1}}}
     origin = {"path": model, "kind": kind, "seed": 3, "name": folder.name, "request": {"model": model}}
     write_results(folder, BenchmarkResults(metrics, [], {}, record), origin)
     return folder
@@ -244,17 +250,18 @@ def test_join_measurements_without_run(tmp_path: Path) -> None:
     ]
 
 
-def test_measurements_under_other_conditions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("metric", ["arc_easy/acc", "preferences/accuracy/prior"])
+def test_measurements_under_other_conditions(metric: str, tmp_path: Path) -> None:
     paths = [
-        str(write_evaluation(tmp_path / name, name, 0.3, "model", limit))
+        str(write_evaluation(tmp_path / name, name, 0.3, "model", limit, metric))
         for name, limit in (("a", 100), ("b", 100), ("c", None))
     ]
     alike, _ = join_measurements([], load_folders(paths[:2]).measurements)
-    check_conditions(alike, ["arc_easy/acc"])
+    check_conditions(alike, [metric])
     records, _ = join_measurements([], load_folders(paths).measurements)
     check_conditions(records, ["loss"])
-    with pytest.raises(ConfigError, match="arc_easy/acc measured with limit 100 for a and none for c, expected equal"):
-        check_conditions(records, ["arc_easy/acc"])
+    with pytest.raises(ConfigError, match=f"{metric} measured with limit 100 for a and none for c, expected equal"):
+        check_conditions(records, [metric])
 
 
 def test_test_on_other_pairs() -> None:
