@@ -134,6 +134,17 @@ def check_digests(folder: Path, share: slice = slice(None)) -> None:
         raise DamagedFileError(f"{folder / changed[0]} does not have the SHA-256 in {folder / DIGESTS}")
 
 
+def check_listed(path: Path) -> None:
+    """Compare one file with the `digests.json` beside it, if that lists the file.
+
+    Raises:
+        DamagedFileError: The file has other content, or `digests.json` is damaged.
+    """
+    expected = read_digests(path.parent).get(path.name) if (path.parent / DIGESTS).is_file() else None
+    if expected is not None and digest_of(path) != expected:
+        raise DamagedFileError(f"{path} does not have the SHA-256 in {path.parent / DIGESTS}")
+
+
 def changed_files(folder: Path, share: slice = slice(None), weights: bool = True) -> list[str]:
     """Return the names of the files that do not have the SHA-256 in the folder's `digests.json`.
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import ConfigError, DamagedFileError
+from lpc_lightning.integrity import check_listed
 
 BIASES = "code_biases.safetensors"
 """File with the table in an export."""
@@ -37,13 +38,17 @@ class CodeBiases:
         """Read `code_biases.safetensors` and, if it is there, `code_weights.json`.
 
         Raises:
-            ConfigError: The folder has no table.
+            ConfigError: The folder has no table, or not the one that was written.
         """
         if not (folder / BIASES).is_file():
             raise ConfigError(
                 f"{folder}: found no {BIASES}, expected a local folder that `lpc-lightning export --code_biases true` "
                 "has written."
             )
+        try:
+            check_listed(folder / BIASES)
+        except DamagedFileError as error:
+            raise ConfigError(f"{error}, expected the content that was written. Export the folder again.") from error
         names = folder / ANNOTATORS
         annotators = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else {}
         return cls(load_file(folder / BIASES)["code_biases"].float(), annotators)

@@ -5,6 +5,7 @@ The data classes repeat those of vLLM V1 (`vllm/v1/sample/logits_processor/inter
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from torch import Tensor
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.batch_processor import CodeBiasProcessor
 from lpc_lightning.inference.code_biases import CodeBiases
+from lpc_lightning.integrity import write_digests
 
 CODES, VOCABULARY = 4, 11
 
@@ -208,6 +210,15 @@ def test_single_token_biases_are_the_bias_up_to_a_constant(folder: Path) -> None
     torch.testing.assert_close(biased.softmax(-1), (logits + weights @ biases.table).softmax(-1))
     assert biases.logit_bias(weights, most=3) == pairs[:3]
     assert [abs(value) for _, value in pairs] == sorted((abs(value) for _, value in pairs), reverse=True)
+
+
+def test_table_with_a_flipped_bit_is_refused(folder: Path) -> None:
+    path = folder / "code_biases.safetensors"
+    write_digests(folder, {path.name: hashlib.sha256(path.read_bytes()).hexdigest()})
+    assert CodeBiases.read(folder).table.shape == (CODES, VOCABULARY)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(ConfigError, match=r"code_biases.safetensors does not have the SHA-256 in .*digests.json"):
+        CodeBiases.read(folder)
 
 
 def test_table_survives_a_gguf_file(folder: Path) -> None:

@@ -70,7 +70,9 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
     rows, computed = labelled_rows(module, data, indices)
     reference = None if module.reference is None else reference_logps(module.reference, data, indices, trainer)
     token = _mean_token(module, data.make_layout()(labelled[:TOKEN_PAIRS]))
-    linearized = LinearizedPairs(rows, reference, token, [pair.annotator for pair in labelled], module.label_loss)
+    annotators = [pair.annotator for pair in labelled]
+    margins = None if pairs.margins is None else torch.from_numpy(pairs.margins[indices]).to(rows.device)
+    linearized = LinearizedPairs(rows, reference, token, annotators, module.label_loss, margins)
     first = len(labelled) - parts.decision
 
     with own_random_state(module.device), torch.enable_grad():

@@ -35,7 +35,6 @@ LOSSES: dict[str, Any] = {
     "kto": partial(kto_loss, beta=0.5, reference_point=0.3),
     "orpo": partial(orpo_loss, beta=0.5),
 }
-every_loss = pytest.mark.parametrize("algorithm", list(LOSSES))
 
 
 class ForwardCase:
@@ -104,8 +103,19 @@ def test_divergence_equals_torch_distributions(make_pairs: Callable[..., Any]) -
     assert actual[4].item() == pytest.approx(0.0, abs=1e-12)
 
 
-@every_loss
-def test_rows_reproduce_the_forward_pass(algorithm: str, make_pairs: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("margins", [None, torch.tensor([0.5, 1.5, 0.25])], ids=["plain", "margins"])
+@pytest.mark.parametrize("algorithm", [name for name in LOSSES if name != "kto"])
+def test_rows_reproduce_pairs_with_margins(
+    algorithm: str, margins: Tensor | None, make_pairs: Callable[..., Any]
+) -> None:
+    check_rows(algorithm, margins, make_pairs)
+
+
+def test_rows_reproduce_pairs_of_kto(make_pairs: Callable[..., Any]) -> None:
+    check_rows("kto", None, make_pairs)  # it refuses margins
+
+
+def check_rows(algorithm: str, margins: Tensor | None, make_pairs: Callable[..., Any]) -> None:
     case, loss = ForwardCase(make_pairs, alike=False), LOSSES[algorithm]
     reference = None if algorithm in ("simpo", "orpo") else case.forward.logps() + case.draw(6)
     plain, z_gradients = case.forward.first_order()
@@ -116,7 +126,8 @@ def test_rows_reproduce_the_forward_pass(algorithm: str, make_pairs: Callable[..
     filler = torch.full((2, rows.shape[1]), torch.nan)
     table = torch.cat([filler[:1], rows[[2, 0]], filler[1:], rows[[1]]]).double()
     of_pairs = None if reference is None else reference.view(2, 3).T[[0, 2, 0, 0, 1]]
-    pairs = LinearizedPairs(table, of_pairs, case.token, ["", "ann", "bob", "", "cem"], loss)
+    of_table = None if margins is None else margins[[0, 2, 0, 0, 1]]
+    pairs = LinearizedPairs(table, of_pairs, case.token, ["", "ann", "bob", "", "cem"], loss, of_table)
     assert len(pairs) == 5
     indices = torch.tensor([2, 4, 1])
     states, score = pairs.select(indices)
@@ -131,9 +142,9 @@ def test_rows_reproduce_the_forward_pass(algorithm: str, make_pairs: Callable[..
         pairs.z_gradient_difference[indices], z_gradients[:3] - z_gradients[3:], rtol=1e-6, atol=1e-6
     )
 
-    truth = BatchScorer(case.forward, case.batch.lengths, reference, loss)
+    truth = BatchScorer(case.forward, case.batch.lengths, reference, loss, margins=margins)
     assert_same(score.under(None), truth.under(None))
-    linearized = BatchScorer(case.linearized, case.batch.lengths, reference, loss)
+    linearized = BatchScorer(case.linearized, case.batch.lengths, reference, loss, margins=margins)
     z, codes = case.draw(3, WIDTH), case.draw(4, WIDTH)
     assert_same(score.under(z), linearized.under(z))
     assert_same(score.under_codes(codes), linearized.under_codes(codes))

@@ -330,3 +330,22 @@ def test_warm_start_holds_out_whole_prompts(
     assert float(apart.min()) > 1e-3
     assert float((pairs.prompt[-4:] - pairs.prompt[-1]).abs().max()) < 1e-5
     assert sorted(pairs.annotators[-4:]) == list("abcd")
+
+
+def test_warm_start_has_the_margins_of_its_pairs(
+    module: Any, fit_run: Any, tmp_path: Path, warm_starts: list[LinearizedPairs]
+) -> None:
+    """The margin of a pair is the number in its annotator's name."""
+    rows = [
+        {"prompt": f"Name {n}!", "chosen": "yes", "rejected": "no", "annotator": str(n / 8), "margin": n / 8}
+        for n in range(16)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"validation_share": 0.0, "test_split": None, "batch_size": 4}
+    data = PreferenceData(str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), **settings)
+    fit_run(module(), data=data, max_epochs=1)
+    (pairs,) = warm_starts
+    _, score = pairs.select(torch.arange(16))
+    margins = score.under(None)[1].margins
+    assert margins is not None
+    assert margins.tolist() == [float(name) for name in pairs.annotators]
