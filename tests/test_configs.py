@@ -154,8 +154,12 @@ def test_experiment_is_instantiated(
 
 
 @pytest.mark.parametrize("path", groups(), ids=name_of)
-def test_group_is_instantiated(path: Path) -> None:
+def test_group_is_instantiated(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = BASES[path.parent.name]
+    monkeypatch.setenv("LPC_DATA_DIR", str(tmp_path))
+    for file in re.findall(r"\$\{LPC_DATA_DIR\}/(\S+)", path.read_text()):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()  # it is read by a run only
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "group", required=True, skip={"policy", "latent"})
     parsed = parser.parse_object({"group": yaml.safe_load(path.read_text())})

@@ -265,11 +265,11 @@ def test_record_has_settings_and_model(stock, data_dir) -> None:
     assert json.loads(json.dumps(record)) == record
     assert record["settings"] == {
         "tasks": tasks, "data_dir": str(data_dir), "limit": 2, "num_fewshot": None,
-        "apply_chat_template": False, "chat_template_args": {}, "bootstrap_iters": 1000,
+        "apply_chat_template": False, "bootstrap_iters": 1000,
     }  # fmt: skip
     assert record["model"] == {
         "class": "HFLM", "batch_size": 4, "max_length": 1024, "mixed_precision_dtype": None, "device": "cpu",
-        "dtype": "torch.float32",
+        "dtype": "torch.float32", "chat_template_args": {},
     }  # fmt: skip
     seconds = [task_record["seconds"] for task_record in record["tasks"].values()]
     assert all(second > 0 for second in seconds)
