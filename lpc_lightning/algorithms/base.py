@@ -126,17 +126,30 @@ class PreferenceModule(PolicyModule):
         pairs = self.label_loss(logps, reliability)
         return add_nll(pairs, logps, self.nll_weight) if self.nll_weight else pairs
 
-    def check_settings(self) -> None:
+    def check_settings(self, margins: Tensor | None = None) -> None:
         """Compute the loss of one pair, so that invalid settings raise an error before the first step.
 
+        Args:
+            margins: (1,) a margin. None: the pair has none.
+
         Raises:
-            ValueError: A setting of the loss is out of range.
+            ValueError: A setting of the loss is out of range, or the loss takes no margins.
         """
-        self.label_loss(PairLogps(*torch.zeros(6, 1, device="cpu")))
+        self.label_loss(PairLogps(*torch.zeros(6, 1, device="cpu"), margins=margins))
 
     def setup(self, stage: str) -> None:
-        """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights."""
+        """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights.
+
+        Raises:
+            ConfigError: Pairs have margins, and the loss takes none.
+        """
         super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
+        if isinstance(data, PreferenceDataModule) and data.has_margins:
+            try:
+                self.check_settings(torch.zeros(1, device="cpu"))
+            except ValueError as error:
+                raise ConfigError(f"model: {error}") from error
         self._resumed, self.warm_start_result = {}, None
         self._losses, self._code_range = RecentLosses(), None
         if stage == "fit" and self.robust_loss is not None:

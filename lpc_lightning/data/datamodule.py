@@ -280,6 +280,11 @@ class PreferenceDataModule(LightningDataModule):
         """Training pairs with the labels of this run."""
         return self.pairs["train"].relabelled(self._swaps, "" if self._noise is None else self._noise.key())
 
+    @property
+    def has_margins(self) -> bool:
+        """True if pairs of a stage that this run reads have margins."""
+        return any(self.pairs[stage].margins is not None for stage in self.stages)
+
     # Values of the reference
 
     @property

@@ -99,7 +99,7 @@ class CodeBiases:
         entries = value.split(",") if isinstance(value, str) else value
         try:
             weights = torch.tensor([float(entry) for entry in entries])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             weights = torch.empty(0)
         if len(weights) != len(self.table) or not weights.isfinite().all():
             expected = f"{len(self.table)} finite numbers, one for each code"
@@ -107,7 +107,7 @@ class CodeBiases:
         return weights
 
     def _of_annotator(self, value: Any) -> Tensor:
-        if value not in self.annotators:
+        if not isinstance(value, str) or value not in self.annotators:
             raise ValueError(
                 f"{ANNOTATOR}: found {value!r}, expected one of the {len(self.annotators)} names in {ANNOTATORS}."
             )

@@ -13,9 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
-from lpc_lightning.algorithms import DPO, SimPO
+from lpc_lightning.algorithms import DPO, KTO, SimPO
 from lpc_lightning.algorithms.base import is_optimizer_step, window_weight
 from lpc_lightning.data import PreferenceData
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import MarginalSpace
 
 
@@ -118,6 +119,16 @@ def test_accumulated_steps_equal_plain_loop(
         assert_close(run.weights[f"policy.model.{name}"], weight, rtol=0, atol=1e-7)
     start = dict(reference.named_parameters())
     assert all((weight - start[name]).abs().max() > 1e-4 for name, weight in model.named_parameters())
+
+
+def test_margins_are_refused_before_any_pass(small_policy: Any, fit_run: Any, tmp_path: Path) -> None:
+    path, cache = tmp_path / "pairs.jsonl", tmp_path / "cache"
+    row = {"prompt": "one", "chosen": "two", "rejected": "three", "margin": 0.5}
+    path.write_text(json.dumps(row) + "\n")
+    data = PreferenceData(str(path), validation_share=0.0, cache_dir=str(cache))
+    with pytest.raises(ConfigError, match=r"model: margins: found margins of pairs, expected none, because KTO judges"):
+        fit_run(KTO(policy=small_policy()), data, max_steps=1)
+    assert not (cache / "reference").exists()
 
 
 def test_weighted_steps_equal_plain_loop(

@@ -147,6 +147,8 @@ def test_biases_follow_requests_that_move(folder: Path) -> None:
         ({"latent_weights": [1.0]}, r"latent_weights: found \[1\.0\], expected 4 finite numbers"),
         ({"latent_weights": "1,2,3,nan"}, "latent_weights: found '1,2,3,nan', expected 4 finite"),
         ({"latent_weights": 1.5}, r"latent_weights: found 1\.5, expected 4"),
+        ({"latent_weights": [10**400, 0, 0, 0]}, r"latent_weights: found \[10+, 0, 0, 0\], expected 4"),
+        ({"latent_annotator": ["ann"]}, r"latent_annotator: found \['ann'\], expected one of the 2 names in"),
         (
             {"latent_annotator": "eve"},
             r"latent_annotator: found 'eve', expected one of the 2 names in",
