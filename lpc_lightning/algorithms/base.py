@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -135,7 +135,8 @@ class PreferenceModule(PolicyModule):
         Raises:
             ValueError: A setting of the loss is out of range, or the loss takes no margins.
         """
-        self.label_loss(PairLogps(*torch.zeros(6, 1, device="cpu"), margins=margins))
+        logps = PairLogps(*torch.zeros(6, 1, device="cpu"))
+        self.label_loss(replace(logps, margins=margins))
 
     def setup(self, stage: str) -> None:
         """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights.
