@@ -44,8 +44,8 @@ class AnswerSamples(Callback):
     Without a latent there are the policy's answers, and those before training.
 
     The training is not changed. The cost is logged as `resources/samples_seconds` and `resources/samples_tokens`, and
-    printed at the first validation and at the end. A policy that is sharded over processes (FSDP, DeepSpeed) is not
-    asked; with several processes (DDP) the first one answers.
+    printed at the first validation and at the end. A policy that is sharded over processes (FSDP, DeepSpeed) gives no
+    answers; with several processes (DDP) the first one answers.
     """
 
     def __init__(
@@ -88,23 +88,23 @@ class AnswerSamples(Callback):
         """All answers of the run; see `evaluation.samples`."""
         self.seconds, self.tokens, self.rounds = 0.0, 0, 0
         self._before: list[list[dict[str, Any]]] | None = None
-        self._asked = ""
+        self._request = ""
         self._is_on = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all answers so far, and those before training with what was asked."""
-        return {"records": self.records, "before": self._before, "asked": self._asked}
+        """Return all answers so far, and those before training with their prompts and decodings."""
+        return {"records": self.records, "before": self._before, "request": self._request}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the answers."""
         self.records, self._before = list(state_dict["records"]), state_dict["before"]
-        self._asked = state_dict["asked"]
+        self._request = state_dict["request"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, and read the prompts."""
         if stage != "fit":
             return
-        self.records, self._before, self._asked = [], None, ""
+        self.records, self._before, self._request = [], None, ""
         self.seconds, self.tokens, self.rounds = 0.0, 0, 0
         self.prompts = self._read_prompts(trainer)[: self.count]
 
@@ -126,10 +126,10 @@ class AnswerSamples(Callback):
         if not trainer.is_global_zero:
             return
         self._conditions(view_module(pl_module, "policy", _template(trainer)), [])
-        asked = json.dumps([self.prompts, {name: asdict(each) for name, each in self.decodings.items()}])
-        if asked == self._asked:
+        request = json.dumps([self.prompts, {name: asdict(each) for name, each in self.decodings.items()}])
+        if request == self._request:
             return
-        self._asked, started = asked, time.perf_counter()
+        self._request, started = request, time.perf_counter()
         with self._ready(trainer, pl_module), self._policy_before(trainer, pl_module) as policy:
             if policy is None:
                 rank_zero_warn(
@@ -242,15 +242,15 @@ class AnswerSamples(Callback):
         }
         records = []
         for number, prompt in enumerate(self.prompts):
-            found = {name: answered[number] for name, answered in by_decoding.items()}
-            prior = found["greedy"].prior
+            of_prompt = {name: answered[number] for name, answered in by_decoding.items()}
+            prior = of_prompt["greedy"].prior
             records.append(
                 {
                     "prompt": [dict(message) for message in prompt],
                     "prior": None if prior is None else list(prior),
                     "answers": [
                         {"decoding": name, **asdict(answer)}
-                        for name, answered in found.items()
+                        for name, answered in of_prompt.items()
                         for answer in answered.answers
                     ],
                 }

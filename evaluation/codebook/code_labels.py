@@ -35,7 +35,7 @@ class ColumnMatch:
 
     @property
     def names_codes(self) -> bool:
-        """True if the column says more about the codes than chance."""
+        """True if the column matches the codes better than chance."""
         return self.nmi - self.nmi_shuffled >= LEAST_INFORMATION
 
 

@@ -143,9 +143,9 @@ def explain(
             explanation = explanation.with_texts(_examples(data, stage, explanation.shown_pairs))
             answered = None
             if max_new_tokens:
-                asked = _first_prompt(data, stage) if prompt is None else text_prompt(prompt)
+                question = _first_prompt(data, stage) if prompt is None else text_prompt(prompt)
                 under = conditions(opened, None, _used_codes(explanation) if codes is None else codes, None)
-                answered = next(answers(opened, [asked], under, Decoding(max_new_tokens)))
+                answered = next(answers(opened, [question], under, Decoding(max_new_tokens)))
             facts = {"checkpoint": path, "step": origin.get("step"), "preferences": preferences}
             print(f"\n{write_explanation(folder, explanation, facts, answered)}")
             print(f"Wrote {os.path.relpath(folder / TEXT)}, and the whole texts to {JSON} beside it.")

@@ -182,7 +182,7 @@ class ExplanationPairs(nn.Module):
         numbers, rows = self.table.read()
         if not rows:
             return None
-        seen = None if whole_vocabulary else self.tokens.compute()
+        among = None if whole_vocabulary else self.tokens.compute()
         self.reset()
         columns = {name: values.numpy() for name, values in numbers.items()}
         prior, margins = np.exp(join_codes(columns, "log_prior")), join_codes(columns, "margin")
@@ -193,7 +193,7 @@ class ExplanationPairs(nn.Module):
         if matches and matches[0].names_codes:
             best = matches[0]
             labels = label_codes(by_choice[best.codes_by], [row[best.column] for row in rows], best.column)
-        shifts = code_tokens(head, space.codebook.weight, tokenizer, tokens, seen)
+        shifts = code_tokens(head, space.codebook.weight, tokenizer, tokens, among)
         codes = [
             CodeExplanation(
                 code=code,
@@ -212,15 +212,15 @@ class ExplanationPairs(nn.Module):
 
 def find_examples(source: ExampleSource, pairs: Iterable[PairKey]) -> dict[PairKey, PreferenceExample]:
     """Read the examples of some pairs. Reading stops when all are found."""
-    missing, found = set(pairs), {}
+    missing, examples = set(pairs), {}
     for example in source.read(DataReport()):
         if not missing:
             break
         key = (example.id, example.annotator, example.source)
         if key in missing:
-            found[key] = example
+            examples[key] = example
             missing.remove(key)
-    return found
+    return examples
 
 
 def _likeliest_prompts(probabilities: NDArray[np.float64], rows: Sequence[Row], most: int) -> list[CodePrompt]:

@@ -162,8 +162,8 @@ class PolicyModule(LatentMixin, LightningModule):
     def _replays(self, policy: CausalPolicy) -> bool:
         """Return whether a compiled policy trains with CUDA graphs. Launches cost a large model no time."""
         setting, alone = self.policy_spec.cuda_graphs, self._trainer is None or self._trainer.world_size == 1
-        wanted = sum(map(torch.numel, policy.parameters())) < GRAPHED_BELOW if setting == "auto" else setting
-        return wanted and self._on_gpu and alone and not self.policy_spec.gradient_checkpointing
+        is_on = sum(map(torch.numel, policy.parameters())) < GRAPHED_BELOW if setting == "auto" else setting
+        return is_on and self._on_gpu and alone and not self.policy_spec.gradient_checkpointing
 
     def _shard(self, mesh: DeviceMesh) -> None:
         shard(self, mesh)

@@ -102,14 +102,14 @@ class TrainedPolicy(PolicySpec):
                 f"replace. Set it to 0, {drop}."
             )
         expected = space.state_dict()
-        found = {"codebook.weight" if name == "codebook" else name: value for name, value in self._latent.items()}
+        stored = {"codebook.weight" if name == "codebook" else name: value for name, value in self._latent.items()}
         shapes = [
-            f"{name}: found {tuple(found[name].shape)}, expected {tuple(value.shape)}"
+            f"{name}: found {tuple(stored[name].shape)}, expected {tuple(value.shape)}"
             for name, value in expected.items()
-            if name in found and found[name].shape != value.shape
+            if name in stored and stored[name].shape != value.shape
         ]
-        missing = [f"{name}: not found" for name in expected if name not in found]
-        surplus = [f"{name}: found, not expected" for name in found if name not in expected]
+        missing = [f"{name}: not found" for name in expected if name not in stored]
+        surplus = [f"{name}: found, not expected" for name in stored if name not in expected]
         if differences := [*shapes, *missing, *surplus]:
             reason = (
                 "An export has no posterior and no running moments: start from the checkpoint"
@@ -120,7 +120,7 @@ class TrainedPolicy(PolicySpec):
                 f"latent: the latent in {self.path} does not fit {type(space).__name__} "
                 f"({'; '.join(differences[:3])}). {reason}, {drop}."
             )
-        space.load_state_dict(found)
+        space.load_state_dict(stored)
 
     @cached_property
     def _base(self) -> PolicySpec:

@@ -132,8 +132,8 @@ def _is_default(name: str, values: Sequence[Value | None], records: Sequence[Run
 def _default(class_name: str, argument: str) -> Value | None:
     """Return the default of an argument of one of the project's classes. None: it is not known, or there is none."""
     modules = [import_module(f"lpc_lightning.{package}") for package in PACKAGES]
-    found: Any = next((getattr(module, class_name) for module in modules if hasattr(module, class_name)), None)
-    for each in getattr(found, "__mro__", ()):
+    its_class: Any = next((getattr(module, class_name) for module in modules if hasattr(module, class_name)), None)
+    for each in getattr(its_class, "__mro__", ()):
         parameters = inspect.signature(each.__init__).parameters
         if argument in parameters:
             default = parameters[argument].default
