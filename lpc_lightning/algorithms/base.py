@@ -63,8 +63,8 @@ class PreferenceModule(PolicyModule):
             latent: The latent space of Latent Preference Coding. null: the plain algorithm.
             reference: `cached` computes the reference's log-probabilities of all pairs of a run before its first step.
                 They are stored on disk for other runs (data.cache_dir), and no reference is in memory. `live` runs the
-                reference at every batch. It is a frozen copy of the policy, or with LoRA the policy without the
-                adapter in training.
+                reference at every batch. It is a frozen copy of the policy. With LoRA it is the policy without the
+                adapter in training, and with policy.trainable false the policy itself.
             reference_path: Another model as the reference: a hub name, a folder (also an adapter or an export, at
                 z = 0) or a GGUF file. It needs the policy's vocabulary. null: the policy as it is before training,
                 with the adapter that it starts from (policy.adapter), and without its latent.

@@ -37,14 +37,14 @@ class Reference(Protocol):
         """Return (2B,) log-probabilities of the answers, in nats, without gradient. Called in every step."""
 
 
-class AdapterOff:
-    """Reference of a LoRA policy: the same weights with the adapter off, run at every batch."""
+class SharedModel:
+    """Reference in the policy's own weights, run at every batch: without the adapter in training, or all frozen."""
 
     def __init__(self, policy: CausalPolicy) -> None:
         """Keep the policy.
 
         Args:
-            policy: The policy in training.
+            policy: The policy, with an adapter in training or frozen.
         """
         self.logps = policy.reference_logps
 
@@ -78,4 +78,6 @@ def live_reference(policy: CausalPolicy, spec: PolicySpec) -> Reference:
         policy: The policy, not trained yet.
         spec: Spec that the policy was built from.
     """
-    return FrozenModel(copy.deepcopy(policy)) if spec.lora is None else AdapterOff(policy)
+    if spec.lora is not None or not spec.trainable:
+        return SharedModel(policy)
+    return FrozenModel(copy.deepcopy(policy))

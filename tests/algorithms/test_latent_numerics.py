@@ -107,14 +107,17 @@ def test_frozen_policy_has_no_backward_pass(small_policy: Any, fit_run: Any, tmp
         return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
 
     runs = []
-    for trainable in (True, False):
-        module = DPO(policy=small_policy(trainable=trainable), latent=marginal(), optimizer=two_rates, latent_lr=1e-2)
+    settings: dict[str, Any] = {"optimizer": two_rates, "latent_lr": 1e-2}
+    for trainable, reference in ((True, "cached"), (False, "cached"), (False, "live")):
+        module = DPO(policy=small_policy(trainable=trainable), latent=marginal(), reference=reference, **settings)  # type: ignore[arg-type]
         before = copy.deepcopy(small_policy().build().state_dict())
         runs.append(fit_run(module, max_steps=4))
         assert all(torch.equal(value, before[name]) for name, value in module.policy.state_dict().items())
-    unused, frozen = runs
+    unused, frozen, live = runs
+    assert live.weights.keys() == frozen.weights.keys(), "the reference is no copy"
     for name, value in unused.weights.items():
-        torch.testing.assert_close(value, frozen.weights[name], rtol=1e-5, atol=1e-6)
+        for other in (frozen, live):
+            torch.testing.assert_close(value, other.weights[name], rtol=1e-5, atol=1e-6)
     assert not torch.equal(frozen.weights["latent.codebook.weight"], unused.module.latent.codebook.weight * 0)
     (optimizer,) = frozen.trainer.optimizers
     assert [group["name"] for group in optimizer.param_groups] == ["latent"]

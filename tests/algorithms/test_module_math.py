@@ -30,7 +30,7 @@ from lpc_lightning.latent import (
 )
 from lpc_lightning.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.policy import LoRA
-from lpc_lightning.reference.live import AdapterOff
+from lpc_lightning.reference.live import SharedModel
 from lpc_lightning.types import PairLogps, TokenizedPair
 
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5)]
@@ -223,7 +223,7 @@ def test_adapter_reference_is_policy_without_it(
     train_step: Callable[..., Any],
 ) -> None:
     module = make("dpo", lora=LoRA(rank=3))
-    assert isinstance(module.reference, AdapterOff)
+    assert isinstance(module.reference, SharedModel)
     with torch.no_grad():
         policy, reference = (
             naive_logps(module.policy.model, pairs),
