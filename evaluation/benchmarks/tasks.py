@@ -52,13 +52,17 @@ LOCAL_DATA = {
 """Tasks that can read local files. To support another task, add an entry."""
 
 
-@functools.cache
 def task_manager(index: bool = True) -> TaskManager:
     """Return the process's task manager. Building the index of lm-eval's tasks takes seconds, so it is built once.
 
     Args:
         index: Whether to build the index. A task file can be loaded without it.
     """
+    return _build_manager(index)
+
+
+@functools.cache
+def _build_manager(index: bool) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=index)

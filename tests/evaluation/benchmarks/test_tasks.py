@@ -98,6 +98,10 @@ def test_local_task_equals_stock_task(name, stock_task, data_dir) -> None:
     assert actual.higher_is_better() == expected.higher_is_better()
 
 
+def test_index_of_tasks_is_built_once() -> None:
+    assert task_manager() is task_manager(index=True) is task_manager(True)
+
+
 def test_prompt_text_of_arc_easy(data_dir, documents) -> None:
     task = load_tasks("arc_easy", str(data_dir))["tasks"]["arc_easy"]
     first = documents["arc/ARC-Easy"]["test"][0]
