@@ -229,6 +229,14 @@ def test_smoothing_of_losses_with_several_terms(
     torch.testing.assert_close(robust.pair_losses(loss, same).of_mixture(log_weights), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_smoothing_of_an_integer_weight() -> None:
+    logps, prior = random_pairs(codes=3), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64).log()
+    losses = [
+        ConservativeLoss(0.3).pair_losses(partial(orpo_loss, beta=beta), logps).of_mixture(prior) for beta in (1, 1.0)
+    ]
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("algorithm", list(SEVERAL_TERMS))
 @pytest.mark.parametrize("robust", [REPO(), HolderDPO()])
 def test_robust_losses_refuse_several_terms(algorithm: str, robust: RobustLoss) -> None:

@@ -28,7 +28,7 @@ def conservative_losses(observed: PairLosses, opposite: PairLosses, rate: float)
 
     parts: list[tuple[Weight, Tensor]] = []
     for (weight, part), (other_weight, other_part) in zip(observed.parts, opposite.parts, strict=True):
-        if isinstance(weight, float) and weight == other_weight:
+        if isinstance(weight, int | float) and weight == other_weight:
             parts.append((weight, mean(part, other_part)))
         else:  # KTO's parts are functions, and an answer's text is weighed by its length
             parts += [(_scaled(weight, 1 - rate), part), (_scaled(other_weight, rate), other_part)]
