@@ -131,10 +131,11 @@ class LabelFlipNoise(LabelNoise, Callback):
         self._metrics.to(pl_module.device)
         pairs = data.training_pairs
         # Labels may be wrong before the noise (data.columns.gold). Marked pairs are tokenized with their new label.
-        wrong_before = False if self.marks_prompts else data.pairs["train"].flipped
-        flipped = np.flatnonzero(pairs.flipped != wrong_before).tolist()
-        counts = (len(pairs) - len(flipped), len(flipped))
-        self._kinds = [kind for kind, count in zip(KINDS, counts, strict=True) if count]
+        flips = data.flips_of(self) if self.marks_prompts else pairs.flipped != data.pairs["train"].flipped
+        flipped = np.flatnonzero(flips).tolist()
+        self._kinds = [
+            kind for kind, members in zip(KINDS, (~pairs.flipped, pairs.flipped), strict=True) if members.any()
+        ]
         rank_zero_info(f"{self.key()}: {len(flipped)} of {len(pairs)} training pairs flipped.")
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
         if not trainer.is_global_zero:

@@ -87,10 +87,14 @@ class PolicyModule(LatentMixin, LightningModule):
         fresh = not self._built
         if fresh:
             self._build()
-        if self._starting and isinstance(data := self.trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]
-            data.set_policy(self.policy)
+        if self._starting:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            names: tuple[str, ...] = ()
+            if isinstance(data, PreferenceDataModule):
+                data.set_policy(self.policy)
+                names = data.source_names
             for metrics in (self.val_metrics, self.test_metrics):
-                metrics.split_by_source(data.source_names)
+                metrics.split_by_source(names)
         if self._starting and self.reference is not None:
             self.reference.prepare(self, untouched=fresh or self.policy_spec.lora is not None)
         self._starting = False

@@ -208,9 +208,9 @@ class PreferenceDataModule(LightningDataModule):
             self.load("train", require_part(self._tokenizer))
             self._report("train")
             return
-        self._swaps = self._flips(noise)
+        self._swaps = self.flips_of(noise)
 
-    def _flips(self, noise: LabelNoise) -> np.ndarray:
+    def flips_of(self, noise: LabelNoise) -> np.ndarray:
         """Return (pairs,) bool, True for the training pairs whose label the noise reverses."""
         source = self.source("train")
         assert source is not None

@@ -173,7 +173,8 @@ class PreferenceMixture(PreferenceDataModule):
         for name, source in self._sources(stage):
             yield from kept_of(NamedSource(source, name), self._mixture(stage).stores[name])
 
-    def _flips(self, noise: LabelNoise) -> np.ndarray:
+    def flips_of(self, noise: LabelNoise) -> np.ndarray:
+        """See `PreferenceDataModule.flips_of`."""
         flips = {}
         for name, source in self._sources("train"):
             examples = list(NamedSource(source, name).read(DataReport()))

@@ -233,7 +233,8 @@ def test_clean_training_labels_are_not_scored(data: Any, make_module: Any, make_
     assert not [name for name in trainer.callback_metrics if "gold_" in name]
 
 
-def test_votes_are_scored_against_gold(make_module: Any, make_trainer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("marker", [None, "[FLIP]"])
+def test_votes_are_scored_against_gold(marker: str | None, make_module: Any, make_trainer: Any, tmp_path: Path) -> None:
     """Every third label is wrong in all splits. Noise flips further training labels, right ones and wrong ones."""
     rows = [
         {
@@ -255,7 +256,7 @@ def test_votes_are_scored_against_gold(make_module: Any, make_trainer: Any, tmp_
         batch_size=4,
         **splits,
     )
-    accuracy, noise = PreferenceAccuracy(), LabelFlipNoise(0.3, seed=4)
+    accuracy, noise = PreferenceAccuracy(), LabelFlipNoise(0.3, seed=4, marker=marker)
     trainer = make_trainer(callbacks=[accuracy, noise], max_epochs=1, default_root_dir=tmp_path)
     trainer.fit(make_module(None), datamodule=data)
     items, metrics = accuracy.report.items, trainer.callback_metrics

@@ -232,6 +232,15 @@ def test_metrics_are_those_of_each_file(mixture: Any, alone: Any, make_trainer: 
     assert together["val/loss/a"] != together["val/loss/b"]
 
 
+def test_other_loaders_have_no_metrics_by_source(mixture: Any, make_trainer: Any) -> None:
+    module, data = SimPO(policy=tiny()), mixture()
+    make_trainer().validate(module, datamodule=data, verbose=False)
+    loader = data.val_dataloader()
+    (metrics,) = make_trainer().validate(module, dataloaders=loader, verbose=False)
+    assert "val/loss" in metrics
+    assert "val/loss/a" not in metrics
+
+
 def test_report_says_how_often_pairs_are_used(mixture: Any) -> None:
     data = mixture({"weight": 1.5}, {"weight": 0.5})
     loaded(data)
