@@ -30,6 +30,11 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "training_data": dict,
     "run_length": dict,
     "template": dict,
+    "position": dict,
+    "warm_start": dict,
+    "code_range": float,
+    "robust_loss": dict,
+    "validation_before": dict,
 }
 """Type of each entry."""
 RESUMED = ("state_dict", "callbacks", "loops", "optimizer_states", "lr_schedulers", "epoch", "global_step")

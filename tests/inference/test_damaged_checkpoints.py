@@ -160,6 +160,13 @@ def test_entry_of_wrong_type_is_refused(entry: str, value: Any, tmp_path: Path) 
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize("entry", ["code_range", "position", "robust_loss", "validation_before", "warm_start"])
+def test_optional_entry_of_wrong_type_is_refused(entry: str, tmp_path: Path) -> None:
+    torch.save(content() | {entry: "text"}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=rf"a\.ckpt: found str as its entry {entry}, expected"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
 def test_value_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"a\.ckpt: found list, expected dict"):
