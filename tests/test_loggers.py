@@ -115,7 +115,9 @@ def test_mlflow_keeps_all_in_files(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")  # by Comet
 def test_comet_keeps_all_in_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("comet_ml")
-    for name in ("COMET_START_ONLINE", "COMET_ERROR_TRACKING_ENABLE"):
+    # Without a network, Comet's look-up of the machine's address leaves a socket open.
+    machine = [f"COMET_AUTO_LOG_ENV_{part}" for part in ("DETAILS", "HOST", "NETWORK")]
+    for name in ("COMET_START_ONLINE", "COMET_ERROR_TRACKING_ENABLE", *machine):
         monkeypatch.setenv(name, "false")  # restored after the test
     logger: Any = build_logger(tmp_path / "version_0", CometLogger, project="p", online=False)
     write(logger)
