@@ -147,8 +147,9 @@ class CausalPolicy(nn.Module):
         kernel = self.backbone.config._attn_implementation
         self.block_sparse = few_shapes and self.takes_block_mask and kernel in (SEGMENT, "flex_attention")
         self._compiles_head = few_shapes
-        trained = [each for each in self.backbone.parameters() if each.requires_grad]
-        self._graphed = GraphedBackbone(trained) if cuda_graphs and trained else None
+        weights = list(self.backbone.parameters())
+        trains = any(weight.requires_grad for weight in weights)
+        self._graphed = GraphedBackbone(weights) if cuda_graphs and trains else None
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpc_lightning.errors import one_line
+
 Backbone = Callable[..., Tensor]
 """From token ids, attention mask, segments and positions of a batch to (R, T, d) last hidden states."""
 ERRORS = "thread_local"
@@ -33,16 +35,22 @@ class GraphedBackbone:
         """Keep the weights. Nothing is captured before the first call.
 
         Args:
-            parameters: The weights that the backbone trains.
+            parameters: All weights of the backbone. Those without gradients are frozen; graphs read them too.
+
+        Raises:
+            ValueError: The backbone trains no weight.
         """
-        self._parameters = list(parameters)
+        self._weights = list(parameters)
+        self._parameters = [weight for weight in self._weights if weight.requires_grad]
+        if not self._parameters:
+            raise ValueError("found a backbone without trained weights, expected some: there is no backward pass")
         self._gradients = [torch.empty(0)] * len(self._parameters)
         self._graphs: dict[tuple[Any, ...], _Graphs | None] = {}
         self._addresses: list[int] = []
         self._unfinished: weakref.ref[_Pass] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedBackbone:
-        return GraphedBackbone(deepcopy(self._parameters, memo))
+        return GraphedBackbone(deepcopy(self._weights, memo))
 
     def __call__(self, backbone: Backbone, *inputs: Any) -> Tensor:
         """Return (R, T, d) last hidden states, with gradients for the weights.
@@ -61,7 +69,7 @@ class GraphedBackbone:
         return states
 
     def _graphs_of(self, backbone: Backbone, inputs: Sequence[Any]) -> _Graphs | None:
-        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        addresses = [weight.data_ptr() for weight in self._weights]
         if addresses != self._addresses:
             self._graphs.clear()
             self._addresses = addresses
@@ -75,8 +83,9 @@ class GraphedBackbone:
             except RuntimeError as error:
                 self._graphs[key] = None
                 warnings.warn(
-                    "policy.compile: found a backbone that CUDA graphs cannot capture, expected operations that do not "
-                    f"wait for the GPU. Training goes on without graphs. ({' '.join(str(error).split())[:300]})",
+                    f"policy.cuda_graphs: the backbone could not be captured for batches of shape {key[:2]}, which train "
+                    "without graphs. Expected operations that do not wait for the GPU, and memory for a second pass. "
+                    f"({one_line(error)[:300]})",
                     stacklevel=2,
                 )
         return self._graphs[key]

@@ -144,8 +144,10 @@ def test_pass_without_backward_is_forgotten() -> None:
     assert RecordedGraph.replays == 3
 
 
-def test_moved_weights_are_captured_again() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_moved_weights_are_captured_again(frozen: bool) -> None:
     backbone = Backbone()
+    backbone.layer.weight.requires_grad_(not frozen)
     graphed = GraphedBackbone(backbone.parameters())
     graphed(backbone, *batch(5, 0))
     backbone.layer.weight.data = 2 * backbone.layer.weight.data
@@ -182,3 +184,8 @@ def test_failed_capture_trains_without_graphs(monkeypatch: pytest.MonkeyPatch) -
     with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
         found = graphed(backbone, *inputs)
     assert torch.equal(found, expected)
+
+
+def test_backbone_without_trained_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="without trained weights"):
+        GraphedBackbone(Backbone().requires_grad_(False).parameters())
