@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.command import ablate
-from lpc_lightning.evaluation.tables import markdown_table
 from lpc_lightning.function_command import run_function
+from lpc_lightning.markdown import markdown_table
 from lpc_lightning.output_paths import check_folder
 
 CONFIGS = Path(str(files("lpc_lightning"))) / "configs"

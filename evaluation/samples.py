@@ -9,8 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.evaluation.tables import markdown_table
-from lpc_lightning.markdown import escape_markdown
+from lpc_lightning.markdown import escape_markdown, markdown_table
 
 ROWS, TEXT = "samples.jsonl", "samples.md"
 """Names of the files: for programs, and for readers."""

@@ -1,35 +1,6 @@
-"""Markdown tables that are readable as plain text in a terminal."""
+"""Scores and p-values in tables."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-
-from lpc_lightning.markdown import escape_markdown
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Format a Markdown table, with each column padded to one width.
-
-    Args:
-        header: Names of the columns.
-        rows: Rows with one cell for each column.
-        left: Number of columns, from the left, that are left-aligned. The others are right-aligned, for numbers.
-
-    Returns:
-        The table without a final line break. In a cell, "|" and HTML are escaped, and a line break becomes a space.
-    """
-    lines = [[escape_markdown(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * width if index < left else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        + " |"
-        for cells in (lines[0], rule, *lines[1:])
-    )
 
 
 def score(value: float, stderr: float | None = None) -> str:

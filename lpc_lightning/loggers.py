@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import shutil
 import sys
@@ -15,6 +14,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 from PIL import Image
+
+from lpc_lightning.markdown import markdown_table
 
 Rows = Sequence[Sequence[Any]]
 
@@ -79,7 +80,7 @@ class TensorBoardForm(LoggerForm):
 
     def table(self, name: str, columns: Sequence[str], rows: Rows, step: int) -> None:
         """Add a table in Markdown."""
-        self.text(name, markdown_table(columns, rows), step)
+        self.text(name, markdown_table(columns, [list(map(_cell, row)) for row in rows]), step)
 
     def viewer(self) -> str:
         """Return the command of TensorBoard."""
@@ -151,15 +152,8 @@ FORMS: dict[type[Logger], type[LoggerForm]] = {
 """Form for each class of loggers, subclasses included. Other loggers get metrics and hyperparameters only."""
 
 
-def markdown_table(columns: Sequence[str], rows: Rows) -> str:
-    """Return a table in Markdown. Its cells show their text as it is, with line breaks."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
 def _cell(value: Any) -> str:
-    text = "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-    return "<br>".join(html.escape(text, quote=False).replace("|", "&#124;").splitlines())
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _forms(trainer: Trainer) -> list[LoggerForm]:

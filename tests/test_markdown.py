@@ -8,7 +8,7 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from lpc_lightning.markdown import code_span, escape_markdown
+from lpc_lightning.markdown import code_span, escape_markdown, markdown_table
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
@@ -35,3 +35,22 @@ def test_escaped_text_keeps_ordinary_characters(text: str) -> None:
 def test_code_span_shows_the_text(text: str) -> None:
     shown = MarkdownIt("commonmark").render(f"before `x` {code_span(text)} after `y`")
     assert html.unescape(shown) == f"<p>before <code>x</code> <code>{text.strip()}</code> after <code>y</code></p>\n"
+
+
+def test_markdown_table_is_padded() -> None:
+    text = markdown_table(["task", "base", "a longer name"], [["arc_easy", "0.4321", "0.5"], ["gsm8k", "0.01", "0.25"]])
+    assert text == (
+        "| task     |   base | a longer name |\n"
+        "| -------- | -----: | ------------: |\n"
+        "| arc_easy | 0.4321 |           0.5 |\n"
+        "| gsm8k    |   0.01 |          0.25 |"
+    )
+
+
+def test_markdown_table_escapes_cells() -> None:
+    text = markdown_table(["x"], [["a|b"], ["two\nlines"]])
+    assert text == "| x         |\n| --------- |\n| a\\|b      |\n| two lines |"
+
+
+def test_markdown_table_without_rows() -> None:
+    assert markdown_table(["a", "b"], []) == "| a   |   b |\n| --- | --: |"

@@ -22,11 +22,12 @@ from lpc_lightning.evaluation.adaptation.scores import SHOTS, Score
 from lpc_lightning.evaluation.comparison.command import name_models
 from lpc_lightning.evaluation.figures import Plot, write_plots
 from lpc_lightning.evaluation.line_panels import Line, describe_lines
-from lpc_lightning.evaluation.tables import markdown_table, score
+from lpc_lightning.evaluation.tables import score
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
 from lpc_lightning.latent import DiscreteSpace
+from lpc_lightning.markdown import markdown_table
 from lpc_lightning.output_paths import check_folder, claim_output_folder
 
 UNDER_Z = "exact_z"

@@ -10,9 +10,8 @@ from typing import Any
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.codebook.explanation import Explanation
-from lpc_lightning.evaluation.tables import markdown_table
 from lpc_lightning.inference.generation import Answered
-from lpc_lightning.markdown import escape_markdown
+from lpc_lightning.markdown import escape_markdown, markdown_table
 
 JSON, TEXT = "codes.json", "codes.md"
 """Names of the files."""

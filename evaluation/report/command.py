@@ -56,7 +56,7 @@ def report(
 ) -> None:
     """Compare runs: means over seeds, differences to a baseline, plots, and one page that opens offline.
 
-    Runs that differ only in the seed form a group. Runs of different grids and fits are told apart by every further
+    Runs that differ only in the seed form a group. Runs of different grids and fits are separated by every further
     setting in which they differ, unless it cannot change a result, such as a path of outputs. Each group gets its mean
     with a 95 % interval, which also covers the choice of test prompts if cells of `ablate` share them. It also gets its
     difference to the group that has the baseline's settings and agrees in all others. The difference is taken seed by

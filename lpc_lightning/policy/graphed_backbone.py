@@ -83,7 +83,7 @@ class GraphedBackbone:
             except RuntimeError as error:
                 self._graphs[key] = None
                 warnings.warn(
-                    f"policy.cuda_graphs: the backbone could not be captured for batches of shape {key[:2]}, which train "
+                    f"policy.cuda_graphs: the backbone could not be captured for batches of {key[:2]}. They train "
                     "without graphs. Expected operations that do not wait for the GPU, and memory for a second pass. "
                     f"({one_line(error)[:300]})",
                     stacklevel=2,

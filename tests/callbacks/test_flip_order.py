@@ -163,7 +163,7 @@ def test_unreliable_annotators_are_whole_annotators() -> None:
         replace(pair, id=f"{index % 10}-{index}", annotator=f"worker {index % 10}")
         for index, pair in enumerate(PAIRS_TO_FLIP[:400])
     ]
-    pairs.append(replace(pairs[0], id="nobody", annotator=""))
+    pairs.append(replace(pairs[0], id="without-annotator", annotator=""))
     wrong = {share: flipped(pairs, rate=0.25, order=UnreliableAnnotators(share)) for share in (0.0, 0.5, 1.0)}
     who = {share: {name.split("-")[0] for name in names} for share, names in wrong.items()}
     assert not wrong[0.0]

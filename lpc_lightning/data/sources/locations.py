@@ -45,7 +45,7 @@ class Location(ABC):
         """
 
     def own_splits(self) -> tuple[str, ...]:
-        """Return the names of its own splits. Those of a hub data set are asked from the hub.
+        """Return the names of its own splits. Those of a hub data set are looked up on the hub.
 
         Raises:
             DataError: The hub cannot be read.

@@ -108,8 +108,8 @@ def test_explain_a_file_with_answers(runs: dict[str, Path], tmp_path: Path) -> N
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = checkpoint(runs["codes"])
-    asked = {"prompt": "How?", "codes": [2], "max_new_tokens": 4, "limit": 4, "device": "cpu"}
-    explain([model], str(path), output=str(tmp_path / "out"), whole_vocabulary=True, **asked)
+    options = {"prompt": "How?", "codes": [2], "max_new_tokens": 4, "limit": 4, "device": "cpu"}
+    explain([model], str(path), output=str(tmp_path / "out"), whole_vocabulary=True, **options)
     (written,) = (tmp_path / "out").glob("*/codes.json")
     content = json.loads(written.read_text())
     assert content["pairs"] == 4
