@@ -41,11 +41,12 @@ __all__ = [
 ]
 
 # The threads of GNU OpenMP spin at each barrier, by default so long that one busy process beside a fit makes it many
-# times slower. The library reads this variable when it is loaded with torch, so nothing imports torch before. Child
-# processes inherit it. The OpenMP of Intel and LLVM yields the processor while it spins and keeps its default: with a
-# short KMP_BLOCKTIME even steps without a neighbour are slower there.
+# times slower. A spin shorter than this one costs time on an idle machine (benchmarks/neighbour.py). The library reads
+# this variable when it is loaded with torch, so nothing imports torch before. Child processes inherit it. The OpenMP of
+# Intel and LLVM yields the processor while it spins and keeps its default: with a short KMP_BLOCKTIME even steps
+# without a neighbour are slower there.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & set(os.environ):
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "3000"
 
 # transformers and peft import bitsandbytes if it is installed. On some processors it then warns that a CPU kernel for
 # 4-bit weights is missing, which matters only with a GPU. The filter must be set before those imports.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -104,6 +105,8 @@ class PreferenceCLI(LightningCLI):
             # Settings without a class are taken to be the base class's.
             if config[name] is None or config[name].class_path.endswith(f".{base.__name__}"):
                 raise ConfigError(f"{name}: found no class, expected one, as in `{example}`.")
+        if "OMP_NUM_THREADS" not in os.environ and is_narrow(config.policy):
+            torch.set_num_threads(1)
         trainer = config.trainer
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         if "deepspeed" in str(strategy).lower() and find_spec("deepspeed") is None:
@@ -257,6 +260,19 @@ JSONARGPARSE = tuple(
     for start in ("Expected a", "Does not validate", "Problem with", "Not a valid", "a class path", "a dict with")
 )
 """How its own lines begin."""
+
+
+NARROW = 64
+"""Width of a tiny policy up to which one thread computes it."""
+
+
+def is_narrow(policy: Any) -> bool:
+    """Return whether a policy is computed by one thread, unless the user sets the number of threads.
+
+    The products of a tiny policy are too small to share: two threads are less than a third faster, and several times
+    slower beside one busy process (benchmarks/neighbour.py).
+    """
+    return policy.class_path.endswith(".TinyPolicy") and policy.init_args.width <= NARROW
 
 
 def default_precision(accelerator: str) -> str:

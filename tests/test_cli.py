@@ -279,6 +279,21 @@ def test_fast_dev_run_leaves_nothing(fit: Command, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "set_by_user", "threads"), [(64, False, 1), (64, True, 2), (68, False, 2)])
+def test_a_narrow_policy_takes_one_thread(
+    width: int, set_by_user: bool, threads: int, fit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2") if set_by_user else monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert fit("--trainer.fast_dev_run=1", f"--policy.width={width}").code == 0
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_failed_run_leaves_no_empty_folder(fit: Command, runs: Path) -> None:
     assert fit("--data.layout=PaddedLayout", "--data.batch_size=0").code != 0
     assert not runs.exists() or list(runs.iterdir()) == []

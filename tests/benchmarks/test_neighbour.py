@@ -20,4 +20,4 @@ def test_busy_process_runs_until_the_end() -> None:
 
 @pytest.mark.slow
 def test_steps_of_a_fit_are_timed() -> None:
-    assert 0 < measure(10_000, is_beside=False, steps=2, layers=1) < 60
+    assert 0 < measure(10_000, is_beside=False, steps=2, settings={"policy.layers": "1"}) < 60
