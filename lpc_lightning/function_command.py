@@ -15,8 +15,9 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
     """Call a function with settings from the command line.
 
     Every parameter is an option, `--batch_size` or `--batch-size`. A list takes several values, set apart by spaces or
-    commas; a list without a default is no option: its values stand before, between or behind the options, set apart by
-    spaces (a path may have commas). Behind an option that is a list, they would count as its values. A switch (bool) may stand alone, which is `true`.
+    commas. A list without a default is no option: its values stand before, between or behind the options, set apart by
+    spaces (a path may have commas). Behind an option that is a list, they would count as its values. A switch (bool)
+    may stand alone, which is `true`.
 
     Args:
         function: With type hints, and the meaning of each parameter in a Google-style docstring.
@@ -59,8 +60,8 @@ def _entry(hint: Any) -> Any:
 def _spelled_out(arguments: list[str], lists: set[str], switches: set[str]) -> list[str]:
     """Return the arguments in the parser's form.
 
-    Names have underscores, lists are in pieces, every switch has a value, and values without an option are together: the
-    parser takes them from one place only. They stand behind the last file of settings, which they override.
+    Names have underscores, lists are in pieces, every switch has a value, and values without an option are together:
+    the parser takes them from one place only. They stand behind the last file of settings, which they override.
     """
     values: list[str] = []
     options: list[str] = []
