@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lpc_lightning.algorithms import DPO, IPO
 from lpc_lightning.callbacks import AnnotatorAdaptation, PreferenceAccuracy
-from lpc_lightning.data import SyntheticPreferences
+from lpc_lightning.data import PreferenceData, SyntheticPreferences
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights
 from lpc_lightning.evaluation.adaptation.scores import adaptation_scores
@@ -204,6 +204,52 @@ def test_fit_logs_and_writes_files(
         assert np.sum(vector) == pytest.approx(1)
     assert "val/adaptation/exact/2" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
     assert not any("adaptation" in name for name in trainer.progress_bar_metrics)
+
+
+@pytest.fixture
+def votes(tmp_path: Path) -> PreferenceData:
+    """Yes or no to 24 statements, 6 of them in the test, by annotators who mostly agree or mostly disagree."""
+    answers = ["No.", "Yes."]
+    rows = [
+        {"id": f"{name} {number}", "prompt": f"Statement {number}?", "annotator": name,
+         "chosen": answers[label], "rejected": answers[not label], "split": "test" if number % 4 == 0 else "train"}
+        for number in range(24) for name, label in (("anna", number % 5 > 0), ("ben", number % 5 == 0))
+    ]  # fmt: skip
+    path = tmp_path / "votes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PreferenceData(str(path), validation_share=0.0, batch_size=6, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("latent", [None, GaussianSpace(num_codes=3), MarginalSpace(**CODES)])
+def test_labels_of_training_pairs(
+    latent: LatentSpace | None, votes: PreferenceData, make_trainer: Callable[..., Trainer]
+) -> None:
+    module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=latent)
+    callback = AnnotatorAdaptation(shots=[0, 8, 16], rounds=2, training_pairs=16, under_z=True)
+    trainer = make_trainer(callbacks=[callback], max_epochs=1)
+    trainer.fit(module, votes)
+    assert not adaptation_metrics(trainer.callback_metrics), "they are scored after the fit"
+    (logged,) = trainer.test(module, votes, verbose=False)
+    metrics = adaptation_metrics(logged)
+    inferences = {None: [], GaussianSpace: ["amortised_z"], MarginalSpace: ["exact_z"]}[latent and type(latent)]
+    levels = {"prior", "others_majority"} | ({"no_latent"} if latent else set())
+    curves = ["exact", "own_majority", *inferences]
+    assert set(metrics) == {f"{kind}/{n}" for kind in curves for n in (0, 8, 16)} | levels
+    # A majority of 8 or 16 labels is clear: both annotators keep to theirs in 4 of the 6 test statements.
+    assert [metrics[f"own_majority/{n}"] for n in (0, 8, 16)] == pytest.approx([0.5, 4 / 6, 4 / 6])
+    assert metrics["others_majority"] == 0, "the other one always votes the other way"
+    assert callback.report.labelled == {"anna": 16, "ben": 16}
+    for name in inferences:
+        assert metrics[f"{name}/0"] == metrics["prior"]
+
+
+def test_labels_of_training_pairs_need_a_fit(
+    votes: PreferenceData, make_module: Any, make_trainer: Callable[..., Trainer]
+) -> None:
+    trainer = make_trainer(callbacks=[AnnotatorAdaptation(training_pairs=4)])
+    with pytest.raises(ConfigError, match=r"found 4 in a run without labelled training pairs .* expected a fit"):
+        trainer.test(make_module(None), votes, verbose=False)
 
 
 def test_settings_out_of_range() -> None:
