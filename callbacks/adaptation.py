@@ -31,6 +31,9 @@ class AnnotatorAdaptation(CollectPairs):
     `evaluation.adaptation.inference`). A policy without codes has nothing to infer: its `exact/N` is its accuracy over
     the same pairs.
 
+    `adaptation/adapted/N` is one of these that every policy has, for tuning: `exact/N`, or `amortised_z/N` of a
+    Gaussian latent.
+
     If all pairs have the same two answers, such as "I agree." and "I disagree.", two baselines use labels alone:
     `adaptation/own_majority/N`, the majority of the N labels, and `adaptation/others_majority`, the majority of the
     other annotators' labels of the same prompt. A tie is half right.

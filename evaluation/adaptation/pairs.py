@@ -14,6 +14,7 @@ from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.adaptation.annotated_pairs import AnnotatedPairsTable, common_answers
 from lpc_lightning.evaluation.adaptation.inference import OWN_MAJORITY, Table, code_weights, correct, others_majority
+from lpc_lightning.evaluation.adaptation.policy import UNDER_Z
 from lpc_lightning.evaluation.adaptation.scores import (
     SHOTS,
     LabelledPairs,
@@ -29,6 +30,8 @@ from lpc_lightning.types import PreferenceBatch
 
 BASELINES = ("prior", "no_latent")
 OTHERS_MAJORITY = "others_majority"
+ADAPTED = "adapted"
+"""Name of the headline, which policies of all kinds have."""
 NO_MAJORITY = "no majority labels: the pairs do not all have the same two answers."
 
 
@@ -57,9 +60,15 @@ class AdaptationReport:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Accuracies as metrics: `adaptation/exact/8`, `adaptation/prior`, `adaptation/no_latent` and so on."""
+        """Accuracies as metrics: `adaptation/exact/8`, `adaptation/prior`, `adaptation/no_latent` and so on.
+
+        `adaptation/adapted/8` repeats `exact` of a policy with codes or without a latent, and `amortised_z` of a
+        Gaussian latent.
+        """
         metrics = {f"adaptation/{name}": score.accuracy for name, score in self.baselines.items()}
-        for inference, scores in self.scores.items():
+        headline = f"amortised{UNDER_Z}" if self.mixtures and not self.weights else "exact"
+        adapted = {ADAPTED: self.scores[headline]} if headline in self.scores else {}
+        for inference, scores in {**self.scores, **adapted}.items():
             metrics |= {f"adaptation/{inference}/{n}": score.accuracy for n, score in scores.items()}
         return metrics
 
