@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
+from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
-from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round
+from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round, score_batches
 from lpc_lightning.evaluation.adaptation.files import write_adaptation
-from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
-from lpc_lightning.evaluation.adaptation.scores import SHOTS
+from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, AdaptationPairs, AdaptationReport
+from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
+from lpc_lightning.evaluation.adaptation.scores import SHOTS, Score
+from lpc_lightning.seeding import derive
 
 
 class AnnotatorAdaptation(CollectPairs):
@@ -21,6 +30,13 @@ class AnnotatorAdaptation(CollectPairs):
     others of the same annotator: from prior times likelihood, or from the average of the learned posteriors (see
     `evaluation.adaptation.inference`). A policy without codes has nothing to infer: its `exact/N` is its accuracy over
     the same pairs.
+
+    `adaptation/adapted/N` is one of these that every policy has, for tuning: `exact/N`, or `amortised_z/N` of a
+    Gaussian latent.
+
+    If all pairs have the same two answers, such as "I agree." and "I disagree.", two baselines use labels alone:
+    `adaptation/own_majority/N`, the majority of the N labels, and `adaptation/others_majority`, the majority of the
+    other annotators' labels of the same prompt. A tie is half right.
 
     Further metrics: `adaptation/prior`, the policy under its prior, the same for all annotators;
     `adaptation/no_latent`, the same policy at z = 0, if it has a latent; and `adaptation/ceiling`, the best accuracy
@@ -36,19 +52,49 @@ class AnnotatorAdaptation(CollectPairs):
         shots: Numbers of labelled pairs. null: 0, 1, 2, 4, 8 and 16.
         rounds: Number of random choices of the labelled pairs, which are averaged.
         seed: Seed of the random choices.
+        training_pairs: Maximum number of training pairs of each annotator from which the labelled pairs are drawn. They
+            are pairs that the fit reads, so that only a process that has fitted has them, as `ablate` does. They are
+            scored once for each validation or test after the fit; validations during the fit log nothing of this
+            callback. 0: the labelled pairs are other evaluated pairs.
+        under_z: Also score the policy under z = sum_k w_k e_k, with weights w of the first round:
+            `adaptation/exact_z/N`, and `adaptation/amortised_z/N` if a posterior is learned. This is the only
+            adaptation of a Gaussian latent, whose w is the mean of the posterior's means. It takes a second pass over
+            the pairs, and is left out in validations during a fit.
     """
 
     def __init__(
-        self, column: Group = "annotator", shots: list[int] | None = None, rounds: int = 20, seed: int = 0
+        self,
+        column: Group = "annotator",
+        shots: list[int] | None = None,
+        rounds: int = 20,
+        seed: int = 0,
+        training_pairs: int = 0,
+        under_z: bool = False,
     ) -> None:
+        if training_pairs < 0:
+            raise ConfigError(f"training_pairs: found {training_pairs}, expected at least 0.")
         self.pairs = AdaptationPairs(column, SHOTS if shots is None else shots, rounds, seed)
         super().__init__(self.pairs)
+        self.training_pairs, self.under_z = training_pairs, under_z
         self.report = AdaptationReport()
         """Report of the last round."""
 
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the round over all devices, and write the files."""
+        scorer = pl_module if isinstance(pl_module, PreferenceModule) else None  # another module scores no other pairs
+        if trainer.state.fn == TrainerFn.FITTING:
+            scorer = None
+        if self.training_pairs:
+            if scorer is None:
+                return
+            self._score_labelled(trainer, scorer)
         self.report = self.pairs.collect()
+        if self.under_z and scorer is not None and self.report.mixtures:
+            self.report = replace(
+                self.report, scores={**self.report.scores, **self._scores_under_z(stage, trainer, scorer)}
+            )
+        if self.report.annotators and not self.report.has_majority:
+            rank_zero_info(f"adaptation, {stage}: {NO_MAJORITY}")
         metrics = dict(self.report.metrics)
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
         by_annotator = self.pairs.column == "annotator"
@@ -59,3 +105,37 @@ class AnnotatorAdaptation(CollectPairs):
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
         if metrics and trainer.is_global_zero and not trainer.sanity_checking:
             write_adaptation(folder, self.report, self.pairs)
+
+    def _score_labelled(self, trainer: Trainer, module: PreferenceModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
+        fitted = isinstance(data, PreferenceDataModule) and "train" in data.pairs
+        labelled = self._choose_labelled(data) if fitted else []
+        if len(labelled) < trainer.world_size:
+            raise ConfigError(
+                f"AnnotatorAdaptation.training_pairs: found {self.training_pairs} in a run without labelled training "
+                f"pairs (column {self.pairs.column}), expected a fit in the same process on pairs with this label, as "
+                "ablate runs it. Set 0, or use `lpc-lightning adapt --labelled_split train`."
+            )
+        score_batches(trainer, module, data.training_sample(labelled), self.pairs.labelled)
+
+    def _choose_labelled(self, data: PreferenceDataModule) -> list[int]:
+        """Choose the labelled pairs of each annotator, the same in all runs that read the same pairs."""
+        pairs = data.training_pairs
+        members: dict[str, dict[str, int]] = {}  # by id, because a mixture may repeat pairs
+        for index in sorted(data.reads("train")):
+            pair = pairs[index]
+            if name := str(getattr(pair, self.pairs.column)):
+                members.setdefault(name, {}).setdefault(pair.id, index)
+        chosen: list[int] = []
+        for own in members.values():
+            order = sorted(own, key=lambda pair_id: derive("labelled", self.pairs.seed, pair_id))
+            chosen += [own[pair_id] for pair_id in order[: self.training_pairs]]
+        return chosen
+
+    def _scores_under_z(self, stage: str, trainer: Trainer, module: PreferenceModule) -> dict[str, dict[int, Score]]:
+        policy = PolicyUnderMixtures(self.report.mixtures, self.pairs.column).to(module.device)
+        in_test = stage == "test"
+        loader: Any = trainer.test_dataloaders if in_test else trainer.val_dataloaders
+        (batches,) = trainer.num_test_batches if in_test else trainer.num_val_batches
+        score_batches(trainer, module, islice(loader, int(batches)), policy)
+        return policy.scores()

@@ -215,7 +215,7 @@ def draw(seed: int, example: PreferenceExample) -> float:
 
     Ids need not be unique, so that the texts are used, too.
     """
-    prompt = [[turn["role"], turn["content"]] for turn in example.prompt]
+    prompt = [[turn["role"], turn["content"]] for turn in example.question or example.prompt]
     text = json.dumps([seed, example.id, prompt, example.chosen, example.rejected])
     digest = hashlib.sha256(text.encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

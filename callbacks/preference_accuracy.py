@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, AccuracyReport, Group
-from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round
+from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round, score_batches
 from lpc_lightning.seeding import derive, run_seed
 
 TRAINING_METRICS = ("wrong_label_auroc/", "gold_accuracy/")
@@ -79,7 +79,5 @@ class PreferenceAccuracy(CollectPairs):
 
     def _score_training(self, trainer: Trainer, module: PreferenceModule, data: PreferenceDataModule) -> AccuracyReport:
         modes = AccuracyModes((), 0).to(module.device)
-        for number, batch in enumerate(data.training_sample(self._sample)):
-            with trainer.precision_plugin.forward_context():
-                modes.update(module.scoring_step(batch.to(module.device), number), batch, module.latent)
+        score_batches(trainer, module, data.training_sample(self._sample), modes)
         return modes.collect()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
@@ -15,8 +15,9 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
     """Call a function with settings from the command line.
 
     Every parameter is an option, `--batch_size` or `--batch-size`. A list takes several values, set apart by spaces or
-    commas; a list without a default is no option but what stands first, set apart by spaces (a path may have commas).
-    A switch (bool) may stand alone, which is `true`.
+    commas. A list without a default is no option: its values stand before, between or behind the options, set apart by
+    spaces (a path may have commas). Behind an option that is a list, they would count as its values. A switch (bool)
+    may stand alone, which is `true`.
 
     Args:
         function: With type hints, and the meaning of each parameter in a Google-style docstring.
@@ -41,7 +42,10 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
             parser.add_argument(f"--{each}", default=default, **several)
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=set(lists))
     switches = {each for each, hint in hints.items() if hint is bool}
-    parsed = parser.parse_args(list(_spelled_out(arguments, set(lists), switches)))
+    options = {
+        each for each in lists if inspect.signature(function).parameters[each].default is not inspect.Parameter.empty
+    }
+    parsed = parser.parse_args(_spelled_out(arguments, options, switches))
     settings = parser.instantiate(parsed).as_dict()  # a parameter may be a data class, whose fields are settings
     del settings["config"]
     return function(**settings)
@@ -53,17 +57,31 @@ def _entry(hint: Any) -> Any:
     return next((get_args(option)[0] for option in options if get_origin(option) is list), None)
 
 
-def _spelled_out(arguments: list[str], lists: set[str], switches: set[str]) -> Iterator[str]:
-    """Yield the arguments in the parser's form: underscores in names, lists in pieces, and a value for every switch."""
-    option = ""
+def _spelled_out(arguments: list[str], lists: set[str], switches: set[str]) -> list[str]:
+    """Return the arguments in the parser's form.
+
+    Names have underscores, lists are in pieces, every switch has a value, and values without an option are together:
+    the parser takes them from one place only. They stand behind the last file of settings, which they override.
+    """
+    values: list[str] = []
+    options: list[str] = []
+    end_of_files = 0
+    option, open_values = "", 0.0  # the values that the last option still takes
     for place, argument in enumerate(arguments):
         if not argument.startswith("--"):
-            yield from argument.split(",") if option in lists else [argument]
+            taken = options if open_values > 0 else values
+            taken += argument.split(",") if open_values > 0 and option in lists else [argument]
+            open_values -= 1
+            end_of_files = len(options) if option == "config" else end_of_files
             continue
         option, equals, value = argument.removeprefix("--").partition("=")
         option = option.replace("-", "_")
-        yield f"--{option}" if option in lists else f"--{option}{equals}{value}"
+        options.append(f"--{option}" if option in lists else f"--{option}{equals}{value}")
         if option in lists and equals:
-            yield from value.split(",")
+            options += value.split(",")
+        open_values = float("inf") if option in lists else float(not equals)
         if option in switches and not equals and arguments[place + 1 : place + 2] not in (["true"], ["false"]):
-            yield "true"
+            options.append("true")
+            open_values = 0
+        end_of_files = len(options) if option == "config" else end_of_files
+    return [*options[:end_of_files], *values, *options[end_of_files:]]

@@ -49,6 +49,9 @@ class PreferenceExample:
     margin: float | None = None
     """Margin that the loss asks for, in units of the reward (see `losses`). None: 0. It belongs to the label: with the
     opposite label, the loss asks the same margin of the other answer."""
+    question: tuple[Message, ...] = ()
+    """The prompt without the name that was written into it (see `Columns.named_in_prompt`). Empty: it has no such name,
+    and the question is the prompt."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the row, unchanged."""
 
@@ -89,6 +92,9 @@ class TokenizedPair:
     flipped: bool = False
     weight: float | None = None
     margin: float | None = None
+    question: str = ""
+    """`prompt_hash` of the question's tokens, if a name was written into the prompt. Empty: the question is the
+    prompt."""
     index: int = 0
     """Position of the pair among all examples of the source, from 0. Dropped examples are counted too."""
     reference_logps: tuple[float, float] | None = None
@@ -96,8 +102,8 @@ class TokenizedPair:
 
     @property
     def prompt(self) -> str:
-        """A hash of the prompt's tokens, the same for all pairs of one prompt."""
-        return prompt_hash(array("q", self.prompt_ids).tobytes())
+        """A hash of the prompt's tokens, the same for all pairs of one prompt, whatever name was written into it."""
+        return self.question or prompt_hash(array("q", self.prompt_ids).tobytes())
 
     def swapped(self) -> TokenizedPair:
         """Return the same pair with the opposite label. Tokens and reference log-probabilities are swapped too.

@@ -308,7 +308,17 @@ def test_ablation_tunes_every_arm_alike(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["annotators_smollm2", "demo", "g_schedule_tiny", "gumbel_remedies", "hidden_tiny", "noise", "noise_marked_tiny"],
+    [
+        "annotators_smollm2",
+        "demo",
+        "flips_smollm2",
+        "g_schedule_tiny",
+        "gumbel_remedies",
+        "hidden_tiny",
+        "noise",
+        "noise_marked_tiny",
+        "people_smollm2",
+    ],
 )
 def test_ablation_first_cell_takes_two_steps(name: str, swap: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids with every base experiment, every file of callbacks, and with batches of annotators."""

@@ -76,10 +76,18 @@ def test_settings_are_spelled_in_many_ways(arguments: str, settings: dict[str, A
     [
         ("runs/a-b/x,y.ckpt second-one --again", ["runs/a-b/x,y.ckpt", "second-one"]),
         ("--again runs/a-b/x,y.ckpt", ["runs/a-b/x,y.ckpt"]),
+        ("--again a b", ["a", "b"]),
+        ("a --again true b", ["a", "b"]),
+        ("a --again=true b,c d", ["a", "b,c", "d"]),
     ],
 )
 def test_what_stands_by_itself_stays_as_it_is(arguments: str, models: list[str]) -> None:
     assert ask(*arguments.split()) == {"models": models, "again": True}
+
+
+@pytest.mark.parametrize("arguments", ["a --batch-size 2 b=1 --codes 1 2", "a --codes=1,2 --batch-size=2 b=1"])
+def test_values_stand_between_options(arguments: str) -> None:
+    assert ask(*arguments.split()) == {"models": ["a", "b=1"], "batch_size": 2, "codes": [1, 2]}
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def ablate(
     weights: Weights = "last",
     retry_failed: bool = False,
     keep_stale: bool = False,
+    remove_checkpoints: bool = False,
     launcher: Literal["local", "ray"] = "local",
     cpus: float = 1.0,
     gpus: float = 0.0,
@@ -82,6 +83,8 @@ def ablate(
         weights: Weights to validate and test: those of the `last` step, or those of the `best` checkpoint.
         retry_failed: Run failed cells again.
         keep_stale: Skip finished cells even if their settings, files or code have changed.
+        remove_checkpoints: Remove the checkpoints of each cell when it has finished. With the state of the optimizer,
+            two checkpoints of a policy of 135M parameters take 3 GB. Interrupted and failed cells keep theirs.
         launcher: `local`: processes on this machine; `ray`: tasks on an existing Ray cluster (pip install ray).
         cpus: Number of CPUs per cell, with Ray.
         gpus: Number of GPUs per cell, with Ray. Cells share a GPU if it is below 1.
@@ -108,6 +111,7 @@ def ablate(
     if print_array:
         to_run = stages.to_run(cells if cell is None else [cells[cell]])
         command = ["lpc-lightning", "ablate", *grid, f"--output={folder}", f"--weights={weights}"]
+        command += ["--remove_checkpoints"] if remove_checkpoints else []
         print(array_script(changed_grid.name, command, [planned.number for planned in to_run]), end="")
         return True
     write_overview(folder, changed_grid, shlex.join(["lpc-lightning", "ablate", *grid]))
@@ -116,7 +120,15 @@ def ablate(
 
     def run(to_run: Sequence[PlannedCell], skipped: int) -> None:
         jobs = [
-            Job(planned.folder.path, planned.new_record, weights, threads or default_threads, directory, environment)
+            Job(
+                planned.folder.path,
+                planned.new_record,
+                weights,
+                threads or default_threads,
+                directory,
+                environment,
+                remove_checkpoints,
+            )
             for planned in to_run
         ]
         job_count = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"

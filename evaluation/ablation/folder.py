@@ -128,6 +128,10 @@ class CellFolder:
         checkpoints = [path for path in (self.run / "checkpoints").glob("*.ckpt") if path.stem in ("last", "stopped")]
         return max(checkpoints, key=lambda path: path.stat().st_mtime_ns, default=None)
 
+    def remove_checkpoints(self) -> None:
+        """Remove all checkpoints of the run."""
+        shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
+
     def prepare_fit(self, checkpoint: Path | None) -> None:
         """Prepare the run's folder for another fit. Without a checkpoint, the files of earlier fits are removed."""
         if checkpoint is None:

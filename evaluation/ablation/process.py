@@ -37,6 +37,8 @@ class Job:
     """Working directory, for relative paths in the arguments."""
     environment: Mapping[str, str] | None = None
     """Environment variables. None: those of the server."""
+    remove_checkpoints: bool = False
+    """True: the checkpoints are removed when the cell has finished."""
 
 
 class CellProcess:

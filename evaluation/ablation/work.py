@@ -76,6 +76,8 @@ def _attempt(job: Job) -> None:
         record = replace(record, status="finished")
     seconds, peak = record.seconds + time.monotonic() - start, max(record.peak_bytes, _peak_bytes())
     folder.write(replace(record, error=error, seconds=seconds, peak_bytes=peak))
+    if job.remove_checkpoints and folder.is_finished:
+        folder.remove_checkpoints()
 
 
 def log_fault(fault: BaseException, folder: CellFolder) -> str:

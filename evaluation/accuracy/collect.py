@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import PreferenceBatch
@@ -77,6 +78,15 @@ class CollectPairs(CollectValidation):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Call `finish`."""
         self.finish("test", trainer, pl_module)
+
+
+def score_batches(
+    trainer: Trainer, module: PreferenceModule, batches: Iterable[PreferenceBatch], collector: Collector
+) -> None:
+    """Score batches within a run, and add them to a collector. For callbacks that score other pairs."""
+    for number, batch in enumerate(batches):
+        with trainer.precision_plugin.forward_context():
+            collector.update(module.scoring_step(batch.to(module.device), number), batch, module.latent)
 
 
 def log_round(pl_module: LightningModule, stage: str, values: Mapping[str, float]) -> None:

@@ -10,14 +10,16 @@ from typing import Literal
 
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.columns import Columns
+from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, write_adaptation
-from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
+from lpc_lightning.evaluation.adaptation.inference import OWN_MAJORITY
+from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, OTHERS_MAJORITY, AdaptationPairs, AdaptationReport
 from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, score_estimate, score_line, to_shots
-from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
+from lpc_lightning.evaluation.adaptation.policy import UNDER_Z, PolicyUnderMixtures
 from lpc_lightning.evaluation.adaptation.scores import SHOTS, Score
 from lpc_lightning.evaluation.comparison.command import name_models
 from lpc_lightning.evaluation.figures import Plot, write_plots
@@ -26,13 +28,18 @@ from lpc_lightning.evaluation.tables import score
 from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
-from lpc_lightning.latent import DiscreteSpace
+from lpc_lightning.latent import DiscreteSpace, GaussianSpace
 from lpc_lightning.markdown import markdown_table
 from lpc_lightning.output_paths import check_folder, claim_output_folder
 
-UNDER_Z = "exact_z"
-"""Scores under z = sum_k w_k e_k, with the weights of `exact`."""
-ROW_NAMES = {UNDER_Z: "exact, under z", "prior": "prior, any annotator", "no_latent": "no latent (z = 0)"}
+ROW_NAMES = {
+    f"exact{UNDER_Z}": "exact, under z",
+    f"amortised{UNDER_Z}": "amortised, under z",
+    OWN_MAJORITY: "own majority label",
+    "prior": "prior, any annotator",
+    "no_latent": "no latent (z = 0)",
+    OTHERS_MAJORITY: "others' majority label",
+}
 TABLE = "adaptation.md"
 
 
@@ -48,6 +55,7 @@ def adapt(
     output: str = "adaptation",
     names: list[str] | None = None,
     split: str | None = None,
+    labelled_split: str | None = None,
     shots: list[int] | None = None,
     rounds: int = 20,
     under_z: bool = True,
@@ -67,8 +75,12 @@ def adapt(
     a second inference averages it over the labelled pairs (`amortised`). Without labelled pairs, the weights are the
     prior. A pair is correct if the weighted predictions of the codes favour its label over the opposite one. For DPO:
     if the probability of the label is above 1/2. `exact, under z` scores the policy under the mixture z of the codes
-    instead, which `generate` uses. A policy without codes, such as plain DPO, has nothing to adapt and is shown as a
-    level.
+    instead, which `generate` uses. It is the only adaptation of a Gaussian latent, whose weights are the mean of the
+    posterior's means over the labelled pairs, as in VPL. A policy without codes, such as plain DPO, has nothing to
+    adapt and is shown as a level.
+
+    If all pairs have the same two answers, such as "I agree." and "I disagree.", two baselines use labels alone: the
+    majority of the annotator's labelled pairs, and the majority of other annotators' labels of the same prompt.
 
     OUTPUT contains adaptation.md and the plot as .svg and .png. For each model it contains MODEL/adaptation.json, with
     standard errors over prompts, and MODEL/code_weights.json, with the weights of each annotator from all pairs. To
@@ -81,10 +93,13 @@ def adapt(
         output: Folder for the results.
         names: Names of the models in tables and folders, one for each model. null: made from the paths.
         split: Use the rows with this value in the column `split`. null: `test` if the file has this column, else all.
+        labelled_split: Take the labelled pairs from the rows with this value in the column `split`, such as `train`.
+            All pairs of an annotator are then predicted from the same ones. null: the labelled pairs are other pairs of
+            `split`.
         shots: Numbers of labelled pairs. null: 0, 1, 2, 4, 8 and 16.
         rounds: Number of random choices of the labelled pairs, which are averaged.
         under_z: Also score the policy under z = sum_k w_k e_k, in the first round. This takes a second pass over the
-            pairs.
+            pairs. Needed for a Gaussian latent.
         columns: Names of the columns, and how their cells are read, as `data.columns` of a fit. null: the defaults.
         bad_rows: Treatment of pairs that cannot be used. `error`: stop and list them. `skip`: leave them out and count
             them.
@@ -105,37 +120,49 @@ def adapt(
     collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
     with claim_output_folder(Path(output), "output"):
         reports: dict[str, AdaptationReport] = {}
-        for name, path in named:
+
+        def open_pairs(rows: str | None, template: TemplateSettings) -> PairsFile:
             pairs = PairsFile(
                 preferences,
-                split=split,
+                split=rows,
                 limit=limit,
                 columns=columns,
                 bad_rows=bad_rows,
                 batch_size=batch_size,
                 max_length=max_length,
             )
+            pairs.template_settings = template
+            return pairs
+
+        for name, path in named:
             checkpoint = read_checkpoint(Path(path), weights=False)
-            pairs.template_settings = trained_template(checkpoint_origin(checkpoint, Path(path)))
+            template = trained_template(checkpoint_origin(checkpoint, Path(path)))
+            pairs = open_pairs(split, template)
             module = open_module(path, device, trust_remote_code)
-            if len(named) == 1 and not isinstance(module.latent, DiscreteSpace):
+            if len(named) == 1 and not isinstance(module.latent, DiscreteSpace | GaussianSpace):
                 raise ConfigError(
                     f"models: found no codes in {path}, so that nothing can be inferred from labelled pairs; expected "
                     "a checkpoint of a latent with codes, such as MarginalSpace."
                 )
-            rows = evaluate_pairs(module, pairs, collector, precision=precision)
+            if labelled_split is not None:
+                rows = evaluate_pairs(
+                    module, open_pairs(labelled_split, template), collector.labelled, precision=precision
+                )
+                print(f"{name}, labelled pairs: {rows}")
+            # The run empties the collector of the evaluated pairs alone.
+            rows = evaluate_pairs(module, pairs, collector.evaluated, precision=precision)
             print(f"{name}: {rows}")
             report = collector.collect()
             _check_annotators(report, collector, preferences)
-            if report.weights and under_z:
+            if report.mixtures and under_z:
                 policy = PolicyUnderMixtures(report.mixtures, annotator_column)
                 evaluate_pairs(module, pairs, policy, precision=precision)
-                report = replace(report, scores={**report.scores, UNDER_Z: policy.scores()})
+                report = replace(report, scores={**report.scores, **policy.scores()})
             write_adaptation(Path(output) / name, report, collector)
             reports[name] = report
             del module
             gc.collect()  # the module contains reference cycles, which only the collector frees
-        if not any(report.weights for report in reports.values()):
+        if not any(report.mixtures for report in reports.values()):
             raise ConfigError(
                 f"models: found no codes in any of {', '.join(models)}; expected at least one checkpoint of a latent "
                 "with codes, such as MarginalSpace."
@@ -150,10 +177,13 @@ def _check_annotators(report: AdaptationReport, pairs: AdaptationPairs, preferen
             "of each pair. Choose another column: annotator, factor or source."
         )
     most = max(report.annotators.values())
-    if most <= min(pairs.shots):
+    if len(report.too_few(min(pairs.shots))) == len(report.annotators):
         raise DataError(
             f"shots: found {min(pairs.shots)} as the smallest number, but no {pairs.column} in {preferences} has more "
             f"than {most} pairs; expected at least one further pair to predict. Use fewer shots or more pairs."
+            if report.labelled is None
+            else f"shots: found {min(pairs.shots)} as the smallest number, but no {pairs.column} has as many labelled "
+            f"pairs in {preferences}, expected at least as many. Use fewer shots or another labelled_split."
         )
 
 
@@ -182,18 +212,20 @@ def table(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> str:
 
 
 def left_out(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> list[str]:
-    """Return a sentence for each number of shots at which annotators have too few pairs.
+    """Return a sentence for each number of shots at which annotators have too few pairs, and one on missing baselines.
 
     Models with the same counts share a sentence.
     """
     models: dict[str, list[str]] = {}
     for name, report in reports.items():
         for n in sorted(set(shots)):
-            too_few = [count for count in report.annotators.values() if count <= n]
-            if too_few:
+            if too_few := report.too_few(n):
                 total = sum(report.annotators.values())
-                reason = f"annotators left out for having {n} or fewer: {len(too_few)}."
+                limit = f"{n} or fewer" if report.labelled is None else f"fewer than {n} labelled pairs"
+                reason = f"annotators left out for having {limit}: {len(too_few)}."
                 models.setdefault(f"given {n}: {total - sum(too_few)} of {total} pairs, {reason}", []).append(name)
+        if not report.has_majority:
+            models.setdefault(NO_MAJORITY, []).append(name)
     return [f"{', '.join(names)}, {sentence}" for sentence, names in models.items()]
 
 
@@ -205,22 +237,24 @@ def panels(reports: Mapping[str, AdaptationReport]) -> dict[str, list[Line]]:
     """
     if len(reports) == 1:
         (report,) = reports.values()
-        curves = [score_line(ROW_NAMES.get(name, name), scores) for name, scores in report.scores.items()]
+        curves = [score_line(ROW_NAMES.get(name, name), scores) for name, scores in _curves(report).items()]
         return {"": [*curves, _level(ROW_NAMES["no_latent"], report.baselines["no_latent"])]}
     inferences = dict.fromkeys(name for report in reports.values() for name in _curves(report))
     return {
         ROW_NAMES.get(inference, inference): [
-            score_line(name, report.scores[inference]) if report.weights else _level(name, report.baselines["prior"])
+            score_line(name, _curves(report)[inference]) if report.mixtures else _level(name, report.baselines["prior"])
             for name, report in reports.items()
-            if not report.weights or inference in report.scores
+            if not report.mixtures or inference in _curves(report)
         ]
         for inference in inferences
     }
 
 
 def _curves(report: AdaptationReport) -> Mapping[str, Mapping[int, Score]]:
-    """Return the scores by inference, or none for a policy without codes, which is shown as a level."""
-    return report.scores if report.weights else {}
+    """Return the scores by inference, or none for a policy that cannot adapt, which is shown as a level."""
+    if not report.mixtures:
+        return {}
+    return {name: scores for name, scores in report.scores.items() if name != "exact" or report.weights}
 
 
 def _level(label: str, score: Score) -> Line:

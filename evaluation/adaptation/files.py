@@ -26,6 +26,7 @@ def write_adaptation(folder: Path, report: AdaptationReport, pairs: AdaptationPa
         "rounds": pairs.rounds,
         "seed": pairs.seed,
         "annotators": report.annotators,
+        "labelled": report.labelled,
         "baselines": {name: asdict(score) for name, score in report.baselines.items()},
         "scores": {
             inference: {str(n): asdict(score) for n, score in by_n.items()} for inference, by_n in report.scores.items()

@@ -1,6 +1,6 @@
 """Infer weights over the codes from n labelled pairs of an annotator, and predict the annotator's other labels.
 
-All computations use tables of pairs by codes. Notation: p is the prior. l_k is a pair's loss under code k, and l'_k is
+Computations use tables of pairs by codes. Notation: p is the prior. l_k is a pair's loss under code k, and l'_k is
 the loss of the same pair with the label swapped. S is the set of n labelled pairs.
 
 - `exact`: p(k given x, S) is proportional to p_k(x) times the likelihood, the product over S of exp(-l_k).
@@ -10,12 +10,19 @@ the loss of the same pair with the label swapped. S is the set of n labelled pai
 For DPO, exp(-l_k) is the probability of the label under code k. Then `exact` is Bayes' rule, and the prediction is the
 log-odds of the label. This is the mixture of the predictions under each code. It differs from the prediction under the
 mixture z = sum_k w_k e_k, which needs another forward pass: see `PolicyUnderMixtures`.
+
+A Gaussian latent has no distribution over codes, and no prediction without that pass. Its weights c (`amortised`) are
+the mean over S of the posterior's means, as in VPL (arXiv 2408.10075). If S is empty, they are the prior's mean.
+
+`own_majority` uses labels alone, for pairs that all have the same two answers: the answer that was chosen more often in
+S. A tie is half right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +43,17 @@ class CodeTables:
     """(n, K) l_k of the pair with the label swapped."""
     log_posterior: Table | None = None
     """(n, K) log q_k of the learned posterior. None: no posterior is learned."""
+    prior_means: Table | None = None
+    """(n, K) mean of a Gaussian prior. None: the latent is not Gaussian."""
+    posterior_means: Table | None = None
+    """(n, K) mean of a Gaussian posterior."""
+    signs: Table | None = None
+    """(n, 1) which of two answers was chosen, 1 or -1. None: the pairs do not all have the same two answers."""
 
     def take(self, rows: NDArray[np.int64]) -> CodeTables:
         """Select pairs by an index array of any shape (...). The result has tables (..., K)."""
-        posterior = None if self.log_posterior is None else self.log_posterior[rows]
-        return CodeTables(self.log_prior[rows], self.losses[rows], self.swapped[rows], posterior)
+        given = {each.name: table for each in fields(self) if (table := getattr(self, each.name)) is not None}
+        return CodeTables(**{name: table[rows] for name, table in given.items()})
 
 
 def single_code(margins: Table) -> CodeTables:
@@ -53,33 +66,89 @@ def single_code(margins: Table) -> CodeTables:
     return CodeTables(zeros, zeros, margins[:, None])
 
 
+def margins(log_weights: Table, tables: CodeTables) -> Table:
+    """Compute (...) log sum_k w_k exp(-l_k) - log sum_k w_k exp(-l'_k).
+
+    Args:
+        log_weights: (..., K) log weights, up to a constant of each row.
+        tables: Tables (..., K) of the same pairs.
+    """
+    labelled, swapped = (logsumexp(log_weights - losses, axis=-1) for losses in (tables.losses, tables.swapped))
+    difference: Table = labelled - swapped
+    return difference
+
+
+def softmax_weights(log_weights: Table, n: int) -> Table:
+    """Normalise log weights over the codes."""
+    weights: Table = np.exp(log_softmax(log_weights, axis=-1))
+    return weights
+
+
 @dataclass(frozen=True)
 class Inference:
-    """A rule that turns labelled pairs into weights over the codes."""
+    """A rule that turns labelled pairs into weights over the codes, and predicts labels from the weights."""
 
     contributions: Callable[[CodeTables], Table | None]
     """Returns (n, K) the contribution of each labelled pair, in logs. None: the latent space has no such quantity."""
     combine: np.ufunc
     """Combines the contributions of several pairs."""
     log_weights: Callable[[Table, Table], Table]
-    """Takes (m, K) the log prior of the new pairs and (m, K) the combined contributions. Returns (m, K) log weights up
-    to a constant of each row."""
+    """Takes (m, K) the prior of the new pairs and (m, K) the combined contributions. Returns (m, K) log weights up to a
+    constant of each row."""
+    prior: Callable[[CodeTables], Any] = lambda tables: tables.log_prior
+    """Returns (n, K) the weights without labelled pairs."""
+    margins: Callable[[Table, CodeTables], Table] | None = margins
+    """Takes (..., K) weights and the tables of the same pairs. Returns (...) margins of the predictions. None: only the
+    policy under the mixture can predict."""
+    mixture: Callable[[Table, int], Table] | None = softmax_weights
+    """Takes (..., K) weights and the number of labelled pairs. Returns (..., K) weights w of z = sum_k w_k e_k. None:
+    the rule does not use the policy."""
 
 
 INFERENCES: Mapping[str, Inference] = {
     "exact": Inference(lambda tables: -tables.losses, np.add, lambda prior, likelihood: prior + likelihood),
     "amortised": Inference(lambda tables: tables.log_posterior, np.logaddexp, lambda prior, mean: mean),
 }
+"""Rules for a distribution over codes."""
+GAUSSIAN: Mapping[str, Inference] = {
+    "amortised": Inference(
+        lambda tables: tables.posterior_means,
+        np.add,
+        lambda prior, total: total,
+        prior=lambda tables: tables.prior_means,
+        margins=None,
+        mixture=lambda total, n: total / max(n, 1),
+    )
+}
+"""Rules for a Gaussian latent."""
+OWN_MAJORITY = "own_majority"
+LABELS: Mapping[str, Inference] = {
+    OWN_MAJORITY: Inference(
+        lambda tables: tables.signs,
+        np.add,
+        lambda prior, total: total,
+        prior=lambda tables: None if tables.signs is None else np.zeros_like(tables.signs),
+        margins=lambda total, tables: (total * np.asarray(tables.signs)).sum(-1),
+        mixture=None,
+    )
+}
+"""Rules that use labels alone."""
+
+
+def inferences_of(tables: CodeTables) -> dict[str, Inference]:
+    """Return the rules whose quantities the tables have, by name."""
+    rules = {**INFERENCES, **(GAUSSIAN if tables.posterior_means is not None else {}), **LABELS}
+    return {name: rule for name, rule in rules.items() if rule.contributions(tables) is not None}
 
 
 def log_weights_by_shots(
-    inference: Inference, log_prior: Table, contributions: Table, shots: Sequence[int]
+    inference: Inference, prior: Table, contributions: Table, shots: Sequence[int]
 ) -> Iterator[tuple[int, Table]]:
     """Infer log weights for each pair of a circular order from the n pairs that follow it.
 
     Args:
         inference: The rule.
-        log_prior: (..., m, K) log prior of the pairs, in circular order.
+        prior: (..., m, K) `inference.prior` of the pairs, in circular order.
         contributions: (..., m, K) `inference.contributions` of the same pairs.
         shots: Values of n, in rising order and below m.
 
@@ -93,19 +162,49 @@ def log_weights_by_shots(
             used += 1
             following = np.roll(contributions, -used, axis=-2)
             combined = following if combined is None else inference.combine(combined, following)
-        yield n, log_prior if combined is None else inference.log_weights(log_prior, combined)
+        yield n, prior if combined is None else inference.log_weights(prior, combined)
 
 
-def margins(log_weights: Table, tables: CodeTables) -> Table:
-    """Compute (...) log sum_k w_k exp(-l_k) - log sum_k w_k exp(-l'_k).
+def log_weights_from_others(
+    inference: Inference, prior: Table, contributions: Table, shots: Sequence[int]
+) -> Iterator[tuple[int, Table]]:
+    """Infer log weights for all pairs from the first n of other pairs.
 
     Args:
-        log_weights: (..., K) log weights, up to a constant of each row.
-        tables: Tables (..., K) of the same pairs.
+        inference: The rule.
+        prior: (..., m, K) `inference.prior` of the pairs.
+        contributions: (..., s, K) `inference.contributions` of the other pairs, in order.
+        shots: Values of n, at most s.
+
+    Yields:
+        n and (..., m, K) log weights, up to a constant of each row.
     """
-    labelled, swapped = (logsumexp(log_weights - losses, axis=-1) for losses in (tables.losses, tables.swapped))
-    difference: Table = labelled - swapped
-    return difference
+    for n in shots:
+        if n == 0:
+            yield n, prior
+        else:
+            combined = inference.combine.reduce(contributions[..., :n, :], axis=-2)[..., None, :]
+            yield n, inference.log_weights(prior, np.broadcast_to(combined, prior.shape))
+
+
+def others_majority(signs: Table, prompts: Sequence[str], annotators: Sequence[str]) -> Table:
+    """Compute how far the other annotators of the same prompt agree with each label.
+
+    Args:
+        signs: (n, 1) which of two answers was chosen, 1 or -1.
+        prompts: (n,) the prompt of each pair.
+        annotators: (n,) the annotator of each pair.
+
+    Returns:
+        (n,) number of other annotators' labels that agree, minus those that do not.
+    """
+    chosen = signs[:, 0]
+    totals: dict[str | tuple[str, str], float] = {}
+    for prompt, annotator, sign in zip(prompts, annotators, chosen, strict=True):
+        for key in (prompt, (prompt, annotator)):
+            totals[key] = totals.get(key, 0.0) + sign
+    others = [totals[key] - totals[key, name] for key, name in zip(prompts, annotators, strict=True)]
+    return np.array(others) * chosen
 
 
 def correct(margins: Table) -> Table:

@@ -1,21 +1,23 @@
-"""Collect from evaluated batches what the adaptation to annotators needs of each pair."""
+"""Measure the adaptation to annotators from the tables of evaluated pairs."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
-from lpc_lightning.evaluation.accuracy.pair_table import PairTable, join_codes, pair_labels, split_codes
-from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights, correct, single_code
+from lpc_lightning.evaluation.adaptation.annotated_pairs import AnnotatedPairsTable, common_answers
+from lpc_lightning.evaluation.adaptation.inference import OWN_MAJORITY, Table, code_weights, correct, others_majority
+from lpc_lightning.evaluation.adaptation.policy import UNDER_Z
 from lpc_lightning.evaluation.adaptation.scores import (
     SHOTS,
+    LabelledPairs,
     PairKey,
     Score,
     adaptation_mixtures,
@@ -23,11 +25,14 @@ from lpc_lightning.evaluation.adaptation.scores import (
     check_shots,
     mean_score,
 )
-from lpc_lightning.latent import DiscreteSpace, LatentSpace
-from lpc_lightning.latent.estimators import PosteriorSpace
-from lpc_lightning.types import PairLosses, PreferenceBatch
+from lpc_lightning.latent import LatentSpace
+from lpc_lightning.types import PreferenceBatch
 
 BASELINES = ("prior", "no_latent")
+OTHERS_MAJORITY = "others_majority"
+ADAPTED = "adapted"
+"""Name of the headline, which policies of all kinds have."""
+NO_MAJORITY = "no majority labels: the pairs do not all have the same two answers."
 
 
 @dataclass(frozen=True)
@@ -41,23 +46,44 @@ class AdaptationReport:
     one with a single code: labelled pairs change nothing, and `exact` allows a comparison over the same pairs."""
     baselines: Mapping[str, Score] = field(default_factory=dict)
     """`prior`: the policy under its prior, the same for all annotators. `no_latent`: the policy at z = 0, only if it
-    has a latent."""
+    has a latent. `others_majority`: the label that most other annotators gave to the same prompt, only if all pairs
+    have the same two answers."""
     weights: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    """(K,) weights over the codes of each annotator, from all pairs of that annotator. Empty: no codes."""
-    mixtures: Mapping[int, Mapping[PairKey, NDArray[np.float64]]] = field(default_factory=dict)
-    """(K,) weights for each pair, by number of labelled pairs; see `adaptation_mixtures`."""
+    """(K,) weights over the codes of each annotator, from all labelled pairs of that annotator. Empty: no codes."""
+    mixtures: Mapping[str, Mapping[int, Mapping[PairKey, NDArray[np.float64]]]] = field(default_factory=dict)
+    """(K,) weights for each pair, by inference and number of labelled pairs; see `adaptation_mixtures`. Empty: the
+    policy cannot adapt."""
+    has_majority: bool = False
+    """True if all pairs have the same two answers."""
+    labelled: Mapping[str, int] | None = None
+    """Number of labelled pairs of each annotator. None: the other evaluated pairs are the labelled ones."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Accuracies as metrics: `adaptation/exact/8`, `adaptation/prior`, `adaptation/no_latent` and so on."""
+        """Accuracies as metrics: `adaptation/exact/8`, `adaptation/prior`, `adaptation/no_latent` and so on.
+
+        `adaptation/adapted/8` repeats `exact` of a policy with codes or without a latent, and `amortised_z` of a
+        Gaussian latent.
+        """
         metrics = {f"adaptation/{name}": score.accuracy for name, score in self.baselines.items()}
-        for inference, scores in self.scores.items():
+        headline = f"amortised{UNDER_Z}" if self.mixtures and not self.weights else "exact"
+        adapted = {ADAPTED: self.scores[headline]} if headline in self.scores else {}
+        for inference, scores in {**self.scores, **adapted}.items():
             metrics |= {f"adaptation/{inference}/{n}": score.accuracy for n, score in scores.items()}
         return metrics
 
+    def too_few(self, n: int) -> list[int]:
+        """Return the numbers of evaluated pairs of the annotators who have too few pairs for n labels."""
+        if self.labelled is None:
+            return [count for count in self.annotators.values() if count <= n]
+        return [count for name, count in self.annotators.items() if self.labelled.get(name, 0) < n]
+
 
 class AdaptationPairs(nn.Module):
-    """Collector of evaluated batches that measures the adaptation to annotators, over all devices."""
+    """Collector of evaluated batches that measures the adaptation to annotators, over all devices.
+
+    Add pairs to `labelled` to take the labels from other pairs than the evaluated ones.
+    """
 
     def __init__(
         self, column: Group = "annotator", shots: Sequence[int] = SHOTS, rounds: int = 20, seed: int = 0
@@ -76,76 +102,42 @@ class AdaptationPairs(nn.Module):
         super().__init__()
         check_shots(shots, rounds)
         self.column, self.shots, self.rounds, self.seed = column, tuple(shots), rounds, seed
-        self.table = PairTable()
+        self.evaluated, self.labelled = AnnotatedPairsTable(column), AnnotatedPairsTable(column)
 
     def update(self, evaluated: EvaluationOutput, batch: PreferenceBatch, space: LatentSpace | None) -> None:
-        """Add a batch.
-
-        Args:
-            evaluated: The result of `validation_step` or `test_step`.
-            batch: The same batch.
-            space: The module's latent space.
-        """
-        terms, states, score = evaluated["terms"], evaluated["states"], evaluated["score"]
-        # The columns must be the same in every batch and on every device, including a batch without labelled pairs.
-        numbers = {"prior": _margins(terms.pairs)}
-        if terms.z is not None:
-            numbers["no_latent"] = _margins(score.under(None)[0])
-        if isinstance(space, DiscreteSpace):
-            codes = space.codebook.weight
-            numbers |= split_codes("log_prior", space.log_prior(states.prompt))
-            numbers |= split_codes("losses", -score.under_codes(codes)[0].label_log_likelihood)
-            numbers |= split_codes("swapped", -score.swapped().under_codes(codes)[0].label_log_likelihood)
-        if isinstance(space, PosteriorSpace):
-            numbers |= split_codes("log_posterior", space.log_posterior(states, score))
-        self.table.update(numbers, pair_labels(batch))
+        """Add a batch of evaluated pairs (see `AnnotatedPairsTable.update`)."""
+        self.evaluated.update(evaluated, batch, space)
 
     def reset(self) -> None:
         """Remove all pairs."""
-        self.table.reset()
+        self.evaluated.reset()
+        self.labelled.reset()
 
     def collect(self) -> AdaptationReport:
         """Compute the report over all pairs since the last call, on all devices, and remove the pairs."""
-        numbers, rows = self.table.read()
-        # Sorted by id, so that sums round equally for any batches and devices.
-        order = sorted(
-            (index for index, row in enumerate(rows) if row[self.column]), key=lambda index: str(rows[index]["id"])
-        )
-        self.reset()
-        if not order:
+        pairs, others = self.evaluated.collect(), self.labelled.collect()
+        if not pairs.ids:
             return AdaptationReport()
-        columns = {name: values.numpy()[order] for name, values in numbers.items()}
-        ids = [str(rows[index]["id"]) for index in order]
-        annotators = [str(rows[index][self.column]) for index in order]
-        prompts = [str(rows[index]["prompt"]) for index in order]
-        tables = _tables(columns)
-        report = AdaptationReport(
-            annotators=dict(sorted(Counter(annotators).items())),
-            scores=adaptation_scores(
-                tables or single_code(columns["prior"]), ids, annotators, self.shots, self.rounds, self.seed, prompts
-            ),
-            baselines={
-                name: mean_score(correct(columns[name]), np.array(annotators), np.array(prompts))
-                for name in BASELINES
-                if name in columns
-            },
+        answers = common_answers(pairs, others)
+        tables = pairs.tables(answers)
+        labelled = LabelledPairs(others.tables(answers), others.ids, others.annotators) if others.ids else None
+        given, givers = (tables, pairs.annotators) if labelled is None else (labelled.tables, labelled.annotators)
+        scores = adaptation_scores(
+            tables, pairs.ids, pairs.annotators, self.shots, self.rounds, self.seed, pairs.prompts, labelled
         )
-        if tables is None:
-            return report
-        return replace(
-            report,
-            weights=code_weights(tables, annotators),
-            mixtures=adaptation_mixtures(tables, ids, annotators, self.shots, self.seed),
+        mixtures = adaptation_mixtures(tables, pairs.ids, pairs.annotators, self.shots, self.seed, labelled)
+        annotators, prompts = np.array(pairs.annotators), np.array(pairs.prompts)
+        right: dict[str, Table] = {name: correct(pairs.columns[name]) for name in BASELINES if name in pairs.columns}
+        if tables.signs is not None:
+            right[OTHERS_MAJORITY] = correct(others_majority(tables.signs, pairs.prompts, pairs.annotators))
+        return AdaptationReport(
+            annotators=dict(sorted(Counter(pairs.annotators).items())),
+            labelled=None if labelled is None else dict(sorted(Counter(givers).items())),
+            scores=scores,
+            baselines={name: mean_score(values, annotators, prompts) for name, values in right.items()},
+            weights=code_weights(given, givers) if pairs.has_codes else {},
+            mixtures=mixtures
+            if pairs.has_codes
+            else {name: each for name, each in mixtures.items() if name != "exact"},
+            has_majority=OWN_MAJORITY in scores,
         )
-
-
-def _margins(pairs: PairLosses) -> Tensor:
-    return pairs.chosen_rewards - pairs.rejected_rewards
-
-
-def _tables(columns: Mapping[str, NDArray[np.float64]]) -> CodeTables | None:
-    if "log_prior/0" not in columns:
-        return None
-    posterior = join_codes(columns, "log_posterior") if "log_posterior/0" in columns else None
-    prior, losses, swapped = (join_codes(columns, name) for name in ("log_prior", "losses", "swapped"))
-    return CodeTables(prior, losses, swapped, posterior)

@@ -6,66 +6,75 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
-from lpc_lightning.evaluation.accuracy.pair_table import pair_labels
+from lpc_lightning.evaluation.accuracy.pair_table import PairTable, pair_labels
 from lpc_lightning.evaluation.adaptation.inference import Table, correct
 from lpc_lightning.evaluation.adaptation.scores import PairKey, Score, mean_score
-from lpc_lightning.latent import DiscreteSpace, LatentSpace
+from lpc_lightning.latent import DiscreteSpace, GaussianSpace, LatentSpace
 from lpc_lightning.types import PreferenceBatch
 
+UNDER_Z = "_z"
+"""Suffix of the scores of an inference whose weights give a z, such as `exact_z`."""
 
-class PolicyUnderMixtures:
-    """Collector of evaluated batches that scores every pair under its own inferred mixture of codes.
 
-    `generate --code-weights` uses such a z. The cost is one pass through the LM head for each number of shots.
+class PolicyUnderMixtures(nn.Module):
+    """Collector of evaluated batches that scores every pair under its own inferred mixture of codes, over all devices.
+
+    `generate --code-weights` uses such a z. The cost is one pass through the LM head for each inference and number of
+    shots.
     """
 
-    def __init__(self, mixtures: Mapping[int, Mapping[PairKey, Table]], column: Group) -> None:
+    def __init__(self, mixtures: Mapping[str, Mapping[int, Mapping[PairKey, Table]]], column: Group) -> None:
         """Start without pairs.
 
         Args:
-            mixtures: (K,) weights for each pair, by number of labelled pairs; see `adaptation_mixtures`.
+            mixtures: (K,) weights for each pair, by inference and number of labelled pairs; see `adaptation_mixtures`.
             column: Label that identifies a pair's annotator.
         """
-        self.mixtures, self.column = mixtures, column
-        self.reset()
+        super().__init__()
+        self.mixtures, self.column, self.table = mixtures, column, PairTable()
 
     def reset(self) -> None:
         """Remove all pairs."""
-        self._correct: dict[int, list[float]] = {n: [] for n in self.mixtures}
-        self._annotators: dict[int, list[str]] = {n: [] for n in self.mixtures}
-        self._prompts: dict[int, list[str]] = {n: [] for n in self.mixtures}
-
-    def to(self, device: torch.device) -> None:
-        """Do nothing: no state is on a device."""
+        self.table.reset()
 
     def update(self, evaluated: EvaluationOutput, batch: PreferenceBatch, space: LatentSpace | None) -> None:
         """Add a batch.
 
         Args:
-            evaluated: The result of `test_step`.
+            evaluated: The result of `test_step` or `scoring_step`.
             batch: The same batch.
-            space: The module's latent space, which has codes.
+            space: The module's latent space, which has a codebook.
         """
-        assert isinstance(space, DiscreteSpace)
+        assert isinstance(space, DiscreteSpace | GaussianSpace)
         codes, labels = space.codebook.weight, pair_labels(batch)
         keys = [(str(row[self.column]), str(row["id"])) for row in labels]
         zeros = np.zeros(len(codes))
-        for n, mixtures in self.mixtures.items():
-            weights = np.stack([mixtures.get(key, zeros) for key in keys])
-            z = space.codebook(torch.as_tensor(weights, dtype=codes.dtype, device=codes.device))
-            pairs, _ = evaluated["score"].under(z)
-            right = correct((pairs.chosen_rewards - pairs.rejected_rewards).double().cpu().numpy())
-            scored = [index for index, key in enumerate(keys) if key in mixtures]
-            self._correct[n] += right[scored].tolist()
-            self._annotators[n] += [keys[index][0] for index in scored]
-            self._prompts[n] += [batch.prompts[index] for index in scored]
+        margins: dict[str, Tensor] = {}
+        for inference, by_shots in self.mixtures.items():
+            for n, mixtures in by_shots.items():
+                weights = np.stack([mixtures.get(key, zeros) for key in keys])
+                z = space.codebook(torch.as_tensor(weights, dtype=codes.dtype, device=codes.device))
+                pairs, _ = evaluated["score"].under(z)
+                margins[f"{inference}/{n}"] = pairs.chosen_rewards - pairs.rejected_rewards
+        self.table.update(margins, labels)
 
-    def scores(self) -> dict[int, Score]:
-        """Return scores by number of labelled pairs."""
-        return {
-            n: mean_score(np.array(right), np.array(self._annotators[n]), np.array(self._prompts[n]))
-            for n, right in self._correct.items()
-        }
+    def scores(self) -> dict[str, dict[int, Score]]:
+        """Return scores by inference, with the suffix `UNDER_Z`, and number of labelled pairs. Remove the pairs."""
+        columns, rows = self.table.read()
+        self.reset()
+        order = sorted(range(len(rows)), key=lambda index: str(rows[index]["id"]))
+        keys = [(str(row[self.column]), str(row["id"])) for row in rows]
+        scores: dict[str, dict[int, Score]] = {}
+        for inference, by_shots in self.mixtures.items():
+            for n, mixtures in by_shots.items():
+                scored = [index for index in order if keys[index] in mixtures]
+                annotators, prompts = (
+                    np.array([str(rows[index][name]) for index in scored]) for name in (self.column, "prompt")
+                )
+                right = correct(columns[f"{inference}/{n}"].numpy()[scored])
+                scores.setdefault(inference + UNDER_Z, {})[n] = mean_score(right, annotators, prompts)
+        return scores

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.inference import (
-    INFERENCES,
     CodeTables,
     Table,
     correct,
+    inferences_of,
     log_weights_by_shots,
-    margins,
+    log_weights_from_others,
 )
 from lpc_lightning.evaluation.statistics.clusters import cluster_sums, standard_error
 from lpc_lightning.seeding import derive
@@ -46,6 +45,18 @@ class Score:
 
 
 @dataclass(frozen=True)
+class LabelledPairs:
+    """Pairs whose labels are given, apart from the pairs that are predicted."""
+
+    tables: CodeTables
+    """Tables of the pairs."""
+    ids: Sequence[str]
+    """Ids of the pairs."""
+    annotators: Sequence[str]
+    """Annotator of each pair."""
+
+
+@dataclass(frozen=True)
 class InferredWeights:
     """Weights over the codes for all pairs of one annotator, under one inference, in every round."""
 
@@ -58,13 +69,22 @@ class InferredWeights:
 
 
 def infer_weights(
-    tables: CodeTables, ids: Sequence[str], annotators: Sequence[str], shots: Sequence[int], rounds: int, seed: int
+    tables: CodeTables,
+    ids: Sequence[str],
+    annotators: Sequence[str],
+    shots: Sequence[int],
+    rounds: int,
+    seed: int,
+    labelled: LabelledPairs | None = None,
 ) -> Iterator[InferredWeights]:
     """Infer weights for each annotator, each inference and each n. Annotators with n pairs or fewer are left out.
 
     In each round, the pairs of an annotator are in a circular order (see `circular_orders`). The weights of a pair come
     from the n pairs that follow it. Every pair counts equally at every n, never uses its own label, and uses at a
     larger n all pairs that it uses at a smaller one.
+
+    With `labelled`, the weights of all pairs of an annotator come from the first n of the annotator's labelled pairs,
+    in an order that changes with the round. Annotators with fewer than n labelled pairs are left out.
 
     Args:
         tables: Tables of all pairs.
@@ -73,22 +93,28 @@ def infer_weights(
         shots: Numbers n of labelled pairs, 0 or more.
         rounds: Number of random orders.
         seed: Seed of the orders.
+        labelled: Pairs that give the labels. None: the other pairs of the annotator.
 
     Raises:
         ConfigError: `shots` is empty or has a negative number, or `rounds` is less than 1.
     """
     check_shots(shots, rounds)
-    names = np.asarray(annotators)
-    contributions = {
-        name: table for name, inference in INFERENCES.items() if (table := inference.contributions(tables)) is not None
-    }
+    names, rules = np.asarray(annotators), inferences_of(tables)
+    givers = np.asarray(annotators if labelled is None else labelled.annotators)
+    given = tables if labelled is None else labelled.tables
+    contributions = {name: table for name, rule in rules.items() if (table := rule.contributions(given)) is not None}
     for annotator in np.unique(names):
         (members,) = np.nonzero(names == annotator)
-        possible = [n for n in sorted(set(shots)) if n < len(members)]
         rows = circular_orders(members, ids, rounds, seed)
+        if labelled is None:
+            sources, most = rows, len(members) - 1
+        else:
+            sources = circular_orders(np.flatnonzero(givers == annotator), labelled.ids, rounds, seed)
+            most = sources.shape[-1]
+        infer = log_weights_by_shots if labelled is None else log_weights_from_others
+        possible = [n for n in sorted(set(shots)) if n <= most]
         for name, table in contributions.items():
-            by_shots = log_weights_by_shots(INFERENCES[name], tables.log_prior[rows], table[rows], possible)
-            for n, log_weights in by_shots:
+            for n, log_weights in infer(rules[name], rules[name].prior(tables)[rows], table[sources], possible):
                 yield InferredWeights(name, n, rows, log_weights)
 
 
@@ -100,6 +126,7 @@ def adaptation_scores(
     rounds: int = 20,
     seed: int = 0,
     prompts: Sequence[str] | None = None,
+    labelled: LabelledPairs | None = None,
 ) -> dict[str, dict[int, Score]]:
     """Compute the accuracy on each annotator's pairs, given n others of the same annotator.
 
@@ -107,18 +134,20 @@ def adaptation_scores(
     `prompts` are (pairs,) the prompt of each pair, or None if each pair has a prompt of its own.
 
     Returns:
-        Scores by inference (`exact`, and `amortised` if a posterior is learned) and n. At each n, annotators with n
-        pairs or fewer are left out. An n at which no annotator is left is missing.
+        Scores by inference (`exact`; `amortised` if a posterior over codes is learned; `own_majority` if all pairs have
+        the same two answers) and n. At each n, annotators with too few pairs are left out. An n at which no annotator
+        is left is missing.
     """
     names = np.asarray(annotators)
     contexts = np.arange(len(names)) if prompts is None else np.asarray(prompts)
-    sums: dict[str, dict[int, Table]] = {
-        name: {} for name, inference in INFERENCES.items() if inference.contributions(tables) is not None
-    }
+    rules = {name: rule.margins for name, rule in inferences_of(tables).items() if rule.margins is not None}
+    sums: dict[str, dict[int, Table]] = {name: {} for name in rules}
     predicted: dict[int, NDArray[np.bool_]] = {}
-    for inferred in infer_weights(tables, ids, annotators, shots, rounds, seed):
+    for inferred in infer_weights(tables, ids, annotators, shots, rounds, seed, labelled):
+        if (predict := rules.get(inferred.inference)) is None:
+            continue
         table = sums[inferred.inference].setdefault(inferred.shots, np.zeros(len(names)))
-        np.add.at(table, inferred.rows, correct(margins(inferred.log_weights, tables.take(inferred.rows))))
+        np.add.at(table, inferred.rows, correct(predict(inferred.log_weights, tables.take(inferred.rows))))
         predicted.setdefault(inferred.shots, np.zeros(len(names), dtype=bool))[inferred.rows] = True
     # Sums of halves are exact. Only the division rounds, so that a pair that is correct in every round has the value 1.
     return {
@@ -131,21 +160,29 @@ def adaptation_scores(
 
 
 def adaptation_mixtures(
-    tables: CodeTables, ids: Sequence[str], annotators: Sequence[str], shots: Sequence[int] = SHOTS, seed: int = 0
-) -> dict[int, dict[PairKey, Table]]:
-    """Compute (K,) weights over the codes for each pair from n others of its annotator: `exact`, in the first round.
+    tables: CodeTables,
+    ids: Sequence[str],
+    annotators: Sequence[str],
+    shots: Sequence[int] = SHOTS,
+    seed: int = 0,
+    labelled: LabelledPairs | None = None,
+) -> dict[str, dict[int, dict[PairKey, Table]]]:
+    """Compute (K,) weights w of z = sum_k w_k e_k for each pair from n others of its annotator, in the first round.
 
     Arguments and errors are those of `infer_weights`.
 
     Returns:
-        Weights by n and by annotator and id of the pair. Pairs of annotators with n pairs or fewer are left out.
+        Weights by inference, by n, and by annotator and id of the pair. Pairs of annotators with too few pairs are left
+        out.
     """
-    mixtures: dict[int, dict[PairKey, Table]] = {}
-    for inferred in infer_weights(tables, ids, annotators, shots, 1, seed):
-        if inferred.inference == "exact":
-            (rows,), (weights,) = inferred.rows, np.exp(log_softmax(inferred.log_weights, axis=-1))
+    rules = inferences_of(tables)
+    mixtures: dict[str, dict[int, dict[PairKey, Table]]] = {}
+    for inferred in infer_weights(tables, ids, annotators, shots, 1, seed, labelled):
+        if (to_mixture := rules[inferred.inference].mixture) is not None:
+            (rows,), (weights,) = inferred.rows, to_mixture(inferred.log_weights, inferred.shots)
             keys = [(annotators[row], ids[row]) for row in rows]
-            mixtures.setdefault(inferred.shots, {}).update(zip(keys, weights, strict=True))
+            by_shots = mixtures.setdefault(inferred.inference, {})
+            by_shots.setdefault(inferred.shots, {}).update(zip(keys, weights, strict=True))
     return mixtures
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lpc_lightning.evaluation.adaptation.inference import INFERENCES
+from lpc_lightning.evaluation.adaptation.inference import INFERENCES, OWN_MAJORITY
+from lpc_lightning.evaluation.adaptation.pairs import ADAPTED, OTHERS_MAJORITY
 from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, to_position, to_shots
+from lpc_lightning.evaluation.adaptation.policy import UNDER_Z
 from lpc_lightning.evaluation.figures import NoPlot, Plot
 from lpc_lightning.evaluation.line_panels import Line, describe_cut, describe_lines
 from lpc_lightning.evaluation.report.line_plots import BAND, spread_panels
@@ -14,6 +16,9 @@ from lpc_lightning.evaluation.report.study import Group, Study
 from lpc_lightning.evaluation.report.subject import Drawn, Subject, file_name
 
 STAGES = ("val", "test")
+INFERENCES_DRAWN = (ADAPTED, *INFERENCES, *(f"{inference}{UNDER_Z}" for inference in INFERENCES))
+DATA = "data"
+"""Axis of a grid whose values have panels of their own: annotators of different data are different people."""
 
 
 def annotator_adaptation(subject: Subject) -> Drawn:
@@ -21,7 +26,7 @@ def annotator_adaptation(subject: Subject) -> Drawn:
     plots = [
         _plot(subject.study, stage, inference, shots)
         for stage in STAGES
-        for inference in INFERENCES
+        for inference in INFERENCES_DRAWN
         if len(shots := _logged_shots(subject.study, stage, inference)) > 1
     ]
     if not plots:
@@ -37,20 +42,52 @@ def _logged_shots(study: Study, stage: str, inference: str) -> list[int]:
 def _plot(study: Study, stage: str, inference: str, shots: Sequence[int]) -> Plot:
     title = f"{TITLE}: {inference}, {stage}"
     family = f"{stage}/adaptation"
-    panels = spread_panels(
-        study, study.groups, (), lambda label, groups: _line(label, groups[0], family, inference, shots)
-    )
+    panels = _panels(study, family, inference, shots)
     ceilings = [mean.mean for group in study.groups if (mean := group.estimate(f"{family}/ceiling"))]
     figure = draw_adaptation(panels, shots, max(ceilings, default=None), f"{family}/{inference}")
     caption = (
-        f"Mean over seeds. {BAND} A policy without codes has nothing to infer and is constant. With 0 labelled pairs, "
-        "the weights of the codes are the prior. Dotted: the best accuracy that is possible given the annotator, if "
-        f"the data gives it.{describe_cut(panels)}"
+        f"Mean over seeds. {BAND} A policy without a latent has nothing to infer. With 0 labelled pairs, the weights "
+        "of the codes are the prior. Majority labels use no policy: of the labelled pairs, and of other annotators on "
+        "the same prompt. Dotted: the best accuracy that is possible given the annotator, if the data gives it."
+        f"{describe_cut(panels)}"
     )
     name = file_name(f"{family}/{inference}")
     return Plot(name, title, figure, describe_lines(title, panels, to_shots), caption)
 
 
+def _panels(study: Study, family: str, inference: str, shots: Sequence[int]) -> dict[str, list[Line]]:
+    def make(label: str, groups: Sequence[Group]) -> Line | None:
+        return _line(label, groups[0], family, inference, shots)
+
+    if DATA not in study.axes:
+        panels = spread_panels(study, study.groups, (), make)
+        return {title: [*lines, *_majorities(study.groups, family, shots)] for title, lines in panels.items()}
+    members = {value: [group for group in study.groups if group.axes.get(DATA) == value] for value in study.axes[DATA]}
+    by_data = {
+        f"{DATA} = {value}": [
+            *(line for group in groups if (line := make(study.label(group, DATA), [group]))),
+            *_majorities(groups, family, shots),
+        ]
+        for value, groups in members.items()
+    }
+    return {title: lines for title, lines in by_data.items() if lines}
+
+
 def _line(label: str, group: Group, family: str, inference: str, shots: Sequence[int]) -> Line | None:
-    means = {n: mean for n in shots if (mean := group.estimate(f"{family}/{inference}/{n}")) is not None}
+    """Return the line of a group. A policy without a latent has the same accuracy under every inference."""
+    has_latent = group.estimate(f"{family}/no_latent") is not None
+    return _curve(label, group, f"{family}/{inference if has_latent else 'exact'}", shots)
+
+
+def _curve(label: str, group: Group, name: str, shots: Sequence[int]) -> Line | None:
+    means = {n: mean for n in shots if (mean := group.estimate(f"{name}/{n}")) is not None}
     return Line(label, [to_position(n) for n in means], list(means.values())) if means else None
+
+
+def _majorities(groups: Sequence[Group], family: str, shots: Sequence[int]) -> list[Line]:
+    """Return the lines of labels alone, which are the same for all groups on the same pairs."""
+    own = (_curve("own majority label", group, f"{family}/{OWN_MAJORITY}", shots) for group in groups)
+    others = (mean for group in groups if (mean := group.estimate(f"{family}/{OTHERS_MAJORITY}")))
+    lines = [next((line for line in own if line), None)]
+    lines += [Line("others' majority label", (), (), level=mean) for mean in list(others)[:1]]
+    return [line for line in lines if line]

@@ -184,8 +184,17 @@ class GaussianSpace(LatentSpace):
 
     def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute z = c E, where c is the posterior's mean."""
+        return self.codebook(self.posterior_mean(states))
+
+    def posterior_mean(self, states: PairStates) -> Tensor:
+        """Compute the mean (B, K) of the weights c given the labelled pairs."""
         mean, _ = self.posterior.logits(states).chunk(2, dim=-1)
-        return self.codebook(mean)
+        return mean
+
+    def prior_mean(self, prompt: Tensor) -> Tensor:
+        """Compute the mean (B, K) of the weights c given the prompts."""
+        mean, _ = self.prior(prompt).chunk(2, dim=-1)
+        return mean
 
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
         """Compute z = c E, where c is the prior's mean or a sample.

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lpc_lightning.algorithms import DPO, IPO
 from lpc_lightning.callbacks import AnnotatorAdaptation, PreferenceAccuracy
-from lpc_lightning.data import SyntheticPreferences
+from lpc_lightning.data import PreferenceData, SyntheticPreferences
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights
 from lpc_lightning.evaluation.adaptation.scores import adaptation_scores
@@ -84,7 +84,9 @@ def test_metrics_against_the_module(
     expected = adaptation_scores(tables, ids, annotators, (0, 1, 3), rounds=4, seed=7)
     assert set(expected) == ({"exact"} if isinstance(latent, MarginalSpace) else {"exact", "amortised"})
     metrics = adaptation_metrics(logged)
-    assert set(metrics) == {f"{kind}/{n}" for kind in expected for n in (0, 1, 3)} | {"prior", "no_latent", "ceiling"}
+    curves = [*expected, "adapted"]
+    assert set(metrics) == {f"{kind}/{n}" for kind in curves for n in (0, 1, 3)} | {"prior", "no_latent", "ceiling"}
+    assert [metrics[f"adapted/{n}"] for n in (0, 1, 3)] == [metrics[f"exact/{n}"] for n in (0, 1, 3)]
     for kind, scores in expected.items():
         for n, score in scores.items():
             assert metrics[f"{kind}/{n}"] == pytest.approx(score.accuracy, abs=1e-9)
@@ -150,9 +152,9 @@ def test_policy_without_codes_does_not_adapt(
     adaptation, modes = AnnotatorAdaptation(shots=[0, 2, 6]), PreferenceAccuracy()
     (logged,) = make_trainer(callbacks=[adaptation, modes]).validate(make_module(latent), data, verbose=False)
     metrics = adaptation_metrics(logged)
-    assert set(metrics) == {"prior", "ceiling", "exact/0", "exact/2", "exact/6"} | (
-        set() if latent is None else {"no_latent"}
-    )
+    curves = ["exact"] if isinstance(latent, GaussianSpace) else ["exact", "adapted"]
+    levels = {"prior", "ceiling"} | (set() if latent is None else {"no_latent"})
+    assert set(metrics) == {f"{kind}/{n}" for kind in curves for n in (0, 2, 6)} | levels
     counts = Counter(str(item["annotator"]) for item in modes.report.items)
     assert sorted(counts.values()) == [6, 7], "the annotator with 6 pairs is left out at 6 shots"
     for n in (0, 2, 6):
@@ -173,7 +175,9 @@ def test_column_of_annotators(make_module: Any, make_trainer: Callable[..., Trai
     assert not Path("adaptation.json").exists()
     callback = AnnotatorAdaptation(column="factor", shots=[0, 1])
     (logged,) = make_trainer(callbacks=[callback]).validate(module, data, verbose=False)
-    assert set(adaptation_metrics(logged)) == {"exact/0", "exact/1", "prior", "no_latent"}
+    assert set(adaptation_metrics(logged)) == {
+        "exact/0", "exact/1", "adapted/0", "adapted/1", "prior", "no_latent",
+    }  # fmt: skip
     examples = data.generator.examples(12, "validation")
     assert set(callback.report.annotators) == {example.factor for example in examples}
     assert sum(callback.report.annotators.values()) == 12
@@ -204,6 +208,54 @@ def test_fit_logs_and_writes_files(
         assert np.sum(vector) == pytest.approx(1)
     assert "val/adaptation/exact/2" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
     assert not any("adaptation" in name for name in trainer.progress_bar_metrics)
+
+
+@pytest.fixture
+def votes(tmp_path: Path) -> PreferenceData:
+    """Yes or no to 24 statements, 6 of them in the test, by annotators who mostly agree or mostly disagree."""
+    answers = ["No.", "Yes."]
+    rows = [
+        {"id": f"{name} {number}", "prompt": f"Statement {number}?", "annotator": name,
+         "chosen": answers[label], "rejected": answers[not label], "split": "test" if number % 4 == 0 else "train"}
+        for number in range(24) for name, label in (("anna", number % 5 > 0), ("ben", number % 5 == 0))
+    ]  # fmt: skip
+    path = tmp_path / "votes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PreferenceData(str(path), validation_share=0.0, batch_size=6, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("latent", [None, GaussianSpace(num_codes=3), MarginalSpace(**CODES)])
+def test_labels_of_training_pairs(
+    latent: LatentSpace | None, votes: PreferenceData, make_trainer: Callable[..., Trainer]
+) -> None:
+    module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=latent)
+    callback = AnnotatorAdaptation(shots=[0, 8, 16], rounds=2, training_pairs=16, under_z=True)
+    trainer = make_trainer(callbacks=[callback], max_epochs=1)
+    trainer.fit(module, votes)
+    assert not adaptation_metrics(trainer.callback_metrics), "they are scored after the fit"
+    (logged,) = trainer.test(module, votes, verbose=False)
+    metrics = adaptation_metrics(logged)
+    inferences = {None: [], GaussianSpace: ["amortised_z"], MarginalSpace: ["exact_z"]}[latent and type(latent)]
+    levels = {"prior", "others_majority"} | ({"no_latent"} if latent else set())
+    curves = ["exact", "own_majority", "adapted", *inferences]
+    assert set(metrics) == {f"{kind}/{n}" for kind in curves for n in (0, 8, 16)} | levels
+    # A majority of 8 or 16 labels is clear: both annotators keep to theirs in 4 of the 6 test statements.
+    assert [metrics[f"own_majority/{n}"] for n in (0, 8, 16)] == pytest.approx([0.5, 4 / 6, 4 / 6])
+    assert metrics["others_majority"] == 0, "the other one always votes the other way"
+    assert callback.report.labelled == {"anna": 16, "ben": 16}
+    for name in inferences:
+        assert metrics[f"{name}/0"] == metrics["prior"]
+    headline = "amortised_z" if isinstance(latent, GaussianSpace) else "exact"
+    assert [metrics[f"adapted/{n}"] for n in (8, 16)] == [metrics[f"{headline}/{n}"] for n in (8, 16)]
+
+
+def test_labels_of_training_pairs_need_a_fit(
+    votes: PreferenceData, make_module: Any, make_trainer: Callable[..., Trainer]
+) -> None:
+    trainer = make_trainer(callbacks=[AnnotatorAdaptation(training_pairs=4)])
+    with pytest.raises(ConfigError, match=r"found 4 in a run without labelled training pairs .* expected a fit"):
+        trainer.test(make_module(None), votes, verbose=False)
 
 
 def test_settings_out_of_range() -> None:

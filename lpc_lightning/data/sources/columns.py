@@ -62,6 +62,12 @@ class Columns:
     """The preference factor that decided the label. Defaults to the empty text if absent."""
     annotator: str = "annotator"
     """Name of the annotator who labelled the pair. Defaults to the empty text if absent."""
+    named_in_prompt: Literal["annotator", "factor", "source"] | None = None
+    """Label that the policy reads: the last user turn starts with a line such as `Annotator: anna`, in training,
+    validation and test. A policy that knows the annotator shows what can be had at most (see docs/adaptation.md). The
+    choice of validation pairs, label noise, and errors over prompts go by the prompt without the line. A name that
+    training does not have is written as well, and is only text to the policy. Pairs without the label have no line.
+    null: none."""
     id: str = "id"
     """Name of the pair. Defaults to the place of the row if absent."""
 
@@ -113,5 +119,6 @@ class Columns:
     @property
     def purposes(self) -> set[str]:
         """Names of the columns with texts and labels. Numbers stay in `meta` for other uses, such as label noise."""
-        others = ("rendered", "margin_scale", "weight", "margin", "score_chosen", "score_rejected")
+        numbers = ("margin_scale", "weight", "margin", "score_chosen", "score_rejected")
+        others = ("rendered", "named_in_prompt", *numbers)
         return {value for f in fields(self) if f.name not in others and isinstance(value := getattr(self, f.name), str)}

@@ -11,6 +11,7 @@ from typing import Protocol
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.formats import to_example
 from lpc_lightning.data.sources.locations import open_location
+from lpc_lightning.data.sources.prompts import with_name
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import BadRow, Tie
@@ -69,7 +70,7 @@ class RowSource:
         for example, forms in self._examples(report):
             if self._is_selected(example, lowest):
                 report.count_selected(forms, example.meta)
-                yield example
+                yield with_name(example, self.columns.named_in_prompt)
             else:
                 report.held_apart += 1
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.rows import BadRow, Row
-from lpc_lightning.types import Message
+from lpc_lightning.types import Message, PreferenceExample
 
 PROMPT_NAMES = ("instruction", "question", "query", "history", "context")
 """Columns that hold the prompt in known data sets."""
@@ -34,6 +35,19 @@ def find_prompt(row: Row, columns: Columns, of_form: str | None) -> str:
     if len(free) > 1:
         raise BadRow("ambiguous columns", f"found no {columns.prompt!r}, but {_names(free)}; set data.columns.prompt")
     return free[0] if free else columns.prompt
+
+
+def with_name(example: PreferenceExample, label: str | None) -> PreferenceExample:
+    """Write a label of the example, such as `annotator`, into the first line of the last user turn.
+
+    Without a label, or if it is empty, return the example unchanged.
+    """
+    name = "" if label is None else getattr(example, label)
+    if label is None or not name:
+        return example
+    *before, last = example.prompt
+    named = Message(role=last["role"], content=f"{label.capitalize()}: {name}\n{last['content']}")
+    return replace(example, prompt=(*before, named), question=example.prompt)
 
 
 def with_system(prompt: tuple[Message, ...], row: Row, columns: Columns) -> tuple[tuple[Message, ...], list[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lpc_lightning.data.sources.rows import BadRow
 from lpc_lightning.data.tokenization.system_turns import SystemTurns, treat_system_turns
 from lpc_lightning.data.tokenization.text_encoder import TextEncoder
-from lpc_lightning.types import Message, PreferenceExample, TokenizedPair
+from lpc_lightning.types import Message, PreferenceExample, TokenizedPair, prompt_hash
 
 RENDERED = "text that the template seems to have rendered already, encoded as plain text"
 SPLIT_CONTROL = "control tokens in a text, encoded as plain text"
@@ -206,6 +207,7 @@ class Template(ABC):
             flipped=example.flipped,
             weight=example.weight,
             margin=example.margin,
+            question=prompt_hash(array("q", self.prompt_ids(example.question)).tobytes()) if example.question else "",
         )
 
     def _encode_prompt(self, prompt: Sequence[Message], answers: Sequence[str] = (), note: Note = no_note) -> _Prompt:

@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("flipped", pa.bool_()),
         ("weight", pa.float64()),
         ("margin", pa.float64()),
+        ("question", pa.string()),
         ("index", pa.int64()),
     ]
 )
@@ -213,7 +214,9 @@ class TokenStore(Sequence[TokenizedPair]):
         """(pairs,) `TokenizedPair.prompt` of each pair."""
         column = self._table["prompt_ids"].combine_chunks()
         bounds, ids = column.offsets.to_numpy(), column.values.to_numpy().astype(np.int64)
-        return np.array([prompt_hash(ids[start:end].tobytes()) for start, end in pairwise(bounds)])
+        questions = self._table["question"].to_pylist()
+        spans = zip(questions, pairwise(bounds), strict=True)
+        return np.array([question or prompt_hash(ids[start:end].tobytes()) for question, (start, end) in spans])
 
     @property
     def flipped(self) -> np.ndarray:

@@ -82,8 +82,11 @@ def test_ablate_skips_finished_cells(uninterrupted: Path, capsys: pytest.Capture
 
 def test_cell_independent_of_order_and_processes(uninterrupted: Path, grid: Path, read_results: Read) -> None:
     output = grid.parent / "out"
-    assert ablate([str(grid), "latent=gumbel,none", "noise=0.5,0"], output=str(output), processes=2, threads=1)
+    settings: dict[str, Any] = {"processes": 2, "threads": 1, "remove_checkpoints": True}
+    assert ablate([str(grid), "latent=gumbel,none", "noise=0.5,0"], output=str(output), **settings)
     assert read_results(output) == read_results(uninterrupted)
+    assert not list(output.rglob("*.ckpt"))
+    assert list(uninterrupted.rglob("*.ckpt")), "they stay unless the command says otherwise"
     logs = [(cell / "log.txt").read_text() for cell in (output / "cells").iterdir()]
     computed = [line for log in logs for line in log.splitlines() if "computed in" in line]
     assert len(computed) == 3  # once per stage: cells that run at the same time wait for each other

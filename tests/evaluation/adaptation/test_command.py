@@ -18,7 +18,7 @@ from lpc_lightning.data import DataError
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.command import adapt, main, panels
-from lpc_lightning.evaluation.adaptation.pairs import AdaptationReport
+from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, AdaptationReport
 from lpc_lightning.evaluation.adaptation.scores import Score
 from tests.fixtures.real_data import DATA_DIR
 
@@ -79,13 +79,15 @@ def test_adapt_two_models_then_generate(
     out = capsys.readouterr().out
     lines = (tmp_path / "adaptation.md").read_text().splitlines()
     assert "\n".join(lines) in out
-    assert len(lines) == 8, "no sentence on left-out annotators"
+    assert lines[9:] == ["", f"lpc, dpo, {NO_MAJORITY}"], "no sentence on left-out annotators"
+    lines = lines[:9]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["model", "codes by", "given 0", "given 1", "given 4"]
     assert [row[:2] for row in cells[2:]] == [
         ["lpc", "exact"],
         ["lpc", "amortised"],
         ["lpc", "exact, under z"],
+        ["lpc", "amortised, under z"],
         ["lpc", "prior, any annotator"],
         ["lpc", "no latent (z = 0)"],
         ["dpo", "prior, any annotator"],
@@ -111,7 +113,8 @@ def test_panels_one_or_several_models() -> None:
     """One model: its curves and the level at z = 0. Several: a panel for each inference, levels for plain policies."""
     score = Score(0.5, 0.1, None, 20, {"anna": 0.5})
     levels, curves = {"prior": score, "no_latent": score}, {"exact": {0: score, 2: score}, "exact_z": {0: score}}
-    lpc = AdaptationReport({"anna": 20}, curves, levels, {"anna": np.ones(1)})
+    weights = {"anna": np.ones(1)}
+    lpc = AdaptationReport({"anna": 20}, curves, levels, weights, mixtures={"exact": {2: {("anna", "1"): np.ones(1)}}})
     dpo = AdaptationReport({"anna": 20}, {"exact": {0: score, 2: score}}, {"prior": score})
     gumbel = replace(lpc, scores={"exact": {0: score}, "amortised": {0: score}})
     (alone,) = panels({"lpc": lpc}).values()
@@ -147,17 +150,37 @@ def test_adapt_column_split_and_limit(checkpoints: dict[str, str], file: str, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", ["plain", "gaussian"])
-def test_adapt_one_policy_without_codes(space: str, checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
+def test_adapt_gaussian_and_labels_of_a_split(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
+    """A Gaussian latent adapts under z alone. Labels come from the training rows."""
+    adapt(
+        [checkpoints["gaussian"]],
+        file,
+        labelled_split="train",
+        output=str(tmp_path),
+        names=["vpl"],
+        shots=[0, 2],
+        device="cpu",
+    )
+    lines = (tmp_path / "adaptation.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[1] for row in cells[2:5]] == ["amortised, under z", "prior, any annotator", "no latent (z = 0)"]
+    record = json.loads((tmp_path / "vpl" / "adaptation.json").read_text())
+    assert sum(record["annotators"].values()) == sum(record["labelled"].values()) == 24
+    assert record["scores"]["amortised_z"]["0"] == record["baselines"]["prior"]
+    assert not (tmp_path / "vpl" / "code_weights.json").exists()
+
+
+@pytest.mark.slow
+def test_adapt_one_policy_without_codes(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"models: found no codes in .*\.ckpt, so that nothing can be inferred"):
-        adapt([checkpoints[space]], file, output=str(tmp_path), device="cpu")
+        adapt([checkpoints["plain"]], file, output=str(tmp_path), device="cpu")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_adapt_several_policies_without_codes(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"models: found no codes in any of .*, .*\.ckpt; expected"):
-        adapt([checkpoints["plain"], checkpoints["gaussian"]], file, output=str(tmp_path), limit=4, device="cpu")
+        adapt([checkpoints["plain"]] * 2, file, names=["a", "b"], output=str(tmp_path), limit=4, device="cpu")
 
 
 def test_adapt_uses_the_training_template(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
@@ -190,7 +213,7 @@ def test_adapt_annotators_with_too_few_pairs(
     assert "lpc, given 1: 2 of 3 pairs, annotators left out for having 1 or fewer: 1.\n" in out
     assert "lpc, given 2: 0 of 3 pairs, annotators left out for having 2 or fewer: 2.\n" in out
     scores = json.loads((tmp_path / "lpc" / "adaptation.json").read_text())["scores"]
-    assert set(scores) == {"exact", "amortised", "exact_z"}
+    assert set(scores) == {"exact", "amortised", "exact_z", "amortised_z"}
     assert all(list(by_n) == ["1"] for by_n in scores.values())
     assert scores["exact"]["1"]["by_annotator"].keys() == {"annotator-0"}
     message = r"shots: found 2 as the smallest number, but no annotator in .*some.jsonl has more than 2"

@@ -180,15 +180,17 @@ def test_inference_ignores_the_order_of_pairs(kind: str) -> None:
 @pytest.mark.parametrize("seed", [0, 5])
 def test_mixtures_against_a_loop(seed: int) -> None:
     tables = random_tables(len(NAMES), seed=seed)
-    mixtures = adaptation_mixtures(tables, IDS, NAMES, (0, 2, 4), seed)
-    assert {n: len(weights) for n, weights in mixtures.items()} == {0: 15, 2: 12, 4: 12}
+    both = adaptation_mixtures(tables, IDS, NAMES, (0, 2, 4), seed)
+    assert list(both) == list(INFERENCES)
     ring = sorted(range(7), key=lambda pair: hashed("adapt", seed, 0, IDS[pair]))  # anna's
-    for position, pair in enumerate(ring):
-        for n in (0, 2, 4):
-            given = [ring[(position + step) % 7] for step in range(1, n + 1)]
-            assert mixtures[n][NAMES[pair], IDS[pair]] == pytest.approx(
-                naive_weights("exact", tables, given, pair), abs=1e-12
-            )
+    for kind, mixtures in both.items():
+        assert {n: len(weights) for n, weights in mixtures.items()} == {0: 15, 2: 12, 4: 12}
+        for position, pair in enumerate(ring):
+            for n in (0, 2, 4):
+                given = [ring[(position + step) % 7] for step in range(1, n + 1)]
+                assert mixtures[n][NAMES[pair], IDS[pair]] == pytest.approx(
+                    naive_weights(kind, tables, given, pair), abs=1e-12
+                )
 
 
 def test_circular_orders_of_a_subset() -> None:

@@ -56,10 +56,10 @@ def is_correct(module: DPO, batches: list[Any], name: str, weights: Any) -> floa
 
 def test_policy_under_mixtures_against_single_pairs(module: DPO, batches: list[Any]) -> None:
     report = collect_batches(module, batches, AdaptationPairs(shots=(0, 1, 4), seed=3)).collect()
-    scores = collect_batches(module, batches, PolicyUnderMixtures(report.mixtures, "annotator")).scores()
+    scores = collect_batches(module, batches, PolicyUnderMixtures(report.mixtures, "annotator")).scores()["exact_z"]
     assert [(n, score.pairs) for n, score in scores.items()] == [(0, 12), (1, 11), (4, 11)]
     for n, score in scores.items():
-        mixtures = report.mixtures[n].items()
+        mixtures = report.mixtures["exact"][n].items()
         expected = {name: is_correct(module, batches, name, weights) for (_, name), weights in mixtures}
         assert score.accuracy == pytest.approx(np.mean(list(expected.values())), abs=1e-12)
         owners = {f"pair {number}": name for number, name in enumerate(ANNOTATORS)}
@@ -75,7 +75,9 @@ def test_policy_under_mixtures_ids_repeat(module: DPO, batches: list[Any]) -> No
     scores = []
     for given in (batches, repeated):
         report = collect_batches(module, given, AdaptationPairs(shots=(4, 5))).collect()
-        scores.append(collect_batches(module, given, PolicyUnderMixtures(report.mixtures, "annotator")).scores())
+        scores.append(
+            collect_batches(module, given, PolicyUnderMixtures(report.mixtures, "annotator")).scores()["exact_z"]
+        )
     assert [{n: score.pairs for n, score in each.items()} for each in scores] == [{4: 11, 5: 6}] * 2
     for n, annotator in ((4, "ben"), (5, "anna")):
         assert scores[0][n].by_annotator[annotator] == scores[1][n].by_annotator[annotator]
@@ -84,14 +86,14 @@ def test_policy_under_mixtures_ids_repeat(module: DPO, batches: list[Any]) -> No
 def test_policy_under_mixtures_zero_shots(module: DPO, batches: list[Any]) -> None:
     """Without labelled pairs it is the policy under its prior, not the mixture of the codes' predictions."""
     report = collect_batches(module, batches, AdaptationPairs(shots=(0,))).collect()
-    scores = collect_batches(module, batches, PolicyUnderMixtures(report.mixtures, "annotator")).scores()
+    scores = collect_batches(module, batches, PolicyUnderMixtures(report.mixtures, "annotator")).scores()["exact_z"]
     assert scores[0] == report.baselines["prior"]
 
 
 def test_policy_under_mixtures_of_one_code(module: DPO, batches: list[Any]) -> None:
     keys = [key for batch in batches for key in zip(batch.annotators, batch.ids, strict=True)]
-    mixtures = {8: dict.fromkeys(keys, np.array([0.0, 1.0, 0.0]))}
-    scores = collect_batches(module, batches, PolicyUnderMixtures(mixtures, "annotator")).scores()
+    mixtures = {"exact": {8: dict.fromkeys(keys, np.array([0.0, 1.0, 0.0]))}}
+    scores = collect_batches(module, batches, PolicyUnderMixtures(mixtures, "annotator")).scores()["exact_z"]
     space: Any = module.latent
     expected = []
     for batch in batches:

@@ -21,11 +21,13 @@ from lpc_lightning.evaluation.report.subject import Subject
 SHOTS = (0, 1, 2, 4, 8, 16)
 
 
-def run(latent: str, seed: int, inferences: dict[str, list[float]], stage: str = "val", **others: float) -> RunRecord:
+def run(name: str, seed: int, inferences: dict[str, list[float]], stage: str = "val", **others: float) -> RunRecord:
     metrics = {f"{stage}/adaptation/{name}": value for name, value in others.items()}
     for inference, values in inferences.items():
         metrics |= {f"{stage}/adaptation/{inference}/{n}": value for n, value in zip(SHOTS, values, strict=True)}
-    return RunRecord(f"{latent},{seed}", {"latent": latent}, seed, metrics=metrics)
+    data, _, latent = name.rpartition(",")
+    axes = {"data": data, "latent": latent} if data else {"latent": latent}
+    return RunRecord(f"{name},{seed}", axes, seed, metrics=metrics)
 
 
 def plots(records: list[RunRecord]) -> list[Plot | NoPlot]:
@@ -41,9 +43,11 @@ def records() -> list[RunRecord]:
     records = []
     for seed in (1, 2):
         records.append(run("none", seed, {"exact": [0.6] * 6}, prior=0.6, ceiling=1.0))
-        records.append(run("marginal", seed, {"exact": rising(0.6 + 0.02 * seed)}, prior=0.62, ceiling=1.0))
+        records.append(
+            run("marginal", seed, {"exact": rising(0.6 + 0.02 * seed)}, prior=0.62, no_latent=0.6, ceiling=1.0)
+        )
         both = {"exact": rising(0.5), "amortised": rising(0.4)}
-        records.append(run("gumbel", seed, both, prior=0.5, ceiling=1.0))
+        records.append(run("gumbel", seed, both, prior=0.5, no_latent=0.5, ceiling=1.0))
     return records
 
 
@@ -68,7 +72,8 @@ def test_annotator_adaptation_lines(records: list[RunRecord], tmp_path: Path) ->
     assert "latent none: 0.600 at 0, 0.600 at 16" in exact.alt
     assert "marginal: 0.630 at 0, 0.880 at 16" in exact.alt
     (axes,) = amortised.figure.axes
-    assert [series(line)[1] for line in axes.lines] == [pytest.approx(rising(0.4)), [1, 1]]
+    # A policy without a latent is the floor of every inference.
+    assert [series(line)[1] for line in axes.lines] == [[0.6] * 6, pytest.approx(rising(0.4)), [1, 1]]
     for plot, svg in write_plots(tmp_path, [exact, amortised]):
         assert svg.startswith(b"<?xml")
         assert (tmp_path / f"{plot.name}.png").stat().st_size > 5000
@@ -78,6 +83,28 @@ def test_annotator_adaptation_lines(records: list[RunRecord], tmp_path: Path) ->
 def test_annotator_adaptation_by_stage(records: list[RunRecord]) -> None:
     stages = plots([*records, run("marginal", 3, {"exact": rising(0.6)}, stage="test")])
     assert [plot.title.rpartition(": ")[2] for plot in stages] == ["exact, val", "amortised, val", "exact, test"]
+
+
+def test_majority_labels_and_data_in_panels() -> None:
+    """Each data set has a panel with its own arms and majority labels. The Gaussian latent adapts under z alone."""
+    records = []
+    for data, level in (("polis", 0.5), ("dices", 0.6)):
+        labels = {"own_majority": rising(level)}
+        records.append(run(f"{data},floor", 1, {"exact": [level] * 6, **labels}, "test", others_majority=0.7))
+        gaussian = {"exact": [0.4] * 6, "amortised_z": rising(0.4), **labels}
+        records.append(run(f"{data},gaussian", 1, gaussian, "test", no_latent=0.4, others_majority=0.7))
+    records.append(run("dsp,floor", 1, {"exact": [0.55] * 6}, "test"))
+    exact, under_z = plots(records)
+    assert isinstance(under_z, Plot)
+    assert (exact.title[-11:], under_z.title[-17:]) == ("exact, test", "amortised_z, test")
+    drawn = {axes.get_title(): [series(line)[1] for line in axes.lines] for axes in under_z.figure.axes}
+    assert drawn == {
+        "data = polis": [[0.5] * 6, pytest.approx(rising(0.4)), pytest.approx(rising(0.5)), [0.7] * 2],
+        "data = dices": [[0.6] * 6, pytest.approx(rising(0.4)), pytest.approx(rising(0.6)), [0.7] * 2],
+        "data = dsp": [[0.55] * 6],
+    }
+    assert "data = polis, own majority label: 0.500 at 0, 0.750 at 16" in under_z.alt
+    assert "others' majority label: 0.700 throughout" in under_z.alt
 
 
 def test_annotator_adaptation_without_metrics() -> None:
