@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.code_finding.assignment import score_assignment
 from benchmarks.code_finding.extraction import extract
 from benchmarks.code_finding.known import rows_by_name, score_known
+from benchmarks.code_finding.mixture import COMPONENTS
 from benchmarks.code_finding.pairs import Pairs
 from benchmarks.code_finding.scores import Scores, write_rows
 from benchmarks.code_finding.unknown import KNOWN, score_unknown, simulate_annotators, split_annotators
@@ -48,7 +49,7 @@ def add_analyse(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("analyse", help="tables from the values of extract, as CSV files")
     parser.add_argument("values", type=Path, help="npz file of extract")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="tables to write; default: all")
-    parser.add_argument("--layer", type=int, default=18, help="layer whose mean states find groups")
+    parser.add_argument("--layer", type=int, default=18, help="layer whose states find groups and predict readers")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="pairs of a reader")
     parser.add_argument("--prompts", type=int, nargs="+", default=[30, 100], help="prompts that assignment reads")
     parser.add_argument("--codes", type=int, nargs="+", default=[4], help="numbers of codes")
@@ -58,6 +59,7 @@ def add_analyse(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--labels", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16], help="known labels of an annotator"
     )
+    parser.add_argument("--components", type=int, default=COMPONENTS, help="components that groups are found in")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--out", required=True, help="start of the names of the CSV files")
     parser.set_defaults(run=_analyse)
@@ -81,7 +83,9 @@ def _unknown(pairs: Pairs, options: argparse.Namespace) -> None:
         splits = [split_annotators(pairs, seed) for seed in options.seeds]
     else:
         splits = [simulate_annotators(pairs, options.pairs_each, seed) for seed in options.seeds]
-    result = score_unknown(splits, rows_by_name([options.layer]), options.codes, options.labels, options.seeds)
+    result = score_unknown(
+        splits, rows_by_name([options.layer]), options.codes, options.labels, options.seeds, options.components
+    )
     for method in ("EM", "clusters"):
         for count in options.codes:
             arms = [f"{name}, {method}, {count}" for name in rows_by_name([options.layer])]
@@ -95,7 +99,7 @@ def _unknown(pairs: Pairs, options: argparse.Namespace) -> None:
 
 
 def _assignment(pairs: Pairs, options: argparse.Namespace) -> None:
-    scores = score_assignment(pairs, list(pairs.mean), options.prompts, options.seeds)
+    scores = score_assignment(pairs, [options.layer], options.prompts, options.seeds)
     scores.write(Path(f"{options.out}_assignment.csv"), "last states", "prompts")
 
 

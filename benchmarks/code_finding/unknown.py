@@ -82,6 +82,7 @@ def score_unknown(
     counts: Sequence[int],
     labels: Sequence[int],
     seeds: Sequence[int],
+    components: int = COMPONENTS,
 ) -> Result:
     """Score the codes of groups that are found by each arm.
 
@@ -91,17 +92,19 @@ def score_unknown(
         counts: Numbers of codes.
         labels: Numbers of an annotator's known labels.
         seeds: Seeds.
+        components: Number of principal components that groups are found in.
     """
     result = Result()
     for split, seed in zip(splits, seeds, strict=True):
         rng = np.random.default_rng(seed)
         names, owners = np.unique(split.fitted.annotator, return_inverse=True)
         readers = np.array([split.fitted.factor[owners == number][0] for number in range(len(names))])
-        components = Components.fit(split.fitted.gradient)
-        gradients, scored = components(split.fitted.gradient), components(split.scored.gradient)
-        known_labels = components(split.labels.gradient)
+        at_head = Components.fit(split.fitted.gradient)
+        gradients, scored, known_labels = (
+            at_head(part.gradient) for part in (split.fitted, split.scored, split.labels)
+        )
         draws = draw_labels(split, max(labels), rng)
-        arms = find_groups(split.fitted, owners, rows, counts, seed)
+        arms = find_groups(split.fitted, owners, rows, counts, seed, components)
         arms[KNOWN] = np.eye(len(np.unique(readers)))[np.unique(readers, return_inverse=True)[1]]
         correct: dict[Key, Floats] = {}
         for arm, weights in arms.items():
@@ -118,7 +121,12 @@ def score_unknown(
 
 
 def find_groups(
-    fitted: Pairs, owners: NDArray[np.intp], rows: dict[str, RowFunction], counts: Sequence[int], seed: int
+    fitted: Pairs,
+    owners: NDArray[np.intp],
+    rows: dict[str, RowFunction],
+    counts: Sequence[int],
+    seed: int,
+    components: int,
 ) -> dict[str, Floats]:
     """Find groups of annotators by each kind of row and each method.
 
@@ -128,7 +136,7 @@ def find_groups(
     arms: dict[str, Floats] = {}
     for name, function in rows.items():
         values = function(fitted).astype(float)
-        reduced = Components.fit(values, COMPONENTS)(values)
+        reduced = Components.fit(values, components)(values)
         for count in counts:
             rng = np.random.default_rng(seed)
             penalty = choose_penalty(reduced, owners, fitted.prompt, count, rng)
