@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import yaml
 from lightning.pytorch import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lpc_lightning.cli import commands
+from lpc_lightning.cli import commands, main
 from lpc_lightning.evaluation.adaptation.command import adapt
 from lpc_lightning.evaluation.comparison.command import evaluate
 from lpc_lightning.inference.alpaca import alpaca
@@ -58,9 +59,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
+def places_in(folder: Path) -> list[str]:
+    return [f"--data.cache_dir={folder / 'cache'}", f"--trainer.default_root_dir={folder / 'runs'}"]
+
+
 @pytest.fixture
 def places(tmp_path: Path) -> list[str]:
-    return [f"--data.cache_dir={tmp_path / 'cache'}", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    return places_in(tmp_path)
 
 
 @pytest.fixture
@@ -337,10 +342,23 @@ def test_a_config_file_and_flags_make_one_run(command: Command, places: list[str
 # From a checkpoint.
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of runs with one run of one epoch."""
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = ["fit", *ALL, *places_in(folder), "--trainer.max_epochs=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            patch.setenv(name, "0")
+        patch.setattr("sys.argv", ["lpc-lightning", *arguments])
+        main(arguments)
+    return folder / "runs"
+
+
 @pytest.fixture
-def checkpoint(fit: Command, runs: Path) -> Path:
-    """Of a run of one epoch, in version_0."""
-    assert fit("--trainer.max_epochs=1").code == 0
+def checkpoint(trained: Path, runs: Path) -> Path:
+    """Of a copy of that run, in version_0."""
+    shutil.copytree(trained, runs)
     (path,) = (runs / "version_0").glob("checkpoints/*.ckpt")
     return path
 

@@ -78,7 +78,7 @@ def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def swap(tmp_path: Path) -> list[str]:
+def swap(tmp_path: Path, cache_dir: Path) -> list[str]:
     """What is put in place of weights, data and GPUs that cannot be had here."""
     data = ["--data=SyntheticPreferences", "--data.train_pairs=6", "--data.validation_pairs=2", "--data.batch_size=2"]
     policy = [
@@ -89,7 +89,7 @@ def swap(tmp_path: Path) -> list[str]:
         "--policy.options=null",
     ]
     trainer = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1"]
-    data += ["--data.num_workers=0", f"--data.cache_dir={tmp_path}"]
+    data += ["--data.num_workers=0", f"--data.cache_dir={cache_dir}"]
     return [*policy, *data, *trainer, f"--trainer.default_root_dir={tmp_path / 'runs'}"]
 
 

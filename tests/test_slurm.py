@@ -23,17 +23,19 @@ pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!{python}
-import os, subprocess, sys
-sys.argv[1:2] = ["-m", "lpc_lightning"]  # the console script may not be installed
-tasks = [
-    subprocess.Popen(
-        ["{python}", *sys.argv[1:]],
-        env=os.environ | {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}},
-    )
-    for rank in range(2)
-]
-open("{folder}/tasks", "w").write(" ".join(str(task.pid) for task in tasks))
-sys.exit(max(task.wait() for task in tasks))
+import os, sys
+import lpc_lightning, torch, transformers, datasets  # once for both tasks: the imports take seconds
+sys.argv[:] = sys.argv[1:]
+tasks = []
+for rank in range(2):
+    task = os.fork()
+    if not task:
+        os.environ.update(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NODEID="0")
+        from lpc_lightning.__main__ import main
+        sys.exit(main())
+    tasks.append(task)
+open("{folder}/tasks", "w").write(" ".join(map(str, tasks)))
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(task, 0)[1]) for task in tasks))
 """
 SCONTROL = """#!/usr/bin/env bash
 echo "$@" >> {folder}/scontrol

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ class FlipRecorder(Callback):
         self.flipped |= dict(zip(batch.ids, batch.flipped.tolist(), strict=True))
 
 
-def main(folder: Path) -> None:
+def train(folder: Path) -> None:
+    """Train, and write flips and metrics to `folder`."""
     recorder = FlipRecorder()
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(
@@ -44,7 +44,3 @@ def main(folder: Path) -> None:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     result = {"flipped": recorder.flipped, "metrics": metrics}
     (folder / f"{trainer.global_rank}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -88,7 +88,7 @@ def test_sigterm_then_resume_equals_a_whole_run(command: list[str], tmp_path: Pa
 
 
 def test_sigterm_in_the_warm_start(command: list[str], tmp_path: Path) -> None:
-    slow = [*command, "--data.train_pairs=4096", "--latent.warm_start_pairs=4096"]
+    slow = [*command, "--data.train_pairs=1024", "--latent.warm_start_pairs=1024"]
     process = forked_command(*slow, log=tmp_path / "log")
 
     def output() -> str:

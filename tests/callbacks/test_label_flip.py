@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +22,8 @@ from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
+from tests.callbacks.noisy_process import train
+from tests.fixtures.processes import forked_ranks
 
 
 class Recorder(Callback):
@@ -203,9 +202,8 @@ def test_resume_with_the_same_noise(run: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path, cache: Path) -> None:
-    script = Path(__file__).with_name("noisy_process.py")
-    environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONPATH": str(script.parents[2])}
-    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, capture_output=True, env=environment)
+    for process in forked_ranks(train, tmp_path, folder=tmp_path):
+        assert process.wait() == 0, process.errors
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert len(first["flipped"]) == len(second["flipped"]) == 20
     assert first["flipped"] | second["flipped"] == expected_flips(LabelFlipNoise(rate=0.4), cache)

@@ -6,10 +6,6 @@ batches in turn and draws the noise of each device (`two_processes.fit_as_two`).
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +16,10 @@ from lightning.pytorch import Trainer
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_sharded
+from tests.distributed import two_processes
+from tests.fixtures.processes import forked_ranks
 
 pytestmark = pytest.mark.distributed
-
-ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).with_name("two_processes.py")
-spec = importlib.util.spec_from_file_location("two_processes", PROGRAM)
-assert spec is not None
-assert spec.loader is not None
-two_processes = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(two_processes)
 
 Result = dict[str, Any]
 
@@ -38,12 +28,8 @@ Result = dict[str, Any]
 def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """Folder with the results and checkpoints of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # Needed for benchmarks/, which is not installed.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [*torchrun, str(PROGRAM), str(folder), str(cache_dir)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
+    for process in forked_ranks(two_processes.run_all, folder, str(cache_dir), folder=folder):
+        assert process.wait(timeout=300) == 0, process.errors[-5000:]
     return folder
 
 

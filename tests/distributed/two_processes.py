@@ -1,9 +1,8 @@
-"""Runs of `test_distributed.py`, in one process (called by it) or in two (as a program, under torchrun)."""
+"""Runs of `test_distributed.py`, in one process or in two."""
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -52,6 +51,8 @@ BUILDS = (
     *(("gumbel", lora, reference) for lora in LORAS for reference in REFERENCES),
 )
 """Latent, adapter and reference of the modules that are built sharded: every pair of values of any two."""
+LAYERS = {"plain": 2, "marginal": 2, "gumbel": 20}
+"""Layers of these modules by latent. One layer is a small part of the policy whose peak of memory is compared."""
 SEED = 3
 EPOCHS = 2
 VALIDATION_PAIRS = 7
@@ -239,7 +240,7 @@ def fit_as_two(latent: str, cache: str, lora: str = "full") -> dict[str, Any]:
     return fit("one", 1, both, cache, data=BothRanksData, batch_size=2, accumulate=4)
 
 
-# The program
+# Two processes
 
 
 def runs(folder: Path, cache: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -277,11 +278,12 @@ def build(latent: str, lora: str, reference: Any) -> dict[str, Any]:
     made = []
     for mesh in (init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",)), None):
         torch.manual_seed(torch.distributed.get_rank())  # must have no effect
-        policy = TinyPolicy(width=128, layers=20, heads=4, lora=LORAS[lora]())
-        one = DPO(policy=policy, latent=LATENTS[latent](), reference=reference)
-        one._device_mesh = mesh
-        made.append((one, peak_bytes(one.configure_model)))
-    (sharded, peak), (plain, _) = made
+        policy = TinyPolicy(width=128, layers=LAYERS[latent], heads=4, lora=LORAS[lora]())
+        made.append(DPO(policy=policy, latent=LATENTS[latent](), reference=reference))
+        made[-1]._device_mesh = mesh
+    sharded, plain = made
+    peak = peak_bytes(sharded.configure_model)
+    plain.configure_model()
     expected = plain.state_dict()
     held = [getattr(value, "__self__", value) for value in vars(sharded.reference).values()]
     buffers, others = (dict(part.named_buffers()) for part in (sharded, plain))
@@ -309,7 +311,8 @@ def build_error() -> str:
     return ""
 
 
-def main(folder: Path, cache: str) -> None:
+def run_all(folder: Path, cache: str) -> None:
+    """Write the results of all runs of this process to `folder`."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     # The second process allocates more memory, for the test of the reported peak.
@@ -321,7 +324,3 @@ def main(folder: Path, cache: str) -> None:
     results["build_error"] = {"error": build_error()}
     del ballast
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

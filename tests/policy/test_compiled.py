@@ -90,13 +90,15 @@ def test_programs_one_for_each_shape(
     compiled.compile_layers("aot_eager", few_shapes=True)
     codes = torch.randn(3, plain.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
     seen: set[torch.Size] = set()
-    for batch in epoch:
+    # The third shape shows that the second did not make the sizes of a program dynamic, which no layer decides.
+    batches = [*epoch[:3], *(epoch[4:5] if not way else [])]
+    for batch in batches:
         before = counters["stats"]["unique_graphs"]
         assert_near(outcome(compiled, batch, codes), outcome(plain, batch, codes), 1e-4)
         made = counters["stats"]["unique_graphs"] - before
         assert (made == 0) == (batch.input_ids.shape in seen)
         seen.add(batch.input_ids.shape)
-    assert 1 < len(seen) <= 4
+    assert len(seen) == len(batches) - 1
     assert not counters["graph_break"]
 
 

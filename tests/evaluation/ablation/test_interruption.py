@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing.util
 import os
 import random
+import resource
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,7 @@ def start(arguments: list[str]) -> Iterator[Callable[[], BaseProcess]]:
     started: list[BaseProcess] = []
 
     def begin() -> BaseProcess:
-        process = FORKED.Process(target=main, args=(["ablate", *arguments],))
+        process = FORKED.Process(target=command, args=(["ablate", *arguments],))
         process.start()
         started.append(process)
         return process
@@ -46,6 +49,28 @@ def start(arguments: list[str]) -> Iterator[Callable[[], BaseProcess]]:
     for process in started:
         process.kill()
         process.join()
+
+
+def command(arguments: list[str]) -> None:
+    """Run the command. Its fork server is forked as well: this process has its imports."""
+    multiprocessing.util.spawnv_passfds = fork_server
+    main(arguments)
+
+
+def fork_server(path: str, arguments: list[str], files: list[int]) -> int:
+    """Run what a new Python would run, without other files than a new one has. Return the number of the process."""
+    process = os.fork()
+    if process:
+        return process
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, signal.SIG_DFL)
+    kept = sorted({0, 1, 2, *files})
+    for first, last in pairwise([*kept, resource.getrlimit(resource.RLIMIT_NOFILE)[0]]):
+        os.closerange(first + 1, last)
+    try:
+        exec(arguments[-1], {})
+    finally:
+        os._exit(0)
 
 
 def children(process: int) -> list[int]:

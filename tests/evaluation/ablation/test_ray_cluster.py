@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from lpc_lightning.evaluation.ablation.command import main
+from tests.fixtures.processes import ForkedProcess
+
 pytestmark = pytest.mark.distributed
 
 CLUSTER = """
@@ -23,12 +26,6 @@ cluster.add_node(**node)
 print("cluster at", cluster.address, flush=True)
 sys.stdin.read()
 cluster.shutdown()
-"""
-ABLATE = """
-import sys
-from lpc_lightning.evaluation.ablation.command import main
-if __name__ == "__main__":
-    main(["ablate", *sys.argv[1:]])
 """
 
 
@@ -50,14 +47,11 @@ def address(tmp_path: Path) -> Iterator[str]:
 def test_ray_results_equal_local_results(
     address: str, grid: Path, uninterrupted: Path, read_results: Callable[[Path], dict[str, bytes]]
 ) -> None:
-    output, script = grid.parent / "out", grid.parent / "ablate.py"
-    script.write_text(ABLATE)
-    command = [sys.executable, str(script), str(grid), "noise=0.5"]
-    command += [f"--output={output}", "--launcher=ray", "--threads=1"]
-    environment = os.environ | {"RAY_ADDRESS": address}
-    completed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert completed.returncode == 0, completed.stdout + completed.stderr
-    assert "Warning" not in completed.stderr
+    output, log = grid.parent / "out", grid.parent / "log"
+    arguments = ["ablate", str(grid), "noise=0.5", f"--output={output}", "--launcher=ray", "--threads=1"]
+    process = ForkedProcess(main, arguments, log=log, RAY_ADDRESS=address)
+    assert process.wait(timeout=300) == 0, log.read_text() + process.errors
+    assert "Warning" not in process.errors
     expected = {name: content for name, content in read_results(uninterrupted).items() if "noise=0.5" in name}
     assert read_results(output) == expected
     assert all(json.loads(path.read_text())["attempts"] == 1 for path in output.glob("cells/*/cell.json"))
