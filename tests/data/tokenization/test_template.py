@@ -264,6 +264,7 @@ def test_unusable_chat_template_is_refused(fresh, chat_template, message):
 
 def test_generation_prompt_mismatch_is_logged(fresh, caplog):
     tokenizer = fresh("chatml")
+    tokenizer.name_or_path = "mismatch"  # a name is reported once in a process, and other tests use this tokenizer
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n'", "assistant\n<think>\n'")
     with caplog.at_level(logging.WARNING):
         template = make_template(tokenizer)
