@@ -38,7 +38,7 @@ demo-smollm2: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/lpc-lightning fit --config configs/experiment/demo.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -n 4 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not distributed and not real and not cuda"
