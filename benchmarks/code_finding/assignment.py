@@ -8,12 +8,9 @@ import numpy as np
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
-from benchmarks.code_finding.pairs import Pairs
-from benchmarks.code_finding.ridge import PENALTIES, Components, Floats
+from benchmarks.code_finding.pairs import Floats, Pairs
+from benchmarks.code_finding.ridge import FOLDS, PENALTIES, Components
 from benchmarks.code_finding.scores import Key, Scores
-
-FOLDS = 5
-"""Folds of the prompts, by which the penalty is chosen."""
 
 
 def inputs_by_name(pairs: Pairs, layers: Sequence[int]) -> dict[str, Floats]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.code_finding.pairs import Pairs
 from lpc_lightning.algorithms.warm_start.linearized_policy import make_rows
 from lpc_lightning.data import DataError, PreferenceData
+from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
 from lpc_lightning.policy.causal import BatchForward, sum_by_answer
@@ -31,7 +32,7 @@ from lpc_lightning.reference.pair_pass import PairFunction
 from lpc_lightning.reference.shared_pass import shared_pass
 from lpc_lightning.types import PreferenceBatch, TokenizedPair, prompt_hash
 
-PARTS = ("train", "test")
+PARTS: tuple[Stage, ...] = ("train", "test")
 """Parts of a file that are read."""
 
 
@@ -78,7 +79,7 @@ def extract(
     source.set_policy(policy)
     tables = []
     for part in PARTS[::-1]:
-        pairs = source.load(part, tokenizer)  # type: ignore[arg-type]
+        pairs = source.load(part, tokenizer)
         if pairs is None or not len(pairs):
             raise DataError(f"{data}: found no pairs of the split {part!r}, expected both train and test.")
         chosen = list(range(len(pairs)))
@@ -96,7 +97,7 @@ def extract(
         covered = [pairs[index] for index in sorted(covering)]
         table = assemble(labelled, covered, values, policy.width, layers, part)
         if group is not None:
-            examples = list(source.kept_examples(part))  # type: ignore[arg-type]
+            examples = list(source.kept_examples(part))
             groups = [f"{examples[index].factor}/{_entry(examples[index].meta, group)}" for index in chosen]
             table = replace(table, factor=np.array(groups))
         tables.append(table)

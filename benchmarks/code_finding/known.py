@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from benchmarks.code_finding.pairs import Pairs
-from benchmarks.code_finding.ridge import PENALTIES, Components, Floats, folds_of, held_out_predictions, solve_path
+from benchmarks.code_finding.pairs import Floats, Pairs
+from benchmarks.code_finding.ridge import PENALTIES, Components, folds_of, held_out_predictions, solve_path
 from benchmarks.code_finding.scores import Key, Scores, is_correct
 
 RowFunction = Callable[[Pairs], Floats]

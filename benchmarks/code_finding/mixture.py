@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy.special import log_expit, logsumexp
 from sklearn.cluster import KMeans
 
-from benchmarks.code_finding.ridge import Floats, best_scale, folds_of
+from benchmarks.code_finding.pairs import Floats
+from benchmarks.code_finding.ridge import best_scale, folds_of
 
 COMPONENTS = 64
 """Number of principal components that groups are found in."""

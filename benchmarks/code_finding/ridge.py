@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_expit
 
-Floats = NDArray[np.floating]
+from benchmarks.code_finding.pairs import Floats
 
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(-4, 11))
 """Candidate penalties. Rows are scaled to a mean square of 1 of their entries."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.code_finding.ridge import Floats
+from benchmarks.code_finding.pairs import Floats
 from lpc_lightning.evaluation.statistics.clusters import deviations, shared_variance
 from lpc_lightning.evaluation.statistics.seeds import Estimate, estimate
 

@@ -18,8 +18,8 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from benchmarks.code_finding.known import RowFunction
 from benchmarks.code_finding.mixture import COMPONENTS, choose_penalty, fit_mixture
-from benchmarks.code_finding.pairs import Pairs
-from benchmarks.code_finding.ridge import Codes, Components, Floats, fit_codes
+from benchmarks.code_finding.pairs import Floats, Pairs
+from benchmarks.code_finding.ridge import Codes, Components, fit_codes
 from benchmarks.code_finding.scores import Key, Scores, is_correct
 from lpc_lightning.algorithms.warm_start.clusters import cluster_pairs
 

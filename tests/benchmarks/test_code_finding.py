@@ -195,7 +195,7 @@ def test_splits_share_no_prompt_and_no_annotator() -> None:
 
 
 def test_scores_of_planted_readers() -> None:
-    """With the reader known, and with the groups found, labels of the reader tell what the reader wants."""
+    """With the reader known, and with the groups found, labels of the reader show what the reader wants."""
     pairs = planted_pairs()
     known = score_known(pairs, rows_by_name([1]), [8, 32], [1, 2])
     assert known.accuracy(("gradient", 32)).mean > 0.85
@@ -208,7 +208,7 @@ def test_scores_of_planted_readers() -> None:
 
 
 def test_assignment_of_readers_who_differ() -> None:
-    """The sign of one entry tells two readers apart, so that the inputs that hold it are right."""
+    """The sign of one entry separates two readers, so that the inputs that hold it are right."""
     pairs = planted_pairs()
     pairs.gradient[:, 5] = np.where(pairs.factor == "a", 3, -3)
     scores = score_assignment(pairs, [1], [40], [1, 2])

@@ -23,7 +23,7 @@ NAMES = ["anna", "ben", ""]
 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
-    """Forty prompts, each answered by two annotators and by nobody known. A new annotator is in the test alone."""
+    """Forty prompts with pairs of two annotators and of one without a name. A new annotator is in the test alone."""
     rows = [
         {
             "id": f"{number} {name}",
