@@ -1,7 +1,9 @@
 """How much slower a fit becomes beside one busy process, by how long OpenMP's threads spin at a barrier.
 
     python -m benchmarks.neighbour
-    python -m benchmarks.neighbour config=configs/experiment/smollm2.yaml
+    python -m benchmarks.neighbour config=configs/experiment/smollm2.yaml --spin-counts 3000 300000
+
+Settings stand before `--spin-counts`, which takes all values behind it.
 
 Each measurement is a `lpc-lightning fit` in a fresh process, without validation. The machine must be quiet otherwise.
 """
