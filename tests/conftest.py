@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lpc_lightning.algorithms.base import PreferenceModule
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout
 from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader
+from lpc_lightning.evaluation.ablation.process import FORKED, MODULES
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 
@@ -37,6 +38,11 @@ pytest_plugins = ["tests.fixtures.emulated_device", "tests.fixtures.training_run
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more time than it saves
+# A fit imports these when it needs them, which takes seconds in every forked process. The server imports them once. On
+# a GPU it must not: bitsandbytes, which they import, would set up CUDA before the fork.
+if not torch.cuda.is_available():
+    lazy = ["transformers.optimization", "peft", "sklearn.cluster", "sklearn.linear_model", "pandas"]
+    FORKED.set_forkserver_preload([*MODULES, *lazy])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
