@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -43,6 +44,17 @@ torch.set_num_threads(1)  # tensors are tiny: a second thread costs more time th
 if not torch.cuda.is_available():
     lazy = ["transformers.optimization", "peft", "sklearn.cluster", "sklearn.linear_model", "pandas"]
     FORKED.set_forkserver_preload([*MODULES, *lazy])
+
+
+def pytest_collection() -> None:
+    """Collect tests without the garbage collector. It would search all tests and modules several times."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what collection made out of later searches."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
