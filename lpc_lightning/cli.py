@@ -56,6 +56,7 @@ class PreferenceCLI(LightningCLI):
             arguments: What stands behind the program's name; None reads the command line.
             run_folder: Where the run writes. None: a new folder `version_N` in `trainer.default_root_dir`.
         """
+        self._command = (sys.argv[1:] if arguments is None else arguments)[:1]
         self._run_folder = run_folder
         self._claimed: RunFolder | None = None
         try:
@@ -154,11 +155,14 @@ class PreferenceCLI(LightningCLI):
             options["logger"] = run_loggers(self._run_folder, self._get(self.config_init, "trainer").logger)
         return super().instantiate_trainer(**options)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands, and which of their arguments are no settings."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # theirs is static
+        """The given command of Lightning's four, and which of its arguments are no settings.
+
+        Parsers of the other three, which take time, are built only for an unknown command.
+        """
         theirs = LightningCLI.subcommands()
-        return theirs | {name: {*theirs[name], "verbose"} for name in ("validate", "test")}
+        theirs |= {name: {*theirs[name], "verbose"} for name in ("validate", "test")}
+        return {name: theirs[name] for name in self._command if name in theirs} or theirs
 
     def after_test(self) -> None:
         """Refuse a test or a prediction without pairs, which Lightning ends without a result.

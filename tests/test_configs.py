@@ -51,14 +51,10 @@ def name_of(path: Path) -> str:
 
 
 class Fit(PreferenceCLI):
-    """The command line with `fit` alone, which stands for the other commands: a parser for each takes time."""
+    """The command line with `fit`, which stands for the other commands."""
 
     def __init__(self, arguments: list[str]) -> None:
         super().__init__(["fit", *arguments])
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": PreferenceCLI.subcommands()["fit"]}
 
 
 class Parsed(Fit):

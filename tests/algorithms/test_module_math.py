@@ -135,6 +135,19 @@ def make(tiny_spec: Callable[..., Any], perturb: Callable[..., None]) -> Make:
     return module
 
 
+@pytest.fixture(scope="module")
+def once() -> Callable[[Any, Callable[[], Any]], Any]:
+    """Return a function that computes the value of a key once, for all tests that compare with it."""
+    values: dict[Any, Any] = {}
+
+    def value(key: Any, compute: Callable[[], Any]) -> Any:
+        if key not in values:
+            values[key] = compute()
+        return values[key]
+
+    return value
+
+
 def policy_gradients(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in gradients.items() if name.startswith("policy.")}
 
@@ -275,8 +288,9 @@ def test_step_with_zero_codes_is_plain(
     pairs: list[TokenizedPair],
     make: Make,
     train_step: Callable[..., Any],
+    once: Callable[..., Any],
 ) -> None:
-    plain = train_step(make(algorithm), pairs, layout)
+    plain = once(("plain", algorithm, layout), lambda: train_step(make(algorithm), pairs, layout))
     latent = train_step(make(algorithm, ZERO[name](kl_weight=0.7)), pairs, layout)
     tolerance = 1e-12 if name in PER_CODE else 0.0
     torch.testing.assert_close(latent.loss.double(), plain.loss, rtol=tolerance, atol=0)
@@ -294,13 +308,14 @@ def test_validation_with_zero_codes_is_plain(
     make: Make,
     make_trainer: Callable[..., Any],
     make_loader: Callable[..., Any],
+    once: Callable[..., Any],
 ) -> None:
-    results = []
-    for latent in (None, ZERO[name]()):
+    def validated(latent: LatentSpace | None) -> dict[str, float]:
         trainer = make_trainer()
         trainer.validate(make("dpo", latent), make_loader(pairs), verbose=False)
-        results.append({metric: float(value) for metric, value in trainer.callback_metrics.items()})
-    plain, latent_metrics = results
+        return {metric: float(value) for metric, value in trainer.callback_metrics.items()}
+
+    plain, latent_metrics = once("validated", lambda: validated(None)), validated(ZERO[name]())
     assert set(plain) == {
         *("val/loss", "val/logps/chosen", "val/logps/rejected"),
         *(f"val/rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
@@ -365,11 +380,13 @@ def test_precisions_give_the_same_step(
     pairs: list[TokenizedPair],
     make: Make,
     train_step: Callable[..., Any],
+    once: Callable[..., Any],
 ) -> None:
-    steps = [
-        train_step(make("dpo", FULL[name]() if name in FULL else None, dtype="float32"), pairs, precision=it)
-        for it in ("32-true", precision)
-    ]
+    def step(precision: str) -> Any:
+        latent = FULL[name]() if name in FULL else None
+        return train_step(make("dpo", latent, dtype="float32"), pairs, precision=precision)
+
+    steps = [once(("32-true", name), lambda: step("32-true")), step(precision)]
     # bfloat16 has a relative precision of 2^-8. Under 64-true the noise is float64, which gives other draws.
     if precision != "64-true" or name in ("none", "expected", "marginal", "vector", "mlp"):
         assert steps[1].loss.item() == pytest.approx(steps[0].loss.item(), rel=tolerance)
@@ -392,9 +409,10 @@ def test_annotators_reach_the_latent(
 
 @pytest.mark.parametrize("name", list(FULL))
 def test_nonzero_latent_changes_the_step(
-    name: str, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any]
+    name: str, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any], once: Callable[..., Any]
 ) -> None:
-    plain, latent = train_step(make("dpo"), pairs), train_step(make("dpo", FULL[name]()), pairs)
+    plain = once("plain", lambda: train_step(make("dpo"), pairs))
+    latent = train_step(make("dpo", FULL[name]()), pairs)
     trained = {weight for weight in latent.gradients if weight.startswith("latent.")}
     assert trained
     if name != "mlp":  # it starts at zero

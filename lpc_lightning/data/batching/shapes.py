@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 MOST_SHAPES = 4
 """Maximum number of shapes of a plan."""
@@ -90,24 +91,30 @@ def plan_shapes(needed: Iterable[BatchShape], most: int = MOST_SHAPES) -> ShapeP
 
 def _best_cuts(sizes: Sequence[BatchShape], counts: Sequence[int], most: int) -> list[tuple[float, list[BatchShape]]]:
     """Return work and shapes of the best split of the ordered sizes into 1, 2, ... `most` groups."""
-    best: list[tuple[float, list[BatchShape]]] = [(0.0, []), *((math.inf, []) for _ in sizes)]
+    parts = np.array([(size.rows, size.width, size.reads) for size in sizes])
+    batches = np.concatenate([[0], np.cumsum(counts)])
+    groups, total = min(most, len(sizes)), len(sizes)
+    # The first `end` sizes in k groups: their least work, and where the last group begins.
+    best = np.full((groups + 1, total + 1), np.inf)
+    best[0, 0] = 0
+    starts = np.zeros((groups + 1, total + 1), dtype=int)
+    for end in range(1, total + 1):
+        rows, width, reads = np.maximum.accumulate(parts[end - 1 :: -1]).T  # shapes of the last group, from every start
+        work = (batches[end] - batches[end - 1 :: -1]) * (rows * width + READ_COST * reads)
+        sums = best[:-1, end - 1 :: -1] + work
+        chosen = sums.argmin(axis=1)
+        best[1:, end] = sums[range(groups), chosen]
+        starts[1:, end] = end - 1 - chosen
     plans = []
-    for _ in range(min(most, len(sizes))):
-        longer: list[tuple[float, list[BatchShape]]] = [(math.inf, [])] * (len(sizes) + 1)
-        for end in range(1, len(sizes) + 1):
-            shape, number = sizes[end - 1], 0
-            for start in range(end - 1, -1, -1):
-                shape, number = _union(shape, sizes[start]), number + counts[start]
-                work = best[start][0] + number * shape.work
-                if work < longer[end][0]:
-                    longer[end] = (work, [*best[start][1], shape])
-        best = longer
-        plans.append(best[-1])
+    for number in range(1, groups + 1):
+        shapes: list[BatchShape] = []
+        end = total
+        for group in range(number, 0, -1):
+            start = starts[group, end]
+            shapes.insert(0, BatchShape(*parts[start:end].max(axis=0).tolist()))
+            end = start
+        plans.append((float(best[number, total]), shapes))
     return plans
-
-
-def _union(one: BatchShape, other: BatchShape) -> BatchShape:
-    return BatchShape(max(one.rows, other.rows), max(one.width, other.width), max(one.reads, other.reads))
 
 
 def _up(size: int, step: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from lpc_lightning.evaluation.ablation.command import ablate
 
@@ -84,7 +86,13 @@ def read_results() -> Callable[[Path], Results]:
 
 @pytest.fixture(scope="session")
 def uninterrupted(write_grid: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a grid whose cells ran one after the other, without interruption."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    assert ablate([str(write_grid(folder))], output=str(folder / "out"), threads=1)
+    """Folder of a grid whose cells ran one after the other, without interruption.
+
+    The processes of pytest-xdist share it: the first one runs the cells, and the others skip them as finished.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "uninterrupted"
+    with FileLock(f"{folder}.lock"):
+        folder.mkdir(exist_ok=True)
+        assert ablate([str(write_grid(folder))], output=str(folder / "out"), threads=1)
     return folder / "out"

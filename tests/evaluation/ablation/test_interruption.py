@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing.util
 import os
 import random
-import resource
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -36,11 +33,14 @@ def arguments(grid: Path) -> list[str]:
 
 @pytest.fixture
 def start(arguments: list[str]) -> Iterator[Callable[[], BaseProcess]]:
-    """Function that starts the command in a new process, forked from a server because the imports take seconds."""
+    """Function that starts the command in a new process, forked from a server because the imports take seconds.
+
+    The command's own server is forked as well (tests/fixtures/fork_server.py).
+    """
     started: list[BaseProcess] = []
 
     def begin() -> BaseProcess:
-        process = FORKED.Process(target=command, args=(["ablate", *arguments],))
+        process = FORKED.Process(target=main, args=(["ablate", *arguments],))
         process.start()
         started.append(process)
         return process
@@ -49,28 +49,6 @@ def start(arguments: list[str]) -> Iterator[Callable[[], BaseProcess]]:
     for process in started:
         process.kill()
         process.join()
-
-
-def command(arguments: list[str]) -> None:
-    """Run the command. Its fork server is forked as well: this process has its imports."""
-    multiprocessing.util.spawnv_passfds = fork_server
-    main(arguments)
-
-
-def fork_server(path: str, arguments: list[str], files: list[int]) -> int:
-    """Run what a new Python would run, without other files than a new one has. Return the number of the process."""
-    process = os.fork()
-    if process:
-        return process
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, signal.SIG_DFL)
-    kept = sorted({0, 1, 2, *files})
-    for first, last in pairwise([*kept, resource.getrlimit(resource.RLIMIT_NOFILE)[0]]):
-        os.closerange(first + 1, last)
-    try:
-        exec(arguments[-1], {})
-    finally:
-        os._exit(0)
 
 
 def children(process: int) -> list[int]:

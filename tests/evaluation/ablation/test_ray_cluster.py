@@ -17,11 +17,15 @@ from tests.fixtures.processes import ForkedProcess
 
 pytestmark = pytest.mark.distributed
 
+# Nothing that only watches a cluster is started, and cells have the priority of other processes: by default they wait
+# until no test of another process needs a processor.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0", "RAY_worker_niceness": "0"}
 CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster
 node = {"num_cpus": 1, "object_store_memory": 10**8}
-cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+head = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+cluster = Cluster(initialize_head=True, head_node_args={**node, **head})
 cluster.add_node(**node)
 print("cluster at", cluster.address, flush=True)
 sys.stdin.read()
@@ -32,10 +36,9 @@ cluster.shutdown()
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
     """Address of a cluster of two nodes with one processor each. It is stopped after the test."""
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with (tmp_path / "cluster.log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-c", CLUSTER], stderr=log, **pipes)
+        process = subprocess.Popen([sys.executable, "-c", CLUSTER], stderr=log, env=os.environ | SETTINGS, **pipes)
     assert process.stdout is not None
     # Ray prints other lines first.
     line = next((line for line in process.stdout if line.startswith("cluster at ")), None)
