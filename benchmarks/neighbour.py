@@ -1,7 +1,7 @@
 """How much slower a fit becomes beside one busy process, by how long OpenMP's threads spin at a barrier.
 
     python -m benchmarks.neighbour
-    python -m benchmarks.neighbour config=configs/experiment/smollm2.yaml --spin-counts 3000 300000
+    python -m benchmarks.neighbour config=configs/experiment/smollm2.yaml --spin-counts 1500 300000
 
 Settings stand before `--spin-counts`, which takes all values behind it.
 
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-SPIN_COUNTS = (1_000, 3_000, 10_000, 300_000)
+SPIN_COUNTS = (1_000, 1_500, 3_000, 300_000)
 """Values of GOMP_SPINCOUNT: the project's is the second, GNU OpenMP's default the last."""
 WARMUP = 2
 """Steps before those that are measured."""

@@ -46,7 +46,7 @@ __all__ = [
 # Intel and LLVM yields the processor while it spins and keeps its default: with a short KMP_BLOCKTIME even steps
 # without a neighbour are slower there.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & set(os.environ):
-    os.environ["GOMP_SPINCOUNT"] = "3000"
+    os.environ["GOMP_SPINCOUNT"] = "1500"
 
 # transformers and peft import bitsandbytes if it is installed. On some processors it then warns that a CPU kernel for
 # 4-bit weights is missing, which matters only with a GPU. The filter must be set before those imports.

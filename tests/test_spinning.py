@@ -51,7 +51,7 @@ def recorded(folder: Path, arguments: list[str], **variables: str) -> set[str]:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_spin_count_is_set_before_torch(entry: str, tmp_path: Path) -> None:
-    assert recorded(tmp_path, ENTRIES[entry]) == {"3000 None"}
+    assert recorded(tmp_path, ENTRIES[entry]) == {"1500 None"}
 
 
 @pytest.mark.parametrize(
