@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -31,6 +32,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.pluginmanager.hasplugin("tests.fixtures.fork_server"):
         for name in FIXTURES:
             config.pluginmanager.import_plugin(f"tests.fixtures.{name}")
+
+
+def pytest_collection() -> None:
+    """Collect tests without the garbage collector. It would search all tests and modules several times."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what collection made out of later searches, which are rare, because the tensors of tests are small."""
+    gc.freeze()
+    gc.set_threshold(20_000)  # allocations between two of them
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

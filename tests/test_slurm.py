@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 import pytest
@@ -18,24 +20,18 @@ from transformers import AutoModelForCausalLM
 from lpc_lightning.cli import main
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outline, read_sharded
 from lpc_lightning.evaluation.comparison.command import evaluate
+from tests.fixtures.processes import ForkedProcess
 
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!{python}
 import os, sys
-import lpc_lightning, torch, transformers, datasets  # once for both tasks: the imports take seconds
-sys.argv[:] = sys.argv[1:]
-tasks = []
-for rank in range(2):
-    task = os.fork()
-    if not task:
-        os.environ.update(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NODEID="0")
-        from lpc_lightning.__main__ import main
-        sys.exit(main())
-    tasks.append(task)
-open("{folder}/tasks", "w").write(" ".join(map(str, tasks)))
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(task, 0)[1]) for task in tasks))
+from multiprocessing.connection import Client
+
+with Client("{folder}/slurmd") as daemon:
+    daemon.send((sys.argv[1:], dict(os.environ), os.getpid()))
+    sys.exit(daemon.recv())
 """
 SCONTROL = """#!/usr/bin/env bash
 echo "$@" >> {folder}/scontrol
@@ -51,8 +47,36 @@ FLAGS = [
 ]
 
 
+def run_steps(folder: Path) -> None:
+    """Start the tasks of each `srun`, like Slurm's daemon. They are forks: the imports take seconds."""
+    with Listener(str(folder / "slurmd")) as steps:
+        while True:
+            with steps.accept() as step:
+                step.send(run_tasks(folder, *step.recv()))
+
+
+def run_tasks(folder: Path, arguments: list[str], environment: dict[str, str], srun: int) -> int:
+    """Run two tasks of `lpc-lightning` with the folder and the output of `srun`. Return the larger exit code."""
+    tasks = []
+    for rank in range(2):
+        task = os.fork()
+        if not task:
+            os.chdir(f"/proc/{srun}/cwd")
+            for stream in (sys.stdout, sys.stderr):
+                output = os.open(f"/proc/{srun}/fd/{stream.fileno()}", os.O_WRONLY | os.O_APPEND)
+                os.dup2(output, stream.fileno())
+            os.environ.clear()
+            os.environ.update(environment, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NODEID="0")
+            sys.argv[:] = arguments
+            main()
+            sys.exit()
+        tasks.append(task)
+    (folder / "tasks").write_text(" ".join(map(str, tasks)))
+    return max(os.waitstatus_to_exitcode(os.waitpid(task, 0)[1]) for task in tasks)
+
+
 @pytest.fixture
-def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Command of a job with the environment of two tasks on one node. Start it in `tmp_path`."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -70,7 +94,12 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     flags = " ".join(FLAGS).split()
-    return ["bash", str(ROOT / "configs/slurm/fit.sbatch"), *flags, f"--data.cache_dir={tmp_path / 'cache'}"]
+    daemon = ForkedProcess(run_steps, tmp_path, log=tmp_path / "daemon")
+    while not (tmp_path / "slurmd").exists():
+        assert daemon.is_running, daemon.errors
+        time.sleep(0.01)
+    yield ["bash", str(ROOT / "configs/slurm/fit.sbatch"), *flags, f"--data.cache_dir={tmp_path / 'cache'}"]
+    daemon.kill()
 
 
 def test_job_is_requeued_resumed_and_exported(sbatch: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,23 @@ from lpc_lightning.cli import main
 ROOT = Path(__file__).parents[1]
 PARTS = ("lpc_lightning", "callbacks", "evaluation", "configs")
 HOSTILE = "raise RuntimeError('a command has imported a package of the user')\n"
+
+FORKS = """
+import json, os, runpy, sys
+import lpc_lightning.__main__  # once for all commands: the imports take seconds
+
+program, end, *commands = sys.argv[1:]
+for command in commands:
+    if not os.fork():
+        sys.argv = [program, *json.loads(command)]
+        runpy.run_path(program, run_name="__main__")
+        sys.exit()
+    if code := os.waitstatus_to_exitcode(os.wait()[1]):
+        sys.exit(code)
+    print(end, flush=True)
+"""
+"""Runs a Python program with several command lines, and prints a line behind the output of each."""
+END = "--- end of this command ---"
 
 pytestmark = pytest.mark.slow
 
@@ -90,25 +108,42 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
+def run_commands(programs: Path, *commands: list[str], cwd: Path) -> list[str]:
+    """Run the installed `lpc-lightning` once for each list of arguments, and return what each has printed."""
+    program, python = programs / "lpc-lightning", programs / "python"
+    assert program.read_text().startswith(f"#!{python}\n")
+    assert os.access(program, os.X_OK)
+    # `-P`: as for a program, the working directory is not on the path.
+    *outputs, rest = run(python, "-P", "-c", FORKS, program, END, *map(json.dumps, commands), cwd=cwd).split(END)
+    assert not rest.strip()
+    return outputs
+
+
 def test_installed_commands_beside_hostile_folders(installed: Path, tmp_path: Path) -> None:
     for name in ("callbacks", "evaluation"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(HOSTILE)
-    program, python = installed / "lpc-lightning", installed / "python"
+    python = installed / "python"
     where = "import lpc_lightning, lpc_lightning.evaluation as e; print(lpc_lightning.__file__, e.__file__)"
     for file in run(python, "-c", where, cwd=tmp_path).split():
         assert Path(file).is_relative_to(installed.parent)
 
-    run(program, "configs", "--output", "configs", cwd=tmp_path)
-    config = yaml.safe_load((tmp_path / "configs" / "experiment" / "tiny.yaml").read_text())
-    assert config == yaml.safe_load((ROOT / "configs" / "experiment" / "tiny.yaml").read_text())
     places = [f"--data.cache_dir={tmp_path / 'cache'}", "--data.train_pairs=16", "--data.validation_pairs=4"]
     bar = "--trainer.enable_progress_bar=false"
     fit = ["fit", "--config=configs/experiment/tiny.yaml", "--latent=configs/latent/marginal.yaml", *places, bar]
-    assert "Run folder: " in run(program, *fit, "--trainer.max_steps=2", cwd=tmp_path)
     version = tmp_path / "runs" / "version_0"
-    found = ["--config", version / "config.yaml", "--ckpt_path", version / "checkpoints" / "best.ckpt"]
-    assert "val/rewards/accuracies" in run(program, "validate", *found, cwd=tmp_path)
+    found = [f"--config={version / 'config.yaml'}", f"--ckpt_path={version / 'checkpoints' / 'best.ckpt'}"]
+    _, fitted, validated = run_commands(
+        installed,
+        ["configs", "--output", "configs"],
+        [*fit, "--trainer.max_steps=2"],
+        ["validate", *found],
+        cwd=tmp_path,
+    )
+    config = yaml.safe_load((tmp_path / "configs" / "experiment" / "tiny.yaml").read_text())
+    assert config == yaml.safe_load((ROOT / "configs" / "experiment" / "tiny.yaml").read_text())
+    assert "Run folder: " in fitted
+    assert "val/rewards/accuracies" in validated
     assert "usage: lpc-lightning evaluate" in run(python, "-m", "lpc_lightning", "evaluate", "--help", cwd=tmp_path)
 
 

@@ -7,6 +7,7 @@ python -m benchmarks.gpu --tiny --output runs/bench-tiny      # on a CPU, withou
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import shlex
@@ -120,6 +121,7 @@ def main() -> None:
     peak = peak_flops(device, torch.bfloat16, options.peak_seconds)
     torch._logging.set_logs(recompiles=True, graph_breaks=True)
     free_memory()
+    gc.freeze()  # what the imports made stays, and need not be searched after every part
     facts = describe(device) | {
         "command": shlex.join(sys.argv),
         "bf16_tflops": round(peak / 1e12, 2),

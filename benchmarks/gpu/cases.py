@@ -23,6 +23,8 @@ class Case:
     side: Literal["ours", "TRL"]
     latent: str | None = None
     """Name of a file in `configs/latent`; ours only."""
+    attention: str = "auto"
+    """Kernel, as `policy.attention` names it; ours only."""
     compiled: bool = True
     """True compiles the decoder layers; ours only."""
     cuda_graphs: bool | Literal["auto"] = "auto"

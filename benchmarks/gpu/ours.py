@@ -129,6 +129,7 @@ def arguments(case: Case, lengths: Path, scratch: Path, device: str) -> list[str
         "policy": "benchmarks.gpu.models.RandomLlama",
         "policy.shape": case.shape,
         "policy.dtype": "bfloat16" if case.precision == "bf16-true" else "float32",
+        "policy.attention": case.attention,
         "policy.compile": str(case.compiled).lower(),
         "policy.cuda_graphs": str(case.cuda_graphs).lower(),
         "policy.gradient_checkpointing": str(case.checkpointing).lower(),

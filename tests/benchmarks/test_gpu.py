@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -22,19 +21,18 @@ from benchmarks.gpu.report import render, targets
 from benchmarks.gpu.trace import summarize
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import TokenizedPair
+from tests.fixtures.processes import ForkedProcess, run_module
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `--tiny` wrote."""
     output = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--peak-seconds", "0.05", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout
+    arguments = ["--tiny", "--peak-seconds", "0.05", "--output", str(output)]
+    run = ForkedProcess(run_module, "benchmarks.gpu", arguments, log=output / "stdout")
+    assert run.wait(timeout=600) == 0, run.output.read_text()
     content: dict[str, Any] = json.loads((output / "results.json").read_text())
     assert (output / "results.md").read_text() == render(content)
     return content

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
+from benchmarks import neighbour
 from benchmarks.neighbour import busy_process, measure, render
+from tests.fixtures.processes import ForkedProcess, run_in_fork
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_table_has_medians_and_their_ratio() -> None:
@@ -18,6 +26,15 @@ def test_busy_process_runs_until_the_end() -> None:
     assert process.poll() is not None
 
 
+def time_steps() -> None:
+    """Measure a fit in a fork of this process."""
+    os.chdir(ROOT)
+    neighbour.subprocess = SimpleNamespace(run=run_in_fork)  # type: ignore[assignment]
+    print(measure(10_000, is_beside=False, steps=2, settings={"policy.layers": "1"}))
+
+
 @pytest.mark.slow
-def test_steps_of_a_fit_are_timed() -> None:
-    assert 0 < measure(10_000, is_beside=False, steps=2, settings={"policy.layers": "1"}) < 60
+def test_steps_of_a_fit_are_timed(tmp_path: Path) -> None:
+    process = ForkedProcess(time_steps, log=tmp_path / "log")
+    assert process.wait() == 0, process.errors
+    assert 0 < float(process.output.read_text()) < 60
