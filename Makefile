@@ -37,6 +37,9 @@ demo: $(VENV)/.installed
 demo-smollm2: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/lpc-lightning fit --config configs/experiment/demo.yaml
 
+# Where the environment forbids bytecode, each of the programs that tests start would compile the package again.
+test test-fast test-resume: export PYTHONDONTWRITEBYTECODE =
+
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 3 --dist worksteal
 

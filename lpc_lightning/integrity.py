@@ -22,7 +22,9 @@ DIGESTS = "digests.json"
 CHUNK = 1 << 20
 """Bytes that are read at a time."""
 READERS = 8
-"""Threads that read one file."""
+"""Most threads that read one file."""
+READER_BYTES = 1 << 20
+"""Bytes of a file for each thread: the threads of a small file would cost more time than they save."""
 
 
 def is_archive(path: Path) -> bool:
@@ -46,8 +48,9 @@ def check_archive(path: Path, tensors: bool = True) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [each for each in archive.infolist() if tensors or "/data/" not in each.filename]
-        with ThreadPoolExecutor(READERS) as threads:
-            list(threads.map(partial(_read, path), [entries[start::READERS] for start in range(READERS)]))
+        readers = min(READERS, 1 + path.stat().st_size // READER_BYTES)
+        with ThreadPoolExecutor(readers) as threads:
+            list(threads.map(partial(_read, path), [entries[start::readers] for start in range(readers)]))
     except Exception as error:  # a damaged directory of entries can raise any exception
         raise DamagedFileError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 

@@ -148,8 +148,7 @@ def render(figure: Figure, path: Path) -> NDArray[np.uint8]:
     """Write a figure as a PNG file, and return its pixels (height, width, 3)."""
     canvas = FigureCanvasAgg(figure)
     with literal_text(figure):
-        canvas.draw()
-        canvas.print_png(path)
+        canvas.print_png(path)  # draws the figure
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 

@@ -1,14 +1,16 @@
 """Attention over packed rows on a CPU, computed for visible keys only.
 
-torch's kernel for CPUs also computes the scores that a mask hides, and its products of small blocks are slow. Here,
-each block of queries is one batched product with the keys that it sees. The backward pass recomputes the probabilities
-(as in FlashAttention, arXiv 2205.14135), so that a layer keeps only its queries, keys, values and outputs. Keys and
-values are not repeated for grouped queries.
+torch's kernel for CPUs also computes the scores that a mask hides, and its products of small blocks are slow. Here, a
+block of queries is multiplied with the keys that it sees, and blocks of similar size are one batched product. The
+backward pass recomputes the probabilities (as in FlashAttention, arXiv 2205.14135), so that a layer keeps only its
+queries, keys and values. Keys and values are not repeated for grouped queries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -23,8 +25,12 @@ from lpc_lightning.types import PIECES
 
 SEGMENT = "segment"
 """Name of the kernel in transformers' registry. Calls without `blocks` run `sdpa`."""
-BLOCK = 64
+BLOCK = 48
 """Largest number of queries in a block. The scores above a block's diagonal are computed and discarded."""
+PRODUCT = 2**16
+"""Largest number of scores per head in a product of several blocks, so that they stay in a processor's cache."""
+PADDING = 2**12
+"""Scores per head of padding that a product may have. They take about as long as the start of another product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,50 @@ class Block:
     start: int
     """First position of the segment. Within the segment, query q sees the keys `start:q + 1`."""
 
+    @property
+    def queries(self) -> int:
+        """Number of queries."""
+        return self.last - self.first
+
+    @property
+    def keys(self) -> int:
+        """Number of visible keys of the last query."""
+        return self.prompt.stop - self.prompt.start + self.last - self.start
+
+
+class BlockGroup:
+    """B blocks that are one batched product of n queries and m keys each. Smaller blocks are padded at their front."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        """Compute positions and masks.
+
+        Args:
+            blocks: At least one.
+        """
+        self.blocks = blocks
+        queries, keys = max(block.queries for block in blocks), max(block.keys for block in blocks)
+        query_counts = torch.tensor([block.queries for block in blocks])
+        key_counts = torch.tensor([block.keys for block in blocks])
+        self.queries = torch.zeros(len(blocks), queries, dtype=torch.long)
+        """(B, n) Positions of the queries in the flattened tokens. Those of padding are 0."""
+        self.keys = torch.zeros(len(blocks), keys, dtype=torch.long)
+        """(B, m) Positions of the keys in the flattened tokens. Those of padding are 0."""
+        for row, block in enumerate(blocks):
+            prompt, segment = torch.arange(block.prompt.start, block.prompt.stop), torch.arange(block.start, block.last)
+            self.queries[row, queries - block.queries :] = segment[block.first - block.start :]
+            self.keys[row, keys - block.keys :] = torch.cat([prompt, segment])
+        self.later = torch.ones(queries, queries, dtype=torch.bool).triu_(1)
+        """(n, n) True for a key after the query, among the last n keys."""
+        self.query_padding = _padding(query_counts, queries)[..., None, None]
+        """(B, p, 1, 1) True for queries of padding, among the first p. p is the most padding that a block has."""
+        self.key_padding = _padding(key_counts, keys)[:, None, None]
+        """(B, 1, 1, p) True for keys of padding, among the first p. p is the most padding that a block has."""
+
+
+def _padding(counts: Tensor, size: int) -> Tensor:
+    missing = size - counts
+    return torch.arange(int(missing.max())) < missing[:, None]
+
 
 class Blocks:
     """All blocks of a batch.
@@ -46,8 +96,28 @@ class Blocks:
     """
 
     def __init__(self, blocks: list[Block]) -> None:
-        """Keep the blocks."""
-        self.blocks = blocks
+        """Group the blocks.
+
+        Args:
+            blocks: Blocks in any order.
+        """
+        self.groups = [BlockGroup(group) for group in _similar(blocks)]
+
+
+def _similar(blocks: list[Block]) -> Iterator[list[Block]]:
+    """Sort blocks by size, and cut them into groups of at most `PRODUCT` scores with little padding."""
+    group: list[Block] = []
+    for block in sorted(blocks, key=lambda block: (block.keys, block.queries)):
+        larger = [*group, block]
+        # The last block has the most keys.
+        scores = len(larger) * max(each.queries for each in larger) * block.keys
+        padding = scores - sum(each.queries * each.keys for each in larger)
+        if group and (scores > PRODUCT or padding > max(PADDING, scores // 8)):
+            yield group
+            larger = [block]
+        group = larger
+    if group:
+        yield group
 
 
 def query_blocks(segments: Tensor) -> Blocks:
@@ -71,7 +141,9 @@ def query_blocks(segments: Tensor) -> Blocks:
             if segment >= 0:
                 prompt = prompts.get(owner, slice(start, start))
                 prompts.setdefault(owner, slice(start, end))
-                blocks += [Block(first, min(first + BLOCK, end), prompt, start) for first in range(start, end, BLOCK)]
+                # Blocks of equal size, so that a product has little padding.
+                size = ceil(length / ceil(length / BLOCK))
+                blocks += [Block(first, min(first + size, end), prompt, start) for first in range(start, end, size)]
             start = end
     return Blocks(blocks)
 
@@ -113,7 +185,9 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scalin
     # Under autocast, rotary embeddings return queries and keys in float32. Cast them, as autocast does for sdpa.
     flat = [states.to(value.dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _Attention.apply(*flat, blocks.blocks, scale)
+    # Autocast would round the scores of the forward pass, and not those that the backward pass computes again.
+    with torch.autocast(query.device.type, enabled=False):
+        out = _Attention.apply(*flat, blocks.groups, scale)
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
@@ -125,69 +199,92 @@ class _Attention(torch.autograd.Function):
     """Queries (N, H, D), keys and values (N, G, D) of all rows to outputs (N, H, D), with zeros at padding."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: list[BlockGroup], scale: float) -> Tensor:
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        normalisers = []
-        for block in blocks:
-            scores = _scores(_queries(query, block, key.shape[1]), _visible(key, block), block, scale)
-            largest = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(largest).exp_()
-            total = weights.sum(-1, keepdim=True)
-            normalisers.append(largest.add_(total.log()))
-            means = weights.div_(total).to(value.dtype) @ _visible(value, block)
-            out[block.first : block.last] = _ungrouped(means, block)
-        ctx.blocks, ctx.scale, ctx.normalisers = blocks, scale, normalisers
-        ctx.save_for_backward(query, key, value, out)
+        for group in groups:
+            weights = _weights(_queries(query, group, key.shape[1]), _visible(key, group), group, scale)
+            _put(out, group, _by_query(weights.to(value.dtype) @ _visible(value, group), group))
+        ctx.groups, ctx.scale = groups, scale
+        ctx.save_for_backward(query, key, value)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         exact = torch.promote_types(query.dtype, torch.float32)
         query_gradient = torch.zeros_like(query, memory_format=torch.contiguous_format)
         key_gradient, value_gradient = (torch.zeros(key.shape, dtype=exact) for _ in range(2))
-        for block, normaliser in zip(ctx.blocks, ctx.normalisers, strict=True):
-            queries, keys, values = _queries(query, block, key.shape[1]), _visible(key, block), _visible(value, block)
-            upstream = _queries(grad, block, key.shape[1])
-            weights = _scores(queries, keys, block, ctx.scale).sub_(normaliser).exp_()
-            _add(value_gradient, block, weights.to(value.dtype).mT @ upstream)
-            outputs = _queries(out, block, key.shape[1])
-            # d(loss)/d(score) = weight * (d(loss)/d(weight) - mean of it under the weights)
-            mean = (upstream.to(exact) * outputs.to(exact)).sum(-1, keepdim=True)
+        for group in ctx.groups:
+            queries, keys, values = _queries(query, group, key.shape[1]), _visible(key, group), _visible(value, group)
+            # Rows of padding have no gradient, so that they add nothing below.
+            upstream = _by_head(_without_padding(_take(grad, group.queries), group), key.shape[1])
+            weights = _weights(queries, keys, group, ctx.scale)
+            _add(value_gradient, group.keys, _by_key(weights.to(value.dtype).mT @ upstream, group))
             weight_gradient = (upstream @ values.mT).to(exact)
-            score_gradient = weight_gradient.sub_(mean).mul_(weights).mul_(ctx.scale).to(query.dtype)
-            query_gradient[block.first : block.last] = _ungrouped(score_gradient @ keys, block)
-            _add(key_gradient, block, score_gradient.mT @ queries)
-        return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype), None, None
+            # d(loss)/d(score) = weight * (d(loss)/d(weight) - mean of it under the weights)
+            score_gradient = torch._softmax_backward_data(weight_gradient, weights, -1, exact)
+            score_gradient = score_gradient.to(query.dtype)
+            _put(query_gradient, group, _by_query(score_gradient @ keys, group))
+            _add(key_gradient, group.keys, _by_key(score_gradient.mT @ queries, group))
+        query_gradient, key_gradient = query_gradient.mul_(ctx.scale), key_gradient.mul_(ctx.scale).to(key.dtype)
+        return query_gradient, key_gradient, value_gradient.to(value.dtype), None, None
 
 
-def _queries(states: Tensor, block: Block, groups: int) -> Tensor:
-    """Take the block's queries from (N, H, D): (G, H/G n, D), with the heads of a group one after the other."""
-    return states[block.first : block.last].unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+def _take(states: Tensor, positions: Tensor) -> Tensor:
+    """Take the positions (B, n) from (N, H, D): (B, n, H, D)."""
+    return states.index_select(0, positions.flatten()).unflatten(0, positions.shape)
 
 
-def _ungrouped(states: Tensor, block: Block) -> Tensor:
-    """Reshape (G, H/G n, D) back to (n, H, D)."""
-    return states.unflatten(1, (-1, block.last - block.first)).permute(2, 0, 1, 3).flatten(1, 2)
+def _add(total: Tensor, positions: Tensor, states: Tensor) -> None:
+    """Add states (B, n, H, D) to `total` (N, H, D), at the positions (B, n)."""
+    total.index_add_(0, positions.flatten(), states.flatten(0, 1).to(total.dtype))
 
 
-def _visible(states: Tensor, block: Block) -> Tensor:
-    """Take the block's visible keys or values from (N, G, D): (G, m, D). `_scores` hides those above the diagonal."""
-    return torch.cat([states[block.prompt], states[block.start : block.last]]).transpose(0, 1)
+def _put(total: Tensor, group: BlockGroup, states: Tensor) -> None:
+    """Copy states (B, n, H, D) to `total` (N, H, D), at the group's queries."""
+    for block, rows in zip(group.blocks, states, strict=True):
+        total[block.first : block.last] = rows[-block.queries :]
 
 
-def _scores(queries: Tensor, keys: Tensor, block: Block, scale: float) -> Tensor:
-    """Compute scores (G, H/G n, m) in float32 or wider, with -inf above the diagonal."""
+def _queries(states: Tensor, group: BlockGroup, heads: int) -> Tensor:
+    """Take the group's queries from (N, H, D): (B G, H/G n, D)."""
+    return _by_head(_take(states, group.queries), heads)
+
+
+def _by_head(states: Tensor, heads: int) -> Tensor:
+    """Reshape (B, n, H, D) to (B G, H/G n, D), with the query heads of a key's head one after the other."""
+    return states.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).reshape(len(states) * heads, -1, states.shape[-1])
+
+
+def _by_query(states: Tensor, group: BlockGroup) -> Tensor:
+    """Reshape (B G, H/G n, D) to (B, n, H, D)."""
+    blocks, queries = group.queries.shape
+    return states.view(blocks, -1, queries, states.shape[-1]).transpose(1, 2)
+
+
+def _visible(states: Tensor, group: BlockGroup) -> Tensor:
+    """Take the group's keys or values from (N, G, D): (B G, m, D)."""
+    return _take(states, group.keys).transpose(1, 2).flatten(0, 1)
+
+
+def _by_key(states: Tensor, group: BlockGroup) -> Tensor:
+    """Reshape (B G, m, D) to (B, m, G, D)."""
+    return states.unflatten(0, (len(group.keys), -1)).transpose(1, 2)
+
+
+def _without_padding(states: Tensor, group: BlockGroup) -> Tensor:
+    """Replace the queries of padding in (B, n, H, D) by zeros, in place."""
+    states[:, : group.query_padding.shape[1]].masked_fill_(group.query_padding, 0)
+    return states
+
+
+def _weights(queries: Tensor, keys: Tensor, group: BlockGroup, scale: float) -> Tensor:
+    """Compute attention weights (B G, H/G n, m) in float32 or wider. Those of hidden keys are 0."""
     exact = torch.promote_types(queries.dtype, torch.float32)
     scores = (queries.to(exact) * scale) @ keys.to(exact).mT
-    length = block.last - block.first
-    hidden = torch.ones(length, length, dtype=torch.bool).triu_(1)
-    scores.unflatten(1, (-1, length))[..., -length:].masked_fill_(hidden, -torch.inf)
-    return scores
-
-
-def _add(total: Tensor, block: Block, values: Tensor) -> None:
-    """Add `values` (G, m, D) to `total` (N, G, D), at the block's visible keys."""
-    prompt = block.prompt.stop - block.prompt.start
-    total[block.prompt] += values[:, :prompt].transpose(0, 1)
-    total[block.start : block.last] += values[:, prompt:].transpose(0, 1)
+    by_block = scores.view(len(group.keys), -1, *group.later.shape[:1], scores.shape[-1])
+    # Finite, because a query of padding sees no key at all.
+    lowest = torch.finfo(exact).min
+    by_block[..., -len(group.later) :].masked_fill_(group.later, lowest)
+    by_block[..., : group.key_padding.shape[-1]].masked_fill_(group.key_padding, lowest)
+    return scores.softmax(-1)

@@ -33,7 +33,7 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> SyntheticPreferences:
+def data(cache_dir: Path) -> SyntheticPreferences:
     """14 validation pairs of 2 annotators in batches of 4, 4, 4 and 2; 9 test pairs."""
     return SyntheticPreferences(
         "hidden",
@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> SyntheticPreferences:
         test_pairs=9,
         annotators=2,
         batch_size=4,
-        cache_dir=str(tmp_path / "cache"),
+        cache_dir=str(cache_dir),
     )
 
 

@@ -28,12 +28,12 @@ CODES: dict[str, Any] = {"num_codes": 4, "init_logit_std": 1.0}
 
 
 @pytest.fixture
-def fit(tmp_path: Path, make_trainer: Callable[..., Trainer]) -> Callable[..., Trainer]:
+def fit(tmp_path: Path, cache_dir: Path, make_trainer: Callable[..., Trainer]) -> Callable[..., Trainer]:
     """Function that runs a fit: 12 training pairs in 6 steps an epoch, 10 validation pairs in 4 batches."""
 
     def run(monitor: CodebookMonitor, latent: LatentSpace | None, **settings: Any) -> Trainer:
         data = SyntheticPreferences(
-            train_pairs=12, validation_pairs=10, batch_size=2, eval_batch_size=3, cache_dir=str(tmp_path / "cache")
+            train_pairs=12, validation_pairs=10, batch_size=2, eval_batch_size=3, cache_dir=str(cache_dir)
         )
         loggers = [logger(str(tmp_path), name="", version="run") for logger in (CSVLogger, TensorBoardLogger)]
         module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), latent=latent)

@@ -86,11 +86,11 @@ def gumbel() -> GumbelSpace:
 
 
 @pytest.fixture
-def fit(tmp_path: Path) -> Callable[..., Trainer]:
+def fit(tmp_path: Path, cache_dir: Path) -> Callable[..., Trainer]:
     """Function that runs a fit: 20 pairs, 2 in a micro-batch, 2 micro-batches in a step, 5 steps in an epoch."""
 
     def run(name: str, *callbacks: Callback, module: DPO | None = None, **trainer: Any) -> Trainer:
-        data = SyntheticPreferences(train_pairs=20, validation_pairs=6, batch_size=2, cache_dir=str(tmp_path / "cache"))
+        data = SyntheticPreferences(train_pairs=20, validation_pairs=6, batch_size=2, cache_dir=str(cache_dir))
         policy = TinyPolicy(width=16, layers=1, heads=2)
         module = module or DPO(policy=policy, latent=gumbel(), optimizer=adam, latent_lr=1e-2)
         ckpt_path = trainer.pop("ckpt_path", None)

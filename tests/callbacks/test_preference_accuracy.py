@@ -25,10 +25,10 @@ MODES = {"prior", "posterior", "marginal", "no_latent", "shuffled"}
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> SyntheticPreferences:
+def data(cache_dir: Path) -> SyntheticPreferences:
     """9 validation pairs in batches of 3, 3 and 3; 7 test pairs."""
     return SyntheticPreferences(
-        train_pairs=12, validation_pairs=9, test_pairs=7, batch_size=4, cache_dir=str(tmp_path / "cache")
+        train_pairs=12, validation_pairs=9, test_pairs=7, batch_size=4, cache_dir=str(cache_dir)
     )
 
 

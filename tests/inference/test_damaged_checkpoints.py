@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from lpc_lightning import integrity
 from lpc_lightning.distributed.sharded_checkpoint import INDEX, REST, shards_of
 from lpc_lightning.errors import CheckpointError
 from lpc_lightning.inference.checkpoint_entries import check_resumable
@@ -67,7 +68,8 @@ def outcome(path: Path, expected: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-def test_archive_is_read_by_several_threads(tmp_path: Path) -> None:
+def test_archive_is_read_by_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "READER_BYTES", 1)
     path = tmp_path / "many.ckpt"
     torch.save({str(number): torch.full((16,), number) for number in range(200)}, path)
     interval = sys.getswitchinterval()
