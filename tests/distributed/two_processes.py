@@ -51,7 +51,7 @@ BUILDS = (
     *(("gumbel", lora, reference) for lora in LORAS for reference in REFERENCES),
 )
 """Latent, adapter and reference of the modules that are built sharded: every pair of values of any two."""
-LAYERS = {"plain": 2, "marginal": 2, "gumbel": 20}
+LAYERS = {"plain": 2, "marginal": 2, "gumbel": 10}
 """Layers of these modules by latent. One layer is a small part of the policy whose peak of memory is compared."""
 SEED = 3
 EPOCHS = 2
