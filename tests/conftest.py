@@ -40,8 +40,9 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what collection made out of later searches."""
+    """Leave what collection made out of later searches, which are rare, because the tensors of tests are small."""
     gc.freeze()
+    gc.set_threshold(20_000)  # allocations between two of them
     gc.enable()
 
 

@@ -97,7 +97,7 @@ def accelerator(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def data(cache_dir: Path) -> Callable[..., SyntheticPreferences]:
     def make(**settings: Any) -> SyntheticPreferences:
-        sizes = {"train_pairs": 24, "validation_pairs": 6, "test_pairs": 5, "batch_size": 4}
+        sizes = {"train_pairs": 16, "validation_pairs": 6, "test_pairs": 5, "batch_size": 4}
         people = {"deciding": "hidden", "annotators": 3}
         return SyntheticPreferences(**{**sizes, **people, "cache_dir": str(cache_dir), **settings})
 
@@ -202,6 +202,7 @@ def test_fit_resumes(fit: Callable[..., Trainer], tmp_path: Path) -> None:
 
     whole, rest = module(), module()
     length: dict[str, Any] = {"max_steps": 4, "val_check_interval": 2, "deterministic": True}
+    length["pairs"] = {"train_pairs": 24}  # the run ends within an epoch
     fit(whole, **length)
     weights = {name: value.detach().cpu().clone() for name, value in whole.named_parameters()}
     (saved,) = tmp_path.glob("run/version_0/checkpoints/*step=2.ckpt")

@@ -1,10 +1,8 @@
-"""Tests that importing the package prints nothing."""
+"""Tests of the warnings and the log of a command."""
 
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -12,18 +10,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lpc_lightning  # noqa: F401 - the import itself is tested
 from lpc_lightning.cli import set_up_logging
-
-
-@pytest.mark.slow
-def test_import_of_commands_prints_nothing() -> None:
-    """With bitsandbytes, on a processor with AVX512-BF16, the import would warn of a missing kernel."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import lpc_lightning.__main__"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_command_shows_a_warning_once() -> None:

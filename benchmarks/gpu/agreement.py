@@ -63,8 +63,9 @@ def compare_paths(bench: Bench, case: Case) -> dict[str, Any]:
 def agreement_cases(tiny: bool) -> tuple[Case, Case]:
     """Return the case that is trained compiled and eager, and the one with codes.
 
-    The tiny one has whole programs of layers, as on a GPU: the default attention of a CPU is not compiled.
+    The tiny one has whole programs of layers, as on a GPU: the default attention of a CPU is not compiled. Its batches
+    have several rows each, since a batch of one row would be compiled on its own.
     """
-    base = replace(TINY, attention="sdpa") if tiny else replace(HH_SMALL, steps=8)
-    base = replace(base, warmup=1)
-    return base, replace(base, latent="marginal", steps=1)
+    compiled = replace(TINY, attention="sdpa", pairs=6, steps=2) if tiny else replace(HH_SMALL, steps=8)
+    codes = replace(TINY if tiny else HH_SMALL, latent="marginal", steps=1)
+    return replace(compiled, warmup=1), replace(codes, warmup=1)

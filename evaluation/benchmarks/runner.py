@@ -76,7 +76,7 @@ def run_benchmarks(
         apply_chat_template: Format prompts as conversations, with the chat template of the model's tokenizer.
         seed: Seed of the few-shot examples and of all other random draws. 1234 is lm-eval's default.
         bootstrap_iters: Number of resamples for standard errors without a closed form. 0: no standard errors.
-        manager: Task manager with the task names. None: the shared manager of this process.
+        manager: Task manager with the task names. None: a shared manager of this process.
 
     Raises:
         ConfigError: A setting or a file is invalid for every task. Raised before anything runs.

@@ -21,7 +21,8 @@ def fitted(tmp_path: Path, cache_dir: Path) -> Callable[..., Trainer]:
     """Function that runs LPC-DPO and returns the trainer: 20 pairs, 2 in a micro-batch, 2 micro-batches in a step."""
 
     def fit(*callbacks: Callback, **trainer: Any) -> Trainer:
-        data = SyntheticPreferences(train_pairs=20, validation_pairs=6, batch_size=2, cache_dir=str(cache_dir))
+        sizes = {"train_pairs": 20, "validation_pairs": 6, "test_pairs": 6, "batch_size": 2}
+        data = SyntheticPreferences(**sizes, cache_dir=str(cache_dir))
         policy = TinyPolicy(width=16, layers=1, heads=2)
         settings: dict[str, Any] = {
             "logger": CSVLogger(tmp_path, name="", version="run"),

@@ -30,7 +30,7 @@ def small_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return path
 
     monkeypatch.setattr(module, "_grid", write_small)
-    monkeypatch.setattr(module, "INTERVAL", 1.0)
+    monkeypatch.setattr(module, "INTERVAL", 0.2)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import read_results, scores, stderr_name, write_results
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from lpc_lightning.evaluation.benchmarks.shared_requests import divide_requests
-from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks, task_manager
+from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks, local_task_manager
 from tests.fixtures.processes import ForkedProcess
 
 EXACT = {"rel": 1e-9, "abs": 1e-12}
@@ -32,7 +32,7 @@ RAISES = "def process_results(doc, results):\n    raise LookupError('no such key
 def evaluate_stock(lm, tasks, data_dir, **settings):
     """Return the results of lm-eval's `simple_evaluate`, for all tasks in one call."""
     loaded = [task for name in tasks for task in load_tasks(name, str(data_dir))["tasks"].values()]
-    return simple_evaluate(lm, tasks=loaded, task_manager=task_manager(), bootstrap_iters=1000, **settings)
+    return simple_evaluate(lm, tasks=loaded, task_manager=local_task_manager(), bootstrap_iters=1000, **settings)
 
 
 class RecordingLM(HFLM):

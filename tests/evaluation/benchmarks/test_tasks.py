@@ -16,6 +16,7 @@ from lpc_lightning.evaluation.benchmarks.tasks import (
     PAPER_TASKS,
     DataUnreachableError,
     load_tasks,
+    local_task_manager,
     no_network,
     task_manager,
 )
@@ -100,6 +101,11 @@ def test_local_task_equals_stock_task(name, stock_task, data_dir) -> None:
 
 def test_index_of_tasks_is_built_once() -> None:
     assert task_manager() is task_manager(index=True) is task_manager(True)
+    assert local_task_manager() is local_task_manager()
+
+
+def test_local_index_has_all_local_tasks() -> None:
+    assert set(LOCAL_DATA) <= set(local_task_manager().all_tasks)
 
 
 def test_prompt_text_of_arc_easy(data_dir, documents) -> None:
