@@ -227,13 +227,15 @@ def test_sharded_build_equals_whole_build(latent: str, lora: str, reference: str
 
 
 @pytest.mark.parametrize("reference", two_processes.REFERENCES)
-@pytest.mark.parametrize(("lora", "share"), [("full", 0.7), ("lora", 0.8)])
-def test_only_first_process_holds_all_weights(lora: str, share: float, reference: str, folder: Path) -> None:
+@pytest.mark.parametrize("lora", ["full", "lora"])
+def test_only_first_process_holds_all_weights(lora: str, reference: str, folder: Path) -> None:
     first, second = (
         torch.load(folder / f"{rank}.pt", weights_only=True)["built"][f"gumbel {lora} {reference}"] for rank in range(2)
     )
     assert first["peak"] > first["whole"]
-    assert second["peak"] < share * second["whole"]
+    # Its half takes some 0.6 with what is sent, and up to a quarter more counts where gloo's threads free it, which the
+    # profiler does not see. Whoever holds the whole beside a half has 1.5.
+    assert second["peak"] < 0.9 * second["whole"]
 
 
 def test_build_error_reaches_all_processes(folder: Path, two: Any) -> None:
