@@ -32,6 +32,9 @@ PRODUCT = 2**16
 PADDING = 2**12
 """Scores per head of padding that a product may have. They take about as long as the start of another product."""
 
+LANES = 16
+"""The keys of a product are padded to a multiple of this number, so that no vector of sums is cut off."""
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -56,7 +59,11 @@ class Block:
 
 
 class BlockGroup:
-    """B blocks that are one batched product of n queries and m keys each. Smaller blocks are padded at their front."""
+    """B blocks that are one batched product of n queries and m keys each. Smaller blocks are padded at their end.
+
+    Sums over keys then have the order that they have without padding, and zeros behind them. In bfloat16 a policy and
+    its reference agree to the last bit, although their batches differ, where a processor's products keep that order.
+    """
 
     def __init__(self, blocks: list[Block]) -> None:
         """Compute positions and masks.
@@ -65,28 +72,25 @@ class BlockGroup:
             blocks: At least one.
         """
         self.blocks = blocks
-        queries, keys = max(block.queries for block in blocks), max(block.keys for block in blocks)
         query_counts = torch.tensor([block.queries for block in blocks])
         key_counts = torch.tensor([block.keys for block in blocks])
+        queries, keys = int(query_counts.max()), ceil(int(key_counts.max()) / LANES) * LANES
         self.queries = torch.zeros(len(blocks), queries, dtype=torch.long)
         """(B, n) Positions of the queries in the flattened tokens. Those of padding are 0."""
         self.keys = torch.zeros(len(blocks), keys, dtype=torch.long)
         """(B, m) Positions of the keys in the flattened tokens. Those of padding are 0."""
         for row, block in enumerate(blocks):
             prompt, segment = torch.arange(block.prompt.start, block.prompt.stop), torch.arange(block.start, block.last)
-            self.queries[row, queries - block.queries :] = segment[block.first - block.start :]
-            self.keys[row, keys - block.keys :] = torch.cat([prompt, segment])
-        self.later = torch.ones(queries, queries, dtype=torch.bool).triu_(1)
-        """(n, n) True for a key after the query, among the last n keys."""
-        self.query_padding = _padding(query_counts, queries)[..., None, None]
-        """(B, p, 1, 1) True for queries of padding, among the first p. p is the most padding that a block has."""
-        self.key_padding = _padding(key_counts, keys)[:, None, None]
-        """(B, 1, 1, p) True for keys of padding, among the first p. p is the most padding that a block has."""
-
-
-def _padding(counts: Tensor, size: int) -> Tensor:
-    missing = size - counts
-    return torch.arange(int(missing.max())) < missing[:, None]
+            self.queries[row, : block.queries] = segment[block.first - block.start :]
+            self.keys[row, : block.keys] = torch.cat([prompt, segment])
+        shortest, earlier = int(query_counts.min()), key_counts - query_counts
+        self.padding = (torch.arange(shortest, queries) >= query_counts[:, None])[..., None, None]
+        """(B, p, 1, 1) True for queries of padding, among the last p. p is the most padding that a block has."""
+        self.seen = int(earlier.min()) + 1
+        """Number of first keys that all queries see."""
+        last = earlier[:, None, None, None] + torch.arange(queries)[:, None]
+        self.hidden = torch.arange(self.seen, keys) > last
+        """(B, 1, n, m - seen) True for a key that a query does not see, behind the first `seen`."""
 
 
 class Blocks:
@@ -243,7 +247,7 @@ def _add(total: Tensor, positions: Tensor, states: Tensor) -> None:
 def _put(total: Tensor, group: BlockGroup, states: Tensor) -> None:
     """Copy states (B, n, H, D) to `total` (N, H, D), at the group's queries."""
     for block, rows in zip(group.blocks, states, strict=True):
-        total[block.first : block.last] = rows[-block.queries :]
+        total[block.first : block.last] = rows[: block.queries]
 
 
 def _queries(states: Tensor, group: BlockGroup, heads: int) -> Tensor:
@@ -274,7 +278,7 @@ def _by_key(states: Tensor, group: BlockGroup) -> Tensor:
 
 def _without_padding(states: Tensor, group: BlockGroup) -> Tensor:
     """Replace the queries of padding in (B, n, H, D) by zeros, in place."""
-    states[:, : group.query_padding.shape[1]].masked_fill_(group.query_padding, 0)
+    states[:, states.shape[1] - group.padding.shape[1] :].masked_fill_(group.padding, 0)
     return states
 
 
@@ -282,9 +286,6 @@ def _weights(queries: Tensor, keys: Tensor, group: BlockGroup, scale: float) -> 
     """Compute attention weights (B G, H/G n, m) in float32 or wider. Those of hidden keys are 0."""
     exact = torch.promote_types(queries.dtype, torch.float32)
     scores = (queries.to(exact) * scale) @ keys.to(exact).mT
-    by_block = scores.view(len(group.keys), -1, *group.later.shape[:1], scores.shape[-1])
-    # Finite, because a query of padding sees no key at all.
-    lowest = torch.finfo(exact).min
-    by_block[..., -len(group.later) :].masked_fill_(group.later, lowest)
-    by_block[..., : group.key_padding.shape[-1]].masked_fill_(group.key_padding, lowest)
+    by_block = scores.view(len(group.keys), -1, group.queries.shape[1], scores.shape[-1])
+    by_block[..., group.seen :].masked_fill_(group.hidden, -torch.inf)
     return scores.softmax(-1)

@@ -15,7 +15,7 @@ from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, segment_attention
 from lpc_lightning.policy.masks import visible_pairs
 from lpc_lightning.policy.segment_attention import attend_by_segment, query_blocks
-from lpc_lightning.types import PreferenceBatch, TokenizedPair
+from lpc_lightning.types import PIECES, PreferenceBatch, TokenizedPair
 
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5)]
 MakePairs = Callable[..., list[TokenizedPair]]
@@ -77,6 +77,24 @@ def test_segment_attention_equals_masked_rows(
     torch.testing.assert_close(ours[tokens], theirs[tokens], rtol=1e-12, atol=1e-12)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    """A pair alone, and the same pair beside others of other lengths."""
+    generator = torch.Generator().manual_seed(0)
+    whole, pairs = [], []
+    for number, lengths in enumerate([(37, 61, 23), (80, 9, 130), (5, 47, 49), (64, 64, 64), (11, 200, 3)]):
+        segments = torch.repeat_interleave(torch.arange(3) + number * PIECES, torch.tensor(lengths))[None]
+        states = [torch.randn(1, heads, sum(lengths), 16, generator=generator).to(dtype) for heads in (6, 2, 2)]
+        whole.append((segments, *states))
+        pairs.append(attend_by_segment(nn.Identity(), *states, None, blocks=query_blocks(segments))[0])
+    segments, *states = (torch.cat(parts, dim=-1 if parts[0].ndim == 2 else 2) for parts in zip(*whole, strict=True))
+    together = attend_by_segment(nn.Identity(), *states, None, blocks=query_blocks(segments))[0]
+    alone = torch.cat(pairs, dim=1)
+    # Products of other shapes may add up in another order: an element in 10,000 may round to the next bfloat16.
+    torch.testing.assert_close(together, alone, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
+    assert dtype == torch.float32 or (together != alone).float().mean() < 1e-4
 
 
 def test_gradcheck(make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch) -> None:
