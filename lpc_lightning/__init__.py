@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 # The threads of GNU OpenMP spin at each barrier, by default so long that one busy process beside a fit makes it many
-# times slower. A spin shorter than this one costs time on an idle machine (benchmarks/neighbour.py). The library reads
+# times slower. A shorter spin costs more time on an idle machine (benchmarks/neighbour.py). The library reads
 # this variable when it is loaded with torch, so nothing imports torch before. Child processes inherit it. The OpenMP of
 # Intel and LLVM yields the processor while it spins and keeps its default: with a short KMP_BLOCKTIME even steps
 # without a neighbour are slower there.

@@ -111,15 +111,14 @@ class Blocks:
 def _similar(blocks: list[Block]) -> Iterator[list[Block]]:
     """Sort blocks by size, and cut them into groups of at most `PRODUCT` scores with little padding."""
     group: list[Block] = []
+    longest = visible = 0
     for block in sorted(blocks, key=lambda block: (block.keys, block.queries)):
-        larger = [*group, block]
-        # The last block has the most keys.
-        scores = len(larger) * max(each.queries for each in larger) * block.keys
-        padding = scores - sum(each.queries * each.keys for each in larger)
-        if group and (scores > PRODUCT or padding > max(PADDING, scores // 8)):
+        longest, visible = max(longest, block.queries), visible + block.queries * block.keys
+        scores = (len(group) + 1) * longest * block.keys  # the last block has the most keys
+        if group and (scores > PRODUCT or scores - visible > max(PADDING, scores // 8)):
             yield group
-            larger = [block]
-        group = larger
+            group, longest, visible = [], block.queries, block.queries * block.keys
+        group.append(block)
     if group:
         yield group
 
