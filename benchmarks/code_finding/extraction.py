@@ -72,7 +72,8 @@ def extract(
         columns=columns,
         cache_dir=None if cache_dir is None else str(cache_dir),
     )
-    trainer = Trainer(accelerator="cpu", precision=precision, logger=False, enable_model_summary=False)  # type: ignore[arg-type]
+    quiet: Any = {"precision": precision, "logger": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", **quiet)
     policy = spec.build().eval()
     source.trainer = trainer
     source.set_tokenizer(tokenizer)

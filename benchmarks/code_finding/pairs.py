@@ -55,7 +55,7 @@ class Pairs:
         """Write the pairs to an npz file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            np.savez(file, **self.arrays())  # type: ignore[arg-type]
+            np.savez(file, **self.arrays())  # type: ignore[arg-type]  # none is named allow_pickle
 
     @classmethod
     def from_arrays(cls, named: dict[str, NDArray]) -> Pairs:

@@ -97,6 +97,30 @@ def test_outputs_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     assert dtype == torch.float32 or (together != alone).float().mean() < 1e-4
 
 
+@given(
+    lengths=st.lists(st.tuples(*(st.integers(1, 400) for _ in range(3))), min_size=1, max_size=12),
+    number=st.integers(1, 8),
+)
+def test_groups_hold_every_query_in_few_products(lengths: list[tuple[int, int, int]], number: int) -> None:
+    counts = torch.tensor(lengths * number).flatten()
+    starts = torch.arange(len(counts) // 3)[:, None] * PIECES + torch.arange(3)
+    groups = query_blocks(starts.flatten().repeat_interleave(counts)[None]).groups
+    blocks = [block for group in groups for block in group.blocks]
+    assert sorted(q for block in blocks for q in range(block.first, block.last)) == list(range(int(counts.sum())))
+    sizes = [(len(g.blocks), max(b.queries for b in g.blocks), max(b.keys for b in g.blocks)) for g in groups]
+    for (count, queries, keys), group in zip(sizes, groups, strict=True):
+        scores = count * queries * keys
+        padding = scores - sum(block.queries * block.keys for block in group.blocks)
+        assert count == 1 or scores <= segment_attention.PRODUCT
+        assert padding <= max(segment_attention.PADDING, scores // 8)
+    # Equal blocks are together, as many as a product takes.
+    alike = [(block.queries, block.keys) for block in blocks]
+    for queries, keys in set(alike):
+        most = max(1, segment_attention.PRODUCT // (segment_attention.BLOCK * keys))
+        holding = sum(any((b.queries, b.keys) == (queries, keys) for b in group.blocks) for group in groups)
+        assert holding <= alike.count((queries, keys)) // most + 2
+
+
 def test_gradcheck(make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment_attention, "BLOCK", 2)
     batch = SharedPrefixLayout(0, 20)(make_pairs([(3, 2, 4), (1, 1, 2)]))
