@@ -89,8 +89,9 @@ class Grid:
                 )
 
     def _fixed_arguments(self) -> Iterator[tuple[str, str]]:
-        """Yield the arguments of the base, of all values of the axes and of the command line, each with its place."""
+        """Yield the arguments of base, tuning cells, all values of the axes and command line, each with its place."""
         yield from (("base", argument) for argument in self.base)
+        yield from (("tune.arguments", argument) for argument in (self.tune.arguments if self.tune else ()))
         for axis in self.axes:
             named = axis.arguments if isinstance(axis.arguments, Mapping) else {"arguments": axis.arguments}
             yield from ((f"axes.{axis.name}.{name}", each) for name, arguments in named.items() for each in arguments)
@@ -146,9 +147,10 @@ class Grid:
         assert self.tune is not None
         axis, seeds = self.tune.axis, self.tune.seeds
         axes = tuple(each.with_values(seeds) if each.name == "seed" else each for each in self.axes)
+        settings = (*self.tune.arguments, *self.settings)
         return [
             Cell({**cell.group, axis.name: value, "seed": cell.axes["seed"]}, self.at(cell, value).arguments)
-            for cell in replace(self, axes=axes, tune=None).cells()
+            for cell in replace(self, axes=axes, settings=settings, tune=None).cells()
         ]
 
     def at(self, cell: Cell, value: Any) -> Cell:

@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.axes import Axis, read_axis, to_text
+from lpc_lightning.evaluation.ablation.axes import Axis, read_arguments, read_axis, to_text
 
-KEYS = {"axis", "values", "seeds", "by", "mode", "widen"}
+KEYS = {"axis", "values", "seeds", "by", "mode", "widen", "arguments"}
 """Keys of the section `tune`."""
 
 
@@ -34,6 +34,8 @@ class Tuning:
     """Whether a large or a small score is better."""
     widen: int = 2
     """Largest number of times that values are added if the best value of a group is the smallest or the largest one."""
+    arguments: tuple[str, ...] = ()
+    """Arguments of `fit` for all tuning cells and for no others, such as a share of an epoch."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -85,6 +87,7 @@ class Tuning:
             "by": self.by,
             "mode": self.mode,
             "widen": self.widen,
+            **({"arguments": list(self.arguments)} if self.arguments else {}),
         }
 
 
@@ -114,7 +117,7 @@ def read_tuning(content: Any, axis: Any, label: str) -> Tuning:
     if not isinstance(content, dict) or not {"axis", "values", "seeds", "by"} <= set(content) <= KEYS:
         found = ", ".join(map(str, content)) if isinstance(content, dict) else repr(content)
         raise ConfigError(
-            f"{label} tune: found {found}, expected axis, values, seeds, by, and optionally mode and widen."
+            f"{label} tune: found {found}, expected axis, values, seeds, by, and optionally mode, widen and arguments."
         )
     name = content["axis"]
     if not isinstance(axis, dict) or set(axis) not in ({"key"}, {"arguments"}):
@@ -129,7 +132,8 @@ def read_tuning(content: Any, axis: Any, label: str) -> Tuning:
     values = [_parse_number(value) for value in content["values"]]
     tuned = read_axis(str(name), {**axis, "values": values}, f"{label} axes.{name}")
     options = {key: content[key] for key in ("mode", "widen") if key in content}
-    return Tuning(tuned, tuple(content["seeds"]), str(content["by"]), **options)
+    arguments = tuple(read_arguments(content.get("arguments", []), f"{label} tune.arguments"))
+    return Tuning(tuned, tuple(content["seeds"]), str(content["by"]), **options, arguments=arguments)
 
 
 class Outcome(NamedTuple):

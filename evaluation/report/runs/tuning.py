@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lpc_lightning.evaluation.report.runs.records import GroupTuning
@@ -24,10 +24,14 @@ def read_tunings(folder: Path) -> Iterator[GroupTuning]:
             axes={axis: as_value(value) for axis, value in group["axes"].items()},
             axis=tune["axis"],
             section=f"{tune['axis']} of {listed['values']} by the {best} {tune['by']}, seeds {listed['seeds']}, "
-            f"widened at most {tune['widen']} times",
+            f"widened at most {tune['widen']} times{_with(tune.get('arguments', []))}",
             value=as_value(group["value"]),
             note=group["note"],
             scores={entry["value"]: {cell["seed"]: cell["score"] for cell in entry["cells"]} for entry in values},
             added=tuple(entry["value"] for entry in values if entry["added"]),
             by=tune["by"],
         )
+
+
+def _with(arguments: Sequence[str]) -> str:
+    return f", with {' '.join(arguments)}" if arguments else ""

@@ -20,6 +20,7 @@ from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.stages import Stages
+from lpc_lightning.evaluation.report.runs.tuning import read_tunings
 
 BY = "val/rewards/accuracies"
 LR = "model.optimizer.init_args.lr"
@@ -126,6 +127,18 @@ def test_tuner_finds_known_best_value(read: Callable[..., Grid], engine: Engine)
         assert record.tuned == {"lr": chosen}
         assert record.arguments[-1] == f"--{LR}={json.dumps(chosen)}"
     assert len(engine.started) == len(set(engine.started)) == 16 + 6
+
+
+def test_arguments_of_tune_reach_tuning_cells_only(read: Callable[..., Grid], engine: Engine) -> None:
+    share = "--trainer.limit_train_batches=0.25"
+    engine(read({"arguments": [share]}), optimum(none=1e-3, marginal=3e-4))
+    for folder in ("tuning", "cells"):
+        for cell in (engine.output / folder).iterdir():
+            record = CellFolder(cell).record()
+            assert record is not None
+            assert (share in record.arguments) == (folder == "tuning")
+    (tuning, *_) = read_tunings(engine.output)
+    assert tuning.section.endswith(f"widened at most 2 times, with {share}")
 
 
 def test_tuner_minimizes(read: Callable[..., Grid], engine: Engine) -> None:
@@ -338,6 +351,8 @@ def test_tuned_value_comes_after_config_files(read: Callable[..., Grid]) -> None
         ({"by": "test/rewards/accuracies"}, r"tune\.by: found test/.*, expected a validation metric"),
         ({"mode": "most"}, r"tune\.mode: found most, expected max or min"),
         ({"widen": -1}, r"tune\.widen: found -1"),
+        ({"arguments": ["lr=1"]}, r"tune\.arguments"),
+        ({"arguments": [f"--{LR}=1"]}, r"tune\.arguments: found --model.*, which sets the tuned axis lr"),
         ({"axis": "rate"}, r"axes\.rate: found no such axis, expected key or arguments alone"),
         ({"axis": "seed"}, r"axes\.seed: found values, key, expected key or arguments alone"),
         ({"best": 1}, r"tune: found axis, values, seeds, by, best, expected axis, values, seeds, by, and optionally"),
