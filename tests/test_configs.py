@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
@@ -335,20 +336,35 @@ def test_ablation_first_cell_takes_two_steps(name: str, swap: list[str], monkeyp
     assert done.trainer.global_step == 2
 
 
+@cache
+def cells_with_all_values() -> dict[Path, list[list[str]]]:
+    """Return the arguments of at least one cell of each grid, which hold every argument of every grid's axes.
+
+    Named values are all taken, also those that are not taken unless the command line asks for them; of others, the
+    ends. Grids share most of their arguments, and a parse takes most of a second.
+    """
+    chosen: dict[Path, list[list[str]]] = {}
+    parsed = set[tuple[str, ...]]()
+    for path in ABLATIONS:
+        grid = read_grid(path)
+        ends = {axis.name: (axis.values[0], axis.values[-1]) for axis in grid.axes}
+        ends |= {axis.name: tuple(axis.arguments) for axis in grid.axes if isinstance(axis.arguments, Mapping)}
+        axes = {axis.name: axis.with_values(list(dict.fromkeys(ends[axis.name]))) for axis in grid.axes}
+        cells = replace(grid, axes=tuple(axes.values())).cells()
+        held = [{tuple(axes[axis].arguments_for(value)) for axis, value in cell.axes.items()} for cell in cells]
+        missing, taken = set[tuple[str, ...]]().union(*held) - parsed, list[int]()
+        while missing or not taken:
+            taken.append(max(range(len(cells)), key=lambda number: len(held[number] & missing)))
+            missing -= held[taken[-1]]
+        parsed |= set[tuple[str, ...]]().union(*held)
+        values = [] if grid.tune is None else [grid.tune.axis.values[-1]]
+        tuned = [grid.at(cells[number], value) for number in taken for value in values]
+        chosen[path] = [list(cell.arguments) for cell in tuned or [cells[number] for number in taken]]
+    return chosen
+
+
 @pytest.mark.parametrize("path", ABLATIONS, ids=name_of)
 def test_ablation_values_parse(path: Path, swap: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every named value, those too that are not taken unless the command line asks for them; the ends of the others."""
     monkeypatch.chdir(CONFIGS.parent)
-    grid = read_grid(path)
-    ends = {axis.name: (axis.values[0], axis.values[-1]) for axis in grid.axes}
-    ends |= {axis.name: tuple(axis.arguments) for axis in grid.axes if isinstance(axis.arguments, Mapping)}
-    axes = tuple(axis.with_values(list(dict.fromkeys(ends[axis.name]))) for axis in grid.axes)
-    cells = replace(grid, axes=axes).cells()
-    if grid.tune is not None:
-        cells = [grid.at(cell, grid.tune.axis.values[-1]) for cell in cells]
-    values = [{(axis, str(value)) for axis, value in cell.axes.items()} for cell in cells]
-    missing = set[tuple[str, str]]().union(*values)
-    while missing:  # few cells that hold every value between them: a parse takes most of a second
-        best = max(range(len(cells)), key=lambda number: len(values[number] & missing))
-        Parsed([*cells[best].arguments, *swap, "--data.batch_size=16", "--trainer.precision=32-true"])
-        missing -= values[best]
+    for arguments in cells_with_all_values()[path]:
+        Parsed([*arguments, *swap, "--data.batch_size=16", "--trainer.precision=32-true"])

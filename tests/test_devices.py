@@ -113,6 +113,7 @@ def fit(accelerator: str, data: Callable[..., SyntheticPreferences], tmp_path: P
         ckpt_path: Any = None,
         pairs: dict[str, Any] | None = None,
         save_every: int = 2,
+        plots: bool = True,
         **trainer: Any,
     ) -> Trainer:
         seed_everything(1, verbose=False)
@@ -122,7 +123,7 @@ def fit(accelerator: str, data: Callable[..., SyntheticPreferences], tmp_path: P
             LabelFlipNoise(0.3),
             ResourceMonitor(),
             PreferenceAccuracy(),
-            CodebookMonitor(),
+            *([CodebookMonitor()] if plots else []),
             PreferenceProgressBar(),
             FinalValidation(),
             GracefulStop(),
@@ -177,7 +178,7 @@ def test_first_values_do_not_depend_on_the_device(latent: str, accelerator: str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fit_variants(variant: str, fit: Callable[..., Trainer]) -> None:
     module = VARIANTS[variant]()
-    assert fit(module).global_step == 2
+    assert fit(module, plots=False).global_step == 2  # plots depend on the latent, whose test is below
     check_finite(module)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 MarginScale: TypeAlias = Literal["log", "difference"]
@@ -116,7 +117,7 @@ class Columns:
                 "the column that says which answer is preferred"
             )
 
-    @property
+    @cached_property
     def purposes(self) -> set[str]:
         """Names of the columns with texts and labels. Numbers stay in `meta` for other uses, such as label noise."""
         numbers = ("margin_scale", "weight", "margin", "score_chosen", "score_rejected")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.data.sources.rows import DataError
+
+LATEST = 256
+"""Number of texts whose ids are kept. Pairs of one prompt are near each other in a file."""
 
 
 class TextEncoder:
@@ -21,6 +25,8 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, control: Collection[str]) -> None:
         self._tokenizer = tokenizer
         self._control = re.compile(any_of(control) if control else r"(?!)")
+        # Pairs share prompts, and all answers the text before them.
+        self._ids = lru_cache(LATEST)(self._encode)
         # SentencePiece adds a space at the start of a text. To encode a continuation without it, the text is encoded
         # after one of these openers, and the ids of the opener are removed.
         self._openers = [(opener, self.ids(opener)) for opener in "\n~。"]
@@ -28,8 +34,10 @@ class TextEncoder:
 
     def ids(self, text: str) -> list[int]:
         """Encode a text from its start. Control tokens in it are encoded as control tokens."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return list(self._ids(text))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def continued(self, text: str) -> list[int]:
         """Encode a continuation of a text, without the space that some tokenizers add at the start."""

@@ -52,7 +52,7 @@ def test_cached_run_equals_live_run(
             reference=reference,
             optimizer=adam,
         )
-        return fit_run(module, own_data(), max_epochs=1, precision=precision)
+        return fit_run(module, own_data(), max_epochs=1, limit_train_batches=6, precision=precision)
 
     live, cached = run("live"), run("cached")
     names = {"train/loss", "train/logps/chosen", "train/rewards/chosen"}
@@ -61,7 +61,7 @@ def test_cached_run_equals_live_run(
         assert cached.training[step]["train/loss"] == pytest.approx(row["train/loss"], rel=tolerance)
     (one,), (other,) = (pair.log.with_prefix("val/").values() for pair in (live, cached))
     assert other["val/loss"] == pytest.approx(one["val/loss"], rel=tolerance)
-    assert len(set(cached.losses)) >= 10
+    assert len(set(cached.losses)) >= 5  # the rate of the first step is 0
 
 
 @pytest.mark.slow
