@@ -9,7 +9,7 @@ from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.locations import open_location
-from lpc_lightning.data.sources.splits import VALIDATION_NAMES, split_names
+from lpc_lightning.data.sources.splits import RANKS, VALIDATION_NAMES, HoldOut, split_names
 from lpc_lightning.paths import expand_path
 
 Path: TypeAlias = str | tuple[str, ...]
@@ -32,6 +32,7 @@ class StageRows:
         validation_split: str | None = None,
         test_split: str | None = "test",
         validation_share: float = 0.05,
+        validation_by: HoldOut = "prompt",
         split_column: str = "split",
         columns: Columns | None = None,
         **others: Any,
@@ -52,6 +53,8 @@ class StageRows:
             validation_share: Share of the training prompts that is held out if there is no validation split, from 0 to
                 below 1. A hash of the prompt decides, so that training and validation have no prompt in common. At
                 least one prompt is held out if there are two or more. 0: no prompt is held out.
+            validation_by: `prompt`, or `pair` to hold out a share of the training pairs, for data with one prompt or
+                few. Other pairs of the same prompt, and with the same answers, then stay in training.
             split_column: Column that holds the split of each row, if files have no splits of their own. Rows without it
                 belong to `train`.
             columns: Names of the columns, and how their cells are read. null: the defaults of `Columns`.
@@ -70,6 +73,8 @@ class StageRows:
             raise ValueError(
                 f"{self._group}.validation_share: found {validation_share}, expected a share from 0 to below 1."
             )
+        if validation_by not in RANKS:
+            raise ValueError(f"{self._group}.validation_by: found {validation_by!r}, expected {' or '.join(RANKS)}.")
         self.path: Path | dict[str, Path] = (
             {stage: _expanded(each, f"{self._group}.path.{stage}") for stage, each in path.items()}
             if isinstance(path, dict)
@@ -78,7 +83,7 @@ class StageRows:
         self.config, self.split_column = config, split_column
         self.columns = columns or Columns()
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
-        self.validation_share = validation_share
+        self.validation_share, self.validation_by = validation_share, validation_by
 
     def source(self, stage: Stage) -> RowSource | None:
         """Return the rows of a stage: its file, its split, or the held-out training rows. None if it has no rows."""
@@ -118,6 +123,7 @@ class StageRows:
             split=None if isinstance(self.path, dict) else self._split(stage),
             split_column=self.split_column,
             held_out=held_out,
+            held_out_by=self.validation_by,
             held_out_share=0.0 if held_out is None else self.validation_share,
         )
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import Columns, PreferenceData, PreferenceDataModule, SyntheticPreferences
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
+from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import PretrainedPolicy, TinyPolicy
@@ -72,6 +73,24 @@ def test_held_out_prompts_are_not_in_training(share: float, data: Any, write_row
     assert len(train) + len(validation) == 600
     assert len(set(validation)) / 200 == pytest.approx(share, abs=0.1)
     assert module.reports["train"].held_apart == len(validation)
+
+
+def test_held_out_pairs_of_one_prompt(data: Any, write_rows: Any) -> None:
+    """A pair that is labelled twice, with opposite labels, is on one side."""
+    votes = [(f"Answer {number}.", "One.") for number in range(100)]
+    path = write_rows([row(0, chosen=each[side], rejected=each[1 - side]) for side in (0, 1) for each in votes])
+    module = data(path, validation_share=0.3, validation_by="pair")
+    train, validation = (
+        [frozenset([pair.chosen, pair.rejected]) for pair in module.source(stage).read(DataReport())]
+        for stage in ("train", "validation")
+    )
+    assert set(train).isdisjoint(validation)
+    assert len(train) + len(validation) == 200
+    assert len(set(validation)) == pytest.approx(30, abs=15)
+    with pytest.raises(DataError, match=r"set data\.validation_by to pair"):
+        _ = [ids(data(path, validation_share=0.3), stage) for stage in ("train", "validation")]
+    with pytest.raises(ValueError, match=r"data\.validation_by: found 'row', expected prompt or pair"):
+        data(path, validation_by="row")
 
 
 def test_validation_share_0_holds_out_nothing(data: Any, write_rows: Any) -> None:

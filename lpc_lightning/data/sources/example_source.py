@@ -15,7 +15,7 @@ from lpc_lightning.data.sources.prompts import with_name
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import BadRow, Tie
-from lpc_lightning.data.sources.splits import first_held_out, prompt_rank, select_split
+from lpc_lightning.data.sources.splits import RANKS, HoldOut, first_held_out, held_out, select_split
 from lpc_lightning.types import PreferenceExample
 
 
@@ -48,12 +48,13 @@ class RowSource:
     split_column: str = "split"
     """Name of the split column."""
     held_out: bool | None = None
-    """True: only held-out prompts. False: only the other prompts. None: all prompts."""
+    """True: only held-out prompts or pairs. False: only the others. None: all."""
+    held_out_by: HoldOut = "prompt"
+    """What a hash selects: prompts with all their pairs, or pairs."""
     held_out_share: float = 0.0
-    """Share of prompts to hold out, in [0, 1], selected by a hash of the prompt's text. At least one prompt is held out
-    if there are two or more."""
+    """Share of prompts or pairs to hold out, in [0, 1]. At least one is held out if there are two or more."""
     held_out_seed: int = 0
-    """Seed of the hash. A different seed holds out different prompts."""
+    """Seed of the hash. A different seed holds out different prompts or pairs."""
 
     def key(self) -> str:
         """See `ExampleSource.key`."""
@@ -65,8 +66,8 @@ class RowSource:
         """See `ExampleSource.read`."""
         lowest = None
         if self.held_out is not None:
-            examples = (example for example, _ in self._examples(DataReport()))
-            lowest = first_held_out((example.prompt for example in examples), self.held_out_share, self.held_out_seed)
+            ranks = (self._rank(example) for example, _ in self._examples(DataReport()))
+            lowest = first_held_out(ranks, self.held_out_share)
         for example, forms in self._examples(report):
             if self._is_selected(example, lowest):
                 report.count_selected(forms, example.meta)
@@ -94,8 +95,11 @@ class RowSource:
     def _is_selected(self, example: PreferenceExample, lowest: int | None) -> bool:
         if self.held_out is None:
             return True
-        rank = prompt_rank(example.prompt, self.held_out_seed)
-        return self.held_out == (rank < self.held_out_share * 2**64 or rank == lowest)
+        rank = self._rank(example)
+        return self.held_out == (held_out(rank, self.held_out_share) or rank == lowest)
+
+    def _rank(self, example: PreferenceExample) -> int:
+        return RANKS[self.held_out_by](example, self.held_out_seed)
 
 
 @dataclass(frozen=True)

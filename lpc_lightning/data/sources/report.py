@@ -124,7 +124,7 @@ class DataReport:
         """Return a short text for the log: one line of totals, then one line for each reason."""
         lines = [f"{self.read} rows read, {self.kept} pairs kept"]
         lines += [f"  {n} left to split {split!r}" for split, n in self.other_splits.items()]
-        lines += [f"  {self.held_apart} on the other side of the hold-out by prompt"] if self.held_apart else []
+        lines += [f"  {self.held_apart} on the other side of the hold-out"] if self.held_apart else []
         for reason, n in self.bad.items():
             places = self.bad_places.get(reason, [])
             more = "; ..." if n > len(places) else ""

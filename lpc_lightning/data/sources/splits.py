@@ -1,14 +1,15 @@
-"""Selection of rows by a split column, and a hold-out of prompts by hash."""
+"""Selection of rows by a split column, and a hold-out of prompts or pairs by hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 from lpc_lightning.data.sources.locations import Location
 from lpc_lightning.data.sources.rows import Row
-from lpc_lightning.types import Message
+from lpc_lightning.types import Message, PreferenceExample
 
 
 def split_of(row: Row, split_column: str = "split") -> str:
@@ -63,43 +64,56 @@ def prompt_rank(prompt: Sequence[Message] | str, seed: int = 0) -> int:
         seed: Seed of the hash.
     """
     turns = [["user", prompt]] if isinstance(prompt, str) else [[turn["role"], turn["content"]] for turn in prompt]
-    digest = hashlib.sha256(json.dumps([seed, turns]).encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+    return _rank([seed, turns])
 
 
-def held_out(prompt: Sequence[Message] | str, share: float, seed: int = 0) -> bool:
-    """Return True if a prompt belongs to the held-out share.
+def pair_rank(example: PreferenceExample, seed: int = 0) -> int:
+    """Return the place of a pair in a random order (see `prompt_rank`). It does not depend on the label."""
+    return _rank([prompt_rank(example.prompt, seed), sorted([example.chosen, example.rejected])])
 
-    The result depends only on the prompt's text and the seed. So all pairs with the same prompt are on the same side,
-    in every run and independent of the other data.
+
+def _rank(content: list[Any]) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:8], "big")
+
+
+HoldOut = Literal["prompt", "pair"]
+RANKS: dict[HoldOut, Callable[[PreferenceExample, int], int]] = {
+    "prompt": lambda example, seed: prompt_rank(example.prompt, seed),
+    "pair": pair_rank,
+}
+"""Ranks by which examples are held out. Examples of one rank are on the same side."""
+
+
+def held_out(rank: int, share: float) -> bool:
+    """Return True if a rank belongs to the held-out share.
+
+    The result depends only on the text and the seed of the rank, in every run and independent of the other data.
 
     Args:
-        prompt: A conversation, or a text, which counts as one user turn.
-        share: Share of prompts to hold out, in [0, 1].
-        seed: Seed of the hash. A different seed holds out different prompts.
+        rank: A rank below 2^64 (see `RANKS`).
+        share: Share of ranks to hold out, in [0, 1].
 
     Raises:
         ValueError: `share` is outside [0, 1].
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"share={share}: expected the share of prompts to hold out, between 0 and 1")
-    return prompt_rank(prompt, seed) < share * 2**64
+        raise ValueError(f"share={share}: expected the share to hold out, between 0 and 1")
+    return rank < share * 2**64
 
 
-def first_held_out(prompts: Iterable[Sequence[Message] | str], share: float, seed: int = 0) -> int | None:
-    """Return the rank of the prompt to hold out if the share selects none of a few prompts.
+def first_held_out(ranks: Iterable[int], share: float) -> int | None:
+    """Return the rank to hold out if the share selects none of a few ranks.
 
     Args:
-        prompts: The prompts. They are read up to the first one that the share selects.
-        share: Share of prompts to hold out, above 0.
-        seed: Seed of the hash.
+        ranks: The ranks. They are read up to the first one that the share selects.
+        share: Share of ranks to hold out, above 0.
 
     Returns:
-        The lowest rank. None if the share selects a prompt, or if there are fewer than two different prompts.
+        The lowest rank. None if the share selects a rank, or if there are fewer than two different ranks.
     """
-    ranks: set[int] = set()
-    for prompt in prompts:
-        if held_out(prompt, share, seed):
+    seen: set[int] = set()
+    for rank in ranks:
+        if held_out(rank, share):
             return None
-        ranks.add(prompt_rank(prompt, seed))
-    return min(ranks) if len(ranks) > 1 else None
+        seen.add(rank)
+    return min(seen) if len(seen) > 1 else None

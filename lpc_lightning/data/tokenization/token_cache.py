@@ -152,7 +152,10 @@ def _write_entry(
             f"them out: {SKIP}."
         )
     if not report.kept:
-        raise DataError(f"No pair is left.\n{report}\nCheck the split, the columns and the length limits.")
+        raise DataError(
+            f"No pair is left.\n{report}\nCheck the split, the columns, the length limits and the hold-out: with one "
+            "prompt for all pairs, set data.validation_by to pair."
+        )
     metadata = {"sha256": digest_of(path), "report": json.loads(report.to_json())}
     content = json.dumps(metadata | {"digest": _digest(metadata)}, indent=1)
     (folder / REPORT).write_text(content, encoding="utf-8")

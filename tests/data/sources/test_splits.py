@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpc_lightning.data.sources.splits import first_held_out, held_out, prompt_rank, select_split, split_of
+from lpc_lightning.data.sources.splits import first_held_out, held_out, pair_rank, prompt_rank, select_split, split_of
+from lpc_lightning.types import Message, PreferenceExample
 
 
 def test_split_of_missing_value():
@@ -23,31 +26,41 @@ def test_select_split_reports_other_splits():
 
 @given(st.text(), st.integers(0, 5))
 def test_held_out_grows_with_share(prompt, seed):
-    sides = [held_out(prompt, share, seed) for share in (0.0, 0.1, 0.5, 0.9, 1.0)]
+    sides = [held_out(prompt_rank(prompt, seed), share) for share in (0.0, 0.1, 0.5, 0.9, 1.0)]
     assert sides == sorted(sides)
     assert not sides[0]
     assert sides[-1]
-    assert held_out([{"role": "user", "content": prompt}], 0.5, seed) == sides[2]
+    assert prompt_rank([{"role": "user", "content": prompt}], seed) == prompt_rank(prompt, seed)
+
+
+@given(st.text(), st.text(), st.text(), st.integers(0, 5))
+def test_rank_of_a_pair_ignores_its_label(prompt, chosen, rejected, seed):
+    turns = (Message(role="user", content=prompt),)
+    pair, swapped = (PreferenceExample("", turns, *answers) for answers in ((chosen, rejected), (rejected, chosen)))
+    assert pair_rank(pair, seed) == pair_rank(swapped, seed)
+    assert pair_rank(pair, seed) != pair_rank(pair, seed + 1)
+    assert pair_rank(pair, seed) != pair_rank(replace(pair, chosen=chosen + "x"), seed)
 
 
 def test_held_out_share_and_seed():
     prompts = [f"question {i}" for i in range(4000)]
-    one = {prompt for prompt in prompts if held_out(prompt, 0.1, seed=1)}
-    other = {prompt for prompt in prompts if held_out(prompt, 0.1, seed=2)}
+    one = {prompt for prompt in prompts if held_out(prompt_rank(prompt, seed=1), 0.1)}
+    other = {prompt for prompt in prompts if held_out(prompt_rank(prompt, seed=2), 0.1)}
     assert len(one) == pytest.approx(400, abs=100)
     assert len(one & other) < 100
 
 
 def test_held_out_share_out_of_range():
     with pytest.raises(ValueError, match=r"share=1\.5.*between 0 and 1"):
-        held_out("x", 1.5)
+        held_out(prompt_rank("x"), 1.5)
 
 
 @given(st.lists(st.text(), max_size=12), st.integers(0, 3))
 def test_first_held_out_of_few_prompts(prompts, seed):
-    selected = [prompt for prompt in prompts if held_out(prompt, 0.05, seed)]
-    lowest = first_held_out(prompts, 0.05, seed)
+    ranks = [prompt_rank(prompt, seed) for prompt in prompts]
+    selected = [rank for rank in ranks if held_out(rank, 0.05)]
+    lowest = first_held_out(ranks, 0.05)
     if selected or len(set(prompts)) < 2:
         assert lowest is None
     else:
-        assert lowest == min(prompt_rank(prompt, seed) for prompt in prompts)
+        assert lowest == min(ranks)
