@@ -17,13 +17,14 @@ import yaml
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation import plan as plan_module
 from lpc_lightning.evaluation.ablation.command import ablate
-from lpc_lightning.evaluation.ablation.folder import CellFolder, write_json
+from lpc_lightning.evaluation.ablation.folder import CellFolder
 from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.stages import Stages
 from lpc_lightning.evaluation.report.runs.ablation import load_ablation
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
+from lpc_lightning.json_files import write_json
 
 BY = "val/rewards/accuracies"
 LR = "model.optimizer.init_args.lr"
