@@ -23,6 +23,8 @@ from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.callbacks import AnnotatorAdaptation, LabelFlipNoise
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.sources.columns import Columns
+from lpc_lightning.data.sources.formats import to_example
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.grid import read_grid
 from lpc_lightning.evaluation.adaptation.scores import SHOTS
@@ -278,6 +280,24 @@ def test_ablation_header(path: Path) -> None:
     first, second, *_ = path.read_text().splitlines()
     assert first.startswith(f"# lpc-lightning ablate configs/{name_of(path)}")
     assert second.startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong_vote"), [("votes", {"gold": "rejected"}), ("humour", {"one_vote": "rejected"})]
+)
+def test_gold_labels_of_votes_are_right(name: str, wrong_vote: dict[str, str]) -> None:
+    """A pair whose vote is wrong has a wrong label under labels=votes, and the right one under labels=gold."""
+    grid = read_grid(CONFIGS / "ablation" / f"{name}_smollm2.yaml")
+    row = {"prompt": "?", "chosen": "first", "rejected": "second", "meta": wrong_vote}
+    pairs = {}
+    for labels in ("votes", "gold"):
+        arguments = dict(each.split("=", 1) for each in grid.with_changes([f"labels={labels}"]).cells()[0].arguments)
+        columns = yaml.safe_load((CONFIGS.parent / arguments["--data"]).read_text())["init_args"]["columns"]
+        if vote := arguments.get("--data.columns.vote"):
+            columns["vote"] = yaml.safe_load(vote)
+        pairs[labels] = to_example(row, "row 1", Columns(**columns))
+    assert [pairs[labels].flipped for labels in pairs] == [True, False]
+    assert pairs["gold"].chosen == pairs["votes"].rejected
 
 
 EXPLORATIONS = {"annotators_smollm2", "demo", "learning_rates_tiny"}

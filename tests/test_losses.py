@@ -138,7 +138,7 @@ def test_losses_match_loop_over_pairs(name: str, codes: int | None, margins: boo
     weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=torch.float64).reshape(losses.shape)
     ours = torch.autograd.grad((weights * losses).sum(), leaves)
     theirs = torch.autograd.grad((weights * loop).sum(), leaves)
-    assert all(gradient.abs().min() > 0 for gradient in theirs)
+    assert all(gradient.abs().max() > 0 for gradient in theirs)  # a hinge has none at pairs beyond its margin
     for gradient, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-13)
 

@@ -111,7 +111,9 @@ def ablate(
     if print_array:
         to_run = stages.to_run(cells if cell is None else [cells[cell]])
         command = ["lpc-lightning", "ablate", *grid, f"--output={folder}", f"--weights={weights}"]
-        command += ["--remove_checkpoints"] if remove_checkpoints else []
+        command += [] if threads is None else [f"--threads={threads}"]
+        flags = {"retry_failed": retry_failed, "keep_stale": keep_stale, "remove_checkpoints": remove_checkpoints}
+        command += [f"--{name}" for name, is_set in flags.items() if is_set]
         print(array_script(changed_grid.name, command, [planned.number for planned in to_run]), end="")
         return True
     write_overview(folder, changed_grid, shlex.join(["lpc-lightning", "ablate", *grid]))

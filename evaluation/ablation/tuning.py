@@ -218,15 +218,23 @@ def added_values(choices: Sequence[Choice]) -> list[float]:
     """Return values to add, because the best value of a group is the smallest or the largest one.
 
     A value is added at each end that is the best of any group. Its ratio to the end is that of the end and the value
-    next to it. It is rounded to two digits.
+    next to it. It is rounded to two digits, or to an integer if all values are integers. No value is added at an end
+    beyond which rounding leaves none, such as an integer below 1.
 
     Args:
         choices: The choices of all groups, over the same values.
     """
     values, edges = list(choices[0].outcomes), {choice.edge for choice in choices}
+    are_integers = all(isinstance(value, int) for value in values)
     added = []
     if "smallest" in edges:
-        added.append(values[0] ** 2 / values[1])
+        below = _rounded(values[0] ** 2 / values[1], are_integers)
+        added += [below] if 0 < below < values[0] else []
     if "largest" in edges:
-        added.append(values[-1] ** 2 / values[-2])
-    return [float(f"{value:.2g}") for value in added]
+        above = _rounded(values[-1] ** 2 / values[-2], are_integers)
+        added += [above] if values[-1] < above < math.inf else []
+    return added
+
+
+def _rounded(value: float, is_integer: bool) -> float:
+    return round(value) if is_integer else float(f"{value:.2g}")

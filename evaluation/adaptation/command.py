@@ -94,8 +94,8 @@ def adapt(
         names: Names of the models in tables and folders, one for each model. null: made from the paths.
         split: Use the rows with this value in the column `split`. null: `test` if the file has this column, else all.
         labelled_split: Take the labelled pairs from the rows with this value in the column `split`, such as `train`.
-            All pairs of an annotator are then predicted from the same ones. null: the labelled pairs are other pairs of
-            `split`.
+            All pairs of an annotator are then predicted from the same ones. It must not be `split`. null: the labelled
+            pairs are other pairs of `split`.
         shots: Numbers of labelled pairs. null: 0, 1, 2, 4, 8 and 16.
         rounds: Number of random choices of the labelled pairs, which are averaged.
         under_z: Also score the policy under z = sum_k w_k e_k, in the first round. This takes a second pass over the
@@ -117,6 +117,7 @@ def adapt(
     """
     named = name_models(models, names)
     check_folder(Path(output), "output")
+    _check_labelled_split(preferences, split, labelled_split)
     collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
     with claim_output_folder(Path(output), "output"):
         reports: dict[str, AdaptationReport] = {}
@@ -168,6 +169,19 @@ def adapt(
                 "with codes, such as MarginalSpace."
             )
         _write(Path(output), reports, collector.shots)
+
+
+def _check_labelled_split(preferences: str, split: str | None, labelled_split: str | None) -> None:
+    """Check that no pair can be predicted from its own label."""
+    if labelled_split is None:
+        return
+    predicted = PairsFile(preferences, split=split).split
+    if predicted is None or predicted == labelled_split:
+        rows = f"all rows of {preferences}, which has no splits" if predicted is None else f"of the split {predicted}"
+        raise ConfigError(
+            f"labelled_split: found {labelled_split}, but the pairs to predict are {rows}. Expected two different "
+            "splits, so that no pair is predicted from its own label. Choose another one, or leave labelled_split out."
+        )
 
 
 def _check_annotators(report: AdaptationReport, pairs: AdaptationPairs, preferences: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class ModelScores:
     items: Mapping[Measure, Mapping[Item, float]] = field(default_factory=dict)
     """Scores of single items, for metrics that are their mean."""
     conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By task, the conditions that must be equal in a comparison (version, few-shot, limit ...)."""
+    """By task or group, the conditions that must be equal in a comparison (version, few-shot, limit ...)."""
     precision: str | None = None
     """Precision of the arithmetic, `float32` or `bfloat16`. None if unknown. It changes scores by rounding only."""
     prompts: Mapping[Item, str] = field(default_factory=dict)
@@ -79,25 +79,30 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
             if _is_mean(values.get(measure), list(item_values.values()))
         },
         prompts={Item(item["doc_id"], item["doc_hash"]): item["prompt"] for item in results.items if "prompt" in item},
-        conditions=conditions_of(results.record),
+        conditions=conditions_of(results.record, results.metrics),
         precision=results.origin.get(REQUEST, {}).get("precision"),
     )
 
 
-def conditions_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the conditions of each task, which must be equal in a comparison.
+def conditions_of(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the conditions of each task or group of tasks, which must be equal in a comparison.
 
     Args:
         record: The record of a run of `evaluate`.
+        names: Names of the tasks and groups. A group has no record of its own, but the settings of the run.
     """
-    shared = {
-        "chat template": record.get("settings", {}).get("apply_chat_template"),
+    settings = record.get("settings", {})
+    benchmarks = {
+        "chat template": settings.get("apply_chat_template"),
         "few-shot seed": record.get("seeds", {}).get("fewshot"),
     }
-    return {
-        task: {label: entries[key] for key, label in CONDITIONS.items() if key in entries} | shared
-        for task, entries in record.get("tasks", {}).items()
-    }
+    conditions: dict[str, dict[str, Any]] = {}
+    for name in names:
+        entries = record.get("tasks", {}).get(name, settings)
+        conditions[name] = {label: entries[key] for key, label in CONDITIONS.items() if key in entries}
+        # Pairs have no few-shot examples, and benchmarks beside them change nothing.
+        conditions[name] |= benchmarks if "num_fewshot" in entries else {}
+    return conditions
 
 
 def _is_mean(value: float | None, items: Sequence[Any]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -23,13 +24,15 @@ def calibration_error(margins: Tensor) -> float:
 
     Args:
         margins: (n,) margins of the pairs as labelled, at least one. A prediction is correct if the margin is positive.
+            A tie counts half.
 
     Returns:
         The error, or NaN if a margin is NaN.
     """
     if margins.isnan().any():
         return math.nan
-    confidences, correct = margins.double().abs().sigmoid(), (margins > 0).long()
+    # Each pair counts twice, so that a tie is correct once and wrong once.
+    confidences, correct = margins.double().abs().sigmoid().repeat(2), torch.cat([margins > 0, margins >= 0]).long()
     return float(binary_calibration_error(confidences, correct, n_bins=2 * BINS, norm="l1"))
 
 

@@ -17,13 +17,13 @@ def load_evaluation(folder: Path) -> Loaded:
     """Read a model's `results.json`: the metrics of each task as `TASK/METRIC`, without standard errors."""
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     origin = results["origin"]
-    by_task = conditions_of(results)
+    by_task = conditions_of(results, results["metrics"])
     metrics: dict[str, float] = {}
     conditions: dict[str, Mapping[str, Any]] = {}
     for task, task_metrics in results["metrics"].items():
         named = {f"{task}/{name}": value for name, (value, _) in scores(numeric_metrics(task_metrics)).items()}
         metrics |= named
-        conditions |= dict.fromkeys(named, by_task.get(task, {}))
+        conditions |= dict.fromkeys(named, by_task[task])
     model = (origin.get("request") or {}).get("model") or origin.get("path")
     is_run = origin.get("kind") == "checkpoint" and model
     name = str(origin.get("name") or folder.name)

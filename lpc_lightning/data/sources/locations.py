@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lpc_lightning.data.sources.files import Rows, has_known_ending, json_rows, parse_json, reader_of
 from lpc_lightning.data.sources.rows import BadRow, DataError, OnBad
 from lpc_lightning.data.sources.strict_json import JsonParser, Marked
+from lpc_lightning.data.sources.unread_files import warn_of_unread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -258,7 +259,9 @@ def _open_folder(folder: Path, config: str | None) -> Location:
     with _no_progress_bars():
         try:
             if any((folder / name).is_file() for name in _SAVED):
-                return SavedDataset(folder.name, datasets.load_from_disk(str(folder)))
+                saved = SavedDataset(folder.name, datasets.load_from_disk(str(folder)))
+                warn_of_unread(folder, [])
+                return saved
             by_split = datasets.load_dataset_builder(str(folder), config).config.data_files
             files = {str(split): Files(tuple(Path(str(file)) for file in paths)) for split, paths in by_split.items()}
         except Exception as error:  # datasets raises many kinds of exceptions
@@ -270,6 +273,7 @@ def _open_folder(folder: Path, config: str | None) -> Location:
     for split_files in files.values():
         for file in split_files.paths:
             reader_of(file)
+    warn_of_unread(folder, [file for split_files in files.values() for file in split_files.paths])
     return FolderOfFiles(folder, files)
 
 

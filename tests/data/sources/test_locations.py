@@ -1,6 +1,7 @@
 """Files, patterns, lists, folders and JSON files of splits, each with the rows and the places that they hold."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,42 @@ def test_folder_of_parquet_shards(tmp_path: Path) -> None:
     assert location.key("train") != location.key("test")
     with pytest.raises(DataError, match=r"set has no split 'dev'\. It has: train, test"):
         places(folder, "dev")
+
+
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (["train.jsonl", "extra.jsonl"], "extra.jsonl"),
+        (["a.jsonl", "b.jsonl", "c.csv"], "c.csv"),
+        (["train_2023.jsonl", "dev.jsonl", "2024.jsonl"], "2024.jsonl"),
+        (["helpful/train.jsonl", "helpful/test.jsonl", "red/team.jsonl"], "red/team.jsonl"),
+        (["train.jsonl", *(f"{n}.jsonl" for n in range(7))], "0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl and 2 more"),
+    ],
+)
+def test_folder_names_its_unread_files(tmp_path: Path, names: list[str], unread: str) -> None:
+    for number, name in enumerate(names):
+        write(tmp_path / name, number)
+    with pytest.warns(UserWarning, match=rf"no row of {re.escape(unread)} is read") as caught:
+        location = open_location(tmp_path)
+    read = {row["prompt"] for split in split_names(location) for _, row in location.rows(split, lambda *_: None)}
+    assert len(caught) == 1
+    assert len(read) == len(names) - (7 if "more" in unread else 1)
+
+
+def test_folder_whose_files_are_all_read(tmp_path: Path) -> None:
+    """Descriptions and hidden copies are no rows."""
+    write(tmp_path / "train.jsonl", 1)
+    write(tmp_path / ".ipynb_checkpoints" / "train-checkpoint.jsonl", 1)
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert places(tmp_path) == [("train.jsonl line 1", "p1")]  # a warning is an error
+
+
+def test_saved_folder_names_its_unread_files(tmp_path: Path) -> None:
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows(1))).save_to_disk(str(tmp_path))
+    assert len(places(tmp_path)) == 1
+    write(tmp_path / "extra.jsonl", 2)
+    with pytest.warns(UserWarning, match=r"no row of extra\.jsonl is read"):
+        places(tmp_path)
 
 
 def test_hub_data_set_is_validated_on_its_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

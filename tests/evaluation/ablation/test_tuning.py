@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from math import log, nan
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.stages import Stages
+from lpc_lightning.evaluation.report.runs.ablation import load_ablation
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
 
 BY = "val/rewards/accuracies"
@@ -170,6 +173,31 @@ def test_tuner_widens_at_both_edges(read: Callable[..., Grid], engine: Engine) -
     assert {name.split(",")[1] for name in engine.names("tuning")} == {"lr=0.00033", "lr=0.001", "lr=0.003", "lr=0.009"}
 
 
+@pytest.mark.parametrize(
+    ("values", "best", "tried"),
+    [
+        ([1, 2, 4], 16, [1, 2, 4, 8, 16]),
+        ([64, 256], 1024, [64, 256, 1024, 4096]),
+        ([100, 101], 102, [100, 101, 102, 103]),
+        ([1, 2, 4], 1, [1, 2, 4]),  # half a step is none
+        ([2, 3], 2, [1, 2, 3]),
+        ([0.1, 0.101], 1.0, [0.1, 0.101]),  # two digits leave 0.1
+    ],
+)
+def test_added_values_stay_what_values_are(
+    read: Callable[..., Grid], engine: Engine, values: list[float], best: float, tried: list[float]
+) -> None:
+    """Integers are widened by integers, and no value is tried twice."""
+    engine(read({"values": values}), optimum(none=best, marginal=best))
+    assert sorted(engine.names("tuning")) == sorted(
+        f"latent={latent},lr={value},seed={seed}"
+        for latent in AXES["latent"]
+        for value in tried
+        for seed in TUNE["seeds"]
+    )
+    assert len(engine.started) == len(set(engine.started))
+
+
 def test_tuner_stops_at_limit_and_says_so(read: Callable[..., Grid], engine: Engine) -> None:
     plan = engine(read(), optimum(none=1.0, marginal=1e-3))
     assert engine.choices() == {"none": 27e-3, "marginal": 1e-3}
@@ -269,6 +297,25 @@ def test_slurm_array_has_the_next_stage(
         assert f"#SBATCH --array={cells}%16" in capsys.readouterr().out
 
 
+def test_slurm_tasks_run_what_the_array_lists(
+    read: Callable[..., Grid], engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command of the tasks has every setting that decides which cells run and how."""
+    engine(read().with_changes(["latent=none", "lr=1e-3"]), lambda *cell: "OSError: no memory")
+    settings: dict[str, Any] = {"weights": "best", "threads": 3}
+    settings |= {"retry_failed": True, "keep_stale": True, "remove_checkpoints": True}
+    local = {"processes", "launcher", "cpus", "gpus", "retries", "cell", "print_array"}
+    assert {"grid", "output", *settings} | local == set(signature(ablate).parameters)
+
+    changes = ["latent=none", "lr=1e-3"]
+    assert ablate([str(tmp_path / "grid.yaml"), *changes], output=str(engine.output), print_array=True, **settings)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("srun"))
+    assert shlex.split(line)[1:-2] == [
+        *("lpc-lightning", "ablate", str(tmp_path / "grid.yaml"), *changes, f"--output={engine.output}"),
+        *("--weights=best", "--threads=3", "--retry_failed", "--keep_stale", "--remove_checkpoints"),
+    ]
+
+
 def test_changed_section_changes_choices(read: Callable[..., Grid], engine: Engine) -> None:
     def score(latent: str, value: float, seed: int) -> float:
         return optimum(none=3e-4, marginal=3e-4)(latent, value, seed) if seed != 103 else 0.5 + (value == 1e-3)
@@ -299,6 +346,19 @@ def test_single_value_is_not_tuned(read: Callable[..., Grid], engine: Engine) ->
     assert engine.names("tuning") == set()
     records = [CellFolder(cell).record() for cell in (engine.output / "cells").iterdir()]
     assert [record.tuned for record in records if record] == [{"lr": 5e-4}] * 6
+
+
+def test_value_set_by_hand_is_not_tuned(read: Callable[..., Grid], engine: Engine) -> None:
+    """A report separates an arm that ran again at another value than the chosen one."""
+    score = optimum(none=3e-4, marginal=3e-4)
+    engine(read(), score)
+    engine(read().with_changes(["latent=marginal", "lr=1e-3"]), score)
+    for cell in (engine.output / "cells").iterdir():
+        (cell / "run").mkdir()
+        (cell / "run" / "config.yaml").write_text("seed_everything: 1")
+    records = load_ablation(engine.output).records
+    sections = {(record.axes["latent"], record.tuned["lr"]): record.settings["tune"] for record in records}
+    assert sections == {("none", 3e-4): next(read_tunings(engine.output)).section, ("marginal", 1e-3): "none"}
 
 
 def test_metric_that_is_not_logged(read: Callable[..., Grid], engine: Engine) -> None:

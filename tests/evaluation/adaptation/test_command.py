@@ -261,3 +261,21 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
 def test_adapt_checks_settings_first(file: str) -> None:
     with pytest.raises(ConfigError, match="rounds: found 0"):
         adapt(["no.ckpt"], file, rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("split", "labelled_split", "rows"),
+    [("train", "train", "of the split train"), (None, "test", "of the split test"), (None, "train", "all rows of")],
+)
+def test_adapt_refuses_labels_of_predicted_pairs(
+    split: str | None, labelled_split: str, rows: str, file: str, tmp_path: Path
+) -> None:
+    """Without `split`, the test rows are predicted, or all rows of a file without splits."""
+    if rows == "all rows of":
+        plain = tmp_path / "plain.jsonl"
+        plain.write_text(Path(file).read_text().replace(', "split": "train"', "").replace(', "split": "test"', ""))
+        file = str(plain)
+    with pytest.raises(
+        ConfigError, match=f"labelled_split: found {labelled_split}, but the pairs to predict are {rows}"
+    ):
+        adapt(["no.ckpt"], file, split=split, labelled_split=labelled_split, output=str(tmp_path / "out"))

@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults
 from lpc_lightning.evaluation.comparison.model_scores import Item, Measure, scores_of
 
@@ -29,7 +31,7 @@ def results(**record: Any) -> BenchmarkResults:
 
 RECORD = {
     "tasks": {"quiz": {"version": 2.0, "num_fewshot": 3, "limit": None, "seconds": 4.0}},
-    "settings": {"apply_chat_template": True},
+    "settings": {"apply_chat_template": True, "num_fewshot": None, "limit": 50},
     "seeds": {"fewshot": 9},
 }
 
@@ -52,8 +54,24 @@ def test_scores_of_nan_score_has_no_items() -> None:
 
 
 def test_scores_of_conditions() -> None:
-    expected = {"version": 2.0, "few-shot examples": 3, "limit": None, "chat template": True, "few-shot seed": 9}
-    assert scores_of("mine", results(**RECORD)).conditions == {"quiz": expected}
+    """A group of tasks has the settings of the run."""
+    shared = {"chat template": True, "few-shot seed": 9}
+    assert scores_of("mine", results(**RECORD)).conditions == {
+        "quiz": {"version": 2.0, "few-shot examples": 3, "limit": None, **shared},
+        "group": {"few-shot examples": None, "limit": 50, **shared},
+    }
+
+
+@pytest.mark.parametrize("beside", [{}, RECORD["settings"]])
+def test_pairs_with_and_without_benchmarks(beside: dict[str, Any]) -> None:
+    """Benchmarks beside the same pairs change no condition of the pairs."""
+    record = {"tasks": {"preferences": {"version": "h", "limit": None, "split": "test", "reward_kind": "implicit"}}}
+    settings = {"tasks": ["preferences"], **beside}
+    scored = BenchmarkResults(
+        {"preferences": {"accuracy/prior": 0.5}}, [], {}, {**RECORD, **record, "settings": settings}
+    )
+    expected = {"version": "h", "limit": None, "split": "test", "reward": "implicit"}
+    assert scores_of("mine", scored).conditions == {"preferences": expected}
 
 
 def test_scores_of_precision() -> None:
@@ -63,5 +81,5 @@ def test_scores_of_precision() -> None:
 
 def test_scores_of_results_without_record() -> None:
     actual = scores_of("mine", results())
-    assert actual.conditions == {}
+    assert not any(actual.conditions.values())
     assert actual.precision is None

@@ -29,6 +29,14 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(torch.tensor([margin, margin, -margin])) == pytest.approx(0.9 - 2 / 3, rel=1e-6)
 
 
+def test_calibration_error_of_ties() -> None:
+    """Ties are half right at a confidence of 1/2. Beside them, one of two predictions at 0.9 is wrong: |1/2 - 0.9|."""
+    margin = float(np.log(9))
+    assert calibration_error(torch.zeros(10)) == 0
+    actual = calibration_error(torch.tensor([0.0, 0.0, margin, -margin], dtype=torch.float64))
+    assert actual == pytest.approx((0 + 0 + 2 * 0.4) / 4, rel=1e-9)
+
+
 def test_calibration_error_of_true_probabilities() -> None:
     generator = torch.Generator().manual_seed(0)
     margins = 2 * torch.randn(100_000, generator=generator)
