@@ -87,10 +87,19 @@ def test_held_out_pairs_of_one_prompt(data: Any, write_rows: Any) -> None:
     assert set(train).isdisjoint(validation)
     assert len(train) + len(validation) == 200
     assert len(set(validation)) == pytest.approx(30, abs=15)
-    with pytest.raises(DataError, match=r"set data\.validation_by to pair"):
+    with pytest.raises(DataError, match=r"single prompt are held out by pair \(`validation_by: pair`\)"):
         _ = [ids(data(path, validation_share=0.3), stage) for stage in ("train", "validation")]
     with pytest.raises(ValueError, match=r"data\.validation_by: found 'row', expected prompt or pair"):
         data(path, validation_by="row")
+
+
+@pytest.mark.parametrize("votes", [["chosen"], ["chosen", "rejected"]])
+def test_held_out_pairs_of_a_single_pair(votes: list[str], data: Any, write_rows: Any) -> None:
+    """The advice of the error helps. The pair may be labelled twice."""
+    path, columns = write_rows([row(0, vote=vote) for vote in votes]), Columns(vote="vote")
+    with pytest.raises(DataError, match=r"a single pair is not \(`validation_share: 0`\)"):
+        _ = [ids(data(path, validation_by="pair", columns=columns), stage) for stage in ("train", "validation")]
+    assert len(ids(data(path, validation_share=0.0, columns=columns), "train")) == len(votes)
 
 
 def test_validation_share_0_holds_out_nothing(data: Any, write_rows: Any) -> None:
