@@ -50,8 +50,8 @@ class PreferenceExample:
     """Margin that the loss asks for, in units of the reward (see `losses`). None: 0. It belongs to the label: with the
     opposite label, the loss asks the same margin of the other answer."""
     question: tuple[Message, ...] = ()
-    """The prompt without the name that was written into it (see `Columns.named_in_prompt`). Empty: it has no such name,
-    and the question is the prompt."""
+    """The prompt without the name (see `Columns.named_in_prompt`) or the marker (see `LabelFlipNoise`) that was written
+    into it. Empty: it has neither, and the question is the prompt."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the row, unchanged."""
 
@@ -93,8 +93,8 @@ class TokenizedPair:
     weight: float | None = None
     margin: float | None = None
     question: str = ""
-    """`prompt_hash` of the question's tokens, if a name was written into the prompt. Empty: the question is the
-    prompt."""
+    """`prompt_hash` of the question's tokens, if a name or a marker was written into the prompt. Empty: the question is
+    the prompt."""
     index: int = 0
     """Position of the pair among all examples of the source, from 0. Dropped examples are counted too."""
     reference_logps: tuple[float, float] | None = None
@@ -102,7 +102,7 @@ class TokenizedPair:
 
     @property
     def prompt(self) -> str:
-        """A hash of the prompt's tokens, the same for all pairs of one prompt, whatever name was written into it."""
+        """A hash of the prompt's tokens, the same for all pairs of one prompt, whatever was written into it."""
         return self.question or prompt_hash(array("q", self.prompt_ids).tobytes())
 
     def swapped(self) -> TokenizedPair:
