@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -21,6 +22,7 @@ from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import PretrainedPolicy, TinyPolicy
+from tests.fixtures.real_data import DATA_DIR
 
 Row = dict[str, str]
 
@@ -100,6 +102,21 @@ def test_held_out_pairs_of_a_single_pair(votes: list[str], data: Any, write_rows
     with pytest.raises(DataError, match=r"a single pair is not \(`validation_share: 0`\)"):
         _ = [ids(data(path, validation_by="pair", columns=columns), stage) for stage in ("train", "validation")]
     assert len(ids(data(path, validation_share=0.0, columns=columns), "train")) == len(votes)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not DATA_DIR.exists(), reason="needs the files of $LPC_DATA_DIR")
+@pytest.mark.parametrize(("name", "count"), [("ukp_votes", 610), ("humour_votes", 579)])
+def test_vote_configs_hold_out_512_pairs(name: str, count: int, data: Any) -> None:
+    """The counts are those of docs/noise.md."""
+    root = Path(__file__).parents[2]
+    settings = yaml.safe_load((root / f"configs/data/{name}.yaml").read_text())["init_args"]
+    rows = data(settings.pop("path"), **settings | {"columns": Columns(**settings["columns"])})
+    held_out = list(rows.source("validation").read(DataReport()))
+    assert len(held_out) == count >= 512
+    questions = len({pair.prompt[-1]["content"] for pair in held_out})
+    words = {1: "the one prompt", 5: "five prompts"}
+    assert f" | {count}, of {words[questions]}" in (root / "docs/noise.md").read_text()
 
 
 def test_validation_share_0_holds_out_nothing(data: Any, write_rows: Any) -> None:
