@@ -17,12 +17,14 @@ import yaml
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation import plan as plan_module
 from lpc_lightning.evaluation.ablation.command import ablate
-from lpc_lightning.evaluation.ablation.folder import CellFolder, write_json
+from lpc_lightning.evaluation.ablation.folder import CellFolder
 from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.stages import Stages
+from lpc_lightning.evaluation.report.runs.ablation import load_ablation
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
+from lpc_lightning.json_files import write_json
 
 BY = "val/rewards/accuracies"
 LR = "model.optimizer.init_args.lr"
@@ -345,6 +347,19 @@ def test_single_value_is_not_tuned(read: Callable[..., Grid], engine: Engine) ->
     assert engine.names("tuning") == set()
     records = [CellFolder(cell).record() for cell in (engine.output / "cells").iterdir()]
     assert [record.tuned for record in records if record] == [{"lr": 5e-4}] * 6
+
+
+def test_value_set_by_hand_is_not_tuned(read: Callable[..., Grid], engine: Engine) -> None:
+    """A report separates an arm that ran again at another value than the chosen one."""
+    score = optimum(none=3e-4, marginal=3e-4)
+    engine(read(), score)
+    engine(read().with_changes(["latent=marginal", "lr=1e-3"]), score)
+    for cell in (engine.output / "cells").iterdir():
+        (cell / "run").mkdir()
+        (cell / "run" / "config.yaml").write_text("seed_everything: 1")
+    records = load_ablation(engine.output).records
+    sections = {(record.axes["latent"], record.tuned["lr"]): record.settings["tune"] for record in records}
+    assert sections == {("none", 3e-4): next(read_tunings(engine.output)).section, ("marginal", 1e-3): "none"}
 
 
 def test_metric_that_is_not_logged(read: Callable[..., Grid], engine: Engine) -> None:
