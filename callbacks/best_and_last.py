@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lpc_lightning.distributed.sharded_checkpoint import put_in_place, remove_checkpoint
 from lpc_lightning.errors import CheckpointError
 from lpc_lightning.inference.checkpoints import read_checkpoint
 
@@ -113,12 +114,20 @@ def _step_of(path: Path) -> int | None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint. A file is linked where the file system can: both names then stand for the same bytes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
+    """Copy a checkpoint beside its target and rename it, unless both paths lead to the same one.
+
+    A file is linked where the file system can: both names then stand for the same bytes.
+    """
+    if target.exists() and source.samefile(target):
         return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    remove_checkpoint(partial)  # left behind by a process that was killed here
+    if source.is_dir():
+        shutil.copytree(source, partial)
+    else:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copy2(source, partial)
+    put_in_place(partial, target)

@@ -50,8 +50,8 @@ class PreferenceExample:
     """Margin that the loss asks for, in units of the reward (see `losses`). None: 0. It belongs to the label: with the
     opposite label, the loss asks the same margin of the other answer."""
     question: tuple[Message, ...] = ()
-    """The prompt without the name that was written into it (see `Columns.named_in_prompt`). Empty: it has no such name,
-    and the question is the prompt."""
+    """The prompt without the name (see `Columns.named_in_prompt`) or the marker (see `LabelFlipNoise`) that was written
+    into it. Empty: it has neither, and the question is the prompt."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the row, unchanged."""
 
@@ -93,8 +93,8 @@ class TokenizedPair:
     weight: float | None = None
     margin: float | None = None
     question: str = ""
-    """`prompt_hash` of the question's tokens, if a name was written into the prompt. Empty: the question is the
-    prompt."""
+    """`prompt_hash` of the question's tokens, if a name or a marker was written into the prompt. Empty: the question is
+    the prompt."""
     index: int = 0
     """Position of the pair among all examples of the source, from 0. Dropped examples are counted too."""
     reference_logps: tuple[float, float] | None = None
@@ -102,7 +102,7 @@ class TokenizedPair:
 
     @property
     def prompt(self) -> str:
-        """A hash of the prompt's tokens, the same for all pairs of one prompt, whatever name was written into it."""
+        """A hash of the prompt's tokens, the same for all pairs of one prompt, whatever was written into it."""
         return self.question or prompt_hash(array("q", self.prompt_ids).tobytes())
 
     def swapped(self) -> TokenizedPair:
@@ -304,8 +304,23 @@ class PairLosses:
 
         The likelihoods are averaged over the codes before the logarithm is taken.
         """
+        return self._sum_of_parts(lambda part: (log_weights + part).logsumexp(-1))
+
+    @property
+    def objective(self) -> Tensor:
+        """Losses computed from the likelihoods, by which codes and epochs are compared: like `losses`, (B,) or (B, K).
+
+        The two differ for RE-PO alone. Its `losses` have the gradient of `-label_log_likelihood`, but another value. It
+        is near 0 if the policy is sure that the label is wrong.
+        """
+        return self._sum_of_parts(lambda part: part)
+
+    def _sum_of_parts(self, combine: Callable[[Tensor], Tensor]) -> Tensor:
+        """Compute the loss from the parts, after `combine` has changed the log-likelihoods of each."""
         losses = []
         for weight, part in self.parts or ((1.0, self.label_log_likelihood),):
-            likelihood = (log_weights + part).logsumexp(-1)
+            likelihood = combine(part)
+            if isinstance(weight, Tensor) and likelihood.dim() > weight.dim():
+                weight = weight[:, None]
             losses.append(weight(likelihood) if callable(weight) else -weight * likelihood)
         return torch.stack(losses).sum(0)

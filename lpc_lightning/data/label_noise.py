@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,4 +59,8 @@ class MarkedSource:
         """See `ExampleSource.read`."""
         examples = list(self.source.read(report))
         for example, flip in zip(examples, self.noise.flips(examples), strict=True):
-            yield self.noise.marked(example.swapped()) if flip else example
+            if not flip:
+                yield example
+                continue
+            # All pairs of a question stay together, with and without the marker.
+            yield replace(self.noise.marked(example.swapped()), question=example.question or example.prompt)

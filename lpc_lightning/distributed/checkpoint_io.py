@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lpc_lightning.distributed.checkpoint_check import check_checkpoint
-from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_sharded
+from lpc_lightning.distributed.sharded_checkpoint import is_sharded, put_in_place, read_sharded, remove_checkpoint
 
 
 class CheckpointWriteError(OSError):
@@ -39,15 +39,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         partial = target.with_name(f".{target.name}.partial")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            remove_checkpoint(partial)  # shards that a killed run has left behind
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, target)
+            put_in_place(partial, target)
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError of its zip writer.
             with contextlib.suppress(OSError):
-                partial.unlink()
+                remove_checkpoint(partial)
             size = sum(value.nbytes for value in _tensors(checkpoint))
             raise CheckpointWriteError(
                 f"checkpoint: could not write {target} (about {size / 2**20:.0f} MiB): {error}. Expected a "

@@ -104,18 +104,19 @@ def put_in_place(partial: Path, path: Path) -> None:
     """Replace a checkpoint by a new one that is complete. The old one exists until then.
 
     Args:
-        partial: The new checkpoint, in the same folder as `path`.
+        partial: The new checkpoint, a folder or a file in the same folder as `path`.
         path: Target: a folder, a file, or a path that does not exist.
     """
     old = path.with_name(f".{path.name}.old")
-    _remove(old)  # left behind by a process that was killed here
-    if path.exists():
+    remove_checkpoint(old)  # left behind by a process that was killed here
+    if path.exists() and (path.is_dir() or partial.is_dir()):  # a file replaces a file in one step
         os.replace(path, old)
     os.replace(partial, path)
-    _remove(old)
+    remove_checkpoint(old)
 
 
-def _remove(path: Path) -> None:
+def remove_checkpoint(path: Path) -> None:
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from lpc_lightning.callbacks import BestAndLast
+from lpc_lightning.callbacks.best_and_last import _copy
 
 # The resumed runs are longer than the first one.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:resume. found trainer.max_epochs 2")]
@@ -85,6 +86,49 @@ def test_best_is_remembered_in_another_folder(fitted: Callable[..., Trainer], tm
         assert step_of(folder_of(resumed) / "best.ckpt") == best
         assert resumed.checkpoint_callback.best_model_path == str(folder_of(resumed) / "best.ckpt")
         assert (first / "best.ckpt").read_bytes() == content
+
+
+@pytest.mark.filterwarnings("ignore:.* exists and is not empty")
+def test_run_whose_folder_has_moved_resumes_in_it(fitted: Callable[..., Trainer], tmp_path: Path) -> None:
+    """Its checkpoint is given by a path through a link, so that two paths lead to one `best.ckpt`."""
+    options: dict[str, Any] = {"val_check_interval": 4, "num_sanity_val_steps": 0}
+    first = folder_of(fitted(BestAndLast("val/score"), Score(SCORES), max_epochs=1, **options))
+    content = (first / "best.ckpt").read_bytes()
+    moved = first.parent.rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(moved)
+    resumed = fitted(
+        BestAndLast("val/score"),
+        Score(SCORES | {9: 0.4}),
+        max_epochs=2,
+        logger=CSVLogger(tmp_path, name="", version="moved"),
+        ckpt_path=tmp_path / "link" / "checkpoints" / "last.ckpt",
+        **options,
+    )
+    best = moved / "checkpoints" / "best.ckpt"
+    assert best.read_bytes() == content
+    assert resumed.checkpoint_callback.best_model_path == str(best)
+    assert resumed.checkpoint_callback.best_model_score == 0.5
+    assert step_of(best.with_name("last.ckpt")) == 10
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_copy_replaces_another_checkpoint_whole(form: str, tmp_path: Path) -> None:
+    """The files of the earlier checkpoint go, and another name of it keeps its content."""
+    for name in ("source", "target"):
+        if form == "file":
+            (tmp_path / name).write_text(name)
+        else:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / f"shard of {name}").write_text(name)
+    if form == "file":
+        (tmp_path / "other").hardlink_to(tmp_path / "target")
+    _copy(tmp_path / "source", tmp_path / "target")
+    if form == "file":
+        assert (tmp_path / "target").read_text() == "source"
+        assert (tmp_path / "other").read_text() == "target"
+    else:
+        assert [file.name for file in (tmp_path / "target").iterdir()] == ["shard of source"]
+    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
 def test_best_that_is_gone_is_forgotten(fitted: Callable[..., Trainer]) -> None:

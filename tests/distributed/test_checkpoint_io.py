@@ -47,6 +47,16 @@ def test_save_without_folder_raises_write_error(tmp_path: Path) -> None:
         AtomicCheckpointIO().save_checkpoint(small(), tmp_path / "file" / "last.ckpt")
 
 
+@pytest.mark.parametrize("name", ["last.ckpt", ".last.ckpt.partial"])
+def test_save_over_shards_replaces_them(name: str, tmp_path: Path) -> None:
+    """A run resumed without FSDP2 finds folders of shards under its checkpoints' names, or a half of one."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__0_0.distcp").write_text("a shard")
+    AtomicCheckpointIO().save_checkpoint(small(), tmp_path / "last.ckpt")
+    assert torch.equal(torch.load(tmp_path / "last.ckpt")["state_dict"]["weight"], torch.arange(6.0))
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 class Stuck:
     """A value whose pickling does not end."""
 

@@ -76,7 +76,10 @@ def load_cell(folder: Path) -> Loaded:
     grid, controls = folder.parent.parent, dict[str, tuple[str, ...]]()
     if (grid / ABLATION).is_file():
         controls = _controls(json.loads((grid / ABLATION).read_text(encoding="utf-8")))
-    tune = next((tuning.section for tuning in read_tunings(grid) if tuning.axes == axes), "none")
+    tuned = {axis: as_value(value) for axis, value in cell["tuned"].items()}
+    # A cell at another value than the chosen one ran later at a value that was set by hand.
+    sections = (each.section for each in read_tunings(grid) if each.axes == axes and tuned == {each.axis: each.value})
+    tune = next(sections, "none")
     settings = {**logged.settings, "weights": cell["weights"], "tune": tune} if logged.settings else {}
     record = replace(
         logged,
@@ -86,7 +89,7 @@ def load_cell(folder: Path) -> Loaded:
         settings=settings,
         grid=str(grid),
         controls=controls,
-        tuned={axis: as_value(value) for axis, value in cell["tuned"].items()},
+        tuned=tuned,
         status=cell["status"],
         error=cell.get("error"),
         folder=run,

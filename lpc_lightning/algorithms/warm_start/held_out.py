@@ -35,7 +35,7 @@ def hold_out(prompts: Sequence[Hashable]) -> HeldOut:
     pairs, there are too few prompts, and pairs are held out without regard to prompts.
 
     Args:
-        prompts: (N,) prompts of shuffled pairs, six or more.
+        prompts: (N,) `TokenizedPair.prompt` of shuffled pairs, six or more.
     """
     pairs_of: dict[Hashable, list[int]] = {}
     for number, prompt in enumerate(prompts):

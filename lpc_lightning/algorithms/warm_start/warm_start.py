@@ -64,7 +64,7 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
             "(latent.num_codes), or set it to 0 for a run without warm start."
         )
 
-    parts = hold_out([tuple(pairs[index].prompt_ids) for index in indices])
+    parts = hold_out([pairs[index].prompt for index in indices])
     indices = [indices[number] for number in parts.order]
     labelled = [pairs[index] for index in indices]
     rows, computed = labelled_rows(module, data, indices)

@@ -75,6 +75,8 @@ def with_input(
 ) -> tuple[tuple[Message, ...], list[str]]:
     """Append the text of the input column to the prompt's last turn. Return the prompt, and the columns that were used.
 
+    A turn that is the input, or ends with it after a blank line, is not changed.
+
     Args:
         prompt: The prompt so far.
         name: Column of the prompt.
@@ -85,7 +87,7 @@ def with_input(
         BadRow: The row has a column `input`, the prompt is not in `instruction`, and no setting names the input column.
     """
     found = _texts(row, [INPUT], columns) if columns.input is None else _texts(row, [columns.input])
-    if not found or not prompt or row[found[0]].strip() in prompt[-1]["content"]:
+    if not found or not prompt or _ends_with(prompt[-1]["content"].strip(), row[found[0]].strip()):
         return prompt, []
     if columns.input is None and name != "instruction":
         raise BadRow(
@@ -96,6 +98,11 @@ def with_input(
     *earlier, last = prompt
     text = f"{last['content']}\n\n{row[found[0]]}"
     return (*earlier, Message(role=last["role"], content=text)), found
+
+
+def _ends_with(text: str, part: str) -> bool:
+    # An input such as "4" may occur in the middle of an instruction by chance.
+    return text == part or text.endswith(f"\n\n{part}")
 
 
 def _texts(row: Row, names: Sequence[str], columns: Columns | None = None) -> list[str]:

@@ -18,7 +18,7 @@ from lpc_lightning.algorithms.warm_start import decision as decision_module
 from lpc_lightning.algorithms.warm_start import warm_start as warm_start_module
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.callbacks import LabelFlipNoise, RunSummary
-from lpc_lightning.data import PreferenceData
+from lpc_lightning.data import Columns, PreferenceData
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
@@ -304,14 +304,15 @@ def test_annotators_setting_needs_annotators(module: Any, fit_run: Any) -> None:
         fit_run(module(shares), max_steps=1)
 
 
+@pytest.mark.parametrize(("named", "marker"), [(None, None), ("annotator", None), (None, "[FLIP]")])
 def test_warm_start_holds_out_whole_prompts(
-    module: Any, fit_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: Any, marker: str | None, module: Any, fit_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten prompts have four labels each. All pairs of a prompt have the same prompt state."""
+    """Ten questions have four labels each, also if a prompt has a name or a marker. The margin numbers the question."""
     rows = [
-        {"id": f"{prompt}-{who}", "prompt": f"Name {prompt}!", "chosen": who, "rejected": "no", "annotator": who}
+        {"prompt": f"Name {n}!", "chosen": who, "rejected": "no", "annotator": who, "margin": n / 8}
         for who in "abcd"
-        for prompt in range(10)
+        for n in range(10)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fitted, fit = [], warm_start_module.fit
@@ -321,15 +322,21 @@ def test_warm_start_holds_out_whole_prompts(
         return fit(space, pairs, held, *rest)
 
     monkeypatch.setattr(warm_start_module, "fit", watched)
-    settings = {"validation_share": 0.0, "test_split": None, "batch_size": 4, "pairs_per_annotator": 2}
-    data = PreferenceData(str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), **settings)
-    fit_run(module(marginal(40, annotators=True)), data=data, max_epochs=1)
-    ((pairs, held, latent_lr, run),) = fitted
-    assert (len(pairs), held, latent_lr, run) == (32, 4, 1e-2, 2)
-    apart = (pairs.prompt[:-4, None] - pairs.prompt[-4:]).abs().amax(-1)
-    assert float(apart.min()) > 1e-3
-    assert float((pairs.prompt[-4:] - pairs.prompt[-1]).abs().max()) < 1e-5
+    settings: dict[str, Any] = {
+        "validation_share": 0.0, "test_split": None, "batch_size": 4, "pairs_per_annotator": 2
+    }  # fmt: skip
+    columns = Columns(named_in_prompt=named)
+    data = PreferenceData(str(tmp_path / "pairs.jsonl"), columns=columns, cache_dir=str(tmp_path), **settings)
+    settings = {"callbacks": [LabelFlipNoise(0.5, marker=marker)], "default_root_dir": tmp_path, "max_epochs": 1}
+    run = fit_run(module(marginal(40, annotators=True)), data=data, **settings)
+    ((pairs, held, latent_lr, pairs_per_annotator),) = fitted
+    assert (len(pairs), held, latent_lr, pairs_per_annotator) == (32, 4, 1e-2, 2)
+    questions = pairs.select(torch.arange(32))[1].under(None)[1].margins.tolist()
+    assert len(set(questions[:-4])) == 7
+    assert len({*questions[:-4], questions[-1]}) == 8
+    assert questions[-4:] == 4 * questions[-1:]
     assert sorted(pairs.annotators[-4:]) == list("abcd")
+    assert (run.module.warm_start_result["pairs"], run.module.warm_start_result["prompts"]) == (8, 2)
 
 
 def test_warm_start_has_the_margins_of_its_pairs(

@@ -142,12 +142,29 @@ def test_input_column_is_appended() -> None:
     assert turns({**row, "input": ""})[0] == ({"role": "user", "content": "Translate."},)
     other = {"prompt": "Translate.", "input": "Guten Tag", "chosen": "Good day", "rejected": "Bye"}
     assert "ambiguous columns: found text in 'prompt' and in 'input'" in reason(other)
+    assert "ambiguous columns: found text in 'prompt' and in 'input'" in reason({**other, "input": "Trans"})
     assert turns(other, input="input")[0] == expected
     assert turns(other, input="none")[0] == ({"role": "user", "content": "Translate."},)
     assert turns({**other, "input": "Translate."})[0] == ({"role": "user", "content": "Translate."},)
     alone = {"input": QUESTION, "chosen": GOOD, "rejected": BAD}
     assert turns(alone, prompt="input") == (PROMPT, GOOD, BAD)
     assert "the row also has 'input'" in reason(alone)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text", "prompt"),
+    [
+        ("Is the number even? Answer for 14.", "4", "Is the number even? Answer for 14.\n\n4"),
+        ("Is the review good or bad?", "good", "Is the review good or bad?\n\ngood"),
+        ("Sort the numbers:\n12 4", "4", "Sort the numbers:\n12 4\n\n4"),
+        ("Translate.\n\nGuten Tag", " Guten Tag\n", "Translate.\n\nGuten Tag"),
+        ("Translate.\n\nGuten Tag\n", "Tag", "Translate.\n\nGuten Tag\n\n\nTag"),
+    ],
+)
+def test_input_that_occurs_in_its_instruction(instruction: str, text: str, prompt: str) -> None:
+    """Only an input at the end, after a blank line, is in the prompt already."""
+    row = {"instruction": instruction, "input": text, "chosen": GOOD, "rejected": BAD}
+    assert turns(row) == (({"role": "user", "content": prompt},), GOOD, BAD)
 
 
 def test_prompt_column_ambiguous() -> None:

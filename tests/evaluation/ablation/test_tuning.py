@@ -17,12 +17,14 @@ import yaml
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation import plan as plan_module
 from lpc_lightning.evaluation.ablation.command import ablate
-from lpc_lightning.evaluation.ablation.folder import CellFolder, write_json
+from lpc_lightning.evaluation.ablation.folder import CellFolder
 from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.stages import Stages
+from lpc_lightning.evaluation.report.runs.ablation import load_ablation
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
+from lpc_lightning.json_files import write_json
 
 BY = "val/rewards/accuracies"
 LR = "model.optimizer.init_args.lr"
@@ -347,6 +349,19 @@ def test_single_value_is_not_tuned(read: Callable[..., Grid], engine: Engine) ->
     assert [record.tuned for record in records if record] == [{"lr": 5e-4}] * 6
 
 
+def test_value_set_by_hand_is_not_tuned(read: Callable[..., Grid], engine: Engine) -> None:
+    """A report separates an arm that ran again at another value than the chosen one."""
+    score = optimum(none=3e-4, marginal=3e-4)
+    engine(read(), score)
+    engine(read().with_changes(["latent=marginal", "lr=1e-3"]), score)
+    for cell in (engine.output / "cells").iterdir():
+        (cell / "run").mkdir()
+        (cell / "run" / "config.yaml").write_text("seed_everything: 1")
+    records = load_ablation(engine.output).records
+    sections = {(record.axes["latent"], record.tuned["lr"]): record.settings["tune"] for record in records}
+    assert sections == {("none", 3e-4): next(read_tunings(engine.output)).section, ("marginal", 1e-3): "none"}
+
+
 def test_metric_that_is_not_logged(read: Callable[..., Grid], engine: Engine) -> None:
     with pytest.raises(
         ConfigError, match=r"tune.by: found val/acc, which .* not logged, expected one of val/loss, val/r"
@@ -378,6 +393,14 @@ def test_arm_has_no_value_of_its_own(read: Callable[..., Grid], argument: str) -
         read().with_changes([argument.removeprefix("--")])
     with pytest.raises(ConfigError, match=r"skip: found .*, expected values for some of latent, seed"):
         read(skip=[{"latent": "none", "lr": [3e-3]}])
+
+
+def test_cells_run_under_their_own_seeds(read: Callable[..., Grid]) -> None:
+    message = r"{}: found --seed_everything=7, which replaces --seed_everything=1 of the axis seed, .* \(seed=VALUE\)"
+    with pytest.raises(ConfigError, match=message.format(r"tune\.arguments")):
+        read({"arguments": ["--seed_everything=7"]})
+    with pytest.raises(ConfigError, match=message.format("change")):
+        read().with_changes(["seed_everything=7"])
 
 
 def test_tuned_value_comes_after_config_files(read: Callable[..., Grid]) -> None:
