@@ -63,7 +63,7 @@ def ablate(
     A grid is a YAML file with the arguments of `lpc-lightning fit` that all cells share, and axes with values (see
     configs/ablation/). `extends: FILE` in it names a grid file of which it states a change: mappings are merged, lists
     replace lists, null removes a key. After the file, `AXIS=VALUE,VALUE` replaces the values of an axis, and
-    `SETTING=VALUE` (such as trainer.max_steps=20) sets a setting of all cells.
+    `SETTING=VALUE` (such as trainer.max_steps=20) sets a setting of all cells, unless an axis sets it.
 
     A grid may tune an axis, such as the learning rate (`tune`; see configs/ablation/noise_tiny.yaml). Then all
     combinations of the other axes are first fitted at the same values of that axis, under tuning seeds. Validation

@@ -153,7 +153,10 @@ class PreferenceMixture(PreferenceDataModule):
             try:
                 stores[name], reports[name] = self._tokens(stage, rows, tokenizer)
             except DataError as error:
-                raise DataError(f"data.sources, {name!r}, {stage}: {error}") from error
+                raise DataError(
+                    f"data.sources, {name!r}, {stage}: {error}\nSettings of files, splits, hold-out and columns are "
+                    f"those of {name!r} in data.sources."
+                ) from error
         if not stores:
             return None
         chosen = [

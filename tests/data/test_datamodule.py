@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -21,6 +22,7 @@ from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import PretrainedPolicy, TinyPolicy
+from tests.fixtures.real_data import DATA_DIR
 
 Row = dict[str, str]
 
@@ -87,10 +89,34 @@ def test_held_out_pairs_of_one_prompt(data: Any, write_rows: Any) -> None:
     assert set(train).isdisjoint(validation)
     assert len(train) + len(validation) == 200
     assert len(set(validation)) == pytest.approx(30, abs=15)
-    with pytest.raises(DataError, match=r"set data\.validation_by to pair"):
+    with pytest.raises(DataError, match=r"single prompt are held out by pair \(`validation_by: pair`\)"):
         _ = [ids(data(path, validation_share=0.3), stage) for stage in ("train", "validation")]
     with pytest.raises(ValueError, match=r"data\.validation_by: found 'row', expected prompt or pair"):
         data(path, validation_by="row")
+
+
+@pytest.mark.parametrize("votes", [["chosen"], ["chosen", "rejected"]])
+def test_held_out_pairs_of_a_single_pair(votes: list[str], data: Any, write_rows: Any) -> None:
+    """The advice of the error helps. The pair may be labelled twice."""
+    path, columns = write_rows([row(0, vote=vote) for vote in votes]), Columns(vote="vote")
+    with pytest.raises(DataError, match=r"a single pair is not \(`validation_share: 0`\)"):
+        _ = [ids(data(path, validation_by="pair", columns=columns), stage) for stage in ("train", "validation")]
+    assert len(ids(data(path, validation_share=0.0, columns=columns), "train")) == len(votes)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not DATA_DIR.exists(), reason="needs the files of $LPC_DATA_DIR")
+@pytest.mark.parametrize(("name", "count"), [("ukp_votes", 610), ("humour_votes", 579)])
+def test_vote_configs_hold_out_512_pairs(name: str, count: int, data: Any) -> None:
+    """The counts are those of docs/noise.md."""
+    root = Path(__file__).parents[2]
+    settings = yaml.safe_load((root / f"configs/data/{name}.yaml").read_text())["init_args"]
+    rows = data(settings.pop("path"), **settings | {"columns": Columns(**settings["columns"])})
+    held_out = list(rows.source("validation").read(DataReport()))
+    assert len(held_out) == count >= 512
+    questions = len({pair.prompt[-1]["content"] for pair in held_out})
+    words = {1: "the one prompt", 5: "five prompts"}
+    assert f" | {count}, of {words[questions]}" in (root / "docs/noise.md").read_text()
 
 
 def test_validation_share_0_holds_out_nothing(data: Any, write_rows: Any) -> None:

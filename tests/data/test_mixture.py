@@ -280,6 +280,20 @@ def test_kept_examples_are_those_of_the_pairs(mixture: Any) -> None:
         assert len(kept) == count
 
 
+def test_mixture_errors_name_the_settings(write_rows: Any, tmp_path: Path) -> None:
+    """The advice of the error helps."""
+    path = str(
+        write_rows([{"prompt": "Which?", "chosen": f"Good {n}.", "rejected": "Bad."} for n in range(20)], "votes.jsonl")
+    )
+    message = (
+        r"'votes', validation: No pair is left.*by pair \(`validation_by: pair`\).*those of 'votes' in data\.sources"
+    )
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        loaded(PreferenceMixture([MixtureSource(path=path)], cache_dir=str(tmp_path)), "validation")
+    data = PreferenceMixture([MixtureSource(path=path, validation_by="pair")], cache_dir=str(tmp_path))
+    assert sum(len(loaded(data, stage)) for stage in ("train", "validation")) == 20
+
+
 # Settings.
 
 

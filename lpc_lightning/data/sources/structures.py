@@ -25,17 +25,24 @@ structure. It appends the names of special forms to the list."""
 
 
 def conversations(prompt: Any, chosen: Any, rejected: Any, forms: list[str]) -> Triple | None:
-    """Read two lists of messages. Their common turns are the prompt, which the prompt's cell may repeat."""
+    """Read two lists of messages. Their common turns are the prompt, which the prompt's cell may repeat.
+
+    Raises:
+        BadRow: The conversations are no pair, or the prompt's cell has something else.
+    """
     if not (is_messages(chosen) and is_messages(rejected)) or len(chosen) == len(rejected) == 1:
         return None
     triple = _split(to_messages(chosen, forms), to_messages(rejected, forms))
-    if is_messages(prompt) and to_messages(prompt, forms) != triple.prompt:
-        raise BadRow("prompt differs from the conversations", "the prompt's messages are not their common turns")
+    _require_repeated(prompt, triple.prompt, forms)
     return triple
 
 
 def rendered_conversations(prompt: Any, chosen: Any, rejected: Any, forms: list[str]) -> Triple | None:
-    """Read two rendered dialogues. Their common turns are the prompt, which the prompt's cell may repeat."""
+    """Read two rendered dialogues. Their common turns are the prompt, which the prompt's cell may repeat.
+
+    Raises:
+        BadRow: The dialogues are no pair, or the prompt's cell has something else.
+    """
     one, other = read_markup(chosen), read_markup(rejected)
     if one is None or other is None or len(one[1]) == len(other[1]) == 1:
         return None
@@ -45,7 +52,10 @@ def rendered_conversations(prompt: Any, chosen: Any, rejected: Any, forms: list[
     if prompt and not repeats and not one[0].has_tokens:
         return None
     forms.append(one[0].description)
-    return _split(one[1], other[1])
+    triple = _split(one[1], other[1])
+    if not repeats:
+        _require_repeated(prompt, triple.prompt, forms)
+    return triple
 
 
 def rendered_prompt(prompt: Any, chosen: Any, rejected: Any, forms: list[str]) -> Triple | None:
@@ -84,6 +94,37 @@ def _split(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Triple
         roles = f"{chosen[-1]['role']!r} and {rejected[-1]['role']!r}"
         raise BadRow("conversation does not end in an answer", f"the last turns have the roles {roles}")
     return Triple(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+
+
+def _require_repeated(prompt: Any, common: tuple[Message, ...], forms: list[str]) -> None:
+    """Refuse a prompt's cell that the common turns do not repeat: what only the cell has would be in no text.
+
+    Args:
+        prompt: The cell. Messages must be the common turns. A text must occur in their contents.
+        common: Common turns of two conversations.
+        forms: See `to_messages`.
+    """
+    if is_messages(prompt):
+        repeated, found = to_messages(prompt, forms) == common, "the prompt's messages are not their common turns"
+    else:
+        repeated = not prompt or (isinstance(prompt, str) and _occurs(prompt, common))
+        found = f"the prompt {str(prompt)[:40]!r} does not occur in their common turns"
+    if not repeated:
+        raise BadRow(
+            "prompt differs from the conversations",
+            f"{found}. Correct it, or set data.columns.prompt to a name that no row has to use the conversations alone",
+        )
+
+
+def _occurs(text: str, turns: tuple[Message, ...]) -> bool:
+    """Return True if a text, or the contents of a rendered text, occurs in turns. White space does not count."""
+    rendered = read_markup(text)
+    forms = [text] if rendered is None else [text, _contents(rendered[1])]
+    return any(" ".join(form.split()) in _contents(turns) for form in forms)
+
+
+def _contents(turns: tuple[Message, ...]) -> str:
+    return " ".join(" ".join(turn["content"] for turn in turns).split())
 
 
 def _answer(cell: Any, forms: list[str]) -> str:

@@ -153,8 +153,8 @@ def _write_entry(
         )
     if not report.kept:
         raise DataError(
-            f"No pair is left.\n{report}\nCheck the split, the columns, the length limits and the hold-out: with one "
-            "prompt for all pairs, set data.validation_by to pair."
+            f"No pair is left.\n{report}\nCheck the split, the columns, the length limits and the hold-out. Pairs of a "
+            "single prompt are held out by pair (`validation_by: pair`), a single pair is not (`validation_share: 0`)."
         )
     metadata = {"sha256": digest_of(path), "report": json.loads(report.to_json())}
     content = json.dumps(metadata | {"digest": _digest(metadata)}, indent=1)

@@ -17,6 +17,12 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+def chatml(*contents: str) -> str:
+    """Render turns of user and assistant in turn."""
+    roles = ("user", "assistant") * len(contents)
+    return "".join(f"<|im_start|>{r}\n{c}<|im_end|>\n" for r, c in zip(roles, contents, strict=False))
+
+
 SYSTEM = {"role": "system", "content": "Be kind."}
 HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: An egg?\n\nAssistant:"
 HH_PROMPT = (user("Hi"), assistant("Hello"), user("An egg?"))
@@ -34,6 +40,13 @@ HH_PROMPT = (user("Hi"), assistant("Hello"), user("An egg?"))
         (None, [user("Hi"), assistant("yes")], [user("Hi"), assistant("no")], (user("Hi"),)),
         ("Hi", [user("Hi"), assistant("yes")], [user("Hi"), assistant("no")], (user("Hi"),)),
         ([user("Hi")], [user("Hi"), assistant("yes")], [user("Hi"), assistant("no")], (user("Hi"),)),
+        (HH, [*HH_PROMPT, assistant("yes")], [*HH_PROMPT, assistant("no")], HH_PROMPT),
+        ("An egg?\n", [*HH_PROMPT, assistant("yes")], [*HH_PROMPT, assistant("no")], HH_PROMPT),
+        ("Hi\n\nHello\nAn egg?", [*HH_PROMPT, assistant("yes")], [*HH_PROMPT, assistant("no")], HH_PROMPT),
+        ("Hi", chatml("Hi", "yes"), chatml("Hi", "no"), (user("Hi"),)),
+        ([user("Hi")], chatml("Hi", "yes"), chatml("Hi", "no"), (user("Hi"),)),
+        (chatml("Hi"), chatml("Hi", "yes"), chatml("Hi", "no"), (user("Hi"),)),
+        (chatml("Hi")[:-1], [user("Hi"), assistant("yes")], [user("Hi"), assistant("no")], (user("Hi"),)),
         (HH, "yes", "no", HH_PROMPT),
         (HH, " yes", " no", HH_PROMPT),
         (HH.removesuffix("\n\nAssistant:"), "yes", "no", HH_PROMPT),
@@ -82,6 +95,26 @@ def test_to_example_dialogue_as_answer():
         ({"prompt": [SYSTEM], "chosen": "a", "rejected": "b"}, "prompt does not end in a user turn"),
         (
             {"prompt": [user("q")], "chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]},
+            "prompt differs from the conversations",
+        ),
+        (
+            {"prompt": "Context + p", "chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]},
+            "prompt differs from the conversations",
+        ),
+        (
+            {"prompt": ["p"], "chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]},
+            "prompt differs from the conversations",
+        ),
+        (
+            {"prompt": HH, "chosen": [user("Hi"), assistant("a")], "rejected": [user("Hi"), assistant("b")]},
+            "prompt differs from the conversations",
+        ),
+        (
+            {"prompt": "Context. Hi", "chosen": chatml("Hi", "a"), "rejected": chatml("Hi", "b")},
+            "prompt differs from the conversations",
+        ),
+        (
+            {"prompt": [SYSTEM, user("Hi")], "chosen": chatml("Hi", "a"), "rejected": chatml("Hi", "b")},
             "prompt differs from the conversations",
         ),
         (
