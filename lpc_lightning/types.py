@@ -304,8 +304,23 @@ class PairLosses:
 
         The likelihoods are averaged over the codes before the logarithm is taken.
         """
+        return self._sum_of_parts(lambda part: (log_weights + part).logsumexp(-1))
+
+    @property
+    def objective(self) -> Tensor:
+        """Losses computed from the likelihoods, by which codes and epochs are compared: like `losses`, (B,) or (B, K).
+
+        The two differ for RE-PO alone. Its `losses` have the gradient of `-label_log_likelihood`, but another value. It
+        is near 0 if the policy is sure that the label is wrong.
+        """
+        return self._sum_of_parts(lambda part: part)
+
+    def _sum_of_parts(self, combine: Callable[[Tensor], Tensor]) -> Tensor:
+        """Compute the loss from the parts, after `combine` has changed the log-likelihoods of each."""
         losses = []
         for weight, part in self.parts or ((1.0, self.label_log_likelihood),):
-            likelihood = (log_weights + part).logsumexp(-1)
+            likelihood = combine(part)
+            if isinstance(weight, Tensor) and likelihood.dim() > weight.dim():
+                weight = weight[:, None]
             losses.append(weight(likelihood) if callable(weight) else -weight * likelihood)
         return torch.stack(losses).sum(0)

@@ -222,6 +222,16 @@ def test_of_mixture_of_equal_codes_is_loss(name: str) -> None:
     torch.testing.assert_close(mixture, LOSSES[name](logps).losses, rtol=1e-12, atol=1e-12)
 
 
+@every_loss
+@pytest.mark.parametrize("codes", [None, 3])
+def test_objective_is_loss(name: str, codes: int | None) -> None:
+    """Also with the SFT term, whose weights are those of single pairs."""
+    logps = random_logps(6, codes, margins=name != "kto")
+    pairs = LOSSES[name](logps)
+    for each in (pairs, add_nll(pairs, logps, 0.7)):
+        torch.testing.assert_close(each.objective, each.losses, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.45])
 def test_robust_dpo_mixture_unbiased(rate: float) -> None:
     logps, weights = random_logps(6, codes=3), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

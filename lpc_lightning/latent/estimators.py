@@ -100,7 +100,10 @@ class GumbelSpace(PosteriorSpace):
 
 
 class ExpectedSpace(PosteriorSpace):
-    """The paper's bound without sampling noise: sum_k q_k l_k + lambda KL, where q is the learned posterior."""
+    """The paper's bound without sampling noise: sum_k q_k l_k + lambda KL, where q is the learned posterior.
+
+    For RE-PO, l_k is the negative log-likelihood of the label, of which the published loss has the gradient alone.
+    """
 
     scores_codes = True
 
@@ -108,7 +111,7 @@ class ExpectedSpace(PosteriorSpace):
         """Compute the losses under all codes, averaged with the posterior's weights, and lambda KL."""
         prior, posterior = self.log_prior(states.prompt), self.log_posterior(states, score)
         pairs, logps = score.under_codes(self.codebook.weight)
-        losses = (posterior.exp() * pairs.losses).sum(-1)
+        losses = (posterior.exp() * pairs.objective).sum(-1)
         kl = categorical_kl(posterior, prior)
         weighted_kl = self.divergence(kl, progress)
         return LatentTerms(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.latent import (
     ExpectedSpace,
     Exponential,
@@ -21,6 +23,8 @@ from lpc_lightning.latent import (
     PriorOnlySpace,
     WarmUp,
 )
+from lpc_lightning.losses import dpo_loss
+from lpc_lightning.robust import REPO
 
 CODES = 3
 SIZE: dict[str, Any] = {"num_codes": CODES, "init_logit_std": 1.0, "hidden": 8}
@@ -199,6 +203,19 @@ def test_expected_matches_loop_over_codes(
     assert_same_loss_and_gradients(total(terms), torch.stack(expected).mean(), space, toy)
     assert_expectations(terms, posterior.log(), space, toy)
     torch.testing.assert_close(terms.kl, kl_of(posterior, prior), rtol=1e-10, atol=1e-12)
+
+
+def test_expected_re_po_is_likelihood(dpo_toy: Any, build: Callable[..., Any], naive_network: Network) -> None:
+    """The posterior leaves codes that call the label wrong, although the published loss is small under them."""
+    loss = partial(REPO(0.9).pair_losses, partial(dpo_loss, beta=0.7))
+    score = BatchScorer(dpo_toy.reading, dpo_toy.batch.lengths, dpo_toy.reference, loss)
+    space = build(ExpectedSpace(**SIZE, kl_weight=0.3), dpo_toy)
+    prior, posterior = prior_and_posterior(space, dpo_toy, naive_network)
+    right = torch.exp(-losses_by_code(space, dpo_toy))
+    likelihood = 0.9 * right + 0.1 * (1 - right)
+    expected = -(posterior * torch.log(likelihood)).sum(-1) + 0.3 * kl_of(posterior, prior)
+    terms = space.training_terms(dpo_toy.states, score, 0.0)
+    assert_same_loss_and_gradients(total(terms), expected.mean(), space, dpo_toy)
 
 
 # Gumbel

@@ -57,11 +57,11 @@ def fit(
             space.training_terms(*pairs.select(indices), 0.0)
         space.update_moments(alike=True)
         space.eval()
-        plain = float(pairs.select(held_out)[1].under(None)[0].losses.mean())
+        plain = float(pairs.select(held_out)[1].under(None)[0].objective.mean())
 
     def step(indices: Tensor, progress: float) -> Tensor:
         terms = space.training_terms(*pairs.select(indices), progress)
-        return (terms.pairs.losses + terms.penalty).mean()
+        return (terms.pairs.objective + terms.penalty).mean()
 
     if isinstance(space, DiscreteSpace):
         clusters = _init_codes(space, pairs, len(fitted))

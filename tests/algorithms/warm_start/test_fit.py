@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from lpc_lightning.algorithms.warm_start import fit as module
 from lpc_lightning.algorithms.warm_start.fit import fit
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.latent import LatentSpace
+from lpc_lightning.losses import dpo_loss
+from lpc_lightning.robust import REPO
 
 SIZES: dict[str, dict[str, Any]] = {"VectorSpace": {}, "MLPSpace": {"hidden": 16}}
 SPACES = [
@@ -68,6 +71,20 @@ def test_fit_returns_held_out_losses(planted: Callable[..., Any]) -> None:
     evidence = space.eval().log_evidence(states.prompt, score).detach()
     assert loss == pytest.approx(-float(evidence.mean()), abs=1e-5)
     assert plain == pytest.approx(float(score.under(None)[0].losses.mean()), abs=1e-6)
+
+
+def test_fit_compares_likelihoods_of_re_po(planted: Callable[..., Any]) -> None:
+    """The published loss of RE-PO is near 0 if the policy is sure that labels are wrong, and cannot select an epoch."""
+    data = planted(pairs=60)
+    loss = partial(REPO(0.8).pair_losses, partial(dpo_loss, beta=1.0))
+    pairs = LinearizedPairs(data.rows, data.plain, data.token, data.names, loss)
+    space = make(data, "MLPSpace")
+    plain, fitted = fit(space, pairs, 6, 1e-2)
+    assert plain == pytest.approx(math.log(2), abs=1e-6)
+    states, score = pairs.select(torch.arange(54, 60))
+    terms = space.eval().inference_terms(states, score).pairs
+    right = (terms.chosen_rewards - terms.rejected_rewards).double().sigmoid()
+    assert fitted == pytest.approx(-float((0.8 * right + 0.2 * (1 - right)).log().mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize("pairs", [60, 200])

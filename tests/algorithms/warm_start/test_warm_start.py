@@ -322,10 +322,13 @@ def test_warm_start_holds_out_whole_prompts(
         return fit(space, pairs, held, *rest)
 
     monkeypatch.setattr(warm_start_module, "fit", watched)
-    settings = {"validation_share": 0.0, "test_split": None, "batch_size": 4, "pairs_per_annotator": 2}
+    settings: dict[str, Any] = {
+        "validation_share": 0.0, "test_split": None, "batch_size": 4, "pairs_per_annotator": 2
+    }  # fmt: skip
     columns = Columns(named_in_prompt=named)
     data = PreferenceData(str(tmp_path / "pairs.jsonl"), columns=columns, cache_dir=str(tmp_path), **settings)
-    run = fit_run(module(marginal(40, annotators=True)), data=data, callbacks=[LabelFlipNoise(0.5, marker=marker)], max_epochs=1)
+    settings = {"callbacks": [LabelFlipNoise(0.5, marker=marker)], "default_root_dir": tmp_path, "max_epochs": 1}
+    run = fit_run(module(marginal(40, annotators=True)), data=data, **settings)
     ((pairs, held, latent_lr, pairs_per_annotator),) = fitted
     assert (len(pairs), held, latent_lr, pairs_per_annotator) == (32, 4, 1e-2, 2)
     questions = pairs.select(torch.arange(32))[1].under(None)[1].margins.tolist()
