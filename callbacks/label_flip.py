@@ -21,6 +21,7 @@ from lpc_lightning.algorithms.metrics import accuracies
 from lpc_lightning.callbacks.flip_order import FlipOrder, Uniform
 from lpc_lightning.data import LabelNoise, PreferenceDataModule
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.json_files import write_text
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
 
@@ -156,7 +157,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         }
         folder.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
-        (folder / FILE).write_text(f"{{{lines}}}\n")
+        write_text(folder / FILE, f"{{{lines}}}\n")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int

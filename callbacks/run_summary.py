@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lpc_lightning.callbacks.resources import ResourceMonitor
+from lpc_lightning.json_files import write_json
 from lpc_lightning.loggers import log_table, viewers
 
 ROWS = {
@@ -93,7 +93,7 @@ class RunSummary(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning
             return  # a trial of a few batches leaves no files
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_json(folder / "summary.json", summary)
         print(f"Run folder: {folder}")
         log_table(trainer, "summary", ("", "before", "after"), rows)
         for line in viewers(trainer):

@@ -9,6 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.json_files import write_text
 from lpc_lightning.markdown import escape_markdown, markdown_table
 
 ROWS, TEXT = "samples.jsonl", "samples.md"
@@ -35,9 +36,7 @@ def write_samples(folder: Path, records: Sequence[Record]) -> None:
     steps = [samples_text(list(group)) for _, group in groupby(records, key=itemgetter("step"))]
     texts = {ROWS: rows, TEXT: "\n".join(["# Samples\n", *reversed(steps)])}
     for name, text in texts.items():
-        partial = folder / f"{name}.partial"  # a run may be killed while it writes
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+        write_text(folder / name, text)
 
 
 def read_samples(folder: Path) -> list[Record]:

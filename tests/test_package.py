@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
     {"types", "seeding", "transfer", "run_folder", "system_errors"},
-    {"paths", "markdown", "output_paths", "integrity", "yaml_files"},
+    {"paths", "markdown", "output_paths", "integrity", "json_files", "yaml_files"},
     {"loggers", "run_loggers"},
     {"losses", "latent", "policy", "data"},
     {"distributed", "robust"},

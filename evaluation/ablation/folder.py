@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lpc_lightning.json_files import write_json
+
 Status = Literal["running", "finished", "failed", "stopped"]
 Weights = Literal["last", "best"]
 """Weights to validate and test: those of the last step, or those of `best.ckpt`."""
@@ -180,10 +182,3 @@ class CellFolder:
 def _measured(row: Mapping[str, str]) -> frozenset[str]:
     """Return the names of the metrics that a row of `metrics.csv` has."""
     return frozenset(name for name, value in row.items() if value and name not in ("step", "epoch"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically: into a temporary file in the same folder, which is then renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -11,10 +11,10 @@ from filelock import FileLock
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.axes import Axis, to_text
-from lpc_lightning.evaluation.ablation.folder import write_json
 from lpc_lightning.evaluation.ablation.grid import Grid
 from lpc_lightning.evaluation.ablation.tuning import Choice, Tuning, mean_score
 from lpc_lightning.evaluation.provenance import provenance
+from lpc_lightning.json_files import write_json
 
 
 def write_overview(output: Path, grid: Grid, command: str) -> None:

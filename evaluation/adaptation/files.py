@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
+from lpc_lightning.json_files import write_json
 
 SCORES, WEIGHTS = "adaptation.json", "code_weights.json"
 
@@ -32,10 +32,6 @@ def write_adaptation(folder: Path, report: AdaptationReport, pairs: AdaptationPa
             inference: {str(n): asdict(score) for n, score in by_n.items()} for inference, by_n in report.scores.items()
         },
     }
-    _write(folder / SCORES, scores)
+    write_json(folder / SCORES, scores)
     if report.weights:
-        _write(folder / WEIGHTS, {name: weights.tolist() for name, weights in report.weights.items()})
-
-
-def _write(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / WEIGHTS, {name: weights.tolist() for name, weights in report.weights.items()})

@@ -11,6 +11,7 @@ from typing import Any
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.codebook.explanation import Explanation
 from lpc_lightning.inference.generation import Answered
+from lpc_lightning.json_files import read_if_whole, write_json, write_text
 from lpc_lightning.markdown import escape_markdown, markdown_table
 
 JSON, TEXT = "codes.json", "codes.md"
@@ -62,16 +63,15 @@ def write_explanation(
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {**origin, **asdict(explanation), "answered": None if answered is None else asdict(answered)}
-    (folder / JSON).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / JSON, content)
     text = "\n".join(["# Codes", "", *_markdown(content)])
-    (folder / TEXT).write_text(text, encoding="utf-8")
+    write_text(folder / TEXT, text)
     return text
 
 
 def read_explanation(folder: Path) -> dict[str, Any] | None:
-    """Read `codes.json` of a folder. None if there is none."""
-    path = folder / JSON
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """Read `codes.json` of a folder. None if there is none, or if it is damaged."""
+    return read_if_whole(folder / JSON, "Its codes are not shown.") or None
 
 
 def explanation_tables(content: Mapping[str, Any]) -> Iterator[TextTable]:

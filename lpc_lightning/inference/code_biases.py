@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lpc_lightning.errors import ConfigError, DamagedFileError
 from lpc_lightning.integrity import check_listed
+from lpc_lightning.json_files import read_json_object
 
 BIASES = "code_biases.safetensors"
 """File with the table in an export."""
@@ -38,7 +38,7 @@ class CodeBiases:
         """Read `code_biases.safetensors` and, if it is there, `code_weights.json`.
 
         Raises:
-            ConfigError: The folder has no table, or not the one that was written.
+            ConfigError: The folder has no table or not the one that was written, or its weights cannot be read.
         """
         if not (folder / BIASES).is_file():
             raise ConfigError(
@@ -50,7 +50,10 @@ class CodeBiases:
         except DamagedFileError as error:
             raise ConfigError(f"{error}, expected the content that was written. Export the folder again.") from error
         names = folder / ANNOTATORS
-        annotators = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else {}
+        try:
+            annotators = read_json_object(names) if names.is_file() else {}
+        except DamagedFileError as error:
+            raise ConfigError(f"{error} Write it again with `lpc-lightning adapt`.") from error
         return cls(load_file(folder / BIASES)["code_biases"].float(), annotators)
 
     def weights(self, arguments: Mapping[str, Any] | None) -> Tensor | None:

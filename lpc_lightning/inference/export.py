@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +20,15 @@ from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
-from lpc_lightning.errors import ConfigError
-from lpc_lightning.inference.card import Exported, model_card
+from lpc_lightning.errors import ConfigError, DamagedFileError
+from lpc_lightning.inference.card import SUMMARY, Exported, model_card
 from lpc_lightning.inference.checkpoints import run_folder, trained_template
 from lpc_lightning.inference.code_biases import BIASES
 from lpc_lightning.inference.local_paths import clean_configs, without_folders
-from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm
+from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm, without_latent
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
 from lpc_lightning.integrity import DIGESTS, digests_of, write_digests
+from lpc_lightning.json_files import read_if_whole, read_json_object
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.output_paths import check_folder
 
@@ -134,10 +135,10 @@ def _check_free(target: Path, overwrite: bool) -> None:
 def _files_of_export(folder: Path) -> set[str]:
     """Return the names of the files that `export` has written, as its record lists them. Empty for other folders."""
     try:
-        record = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json_object(folder / ORIGIN)
+    except DamagedFileError:
         return set()
-    is_record = isinstance(record, dict) and {"algorithm", "policy", "latent", FILES} <= set(record)
+    is_record = {"algorithm", "policy", "latent", FILES} <= set(record)
     return set(map(str, record[FILES])) if is_record and isinstance(record[FILES], list) else set()
 
 
@@ -160,10 +161,12 @@ def _published(module: PreferenceModule, template: Template) -> PreTrainedModel:
     """Return the policy as a plain model: adapter merged, the base model's dropout, and the template's end token.
 
     Training uses no dropout, so that policy and reference differ only by training. The exported model has the dropout
-    of the published base model again, for further training.
+    of the published base model again, for further training. The latent of a base model that is an export itself is not
+    part of it.
     """
     wrapped: Any = module.policy.model
     model = wrapped.merge_and_unload() if module.policy.has_adapter else wrapped
+    model.config = without_latent(model.config)
     for name, value in vars(module.policy_spec.load_config()).items():
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
             setattr(model.config, name, value)
@@ -192,10 +195,23 @@ def _is_linear(model: Any) -> bool:
 
 
 def _results(checkpoint: str) -> dict[str, dict[str, Any]]:
-    """Read the result files of the run's folder, by path."""
-    folder = run_folder(Path(checkpoint))
-    files = [folder / "summary.json", *sorted(folder.glob("**/results.json"))]
-    return {str(file.relative_to(folder)): json.loads(file.read_text()) for file in files if file.is_file()}
+    """Read the result files of the run's folder, by path. Damaged files and files of other forms are left out.
+
+    Beside a checkpoint that is not in a folder `checkpoints`, there may be results of other runs. They are not read.
+    """
+    path = Path(checkpoint).absolute()
+    folder = run_folder(path)
+    files = [folder / SUMMARY, *(sorted(folder.glob("**/results.json")) if folder != path.parent else [])]
+    found = {str(file.relative_to(folder)): read_if_whole(file, "The model card is without it.") for file in files}
+    return {name: content for name, content in found.items() if content and _is_result(content)}
+
+
+def _is_result(content: Mapping[str, Any]) -> bool:
+    """Return whether the entries that a model card reads have its types. The `results.json` of a cell has others."""
+    entries = (content.get(name) for name in ("validation_before", "validation_after", "metrics", "origin"))
+    if not all(isinstance(entry, dict | None) for entry in entries):
+        return False
+    return all(isinstance(scores, dict) for scores in (content.get("metrics") or {}).values())
 
 
 @contextmanager

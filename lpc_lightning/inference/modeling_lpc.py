@@ -559,8 +559,10 @@ class LatentGenerationMixin(Stock):
         return _empty_view, (self.stock,), *state
 
     def plain_causal_lm(self) -> PreTrainedModel:
-        """Return the stock model without the latent. All weights are shared."""
-        return _view(self, self.stock, without=PRIOR)
+        """Return the stock model without the latent. All weights are shared. Its config does not name the latent."""
+        plain = _view(self, self.stock, without=PRIOR)
+        plain.config = without_latent(plain.config)
+        return plain
 
     def save_pretrained(
         self, save_directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -580,7 +582,6 @@ class LatentGenerationMixin(Stock):
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained: found push_to_hub, expected a local save; `push_to_hub` does both.")
         folder, plain = Path(save_directory), self.plain_causal_lm()
-        plain.config = copy.deepcopy(self.config)
         plain.config.auto_map = {"AutoModelForCausalLM": f"{Path(__file__).stem}.{LatentCausalLM.__name__}"}
         setattr(plain.config, CONFIG_KEY, self.latent_prior.settings)
         state = self.state_dict() if state_dict is None else state_dict
@@ -742,6 +743,21 @@ class LatentCausalLM:
     @staticmethod
     def _from_config(config: Any, **kwargs: Any) -> Any:
         raise ValueError("from_config: a latent is trained and has no other start, expected from_pretrained.")
+
+
+def without_latent(config: Any) -> Any:
+    """Return a copy of a config without the settings of a latent and without the loader of this file.
+
+    A model that was opened from an exported folder has both. A folder that holds them needs the latent's files as well.
+    """
+    config = copy.deepcopy(config)
+    vars(config).pop(CONFIG_KEY, None)
+    own = f"{Path(__file__).stem}."
+    loaders = vars(config).pop("auto_map", None) or {}
+    # The hub's name stands before the loader of a model that was opened from there: `name--modeling_lpc.Class`.
+    if others := {name: code for name, code in loaders.items() if not str(code).rpartition("--")[2].startswith(own)}:
+        config.auto_map = others
+    return config
 
 
 def load_prior(path: str | Path, config: Any, **hub: Any) -> InferencePrior:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,14 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.tokenization.templates import TemplateSettings
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import ConfigError, DamagedFileError, one_line
 from lpc_lightning.inference.checkpoints import build_module, checkpoint_origin, read_checkpoint, trained_template
-from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, InferencePrior, latent_causal_lm, load_prior
+from lpc_lightning.inference.modeling_lpc import (
+    CONFIG_KEY,
+    LATENT_FILE,
+    InferencePrior,
+    latent_causal_lm,
+    load_prior,
+)
 from lpc_lightning.inference.trained_policy import ORIGIN, TrainedPolicy
+from lpc_lightning.json_files import read_json_object
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy, UnsupportedPolicyError
 
@@ -154,11 +161,32 @@ def _open_model(path: str, dtype: str, trust_remote_code: bool) -> tuple[Any, ..
     origin: dict[str, Any] = {"path": path}
     config = policy.causal_lm.config
     if (folder / ORIGIN).is_file():
-        origin["training"] = json.loads((folder / ORIGIN).read_text())
+        origin["training"] = _training(folder / ORIGIN)
     settings = getattr(config, CONFIG_KEY, None)
     if settings is None:
         return "model", policy, tokenizer, None, origin
-    return "export", policy, tokenizer, load_prior(path, config), origin | {"latent": settings}
+    return "export", policy, tokenizer, _exported_prior(path, config), origin | {"latent": settings}
+
+
+def _training(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except DamagedFileError as error:
+        raise UnsupportedPolicyError(
+            f"{error} Export the checkpoint again. Without the file, the folder opens as a model whose template of "
+            "training is not known."
+        ) from error
+
+
+def _exported_prior(path: str, config: Any) -> InferencePrior:
+    try:
+        return load_prior(path, config)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UnsupportedPolicyError(
+            f"{path}: found the settings of a latent in config.json and no {LATENT_FILE} that fits them "
+            f"({one_line(error)}). Export the checkpoint again. To use the policy without its latent, remove "
+            f"`{CONFIG_KEY}` and `auto_map` from config.json."
+        ) from error
 
 
 def view_module(module: PreferenceModule, name: str, template: TemplateSettings, latent: bool = True) -> OpenedPolicy:

@@ -53,6 +53,19 @@ def test_summary_against_separate_validations(fitted, tmp_path) -> None:
     assert summary["validation_before"]["loss"] != summary["validation_after"]["loss"]
 
 
+def test_summary_is_replaced_whole(fitted, tmp_path) -> None:
+    """A second name of the earlier file keeps its content: nothing is written into that file."""
+    summary = RunSummary()
+    trainer = fitted(summary, max_epochs=None, max_steps=1, limit_val_batches=0, enable_checkpointing=False)
+    path, earlier = tmp_path / "run" / "summary.json", tmp_path / "earlier"
+    earlier.hardlink_to(path)
+    content = earlier.read_text()
+    summary.after = {"loss": 0.5}
+    summary.on_fit_end(trainer, trainer.lightning_module)
+    assert json.loads(path.read_text())["validation_after"] == {"loss": 0.5}
+    assert earlier.read_text() == content
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:resume. found trainer.max_steps")
 def test_summary_of_a_resumed_run_has_the_start(fitted, tmp_path) -> None:

@@ -173,6 +173,29 @@ def test_saving_again_writes_the_same_files(elsewhere: dict[str, Any]) -> None:
         assert set(elsewhere[case]["files again"]) == (kept if case == "plain" else kept | LATENT_FILES)
 
 
+@pytest.mark.filterwarnings("ignore:policy.path. found an export with a latent")
+def test_fit_without_the_latent_of_an_export(
+    exported: dict[str, Path], fitted: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The export of such a fit is a plain model, whichever way the fit takes the policy from the first export."""
+    for policy in (["TrainedPolicy", "--policy.keep_latent=false"], ["PretrainedPolicy"]):
+        kind, *settings = policy
+        checkpoint = fitted(f"--policy={kind}", f"--policy.path={exported['codes']}", *settings)
+        folder = export(str(checkpoint), str(tmp_path / kind))
+        assert not {"lpc", "auto_map"} & set(json.loads((folder / "config.json").read_text()))
+        assert open_policy(str(folder)).kind == "model"
+
+
+def test_plain_model_of_an_export_is_saved_alone(exported: dict[str, Path], tmp_path: Path) -> None:
+    latent = LatentCausalLM.from_pretrained(exported["codes"])
+    latent.config.auto_map |= {"AutoConfig": "name/of_base--configuration_base.Config"}
+    latent.plain_causal_lm().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "lpc" not in config
+    assert config["auto_map"] == {"AutoConfig": "name/of_base--configuration_base.Config"}
+    assert latent.config.lpc == {"kind": "discrete", "num_codes": 5, "prior_mode": "mean"}
+
+
 # What is in the folder
 
 
@@ -449,3 +472,48 @@ def test_a_folder_without_its_latent_is_refused(exported: dict[str, Path], tmp_p
     with pytest.raises(UnsupportedPolicyError, match=r"out is incomplete .*latent\.safetensors"):
         open_policy(str(folder))
     assert AutoModelForCausalLM.from_pretrained(folder) is not None
+    (folder / "digests.json").unlink()
+    with pytest.raises(UnsupportedPolicyError, match=r"out: found the settings of a latent .* remove `lpc` and `auto_"):
+        open_policy(str(folder))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"algorithm": "DPO"'])
+def test_export_record_that_is_no_object_is_refused(content: str, copied: Path) -> None:
+    (copied / "digests.json").unlink()
+    (copied / "training.json").write_text(content)
+    with pytest.raises(UnsupportedPolicyError, match=r"training\.json: found .* Export the checkpoint again"):
+        open_policy(str(copied))
+
+
+# Results of the run
+
+
+@pytest.fixture
+def run(fitted: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a run folder without a latent, whose files may be changed."""
+    return Path(shutil.copytree(fitted().parents[1], tmp_path / "runs" / "version_0"))
+
+
+def card(checkpoint: Path) -> str:
+    return (export(str(checkpoint), str(checkpoint.parent / "exported")) / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["", '{"steps": 1, "validation_after"', "[]"])
+def test_export_of_a_run_with_damaged_summary(content: str, run: Path) -> None:
+    (run / "summary.json").write_text(content)
+    with pytest.warns(UserWarning, match=r"version_0/summary\.json: found .* The model card is without it"):
+        text = card(run / "checkpoints" / "best.ckpt")
+    assert "None lay in the run's folder when this was exported." in text
+
+
+def test_export_shows_benchmarks_of_its_run_only(run: Path) -> None:
+    """Other runs lie beside a checkpoint outside a run folder. The results of a cell have another form."""
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    for folder, metrics in ((run / "of_run", {"copa": {"acc": 0.625}}), (run / "cell", {"val/loss": 0.5})):
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({"metrics": metrics}))
+    assert "| copa | acc | 0.625 |" in card(checkpoint)
+    (run / "summary.json").unlink()
+    alone = run.parent / "mine.ckpt"
+    shutil.copy(checkpoint, alone)
+    assert "None lay in the run's folder when this was exported." in card(alone)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ from lpc_lightning.errors import CheckpointError
 from lpc_lightning.evaluation.report.runs.records import FINISHED, UNKNOWN, Curve, Loaded, Measurement, RunRecord
 from lpc_lightning.evaluation.report.runs.settings import SEED, flatten
 from lpc_lightning.inference.checkpoints import read_checkpoint, run_folder
+from lpc_lightning.json_files import read_if_whole
 from lpc_lightning.yaml_files import read_yaml
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.csv", "summary.json"
@@ -41,9 +41,7 @@ def read_run(folder: Path) -> RunRecord:
     The time of a run that is not a cell is its median step time multiplied by its number of steps.
     """
     config, curves = _read_config(folder), read_curves(folder / METRICS)
-    summary: dict[str, Any] = {}
-    if (folder / SUMMARY).is_file():
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    summary = read_if_whole(folder / SUMMARY, "It is not known whether the run finished.")
     resources = summary.get("resources") or {}
     seconds, peak = resources.get("seconds_per_step"), resources.get("peak_memory_gib")
     status, error = _status(folder, bool(summary))
@@ -67,7 +65,7 @@ def _status(folder: Path, has_summary: bool) -> tuple[str, str | None]:
         return FINISHED, None
     if (folder / "checkpoints" / "stopped.ckpt").exists():
         return "stopped", "stopped before its end"
-    return UNKNOWN, f"{SUMMARY} is missing, so that it is not known whether the run finished"
+    return UNKNOWN, f"{SUMMARY} is missing or damaged, so that it is not known whether the run finished"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

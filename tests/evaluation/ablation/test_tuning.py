@@ -17,13 +17,14 @@ import yaml
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation import plan as plan_module
 from lpc_lightning.evaluation.ablation.command import ablate
-from lpc_lightning.evaluation.ablation.folder import CellFolder, write_json
+from lpc_lightning.evaluation.ablation.folder import CellFolder
 from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.stages import Stages
 from lpc_lightning.evaluation.report.runs.ablation import load_ablation
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
+from lpc_lightning.json_files import write_json
 
 BY = "val/rewards/accuracies"
 LR = "model.optimizer.init_args.lr"
@@ -392,6 +393,14 @@ def test_arm_has_no_value_of_its_own(read: Callable[..., Grid], argument: str) -
         read().with_changes([argument.removeprefix("--")])
     with pytest.raises(ConfigError, match=r"skip: found .*, expected values for some of latent, seed"):
         read(skip=[{"latent": "none", "lr": [3e-3]}])
+
+
+def test_cells_run_under_their_own_seeds(read: Callable[..., Grid]) -> None:
+    message = r"{}: found --seed_everything=7, which replaces --seed_everything=1 of the axis seed, .* \(seed=VALUE\)"
+    with pytest.raises(ConfigError, match=message.format(r"tune\.arguments")):
+        read({"arguments": ["--seed_everything=7"]})
+    with pytest.raises(ConfigError, match=message.format("change")):
+        read().with_changes(["seed_everything=7"])
 
 
 def test_tuned_value_comes_after_config_files(read: Callable[..., Grid]) -> None:

@@ -16,7 +16,7 @@ from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
 from lpc_lightning.evaluation.report.runs.differences import add_axes
-from lpc_lightning.evaluation.report.runs.fit import read_curves
+from lpc_lightning.evaluation.report.runs.fit import load_run, read_curves
 from lpc_lightning.evaluation.report.runs.folders import load_folders
 from lpc_lightning.evaluation.report.runs.records import (
     Curve,
@@ -192,8 +192,16 @@ def test_load_run_of_a_fit(runs: Path) -> None:
 def test_load_run_without_summary(runs: Path) -> None:
     (record,) = load_folders([str(runs / "version_0")]).records
     assert (record.status, record.counted) == ("unknown", True)
-    assert record.error == "summary.json is missing, so that it is not known whether the run finished"
+    assert record.error == "summary.json is missing or damaged, so that it is not known whether the run finished"
     assert record.parameters["latent"] == 0
+
+
+def test_load_run_with_damaged_summary(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "summary.json").write_text('{"steps": 1')
+    with pytest.warns(UserWarning, match=r"summary\.json: found no JSON .* It is not known whether the run finished"):
+        (record,) = load_run(tmp_path).records
+    assert (record.status, record.seconds) == ("unknown", None)
 
 
 def test_join_measurements_of_a_test(runs: Path) -> None:

@@ -1,0 +1,60 @@
+"""JSON and text files that are complete or absent, and the reading of files that are neither."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lpc_lightning.errors import DamagedFileError, one_line
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its target and rename it. A process that is killed meanwhile leaves the earlier file.
+
+    Args:
+        path: Target. Its folder exists.
+        text: Content, written in UTF-8. Half of a surrogate pair, which UTF-8 cannot encode, becomes an escape.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        DamagedFileError: The file cannot be read, is no JSON, or holds another value.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: found no JSON ({one_line(error)}), expected a JSON object.") from error
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path}: found {type(content).__name__}, expected a JSON object.")
+    return content
+
+
+def read_if_whole(path: Path, consequence: str) -> dict[str, Any]:
+    """Read a JSON object that a command can do without. Empty if the file is missing or damaged.
+
+    Args:
+        path: The file.
+        consequence: Sentence about what the command does without the file, for the warning about a damaged one.
+    """
+    try:
+        return read_json_object(path) if path.is_file() else {}
+    except DamagedFileError as error:
+        warnings.warn(f"{error} {consequence}", stacklevel=2)
+        return {}
