@@ -85,7 +85,7 @@ def ablate(
         keep_stale: Skip finished cells even if their settings, files or code have changed.
         remove_checkpoints: Remove the checkpoints of each cell when it has finished. With the state of the optimizer,
             two checkpoints of a policy of 135M parameters take 3 GB. Interrupted and failed cells keep theirs.
-        launcher: `local`: processes on this machine; `ray`: tasks on an existing Ray cluster (pip install ray).
+        launcher: `local`: processes on this machine; `ray`: tasks on an existing Ray cluster (extra `ray`).
         cpus: Number of CPUs per cell, with Ray.
         gpus: Number of GPUs per cell, with Ray. Cells share a GPU if it is below 1.
         retries: Number of times that Ray resumes a cell after its process or node died.
