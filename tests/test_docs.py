@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +20,13 @@ import yaml
 from lpc_lightning.cli import COMMANDS, ENTRY_POINTS, PreferenceCLI
 from lpc_lightning.evaluation.ablation.grid import read_grid
 from tests import test_losses
+from tests.fixtures.processes import ForkedProcess
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = [ROOT / name for name in ("evaluation/ablation/ray_cluster.py", "lpc_lightning/run_loggers.py")]
+UNPINNED = ("pre-commit", "alpaca-eval")
+"""Tools that the project does not import."""
 ADD = sorted((ROOT / "docs").glob("add_*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -63,75 +67,68 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 DESTINATION = re.compile(r"(?:Put it in|goes into)\s+`([^`]+)`")
 
 
-def follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """Do what a page says with each block of code: it goes into its own file, and its name into the named packages.
+def follow(page: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Do what a page says with each block: it goes into its own file, and its names into the named packages.
 
-    A block for a file that exists is run among the names of that file. Returns path and content of each file, which are
-    names of a module, or settings.
+    A block for a file that exists is run among the names of that file. The classes stay in this process.
+
+    Returns:
+        What each file adds, by path: names of a module, or settings.
     """
-    files: list[tuple[str, dict[str, Any]]] = []
-    prose = FENCE.split(page.read_text())[::3]
-    for before, (language, text) in zip(prose, FENCE.findall(page.read_text()), strict=False):
+    added: dict[str, dict[str, Any]] = {}
+    text = page.read_text()
+    for before, (language, block) in zip(FENCE.split(text)[::3], FENCE.findall(text), strict=False):
         if language not in ("python", "yaml"):
             continue
         path = DESTINATION.findall(before)[-1]
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-        name = path.removesuffix(".py").replace("/", ".")
-        name = name if name.startswith(("lpc_lightning.", "tests.")) else f"lpc_lightning.{name}"
+        file.write_text(block)
         if language == "yaml":
-            files.append((path, yaml.safe_load(text)))
+            added[path] = yaml.safe_load(block)
             continue
-        module: ModuleType = ModuleType(name)
-        module.__file__ = str(file)
-        if (ROOT / path).exists():
-            module.__dict__.update(vars(import_module(name)), __file__=str(file))
-        known = dict(vars(module))
-        exec(compile(text, file, "exec"), module.__dict__)
-        new = {key: value for key, value in vars(module).items() if key not in known}
-        if (ROOT / path).exists():
-            for key, value in new.items():
-                monkeypatch.setattr(import_module(name), key, value, raising=False)
-        else:
-            monkeypatch.setitem(sys.modules, name, module)
+        name = module_name(path.removesuffix(".py"))
+        exists = (ROOT / path).exists()
+        module = import_module(name) if exists else ModuleType(name)
+        module.__file__ = str(file)  # where classes look for their source
+        sys.modules[name] = module
+        known = set(vars(module))
+        exec(compile(block, file, "exec"), vars(module))
+        added[path] = {key: value for key, value in vars(module).items() if key not in known}
+        own = {key: each for key, each in added[path].items() if getattr(each, "__module__", None) == name}
         for package in re.findall(r"`([\w/]+)/__init__\.py`", before.rpartition(path)[2]):
-            package = package.replace("/", ".").removeprefix("lpc_lightning.")
-            home = import_module("lpc_lightning" if package == "lpc_lightning" else f"lpc_lightning.{package}")
-            for key, value in new.items():
-                if getattr(value, "__module__", None) == name:
-                    monkeypatch.setattr(home, key, value, raising=False)
-        files.append((path, new))
-    return files
+            vars(import_module(module_name(package))).update(own)
+    return added
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", ADD, ids=name_of)
-def test_page_followed_to_the_letter(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LPC_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    files = follow(page, tmp_path, monkeypatch)
-    tests = [value for _, names in files for name, value in names.items() if name.startswith("test_")]
+def module_name(path: str) -> str:
+    name = path.replace("/", ".")
+    return name if name.partition(".")[0] in ("lpc_lightning", "tests") else f"lpc_lightning.{name}"
+
+
+def run_page(page: Path, folder: Path) -> None:
+    """Follow a page, run its tests and parse its config."""
+    sys.argv[:] = ["lpc-lightning"]
+    added = follow(page, folder)
+    tests = [value for names in added.values() for name, value in names.items() if name.startswith("test_")]
     assert tests
     for test in tests:
-        test(*[tmp_path] if "tmp_path" in inspect.signature(test).parameters else [])
-    configs = [Path(path) for path, _ in files if path.endswith(".yaml")]
+        test(*[folder] if "tmp_path" in inspect.signature(test).parameters else [])
+    configs = [Path(path) for path in added if path.endswith(".yaml")]
     assert bool(configs) == (page.stem != "add_a_callback")
     for path in configs:
         siblings = [yaml.safe_load(each.read_text())["init_args"] for each in (ROOT / path).parent.glob("*.yaml")]
         option = "latent" if path.parent.name == "latent" else "model"
         tiny = f"--config={ROOT / 'configs/experiment/tiny.yaml'}"
-        parsed = Parsed(["fit", tiny, f"--{option}={tmp_path / path}"]).config.fit[option].as_dict()
-        stated = yaml.safe_load((tmp_path / path).read_text())
+        parsed = Parsed(["fit", tiny, f"--{option}={folder / path}"]).config.fit[option].as_dict()
+        stated = added[str(path)]
         assert parsed["class_path"] == stated["class_path"]
         assert set(stated["init_args"]) >= set(parsed["init_args"]) & {name for each in siblings for name in each}
 
 
-def test_added_loss_is_tested_by_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of the page passes every test of the list of losses. Its naive form is one pair in plain arithmetic."""
-    files = dict(follow(ROOT / "docs/add_an_algorithm.md", tmp_path, monkeypatch))
-    hinge_loss, naive = files["lpc_lightning/losses.py"]["hinge_loss"], test_losses.naive
+def run_list_of_losses(page: Path, folder: Path) -> None:
+    """Add the page's loss to the list of losses, and run all tests of the list. Its naive form is plain arithmetic."""
+    hinge_loss, naive = follow(page, folder)["lpc_lightning/losses.py"]["hinge_loss"], test_losses.naive
 
     def with_hinge(name: str, *numbers: Any) -> Any:
         if name != "hinge":
@@ -139,10 +136,10 @@ def test_added_loss_is_tested_by_its_list(tmp_path: Path, monkeypatch: pytest.Mo
         pw, pl, rw, rl, _, _, margin = numbers
         return (1 - 0.1 * ((pw - rw) - (pl - rl)) + margin).clamp(min=0)
 
-    monkeypatch.setitem(test_losses.LOSSES, "hinge", lambda logps: hinge_loss(logps, beta=0.1))
+    test_losses.LOSSES["hinge"] = lambda logps: hinge_loss(logps, beta=0.1)
     # D of the golden pairs is 1.6, 0.6, 1.6 and 0.6.
-    monkeypatch.setitem(test_losses.EXPECTED, "hinge", [0.84, 0.94, 0.84, 0.94])
-    monkeypatch.setattr(test_losses, "naive", with_hinge)
+    test_losses.EXPECTED["hinge"] = [0.84, 0.94, 0.84, 0.94]
+    test_losses.naive = with_hinge
     of_list = [
         test
         for name, test in vars(test_losses).items()
@@ -153,6 +150,19 @@ def test_added_loss_is_tested_by_its_list(tmp_path: Path, monkeypatch: pytest.Mo
         others = dict(mark.args for mark in test.pytestmark if mark is not test_losses.every_loss.mark)
         for values in product(*others.values()):
             test("hinge", **dict(zip(others, values, strict=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "page"),
+    [*((run_page, page) for page in ADD), (run_list_of_losses, ROOT / "docs/add_an_algorithm.md")],
+    ids=lambda value: getattr(value, "stem", None) or value.__name__,
+)
+def test_page_followed_to_the_letter(run: Callable[..., None], page: Path, tmp_path: Path) -> None:
+    """In a process of its own: the parser would find the added classes in later tests."""
+    variables = {"LPC_LIGHTNING_CACHE": str(tmp_path / "cache"), "PL_GLOBAL_SEED": "0"}
+    process = ForkedProcess(run, page, tmp_path, log=tmp_path / "log", **variables)
+    assert process.wait() == 0, process.errors
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -174,10 +184,27 @@ def test_readme_length() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_page_scores_the_pairs_of_training() -> None:
+    trained, scored = set[str](), set[str]()
+    for _, _, *words in (command for page in PAGES for command in commands(page)):
+        for option, value in pairwise(words):
+            trained |= {value} if option == "--data.path" else set()
+            scored |= {value} if option == "--preferences" else set()
+    assert trained
+    assert scored
+    assert not trained & scored
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks/README.md", *CODE], ids=name_of)
+def test_installs_are_constrained(page: Path) -> None:
+    for rest in re.findall(r"pip install ([^`\n]*)", page.read_text()):
+        assert "-c" in rest.split() or rest.split()[0] in UNPINNED, rest
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / ".ci/run"], ids=name_of)
 def test_paths_exist(page: Path) -> None:
     text = page.read_text()
-    assert "../shared" not in text
+    assert "../shared" not in text or page.name == "run"
     for path in set(re.findall(r"(?<![\w/$}-])(?:configs|benchmarks|tests|lpc_lightning)/[\w/.-]*\w", text)):
         new = page.stem.startswith("add_")  # these pages name files that the reader writes
         assert (ROOT / path).exists() or (new and (ROOT / path).parent.is_dir()), path

@@ -63,7 +63,7 @@ def ablate(
     A grid is a YAML file with the arguments of `lpc-lightning fit` that all cells share, and axes with values (see
     configs/ablation/). `extends: FILE` in it names a grid file of which it states a change: mappings are merged, lists
     replace lists, null removes a key. After the file, `AXIS=VALUE,VALUE` replaces the values of an axis, and
-    `SETTING=VALUE` (such as trainer.max_steps=20) sets a setting of all cells.
+    `SETTING=VALUE` (such as trainer.max_steps=20) sets a setting of all cells, unless an axis sets it.
 
     A grid may tune an axis, such as the learning rate (`tune`; see configs/ablation/noise_tiny.yaml). Then all
     combinations of the other axes are first fitted at the same values of that axis, under tuning seeds. Validation
@@ -85,7 +85,7 @@ def ablate(
         keep_stale: Skip finished cells even if their settings, files or code have changed.
         remove_checkpoints: Remove the checkpoints of each cell when it has finished. With the state of the optimizer,
             two checkpoints of a policy of 135M parameters take 3 GB. Interrupted and failed cells keep theirs.
-        launcher: `local`: processes on this machine; `ray`: tasks on an existing Ray cluster (pip install ray).
+        launcher: `local`: processes on this machine; `ray`: tasks on an existing Ray cluster (extra `ray`).
         cpus: Number of CPUs per cell, with Ray.
         gpus: Number of GPUs per cell, with Ray. Cells share a GPU if it is below 1.
         retries: Number of times that Ray resumes a cell after its process or node died.

@@ -12,6 +12,7 @@ from typing import Any
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.axes import Axis, read_arguments, read_axis, setting_name, to_text
+from lpc_lightning.evaluation.ablation.replaced import PlacedArgument, find_replaced
 from lpc_lightning.evaluation.ablation.tuning import Tuning, read_tuning
 from lpc_lightning.yaml_files import parse_yaml, read_yaml
 
@@ -65,11 +66,13 @@ class Grid:
     """The tuned axis, which is not among `axes`."""
 
     def __post_init__(self) -> None:
-        """Check that the tuned axis is the same for all cells, and that no seed is used for both tuning and results.
+        """Check that each cell runs at its values of the axes, and that no seed is used for both tuning and results.
 
         Raises:
-            ConfigError: There is no axis `seed`, a seed is used twice, or an argument sets the tuned setting.
+            ConfigError: There is no axis `seed`, a seed is used twice, an argument replaces one of an axis, or it sets
+                the tuned setting.
         """
+        self._check_axes()
         if self.tune is None:
             return
         seeds = next((axis.values for axis in self.axes if axis.name == "seed"), None)
@@ -87,6 +90,24 @@ class Grid:
                     f"{self.name} {label}: found {argument}, which sets the tuned axis {tuned.name}, expected no such "
                     "argument: the values of a tuned axis are the same for all cells (tune.values)."
                 )
+
+    def _check_axes(self) -> None:
+        """Check that no argument replaces one of an axis, in the cells of the selected values."""
+        for values in self._combinations():
+            if replaced := find_replaced([*self._arguments(values), *self._later_arguments()]):
+                before, after = replaced
+                raise ConfigError(
+                    f"{self.name} {after.place}: found {after.argument}, which replaces {before.argument} of the axis "
+                    f"{before.axis}, expected no such argument: cells would run at one value under the name of "
+                    f"another. Change the axis ({before.axis}=VALUE), or its arguments in a grid file that extends "
+                    "this one."
+                )
+
+    def _later_arguments(self) -> Iterator[PlacedArgument]:
+        """Yield the arguments after those of the axes. Those of the tuning are not in cells of the result."""
+        tuning = () if self.tune is None else self.tune.arguments
+        yield from (PlacedArgument(argument, "tune.arguments") for argument in tuning)
+        yield from (PlacedArgument(argument, "change") for argument in self.settings)
 
     def _fixed_arguments(self) -> Iterator[tuple[str, str]]:
         """Yield the arguments of base, tuning cells, all values of the axes and command line, each with its place."""
@@ -131,8 +152,7 @@ class Grid:
         Raises:
             ConfigError: There are no cells, or two cells are equal.
         """
-        combinations = product(*(axis.values for axis in self.axes))
-        cells = [cell for values in combinations if (cell := self._cell(values))]
+        cells = [self._cell(value_by_axis) for value_by_axis in self._combinations()]
         if not cells:
             raise ConfigError(
                 f"{self.name}: found no cell, expected at least one: an axis has no values, or skip leaves out all "
@@ -162,12 +182,24 @@ class Grid:
         axis = self.tune.axis
         return replace(cell, arguments=(*cell.arguments, *axis.arguments_for(value)), tuned={axis.name: value})
 
-    def _cell(self, values: Sequence[Any]) -> Cell | None:
-        value_by_axis = {axis.name: value for axis, value in zip(self.axes, values, strict=True)}
-        if any(_matches(value_by_axis, combination) for combination in self.skip):
-            return None
-        axis_arguments = [argument for axis in self.axes for argument in axis.arguments_for(value_by_axis[axis.name])]
-        return Cell(value_by_axis, (*self.base, *axis_arguments, *self.settings))
+    def _combinations(self) -> Iterator[dict[str, Any]]:
+        """Yield all combinations of values that are not skipped, as values by axis."""
+        names = [axis.name for axis in self.axes]
+        for values in product(*(axis.values for axis in self.axes)):
+            value_by_axis = dict(zip(names, values, strict=True))
+            if not any(_matches(value_by_axis, combination) for combination in self.skip):
+                yield value_by_axis
+
+    def _arguments(self, value_by_axis: Mapping[str, Any]) -> Iterator[PlacedArgument]:
+        """Yield the arguments of the base and of a value on each axis."""
+        yield from (PlacedArgument(argument, "base") for argument in self.base)
+        for axis in self.axes:
+            arguments = axis.arguments_for(value_by_axis[axis.name])
+            yield from (PlacedArgument(argument, f"axes.{axis.name}", axis.name) for argument in arguments)
+
+    def _cell(self, value_by_axis: Mapping[str, Any]) -> Cell:
+        arguments = (placed.argument for placed in self._arguments(value_by_axis))
+        return Cell(value_by_axis, (*arguments, *self.settings))
 
 
 def read_grid(path: Path) -> Grid:

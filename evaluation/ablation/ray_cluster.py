@@ -36,7 +36,7 @@ def run_on_ray(jobs: Sequence[Job], cpus: float, gpus: float, retries: int, on_e
     except ImportError as error:
         raise ConfigError(
             "launcher: found ray, which is not installed, expected local or an installed ray. Run "
-            "pip install 'lpc-lightning[ray]'."
+            "`pip install -c constraints.txt -e '.[ray]'`."
         ) from error
     if not ray.is_initialized():
         try:

@@ -21,6 +21,7 @@ from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.splits import split_names
 from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
 from lpc_lightning.evaluation.accuracy.reward_benchmarks import PairForm, Scores, find_form
+from lpc_lightning.evaluation.accuracy.training_overlap import KEY, count_trained
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, stderr_name, to_json_value
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.opening import OpenedPolicy
@@ -86,13 +87,19 @@ class PairsFile(PreferenceDataModule):
         return self._pairs if stage == "test" else None
 
 
-def score_pairs(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, precision: str | None) -> BenchmarkResults:
+def score_pairs(
+    model: PreferenceModule | OpenedPolicy,
+    pairs: PairsFile,
+    precision: str | None,
+    trained: frozenset[int] | None = None,
+) -> BenchmarkResults:
     """Compute preference accuracy as a benchmark's results: task `preferences`, metrics `accuracy/MODE`.
 
     Args:
         model: A checkpoint's module, or any other policy; see `preference_accuracy`.
         pairs: The pairs to score.
         precision: Precision of the computation, as in `trainer.precision`. None: the data type of the weights.
+        trained: The model's training pairs (see `training_pairs`). None: they are not known.
 
     Raises:
         DataError: There are no pairs, or the data is invalid.
@@ -121,6 +128,7 @@ def score_pairs(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, precis
         "cut": scored.cut,
         "seconds": round(time.perf_counter() - started, 3),
     }
+    record |= {} if trained is None else {KEY: count_trained(pairs, trained)}
     record |= {"form": pairs.form.name, "scores": form_scores} if form_scores else {}
     items = [_item(row, content, task) for row in scored.items]
     run_record = {"tasks": {task: record}, "settings": {"tasks": [task]}, "seconds": record["seconds"], **provenance()}

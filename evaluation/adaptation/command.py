@@ -15,6 +15,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
+from lpc_lightning.evaluation.accuracy.training_overlap import count_trained, overlap_sentence, training_pairs
 from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, write_adaptation
 from lpc_lightning.evaluation.adaptation.inference import OWN_MAJORITY
 from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, OTHERS_MAJORITY, AdaptationPairs, AdaptationReport
@@ -121,6 +122,7 @@ def adapt(
     collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
     with claim_output_folder(Path(output), "output"):
         reports: dict[str, AdaptationReport] = {}
+        overlaps: list[str] = []
 
         def open_pairs(rows: str | None, template: TemplateSettings) -> PairsFile:
             pairs = PairsFile(
@@ -137,7 +139,8 @@ def adapt(
 
         for name, path in named:
             checkpoint = read_checkpoint(Path(path), weights=False)
-            template = trained_template(checkpoint_origin(checkpoint, Path(path)))
+            origin = checkpoint_origin(checkpoint, Path(path))
+            template = trained_template(origin)
             pairs = open_pairs(split, template)
             module = open_module(path, device, trust_remote_code)
             if len(named) == 1 and not isinstance(module.latent, DiscreteSpace | GaussianSpace):
@@ -153,6 +156,8 @@ def adapt(
             # The run empties the collector of the evaluated pairs alone.
             rows = evaluate_pairs(module, pairs, collector.evaluated, precision=precision)
             print(f"{name}: {rows}")
+            if (trained := training_pairs(origin)) is not None and (found := count_trained(pairs, trained)):
+                overlaps.append(f"{name}: {overlap_sentence(found, len(pairs.pairs['test']))}.")
             report = collector.collect()
             _check_annotators(report, collector, preferences)
             if report.mixtures and under_z:
@@ -168,7 +173,7 @@ def adapt(
                 f"models: found no codes in any of {', '.join(models)}; expected at least one checkpoint of a latent "
                 "with codes, such as MarginalSpace."
             )
-        _write(Path(output), reports, collector.shots)
+        _write(Path(output), reports, collector.shots, overlaps)
 
 
 def _check_labelled_split(preferences: str, split: str | None, labelled_split: str | None) -> None:
@@ -201,8 +206,11 @@ def _check_annotators(report: AdaptationReport, pairs: AdaptationPairs, preferen
         )
 
 
-def _write(folder: Path, reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> None:
-    text = "\n".join([table(reports, shots), *(f"\n{sentence}" for sentence in left_out(reports, shots))])
+def _write(
+    folder: Path, reports: Mapping[str, AdaptationReport], shots: Sequence[int], overlaps: Sequence[str]
+) -> None:
+    sentences = [*left_out(reports, shots), *overlaps]
+    text = "\n".join([table(reports, shots), *(f"\n{sentence}" for sentence in sentences)])
     (folder / TABLE).write_text(text + "\n", encoding="utf-8")
     lines = panels(reports)
     figure = draw_adaptation(lines, sorted(set(shots)), None, "accuracy")

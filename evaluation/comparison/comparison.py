@@ -47,6 +47,8 @@ class Comparison:
     models: tuple[str, ...]
     cells: tuple[Cell, ...]
     """Cells sorted by measure, then by model, in the order of `models`."""
+    remarks: tuple[str, ...] = ()
+    """Sentences on single models, below the tables."""
 
     def rows(self) -> Iterator[tuple[Measure, list[Cell]]]:
         """Yield each measure with its cells, one per model."""
@@ -70,7 +72,8 @@ def compare(models: Sequence[ModelScores], seed: int = 0) -> Comparison:
     cells = [_cell(measure, model, baseline, seed) for measure in measures for model in models]
     corrected = iter(holm([cell.test.p_value for cell in cells if cell.test]))
     corrected_cells = [replace(cell, p_corrected=next(corrected)) if cell.test else cell for cell in cells]
-    return Comparison(tuple(model.name for model in models), tuple(corrected_cells))
+    remarks = tuple(f"{model.name}, {remark}" for model in models for remark in model.remarks)
+    return Comparison(tuple(model.name for model in models), tuple(corrected_cells), remarks)
 
 
 def _cell(measure: Measure, model: ModelScores, baseline: ModelScores, seed: int) -> Cell:
@@ -137,7 +140,7 @@ def to_markdown(comparison: Comparison) -> str:
     if untested:
         rows = [[task, model, note, ", ".join(metrics)] for (task, model, note), metrics in untested.items()]
         parts.append(markdown_table(["task", "model", "not compared", "metrics"], rows, left=4))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *comparison.remarks])
 
 
 def _score(cell: Cell) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lpc_lightning.evaluation.accuracy.training_overlap import overlaps
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.comparison.stored import REQUEST
 
@@ -40,6 +41,8 @@ class ModelScores:
     """Precision of the arithmetic, `float32` or `bfloat16`. None if unknown. It changes scores by rounding only."""
     prompts: Mapping[Item, str] = field(default_factory=dict)
     """Prompt of each preference pair. Pairs of one prompt are tested together."""
+    remarks: Sequence[str] = ()
+    """Sentences on pairs that are training pairs of the run."""
 
 
 CONDITIONS = {
@@ -81,6 +84,7 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
         prompts={Item(item["doc_id"], item["doc_hash"]): item["prompt"] for item in results.items if "prompt" in item},
         conditions=conditions_of(results.record, results.metrics),
         precision=results.origin.get(REQUEST, {}).get("precision"),
+        remarks=overlaps(results.record.get("tasks", {})),
     )
 
 

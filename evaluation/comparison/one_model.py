@@ -17,6 +17,7 @@ from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, score_pairs
+from lpc_lightning.evaluation.accuracy.training_overlap import training_pairs
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
 from lpc_lightning.evaluation.benchmarks.trial import failure_reason
@@ -210,8 +211,9 @@ def _parts(
         scored = open_module(model, request.device, request.trust_remote_code)
     else:
         scored = opened
+    trained = training_pairs(origin)
     for each in pairs:
-        yield replace(_preferences(scored, each, request), origin=origin)
+        yield replace(_preferences(scored, each, request, trained), origin=origin)
 
 
 def describe(error: Exception) -> str:
@@ -230,9 +232,11 @@ def _are_scored(pairs: PairsFile, results: BenchmarkResults | None) -> bool:
     return bool(record.get("version") == pairs.content)
 
 
-def _preferences(model: PreferenceModule | OpenedPolicy, pairs: PairsFile, request: EvalRequest) -> BenchmarkResults:
+def _preferences(
+    model: PreferenceModule | OpenedPolicy, pairs: PairsFile, request: EvalRequest, trained: frozenset[int] | None
+) -> BenchmarkResults:
     try:
-        return score_pairs(model, pairs, precision="bf16-mixed" if request.precision == "bfloat16" else None)
+        return score_pairs(model, pairs, "bf16-mixed" if request.precision == "bfloat16" else None, trained)
     except Exception as error:  # any error: the results of the benchmarks must not be lost
         record = {"tasks": {}, "settings": {"tasks": [pairs.task]}, "seconds": 0.0, **provenance()}
         return BenchmarkResults({}, [], {pairs.task: describe(error)}, record)

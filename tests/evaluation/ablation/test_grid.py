@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ GRID: dict[str, Any] = {
         "codes": {"values": [8, None], "key": "latent.num_codes"},
     },
 }
+MODELS = {"dpo": ["--model.robust_loss=null"], "simpo": ["--model.beta=2"]}
 
 
 @pytest.fixture
@@ -62,6 +64,68 @@ def test_changes_replace_values_and_add_settings(read: Any) -> None:
     cells = grid.cells()
     assert [tuple(cell.axes.values()) for cell in cells] == [("simpo", rate, 8) for rate in (0.2, 0.3, 0.4)]
     assert all(cell.arguments[-1] == "--trainer.max_steps=5" for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("changes", "axis"),
+    [
+        (["latent.num_codes=4"], "codes"),
+        (["latent.init_args.num_codes=8"], "codes"),
+        (["latent=null"], "codes"),
+        (["latent={class_path: X, init_args: {num_codes: 4}}"], "codes"),
+        (["latent=groups/codes.yaml"], "codes"),
+        (["model.beta=3"], "algorithm"),
+        (["model=IPO"], None),
+        (["callbacks.x.rate=0.3"], "noise"),
+        (["callbacks=groups/codes.yaml"], "noise"),
+        (["algorithm=dpo", "model.beta=3"], None),
+        (["latent=groups/other.yaml"], None),
+        (["latent.num_heads=2", "callbacks.order=X", "trainer.max_steps=5", "model.beta.x=1"], None),
+    ],
+)
+def test_change_replaces_no_argument_of_an_axis(
+    read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], axis: str | None
+) -> None:
+    """The cells with 8 codes would run with 4."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "groups" / "codes.yaml").write_text("init_args: {num_codes: 4}")
+    (tmp_path / "groups" / "other.yaml").write_text("init_args: {num_heads: 4}")
+    grid = read({**GRID, "axes": {**GRID["axes"], "algorithm": MODELS}})
+    if axis is None:
+        assert grid.with_changes(changes).cells()[-1].arguments[-1] == f"--{changes[-1]}"
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"grid change: found --{re.escape(changes[-1])}, .* of the axis {axis}, "
+        ):
+            grid.with_changes(changes)
+
+
+def test_settings_of_other_callbacks_may_change(read: Any) -> None:
+    """`callbacks.rate` belongs to the callback that was added last."""
+    base, noise = ["--callbacks+=A", "--callbacks.rate=1"], ["--callbacks+=B", "--callbacks.rate={value}"]
+    other = {"none": [], "more": ["--callbacks+=C"], "set": ["--callbacks+=C", "--callbacks.rate=1"]}
+    grid = read({"base": base, "axes": {"noise": {"values": [0], "arguments": noise}, "other": other}})
+    assert grid.with_changes(["other=more", "callbacks.rate=0.3"]).cells()[0].arguments[-1] == "--callbacks.rate=0.3"
+    for value, axis in (("none", "noise"), ("set", "other"), ("more,none", "noise")):
+        with pytest.raises(ConfigError, match=rf"found --callbacks\.rate=0\.3, which .* of the axis {axis}, "):
+            grid.with_changes([f"other={value}", "callbacks.rate=0.3"])
+
+
+def test_axis_replaces_no_argument_of_another(read: Any, tmp_path: Path) -> None:
+    beta = {"values": [0.1], "key": "model.beta"}
+    message = r"axes\.beta: found --model\.beta=0\.1, which replaces --model\.beta=2 of the axis algorithm"
+    with pytest.raises(ConfigError, match=message):
+        read({**GRID, "axes": {**GRID["axes"], "beta": beta}})
+    grid = read({**GRID, "axes": {**GRID["axes"], "beta": beta}, "skip": [{"algorithm": "simpo"}]})
+    assert {cell.arguments[-1] for cell in grid.cells()} == {"--model.beta=0.1"}
+    (tmp_path / "fit.yaml").write_text("model: algorithm.yaml\ntrainer: {max_epochs: 2}")
+    (tmp_path / "algorithm.yaml").write_text("init_args: {beta: 1}")
+    files = {"one": [f"--config={tmp_path / 'fit.yaml'}"]}
+    message = r"axes\.files: found --config=.*, which replaces --model\.beta=2 of the axis algorithm"
+    with pytest.raises(ConfigError, match=message):
+        read({**GRID, "axes": {**GRID["axes"], "files": files}})
+    assert read({**GRID, "axes": {"files": files, **GRID["axes"]}}).cells()
 
 
 def test_axis_with_more_names_than_values(read: Any) -> None:

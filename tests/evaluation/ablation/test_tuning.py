@@ -395,6 +395,14 @@ def test_arm_has_no_value_of_its_own(read: Callable[..., Grid], argument: str) -
         read(skip=[{"latent": "none", "lr": [3e-3]}])
 
 
+def test_cells_run_under_their_own_seeds(read: Callable[..., Grid]) -> None:
+    message = r"{}: found --seed_everything=7, which replaces --seed_everything=1 of the axis seed, .* \(seed=VALUE\)"
+    with pytest.raises(ConfigError, match=message.format(r"tune\.arguments")):
+        read({"arguments": ["--seed_everything=7"]})
+    with pytest.raises(ConfigError, match=message.format("change")):
+        read().with_changes(["seed_everything=7"])
+
+
 def test_tuned_value_comes_after_config_files(read: Callable[..., Grid]) -> None:
     """A config file of an arm may contain a learning rate."""
     grid = read().with_changes(["model=configs/algorithm/ipo.yaml"])

@@ -109,6 +109,32 @@ def test_adapt_two_models_then_generate(
     assert [answer["under"] for answer in json.loads(output.read_text())["answers"]] == ["prior", "code weights"]
 
 
+@pytest.mark.slow
+def test_adapt_counts_pairs_of_training(
+    checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The eight training pairs of the run and twelve others, in a file without splits."""
+    generator = PreferenceGenerator("hidden", annotators=8)
+    rows = [
+        {"prompt": list(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected, "annotator": pair.annotator}
+        for pair in (*generator.examples(8, "train"), *generator.examples(12, "test"))
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapt(
+        [checkpoints["expected"]],
+        str(tmp_path / "pairs.jsonl"),
+        output=str(tmp_path / "adaptation"),
+        names=["run"],
+        shots=[0],
+        rounds=1,
+        under_z=False,
+        device="cpu",
+    )
+    sentence = "\nrun: 8 of 20 pairs are training pairs of this run.\n"
+    assert sentence in (tmp_path / "adaptation" / "adaptation.md").read_text()
+    assert sentence in capsys.readouterr().out
+
+
 def test_panels_one_or_several_models() -> None:
     """One model: its curves and the level at z = 0. Several: a panel for each inference, levels for plain policies."""
     score = Score(0.5, 0.1, None, 20, {"anna": 0.5})

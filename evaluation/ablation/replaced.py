@@ -1,0 +1,99 @@
+"""Arguments of an axis that a later argument of the same cell replaces.
+
+Such a cell would run at the later value, under the name of the axis's value.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lpc_lightning.evaluation.ablation.axes import parse_value, setting_name
+from lpc_lightning.yaml_files import SUFFIXES, read_yaml
+
+
+class PlacedArgument(NamedTuple):
+    """An argument of a cell, with its place in the grid."""
+
+    argument: str
+    place: str
+    """Key of the grid file, such as `base` or `axes.seed`. `change`: the command line."""
+    axis: str | None = None
+    """Name of the axis that has the argument. None: another place."""
+
+
+class _Settings(NamedTuple):
+    """What an argument sets."""
+
+    name: str
+    below: frozenset[str]
+    """The setting and those below it that the argument states. Settings of an entry of a list have its number."""
+
+
+def find_replaced(arguments: Iterable[PlacedArgument]) -> tuple[PlacedArgument, PlacedArgument] | None:
+    """Return the first argument of an axis that an argument from another place replaces, and the latter.
+
+    Settings that a config file of an axis states may be changed by later arguments, such as a batch size in the file of
+    the data. A name such as `callbacks.rate` is a setting of the last entry of a list: after `--callbacks+=FILE` it is
+    another setting than before.
+
+    Args:
+        arguments: All arguments of a cell in order.
+    """
+    entries, of_axes = Counter[str](), list[tuple[PlacedArgument, _Settings]]()
+    for placed in arguments:
+        # The settings of `--config=FILE` have no name before them.
+        option, _, value = placed.argument.partition("=")
+        name, is_added = setting_name(option), option.endswith("+")
+        name = "" if name == "config" else name
+        entries[name] += is_added
+        if not is_added:
+            for earlier, settings in of_axes:
+                if earlier.axis != placed.axis and _replaces(name, value, settings, entries):
+                    return earlier, placed
+        if placed.axis is not None:
+            content = None if is_added else parse_value(value)
+            below = () if is_added else (_numbered(each, entries) for each in _names(name, content))
+            of_axes.append((placed, _Settings(name, frozenset(below))))
+    return None
+
+
+def _replaces(name: str, value: str, settings: _Settings, entries: Mapping[str, int]) -> bool:
+    content = None
+    if not name or f"{settings.name}.".startswith(f"{name}."):
+        content = _content(parse_value(value), Path())
+        # A null and a list leave nothing of what was there, and neither does a new value of a list.
+        if name and (content is None or isinstance(content, list) or entries[name]):
+            return True
+    return any(_numbered(each, entries) in settings.below for each in _names(name, content))
+
+
+def _numbered(name: str, entries: Mapping[str, int]) -> str:
+    """Return a setting's name with the number of entries that were added to each list that it is in."""
+    parts = name.split(".")
+    numbers = (entries[".".join(parts[: end + 1])] for end in range(len(parts)))
+    return ".".join(f"{part}+{number}" for part, number in zip(parts, numbers, strict=True))
+
+
+def _names(name: str, content: Any) -> Iterator[str]:
+    """Yield the name of a setting, and the names of all settings below it that the content states.
+
+    A mapping without a class changes what it states, and leaves the rest.
+    """
+    if name and (not isinstance(content, dict) or "class_path" in content):
+        yield name
+    if isinstance(content, dict):
+        for key, entry in content.items():
+            yield from _names(setting_name(f"{name}.{key}".lstrip(".")), entry)
+
+
+def _content(value: Any, folder: Path) -> Any:
+    """Return a value with the contents of the config files that it names, relative to a folder."""
+    if isinstance(value, dict):
+        return {key: _content(entry, folder) for key, entry in value.items()}
+    if isinstance(value, str) and value.endswith(SUFFIXES) and (path := folder / os.path.expandvars(value)).is_file():
+        return _content(read_yaml(path), path.parent)
+    return value
