@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from lpc_lightning.data import DataError
+from lpc_lightning.data.sources.rows import entry_of
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.types import PreferenceExample
 
@@ -71,7 +72,7 @@ class SmallMarginsFirst(FlipOrder):
         """Return each pair's rank by margin, divided by the number of pairs.
 
         Raises:
-            DataError: A pair has no score in the column.
+            DataError: A pair has no finite score in the column.
         """
         margins = np.array([self._margin(pair) for pair in examples])
         ranks = np.empty(len(margins))
@@ -141,14 +142,15 @@ class UnreliableAnnotators(FlipOrder):
 
 
 def _read_score(example: PreferenceExample, column: str) -> float:
-    value: Any = example.meta
-    for name in column.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
+    value = entry_of(example.meta, column)
     try:
-        return float(value)  # values of a CSV file are texts
+        score = float(value)  # values of a CSV file are texts
     except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
         columns = ", ".join(map(str, example.meta)) or "none besides texts and labels"
         raise DataError(
-            f"callbacks.order: found {value!r} in column {column!r} of pair {example.id!r}, expected a number. Columns "
-            f"of the pair: {columns}. Choose one of them in the settings of callbacks.order."
-        ) from None
+            f"callbacks.order: found {value!r} in column {column!r} of pair {example.id!r}, expected a finite "
+            f"number. Columns of the pair: {columns}. Choose one of them in the settings of callbacks.order."
+        )
+    return score

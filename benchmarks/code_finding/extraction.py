@@ -24,6 +24,7 @@ from lpc_lightning.algorithms.warm_start.linearized_policy import make_rows
 from lpc_lightning.data import DataError, PreferenceData
 from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.columns import Columns
+from lpc_lightning.data.sources.rows import entry_of
 from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
 from lpc_lightning.policy.causal import BatchForward, sum_by_answer
 from lpc_lightning.reference.cached import computation_key
@@ -159,11 +160,9 @@ def assemble(
 
 
 def _entry(row: Mapping[str, Any], entry: str) -> Any:
-    value: Any = row
-    for name in entry.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            raise DataError(f"--group: found no entry {entry!r} in {sorted(row)}, expected one. Correct its name.")
-        value = value[name]
+    value = entry_of(row, entry)
+    if value is None:
+        raise DataError(f"--group: found no entry {entry!r} in {sorted(row)}, expected one. Correct its name.")
     return value
 
 

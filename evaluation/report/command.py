@@ -60,8 +60,8 @@ def report(
     setting in which they differ, unless it cannot change a result, such as a path of outputs. Each group gets its mean
     with a 95 % interval, which also covers the choice of test prompts if cells of `ablate` share them. It also gets its
     difference to the group that has the baseline's settings and agrees in all others. The difference is taken seed by
-    seed, with a paired t-test and Holm's correction for the number of tests. Runs that failed, are missing or have no
-    value of a metric are listed.
+    seed, with a paired t-test and Holm's correction for the number of tests. Fewer than four shared test prompts allow
+    neither. Runs that failed, are missing or have no value of a metric are listed.
 
     OUT contains report.html, which needs no other file and also has the codes and the samples of runs; report.md;
     means, differences, tuning and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as

@@ -67,7 +67,7 @@ def differences(subject: Subject) -> Drawn:
             continue
         caption = (
             "Mean difference under the same seeds, with its 95 % interval. Filled: significant at 0.05 after "
-            "Holm's correction. Without a bar: one pair of runs."
+            "Holm's correction. Without a bar: one pair of runs, or too few test prompts."
         )
         yield _forest_plot(f"{metric}_differences", title, f"difference in {metric}", rows, caption, zero_line=True)
 

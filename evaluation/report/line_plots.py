@@ -24,7 +24,7 @@ MAX_LINES = 7
 MAX_POINTS = 40
 """Most points of a curve. Neighbours in a longer curve are averaged."""
 BAND = (
-    "Bands: the 95 % interval of the mean over seeds; one seed has none. "
+    "Bands: the 95 % interval of the mean over seeds; one seed and too few test prompts have none. "
     "Bands much wider than the distance between the lines are cropped."
 )
 
@@ -93,7 +93,7 @@ def _curves(study: Study, metric: str, title: str) -> Plot | NoPlot:
     figure, grid = draw_panels(panels, False, "optimizer steps", metric)
     for axes in grid:
         add_light_grid(axes)
-    caption = f"Mean over seeds at the steps that all of them logged. {BAND}"
+    caption = f"Mean over seeds at the steps that all of them logged. {BAND} They cover seeds, not prompts."
     longest = max(len(record.curves[metric].steps) for group in groups for record in _with_curve(group, metric))
     if longest > MAX_POINTS:
         caption += f" Neighbouring steps are averaged to {MAX_POINTS} points."

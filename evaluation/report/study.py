@@ -13,7 +13,7 @@ from lpc_lightning.evaluation.report.runs.pairs import prompt_deviations as read
 from lpc_lightning.evaluation.report.runs.records import FINISHED, RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
 from lpc_lightning.evaluation.statistics.clusters import shared_variance
-from lpc_lightning.evaluation.statistics.seeds import NOTHING_SHARED, Estimate, Shared, estimate
+from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, NOTHING_SHARED, Estimate, Shared, estimate
 
 ACCURACIES = ("val/rewards/accuracies", "test/rewards/accuracies")
 """Default metrics: the first of these that a run has logged."""
@@ -106,7 +106,11 @@ class Study:
 
     def left_out(self, metrics: Sequence[str]) -> list[LeftOut]:
         """List the runs that are missing in tables, or whose use needs an explanation."""
-        return [entry for group in self.groups for entry in _left_out(group, metrics)]
+        return [
+            entry
+            for group in self.groups
+            for entry in (*_left_out(group, metrics), *_without_interval(self.label(group), group, metrics))
+        ]
 
 
 def _format_value(axis: str, value: Value) -> str:
@@ -126,6 +130,15 @@ def _left_out(group: Group, metrics: Sequence[str]) -> Iterator[LeftOut]:
                 yield LeftOut(record.name, "no metric", f"{metric} was never logged")
             elif not math.isfinite(value := record.metrics[metric]):
                 yield LeftOut(record.name, "no number", f"{metric} is {value}")
+
+
+def _without_interval(label: str, group: Group, metrics: Sequence[str]) -> Iterator[LeftOut]:
+    for metric in metrics:
+        mean = group.estimate(metric)
+        if mean is not None and 0 < mean.prompts < MIN_PROMPTS:
+            count = "one prompt" if mean.prompts == 1 else f"{mean.prompts} prompts"
+            reason = f"{metric}: all pairs have {count}; an interval needs {MIN_PROMPTS}"
+            yield LeftOut(label, "no interval", reason)
 
 
 def make_study(records: Sequence[RunRecord], order: Mapping[str, Sequence[Value]] | None = None) -> Study:

@@ -12,7 +12,7 @@ from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
 from lpc_lightning.evaluation.report.study import Group, LeftOut, Study, is_numeric
 from lpc_lightning.evaluation.report.table_files import NO_VALUE, Cell, Column, Table, number_cell, text_cell
-from lpc_lightning.evaluation.statistics.seeds import Estimate, estimate
+from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, Estimate, estimate
 from lpc_lightning.evaluation.tables import p_value
 
 INTERVAL = "95 % interval"
@@ -37,9 +37,10 @@ def means_table(study: Study, metrics: Sequence[str]) -> Table:
         rows.append(cells)
     notes = [
         "Mean over n seeds with Student's 95 % confidence interval. It covers what changes with the seed. If all "
-        "seeds are cells of ablate and are scored on the same prompts, it also covers the choice of these prompts "
-        "(prompts in the CSV file). One seed has no interval. If n is smaller than the number of runs, the other runs "
-        "are listed in the table of left-out runs."
+        "seeds are cells of ablate and are scored on the same prompts, the interval of a mean over pairs also covers "
+        "the choice of these prompts (prompts in the CSV file; 0: it does not). One seed, or fewer than "
+        f"{MIN_PROMPTS} such prompts, give no interval. If n is smaller than the number of runs, the other runs are "
+        "listed in the table of left-out runs."
     ]
     return Table("means", "Means over seeds", columns, rows, records, notes)
 
@@ -90,7 +91,8 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
         + ". Intervals and p cover the choice of test prompts as in the table of means. p: paired t-test; Holm: "
         + f"corrected for all {count} tests shown; *: Holm below {LEVEL}. Sign flips: the exact test over seeds alone. "
         "It assumes no normal distribution and is not corrected; with n seeds it is never below 2^(1 - n). If all "
-        "differences are equal, t is not defined, and p is that of the sign flips."
+        f"differences are equal, t is not defined, and p is that of the sign flips. Fewer than {MIN_PROMPTS} test "
+        "prompts, shared by the seeds, allow no test."
     ]
     return Table("differences", "Differences to the baseline", columns, rows, records, notes)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from lpc_lightning.evaluation.statistics.seeds import LEVEL, NOTHING_SHARED, Shared
+from lpc_lightning.evaluation.statistics.seeds import LEVEL, MIN_PROMPTS, NOTHING_SHARED, Shared
 
 
 def cluster_sums(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -65,7 +65,8 @@ def shared_variance(seeds: Sequence[Mapping[str, float]]) -> Shared:
 
     With c_sp from `deviations` for seed s and cluster p, S seeds, and P clusters in a seed, it is
     P / (P - 1) sum_p ((sum_s c_sp)^2 - sum_s c_sp^2) / (S (S - 1)). It is 0 if no cluster is shared, as when each seed
-    has data of its own. If all seeds have the same clusters, it is the variance that the clusters add to the mean.
+    has data of its own. If all seeds have the same clusters, it is the variance that the clusters add to the mean. It
+    is None if a seed has fewer than `MIN_PROMPTS` clusters and shares one of them.
 
     This is the closed form of resampling seeds, and whole prompts within them. With few seeds, percentiles of such
     resamples are too narrow; Student's quantile with the variance is not (see `estimate`).
@@ -78,11 +79,14 @@ def shared_variance(seeds: Sequence[Mapping[str, float]]) -> Shared:
     count = len(seeds)
     names = Counter(name for seed in seeds for name in seed)
     shared = [name for name, number in names.items() if number > 1]
-    if count < 2 or len(shared) < 2:
+    clusters = min((len(seed) for seed in seeds if not seed.keys().isdisjoint(shared)), default=0)
+    if 0 < clusters < MIN_PROMPTS:
+        return Shared(None, min(clusters, len(shared)))
+    # A single one of many clusters adds little, and its variance has no degree of freedom.
+    if len(shared) < 2:
         return NOTHING_SHARED
     added = np.array([[seed.get(name, 0.0) for name in shared] for seed in seeds])
     covariance = (np.square(added.sum(0)) - np.square(added).sum(0)).sum() / (count * (count - 1))
-    clusters = min(len(seed) for seed in seeds)
     return Shared(max(0.0, float(covariance)) * clusters / (clusters - 1), len(shared))
 
 

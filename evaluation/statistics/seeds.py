@@ -13,14 +13,18 @@ LEVEL = 0.95
 """Coverage of the confidence intervals."""
 MAX_EXACT_FLIPS = 16
 """Largest number of differences whose 2^n sign patterns are all tried. For more, 2^16 patterns are drawn."""
+MIN_PROMPTS = 4
+"""Smallest number of prompts, shared by the seeds, for which there is an interval. With two or three, a true null is
+rejected too often, and with one the variance between prompts is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
     """The part of a mean's variance that all seeds share, because they are scored on the same test prompts."""
 
-    variance: float = 0.0
-    """Estimate of the mean covariance between the scores of two seeds, at least 0."""
+    variance: float | None = 0.0
+    """Estimate of the mean covariance between the scores of two seeds, at least 0. None: there are fewer prompts than
+    `MIN_PROMPTS`."""
     prompts: int = 0
     """Number of prompts that several seeds have."""
 
@@ -38,11 +42,12 @@ class Estimate:
     deviation: float | None = None
     """Standard deviation over seeds (n - 1 in the denominator). None for a single seed."""
     low: float | None = None
-    """Lower end of the 95 % confidence interval of the mean. None for a single seed."""
+    """Lower end of the 95 % confidence interval of the mean. None for a single seed, or for too few shared prompts."""
     high: float | None = None
-    """Upper end of that interval. None for a single seed."""
+    """Upper end of that interval. None in the same cases."""
     prompts: int = 0
-    """Number of test prompts that several seeds share. The interval covers the choice of these prompts, too."""
+    """Number of test prompts that several seeds share. The interval covers the choice of these prompts, too. There is
+    none for fewer than `MIN_PROMPTS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +58,10 @@ class SeedDifference:
     """Mean of the differences, setting minus baseline."""
     p_value: float | None = None
     """Two-sided p-value of the paired t-test, with the variance of `estimate`. If all differences are equal, t is
-    undefined, and this is `p_signs`. None for one pair."""
+    undefined, and this is `p_signs`. None if `estimate` has no interval."""
     p_signs: float | None = None
     """Two-sided p-value of the sign-flip test, which does not assume a normal distribution. At least 2^(1 - n). None
-    for one pair."""
+    if `estimate` has no interval."""
 
 
 def estimate(values: Sequence[float], shared: Shared = NOTHING_SHARED) -> Estimate:
@@ -82,17 +87,19 @@ def estimate(values: Sequence[float], shared: Shared = NOTHING_SHARED) -> Estima
     if len(samples) == 1:
         return Estimate(1, float(samples[0]))
     mean, deviation = float(samples.mean()), float(samples.std(ddof=1))
-    error, freedom = _standard_error(deviation, len(samples), shared)
+    if shared.variance is None:
+        return Estimate(len(samples), mean, deviation, prompts=shared.prompts)
+    error, freedom = _standard_error(deviation, len(samples), shared.variance, shared.prompts)
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     return Estimate(len(samples), mean, deviation, mean - half, mean + half, shared.prompts)
 
 
-def _standard_error(deviation: float, count: int, shared: Shared) -> tuple[float, float]:
+def _standard_error(deviation: float, count: int, variance: float, prompts: int) -> tuple[float, float]:
     """Return the standard error of a mean over seeds, and its degrees of freedom."""
-    own, total = deviation**2 / count, deviation**2 / count + shared.variance
-    if not shared.variance:
+    own, total = deviation**2 / count, deviation**2 / count + variance
+    if not variance:
         return own**0.5, count - 1
-    spread = own**2 / (count - 1) + shared.variance**2 / (shared.prompts - 1)
+    spread = own**2 / (count - 1) + variance**2 / (prompts - 1)
     return total**0.5, total**2 / spread
 
 
@@ -115,14 +122,14 @@ def paired_difference(
         )
     differences = np.asarray(other, dtype=float) - np.asarray(baseline, dtype=float)
     mean = estimate(differences.tolist(), shared)
-    if mean.deviation is None:
+    if mean.deviation is None or shared.variance is None:
         return SeedDifference(mean)
     p_signs = sign_flip_test(differences)
     # t is meaningless if the differences are equal up to rounding.
     scale = max(np.abs(baseline).max(), np.abs(other).max())
     if mean.deviation <= 1e-12 * scale:
         return SeedDifference(mean, p_signs, p_signs)
-    error, freedom = _standard_error(mean.deviation, mean.n, shared)
+    error, freedom = _standard_error(mean.deviation, mean.n, shared.variance, shared.prompts)
     return SeedDifference(mean, float(2 * stats.t.sf(abs(mean.mean) / error, freedom)), p_signs)
 
 

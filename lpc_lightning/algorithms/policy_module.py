@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import DeepSpeedPrecision, MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
@@ -196,21 +196,23 @@ class PolicyModule(LatentMixin, LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by `trainer.gradient_clip_val`, the policy and the latent space each by their own norm.
+        """Clip by `trainer.gradient_clip_val`: each entry, or policy and latent space each by their own norm.
 
         In one norm, the larger gradient of one of them would scale down the steps of the other.
 
         Lightning refuses to clip gradients for a fused optimizer under mixed precision, because the loss scaler of
-        float16 unscales inside such an optimizer. bfloat16 has no scaler, so its plugin can clip.
+        float16 unscales inside such an optimizer. bfloat16 has no scaler, and for other optimizers the gradients are
+        unscaled before this hook, so each group can be clipped. DeepSpeed clips by itself.
         """
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-        by_norm = gradient_clip_algorithm in (None, "norm")
-        if gradient_clip_val and by_norm and not scaled and not isinstance(plugin, DeepSpeedPrecision):
-            for group in optimizer.param_groups:
-                clip_grad_norm_(group["params"], gradient_clip_val)
-        else:
+        unscales_later = scaled and getattr(optimizer, "_step_supports_amp_scaling", False)  # as torch's scaler does
+        if unscales_later or isinstance(plugin, DeepSpeedPrecision):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
+            for group in optimizer.param_groups:
+                clip(group["params"], gradient_clip_val)
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches

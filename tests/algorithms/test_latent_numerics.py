@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
+from torch.amp import GradScaler
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
@@ -69,9 +71,12 @@ def test_latent_and_its_moments_are_float32(precision: Any, small_policy: Any, f
     assert {value.dtype for value in module.policy.parameters()} == {narrow}
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_gradients_are_clipped_by_group(precision: Any, small_policy: Any, fit_run: Any) -> None:
     """With SGD at rate 0.001, the change of the weights is a thousandth of the clipped gradient."""
+    # Lightning replaces float16 on a CPU by bfloat16, unless it is given the plugin.
+    half: dict[str, Any] = {"plugins": [MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=1024.0))]}
+    settings = half if precision == "16-mixed" else {"precision": precision}
     changes: list[tuple[dict[str, float], dict[str, float]]] = []
 
     def norms(values: dict[str, Tensor]) -> dict[str, float]:
@@ -93,11 +98,35 @@ def test_gradients_are_clipped_by_group(precision: Any, small_policy: Any, fit_r
         policy=small_policy(), latent=marginal(), optimizer=sgd, latent_lr=1e-3, lr_schedule="constant_with_warmup",
         warmup_ratio=0.0, beta=1.0,
     )  # fmt: skip
-    fit_run(module, max_steps=3, precision=precision, gradient_clip_val=0.5, limit_val_batches=0, callbacks=[Watch()])
+    fit_run(module, max_steps=3, gradient_clip_val=0.5, limit_val_batches=0, callbacks=[Watch()], **settings)
     for gradients, change in changes:
         for part in PARTS:
             assert 1e3 * change[part] == pytest.approx(min(gradients[part], 0.5), rel=1e-2, abs=1e-4)
     assert any(gradients["latent"] < 0.5 < gradients["policy"] for gradients, _ in changes)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_by_value(precision: Any, small_policy: Any, fit_run: Any) -> None:
+    """The default optimizer is fused. The gradients are read before and after they are clipped."""
+    gradients: list[list[Tensor]] = []
+
+    class Watch(Callback):
+        def read(self, optimizer: Any) -> None:
+            grads = (weight.grad for group in optimizer.param_groups for weight in group["params"])
+            gradients.append([grad.clone() for grad in grads if grad is not None])
+
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            self.read(optimizer)
+
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            self.read(trainer.optimizers[0])
+
+    module = DPO(policy=small_policy(), latent=marginal(init_logit_std=0.1), beta=1.0)
+    clipping: dict[str, Any] = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+    fit_run(module, max_steps=1, precision=precision, limit_val_batches=0, callbacks=[Watch()], **clipping)
+    before, after = (torch.cat([grad.flatten() for grad in of]) for of in gradients)
+    assert before.abs().max() > 0.01
+    assert torch.equal(after, before.clamp(-0.01, 0.01))
 
 
 def test_frozen_policy_has_no_backward_pass(small_policy: Any, fit_run: Any, tmp_path: Path) -> None:

@@ -139,8 +139,26 @@ def test_flips_only_selected_pairs(setting: str, label: str) -> None:
 
 @pytest.mark.parametrize("column", ["scores.length", "scores", "nothing.there"])
 def test_small_margins_missing_score(column: str) -> None:
-    with pytest.raises(DataError, match=rf"in column '{column}' of pair 'pair 0', expected a number.*scores"):
+    with pytest.raises(DataError, match=rf"in column '{column}' of pair 'pair 0', expected a finite number.*scores"):
         flipped(rate=0.5, order=SmallMarginsFirst(column, None))
+
+
+@pytest.mark.parametrize("score", [math.nan, "nan", math.inf, "-inf", ""])
+def test_small_margins_score_is_not_finite(score: float | str) -> None:
+    pairs = [replace(PAIRS_TO_FLIP[0], meta={"margin": value}) for value in (1.0, score)]
+    with pytest.raises(
+        DataError, match=rf"found {score!r} in column 'margin' of pair 'pair 0', expected a finite number"
+    ):
+        flipped(pairs, rate=0.5, order=SmallMarginsFirst("margin", None))
+
+
+def test_small_margins_of_a_flattened_table() -> None:
+    """Columns named `scores.chosen` and `scores.rejected` count like entries of the column `scores`."""
+    flat = [
+        replace(pair, meta={f"scores.{side}": str(score) for side, score in pair.meta["scores"].items()})
+        for pair in PAIRS_TO_FLIP
+    ]
+    assert flipped(flat, rate=0.25, order=ORDERS["margin"]) == flipped(rate=0.25, order=ORDERS["margin"])
 
 
 @pytest.mark.parametrize(

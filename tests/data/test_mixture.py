@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +267,37 @@ def test_report_counts_prompts_in_training(write_rows: Any, tmp_path: Path) -> N
     assert "2 pairs have a prompt that is in training" in data._describe("validation")
     counts = data._counts("validation")
     assert (counts["data/b/prompts_in_training"], "data/a/prompts_in_training" in counts) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("second", "prompts", "shared"),
+    [
+        ({}, range(40), 0),
+        ({}, range(20, 60), 0),
+        ({"validation_share": 0.4}, range(40), 5),
+        ({"validation_by": "pair"}, range(40), 5),
+        ({}, (2, 3), 1),  # the share selects neither of the two
+    ],
+)
+def test_held_out_prompts_of_two_data_sets(
+    second: dict[str, Any], prompts: Sequence[int], shared: int, write_rows: Any, tmp_path: Path
+) -> None:
+    """As docs/data.md says, a prompt is on one side under three conditions."""
+    files = {"a": range(40), "b": prompts}
+    paths = {
+        name: write_rows(
+            [{"prompt": f"{n}?", "chosen": f"{name}{k}.", "rejected": "Bad."} for n in each for k in range(3)],
+            f"{name}.jsonl",
+        )
+        for name, each in files.items()
+    }
+    settings = {"a": {}, "b": second}
+    sources = [MixtureSource(path=str(paths[name]), **({"validation_share": 0.2} | settings[name])) for name in files]
+    data = PreferenceMixture(sources, cache_dir=str(tmp_path / "cache"))
+    train, validation = ({pair.prompt for pair in loaded(data, stage)} for stage in ("train", "validation"))
+    both = train & validation
+    assert len(both) >= shared
+    assert bool(both) == bool(shared)
 
 
 def test_kept_examples_are_those_of_the_pairs(mixture: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -118,7 +119,7 @@ def _with_settings(form: LabelledAnswers, columns: Columns, row: Row) -> Labelle
 
 
 def _text(value: Any) -> str:
-    """Return a label as text, so that 1, 1.0, "1" and " 1 " are equal."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip().lower()
+    """Return a label as text, so that 1, 1.0, "1", "1.0" and " 1 " are equal."""
+    text = str(value).strip().lower()
+    whole = re.fullmatch(r"([+-]?\d+)\.0*", text)
+    return text if whole is None else str(int(whole[1]))

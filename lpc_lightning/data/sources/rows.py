@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 Row: TypeAlias = dict[str, Any]
 """One row: cells by column name."""
+
+
+def entry_of(row: Mapping[str, Any], name: str) -> Any:
+    """Return an entry of a row by its name, or None if it has none.
+
+    Args:
+        row: Cells by column name.
+        name: A column, or a path such as `meta.vote`: the entry `vote` of the column `meta`. A column of the whole
+            name, as in a flattened table, comes first.
+    """
+    if name in row:
+        return row[name]
+    first, _, rest = name.partition(".")
+    inner = row.get(first)
+    return entry_of(inner, rest) if isinstance(inner, Mapping) else None
+
 
 SKIP = "`--data.bad_rows skip` (evaluate and adapt: `--bad_rows skip`)"
 """Option that leaves out rows that cannot be used, for errors."""

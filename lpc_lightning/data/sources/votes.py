@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from lpc_lightning.data.sources.rows import BadRow, Row, Tie
+from lpc_lightning.data.sources.rows import BadRow, Row, Tie, entry_of
 
 
 def voted_order(row: Row, answers: tuple[str, str], vote: str | None) -> tuple[str, str]:
@@ -46,9 +43,7 @@ def gold_differs(row: Row, answers: tuple[str, str], gold: str | None) -> bool:
 
 def _named(row: Row, answers: tuple[str, str], entry: str, setting: str) -> str:
     """Return the answer's column that an entry names."""
-    value: Any = row
-    for name in entry.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
+    value = entry_of(row, entry)
     if value is None:
         raise BadRow(
             "unknown label",

@@ -12,6 +12,8 @@ from lpc_lightning.data.sources.rows import DataError
 
 LATEST = 256
 """Number of texts whose ids are kept. Pairs of one prompt are near each other in a file."""
+LONGEST = 4000
+"""Characters of the longest text whose ids are kept. The ids of longer ones would fill the memory."""
 
 
 class TextEncoder:
@@ -34,7 +36,7 @@ class TextEncoder:
 
     def ids(self, text: str) -> list[int]:
         """Encode a text from its start. Control tokens in it are encoded as control tokens."""
-        return list(self._ids(text))
+        return list(self._ids(text) if len(text) <= LONGEST else self._encode(text))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -37,9 +37,16 @@ def reason(row: dict[str, Any], **columns: Any) -> str:
 
 # Two answers and a label: (columns of the answers, label, value if the first is better, if the second is, ties)
 KNOWN = [
-    ({"history": QUESTION}, ("human_ref_A", "human_ref_B"), "labels", [1, "1", 1.0], [0, "0"], []),
+    ({"history": QUESTION}, ("human_ref_A", "human_ref_B"), "labels", [1, "1", 1.0, "1.0"], [0, "0", " 0.0"], []),
     ({"prompt": QUESTION}, ("response_0", "response_1"), "better_response_id", [0], [1], []),
-    ({"context": [USER]}, ("response1", "response2"), "overall_preference", [-3, -1, "-2"], [1, 3.0], [0, "0"]),
+    (
+        {"context": [USER]},
+        ("response1", "response2"),
+        "overall_preference",
+        [-3, -1, "-2", "-2.0"],
+        [1, 3.0, "2.00"],
+        [0, "0", -0.0],
+    ),
     ({"prompt": QUESTION}, ("response_1", "response_2"), "preference_strength", [-1], [2], [0]),
     ({"prompt": QUESTION}, ("response_a", "response_b"), "winner", ["model_a"], ["Model_B"], ["tie", "both_bad"]),
     ({"instruction": QUESTION}, ("output_1", "output_2"), "preference", [1], [2], []),

@@ -48,6 +48,21 @@ def test_vote_in_a_column_of_its_own() -> None:
     assert example(cells, **settings) == ("second", "first", True)
 
 
+def test_vote_in_a_flattened_table() -> None:
+    """A table in which `meta.vote` is a column, as pandas writes nested rows into a CSV file."""
+    cells = {
+        "prompt": "Which?",
+        "chosen": "first",
+        "rejected": "second",
+        "meta.vote": "rejected",
+        "meta.gold": "rejected",
+    }
+    assert example(cells, vote="meta.vote") == ("second", "first", False)
+    assert example(cells, gold="meta.gold") == ("first", "second", True)
+    assert example({**cells, "meta": {"vote": "chosen"}}, vote="meta.vote") == ("second", "first", False)
+    assert example(row(**{"one.vote": "rejected"}), vote="meta.one.vote") == ("second", "first", False)
+
+
 @pytest.mark.parametrize("setting", ["vote", "gold"])
 def test_vote_for_neither_answer(setting: str, tmp_path: Path) -> None:
     with pytest.raises(Tie):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lpc_lightning.evaluation.statistics.clusters import deviations, shared_variance
-from lpc_lightning.evaluation.statistics.seeds import NOTHING_SHARED, Shared, estimate, paired_difference
+from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, NOTHING_SHARED, Shared, estimate, paired_difference
 
 SEEDS, PROMPTS = 5, 60
 
@@ -22,11 +22,12 @@ def draw_scores(
     noise: float,
     pairs: int = 1,
     shared: bool = True,
+    number: int = PROMPTS,
 ) -> NDArray[np.float64]:
-    """Draw (seeds, prompts, pairs) scores with mean 0: effects of seeds and of prompts, and noise."""
+    """Draw (seeds, number of prompts, pairs) scores with mean 0: effects of seeds and of prompts, and noise."""
     seeds = seed_deviation * draw.normal(size=(SEEDS, 1, 1))
-    prompts = prompt_deviation * draw.normal(size=(1 if shared else SEEDS, PROMPTS, 1))
-    return seeds + prompts + noise * draw.normal(size=(SEEDS, PROMPTS, pairs))
+    prompts = prompt_deviation * draw.normal(size=(1 if shared else SEEDS, number, 1))
+    return seeds + prompts + noise * draw.normal(size=(SEEDS, number, pairs))
 
 
 def by_prompt(scores: NDArray[np.float64], shared: bool = True) -> list[Mapping[str, float]]:
@@ -46,12 +47,22 @@ def test_deviations_by_hand() -> None:
 
 
 def test_shared_variance_by_hand() -> None:
-    """c is (0.1, -0.1) in both seeds: (0.2^2 - 2 * 0.1^2) * 2 prompts / (2 seeds * 1), times 2 / 1."""
-    seed = {"a": 0.1, "b": -0.1}
-    assert shared_variance([seed, seed]) == Shared(pytest.approx(0.04), 2)  # type: ignore[arg-type]
-    assert shared_variance([seed, {"a": -0.1, "b": 0.1}]) == Shared(0.0, 2)
-    assert shared_variance([seed, {"c": 0.1, "d": -0.1}]) == NOTHING_SHARED
+    """c is 0.1 or -0.1 for four prompts of both seeds: 4 (0.2^2 - 2 * 0.1^2) / (2 seeds * 1), times 4 / 3."""
+    seed = {"a": 0.1, "b": -0.1, "c": 0.1, "d": -0.1}
+    assert shared_variance([seed, seed]) == Shared(pytest.approx(0.16 / 3), 4)  # type: ignore[arg-type]
+    assert shared_variance([seed, {name: -value for name, value in seed.items()}]) == Shared(0.0, 4)
+    assert shared_variance([seed, {f"other {name}": value for name, value in seed.items()}]) == NOTHING_SHARED
     assert shared_variance([seed]) == NOTHING_SHARED
+
+
+def test_shared_variance_of_few_prompts() -> None:
+    """It is unknown if a seed has fewer than four prompts and shares one. Prompts of its own are independent."""
+    many = dict.fromkeys("abcdef", 0.0)
+    assert shared_variance([{"a": 0.0}, {"a": 0.0}]) == Shared(None, 1)
+    assert shared_variance([{"a": 0.0}, {"b": 0.0}, many]) == Shared(None, 1)
+    assert shared_variance([{"x": 0.0}, {"y": 0.0}, {"z": 0.1, "w": -0.1}]) == NOTHING_SHARED
+    assert shared_variance([{"x": 0.0}, many, many]) == Shared(0.0, 6)
+    assert shared_variance([many, {"a": 0.1, "v": 0.1, "w": -0.1, "x": -0.1}]) == NOTHING_SHARED
 
 
 def test_shared_variance_equals_variance_components() -> None:
@@ -76,7 +87,9 @@ def test_variance_against_two_level_bootstrap() -> None:
     ]
     expected = np.einsum("ds,sp,dp->d", counts[0], table, counts[1]).var()
     values = means(scores)
-    actual = np.var(values, ddof=1) / SEEDS + shared_variance(by_prompt(scores)).variance
+    shared = shared_variance(by_prompt(scores)).variance
+    assert shared is not None
+    actual = np.var(values, ddof=1) / SEEDS + shared
     assert actual == pytest.approx(expected, rel=0.1)
 
 
@@ -99,17 +112,25 @@ DESIGNS = {
 
 
 @pytest.mark.parametrize(
-    ("design", "shared"), [("seeds", True), ("prompts", True), ("both", True), ("noise", True), ("both", False)]
+    ("design", "shared", "count"),
+    [
+        ("seeds", True, PROMPTS),
+        ("prompts", True, PROMPTS),
+        ("both", True, PROMPTS),
+        ("noise", True, PROMPTS),
+        ("both", False, PROMPTS),
+        ("both", True, MIN_PROMPTS),
+    ],
 )
-def test_false_positive_rate(design: str, shared: bool) -> None:
+def test_false_positive_rate(design: str, shared: bool, count: int) -> None:
     """At 0.05, a true null is rejected in 3 to 7 % of sets, and as many intervals miss the truth."""
     draw, repeats = np.random.default_rng(len(design)), 600
-    names = [[f"{number} {0 if shared else seed}" for number in range(PROMPTS)] for seed in range(SEEDS)]
+    names = [[f"{number} {0 if shared else seed}" for number in range(count)] for seed in range(SEEDS)]
     rejected, missed, sets = 0, 0, []
     for _ in range(repeats):
-        table = draw_scores(draw, *DESIGNS[design], shared=shared)[..., 0]
+        table = draw_scores(draw, *DESIGNS[design], shared=shared, number=count)[..., 0]
         values = table.mean(1)
-        added = (table - values[:, None]) / PROMPTS  # as `deviations` of one pair for each prompt
+        added = (table - values[:, None]) / count  # as `deviations` of one pair for each prompt
         seeds = [dict(zip(owners, row, strict=True)) for owners, row in zip(names, added.tolist(), strict=True)]
         test = paired_difference([0.0] * SEEDS, values.tolist(), shared_variance(seeds))
         assert test.p_value is not None
@@ -122,3 +143,18 @@ def test_false_positive_rate(design: str, shared: bool) -> None:
     assert 0.03 <= rejected / repeats <= 0.07
     if shared and design in ("prompts", "both"):
         assert np.mean(stats.ttest_1samp(sets, 0, axis=1).pvalue < 0.05) > 0.2
+
+
+@pytest.mark.parametrize("count", range(1, MIN_PROMPTS))
+def test_few_prompts_have_no_test(count: int) -> None:
+    """A t-test over seeds alone rejects a true null in over 20 % of sets of several pairs of few prompts."""
+    draw, sets = np.random.default_rng(count), []
+    for _ in range(200):
+        scores = draw_scores(draw, *DESIGNS["both"], pairs=4, number=count)
+        names = np.repeat([f"prompt {number}" for number in range(count)], 4)
+        seeds = [deviations(values.ravel(), names) for values in scores]
+        test = paired_difference([0.0] * SEEDS, means(scores), shared_variance(seeds))
+        assert (test.p_value, test.p_signs) == (None, None)
+        assert (test.estimate.low, test.estimate.high, test.estimate.prompts) == (None, None, count)
+        sets.append(means(scores))
+    assert np.mean(stats.ttest_1samp(sets, 0, axis=1).pvalue < 0.05) > 0.2

@@ -16,6 +16,7 @@ from lpc_lightning.evaluation.report.contrasts import contrasts
 from lpc_lightning.evaluation.report.runs.folders import load_folders
 from lpc_lightning.evaluation.report.runs.pairs import prompt_deviations
 from lpc_lightning.evaluation.report.study import make_study
+from lpc_lightning.evaluation.report.tables import contrasts_table, means_table
 
 METRIC = "test/rewards/accuracies"
 
@@ -66,8 +67,54 @@ def test_prompt_deviations_of_similar_length(tmp_path: Path) -> None:
     ],
 )
 def test_prompt_deviations_not_on_record(tmp_path: Path, metric: str, value: float) -> None:
-    write_pairs(tmp_path, [1.0, 2.0], ["a", "b"])
+    write_pairs(tmp_path, [1.0, 2.0, 3.0, 4.0], ["a", "b", "c", "d"])
     assert prompt_deviations(tmp_path, metric, value) is None
+
+
+@pytest.mark.parametrize("name", ["rewards/margins", "loss"])
+def test_prompt_deviations_of_other_names(tmp_path: Path, name: str) -> None:
+    write_pairs(tmp_path, margins := [1.0, 2.0, 3.0, 6.0], ["a", "b", "c", "d"])
+    values = margins if name == "rewards/margins" else [log1p(np.exp(-margin)) for margin in margins]
+    mean = float(np.mean(values))
+    expected = {prompt: pytest.approx((value - mean) / 4) for prompt, value in zip("abcd", values, strict=True)}
+    assert prompt_deviations(tmp_path, f"test/{name}", mean) == expected
+
+
+def test_prompt_deviations_of_few_prompts(tmp_path: Path) -> None:
+    """A metric of these pairs that is no mean over them has no interval. One of training pairs is none of theirs."""
+    write_pairs(tmp_path, [1.0, 2.0, 3.0, 4.0], ["a", "a", "b", "b"])
+    assert prompt_deviations(tmp_path, "test/calibration_error/prior", 0.1) == {"a": 0.0, "b": 0.0}
+    assert prompt_deviations(tmp_path, "test/training/wrong_label_auroc/prior", 0.1) is None
+    assert prompt_deviations(tmp_path, "val/calibration_error/prior", 0.1) is None
+
+
+@pytest.mark.parametrize("metric", [METRIC, "test/calibration_error/prior"])
+def test_report_of_pairs_of_one_prompt(write_ablation: Callable[..., Path], tmp_path: Path, metric: str) -> None:
+    """There is no interval, p or star. The table of left-out runs names each group and the reason."""
+    values = {"none": 0.4, "marginal": 0.8}
+    folder = write_ablation({"latent": list(values)}, [1, 2, 3], lambda latent, seed: values[latent] + 0.1)
+    for path in (folder / "cells").iterdir():
+        right = 5 * values[path.name.partition(",")[0].removeprefix("latent=")]
+        write_pairs(path, [1.0 if number < right else -1.0 for number in range(5)], ["the same"] * 5)
+        results = json.loads((path / "results.json").read_text())
+        results["metrics"]["test/calibration_error/prior"] = 0.01
+        (path / "results.json").write_text(json.dumps(results))
+    loaded = load_folders([str(folder)])
+    study = make_study(loaded.records, loaded.axes)
+    compared, _ = contrasts(study, [metric], {"latent": "none"})
+    means, differences = means_table(study, [metric]), contrasts_table(study, compared, {"latent": "none"})
+    assert [(row["mean"], row["low"], row["high"], row["prompts"]) for row in means.records] == [
+        (pytest.approx(value), None, None, 1) for value in (values.values() if metric == METRIC else (0.01, 0.01))
+    ]
+    (row,) = differences.records
+    assert (row["low"], row["high"], row["p"], row["p_holm"], row["p_sign_flips"]) == (None,) * 5
+    assert not any("*" in cell.text for cell in differences.rows[0])
+    left_out = study.left_out([metric])
+    assert [(entry.run, entry.status) for entry in left_out] == [
+        ("latent none", "no interval"),
+        ("marginal", "no interval"),
+    ]
+    assert {entry.why for entry in left_out} == {f"{metric}: all pairs have one prompt; an interval needs 4"}
 
 
 @pytest.mark.parametrize("shared", [True, False])
