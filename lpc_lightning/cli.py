@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.connectors import checkpoint_connector
@@ -105,6 +106,7 @@ class PreferenceCLI(LightningCLI):
         if "OMP_NUM_THREADS" not in os.environ and is_narrow(config.policy):
             torch.set_num_threads(1)
         trainer = config.trainer
+        check_accelerator(trainer.accelerator)
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         if "deepspeed" in str(strategy).lower() and find_spec("deepspeed") is None:
             raise ConfigError(
@@ -149,7 +151,10 @@ class PreferenceCLI(LightningCLI):
         else:
             assert self._run_folder is not None
             options["logger"] = run_loggers(self._run_folder, self._get(self.config_init, "trainer").logger)
-        return super().instantiate_trainer(**options)
+        try:
+            return super().instantiate_trainer(**options)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigError(f"trainer: {one_line(error)}") from error
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # theirs is static
         """The given command of Lightning's four, and which of its arguments are no settings.
@@ -273,6 +278,30 @@ def is_narrow(policy: Any) -> bool:
     slower beside one busy process (benchmarks/neighbour.py).
     """
     return policy.class_path.endswith(".TinyPolicy") and policy.init_args.width <= NARROW
+
+
+def check_accelerator(name: Any) -> None:
+    """Check that this machine has the accelerator. Names that Lightning does not know are left to it.
+
+    Args:
+        name: `trainer.accelerator`.
+
+    Raises:
+        ConfigError: The machine has no such accelerator.
+    """
+    kinds = {
+        kind: AcceleratorRegistry[kind]["accelerator"] for kind in sorted(AcceleratorRegistry.available_accelerators())
+    }
+    found = [kind for kind, each in kinds.items() if each.is_available()]
+    if name == "gpu":
+        known, available = True, bool({"cuda", "mps"} & set(found))
+    else:
+        known, available = name in kinds, name in found
+    if known and not available:
+        raise ConfigError(
+            f"trainer.accelerator: found {name}, which this machine does not have, expected one of auto, "
+            f"{', '.join(found)}. For a CPU take `--trainer configs/trainer/cpu.yaml`."
+        )
 
 
 def default_precision(accelerator: str) -> str:

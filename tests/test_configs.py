@@ -16,6 +16,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
@@ -109,6 +110,9 @@ def test_experiment_header(path: Path) -> None:
     command = "make demo-smollm2" if path.name == "demo.yaml" else f"lpc-lightning fit --config configs/{name_of(path)}"
     assert first == f"# {command}"
     assert "See " in path.read_text()
+    trainer = yaml.safe_load((path.parent / yaml.safe_load(path.read_text())["trainer"]).read_text())
+    validates_once = trainer["num_sanity_val_steps"] == 0 and trainer["val_check_interval"] == trainer["max_epochs"]
+    assert (" rise " in path.read_text()) != validates_once
     assert len(second) > 40
     assert "# --print_config prints all settings" in path.read_text()
 
@@ -150,6 +154,17 @@ def test_experiment_is_instantiated(
     assert defaults["lr"] == stated["init_args"]["optimizer"]["init_args"]["lr"]
     names = {type(callback).__name__ for callback in built.trainer.callbacks}
     assert {"BestAndLast", "GracefulStop", "RunSummary", "FinalValidation", "ResourceMonitor"} <= names
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_dry_run_of_the_quickstart(path: Path, swap: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags that the page adds to any experiment, on a machine without a GPU."""
+    monkeypatch.chdir(CONFIGS.parent)
+    (flags,) = re.findall(r"^ +(--policy .* --trainer.max_steps 20)$", Path("docs/quickstart.md").read_text(), re.M)
+    built = Parsed([f"--config={path}", *flags.split(), swap[-1]])
+    assert isinstance(built.model.policy_spec, TinyPolicy)
+    assert isinstance(built.trainer.accelerator, CPUAccelerator)
+    assert (built.trainer.max_steps, built.trainer.num_devices, built.trainer.num_nodes) == (20, 1, 1)
 
 
 @pytest.mark.parametrize("path", groups(), ids=name_of)

@@ -173,10 +173,13 @@ def _open_model(path: str, dtype: str, trust_remote_code: bool) -> tuple[Any, ..
     if not folder.exists() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):
         raise UnsupportedPolicyError(f"found no file or folder {path}, expected {KINDS}.")
     spec = PretrainedPolicy(path, trust_remote_code=trust_remote_code)
-    stored = str(spec.load_config().dtype).removeprefix("torch.")
-    spec.dtype = dtype if dtype != "auto" else stored if stored in DTYPES else "float32"  # type: ignore[assignment]
-    tokenizer = spec.load_tokenizer()
-    policy = spec.build(tokenizer)
+    try:
+        stored = str(spec.load_config().dtype).removeprefix("torch.")
+        spec.dtype = dtype if dtype != "auto" else stored if stored in DTYPES else "float32"  # type: ignore[assignment]
+        tokenizer = spec.load_tokenizer()
+        policy = spec.build(tokenizer)
+    except UnsupportedPolicyError as error:  # the commands that open a model have no setting of this name
+        raise UnsupportedPolicyError(str(error).removeprefix("policy.path: ")) from error
     origin: dict[str, Any] = {"path": path}
     config = policy.causal_lm.config
     if (folder / ORIGIN).is_file():

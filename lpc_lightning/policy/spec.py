@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import ConfigError, one_line
 from lpc_lightning.policy.causal import CausalPolicy, decoder_layers
 from lpc_lightning.policy.head import UnsupportedPolicyError, check_vocabulary
 from lpc_lightning.policy.lora import LoRA
@@ -116,7 +116,15 @@ class PolicySpec(ABC):
             if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
                 setattr(config, name, 0.0)
         config._attn_implementation = self._kernel(config)
-        model = self.load_model(config, getattr(torch, self.dtype))
+        try:
+            model = self.load_model(config, getattr(torch, self.dtype))
+        except ImportError as error:
+            if self.attention == "auto":
+                raise
+            raise UnsupportedPolicyError(
+                f"policy.attention: found {self.attention}, which cannot be used here ({one_line(error)}), expected "
+                "auto, segment, sdpa or eager, or the package of this kernel."
+            ) from error
         check_vocabulary(model, self.load_tokenizer() if tokenizer is None else tokenizer)
         model.eval()
         make_memory_efficient(decoder_layers(model))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.accelerators import CUDAAccelerator
 
 from lpc_lightning.policy import TinyPolicy
 from tests.fixtures.commands import ALL, CONFIGS, DATA, MODEL, POLICY, TRAINER, Command, assert_one_error, logged
@@ -188,6 +189,36 @@ def test_an_unknown_setting_is_the_parsers_to_tell(fit: Command, flag: str) -> N
     assert output.code == 2
     assert "Traceback" not in output.err
     assert flag.partition("=")[2].partition(".")[0] in output.err or "batchsize" in output.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "pattern"),
+    [
+        (
+            "accelerator=gpu",
+            r"trainer\.accelerator: found gpu, which this machine does not have, expected one of auto",
+        ),
+        ("accelerator=tpu", r"trainer\.accelerator: found tpu, .*cpu.*take `--trainer configs/trainer/cpu\.yaml`"),
+        ("accelerator=nothing", r"trainer: .*invalid accelerator name"),
+        ("devices=0", r"trainer: .*devices='0'"),
+        ("strategy=nothing", r"trainer: .*invalid strategy name"),
+    ],
+)
+def test_trainer_that_cannot_run_here(
+    fit: Command, flag: str, pattern: str, monkeypatch: pytest.MonkeyPatch, runs: Path
+) -> None:
+    monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: False))  # also where there is a GPU
+    output = fit(f"--trainer.{flag}")
+    assert_one_error(output, pattern)
+    assert len(output.err.splitlines()) == 1
+    assert not list(runs.glob("*/*"))
+
+
+def test_split_that_no_row_has(command: Command, places: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(GOOD | {"prompt": f"Why {place}?"}) + "\n" for place in range(4)))
+    output = command("test", *POLICY, *MODEL, "--data=PreferenceData", f"--data.path={path}", *TRAINER[:3], *places)
+    assert_one_error(output, r"No row belongs to the split .*4 left to split 'train' .*\(data\.test_split and")
 
 
 def test_unknown_class_is_one_line(fit: Command) -> None:

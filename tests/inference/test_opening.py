@@ -321,6 +321,9 @@ def test_a_path_that_is_nothing(tmp_path: Path, checkpoint: Path, monkeypatch: p
     run = checkpoint.parents[1]
     with pytest.raises(UnsupportedPolicyError, match=rf"Did you mean {run}/checkpoints/best.ckpt\?"):
         open_policy(str(run))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UnsupportedPolicyError, match=f"^could not load {tmp_path} in the folder or file: "):
+        open_policy(str(tmp_path))
     for path in ("/no/such/place", "./nothing", "runs/version_9/weights"):
         with pytest.raises(UnsupportedPolicyError, match=f"found no file or folder {path}, {kinds}"):
             open_policy(path)

@@ -119,6 +119,12 @@ def test_given_tokenizer_is_checked(tiny_spec: Callable[..., TinyPolicy]) -> Non
         spec.build(larger)
 
 
+def test_attention_without_its_package_is_refused(tiny_spec: Callable[..., TinyPolicy]) -> None:
+    message = r"policy\.attention: found flash_attention_3, which cannot be used here \(FlashAttention3 .*\), expected"
+    with pytest.raises(UnsupportedPolicyError, match=message):
+        tiny_spec("llama", attention="flash_attention_3").build()
+
+
 def test_sdpa_with_capped_scores_is_refused(tiny_spec: Callable[..., TinyPolicy]) -> None:
     with pytest.raises(UnsupportedPolicyError, match="found sdpa for gemma2, which soft-caps its attention scores"):
         tiny_spec("gemma2", attention="sdpa").build()

@@ -151,6 +151,12 @@ def _write_entry(
             f"{sum(report.bad.values())} rows cannot be used.\n{report}\nCorrect or remove them, or leave "
             f"them out: {SKIP}."
         )
+    if report.read and sum(report.other_splits.values()) == report.read:
+        raise DataError(
+            f"No row belongs to the split that is read.\n{report}\nThe rows belong to "
+            f"{', '.join(report.other_splits)}. Set the split (data.test_split and its like) to one that they have, or "
+            "take a file with rows of that split."
+        )
     if not report.kept:
         raise DataError(
             f"No pair is left.\n{report}\nCheck the split, the columns, the length limits and the hold-out. Pairs of a "

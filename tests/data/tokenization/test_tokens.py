@@ -150,7 +150,8 @@ def test_no_pair_left_is_an_error(write_rows, template, cache):
     source = RowSource(str(write_rows(rows())))
     with pytest.raises(DataError, match=r"No pair is left(.|\n)*6 dropped: pair longer than max_length"):
         load_or_tokenize(source, template, LengthPolicy(max_length=3), cache_dir=cache)
-    with pytest.raises(DataError, match=r"No pair is left(.|\n)*6 left to split 'train'"):
+    other = r"No row belongs to the split(.|\n)*6 left to split 'train'(.|\n)*The rows belong to train\. Set the split"
+    with pytest.raises(DataError, match=other):
         load_or_tokenize(RowSource(source.path, split="validation"), template, ANY_LENGTH, cache_dir=cache)
     assert entries(cache) == []
 
