@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.yaml_files import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,15 @@ def _control(argument: str) -> str:
 def to_text(value: Any) -> str:
     """Return a value as written on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+@cache
+def parse_value(text: str) -> Any:
+    """Parse a value as written on the command line. Text that is no YAML is a text."""
+    try:
+        return parse_yaml(text, "")
+    except ConfigError:
+        return text
 
 
 def read_axis(name: str, content: Any, label: str) -> Axis:

@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.axes import setting_name
-from lpc_lightning.yaml_files import SUFFIXES, parse_yaml, read_yaml
+from lpc_lightning.evaluation.ablation.axes import parse_value, setting_name
+from lpc_lightning.yaml_files import SUFFIXES, read_yaml
 
 
 class PlacedArgument(NamedTuple):
@@ -57,7 +55,7 @@ def find_replaced(arguments: Iterable[PlacedArgument]) -> tuple[PlacedArgument, 
                 if earlier.axis != placed.axis and _replaces(name, value, settings, entries):
                     return earlier, placed
         if placed.axis is not None:
-            content = None if is_added else _inline(value)
+            content = None if is_added else parse_value(value)
             below = () if is_added else (_numbered(each, entries) for each in _names(name, content))
             of_axes.append((placed, _Settings(name, frozenset(below))))
     return None
@@ -66,7 +64,7 @@ def find_replaced(arguments: Iterable[PlacedArgument]) -> tuple[PlacedArgument, 
 def _replaces(name: str, value: str, settings: _Settings, entries: Mapping[str, int]) -> bool:
     content = None
     if not name or f"{settings.name}.".startswith(f"{name}."):
-        content = _content(_inline(value), Path())
+        content = _content(parse_value(value), Path())
         # A null and a list leave nothing of what was there, and neither does a new value of a list.
         if name and (content is None or isinstance(content, list) or entries[name]):
             return True
@@ -90,15 +88,6 @@ def _names(name: str, content: Any) -> Iterator[str]:
     if isinstance(content, dict):
         for key, entry in content.items():
             yield from _names(setting_name(f"{name}.{key}".lstrip(".")), entry)
-
-
-@cache
-def _inline(value: str) -> Any:
-    """Parse a value of the command line. Text that is no YAML is a text."""
-    try:
-        return parse_yaml(value, "")
-    except ConfigError:
-        return value
 
 
 def _content(value: Any, folder: Path) -> Any:

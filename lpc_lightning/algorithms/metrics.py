@@ -149,6 +149,11 @@ class PairMeans(Metric):
         return dict(zip(self.names, self.sums / self.pairs, strict=True))
 
 
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """Divide sums () of weighted losses by sums () of their weights. 0 if all weights are 0, as in `weighted_mean`."""
+    return losses / weights.where(weights > 0, 1.0)
+
+
 class SourceMeans(Metric):
     """Accuracy, mean loss and number of pairs of each data set of a mixture."""
 
@@ -186,7 +191,7 @@ class SourceMeans(Metric):
             if has_pairs:
                 values |= {
                     f"accuracy/{name}": correct / pairs,
-                    f"loss/{name}": losses / weights,
+                    f"loss/{name}": weighted(losses, weights),
                     f"pairs/{name}": pairs,
                 }
         return values
@@ -234,9 +239,10 @@ class PreferenceMetrics(torch.nn.Module):
 
     def collect(self) -> dict[str, float | Tensor]:
         """Return all metrics since the last call, over all devices, and reset them."""
-        values: dict[str, float | Tensor] = {**self.means.compute(), **self.settings}
-        if "weight" in values:
-            values["loss"] /= values["weight"]
+        means = self.means.compute()
+        if "weight" in means:
+            means["loss"] = weighted(means["loss"], means["weight"])
+        values: dict[str, float | Tensor] = {**means, **self.settings}
         if self.use is not None:
             values |= self.use.compute()
             self.use.reset()

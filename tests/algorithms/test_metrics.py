@@ -147,6 +147,19 @@ def test_preference_metrics_collect_and_reset() -> None:
     assert not any(name.startswith("latent/") for name in plain.collect())
 
 
+def test_loss_is_0_if_all_weights_are_0() -> None:
+    """As in `weighted_mean`, whose value is the loss of such a step. Source b has one pair, whose loss is 4."""
+    metrics = PreferenceMetrics(None)
+    metrics.split_by_source(("a", "b"))
+    metrics.update(terms(), STATES, ("a", "a", "b"), column(0.0, 0.0, 0.0))
+    values = {name: float(value) for name, value in metrics.collect().items()}
+    assert [values[name] for name in ("loss", "weight", "loss/a", "loss/b")] == [0, 0, 0, 0]
+    metrics.update(terms(), STATES, ("a", "a", "b"), column(0.0, 0.0, 2.0))
+    values = {name: float(value) for name, value in metrics.collect().items()}
+    assert (values["loss/a"], values["pairs/a"]) == (0, 2)
+    assert values["loss"] == values["loss/b"] == 4.0
+
+
 def test_weights_count_in_the_loss_alone() -> None:
     metrics = PreferenceMetrics(None)
     metrics.split_by_source(("a", "b", "empty"))
