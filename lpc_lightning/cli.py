@@ -12,7 +12,6 @@ from functools import partial
 from importlib.abc import InspectLoader
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 from traceback import walk_tb
@@ -28,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.config_arguments import check_config_arguments
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import CheckpointError, ConfigError, one_line
@@ -40,10 +40,6 @@ from lpc_lightning.policy.precision import is_bfloat16_fast
 from lpc_lightning.run_folder import DiscardedRunFolder, RunFolder
 from lpc_lightning.run_loggers import SaveSettings, build_logger, run_loggers
 from lpc_lightning.system_errors import explain_system_error
-from lpc_lightning.yaml_files import SUFFIXES, check_value, check_yaml
-
-GROUPS = ("policy", "latent", "callbacks")
-"""Settings that stand at the top of a config and belong to the module or to the trainer."""
 
 
 class PreferenceCLI(LightningCLI):
@@ -366,7 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
             _usage(arguments, known)
         set_up_logging()
         run, _ = known[arguments[0]]
-        check_config_files(arguments)
+        check_config_arguments(arguments[1:], takes_groups=COMMANDS.get(arguments[0], (None,))[0] is _fit)
         run(arguments)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
@@ -379,42 +375,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except SIGTERMException:
         sys.exit(143)
-
-
-LONGEST_PATH = 4096
-"""Characters of a path at most."""
-
-
-def check_config_files(arguments: list[str]) -> None:
-    """Check that all config files of a command line exist and are plain YAML, with the files that they name.
-
-    The parser's own error is a page of usage, and it does not end for a file that refers to itself.
-
-    Args:
-        arguments: The command and what follows it.
-
-    Raises:
-        ConfigError: A file does not exist or is no plain YAML.
-    """
-    command, *rest = arguments
-    # Elsewhere these are other options: `generate --model` is a checkpoint.
-    groups = (*GROUPS, "model", "data", "trainer") if COMMANDS.get(command, (None,))[0] is _fit else ()
-    options = ("-c", "--config", *(f"--{name}" for name in groups))
-    for argument, following in pairwise([*rest, ""]):
-        option, equals, value = argument.partition("=")
-        text = value if equals else following
-        if option.removesuffix("+") not in options:
-            if option.startswith("--") and "." in option:
-                check_value(text, option)
-        elif len(text) < LONGEST_PATH and Path(text).is_file():
-            check_yaml(Path(text))
-        elif text.endswith(SUFFIXES):
-            raise ConfigError(
-                f"{option}: found no file {text} in {Path.cwd()}.\n"
-                "Expected a YAML file; `lpc-lightning configs` writes those that come with the package."
-            )
-        else:
-            check_value(text, option)
 
 
 def set_up_logging() -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     {"reference"},
     {"algorithms"},
     {"inference"},
-    {"prepare", "ship_configs", "function_command"},
+    {"prepare", "ship_configs", "function_command", "config_arguments"},
     {"cli"},
     {"__main__"},
 )

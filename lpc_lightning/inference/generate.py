@@ -47,7 +47,7 @@ def generate(
     """Write answers to prompts: under the prior and, side by side, under chosen codes.
 
     A prompt is put into the template that the model was trained with, else into the tokenizer's chat template where
-    there is one. The same prompt gets the same answer with the same settings, whatever is answer beside it; draws are
+    there is one. The same prompt gets the same answer with the same settings, whatever is answered beside it; draws are
     the same under every code.
 
     Args:
@@ -66,7 +66,7 @@ def generate(
         top_p: Draw among the likeliest tokens that together have this probability.
         num_beams: Beams of a beam search.
         seed: Seed of all draws.
-        batch_size: Prompts that are answer at a time.
+        batch_size: Prompts that are answered at a time.
         system: A system turn for prompts that have none.
         output: A file for the answers, one JSON object a prompt; answers of an earlier command are replaced.
         dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.

@@ -98,6 +98,11 @@ class InferencePrior(nn.Module):
         """d."""
         raise NotImplementedError
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
     def log_prior(self, prompt: Tensor) -> Tensor | None:
         """Return log-probabilities (B, K) of the codes given h_x (B, d). None without a distribution over codes."""
         return None
@@ -106,17 +111,18 @@ class InferencePrior(nn.Module):
         """Compute z in the type of the weights, without autocast.
 
         Args:
-            prompt: (B, d) h_x.
+            prompt: (B, d) h_x, on any device: the last layer and the LM head of a model may be on different ones.
             mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. None: as settings
                 say.
             code_weights: (K,) or (B, K) weights over the codebook instead of the prior. They are not normalised.
 
         Returns:
-            (B, d).
+            (B, d), on the device of the weights.
 
         Raises:
             ValueError: This kind of latent does not have the mode or the weights.
         """
+        prompt = prompt.to(self.device)
         with torch.autocast(prompt.device.type, enabled=False):
             if code_weights is None:
                 return self._taken(prompt, self.settings["prior_mode"] if mode is None else mode)
@@ -476,7 +482,9 @@ class LatentGenerationMixin(Stock):
     def _head(self, states: Tensor) -> Tensor:
         """(N, V) logits, float32 or wider, that the model's own code makes of states (N, d)."""
         head = self.get_output_embeddings()
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        # Offloaded embeddings are on the meta device, and take a token from any other one.
+        place = states.device if self.device.type == "meta" else self.device
+        token = torch.zeros(1, 1, dtype=torch.long, device=place)
         with _hooked(head, lambda entering: states[None].to(entering), self.get_decoder(), lambda leaving: None):
             outputs = super().forward(
                 input_ids=token, attention_mask=torch.ones_like(token), use_cache=False, return_dict=True
@@ -611,7 +619,7 @@ def latent_causal_lm(causal_lm: PreTrainedModel, prior: InferencePrior) -> PreTr
     Args:
         causal_lm: A decoder-only model of transformers, with or without adapter layers. The latent of one that has a
             latent is left out.
-        prior: From h_x to z; it moves to the LM head's device.
+        prior: From h_x to z. It moves to the LM head's device, unless the head's weights are offloaded.
 
     Returns:
         An instance of a subclass of `type(causal_lm)`.
@@ -626,7 +634,8 @@ def latent_causal_lm(causal_lm: PreTrainedModel, prior: InferencePrior) -> PreTr
         raise ValueError(f"latent: found a z of width {prior.width}, expected {head.shape[1]}, the policy's.")
     stock: Any = type(causal_lm)
     view = _view(causal_lm, _latent_class(stock))
-    view.latent_prior = prior.to(head.device)
+    # Offloaded weights are on the meta device until they are used. A prior there would lose its values.
+    view.latent_prior = prior if head.is_meta else prior.to(head.device)
     return view
 
 

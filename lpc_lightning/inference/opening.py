@@ -15,7 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.errors import ConfigError, DamagedFileError, one_line
-from lpc_lightning.inference.checkpoints import build_module, checkpoint_origin, read_checkpoint, trained_template
+from lpc_lightning.inference.checkpoints import (
+    build_module,
+    checkpoint_origin,
+    read_checkpoint,
+    run_config,
+    trained_template,
+)
 from lpc_lightning.inference.modeling_lpc import (
     CONFIG_KEY,
     LATENT_FILE,
@@ -29,6 +35,8 @@ from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy, UnsupportedPolicyError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+CONVERTING = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
+"""Values of `trainer.precision` that convert all weights of the policy, with the type."""
 KINDS = (
     "a checkpoint (runs/version_0/checkpoints/best.ckpt), an exported folder, or a plain model: a folder with "
     "config.json and weights, a GGUF file or a hub name"
@@ -66,7 +74,8 @@ def open_policy(
 
     Args:
         path: A checkpoint, an exported folder, or a plain model: a folder, a GGUF file or a hub name.
-        dtype: Type of the weights: `float32`, `bfloat16`, `float16`, `float64`; `auto` is the type they are stored in.
+        dtype: Type of the weights: `float32`, `bfloat16`, `float16`, `float64`; `auto` is the type that a checkpoint's
+            policy was trained in, and the type that other weights are stored in.
         device: Where to put it: `cpu`, `cuda`, `cuda:1` ...; `auto` is the first GPU, or the CPU where there is none.
         name: What to call it; None makes a name from the path.
         trust_remote_code: Run Python code that comes with the model. What a checkpoint says about it does not count.
@@ -98,6 +107,7 @@ def open_module(path: str, device: str = "auto", trust_remote_code: bool = False
     to, checkpoint = _device(device), read_checkpoint(Path(path))
 
     def change(module: PreferenceModule) -> None:
+        module.policy_spec.compile = False  # for training only
         _set_trust(module.policy_spec, trust_remote_code)
 
     return build_module(checkpoint, Path(path), change).to(to)
@@ -117,12 +127,12 @@ def load_policy(
     def change(module: PreferenceModule) -> None:
         module.needs_reference = False  # a copy of the policy that would not be used
         spec = module.policy_spec
-        spec.gradient_checkpointing = False
+        spec.gradient_checkpointing = spec.compile = False
         _set_trust(spec, trust_remote_code)
         if isinstance(spec, PretrainedPolicy):
             spec.quantization = None  # the adapter can be merged only into full weights
         # Set before the model is built: a later `.to(dtype)` would round its rotary frequencies as well.
-        spec.dtype = dtype if dtype != "auto" else _stored(checkpoint["state_dict"], spec)  # type: ignore[assignment]
+        spec.dtype = dtype if dtype != "auto" else _trained_type(checkpoint, spec, Path(path))  # type: ignore[assignment]
 
     return build_module(checkpoint, Path(path), change), checkpoint_origin(checkpoint, Path(path))
 
@@ -133,10 +143,19 @@ def _set_trust(spec: PolicySpec, trust_remote_code: bool) -> None:
         spec.trust_remote_code = trust_remote_code
 
 
-def _stored(state: dict[str, torch.Tensor], spec: PolicySpec) -> str:
-    """Return the type of the stored weights (`trainer.precision: bf16-true`). With an adapter, the policy's setting."""
-    dtypes = {tensor.dtype for name, tensor in state.items() if name.startswith("policy.")}
-    return str(dtypes.pop()).removeprefix("torch.") if spec.lora is None and len(dtypes) == 1 else spec.dtype
+def _trained_type(checkpoint: dict[str, Any], spec: PolicySpec, path: Path) -> str:
+    """Return the type of the policy's weights in training, which `trainer.precision: bf16-true` changes.
+
+    A checkpoint of an adapter holds only the adapter. peft keeps it in float32 above weights of 16 bits, so that any
+    other type is that of the whole model. A checkpoint of a frozen policy holds no weights of it. The run's
+    `config.yaml` states the precision.
+    """
+    dtypes = {tensor.dtype for name, tensor in checkpoint["state_dict"].items() if name.startswith("policy.")}
+    if not dtypes:
+        return CONVERTING.get(str((run_config(path).get("trainer") or {}).get("precision")), spec.dtype)
+    if len(dtypes) > 1 or (spec.lora is not None and dtypes == {torch.float32}):
+        return spec.dtype
+    return str(dtypes.pop()).removeprefix("torch.")
 
 
 def _open_checkpoint(path: str, dtype: str, trust_remote_code: bool) -> tuple[Any, ...]:

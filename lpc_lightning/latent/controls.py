@@ -15,7 +15,7 @@ from torch.nn.functional import gumbel_softmax
 from lpc_lightning.latent.discrete import MODES, DiscreteSpace
 from lpc_lightning.latent.estimators import GumbelSpace
 from lpc_lightning.latent.networks import Codebook, Posterior, Prior, check_codebook, state_deviation
-from lpc_lightning.latent.schedules import Linear, Schedule, WeightedKL, as_schedule
+from lpc_lightning.latent.schedules import Schedule, WeightedKL, prior_share_schedule, temperature_schedule
 from lpc_lightning.latent.space import InferenceForm, LatentSpace, LatentTerms, PairScorer, PriorMode
 from lpc_lightning.types import LogitHead, PairStates
 
@@ -31,9 +31,12 @@ class PriorOnlySpace(DiscreteSpace):
             hard: Straight-through estimator: one code in the forward pass, the soft mixture's gradient in the backward
                 pass.
             space: Settings of `DiscreteSpace`.
+
+        Raises:
+            ValueError: `tau` is not above zero at the first or the last step.
         """
         super().__init__(**space)
-        self.tau, self.hard = as_schedule(tau), hard
+        self.tau, self.hard = temperature_schedule(tau), hard
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """Compute the losses under one z for each pair, sampled from its prior."""
@@ -93,7 +96,11 @@ class VectorSpace(DeterministicSpace):
         Args:
             init_logit_std: Initial standard deviation of LMHead(z) over the vocabulary, in logits (nats). With 0,
                 training starts at the plain policy.
+
+        Raises:
+            ValueError: `init_logit_std` is negative.
         """
+        check_codebook(1, init_logit_std)
         super().__init__()
         self.init_logit_std = init_logit_std
 
@@ -156,13 +163,14 @@ class GaussianSpace(LatentSpace):
             networks: Settings of `LatentSpace`.
 
         Raises:
-            ValueError: `num_codes` is below 1, `init_logit_std` is negative, or `prior_mode` is unknown.
+            ValueError: `num_codes` is below 1, `init_logit_std`, `kl_weight` or `free_bits` is negative, `g` is no
+                share, or `prior_mode` is unknown.
         """
         check_codebook(num_codes, init_logit_std)
         super().__init__(**networks)
         self.num_codes, self.init_logit_std, self.prior_mode = num_codes, init_logit_std, prior_mode
         self.divergence = WeightedKL(kl_weight, free_bits)
-        self.g = as_schedule(Linear() if g is None else g)
+        self.g = prior_share_schedule(g)
         self._weights(prior_mode, *torch.zeros(2, 1, num_codes))
 
     def build(self, width: int, head: LogitHead) -> None:

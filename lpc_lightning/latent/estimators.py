@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, gumbel_softmax
 
 from lpc_lightning.latent.discrete import DiscreteSpace, categorical_kl, given_earlier_pairs
 from lpc_lightning.latent.networks import Posterior, PosteriorReads
-from lpc_lightning.latent.schedules import Linear, Schedule, WeightedKL, as_schedule
+from lpc_lightning.latent.schedules import Schedule, WeightedKL, prior_share_schedule, temperature_schedule
 from lpc_lightning.latent.space import LatentTerms, PairScorer
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PairStates
 
@@ -37,6 +37,9 @@ class PosteriorSpace(DiscreteSpace):
             posterior_reads: Input of the posterior: `both` answers' states concatenated, as in the paper; their
                 `difference` h_w - h_l; or their `sum`, which does not depend on the label, so that no label can leak.
             space: Settings of `DiscreteSpace`.
+
+        Raises:
+            ValueError: `kl_weight` or `free_bits` is negative.
         """
         super().__init__(**space)
         self.divergence, self.posterior_reads = WeightedKL(kl_weight, free_bits), posterior_reads
@@ -73,10 +76,13 @@ class GumbelSpace(PosteriorSpace):
                 pass.
             g: Share of the prior in the training mixture. A number or a schedule; null is the paper's line from 0 to 1.
             space: Settings of `PosteriorSpace`.
+
+        Raises:
+            ValueError: `tau` is not above zero, or `g` is no share, at the first or the last step.
         """
         super().__init__(**space)
-        self.tau, self.hard = as_schedule(tau), hard
-        self.g = as_schedule(Linear() if g is None else g)
+        self.tau, self.hard = temperature_schedule(tau), hard
+        self.g = prior_share_schedule(g)
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """Compute the losses under one sampled z for each pair, and lambda KL."""

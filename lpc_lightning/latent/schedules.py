@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -106,6 +107,32 @@ def as_schedule(value: float | Schedule) -> Schedule:
     return value if isinstance(value, Schedule) else Constant(value)
 
 
+def checked_schedule(
+    setting: str, value: float | Schedule, is_valid: Callable[[float], bool], expected: str
+) -> Schedule:
+    """Convert a setting to a schedule whose values at both ends of training are valid.
+
+    Raises:
+        ValueError: One of the two values is not valid.
+    """
+    schedule = as_schedule(value)
+    for progress, step in ((0.0, "first"), (1.0, "last")):
+        number = schedule(progress)
+        if not is_valid(number):
+            raise ValueError(f"latent.{setting}: found {number} at the {step} step, expected {expected}.")
+    return schedule
+
+
+def temperature_schedule(tau: float | Schedule) -> Schedule:
+    """Convert `tau` to a schedule. It divides logits, so it must be above zero."""
+    return checked_schedule("tau", tau, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def prior_share_schedule(g: float | Schedule | None) -> Schedule:
+    """Convert `g`, the share of the prior in a mixture, to a schedule. None: the line from 0 to 1."""
+    return checked_schedule("g", Linear() if g is None else g, lambda value: 0 <= value <= 1, "a share from 0 to 1")
+
+
 class WeightedKL:
     """Penalty that a latent adds to the loss of each pair: lambda max(KL, free bits)."""
 
@@ -115,8 +142,16 @@ class WeightedKL:
         Args:
             weight: lambda, or its schedule.
             free_bits: KL in nats below which the penalty is constant (Kingma et al., 2016, arXiv 1606.04934, app. C.8).
+
+        Raises:
+            ValueError: A setting is negative.
         """
-        self.weight, self.free_bits = as_schedule(weight), free_bits
+        if not 0 <= free_bits < math.inf:
+            raise ValueError(f"latent.free_bits: found {free_bits}, expected a number of at least 0.")
+        self.weight = checked_schedule(
+            "kl_weight", weight, lambda value: 0 <= value < math.inf, "a number of at least 0"
+        )
+        self.free_bits = free_bits
 
     def __call__(self, kl: Tensor, progress: float) -> Tensor:
         """Compute the penalty (B,) from the KL (B,) in nats, at training progress `progress`."""

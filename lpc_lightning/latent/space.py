@@ -88,7 +88,7 @@ class LatentSpace(nn.Module, ABC):
                 almost no information about the prompt reaches them (see `RunningMoments`).
             warm_start_pairs: Maximum number of training pairs to which the space is fitted before the first step, on a
                 linearised policy (see `algorithms.warm_start` and docs/latent_spaces.md). The codes are fitted to all
-                of these pairs at once. At least two pairs for each code. 0: no warm start.
+                of these pairs at once. At least six pairs, and two for each code. 0: no warm start.
 
         Raises:
             ValueError: `hidden` is below 1, or `warm_start_pairs` is negative.

@@ -182,12 +182,18 @@ def test_group_without_a_class_is_refused(command: Command, missing: str, places
     assert_one_error(output, rf"{missing}: found no class, expected one, as in `--{missing} ")
 
 
-@pytest.mark.parametrize("flag", ["--data.batchsize=3", "--latent=NoSuchSpace", "--data.batch_size=many"])
+@pytest.mark.parametrize("flag", ["--data.batchsize=3", "--latent=no_such.Space", "--data.batch_size=many"])
 def test_an_unknown_setting_is_the_parsers_to_tell(fit: Command, flag: str) -> None:
     output = fit(flag)
     assert output.code == 2
     assert "Traceback" not in output.err
     assert flag.partition("=")[2].partition(".")[0] in output.err or "batchsize" in output.err
+
+
+def test_unknown_class_is_one_line(fit: Command) -> None:
+    output = fit("--latent=marginal")
+    assert_one_error(output, "latent: found marginal, expected a file, ExpectedSpace, ")
+    assert len(output.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

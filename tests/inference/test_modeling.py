@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from lpc_lightning.inference.modeling_lpc import latent_causal_lm
+from lpc_lightning.inference.modeling_lpc import LatentCausalLM, latent_causal_lm
 from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import LatentSpace, MarginalSpace, VectorSpace
 from lpc_lightning.policy import LoRA
+from tests.fixtures.emulated_device import DEVICE
 
 CODES = 5
 
@@ -416,6 +417,40 @@ def test_quantised_model_keeps_its_latent(make_latent: Callable[..., Any], promp
     states = stock.get_decoder()(input_ids=ids).last_hidden_state
     assert torch.equal(model(input_ids=ids).z, latent.model.latent_prior(states[:, -1]))
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
+
+
+@pytest.mark.parametrize("device_map", [{"model": "cpu", "lm_head": "disk"}, {"": "disk"}], ids=["head", "all"])
+@torch.no_grad()
+def test_offloaded_model_keeps_its_latent(
+    device_map: dict[str, str], make_latent: Callable[..., Any], prompts: list[Tensor], tmp_path: Path
+) -> None:
+    """Weights on disk are on the meta device until they are used. The latent is not."""
+    whole = make_latent(dtype="float32").model
+    whole.save_pretrained(tmp_path / "saved")
+    places: dict[str, Any] = {"device_map": device_map, "offload_folder": tmp_path / "weights"}
+    model, ids = LatentCausalLM.from_pretrained(tmp_path / "saved", **places), prompts[0][None]
+    assert model.get_output_embeddings().weight.is_meta
+    expected = whole(input_ids=ids)
+    close(model(input_ids=ids).logits, expected.logits)
+    close(model.infer_z(ids), expected.z)
+    close(model.logits_processor(ids).bias, whole.logits_processor(ids).bias)
+    answer = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(ids, **answer), whole.generate(ids, **answer))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("mode", ["mean", "argmax", 3])
+@torch.no_grad()
+def test_prior_on_another_device(mode: Any, make_latent: Callable[..., Any], prompts: list[Tensor]) -> None:
+    """With a model over several GPUs, the last layer is not always where the LM head and the prior are."""
+    model, ids = make_latent(dtype="float32").model, prompts[0][None]
+    expected, bias = model(input_ids=ids, prior_mode=mode), model.logits_processor(ids, prior_mode=mode).bias
+    model.latent_prior.to(DEVICE)
+    outputs = model(input_ids=ids, prior_mode=mode)
+    assert outputs.z.device == DEVICE
+    close(outputs.logits, expected.logits)
+    close(model.infer_z(ids, prior_mode=mode).cpu(), expected.z)
+    close(model.logits_processor(ids, prior_mode=mode).bias, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -154,6 +154,38 @@ def test_types(checkpoint: Path, fitted: Callable[..., Path]) -> None:
     assert open_policy(str(half), dtype="float32").policy.model.dtype == torch.float32
 
 
+ADAPTER, FROZEN = "--policy.lora.rank=2", "--policy.trainable=false"
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ([ADAPTER, "--trainer.precision=bf16-true"], torch.bfloat16),
+        ([ADAPTER, "--policy.dtype=bfloat16"], torch.bfloat16),
+        ([ADAPTER, "--trainer.precision=64-true"], torch.float64),
+        ([FROZEN, "--trainer.precision=bf16-true"], torch.bfloat16),
+        ([FROZEN, "--policy.dtype=bfloat16"], torch.bfloat16),
+        ([FROZEN], torch.float32),
+    ],
+)
+def test_type_of_weights_outside_the_checkpoint(
+    settings: list[str], dtype: torch.dtype, fitted: Callable[..., Path]
+) -> None:
+    """A checkpoint of an adapter or a frozen policy does not hold them."""
+    opened = open_policy(str(fitted(*CODED, *settings)))
+    assert opened.policy.causal_lm.get_output_embeddings().weight.dtype == dtype
+    assert opened.origin["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_opened_policy_is_not_compiled(checkpoint: Path, tmp_path: Path) -> None:
+    """Compilation is for training. The machine may have no compiler."""
+    kept = stored(checkpoint)
+    kept["hyper_parameters"]["policy"]["init_args"]["compile"] = True
+    torch.save(kept, tmp_path / "compiled.ckpt")
+    assert not open_policy(str(tmp_path / "compiled.ckpt")).policy.is_compiled
+    assert not open_module(str(tmp_path / "compiled.ckpt")).policy.is_compiled
+
+
 def test_opening_leaves_the_random_state_alone(checkpoint: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)

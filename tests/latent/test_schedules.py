@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
-from lpc_lightning.latent import Constant, Cosine, Exponential, Linear, Schedule, WarmUp
+from lpc_lightning.latent import (
+    Constant,
+    Cosine,
+    ExpectedSpace,
+    Exponential,
+    GaussianSpace,
+    GumbelSpace,
+    Linear,
+    PosteriorOnlySpace,
+    PriorOnlySpace,
+    Schedule,
+    VectorSpace,
+    WarmUp,
+)
 from lpc_lightning.latent.schedules import as_schedule
 
 HALF = math.sqrt(0.5)
@@ -55,3 +69,36 @@ def test_exponential_ends_not_above_zero(start: float, end: float) -> None:
 def test_warm_up_share_out_of_range(share: float) -> None:
     with pytest.raises(ValueError, match=f"WarmUp: found share {share}"):
         WarmUp(1.0, share)
+
+
+TAU = "a number above 0"
+ABOVE = "a number of at least 0"
+
+
+@pytest.mark.parametrize("step", ["first", "last"])
+@pytest.mark.parametrize(
+    ("kind", "setting", "value", "expected"),
+    [
+        *((kind, "tau", 0.0, TAU) for kind in (GumbelSpace, PosteriorOnlySpace, PriorOnlySpace)),
+        *((kind, "g", value, "a share from 0 to 1") for kind in (GumbelSpace, GaussianSpace) for value in (-0.5, 1.5)),
+        *((kind, "kl_weight", -0.5, ABOVE) for kind in (GumbelSpace, ExpectedSpace, GaussianSpace)),
+    ],
+)
+def test_schedule_of_setting_out_of_range(kind: Any, setting: str, value: float, expected: str, step: str) -> None:
+    """Of a number at the first step, of a line at its wrong end."""
+    schedule = value if step == "first" else Linear(1.0, value)
+    with pytest.raises(
+        ValueError, match=rf"^latent\.{setting}: found {value} at the {step} step, expected {expected}\.$"
+    ):
+        kind(**{setting: schedule})
+
+
+def test_schedule_of_setting_at_its_limits() -> None:
+    space = GumbelSpace(tau=Exponential(1.0, 1e-3), g=Linear(1.0, 0.0), kl_weight=WarmUp(0.5), free_bits=0.0)
+    assert [space.tau(1.0), space.g(1.0), space.divergence.weight(0.0)] == [1e-3, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("kind", "setting"), [(ExpectedSpace, "free_bits"), (VectorSpace, "init_logit_std")])
+def test_setting_below_zero(kind: Any, setting: str) -> None:
+    with pytest.raises(ValueError, match=rf"latent\.{setting}: found -1\.0, expected"):
+        kind(**{setting: -1.0})

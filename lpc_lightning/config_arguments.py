@@ -1,0 +1,147 @@
+"""Check of config files and groups on a command line, before the parser reads them.
+
+The parser's own error is a page of usage that names neither the known classes nor the group of a file, and it does not
+end for a file that refers to itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.latent import LatentSpace
+from lpc_lightning.policy import PolicySpec
+from lpc_lightning.yaml_files import SUFFIXES, check_value, check_yaml, read_yaml
+
+BASES: dict[str, type] = {
+    "policy": PolicySpec,
+    "latent": LatentSpace,
+    "model": PreferenceModule,
+    "data": PreferenceDataModule,
+    "callbacks": Callback,
+    "trainer.logger": Logger,
+}
+"""Base class of the classes of a group."""
+NAMED = ("policy", "latent", "model", "data")
+"""Groups whose value may be the name of a class."""
+GROUPS = (*NAMED, "callbacks", "trainer")
+"""Groups that may be a file."""
+EMPTY = {"latent": "--latent MarginalSpace", "callbacks": "--callbacks+=LabelFlipNoise"}
+"""Groups that have no class unless one is given, with a way to give it."""
+NULL = ("", "null", "None", "~")
+LONGEST_PATH = 4096
+"""Characters of a path at most."""
+
+
+def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None:
+    """Check that files exist and are plain YAML of the right group, and that names of classes are known.
+
+    Args:
+        arguments: What follows the command.
+        takes_groups: Whether the command takes a run's groups. For other commands these are other options:
+            `generate --model` is a checkpoint.
+
+    Raises:
+        ConfigError: A file does not exist, is no plain YAML or belongs to another group, a group's value is neither a
+            file nor a known class, or a setting belongs to a group without a class.
+    """
+    filled: set[str] = set()
+    for argument, following in pairwise([*arguments, ""]):
+        option, equals, value = argument.partition("=")
+        text = value if equals else following
+        group = option.removeprefix("--").removesuffix("+") if option.startswith("--") else ""
+        is_config = option in ("-c", "--config")
+        if not is_config and not (takes_groups and group in GROUPS):
+            if takes_groups:
+                _check_filled(option, filled)
+            if option.startswith("--") and "." in option:
+                check_value(text, option)
+            continue
+        if len(text) < LONGEST_PATH and Path(text).is_file():
+            check_yaml(Path(text))
+            content = read_yaml(Path(text)) if takes_groups else None
+            _check_group(option, "" if is_config else group, text, content)
+        else:
+            content = {}
+            _check_text(option, group, text)
+        given = content if is_config and isinstance(content, dict) else {group: None if text in NULL else text}
+        for name in set(EMPTY) & set(given):
+            (filled.discard if given[name] is None else filled.add)(name)
+
+
+def _check_text(option: str, group: str, text: str) -> None:
+    """Check a value that is no file."""
+    if text.endswith(SUFFIXES) or (group not in GROUPS and text and not set("{:") & set(text)):
+        raise ConfigError(
+            f"{option}: found no file {text} in {Path.cwd()}.\n"
+            "Expected a YAML file; `lpc-lightning configs` writes those that come with the package."
+        )
+    check_value(text, option)
+    if text in NULL or text.startswith(("-", "{", "[")):
+        return
+    if group == "trainer":
+        raise ConfigError(
+            f"trainer: found {text}, expected a file such as configs/trainer/cpu.yaml. Single settings have their "
+            "names: `--trainer.accelerator cpu`."
+        )
+    if group == "callbacks" and not option.endswith("+"):
+        raise ConfigError(f"callbacks: found {text}, expected a file or null. `--callbacks+={text}` adds one.")
+    if group in NAMED and "." not in text:
+        known = sorted(each.__name__ for each in _classes(BASES[group]))
+        if text not in known:
+            raise ConfigError(
+                f"{group}: found {text}, expected a file, {', '.join(known)}, or the import path of a class "
+                "(`my_package.MyClass`)."
+            )
+
+
+def _check_group(option: str, group: str, path: str, content: Any) -> None:
+    """Check that a file belongs to a group, or holds the settings of a run (group "")."""
+    found = _group_of(content)
+    if found is not None and found != group:
+        expected = f"one of group {group}" if group else "the settings of a run, such as configs/experiment/tiny.yaml"
+        raise ConfigError(
+            f"{option}: found {path}, which is a file of group {found}, expected {expected}. Give it as "
+            f"`--{found} {path}`."
+        )
+
+
+def _group_of(content: Any) -> str | None:
+    """Return the group of a file, or None if it is not known."""
+    if isinstance(content, list):
+        return "callbacks" if content and all(_group_of(each) == "callbacks" for each in content) else None
+    if not isinstance(content, dict) or not content:
+        return None
+    if "class_path" not in content:
+        return "trainer" if set(content) <= set(inspect.signature(Trainer).parameters) else None
+    try:
+        kind = resolve_name(content["class_path"])
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return None  # the parser says why
+    return next((name for name, base in BASES.items() if isinstance(kind, type) and issubclass(kind, base)), None)
+
+
+def _check_filled(option: str, filled: set[str]) -> None:
+    """Check that a group has a class to which a single setting can belong."""
+    group, _, setting = option.removeprefix("--").partition(".")
+    if option.startswith("--") and setting not in ("", "help") and group in EMPTY and group not in filled:
+        raise ConfigError(f"{group}: found no class for {option}, expected one before it, as in `{EMPTY[group]}`.")
+
+
+def _classes(base: type) -> Iterator[type]:
+    """Yield the classes that can be built, of those that are imported."""
+    subclasses: list[type] = base.__subclasses__()
+    for each in subclasses:
+        if not inspect.isabstract(each):
+            yield each
+        yield from _classes(each)

@@ -1,0 +1,98 @@
+"""Tests of the check of config files and groups before the parser reads them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lpc_lightning.config_arguments import check_config_arguments
+from lpc_lightning.errors import ConfigError
+from tests.fixtures.commands import CONFIGS
+
+TINY = f"--config={CONFIGS / 'experiment' / 'tiny.yaml'}"
+DEMO = f"--config={CONFIGS / 'experiment' / 'demo.yaml'}"
+SPACES = (
+    "ExpectedSpace, GaussianSpace, GumbelSpace, MLPSpace, MarginalSpace, PosteriorOnlySpace, PriorOnlySpace, "
+    "VectorSpace, or the import path of a class"
+)
+ALGORITHMS = "DPO, IPO, KTO, ORPO, SimPO, or the import path of a class"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--latent", "marginal"], f"latent: found marginal, expected a file, {SPACES}"),
+        (["--latent=MarginlSpace"], f"latent: found MarginlSpace, expected a file, {SPACES}"),
+        (["--latent", "configs/latent/marginal"], "latent: found configs/latent/marginal, expected a file, "),
+        (["--model", "dpo"], f"model: found dpo, expected a file, {ALGORITHMS}"),
+        (["--model=PreferenceModule"], f"model: found PreferenceModule, expected a file, {ALGORITHMS}"),
+        (["--policy", "Tiny"], "policy: found Tiny, expected a file, PretrainedPolicy, TinyPolicy, TrainedPolicy, "),
+        (["--data", "pairs"], "data: found pairs, expected a file, PreferenceData, PreferenceMixture, Synthetic"),
+        (["--callbacks", "LabelFlipNoise"], "callbacks: found LabelFlipNoise, expected a file or null. `--callbacks+="),
+        (["--trainer", "cpu"], "trainer: found cpu, expected a file such as configs/trainer/cpu.yaml. Single settings"),
+        (["--config", "tiny"], "--config: found no file tiny in "),
+    ],
+    ids=str,
+)
+def test_value_of_no_file_and_no_class(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_config_arguments(arguments, takes_groups=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [TINY, "--latent.num_codes=8"],
+        [DEMO, "--latent", "null", "--latent.num_codes", "8"],
+        [DEMO, TINY.replace("tiny.yaml", "smollm2.yaml"), "--model", "DPO", "--latent=null", "--latent.num_codes=8"],
+        ["--latent.num_codes=8", "--latent=MarginalSpace"],
+    ],
+    ids=str,
+)
+def test_setting_of_a_group_without_a_class(arguments: list[str]) -> None:
+    message = r"latent: found no class for --latent\.num_codes, expected one before it, as in `--latent MarginalSpace`"
+    with pytest.raises(ConfigError, match=message):
+        check_config_arguments(arguments, takes_groups=True)
+
+
+def test_setting_of_no_callback() -> None:
+    with pytest.raises(ConfigError, match=r"callbacks: found no class for --callbacks\.rate"):
+        check_config_arguments(["--callbacks.rate=0.3", "--callbacks+=LabelFlipNoise"], takes_groups=True)
+
+
+@pytest.mark.parametrize("option", ["--config", "-c", "--policy"])
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_file_of_another_group_is_named(option: str, path: Path) -> None:
+    group = {"algorithm": "model", "logger": "trainer.logger"}.get(path.parent.name, path.parent.name)
+    if group in ("ablation", "experiment", option.removeprefix("--")):
+        check_config_arguments([option, str(path)], takes_groups=True)
+        return
+    message = f"{option}: found {path}, which is a file of group {group}, expected .*Give it as `--{group} {path}`"
+    with pytest.raises(ConfigError, match=message):
+        check_config_arguments([option, str(path)], takes_groups=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [DEMO, "--latent.num_codes=8"],
+        [TINY, "--latent", "GumbelSpace", "--latent.num_codes=8"],
+        [TINY, "--latent", "my_package.MySpace", "--latent.width", "3"],
+        [TINY, "--latent", "{class_path: MarginalSpace}", "--latent.num_codes=8"],
+        [TINY, "--latent=null", "--model", "IPO", "--model.beta", "0.2"],
+        [TINY, "--callbacks.rate", "0.3"],
+        ["--latent.help", "MarginalSpace"],
+        ["--callbacks+=LabelFlipNoise", "--callbacks.rate=0.3"],
+        ["--callbacks", "null", "--trainer.accelerator", "cpu"],
+        ["--latent"],
+    ],
+    ids=str,
+)
+def test_right_arguments_pass(arguments: list[str]) -> None:
+    check_config_arguments(arguments, takes_groups=True)
+
+
+def test_other_commands_have_other_options() -> None:
+    check_config_arguments(["--model", "runs/version_0", "--data", "x", "--latent.num_codes", "3"], takes_groups=False)
