@@ -93,8 +93,8 @@ class TokenizedPair:
     weight: float | None = None
     margin: float | None = None
     question: str = ""
-    """`prompt_hash` of the question's tokens, if a name or a marker was written into the prompt. Empty: the question is
-    the prompt."""
+    """`prompt_hash` of the question's tokens, if a name or a marker was written into the prompt, or the prompt was cut.
+    Empty: the question is the prompt."""
     index: int = 0
     """Position of the pair among all examples of the source, from 0. Dropped examples are counted too."""
     reference_logps: tuple[float, float] | None = None
@@ -102,7 +102,7 @@ class TokenizedPair:
 
     @property
     def prompt(self) -> str:
-        """A hash of the prompt's tokens, the same for all pairs of one prompt, whatever was written into it."""
+        """A hash of the prompt's tokens, the same for all pairs of one prompt, whatever was written into it or cut."""
         return self.question or prompt_hash(array("q", self.prompt_ids).tobytes())
 
     def swapped(self) -> TokenizedPair:

@@ -18,11 +18,16 @@ DIGITS = 18
 INTEGER = "tag:yaml.org,2002:int"
 SUFFIXES = (".yaml", ".yml")
 # libyaml is ten times as fast, but not always installed.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Loader of plain YAML. Another one may read tags of its own."""
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, loader: Any = LOADER) -> Any:
     """Read a YAML file.
+
+    Args:
+        path: The file.
+        loader: Class of the loader.
 
     Raises:
         ConfigError: The file cannot be read, or it is no plain YAML (see `parse_yaml`).
@@ -31,7 +36,7 @@ def read_yaml(path: Path) -> Any:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}, expected a YAML file that can be read.") from error
-    return parse_yaml(content, str(path))
+    return _construct(_compose(content, str(path)), str(path), loader)
 
 
 def parse_yaml(content: bytes | str, source: str) -> Any:
@@ -44,7 +49,7 @@ def parse_yaml(content: bytes | str, source: str) -> Any:
     Raises:
         ConfigError: The text is not UTF-8 or no YAML, it refers to itself, or a value is too large.
     """
-    return _construct(_compose(content, source), source)
+    return _construct(_compose(content, source), source, LOADER)
 
 
 def check_yaml(path: Path, seen: set[Path] | None = None) -> None:
@@ -74,7 +79,7 @@ def check_value(text: str, option: str) -> None:
         ConfigError: The value refers to itself or is too large.
     """
     try:
-        node = yaml.compose(text, _LOADER)
+        node = yaml.compose(text, LOADER)
     except (yaml.YAMLError, RecursionError, ValueError):
         return
     _check_size(node, option)
@@ -84,7 +89,7 @@ def _compose(content: bytes | str, source: str) -> yaml.Node | None:
     """Parse text to nodes, in which an alias is not expanded, and check their number and integers."""
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        node: yaml.Node | None = yaml.compose(text, _LOADER)
+        node: yaml.Node | None = yaml.compose(text, LOADER)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{source}: found the byte 0x{error.object[error.start]:02x} at position {error.start}, expected text in "
@@ -106,10 +111,10 @@ def _check_size(node: yaml.Node | None, source: str) -> None:
         )
 
 
-def _construct(node: yaml.Node | None, source: str) -> Any:
+def _construct(node: yaml.Node | None, source: str, loader_class: Any) -> Any:
     if node is None:
         return None
-    loader = _LOADER("")
+    loader = loader_class("")
     try:
         return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:

@@ -29,7 +29,7 @@ LAYERS = (
 )
 """Parts of the method, lowest first. A part imports from its own layer's name or from lower layers only."""
 EVALUATION = (
-    {"provenance", "tables"},
+    {"provenance", "tables", "named_files"},
     {"samples"},
     {"statistics"},
     {"figures"},

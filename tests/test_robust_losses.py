@@ -178,6 +178,20 @@ def test_re_po_mixture_sums_out_codes_and_labels() -> None:
         assert float(right[pair]) == pytest.approx(joint[True] / sum(joint.values()), rel=1e-12)
 
 
+@every_algorithm
+@pytest.mark.parametrize("codes", [None, 3])
+def test_objective_of_robust_losses(algorithm: str, codes: int | None) -> None:
+    """It is the loss, and for RE-PO the negative log-likelihood, also if the SFT term is added."""
+    logps, loss = random_pairs(codes, margins=True), ALGORITHMS[algorithm]
+    for robust in (ConservativeLoss(0.2), UnbiasedLoss(0.2), *([] if algorithm == "ipo" else [HolderDPO()])):
+        pairs = robust.pair_losses(loss, logps)
+        torch.testing.assert_close(pairs.objective, pairs.losses, rtol=1e-12, atol=1e-12)
+    p = 1 / (1 + (loss(logps).losses - loss(swapped(logps)).losses).exp())
+    text = -0.7 * logps.policy_chosen / logps.chosen_lengths
+    pairs = add_nll(REPO(0.9).pair_losses(loss, logps), logps, 0.7)
+    torch.testing.assert_close(pairs.objective, text - (0.9 * p + 0.1 * (1 - p)).log(), rtol=1e-9, atol=1e-9)
+
+
 def test_holder_dpo_mixture_uses_mixed_likelihood() -> None:
     logps, prior = random_pairs(3), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     plain = dpo_loss(logps, 0.5)

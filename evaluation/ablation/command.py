@@ -110,6 +110,9 @@ def ablate(
         raise ConfigError(f"cell: found {cell}, expected a number from 0 to {len(cells) - 1}.")
     if print_array:
         to_run = stages.to_run(cells if cell is None else [cells[cell]])
+        if not to_run:
+            print("No cell is left to run, so there is no array to submit.", file=sys.stderr)
+            return True
         command = ["lpc-lightning", "ablate", *grid, f"--output={folder}", f"--weights={weights}"]
         command += [] if threads is None else [f"--threads={threads}"]
         flags = {"retry_failed": retry_failed, "keep_stale": keep_stale, "remove_checkpoints": remove_checkpoints}

@@ -6,15 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+from scipy import stats
 
 from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.evaluation.figures import GREY, add_light_grid
 from lpc_lightning.evaluation.line_panels import Line, draw_panels
-from lpc_lightning.evaluation.statistics.seeds import Estimate
+from lpc_lightning.evaluation.statistics.seeds import LEVEL, MIN_PROMPTS, Estimate
 
 TITLE = "Accuracy on an annotator's pairs, given others of the same annotator"
-NORMAL_95 = 1.96
-"""Half the width of a normal 95 % interval, in standard errors."""
 
 
 def to_position(shots: float) -> float:
@@ -63,9 +62,9 @@ def score_line(label: str, scores: Mapping[int, Score]) -> Line:
 
 
 def score_estimate(score: Score) -> Estimate:
-    """Return a score with its normal 95 % interval over pairs."""
-    if score.standard_error is None:
-        return Estimate(score.pairs, score.accuracy)
-    half_width = NORMAL_95 * score.standard_error
+    """Return a score with Student's 95 % interval over prompts. Fewer than `MIN_PROMPTS` prompts give none."""
+    if score.standard_error is None or score.prompts < MIN_PROMPTS:
+        return Estimate(score.pairs, score.accuracy, prompts=score.prompts)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, score.prompts - 1)) * score.standard_error
     deviation = score.standard_error * score.pairs**0.5
-    return Estimate(score.pairs, score.accuracy, deviation, score.accuracy - half_width, score.accuracy + half_width)
+    return Estimate(score.pairs, score.accuracy, deviation, score.accuracy - half, score.accuracy + half, score.prompts)

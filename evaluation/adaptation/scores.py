@@ -40,6 +40,8 @@ class Score:
     """Standard error over annotators, whose pairs may be dependent. None for one annotator."""
     pairs: int
     """Number of predicted pairs."""
+    prompts: int
+    """Number of their prompts."""
     by_annotator: Mapping[str, float]
     """Accuracy of each annotator."""
 
@@ -218,6 +220,7 @@ def mean_score(values: Table, annotators: NDArray[np.str_], prompts: NDArray[Any
         standard_error=standard_error(values, prompts),
         annotators_error=standard_error(values, annotators),
         pairs=len(values),
+        prompts=len(np.unique(prompts)),
         by_annotator=dict(zip(np.unique(annotators).tolist(), (sums / pairs).tolist(), strict=True)),
     )
 

@@ -31,7 +31,7 @@ from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, chec
 from lpc_lightning.evaluation.benchmarks.items import items_of_task, scores_of_task
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, to_json_value
 from lpc_lightning.evaluation.benchmarks.shared_requests import SharedRequests
-from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
+from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, is_task_file, load_tasks, task_file_version
 from lpc_lightning.evaluation.benchmarks.trial import Trial
 from lpc_lightning.evaluation.provenance import provenance
 
@@ -125,17 +125,21 @@ class _Run:
     items: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    task_files: dict[str, str] = field(default_factory=dict)
+    """Versions of the files of tasks that are defined in a file."""
 
     def load(self, names: Sequence[str], data_dir: str | None, manager: TaskManager | None) -> list[TaskDict]:
         """Load tasks. Tasks that cannot be loaded are recorded as failures."""
         loaded = []
         for name in dict.fromkeys(names):
+            version = task_file_version(name) if is_task_file(name) else None
             with Trial() as trial:
                 task_dict = load_tasks(name, data_dir, manager)
             if trial.failure:
                 self.failures[name] = trial.failure
             else:
                 loaded.append(task_dict)
+                self.task_files |= {} if version is None else dict.fromkeys(task_dict["tasks"], version)
         return loaded
 
     def score(self, task_set: TaskDict) -> None:
@@ -189,6 +193,7 @@ class _Run:
         records = {
             name: {
                 "version": results["versions"][name],
+                **({"task_file": self.task_files[name]} if name in self.task_files else {}),
                 "num_fewshot": results["n-shot"][name],
                 "limit": self.limit,
                 "items": len(items[name]),

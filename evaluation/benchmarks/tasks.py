@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
+
+from lpc_lightning.evaluation.named_files import describe_files
 
 # lm-eval and datasets take a second each to import. Importing the callbacks must not import them.
 if TYPE_CHECKING:
@@ -82,6 +86,11 @@ def local_task_manager() -> TaskManager:
 def is_task_file(name: str) -> bool:
     """Return True if a task's name is the path of a task file."""
     return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+
+
+def task_file_version(name: str) -> str:
+    """Return a text that changes with a task file, and with the templates, functions and data files that it names."""
+    return hashlib.sha256(json.dumps(describe_files([Path(name).resolve()])).encode()).hexdigest()[:16]
 
 
 def load_tasks(name: str, data_dir: str | None = None, manager: TaskManager | None = None) -> TaskDict:

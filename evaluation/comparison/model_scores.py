@@ -47,6 +47,7 @@ class ModelScores:
 
 CONDITIONS = {
     "version": "version",
+    "task_file": "task file",
     "num_fewshot": "few-shot examples",
     "limit": "limit",
     "split": "split",

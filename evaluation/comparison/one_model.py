@@ -101,9 +101,9 @@ class EvalRequest:
         ]
 
     def key(self, model: str) -> dict[str, Any]:
-        """Return all settings and files that determine a model's score on a task.
+        """Return all settings and files that determine a model's score on any task.
 
-        Stored results with an equal key can be used again.
+        Stored results with an equal key can be used again, unless the file of a task has changed (see `missing_tasks`).
         """
         settings = asdict(self)
         for name in (

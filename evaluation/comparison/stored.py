@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from lpc_lightning.data import DataError
 from lpc_lightning.evaluation.benchmarks.results import RESULTS, BenchmarkResults, read_results, to_json_value
-from lpc_lightning.evaluation.benchmarks.tasks import LOCAL_DATA
+from lpc_lightning.evaluation.benchmarks.tasks import LOCAL_DATA, is_task_file, task_file_version
 from lpc_lightning.inference.fingerprint import fingerprint
 
 REQUEST = "request"
@@ -97,17 +97,21 @@ def local_data(data_dir: str | None) -> str | None:
 
 
 def missing_tasks(stored: BenchmarkResults | None, tasks: Sequence[str]) -> list[str]:
-    """Return the tasks without results: those that failed, and those that were not part of a run."""
+    """Return the tasks without results: those that failed, were not part of a run, or whose task file has changed."""
     if stored is None:
         return list(tasks)
     stored_tasks = stored.record["settings"]["tasks"]
+    task_files = {record.get("task_file") for record in stored.record["tasks"].values()}
     # If a group fails, the failures have the names of its tasks.
-    group_failures = set(stored.failures) - set(stored_tasks)
-    return [
-        task
-        for task in tasks
-        if task not in stored.metrics and (task not in stored_tasks or task in stored.failures or group_failures)
-    ]
+    has_failed_group = bool(set(stored.failures) - set(stored_tasks))
+
+    def is_missing(task: str) -> bool:
+        if is_task_file(task) and task_file_version(task) not in task_files:
+            return True
+        is_incomplete = task not in stored_tasks or task in stored.failures or has_failed_group
+        return task not in stored.metrics and is_incomplete
+
+    return [task for task in tasks if is_missing(task)]
 
 
 def merge_parts(old: BenchmarkResults | None, new: BenchmarkResults) -> BenchmarkResults:

@@ -78,7 +78,8 @@ class PreferenceModule(PolicyModule):
                 UnbiasedLoss (rDPO), DrDPO, REPO or HolderDPO (see docs/robust_losses.md). null: the algorithm's loss.
 
         Raises:
-            ConfigError: `reference` is neither `cached` nor `live`, or `nll_weight` is negative.
+            ConfigError: `reference` is neither `cached` nor `live`, `nll_weight` or `latent_lr` is negative, or
+                `warmup_ratio` is no share.
         """
         super().__init__()
         with warnings.catch_warnings():
@@ -93,6 +94,10 @@ class PreferenceModule(PolicyModule):
             raise ConfigError(f"model.reference: found {reference!r}, expected {' or '.join(REFERENCES)}.")
         if not 0 <= nll_weight < math.inf:
             raise ConfigError(f"model.nll_weight: found {nll_weight}, expected a number of at least 0.")
+        if not 0 <= latent_lr < math.inf:  # an optimizer does not check the rates of its groups
+            raise ConfigError(f"model.latent_lr: found {latent_lr}, expected a number of at least 0.")
+        if not 0 <= warmup_ratio <= 1:
+            raise ConfigError(f"model.warmup_ratio: found {warmup_ratio}, expected a share from 0 to 1.")
         if not policy.trainable and latent is None:
             raise ConfigError("policy.trainable: found false and no latent space, expected true or a latent to train.")
         self.policy_spec, self.latent, self.make_optimizer = policy, latent, optimizer

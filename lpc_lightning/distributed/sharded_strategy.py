@@ -98,7 +98,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Write beside the target and rename, so that a run killed meanwhile leaves the old checkpoint."""
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, path, storage_options)
+            # Lightning's own method would remove shards at this path before the file is written.
+            super(ModelParallelStrategy, self).save_checkpoint(checkpoint, path, storage_options)
             return
         partial = path.with_name(f".{path.name}.partial")
         if self.is_global_zero:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms.checkpoint import check_same_architecture
-from lpc_lightning.errors import CheckpointError, ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError, one_line
 from lpc_lightning.inference.checkpoints import make_module, module_settings, read_checkpoint
-from lpc_lightning.inference.modeling_lpc import LATENT_FILE
+from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, LATENT_FILE
 from lpc_lightning.policy import PolicySpec, PretrainedPolicy
 
 ORIGIN = "training.json"
@@ -50,12 +51,13 @@ class TrainedPolicy(PolicySpec):
         """Load the base model and the trained weights, and merge adapters.
 
         Raises:
-            CheckpointError: The checkpoint cannot be read, or its weights are not those of its settings.
+            CheckpointError: The checkpoint cannot be read, its weights are not those of its settings, or the latent of
+                an export is missing.
         """
         base, folder = self._base, Path(self.path)
         model = base.load_model(config, dtype)
         if _is_export(folder):
-            self._latent = load_file(folder / LATENT_FILE) if (folder / LATENT_FILE).is_file() else {}
+            self._latent = self._exported_latent(config) if self.keep_latent else {}
             return model
         state = read_checkpoint(folder)["state_dict"]
         self._latent = _part(state, LATENT)
@@ -121,6 +123,18 @@ class TrainedPolicy(PolicySpec):
                 f"({'; '.join(differences[:3])}). {reason}, {drop}."
             )
         space.load_state_dict(stored)
+
+    def _exported_latent(self, config: PreTrainedConfig) -> dict[str, Tensor]:
+        file = Path(self.path) / LATENT_FILE
+        if not hasattr(config, CONFIG_KEY) and not file.is_file():
+            return {}
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"policy.path: {file}: found no latent that can be read ({one_line(error)}), expected the one that "
+                "config.json names. Export the checkpoint again, or set policy.keep_latent to false to leave it out."
+            ) from error
 
     @cached_property
     def _base(self) -> PolicySpec:

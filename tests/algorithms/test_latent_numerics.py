@@ -163,3 +163,10 @@ def test_frozen_policy_needs_a_latent(small_policy: Any) -> None:
         DPO(policy=small_policy(trainable=False))
     with pytest.raises(ConfigError, match=r"policy\.trainable: found false together with policy\.lora"):
         small_policy(trainable=False, lora=LoRA(rank=2))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("latent_lr", -1e-3), ("warmup_ratio", -0.1), ("warmup_ratio", 1.1)])
+def test_learning_rate_settings_out_of_range(setting: str, value: float, small_policy: Any) -> None:
+    """A negative rate would raise the loss: torch checks the rate of the optimizer, but not those of its groups."""
+    with pytest.raises(ConfigError, match=rf"model\.{setting}: found {value}, expected a"):
+        DPO(policy=small_policy(), latent=marginal(), **{setting: value})

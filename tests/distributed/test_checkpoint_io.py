@@ -2,6 +2,8 @@
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,23 @@ import pytest
 import torch
 
 from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO, CheckpointWriteError
+from lpc_lightning.distributed.sharded_strategy import FSDP2Strategy
 from tests.fixtures.processes import ForkedProcess
 
 
 def small() -> dict:
     return {"state_dict": {"weight": torch.arange(6.0)}}
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """Limit the size of files: a larger one stops in the middle with an OSError, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_save_writes_one_complete_file(tmp_path: Path) -> None:
@@ -24,17 +38,11 @@ def test_save_writes_one_complete_file(tmp_path: Path) -> None:
 
 
 def test_save_on_full_disk_keeps_earlier_file(tmp_path: Path) -> None:
-    """A limit on the file size stops the write in the middle with an OSError, like a full disk."""
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(small(), path)
     before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        with pytest.raises(CheckpointWriteError) as error:
-            AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(1 << 20)}}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with disk_of(1 << 20), pytest.raises(CheckpointWriteError) as error:
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(1 << 20)}}, path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
     for part in (str(path), "4 MiB", "default_root_dir", "Earlier checkpoints are intact"):
@@ -55,6 +63,21 @@ def test_save_over_shards_replaces_them(name: str, tmp_path: Path) -> None:
     AtomicCheckpointIO().save_checkpoint(small(), tmp_path / "last.ckpt")
     assert torch.equal(torch.load(tmp_path / "last.ckpt")["state_dict"]["weight"], torch.arange(6.0))
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_strategy_keeps_shards_until_the_file_is_there(tmp_path: Path) -> None:
+    """FSDP2 that writes one file, in a run that wrote shards before."""
+    path = tmp_path / "last.ckpt"
+    path.mkdir()
+    for name in ("meta.pt", ".metadata", "__0_0.distcp"):
+        (path / name).write_text("earlier")
+    strategy = FSDP2Strategy(save_distributed_checkpoint=False)
+    strategy.checkpoint_io = AtomicCheckpointIO()
+    with disk_of(1 << 20), pytest.raises(CheckpointWriteError):
+        strategy.save_checkpoint({"state_dict": {"weight": torch.zeros(1 << 20)}}, path)
+    assert sorted(file.name for file in path.iterdir()) == [".metadata", "__0_0.distcp", "meta.pt"]
+    strategy.save_checkpoint(small(), path)
+    assert torch.equal(torch.load(path)["state_dict"]["weight"], torch.arange(6.0))
 
 
 class Stuck:

@@ -173,6 +173,14 @@ def test_two_arguments_are_refused_before_the_engine() -> None:
         CodeBiasProcessor.validate_params(SamplingParams({"latent_code": 1, "latent_annotator": "ann"}))
 
 
+def test_damaged_weights_of_annotators_are_refused(folder: Path) -> None:
+    (folder / "code_weights.json").write_text('{"ann": [0.1')
+    with pytest.raises(
+        ConfigError, match=r"code_weights\.json: found no JSON .* Write it again with `lpc-lightning adapt`"
+    ):
+        load(folder)
+
+
 def test_folder_without_a_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"found no code_biases\.safetensors, expected a local folder that"):
         load(tmp_path)

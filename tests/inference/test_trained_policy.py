@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,18 @@ def test_latent_is_dropped(checkpoint: Path) -> None:
     latent = codes()
     DPO(policy=TrainedPolicy(str(checkpoint), keep_latent=False), latent=latent).configure_model()
     assert not torch.equal(latent.codebook.weight, trained(checkpoint)["latent.codebook.weight"])
+
+
+def test_export_whose_latent_is_gone(exported: Path, tmp_path: Path) -> None:
+    """A fit must not start with a new latent in its place without being told to."""
+    folder = Path(shutil.copytree(exported, tmp_path / "copied"))
+    (folder / "digests.json").unlink()
+    (folder / "latent.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"latent\.safetensors: found no latent .* set policy\.keep_latent to false"
+    ):
+        DPO(policy=TrainedPolicy(str(folder)), latent=codes()).configure_model()
+    DPO(policy=TrainedPolicy(str(folder), keep_latent=False), latent=codes()).configure_model()
 
 
 def test_checkpoint_without_latent_starts_any_fit(fitted: Callable[..., Path]) -> None:

@@ -23,7 +23,7 @@ from lpc_lightning.evaluation.report.runs.records import (
     numeric_metrics,
     split_seed,
 )
-from lpc_lightning.evaluation.report.runs.settings import Value, as_value
+from lpc_lightning.evaluation.report.runs.settings import WEIGHTS, Value, as_value
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
 
 ABLATION, CELL, CELLS = "ablation.json", "cell.json", "cells"
@@ -80,7 +80,7 @@ def load_cell(folder: Path) -> Loaded:
     # A cell at another value than the chosen one ran later at a value that was set by hand.
     sections = (each.section for each in read_tunings(grid) if each.axes == axes and tuned == {each.axis: each.value})
     tune = next(sections, "none")
-    settings = {**logged.settings, "weights": cell["weights"], "tune": tune} if logged.settings else {}
+    settings = {**logged.settings, WEIGHTS: cell["weights"], "tune": tune} if logged.settings else {}
     record = replace(
         logged,
         name=folder.name,

@@ -9,7 +9,9 @@ from typing import Any
 
 from lpc_lightning.evaluation.benchmarks.results import RESULTS, scores
 from lpc_lightning.evaluation.comparison.model_scores import conditions_of
-from lpc_lightning.evaluation.report.runs.records import Loaded, Measurement, RunProvenance, numeric_metrics
+from lpc_lightning.evaluation.report.runs.fit import weights_kind
+from lpc_lightning.evaluation.report.runs.records import PRECISION, Loaded, Measurement, RunProvenance, numeric_metrics
+from lpc_lightning.evaluation.report.runs.settings import WEIGHTS
 from lpc_lightning.inference.checkpoints import run_folder
 
 
@@ -17,15 +19,18 @@ def load_evaluation(folder: Path) -> Loaded:
     """Read a model's `results.json`: the metrics of each task as `TASK/METRIC`, without standard errors."""
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     origin = results["origin"]
+    request = origin.get("request") or {}
+    model = request.get("model") or origin.get("path")
+    is_run = origin.get("kind") == "checkpoint" and model
+    of_model: dict[str, Any] = {PRECISION: request["precision"]} if request.get("precision") else {}
+    of_model |= {WEIGHTS: weights_kind(Path(model))} if is_run else {}
     by_task = conditions_of(results, results["metrics"])
     metrics: dict[str, float] = {}
     conditions: dict[str, Mapping[str, Any]] = {}
     for task, task_metrics in results["metrics"].items():
         named = {f"{task}/{name}": value for name, (value, _) in scores(numeric_metrics(task_metrics)).items()}
         metrics |= named
-        conditions |= dict.fromkeys(named, by_task[task])
-    model = (origin.get("request") or {}).get("model") or origin.get("path")
-    is_run = origin.get("kind") == "checkpoint" and model
+        conditions |= {metric: {**by_task[task], **of_model} for metric in named}
     name = str(origin.get("name") or folder.name)
     facts = {"versions": results.get("packages"), "settings": results.get("settings"), "git": results.get("git")}
     run = run_folder(Path(model)) if is_run else None

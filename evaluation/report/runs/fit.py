@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from lpc_lightning.errors import CheckpointError
 from lpc_lightning.evaluation.report.runs.records import FINISHED, UNKNOWN, Curve, Loaded, Measurement, RunRecord
-from lpc_lightning.evaluation.report.runs.settings import SEED, flatten
+from lpc_lightning.evaluation.report.runs.settings import SEED, WEIGHTS, Value, flatten
 from lpc_lightning.inference.checkpoints import read_checkpoint, run_folder
 from lpc_lightning.json_files import read_if_whole
 from lpc_lightning.yaml_files import read_yaml
@@ -19,6 +20,16 @@ from lpc_lightning.yaml_files import read_yaml
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.csv", "summary.json"
 RESULT_PREFIXES = ("train/", "val/", "test/", "lm_eval/", "resources/")
 """Prefixes of the columns that hold results. Other columns are row numbers, epochs and the like."""
+MEASURING_SETTINGS = {
+    "data": "",
+    "trainer.precision": "",
+    "trainer.limit_val_batches": "val/",
+    "trainer.limit_test_batches": "test/",
+    "callbacks.AnnotatorAdaptation": "/adaptation/",
+    "callbacks.LMEvaluation": "lm_eval/",
+}
+"""Settings of `validate` and `test`, with the arguments below them, that change metrics with this part in their names.
+Model, policy and latent are those of the checkpoint."""
 
 
 def load_run(folder: Path) -> Loaded:
@@ -28,11 +39,26 @@ def load_run(folder: Path) -> Loaded:
     checkpoint = config.get("ckpt_path")
     trained = any(name.startswith("train/") for name in record.curves) or (folder / "checkpoints").is_dir()
     if checkpoint and not trained:
-        run = run_folder(Path(checkpoint))
-        pairs = {name: value for name, value in record.settings.items() if name.startswith("data")}
-        conditions = dict.fromkeys(record.metrics, pairs)
-        return Loaded(measurements=(Measurement(record.name, record.metrics, run, folder, record.seed, conditions),))
+        path = Path(checkpoint)
+        conditions = {metric: {**_conditions(record, metric), WEIGHTS: weights_kind(path)} for metric in record.metrics}
+        measured = Measurement(record.name, record.metrics, run_folder(path), folder, record.seed, conditions)
+        return Loaded(measurements=(measured,))
     return Loaded(records=(replace(record, parameters=checkpoint_parameters(folder)),))
+
+
+def _conditions(record: RunRecord, metric: str) -> dict[str, Value]:
+    """Return the settings of a measurement that change a metric."""
+    names = [name for name, part in MEASURING_SETTINGS.items() if part in metric]
+    return {
+        setting: value
+        for setting, value in record.settings.items()
+        if any(setting == name or setting.startswith(f"{name}.") for name in names)
+    }
+
+
+def weights_kind(checkpoint: Path) -> str:
+    """Return the kind of weights in a checkpoint, from the name of the file: `best`, `last`, `epoch=N-step=N`."""
+    return re.sub(r"\d+", "N", checkpoint.stem)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -56,7 +82,7 @@ def read_run(folder: Path) -> RunRecord:
         seconds=None if seconds is None else seconds * summary["steps"],
         peak_bytes=None if peak is None else peak * 2**30,
         curves={name: curve for name, (_, curve) in curves.items()},
-        settings={**flatten(config), "weights": "last"} if config else {},
+        settings={**flatten(config), WEIGHTS: "last"} if config else {},
     )
 
 

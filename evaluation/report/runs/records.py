@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.report.runs.settings import Value, as_value, is_without_influence
+from lpc_lightning.evaluation.report.runs.settings import WEIGHTS, Value, as_value, is_without_influence
 
 FINISHED, MISSING, UNKNOWN = "finished", "missing", "unknown"
+PRECISION = "precision"
+OPTIONAL = (WEIGHTS, PRECISION)
+"""Conditions that are compared where they are known: a plain model has no kind of weights."""
 COUNTED = (FINISHED, UNKNOWN)
 """Statuses of runs whose metrics are in the tables. A run of unknown status is also listed as such."""
 
@@ -191,16 +195,26 @@ def check_conditions(records: Sequence[RunRecord], metrics: Sequence[str]) -> No
     """
     for metric in metrics:
         having = [record for record in records if metric in record.metrics and record.counted]
-        for record in having[1:]:
-            ours, first = record.conditions.get(metric, {}), having[0].conditions.get(metric, {})
-            for name in {**first, **ours}:
-                if is_without_influence(name) or first.get(name) == ours.get(name):
-                    continue
-                values = [as_value(each[name]) if name in each else "the run's own" for each in (first, ours)]
+        firsts: dict[str, tuple[RunRecord, Any]] = {}
+        conditions = dict.fromkeys(name for record in having for name in record.conditions.get(metric, {}))
+        for name, record in product(conditions, having):
+            own = record.settings.get(name) if name in OPTIONAL else None
+            value = record.conditions.get(metric, {}).get(name, own)
+            if is_without_influence(name) or (name in OPTIONAL and value is None):
+                continue
+            # The first record that has the condition, if it is optional.
+            first, expected = firsts.setdefault(name, (record, value))
+            if value != expected:
                 raise ConfigError(
-                    f"runs: found {metric} measured with {name} {values[0]} for {having[0].name} and {values[1]} for "
-                    f"{record.name}, expected equal conditions. Measure one of them again, or leave it out."
+                    f"runs: found {metric} measured with {name} {_describe(first, metric, name, expected)} for "
+                    f"{first.name} and {_describe(record, metric, name, value)} for {record.name}, expected equal "
+                    "conditions. Measure one of them again, or leave it out."
                 )
+
+
+def _describe(record: RunRecord, metric: str, name: str, value: Any) -> Value:
+    is_own = value is None and name not in record.conditions.get(metric, {})
+    return "the run's own" if is_own else as_value(value)
 
 
 def numeric_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

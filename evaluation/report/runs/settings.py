@@ -44,6 +44,11 @@ WITHOUT_INFLUENCE = (
 )
 """Settings that cannot change the metrics of a run, with the arguments below them. Runs may differ in them."""
 SEED = "seed_everything"
+WEIGHTS = "weights"
+"""Name of the kind of weights that a run's metrics are of, such as `last` or `best`. It is added to the settings."""
+BATCH_LIMITS = tuple(f"trainer.limit_{stage}_batches" for stage in ("train", "val", "test", "predict"))
+ALL = "all"
+"""Value of a setting among `BATCH_LIMITS` that uses all batches."""
 
 
 def as_value(value: Any) -> Value:
@@ -77,7 +82,13 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Value]:
             `callbacks.LabelFlipNoise.rate`.
     """
     # An empty list of callbacks is the same as none.
-    return dict(_flatten("", {name: value for name, value in config.items() if name != "callbacks" or value}))
+    settings = dict(_flatten("", {name: value for name, value in config.items() if name != "callbacks" or value}))
+    return settings | {name: ALL for name in BATCH_LIMITS if name in settings and _is_all(settings[name])}
+
+
+def _is_all(limit: Value) -> bool:
+    """Return true for none and 1.0. The integer 1 is one batch."""
+    return limit == "none" or (isinstance(limit, float) and limit == 1)
 
 
 def _flatten(name: str, value: Any) -> Iterator[tuple[str, Value]]:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.formats import to_example
-from lpc_lightning.data.sources.locations import open_location
+from lpc_lightning.data.sources.locations import DEFAULT_SPLIT, open_location
 from lpc_lightning.data.sources.prompts import with_name
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.report import DataReport
@@ -60,7 +60,8 @@ class RowSource:
         """See `ExampleSource.key`."""
         settings = {name: value for name, value in asdict(self).items() if name != "path"}
         location = open_location(self.path, self.config)
-        return json.dumps([location.key(None if location.splits is None else self.split), settings], sort_keys=True)
+        own = None if location.splits is None else self.split
+        return json.dumps([location.key(own), location.splits, settings], sort_keys=True)
 
     def read(self, report: DataReport) -> Iterator[PreferenceExample]:
         """See `ExampleSource.read`."""
@@ -77,7 +78,9 @@ class RowSource:
 
     def _examples(self, report: DataReport) -> Iterator[tuple[PreferenceExample, list[str]]]:
         """Yield the examples of the split with the names of their special forms."""
-        has_own_splits = open_location(self.path, self.config).splits is not None
+        splits = open_location(self.path, self.config).splits
+        has_own_splits = splits is not None
+        report.name_unread_splits(name for name in splits or () if name != (self.split or DEFAULT_SPLIT))
         own = self.split if has_own_splits else None
         rows = read_rows(self.path, config=self.config, split=own, on_bad=report.count_unread)
         rows = report.counting(rows)

@@ -260,7 +260,7 @@ def _open_folder(folder: Path, config: str | None) -> Location:
         try:
             if any((folder / name).is_file() for name in _SAVED):
                 saved = SavedDataset(folder.name, datasets.load_from_disk(str(folder)))
-                warn_of_unread(folder, [])
+                warn_of_unread(folder, None, [])
                 return saved
             by_split = datasets.load_dataset_builder(str(folder), config).config.data_files
             files = {str(split): Files(tuple(Path(str(file)) for file in paths)) for split, paths in by_split.items()}
@@ -273,7 +273,7 @@ def _open_folder(folder: Path, config: str | None) -> Location:
     for split_files in files.values():
         for file in split_files.paths:
             reader_of(file)
-    warn_of_unread(folder, [file for split_files in files.values() for file in split_files.paths])
+    warn_of_unread(folder, config, [file for split_files in files.values() for file in split_files.paths])
     return FolderOfFiles(folder, files)
 
 

@@ -29,6 +29,8 @@ class DataReport:
     """Number of tokenized pairs, including cut pairs."""
     other_splits: dict[str, int] = field(default_factory=dict)
     """Number of rows in other splits, by the value of their split column."""
+    unread_splits: list[str] = field(default_factory=list)
+    """Names of the data set's own splits that were not read. Their rows are not counted."""
     held_apart: int = 0
     """Number of rows on the other side of a hold-out by prompt."""
     bad: dict[str, int] = field(default_factory=dict)
@@ -68,6 +70,10 @@ class DataReport:
         """Count one row that belongs to another split."""
         self.other_splits[split] = self.other_splits.get(split, 0) + 1
 
+    def name_unread_splits(self, names: Iterable[str]) -> None:
+        """Name the data set's own splits that are not read."""
+        self.unread_splits += [name for name in names if name not in self.unread_splits]
+
     def count_dropped(self, reason: str) -> None:
         """Count one pair dropped because of a tie or by the length policy."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -95,6 +101,7 @@ class DataReport:
             read=self.read + other.read,
             kept=self.kept + other.kept,
             other_splits=_sum(self.other_splits, other.other_splits),
+            unread_splits=list(dict.fromkeys([*self.unread_splits, *other.unread_splits])),
             held_apart=self.held_apart + other.held_apart,
             bad=_sum(self.bad, other.bad),
             bad_places=places,
@@ -124,6 +131,7 @@ class DataReport:
         """Return a short text for the log: one line of totals, then one line for each reason."""
         lines = [f"{self.read} rows read, {self.kept} pairs kept"]
         lines += [f"  {n} left to split {split!r}" for split, n in self.other_splits.items()]
+        lines += [f"  splits that are not read here: {', '.join(self.unread_splits)}"] if self.unread_splits else []
         lines += [f"  {self.held_apart} on the other side of the hold-out"] if self.held_apart else []
         for reason, n in self.bad.items():
             places = self.bad_places.get(reason, [])

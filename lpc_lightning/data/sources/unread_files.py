@@ -14,11 +14,12 @@ DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", 
 """Files that describe a data set and hold no rows."""
 
 
-def warn_of_unread(folder: Path, read: Collection[Path]) -> None:
+def warn_of_unread(folder: Path, config: str | None, read: Collection[Path]) -> None:
     """Warn of the files of rows in a folder that are not read. Hidden files and descriptions are no such files.
 
     Args:
         folder: The folder.
+        config: Its configuration that is read. None: its default.
         read: Files of its splits.
     """
     known = {path.resolve() for path in read}
@@ -34,9 +35,10 @@ def warn_of_unread(folder: Path, read: Collection[Path]) -> None:
     if unread:
         names = ", ".join(name.as_posix() for name in unread[:MOST_NAMES])
         more = f" and {len(unread) - MOST_NAMES} more" if len(unread) > MOST_NAMES else ""
+        split = "split" if config is None else f"split of the configuration {config!r}"
         # The level of this line: the text is shown once, however often the folder is opened.
         warnings.warn(
-            f"{folder}: no row of {names}{more} is read, because `datasets` assigns these files to no split. To read "
-            "them, set data.path to the files: a pattern, a list, or a mapping of train, validation and test to files.",
+            f"{folder}: no row of {names}{more} is read, because `datasets` assigns these files to no {split}. To "
+            "read them, set data.path to files: a pattern, a list, or a mapping of train, validation and test.",
             stacklevel=1,
         )

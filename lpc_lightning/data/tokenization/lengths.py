@@ -92,7 +92,8 @@ def _truncate_prompt(policy: LengthPolicy, pair: TokenizedPair, fault: str, bos_
     room = min(rooms) - len(lead)
     if room < 1:
         return FitResult(None, dropped=NO_ROOM_FOR_PROMPT)
-    return FitResult(replace(pair, prompt_ids=lead + ids[-room:]), cut="prompt")
+    # Longer answers leave less of the same prompt. All its pairs stay together by the hash of the whole prompt.
+    return FitResult(replace(pair, prompt_ids=lead + ids[-room:], question=pair.prompt), cut="prompt")
 
 
 def _truncate_answer(policy: LengthPolicy, pair: TokenizedPair, fault: str, bos_id: int | None) -> FitResult:

@@ -12,6 +12,7 @@ import pytest
 
 from lpc_lightning.data import PreferenceData
 from lpc_lightning.data.datamodule import require_part
+from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.report import DataReport
@@ -99,6 +100,16 @@ def test_folder_names_its_unread_files(tmp_path: Path, names: list[str], unread:
     assert len(read) == len(names) - (7 if "more" in unread else 1)
 
 
+def test_folder_names_files_of_other_configs(tmp_path: Path) -> None:
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    for number, name in enumerate("ab"):
+        write(tmp_path / f"{name}.jsonl", number)
+    with pytest.warns(UserWarning, match=r"no row of b\.jsonl is read, .* no split of the configuration 'a'"):
+        location = open_location(tmp_path, "a")
+    assert [row["prompt"] for _, row in location.rows("train", lambda *_: None)] == ["p0"]
+
+
 def test_folder_whose_files_are_all_read(tmp_path: Path) -> None:
     """Descriptions and hidden copies are no rows."""
     write(tmp_path / "train.jsonl", 1)
@@ -150,6 +161,26 @@ def test_json_with_splits(tmp_path: Path) -> None:
     assert open_location(path).key("train") != open_location(path).key("test")
     with pytest.raises(DataError, match=r"no split 'dev'\. It has: train, test"):
         places(path, "dev")
+
+
+@pytest.mark.parametrize("kind", ["json", "saved", "folder"])
+def test_report_names_the_splits_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"pairs.{kind}"
+    splits = {"train": rows(0, 1), "test": rows(2), "validation" if kind == "folder" else "eval": rows(3)}
+    if kind == "json":
+        path.write_text(json.dumps(splits))
+    elif kind == "saved":
+        datasets.DatasetDict({name: datasets.Dataset.from_list(each) for name, each in splits.items()}).save_to_disk(
+            path
+        )
+    else:
+        for name, each in splits.items():
+            write(path / f"{name}.jsonl", *(int(row["prompt"][1:]) for row in each))
+    *_, last = splits
+    report, test_report = DataReport(), DataReport()
+    assert len(list(RowSource(str(path)).read(report))) == 2
+    assert len(list(RowSource(str(path), split="test").read(test_report))) == 1
+    assert (set(report.unread_splits), set(test_report.unread_splits)) == ({"test", last}, {"train", last})
 
 
 @pytest.mark.parametrize("content", [{"prompt": ["p"], "chosen": ["a"], "rejected": ["b"]}, {"train": rows(0), "n": 1}])

@@ -12,6 +12,7 @@ def filled_report() -> DataReport:
     report.count_dropped("pair longer than max_length")
     report.count_cut("prompt")
     report.count_other_split("test")
+    report.name_unread_splits(["eval", "extra"])
     return report
 
 
@@ -38,6 +39,7 @@ def test_report_text_first_three_places():
     assert "1 dropped: pair longer than max_length" in text
     assert "1 kept with a cut prompt" in text
     assert "1 left to split 'test'" in text
+    assert "  splits that are not read here: eval, extra" in text
 
 
 def test_report_json_round_trip():
@@ -54,6 +56,7 @@ def test_report_merged():
     assert (both.read, both.kept, both.bad["empty answer"]) == (24, 8, 8)
     assert both.dropped == {"pair longer than max_length": 2, "answers equal after the cut": 1}
     assert len(both.bad_places["empty answer"]) == 3
+    assert both.unread_splits == ["eval", "extra"]
     assert one == filled_report()
 
 

@@ -59,6 +59,14 @@ def test_truncate_prompt_keeps_end_and_bos():
     assert LengthPolicy(max_length=100, max_prompt_length=2, too_long="truncate_prompt")(long).pair.prompt_ids == [7, 8]
 
 
+def test_truncate_prompt_keeps_pairs_of_a_prompt_together():
+    """Longer answers leave less of the same prompt."""
+    policy = LengthPolicy(max_length=10, too_long="truncate_prompt")
+    fitted = [policy(pair(9, answer, 1)).pair for answer in (6, 3, 1)]
+    assert [len(each.prompt_ids) for each in fitted] == [4, 7, 9]
+    assert {each.prompt for each in fitted} == {pair(9, 1, 1).prompt}
+
+
 def test_truncate_prompt_drops_bos_that_marks_turns():
     turns = TokenizedPair("x", [1, 5, 6, 1, 7, 8], [2] * 4, [3])
     assert LengthPolicy(max_length=7, too_long="truncate_prompt")(turns, bos_id=1).pair.prompt_ids == [1, 7, 8]

@@ -15,7 +15,6 @@ import torch
 import yaml
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation import fingerprint
 from lpc_lightning.evaluation.ablation.command import ablate, main
 from lpc_lightning.evaluation.ablation.folder import CellFolder, Weights
 from lpc_lightning.evaluation.ablation.work import log_fault
@@ -128,7 +127,6 @@ def test_ablate_continues_after_failed_cell(
     assert not ablate(grid_arguments, **settings, retry_failed=True)
     assert record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")["attempts"] == 2
 
-    fingerprint._describe_file.cache_clear()
     broken.write_text("class_path: lpc_lightning.latent.GumbelSpace\ninit_args: {num_codes: 4}\n")
     assert ablate(grid_arguments, **settings)  # the file has changed: the cell runs again without --retry-failed
     assert record(output / "cells" / "latent=gumbel,noise=0.5,seed=1")["attempts"] == 1

@@ -296,6 +296,10 @@ def test_slurm_array_has_the_next_stage(
         capsys.readouterr()
         assert ablate([str(tmp_path / "grid.yaml")], output=str(engine.output), print_array=True)
         assert f"#SBATCH --array={cells}%16" in capsys.readouterr().out
+    engine(grid, score)
+    capsys.readouterr()
+    assert ablate([str(tmp_path / "grid.yaml")], output=str(engine.output), print_array=True)
+    assert capsys.readouterr() == ("", "No cell is left to run, so there is no array to submit.\n")
 
 
 def test_slurm_tasks_run_what_the_array_lists(

@@ -387,6 +387,20 @@ def test_failing_benchmark_sets_exit_code(
     assert run_tasks == []
 
 
+def test_changed_task_file_is_run_again(
+    evaluate: Run, plain: str, results: Any, task_file: Callable[..., str], run_tasks: list[str]
+) -> None:
+    runs = []
+    for score in (1.0, 0.0):
+        own = task_file("own", ROWS, f"def process_results(doc, results):\n    return {{'acc': {score}}}\n")
+        for _ in range(2):
+            run_tasks.clear()
+            assert evaluate(plain, "--tasks", "truthfulqa_mc1", own, "--limit=4").code == 0
+            runs.append(list(run_tasks))
+        assert results("plain").metrics["own"]["acc"] == score
+    assert runs == [["truthfulqa_mc1", own], [], [own], []]
+
+
 def test_rerun_repeats_failed_tasks_only(
     evaluate: Run, plain: str, results: Any, data_dir: Path, run_tasks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

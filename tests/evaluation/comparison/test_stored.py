@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
+from lpc_lightning.evaluation.benchmarks.tasks import task_file_version
 from lpc_lightning.evaluation.comparison.stored import (
     REQUEST,
     add_run,
@@ -50,6 +51,23 @@ def run(metrics: Any = (), failures: Any = (), tasks: Any = None, date: str = "d
 )
 def test_missing_tasks(stored: BenchmarkResults | None, tasks: list[str], missing: list[str]) -> None:
     assert missing_tasks(stored, tasks) == missing
+
+
+@pytest.mark.parametrize("file", ["own.yaml", "_template_yaml", "utils.py", "rows.jsonl"])
+def test_changed_task_file_is_missing(file: str, tmp_path: Path) -> None:
+    """A task changes with its file, and with the template, the functions and the data that the file names."""
+    path = tmp_path / "own.yaml"
+    path.write_text("include: _template_yaml\nprocess_results: !function utils.last\n")
+    (tmp_path / "_template_yaml").write_text("task: own\ndataset_kwargs: {data_files: rows.jsonl}\n")
+    for name in ("utils.py", "rows.jsonl", "other.py"):
+        (tmp_path / name).write_text("")
+    stored = run(["own"], tasks=[str(path)])
+    stored.record["tasks"]["own"]["task_file"] = task_file_version(str(path))
+    (tmp_path / "other.py").write_text("# changed")
+    assert missing_tasks(stored, [str(path)]) == []
+    with (tmp_path / file).open("a") as opened:
+        opened.write("# changed")
+    assert missing_tasks(stored, [str(path)]) == [str(path)]
 
 
 def test_add_run_replaces_and_lists_earlier_runs() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from scipy import stats
 
 from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, score_line, to_position, to_shots
 from lpc_lightning.evaluation.adaptation.scores import Score
@@ -124,12 +125,17 @@ def test_positions_double(shots: int) -> None:
 
 
 def test_score_line_intervals() -> None:
-    scores = {0: Score(0.5, 0.1, None, 20, {"anna": 0.5}), 4: Score(0.9, None, None, 1, {"anna": 0.9})}
+    """Student's interval over the prompts: 20 prompts and five pairs of each. Three prompts and one have none."""
+    scores = {
+        0: Score(0.5, 0.1, None, 100, 20, {"anna": 0.5}),
+        2: Score(0.7, 0.1, None, 15, 3, {"anna": 0.7}),
+        4: Score(0.9, None, None, 1, 1, {"anna": 0.9}),
+    }
     line = score_line("exact", scores)
-    assert list(line.positions) == [0, 3]
-    first, last = line.means
-    assert (first.low, first.high) == (pytest.approx(0.304), pytest.approx(0.696))
-    assert (last.low, last.high) == (None, None)
+    assert list(line.positions) == [0, 2, 3]
+    first, few, last = line.means
+    assert (first.low, first.high) == pytest.approx(stats.t.interval(0.95, 19, 0.5, 0.1))
+    assert (few.low, few.high, last.low, last.high) == (None,) * 4
     figure: Any = draw_adaptation({"": [line]}, [0, 4], None, "accuracy")
     axes: Axes = figure.axes[0]
     assert axes.get_ylabel() == "accuracy"

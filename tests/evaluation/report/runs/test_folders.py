@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from lpc_lightning.cli import main
 from lpc_lightning.data import DataError
@@ -223,12 +225,19 @@ def write_evaluation(
     kind: str = "checkpoint",
     limit: int | None = None,
     name: str = "arc_easy/acc",
+    precision: str | None = None,
 ) -> Path:
     """Write results as `evaluate` does. `name` is the task and its metric."""
     task, _, metric = name.partition("/")
     metrics = {task: {metric: score, f"{metric}_stderr": 0.01}}
     record = {"packages": {"torch": "2.13.0"}, "tasks": {task: {"limit": limit, "version": 1}}}
-    origin = {"path": model, "kind": kind, "seed": 3, "name": folder.name, "request": {"model": model}}
+    origin = {
+        "path": model,
+        "kind": kind,
+        "seed": 3,
+        "name": folder.name,
+        "request": {"model": model, "precision": precision},
+    }
     write_results(folder, BenchmarkResults(metrics, [], {}, record), origin)
     return folder
 
@@ -270,6 +279,78 @@ def test_measurements_under_other_conditions(metric: str, tmp_path: Path) -> Non
     check_conditions(records, ["loss"])
     with pytest.raises(ConfigError, match=f"{metric} measured with limit 100 for a and none for c, expected equal"):
         check_conditions(records, [metric])
+
+
+def write_measured(folder: Path, checkpoint: str, **trainer: Any) -> Path:
+    """Write a run of `fit`, and a `test` of one of its checkpoints."""
+    config = {"seed_everything": 3, "data": {"path": "pairs.jsonl"}, "model": {"class_path": "DPO", "init_args": {}}}
+    callbacks = trainer.pop("callbacks", [])
+    own = {"precision": "32-true", "limit_test_batches": None, "limit_val_batches": None}
+    run, path = folder / "fit", folder / "fit" / "checkpoints" / f"{checkpoint}.ckpt"
+    path.parent.mkdir(parents=True)
+    (folder / "test").mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "ckpt_path": None, "trainer": own}))
+    tested = {**config, "ckpt_path": str(path), "trainer": own | trainer, "callbacks": callbacks}
+    (folder / "test" / "config.yaml").write_text(yaml.safe_dump(tested))
+    (folder / "test" / "metrics.csv").write_text("step,test/loss,test/adaptation/exact/8\n1,0.5,0.6\n")
+    return folder
+
+
+def joined(*paths: Path) -> list[RunRecord]:
+    loaded = load_folders([str(path) for path in paths])
+    return join_measurements(add_axes(loaded.records), loaded.measurements)[0]
+
+
+SHOTS = [{"class_path": "AnnotatorAdaptation", "init_args": {"training_pairs": 32}}]
+
+
+@pytest.mark.parametrize(
+    ("metric", "trainer", "found"),
+    [
+        ("test/loss", {"limit_test_batches": 3}, r"trainer\.limit_test_batches 3"),
+        ("test/loss", {"limit_test_batches": 1}, r"trainer\.limit_test_batches 1"),
+        ("test/loss", {"limit_test_batches": 1.0, "limit_val_batches": 2}, None),
+        ("test/loss", {"precision": "bf16-mixed"}, r"trainer\.precision bf16-mixed"),
+        ("test/loss", {"callbacks": SHOTS}, None),
+        ("test/adaptation/exact/8", {"callbacks": SHOTS}, r"callbacks\.AnnotatorAdaptation"),
+    ],
+)
+def test_tests_under_other_settings(metric: str, trainer: dict[str, Any], found: str | None, tmp_path: Path) -> None:
+    """The limit 1 is one batch, and 1.0 is all of them, as none is."""
+    records = joined(write_measured(tmp_path / "a", "last", **trainer), write_measured(tmp_path / "b", "last"))
+    assert all(metric in record.metrics for record in records)
+    with pytest.raises(ConfigError, match=f"{metric} measured with {found}") if found else nullcontext():
+        check_conditions(records, [metric])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fails"),
+    [("best", "last", True), ("best", "best", False), ("epoch=0-step=8", "epoch=1-step=16", False)],
+)
+def test_tests_of_best_and_last_weights(first: str, second: str, fails: bool, tmp_path: Path) -> None:
+    paths = [write_measured(tmp_path / name, weights) for name, weights in (("a", first), ("b", second))]
+    message = "test/loss measured with weights best for .*/a/fit and last for .*/b/fit"
+    with pytest.raises(ConfigError, match=message) if fails else nullcontext():
+        check_conditions(joined(*paths), ["test/loss"])
+
+
+def test_evaluations_of_best_and_last_weights(tmp_path: Path) -> None:
+    """A plain model is compared with either. Results without a precision on record are compared with all."""
+    paths = {}
+    for name, precision in (("best", None), ("last", "float32")):
+        run = write_measured(tmp_path / f"run-{name}", name) / "fit"
+        model = str(run / "checkpoints" / f"{name}.ckpt")
+        paths[name] = write_evaluation(tmp_path / name, model, 0.4, precision=precision)
+    for name, precision in (("base", "float32"), ("other", "bfloat16")):
+        paths[name] = write_evaluation(tmp_path / name, name, 0.3, "model", precision=precision)
+    for names, message in (
+        (("base", "best"), None),
+        (("base", "last"), None),
+        (("best", "last"), "arc_easy/acc measured with weights best for .*run-best/fit and last for .*run-last/fit"),
+        (("base", "other"), "arc_easy/acc measured with precision float32 for base and bfloat16 for other"),
+    ):
+        with pytest.raises(ConfigError, match=message) if message else nullcontext():
+            check_conditions(joined(*(paths[name] for name in names)), ["arc_easy/acc"])
 
 
 def test_test_on_other_pairs() -> None:
