@@ -40,6 +40,7 @@ from lpc_lightning.policy import PolicySpec, UnsupportedPolicyError
 from lpc_lightning.policy.precision import is_bfloat16_fast
 from lpc_lightning.run_folder import DiscardedRunFolder, RunFolder
 from lpc_lightning.run_loggers import SaveSettings, build_logger, run_loggers
+from lpc_lightning.settings_parser import SettingsParser
 from lpc_lightning.system_errors import explain_system_error
 
 
@@ -61,6 +62,7 @@ class PreferenceCLI(LightningCLI):
                 PreferenceModule,
                 PreferenceDataModule,
                 save_config_callback=SaveSettings,
+                parser_class=SettingsParser,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,

@@ -1,13 +1,12 @@
 """Check of config files and groups on a command line, before the parser reads them.
 
-The parser's own error is a page of usage that names neither the known classes nor the group of a file, and it does not
-end for a file that refers to itself.
+The parser's own error does not name the group of a file, and it does not end for a file that refers to itself.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
@@ -32,9 +31,7 @@ BASES: dict[str, type] = {
     "trainer.logger": Logger,
 }
 """Base class of the classes of a group."""
-NAMED = ("policy", "latent", "model", "data")
-"""Groups whose value may be the name of a class."""
-GROUPS = (*NAMED, "callbacks", "trainer")
+GROUPS = ("policy", "latent", "model", "data", "callbacks", "trainer")
 """Groups that may be a file."""
 EMPTY = {"latent": "--latent MarginalSpace", "callbacks": "--callbacks+=LabelFlipNoise"}
 """Groups that have no class unless one is given, with a way to give it."""
@@ -44,7 +41,7 @@ LONGEST_PATH = 4096
 
 
 def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None:
-    """Check that files exist and are plain YAML of the right group, and that names of classes are known.
+    """Check that files exist and are plain YAML of the right group, and that settings of a group have a class.
 
     Args:
         arguments: What follows the command.
@@ -52,8 +49,8 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
             `generate --model` is a checkpoint.
 
     Raises:
-        ConfigError: A file does not exist, is no plain YAML or belongs to another group, a group's value is neither a
-            file nor a known class, or a setting belongs to a group without a class.
+        ConfigError: A file does not exist, is no plain YAML or belongs to another group, a value of `trainer` or
+            `callbacks` is no file, or a setting belongs to a group without a class.
     """
     filled: set[str] = set()
     for argument, following in pairwise([*arguments, ""]):
@@ -96,13 +93,6 @@ def _check_text(option: str, group: str, text: str) -> None:
         )
     if group == "callbacks" and not option.endswith("+"):
         raise ConfigError(f"callbacks: found {text}, expected a file or null. `--callbacks+={text}` adds one.")
-    if group in NAMED and "." not in text:
-        known = sorted(each.__name__ for each in _classes(BASES[group]))
-        if text not in known:
-            raise ConfigError(
-                f"{group}: found {text}, expected a file, {', '.join(known)}, or the import path of a class "
-                "(`my_package.MyClass`)."
-            )
 
 
 def _check_group(option: str, group: str, path: str, content: Any) -> None:
@@ -136,12 +126,3 @@ def _check_filled(option: str, filled: set[str]) -> None:
     group, _, setting = option.removeprefix("--").partition(".")
     if option.startswith("--") and setting not in ("", "help") and group in EMPTY and group not in filled:
         raise ConfigError(f"{group}: found no class for {option}, expected one before it, as in `{EMPTY[group]}`.")
-
-
-def _classes(base: type) -> Iterator[type]:
-    """Yield the classes that can be built, of those that are imported."""
-    subclasses: list[type] = base.__subclasses__()
-    for each in subclasses:
-        if not inspect.isabstract(each):
-            yield each
-        yield from _classes(each)

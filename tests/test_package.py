@@ -23,7 +23,7 @@ LAYERS = (
     {"reference"},
     {"algorithms"},
     {"inference"},
-    {"prepare", "ship_configs", "function_command", "config_arguments"},
+    {"prepare", "ship_configs", "function_command", "config_arguments", "settings_parser"},
     {"cli"},
     {"__main__"},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,6 +189,7 @@ def test_an_unknown_setting_is_the_parsers_to_tell(fit: Command, flag: str) -> N
     output = fit(flag)
     assert output.code == 2
     assert "Traceback" not in output.err
+    assert output.err.startswith("tip: lpc-lightning fit --help lists the settings.\nerror: ")
     assert flag.partition("=")[2].partition(".")[0] in output.err or "batchsize" in output.err
 
 
@@ -221,9 +223,36 @@ def test_split_that_no_row_has(command: Command, places: list[str], tmp_path: Pa
     assert_one_error(output, r"No row belongs to the split .*4 left to split 'train' .*\(data\.test_split and")
 
 
-def test_unknown_class_is_one_line(fit: Command) -> None:
-    output = fit("--latent=marginal")
-    assert_one_error(output, "latent: found marginal, expected a file, ExpectedSpace, ")
+SPACES = "ExpectedSpace, GaussianSpace, GumbelSpace, MLPSpace, MarginalSpace, PosteriorOnlySpace, PriorOnlySpace, "
+SPACES += "VectorSpace, or the import path of a class"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--latent", "marginal"], f"latent: found marginal, expected a file, {SPACES}"),
+        (["--latent=MarginlSpace"], f"latent: found MarginlSpace, expected a file, {SPACES}"),
+        (["--latent", "configs/latent/x"], f"latent: found configs/latent/x, expected a file, {SPACES}"),
+        (["--model=DPOO"], "model: found DPOO, expected a file, DPO, IPO, KTO, ORPO, SimPO, or the import path"),
+        (["--policy", "Tiny"], "policy: found Tiny, expected a file, PretrainedPolicy, TinyPolicy, TrainedPolicy, or"),
+        (
+            ["--data", "x"],
+            "data: found x, expected a file, PreferenceData, PreferenceMixture, Synthe",
+        ),
+        (
+            ["--latent=GumbelSpace", "--latent.tau=x"],
+            "latent.tau: found x, expected a file, a number, Constant, Cosine, Expon",
+        ),
+        (["--policy.lora=x"], "policy.lora: found x, expected a file, LoRA, or"),
+        (["--model.optimizer=x"], "model.optimizer: found x, expected a file, or the import path of a class"),
+        (["--trainer.logger=x"], "trainer.logger: found x, expected a file, true, false, CSVLogger, CometLogger, "),
+        (["--callbacks+=x"], "callbacks: found x, expected a file, "),
+    ],
+    ids=str,
+)
+def test_unknown_class_is_one_line(fit: Command, flags: list[str], message: str) -> None:
+    output = fit(*flags)
+    assert_one_error(output, re.escape(message))
     assert len(output.err.splitlines()) == 1
 
 
