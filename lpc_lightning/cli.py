@@ -108,13 +108,13 @@ class PreferenceCLI(LightningCLI):
         if "OMP_NUM_THREADS" not in os.environ and is_narrow(config.policy):
             torch.set_num_threads(1)
         trainer = config.trainer
-        check_accelerator(trainer.accelerator)
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         if "deepspeed" in str(strategy).lower() and find_spec("deepspeed") is None:
             raise ConfigError(
                 f"trainer.strategy: found {strategy}, which needs DeepSpeed, and that is not installed. "
                 "`pip install -c constraints.txt -e '.[deepspeed]'`, or set it to fsdp2."
             )
+        check_accelerator(trainer.accelerator)
         if trainer.precision is None:
             trainer.precision = default_precision(trainer.accelerator)
         if trainer.enable_progress_bar is False:

@@ -241,7 +241,7 @@ SPACES += "VectorSpace, or the import path of a class"
         ),
         (
             ["--latent=GumbelSpace", "--latent.tau=x"],
-            "latent.tau: found x, expected a file, a number, Constant, Cosine, Expon",
+            "latent.tau: found x, expected a file, a number, Constant, Cosine, E",
         ),
         (["--policy.lora=x"], "policy.lora: found x, expected a file, LoRA, or"),
         (["--model.optimizer=x"], "model.optimizer: found x, expected a file, or the import path of a class"),
