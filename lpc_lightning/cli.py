@@ -114,7 +114,6 @@ class PreferenceCLI(LightningCLI):
                 f"trainer.strategy: found {strategy}, which needs DeepSpeed, and that is not installed. "
                 "`pip install -c constraints.txt -e '.[deepspeed]'`, or set it to fsdp2."
             )
-        check_accelerator(trainer.accelerator)
         if trainer.precision is None:
             trainer.precision = default_precision(trainer.accelerator)
         if trainer.enable_progress_bar is False:
@@ -148,6 +147,7 @@ class PreferenceCLI(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Give the run a folder of its own, which its config does not name: run again, it is another run."""
         settings = self.config[str(self.subcommand)].trainer
+        check_accelerator(settings.accelerator)
         if self._claimed is not None and (settings.fast_dev_run or settings.logger is False):
             options["default_root_dir"] = str(self._claimed.path)
         else:
