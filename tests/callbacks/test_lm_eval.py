@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -193,7 +194,9 @@ def test_scores_in_loggers_and_files(fit, task, tmp_path, capsys) -> None:
     loggers = [CSVLogger(tmp_path, name="", version="run"), TensorBoardLogger(tmp_path, name="", version="run")]
     trainer = fit("run", LMEvaluation([task], limit=6, every_n_steps=2, step_limit=3), logger=loggers)
     results = read_results(tmp_path / "run" / "lm_eval")
-    assert results.record["tasks"]["numbers"] | {"seconds": 0} == {
+    record = dict(results.record["tasks"]["numbers"])
+    assert re.fullmatch("[0-9a-f]{16}", record.pop("task_file"))
+    assert record | {"seconds": 0} == {
         "version": 1, "num_fewshot": 0, "limit": 6, "items": 6, "documents": 9, "higher_is_better": {"acc": True},
         "seconds": 0,
     }  # fmt: skip

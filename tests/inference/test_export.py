@@ -406,7 +406,7 @@ def test_a_flipped_bit_in_an_export_is_refused(copied: Path) -> None:
     for name in ("latent.safetensors", "model.safetensors", "tokenizer.json", "modeling_lpc.py"):
         for share in (0.1, 0.9):
             flip(copied / name, share)
-            with pytest.raises(UnsupportedPolicyError, match=rf"policy.path: .*{name} does not have the SHA-256 in"):
+            with pytest.raises(UnsupportedPolicyError, match=rf"^{copied / name} does not have the SHA-256 in"):
                 open_policy(str(copied))
             flip(copied / name, share)
     flip(copied / "README.md", 0.5)  # people write a licence into it
