@@ -27,7 +27,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.formats import to_example
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.grid import read_grid
+from lpc_lightning.evaluation.ablation.grids.grid import read_grid
 from lpc_lightning.evaluation.adaptation.scores import SHOTS
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec, TinyPolicy

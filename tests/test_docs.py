@@ -18,13 +18,13 @@ import pytest
 import yaml
 
 from lpc_lightning.cli import COMMANDS, ENTRY_POINTS, PreferenceCLI
-from lpc_lightning.evaluation.ablation.grid import read_grid
+from lpc_lightning.evaluation.ablation.grids.grid import read_grid
 from tests import test_losses
 from tests.fixtures.processes import ForkedProcess
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-CODE = [ROOT / name for name in ("evaluation/ablation/ray_cluster.py", "lpc_lightning/run_loggers.py")]
+CODE = [ROOT / name for name in ("evaluation/ablation/cells/ray_cluster.py", "lpc_lightning/run_loggers.py")]
 UNPINNED = ("pre-commit", "alpaca-eval")
 """Tools that the project does not import."""
 ADD = sorted((ROOT / "docs").glob("add_*.md"))

@@ -95,6 +95,18 @@ def test_evaluation_imports_no_callback() -> None:
     assert not [path for path, node in modules(ROOT / "evaluation") if ".callbacks" in str(node.module)]
 
 
+def test_folders_of_evaluation_hold_few_files() -> None:
+    folders = [folder for folder in (ROOT / "evaluation").rglob("*") if folder.is_dir()]
+    assert len(folders) > 5
+    assert max(len(list(folder.glob("*.py"))) for folder in folders) <= 15
+
+
+def test_names_of_tests_are_short() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")]
+    names = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert not [name for name in names if name.startswith("test_") and len(name) > 50]
+
+
 @pytest.mark.slow
 def test_losses_and_latent_need_only_torch() -> None:
     heavy = {"transformers", "lightning", "datasets"}

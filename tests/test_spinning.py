@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CONSOLE = "from importlib.metadata import entry_points as e; e(group='console_scripts')['lpc-lightning'].load()"
 CELL = """
-from lpc_lightning.evaluation.ablation.process import FORKED
+from lpc_lightning.evaluation.ablation.cells.process import FORKED
 process = FORKED.Process(target=print)
 process.start()
 process.join()

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from lpc_lightning.evaluation.ablation.axes import parse_value
+from lpc_lightning.evaluation.ablation.grids.axes import parse_value
 from lpc_lightning.evaluation.named_files import OUTPUT_SETTINGS, describe_files, paths_in_value
 from lpc_lightning.evaluation.provenance import package_versions
 
@@ -38,7 +38,7 @@ def code_version() -> str:
     package = _package("lpc_lightning")
     # In a repository, callbacks/ and evaluation/ are symbolic links. `rglob` does not follow them.
     files = {*package.rglob("*.py"), *(package / "callbacks").rglob("*.py")} - {*(package / "evaluation").rglob("*.py")}
-    files.add(package / "evaluation" / "ablation" / "cell_run.py")
+    files.add(package / "evaluation" / "ablation" / "cells" / "cell_run.py")
     pending = list(files)
     while pending:
         imported = {

@@ -10,9 +10,9 @@ from typing import Any
 from filelock import FileLock
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.axes import Axis, to_text
-from lpc_lightning.evaluation.ablation.grid import Grid
-from lpc_lightning.evaluation.ablation.tuning import Choice, Tuning, mean_score
+from lpc_lightning.evaluation.ablation.grids.axes import Axis, to_text
+from lpc_lightning.evaluation.ablation.grids.grid import Grid
+from lpc_lightning.evaluation.ablation.grids.tuning import Choice, Tuning, mean_score
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.json_files import write_json
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Record, Weights
 from lpc_lightning.evaluation.ablation.fingerprint import fingerprint
-from lpc_lightning.evaluation.ablation.folder import CellFolder, Record, Weights
-from lpc_lightning.evaluation.ablation.grid import Cell, Grid
-from lpc_lightning.evaluation.ablation.tuning import Choice, Outcome, added_values, choose
+from lpc_lightning.evaluation.ablation.grids.grid import Cell, Grid
+from lpc_lightning.evaluation.ablation.grids.tuning import Choice, Outcome, added_values, choose
 
 CELLS, TUNING_CELLS = "cells", "tuning"
 """Folders of the cells of the result, and of those of the tuning."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lpc_lightning.evaluation.ablation.folder import Weights
-from lpc_lightning.evaluation.ablation.grid import Grid
+from lpc_lightning.evaluation.ablation.cells.folder import Weights
+from lpc_lightning.evaluation.ablation.grids.grid import Grid
 from lpc_lightning.evaluation.ablation.overview import write_choices
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell, make_plan
 

@@ -18,7 +18,7 @@ from lpc_lightning.algorithms import DPO
 from lpc_lightning.callbacks import BestAndLast, FinalValidation, GracefulStop, LabelFlipNoise
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
-from lpc_lightning.evaluation.ablation.folder import CellFolder
+from lpc_lightning.evaluation.ablation.cells.folder import CellFolder
 from lpc_lightning.latent import Exponential, GumbelSpace
 from lpc_lightning.policy import TinyPolicy
 

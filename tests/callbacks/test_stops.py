@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from lpc_lightning.evaluation.ablation.process import FORKED
+from lpc_lightning.evaluation.ablation.cells.process import FORKED
 from tests.callbacks.stopped_run import SIGTERM_EXIT_CODE, STEPS, Stop, run_in_child
 
 pytestmark = pytest.mark.slow

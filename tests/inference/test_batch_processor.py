@@ -209,7 +209,7 @@ def test_decoded_batch_equals_the_latent_model(llama: Any, prompts: list[Tensor]
         assert torch.equal(ids, expected)
 
 
-def test_single_token_biases_are_the_bias_up_to_a_constant(folder: Path) -> None:
+def test_single_token_biases_are_the_bias(folder: Path) -> None:
     biases = CodeBiases.read(folder)
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4])
     pairs = biases.logit_bias(weights)

@@ -281,7 +281,7 @@ def test_a_prompt_that_the_template_refuses_is_named(case: Callable[..., Case]) 
         answers(made.opened, [PROMPTS[0], brief])
 
 
-def test_template_arguments_and_system_turns_of_training(case: Callable[..., Case]) -> None:
+def test_template_and_system_turns_of_training(case: Callable[..., Case]) -> None:
     """The template refuses system turns. The greedy oracle gets the text that training used."""
     made = case()
     made.tokenizer.chat_template = (

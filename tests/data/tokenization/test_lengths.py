@@ -59,7 +59,7 @@ def test_truncate_prompt_keeps_end_and_bos():
     assert LengthPolicy(max_length=100, max_prompt_length=2, too_long="truncate_prompt")(long).pair.prompt_ids == [7, 8]
 
 
-def test_truncate_prompt_keeps_pairs_of_a_prompt_together():
+def test_truncate_prompt_keeps_the_prompts_hash():
     """Longer answers leave less of the same prompt."""
     policy = LengthPolicy(max_length=10, too_long="truncate_prompt")
     fitted = [policy(pair(9, answer, 1)).pair for answer in (6, 3, 1)]

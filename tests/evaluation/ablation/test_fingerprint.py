@@ -100,7 +100,7 @@ def test_code_version_covers_cell_not_report(tmp_path: Path, monkeypatch: pytest
         "lpc_lightning/callbacks/__init__.py": "def f():\n    from lpc_lightning.evaluation.near import x",
         "lpc_lightning/evaluation/near.py": "from lpc_lightning.evaluation.far import y",
         "lpc_lightning/evaluation/far.py": "y = 1",
-        "lpc_lightning/evaluation/ablation/cell_run.py": "from lpc_lightning.evaluation.ablation import results",
+        "lpc_lightning/evaluation/ablation/cells/cell_run.py": "from lpc_lightning.evaluation.ablation import results",
         "lpc_lightning/evaluation/ablation/results.py": "import lpc_lightning.evaluation.records.files",
         "lpc_lightning/evaluation/records/files.py": "w = 1",
         "lpc_lightning/evaluation/report/command.py": "z = 1",

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
+from lpc_lightning.evaluation.ablation.grids.grid import Grid, read_grid
 
 GRID: dict[str, Any] = {
     "base": ["--config=a.yaml"],

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lpc_lightning.evaluation.ablation.cells.process import FORKED
 from lpc_lightning.evaluation.ablation.command import main
-from lpc_lightning.evaluation.ablation.process import FORKED
 
 pytestmark = pytest.mark.slow
 

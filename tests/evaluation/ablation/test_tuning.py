@@ -16,9 +16,9 @@ import yaml
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation import plan as plan_module
+from lpc_lightning.evaluation.ablation.cells.folder import CellFolder
 from lpc_lightning.evaluation.ablation.command import ablate
-from lpc_lightning.evaluation.ablation.folder import CellFolder
-from lpc_lightning.evaluation.ablation.grid import Grid, read_grid
+from lpc_lightning.evaluation.ablation.grids.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.stages import Stages

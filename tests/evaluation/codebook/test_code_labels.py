@@ -31,7 +31,7 @@ def test_match_columns_leaves_out_empty_values() -> None:
     assert match.purity == pytest.approx(7 / 9)  # 2 of 3, 3 of 3, 2 of 3
 
 
-def test_match_columns_prefers_the_first_of_equal_columns() -> None:
+def test_match_columns_prefers_the_first_of_equals() -> None:
     codes = np.repeat(np.arange(3), 20)
     names = {"factor": [f"f{code}" for code in codes], "source": [f"s{2 - code}" for code in codes]}
     assert [match.column for match in match_columns({"prior": codes}, names)] == ["factor", "source"]

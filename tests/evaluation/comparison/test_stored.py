@@ -122,7 +122,7 @@ def test_commands_that_run_together_do_not_meet(tmp_path: Path) -> None:
         assert third.name == "model-2"  # free again
 
 
-def test_comparisons_that_are_made_together_do_not_meet(tmp_path: Path) -> None:
+def test_comparisons_made_together_do_not_meet(tmp_path: Path) -> None:
     with claim_name(tmp_path, "comparison") as first, claim_name(tmp_path, "comparison") as second:
         assert (first, second) == ("comparison", "comparison-2")
         with claim_folder(tmp_path, "comparison", {}) as (folder, _):

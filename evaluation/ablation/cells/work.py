@@ -19,9 +19,9 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lpc_lightning.cli import USER_ERRORS
-from lpc_lightning.evaluation.ablation.cell_run import run_cell
-from lpc_lightning.evaluation.ablation.folder import CellFolder
-from lpc_lightning.evaluation.ablation.process import LOCKED_EXIT_CODE, Job
+from lpc_lightning.evaluation.ablation.cells.cell_run import run_cell
+from lpc_lightning.evaluation.ablation.cells.folder import CellFolder
+from lpc_lightning.evaluation.ablation.cells.process import LOCKED_EXIT_CODE, Job
 from lpc_lightning.system_errors import explain_system_error
 
 LOCK_TIMEOUT = 10.0

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.folder import CellFolder, Record
-from lpc_lightning.evaluation.ablation.local import OnCellEnd
-from lpc_lightning.evaluation.ablation.process import CellProcess, Job
+from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Record
+from lpc_lightning.evaluation.ablation.cells.local import OnCellEnd
+from lpc_lightning.evaluation.ablation.cells.process import CellProcess, Job
 
 
 class CellStoppedError(Exception):

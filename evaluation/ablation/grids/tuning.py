@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.axes import Axis, read_arguments, read_axis, to_text
+from lpc_lightning.evaluation.ablation.grids.axes import Axis, read_arguments, read_axis, to_text
 
 KEYS = {"axis", "values", "seeds", "by", "mode", "widen", "arguments"}
 """Keys of the section `tune`."""

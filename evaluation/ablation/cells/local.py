@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from types import FrameType
 
-from lpc_lightning.evaluation.ablation.folder import Record
-from lpc_lightning.evaluation.ablation.process import CellProcess, Job
+from lpc_lightning.evaluation.ablation.cells.folder import Record
+from lpc_lightning.evaluation.ablation.cells.process import CellProcess, Job
 
 OnCellEnd = Callable[[Job, Record | None], None]
 """Function that is called after each cell. The record is None if another command is running the cell."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpc_lightning.evaluation.ablation.axes import parse_value, setting_name
+from lpc_lightning.evaluation.ablation.grids.axes import parse_value, setting_name
 from lpc_lightning.yaml_files import SUFFIXES, read_yaml
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.axes import Axis, read_arguments, read_axis, setting_name, to_text
-from lpc_lightning.evaluation.ablation.replaced import PlacedArgument, find_replaced
-from lpc_lightning.evaluation.ablation.tuning import Tuning, read_tuning
+from lpc_lightning.evaluation.ablation.grids.axes import Axis, read_arguments, read_axis, setting_name, to_text
+from lpc_lightning.evaluation.ablation.grids.replaced import PlacedArgument, find_replaced
+from lpc_lightning.evaluation.ablation.grids.tuning import Tuning, read_tuning
 from lpc_lightning.yaml_files import parse_yaml, read_yaml
 
 FIT_SETTINGS = ("seed_everything", "trainer", "policy", "data", "model", "latent", "callbacks")

@@ -6,8 +6,8 @@ import time
 
 from tqdm import tqdm
 
-from lpc_lightning.evaluation.ablation.folder import CellFolder, Record
-from lpc_lightning.evaluation.ablation.process import Job
+from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Record
+from lpc_lightning.evaluation.ablation.cells.process import Job
 
 
 class Progress:

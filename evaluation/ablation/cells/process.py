@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lpc_lightning.evaluation.ablation.folder import CellFolder, Record, Weights
+from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Record, Weights
 
 FORKED = multiprocessing.get_context("forkserver")
-MODULES = ("lpc_lightning.__main__", "lpc_lightning.evaluation.ablation.work", "lpc_lightning.callbacks")
+MODULES = ("lpc_lightning.__main__", "lpc_lightning.evaluation.ablation.cells.work", "lpc_lightning.callbacks")
 """Modules that the server imports: the command first, which imports without garbage collection."""
 FORKED.set_forkserver_preload(list(MODULES))
 LOCKED_EXIT_CODE = 75
@@ -87,6 +87,8 @@ class CellProcess:
 
 
 def _work(job: Job) -> None:
-    from lpc_lightning.evaluation.ablation.work import work  # imports torch and Lightning, needed in the server only
+    from lpc_lightning.evaluation.ablation.cells.work import (
+        work,  # imports torch and Lightning, needed in the server only
+    )
 
     work(job)

@@ -1,0 +1,1 @@
+"""One cell: its folder, its fit, its process, and where it runs."""
