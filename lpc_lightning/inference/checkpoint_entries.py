@@ -16,6 +16,7 @@ from lpc_lightning.errors import CheckpointError
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.latent.schedules import Schedule
 from lpc_lightning.policy import PolicySpec
+from lpc_lightning.robust import RobustLoss
 
 TYPES: dict[str, type | tuple[type, ...]] = {
     "state_dict": dict,
@@ -43,7 +44,12 @@ PROGRESS = ("epoch_progress", "epoch_loop.batch_progress")
 """Counts of the training loop that a resumed run needs. Lightning would start at 0 without them."""
 COUNTS = ("ready", "started", "processed", "completed")
 """Numbers of the training loop's counts."""
-BASES: dict[str, type] = {"policy": PolicySpec, "latent": LatentSpace, "optimizer": Optimizer}
+BASES: dict[str, type] = {
+    "policy": PolicySpec,
+    "latent": LatentSpace,
+    "robust_loss": RobustLoss,
+    "optimizer": Optimizer,
+}
 """Base class of the classes that a module's settings name."""
 IMPORTED = ("lpc_lightning", "torch.optim", "bitsandbytes.optim", "transformers.optimization")
 """Packages that a checkpoint may cause to be imported. Their import has no effects."""

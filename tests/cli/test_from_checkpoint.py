@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lpc_lightning.cli import main
+from lpc_lightning.inference.opening import open_policy
 from tests.fixtures.commands import ALL, TRAINER, Command, assert_one_error, logged, places_in
 
 
@@ -51,6 +52,18 @@ class TestFromACheckpoint:
         assert resumed["train/latent/prior_entropy"]
         module = LightningModule.load_from_checkpoint(next((runs / "version_1").glob("checkpoints/*.ckpt")))
         assert (module.beta, module.policy_spec.width, module.latent.num_codes) == (0.1, 16, 3)
+
+    @pytest.mark.slow
+    def test_run_with_a_robust_loss_is_resumed_and_opened(self, fit: Command, runs: Path) -> None:
+        whole = ["--model.robust_loss=REPO", "--latent=null"]
+        assert fit(*whole, "--trainer.max_epochs=1").code == 0
+        (stopped,) = (runs / "version_0").glob("checkpoints/*.ckpt")
+        with pytest.warns(UserWarning, match=r"resume: found trainer\.max_epochs 2 \(before: 1\)"):
+            resumed = fit(f"--ckpt_path={stopped}")
+        assert resumed.code == 0, resumed.err
+        (path,) = (runs / "version_1").glob("checkpoints/*.ckpt")
+        assert torch.load(path, weights_only=True)["robust_loss"]
+        assert open_policy(str(path)).kind == "checkpoint"
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("name", "prefix"), [("validate", "val"), ("test", "test")])

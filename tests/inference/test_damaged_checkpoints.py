@@ -7,19 +7,23 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from lpc_lightning import integrity
+from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.distributed.sharded_checkpoint import INDEX, REST, shards_of
 from lpc_lightning.errors import CheckpointError
-from lpc_lightning.inference.checkpoint_entries import check_resumable
+from lpc_lightning.inference.checkpoint_entries import check_classes, check_resumable
 from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.inference.opening import open_policy
 from lpc_lightning.integrity import DIGESTS, check_archive, digests_of, write_digests
+from lpc_lightning.latent import LatentSpace
+from lpc_lightning.policy import PolicySpec
+from lpc_lightning.robust import RobustLoss
 from tests.fixtures.damage import bit_flips, zeroed_blocks
 
 COUNTS = {"ready": 1, "started": 1, "processed": 1, "completed": 1}
@@ -40,6 +44,21 @@ def content() -> dict[str, Any]:
         "epoch": 1,
         "global_step": 3,
     }
+
+
+def test_classes_of_all_settings_of_a_module_are_known() -> None:
+    """Every class that a setting takes, by the module's own type hints, may be named in a checkpoint."""
+    hints = get_type_hints(PreferenceModule.__init__)
+    kinds = {each for hint in hints.values() for each in (hint, *get_args(hint)) if isinstance(each, type)}
+    bases = {each for each in kinds if each.__module__.startswith("lpc_lightning.")}
+    assert bases >= {PolicySpec, LatentSpace, RobustLoss}
+    classes = {each for base in bases for each in base.__subclasses__() if each.__module__.startswith("lpc_lightning.")}
+    for each in classes:
+        settings = {
+            "_class_path": "lpc_lightning.algorithms.DPO",
+            "any": {"class_path": f"{each.__module__}.{each.__name__}"},
+        }
+        check_classes(settings, Path("some.ckpt"))
 
 
 def equal(one: Any, other: Any) -> bool:
