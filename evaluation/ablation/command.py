@@ -13,14 +13,14 @@ from typing import Literal
 import torch
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.cells.folder import Weights
+from lpc_lightning.evaluation.ablation.cells.folder import CELLS, Weights
 from lpc_lightning.evaluation.ablation.cells.local import run_locally
 from lpc_lightning.evaluation.ablation.cells.process import Job
 from lpc_lightning.evaluation.ablation.cells.progress import Progress
 from lpc_lightning.evaluation.ablation.cells.ray_cluster import run_on_ray
 from lpc_lightning.evaluation.ablation.grids.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
-from lpc_lightning.evaluation.ablation.plan import CELLS, Plan, PlannedCell
+from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.slurm import array_script
 from lpc_lightning.evaluation.ablation.stages import Stages
 from lpc_lightning.function_command import run_function

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Record, Weights
+from lpc_lightning.evaluation.ablation.cells.folder import CELLS, TUNING_CELLS, CellFolder, Record, Weights
 from lpc_lightning.evaluation.ablation.fingerprint import fingerprint
 from lpc_lightning.evaluation.ablation.grids.grid import Cell, Grid
 from lpc_lightning.evaluation.ablation.grids.tuning import Choice, Outcome, added_values, choose
-
-CELLS, TUNING_CELLS = "cells", "tuning"
-"""Folders of the cells of the result, and of those of the tuning."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class PlannedCell:
     def is_diverged_tuning(self) -> bool:
         """True for a tuning cell that has diverged. Its value is not chosen, and it does not have to run again."""
         record = self.folder.record()
-        return self.folder.path.parent.name == TUNING_CELLS and record is not None and record.diverged
+        return self.folder.is_tuning and record is not None and record.diverged
 
     def outcome(self, by: str, keep_stale: bool) -> Outcome:
         """Return the outcome of a tuning cell.

@@ -125,7 +125,7 @@ def test_latent_is_dropped(checkpoint: Path) -> None:
 
 
 def test_export_whose_latent_is_gone(exported: Path, tmp_path: Path) -> None:
-    """A fit must not start with a new latent in its place without being told to."""
+    """A fit must not start with a new latent in its place without a setting that says so."""
     folder = Path(shutil.copytree(exported, tmp_path / "copied"))
     (folder / "digests.json").unlink()
     (folder / "latent.safetensors").unlink()

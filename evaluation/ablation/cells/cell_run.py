@@ -25,7 +25,7 @@ from lpc_lightning.json_files import write_json
 def run_cell(path: Path, weights: Weights) -> None:
     """Fit with the arguments of the cell's record; then validate, test, and write `results.json`.
 
-    If the cell has a checkpoint, the fit resumes from it.
+    If the cell has a checkpoint, the fit resumes from it. A tuning cell is not tested.
 
     Args:
         path: The cell's folder.
@@ -49,7 +49,10 @@ def run_cell(path: Path, weights: Weights) -> None:
     module, data = cli.model, cli.datamodule
     ckpt_path = "best" if weights == "best" else None
     metrics: dict[str, Any] = {}
-    for stage, evaluate in (("validation", cli.trainer.validate), ("test", cli.trainer.test)):
+    stages = {"validation": cli.trainer.validate, "test": cli.trainer.test}
+    if folder.is_tuning:
+        del stages["test"]  # test pairs choose nothing, and their scores may take as long as the fit
+    for stage, evaluate in stages.items():
         if _has_pairs(data, stage):
             evaluate(module, datamodule=data, verbose=False, ckpt_path=ckpt_path)
             metrics |= {name: _finite_or_none(value) for name, value in cli.trainer.callback_metrics.items()}

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from lpc_lightning.json_files import write_json
 
+CELLS, TUNING_CELLS = "cells", "tuning"
+"""Folders of the cells of the result, and of those of the tuning."""
 Status = Literal["running", "finished", "failed", "stopped"]
 Weights = Literal["last", "best"]
 """Weights to validate and test: those of the last step, or those of `best.ckpt`."""
@@ -77,6 +79,11 @@ class CellFolder:
         except FileNotFoundError:
             return None
         return Record(**{**content, "arguments": tuple(content["arguments"])})
+
+    @property
+    def is_tuning(self) -> bool:
+        """True for a cell that only helps to choose the value of the tuned axis."""
+        return self.path.parent.name == TUNING_CELLS
 
     @property
     def is_finished(self) -> bool:

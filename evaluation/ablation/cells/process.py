@@ -87,8 +87,7 @@ class CellProcess:
 
 
 def _work(job: Job) -> None:
-    from lpc_lightning.evaluation.ablation.cells.work import (
-        work,  # imports torch and Lightning, needed in the server only
-    )
+    # Imports torch and Lightning, which the server alone needs.
+    from lpc_lightning.evaluation.ablation.cells.work import work
 
     work(job)

@@ -176,8 +176,11 @@ def test_ablate_tunes_a_learning_rate(grid: Path, capsys: pytest.CaptureFixture[
         for rate in ("1e-09", "0.01")
     }
     best = min(scores, key=lambda rate: scores[rate]["val/loss"])
+    assert not [name for metrics in scores.values() for name in metrics if name.startswith("test/")]
+    assert not list(output.glob("tuning/*/pairs_test.jsonl"))
     (cell,) = (output / "cells").iterdir()
     assert cell.name == "latent=none,noise=0,seed=1"
+    assert (cell / "pairs_test.jsonl").is_file()
     assert record(cell)["tuned"] == {"lr": float(best)}
     assert record(cell)["arguments"][-1] == f"--model.optimizer.lr={best}"
     assert f"latent=none, noise=0: {float(best)} (the " in capsys.readouterr().out

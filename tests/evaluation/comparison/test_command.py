@@ -391,7 +391,7 @@ def test_changed_task_file_is_run_again(
     evaluate: Run, plain: str, results: Any, task_file: Callable[..., str], run_tasks: list[str]
 ) -> None:
     runs = []
-    for score in (1.0, 0.25):  # texts of other lengths: Python tells files of one second apart by their size
+    for score in (1.0, 0.25):  # texts of other lengths: of two files of one second, Python sees a change by the size
         own = task_file("own", ROWS, f"def process_results(doc, results):\n    return {{'acc': {score}}}\n")
         for _ in range(2):
             run_tasks.clear()
