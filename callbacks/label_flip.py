@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from lpc_lightning.callbacks.flip_order import FlipOrder, Uniform
 from lpc_lightning.data import LabelNoise, PreferenceDataModule
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.json_files import write_text
+from lpc_lightning.loggers import run_folder
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
 
@@ -138,7 +138,7 @@ class LabelFlipNoise(LabelNoise, Callback):
             kind for kind, members in zip(KINDS, (~pairs.flipped, pairs.flipped), strict=True) if members.any()
         ]
         rank_zero_info(f"{self.key()}: {len(flipped)} of {len(pairs)} training pairs flipped.")
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
         rows = [pairs[number] for number in flipped]
