@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ from lpc_lightning.data.noise.label_noise import LabelNoise
 from lpc_lightning.data.noise.markers import MARK
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.json_files import write_text
+from lpc_lightning.loggers import run_folder
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import PreferenceBatch, PreferenceExample
 
@@ -135,7 +135,7 @@ class LabelFlipNoise(LabelNoise, Callback):
             kind for kind, members in zip(KINDS, (~pairs.flipped, pairs.flipped), strict=True) if members.any()
         ]
         rank_zero_info(f"{self.key()}: {len(flipped)} of {len(pairs)} training pairs flipped.")
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
         rows = [pairs[number] for number in flipped]
