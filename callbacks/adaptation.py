@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -20,6 +19,7 @@ from lpc_lightning.evaluation.adaptation.files import write_adaptation
 from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, AdaptationPairs, AdaptationReport
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
 from lpc_lightning.evaluation.adaptation.scores import SHOTS, Score
+from lpc_lightning.loggers import run_folder
 from lpc_lightning.seeding import derive
 
 
@@ -102,7 +102,7 @@ class AnnotatorAdaptation(CollectPairs):
         if metrics and ceiling is not None:
             metrics["adaptation/ceiling"] = ceiling.given_annotator
         log_round(pl_module, stage, metrics)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
+        folder = run_folder(trainer)
         if metrics and trainer.is_global_zero and not trainer.sanity_checking:
             write_adaptation(folder, self.report, self.pairs)
 

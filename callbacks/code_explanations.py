@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,7 +14,7 @@ from lpc_lightning.evaluation.accuracy.collect import CollectValidation
 from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, find_examples
 from lpc_lightning.evaluation.codebook.explanation_files import TEXT, write_explanation
 from lpc_lightning.latent import DiscreteSpace
-from lpc_lightning.loggers import log_text
+from lpc_lightning.loggers import log_text, run_folder
 
 
 class CodeExplanations(CollectValidation):
@@ -76,7 +74,7 @@ class CodeExplanations(CollectValidation):
     def _write(self, trainer: Trainer) -> None:
         if self.collector is None:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
+        folder = run_folder(trainer)
         explanation, self._latest = self._latest, None
         if explanation is None or not trainer.is_global_zero:
             return

@@ -25,6 +25,7 @@ from lpc_lightning.evaluation.benchmarks.trial import Trial, failure_reason
 from lpc_lightning.evaluation.tables import score
 from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.loggers import run_folder
 from lpc_lightning.markdown import markdown_table
 from lpc_lightning.paths import expand_path
 from lpc_lightning.seeding import run_seed
@@ -157,8 +158,7 @@ class LMEvaluation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, limit: int | float | None, folder: Path, name: str
     ) -> BenchmarkResults:
         assert isinstance(pl_module, PreferenceModule)
-        # `log_dir` is a collective call: all processes must make it.
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "lm_eval" / folder
+        folder = run_folder(trainer) / "lm_eval" / folder
         with preserved(pl_module, pl_module.tokenizer):
             try:
                 results = self._benchmarks(trainer, pl_module, limit)

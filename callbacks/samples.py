@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,7 +24,7 @@ from lpc_lightning.inference.generate import conditions
 from lpc_lightning.inference.generation import Answered, Condition, Decoding, answers
 from lpc_lightning.inference.opening import OpenedPolicy, view_module
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
-from lpc_lightning.loggers import log_text
+from lpc_lightning.loggers import log_text, run_folder
 from lpc_lightning.reference.live import FrozenModel
 
 BEFORE = "before training"
@@ -147,7 +146,7 @@ class AnswerSamples(Callback):
         if not self._is_on or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         assert isinstance(pl_module, PreferenceModule)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
         started = time.perf_counter()
