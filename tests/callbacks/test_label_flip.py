@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.data import DataError, SyntheticPreferences
-from lpc_lightning.data.label_noise import MarkedSource
+from lpc_lightning.data.noise.label_noise import MarkedSource
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import TinyPolicy
