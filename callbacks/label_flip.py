@@ -21,7 +21,7 @@ from lpc_lightning.algorithms.metrics import accuracies
 from lpc_lightning.callbacks.flip_order import FlipOrder, Uniform
 from lpc_lightning.data import LabelNoise, PreferenceDataModule
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.json_files import write_text
+from lpc_lightning.files.json_files import write_text
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
 
