@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from lpc_lightning.latent import (
 from lpc_lightning.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.policy import LoRA
 from lpc_lightning.reference.live import SharedModel
+from lpc_lightning.robust import ConservativeLoss, UnbiasedLoss
 from lpc_lightning.types import PairLogps, TokenizedPair
 
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5)]
@@ -57,16 +59,16 @@ ALGORITHMS: dict[str, tuple[type[PreferenceModule], dict[str, Any], Callable[...
     ),
     "cdpo": (
         DPO,
-        {"beta": 0.3, "label_smoothing": 0.2},
-        lambda logps: dpo_loss(logps, 0.3, 0.2),
+        {"beta": 0.3, "robust_loss": ConservativeLoss(0.2)},
+        partial(ConservativeLoss(0.2).pair_losses, partial(dpo_loss, beta=0.3)),
         lambda pw, pl, rw, rl, nw, nl: (
             -0.8 * log_sigmoid(0.3 * (pw - rw - pl + rl)) - 0.2 * log_sigmoid(0.3 * (pl - rl - pw + rw))
         ),
     ),
     "rdpo": (
         DPO,
-        {"beta": 0.3, "label_smoothing": 0.2, "robust": True},
-        lambda logps: dpo_loss(logps, 0.3, 0.2, robust=True),
+        {"beta": 0.3, "robust_loss": UnbiasedLoss(0.2)},
+        partial(UnbiasedLoss(0.2).pair_losses, partial(dpo_loss, beta=0.3)),
         lambda pw, pl, rw, rl, nw, nl: (
             (-0.8 * log_sigmoid(0.3 * (pw - rw - pl + rl)) + 0.2 * log_sigmoid(0.3 * (pl - rl - pw + rw))) / 0.6
         ),

@@ -38,13 +38,14 @@ from lpc_lightning.latent import (
     PriorOnlySpace,
     VectorSpace,
 )
+from lpc_lightning.robust import ConservativeLoss
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5), (2, 2, 2)]
 CODES: dict[str, Any] = {"num_codes": 3, "init_logit_std": 3.0, "hidden": 8}
 ALGORITHMS: dict[str, Callable[..., PreferenceModule]] = {
     "dpo": lambda **module: DPO(beta=0.3, reference="live", **module),
-    "cdpo": lambda **module: DPO(beta=0.3, label_smoothing=0.2, reference="live", **module),
+    "cdpo": lambda **module: DPO(beta=0.3, robust_loss=ConservativeLoss(0.2), reference="live", **module),
     "ipo": lambda **module: IPO(beta=0.2, reference="live", **module),
     "simpo": lambda **module: SimPO(beta=2.5, gamma_beta_ratio=0.4, **module),
 }
