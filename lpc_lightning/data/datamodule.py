@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
 from lpc_lightning.data.batching.run_reads import evaluation_reads, micro_batches, training_reads
-from lpc_lightning.data.label_noise import LabelNoise, MarkedSource
+from lpc_lightning.data.noise.label_noise import LabelNoise, MarkedSource
 from lpc_lightning.data.rendered_pair import RENDERED_PAIR, render_pair
 from lpc_lightning.data.sources.example_source import ExampleSource
 from lpc_lightning.data.sources.report import DataReport

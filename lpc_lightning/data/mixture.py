@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.data.datamodule import PreferenceDataModule, Stage, kept_of
-from lpc_lightning.data.label_noise import LabelNoise
+from lpc_lightning.data.noise.label_noise import LabelNoise
 from lpc_lightning.data.preference_data import StageRows
 from lpc_lightning.data.sources.example_source import ChainedSource, ExampleSource, NamedSource
 from lpc_lightning.data.sources.report import DataReport

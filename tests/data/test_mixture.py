@@ -13,10 +13,10 @@ from jsonargparse import ArgumentParser
 
 from lpc_lightning.algorithms import DPO, SimPO
 from lpc_lightning.callbacks import LabelFlipNoise
-from lpc_lightning.callbacks.flip_order import SmallMarginsFirst, UnreliableAnnotators
 from lpc_lightning.data import DataError, MixtureSource, PreferenceData, PreferenceDataModule, PreferenceMixture
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.data.batching.loading import TrainingLoader
+from lpc_lightning.data.noise import SmallMarginsFirst, UnreliableAnnotators
 from lpc_lightning.policy import TinyPolicy
 
 SIZES = {"a": 6, "b": 10}
