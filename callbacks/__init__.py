@@ -1,4 +1,4 @@
-"""Callbacks that run around training. Each file contains one callback."""
+"""Callbacks that run around training."""
 
 from lpc_lightning.callbacks.adaptation import AnnotatorAdaptation
 from lpc_lightning.callbacks.best_and_last import BestAndLast
@@ -6,14 +6,6 @@ from lpc_lightning.callbacks.chosen_reward import ChosenRewardWarning
 from lpc_lightning.callbacks.code_explanations import CodeExplanations
 from lpc_lightning.callbacks.codebook_monitor import CodebookMonitor
 from lpc_lightning.callbacks.final_validation import FinalValidation
-from lpc_lightning.callbacks.flip_order import (
-    ByAnnotator,
-    FlipOrder,
-    LongerWins,
-    SmallMarginsFirst,
-    Uniform,
-    UnreliableAnnotators,
-)
 from lpc_lightning.callbacks.graceful_stop import GracefulStop
 from lpc_lightning.callbacks.label_flip import LabelFlipNoise
 from lpc_lightning.callbacks.lm_eval import LMEvaluation
@@ -29,23 +21,17 @@ __all__ = [
     "AnnotatorAdaptation",
     "AnswerSamples",
     "BestAndLast",
-    "ByAnnotator",
     "ChosenRewardWarning",
     "CodeExplanations",
     "CodebookMonitor",
     "FinalValidation",
-    "FlipOrder",
     "GracefulStop",
     "LMEvaluation",
     "LabelFlipNoise",
-    "LongerWins",
     "PreferenceAccuracy",
     "PreferenceProgressBar",
     "ResourceMonitor",
     "RunSummary",
-    "SmallMarginsFirst",
     "StepProfile",
-    "Uniform",
-    "UnreliableAnnotators",
     "WritePredictions",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round, score_batches
@@ -20,6 +20,7 @@ from lpc_lightning.evaluation.adaptation.files import write_adaptation
 from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, AdaptationPairs, AdaptationReport
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
 from lpc_lightning.evaluation.adaptation.scores import SHOTS, Score
+from lpc_lightning.loggers import run_folder
 from lpc_lightning.seeding import derive
 
 
@@ -96,21 +97,19 @@ class AnnotatorAdaptation(CollectPairs):
         if self.report.annotators and not self.report.has_majority:
             rank_zero_info(f"adaptation, {stage}: {NO_MAJORITY}")
         metrics = dict(self.report.metrics)
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        by_annotator = self.pairs.column == "annotator"
-        ceiling = data.ceiling if isinstance(data, PreferenceDataModule) and by_annotator else None
+        data = preference_data(trainer)
+        ceiling = data.ceiling if data is not None and self.pairs.column == "annotator" else None
         if metrics and ceiling is not None:
             metrics["adaptation/ceiling"] = ceiling.given_annotator
         log_round(pl_module, stage, metrics)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
+        folder = run_folder(trainer)
         if metrics and trainer.is_global_zero and not trainer.sanity_checking:
             write_adaptation(folder, self.report, self.pairs)
 
     def _score_labelled(self, trainer: Trainer, module: PreferenceModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        fitted = isinstance(data, PreferenceDataModule) and "train" in data.pairs
-        labelled = self._choose_labelled(data) if fitted else []
-        if len(labelled) < trainer.world_size:
+        data = preference_data(trainer)
+        labelled = self._choose_labelled(data) if data is not None and "train" in data.pairs else []
+        if data is None or len(labelled) < trainer.world_size:
             raise ConfigError(
                 f"AnnotatorAdaptation.training_pairs: found {self.training_pairs} in a run without labelled training "
                 f"pairs (column {self.pairs.column}), expected a fit in the same process on pairs with this label, as "

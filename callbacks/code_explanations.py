@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.collect import CollectValidation
 from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, find_examples
 from lpc_lightning.evaluation.codebook.explanation_files import TEXT, write_explanation
 from lpc_lightning.latent import DiscreteSpace
-from lpc_lightning.loggers import log_text
+from lpc_lightning.loggers import log_text, run_folder
 
 
 class CodeExplanations(CollectValidation):
@@ -76,13 +74,13 @@ class CodeExplanations(CollectValidation):
     def _write(self, trainer: Trainer) -> None:
         if self.collector is None:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
+        folder = run_folder(trainer)
         explanation, self._latest = self._latest, None
         if explanation is None or not trainer.is_global_zero:
             return
         try:
-            data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-            source = data.source("validation") if isinstance(data, PreferenceDataModule) else None
+            data = preference_data(trainer)
+            source = None if data is None else data.source("validation")
             if source is not None:
                 explanation = explanation.with_texts(find_examples(source, explanation.shown_pairs))
             origin = {"checkpoint": None, "step": self._step, "preferences": None}

@@ -14,7 +14,7 @@ from lpc_lightning.evaluation.accuracy.collect import CollectValidation, log_rou
 from lpc_lightning.evaluation.codebook.plots import code_use, heat_map, render, scatter
 from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.loggers import log_picture
+from lpc_lightning.loggers import log_picture, run_folder
 from lpc_lightning.seeding import derive
 
 LABELS = ("source", "factor")
@@ -83,8 +83,7 @@ class CodebookMonitor(CollectValidation):
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
-        # `log_dir` is a collective call: all devices must make it.
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "codebook"
+        folder = run_folder(trainer) / "codebook"
         if self._drawn or not trainer.is_global_zero:
             return
         self._drawn = True

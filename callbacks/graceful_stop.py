@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,6 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lpc_lightning.loggers import run_folder
 
 
 class GracefulStop(Callback):
@@ -72,7 +73,7 @@ class GracefulStop(Callback):
     def _stop_if_requested(self, trainer: Trainer) -> None:
         if not self._requested_anywhere():
             return
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "stopped.ckpt"
+        path = run_folder(trainer) / "checkpoints" / "stopped.ckpt"
         trainer.save_checkpoint(path)
         rank_zero_info(f"SIGTERM: stopped after step {trainer.global_step}. Resume with --ckpt_path {path}")
         raise SIGTERMException

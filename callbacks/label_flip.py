@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from torchmetrics import Metric
 
 from lpc_lightning.algorithms.base import is_optimizer_step
-from lpc_lightning.algorithms.metrics import accuracies
-from lpc_lightning.callbacks.flip_order import FlipOrder, Uniform
-from lpc_lightning.data import LabelNoise, PreferenceDataModule
+from lpc_lightning.callbacks.noise_metrics import KINDS, NAMES, NoiseMetrics
+from lpc_lightning.data.noise.flip_order import FlipOrder, Uniform, draw
+from lpc_lightning.data.noise.label_noise import LabelNoise
+from lpc_lightning.data.noise.markers import MARK
+from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.json_files import write_text
+from lpc_lightning.loggers import run_folder
 from lpc_lightning.seeding import run_seed
-from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
+from lpc_lightning.types import PreferenceBatch, PreferenceExample
 
 FILE = "label_noise.json"
-KINDS = ("clean", "flipped")
-NAMES = ("loss", "accuracy_true", "accuracy_noisy")
 
 
 class LabelFlipNoise(LabelNoise, Callback):
@@ -125,9 +122,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         """
         if stage != "fit":
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        if not isinstance(data, PreferenceDataModule):
-            raise ConfigError(f"LabelFlipNoise: found data of {type(data).__name__}, expected a PreferenceDataModule.")
+        data = required_data(trainer, "callbacks: found LabelFlipNoise", "Other data takes no label noise.")
         data.set_label_noise(self)
         self._metrics.to(pl_module.device)
         pairs = data.training_pairs
@@ -138,7 +133,7 @@ class LabelFlipNoise(LabelNoise, Callback):
             kind for kind, members in zip(KINDS, (~pairs.flipped, pairs.flipped), strict=True) if members.any()
         ]
         rank_zero_info(f"{self.key()}: {len(flipped)} of {len(pairs)} training pairs flipped.")
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
         rows = [pairs[number] for number in flipped]
@@ -173,74 +168,3 @@ class LabelFlipNoise(LabelNoise, Callback):
             metrics = {f"train/noise/{name}": value for name, value in (unknown | self._metrics.compute()).items()}
             self._metrics.reset()
             pl_module.log_dict(metrics, batch_size=1)  # the same on all devices
-
-
-class NoiseMetrics(Metric):
-    """Mean loss and accuracies of clean and of flipped pairs, separately. A kind without pairs has no metrics."""
-
-    full_state_update = False
-
-    def __init__(self) -> None:
-        """Start without pairs."""
-        super().__init__()
-        self.add_state("sums", torch.zeros(2, 4, dtype=torch.float64), dist_reduce_fx="sum")
-        self.sums: Tensor
-
-    def update(self, losses: Tensor, margins: Tensor, flipped: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            losses: (B,) losses under the noisy labels.
-            margins: (B,) reward margins of the answers labelled as chosen.
-            flipped: (B,) bool, true for flipped pairs.
-        """
-        noisy = accuracies(margins)
-        true = torch.where(flipped, 1 - noisy, noisy)
-        values = torch.stack([torch.ones_like(noisy), losses, true, noisy], dim=1).double()
-        # A mask as an index would make the CPU wait for the GPU, to learn the number of pairs of each kind.
-        kinds = torch.stack([~flipped, flipped])
-        self.sums += torch.where(kinds[..., None], values, 0.0).sum(1)
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the means by name, on the CPU."""
-        kinds = {kind: sums for kind, sums in zip(KINDS, self.sums.cpu(), strict=True) if sums[0]}
-        return {
-            f"{kind}/{name}": value / sums[0]
-            for kind, sums in kinds.items()
-            for name, value in zip(NAMES, sums[1:], strict=True)
-        }
-
-
-def draw(seed: int, example: PreferenceExample) -> float:
-    """Return a number in [0, 1) that depends only on seed and pair, and is uniform over both.
-
-    Ids need not be unique, so that the texts are used, too.
-    """
-    prompt = [[turn["role"], turn["content"]] for turn in example.question or example.prompt]
-    text = json.dumps([seed, example.id, prompt, example.chosen, example.rejected])
-    digest = hashlib.sha256(text.encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
-
-
-Prompt = tuple[Message, ...]
-
-
-def _at_start(prompt: Prompt, marker: str) -> Prompt:
-    *before, last = prompt
-    return (*before, Message(role=last["role"], content=f"{marker} {last['content']}"))
-
-
-def _at_end(prompt: Prompt, marker: str) -> Prompt:
-    *before, last = prompt
-    return (*before, Message(role=last["role"], content=f"{last['content']} {marker}"))
-
-
-def _in_system(prompt: Prompt, marker: str) -> Prompt:
-    first, *others = prompt
-    if first["role"] != "system":
-        return (Message(role="system", content=marker), *prompt)
-    return (Message(role="system", content=f"{marker} {first['content']}"), *others)
-
-
-MARK: dict[str, Callable[[Prompt, str], Prompt]] = {"start": _at_start, "end": _at_end, "system": _in_system}
-"""Functions that add a marker to a prompt, by `marker_at`. A prompt ends with a user turn."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lpc_lightning.callbacks.resources import ResourceMonitor
 from lpc_lightning.files.json_files import write_json
-from lpc_lightning.loggers import log_table, viewers
+from lpc_lightning.loggers import log_table, run_folder, viewers
 
 ROWS = {
     "loss": "loss",
@@ -72,7 +71,7 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and write the summary."""
-        folder = _run_folder(trainer)
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
         is_complete = trainer.num_sanity_val_steps == float("inf")
@@ -100,7 +99,7 @@ class RunSummary(Callback):
             print(line)
 
     def _print_round(self, trainer: Trainer) -> None:
-        folder = _run_folder(trainer)
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
@@ -110,10 +109,6 @@ class RunSummary(Callback):
         print("\n" + "\n".join(f"{name:<{width}}  {value:>10.4f}" for name, value in overall.items()))
         if any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
             print(f"\nAll {len(metrics)} metrics, including those of groups: {folder / 'metrics.csv'}")
-
-
-def _run_folder(trainer: Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: all devices must make it
 
 
 def _validation(trainer: Trainer) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Pictures, texts and tables for all loggers of a trainer, each in the form that it takes."""
+"""Run folder of a trainer. Pictures, texts and tables for all its loggers, each in the form that it takes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ from PIL import Image
 from lpc_lightning.files.markdown import markdown_table
 
 Rows = Sequence[Sequence[Any]]
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the folder that a run writes to.
+
+    This is a collective call: all processes must make it, before a branch on `trainer.is_global_zero`.
+    """
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def log_picture(trainer: Trainer, name: str, pixels: NDArray[np.uint8]) -> None:

@@ -2,8 +2,8 @@
 
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.datamodule import PreferenceDataModule
-from lpc_lightning.data.label_noise import LabelNoise
 from lpc_lightning.data.mixture import MixtureSource, PreferenceMixture
+from lpc_lightning.data.noise.label_noise import LabelNoise
 from lpc_lightning.data.preference_data import PreferenceData
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.rows import DataError

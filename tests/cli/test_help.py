@@ -118,7 +118,7 @@ def test_fit_help_lists_every_group(command: Command, monkeypatch: pytest.Monkey
 
 
 SETTINGS = {
-    ("model", "DPO"): ["beta", "label_smoothing", "robust", "latent_lr", "lr_schedule", "warmup_ratio", "optimizer"],
+    ("model", "DPO"): ["beta", "robust_loss", "latent_lr", "lr_schedule", "warmup_ratio", "optimizer"],
     ("model", "IPO"): ["beta", "length_average"],
     ("model", "SimPO"): ["beta", "gamma_beta_ratio"],
     ("model", "KTO"): ["beta", "desirable_weight", "undesirable_weight", "reference_point", "reference"],

@@ -13,10 +13,10 @@ from jsonargparse import ArgumentParser
 
 from lpc_lightning.algorithms import DPO, SimPO
 from lpc_lightning.callbacks import LabelFlipNoise
-from lpc_lightning.callbacks.flip_order import SmallMarginsFirst, UnreliableAnnotators
 from lpc_lightning.data import DataError, MixtureSource, PreferenceData, PreferenceDataModule, PreferenceMixture
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.data.batching.loading import TrainingLoader
+from lpc_lightning.data.noise import SmallMarginsFirst, UnreliableAnnotators
 from lpc_lightning.policy import TinyPolicy
 
 SIZES = {"a": 6, "b": 10}
@@ -267,6 +267,7 @@ def test_report_counts_prompts_in_training(write_rows: Any, tmp_path: Path) -> N
     assert "2 pairs have a prompt that is in training" in data._describe("validation")
     counts = data._counts("validation")
     assert (counts["data/b/prompts_in_training"], "data/a/prompts_in_training" in counts) == (2, False)
+    assert counts["data/prompts_in_training"] == 2
 
 
 @pytest.mark.parametrize(

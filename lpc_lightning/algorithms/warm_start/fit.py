@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot, rms_norm
 
 from lpc_lightning.algorithms.warm_start.clusters import cluster_pairs, prompt_canonical_variates
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
-from lpc_lightning.data.batching.annotator_batches import group_by_annotator
+from lpc_lightning.data.batch_order.by_annotator import group_by_annotator
 from lpc_lightning.latent import DiscreteSpace, LatentSpace
 from lpc_lightning.latent.discrete import given_earlier_pairs
 from lpc_lightning.latent.networks import Codebook

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from lpc_lightning.data.batching.annotator_batches import group_by_annotator
-from lpc_lightning.data.batching.balanced_batches import balance_batches
-from lpc_lightning.data.batching.length_windows import group_by_length
+from lpc_lightning.data.batch_order.balanced import balance_batches
+from lpc_lightning.data.batch_order.by_annotator import group_by_annotator
+from lpc_lightning.data.batch_order.by_length import group_by_length
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.seeding import derive

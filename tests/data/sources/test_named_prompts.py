@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lpc_lightning.callbacks.label_flip import draw
 from lpc_lightning.data import Columns, PreferenceData
 from lpc_lightning.data.datamodule import STAGES, Stage
+from lpc_lightning.data.noise.flip_order import draw
 from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.policy import TinyPolicy

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpc_lightning.data.batching.balanced_batches import WINDOW, balance_batches
+from lpc_lightning.data.batch_order.balanced import WINDOW, balance_batches
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.data.batching.loading import TrainingBatches, TrainingLoader
 from lpc_lightning.data.sources.rows import DataError

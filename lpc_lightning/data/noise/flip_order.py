@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lpc_lightning.data import DataError
-from lpc_lightning.data.sources.rows import entry_of
+from lpc_lightning.data.sources.rows import DataError, entry_of
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.types import PreferenceExample
 
@@ -154,3 +153,14 @@ def _read_score(example: PreferenceExample, column: str) -> float:
             f"number. Columns of the pair: {columns}. Choose one of them in the settings of callbacks.order."
         )
     return score
+
+
+def draw(seed: int, example: PreferenceExample) -> float:
+    """Return a number in [0, 1) that depends only on seed and pair, and is uniform over both.
+
+    Ids need not be unique, so that the texts are used, too.
+    """
+    prompt = [[turn["role"], turn["content"]] for turn in example.question or example.prompt]
+    text = json.dumps([seed, example.id, prompt, example.chosen, example.rejected])
+    digest = hashlib.sha256(text.encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

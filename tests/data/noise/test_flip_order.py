@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from lpc_lightning.callbacks import (
+from lpc_lightning.callbacks import LabelFlipNoise
+from lpc_lightning.data import DataError
+from lpc_lightning.data.noise import (
     ByAnnotator,
     FlipOrder,
-    LabelFlipNoise,
     LongerWins,
     SmallMarginsFirst,
     Uniform,
     UnreliableAnnotators,
 )
-from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.types import Message, PreferenceExample
 
