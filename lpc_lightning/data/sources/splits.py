@@ -78,8 +78,8 @@ def find_split(location: Location, wanted: Sequence[str], split_column: str, set
         names = {split_of(row, split_column) for _, row in location.rows(None, lambda place, fault: None)}
     if len(names) > 1 and names.isdisjoint(wanted):
         raise DataError(
-            f"{setting}: found the splits {', '.join(sorted(names))}, expected {' or '.join(wanted)}, or a single split. "
-            f"Set {setting} to one of them."
+            f"{setting}: found the splits {', '.join(sorted(names))}, expected {' or '.join(wanted)}, or a single "
+            f"split. Set {setting} to one of them."
         )
     return next((name for name in wanted if name in names), min(names))
 
