@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.data.tokenization.templates import TemplateSettings, make_template
+from lpc_lightning.data.tokenization.templates import make_template
+from lpc_lightning.data.trainer_data import template_settings
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, check_counts, check_tasks
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
@@ -173,8 +173,6 @@ class LMEvaluation(Callback):
         # Importing lm-eval takes a second, which runs without this callback should not need.
         from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        settings = data.template_settings if isinstance(data, PreferenceDataModule) else TemplateSettings()
         return LatentLM(
             module.policy,
             module.tokenizer,
@@ -183,7 +181,7 @@ class LMEvaluation(Callback):
             batch_size=self.batch_size,
             mixed_precision_dtype=AUTOCAST.get(str(trainer.precision)),
             seed=self.seed,
-            template=make_template(module.tokenizer, *settings) if self.apply_chat_template else None,
+            template=make_template(module.tokenizer, *template_settings(trainer)) if self.apply_chat_template else None,
         )
 
     def _benchmarks(self, trainer: Trainer, module: PreferenceModule, limit: int | float | None) -> BenchmarkResults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -179,6 +180,28 @@ def test_group_is_instantiated(path: Path, tmp_path: Path, monkeypatch: pytest.M
     parsed = parser.parse_object({"group": yaml.safe_load(path.read_text())})
     if base is not PreferenceModule:  # which cannot be without a policy
         assert isinstance(parser.instantiate(parsed).group, base)
+
+
+HUB_DATA = [path for path in CONFIGS.glob("data/*.yaml") if re.search(r"^  path: \w+/", path.read_text(), re.M)]
+
+
+@pytest.mark.parametrize("path", sorted(HUB_DATA), ids=name_of)
+def test_hub_data_skips_bad_rows(path: Path, tmp_path: Path) -> None:
+    """Rows as in HH-RLHF: 9 of the 2,312 of its harmless-base/test.jsonl are of the two kinds below."""
+    start, stated = "\n\nHuman: Hi {}\n\nAssistant: ", yaml.safe_load(path.read_text())
+    pairs = [(start.format(number) + "Hello.", start.format(number) + "Go away.") for number in range(5)]
+    pairs += [(start, start + "Sure."), (f"{start}No.\n\nHuman: Why?\n\nAssistant: Because.", f"{start}Yes.")]
+    split = stated["init_args"]["train_split"]
+    rows = [json.dumps({"chosen": chosen, "rejected": rejected, "split": split}) for chosen, rejected in pairs]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    stated["init_args"] |= {"path": str(tmp_path / "rows.jsonl"), "cache_dir": str(tmp_path)}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PreferenceDataModule, "data", required=True)
+    data = parser.instantiate(parser.parse_object({"data": stated})).data
+    data.load("train", TinyPolicy().load_tokenizer())
+    report = data.reports["train"]
+    assert report.kept + report.held_apart == 5
+    assert report.bad == {"empty answer": 1, "conversations differ before the last turn": 1}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("trainer/*.yaml")), ids=name_of)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.data.batch_order import Balanced, BatchOrder, Shuffled
@@ -210,6 +210,13 @@ class PreferenceDataModule(LightningDataModule):
         metrics = {key.replace("data/", f"data/{stage}/", 1): value for key, value in self._counts(stage).items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, 0)
+        if shared := self._in_training(stage):
+            rank_zero_warn(
+                f"{stage}: found {shared} of {len(self.pairs[stage])} pairs with the prompt of a training pair, "
+                "expected none. Their metrics are those of prompts that are trained on. Prompts are compared as token ids: a "
+                "template that leaves out text (data.system_turns) can make two prompts equal. Remove these rows from "
+                "the files of one stage, or set another data.validation_split."
+            )
 
     def _describe(self, stage: Stage) -> str:
         """Return the text of the log on the rows of a stage."""
@@ -217,7 +224,14 @@ class PreferenceDataModule(LightningDataModule):
 
     def _counts(self, stage: Stage) -> dict[str, float]:
         """Return the numbers of rows of a stage by name, `data/...` (see `DataReport.metrics`)."""
-        return self.reports[stage].metrics()
+        shared = self._in_training(stage)
+        return self.reports[stage].metrics() | ({"data/prompts_in_training": float(shared)} if shared else {})
+
+    def _in_training(self, stage: Stage) -> int:
+        """Return how many validation pairs have the prompt of a training pair. 0 if they are meant to."""
+        if stage != "validation" or "train" not in self.pairs:
+            return 0
+        return self.pairs[stage].count_prompts_of(self.pairs["train"])
 
     def load(self, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> TokenStore | None:
         """Load the tokens of a stage, and store the report on its rows in `reports`. Needs no trainer.

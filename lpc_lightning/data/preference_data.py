@@ -95,6 +95,11 @@ class StageRows:
         return None
 
     @property
+    def holds_out_pairs(self) -> bool:
+        """True if training pairs are held out for validation, and other pairs of their prompts stay in training."""
+        return self._holds_out and self.validation_by == "pair"
+
+    @property
     def _holds_out(self) -> bool:
         return self.validation_share > 0 and not self._has_own_rows("validation")
 
@@ -133,6 +138,9 @@ class PreferenceData(StageRows, PreferenceDataModule):
 
     The rows may have any of the supported formats.
     """
+
+    def _in_training(self, stage: Stage) -> int:
+        return 0 if self.holds_out_pairs else super()._in_training(stage)
 
 
 def _expanded(path: str | list[str], setting: str) -> Path:

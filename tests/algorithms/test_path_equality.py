@@ -1,7 +1,7 @@
 """Tests that all paths give the same step: layouts, head chunks, references, kernels, compiled or recomputed layers.
 
 One step of each algorithm and latent is computed along the plain path and along every other one. Loss and gradients
-agree to 1e-9 in float64 and 1e-4 in float32. Tests of the plain path itself are in test_module_math, test_against_trl
+agree to 1e-9 in float64 and 1e-4 in float32. Tests of the plain path itself are in test_plain_steps, test_against_trl
 and test_causal.
 """
 

@@ -84,6 +84,25 @@ def test_held_out_prompts_are_not_in_training(share: float, data: Any, write_row
     assert module.reports["train"].held_apart == len(validation)
 
 
+@pytest.mark.parametrize("by", ["prompt", "pair"])
+def test_held_out_texts_with_white_space(by: str, data: Any, write_rows: Any) -> None:
+    """The template trims each turn, so that rows which differ by white space have the same tokens."""
+    tokenizer = tiny().load_tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] | trim }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = [row(n) for n in range(60)]
+    rows += [{name: f" {text}\n" for name, text in each.items()} for each in rows]
+    module = data(write_rows(rows), validation_share=0.3, validation_by=by)
+    train, held_out = (
+        {(*pair.prompt_ids, *pair.chosen_ids) for pair in module.load(stage, tokenizer)}
+        for stage in ("train", "validation")
+    )
+    assert len(train) + len(held_out) == 60
+    assert train.isdisjoint(held_out)
+
+
 def test_held_out_pairs_of_one_prompt(data: Any, write_rows: Any) -> None:
     """A pair that is labelled twice, with opposite labels, is on one side."""
     votes = [(f"Answer {number}.", "One.") for number in range(100)]
@@ -363,6 +382,35 @@ def test_bad_rows_error_lists_all_rows(data: Any, write_rows: Any, tmp_path: Pat
     for number, reason in ((2, "missing answer"), (3, "empty answer"), (4, "equal answers"), (5, "invalid JSON")):
         assert f"{reason}: pairs.jsonl line {number}" in text
     assert "`--data.bad_rows skip`" in text
+
+
+def test_validation_file_within_training_pattern(data: Any, write_rows: Any, tmp_path: Path) -> None:
+    """The pattern of the training files covers the validation file."""
+    write_rows([row(n) for n in range(5)], "a.jsonl")
+    own = write_rows([row(n) for n in range(5, 8)], "dev.jsonl")
+    with pytest.warns(UserWarning, match="found 3 of 3 pairs with the prompt of a training pair"):
+        run = Fit(tmp_path, data({"train": tmp_path / "*.jsonl", "validation": own}))
+    assert run.metrics["data/validation/prompts_in_training"] == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "validation", "count"),
+    [
+        ({"system_turns": "drop"}, "validation", 2),  # the two prompts differ by their system texts
+        ({"system_turns": "keep"}, "validation", None),
+        ({"system_turns": "drop", "validation_by": "pair", "validation_share": 0.5}, "train", None),
+    ],
+)
+def test_prompts_in_training_as_tokens(
+    settings: dict[str, Any], validation: str, count: int | None, data: Any, write_rows: Any
+) -> None:
+    """Prompts are shared on purpose if pairs are held out."""
+    rows = [row(0, system="Be kind.", chosen=f"Good {n}.") for n in range(8)]
+    rows += [row(0, system="Be brief.", split=validation), row(0, system="Be glad.", split=validation), row(9)]
+    module = data(write_rows(rows), **settings)
+    train, held_out = prompts(module, "train"), prompts(module, "validation")
+    assert bool(set(train) & set(held_out)) == (settings["system_turns"] == "drop")
+    assert module._counts("validation").get("data/prompts_in_training") == count
 
 
 def test_metrics_have_the_stage_name(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lpc_lightning.cli import PreferenceCLI
+from lpc_lightning.inference.export import export
 from lpc_lightning.inference.modeling_lpc import latent_causal_lm
 from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import LatentSpace, MarginalSpace
@@ -177,3 +178,35 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def checkpoint(fitted: Callable[..., Path]) -> Path:
     """Of LPC-DPO."""
     return fitted(*CODED)
+
+
+# Exports
+
+
+GEMMA = '{"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}'
+CASES: dict[str, list[str]] = {
+    "codes": CODED,
+    "adapter": [*CODED, "--policy.lora.rank=2"],
+    "tied": [*CODED, "--policy.family=gpt2", "--latent.prior_mode=argmax"],
+    "soft-cap": [*CODED, "--policy.family=gemma2", f"--policy.options={GEMMA}"],
+    "gaussian": ["--latent=GaussianSpace", "--latent.num_codes=5", "--latent.init_logit_std=1.0", "--model=SimPO"],
+    "bf16": [*CODED, "--trainer.precision=bf16-true"],
+    "plain": [],
+}
+LATENT_FILES = {"latent.safetensors", "modeling_lpc.py", "digests.json"}
+FILES = {"config.json", "generation_config.json", "model.safetensors", "README.md", "training.json", "tokenizer.json"}
+FILES |= {"tokenizer_config.json", "chat_template.jinja", "digests.json"}
+
+
+def batch() -> dict[str, Tensor]:
+    tokens = torch.randint(3, 1024, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def exported(fitted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each case."""
+    root = tmp_path_factory.mktemp("exports")
+    return {name: export(str(fitted(*flags)), str(root / name)) for name, flags in CASES.items()}

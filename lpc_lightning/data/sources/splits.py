@@ -59,17 +59,19 @@ def split_names(location: Location, split_column: str = "split") -> set[str]:
 def prompt_rank(prompt: Sequence[Message] | str, seed: int = 0) -> int:
     """Return the place of a prompt in a random order: a hash below 2^64 of its text and the seed.
 
+    White space around a turn does not count, because many chat templates remove it.
+
     Args:
         prompt: A conversation, or a text, which counts as one user turn.
         seed: Seed of the hash.
     """
-    turns = [["user", prompt]] if isinstance(prompt, str) else [[turn["role"], turn["content"]] for turn in prompt]
-    return _rank([seed, turns])
+    turns = [("user", prompt)] if isinstance(prompt, str) else [(turn["role"], turn["content"]) for turn in prompt]
+    return _rank([seed, [[role, content.strip()] for role, content in turns]])
 
 
 def pair_rank(example: PreferenceExample, seed: int = 0) -> int:
     """Return the place of a pair in a random order (see `prompt_rank`). It does not depend on the label."""
-    return _rank([prompt_rank(example.prompt, seed), sorted([example.chosen, example.rejected])])
+    return _rank([prompt_rank(example.prompt, seed), sorted([example.chosen.strip(), example.rejected.strip()])])
 
 
 def _rank(content: list[Any]) -> int:

@@ -48,23 +48,6 @@ def make_prior(scale: float) -> InferencePrior:
     return InferencePrior.of({"kind": "discrete", "num_codes": CODES, "prior_mode": "mean"}, tensors)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_spec: Build) -> PreTrainedTokenizerBase:
-    return tiny_spec("llama").load_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def policies(tiny: Build) -> Callable[[str], CausalPolicy]:
-    built: dict[str, CausalPolicy] = {}
-
-    def policy(family: str) -> CausalPolicy:
-        if family not in built:
-            built[family] = tiny(family, dtype="float32", context=WINDOW)
-        return built[family]
-
-    return policy
-
-
 @torch.no_grad()
 def decode_naively(
     policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, prompt: str, prior: InferencePrior, mode: str | int

@@ -1,0 +1,84 @@
+"""Tests of the folder of an export: what may be replaced, and what is left after an error."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
+from lpc_lightning.errors import ConfigError
+from lpc_lightning.inference.export import export
+from tests.inference.conftest import CASES, FILES
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_folder_that_is_not_free(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"output: .*/file is a file, expected a folder"):
+        export(str(checkpoint), str(tmp_path / "file"))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    (mine / "config.json").write_text("{}")
+    (mine / "training.json").write_text('{"policy": "mine"}')  # a common name is no sign of an export
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"output: .*/mine is not empty and no earlier export"):
+            export(str(checkpoint), str(mine), overwrite=overwrite)
+    assert (mine / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    assert (export(str(checkpoint), str(tmp_path / "empty")) / "config.json").is_file()
+
+
+def test_export_replaces_only_on_request(checkpoint: Path, fitted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = export(str(checkpoint), str(tmp_path / "out"))
+    with pytest.raises(
+        ConfigError, match=r"output: .*/out holds an earlier export. Expected another folder, or --over"
+    ):
+        export(str(fitted()), str(folder))
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"output: found notes\.txt in .*/out, which export has not written"):
+        export(str(fitted()), str(folder), overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    export(str(fitted()), str(folder), overwrite=True)
+    assert {file.name for file in folder.iterdir()} == FILES
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_through_a_link_keeps_the_link(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    export(str(checkpoint), str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_no_local_path_is_published(exported: dict[str, Path], fitted: Callable[..., Path]) -> None:
+    roots = [str(folder) for folder in (exported["codes"].parent, fitted(*CASES["codes"]).parents[2])]
+    for folder in exported.values():
+        for file in folder.iterdir():
+            assert not [root for root in roots if root.encode() in file.read_bytes()]
+    origin = json.loads((exported["codes"] / "training.json").read_text())
+    assert origin["path"] == "version_0/checkpoints/best.ckpt"
+
+
+def test_a_full_disk_leaves_the_earlier_export_whole(checkpoint: Path, tmp_path: Path) -> None:
+    folder = export(str(checkpoint), str(tmp_path / "out"))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+        with pytest.raises(
+            CheckpointWriteError, match=r"output: could not write .*/out: .*Expected a folder with enough space"
+        ):
+            export(str(checkpoint), str(folder), overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
