@@ -213,9 +213,9 @@ class PreferenceDataModule(LightningDataModule):
         if shared := self._in_training(stage):
             rank_zero_warn(
                 f"{stage}: found {shared} of {len(self.pairs[stage])} pairs with the prompt of a training pair, "
-                "expected none. Their metrics are those of prompts that are trained on. Prompts are compared as token ids: a "
-                "template that leaves out text (data.system_turns) can make two prompts equal. Remove these rows from "
-                "the files of one stage, or set another data.validation_split."
+                "expected none. Their metrics are those of prompts that are trained on. Prompts are compared as token "
+                "ids: a template that leaves out text (data.system_turns) can make two prompts equal. Remove these "
+                "rows from the files of one stage, or set another data.validation_split."
             )
 
     def _describe(self, stage: Stage) -> str:
