@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorB
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpc_lightning.markdown import markdown_table
+from lpc_lightning.files.markdown import markdown_table
 
 Rows = Sequence[Sequence[Any]]
 

@@ -304,9 +304,14 @@ def sum_by_answer(values: Tensor, owner: Tensor, answers: int) -> Tensor:
 
 
 def sum_by_product(values: Tensor, owner: Tensor, answers: int) -> Tensor:
-    """Compute `sum_by_answer` as a product with zeros and ones in float64. On a GPU, every run gives equal bits."""
+    """Compute `sum_by_answer` as a product with zeros and ones in float64. On a GPU, every run gives equal bits.
+
+    An answer with a value that is not finite gets NaN. In the product that value would make every answer NaN.
+    """
     members = (torch.arange(answers, device=owner.device)[:, None] == owner).double()
-    sums = members @ values.double().flatten(1) if values.dim() > 1 else members @ values.double()
+    tokens, finite = values.reshape(len(values), -1), values.isfinite().reshape(len(values), -1)
+    sums = members @ tokens.where(finite, 0).double()
+    sums = sums.where(members @ (~finite).double() == 0, torch.nan)
     return sums.to(values.dtype).reshape(answers, *values.shape[1:])
 
 
