@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.cli.system_errors import explain_system_error
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.tokenization.templates import make_template
@@ -38,7 +39,6 @@ from lpc_lightning.inference.fingerprint import weights_of
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy import UnsupportedPolicyError
-from lpc_lightning.system_errors import explain_system_error
 
 SELF_EXPLAINING_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedPolicyError)
 """Errors whose text has what was found and what to do. Their class and location are not shown."""

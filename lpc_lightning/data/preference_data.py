@@ -10,7 +10,7 @@ from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.splits import RANKS, VALIDATION_NAMES, HoldOut, split_names
-from lpc_lightning.paths import expand_path
+from lpc_lightning.files.path_variables import expand_path
 
 Path: TypeAlias = str | tuple[str, ...]
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.errors import ConfigError, DamagedFileError, one_line
+from lpc_lightning.files.json_files import read_json_object
 from lpc_lightning.inference.checkpoints import (
     build_module,
     checkpoint_origin,
@@ -30,7 +31,6 @@ from lpc_lightning.inference.modeling_lpc import (
     load_prior,
 )
 from lpc_lightning.inference.trained_policy import ORIGIN, TrainedPolicy
-from lpc_lightning.json_files import read_json_object
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy, UnsupportedPolicyError
 
