@@ -226,7 +226,7 @@ class BothRanks(TrainingBatches):
 
 class BothRanksData(SyntheticPreferences):
     def _training_batches(self) -> TrainingBatches:
-        return BothRanks(len(self.pairs["train"]), self.batch_size, run_seed())
+        return BothRanks(self.pairs["train"], self.batch_size, run_seed())
 
 
 class BothRanksDPO(DPO):
