@@ -379,7 +379,7 @@ def test_ablation_first_cell_takes_two_steps(name: str, swap: list[str], monkeyp
     """Grids with every base experiment, every file of callbacks, and with batches of annotators."""
     monkeypatch.chdir(CONFIGS.parent)
     cells = read_grid(CONFIGS / "ablation" / f"{name}.yaml").cells()
-    by_annotator = any("pairs_per_annotator" in argument for argument in cells[0].arguments)
+    by_annotator = any("ByAnnotator" in argument for argument in cells[0].arguments)
     steps = [
         f"--data.deciding={'hidden' if by_annotator else 'visible'}",
         "--trainer.accumulate_grad_batches=1",

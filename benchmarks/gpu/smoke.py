@@ -59,7 +59,11 @@ class Smoke:
             )
             for control in ("vector", "mlp", "gaussian", "prior_only", "posterior_only"):
                 yield self._fit(control, f"DPO, {control}", "DPO", control, precision=mixed)
-            annotators = {"data.deciding": "hidden", "data.pairs_per_annotator": 2}
+            annotators = {
+                "data.deciding": "hidden",
+                "data.batch_order": "ByAnnotator",
+                "data.batch_order.pairs_per_annotator": 2,
+            }
             yield self._fit("annotators", "DPO, marginal_annotators", "DPO", "marginal_annotators", more=annotators)
             wide = {"policy.attention": "flash_attention_2"}
             yield self._fit(
