@@ -120,18 +120,32 @@ def test_holder_dpo_derivative_is_published(gamma: float) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
-def test_smoothing_equals_dpo_settings(rate: float) -> None:
-    for codes in (None, 3):
-        logps = random_pairs(codes, margins=True)
-        log_weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
-        for robust, unbiased in ((ConservativeLoss(rate), False), (UnbiasedLoss(rate), True)):
-            ours = robust.pair_losses(ALGORITHMS["dpo"], logps)
-            theirs = dpo_loss(logps, 0.5, rate, robust=unbiased)
-            torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(ours.label_log_likelihood, theirs.label_log_likelihood, rtol=1e-12, atol=1e-12)
-            if codes:
-                mixtures = ours.of_mixture(log_weights), theirs.of_mixture(log_weights)
-                torch.testing.assert_close(*mixtures, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("codes", [None, 3])
+def test_smoothed_dpo_matches_closed_forms(rate: float, codes: int | None) -> None:
+    """cDPO's and rDPO's losses, likelihoods of a label, and losses of a mixture, in plain exponentials."""
+    logps = random_pairs(codes, margins=True)
+    assert logps.margins is not None
+    difference = logps.policy_chosen - logps.reference_chosen - logps.policy_rejected + logps.reference_rejected
+    wins, loses = (1 / (1 + (logps.margins - sign * 0.5 * difference).exp()) for sign in (1, -1))
+    prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+
+    conservative = ConservativeLoss(rate).pair_losses(ALGORITHMS["dpo"], logps)
+    cdpo = -(1 - rate) * wins.log() - rate * loses.log()
+    torch.testing.assert_close(conservative.losses, cdpo, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(conservative.label_log_likelihood, -cdpo, rtol=1e-12, atol=1e-12)
+
+    def rdpo(first: Tensor, second: Tensor) -> Tensor:
+        return -((1 - rate) * first.log() - rate * second.log()) / (1 - 2 * rate)
+
+    unbiased = UnbiasedLoss(rate).pair_losses(ALGORITHMS["dpo"], logps)
+    torch.testing.assert_close(unbiased.losses, rdpo(wins, loses), rtol=1e-12, atol=1e-12)
+    likelihood = (1 - rate) * wins + rate * loses
+    torch.testing.assert_close(unbiased.label_log_likelihood.exp(), likelihood, rtol=1e-12, atol=1e-12)
+    if codes:
+        mixture = -(prior * (-cdpo).exp()).sum(-1).log()
+        torch.testing.assert_close(conservative.of_mixture(prior.log()), mixture, rtol=1e-12, atol=1e-12)
+        mixture = rdpo((prior * wins).sum(-1), (prior * loses).sum(-1))
+        torch.testing.assert_close(unbiased.of_mixture(prior.log()), mixture, rtol=1e-12, atol=1e-12)
 
 
 @every_algorithm

@@ -164,8 +164,12 @@ class PolicyModule(LatentMixin, LightningModule):
                 policy.compile_layers(few_shapes=self._on_gpu, cuda_graphs=self._replays(policy))
 
     def _replays(self, policy: CausalPolicy) -> bool:
-        """Return whether a compiled policy trains with CUDA graphs. Launches cost a large model no time."""
-        setting, alone = self.policy_spec.cuda_graphs, self._trainer is None or self._trainer.world_size == 1
+        """Return whether a compiled policy trains with CUDA graphs. Launches cost a large model no time.
+
+        A graph reads the weights where they were at its capture. A sharded layer gathers them elsewhere in each step.
+        """
+        setting = self.policy_spec.cuda_graphs
+        alone = self.device_mesh is None and (self._trainer is None or self._trainer.world_size == 1)
         is_on = sum(map(torch.numel, policy.parameters())) < GRAPHED_BELOW if setting == "auto" else setting
         return is_on and self._on_gpu and alone and not self.policy_spec.gradient_checkpointing
 

@@ -41,8 +41,13 @@ def conservative_losses(observed: PairLosses, opposite: PairLosses, rate: float)
 def unbiased_losses(observed: PairLosses, opposite: PairLosses, rate: float) -> PairLosses:
     """Compute `[(1 - rate) l - rate l'] / (1 - 2 rate)`, whose mean over flips at this rate is the clean loss.
 
-    For DPO this is rDPO (Chowdhury et al., 2024, arXiv 2403.00409, eq. 12). See `dpo_loss` for the loss of a mixture
-    of codes.
+    For DPO this is rDPO (Chowdhury et al., 2024, arXiv 2403.00409, eq. 12).
+
+    The loss is not a negative log-likelihood. DPO's falls without bound as D grows. If exp(-loss) were used as a
+    likelihood, the codes would follow every label, including the wrong ones. So the loss of a mixture of codes averages
+    each of the two likelihoods over the codes separately, which keeps the loss unbiased. The likelihood of a label
+    under a code is that of labels that flip at this rate: for DPO, `(1 - rate) sigmoid(beta D) + rate sigmoid(-beta
+    D)`.
 
     Args:
         observed: Losses of the labels.

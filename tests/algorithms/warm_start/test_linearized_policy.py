@@ -23,12 +23,13 @@ from lpc_lightning.algorithms.warm_start.linearized_policy import (
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.policy.causal import BatchForward
+from lpc_lightning.robust import UnbiasedLoss
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PreferenceBatch
 
 WIDTH, VOCABULARY = 5, 11
 LOSSES: dict[str, Any] = {
     "dpo": partial(dpo_loss, beta=0.5),
-    "rdpo": partial(dpo_loss, beta=0.5, label_smoothing=0.2, robust=True),
+    "rdpo": partial(UnbiasedLoss(0.2).pair_losses, partial(dpo_loss, beta=0.5)),
     "ipo": partial(ipo_loss, beta=0.3),
     "ipo, averaged": partial(ipo_loss, beta=0.3, length_average=True),
     "simpo": partial(simpo_loss, beta=2.0, gamma_beta_ratio=0.5),
