@@ -19,7 +19,7 @@ from lpc_lightning.data.noise.label_noise import LabelNoise
 from lpc_lightning.data.noise.markers import MARK
 from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.json_files import write_text
+from lpc_lightning.files.json_files import write_text
 from lpc_lightning.loggers import run_folder
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import PreferenceBatch, PreferenceExample

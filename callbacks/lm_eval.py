@@ -23,11 +23,11 @@ from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
 from lpc_lightning.evaluation.benchmarks.trial import Trial, failure_reason
 from lpc_lightning.evaluation.tables import score
+from lpc_lightning.files.markdown import markdown_table
+from lpc_lightning.files.path_variables import expand_path
 from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.loggers import run_folder
-from lpc_lightning.markdown import markdown_table
-from lpc_lightning.paths import expand_path
 from lpc_lightning.seeding import run_seed
 
 if TYPE_CHECKING:

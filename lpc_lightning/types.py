@@ -162,6 +162,8 @@ class PreferenceBatch:
     tokens: int
     """Tokens that the backbone reads, padding not counted. Counted when the batch is laid out: the sum of a mask on a
     GPU would have the CPU wait for it."""
+    planned: bool = False
+    """True if the layout has planned this shape. Compiled layers on a GPU run batches of planned shapes."""
     reference_bits: Tensor | None = None
     """(2B,) log-probabilities under the reference, the bits of each float64 number as an int64. None unless they are
     cached for all pairs. A trainer of `bf16-true` casts the floating-point tensors of a batch, and three digits would

@@ -226,7 +226,7 @@ def test_strategy_is_built(path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", [CONFIGS / "trainer" / "deepspeed_8gpu.yaml", "deepspeed_stage_2"], ids=str)
 def test_strategy_not_installed(strategy: Path | str, swap: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lpc_lightning.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("lpc_lightning.cli.preference_cli.find_spec", lambda name: None)
     where = [f"--trainer={strategy}"] if isinstance(strategy, Path) else [f"--trainer.strategy={strategy}"]
     swap = [each for each in swap if "strategy" not in each]
     with pytest.raises(ConfigError, match=r"needs DeepSpeed, .* `pip install .* '\.\[deepspeed\]'`, or set"):
@@ -379,7 +379,7 @@ def test_ablation_first_cell_takes_two_steps(name: str, swap: list[str], monkeyp
     """Grids with every base experiment, every file of callbacks, and with batches of annotators."""
     monkeypatch.chdir(CONFIGS.parent)
     cells = read_grid(CONFIGS / "ablation" / f"{name}.yaml").cells()
-    by_annotator = any("pairs_per_annotator" in argument for argument in cells[0].arguments)
+    by_annotator = any("ByAnnotator" in argument for argument in cells[0].arguments)
     steps = [
         f"--data.deciding={'hidden' if by_annotator else 'visible'}",
         "--trainer.accumulate_grad_batches=1",

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import PairMeans, accuracies
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from lpc_lightning.evaluation.statistics.calibration import calibration_error, wrong_label_auroc
 from lpc_lightning.evaluation.statistics.clusters import standard_error

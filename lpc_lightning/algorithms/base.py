@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lpc_lightning.algorithms.checkpoint import check_same_architecture
-from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput, TrainingOutput
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
+from lpc_lightning.algorithms.outputs import EvaluationOutput, TrainingOutput
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
 from lpc_lightning.algorithms.position import read_position, resume_position, write_position
 from lpc_lightning.algorithms.run_length import compare_run_length, run_length, warn_of_no_step

@@ -162,8 +162,8 @@ class MarginalSpace(DiscreteSpace):
 
         Args:
             annotators: Score each pair given the earlier pairs of its annotator in the batch, as `adapt` does. Needs
-                an annotator column, and batches with several pairs of an annotator (data.pairs_per_annotator). Batches
-                of other devices, and other batches accumulated for the same step, are not used.
+                an annotator column, and batches with several pairs of an annotator (data.batch_order: ByAnnotator).
+                Batches of other devices, and other batches accumulated for the same step, are not used.
             space: Settings of `DiscreteSpace`.
         """
         super().__init__(**space)

@@ -19,7 +19,7 @@ from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.distributed.sharding import reshard
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.integrity import code_digest
+from lpc_lightning.files.integrity import code_digest
 from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
 from lpc_lightning.policy.segment_attention import SEGMENT
 from lpc_lightning.reference.live import PolicyOwner

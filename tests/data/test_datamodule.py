@@ -16,7 +16,14 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.data import Columns, PreferenceData, PreferenceDataModule, SyntheticPreferences
+from lpc_lightning.data import (
+    ByAnnotator,
+    ByLength,
+    Columns,
+    PreferenceData,
+    PreferenceDataModule,
+    SyntheticPreferences,
+)
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
@@ -161,6 +168,54 @@ def test_path_one_file_for_each_stage(data: Any, write_rows: Any) -> None:
         assert ids(module, stage) == [f"{stage}.jsonl line 1"]
 
 
+@pytest.mark.parametrize("form", ["folder", "saved", "json", "column"])
+def test_path_with_splits_for_each_stage(form: str, data: Any, write_rows: Any, tmp_path: Path) -> None:
+    """Each stage has a path with the splits of all stages, and the test stage also one with a split alone."""
+
+    def path_of(name: str, numbers: dict[str, int]) -> Path:
+        rows = {split: [row(number)] for split, number in numbers.items()}
+        if form == "column":
+            return write_rows([row(number, split=split) for split, number in numbers.items()], f"{name}.jsonl")
+        if form == "json":
+            (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+            return tmp_path / f"{name}.json"
+        folder = tmp_path / name
+        if form == "saved":
+            DatasetDict({split: Dataset.from_list(each) for split, each in rows.items()}).save_to_disk(folder)
+            return folder
+        folder.mkdir()
+        for split, each in rows.items():
+            write_rows(each, f"{name}/{split}.jsonl")
+        return folder
+
+    def numbers_of(paths: dict[str, Path], **settings: Any) -> dict[str, list[int]]:
+        module = data(paths, **settings)
+        texts = {stage: [pair.chosen for pair in module.source(stage).read(DataReport())] for stage in paths}
+        return {stage: [int(text.strip("God.")) for text in each] for stage, each in texts.items()}
+
+    stages = ("train", "validation", "test")
+    paths = {
+        stage: path_of(stage, {"train": 10 * n, "validation": 10 * n + 1, "test": 10 * n + 2})
+        for n, stage in enumerate(stages)
+    }
+    assert numbers_of(paths) == {"train": [0], "validation": [11], "test": [22]}
+    assert numbers_of(paths, validation_split="test") == {"train": [0], "validation": [12], "test": [22]}
+    assert numbers_of(paths | {"test": path_of("one", {"validation": 9})})["test"] == [9]
+    with pytest.raises(
+        DataError, match=r"data\.test_split: found the splits train, validation, expected test, or a single"
+    ):
+        numbers_of(paths | {"test": path_of("two", {"train": 1, "validation": 2})})
+
+
+def test_path_of_train_with_a_few_test_rows(data: Any, write_rows: Any) -> None:
+    """Rows without a value belong to training."""
+    train = write_rows([row(0), row(1, split="test"), row(2, split="")], "some.jsonl")
+    module = data({"train": train, "test": write_rows([row(3), row(4)], "test.jsonl")}, validation_share=0.0)
+    assert ids(module, "train") == ["some.jsonl line 1", "some.jsonl line 3"]
+    assert ids(module, "test") == ["test.jsonl line 1", "test.jsonl line 2"]
+    assert module.reports["train"].other_splits == {"test": 1}
+
+
 def test_path_without_validation_file_holds_out(data: Any, write_rows: Any) -> None:
     train = write_rows([row(n) for n in range(100)], "train.jsonl")
     module = data({"train": train}, validation_share=0.3)
@@ -260,15 +315,9 @@ def test_columns_with_other_names(data: Any, write_rows: Any) -> None:
         ({"batch_size": 0}, r"data\.batch_size: found 0, expected at least 1"),
         ({"eval_batch_size": -1}, r"data\.eval_batch_size: found -1, expected at least 1"),
         ({"row_tokens": 0}, r"data\.row_tokens: found 0, expected at least 1"),
-        ({"length_window": 0}, r"data\.length_window: found 0, expected at least 1"),
-        ({"pairs_per_annotator": 0}, r"data\.pairs_per_annotator: found 0, expected at least 1"),
         (
-            {"pairs_per_annotator": 3, "batch_size": 8},
+            {"batch_order": ByAnnotator(3), "batch_size": 8},
             r"pairs_per_annotator: found 3, expected a divisor of data\.batch_size \(8\)",
-        ),
-        (
-            {"pairs_per_annotator": 2, "length_window": 4},
-            r"data\.length_window: found 4 together with data\.pairs_per_annotator, expected only one",
         ),
         ({"max_length": 0}, r"max_length=0: expected a number of tokens from 1 on"),
         ({"validation_share": 1.0}, r"data\.validation_share: found 1\.0, expected a share from 0 to below 1"),
@@ -422,10 +471,11 @@ def test_metrics_have_the_stage_name(tmp_path: Path) -> None:
 # Batches and layouts.
 
 
-def test_length_window_groups_similar_lengths(tmp_path: Path) -> None:
+def test_order_by_length_groups_similar_lengths(tmp_path: Path) -> None:
     def spread(window: int | None) -> tuple[float, list[str]]:
         sizes: dict[str, Any] = {"train_pairs": 40, "validation_pairs": 0, "batch_size": 4}
-        made = SyntheticPreferences(**sizes, length_window=window, cache_dir=str(tmp_path / "cache"))
+        order = None if window is None else ByLength(window)
+        made = SyntheticPreferences(**sizes, batch_order=order, cache_dir=str(tmp_path / "cache"))
         Fit(tmp_path / f"window {window}", made)
         pairs = made.pairs["train"]
         of = {pair.id: length for pair, length in zip(pairs, pairs.lengths, strict=True)}
@@ -438,8 +488,8 @@ def test_length_window_groups_similar_lengths(tmp_path: Path) -> None:
     assert names == same
 
 
-def test_pairs_per_annotator_groups_pairs(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"train_pairs": 64, "validation_pairs": 0, "batch_size": 4, "pairs_per_annotator": 4}
+def test_order_by_annotator_groups_pairs(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"train_pairs": 64, "validation_pairs": 0, "batch_size": 4, "batch_order": ByAnnotator(4)}
     made = SyntheticPreferences(deciding="hidden", annotators=8, **sizes, cache_dir=str(tmp_path / "cache"))
     Fit(tmp_path, made)
     batches = list(made.train_dataloader())
@@ -448,12 +498,13 @@ def test_pairs_per_annotator_groups_pairs(tmp_path: Path) -> None:
     assert sum(len(batch.annotators) for batch in alone) >= 64 - 8 * 3
 
 
-def test_pairs_per_annotator_without_annotators(tmp_path: Path) -> None:
+def test_order_by_annotator_without_annotators(tmp_path: Path) -> None:
     made = SyntheticPreferences(
-        train_pairs=8, validation_pairs=0, pairs_per_annotator=2, cache_dir=str(tmp_path / "cache")
+        train_pairs=8, validation_pairs=0, batch_order=ByAnnotator(2), cache_dir=str(tmp_path / "cache")
     )
     with pytest.raises(
-        DataError, match=r"data\.pairs_per_annotator: found no annotator in 8 training pairs, expected a col"
+        DataError,
+        match=r"data\.batch_order: found ByAnnotator\(.*=2\) and no annotator in 8 training pairs",
     ):
         Fit(tmp_path, made)
 
