@@ -221,8 +221,8 @@ class TrainingLoader(PreferenceLoader):
         if self._order != expected:
             raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
-                "same seed_everything, data, data.batch_size, data.batch_order, trainer.overfit_batches and devices, or "
-                f"{NEW_RUN}."
+                "same seed_everything, data, data.batch_size, data.batch_order, trainer.overfit_batches and devices, "
+                f"or {NEW_RUN}."
             )
         if self._flips != state["flips"]:
             raise DataError(
