@@ -38,7 +38,7 @@ def first_batches(
     )
     pairs = source.load("train", policy.load_tokenizer())
     assert pairs is not None
-    plan = list(TrainingBatches(len(pairs), batch_size, 0))[:count]
+    plan = list(TrainingBatches(pairs, batch_size, 0))[:count]
     if len(plan) < count:
         raise DataError(
             f"{data}: found {len(pairs)} pairs to train on, expected {count} batches of "

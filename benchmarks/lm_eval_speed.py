@@ -21,8 +21,8 @@ from lm_eval.models.huggingface import HFLM
 from lpc_lightning.evaluation.benchmarks.checks import check_tasks
 from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.evaluation.benchmarks.tasks import load_tasks
+from lpc_lightning.files.path_variables import expand_path
 from lpc_lightning.inference.modeling_lpc import InferencePrior
-from lpc_lightning.paths import expand_path
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round, score_batches
@@ -96,9 +97,8 @@ class AnnotatorAdaptation(CollectPairs):
         if self.report.annotators and not self.report.has_majority:
             rank_zero_info(f"adaptation, {stage}: {NO_MAJORITY}")
         metrics = dict(self.report.metrics)
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        by_annotator = self.pairs.column == "annotator"
-        ceiling = data.ceiling if isinstance(data, PreferenceDataModule) and by_annotator else None
+        data = preference_data(trainer)
+        ceiling = data.ceiling if data is not None and self.pairs.column == "annotator" else None
         if metrics and ceiling is not None:
             metrics["adaptation/ceiling"] = ceiling.given_annotator
         log_round(pl_module, stage, metrics)
@@ -107,10 +107,9 @@ class AnnotatorAdaptation(CollectPairs):
             write_adaptation(folder, self.report, self.pairs)
 
     def _score_labelled(self, trainer: Trainer, module: PreferenceModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        fitted = isinstance(data, PreferenceDataModule) and "train" in data.pairs
-        labelled = self._choose_labelled(data) if fitted else []
-        if len(labelled) < trainer.world_size:
+        data = preference_data(trainer)
+        labelled = self._choose_labelled(data) if data is not None and "train" in data.pairs else []
+        if data is None or len(labelled) < trainer.world_size:
             raise ConfigError(
                 f"AnnotatorAdaptation.training_pairs: found {self.training_pairs} in a run without labelled training "
                 f"pairs (column {self.pairs.column}), expected a fit in the same process on pairs with this label, as "

@@ -7,7 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.collect import CollectValidation
@@ -79,8 +79,8 @@ class CodeExplanations(CollectValidation):
         if explanation is None or not trainer.is_global_zero:
             return
         try:
-            data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-            source = data.source("validation") if isinstance(data, PreferenceDataModule) else None
+            data = preference_data(trainer)
+            source = None if data is None else data.source("validation")
             if source is not None:
                 explanation = explanation.with_texts(find_examples(source, explanation.shown_pairs))
             origin = {"checkpoint": None, "step": self._step, "preferences": None}

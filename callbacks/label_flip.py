@@ -14,12 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lpc_lightning.algorithms.base import is_optimizer_step
 from lpc_lightning.callbacks.noise_metrics import KINDS, NAMES, NoiseMetrics
-from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.noise.flip_order import FlipOrder, Uniform, draw
 from lpc_lightning.data.noise.label_noise import LabelNoise
 from lpc_lightning.data.noise.markers import MARK
+from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.json_files import write_text
+from lpc_lightning.files.json_files import write_text
 from lpc_lightning.loggers import run_folder
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import PreferenceBatch, PreferenceExample
@@ -122,9 +122,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         """
         if stage != "fit":
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        if not isinstance(data, PreferenceDataModule):
-            raise ConfigError(f"LabelFlipNoise: found data of {type(data).__name__}, expected a PreferenceDataModule.")
+        data = required_data(trainer, "callbacks: found LabelFlipNoise", "Other data takes no label noise.")
         data.set_label_noise(self)
         self._metrics.to(pl_module.device)
         pairs = data.training_pairs

@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.data.tokenization.templates import TemplateSettings, make_template
+from lpc_lightning.data.tokenization.templates import make_template
+from lpc_lightning.data.trainer_data import template_settings
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, check_counts, check_tasks
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
@@ -23,11 +23,11 @@ from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, load_tasks
 from lpc_lightning.evaluation.benchmarks.trial import Trial, failure_reason
 from lpc_lightning.evaluation.tables import score
+from lpc_lightning.files.markdown import markdown_table
+from lpc_lightning.files.path_variables import expand_path
 from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.loggers import run_folder
-from lpc_lightning.markdown import markdown_table
-from lpc_lightning.paths import expand_path
 from lpc_lightning.seeding import run_seed
 
 if TYPE_CHECKING:
@@ -173,8 +173,6 @@ class LMEvaluation(Callback):
         # Importing lm-eval takes a second, which runs without this callback should not need.
         from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        settings = data.template_settings if isinstance(data, PreferenceDataModule) else TemplateSettings()
         return LatentLM(
             module.policy,
             module.tokenizer,
@@ -183,7 +181,7 @@ class LMEvaluation(Callback):
             batch_size=self.batch_size,
             mixed_precision_dtype=AUTOCAST.get(str(trainer.precision)),
             seed=self.seed,
-            template=make_template(module.tokenizer, *settings) if self.apply_chat_template else None,
+            template=make_template(module.tokenizer, *template_settings(trainer)) if self.apply_chat_template else None,
         )
 
     def _benchmarks(self, trainer: Trainer, module: PreferenceModule, limit: int | float | None) -> BenchmarkResults:

@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, AccuracyReport, Group
 from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round, score_batches
 from lpc_lightning.seeding import derive, run_seed
@@ -53,9 +54,9 @@ class PreferenceAccuracy(CollectPairs):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the training pairs to score, the same in all runs with this seed."""
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
+        data = preference_data(trainer)
         self._sample = []
-        if not isinstance(data, PreferenceDataModule) or not self.training_pairs:
+        if data is None or not self.training_pairs:
             return
         order = np.random.default_rng(derive("training sample", run_seed())).permutation(sorted(data.reads("train")))
         sample = order[: max(self.training_pairs, trainer.world_size)].tolist()
@@ -66,11 +67,11 @@ class PreferenceAccuracy(CollectPairs):
         """Log the round over all devices."""
         self.report = self.modes.collect()
         metrics = dict(self.report.metrics)
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        if isinstance(data, PreferenceDataModule) and data.ceiling is not None and metrics:
+        data = preference_data(trainer)
+        if data is not None and data.ceiling is not None and metrics:
             metrics["share_of_best"] = metrics["accuracy/prior"] / data.ceiling.from_prompt
         in_training = trainer.state.fn == TrainerFn.FITTING and stage == "val" and not trainer.sanity_checking
-        if in_training and self._sample and isinstance(pl_module, PreferenceModule):
+        if data is not None and in_training and self._sample and isinstance(pl_module, PreferenceModule):
             self.training_report = self._score_training(trainer, pl_module, data)
             for name, value in self.training_report.metrics.items():
                 if name.startswith(TRAINING_METRICS) and name.count("/") == 1:

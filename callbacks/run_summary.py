@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lpc_lightning.callbacks.resources import ResourceMonitor
-from lpc_lightning.json_files import write_json
+from lpc_lightning.files.json_files import write_json
 from lpc_lightning.loggers import log_table, run_folder, viewers
 
 ROWS = {

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.data.tokenization.templates import TemplateSettings
+from lpc_lightning.data.trainer_data import required_data, template_settings
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
@@ -124,7 +124,7 @@ class AnswerSamples(Callback):
             return
         if not trainer.is_global_zero:
             return
-        self._conditions(view_module(pl_module, "policy", _template(trainer)), [])
+        self._conditions(view_module(pl_module, "policy", template_settings(trainer)), [])
         request = json.dumps([self.prompts, {name: asdict(each) for name, each in self.decodings.items()}])
         if request == self._request:
             return
@@ -151,7 +151,7 @@ class AnswerSamples(Callback):
             return
         started = time.perf_counter()
         with self._ready(trainer, pl_module):
-            answered = self._answer_now(view_module(pl_module, "policy", _template(trainer)))
+            answered = self._answer_now(view_module(pl_module, "policy", template_settings(trainer)))
         cost = self._count(trainer, time.perf_counter() - started, answered)
         for record, before in zip(answered, self._before or [[]] * len(answered), strict=True):
             record["answers"] = [*record["answers"], *before]
@@ -181,12 +181,9 @@ class AnswerSamples(Callback):
             return read_prompts(self._given)
         if self._given is not None:
             return [text_prompt(each) for each in self._given]
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        if not isinstance(data, PreferenceDataModule):
-            raise ConfigError(
-                f"AnswerSamples.prompts: found null with data of {type(data).__name__}, expected prompts, because only "
-                "a PreferenceDataModule has validation prompts as text."
-            )
+        data = required_data(
+            trainer, "AnswerSamples.prompts: found null", "Give prompts, because other data has none as text."
+        )
         return list(_validation_prompts(data, self.count))
 
     def _conditions(self, policy: OpenedPolicy, likeliest: Sequence[int]) -> list[Condition]:
@@ -211,7 +208,7 @@ class AnswerSamples(Callback):
     @contextmanager
     def _policy_before(self, trainer: Trainer, module: PreferenceModule) -> Iterator[OpenedPolicy | None]:
         """Yield the policy before training. None: a resumed run no longer has it."""
-        policy = view_module(module, BEFORE, _template(trainer), latent=False)
+        policy = view_module(module, BEFORE, template_settings(trainer), latent=False)
         if trainer.global_step == 0 or not module.policy_spec.trainable:
             context: Any = nullcontext()
         elif module.policy_spec.lora is not None:
@@ -264,11 +261,6 @@ class AnswerSamples(Callback):
             values = {"resources/samples_seconds": seconds, "resources/samples_tokens": tokens}
             logger.log_metrics(values, trainer.global_step)
         return _cost(seconds, tokens)
-
-
-def _template(trainer: Trainer) -> TemplateSettings:
-    data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-    return data.template_settings if isinstance(data, PreferenceDataModule) else TemplateSettings()
 
 
 def _validation_prompts(data: PreferenceDataModule, count: int) -> Iterator[Prompt]:

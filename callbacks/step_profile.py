@@ -11,8 +11,8 @@ from lightning.pytorch.profilers import PyTorchProfiler
 
 from lpc_lightning.algorithms.base import is_optimizer_step
 from lpc_lightning.callbacks.step_parts import PARTS, StepParts, idle_share
+from lpc_lightning.files.markdown import markdown_table
 from lpc_lightning.loggers import log_table
-from lpc_lightning.markdown import markdown_table
 from lpc_lightning.types import PreferenceBatch
 
 

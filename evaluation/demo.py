@@ -18,11 +18,11 @@ import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.command import ablate
-from lpc_lightning.function_command import run_function
-from lpc_lightning.markdown import markdown_table
-from lpc_lightning.output_paths import check_folder
+from lpc_lightning.files.markdown import markdown_table
+from lpc_lightning.files.output_paths import check_folder
 
 CONFIGS = Path(str(files("lpc_lightning"))) / "configs"
 ARMS = {"none": "DPO", "marginal": "LPC-DPO, exact marginal, warm start"}

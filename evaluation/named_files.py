@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.files.yaml_files import LOADER, read_yaml
 from lpc_lightning.inference.fingerprint import fingerprint
-from lpc_lightning.yaml_files import LOADER, read_yaml
 
 OUTPUT_SETTINGS = ("default_root_dir", "cache_dir", "dirpath", "save_dir", "logger")
 """Settings with paths that a run writes to. They do not change its results."""

@@ -9,8 +9,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.json_files import write_text
-from lpc_lightning.markdown import escape_markdown, markdown_table
+from lpc_lightning.files.json_files import write_text
+from lpc_lightning.files.markdown import escape_markdown, markdown_table
 
 ROWS, TEXT = "samples.jsonl", "samples.md"
 """Names of the files: for programs, and for readers."""

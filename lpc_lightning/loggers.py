@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorB
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpc_lightning.markdown import markdown_table
+from lpc_lightning.files.markdown import markdown_table
 
 Rows = Sequence[Sequence[Any]]
 
@@ -23,7 +23,7 @@ Rows = Sequence[Sequence[Any]]
 def run_folder(trainer: Trainer) -> Path:
     """Return the folder that a run writes to.
 
-    This is a collective call: all processes must make it, before a branch on `trainer.is_global_zero`.
+    This is a collective call: all processes must make it, before a branch on the rank (`is_global_zero`).
     """
     return Path(trainer.log_dir or trainer.default_root_dir)
 

@@ -4,8 +4,8 @@ In the formulas, r_w and r_l are the log-ratios log pi(y|x,z) - log pi_ref(y|x) 
 
 A pair may have a margin m, in units of the reward (beta D, and for SimPO beta times the difference of the means). The
 loss then asks for a reward difference that is larger by m. For DPO this is DPO with an offset (ODPO, Amini et al.,
-2024, arXiv 2402.10571): beta D becomes beta D - m. The loss of the opposite label, which label smoothing and robust
-losses use, asks the same of the other answer: -beta D - m. The rewards do not contain the margin. Without margins,
+2024, arXiv 2402.10571): beta D becomes beta D - m. The loss of the opposite label, which robust losses use, has the
+same margin for the other answer: -beta D - m. The rewards do not contain the margin. Without margins,
 every loss is that of its paper.
 """
 
@@ -17,51 +17,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lpc_lightning.types import PairLogps, PairLosses
+from lpc_lightning.types import LossTerm, PairLogps, PairLosses
 
 
-def dpo_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.0, robust: bool = False) -> PairLosses:
-    """Compute the DPO loss (Rafailov et al., 2023, arXiv 2305.18290, eq. 7).
-
-    With D = r_w - r_l and eps = `label_smoothing`:
-
-    - plain: `-log sigmoid(beta D)`
-    - eps > 0, conservative DPO (Mitchell, 2023): `-(1-eps) log sigmoid(beta D) - eps log sigmoid(-beta D)`
-    - `robust`, rDPO (Chowdhury et al., 2024, arXiv 2403.00409, eq. 12):
-      `[-(1-eps) log sigmoid(beta D) + eps log sigmoid(-beta D)] / (1 - 2 eps)`, unbiased under label flips at rate eps
-
-    The rDPO loss is not a negative log-likelihood. It falls without bound as D grows. If exp(-loss) were used as a
-    likelihood, the codes would follow every label, including the wrong ones. So the loss of a mixture of codes averages
-    each of the two likelihoods over the codes separately, which keeps the loss unbiased. The likelihood of a label
-    under a code is that of labels that flip at rate eps, `(1-eps) sigmoid(beta D) + eps sigmoid(-beta D)`.
+def dpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
+    """Compute the DPO loss (Rafailov et al., 2023, arXiv 2305.18290, eq. 7): `-log sigmoid(beta D)` with D = r_w - r_l.
 
     Args:
         logps: Log-probabilities of the pairs under policy and reference.
         beta: Strength of the pull towards the reference, per nat.
-        label_smoothing: Expected share of flipped labels, 0 to 0.5.
-        robust: Use the unbiased rDPO loss instead of the smoothed cDPO loss. Needs `label_smoothing` below 0.5.
 
     Raises:
-        ValueError: `beta` or `label_smoothing` is out of range, or the reference is missing.
+        ValueError: `beta` is out of range, or the reference is missing.
     """
     check_beta(beta)
-    limit = "below 0.5" if robust else "at most 0.5"
-    if not 0.0 <= label_smoothing <= 0.5 or (robust and label_smoothing == 0.5):
-        raise ValueError(f"label_smoothing: found {label_smoothing}, expected a share from 0 and {limit}.")
     chosen, rejected = log_ratios(logps)
     logits = beta * (chosen - rejected)
-    logits, opposite = (logits, -logits) if logps.margins is None else (logits - logps.margins, -logits - logps.margins)
-    agree, disagree = -logsigmoid(logits), -logsigmoid(opposite)
-    rewards = beta * chosen.detach(), beta * rejected.detach()
-    if not robust or not label_smoothing:
-        return PairLosses((1 - label_smoothing) * agree + label_smoothing * disagree, *rewards)
-    kept, flipped = ((1 - label_smoothing) / (1 - 2 * label_smoothing), -label_smoothing / (1 - 2 * label_smoothing))
-    if logps.margins is None:
-        log_likelihood = (label_smoothing + (1 - 2 * label_smoothing) * logits.sigmoid()).log()
-    else:  # the probabilities of the two labels do not add up to 1
-        log_likelihood = torch.logaddexp(math.log1p(-label_smoothing) - agree, math.log(label_smoothing) - disagree)
-    parts = ((kept, -agree), (flipped, -disagree))
-    return PairLosses(kept * agree + flipped * disagree, *rewards, log_likelihood, parts=parts)
+    losses = -logsigmoid(logits if logps.margins is None else logits - logps.margins)
+    return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
 def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) -> PairLosses:
@@ -95,7 +68,7 @@ def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) 
     nats = (2 * beta) ** 2
     log_likelihood = -nats * losses
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    return PairLosses(losses, *rewards, log_likelihood, parts=((1 / nats, log_likelihood),))
+    return PairLosses(losses, *rewards, log_likelihood, parts=(LossTerm(log_likelihood, weight=1 / nats),))
 
 
 def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> PairLosses:
@@ -173,16 +146,16 @@ def kto_loss(
     losses = (desirable_weight * (-desirable).sigmoid() + undesirable_weight * (-undesirable).sigmoid()) / 2
     log_likelihood = logsigmoid(desirable) + logsigmoid(undesirable)
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    parts = tuple(
-        (partial(_misjudgement, weight), logsigmoid(logits))
-        for weight, logits in ((desirable_weight / 2, desirable), (undesirable_weight / 2, undesirable))
+    parts = (
+        LossTerm(logsigmoid(desirable), _misjudgement, desirable_weight / 2),
+        LossTerm(logsigmoid(undesirable), _misjudgement, undesirable_weight / 2),
     )
     return PairLosses(losses, *rewards, log_likelihood, parts=parts)
 
 
-def _misjudgement(weight: float, log_probability: Tensor) -> Tensor:
-    """Compute weight (1 - P) from log P, the log-probability that an answer is judged as labelled."""
-    return -weight * torch.expm1(log_probability)
+def _misjudgement(log_probability: Tensor) -> Tensor:
+    """Compute 1 - P from log P, the log-probability that an answer is judged as labelled."""
+    return -torch.expm1(log_probability)
 
 
 def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
@@ -209,7 +182,8 @@ def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
     logits = _log_odds(chosen) - _log_odds(rejected)
     log_likelihood = logsigmoid(logits if logps.margins is None else logits - logps.margins)
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    odds_ratio = PairLosses(-beta * log_likelihood, *rewards, log_likelihood, parts=((beta, log_likelihood),))
+    parts = (LossTerm(log_likelihood, weight=beta),)
+    odds_ratio = PairLosses(-beta * log_likelihood, *rewards, log_likelihood, parts=parts)
     return add_nll(odds_ratio, logps, 1.0)
 
 
@@ -226,10 +200,14 @@ def add_nll(pairs: PairLosses, logps: PairLogps, weight: float) -> PairLosses:
         logps: The log-probabilities that the loss was computed from.
         weight: The paper's alpha.
     """
-    label = pairs.label_log_likelihood
-    text = (weight / logps.chosen_lengths.flatten(), logps.policy_chosen)
+    text = LossTerm(logps.policy_chosen, partial(_nll_per_token, lengths=logps.chosen_lengths.flatten()), weight)
     losses = pairs.losses - weight * logps.policy_chosen / logps.chosen_lengths
-    return replace(pairs, losses=losses, log_likelihood=label, parts=(*(pairs.parts or ((1.0, label),)), text))
+    return replace(pairs, losses=losses, log_likelihood=pairs.label_log_likelihood, parts=(*pairs.terms, text))
+
+
+def _nll_per_token(log_likelihood: Tensor, lengths: Tensor) -> Tensor:
+    """Divide the negative log-likelihoods (B,) or (B, K) of answers by their lengths (B,)."""
+    return -log_likelihood / (lengths if log_likelihood.dim() == 1 else lengths[:, None])
 
 
 def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:

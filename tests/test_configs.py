@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -181,6 +182,28 @@ def test_group_is_instantiated(path: Path, tmp_path: Path, monkeypatch: pytest.M
         assert isinstance(parser.instantiate(parsed).group, base)
 
 
+HUB_DATA = [path for path in CONFIGS.glob("data/*.yaml") if re.search(r"^  path: \w+/", path.read_text(), re.M)]
+
+
+@pytest.mark.parametrize("path", sorted(HUB_DATA), ids=name_of)
+def test_hub_data_skips_bad_rows(path: Path, tmp_path: Path) -> None:
+    """Rows as in HH-RLHF: 9 of the 2,312 of its harmless-base/test.jsonl are of the two kinds below."""
+    start, stated = "\n\nHuman: Hi {}\n\nAssistant: ", yaml.safe_load(path.read_text())
+    pairs = [(start.format(number) + "Hello.", start.format(number) + "Go away.") for number in range(5)]
+    pairs += [(start, start + "Sure."), (f"{start}No.\n\nHuman: Why?\n\nAssistant: Because.", f"{start}Yes.")]
+    split = stated["init_args"]["train_split"]
+    rows = [json.dumps({"chosen": chosen, "rejected": rejected, "split": split}) for chosen, rejected in pairs]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    stated["init_args"] |= {"path": str(tmp_path / "rows.jsonl"), "cache_dir": str(tmp_path)}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PreferenceDataModule, "data", required=True)
+    data = parser.instantiate(parser.parse_object({"data": stated})).data
+    data.load("train", TinyPolicy().load_tokenizer())
+    report = data.reports["train"]
+    assert report.kept + report.held_apart == 5
+    assert report.bad == {"empty answer": 1, "conversations differ before the last turn": 1}
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("trainer/*.yaml")), ids=name_of)
 def test_trainer_parses(path: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
@@ -203,7 +226,7 @@ def test_strategy_is_built(path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", [CONFIGS / "trainer" / "deepspeed_8gpu.yaml", "deepspeed_stage_2"], ids=str)
 def test_strategy_not_installed(strategy: Path | str, swap: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lpc_lightning.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("lpc_lightning.cli.preference_cli.find_spec", lambda name: None)
     where = [f"--trainer={strategy}"] if isinstance(strategy, Path) else [f"--trainer.strategy={strategy}"]
     swap = [each for each in swap if "strategy" not in each]
     with pytest.raises(ConfigError, match=r"needs DeepSpeed, .* `pip install .* '\.\[deepspeed\]'`, or set"):
@@ -356,7 +379,7 @@ def test_ablation_first_cell_takes_two_steps(name: str, swap: list[str], monkeyp
     """Grids with every base experiment, every file of callbacks, and with batches of annotators."""
     monkeypatch.chdir(CONFIGS.parent)
     cells = read_grid(CONFIGS / "ablation" / f"{name}.yaml").cells()
-    by_annotator = any("pairs_per_annotator" in argument for argument in cells[0].arguments)
+    by_annotator = any("ByAnnotator" in argument for argument in cells[0].arguments)
     steps = [
         f"--data.deciding={'hidden' if by_annotator else 'visible'}",
         "--trainer.accumulate_grad_batches=1",

@@ -14,7 +14,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from lpc_lightning.algorithms import DPO, IPO, KTO, ORPO, PreferenceModule, SimPO
 from lpc_lightning.callbacks import GracefulStop, LabelFlipNoise, PreferenceProgressBar, ResourceMonitor
-from lpc_lightning.data import SyntheticPreferences
+from lpc_lightning.data import Balanced, SyntheticPreferences
 from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
 
@@ -66,7 +66,7 @@ def fit(cache_dir: Path, tmp_path: Path) -> Callable[..., Trainer]:
         settings |= {"enable_checkpointing": False, "enable_progress_bar": False, "gradient_clip_val": 1.0}
         sizes: dict[str, Any] = {"train_pairs": 32, "validation_pairs": 4, "test_pairs": 4, "batch_size": 4}
         # By default, only a GPU balances batches. Both devices train on the same ones here.
-        data = SyntheticPreferences(**sizes, cache_dir=str(cache_dir), balance_batches=True)
+        data = SyntheticPreferences(**sizes, cache_dir=str(cache_dir), batch_order=Balanced())
         fitter = Trainer(accelerator=accelerator, default_root_dir=tmp_path, **(settings | trainer))
         fitter.fit(module, datamodule=data, ckpt_path=ckpt_path)
         return fitter

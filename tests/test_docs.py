@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lpc_lightning.cli import COMMANDS, ENTRY_POINTS, PreferenceCLI
+from lpc_lightning.cli import PreferenceCLI
+from lpc_lightning.cli.commands import COMMANDS, ENTRY_POINTS
 from lpc_lightning.evaluation.ablation.grids.grid import read_grid
 from tests import test_losses
 from tests.fixtures.processes import ForkedProcess
@@ -27,7 +28,7 @@ from tests.fixtures.processes import ForkedProcess
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-CODE = [ROOT / name for name in ("evaluation/ablation/cells/ray_cluster.py", "lpc_lightning/run_loggers.py")]
+CODE = [ROOT / name for name in ("evaluation/ablation/cells/ray_cluster.py", "lpc_lightning/cli/run_loggers.py")]
 UNPINNED = ("pre-commit", "alpaca-eval")
 """Tools that the project does not import."""
 ADD = sorted((ROOT / "docs").glob("add_*.md"))
@@ -225,7 +226,7 @@ def test_paths_exist(page: Path) -> None:
 def function_of(command: str) -> Callable[..., Any]:
     """Return the function that defines the command's options by its parameters."""
     if command in COMMANDS:
-        module, name = COMMANDS[command][0].args[0].split(":")  # type: ignore[attr-defined]
+        module, name = COMMANDS[command].run.args[0].split(":")  # type: ignore[attr-defined]
         return getattr(import_module(module), name)
     (entry,) = entry_points(group=ENTRY_POINTS, name=command)
     return getattr(import_module(entry.module), command)

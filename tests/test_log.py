@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
 import lpc_lightning  # noqa: F401 - the import itself is tested
-from lpc_lightning.cli import set_up_logging
+from lpc_lightning.cli.log import set_up_logging
 
 
 def test_command_shows_a_warning_once() -> None:

@@ -18,8 +18,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lpc_lightning.cli.run_loggers import build_logger
 from lpc_lightning.loggers import log_picture, log_table, log_text, viewers
-from lpc_lightning.run_loggers import build_logger
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
 COLUMNS = ("prompt", "answer", "reward")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss, weighted_mean
+from lpc_lightning.robust import ConservativeLoss, RobustLoss, UnbiasedLoss
 from lpc_lightning.types import PairLogps, PairLosses
 
 
@@ -30,8 +32,8 @@ GOLDEN = tensors(
 Loss = Callable[[PairLogps], PairLosses]
 LOSSES: dict[str, Loss] = {
     "dpo": lambda logps: dpo_loss(logps, beta=0.1),
-    "cdpo": lambda logps: dpo_loss(logps, beta=0.1, label_smoothing=0.1),
-    "rdpo": lambda logps: dpo_loss(logps, beta=0.1, label_smoothing=0.1, robust=True),
+    "cdpo": partial(ConservativeLoss(0.1).pair_losses, dpo_loss),
+    "rdpo": partial(UnbiasedLoss(0.1).pair_losses, dpo_loss),
     "ipo_sum": lambda logps: ipo_loss(logps, beta=0.1),
     "ipo_average": lambda logps: ipo_loss(logps, beta=0.1, length_average=True),
     "simpo": lambda logps: simpo_loss(logps, beta=2.0, gamma_beta_ratio=0.5),
@@ -179,8 +181,9 @@ def test_rewards_are_scaled_and_detached(name: str) -> None:
 def test_dpo_of_reference_policy_is_log_2(beta: float) -> None:
     logps = random_logps(6)
     unchanged = replace(logps, policy_chosen=logps.reference_chosen, policy_rejected=logps.reference_rejected)
-    for smoothing, robust in ((0.0, False), (0.3, False), (0.3, True)):
-        losses = dpo_loss(unchanged, beta, smoothing, robust).losses
+    loss = partial(dpo_loss, beta=beta)
+    for robust in (RobustLoss(), ConservativeLoss(0.3), UnbiasedLoss(0.3)):
+        losses = robust.pair_losses(loss, unchanged).losses
         torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=1e-14, atol=0)
 
 
@@ -198,9 +201,11 @@ def swapped(logps: PairLogps) -> PairLogps:
 
 def test_dpo_half_smoothing_ignores_label() -> None:
     logps = random_logps(6)
-    half, other = (dpo_loss(pairs, 0.1, 0.5).losses for pairs in (logps, swapped(logps)))
+    half, other = (ConservativeLoss(0.5).pair_losses(dpo_loss, pairs).losses for pairs in (logps, swapped(logps)))
     torch.testing.assert_close(half, other, rtol=1e-14, atol=0)
-    original, reversed_ = (dpo_loss(pairs, 0.1, 0.4).losses for pairs in (logps, swapped(logps)))
+    original, reversed_ = (
+        ConservativeLoss(0.4).pair_losses(dpo_loss, pairs).losses for pairs in (logps, swapped(logps))
+    )
     assert (original - reversed_).abs().min() > 1e-3
 
 
@@ -208,7 +213,7 @@ def test_dpo_half_smoothing_ignores_label() -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.45])
 def test_robust_dpo_unbiased_at_flip_rate(rate: float, margins: bool) -> None:
     logps = random_logps(6, margins=margins)
-    clean, flipped = (dpo_loss(pairs, 0.1, rate, robust=True).losses for pairs in (logps, swapped(logps)))
+    clean, flipped = (UnbiasedLoss(rate).pair_losses(dpo_loss, pairs).losses for pairs in (logps, swapped(logps)))
     torch.testing.assert_close((1 - rate) * clean + rate * flipped, dpo_loss(logps, 0.1).losses, rtol=1e-12, atol=1e-13)
 
 
@@ -235,7 +240,7 @@ def test_objective_is_loss(name: str, codes: int | None) -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.45])
 def test_robust_dpo_mixture_unbiased(rate: float) -> None:
     logps, weights = random_logps(6, codes=3), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    observed, opposite = (dpo_loss(pairs, 0.1, rate, robust=True) for pairs in (logps, swapped(logps)))
+    observed, opposite = (UnbiasedLoss(rate).pair_losses(dpo_loss, pairs) for pairs in (logps, swapped(logps)))
     mixtures = [losses.of_mixture(weights.log().expand(6, 3)) for losses in (observed, opposite)]
     for pair in range(6):
         rewards = [logps.policy_chosen[pair, code] - logps.policy_rejected[pair, code] for code in range(3)]
@@ -403,15 +408,6 @@ def test_losses_finite_at_extreme_margins(name: str, margin: float) -> None:
     (gradient,) = torch.autograd.grad(losses.sum(), chosen)
     assert torch.isfinite(losses).all()
     assert torch.isfinite(gradient).all()
-
-
-@pytest.mark.parametrize(
-    ("smoothing", "robust", "value"),
-    [(-0.01, False, "-0.01"), (0.51, False, "0.51"), (0.5, True, "0.5"), (0.7, True, "0.7"), (-1.0, True, "-1.0")],
-)
-def test_dpo_label_smoothing_out_of_range(smoothing: float, robust: bool, value: str) -> None:
-    with pytest.raises(ValueError, match=f"label_smoothing: found {value}, expected"):
-        dpo_loss(GOLDEN, 0.1, smoothing, robust)
 
 
 @pytest.mark.parametrize("loss", [dpo_loss, ipo_loss, simpo_loss, kto_loss, orpo_loss])

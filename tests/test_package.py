@@ -15,15 +15,14 @@ import lpc_lightning
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
-    {"types", "seeding", "transfer", "run_folder", "system_errors"},
-    {"paths", "markdown", "output_paths", "integrity", "json_files", "yaml_files"},
-    {"loggers", "run_loggers"},
+    {"types", "seeding", "transfer"},
+    {"files"},
+    {"loggers"},
     {"losses", "latent", "policy", "data"},
     {"distributed", "robust"},
     {"reference"},
     {"algorithms"},
     {"inference"},
-    {"prepare", "ship_configs", "function_command", "config_arguments", "settings_parser"},
     {"cli"},
     {"__main__"},
 )

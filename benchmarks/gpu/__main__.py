@@ -111,7 +111,7 @@ def main() -> None:
     from benchmarks.gpu.measure import Bench
     from benchmarks.gpu.report import Results
     from benchmarks.machine import describe, peak_flops
-    from lpc_lightning.cli import set_up_logging
+    from lpc_lightning.cli.log import set_up_logging
 
     set_up_logging()
     warnings.filterwarnings("ignore")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.gpu.guard import ROOT
-from lpc_lightning.cli import commands
+from lpc_lightning.cli.commands import commands
 
 CONFIGS = ROOT / "configs"
 LORA = '{"class_path": "lpc_lightning.policy.LoRA", "init_args": {"rank": 2}}'
@@ -59,7 +59,11 @@ class Smoke:
             )
             for control in ("vector", "mlp", "gaussian", "prior_only", "posterior_only"):
                 yield self._fit(control, f"DPO, {control}", "DPO", control, precision=mixed)
-            annotators = {"data.deciding": "hidden", "data.pairs_per_annotator": 2}
+            annotators = {
+                "data.deciding": "hidden",
+                "data.batch_order": "ByAnnotator",
+                "data.batch_order.pairs_per_annotator": 2,
+            }
             yield self._fit("annotators", "DPO, marginal_annotators", "DPO", "marginal_annotators", more=annotators)
             wide = {"policy.attention": "flash_attention_2"}
             yield self._fit(
@@ -165,7 +169,7 @@ def run_cell(cell: Cell) -> dict[str, str]:
     """
     if cell.needs is not None and find_spec(cell.needs) is None:
         return {"left_out": f"{cell.needs} is not installed"}
-    run: Callable[[list[str]], None] = commands()[cell.command[0]][0]
+    run = commands()[cell.command[0]].run
     try:
         run(cell.command)
     except SystemExit as ended:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.cells.folder import CELLS, Weights
 from lpc_lightning.evaluation.ablation.cells.local import run_locally
@@ -23,8 +24,7 @@ from lpc_lightning.evaluation.ablation.overview import write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.slurm import array_script
 from lpc_lightning.evaluation.ablation.stages import Stages
-from lpc_lightning.function_command import run_function
-from lpc_lightning.output_paths import check_folder
+from lpc_lightning.files.output_paths import check_folder
 
 
 def main(arguments: list[str]) -> None:

@@ -14,7 +14,7 @@ from lpc_lightning.evaluation.ablation.grids.axes import Axis, to_text
 from lpc_lightning.evaluation.ablation.grids.grid import Grid
 from lpc_lightning.evaluation.ablation.grids.tuning import Choice, Tuning, mean_score
 from lpc_lightning.evaluation.provenance import provenance
-from lpc_lightning.json_files import write_json
+from lpc_lightning.files.json_files import write_json
 
 
 def write_overview(output: Path, grid: Grid, command: str) -> None:

@@ -24,8 +24,8 @@ from lpc_lightning.evaluation.accuracy.reward_benchmarks import PairForm, Scores
 from lpc_lightning.evaluation.accuracy.training_overlap import KEY, count_trained
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, stderr_name, to_json_value
 from lpc_lightning.evaluation.provenance import provenance
+from lpc_lightning.files.path_variables import expand_path
 from lpc_lightning.inference.opening import OpenedPolicy
-from lpc_lightning.paths import expand_path
 
 TASK = "preferences"
 """Name of the task in results and tables."""

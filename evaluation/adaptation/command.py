@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.tokenization.templates import TemplateSettings
@@ -26,12 +27,11 @@ from lpc_lightning.evaluation.comparison.command import name_models
 from lpc_lightning.evaluation.figures import Plot, write_plots
 from lpc_lightning.evaluation.line_panels import Line, describe_lines
 from lpc_lightning.evaluation.tables import score
-from lpc_lightning.function_command import run_function
+from lpc_lightning.files.markdown import markdown_table
+from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
 from lpc_lightning.latent import DiscreteSpace, GaussianSpace
-from lpc_lightning.markdown import markdown_table
-from lpc_lightning.output_paths import check_folder, claim_output_folder
 
 ROW_NAMES = {
     f"exact{UNDER_Z}": "exact, under z",

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
-from lpc_lightning.json_files import write_json
+from lpc_lightning.files.json_files import write_json
 
 SCORES, WEIGHTS = "adaptation.json", "code_weights.json"
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.columns import Columns
@@ -17,7 +18,7 @@ from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, PairKey, find_examples
 from lpc_lightning.evaluation.codebook.explanation_files import JSON, TEXT, check_files, write_explanation
-from lpc_lightning.function_command import run_function
+from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 from lpc_lightning.inference.checkpoints import (
     checkpoint_origin,
     read_checkpoint,
@@ -30,7 +31,6 @@ from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_module, short_name, view_module
 from lpc_lightning.inference.prompts import Prompt, text_prompt
 from lpc_lightning.latent import DiscreteSpace
-from lpc_lightning.output_paths import check_folder, claim_output_folder
 from lpc_lightning.types import PreferenceExample
 
 MOST_ANSWERS = 8

@@ -10,9 +10,9 @@ from typing import Any
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.codebook.explanation import Explanation
+from lpc_lightning.files.json_files import read_if_whole, write_json, write_text
+from lpc_lightning.files.markdown import escape_markdown, markdown_table
 from lpc_lightning.inference.generation import Answered
-from lpc_lightning.json_files import read_if_whole, write_json, write_text
-from lpc_lightning.markdown import escape_markdown, markdown_table
 
 JSON, TEXT = "codes.json", "codes.md"
 """Names of the files."""

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.training_overlap import overlaps
@@ -23,12 +24,11 @@ from lpc_lightning.evaluation.comparison.one_model import EvalRequest, describe,
 from lpc_lightning.evaluation.comparison.score_tables import score_tables
 from lpc_lightning.evaluation.comparison.stored import claim_name
 from lpc_lightning.evaluation.tables import score
-from lpc_lightning.function_command import run_function
+from lpc_lightning.files.markdown import markdown_table
+from lpc_lightning.files.output_paths import check_folder, check_name
+from lpc_lightning.files.path_variables import expand_path
 from lpc_lightning.inference.opening import short_name
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.markdown import markdown_table
-from lpc_lightning.output_paths import check_folder, check_name
-from lpc_lightning.paths import expand_path
 from lpc_lightning.policy.precision import is_bfloat16_fast
 
 

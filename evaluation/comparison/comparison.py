@@ -12,7 +12,7 @@ from typing import Any
 from lpc_lightning.evaluation.comparison.model_scores import Measure, ModelScores
 from lpc_lightning.evaluation.statistics.significance import PairedTest, holm, paired_test
 from lpc_lightning.evaluation.tables import p_value, score
-from lpc_lightning.markdown import markdown_table
+from lpc_lightning.files.markdown import markdown_table
 
 LEVEL = 0.05
 """Significance level. Differences with a corrected p-value below it get a star."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.markdown import markdown_table
+from lpc_lightning.files.markdown import markdown_table
 
 TABLE = "reward_benchmarks"
 """Name of the files."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.figures import write_plots
 from lpc_lightning.evaluation.provenance import provenance
@@ -30,9 +31,8 @@ from lpc_lightning.evaluation.report.tables import (
     runs_table,
 )
 from lpc_lightning.evaluation.report.tuning_table import tuning_table
-from lpc_lightning.function_command import run_function
-from lpc_lightning.markdown import escape_markdown
-from lpc_lightning.output_paths import check_folder, claim_output_folder
+from lpc_lightning.files.markdown import escape_markdown
+from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 
 PAGE, TEXT, RUNS, PLOTS = "report.html", "report.md", "runs.csv", "plots"
 GENERATOR = '<meta name="generator" content="lpc-lightning report">'

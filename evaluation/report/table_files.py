@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpc_lightning.markdown import escape_markdown, markdown_table
+from lpc_lightning.files.markdown import escape_markdown, markdown_table
 
 NO_VALUE = "-"
 LATEX = {

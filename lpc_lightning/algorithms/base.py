@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lpc_lightning.algorithms.checkpoint import check_same_architecture
-from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput, TrainingOutput
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
+from lpc_lightning.algorithms.outputs import EvaluationOutput, TrainingOutput
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
 from lpc_lightning.algorithms.position import read_position, resume_position, write_position
 from lpc_lightning.algorithms.run_length import compare_run_length, run_length, warn_of_no_step
-from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.batching.loading import TrainingLoader
+from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
 from lpc_lightning.losses import add_nll, weighted_mean
@@ -150,8 +151,8 @@ class PreferenceModule(PolicyModule):
             ConfigError: Pairs have margins, and the loss takes none.
         """
         super().setup(stage)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-        if isinstance(data, PreferenceDataModule) and data.has_margins:
+        data = preference_data(self.trainer)
+        if data is not None and data.has_margins:
             try:
                 self.check_settings(torch.zeros(1, device="cpu"))
             except ValueError as error:
@@ -203,8 +204,8 @@ class PreferenceModule(PolicyModule):
         self._resumed = {}
         self._check_annotators()
         if self.robust_loss is not None:
-            data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-            names = data.training_pairs.annotators if isinstance(data, PreferenceDataModule) else [""]
+            data = preference_data(self.trainer)
+            names = [""] if data is None else data.training_pairs.annotators
             self.robust_loss.start(names, self.device)
         if (
             self.latent is not None
@@ -219,9 +220,9 @@ class PreferenceModule(PolicyModule):
 
     def _check_annotators(self) -> None:
         """Refuse `latent.annotators` if the training pairs name no annotator."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
+        data = preference_data(self.trainer)
         shares = isinstance(self.latent, DiscreteSpace) and self.latent.annotators
-        if shares and isinstance(data, PreferenceDataModule) and not any(data.training_pairs.annotators):
+        if shares and data is not None and not any(data.training_pairs.annotators):
             raise ConfigError(
                 f"latent.annotators: found true, and no annotator in {len(data.training_pairs)} training pairs, "
                 "expected a column `annotator`. Set data.columns.annotator to its name, or latent.annotators to false."
@@ -253,8 +254,8 @@ class PreferenceModule(PolicyModule):
     def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
         """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
         assert self.robust_loss is not None
-        if terms.pairs.right is not None:
-            self.robust_loss.observe(batch.annotators, terms.pairs.right)
+        if terms.pairs.label_correct is not None:
+            self.robust_loss.observe(batch.annotators, terms.pairs.label_correct)
         penalty = terms.penalty
         if isinstance(penalty, Tensor):
             penalty = weighted_mean(penalty, batch.weights)
@@ -379,7 +380,7 @@ class PreferenceModule(PolicyModule):
             write_position(trainer, checkpoint["loops"], position)
             checkpoint |= {"epoch": position.epoch, "position": asdict(position)}
             checkpoint["training_data"] = order | {"epoch": position.epoch, "taken": position.batch}
-        if isinstance(data := trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by fit
+        if (data := preference_data(trainer)) is not None:
             checkpoint["template"] = data.template_settings._asdict()
         checkpoint["run_length"] = run_length(trainer)
         if self.warm_start_result is not None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lpc_lightning.algorithms.checkpoint import trained_shapes
 from lpc_lightning.algorithms.latent_mixin import LatentMixin
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
-from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.distributed.build_sharded import build_sharded
 from lpc_lightning.distributed.sharding import check_strategy, policies_of, set_micro_batch_size, shard
 from lpc_lightning.errors import ConfigError
@@ -68,7 +68,7 @@ class PolicyModule(LatentMixin, LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Give the tokenizer to the DataModule. This is a run's first hook, and `prepare_data` needs the tokenizer."""
-        if isinstance(data := self.trainer.datamodule, PreferenceDataModule):  # type: ignore[attr-defined]  # set by Lightning's connector
+        if (data := preference_data(self.trainer)) is not None:
             data.set_tokenizer(self.tokenizer)
         return []
 
@@ -88,9 +88,9 @@ class PolicyModule(LatentMixin, LightningModule):
         if fresh:
             self._build()
         if self._starting:
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            data = preference_data(self.trainer)
             names: tuple[str, ...] = ()
-            if isinstance(data, PreferenceDataModule):
+            if data is not None:
                 data.set_policy(self.policy)
                 names = data.source_names
             for metrics in (self.val_metrics, self.test_metrics):
@@ -150,8 +150,8 @@ class PolicyModule(LatentMixin, LightningModule):
         trainer: Any = self._trainer
         if not self._on_gpu or trainer is None:
             return False
-        data = trainer.datamodule
-        return isinstance(data, PreferenceDataModule) and data.micro_batches() >= COMPILED_FROM
+        data = preference_data(trainer)
+        return data is not None and data.micro_batches() >= COMPILED_FROM
 
     @property
     def _on_gpu(self) -> bool:
@@ -164,8 +164,12 @@ class PolicyModule(LatentMixin, LightningModule):
                 policy.compile_layers(few_shapes=self._on_gpu, cuda_graphs=self._replays(policy))
 
     def _replays(self, policy: CausalPolicy) -> bool:
-        """Return whether a compiled policy trains with CUDA graphs. Launches cost a large model no time."""
-        setting, alone = self.policy_spec.cuda_graphs, self._trainer is None or self._trainer.world_size == 1
+        """Return whether a compiled policy trains with CUDA graphs. Launches cost a large model no time.
+
+        A graph reads the weights where they were at its capture. A sharded layer gathers them elsewhere in each step.
+        """
+        setting = self.policy_spec.cuda_graphs
+        alone = self.device_mesh is None and (self._trainer is None or self._trainer.world_size == 1)
         is_on = sum(map(torch.numel, policy.parameters())) < GRAPHED_BELOW if setting == "auto" else setting
         return is_on and self._on_gpu and alone and not self.policy_spec.gradient_checkpointing
 

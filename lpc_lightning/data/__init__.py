@@ -1,5 +1,6 @@
 """Data pipeline from rows in any supported format to batches of preference pairs."""
 
+from lpc_lightning.data.batch_order import Balanced, BatchOrder, ByAnnotator, ByLength, Shuffled
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.datamodule import PreferenceDataModule
 from lpc_lightning.data.mixture import MixtureSource, PreferenceMixture
@@ -10,6 +11,10 @@ from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.synthetic_data import SyntheticPreferences
 
 __all__ = [
+    "Balanced",
+    "BatchOrder",
+    "ByAnnotator",
+    "ByLength",
     "Columns",
     "DataError",
     "LabelNoise",
@@ -20,5 +25,6 @@ __all__ = [
     "PreferenceDataModule",
     "PreferenceMixture",
     "SharedPrefixLayout",
+    "Shuffled",
     "SyntheticPreferences",
 ]

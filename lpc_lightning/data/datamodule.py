@@ -9,9 +9,10 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from lpc_lightning.data.batch_order import Balanced, BatchOrder, Shuffled
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
 from lpc_lightning.data.batching.run_reads import evaluation_reads, micro_batches, training_reads
@@ -67,9 +68,7 @@ class PreferenceDataModule(LightningDataModule):
         max_prompt_length: int | None = None,
         too_long: Literal["drop", "truncate_prompt", "truncate_answer", "error"] = "drop",
         bad_rows: Literal["error", "skip"] = "error",
-        length_window: int | None = None,
-        pairs_per_annotator: int | None = None,
-        balance_batches: bool | Literal["auto"] = "auto",
+        batch_order: BatchOrder | None = None,
         num_workers: int = 0,
         cache_dir: str | None = None,
         print_pair: bool = True,
@@ -100,21 +99,11 @@ class PreferenceDataModule(LightningDataModule):
                 prompt. `truncate_answer`: keep the start of each answer, without the end-of-answer token. `error`:
                 stop. Dropped and cut pairs are counted in the log and in a metric.
             bad_rows: Treatment of invalid rows. `error`: stop and list them. `skip`: leave them out and count them.
-            length_window: Window size, in batches of all devices together. If set, a training batch holds pairs of
-                similar length: pairs are shuffled, then sorted by length within each window, and the batches are
-                shuffled again. Every pair is still used once in an epoch, and the expected loss is unchanged (see
-                `length_windows`). On HH with batches of 8, a window of 50 reduces padding from 51 to 17 % of all tokens
-                in `padded` and from 8 to 2 % in `shared_prefix` with row_tokens 1024 (a single row has no padding). It
-                also reduces the time that devices wait for each other. The largest batch grows from 3480 to 5768
-                tokens, and with it the peak memory. null: plain shuffling.
-            pairs_per_annotator: Number of pairs of the same annotator that are placed together in a training batch. It
-                must divide batch_size. These pairs share their evidence about the codes (MarginalSpace, annotators).
-                Every pair is still used once in an epoch (see `annotator_batches`). Cannot be combined with
-                length_window. null: plain shuffling.
-            balance_batches: Whether to give training batches similar numbers of tokens. The pairs of 32 steps are
-                distributed over the batches of these steps by length. Every pair is still used once in an epoch (see
-                `balanced_batches`). Padding to four shapes then takes 2 to 4 % of the tokens instead of 3 to 13 %.
-                `auto`: true on a GPU with packed rows if length_window and pairs_per_annotator are null.
+            batch_order: Order of the training pairs, which decides the pairs that share a batch. `Shuffled`: plain
+                shuffling. `ByLength`: pairs of similar length, which reduces padding. `ByAnnotator`: several pairs of
+                the same annotator, for evidence that they share. `Balanced`: similar numbers of tokens in all batches.
+                With every order, each pair is used once in an epoch. null: Balanced on a GPU with packed rows,
+                otherwise Shuffled.
             num_workers: Number of processes that prepare batches in advance. 0: the training process prepares them.
             cache_dir: Folder of the token cache. null: $LPC_LIGHTNING_CACHE, or ~/.cache/lpc_lightning if it is unset.
             print_pair: Whether to print the first training pair at the start of a fit, as text with marks around the
@@ -128,33 +117,17 @@ class PreferenceDataModule(LightningDataModule):
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
             ("row_tokens", row_tokens),
-            ("length_window", length_window),
-            ("pairs_per_annotator", pairs_per_annotator),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}: found {value}, expected at least 1.")
-        if pairs_per_annotator is not None and batch_size % pairs_per_annotator:
-            raise ValueError(
-                f"data.pairs_per_annotator: found {pairs_per_annotator}, expected a divisor of data.batch_size "
-                f"({batch_size})."
-            )
-        if pairs_per_annotator is not None and length_window is not None:
-            raise ValueError(
-                f"data.length_window: found {length_window} together with data.pairs_per_annotator, expected only one "
-                "of them. Each of the two decides which pairs share a batch. Set one of them to null."
-            )
-        if balance_batches is True and (pairs_per_annotator is not None or length_window is not None):
-            raise ValueError(
-                "data.balance_batches: found true together with data.length_window or data.pairs_per_annotator, "
-                "expected auto or false. Each of the three decides which pairs share a batch."
-            )
+        if batch_order is not None:
+            batch_order.check_batch_size(batch_size)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.layout, self.row_tokens = layout, row_tokens
         self.template_settings = TemplateSettings(template, template_kwargs, system_turns)
         self.lengths = LengthPolicy(max_length, max_prompt_length, too_long)
         self.bad_rows, self.num_workers = bad_rows, num_workers
-        self.length_window, self.pairs_per_annotator = length_window, pairs_per_annotator
-        self.balance_batches = balance_batches
+        self.batch_order = batch_order
         self.print_pair = print_pair
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pairs: dict[Stage, TokenStore] = {}
@@ -237,6 +210,13 @@ class PreferenceDataModule(LightningDataModule):
         metrics = {key.replace("data/", f"data/{stage}/", 1): value for key, value in self._counts(stage).items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, 0)
+        if shared := self._in_training(stage):
+            rank_zero_warn(
+                f"{stage}: found {shared} of {len(self.pairs[stage])} pairs with the prompt of a training pair, "
+                "expected none. Their metrics are those of prompts that are trained on. Prompts are compared as token "
+                "ids: a template that leaves out text (data.system_turns) can make two prompts equal. Remove these "
+                "rows from the files of one stage, or set another data.validation_split."
+            )
 
     def _describe(self, stage: Stage) -> str:
         """Return the text of the log on the rows of a stage."""
@@ -244,7 +224,14 @@ class PreferenceDataModule(LightningDataModule):
 
     def _counts(self, stage: Stage) -> dict[str, float]:
         """Return the numbers of rows of a stage by name, `data/...` (see `DataReport.metrics`)."""
-        return self.reports[stage].metrics()
+        shared = self._in_training(stage)
+        return self.reports[stage].metrics() | ({"data/prompts_in_training": float(shared)} if shared else {})
+
+    def _in_training(self, stage: Stage) -> int:
+        """Return how many validation pairs have the prompt of a training pair. 0 if they are meant to."""
+        if stage != "validation" or "train" not in self.pairs:
+            return 0
+        return self.pairs[stage].count_prompts_of(self.pairs["train"])
 
     def load(self, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> TokenStore | None:
         """Load the tokens of a stage, and store the report on its rows in `reports`. Needs no trainer.
@@ -329,28 +316,32 @@ class PreferenceDataModule(LightningDataModule):
             (Path(folder) / RENDERED_PAIR).write_text(text + "\n", encoding="utf-8")
 
     def _training_batches(self) -> TrainingBatches:
-        pairs = self.pairs["train"]
-        return self.training_batches(pairs, run_seed(), *self._place, balance=self._balances)
+        default = Balanced() if self._on_gpu and self.layout != "padded" else Shuffled()
+        return self.training_batches(self.pairs["train"], run_seed(), *self._place, default)
 
     def training_batches(
-        self, pairs: TokenStore, seed: int, rank: int = 0, devices: int = 1, balance: bool = False
+        self, pairs: TokenStore, seed: int, rank: int = 0, devices: int = 1, default: BatchOrder | None = None
     ) -> TrainingBatches:
         """Plan the training batches of a device. Needs no trainer.
 
+        Args:
+            pairs: The training pairs.
+            seed: Seed of the order.
+            rank: Index of the device.
+            devices: Number of devices.
+            default: Order if `data.batch_order` is null. None: `Shuffled`.
+
         Raises:
-            DataError: `pairs_per_annotator` is set, and no pair has an annotator.
+            DataError: The pairs lack what the order needs, such as annotators.
         """
-        lengths = None if self.length_window is None else pairs.lengths
-        annotators = None if self.pairs_per_annotator is None else pairs.annotators
-        if annotators is not None and not any(annotators):
-            raise DataError(
-                f"data.pairs_per_annotator: found no annotator in {len(pairs)} training pairs, expected a column "
-                "`annotator`. Set data.columns.annotator if the column has another name, or data.pairs_per_annotator "
-                "to null."
-            )
-        sizes = (len(pairs), self.batch_size, seed, rank, devices)
-        balanced = pairs.piece_lengths if balance else None
-        return TrainingBatches(*sizes, lengths, self.length_window, annotators, self.pairs_per_annotator, balanced)
+        order = self.batch_order or default or Shuffled()
+        order.check_pairs(pairs)
+        return TrainingBatches(pairs, self.batch_size, seed, rank, devices, order)
+
+    @property
+    def pairs_per_annotator(self) -> int | None:
+        """Number of pairs of the same annotator that `data.batch_order` places together. None: it does not."""
+        return None if self.batch_order is None else self.batch_order.pairs_per_annotator
 
     def val_dataloader(self) -> PreferenceLoader | list[PreferenceLoader]:
         """Build the loader of the validation pairs, each of them once."""
@@ -409,14 +400,6 @@ class PreferenceDataModule(LightningDataModule):
         if self._on_gpu:
             return FixedShapesLayout(pad_id, self.row_tokens or (None if policy.block_sparse else ROW_TOKENS))
         return SharedPrefixLayout(pad_id, self.row_tokens or (None if policy.attends_by_segment else ROW_TOKENS))
-
-    @property
-    def _balances(self) -> bool:
-        if self.balance_batches != "auto":
-            return self.balance_batches
-        return (
-            self._on_gpu and self.layout != "padded" and self.length_window is None and self.pairs_per_annotator is None
-        )
 
     @property
     def _place(self) -> tuple[int, int]:

@@ -210,11 +210,16 @@ class PreferenceMixture(PreferenceDataModule):
                 counts[f"data/{name}/prompts_in_training"] = float(shared)
         return counts
 
-    def _in_training(self, stage: Stage, name: str) -> int:
-        """Return how many validation pairs of a data set have the prompt of a training pair of any data set."""
+    def _in_training(self, stage: Stage, name: str | None = None) -> int:
+        """Return how many validation pairs of a data set have the prompt of a training pair of any data set.
+
+        None: the sum over all data sets.
+        """
         if stage != "validation" or "train" not in self.pairs:
             return 0
-        return int(np.isin(self._mixture(stage).stores[name].prompts, self.pairs["train"].prompts).sum())
+        stores = self._mixture(stage).stores
+        names = [each for each in (stores if name is None else [name]) if not self.sources[each].holds_out_pairs]
+        return sum(stores[each].count_prompts_of(self.pairs["train"]) for each in names)
 
 
 def _describe_use(uses: np.ndarray) -> str:

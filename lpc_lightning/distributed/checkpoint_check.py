@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded
 from lpc_lightning.errors import CheckpointError, DamagedFileError
-from lpc_lightning.integrity import check_archive, check_digests
+from lpc_lightning.files.integrity import check_archive, check_digests
 
 
 def check_checkpoint(path: Path, tensors: bool = True, rank: int = 0, devices: int = 1) -> None:

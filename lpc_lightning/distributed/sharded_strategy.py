@@ -35,7 +35,7 @@ from lpc_lightning.distributed.sharded_checkpoint import (
     read_outline,
     shards_of,
 )
-from lpc_lightning.integrity import digests_of, write_digests
+from lpc_lightning.files.integrity import digests_of, write_digests
 
 SHARDS = StateDictOptions(cpu_offload=True, ignore_frozen_params=True, strict=False)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)

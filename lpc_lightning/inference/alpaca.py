@@ -14,13 +14,13 @@ from tqdm import tqdm
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.files.output_paths import check_file, claim_output_file
 from lpc_lightning.inference.fingerprint import weights_of
 from lpc_lightning.inference.generate import conditions
 from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_policy
 from lpc_lightning.inference.prompts import text_prompt
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.output_paths import check_file, claim_output_file
 
 Row = dict[str, str]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.data.tokenization.template import Template
+from lpc_lightning.files.markdown import code_span, escape_markdown
 from lpc_lightning.inference.local_paths import without_folders
-from lpc_lightning.markdown import code_span, escape_markdown
 from lpc_lightning.types import Message
 
 PAPER = "[Latent Preference Coding](https://arxiv.org/abs/2505.04993)"

@@ -16,9 +16,9 @@ from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.distributed.checkpoint_check import check_checkpoint
 from lpc_lightning.distributed.sharded_checkpoint import is_sharded, read_outline, read_sharded
 from lpc_lightning.errors import CheckpointError, ConfigError, one_line
+from lpc_lightning.files.integrity import is_archive
+from lpc_lightning.files.yaml_files import read_yaml
 from lpc_lightning.inference.checkpoint_entries import check_classes, check_entries
-from lpc_lightning.integrity import is_archive
-from lpc_lightning.yaml_files import read_yaml
 
 EXAMPLE = "runs/version_0/checkpoints/best.ckpt"
 TRAINER = ("precision", "max_steps", "max_epochs", "gradient_clip_val", "accumulate_grad_batches", "devices")

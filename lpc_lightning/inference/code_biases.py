@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lpc_lightning.errors import ConfigError, DamagedFileError
-from lpc_lightning.integrity import check_listed
-from lpc_lightning.json_files import read_json_object
+from lpc_lightning.files.integrity import check_listed
+from lpc_lightning.files.json_files import read_json_object
 
 BIASES = "code_biases.safetensors"
 """File with the table in an export."""

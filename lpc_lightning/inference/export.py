@@ -21,16 +21,16 @@ from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import ConfigError, DamagedFileError
+from lpc_lightning.files.integrity import DIGESTS, digests_of, write_digests
+from lpc_lightning.files.json_files import read_if_whole, read_json_object
+from lpc_lightning.files.output_paths import check_folder
 from lpc_lightning.inference.card import SUMMARY, Exported, model_card
 from lpc_lightning.inference.checkpoints import run_folder, trained_template
 from lpc_lightning.inference.code_biases import BIASES
 from lpc_lightning.inference.local_paths import clean_configs, without_folders
 from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm, without_latent
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
-from lpc_lightning.integrity import DIGESTS, digests_of, write_digests
-from lpc_lightning.json_files import read_if_whole, read_json_object
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.output_paths import check_folder
 
 FILES = "files"
 """Key of the record with the names of all files that `export` has written."""

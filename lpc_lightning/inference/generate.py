@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.files.output_paths import check_file, claim_output_file
 from lpc_lightning.inference.generation import Answered, Condition, Decoding, answers
 from lpc_lightning.inference.opening import OpenedPolicy, open_policy
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
 from lpc_lightning.inference.side_by_side import side_by_side
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.output_paths import check_file, claim_output_file
 
 TOP = 5
 """Number of the prior's codes in the output."""

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.tokenization.templates import TemplateSettings
-from lpc_lightning.errors import ConfigError, DamagedFileError, one_line
+from lpc_lightning.errors import ConfigError, DamagedFileError, UnsupportedPolicyError, one_line
+from lpc_lightning.files.json_files import read_json_object
 from lpc_lightning.inference.checkpoints import (
     build_module,
     checkpoint_origin,
@@ -30,9 +31,8 @@ from lpc_lightning.inference.modeling_lpc import (
     load_prior,
 )
 from lpc_lightning.inference.trained_policy import ORIGIN, TrainedPolicy
-from lpc_lightning.json_files import read_json_object
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy, UnsupportedPolicyError
+from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CONVERTING = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}

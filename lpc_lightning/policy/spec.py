@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpc_lightning.errors import ConfigError, one_line
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError, one_line
 from lpc_lightning.policy.causal import CausalPolicy, decoder_layers
-from lpc_lightning.policy.head import UnsupportedPolicyError, check_vocabulary
+from lpc_lightning.policy.head import check_vocabulary
 from lpc_lightning.policy.lora import LoRA
 from lpc_lightning.policy.memory_efficient_layers import make_memory_efficient
 from lpc_lightning.policy.segment_attention import SEGMENT

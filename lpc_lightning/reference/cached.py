@@ -16,9 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
+from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.distributed.sharding import reshard
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.integrity import code_digest
+from lpc_lightning.files.integrity import code_digest
 from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
 from lpc_lightning.policy.segment_attention import SEGMENT
 from lpc_lightning.reference.live import PolicyOwner
@@ -76,12 +77,11 @@ class CachedReference:
             ConfigError: The trainer's data is no PreferenceDataModule, or the published weights have changed.
         """
         trainer: Any = module.trainer
-        data = trainer.datamodule
-        if not isinstance(data, PreferenceDataModule):
-            raise ConfigError(
-                f"model.reference: found cached with data of {type(data).__name__}, expected a PreferenceDataModule, "
-                "whose token cache gives each pair its index. Set model.reference: live for other data."
-            )
+        data = required_data(
+            trainer,
+            "model.reference: found cached",
+            "Set model.reference: live for other data, whose pairs have no index in a token cache.",
+        )
         # Lightning builds models under the run's device as the default one.
         with torch.device("cpu"):
             model = self._build() if self._policy is None else self._policy

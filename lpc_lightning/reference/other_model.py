@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lpc_lightning.errors import ConfigError
-from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy, UnsupportedPolicyError
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
+from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy
 
 
 def build_other(path: str, policy: PolicySpec, tokenizer: PreTrainedTokenizerBase) -> tuple[CausalPolicy, PolicySpec]:

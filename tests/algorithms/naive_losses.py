@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lpc_lightning.algorithms import DPO, IPO, KTO, ORPO, PreferenceModule, SimPO
 from lpc_lightning.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
+from lpc_lightning.robust import ConservativeLoss, UnbiasedLoss
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -32,16 +34,16 @@ ALGORITHMS: dict[str, tuple[type[PreferenceModule], dict[str, Any], Callable[...
     ),
     "cdpo": (
         DPO,
-        {"beta": 0.3, "label_smoothing": 0.2},
-        lambda logps: dpo_loss(logps, 0.3, 0.2),
+        {"beta": 0.3, "robust_loss": ConservativeLoss(0.2)},
+        partial(ConservativeLoss(0.2).pair_losses, partial(dpo_loss, beta=0.3)),
         lambda pw, pl, rw, rl, nw, nl: (
             -0.8 * log_sigmoid(0.3 * (pw - rw - pl + rl)) - 0.2 * log_sigmoid(0.3 * (pl - rl - pw + rw))
         ),
     ),
     "rdpo": (
         DPO,
-        {"beta": 0.3, "label_smoothing": 0.2, "robust": True},
-        lambda logps: dpo_loss(logps, 0.3, 0.2, robust=True),
+        {"beta": 0.3, "robust_loss": UnbiasedLoss(0.2)},
+        partial(UnbiasedLoss(0.2).pair_losses, partial(dpo_loss, beta=0.3)),
         lambda pw, pl, rw, rl, nw, nl: (
             (-0.8 * log_sigmoid(0.3 * (pw - rw - pl + rl)) + 0.2 * log_sigmoid(0.3 * (pl - rl - pw + rw))) / 0.6
         ),

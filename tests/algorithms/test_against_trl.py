@@ -23,6 +23,7 @@ from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPref
 from lpc_lightning.latent import VectorSpace
 from lpc_lightning.losses import orpo_loss
 from lpc_lightning.reference.live import FrozenModel
+from lpc_lightning.robust import UnbiasedLoss
 from lpc_lightning.types import PairLogps, TokenizedPair
 
 PRECISION = 1e-5
@@ -30,7 +31,7 @@ ALGORITHMS: dict[str, tuple[type[PreferenceModule], dict[str, Any], dict[str, An
     "dpo": (DPO, {"beta": 0.3}, {"loss_type": "sigmoid", "beta": 0.3}),
     "rdpo": (
         DPO,
-        {"beta": 0.2, "label_smoothing": 0.15, "robust": True},
+        {"beta": 0.2, "robust_loss": UnbiasedLoss(0.15)},
         {"loss_type": "robust", "label_smoothing": 0.15, "beta": 0.2},
     ),
     "ipo": (IPO, {"beta": 0.4, "length_average": True}, {"loss_type": "ipo", "beta": 0.4}),

@@ -181,7 +181,7 @@ def test_unequal_micro_batches_equal_one_batch(
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             results.update({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
 
-    loader = TrainingLoader(pairs, TrainingBatches(5, 2, seed=0), PaddedLayout(0))
+    loader = TrainingLoader(pairs, TrainingBatches(pairs, 2, seed=0), PaddedLayout(0))
     assert loader.batch_sizes == [2, 2, 1]
     trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=[Watch()], accumulate_grad_batches=3)
     trainer.fit(make("dpo", make_space(latent) if latent else None), loader, make_loader(pairs))

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
-from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.robust import REPO, ConservativeLoss, DrDPO, HolderDPO, RobustLoss, UnbiasedLoss
 
@@ -135,8 +134,3 @@ def test_dr_dpo_step_has_batch_loss(module: Any, small_data: Any, fit_run: Any) 
     for loss, losses in outputs:
         assert loss == pytest.approx(-0.1 * float((-losses / 0.1).exp().mean().log()), abs=1e-4)
     assert max(float(losses.mean()) - loss for loss, losses in outputs) > 1e-3
-
-
-def test_robust_loss_with_label_smoothing_is_refused(small_policy: Any) -> None:
-    with pytest.raises(ConfigError, match=r"label_smoothing: found 0\.1 together with model\.robust_loss, expected"):
-        DPO(policy=small_policy(), label_smoothing=0.1, robust_loss=DrDPO())

@@ -65,7 +65,7 @@ def test_the_pairs_are_those_that_our_loader_draws(tmp_path: Path) -> None:
     module = PreferenceData(**data)
     store = module.load("train", spec.load_tokenizer())
     assert store is not None
-    expected = [[store[n] for n in batch] for batch in TrainingBatches(9, 3, 7)][:2]
+    expected = [[store[n] for n in batch] for batch in TrainingBatches(store, 3, 7)][:2]
     assert [[pair["id"] for pair in step["pairs"]] for step in steps] == [[p.id for p in batch] for batch in expected]
     assert steps[0]["pairs"][0]["chosen_ids"] == expected[0][0].chosen_ids
     with pytest.raises(DataError, match=r"found 9 pairs to train on, expected 4 batches of 3\. Take fewer steps"):

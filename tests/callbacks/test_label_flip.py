@@ -223,7 +223,7 @@ def test_two_kinds_of_noise(cache: Path) -> None:
 def test_other_data_module(make_trainer: Any, make_loader: Any, make_pairs: Any) -> None:
     loader = make_loader(make_pairs([(3, 4, 5)]))
     module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), reference="live")
-    with pytest.raises(ConfigError, match="found data of NoneType, expected a PreferenceDataModule"):
+    with pytest.raises(ConfigError, match="LabelFlipNoise with data of NoneType, expected a Prefer"):
         make_trainer(max_steps=1, limit_val_batches=0, callbacks=[LabelFlipNoise(rate=0.1)]).fit(module, loader, loader)
 
 

@@ -144,7 +144,10 @@ def test_unknown_policy_is_refused(command: Command, places: list[str], tmp_path
             r"Exponential: found start 1\.0 and end 0",
         ),
         (["--model.beta=0"], r"beta: found 0\.0, expected a number above 0\."),
-        (["--model.label_smoothing=0.6"], r"label_smoothing: found 0\.6, expected a share from 0 and at most 0\.5"),
+        (
+            ["--model.robust_loss=ConservativeLoss", "--model.robust_loss.rate=0.6"],
+            r"robust_loss\.rate: found 0\.6, expected",
+        ),
         (["--trainer.max_epochs=-1"], r"trainer: found no end of training, expected max_steps or max_epochs"),
         (
             [f"--callbacks={CONFIGS / 'callbacks' / 'label_flip.yaml'}", "--callbacks.rate=30"],

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lpc_lightning.cli import commands
+from lpc_lightning.cli.commands import commands
+from lpc_lightning.cli.prepare import prepare
+from lpc_lightning.cli.ship_configs import configs
 from lpc_lightning.evaluation.adaptation.command import adapt
 from lpc_lightning.evaluation.comparison.command import evaluate
 from lpc_lightning.inference.alpaca import alpaca
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.generate import generate
-from lpc_lightning.prepare import prepare
-from lpc_lightning.ship_configs import configs
 from tests.fixtures.commands import Command
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +29,8 @@ def test_help_lists_every_command(command: Command, flag: str) -> None:
     output = command(flag)
     assert output.code == 0
     assert output.err == ""
-    for name, (_, text) in commands().items():
-        assert re.search(rf"^ +{name} +{re.escape(text)}$", output.out, re.M)
+    for name, known in commands().items():
+        assert re.search(rf"^ +{name} +{re.escape(known.summary)}$", output.out, re.M)
 
 
 FUNCTIONS = {
@@ -118,7 +118,7 @@ def test_fit_help_lists_every_group(command: Command, monkeypatch: pytest.Monkey
 
 
 SETTINGS = {
-    ("model", "DPO"): ["beta", "label_smoothing", "robust", "latent_lr", "lr_schedule", "warmup_ratio", "optimizer"],
+    ("model", "DPO"): ["beta", "robust_loss", "latent_lr", "lr_schedule", "warmup_ratio", "optimizer"],
     ("model", "IPO"): ["beta", "length_average"],
     ("model", "SimPO"): ["beta", "gamma_beta_ratio"],
     ("model", "KTO"): ["beta", "desirable_weight", "undesirable_weight", "reference_point", "reference"],

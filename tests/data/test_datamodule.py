@@ -16,7 +16,14 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.data import Columns, PreferenceData, PreferenceDataModule, SyntheticPreferences
+from lpc_lightning.data import (
+    ByAnnotator,
+    ByLength,
+    Columns,
+    PreferenceData,
+    PreferenceDataModule,
+    SyntheticPreferences,
+)
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
@@ -75,6 +82,25 @@ def test_held_out_prompts_are_not_in_training(share: float, data: Any, write_row
     assert len(train) + len(validation) == 600
     assert len(set(validation)) / 200 == pytest.approx(share, abs=0.1)
     assert module.reports["train"].held_apart == len(validation)
+
+
+@pytest.mark.parametrize("by", ["prompt", "pair"])
+def test_held_out_texts_with_white_space(by: str, data: Any, write_rows: Any) -> None:
+    """The template trims each turn, so that rows which differ by white space have the same tokens."""
+    tokenizer = tiny().load_tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] | trim }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = [row(n) for n in range(60)]
+    rows += [{name: f" {text}\n" for name, text in each.items()} for each in rows]
+    module = data(write_rows(rows), validation_share=0.3, validation_by=by)
+    train, held_out = (
+        {(*pair.prompt_ids, *pair.chosen_ids) for pair in module.load(stage, tokenizer)}
+        for stage in ("train", "validation")
+    )
+    assert len(train) + len(held_out) == 60
+    assert train.isdisjoint(held_out)
 
 
 def test_held_out_pairs_of_one_prompt(data: Any, write_rows: Any) -> None:
@@ -140,6 +166,54 @@ def test_path_one_file_for_each_stage(data: Any, write_rows: Any) -> None:
     module = data(files)
     for stage in files:
         assert ids(module, stage) == [f"{stage}.jsonl line 1"]
+
+
+@pytest.mark.parametrize("form", ["folder", "saved", "json", "column"])
+def test_path_with_splits_for_each_stage(form: str, data: Any, write_rows: Any, tmp_path: Path) -> None:
+    """Each stage has a path with the splits of all stages, and the test stage also one with a split alone."""
+
+    def path_of(name: str, numbers: dict[str, int]) -> Path:
+        rows = {split: [row(number)] for split, number in numbers.items()}
+        if form == "column":
+            return write_rows([row(number, split=split) for split, number in numbers.items()], f"{name}.jsonl")
+        if form == "json":
+            (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+            return tmp_path / f"{name}.json"
+        folder = tmp_path / name
+        if form == "saved":
+            DatasetDict({split: Dataset.from_list(each) for split, each in rows.items()}).save_to_disk(folder)
+            return folder
+        folder.mkdir()
+        for split, each in rows.items():
+            write_rows(each, f"{name}/{split}.jsonl")
+        return folder
+
+    def numbers_of(paths: dict[str, Path], **settings: Any) -> dict[str, list[int]]:
+        module = data(paths, **settings)
+        texts = {stage: [pair.chosen for pair in module.source(stage).read(DataReport())] for stage in paths}
+        return {stage: [int(text.strip("God.")) for text in each] for stage, each in texts.items()}
+
+    stages = ("train", "validation", "test")
+    paths = {
+        stage: path_of(stage, {"train": 10 * n, "validation": 10 * n + 1, "test": 10 * n + 2})
+        for n, stage in enumerate(stages)
+    }
+    assert numbers_of(paths) == {"train": [0], "validation": [11], "test": [22]}
+    assert numbers_of(paths, validation_split="test") == {"train": [0], "validation": [12], "test": [22]}
+    assert numbers_of(paths | {"test": path_of("one", {"validation": 9})})["test"] == [9]
+    with pytest.raises(
+        DataError, match=r"data\.test_split: found the splits train, validation, expected test, or a single"
+    ):
+        numbers_of(paths | {"test": path_of("two", {"train": 1, "validation": 2})})
+
+
+def test_path_of_train_with_a_few_test_rows(data: Any, write_rows: Any) -> None:
+    """Rows without a value belong to training."""
+    train = write_rows([row(0), row(1, split="test"), row(2, split="")], "some.jsonl")
+    module = data({"train": train, "test": write_rows([row(3), row(4)], "test.jsonl")}, validation_share=0.0)
+    assert ids(module, "train") == ["some.jsonl line 1", "some.jsonl line 3"]
+    assert ids(module, "test") == ["test.jsonl line 1", "test.jsonl line 2"]
+    assert module.reports["train"].other_splits == {"test": 1}
 
 
 def test_path_without_validation_file_holds_out(data: Any, write_rows: Any) -> None:
@@ -241,15 +315,9 @@ def test_columns_with_other_names(data: Any, write_rows: Any) -> None:
         ({"batch_size": 0}, r"data\.batch_size: found 0, expected at least 1"),
         ({"eval_batch_size": -1}, r"data\.eval_batch_size: found -1, expected at least 1"),
         ({"row_tokens": 0}, r"data\.row_tokens: found 0, expected at least 1"),
-        ({"length_window": 0}, r"data\.length_window: found 0, expected at least 1"),
-        ({"pairs_per_annotator": 0}, r"data\.pairs_per_annotator: found 0, expected at least 1"),
         (
-            {"pairs_per_annotator": 3, "batch_size": 8},
+            {"batch_order": ByAnnotator(3), "batch_size": 8},
             r"pairs_per_annotator: found 3, expected a divisor of data\.batch_size \(8\)",
-        ),
-        (
-            {"pairs_per_annotator": 2, "length_window": 4},
-            r"data\.length_window: found 4 together with data\.pairs_per_annotator, expected only one",
         ),
         ({"max_length": 0}, r"max_length=0: expected a number of tokens from 1 on"),
         ({"validation_share": 1.0}, r"data\.validation_share: found 1\.0, expected a share from 0 to below 1"),
@@ -364,6 +432,35 @@ def test_bad_rows_error_lists_all_rows(data: Any, write_rows: Any, tmp_path: Pat
     assert "`--data.bad_rows skip`" in text
 
 
+def test_validation_file_within_training_pattern(data: Any, write_rows: Any, tmp_path: Path) -> None:
+    """The pattern of the training files covers the validation file."""
+    write_rows([row(n) for n in range(5)], "a.jsonl")
+    own = write_rows([row(n) for n in range(5, 8)], "dev.jsonl")
+    with pytest.warns(UserWarning, match="found 3 of 3 pairs with the prompt of a training pair"):
+        run = Fit(tmp_path, data({"train": tmp_path / "*.jsonl", "validation": own}))
+    assert run.metrics["data/validation/prompts_in_training"] == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "validation", "count"),
+    [
+        ({"system_turns": "drop"}, "validation", 2),  # the two prompts differ by their system texts
+        ({"system_turns": "keep"}, "validation", None),
+        ({"system_turns": "drop", "validation_by": "pair", "validation_share": 0.5}, "train", None),
+    ],
+)
+def test_prompts_in_training_as_tokens(
+    settings: dict[str, Any], validation: str, count: int | None, data: Any, write_rows: Any
+) -> None:
+    """Prompts are shared on purpose if pairs are held out."""
+    rows = [row(0, system="Be kind.", chosen=f"Good {n}.") for n in range(8)]
+    rows += [row(0, system="Be brief.", split=validation), row(0, system="Be glad.", split=validation), row(9)]
+    module = data(write_rows(rows), **settings)
+    train, held_out = prompts(module, "train"), prompts(module, "validation")
+    assert bool(set(train) & set(held_out)) == (settings["system_turns"] == "drop")
+    assert module._counts("validation").get("data/prompts_in_training") == count
+
+
 def test_metrics_have_the_stage_name(tmp_path: Path) -> None:
     made = SyntheticPreferences(train_pairs=6, validation_pairs=3, batch_size=2, cache_dir=str(tmp_path / "cache"))
     metrics = Fit(tmp_path, made).metrics
@@ -374,10 +471,11 @@ def test_metrics_have_the_stage_name(tmp_path: Path) -> None:
 # Batches and layouts.
 
 
-def test_length_window_groups_similar_lengths(tmp_path: Path) -> None:
+def test_order_by_length_groups_similar_lengths(tmp_path: Path) -> None:
     def spread(window: int | None) -> tuple[float, list[str]]:
         sizes: dict[str, Any] = {"train_pairs": 40, "validation_pairs": 0, "batch_size": 4}
-        made = SyntheticPreferences(**sizes, length_window=window, cache_dir=str(tmp_path / "cache"))
+        order = None if window is None else ByLength(window)
+        made = SyntheticPreferences(**sizes, batch_order=order, cache_dir=str(tmp_path / "cache"))
         Fit(tmp_path / f"window {window}", made)
         pairs = made.pairs["train"]
         of = {pair.id: length for pair, length in zip(pairs, pairs.lengths, strict=True)}
@@ -390,8 +488,8 @@ def test_length_window_groups_similar_lengths(tmp_path: Path) -> None:
     assert names == same
 
 
-def test_pairs_per_annotator_groups_pairs(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"train_pairs": 64, "validation_pairs": 0, "batch_size": 4, "pairs_per_annotator": 4}
+def test_order_by_annotator_groups_pairs(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"train_pairs": 64, "validation_pairs": 0, "batch_size": 4, "batch_order": ByAnnotator(4)}
     made = SyntheticPreferences(deciding="hidden", annotators=8, **sizes, cache_dir=str(tmp_path / "cache"))
     Fit(tmp_path, made)
     batches = list(made.train_dataloader())
@@ -400,12 +498,13 @@ def test_pairs_per_annotator_groups_pairs(tmp_path: Path) -> None:
     assert sum(len(batch.annotators) for batch in alone) >= 64 - 8 * 3
 
 
-def test_pairs_per_annotator_without_annotators(tmp_path: Path) -> None:
+def test_order_by_annotator_without_annotators(tmp_path: Path) -> None:
     made = SyntheticPreferences(
-        train_pairs=8, validation_pairs=0, pairs_per_annotator=2, cache_dir=str(tmp_path / "cache")
+        train_pairs=8, validation_pairs=0, batch_order=ByAnnotator(2), cache_dir=str(tmp_path / "cache")
     )
     with pytest.raises(
-        DataError, match=r"data\.pairs_per_annotator: found no annotator in 8 training pairs, expected a col"
+        DataError,
+        match=r"data\.batch_order: found ByAnnotator\(.*=2\) and no annotator in 8 training pairs",
     ):
         Fit(tmp_path, made)
 

@@ -267,6 +267,7 @@ def test_report_counts_prompts_in_training(write_rows: Any, tmp_path: Path) -> N
     assert "2 pairs have a prompt that is in training" in data._describe("validation")
     counts = data._counts("validation")
     assert (counts["data/b/prompts_in_training"], "data/a/prompts_in_training" in counts) == (2, False)
+    assert counts["data/prompts_in_training"] == 2
 
 
 @pytest.mark.parametrize(

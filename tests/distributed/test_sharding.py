@@ -1,11 +1,16 @@
 """Tests of refused strategies and of DeepSpeed's settings. `test_distributed.py` compares two processes with one."""
 
-import pytest
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from pathlib import Path
 
-from lpc_lightning.algorithms import FSDP2Strategy
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch.distributed.device_mesh import init_device_mesh
+
+from lpc_lightning.algorithms import DPO, FSDP2Strategy
 from lpc_lightning.distributed.sharding import check_strategy, keeps_weights_elsewhere, set_micro_batch_size
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.policy import TinyPolicy
 
 
 class DeepSpeedOfStage(DeepSpeedStrategy):
@@ -45,3 +50,16 @@ def test_check_strategy_accepts_others() -> None:
     strategy = SingleDeviceStrategy()
     check_strategy(strategy)
     set_micro_batch_size(strategy)
+
+
+def test_sharded_policy_has_no_cuda_graphs(tmp_path: Path) -> None:
+    spec = TinyPolicy(width=32, layers=1, cuda_graphs=True)
+    module, policy = DPO(policy=spec), spec.build()
+    module._device = torch.device("cuda", 0)  # only its type is read
+    assert module._replays(policy)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        module._device_mesh = init_device_mesh("cpu", (1,))
+        assert not module._replays(policy)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.files.integrity import write_digests
 from lpc_lightning.inference.batch_processor import CodeBiasProcessor
 from lpc_lightning.inference.code_biases import CodeBiases
-from lpc_lightning.integrity import write_digests
 
 CODES, VOCABULARY = 4, 11
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lpc_lightning import integrity
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.distributed.sharded_checkpoint import INDEX, REST, shards_of
 from lpc_lightning.errors import CheckpointError
+from lpc_lightning.files import integrity
+from lpc_lightning.files.integrity import DIGESTS, check_archive, digests_of, write_digests
 from lpc_lightning.inference.checkpoint_entries import check_classes, check_resumable
 from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.inference.opening import open_policy
-from lpc_lightning.integrity import DIGESTS, check_archive, digests_of, write_digests
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.robust import RobustLoss
@@ -217,7 +217,7 @@ def hostile_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     sys.modules.pop("hostile", None)
 
 
-NAMES = ("hostile.Evil", "os.system", "subprocess.Popen", "lpc_lightning.cli.PreferenceCLI", 7)
+NAMES = ("hostile.Evil", "os.system", "subprocess.Popen", "lpc_lightning.cli.preference_cli.PreferenceCLI", 7)
 
 
 @pytest.mark.parametrize("place", ["_class_path", "policy", "latent", "optimizer", "optimizer as text", "deep"])

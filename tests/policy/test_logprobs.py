@@ -451,3 +451,16 @@ def test_sum_by_answer_of_padded_tokens(shape: tuple[int, ...]) -> None:
     expected = torch.stack([sum((values[i] for i in range(7) if owner[i] == a), torch.zeros(shape)) for a in range(4)])
     torch.testing.assert_close(causal.sum_by_answer(values, owner, 4), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(causal.sum_by_product(values, owner, 4), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("function", [causal.sum_by_answer, causal.sum_by_product])
+def test_sum_by_answer_keeps_bad_values_apart(function: Callable[..., torch.Tensor], value: float) -> None:
+    """Put one bad value into answer 1 of one column, and one into the padding."""
+    owner = torch.tensor([0, 0, 1, 1, 3, 4])  # 4 is padding
+    values = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    values[2, 1] = values[5, 0] = value
+    sums = function(values, owner, 4)
+    expected = torch.stack([sum((values[i] for i in range(6) if owner[i] == a), torch.zeros(2)) for a in range(4)])
+    assert sums.isfinite().tolist() == [[True, True], [True, False], [True, True], [True, True]]
+    torch.testing.assert_close(sums[sums.isfinite()], expected[sums.isfinite()])

@@ -13,13 +13,14 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.cli import PreferenceCLI, set_up_logging
+from lpc_lightning.cli import PreferenceCLI
+from lpc_lightning.cli.log import set_up_logging
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Weights
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyReport
 from lpc_lightning.evaluation.accuracy.collect import CollectPairs
-from lpc_lightning.json_files import write_json
+from lpc_lightning.files.json_files import write_json
 
 
 def run_cell(path: Path, weights: Weights) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lpc_lightning.json_files import write_json
+from lpc_lightning.files.json_files import write_json
 
 CELLS, TUNING_CELLS = "cells", "tuning"
 """Folders of the cells of the result, and of those of the tuning."""

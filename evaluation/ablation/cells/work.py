@@ -18,11 +18,11 @@ import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lpc_lightning.cli import USER_ERRORS
+from lpc_lightning.cli.system_errors import explain_system_error
+from lpc_lightning.cli.user_errors import USER_ERRORS
 from lpc_lightning.evaluation.ablation.cells.cell_run import run_cell
 from lpc_lightning.evaluation.ablation.cells.folder import CellFolder
 from lpc_lightning.evaluation.ablation.cells.process import LOCKED_EXIT_CODE, Job
-from lpc_lightning.system_errors import explain_system_error
 
 LOCK_TIMEOUT = 10.0
 """Maximum time to wait for a cell's lock, in seconds. The cells of a killed command end within this time."""

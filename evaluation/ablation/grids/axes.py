@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.yaml_files import parse_yaml
+from lpc_lightning.files.yaml_files import parse_yaml
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.grids.axes import Axis, read_arguments, read_axis, setting_name, to_text
 from lpc_lightning.evaluation.ablation.grids.replaced import PlacedArgument, find_replaced
 from lpc_lightning.evaluation.ablation.grids.tuning import Tuning, read_tuning
-from lpc_lightning.yaml_files import parse_yaml, read_yaml
+from lpc_lightning.files.yaml_files import parse_yaml, read_yaml
 
 FIT_SETTINGS = ("seed_everything", "trainer", "policy", "data", "model", "latent", "callbacks")
 """First parts of the names of `fit`'s settings."""

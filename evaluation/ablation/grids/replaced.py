@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lpc_lightning.evaluation.ablation.grids.axes import parse_value, setting_name
-from lpc_lightning.yaml_files import SUFFIXES, read_yaml
+from lpc_lightning.files.yaml_files import SUFFIXES, read_yaml
 
 
 class PlacedArgument(NamedTuple):

@@ -13,9 +13,9 @@ from typing import Any
 from lpc_lightning.errors import CheckpointError
 from lpc_lightning.evaluation.report.runs.records import FINISHED, UNKNOWN, Curve, Loaded, Measurement, RunRecord
 from lpc_lightning.evaluation.report.runs.settings import SEED, WEIGHTS, Value, flatten
+from lpc_lightning.files.json_files import read_if_whole
+from lpc_lightning.files.yaml_files import read_yaml
 from lpc_lightning.inference.checkpoints import read_checkpoint, run_folder
-from lpc_lightning.json_files import read_if_whole
-from lpc_lightning.yaml_files import read_yaml
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.csv", "summary.json"
 RESULT_PREFIXES = ("train/", "val/", "test/", "lm_eval/", "resources/")

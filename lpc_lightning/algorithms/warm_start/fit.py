@@ -42,7 +42,7 @@ def fit(
         pairs: The pairs that do not decide, four or more, shuffled, the same on all devices.
         held: Number of pairs at the end that are held out (see `hold_out`).
         latent_lr: Learning rate of the networks.
-        pairs_per_annotator: Number of consecutive pairs of one annotator in a batch (see `annotator_batches`). None:
+        pairs_per_annotator: Number of consecutive pairs of one annotator in a batch (see `ByAnnotator`). None:
             pairs are not grouped.
 
     Returns:

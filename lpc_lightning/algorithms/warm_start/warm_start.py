@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from lpc_lightning.algorithms.warm_start.fit import fit
 from lpc_lightning.algorithms.warm_start.held_out import hold_out
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs, MeanToken
 from lpc_lightning.algorithms.warm_start.pair_gradients import eval_mode, labelled_rows, reference_logps
-from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import LatentSpace
@@ -42,12 +42,11 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
             strategy keeps the weights elsewhere.
     """
     started, trainer = time.perf_counter(), module.trainer
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's connector
-    if not isinstance(data, PreferenceDataModule):
-        raise ConfigError(
-            f"latent.warm_start_pairs: found {space.warm_start_pairs} with data of {type(data).__name__}, expected a "
-            "PreferenceDataModule. Set it to 0 for a run without warm start."
-        )
+    data = required_data(
+        trainer,
+        f"latent.warm_start_pairs: found {space.warm_start_pairs}",
+        "Set it to 0 for a run without warm start.",
+    )
     if keeps_weights_elsewhere(trainer.strategy):
         raise ConfigError(
             f"latent.warm_start_pairs: found {space.warm_start_pairs} with {type(trainer.strategy).__name__}, "

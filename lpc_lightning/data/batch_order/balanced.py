@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Generator
 
+from lpc_lightning.data.batch_order.base import BatchOrder, OrderedPairs
+
 WINDOW = 32
 """Number of steps whose pairs are distributed together."""
 
@@ -63,3 +65,16 @@ def _deal(window: Sequence[int], piece_lengths: np.ndarray, batch_size: int) -> 
         fill[batch] += sizes[place]
         room[batch] -= 1
     return batches
+
+
+class Balanced(BatchOrder):
+    """Similar numbers of tokens in all batches: see `balance_batches`.
+
+    Padding to four shapes (see `shapes`) then takes 2 to 4 % of the tokens in place of 3 to 13 %.
+    """
+
+    def arrange(
+        self, shuffled: Sequence[int], pairs: OrderedPairs, batch_size: int, devices: int, generator: Generator
+    ) -> list[int]:
+        """See `balance_batches`."""
+        return balance_batches(shuffled, pairs.piece_lengths, batch_size, devices, generator)

@@ -13,6 +13,9 @@ from itertools import chain
 import torch
 from torch import Generator
 
+from lpc_lightning.data.batch_order.base import BatchOrder, OrderedPairs
+from lpc_lightning.data.sources.rows import DataError
+
 
 def group_by_annotator(
     order: Sequence[int], annotators: Sequence[str], batch_size: int, devices: int, run: int, generator: Generator
@@ -20,7 +23,7 @@ def group_by_annotator(
     """Reorder shuffled pairs so that the batches of each device contain runs of pairs of one annotator.
 
     Args:
-        order: Every pair once, in the order of plain shuffling.
+        order: Pairs in the order of plain shuffling.
         annotators: Annotator of each pair. A pair without an annotator (`""`) is a run of its own.
         batch_size: Number of pairs in a batch of one device.
         devices: Number of devices n. Each device takes every n-th pair.
@@ -48,3 +51,46 @@ def group_by_annotator(
 
 def _shuffled(values: Sequence[list[int]], generator: Generator) -> list[list[int]]:
     return [values[number] for number in torch.randperm(len(values), generator=generator).tolist()]
+
+
+class ByAnnotator(BatchOrder):
+    """Several pairs of the same annotator in a batch: see `group_by_annotator`."""
+
+    pairs_per_annotator: int
+
+    def __init__(self, pairs_per_annotator: int = 4) -> None:
+        """Store the setting.
+
+        Args:
+            pairs_per_annotator: Number of pairs of the same annotator that are placed together in a training batch. It
+                must divide data.batch_size. These pairs share their evidence about the codes (MarginalSpace,
+                annotators).
+
+        Raises:
+            ValueError: The number is below 1.
+        """
+        if pairs_per_annotator < 1:
+            raise ValueError(f"data.batch_order.pairs_per_annotator: found {pairs_per_annotator}, expected at least 1.")
+        self.pairs_per_annotator = pairs_per_annotator
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """See `BatchOrder.check_batch_size`."""
+        if batch_size % self.pairs_per_annotator:
+            raise ValueError(
+                f"data.batch_order.pairs_per_annotator: found {self.pairs_per_annotator}, expected a divisor of "
+                f"data.batch_size ({batch_size})."
+            )
+
+    def check_pairs(self, pairs: OrderedPairs) -> None:
+        """See `BatchOrder.check_pairs`."""
+        if not any(pairs.annotators):
+            raise DataError(
+                f"data.batch_order: found {self} and no annotator in {len(pairs)} training pairs, expected a column "
+                "`annotator`. Set data.columns.annotator if the column has another name, or data.batch_order to null."
+            )
+
+    def arrange(
+        self, shuffled: Sequence[int], pairs: OrderedPairs, batch_size: int, devices: int, generator: Generator
+    ) -> list[int]:
+        """See `group_by_annotator`."""
+        return group_by_annotator(shuffled, pairs.annotators, batch_size, devices, self.pairs_per_annotator, generator)

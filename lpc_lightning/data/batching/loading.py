@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from lpc_lightning.data.batch_order.balanced import balance_batches
-from lpc_lightning.data.batch_order.by_annotator import group_by_annotator
-from lpc_lightning.data.batch_order.by_length import group_by_length
+from lpc_lightning.data.batch_order.base import BatchOrder, OrderedPairs, Shuffled
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.seeding import derive
@@ -31,45 +29,27 @@ class TrainingBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        pairs: int,
+        pairs: OrderedPairs,
         batch_size: int,
         seed: int,
         rank: int = 0,
         devices: int = 1,
-        lengths: Sequence[int] | None = None,
-        length_window: int | None = None,
-        annotators: Sequence[str] | None = None,
-        pairs_per_annotator: int | None = None,
-        balance: np.ndarray | None = None,
+        order: BatchOrder | None = None,
     ) -> None:
         """Plan the batches of a device.
 
         Args:
-            pairs: Number of training pairs.
+            pairs: The training pairs.
             batch_size: Number of pairs in a batch of this device. The last batch of an epoch may be smaller.
             seed: Seed of the order.
             rank: Index of this device.
             devices: Number of devices.
-            lengths: Number of tokens of each pair. Required if `length_window` is set.
-            length_window: Number of steps within which pairs are sorted by length (see `length_windows`). None: no
-                sorting.
-            annotators: Annotator of each pair. Required if `pairs_per_annotator` is set.
-            pairs_per_annotator: Number of pairs of one annotator that are placed together in a batch (see
-                `annotator_batches`). None: plain shuffling.
-            balance: (pairs, 3) number of tokens of each prompt and completion, which are used to give batches similar
-                sizes (see `balanced_batches`). None: plain shuffling.
+            order: Order of the pairs in an epoch. None: `Shuffled`.
         """
         self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rank, self.devices = rank, devices
-        self.lengths, self.length_window = lengths, length_window
-        self.annotators, self.pairs_per_annotator = annotators, pairs_per_annotator
-        self._balance = balance
+        self.order = Shuffled() if order is None else order
         self.epoch = self.start = 0
-
-    @property
-    def balanced(self) -> bool:
-        """True if batches are given similar numbers of tokens."""
-        return self._balance is not None
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch. The trainer calls this before each epoch."""
@@ -78,7 +58,7 @@ class TrainingBatches(Sampler[list[int]]):
     @property
     def sizes(self) -> list[int]:
         """Number of pairs in each batch of an epoch."""
-        share = math.ceil(self.pairs / self.devices)
+        share = math.ceil(len(self.pairs) / self.devices)
         return [min(self.batch_size, share - start) for start in range(0, share, self.batch_size)]
 
     def __len__(self) -> int:
@@ -102,17 +82,11 @@ class TrainingBatches(Sampler[list[int]]):
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive("order", self.seed, epoch))
-        order = torch.randperm(self.pairs, generator=generator).tolist()
-        if self.pairs_per_annotator is not None and self.annotators is not None:
-            sizes = (self.batch_size, self.devices, self.pairs_per_annotator)
-            order = group_by_annotator(order, self.annotators, *sizes, generator)
-        share = math.ceil(self.pairs / self.devices)
-        filled = [order[place % self.pairs] for place in range(share * self.devices)]
-        if self._balance is not None:
-            return balance_batches(filled, self._balance, self.batch_size, self.devices, generator)
-        if self.length_window is None or self.lengths is None:
-            return filled
-        return group_by_length(filled, self.lengths, self.batch_size * self.devices, self.length_window, generator)
+        count = len(self.pairs)
+        shuffled = torch.randperm(count, generator=generator).tolist()
+        share = math.ceil(count / self.devices)
+        filled = [shuffled[place % count] for place in range(share * self.devices)]
+        return self.order.arrange(filled, self.pairs, self.batch_size, self.devices, generator)
 
 
 class EvaluationBatches(Sampler[list[int]]):
@@ -244,8 +218,8 @@ class TrainingLoader(PreferenceLoader):
         if self._order != expected:
             raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
-                "same seed_everything, data, data.batch_size, data.length_window, data.pairs_per_annotator, "
-                f"data.balance_batches and devices, or {NEW_RUN}."
+                "same seed_everything, data, data.batch_size, data.batch_order and devices, or "
+                f"{NEW_RUN}."
             )
         if self._flips != state["flips"]:
             raise DataError(
@@ -257,8 +231,13 @@ class TrainingLoader(PreferenceLoader):
         self._taken_before = {self._epoch: self._taken}
 
     @property
-    def _order(self) -> dict[str, int | str | None]:
+    def _order(self) -> dict[str, int | str]:
         sampler = self.sampler
-        names = ("pairs", "batch_size", "devices", "length_window", "pairs_per_annotator", "balanced")
-        sizes = {name: getattr(sampler, name) for name in names}
-        return {"seed": sampler.seed, "data": self._data, **sizes}
+        return {
+            "seed": sampler.seed,
+            "data": self._data,
+            "pairs": len(sampler.pairs),
+            "batch_size": sampler.batch_size,
+            "devices": sampler.devices,
+            "batch_order": str(sampler.order),
+        }

@@ -21,7 +21,7 @@ def training_reads(batches: TrainingBatches, trainer: Any) -> set[int]:
     left = micro_batches(batches, trainer)
     read: set[int] = set()
     epoch = 0
-    while left > 0 and epoch_length > 0 and len(read) < batches.pairs:
+    while left > 0 and epoch_length > 0 and len(read) < len(batches.pairs):
         taken = min(epoch_length, left)
         read.update(batches.first(int(taken), epoch))
         left -= taken

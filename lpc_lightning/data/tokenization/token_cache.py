@@ -35,7 +35,7 @@ from lpc_lightning.data.tokenization.cache_lock import one_at_a_time
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.data.tokenization.tokens import SCHEMA, TokenStore, tokenize_examples
-from lpc_lightning.integrity import code_digest, digest_of
+from lpc_lightning.files.integrity import code_digest, digest_of
 
 log = logging.getLogger(__name__)
 

@@ -218,6 +218,10 @@ class TokenStore(Sequence[TokenizedPair]):
         spans = zip(questions, pairwise(bounds), strict=True)
         return np.array([question or prompt_hash(ids[start:end].tobytes()) for question, (start, end) in spans])
 
+    def count_prompts_of(self, other: TokenStore) -> int:
+        """Return the number of pairs whose prompt is the prompt of a pair of another store, as token ids."""
+        return int(np.isin(self.prompts, other.prompts).sum())
+
     @property
     def flipped(self) -> np.ndarray:
         """(pairs,) bool, True for pairs with a wrong label."""

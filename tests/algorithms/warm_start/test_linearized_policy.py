@@ -23,12 +23,13 @@ from lpc_lightning.algorithms.warm_start.linearized_policy import (
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.policy.causal import BatchForward
+from lpc_lightning.robust import UnbiasedLoss
 from lpc_lightning.types import LogitHead, PairLogps, PairLosses, PreferenceBatch
 
 WIDTH, VOCABULARY = 5, 11
 LOSSES: dict[str, Any] = {
     "dpo": partial(dpo_loss, beta=0.5),
-    "rdpo": partial(dpo_loss, beta=0.5, label_smoothing=0.2, robust=True),
+    "rdpo": partial(UnbiasedLoss(0.2).pair_losses, partial(dpo_loss, beta=0.5)),
     "ipo": partial(ipo_loss, beta=0.3),
     "ipo, averaged": partial(ipo_loss, beta=0.3, length_average=True),
     "simpo": partial(simpo_loss, beta=2.0, gamma_beta_ratio=0.5),
@@ -175,7 +176,6 @@ def assert_same(actual: tuple[PairLosses, PairLogps], expected: tuple[PairLosses
 
 
 def tensors_of(terms: PairLosses | PairLogps) -> dict[str, Any]:
-    """Fields by name. A part of the loss that is a function is evaluated."""
+    """Fields by name, with the value of each term of the loss."""
     fields = {field.name: getattr(terms, field.name) for field in dataclasses.fields(terms)}
-    parts = fields.pop("parts", ())
-    return fields | {"parts": [weight(part) if callable(weight) else (weight, part) for weight, part in parts]}
+    return fields | {"parts": [term.of(term.log_likelihood) for term in fields.pop("parts", ())]}

@@ -18,7 +18,7 @@ from lpc_lightning.algorithms.warm_start import decision as decision_module
 from lpc_lightning.algorithms.warm_start import warm_start as warm_start_module
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.callbacks import LabelFlipNoise, RunSummary
-from lpc_lightning.data import Columns, PreferenceData
+from lpc_lightning.data import ByAnnotator, Columns, PreferenceData
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
@@ -323,7 +323,7 @@ def test_warm_start_holds_out_whole_prompts(
 
     monkeypatch.setattr(warm_start_module, "fit", watched)
     settings: dict[str, Any] = {
-        "validation_share": 0.0, "test_split": None, "batch_size": 4, "pairs_per_annotator": 2
+        "validation_share": 0.0, "test_split": None, "batch_size": 4, "batch_order": ByAnnotator(2)
     }  # fmt: skip
     columns = Columns(named_in_prompt=named)
     data = PreferenceData(str(tmp_path / "pairs.jsonl"), columns=columns, cache_dir=str(tmp_path), **settings)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from lpc_lightning.data import Balanced, DataError
 from lpc_lightning.data.batch_order.balanced import WINDOW, balance_batches
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.data.batching.loading import TrainingBatches, TrainingLoader
-from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.types import TokenizedPair
+from tests.fixtures.ordered_pairs import PairsToOrder
 
 
 def lengths_of(pairs: int) -> np.ndarray:
@@ -32,8 +33,8 @@ def test_balanced_pairs_come_once(pairs: int, devices: int) -> None:
 def test_balanced_batches_are_equally_full(devices: int) -> None:
     lengths = lengths_of(1024)
     plain, balanced = (
-        [TrainingBatches(1024, 8, 0, rank, devices, balance=balance) for rank in range(devices)]
-        for balance in (None, lengths)
+        [TrainingBatches(PairsToOrder(lengths), 8, 0, rank, devices, order) for rank in range(devices)]
+        for order in (None, Balanced())
     )
 
     def deviation(plans: list[TrainingBatches], part: slice) -> float:
@@ -46,7 +47,7 @@ def test_balanced_batches_are_equally_full(devices: int) -> None:
 
 
 def test_balanced_order_follows_the_epoch() -> None:
-    plan = TrainingBatches(100, 4, 7, balance=lengths_of(100))
+    plan = TrainingBatches(PairsToOrder(lengths_of(100)), 4, 7, order=Balanced())
     first = list(plan)
     assert list(plan) == first
     assert [pair for batch in plan.all_devices(0) for pair in batch] == [pair for batch in first for pair in batch]
@@ -55,11 +56,11 @@ def test_balanced_order_follows_the_epoch() -> None:
     assert list(plan) != first
 
 
-def test_resume_refuses_another_balance() -> None:
+def test_resume_refuses_another_order() -> None:
     pairs = [TokenizedPair(str(n), [1], [2], [3]) for n in range(8)]
     loaders = [
-        TrainingLoader(pairs, TrainingBatches(8, 4, 0, balance=balance), PaddedLayout(0))
-        for balance in (None, lengths_of(8))
+        TrainingLoader(pairs, TrainingBatches(PairsToOrder(lengths_of(8)), 4, 0, order=order), PaddedLayout(0))
+        for order in (None, Balanced())
     ]
-    with pytest.raises(DataError, match=r"balance_batches"):
+    with pytest.raises(DataError, match=r"'batch_order': 'Balanced\(\)'.*data\.batch_order"):
         loaders[1].load_state_dict(loaders[0].state_dict())

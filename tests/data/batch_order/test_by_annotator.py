@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lpc_lightning.data import BatchOrder, ByAnnotator
 from lpc_lightning.data.batching.loading import TrainingBatches
+from tests.fixtures.ordered_pairs import PairsToOrder
 
 Batches = list[list[list[int]]]
 
@@ -20,7 +21,8 @@ def plan(names: list[str], batch_size: int, devices: int, run: int | None, epoch
     """Return the batches of an epoch for each device."""
     found = []
     for rank in range(devices):
-        batches = TrainingBatches(len(names), batch_size, 5, rank, devices, annotators=names, pairs_per_annotator=run)
+        order = None if run is None else ByAnnotator(run)
+        batches = TrainingBatches(PairsToOrder(annotators=names), batch_size, 5, rank, devices, order)
         batches.set_epoch(epoch)
         found.append(list(batches))
         assert batches.sizes == [len(batch) for batch in found[-1]], "known beforehand"
@@ -48,7 +50,7 @@ def test_full_runs_are_in_one_batch(names: list[str], runs: int, run: int, devic
     counts = Counter(pair for step in steps(grouped) for pair in step)
     assert counts.total() == math.ceil(len(names) / devices) * devices
     assert max(counts.values()) <= math.ceil(counts.total() / len(names))
-    full = len(names) // (batch_size * devices)
+    full = math.ceil(len(names) / devices) // batch_size
     among = Counter(names[pair] for step in steps(plain)[:full] for pair in step)
     assert among == Counter(names[pair] for step in steps(grouped)[:full] for pair in step)
     left = [set(range(len(names))) - {p for step in steps(it)[:full] for p in step} for it in (plain, grouped)]
@@ -73,7 +75,7 @@ def test_runs_depend_on_the_epoch() -> None:
 def test_read_time_is_independent_of_annotator() -> None:
     """As with plain shuffling, a pair is equally likely in each step."""
     names, epochs = ["a"] * 7 + ["b"] * 3 + ["", "c", "d"], 2000
-    batches = TrainingBatches(len(names), 2, 0, annotators=names, pairs_per_annotator=2)
+    batches = TrainingBatches(PairsToOrder(annotators=names), 2, 0, order=ByAnnotator(2))
     counts = torch.zeros(len(names), len(batches))
     for epoch in range(epochs):
         batches.set_epoch(epoch)
@@ -88,13 +90,18 @@ def test_batches_hold_pairs_of_same_annotator(devices: int) -> None:
     """Count the pairs of a batch that follow a pair of the same annotator."""
     names = [f"annotator {number % 50}" for number in range(400)]
 
-    def share(**runs: Any) -> float:
+    def share(order: BatchOrder | None) -> float:
         meeting = 0
         for rank in range(devices):
-            for batch in TrainingBatches(400, 8, 0, rank, devices, **runs):
+            for batch in TrainingBatches(PairsToOrder(annotators=names), 8, 0, rank, devices, order):
                 meeting += len(batch) - len({names[pair] for pair in batch})
         return meeting / 400
 
-    assert share() < 0.1
+    assert share(None) < 0.1
     # The 8 pairs of an annotator are two runs, so all pairs except two are counted.
-    assert share(annotators=names, pairs_per_annotator=4) >= 0.75
+    assert share(ByAnnotator(4)) >= 0.75
+
+
+def test_pairs_per_annotator_below_one() -> None:
+    with pytest.raises(ValueError, match=r"data\.batch_order\.pairs_per_annotator: found 0, expected at least 1"):
+        ByAnnotator(0)

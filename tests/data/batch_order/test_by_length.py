@@ -5,26 +5,30 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lpc_lightning.data import ByLength
 from lpc_lightning.data.batching.loading import TrainingBatches
+from tests.fixtures.ordered_pairs import PairsToOrder
 
 Batches = list[list[list[int]]]
 
 
 def plan(lengths: list[int], batch_size: int, devices: int, window: int | None, epoch: int = 0) -> Batches:
     """Return the batches of an epoch for each device."""
-    found = []
+    found, pairs = [], PairsToOrder(lengths)
+    order = None if window is None else ByLength(window)
     for rank in range(devices):
-        batches = TrainingBatches(len(lengths), batch_size, 5, rank, devices, lengths, window)
+        batches = TrainingBatches(pairs, batch_size, 5, rank, devices, order)
         batches.set_epoch(epoch)
         found.append(list(batches))
         assert len(batches) == len(found[-1])
         assert batches.sizes == [len(batch) for batch in found[-1]], "known beforehand"
         for count in range(len(batches) + 1):
-            first = TrainingBatches(len(lengths), batch_size, 5, rank, devices, lengths, window).first(count, epoch)
+            first = TrainingBatches(pairs, batch_size, 5, rank, devices, order).first(count, epoch)
             assert set(found[-1][count - 1] if count else []) <= set(first)
     return found
 
@@ -78,7 +82,7 @@ def test_steps_depend_on_the_epoch() -> None:
 def test_read_time_is_independent_of_length() -> None:
     """As with plain shuffling, a pair is equally likely in each step."""
     lengths, epochs = [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200], 2000
-    batches = TrainingBatches(len(lengths), 2, 0, lengths=lengths, length_window=2)
+    batches = TrainingBatches(PairsToOrder(lengths), 2, 0, order=ByLength(2))
     counts = torch.zeros(len(lengths), len(batches))
     for epoch in range(epochs):
         batches.set_epoch(epoch)
@@ -89,3 +93,8 @@ def test_read_time_is_independent_of_length() -> None:
     assert ((counts - expected).abs() / expected.sqrt()).max() < 5
     means = (counts.T @ torch.tensor(lengths, dtype=torch.float32)) / counts.sum(0)
     assert (means / (sum(lengths) / 13) - 1).abs().max() < 0.1
+
+
+def test_window_below_one() -> None:
+    with pytest.raises(ValueError, match=r"data\.batch_order\.window: found 0, expected at least 1"):
+        ByLength(0)

@@ -12,10 +12,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lpc_lightning.data import BatchOrder, ByAnnotator, ByLength, DataError
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
-from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.types import TokenizedPair
+from tests.fixtures.ordered_pairs import PairsToOrder
 
 sizes = st.integers(1, 40)
 devices = st.integers(1, 9)
@@ -26,7 +27,7 @@ def training(pairs: int, batch_size: int, devices: int, seed: int = 0, epoch: in
     """Return the batches of an epoch for each device."""
     found = []
     for rank in range(devices):
-        batches = TrainingBatches(pairs, batch_size, seed, rank, devices)
+        batches = TrainingBatches(range(pairs), batch_size, seed, rank, devices)
         batches.set_epoch(epoch)
         found.append(list(batches))
         assert len(batches) == len(found[-1])
@@ -97,16 +98,13 @@ def loader(
     pairs: list[TokenizedPair],
     seed: int = 0,
     batch_size: int = 2,
-    window: int | None = None,
-    run: int | None = None,
+    order: BatchOrder | None = None,
     **options: Any,
 ) -> TrainingLoader:
     # The lengths are unordered, and some are equal.
     lengths = [(7 * number) % 5 for number in range(len(pairs))]
     names = [f"annotator {number % 3}" for number in range(len(pairs))]
-    batches = TrainingBatches(
-        len(pairs), batch_size, seed, lengths=lengths, length_window=window, annotators=names, pairs_per_annotator=run
-    )
+    batches = TrainingBatches(PairsToOrder(lengths, names), batch_size, seed, order=order)
     return TrainingLoader(pairs, batches, PaddedLayout(0), **options)
 
 
@@ -117,19 +115,19 @@ def ids(loader: PreferenceLoader, epoch: int = 0) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [{}, {"window": 2}, {"run": 2}], ids=["plain", "by length", "by annotator"])
+@pytest.mark.parametrize("order", [None, ByLength(2), ByAnnotator(2)], ids=["plain", "by length", "by annotator"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 1, 4, 6])
 def test_resume_within_epoch_takes_next_batch(
-    pairs: list[TokenizedPair], order: dict[str, int], num_workers: int, taken: int
+    pairs: list[TokenizedPair], order: BatchOrder | None, num_workers: int, taken: int
 ) -> None:
-    whole, next_epoch = (ids(loader(pairs, **order), epoch=epoch) for epoch in (3, 4))
-    stopped = loader(pairs, num_workers=num_workers, **order)
+    whole, next_epoch = (ids(loader(pairs, order=order), epoch=epoch) for epoch in (3, 4))
+    stopped = loader(pairs, num_workers=num_workers, order=order)
     stopped.sampler.set_epoch(3)
     batches = iter(stopped)
     assert [next(batches).ids for _ in range(taken)] == whole[:taken]
 
-    resumed = loader(pairs, num_workers=num_workers, **order)
+    resumed = loader(pairs, num_workers=num_workers, order=order)
     resumed.load_state_dict(stopped.state_dict())
     assert len(resumed) == 6
     assert ids(resumed, epoch=3) == whole[taken:]
@@ -150,12 +148,12 @@ def test_resume_between_epochs_takes_whole_epoch(pairs: list[TokenizedPair]) -> 
     [
         ({"seed": 1}, "'seed': 1"),
         ({"batch_size": 3}, "'batch_size': 3"),
-        ({"window": 4}, "'length_window': 4"),
-        ({"run": 2}, "'pairs_per_annotator': 2"),
+        ({"order": ByLength(4)}, r"'batch_order': 'ByLength\(window=4\)'"),
+        ({"order": ByAnnotator(2)}, r"'batch_order': 'ByAnnotator\(pairs_per_annotator=2\)'"),
         ({"pairs": 10}, "'pairs': 10"),
     ],
 )
-def test_resume_refuses_another_order(pairs: list[TokenizedPair], change: dict[str, int], message: str) -> None:
+def test_resume_refuses_another_order(pairs: list[TokenizedPair], change: dict[str, Any], message: str) -> None:
     state = loader(pairs).state_dict()
     other = loader(pairs[: change.pop("pairs", None)], **change)
     with pytest.raises(

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpc_lightning.data import PreferenceData, SyntheticPreferences
+from lpc_lightning.data import Balanced, PreferenceData, SyntheticPreferences
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, SharedPrefixLayout
 from lpc_lightning.data.batching.shapes import MOST_SHAPES, BatchShape, ShapePlan, plan_shapes
 from lpc_lightning.data.datamodule import PLANNED_EPOCHS, PreferenceDataModule
@@ -62,7 +62,7 @@ def shapes_of_epochs(data: PreferenceDataModule, balance: bool) -> tuple[set[Bat
     """Return the shapes over the planned epochs, and the share of padding in their tokens."""
     store = data.load("train", TinyPolicy().load_tokenizer())
     assert store is not None
-    batches = data.training_batches(store, 0, balance=balance)
+    batches = data.training_batches(store, 0, default=Balanced() if balance else None)
     lengths = store.piece_lengths
     epochs = [batch for epoch in range(PLANNED_EPOCHS) for batch in batches.all_devices(epoch)]
     layout = FixedShapesLayout(0, None).for_batches(lengths[batch] for batch in epochs)
@@ -70,6 +70,7 @@ def shapes_of_epochs(data: PreferenceDataModule, balance: bool) -> tuple[set[Bat
     shapes = [layout.shape_of(each) for each in needed]
     for batch, shape in list(zip(epochs, shapes, strict=True))[:: max(1, len(epochs) // 20)]:
         laid_out = layout([store[number] for number in batch])
+        assert laid_out.planned
         assert laid_out.input_ids.shape == (shape.rows, shape.width)
         assert laid_out.read_at.shape == laid_out.owner.shape == laid_out.targets.shape == (shape.reads,)
     return set(shapes), 1 - sum(n.tokens for n in needed) / sum(shape.tokens for shape in shapes)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lpc_lightning import integrity
 from lpc_lightning.data.sources.example_source import ExamplesInMemory
 from lpc_lightning.data.tokenization import token_cache
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.data.tokenization.token_cache import load_or_tokenize
+from lpc_lightning.files import integrity
 from lpc_lightning.types import PreferenceExample
 from tests.fixtures.damage import bit_flips, zeroed_blocks
 
@@ -218,7 +218,7 @@ def test_entry_depends_on_code_and_versions(change: str, load: Any, tmp_path: Pa
 
 def test_code_digest_changes_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "part").mkdir()
-    monkeypatch.setattr(integrity, "__file__", str(tmp_path / "integrity.py"))
+    monkeypatch.setattr(integrity, "__file__", str(tmp_path / "files" / "integrity.py"))
     digests = []
     for content in ("a = 1", "a = 2"):
         (tmp_path / "part" / "code.py").write_text(content)

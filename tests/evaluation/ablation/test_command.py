@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 
+from lpc_lightning.cli.system_errors import SPACE
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Weights
 from lpc_lightning.evaluation.ablation.cells.work import log_fault
 from lpc_lightning.evaluation.ablation.command import ablate, main
 from lpc_lightning.evaluation.report.command import report
-from lpc_lightning.system_errors import SPACE
 from tests.fixtures.processes import forked_command
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,7 @@ from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.stages import Stages
 from lpc_lightning.evaluation.report.runs.ablation import load_ablation
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
-from lpc_lightning.json_files import write_json
+from lpc_lightning.files.json_files import write_json
 
 BY = "val/rewards/accuracies"
 LR = "model.optimizer.init_args.lr"

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
-from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, AccuracyReport
 from lpc_lightning.latent import LatentSpace
+from lpc_lightning.robust import ConservativeLoss
 from lpc_lightning.types import PreferenceBatch
 
 LENGTHS = [(5, 3, 7), (11, 9, 1), (1, 1, 4), (3, 13, 5), (2, 2, 2)]
 CODES: dict[str, Any] = {"num_codes": 3, "init_logit_std": 3.0, "hidden": 8}
 ALGORITHMS: dict[str, Callable[..., PreferenceModule]] = {
     "dpo": lambda **module: DPO(beta=0.3, reference="live", **module),
-    "cdpo": lambda **module: DPO(beta=0.3, label_smoothing=0.2, reference="live", **module),
+    "cdpo": lambda **module: DPO(beta=0.3, robust_loss=ConservativeLoss(0.2), reference="live", **module),
     "ipo": lambda **module: IPO(beta=0.2, reference="live", **module),
     "simpo": lambda **module: SimPO(beta=2.5, gamma_beta_ratio=0.4, **module),
 }

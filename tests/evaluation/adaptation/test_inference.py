@@ -22,6 +22,7 @@ from lpc_lightning.evaluation.adaptation.scores import (
     mean_score,
 )
 from lpc_lightning.losses import dpo_loss, ipo_loss, kto_loss, simpo_loss
+from lpc_lightning.robust import ConservativeLoss
 from lpc_lightning.types import PairLogps
 
 NAMES = ["anna"] * 7 + ["ben"] * 5 + ["cleo"] * 2 + ["dora"]
@@ -243,7 +244,14 @@ def test_large_losses_do_not_overflow() -> None:
 
 @pytest.mark.parametrize(
     "loss",
-    [dpo_loss, partial(dpo_loss, label_smoothing=0.2), ipo_loss, partial(ipo_loss, beta=0.5), simpo_loss, kto_loss],
+    [
+        dpo_loss,
+        partial(ConservativeLoss(0.2).pair_losses, dpo_loss),
+        ipo_loss,
+        partial(ipo_loss, beta=0.5),
+        simpo_loss,
+        kto_loss,
+    ],
 )
 def test_single_code_agrees_with_the_margin(loss: Any) -> None:
     """Holds for any loss: exp(-l) of the two labels need not sum to 1."""

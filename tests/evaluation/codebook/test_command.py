@@ -13,10 +13,10 @@ from lpc_lightning.cli import main as lpc_lightning
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.codebook.command import explain, main
+from lpc_lightning.files.output_paths import claim_output_folder
 from lpc_lightning.inference.generation import Condition, Decoding, answers
 from lpc_lightning.inference.opening import open_policy, short_name
 from lpc_lightning.inference.prompts import text_prompt
-from lpc_lightning.output_paths import claim_output_folder
 
 pytestmark = pytest.mark.slow
 

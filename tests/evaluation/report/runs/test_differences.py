@@ -64,8 +64,8 @@ def test_fits_with_derived_seeds() -> None:
 
 
 def test_fits_with_defaults_of_their_classes() -> None:
-    """SimPO has its own default of beta, DPO alone has `robust`, and a run without latent has no codes."""
-    dpo, simpo = a_class("DPO", beta=0.1, robust=False), a_class("SimPO", beta=2.0)
+    """SimPO has its own default of beta, DPO has no `gamma_beta_ratio`, and a run without latent has no codes."""
+    dpo, simpo = a_class("DPO", beta=0.1), a_class("SimPO", beta=2.0, gamma_beta_ratio=0.5)
     spaces = (None, a_class("MarginalSpace", num_codes=4))
     assert names(*({"model": model, "latent": space} for model in (dpo, simpo) for space in spaces)) == [
         "model",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from lpc_lightning.function_command import run_function
+from lpc_lightning.cli.function_command import run_function
 
 
 def measure(

@@ -10,7 +10,13 @@ import pytest
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.comparison.command import name_models
-from lpc_lightning.output_paths import check_file, check_folder, check_name, claim_output_file, claim_output_folder
+from lpc_lightning.files.output_paths import (
+    check_file,
+    check_folder,
+    check_name,
+    claim_output_file,
+    claim_output_folder,
+)
 from lpc_lightning.policy import TinyPolicy
 from tests.fixtures.commands import run_command
 

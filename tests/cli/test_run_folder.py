@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
-from lpc_lightning.run_folder import DiscardedRunFolder, RunFolder
+from lpc_lightning.cli.run_folder import DiscardedRunFolder, RunFolder
 
 
 def test_runs_that_start_together_do_not_meet(tmp_path: Path) -> None:

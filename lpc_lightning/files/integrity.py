@@ -76,7 +76,7 @@ def code_digest(*folders: str) -> str:
 
     It is part of the keys of caches, so that values of older code are not used.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     files = sorted(file for folder in folders for file in (package / folder).rglob("*.py"))
     parts = [(str(file.relative_to(package)), digest_of(file)) for file in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lpc_lightning.system_errors import FILES, MEMORY, PERMISSION, PLACE, SPACE, THREADS, explain_system_error
+from lpc_lightning.cli.system_errors import FILES, MEMORY, PERMISSION, PLACE, SPACE, THREADS, explain_system_error
 from tests.fixtures.commands import run_command
 
 

@@ -10,10 +10,10 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, LitLogger, Logger, TensorBoardLogger
 
+from lpc_lightning.cli.run_loggers import build_logger, run_loggers
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.run_loggers import build_logger, run_loggers
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "logger"
+CONFIGS = Path(__file__).parents[2] / "configs" / "logger"
 BUILT_IN = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
 
 

@@ -7,7 +7,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.output_paths import check_folder
+from lpc_lightning.files.output_paths import check_folder
 
 
 def configs(output: str = "configs", overwrite: bool = False) -> Path:

@@ -1,47 +1,35 @@
-"""The command line: `lpc-lightning COMMAND ...`."""
+"""The commands `fit`, `validate`, `test` and `predict`."""
 
 from __future__ import annotations
 
-import ast
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable
 from functools import partial
-from importlib.abc import InspectLoader
-from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from pkgutil import resolve_name
 from traceback import walk_tb
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.connectors import checkpoint_connector
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.config_arguments import check_config_arguments
+from lpc_lightning.cli.machine import check_accelerator, default_precision, is_narrow
+from lpc_lightning.cli.run_folder import DiscardedRunFolder, RunFolder
+from lpc_lightning.cli.run_loggers import SaveSettings, build_logger, run_loggers
+from lpc_lightning.cli.settings_parser import SettingsParser
+from lpc_lightning.cli.user_errors import USER_ERRORS
 from lpc_lightning.data import DataError, PreferenceDataModule
-from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import CheckpointError, ConfigError, one_line
-from lpc_lightning.function_command import run_function
 from lpc_lightning.inference.checkpoint_entries import check_classes, check_resumable
 from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.policy import PolicySpec, UnsupportedPolicyError
-from lpc_lightning.policy.precision import is_bfloat16_fast
-from lpc_lightning.run_folder import DiscardedRunFolder, RunFolder
-from lpc_lightning.run_loggers import SaveSettings, build_logger, run_loggers
-from lpc_lightning.settings_parser import SettingsParser
-from lpc_lightning.system_errors import explain_system_error
+from lpc_lightning.policy import PolicySpec
 
 
 class PreferenceCLI(LightningCLI):
@@ -66,7 +54,10 @@ class PreferenceCLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
-                parser_kwargs={"prog": "lpc-lightning", "description": __doc__},
+                parser_kwargs={
+                    "prog": "lpc-lightning",
+                    "description": "Train a policy on preference pairs, or score pairs.",
+                },
                 args=None if arguments == sys.argv[1:] else arguments,
             )
         finally:
@@ -267,176 +258,3 @@ JSONARGPARSE = tuple(
     for start in ("Expected a", "Does not validate", "Problem with", "Not a valid", "a class path", "a dict with")
 )
 """How its own lines begin."""
-
-
-NARROW = 64
-"""Width of a tiny policy up to which one thread computes it."""
-
-
-def is_narrow(policy: Any) -> bool:
-    """Return whether a policy is computed by one thread, unless the user sets the number of threads.
-
-    The products of a tiny policy are too small to share: two threads are less than a third faster, and several times
-    slower beside one busy process (benchmarks/neighbour.py).
-    """
-    return policy.class_path.endswith(".TinyPolicy") and policy.init_args.width <= NARROW
-
-
-def check_accelerator(name: Any) -> None:
-    """Check that this machine has the accelerator. Names that Lightning does not know are left to it.
-
-    Args:
-        name: `trainer.accelerator`.
-
-    Raises:
-        ConfigError: The machine has no such accelerator.
-    """
-    kinds = {
-        kind: AcceleratorRegistry[kind]["accelerator"] for kind in sorted(AcceleratorRegistry.available_accelerators())
-    }
-    found = [kind for kind, each in kinds.items() if each.is_available()]
-    if name == "gpu":
-        known, available = True, bool({"cuda", "mps"} & set(found))
-    else:
-        known, available = name in kinds, name in found
-    if known and not available:
-        raise ConfigError(
-            f"trainer.accelerator: found {name}, which this machine does not have, expected one of auto, "
-            f"{', '.join(found)}. For a CPU take `--trainer configs/trainer/cpu.yaml`."
-        )
-
-
-def default_precision(accelerator: str) -> str:
-    """bf16-mixed where the device multiplies bfloat16 fast (GPUs, CPUs with AMX or AVX512-BF16), float32 elsewhere."""
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if is_bfloat16_fast("cuda" if on_gpu else "cpu") else "32-true"
-
-
-def _fit(arguments: list[str]) -> None:
-    PreferenceCLI(arguments)
-
-
-def _call(function: str, arguments: list[str]) -> None:
-    """Run `package.module:function`, which is imported now and not for other commands."""
-    run_function(resolve_name(function), arguments[1:], arguments[0])
-
-
-Command = tuple[Callable[[list[str]], None], str]
-"""What runs a command, given its name and what stands behind it; and what it does, in a few words."""
-
-COMMANDS: dict[str, Command] = {
-    "fit": (_fit, "train a policy on preference pairs"),
-    "validate": (_fit, "score the validation pairs under the prior"),
-    "test": (_fit, "score the test pairs under the prior"),
-    "predict": (_fit, "rewards and prior of each test pair"),
-    "prepare": (
-        partial(_call, "lpc_lightning.prepare:prepare"),
-        "models/SmolLM2-135M-Instruct without a model hub, or a file of built-in pairs",
-    ),
-    "configs": (
-        partial(_call, "lpc_lightning.ship_configs:configs"),
-        "a folder with the config files that come with the package",
-    ),
-    "export": (
-        partial(_call, "lpc_lightning.inference.export:export"),
-        "a checkpoint as a folder that transformers opens, its latent included",
-    ),
-    "generate": (
-        partial(_call, "lpc_lightning.inference.generate:generate"),
-        "answers to prompts, under the prior and side by side under chosen codes",
-    ),
-    "alpaca": (
-        partial(_call, "lpc_lightning.inference.alpaca:alpaca"),
-        "answers to AlpacaEval's instructions, in the form that alpaca_eval judges",
-    ),
-}
-ENTRY_POINTS = "lpc_lightning.commands"
-"""Entry points for commands of other packages, with the signature of `Command`. lpc_lightning imports none of them."""
-
-
-def commands() -> dict[str, Command]:
-    """All commands by name, those of other packages included."""
-    others = entry_points(group=ENTRY_POINTS)
-    return COMMANDS | {each.name: (partial(_run_other, each), _about(each)) for each in others}
-
-
-def _run_other(command: EntryPoint, arguments: list[str]) -> None:
-    command.load()(arguments)
-
-
-def _about(command: EntryPoint) -> str:
-    """The first line of the module's docstring. The module is not imported: that may take seconds."""
-    spec = find_spec(command.module)
-    source = spec.loader.get_source(command.module) if spec and isinstance(spec.loader, InspectLoader) else None
-    summary = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0].rstrip(".")
-    return summary[:1].lower() + summary[1:]
-
-
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    UnsupportedPolicyError,
-    CheckpointError,
-    CheckpointWriteError,
-    FloatingPointError,
-    MisconfigurationException,
-)
-"""Errors whose text explains what to do. They are printed without a traceback."""
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run a command."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        known = commands()
-        if not arguments or arguments[0] not in known:
-            _usage(arguments, known)
-        set_up_logging()
-        run, _ = known[arguments[0]]
-        check_config_arguments(arguments[1:], takes_groups=COMMANDS.get(arguments[0], (None,))[0] is _fit)
-        run(arguments)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except Exception as error:
-        line = explain_system_error(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
-    except SIGTERMException:
-        sys.exit(143)
-
-
-def set_up_logging() -> None:
-    """Set how a command shows warnings and the log: each warning once, those of the log from the first device only."""
-    warnings.showwarning = _showing_once(warnings.showwarning)
-    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # set by Lightning when it is imported
-    level = logging.WARNING if is_first else logging.ERROR  # a warning would come once from each device
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.msg)
-
-
-def _showing_once(show: Callable[..., None]) -> Callable[..., None]:
-    """Return a function that shows each warning once. Python shows it again after any change of the filters."""
-    shown = set[tuple[str, type[Warning]]]()
-
-    def showwarning(message: Warning | str, category: type[Warning], *place: Any, **where: Any) -> None:
-        if (str(message), category) not in shown:
-            shown.add((str(message), category))
-            show(message, category, *place, **where)
-
-    return showwarning
-
-
-def _usage(arguments: list[str], known: dict[str, Command]) -> None:
-    is_help = bool(arguments) and arguments[0] in ("-h", "--help")
-    lines = [f"  {name:<10}{text}" for name, (_, text) in known.items()]
-    text = "\n".join(
-        ["usage: lpc-lightning COMMAND ...", "", *lines, "", "lpc-lightning COMMAND --help lists the settings."]
-    )
-    print(text, file=sys.stdout if is_help else sys.stderr)
-    if arguments and not is_help:
-        print(f"\nerror: found command {arguments[0]!r}, expected one of {', '.join(known)}.", file=sys.stderr)
-    sys.exit(0 if is_help else 2)

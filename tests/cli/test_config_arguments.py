@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lpc_lightning.config_arguments import check_config_arguments
+from lpc_lightning.cli.config_arguments import check_config_arguments
 from lpc_lightning.errors import ConfigError
 from tests.fixtures.commands import CONFIGS
 

@@ -12,7 +12,7 @@ from lpc_lightning.data import PreferenceData
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.comparison.command import evaluate
-from lpc_lightning.paths import expand_path
+from lpc_lightning.files.path_variables import expand_path
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from lpc_lightning.markdown import code_span, escape_markdown, markdown_table
+from lpc_lightning.files.markdown import code_span, escape_markdown, markdown_table
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>",

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from lpc_lightning.cli import main
+from lpc_lightning.cli.prepare import prepare
 from lpc_lightning.data import PreferenceData
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.prepare import prepare
 
 
 @pytest.mark.parametrize("deciding", ["visible", "hidden"])

@@ -18,9 +18,9 @@ from lightning.pytorch.loggers import Logger
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.files.yaml_files import SUFFIXES, check_value, check_yaml, read_yaml
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec
-from lpc_lightning.yaml_files import SUFFIXES, check_value, check_yaml, read_yaml
 
 BASES: dict[str, type] = {
     "policy": PolicySpec,

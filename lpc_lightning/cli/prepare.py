@@ -8,7 +8,7 @@ from typing import Literal
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.data.synthetic.sample import write_sample
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.output_paths import check_file
+from lpc_lightning.files.output_paths import check_file
 from lpc_lightning.policy.prepare import prepare_smollm2
 
 

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.yaml_files import SUFFIXES, check_value, check_yaml, parse_yaml, read_yaml
+from lpc_lightning.files.yaml_files import SUFFIXES, check_value, check_yaml, parse_yaml, read_yaml
 from tests.fixtures.commands import run_command
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "itself": (b"a: 1\nseed_everything: &a [1, *a]\n", "found a value that contains itself"),

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lpc_lightning.errors import DamagedFileError
-from lpc_lightning.json_files import read_if_whole, read_json_object, write_json, write_text
+from lpc_lightning.files.json_files import read_if_whole, read_json_object, write_json, write_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN_FILES = [
     *sorted((ROOT / "callbacks").glob("*.py")),
     *(ROOT / "evaluation" / name for name in ("samples.py", "adaptation/files.py", "codebook/explanation_files.py")),

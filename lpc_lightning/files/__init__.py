@@ -1,0 +1,1 @@
+"""Files: their paths, their forms, and whether they are complete."""
