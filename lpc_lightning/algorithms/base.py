@@ -254,8 +254,8 @@ class PreferenceModule(PolicyModule):
     def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
         """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
         assert self.robust_loss is not None
-        if terms.pairs.right is not None:
-            self.robust_loss.observe(batch.annotators, terms.pairs.right)
+        if terms.pairs.label_correct is not None:
+            self.robust_loss.observe(batch.annotators, terms.pairs.label_correct)
         penalty = terms.penalty
         if isinstance(penalty, Tensor):
             penalty = weighted_mean(penalty, batch.weights)
