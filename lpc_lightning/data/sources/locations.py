@@ -28,9 +28,23 @@ DEFAULT_SPLIT = "train"
 class Location(ABC):
     """Place that holds rows. It may have splits of its own."""
 
-    splits: tuple[str, ...] | None
-    """Names of its own splits. Empty: it has splits, whose names are not known without the network. None: it has none,
-    and a column of its rows may hold the splits."""
+    @property
+    def has_splits(self) -> bool:
+        """True if it has splits of its own. Otherwise a column of its rows may hold the splits."""
+        return False
+
+    @property
+    def known_splits(self) -> tuple[str, ...]:
+        """Names of its own splits that are known without the network."""
+        return ()
+
+    def own_splits(self) -> tuple[str, ...]:
+        """Return the names of its own splits. Those of a hub data set are looked up on the hub.
+
+        Raises:
+            DataError: The hub cannot be read.
+        """
+        return self.known_splits
 
     @abstractmethod
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
@@ -45,14 +59,6 @@ class Location(ABC):
             DataError: The location has no such split, or cannot be read.
         """
 
-    def own_splits(self) -> tuple[str, ...]:
-        """Return the names of its own splits. Those of a hub data set are looked up on the hub.
-
-        Raises:
-            DataError: The hub cannot be read.
-        """
-        return self.splits or ()
-
     @abstractmethod
     def key(self, split: str | None) -> str:
         """Return a text that changes whenever `rows` would yield other rows or other places."""
@@ -63,7 +69,6 @@ class Files(Location):
     """Files of rows, in the order of their paths."""
 
     paths: tuple[Path, ...]
-    splits = None
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
@@ -90,6 +95,12 @@ class JsonSplits(Location):
 
     path: Path
     splits: tuple[str, ...]
+    has_splits = True
+
+    @property
+    def known_splits(self) -> tuple[str, ...]:
+        """See `Location`."""
+        return self.splits
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
@@ -108,19 +119,20 @@ class FolderOfFiles(Location):
 
     folder: Path
     files: Mapping[str, Files]
+    has_splits = True
 
     @property
-    def splits(self) -> tuple[str, ...]:  # type: ignore[override]
+    def known_splits(self) -> tuple[str, ...]:
         """See `Location`."""
         return tuple(self.files)
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
-        yield from self.files[_require(split, self.splits, self.folder)].rows(None, bad, only)
+        yield from self.files[_require(split, self.known_splits, self.folder)].rows(None, bad, only)
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
-        return self.files[_require(split, self.splits, self.folder)].key(None)
+        return self.files[_require(split, self.known_splits, self.folder)].key(None)
 
 
 @dataclass(frozen=True)
@@ -131,9 +143,14 @@ class SavedDataset(Location):
     datasets: Mapping[str, Dataset] | Dataset
 
     @property
-    def splits(self) -> tuple[str, ...] | None:  # type: ignore[override]
+    def has_splits(self) -> bool:
         """See `Location`."""
-        return tuple(self.datasets) if isinstance(self.datasets, dict) else None
+        return isinstance(self.datasets, dict)
+
+    @property
+    def known_splits(self) -> tuple[str, ...]:
+        """See `Location`."""
+        return tuple(self.datasets) if isinstance(self.datasets, dict) else ()
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
@@ -158,7 +175,7 @@ class HubDataset(Location):
 
     name: str
     config: str | None
-    splits = ()
+    has_splits = True
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
