@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpc_lightning.data.sources.files import Rows, has_known_ending, json_rows, parse_json, reader_of
+from lpc_lightning.data.sources.progress_bars import hidden_progress_bars
 from lpc_lightning.data.sources.rows import BadRow, DataError, OnBad
 from lpc_lightning.data.sources.strict_json import JsonParser, Marked
 from lpc_lightning.data.sources.unread_files import warn_of_unread
+from lpc_lightning.files.integrity import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +78,7 @@ class Files(Location):
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
-        return ", ".join(file_key(path, name) for path, name in zip(self.paths, self._names, strict=True))
+        return ", ".join(_file_key(path, name) for path, name in zip(self.paths, self._names, strict=True))
 
     @property
     def _names(self) -> list[str]:
@@ -110,7 +111,7 @@ class JsonSplits(Location):
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
-        return f"{file_key(self.path, self.path.name)} [{split or DEFAULT_SPLIT}]"
+        return f"{_file_key(self.path, self.path.name)} [{split or DEFAULT_SPLIT}]"
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class HubDataset(Location):
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
-        with _no_progress_bars():
+        with hidden_progress_bars():
             try:
                 yield
             except Exception as error:  # the hub raises many kinds of exceptions
@@ -273,7 +274,7 @@ _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
 def _open_folder(folder: Path, config: str | None) -> Location:
     import datasets
 
-    with _no_progress_bars():
+    with hidden_progress_bars():
         try:
             if any((folder / name).is_file() for name in _SAVED):
                 saved = SavedDataset(folder.name, datasets.load_from_disk(str(folder)))
@@ -307,10 +308,9 @@ def _require(split: str | None, splits: Sequence[str], place: object) -> str:
     return name
 
 
-def file_key(path: Path, name: str) -> str:
+def _file_key(path: Path, name: str) -> str:
     """Return the name and the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return f"file {name} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"file {name} {digest_of(path)}"
 
 
 def dataset_rows(dataset: Dataset, name: str, bad: OnBad) -> Rows:
@@ -328,16 +328,3 @@ def dataset_rows(dataset: Dataset, name: str, bad: OnBad) -> Rows:
 
 def _columns(dataset: Dataset, only: str) -> Any:
     return dataset.select_columns([only]) if only in dataset.column_names else dataset.select([])
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    import datasets
-
-    were_off = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_off:
-            datasets.enable_progress_bars()
