@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import PairMeans, accuracies
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from lpc_lightning.evaluation.statistics.calibration import calibration_error, wrong_label_auroc
 from lpc_lightning.evaluation.statistics.clusters import standard_error
@@ -28,8 +29,8 @@ Group = Literal["source", "factor", "annotator"]
 """Labels by which pairs can be grouped."""
 SWAPPED = "posterior_swapped"
 """Key of the margins under the posterior of the swapped answers. It is used for `swap_turnover` and is not a mode."""
-RIGHT = "label_right"
-"""Key of the posterior that a label is right, if the loss infers it. It is used for `wrong_label_auroc/label_right`."""
+LABEL_CORRECT = "label_correct"
+"""Key of the posterior that a label is correct, if the loss infers it, for `wrong_label_auroc/label_correct`."""
 LENGTH_MATCHED = "/length_matched"
 """Suffix of metrics over pairs whose longer answer has less than `LENGTH_RATIO` times the tokens of the shorter one."""
 LENGTH_RATIO = 1.5
@@ -80,8 +81,8 @@ def mode_margins(
     - `no_latent`: z = 0.
     - `shuffled`: z of another pair of the batch. Absent if the batch has a single pair.
 
-    A loss that infers whether labels are right (REPO) adds the key `RIGHT`, the posterior that each label is right.
-    With a codebook, it is the exact posterior that sums out the code.
+    A loss that infers whether labels are correct (REPO) adds the key `LABEL_CORRECT`, the posterior that each label is
+    correct. With a codebook, it is the exact posterior that sums out the code.
 
     Args:
         evaluated: The return value of `validation_step` or `test_step`.
@@ -100,9 +101,9 @@ def mode_margins(
         return {f"{mode}/{name}": _margins(score.losses(scale(logps))) for name, scale in scales.items()}
 
     margins = {"prior": _margins(terms.pairs)} | under_scales("prior", terms.logps)
-    if terms.pairs.right is not None:
-        summed_out = None if space is None else space.right_labels(states.prompt, score)
-        margins[RIGHT] = terms.pairs.right if summed_out is None else summed_out
+    if terms.pairs.label_correct is not None:
+        summed_out = None if space is None else space.label_correct(states.prompt, score)
+        margins[LABEL_CORRECT] = terms.pairs.label_correct if summed_out is None else summed_out
     if terms.z is None:
         return margins
     zs: dict[str, Tensor | None] = {"no_latent": None}
@@ -220,7 +221,7 @@ class AccuracyModes(nn.Module):
                 if error is not None:
                     errors[name + suffix] = error
         for mode in (mode for mode in margins if mode not in (SWAPPED, "shuffled")):
-            if mode != RIGHT:
+            if mode != LABEL_CORRECT:
                 means[f"calibration_error/{mode}"] = calibration_error(margins[mode])
                 if flipped.any():
                     gold = torch.where(flipped, -margins[mode], margins[mode])
@@ -286,7 +287,7 @@ def _group_values(
         values["longer_is_chosen"] = accuracies(longer[members]), members
     if longer is not None and wrong is not None:
         values["gold_longer_is_chosen"] = accuracies(torch.where(wrong, -longer, longer)[members]), members
-    for mode in (mode for mode in margins if mode not in (SWAPPED, RIGHT)):
+    for mode in (mode for mode in margins if mode not in (SWAPPED, LABEL_CORRECT)):
         scored = members & ~unshuffled if mode == "shuffled" else members
         if scored.any():
             differences = margins[mode][scored]
@@ -303,8 +304,8 @@ def _group_values(
 
 
 def _item(row: Row, margins: dict[str, Tensor], index: int) -> Row:
-    modes = [mode for mode in margins if mode != RIGHT and not (mode == "shuffled" and row["unshuffled"])]
+    modes = [mode for mode in margins if mode != LABEL_CORRECT and not (mode == "shuffled" and row["unshuffled"])]
     labels = {name: value for name, value in row.items() if name != "unshuffled"}
-    if RIGHT in margins:
-        labels[RIGHT] = float(margins[RIGHT][index])
+    if LABEL_CORRECT in margins:
+        labels[LABEL_CORRECT] = float(margins[LABEL_CORRECT][index])
     return labels | {"margins": {mode: float(margins[mode][index]) for mode in modes}}

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.accuracy.accuracy_modes import LENGTH_SCALES, AccuracyModes, Group

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_codes, pair_labels, split_codes
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, Table, single_code

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, pair_labels
 from lpc_lightning.evaluation.adaptation.inference import Table, correct

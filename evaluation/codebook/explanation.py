@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from transformers import PreTrainedTokenizerBase
 
-from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.data.sources.example_source import ExampleSource
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_codes, pair_labels, split_codes

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
 from lpc_lightning.algorithms.metrics import CodeUse, PairMeans, latent_values
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from lpc_lightning.evaluation.codebook.mutual_information import (
     entropy,

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lpc_lightning.algorithms.checkpoint import check_same_architecture
-from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput, TrainingOutput
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
+from lpc_lightning.algorithms.outputs import EvaluationOutput, TrainingOutput
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
 from lpc_lightning.algorithms.position import read_position, resume_position, write_position
 from lpc_lightning.algorithms.run_length import compare_run_length, run_length, warn_of_no_step
@@ -253,8 +254,8 @@ class PreferenceModule(PolicyModule):
     def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
         """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
         assert self.robust_loss is not None
-        if terms.pairs.right is not None:
-            self.robust_loss.observe(batch.annotators, terms.pairs.right)
+        if terms.pairs.label_correct is not None:
+            self.robust_loss.observe(batch.annotators, terms.pairs.label_correct)
         penalty = terms.penalty
         if isinstance(penalty, Tensor):
             penalty = weighted_mean(penalty, batch.weights)

@@ -122,13 +122,13 @@ class DiscreteSpace(LatentSpace):
         """Compute log sum_k p_k exp(-l_k) exactly: (B,)."""
         return self.log_joint(prompt, score).logsumexp(-1)
 
-    def right_labels(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
-        """Compute the posterior that labels are right (B,), with the code summed out."""
+    def label_correct(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
+        """Compute the posterior that labels are correct (B,), with the code summed out."""
         pairs, _ = score.under_codes(self.codebook.weight)
-        if pairs.right is None:
+        if pairs.label_correct is None:
             return None
         posterior = (self.log_prior(prompt) + pairs.label_log_likelihood).softmax(-1)
-        return (posterior * pairs.right).sum(-1)
+        return (posterior * pairs.label_correct).sum(-1)
 
     def code_weights(self, mode: PriorMode, log_prior: Tensor) -> Tensor:
         """Compute weights over the codes (B, K) from the prior's log-probabilities (B, K), by `mode`.

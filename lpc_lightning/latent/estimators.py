@@ -140,9 +140,9 @@ class MarginalSpace(DiscreteSpace):
 
     Some losses are not log-likelihoods. For IPO the loss is the soft minimum over codes
     -1/s log sum_k p_k exp(-s l_k), where s converts the loss to nats (see `ipo_loss`). For rDPO the unbiased sum is
-    taken over the marginals of the label and of its opposite (see `dpo_loss`). KTO's loss is 1 - P, and the marginal
-    replaces P of each answer by sum_k p_k P_k (see `kto_loss`). ORPO's two terms are marginals of their own (see
-    `orpo_loss`).
+    taken over the marginals of the label and of its opposite (see `unbiased_losses`). KTO's loss is 1 - P, and the
+    marginal replaces P of each answer by sum_k p_k P_k (see `kto_loss`). ORPO's two terms are marginals of their own
+    (see `orpo_loss`).
 
     A pair's margin m is part of the likelihood: for DPO, the label has the probability sigmoid(beta D_k - m) under code
     k. With m above 0, the probabilities of the two labels add up to less than 1. So a label with a large margin favours
@@ -201,15 +201,16 @@ def average_over_codes(
         log_weights: (B, K) log-weights of the codes.
         losses: (B,) losses of the step.
         log_posterior: (B, K) log-posterior of the codes given the labels. It averages the posterior that a label is
-            right.
+            correct.
     """
     weights = log_weights.detach().exp()
 
     def mean(values: Tensor) -> Tensor:
         return (weights * values.detach()).sum(-1)
 
-    right = None if pairs.right is None else (log_posterior.detach().exp() * pairs.right).sum(-1)
+    correct = pairs.label_correct
+    correct = None if correct is None else (log_posterior.detach().exp() * correct).sum(-1)
     return (
-        PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards), right=right),
+        PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards), label_correct=correct),
         replace(logps, policy_chosen=mean(logps.policy_chosen), policy_rejected=mean(logps.policy_rejected)),
     )

@@ -157,8 +157,8 @@ class LatentSpace(nn.Module, ABC):
         """Compute log sum_k p_k exp(-l_k) (B,), where l_k is the pair's loss under code k. None without codes."""
         return None
 
-    def right_labels(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
-        """Compute the posterior that labels are right (B,). None without codes, or if the loss does not infer it."""
+    def label_correct(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
+        """Compute the posterior that labels are correct (B,). None without codes, or if the loss does not infer it."""
         return None
 
     def inference_terms(self, states: PairStates, score: PairScorer) -> LatentTerms:

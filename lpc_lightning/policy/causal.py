@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.graphed_backbone import GraphedBackbone
-from lpc_lightning.policy.head import UnsupportedPolicyError, check_head, head_of
+from lpc_lightning.policy.head import check_head, head_of
 from lpc_lightning.policy.logprobs import logits_of, token_chunks, token_logps, token_logps_per_code
 from lpc_lightning.policy.masks import FULL, MASKS, block_mask, layer_windows
 from lpc_lightning.policy.memory_efficient_layers import restore_published
@@ -163,15 +164,23 @@ class CausalPolicy(nn.Module):
     def hidden(self, batch: PreferenceBatch) -> Tensor:
         """Return (R T, d) last hidden states of all tokens, flattened."""
         inputs = batch.input_ids, batch.attention_mask, batch.segments, batch.position_ids
-        if self._graphed is not None and torch.is_grad_enabled() and self._runs_compiled(batch):
-            states = self._graphed(self.states, *inputs)
-        else:
-            states = self.states(*inputs)
+        trains = torch.is_grad_enabled()
+        compiled = self._runs_compiled(batch)
+        if trains and self.block_sparse and batch.segments is not None and not compiled:
+            # The same text each time, so that it is shown once.
+            warnings.warn(
+                "policy.compile: found a training batch whose shape the data has not planned. It runs uncompiled, with "
+                "a mask of all its tokens by all, which takes more time and memory. Expected few such batches, in "
+                "late epochs. If there are many, set policy.compile to false.",
+                stacklevel=2,
+            )
+        graphed = self._graphed if trains and compiled else None
+        states = self.states(*inputs) if graphed is None else graphed(self.states, *inputs)
         return states.flatten(0, 1)
 
     def _runs_compiled(self, batch: PreferenceBatch) -> bool:
         packed = batch.segments is not None
-        return packed and self._compiled is not None and self._compiled.admit(batch.input_ids.shape)
+        return packed and self._compiled is not None and self._compiled.runs(batch.input_ids.shape, batch.planned)
 
     def states(
         self, input_ids: Tensor, attention_mask: Tensor, segments: Tensor | None, position_ids: Tensor
@@ -184,7 +193,7 @@ class CausalPolicy(nn.Module):
         if segments is not None:
             config, device = self.backbone.config, input_ids.device.type
             kernel = config._attn_implementation
-            compiled = self._compiled is not None and self._compiled.admit(input_ids.shape)
+            compiled = self._compiled is not None and self._compiled.runs(input_ids.shape)
             if compiled and self.block_sparse:
                 kernel = "flex_attention"
             if self.attends_by_segment and kernel == SEGMENT and device == "cpu":

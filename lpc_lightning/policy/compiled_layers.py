@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from lpc_lightning.policy.cast_weights import cast_weights
 
-MOST_SHAPES = 12
-"""Largest number of batch shapes that are compiled. Batches of other shapes run uncompiled."""
-PROGRAMS = 64
-"""Limit of programs for a layer class: one for each shape, with and without gradients, with and without adapter."""
+PROGRAMS = 1024
+"""Limit of torch for the programs of a layer class in a policy. A run has a few for each of its planned shapes: with
+and without gradients, with and without adapter."""
 
 Shape = tuple[int, ...]
 
@@ -22,8 +21,8 @@ Shape = tuple[int, ...]
 class CompiledLayers:
     """Decoder layers with a compiled `forward`. Hooks around it (those of FSDP2 or a user) are not compiled.
 
-    With few shapes, packed batches run compiled, and all other calls run uncompiled. Text generation and benchmark
-    requests have a new shape at almost every call, and each would be compiled again.
+    With few shapes, batches of a planned shape run compiled, and all other calls run uncompiled. Text generation and
+    benchmark requests have a new shape at almost every call, and each would be compiled again.
     """
 
     def __init__(self, layers: Sequence[nn.Module], few_shapes: bool, backend: str = "inductor") -> None:
@@ -35,19 +34,19 @@ class CompiledLayers:
                 `segment` attention is then not compiled, since its loop over segments differs between batches.
             backend: Backend of `torch.compile`.
         """
-        limit = "recompile_limit"
-        setattr(torch._dynamo.config, limit, max(PROGRAMS, getattr(torch._dynamo.config, limit)))
+        for limit in ("recompile_limit", "accumulated_recompile_limit"):
+            setattr(torch._dynamo.config, limit, max(PROGRAMS, getattr(torch._dynamo.config, limit)))
         self._shapes: set[Shape] | None = set() if few_shapes else None
         forwards = {kind: _Forward(kind, self._shapes, backend) for kind in {type(layer) for layer in layers}}
         for layer in layers:
             # A bound method: a deep copy of the layer binds it to the copy.
             layer.forward = MethodType(forwards[type(layer)], layer)
 
-    def admit(self, shape: Sequence[int]) -> bool:
-        """Return True if a packed batch of (R, T) tokens runs compiled. Adds the shape while there are few."""
+    def runs(self, shape: Sequence[int], planned: bool = False) -> bool:
+        """Return True if packed batches of (R, T) tokens run compiled. A planned shape does, from now on."""
         if self._shapes is None:
             return True
-        if len(self._shapes) < MOST_SHAPES:
+        if planned:
             self._shapes.add(tuple(shape))
         return tuple(shape) in self._shapes
 
@@ -58,7 +57,7 @@ class _Forward:
     def __init__(self, kind: type[nn.Module], shapes: set[Shape] | None, backend: str) -> None:
         self._uncompiled: Callable[..., Any] = kind.forward
         whole = shapes is not None
-        self._compiled = torch.compile(kind.forward, backend=backend, fullgraph=whole, dynamic=not whole)
+        self._compiled = torch.compile(_copy(kind.forward), backend=backend, fullgraph=whole, dynamic=not whole)
         self._shapes = shapes
 
     def __call__(self, layer: nn.Module, *args: Any, **options: Any) -> Any:
@@ -74,3 +73,16 @@ class _Forward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
         return self
+
+
+def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Copy a function with its code. torch counts and searches programs by code, which all policies of a class share.
+
+    After many fits in one process, the programs of earlier fits would reach the limit.
+    """
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace()
+    copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    return copy

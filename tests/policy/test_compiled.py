@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout
-from lpc_lightning.policy import CausalPolicy, LoRA, logprobs
+from lpc_lightning.policy import CausalPolicy, LoRA, compiled_layers, logprobs
+from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.logprobs import token_logps, token_logps_per_code
 from lpc_lightning.types import LogitHead, PreferenceBatch, TokenizedPair
 
@@ -161,6 +162,55 @@ def test_other_calls_run_uncompiled(epoch: list[PreferenceBatch], tiny: Tiny) ->
     assert counters["stats"]["unique_graphs"] == 0
     twin = copy.deepcopy(compiled)
     assert all(layer.forward.__self__ is layer for layer in twin.layers)  # type: ignore[union-attr]
+
+
+class Doubled(nn.Module):
+    """A decoder layer that is compiled in milliseconds."""
+
+    def forward(self, hidden_states: Tensor, *, factor: float = 2.0) -> Tensor:
+        return factor * hidden_states
+
+
+def test_planned_shapes_all_run_compiled() -> None:
+    """Expect a program for each planned shape, however many came before, and none for another shape."""
+    layer = Doubled()
+    layers = CompiledLayers([layer], few_shapes=True, backend="eager")
+    shapes = [(1, width) for width in range(32, 32 + 14)]
+    for count, shape in enumerate(shapes, 1):
+        assert not layers.runs(shape)
+        assert layers.runs(shape, planned=True)
+        assert torch.equal(layer(torch.ones(*shape, 3)), torch.full((*shape, 3), 2.0))
+        assert counters["stats"]["unique_graphs"] == count
+    assert all(map(layers.runs, shapes))
+    layer(torch.ones(1, 7, 3))
+    assert counters["stats"]["unique_graphs"] == len(shapes)
+
+
+def test_policies_do_not_share_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fit policies of one class one after the other, with shapes of their own."""
+    monkeypatch.setattr(compiled_layers, "PROGRAMS", 0)
+    with torch._dynamo.config.patch(recompile_limit=3, accumulated_recompile_limit=3):
+        for policy in range(4):
+            layer = Doubled()
+            layers = CompiledLayers([layer], few_shapes=True, backend="eager")
+            for width in (8 + policy, 16 + policy):
+                assert layers.runs((1, width), planned=True)
+                layer(torch.ones(1, width, 3))
+        assert counters["stats"]["unique_graphs"] == 8
+
+
+def test_unplanned_training_batch_warns(
+    epoch: list[PreferenceBatch], make_pairs: Callable[..., list[TokenizedPair]], tiny: Tiny
+) -> None:
+    plain, compiled = twins(tiny, attention="auto")
+    compiled.compile_layers("eager", few_shapes=True)
+    batch = FixedShapesLayout(0, None)(make_pairs([(5, 3, 7), (11, 9, 1)]))
+    assert epoch[0].planned
+    assert not batch.planned
+    with pytest.warns(UserWarning, match=r"policy\.compile: found a training batch whose shape .* not planned"):
+        states = compiled.hidden(batch)
+    assert_near([states], [plain.hidden(batch)], 1e-4)
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 @pytest.mark.slow

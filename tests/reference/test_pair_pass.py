@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
+from torch import Tensor
 
-from lpc_lightning.reference.pair_pass import batches_by_length
+from lpc_lightning.data import SyntheticPreferences
+from lpc_lightning.data.batching.layouts import FixedShapesLayout
+from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.reference import pair_pass
+from lpc_lightning.reference.pair_pass import batches_by_length, compute_over_pairs
+from lpc_lightning.types import PreferenceBatch
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), budget=st.integers(1, 60), data=st.data())
@@ -19,3 +30,23 @@ def test_batches_by_length_are_full(lengths: list[int], budget: int, data: st.Da
     assert all(total <= budget or len(batch) == 1 for total, batch in zip(totals, batches, strict=True))
     nexts = [lengths[batch[0]] for batch in batches[1:]]
     assert all(total + following > budget for total, following in zip(totals, nexts, strict=False))
+
+
+def test_pass_has_one_planned_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU compiles a program for each shape, which takes longer than the pass."""
+    monkeypatch.setattr(pair_pass, "BATCH_TOKENS", 1024)
+    data = SyntheticPreferences(train_pairs=64, cache_dir=str(tmp_path))
+    pairs = data.load("train", TinyPolicy().load_tokenizer())
+    assert pairs is not None
+    batches: list[PreferenceBatch] = []
+
+    def count(batch: PreferenceBatch) -> Tensor:
+        batches.append(batch)
+        return torch.zeros(batch.pairs, 1)
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    parts = list(compute_over_pairs(pairs, range(64), FixedShapesLayout(0, None), count, trainer, ""))
+    assert sorted(index for indices, _ in parts for index in indices) == list(range(64))
+    assert len({batch.tokens for batch in batches}) > 1
+    assert len({batch.input_ids.shape for batch in batches}) == 1
+    assert all(batch.planned for batch in batches)

@@ -26,7 +26,7 @@ from lpc_lightning.data.batching.packing import (
     place_rows,
     predictors,
 )
-from lpc_lightning.data.batching.shapes import BatchShape, ShapePlan, plan_shapes
+from lpc_lightning.data.batching.shapes import MOST_SHAPES, BatchShape, ShapePlan, plan_shapes
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
 
@@ -60,12 +60,17 @@ class Layout(ABC):
         """Return the shape of a batch whose pieces need at least the shape `needed`. Default: `needed`."""
         return needed
 
-    def for_batches(self, piece_lengths: Iterable[np.ndarray]) -> Layout:
+    def plans(self, shape: BatchShape) -> bool:
+        """Return True if the shape is one of the few that `for_batches` has planned. Default: False."""
+        return False
+
+    def for_batches(self, piece_lengths: Iterable[np.ndarray], most: int = MOST_SHAPES) -> Layout:
         """Return the layout for a run with the given batches.
 
         Args:
             piece_lengths: For each batch, (pairs, 3) number of tokens of each prompt, chosen completion and rejected
                 completion.
+            most: Maximum number of shapes, for a layout with planned shapes.
         """
         return self
 
@@ -98,6 +103,7 @@ class Layout(ABC):
             annotators=tuple(pair.annotator for pair in pairs),
             prompts=tuple(pair.prompt for pair in pairs),
             tokens=int(rows.attention_mask.sum()),
+            planned=self.plans(shape),
             reference_bits=_reference_bits(pairs),
             weight_bits=_bits([pair.weight for pair in pairs]),
             margin_bits=_bits([pair.margin for pair in pairs]),
@@ -201,10 +207,14 @@ class FixedShapesLayout(Layout):
         """Return the cheapest shape of the plan into which the batch fits."""
         return self.plan.fit(needed)
 
-    def for_batches(self, piece_lengths: Iterable[np.ndarray]) -> FixedShapesLayout:
+    def plans(self, shape: BatchShape) -> bool:
+        """Return True if the plan has the shape."""
+        return shape in self.plan.shapes
+
+    def for_batches(self, piece_lengths: Iterable[np.ndarray], most: int = MOST_SHAPES) -> FixedShapesLayout:
         """Return the layout with the shapes that need the least padding for these batches."""
         needed = [self._needed(lengths) for lengths in piece_lengths]
-        return FixedShapesLayout(self.pad_id, self.row_tokens, plan_shapes(needed))
+        return FixedShapesLayout(self.pad_id, self.row_tokens, plan_shapes(needed, most))
 
     def _rows(self, sizes: Sequence[int]) -> list[list[int]]:
         if self.row_tokens is None:

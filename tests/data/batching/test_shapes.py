@@ -70,6 +70,7 @@ def shapes_of_epochs(data: PreferenceDataModule, balance: bool) -> tuple[set[Bat
     shapes = [layout.shape_of(each) for each in needed]
     for batch, shape in list(zip(epochs, shapes, strict=True))[:: max(1, len(epochs) // 20)]:
         laid_out = layout([store[number] for number in batch])
+        assert laid_out.planned
         assert laid_out.input_ids.shape == (shape.rows, shape.width)
         assert laid_out.read_at.shape == laid_out.owner.shape == laid_out.targets.shape == (shape.reads,)
     return set(shapes), 1 - sum(n.tokens for n in needed) / sum(shape.tokens for shape in shapes)
