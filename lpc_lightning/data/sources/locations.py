@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpc_lightning.data.sources.files import Rows, has_known_ending, json_rows, parse_json, reader_of
+from lpc_lightning.data.sources.progress_bars import hidden_progress_bars
 from lpc_lightning.data.sources.rows import BadRow, DataError, OnBad
 from lpc_lightning.data.sources.strict_json import JsonParser, Marked
 from lpc_lightning.data.sources.unread_files import warn_of_unread
+from lpc_lightning.files.integrity import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,9 +29,23 @@ DEFAULT_SPLIT = "train"
 class Location(ABC):
     """Place that holds rows. It may have splits of its own."""
 
-    splits: tuple[str, ...] | None
-    """Names of its own splits. Empty: it has splits, whose names are not known without the network. None: it has none,
-    and a column of its rows may hold the splits."""
+    @property
+    def has_splits(self) -> bool:
+        """True if it has splits of its own. Otherwise a column of its rows may hold the splits."""
+        return False
+
+    @property
+    def known_splits(self) -> tuple[str, ...]:
+        """Names of its own splits that are known without the network."""
+        return ()
+
+    def own_splits(self) -> tuple[str, ...]:
+        """Return the names of its own splits. Those of a hub data set are looked up on the hub.
+
+        Raises:
+            DataError: The hub cannot be read.
+        """
+        return self.known_splits
 
     @abstractmethod
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
@@ -45,14 +60,6 @@ class Location(ABC):
             DataError: The location has no such split, or cannot be read.
         """
 
-    def own_splits(self) -> tuple[str, ...]:
-        """Return the names of its own splits. Those of a hub data set are looked up on the hub.
-
-        Raises:
-            DataError: The hub cannot be read.
-        """
-        return self.splits or ()
-
     @abstractmethod
     def key(self, split: str | None) -> str:
         """Return a text that changes whenever `rows` would yield other rows or other places."""
@@ -63,7 +70,6 @@ class Files(Location):
     """Files of rows, in the order of their paths."""
 
     paths: tuple[Path, ...]
-    splits = None
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
@@ -72,7 +78,7 @@ class Files(Location):
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
-        return ", ".join(file_key(path, name) for path, name in zip(self.paths, self._names, strict=True))
+        return ", ".join(_file_key(path, name) for path, name in zip(self.paths, self._names, strict=True))
 
     @property
     def _names(self) -> list[str]:
@@ -90,6 +96,12 @@ class JsonSplits(Location):
 
     path: Path
     splits: tuple[str, ...]
+    has_splits = True
+
+    @property
+    def known_splits(self) -> tuple[str, ...]:
+        """See `Location`."""
+        return self.splits
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
@@ -99,7 +111,7 @@ class JsonSplits(Location):
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
-        return f"{file_key(self.path, self.path.name)} [{split or DEFAULT_SPLIT}]"
+        return f"{_file_key(self.path, self.path.name)} [{split or DEFAULT_SPLIT}]"
 
 
 @dataclass(frozen=True)
@@ -108,19 +120,20 @@ class FolderOfFiles(Location):
 
     folder: Path
     files: Mapping[str, Files]
+    has_splits = True
 
     @property
-    def splits(self) -> tuple[str, ...]:  # type: ignore[override]
+    def known_splits(self) -> tuple[str, ...]:
         """See `Location`."""
         return tuple(self.files)
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
-        yield from self.files[_require(split, self.splits, self.folder)].rows(None, bad, only)
+        yield from self.files[_require(split, self.known_splits, self.folder)].rows(None, bad, only)
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
-        return self.files[_require(split, self.splits, self.folder)].key(None)
+        return self.files[_require(split, self.known_splits, self.folder)].key(None)
 
 
 @dataclass(frozen=True)
@@ -131,9 +144,14 @@ class SavedDataset(Location):
     datasets: Mapping[str, Dataset] | Dataset
 
     @property
-    def splits(self) -> tuple[str, ...] | None:  # type: ignore[override]
+    def has_splits(self) -> bool:
         """See `Location`."""
-        return tuple(self.datasets) if isinstance(self.datasets, dict) else None
+        return isinstance(self.datasets, dict)
+
+    @property
+    def known_splits(self) -> tuple[str, ...]:
+        """See `Location`."""
+        return tuple(self.datasets) if isinstance(self.datasets, dict) else ()
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
@@ -162,7 +180,7 @@ class HubDataset(Location):
 
     name: str
     config: str | None
-    splits = ()
+    has_splits = True
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
@@ -188,7 +206,7 @@ class HubDataset(Location):
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
-        with _no_progress_bars():
+        with hidden_progress_bars():
             try:
                 yield
             except Exception as error:  # the hub raises many kinds of exceptions
@@ -284,7 +302,7 @@ _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
 def _open_folder(folder: Path, config: str | None) -> Location:
     import datasets
 
-    with _no_progress_bars():
+    with hidden_progress_bars():
         try:
             if any((folder / name).is_file() for name in _SAVED):
                 saved = SavedDataset(folder.name, datasets.load_from_disk(str(folder)))
@@ -318,10 +336,9 @@ def _require(split: str | None, splits: Sequence[str], place: object) -> str:
     return name
 
 
-def file_key(path: Path, name: str) -> str:
+def _file_key(path: Path, name: str) -> str:
     """Return the name and the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return f"file {name} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"file {name} {digest_of(path)}"
 
 
 def dataset_rows(dataset: Dataset, name: str, bad: OnBad) -> Rows:
@@ -339,16 +356,3 @@ def dataset_rows(dataset: Dataset, name: str, bad: OnBad) -> Rows:
 
 def _columns(dataset: Dataset, only: str) -> Any:
     return dataset.select_columns([only]) if only in dataset.column_names else dataset.select([])
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    import datasets
-
-    were_off = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_off:
-            datasets.enable_progress_bars()
