@@ -164,7 +164,7 @@ class SavedDataset(Location):
         dataset, name = self._split(split)
         # The fingerprint is stored in the folder, so that it stays if a file is replaced.
         files = [Path(file["filename"]) for file in dataset.cache_files]
-        contents = ", ".join(file_key(path, path.name) for path in files)
+        contents = ", ".join(_file_key(path, path.name) for path in files)
         return f"dataset {name} {dataset._fingerprint} {contents}"
 
     def _split(self, split: str | None) -> tuple[Dataset, str]:
