@@ -125,6 +125,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         data = required_data(trainer, "callbacks: found LabelFlipNoise", "Other data takes no label noise.")
         data.set_label_noise(self)
         self._metrics.to(pl_module.device)
+        self._metrics.reset()  # a run that was interrupted leaves a part of a step
         pairs = data.training_pairs
         # Labels may be wrong before the noise (data.columns.gold). Marked pairs are tokenized with their new label.
         flips = data.flips_of(self) if self.marks_prompts else pairs.flipped != data.pairs["train"].flipped
