@@ -26,7 +26,7 @@ from lpc_lightning.algorithms.run_length import compare_run_length, run_length, 
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
+from lpc_lightning.latent import LatentSpace, LatentTerms
 from lpc_lightning.losses import add_nll, weighted_mean
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
@@ -221,7 +221,7 @@ class PreferenceModule(PolicyModule):
     def _check_annotators(self) -> None:
         """Refuse `latent.annotators` if the training pairs name no annotator."""
         data = preference_data(self.trainer)
-        shares = isinstance(self.latent, DiscreteSpace) and self.latent.annotators
+        shares = self.latent is not None and self.latent.annotators
         if shares and data is not None and not any(data.training_pairs.annotators):
             raise ConfigError(
                 f"latent.annotators: found true, and no annotator in {len(data.training_pairs)} training pairs, "
@@ -347,9 +347,9 @@ class PreferenceModule(PolicyModule):
 
     def _measure_code_range(self) -> dict[str, Tensor]:
         """Compute the current range of the codes' logits, on the device. Empty if training does not use it."""
-        if not (isinstance(self.latent, DiscreteSpace) and self.latent.scores_codes):
+        if self.latent is None or not self.latent.scores_codes:
             return {}
-        return {"code_range": code_range(self.policy.head, self.latent.codebook.weight)}
+        return {"code_range": code_range(self.policy.head, self.latent.codes)}
 
     def _latest_code_range(self) -> float | None:
         """Return the range of the last logged step. The first step of a run computes it and waits for the device."""
