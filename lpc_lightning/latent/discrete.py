@@ -127,9 +127,7 @@ class DiscreteSpace(LatentSpace):
     def label_log_likelihood(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute the exact evidence of the labels, given the annotator's earlier pairs if the space pools them."""
         likelihoods = score.under_codes(self.codes)[0].label_log_likelihood
-        log_weights = self.log_prior(states.prompt)
-        if self.annotators:
-            log_weights = given_earlier_pairs(log_weights, likelihoods, states.annotators)
+        log_weights = self.updated_log_prior(self.log_prior(states.prompt), likelihoods, states.annotators)
         return (log_weights + likelihoods).logsumexp(-1)
 
     def log_joint(self, prompt: Tensor, score: PairScorer) -> Tensor:
@@ -141,7 +139,7 @@ class DiscreteSpace(LatentSpace):
         return self.log_joint(states.prompt, score).log_softmax(-1)
 
     def log_evidence(self, prompt: Tensor, score: PairScorer) -> Tensor:
-        """Compute log sum_k p_k exp(-l_k) exactly: (B,)."""
+        """Compute log sum_k p_k exp(-l_k) (B,) exactly, of each pair alone."""
         return self.log_joint(prompt, score).logsumexp(-1)
 
     def label_correct(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
@@ -149,8 +147,7 @@ class DiscreteSpace(LatentSpace):
         pairs, _ = score.under_codes(self.codes)
         if pairs.label_correct is None:
             return None
-        posterior = (self.log_prior(prompt) + pairs.label_log_likelihood).softmax(-1)
-        return (posterior * pairs.label_correct).sum(-1)
+        return (self.log_joint(prompt, score).softmax(-1) * pairs.label_correct).sum(-1)
 
     def code_weights(self, mode: PriorMode, log_prior: Tensor) -> Tensor:
         """Compute weights over the codes (B, K) from the prior's log-probabilities (B, K), by `mode`.

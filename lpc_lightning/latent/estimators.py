@@ -5,6 +5,7 @@ In the formulas, l_k is the algorithm's loss of a pair under code k, p is the pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -179,7 +180,7 @@ class MarginalSpace(DiscreteSpace):
         prior = self.log_prior(states.prompt)
         pairs, logps = score.under_codes(self.codes)
         log_likelihoods = pairs.label_log_likelihood
-        updated_prior = given_earlier_pairs(prior, log_likelihoods, states.annotators) if self.annotators else prior
+        updated_prior = self.updated_log_prior(prior, log_likelihoods, states.annotators)
         posterior = (updated_prior + log_likelihoods).log_softmax(-1).detach()
         return LatentTerms(
             *average_over_codes(pairs, logps, prior, pairs.of_mixture(updated_prior), posterior),
@@ -189,6 +190,10 @@ class MarginalSpace(DiscreteSpace):
             prior=prior,
             posterior=posterior,
         )
+
+    def updated_log_prior(self, log_prior: Tensor, log_likelihoods: Tensor, annotators: Sequence[str]) -> Tensor:
+        """Return the prior, updated with the annotator's earlier pairs if `annotators` is set."""
+        return given_earlier_pairs(log_prior, log_likelihoods, annotators) if self.annotators else log_prior
 
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute the exact posterior: q_k proportional to p_k exp(-l_k)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -174,8 +174,23 @@ class LatentSpace(nn.Module, ABC):
         """Compute z (B, d) at the mean of the posterior, which uses the label. None without one. For evaluation."""
         return None
 
+    def updated_log_prior(self, log_prior: Tensor, log_likelihoods: Tensor, annotators: Sequence[str]) -> Tensor:
+        """Compute the log-prior (B, K) that scores each pair, from the prior of its prompt and the pairs before it.
+
+        It is `log_prior`, unless the space pools the pairs of an annotator.
+
+        Args:
+            log_prior: (B, K) log-probabilities of the codes given the prompts.
+            log_likelihoods: (B, K) log-likelihoods of the labels under each code.
+            annotators: (B,) annotators of the pairs, "" if unknown. Empty if no annotator is known.
+        """
+        return log_prior
+
     def log_evidence(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
-        """Compute log sum_k p_k exp(-l_k) (B,), where l_k is the pair's loss under code k. None without codes."""
+        """Compute log sum_k p_k exp(-l_k) (B,), where l_k is the pair's loss under code k. None without codes.
+
+        Each pair stands alone: earlier pairs of its annotator do not change p_k.
+        """
         return None
 
     def label_correct(self, prompt: Tensor, score: PairScorer) -> Tensor | None:

@@ -14,7 +14,6 @@ from lpc_lightning.algorithms.warm_start.clusters import cluster_pairs, prompt_c
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.data.batch_order.by_annotator import group_by_annotator
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.latent.discrete import given_earlier_pairs
 from lpc_lightning.latent.networks import Codebook
 
 BATCH = 32
@@ -106,7 +105,7 @@ def _set_scale(space: LatentSpace, pairs: LinearizedPairs, held_out: Tensor) -> 
 
     def evidence(scale: float) -> Tensor:
         likelihood = score.under_codes(scale * directions)[0].label_log_likelihood
-        log_weights = given_earlier_pairs(log_prior, likelihood, states.annotators) if space.annotators else log_prior
+        log_weights = space.updated_log_prior(log_prior, likelihood, states.annotators)
         return (log_weights + likelihood).logsumexp(-1).mean()
 
     best = int(torch.stack([evidence(scale) for scale in SCALES]).argmax())
