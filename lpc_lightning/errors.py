@@ -13,6 +13,10 @@ class CheckpointError(ValueError):
     """Raised when a checkpoint is missing, damaged or of another form, or does not fit the model that loads it."""
 
 
+class UnsupportedPolicyError(ValueError):
+    """Raised when a model is missing or unsupported."""
+
+
 def one_line(error: BaseException) -> str:
     """Return the text of an error without line breaks, for an error that quotes it."""
     return " ".join(str(error).split())

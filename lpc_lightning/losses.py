@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lpc_lightning.types import PairLogps, PairLosses
+from lpc_lightning.types import LossTerm, PairLogps, PairLosses
 
 
 def dpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
@@ -68,7 +68,7 @@ def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) 
     nats = (2 * beta) ** 2
     log_likelihood = -nats * losses
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    return PairLosses(losses, *rewards, log_likelihood, parts=((1 / nats, log_likelihood),))
+    return PairLosses(losses, *rewards, log_likelihood, parts=(LossTerm(log_likelihood, weight=1 / nats),))
 
 
 def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> PairLosses:
@@ -146,16 +146,16 @@ def kto_loss(
     losses = (desirable_weight * (-desirable).sigmoid() + undesirable_weight * (-undesirable).sigmoid()) / 2
     log_likelihood = logsigmoid(desirable) + logsigmoid(undesirable)
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    parts = tuple(
-        (partial(_misjudgement, weight), logsigmoid(logits))
-        for weight, logits in ((desirable_weight / 2, desirable), (undesirable_weight / 2, undesirable))
+    parts = (
+        LossTerm(logsigmoid(desirable), _misjudgement, desirable_weight / 2),
+        LossTerm(logsigmoid(undesirable), _misjudgement, undesirable_weight / 2),
     )
     return PairLosses(losses, *rewards, log_likelihood, parts=parts)
 
 
-def _misjudgement(weight: float, log_probability: Tensor) -> Tensor:
-    """Compute weight (1 - P) from log P, the log-probability that an answer is judged as labelled."""
-    return -weight * torch.expm1(log_probability)
+def _misjudgement(log_probability: Tensor) -> Tensor:
+    """Compute 1 - P from log P, the log-probability that an answer is judged as labelled."""
+    return -torch.expm1(log_probability)
 
 
 def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
@@ -182,7 +182,8 @@ def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
     logits = _log_odds(chosen) - _log_odds(rejected)
     log_likelihood = logsigmoid(logits if logps.margins is None else logits - logps.margins)
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    odds_ratio = PairLosses(-beta * log_likelihood, *rewards, log_likelihood, parts=((beta, log_likelihood),))
+    parts = (LossTerm(log_likelihood, weight=beta),)
+    odds_ratio = PairLosses(-beta * log_likelihood, *rewards, log_likelihood, parts=parts)
     return add_nll(odds_ratio, logps, 1.0)
 
 
@@ -199,10 +200,14 @@ def add_nll(pairs: PairLosses, logps: PairLogps, weight: float) -> PairLosses:
         logps: The log-probabilities that the loss was computed from.
         weight: The paper's alpha.
     """
-    label = pairs.label_log_likelihood
-    text = (weight / logps.chosen_lengths.flatten(), logps.policy_chosen)
+    text = LossTerm(logps.policy_chosen, partial(_nll_per_token, lengths=logps.chosen_lengths.flatten()), weight)
     losses = pairs.losses - weight * logps.policy_chosen / logps.chosen_lengths
-    return replace(pairs, losses=losses, log_likelihood=label, parts=(*(pairs.parts or ((1.0, label),)), text))
+    return replace(pairs, losses=losses, log_likelihood=pairs.label_log_likelihood, parts=(*pairs.terms, text))
+
+
+def _nll_per_token(log_likelihood: Tensor, lengths: Tensor) -> Tensor:
+    """Divide the negative log-likelihoods (B,) or (B, K) of answers by their lengths (B,)."""
+    return -log_likelihood / (lengths if log_likelihood.dim() == 1 else lengths[:, None])
 
 
 def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:

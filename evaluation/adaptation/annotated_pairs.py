@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_codes, pair_labels, split_codes
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, Table, single_code
-from lpc_lightning.latent import DiscreteSpace, GaussianSpace, LatentSpace
-from lpc_lightning.latent.estimators import PosteriorSpace
+from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import PairLosses, PreferenceBatch, prompt_hash
 
 
@@ -84,16 +83,9 @@ class AnnotatedPairsTable(nn.Module):
         numbers = {"prior": _margins(terms.pairs)}
         if terms.z is not None:
             numbers["no_latent"] = _margins(score.under(None)[0])
-        if isinstance(space, DiscreteSpace):
-            codes = space.codebook.weight
-            numbers |= split_codes("log_prior", space.log_prior(states.prompt))
-            numbers |= split_codes("losses", -score.under_codes(codes)[0].label_log_likelihood)
-            numbers |= split_codes("swapped", -score.swapped().under_codes(codes)[0].label_log_likelihood)
-        if isinstance(space, PosteriorSpace):
-            numbers |= split_codes("log_posterior", space.log_posterior(states, score))
-        if isinstance(space, GaussianSpace):
-            numbers |= split_codes("prior_mean", space.prior_mean(states.prompt))
-            numbers |= split_codes("posterior_mean", space.posterior_mean(states))
+        if space is not None:
+            for name, values in space.adaptation_values(states, score, score.swapped()).items():
+                numbers |= split_codes(name, values)
         labels = pair_labels(batch)
         for row, answers in zip(labels, _answers(batch), strict=True):
             row["answers"] = answers

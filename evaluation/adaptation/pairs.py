@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.adaptation.annotated_pairs import AnnotatedPairsTable, common_answers
 from lpc_lightning.evaluation.adaptation.inference import OWN_MAJORITY, Table, code_weights, correct, others_majority

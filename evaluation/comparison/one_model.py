@@ -15,7 +15,7 @@ from lpc_lightning.cli.system_errors import explain_system_error
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.tokenization.templates import make_template
-from lpc_lightning.errors import CheckpointError, ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError, UnsupportedPolicyError
 from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, score_pairs
 from lpc_lightning.evaluation.accuracy.training_overlap import training_pairs
@@ -38,7 +38,6 @@ from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.fingerprint import weights_of
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.policy import UnsupportedPolicyError
 
 SELF_EXPLAINING_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedPolicyError)
 """Errors whose text has what was found and what to do. Their class and location are not shown."""

@@ -31,6 +31,7 @@ from lpc_lightning.evaluation.report.tables import (
     runs_table,
 )
 from lpc_lightning.evaluation.report.tuning_table import tuning_table
+from lpc_lightning.files.json_files import write_text
 from lpc_lightning.files.markdown import escape_markdown
 from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 
@@ -137,8 +138,8 @@ def report(
         for plot in plots:
             heading, alt, caption = map(escape_markdown, (plot.title, plot.alt, plot.caption))
             parts.append(f"## {heading}\n\n![{alt}]({PLOTS}/{plot.name}.svg)\n\n{caption}")
-        (folder / TEXT).write_text("\n\n".join(part.rstrip() for part in parts) + "\n", encoding="utf-8")
-        (folder / PAGE).write_text(render_page(page), encoding="utf-8")
+        write_text(folder / TEXT, "\n\n".join(part.rstrip() for part in parts) + "\n")
+        write_text(folder / PAGE, render_page(page))
         print("\n".join(to_markdown(table) for table in tables if table.rows))
         if left_out:
             print(f"{folder / missing.name}.md lists what is left out and why: {len(left_out)} lines.")

@@ -18,15 +18,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lpc_lightning.algorithms.checkpoint import check_same_architecture
-from lpc_lightning.algorithms.latent_mixin import BatchScorer, EvaluationOutput, TrainingOutput
+from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
+from lpc_lightning.algorithms.outputs import EvaluationOutput, TrainingOutput
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
 from lpc_lightning.algorithms.position import read_position, resume_position, write_position
 from lpc_lightning.algorithms.run_length import compare_run_length, run_length, warn_of_no_step
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
+from lpc_lightning.latent import LatentSpace, LatentTerms
 from lpc_lightning.losses import add_nll, weighted_mean
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
@@ -233,7 +234,7 @@ class PreferenceModule(PolicyModule):
     def _check_annotators(self) -> None:
         """Refuse `latent.annotators` if the training pairs name no annotator."""
         data = preference_data(self.trainer)
-        shares = isinstance(self.latent, DiscreteSpace) and self.latent.annotators
+        shares = self.latent is not None and self.latent.annotators
         if shares and data is not None and not any(data.training_pairs.annotators):
             raise ConfigError(
                 f"latent.annotators: found true, and no annotator in {len(data.training_pairs)} training pairs, "
@@ -266,8 +267,8 @@ class PreferenceModule(PolicyModule):
     def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
         """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
         assert self.robust_loss is not None
-        if terms.pairs.right is not None:
-            self.robust_loss.observe(batch.annotators, terms.pairs.right)
+        if terms.pairs.label_correct is not None:
+            self.robust_loss.observe(batch.annotators, terms.pairs.label_correct)
         penalty = terms.penalty
         if isinstance(penalty, Tensor):
             penalty = weighted_mean(penalty, batch.weights)
@@ -359,9 +360,9 @@ class PreferenceModule(PolicyModule):
 
     def _measure_code_range(self) -> dict[str, Tensor]:
         """Compute the current range of the codes' logits, on the device. Empty if training does not use it."""
-        if not (isinstance(self.latent, DiscreteSpace) and self.latent.scores_codes):
+        if self.latent is None or not self.latent.scores_codes:
             return {}
-        return {"code_range": code_range(self.policy.head, self.latent.codebook.weight)}
+        return {"code_range": code_range(self.policy.head, self.latent.codes)}
 
     def _latest_code_range(self) -> float | None:
         """Return the range of the last logged step. The first step of a run computes it and waits for the device."""

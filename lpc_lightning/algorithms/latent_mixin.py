@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -127,27 +127,3 @@ class BatchScorer:
         """Split values (2B, ...) into (B, ...) of the chosen and (B, ...) of the rejected answers."""
         first, second = values.chunk(2)
         return (second, first) if self._swapped else (first, second)
-
-
-class TrainingOutput(TypedDict):
-    """Output of a training step, for the trainer and for callbacks."""
-
-    loss: Tensor
-    """Value to minimise, with gradient."""
-    losses: Tensor
-    """(B,) loss of each pair plus the latent's penalty, without its weight and without gradient."""
-    margins: Tensor
-    """(B,) reward margins, without gradient."""
-    logged: bool
-    """True if this step is logged (see `is_logged`)."""
-
-
-class EvaluationOutput(TypedDict):
-    """Output of a validation or test step, for callbacks. They can score other z without another backbone pass."""
-
-    terms: LatentTerms
-    """Losses, rewards and log-probabilities under the prior."""
-    states: PairStates
-    """Hidden states h_x, h_w and h_l."""
-    score: BatchScorer
-    """Losses, rewards and log-probabilities under any other z."""

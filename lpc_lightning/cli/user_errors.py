@@ -6,8 +6,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lpc_lightning.data import DataError
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
-from lpc_lightning.errors import CheckpointError, ConfigError
-from lpc_lightning.policy import UnsupportedPolicyError
+from lpc_lightning.errors import CheckpointError, ConfigError, UnsupportedPolicyError
 
 USER_ERRORS = (
     ConfigError,

@@ -9,7 +9,7 @@ from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.locations import open_location
-from lpc_lightning.data.sources.splits import RANKS, VALIDATION_NAMES, HoldOut, split_names
+from lpc_lightning.data.sources.splits import RANKS, VALIDATION_NAMES, HoldOut, find_split, split_names
 from lpc_lightning.files.path_variables import expand_path
 
 Path: TypeAlias = str | tuple[str, ...]
@@ -42,8 +42,8 @@ class StageRows:
         Args:
             path: A local file, a pattern such as `data/*.jsonl`, a list of files and patterns, a folder of files, a
                 folder written by `datasets`, or the name of a data set on the hub. Alternatively a mapping of `train`,
-                `validation` and `test` to one of these each. Environment variables are replaced:
-                `${LPC_DATA_DIR}/preferences/pairs.jsonl`.
+                `validation` and `test` to one of these each. A stage then reads its split of its own path, or the only
+                split that the path has. Environment variables are replaced: `${LPC_DATA_DIR}/preferences/pairs.jsonl`.
             config: Configuration of a hub data set. null: its default.
             train_split: Split for training: a split of the folder, JSON file or hub data set, or a value of the split
                 column.
@@ -84,6 +84,7 @@ class StageRows:
         self.columns = columns or Columns()
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.validation_share, self.validation_by = validation_share, validation_by
+        self._mapped_splits: dict[Stage, str | None] = {}
 
     def source(self, stage: Stage) -> RowSource | None:
         """Return the rows of a stage: its file, its split, or the held-out training rows. None if it has no rows."""
@@ -108,6 +109,8 @@ class StageRows:
 
     def _split(self, stage: Stage) -> str | None:
         """Return the split of a stage, or None if it has none."""
+        if isinstance(self.path, dict):
+            return self._mapped_split(stage, self.path[stage])
         if stage == "validation" and self.splits["validation"] is None:
             return self._unnamed_validation_split
         return self.splits[stage]
@@ -120,12 +123,21 @@ class StageRows:
         used = (self.splits["train"], self.splits["test"])
         return next((name for name in VALIDATION_NAMES if name in names and name not in used), None)
 
+    def _mapped_split(self, stage: Stage, path: Path) -> str | None:
+        """Return the split that a stage reads of the path that a mapping gives it."""
+        if stage not in self._mapped_splits:
+            named = self.splits[stage]
+            wanted = (VALIDATION_NAMES if stage == "validation" else (stage,)) if named is None else (named,)
+            location, setting = open_location(path, self.config), f"{self._group}.{stage}_split"
+            self._mapped_splits[stage] = find_split(location, wanted, self.split_column, setting)
+        return self._mapped_splits[stage]
+
     def _rows(self, stage: Stage, held_out: bool | None) -> RowSource:
         return RowSource(
             self.path[stage] if isinstance(self.path, dict) else self.path,
             config=self.config,
             columns=self.columns,
-            split=None if isinstance(self.path, dict) else self._split(stage),
+            split=self._split(stage),
             split_column=self.split_column,
             held_out=held_out,
             held_out_by=self.validation_by,

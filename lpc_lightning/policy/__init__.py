@@ -2,7 +2,6 @@
 
 from lpc_lightning.policy.causal import CausalPolicy
 from lpc_lightning.policy.fingerprint import fingerprint
-from lpc_lightning.policy.head import UnsupportedPolicyError
 from lpc_lightning.policy.lora import LoRA
 from lpc_lightning.policy.pretrained import PretrainedPolicy
 from lpc_lightning.policy.spec import PolicySpec
@@ -14,6 +13,5 @@ __all__ = [
     "PolicySpec",
     "PretrainedPolicy",
     "TinyPolicy",
-    "UnsupportedPolicyError",
     "fingerprint",
 ]

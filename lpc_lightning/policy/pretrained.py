@@ -20,9 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lpc_lightning.errors import ConfigError, DamagedFileError
+from lpc_lightning.errors import ConfigError, DamagedFileError, UnsupportedPolicyError
 from lpc_lightning.files.integrity import DIGESTS, changed_files
-from lpc_lightning.policy.head import UnsupportedPolicyError
 from lpc_lightning.policy.spec import PolicySpec
 from lpc_lightning.policy.start_adapter import base_of, is_adapter, keep_adapter, merge_adapter
 

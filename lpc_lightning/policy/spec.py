@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpc_lightning.errors import ConfigError, one_line
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError, one_line
 from lpc_lightning.policy.causal import CausalPolicy, decoder_layers
-from lpc_lightning.policy.head import UnsupportedPolicyError, check_vocabulary
+from lpc_lightning.policy.head import check_vocabulary
 from lpc_lightning.policy.lora import LoRA
 from lpc_lightning.policy.memory_efficient_layers import make_memory_efficient
 from lpc_lightning.policy.segment_attention import SEGMENT
@@ -25,6 +25,11 @@ Attention = Literal["auto", "segment", "sdpa", "eager", "flash_attention_2", "fl
 
 class PolicySpec(ABC):
     """Settings of a causal language model and its tokenizer. A subclass defines where the weights come from."""
+
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model is run. A policy without such code ignores it."""
+    quantization: Literal["nf4"] | None = None
+    """Form of quantised weights. A policy that cannot quantise its weights ignores it."""
 
     def __init__(
         self,

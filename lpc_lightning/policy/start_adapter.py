@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lpc_lightning.errors import one_line
-from lpc_lightning.policy.head import UnsupportedPolicyError
+from lpc_lightning.errors import UnsupportedPolicyError, one_line
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -166,6 +167,54 @@ def test_path_one_file_for_each_stage(data: Any, write_rows: Any) -> None:
     module = data(files)
     for stage in files:
         assert ids(module, stage) == [f"{stage}.jsonl line 1"]
+
+
+@pytest.mark.parametrize("form", ["folder", "saved", "json", "column"])
+def test_path_with_splits_for_each_stage(form: str, data: Any, write_rows: Any, tmp_path: Path) -> None:
+    """Each stage has a path with the splits of all stages, and the test stage also one with a split alone."""
+
+    def path_of(name: str, numbers: dict[str, int]) -> Path:
+        rows = {split: [row(number)] for split, number in numbers.items()}
+        if form == "column":
+            return write_rows([row(number, split=split) for split, number in numbers.items()], f"{name}.jsonl")
+        if form == "json":
+            (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+            return tmp_path / f"{name}.json"
+        folder = tmp_path / name
+        if form == "saved":
+            DatasetDict({split: Dataset.from_list(each) for split, each in rows.items()}).save_to_disk(folder)
+            return folder
+        folder.mkdir()
+        for split, each in rows.items():
+            write_rows(each, f"{name}/{split}.jsonl")
+        return folder
+
+    def numbers_of(paths: dict[str, Path], **settings: Any) -> dict[str, list[int]]:
+        module = data(paths, **settings)
+        texts = {stage: [pair.chosen for pair in module.source(stage).read(DataReport())] for stage in paths}
+        return {stage: [int(text.strip("God.")) for text in each] for stage, each in texts.items()}
+
+    stages = ("train", "validation", "test")
+    paths = {
+        stage: path_of(stage, {"train": 10 * n, "validation": 10 * n + 1, "test": 10 * n + 2})
+        for n, stage in enumerate(stages)
+    }
+    assert numbers_of(paths) == {"train": [0], "validation": [11], "test": [22]}
+    assert numbers_of(paths, validation_split="test") == {"train": [0], "validation": [12], "test": [22]}
+    assert numbers_of(paths | {"test": path_of("one", {"validation": 9})})["test"] == [9]
+    with pytest.raises(
+        DataError, match=r"data\.test_split: found the splits train, validation, expected test, or a single"
+    ):
+        numbers_of(paths | {"test": path_of("two", {"train": 1, "validation": 2})})
+
+
+def test_path_of_train_with_a_few_test_rows(data: Any, write_rows: Any) -> None:
+    """Rows without a value belong to training."""
+    train = write_rows([row(0), row(1, split="test"), row(2, split="")], "some.jsonl")
+    module = data({"train": train, "test": write_rows([row(3), row(4)], "test.jsonl")}, validation_share=0.0)
+    assert ids(module, "train") == ["some.jsonl line 1", "some.jsonl line 3"]
+    assert ids(module, "test") == ["test.jsonl line 1", "test.jsonl line 2"]
+    assert module.reports["train"].other_splits == {"test": 1}
 
 
 def test_path_without_validation_file_holds_out(data: Any, write_rows: Any) -> None:
@@ -421,6 +470,30 @@ def test_metrics_have_the_stage_name(tmp_path: Path) -> None:
 
 
 # Batches and layouts.
+
+
+class Ids(Callback):
+    """Ids of the training pairs of each epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, list[str]] = defaultdict(list)
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, number: int) -> None:
+        self.epochs[trainer.current_epoch] += batch.ids
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_steps": 6}])
+def test_overfit_batches_are_the_same_in_each_epoch(limits: dict[str, int], tmp_path: Path) -> None:
+    made = SyntheticPreferences(train_pairs=40, validation_pairs=4, batch_size=4, cache_dir=str(tmp_path))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    seen = Ids()
+    trainer = Trainer(overfit_batches=2, callbacks=[seen], enable_model_summary=False, **quiet, **limits)
+    with pytest.warns(UserWarning, match="We are turning off the train dataloader shuffling"):
+        trainer.fit(DPO(policy=tiny()), datamodule=made)
+    first, second, third = seen.epochs.values()
+    assert first == second == third
+    assert len(set(first)) == 8
+    assert {made.pairs["train"][index].id for index in made.reads("train")} == set(first)
 
 
 def test_order_by_length_groups_similar_lengths(tmp_path: Path) -> None:

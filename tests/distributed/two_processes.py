@@ -23,9 +23,9 @@ from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.data.batching.loading import TrainingBatches
 from lpc_lightning.data.sources.example_source import ExamplesInMemory
 from lpc_lightning.distributed.checkpoint_io import AtomicCheckpointIO
-from lpc_lightning.errors import CheckpointError, ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError, UnsupportedPolicyError
 from lpc_lightning.latent import GumbelSpace, MarginalSpace
-from lpc_lightning.policy import CausalPolicy, LoRA, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.policy import CausalPolicy, LoRA, PretrainedPolicy, TinyPolicy
 from lpc_lightning.robust import REPO
 from lpc_lightning.seeding import derive, run_seed
 

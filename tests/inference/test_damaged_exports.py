@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.inference.modeling_lpc import LatentCausalLM
 from lpc_lightning.inference.opening import open_policy
-from lpc_lightning.policy import PretrainedPolicy, UnsupportedPolicyError
+from lpc_lightning.policy import PretrainedPolicy
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.errors import CheckpointError, ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError, UnsupportedPolicyError
 from lpc_lightning.inference.checkpoints import read_checkpoint
 from lpc_lightning.inference.opening import load_policy, open_module, open_policy
-from lpc_lightning.policy import TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.policy import TinyPolicy
 
 CODED = ["--latent=MarginalSpace", "--latent.num_codes=5", "--latent.hidden=8", "--latent.init_logit_std=1.0"]
 IDS = torch.randint(3, 1024, (1, 9), generator=torch.Generator().manual_seed(0))

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
-from lpc_lightning.errors import CheckpointError, ConfigError
+from lpc_lightning.errors import CheckpointError, ConfigError, UnsupportedPolicyError
 from lpc_lightning.inference import TrainedPolicy, open_policy
 from lpc_lightning.inference.export import export
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
-from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 
 pytestmark = pytest.mark.slow

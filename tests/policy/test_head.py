@@ -16,7 +16,8 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from lpc_lightning.policy import CausalPolicy, UnsupportedPolicyError
+from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.policy import CausalPolicy
 from lpc_lightning.policy.head import head_of
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.distributed.sharding import policies_of
-from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 
 LENGTHS = [(5, 3, 7), (11, 9, 1), (40, 100, 60), (3, 13, 5)]

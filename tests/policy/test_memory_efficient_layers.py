@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpc_lightning.data.batching.layouts import SharedPrefixLayout
+from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, spec
 from lpc_lightning.policy.memory_efficient_layers import GatedMLP, RMSNorm
 from lpc_lightning.policy.rotary_attention import RotaryAttention
@@ -85,6 +85,26 @@ def test_outputs_equal_and_gradients_near(
     assert torch.equal(ours[0], theirs[0])
     # Also for float64, since norms are computed in float32.
     assert_near(ours[1], theirs[1], 0.05 if mixed or dtype == "bfloat16" else ROUNDINGS)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3", {}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32}),
+    ],
+)
+def test_norm_of_heads_has_published_gradient(
+    family: Any, options: dict[str, Any], make_pairs: Callable[..., Any], perturb: Callable[..., None]
+) -> None:
+    """Queries and keys are normalised by head, and then transposed, as are their gradients."""
+    batch = PaddedLayout(0)(make_pairs([(5, 3, 7), (11, 9, 1)]))  # some layers of LFM2 accept no mask
+    efficient, published = both(perturb, family, 16, heads=2, options=options)
+    assert kinds(efficient).count(RMSNorm) > 2 * len(efficient.layers)
+    ours, theirs = read(efficient, batch, mixed=False), read(published, batch, mixed=False)
+    assert torch.equal(ours[0], theirs[0])
+    assert_near(ours[1], theirs[1], ROUNDINGS)
 
 
 def test_gradients_in_bfloat16_are_as_exact(batch: PreferenceBatch, perturb: Callable[..., None]) -> None:

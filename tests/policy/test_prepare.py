@@ -14,7 +14,8 @@ import torch
 from gguf import GGMLQuantizationType as Quantised
 
 from lpc_lightning.cli import main
-from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy
 from lpc_lightning.policy.prepare import WHEEL, prepare_smollm2
 
 HEADS, GROUPS = 4, 2

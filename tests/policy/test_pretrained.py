@@ -15,8 +15,9 @@ import torch
 from transformers import T5Config
 
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
+from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.inference.opening import open_module, open_policy
-from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 from tests.fixtures.commands import run_command
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lpc_lightning.data.batching.layouts import SharedPrefixLayout
-from lpc_lightning.errors import ConfigError
-from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
+from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.data.tokenization.templates import make_template
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
 from lpc_lightning.inference.export import _published
-from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, UnsupportedPolicyError, fingerprint
+from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, fingerprint
 from lpc_lightning.types import TokenizedPair
 
 TINY: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2}

@@ -15,8 +15,8 @@ from torch import nn
 
 from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.data.synthetic import PreferenceGenerator
-from lpc_lightning.errors import ConfigError
-from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
+from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy
 
 FAMILIES = ["llama", "mistral", "qwen2", "gpt2", "gemma2"]
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lpc_lightning.algorithms import DPO, ORPO, SimPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
-from lpc_lightning.errors import ConfigError
-from lpc_lightning.policy import LoRA, TinyPolicy, UnsupportedPolicyError
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
+from lpc_lightning.policy import LoRA, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from lpc_lightning.data.sources.locations import Location
-from lpc_lightning.data.sources.rows import Row
+from lpc_lightning.data.sources.rows import DataError, Row
 from lpc_lightning.types import Message, PreferenceExample
 
 
@@ -50,10 +50,38 @@ def split_names(location: Location, split_column: str = "split") -> set[str]:
     They are its own splits if it has any, otherwise the values of the split column in all rows. Rows without a value
     do not count.
     """
-    if location.splits is not None:
+    if location.has_splits:
         return set(location.own_splits())
     rows = location.rows(None, lambda place, fault: None, only=split_column)
     return {split_of(row, split_column) for _, row in rows if row.get(split_column) not in (None, "")}
+
+
+def find_split(location: Location, wanted: Sequence[str], split_column: str, setting: str) -> str | None:
+    """Return the split of a location to read: the first of several names that it has, otherwise its only split.
+
+    Args:
+        location: The location, with splits of its own or a split column.
+        wanted: Names of the split.
+        split_column: Name of the column with the split.
+        setting: Setting that chooses the split, for the error.
+
+    Returns:
+        Name of the split. None if the location has neither splits nor values in the split column.
+
+    Raises:
+        DataError: It has several splits, but none of the names.
+    """
+    names = split_names(location, split_column)
+    if not names:
+        return None
+    if not location.has_splits and names.isdisjoint(wanted):  # rows without a value have a split, too
+        names = {split_of(row, split_column) for _, row in location.rows(None, lambda place, fault: None)}
+    if len(names) > 1 and names.isdisjoint(wanted):
+        raise DataError(
+            f"{setting}: found the splits {', '.join(sorted(names))}, expected {' or '.join(wanted)}, or a single "
+            f"split. Set {setting} to one of them."
+        )
+    return next((name for name in wanted if name in names), min(names))
 
 
 def prompt_rank(prompt: Sequence[Message] | str, seed: int = 0) -> int:

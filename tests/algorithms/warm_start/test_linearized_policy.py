@@ -176,7 +176,6 @@ def assert_same(actual: tuple[PairLosses, PairLogps], expected: tuple[PairLosses
 
 
 def tensors_of(terms: PairLosses | PairLogps) -> dict[str, Any]:
-    """Fields by name. A part of the loss that is a function is evaluated."""
+    """Fields by name, with the value of each term of the loss."""
     fields = {field.name: getattr(terms, field.name) for field in dataclasses.fields(terms)}
-    parts = fields.pop("parts", ())
-    return fields | {"parts": [weight(part) if callable(weight) else (weight, part) for weight, part in parts]}
+    return fields | {"parts": [term.of(term.log_likelihood) for term in fields.pop("parts", ())]}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lpc_lightning.algorithms import DPO, IPO, PreferenceModule, SimPO
-from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, AccuracyReport
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.robust import ConservativeLoss

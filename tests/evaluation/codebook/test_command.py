@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lpc_lightning.cli import main as lpc_lightning
 from lpc_lightning.data.synthetic import PreferenceGenerator
@@ -146,6 +149,20 @@ def test_explain_refuses_settings(runs: dict[str, Path], tmp_path: Path) -> None
     (tmp_path / "codes.md").write_text("my notes")
     with pytest.raises(ConfigError, match=r"output: .*codes\.md exists and does not explain codes"):
         explain([str(other)])
+
+
+def test_explain_imports_no_data_class(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder that was downloaded may name any class in its config."""
+    (tmp_path / "foreign.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(runs["codes"], run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] = {"class_path": "foreign.Pairs", "init_args": {}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=r"preferences: .*config\.yaml: found data .*foreign has not been imported"):
+        explain([checkpoint(run)], device="cpu")
+    assert "foreign" not in sys.modules
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # of Lightning's own checkpoints, in another folder

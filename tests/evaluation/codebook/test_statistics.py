@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.algorithms.latent_mixin import EvaluationOutput
+from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.evaluation.codebook.recovery import matched_accuracy, purity
 from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics, PointSample, point_key
