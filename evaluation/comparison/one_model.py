@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -41,27 +41,29 @@ from lpc_lightning.latent import PriorMode
 
 SELF_EXPLAINING_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedPolicyError)
 """Errors whose text has what was found and what to do. Their class and location are not shown."""
+NOT_IN_KEY = {"in_key": False}
+"""Mark of a setting that `EvalRequest.key` leaves out: it changes no score, or each task's record has its effect."""
 
 
 @dataclass(frozen=True)
 class EvalRequest:
     """Settings of an evaluation, shared by all models. See `evaluate` for their meaning."""
 
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = field(metadata=NOT_IN_KEY)
     data_dir: str | None = None
-    preferences: tuple[str, ...] = ()
-    columns: Columns = field(default_factory=Columns)
-    bad_rows: Literal["error", "skip"] = "error"
-    max_length: int | None = 1024
+    preferences: tuple[str, ...] = field(default=(), metadata=NOT_IN_KEY)
+    columns: Columns = field(default_factory=Columns, metadata=NOT_IN_KEY)
+    bad_rows: Literal["error", "skip"] = field(default="error", metadata=NOT_IN_KEY)
+    max_length: int | None = field(default=1024, metadata=NOT_IN_KEY)
     limit: int | float | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False
-    batch_size: int | Literal["auto"] = "auto"
+    batch_size: int | Literal["auto"] = field(default="auto", metadata=NOT_IN_KEY)
     precision: Literal["float32", "bfloat16"] = "float32"
     prior_mode: PriorMode | None = None
     share_contexts: bool = True
-    device: str = "auto"
-    trust_remote_code: bool = False
+    device: str = field(default="auto", metadata=NOT_IN_KEY)
+    trust_remote_code: bool = field(default=False, metadata=NOT_IN_KEY)
     seed: int = 1234
 
     def check(self) -> None:
@@ -104,18 +106,9 @@ class EvalRequest:
 
         Stored results with an equal key can be used again, unless the file of a task has changed (see `missing_tasks`).
         """
-        settings = asdict(self)
-        for name in (
-            "tasks",
-            "preferences",
-            "columns",
-            "bad_rows",
-            "max_length",
-            "batch_size",
-            "device",
-            "trust_remote_code",
-        ):
-            del settings[name]
+        settings = {
+            entry.name: getattr(self, entry.name) for entry in fields(self) if entry.metadata.get("in_key", True)
+        }
         path = str(Path(model).resolve()) if Path(model).exists() else model
         return {**settings, "model": path, "weights": weights_of(model), "data": local_data(self.data_dir)}
 
