@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -147,6 +148,8 @@ class PreferenceModule(PolicyModule):
     def setup(self, stage: str) -> None:
         """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights.
 
+        Also forget the half-filled sums of an earlier run that was interrupted.
+
         Raises:
             ConfigError: Pairs have margins, and the loss takes none.
         """
@@ -159,8 +162,18 @@ class PreferenceModule(PolicyModule):
                 raise ConfigError(f"model: {error}") from error
         self._resumed, self.warm_start_result = {}, None
         self._losses, self._code_range = RecentLosses(), None
-        if stage == "fit" and self.robust_loss is not None:
-            self.robust_loss.reset()
+        self._forget_unfinished_run()
+        if stage == "fit":
+            self.train()  # an interrupted validation leaves the module in evaluation mode
+            if self.robust_loss is not None:
+                self.robust_loss.reset()
+
+    def _forget_unfinished_run(self) -> None:
+        if self._built:
+            for metrics in (self.train_metrics, self.val_metrics, self.test_metrics):
+                metrics.reset()
+        if self.latent is not None:
+            self.latent.forget_unread()
 
     # The step
 
@@ -398,6 +411,8 @@ class PreferenceModule(PolicyModule):
         """
         if not self._built:
             self._build()
+        if self._trainer is not None and isinstance(self._trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning does so after it has loaded the weights, which float32 would round
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
         self._resumed = {name: checkpoint[name] for name in RESUMED if name in checkpoint}

@@ -244,12 +244,16 @@ class PreferenceMetrics(torch.nn.Module):
         values: dict[str, float | Tensor] = {**means, **self.settings}
         if self.use is not None:
             values |= self.use.compute()
-            self.use.reset()
         if self.by_source is not None:
             values |= self.by_source.compute()
-            self.by_source.reset()
-        self.means.reset()
+        self.reset()
         return values
+
+    def reset(self) -> None:
+        """Remove all batches."""
+        for metric in (self.means, self.use, self.by_source):
+            if metric is not None:
+                metric.reset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,8 +255,8 @@ def _files(path: str | Path) -> tuple[Path, ...]:
         files = tuple(Path(match) for match in sorted(matches) if Path(match).is_file())
     if not files and local.is_dir():
         raise DataError(
-            f"{path}: found a folder in a list of files, expected a file or a pattern, such as {path}/*.jsonl. A folder "
-            "must be the whole path."
+            f"{path}: found a folder in a list of files, expected a file or a pattern, such as {path}/*.jsonl. A "
+            "folder must be the whole path."
         )
     if not files:
         raise DataError(f"There is no file {path} (looked at {local.absolute()}).")
@@ -277,8 +277,8 @@ def _each_once(files: Sequence[Path]) -> tuple[Path, ...]:
         if other is not file:
             also = "" if other == file else f", also as {other}"
             raise DataError(
-                f"{file}: found the file twice in a list{also}, expected each file once. Remove it, or narrow a pattern "
-                "that covers it. A mixture repeats pairs by a weight (`--data PreferenceMixture`)."
+                f"{file}: found the file twice in a list{also}, expected each file once. Remove it, or narrow a "
+                "pattern that covers it. A mixture repeats pairs by a weight (`--data PreferenceMixture`)."
             )
     return tuple(files)
 
