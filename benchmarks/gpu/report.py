@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.files.markdown import code_span, markdown_table
+
 Row = dict[str, Any]
 TARGETS = {
     "mfu": ("1.17B, ultrafeedback: MFU", "at least 0.35, goal 0.45"),
@@ -95,7 +97,7 @@ def _targets(steps: list[Row]) -> str:
     if not reached:
         return ""
     lines = [[TARGETS[name][0], f"{value:.3g}", TARGETS[name][1]] for name, value in reached.items()]
-    return "### Targets\n\n" + table(["", "measured", "target"], lines)
+    return "### Targets\n\n" + markdown_table(["", "measured", "target"], lines)
 
 
 def _steps(steps: list[Row]) -> str:
@@ -140,7 +142,7 @@ def _group(rows: list[Row]) -> str:
                 f"{row['reference_s']:.1f} s",
             ]
         )
-    return "\n\n".join(part for part in (table(head, lines), _first_step(ours, trl)) if part)
+    return "\n\n".join(part for part in (markdown_table(head, lines), _first_step(ours, trl)) if part)
 
 
 def _first_step(ours: Row | None, trl: Row | None) -> str:
@@ -166,10 +168,11 @@ def _profiles(profiles: list[Row]) -> str:
         values = [f"{row[name]:.3g}" for name in (*names, "pageable_copies")]
         lines.append([row["name"], *values, reads or "none", f"{row['operations']:.0f}"])
         for title, key in (("kernels", "top_kernels"), ("CPU operations, own time", "top_operations")):
-            top = [[f"`{each['name']}`", f"{each['ms']:.3f}", f"{each['calls']:.1f}"] for each in row[key]]
+            top = [[code_span(each["name"]), f"{each['ms']:.3f}", f"{each['calls']:.1f}"] for each in row[key]]
             if top:
-                tops.append(f"{row['name']}, longest {title}:\n\n" + table(["", "ms a step", "calls a step"], top))
-    return "\n\n".join(["### Profile\n\n" + table(head, lines), *tops])
+                longest = markdown_table(["", "ms a step", "calls a step"], top, escape=str)
+                tops.append(f"{row['name']}, longest {title}:\n\n{longest}")
+    return "\n\n".join(["### Profile\n\n" + markdown_table(head, lines), *tops])
 
 
 def _agreement(rows: list[Row]) -> str:
@@ -179,7 +182,7 @@ def _agreement(rows: list[Row]) -> str:
     for row in rows:
         differences = [f"{name} {row[name]:.3g}" for name in VALUES if name in row]
         lines.append([row["name"], row["status"], ", ".join(differences)])
-    return "### Agreement\n\n" + table(["", "", "differences"], lines)
+    return "### Agreement\n\n" + markdown_table(["", "", "differences"], lines)
 
 
 VALUES = ("loss_largest", "loss_mean", "mean_loss_apart", "nats_a_token_largest", "nats_a_token_mean")
@@ -190,13 +193,7 @@ def _smoke(rows: list[Row]) -> str:
         return ""
     lines = [[row["name"], row.get("left_out") or row["status"], f"{row['seconds']:.1f} s"] for row in rows]
     failed = sum(row["status"] != "ok" for row in rows)
-    return f"### Commands\n\n{len(rows)} run, {failed} failed.\n\n" + table(["", "outcome", ""], lines)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"### Commands\n\n{len(rows)} run, {failed} failed.\n\n" + markdown_table(["", "outcome", ""], lines)
 
 
 def _number(value: float | None) -> str:

@@ -32,7 +32,6 @@ from lpc_lightning.files.markdown import markdown_table
 from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
-from lpc_lightning.latent import DiscreteSpace, GaussianSpace
 
 ROW_NAMES = {
     f"exact{UNDER_Z}": "exact, under z",
@@ -144,7 +143,7 @@ def adapt(
             template = trained_template(origin)
             pairs = open_pairs(split, template)
             module = open_module(path, device, trust_remote_code)
-            if len(named) == 1 and not isinstance(module.latent, DiscreteSpace | GaussianSpace):
+            if len(named) == 1 and (module.latent is None or not module.latent.num_codes):
                 raise ConfigError(
                     f"models: found no codes in {path}, so that nothing can be inferred from labelled pairs; expected "
                     "a checkpoint of a latent with codes, such as MarginalSpace."

@@ -29,7 +29,6 @@ from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_module, short_name, view_module
 from lpc_lightning.inference.prompts import Prompt, text_prompt
 from lpc_lightning.inference.run_data import data_of_run
-from lpc_lightning.latent import DiscreteSpace
 from lpc_lightning.types import PreferenceExample
 
 MOST_ANSWERS = 8
@@ -127,7 +126,7 @@ def explain(
                 data.template_settings = trained_template(origin)
             module = open_module(path, device, trust_remote_code)
             space = module.latent
-            if not isinstance(space, DiscreteSpace):
+            if space is None or not space.has_codes:
                 found = "no latent" if space is None else f"the latent {type(space).__name__}, which has no codes,"
                 raise ConfigError(
                     f"checkpoints: found {found} in {path}, expected one with codes, such as MarginalSpace."
@@ -137,7 +136,7 @@ def explain(
             collector, stage = ExplanationPairs(), _stage(preferences)
             print(f"{path}: {evaluate_pairs(module, data, collector, stage, precision)}")
             head = module.policy.head
-            explanation = collector.explain(space, head, module.tokenizer, tokens, examples, whole_vocabulary)
+            explanation = collector.explain(space.codes, head, module.tokenizer, tokens, examples, whole_vocabulary)
             assert explanation is not None  # without pairs, evaluate_pairs raises an error
             explanation = explanation.with_texts(_examples(data, stage, explanation.shown_pairs))
             answered = None

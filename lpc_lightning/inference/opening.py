@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -33,8 +33,9 @@ from lpc_lightning.inference.modeling_lpc import (
 from lpc_lightning.inference.trained_policy import ORIGIN
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy
+from lpc_lightning.policy.spec import Dtype
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = get_args(Dtype)
 CONVERTING = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
 """Values of `trainer.precision` that convert all weights of the policy, with the type."""
 KINDS = (

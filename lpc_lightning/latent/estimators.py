@@ -5,6 +5,7 @@ In the formulas, l_k is the algorithm's loss of a pair under code k, p is the pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +53,11 @@ class PosteriorSpace(DiscreteSpace):
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute log q(k given x, y_w over y_l) (B, K) with the posterior network. `score` is not used."""
         return self.posterior.logits(states).log_softmax(-1)
+
+    def adaptation_values(self, states: PairStates, score: PairScorer, swapped: PairScorer) -> dict[str, Tensor]:
+        """Compute the values of `DiscreteSpace`, and the learned posterior."""
+        posterior = self.log_posterior(states, score)
+        return super().adaptation_values(states, score, swapped) | {"log_posterior": posterior}
 
     def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
         """Compute the sum of the cross-entropies of prior and posterior: (B,), in nats."""
@@ -116,7 +122,7 @@ class ExpectedSpace(PosteriorSpace):
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """Compute the losses under all codes, averaged with the posterior's weights, and lambda KL."""
         prior, posterior = self.log_prior(states.prompt), self.log_posterior(states, score)
-        pairs, logps = score.under_codes(self.codebook.weight)
+        pairs, logps = score.under_codes(self.codes)
         losses = (posterior.exp() * pairs.objective).sum(-1)
         kl = categorical_kl(posterior, prior)
         weighted_kl = self.divergence(kl, progress)
@@ -172,9 +178,9 @@ class MarginalSpace(DiscreteSpace):
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """Compute the exact loss. Rewards and log-probabilities are reported under the prior, the KL against p_k."""
         prior = self.log_prior(states.prompt)
-        pairs, logps = score.under_codes(self.codebook.weight)
+        pairs, logps = score.under_codes(self.codes)
         log_likelihoods = pairs.label_log_likelihood
-        updated_prior = given_earlier_pairs(prior, log_likelihoods, states.annotators) if self.annotators else prior
+        updated_prior = self.updated_log_prior(prior, log_likelihoods, states.annotators)
         posterior = (updated_prior + log_likelihoods).log_softmax(-1).detach()
         return LatentTerms(
             *average_over_codes(pairs, logps, prior, pairs.of_mixture(updated_prior), posterior),
@@ -184,6 +190,10 @@ class MarginalSpace(DiscreteSpace):
             prior=prior,
             posterior=posterior,
         )
+
+    def updated_log_prior(self, log_prior: Tensor, log_likelihoods: Tensor, annotators: Sequence[str]) -> Tensor:
+        """Return the prior, updated with the annotator's earlier pairs if `annotators` is set."""
+        return given_earlier_pairs(log_prior, log_likelihoods, annotators) if self.annotators else log_prior
 
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute the exact posterior: q_k proportional to p_k exp(-l_k)."""

@@ -156,12 +156,16 @@ class SavedDataset(Location):
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
         dataset, name = self._split(split)
+        dataset = dataset.with_format(None)  # a stored format may leave out columns, or make arrays of cells
         return dataset_rows(dataset if only is None else _columns(dataset, only), name, bad)
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
         dataset, name = self._split(split)
-        return f"dataset {name} {dataset._fingerprint}"
+        # The fingerprint is stored in the folder, so that it stays if a file is replaced.
+        files = [Path(file["filename"]) for file in dataset.cache_files]
+        contents = ", ".join(_file_key(path, path.name) for path in files)
+        return f"dataset {name} {dataset._fingerprint} {contents}"
 
     def _split(self, split: str | None) -> tuple[Dataset, str]:
         if not isinstance(self.datasets, dict):
@@ -221,10 +225,10 @@ def open_location(path: str | Path | Sequence[str], config: str | None = None) -
         config: Configuration of a folder from the hub or of a hub data set.
 
     Raises:
-        DataError: There is no such file or folder, or a file cannot be read.
+        DataError: There is no such file or folder, a file cannot be read, or a list has a file twice or a folder.
     """
     if not isinstance(path, str | Path):
-        return Files(tuple(file for each in path for file in _files(each)))
+        return Files(_each_once([file for each in path for file in _files(each)]))
     local = Path(path).expanduser()
     if local.is_dir():
         return _open_folder(local, config)
@@ -246,13 +250,37 @@ def _files(path: str | Path) -> tuple[Path, ...]:
     if local.is_file():
         files: tuple[Path, ...] = (local,)
     else:
-        matches = glob.glob(str(local), recursive=True) if glob.has_magic(str(local)) else []
+        # `**` matches a file once for each way to divide its folders.
+        matches = set(glob.glob(str(local), recursive=True)) if glob.has_magic(str(local)) else set()
         files = tuple(Path(match) for match in sorted(matches) if Path(match).is_file())
+    if not files and local.is_dir():
+        raise DataError(
+            f"{path}: found a folder in a list of files, expected a file or a pattern, such as {path}/*.jsonl. A "
+            "folder must be the whole path."
+        )
     if not files:
         raise DataError(f"There is no file {path} (looked at {local.absolute()}).")
     for file in files:
         reader_of(file)
     return files
+
+
+def _each_once(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the files of a list.
+
+    Raises:
+        DataError: A file occurs twice, so that its rows would be read twice.
+    """
+    first: dict[Path, Path] = {}
+    for file in files:
+        other = first.setdefault(file.resolve(), file)
+        if other is not file:
+            also = "" if other == file else f", also as {other}"
+            raise DataError(
+                f"{file}: found the file twice in a list{also}, expected each file once. Remove it, or narrow a "
+                "pattern that covers it. A mixture repeats pairs by a weight (`--data PreferenceMixture`)."
+            )
+    return tuple(files)
 
 
 def _json_splits(path: Path) -> tuple[str, ...] | None:

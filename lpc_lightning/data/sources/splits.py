@@ -74,7 +74,7 @@ def find_split(location: Location, wanted: Sequence[str], split_column: str, set
     names = split_names(location, split_column)
     if not names:
         return None
-    if location.splits is None and names.isdisjoint(wanted):  # rows without a value have a split, too
+    if not location.has_splits and names.isdisjoint(wanted):  # rows without a value have a split, too
         names = {split_of(row, split_column) for _, row in location.rows(None, lambda place, fault: None)}
     if len(names) > 1 and names.isdisjoint(wanted):
         raise DataError(

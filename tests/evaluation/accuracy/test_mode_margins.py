@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
-from lpc_lightning.evaluation.accuracy.accuracy_modes import LENGTH_SCALES, SWAPPED, mode_margins
+from lpc_lightning.evaluation.accuracy.mode_margins import LENGTH_SCALES, SWAPPED, mode_margins
 from lpc_lightning.latent import GaussianSpace, MarginalSpace, MLPSpace, VectorSpace
 from lpc_lightning.types import TokenizedPair
 from tests.evaluation.accuracy.conftest import ALGORITHMS, CODES, LENGTHS, Build, evaluated
