@@ -133,17 +133,17 @@ class PreferenceModule(PolicyModule):
         pairs = self.label_loss(logps, reliability)
         return add_nll(pairs, logps, self.nll_weight) if self.nll_weight else pairs
 
-    def check_settings(self, margins: Tensor | None = None) -> None:
+    def check_settings(self, target_margins: Tensor | None = None) -> None:
         """Compute the loss of one pair, so that invalid settings raise an error before the first step.
 
         Args:
-            margins: (1,) a margin. None: the pair has none.
+            target_margins: (1,) a margin. None: the pair has none.
 
         Raises:
             ValueError: A setting of the loss is out of range, or the loss takes no margins.
         """
         logps = PairLogps(*torch.zeros(6, 1, device="cpu"))
-        self.label_loss(replace(logps, margins=margins))
+        self.label_loss(replace(logps, target_margins=target_margins))
 
     def setup(self, stage: str) -> None:
         """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights.
@@ -260,9 +260,9 @@ class PreferenceModule(PolicyModule):
             self.train_metrics.update(terms, forward.states, weights=batch.weights)
             if is_optimizer_step(self.trainer, batch_idx):
                 self._log_training()
-        margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
         weight = window_weight(self.trainer, batch.pairs, batch_idx, batch.weights)
-        return {"loss": (loss * weight).to(loss.dtype), "losses": losses.detach(), "margins": margins, "logged": logged}
+        loss = (loss * weight).to(loss.dtype)
+        return {"loss": loss, "losses": losses.detach(), "margins": terms.pairs.margins, "logged": logged}
 
     def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
         """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
@@ -321,7 +321,7 @@ class PreferenceModule(PolicyModule):
             "ids": batch.ids,
             "rewards/chosen": pairs.chosen_rewards,
             "rewards/rejected": pairs.rejected_rewards,
-            "rewards/margins": pairs.chosen_rewards - pairs.rejected_rewards,
+            "rewards/margins": pairs.margins,
             "prior": None if terms.prior is None else terms.prior.exp(),
         }
 

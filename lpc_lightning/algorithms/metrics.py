@@ -31,13 +31,12 @@ def accuracies(margins: Tensor) -> Tensor:
 def pair_values(terms: LatentTerms) -> dict[str, Tensor]:
     """Return the values (B,) whose means over pairs are metrics."""
     pairs, logps = terms.pairs, terms.logps
-    margins = pairs.chosen_rewards - pairs.rejected_rewards
     return {
         "loss": (pairs.losses + terms.penalty).detach(),
         "rewards/chosen": pairs.chosen_rewards,
         "rewards/rejected": pairs.rejected_rewards,
-        "rewards/margins": margins,
-        "rewards/accuracies": accuracies(margins),
+        "rewards/margins": pairs.margins,
+        "rewards/accuracies": accuracies(pairs.margins),
         "logps/chosen": logps.policy_chosen.detach(),
         "logps/rejected": logps.policy_rejected.detach(),
     }
