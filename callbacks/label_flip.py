@@ -137,6 +137,7 @@ class LabelFlipNoise(LabelNoise, Callback):
         self._refuse_unknown(data.pairs["train"])
         data.set_label_noise(self)
         self._metrics.to(pl_module.device)
+        self._metrics.reset()  # a run that was interrupted leaves a part of a step
         pairs = data.training_pairs
         # Labels may be wrong before the noise (data.columns.gold). Marked pairs are tokenized with their new label.
         flips = data.flips_of(self) if self.marks_prompts else pairs.flipped != data.pairs["train"].flipped

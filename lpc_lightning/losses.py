@@ -2,10 +2,10 @@
 
 In the formulas, r_w and r_l are the log-ratios log pi(y|x,z) - log pi_ref(y|x) of the chosen and the rejected answer.
 
-A pair may have a margin m, in units of the reward (beta D, and for SimPO beta times the difference of the means). The
-loss then asks for a reward difference that is larger by m. For DPO this is DPO with an offset (ODPO, Amini et al.,
-2024, arXiv 2402.10571): beta D becomes beta D - m. The loss of the opposite label, which robust losses use, has the
-same margin for the other answer: -beta D - m. The rewards do not contain the margin. Without margins,
+A pair may have a target margin m, in units of the reward (beta D, and for SimPO beta times the difference of the
+means). The loss is then that of a reward difference that is smaller by m. For DPO this is DPO with an offset (ODPO,
+Amini et al., 2024, arXiv 2402.10571): beta D becomes beta D - m. The loss of the opposite label, which robust losses
+use, has the same margin for the other answer: -beta D - m. The rewards do not contain the margin. Without margins,
 every loss is that of its paper.
 """
 
@@ -33,7 +33,7 @@ def dpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
     check_beta(beta)
     chosen, rejected = log_ratios(logps)
     logits = beta * (chosen - rejected)
-    losses = -logsigmoid(logits if logps.margins is None else logits - logps.margins)
+    losses = -logsigmoid(logits if logps.target_margins is None else logits - logps.target_margins)
     return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
@@ -63,7 +63,7 @@ def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) 
     chosen, rejected = log_ratios(logps)
     if length_average:
         chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
-    difference = chosen - rejected if logps.margins is None else chosen - rejected - logps.margins / beta
+    difference = chosen - rejected if logps.target_margins is None else chosen - rejected - logps.target_margins / beta
     losses = (difference - 1 / (2 * beta)).square()
     nats = (2 * beta) ** 2
     log_likelihood = -nats * losses
@@ -89,7 +89,7 @@ def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.
     chosen = logps.policy_chosen / logps.chosen_lengths
     rejected = logps.policy_rejected / logps.rejected_lengths
     logits = beta * (chosen - rejected - gamma_beta_ratio)
-    losses = -logsigmoid(logits if logps.margins is None else logits - logps.margins)
+    losses = -logsigmoid(logits if logps.target_margins is None else logits - logps.target_margins)
     return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
@@ -136,7 +136,7 @@ def kto_loss(
             raise ValueError(f"{name}: found {weight}, expected a number above 0.")
     if not 0 <= reference_point < math.inf:
         raise ValueError(f"reference_point: found {reference_point}, expected a number of at least 0, as a KL is.")
-    if logps.margins is not None:
+    if logps.target_margins is not None:
         raise ValueError(
             "margins: found margins of pairs, expected none, because KTO judges each answer alone. Set "
             "data.columns.margin to null."
@@ -180,7 +180,7 @@ def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
     chosen = logps.policy_chosen / logps.chosen_lengths
     rejected = logps.policy_rejected / logps.rejected_lengths
     logits = _log_odds(chosen) - _log_odds(rejected)
-    log_likelihood = logsigmoid(logits if logps.margins is None else logits - logps.margins)
+    log_likelihood = logsigmoid(logits if logps.target_margins is None else logits - logps.target_margins)
     rewards = beta * chosen.detach(), beta * rejected.detach()
     parts = (LossTerm(log_likelihood, weight=beta),)
     odds_ratio = PairLosses(-beta * log_likelihood, *rewards, log_likelihood, parts=parts)

@@ -270,8 +270,8 @@ class PairLogps:
     """Number of completion tokens of the chosen answer."""
     rejected_lengths: Tensor
     """Number of completion tokens of the rejected answer."""
-    margins: Tensor | None = None
-    """Margin that the loss asks for, in units of the reward. None: 0."""
+    target_margins: Tensor | None = None
+    """Margin by which the loss shifts its target, in units of the reward. None: 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +309,11 @@ class PairLosses:
     """Terms whose sum is the loss. Empty if the loss is `-label_log_likelihood`."""
     label_correct: Tensor | None = None
     """Posterior probability that each label is correct, without gradient. None if the loss does not infer it."""
+
+    @property
+    def margins(self) -> Tensor:
+        """Reward margins: the chosen answer's reward minus that of the rejected answer."""
+        return self.chosen_rewards - self.rejected_rewards
 
     @property
     def label_log_likelihood(self) -> Tensor:

@@ -41,7 +41,7 @@ def random_pairs(codes: int | None = None, margins: bool = False) -> PairLogps:
     numbers = [2 * torch.randn(shape, generator=generator, dtype=torch.float64) - 6 for shape in shapes]
     lengths = [torch.randint(1, 5, rest, generator=generator).double() for _ in range(2)]
     logps = PairLogps(*numbers, *lengths)
-    return replace(logps, margins=torch.linspace(-0.5, 1.0, 6).double().reshape(rest)) if margins else logps
+    return replace(logps, target_margins=torch.linspace(-0.5, 1.0, 6).double().reshape(rest)) if margins else logps
 
 
 def swapped(logps: PairLogps) -> PairLogps:
@@ -124,9 +124,9 @@ def test_holder_dpo_derivative_is_published(gamma: float) -> None:
 def test_smoothed_dpo_matches_closed_forms(rate: float, codes: int | None) -> None:
     """cDPO's and rDPO's losses, likelihoods of a label, and losses of a mixture, in plain exponentials."""
     logps = random_pairs(codes, margins=True)
-    assert logps.margins is not None
+    assert logps.target_margins is not None
     difference = logps.policy_chosen - logps.reference_chosen - logps.policy_rejected + logps.reference_rejected
-    wins, loses = (1 / (1 + (logps.margins - sign * 0.5 * difference).exp()) for sign in (1, -1))
+    wins, loses = (1 / (1 + (logps.target_margins - sign * 0.5 * difference).exp()) for sign in (1, -1))
     prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
 
     conservative = ConservativeLoss(rate).pair_losses(ALGORITHMS["dpo"], logps)

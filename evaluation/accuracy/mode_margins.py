@@ -15,7 +15,7 @@ from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import accuracies
 from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.types import PairLogps, PairLosses, PairStates
+from lpc_lightning.types import PairLogps, PairStates
 
 SWAPPED = "posterior_swapped"
 """Key of the margins under the posterior of the swapped answers. It is used for `swap_turnover` and is not a mode."""
@@ -83,9 +83,9 @@ def mode_margins(
     scales = scales or {}
 
     def under_scales(mode: str, logps: PairLogps) -> dict[str, Tensor]:
-        return {f"{mode}/{name}": _margins(score.losses(scale(logps))) for name, scale in scales.items()}
+        return {f"{mode}/{name}": score.losses(scale(logps)).margins for name, scale in scales.items()}
 
-    margins = {"prior": _margins(terms.pairs)} | under_scales("prior", terms.logps)
+    margins = {"prior": terms.pairs.margins} | under_scales("prior", terms.logps)
     if terms.pairs.label_correct is not None:
         summed_out = None if space is None else space.label_correct(states.prompt, score)
         margins[LABEL_CORRECT] = terms.pairs.label_correct if summed_out is None else summed_out
@@ -104,7 +104,7 @@ def mode_margins(
         margins |= {name: value for name, value in odds.items() if value is not None}
     for mode, z in zs.items():
         pairs, logps = score.under(z)
-        margins |= {mode: _margins(pairs)} | ({} if mode == SWAPPED else under_scales(mode, logps))
+        margins |= {mode: pairs.margins} | ({} if mode == SWAPPED else under_scales(mode, logps))
     return margins
 
 
@@ -120,7 +120,3 @@ def turnover(first: Tensor, second: Tensor) -> Tensor:
     A zero margin against a nonzero margin counts 1/2.
     """
     return (accuracies(first) - accuracies(second)).abs()
-
-
-def _margins(pairs: PairLosses) -> Tensor:
-    return (pairs.chosen_rewards - pairs.rejected_rewards).detach()

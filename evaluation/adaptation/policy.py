@@ -59,7 +59,7 @@ class PolicyUnderMixtures(nn.Module):
                 weights = np.stack([mixtures.get(key, zeros) for key in keys])
                 z = space.mix(torch.as_tensor(weights, dtype=parameter.dtype, device=parameter.device))
                 pairs, _ = evaluated["score"].under(z)
-                margins[f"{inference}/{n}"] = pairs.chosen_rewards - pairs.rejected_rewards
+                margins[f"{inference}/{n}"] = pairs.margins
         self.table.update(margins, labels)
 
     def scores(self) -> dict[str, dict[int, Score]]:

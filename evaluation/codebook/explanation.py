@@ -20,7 +20,7 @@ from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_co
 from lpc_lightning.evaluation.codebook.code_labels import CodeLabel, ColumnMatch, label_codes, match_columns
 from lpc_lightning.evaluation.codebook.code_tokens import TokenShift, code_tokens
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.types import LogitHead, PairLosses, PreferenceBatch, PreferenceExample
+from lpc_lightning.types import LogitHead, PreferenceBatch, PreferenceExample
 
 COLUMNS = ("factor", "annotator", "source")
 """Columns that may name the codes. If several match equally well, the first one does."""
@@ -148,9 +148,9 @@ class ExplanationPairs(nn.Module):
         prior, posterior = space.log_prior(states.prompt), space.log_exact_posterior(states, score)
         assert prior is not None  # the space has codes
         assert posterior is not None
-        numbers = {"margin": _margins(evaluated["terms"].pairs), "exact_code": posterior.argmax(-1)}
+        numbers = {"margin": evaluated["terms"].pairs.margins, "exact_code": posterior.argmax(-1)}
         numbers |= split_codes("log_prior", prior)
-        numbers |= split_codes("margin", _margins(score.under_codes(space.codes)[0]))
+        numbers |= split_codes("margin", score.under_codes(space.codes)[0].margins)
         self.table.update(numbers, pair_labels(batch))
         self.tokens.update(batch)
 
@@ -249,7 +249,3 @@ def _ranked(values: NDArray[np.float64], rows: Sequence[Row]) -> list[int]:
 
 def _key(row: Row) -> PairKey:
     return str(row["id"]), str(row["annotator"]), str(row["source"])
-
-
-def _margins(pairs: PairLosses) -> Tensor:
-    return pairs.chosen_rewards - pairs.rejected_rewards

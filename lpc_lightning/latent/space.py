@@ -132,6 +132,12 @@ class LatentSpace(nn.Module, ABC):
             if isinstance(part, RunningMoments):
                 part.update(alike)
 
+    def forget_unread(self) -> None:
+        """Forget the pairs read since the last optimizer step, which a run that was interrupted leaves behind."""
+        for part in self.modules():
+            if isinstance(part, RunningMoments):
+                part.forget_unread()
+
     @abstractmethod
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
         """Compute z (B, d) from the states at the last prompt tokens (B, d).

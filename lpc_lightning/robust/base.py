@@ -86,5 +86,5 @@ def swap_answers(logps: PairLogps) -> PairLogps:
         reference_rejected=logps.reference_chosen,
         chosen_lengths=logps.rejected_lengths,
         rejected_lengths=logps.chosen_lengths,
-        margins=logps.margins,
+        target_margins=logps.target_margins,
     )

@@ -143,9 +143,9 @@ def check_rows(algorithm: str, margins: Tensor | None, make_pairs: Callable[...,
         pairs.z_gradient_difference[indices], z_gradients[:3] - z_gradients[3:], rtol=1e-6, atol=1e-6
     )
 
-    truth = BatchScorer(case.forward, case.batch.lengths, reference, loss, margins=margins)
+    truth = BatchScorer(case.forward, case.batch.lengths, reference, loss, target_margins=margins)
     assert_same(score.under(None), truth.under(None))
-    linearized = BatchScorer(case.linearized, case.batch.lengths, reference, loss, margins=margins)
+    linearized = BatchScorer(case.linearized, case.batch.lengths, reference, loss, target_margins=margins)
     z, codes = case.draw(3, WIDTH), case.draw(4, WIDTH)
     assert_same(score.under(z), linearized.under(z))
     assert_same(score.under_codes(codes), linearized.under_codes(codes))
