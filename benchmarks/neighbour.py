@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from lpc_lightning.files.markdown import markdown_table
+
 SPIN_COUNTS = (1_000, 1_500, 3_000, 300_000)
 """Values of GOMP_SPINCOUNT: the project's is the second, GNU OpenMP's default the last."""
 WARMUP = 2
@@ -118,11 +120,11 @@ def render(seconds: Mapping[tuple[int, bool], Sequence[float]]) -> str:
     Args:
         seconds: Measurements by spin count, alone (false) and beside a busy process (true).
     """
-    lines = ["| GOMP_SPINCOUNT | alone | beside a busy process | ratio |", "| --- | --- | --- | --- |"]
+    rows = []
     for spin_count in dict.fromkeys(count for count, _ in seconds):
         alone, beside = (statistics.median(seconds[spin_count, is_beside]) for is_beside in (False, True))
-        lines.append(f"| {spin_count} | {alone:.2f} | {beside:.2f} | {beside / alone:.2f} |")
-    return "\n".join(lines)
+        rows.append([str(spin_count), f"{alone:.2f}", f"{beside:.2f}", f"{beside / alone:.2f}"])
+    return markdown_table(["GOMP_SPINCOUNT", "alone", "beside a busy process", "ratio"], rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+from lpc_lightning.files.markdown import markdown_table
+
 COMPARED = 8
 """Steps over which losses and margins are compared."""
 DTYPES = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "32-true": "float32"}
@@ -117,7 +119,7 @@ def _speed(cell: dict[str, Any], peaks: dict[str, float]) -> str:
         title += " Ratios: median over the rounds (smallest to largest)."
     head = ["side", "s/step", "pairs/s", "tokens/s", "peak GiB", "of matrix peak", f"speed vs {BASE}"]
     head += [f"memory vs {BASE}", f"time vs {PLAIN}", f"memory vs {PLAIN}", "load"]
-    return title + "\n\n" + _table(head, rows)
+    return title + "\n\n" + markdown_table(head, rows)
 
 
 def _like_with_like(cell: dict[str, Any]) -> str:
@@ -162,7 +164,7 @@ def _agreement(cell: dict[str, Any]) -> str:
         [str(step), *(f"{run[name][step]:.5f}" for name in ("loss", "margin") for run in (theirs, ours))]
         for step in range(min(COMPARED, len(ours["loss"])))
     ]
-    return text + "\n\n" + _table(["step", "loss, TRL", "loss, ours", "margin, TRL", "margin, ours"], rows)
+    return text + "\n\n" + markdown_table(["step", "loss, TRL", "loss, ours", "margin, TRL", "margin, ours"], rows)
 
 
 def _verdict(cell: dict[str, Any], ours: str, theirs: str) -> str:
@@ -187,7 +189,7 @@ def _split(cell: dict[str, Any]) -> str:
     for part in next(iter(split.values())):
         shares = [(medians[part], sum(medians.values())) for medians in split.values()]
         rows.append([part, *(f"{seconds:.2f} s ({100 * seconds / total:.0f} %)" for seconds, total in shares)])
-    return _table(["part of a step, median", *(name.removeprefix(SPLIT) for name in split)], rows)
+    return markdown_table(["part of a step, median", *(name.removeprefix(SPLIT) for name in split)], rows)
 
 
 def _has(runs: list[Run]) -> bool:
@@ -215,8 +217,3 @@ def _ratio(rounds: list[float]) -> str:
         return "-"
     middle = f"{statistics.median(rounds):.2f}"
     return middle if len(rounds) == 1 else f"{middle} ({min(rounds):.2f} to {max(rounds):.2f})"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -13,7 +13,6 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.collect import CollectValidation
 from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, find_examples
 from lpc_lightning.evaluation.codebook.explanation_files import TEXT, write_explanation
-from lpc_lightning.latent import DiscreteSpace
 from lpc_lightning.loggers import log_text, run_folder
 
 
@@ -48,8 +47,9 @@ class CodeExplanations(CollectValidation):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the collector if the latent has codes."""
         assert isinstance(pl_module, PreferenceModule)
-        has_codes = isinstance(pl_module.latent, DiscreteSpace) and not keeps_weights_elsewhere(trainer.strategy)
-        self.collector, self._latest = ExplanationPairs() if has_codes else None, None
+        has_codes = pl_module.latent is not None and pl_module.latent.has_codes
+        is_on = has_codes and not keeps_weights_elsewhere(trainer.strategy)
+        self.collector, self._latest = ExplanationPairs() if is_on else None, None
 
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain the codes by the round, and keep the result until the end."""
@@ -58,8 +58,8 @@ class CodeExplanations(CollectValidation):
         if trainer.sanity_checking:
             return
         space, policy = pl_module.latent, pl_module.policy
-        assert isinstance(space, DiscreteSpace)
-        self._latest = self.collector.explain(space, policy.head, pl_module.tokenizer, self.tokens, self.examples)
+        assert space is not None
+        self._latest = self.collector.explain(space.codes, policy.head, pl_module.tokenizer, self.tokens, self.examples)
         self._step = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,6 +17,7 @@ from lpc_lightning.callbacks.noise_metrics import KINDS, NAMES, NoiseMetrics
 from lpc_lightning.data.noise.flip_order import FlipOrder, Uniform, draw
 from lpc_lightning.data.noise.label_noise import LabelNoise
 from lpc_lightning.data.noise.markers import MARK
+from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.json_files import write_text
@@ -25,6 +26,14 @@ from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import PreferenceBatch, PreferenceExample
 
 FILE = "label_noise.json"
+SETTINGS: dict[Literal["source", "factor", "annotator"], str] = {
+    "source": "sources",
+    "factor": "factors",
+    "annotator": "order.shares",
+}
+"""Settings that name values of a column of the pairs."""
+MOST_NAMES = 10
+"""Number of known names in an error."""
 
 
 class LabelFlipNoise(LabelNoise, Callback):
@@ -66,7 +75,8 @@ class LabelFlipNoise(LabelNoise, Callback):
             marker: Text that is added to the prompts of flipped pairs, such as `[FLIP]` in the paper, so that the
                 policy can recognise wrong labels. null: no text.
             marker_at: Position of the marker: `start` or `end` of the last user turn, or `system` turn.
-            sources: Flip only pairs from these sources. null: from all sources.
+            sources: Flip only pairs from these sources. In a mixture they are the names of its data sets. null: from
+                all sources.
             factors: Flip only pairs that one of these factors decided. null: all pairs.
         """
         if not 0 <= rate <= 1:
@@ -118,13 +128,16 @@ class LabelFlipNoise(LabelNoise, Callback):
         """Flip the labels, log the number of flipped pairs, and write their ids.
 
         Raises:
-            ConfigError: The data is not a `PreferenceDataModule`, which takes no label noise.
+            ConfigError: The data is not a `PreferenceDataModule`, which takes no label noise, or a setting names a
+                source, a factor or an annotator that no training pair has.
         """
         if stage != "fit":
             return
         data = required_data(trainer, "callbacks: found LabelFlipNoise", "Other data takes no label noise.")
+        self._refuse_unknown(data.pairs["train"])
         data.set_label_noise(self)
         self._metrics.to(pl_module.device)
+        self._metrics.reset()  # a run that was interrupted leaves a part of a step
         pairs = data.training_pairs
         # Labels may be wrong before the noise (data.columns.gold). Marked pairs are tokenized with their new label.
         flips = data.flips_of(self) if self.marks_prompts else pairs.flipped != data.pairs["train"].flipped
@@ -153,6 +166,17 @@ class LabelFlipNoise(LabelNoise, Callback):
         folder.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
         write_text(folder / FILE, f"{{{lines}}}\n")
+
+    def _refuse_unknown(self, pairs: TokenStore) -> None:
+        named = {"source": self.sources or (), "factor": self.factors or (), "annotator": self.order.annotators}
+        for column, setting in SETTINGS.items():
+            known = pairs.names(column)
+            if unknown := sorted(set(named[column]) - known):
+                shown = ", ".join(map(repr, sorted(known)[:MOST_NAMES])) + (", ..." if len(known) > MOST_NAMES else "")
+                raise ConfigError(
+                    f"LabelFlipNoise.{setting}: found {', '.join(map(repr, unknown))}, expected each {column} to have "
+                    f"a training pair. The pairs have: {shown}. Correct the name, or remove it."
+                )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.data.trainer_data import template_settings
+from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, check_counts, check_tasks
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-SHARDED = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 
 
 class LMEvaluation(Callback):
@@ -107,7 +106,7 @@ class LMEvaluation(Callback):
         if self.apply_chat_template:
             check_chat_template(pl_module.tokenizer)
         check_tasks(self.tasks, self.data_dir)
-        if isinstance(trainer.strategy, SHARDED):
+        if keeps_weights_elsewhere(trainer.strategy):
             rank_zero_warn(f"LMEvaluation: {_advice(trainer)}")
         elif self.data_dir is None:
             for task in self.tasks:
@@ -123,7 +122,7 @@ class LMEvaluation(Callback):
             ConfigError: The batch size or the mode of the prior is invalid.
         """
         assert isinstance(pl_module, PreferenceModule)
-        if not isinstance(trainer.strategy, SHARDED):
+        if not keeps_weights_elsewhere(trainer.strategy):
             with preserved(pl_module, pl_module.tokenizer):
                 self._lm(trainer, pl_module)
 
@@ -139,13 +138,13 @@ class LMEvaluation(Callback):
         if self.every_n_steps is None or step == self._last_step or step == trainer.estimated_stepping_batches:
             return
         self._last_step = step
-        if step % self.every_n_steps == 0 and not isinstance(trainer.strategy, SHARDED):
+        if step % self.every_n_steps == 0 and not keeps_weights_elsewhere(trainer.strategy):
             name = "lm_eval" if self.step_limit == self.limit else f"lm_eval/first_{self.step_limit}"
             self._run(trainer, pl_module, self.step_limit, Path(f"step_{step}"), name)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the trained policy. All checkpoints are written, and the signal handlers are restored."""
-        if isinstance(trainer.strategy, SHARDED):
+        if keeps_weights_elsewhere(trainer.strategy):
             rank_zero_warn(f"LMEvaluation: no benchmark was run. {_advice(trainer)}")
             return
         assert isinstance(pl_module, PreferenceModule)

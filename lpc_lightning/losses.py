@@ -2,10 +2,10 @@
 
 In the formulas, r_w and r_l are the log-ratios log pi(y|x,z) - log pi_ref(y|x) of the chosen and the rejected answer.
 
-A pair may have a margin m, in units of the reward (beta D, and for SimPO beta times the difference of the means). The
-loss then asks for a reward difference that is larger by m. For DPO this is DPO with an offset (ODPO, Amini et al.,
-2024, arXiv 2402.10571): beta D becomes beta D - m. The loss of the opposite label, which robust losses use, has the
-same margin for the other answer: -beta D - m. The rewards do not contain the margin. Without margins,
+A pair may have a target margin m, in units of the reward (beta D, and for SimPO beta times the difference of the
+means). The loss is then that of a reward difference that is smaller by m. For DPO this is DPO with an offset (ODPO,
+Amini et al., 2024, arXiv 2402.10571): beta D becomes beta D - m. The loss of the opposite label, which robust losses
+use, has the same margin for the other answer: -beta D - m. The rewards do not contain the margin. Without margins,
 every loss is that of its paper.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lpc_lightning.types import PairLogps, PairLosses
+from lpc_lightning.types import LossTerm, PairLogps, PairLosses
 
 
 def dpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
@@ -33,7 +33,7 @@ def dpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
     check_beta(beta)
     chosen, rejected = log_ratios(logps)
     logits = beta * (chosen - rejected)
-    losses = -logsigmoid(logits if logps.margins is None else logits - logps.margins)
+    losses = -logsigmoid(logits if logps.target_margins is None else logits - logps.target_margins)
     return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
@@ -63,12 +63,12 @@ def ipo_loss(logps: PairLogps, beta: float = 0.1, length_average: bool = False) 
     chosen, rejected = log_ratios(logps)
     if length_average:
         chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
-    difference = chosen - rejected if logps.margins is None else chosen - rejected - logps.margins / beta
+    difference = chosen - rejected if logps.target_margins is None else chosen - rejected - logps.target_margins / beta
     losses = (difference - 1 / (2 * beta)).square()
     nats = (2 * beta) ** 2
     log_likelihood = -nats * losses
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    return PairLosses(losses, *rewards, log_likelihood, parts=((1 / nats, log_likelihood),))
+    return PairLosses(losses, *rewards, log_likelihood, parts=(LossTerm(log_likelihood, weight=1 / nats),))
 
 
 def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> PairLosses:
@@ -89,7 +89,7 @@ def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.
     chosen = logps.policy_chosen / logps.chosen_lengths
     rejected = logps.policy_rejected / logps.rejected_lengths
     logits = beta * (chosen - rejected - gamma_beta_ratio)
-    losses = -logsigmoid(logits if logps.margins is None else logits - logps.margins)
+    losses = -logsigmoid(logits if logps.target_margins is None else logits - logps.target_margins)
     return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
@@ -136,7 +136,7 @@ def kto_loss(
             raise ValueError(f"{name}: found {weight}, expected a number above 0.")
     if not 0 <= reference_point < math.inf:
         raise ValueError(f"reference_point: found {reference_point}, expected a number of at least 0, as a KL is.")
-    if logps.margins is not None:
+    if logps.target_margins is not None:
         raise ValueError(
             "margins: found margins of pairs, expected none, because KTO judges each answer alone. Set "
             "data.columns.margin to null."
@@ -146,16 +146,16 @@ def kto_loss(
     losses = (desirable_weight * (-desirable).sigmoid() + undesirable_weight * (-undesirable).sigmoid()) / 2
     log_likelihood = logsigmoid(desirable) + logsigmoid(undesirable)
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    parts = tuple(
-        (partial(_misjudgement, weight), logsigmoid(logits))
-        for weight, logits in ((desirable_weight / 2, desirable), (undesirable_weight / 2, undesirable))
+    parts = (
+        LossTerm(logsigmoid(desirable), _misjudgement, desirable_weight / 2),
+        LossTerm(logsigmoid(undesirable), _misjudgement, undesirable_weight / 2),
     )
     return PairLosses(losses, *rewards, log_likelihood, parts=parts)
 
 
-def _misjudgement(weight: float, log_probability: Tensor) -> Tensor:
-    """Compute weight (1 - P) from log P, the log-probability that an answer is judged as labelled."""
-    return -weight * torch.expm1(log_probability)
+def _misjudgement(log_probability: Tensor) -> Tensor:
+    """Compute 1 - P from log P, the log-probability that an answer is judged as labelled."""
+    return -torch.expm1(log_probability)
 
 
 def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
@@ -180,9 +180,10 @@ def orpo_loss(logps: PairLogps, beta: float = 0.1) -> PairLosses:
     chosen = logps.policy_chosen / logps.chosen_lengths
     rejected = logps.policy_rejected / logps.rejected_lengths
     logits = _log_odds(chosen) - _log_odds(rejected)
-    log_likelihood = logsigmoid(logits if logps.margins is None else logits - logps.margins)
+    log_likelihood = logsigmoid(logits if logps.target_margins is None else logits - logps.target_margins)
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    odds_ratio = PairLosses(-beta * log_likelihood, *rewards, log_likelihood, parts=((beta, log_likelihood),))
+    parts = (LossTerm(log_likelihood, weight=beta),)
+    odds_ratio = PairLosses(-beta * log_likelihood, *rewards, log_likelihood, parts=parts)
     return add_nll(odds_ratio, logps, 1.0)
 
 
@@ -199,10 +200,14 @@ def add_nll(pairs: PairLosses, logps: PairLogps, weight: float) -> PairLosses:
         logps: The log-probabilities that the loss was computed from.
         weight: The paper's alpha.
     """
-    label = pairs.label_log_likelihood
-    text = (weight / logps.chosen_lengths.flatten(), logps.policy_chosen)
+    text = LossTerm(logps.policy_chosen, partial(_nll_per_token, lengths=logps.chosen_lengths.flatten()), weight)
     losses = pairs.losses - weight * logps.policy_chosen / logps.chosen_lengths
-    return replace(pairs, losses=losses, log_likelihood=label, parts=(*(pairs.parts or ((1.0, label),)), text))
+    return replace(pairs, losses=losses, log_likelihood=pairs.label_log_likelihood, parts=(*pairs.terms, text))
+
+
+def _nll_per_token(log_likelihood: Tensor, lengths: Tensor) -> Tensor:
+    """Divide the negative log-likelihoods (B,) or (B, K) of answers by their lengths (B,)."""
+    return -log_likelihood / (lengths if log_likelihood.dim() == 1 else lengths[:, None])
 
 
 def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -270,12 +270,27 @@ class PairLogps:
     """Number of completion tokens of the chosen answer."""
     rejected_lengths: Tensor
     """Number of completion tokens of the rejected answer."""
-    margins: Tensor | None = None
-    """Margin that the loss asks for, in units of the reward. None: 0."""
+    target_margins: Tensor | None = None
+    """Margin by which the loss shifts its target, in units of the reward. None: 0."""
 
 
-Weight: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
-"""Weight of a part of a loss (see `PairLosses.parts`)."""
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """Term of a loss: a weight times a function of a log-likelihood, which a mixture averages over its codes."""
+
+    log_likelihood: Tensor
+    """(B,) or (B, K), in nats."""
+    loss: Callable[[Tensor], Tensor] = torch.neg
+    """Function of the log-likelihood (B,) or (B, K). Default: the negative log-likelihood."""
+    weight: float = 1.0
+
+    def of(self, log_likelihood: Tensor) -> Tensor:
+        """Compute the term for another log-likelihood, such as that of a mixture."""
+        return self.weight * self.loss(log_likelihood)
+
+    def scaled(self, factor: float) -> LossTerm:
+        """Return the term times `factor`."""
+        return replace(self, weight=factor * self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,23 +305,33 @@ class PairLosses:
     """Implicit reward of the rejected answer, scaled by beta, without gradient."""
     log_likelihood: Tensor | None = None
     """Log-likelihood of each label, in nats, up to a constant. None if the loss is a negative log-likelihood itself."""
-    parts: tuple[tuple[Weight, Tensor], ...] = ()
-    """Pairs of a weight, a number or (B,), and a log-likelihood. The loss is their negative weighted sum. In place of a
-    weight, a function of the log-likelihood returns the part's loss. Empty if the loss is `-label_log_likelihood`."""
-    right: Tensor | None = None
-    """Posterior probability that each label is right, without gradient. None if the loss does not infer it."""
+    parts: tuple[LossTerm, ...] = ()
+    """Terms whose sum is the loss. Empty if the loss is `-label_log_likelihood`."""
+    label_correct: Tensor | None = None
+    """Posterior probability that each label is correct, without gradient. None if the loss does not infer it."""
+
+    @property
+    def margins(self) -> Tensor:
+        """Reward margins: the chosen answer's reward minus that of the rejected answer."""
+        return self.chosen_rewards - self.rejected_rewards
 
     @property
     def label_log_likelihood(self) -> Tensor:
         """Log-likelihood of the observed label, in nats, up to a constant. With (B, K) values, one column per code."""
         return -self.losses if self.log_likelihood is None else self.log_likelihood
 
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """Terms of the loss, at least one."""
+        return self.parts or (LossTerm(self.label_log_likelihood),)
+
     def of_mixture(self, log_weights: Tensor) -> Tensor:
         """Compute the loss (B,) of a mixture of codes with log-weights (B, K).
 
         The likelihoods are averaged over the codes before the logarithm is taken.
         """
-        return self._sum_of_parts(lambda part: (log_weights + part).logsumexp(-1))
+        mixed = [term.of((log_weights + term.log_likelihood).logsumexp(-1)) for term in self.terms]
+        return torch.stack(mixed).sum(0)
 
     @property
     def objective(self) -> Tensor:
@@ -315,14 +340,4 @@ class PairLosses:
         The two differ for RE-PO alone. Its `losses` have the gradient of `-label_log_likelihood`, but another value. It
         is near 0 if the policy is sure that the label is wrong.
         """
-        return self._sum_of_parts(lambda part: part)
-
-    def _sum_of_parts(self, combine: Callable[[Tensor], Tensor]) -> Tensor:
-        """Compute the loss from the parts, after `combine` has changed the log-likelihoods of each."""
-        losses = []
-        for weight, part in self.parts or ((1.0, self.label_log_likelihood),):
-            likelihood = combine(part)
-            if isinstance(weight, Tensor) and likelihood.dim() > weight.dim():
-                weight = weight[:, None]
-            losses.append(weight(likelihood) if callable(weight) else -weight * likelihood)
-        return torch.stack(losses).sum(0)
+        return torch.stack([term.of(term.log_likelihood) for term in self.terms]).sum(0)

@@ -33,36 +33,18 @@ from lpc_lightning.evaluation.adaptation.command import adapt
 from lpc_lightning.evaluation.comparison.command import evaluate
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.generate import generate
-from lpc_lightning.latent import (
-    ExpectedSpace,
-    GaussianSpace,
-    GumbelSpace,
-    LatentSpace,
-    MarginalSpace,
-    MLPSpace,
-    PosteriorOnlySpace,
-    PriorOnlySpace,
-    VectorSpace,
-)
+from lpc_lightning.latent import ExpectedSpace, GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
 from lpc_lightning.robust import REPO, RobustLoss
 from tests.fixtures.emulated_device import DEVICE, NAME
+from tests.fixtures.spaces import SPACES, make_space
 
 pytestmark = pytest.mark.slow
 
 FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "gemma2")
 CODES = {"num_codes": 4, "hidden": 8, "init_logit_std": 1.0}
-LATENTS: dict[str, Callable[[], LatentSpace | None]] = {
-    "none": lambda: None,
-    "gumbel": lambda: GumbelSpace(**CODES),
-    "expected": lambda: ExpectedSpace(**CODES, diversity_weight=0.1),
-    "marginal": lambda: MarginalSpace(**CODES, annotators=True),
-    "gaussian": lambda: GaussianSpace(**CODES),
-    "mlp": lambda: MLPSpace(hidden=8),
-    "vector": lambda: VectorSpace(init_logit_std=1.0),
-    "prior": lambda: PriorOnlySpace(**CODES),
-    "posterior": lambda: PosteriorOnlySpace(**CODES),
-}
+EXTRA: dict[str, dict[str, Any]] = {"expected": {"diversity_weight": 0.1}, "marginal": {"annotators": True}}
+LATENTS = ["none", *(name for name in SPACES if name != "hard gumbel")]
 WARM = {"warm_start_pairs": 16}
 VARIANTS: dict[str, Callable[[], PreferenceModule]] = {
     "ipo": lambda: IPO(policy=tiny(), latent=GumbelSpace(**CODES, **WARM)),
@@ -80,6 +62,10 @@ VARIANTS: dict[str, Callable[[], PreferenceModule]] = {
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 )
+
+
+def make_latent(name: str) -> LatentSpace | None:
+    return None if name == "none" else make_space(name, num_codes=4, **EXTRA.get(name, {}))
 
 
 def tiny(family: str = "llama", **policy: Any) -> TinyPolicy:
@@ -163,7 +149,7 @@ def test_configure_model_builds_on_the_device(module: str, accelerator: str) -> 
 
 @pytest.mark.parametrize("latent", LATENTS)
 def test_first_values_do_not_depend_on_the_device(latent: str, accelerator: str) -> None:
-    here, there = (DPO(policy=tiny(lora=LoRA(rank=2)), latent=LATENTS[latent]()) for _ in range(2))
+    here, there = (DPO(policy=tiny(lora=LoRA(rank=2)), latent=make_latent(latent)) for _ in range(2))
     here.configure_model()
     with torch.device(place_of(accelerator)):
         there.configure_model()
@@ -250,7 +236,7 @@ def test_fit_waits_only_for_logged_steps(
 
     if waits:
         monkeypatch.setattr(_TrainingEpochLoop, "advance", noting)
-    module = DPO(policy=tiny(), latent=LATENTS[latent](), robust_loss=robust)
+    module = DPO(policy=tiny(), latent=make_latent(latent), robust_loss=robust)
     steps: dict[str, Any] = {"max_steps": 3, "accumulate_grad_batches": 2, "log_every_n_steps": 3}
     assert fit(module, pairs={"train_pairs": 28}, save_every=100, **steps).global_step == 3
     check_finite(module)
@@ -285,12 +271,10 @@ def checkpoint(
     accelerator: str,
     cache_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> str:
     """Checkpoint of `lpc-lightning fit` on the device. It is made once."""
     if accelerator in checkpoints:
         return checkpoints[accelerator]
-    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
     folder = tmp_path_factory.mktemp(accelerator)
     flags = (
         "--model=DPO --policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --latent=MarginalSpace "

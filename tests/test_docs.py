@@ -6,9 +6,11 @@ import inspect
 import re
 import shlex
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from itertools import pairwise, product
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +26,7 @@ from tests import test_losses
 from tests.fixtures.processes import ForkedProcess
 
 ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = [ROOT / name for name in ("evaluation/ablation/cells/ray_cluster.py", "lpc_lightning/cli/run_loggers.py")]
 UNPINNED = ("pre-commit", "alpaca-eval")
@@ -46,6 +49,15 @@ def commands(page: Path) -> list[list[str]]:
     """Return each command of a page as words, without comments, continuation marks and text after a pipe."""
     lines = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
     return [shlex.split(line.partition(">")[0], comments=True) for line in lines if line.startswith("lpc-lightning ")]
+
+
+def benchmark_commands(page: Path) -> list[list[str]]:
+    """Return the module and the arguments of each `python -m benchmarks...` of a page."""
+    text = page.read_text()
+    lines = "\n".join(block for _, block in FENCE.findall(text)).replace("\\\n", " ").splitlines()
+    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+    found = [re.fullmatch(r"(?:\w+=\S+ )?python -m (benchmarks\b.*)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match]
 
 
 def anchors(page: Path) -> set[str]:
@@ -242,8 +254,6 @@ def replaced(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_command_options_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     for _, command, *words in commands(page):
         if command in FIT:
             if not any(word.endswith(".help") for word in words) and "FILE" not in words and (given := replaced(words)):
@@ -255,6 +265,30 @@ def test_command_options_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> N
         if command == "ablate" and words[0].endswith(".yaml"):
             given = [word for word in words if "=" in word and not word.startswith("--")]
             assert read_grid(ROOT / words[0]).with_changes(given).cells()
+
+
+def parse_only(parse: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a parser that parses and ends the program."""
+
+    def parse_and_exit(self: ArgumentParser) -> None:
+        parse(self)
+        self.exit()
+
+    return parse_and_exit
+
+
+@pytest.mark.parametrize("page", [page for page in [*PAGES, BENCHMARKS] if benchmark_commands(page)], ids=name_of)
+def test_benchmark_options_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(ArgumentParser, name, parse_only(getattr(ArgumentParser, name)))
+    for module, *words in benchmark_commands(page):
+        is_package = find_spec(module).submodule_search_locations is not None  # type: ignore[union-attr]
+        main = import_module(f"{module}.__main__" if is_package else module).main
+        if words:
+            monkeypatch.setattr("sys.argv", [module, *words])
+            with pytest.raises(SystemExit) as outcome:
+                main()
+            assert outcome.value.code in (None, 0), (module, words)
 
 
 def test_make_targets_exist() -> None:

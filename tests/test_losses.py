@@ -70,7 +70,7 @@ def random_logps(pairs: int, codes: int | None = None, seed: int = 0, margins: b
         return torch.randint(1, 9, rest, generator=generator).double()
 
     logps = PairLogps(draw(policy), draw(policy), draw(rest), draw(rest), lengths(), lengths())
-    return replace(logps, margins=torch.linspace(-0.5, 1.5, pairs).double().reshape(rest)) if margins else logps
+    return replace(logps, target_margins=torch.linspace(-0.5, 1.5, pairs).double().reshape(rest)) if margins else logps
 
 
 def columns(logps: PairLogps) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def test_losses_match_loop_over_pairs(name: str, codes: int | None, margins: boo
     expected = []
     for pair in range(5):
         numbers = [column.reshape(-1)[pair] for column in rest]
-        margin = 0.0 if logps.margins is None else logps.margins.flatten()[pair].item()
+        margin = 0.0 if logps.target_margins is None else logps.target_margins.flatten()[pair].item()
         for code in range(codes or 1):
             policies = [leaf.reshape(5, -1)[pair, code] for leaf in leaves]
             expected.append(naive(name, *policies, *numbers, margin))
@@ -195,7 +195,7 @@ def swapped(logps: PairLogps) -> PairLogps:
         logps.reference_chosen,
         logps.rejected_lengths,
         logps.chosen_lengths,
-        logps.margins,
+        logps.target_margins,
     )
 
 
@@ -259,14 +259,14 @@ def test_dpo_mixture_with_margins() -> None:
     """The likelihood of a label under a code is sigmoid(beta D - m). Against a loop in plain exponentials."""
     logps = random_logps(6, codes=3, margins=True)
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    assert logps.margins is not None
+    assert logps.target_margins is not None
     mixture = dpo_loss(logps, 0.1).of_mixture(weights.log().expand(6, 3))
     for pair in range(6):
         chance = 0.0
         for code in range(3):
             chosen = logps.policy_chosen[pair, code] - logps.reference_chosen[pair, 0]
             rejected = logps.policy_rejected[pair, code] - logps.reference_rejected[pair, 0]
-            offset = 0.1 * float(chosen - rejected) - float(logps.margins[pair, 0])
+            offset = 0.1 * float(chosen - rejected) - float(logps.target_margins[pair, 0])
             chance += float(weights[code]) / (1 + math.exp(-offset))
         assert float(mixture[pair]) == pytest.approx(-math.log(chance), rel=1e-12)
 

@@ -15,8 +15,9 @@ from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
-from lpc_lightning.evaluation.accuracy.accuracy_modes import LENGTH_SCALES, AccuracyModes, Group
+from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, Group
 from lpc_lightning.evaluation.accuracy.collect import Collector, CollectPairs
+from lpc_lightning.evaluation.accuracy.mode_margins import LENGTH_SCALES
 from lpc_lightning.evaluation.accuracy.pair_table import Row
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.latent import LatentTerms

@@ -171,7 +171,7 @@ class StylePairs:
 
     def _rows(self, report: DataReport) -> Iterator[tuple[str, Row]]:
         source = self.rows
-        own = source.split if open_location(source.path).splits is not None else None
+        own = source.split if open_location(source.path).has_splits else None
         rows = read_rows(source.path, split=own, on_bad=report.count_unread)
         return iter(rows if own or not source.split else select_split(rows, source.split, source.split_column))
 
@@ -231,7 +231,7 @@ FORMS = (RM_BENCH, REWARD_BENCH, PLAIN)
 def find_form(path: str) -> PairForm:
     """Return the form of a file, by its first row."""
     location = open_location(path)
-    split = None if location.splits is None else next(iter(location.splits))
+    split = next(iter(location.own_splits()), None)
     rows = location.rows(split, lambda place, fault: None)
     row = next((row for _, row in rows), {})
     return next(form for form in FORMS if form.matches(row))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-from jsonargparse import ArgumentError, ArgumentParser
 
 from lpc_lightning.data import DataError, PreferenceDataModule, PreferenceMixture
 from lpc_lightning.data.preference_data import StageRows
@@ -14,12 +12,11 @@ from lpc_lightning.data.sources.locations import HubDataset, open_location
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.splits import pair_rank
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.inference.run_data import data_of_run
 from lpc_lightning.types import PreferenceExample
 
 KEY = "trained_on"
 """Entry of a task's record: the number of scored pairs that are training pairs of the run."""
-OWN = "lpc_lightning."
-"""Start of the class paths that a run's settings may name. They must not cause an import of other code."""
 
 
 def training_pairs(origin: Mapping[str, Any]) -> frozenset[int] | None:
@@ -29,21 +26,19 @@ def training_pairs(origin: Mapping[str, Any]) -> frozenset[int] | None:
         origin: Result of `checkpoint_origin`, or `training.json` of an exported folder under the key `training`.
 
     Returns:
-        None if they cannot be known here: no data is recorded, its files are gone, it is from a hub, or its class
-        belongs to another package.
+        None if they cannot be known here: no data is recorded, its files are gone, it is from a hub, or
+        `data_of_run` refuses it.
     """
     settings = origin.get("training", origin).get("data")
-    if not isinstance(settings, dict) or not all(path.startswith(OWN) for path in _class_paths(settings)):
+    if settings is None:
         return None
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(PreferenceDataModule, "data")
     try:
-        data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
+        data = data_of_run(settings)
         if any(_is_on_hub(rows) for rows in _rows(data)):
             return None
         source = data.source("train")
         return None if source is None else frozenset(_hash(example) for example in source.read(DataReport()))
-    except (ArgumentError, ConfigError, DataError, OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (ConfigError, DataError, OSError, ValueError):
         return None
 
 
@@ -76,16 +71,6 @@ def overlaps(records: Mapping[str, Any]) -> list[str]:
         for task, record in records.items()
         if record.get(KEY)
     ]
-
-
-def _class_paths(settings: Any) -> Iterator[str]:
-    if isinstance(settings, dict):
-        if "class_path" in settings:
-            yield str(settings["class_path"])
-        settings = list(settings.values())
-    if isinstance(settings, list):
-        for each in settings:
-            yield from _class_paths(each)
 
 
 def _rows(data: PreferenceDataModule) -> list[StageRows]:

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_codes, pair_labels, split_codes
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, Table, single_code
-from lpc_lightning.latent import DiscreteSpace, GaussianSpace, LatentSpace
-from lpc_lightning.latent.estimators import PosteriorSpace
-from lpc_lightning.types import PairLosses, PreferenceBatch, prompt_hash
+from lpc_lightning.latent import LatentSpace
+from lpc_lightning.types import PreferenceBatch, prompt_hash
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,12 @@ class AnnotatedPairsTable(nn.Module):
         """
         terms, states, score = evaluated["terms"], evaluated["states"], evaluated["score"]
         # The columns must be the same in every batch and on every device, including a batch without labelled pairs.
-        numbers = {"prior": _margins(terms.pairs)}
+        numbers = {"prior": terms.pairs.margins}
         if terms.z is not None:
-            numbers["no_latent"] = _margins(score.under(None)[0])
-        if isinstance(space, DiscreteSpace):
-            codes = space.codebook.weight
-            numbers |= split_codes("log_prior", space.log_prior(states.prompt))
-            numbers |= split_codes("losses", -score.under_codes(codes)[0].label_log_likelihood)
-            numbers |= split_codes("swapped", -score.swapped().under_codes(codes)[0].label_log_likelihood)
-        if isinstance(space, PosteriorSpace):
-            numbers |= split_codes("log_posterior", space.log_posterior(states, score))
-        if isinstance(space, GaussianSpace):
-            numbers |= split_codes("prior_mean", space.prior_mean(states.prompt))
-            numbers |= split_codes("posterior_mean", space.posterior_mean(states))
+            numbers["no_latent"] = score.under(None)[0].margins
+        if space is not None:
+            for name, values in space.adaptation_values(states, score, score.swapped()).items():
+                numbers |= split_codes(name, values)
         labels = pair_labels(batch)
         for row, answers in zip(labels, _answers(batch), strict=True):
             row["answers"] = answers
@@ -126,10 +118,6 @@ class AnnotatedPairsTable(nn.Module):
 def _pair(row: Row) -> tuple[str, str]:
     chosen, rejected = row["answers"]
     return chosen, rejected
-
-
-def _margins(pairs: PairLosses) -> Tensor:
-    return pairs.chosen_rewards - pairs.rejected_rewards
 
 
 def _answers(batch: PreferenceBatch) -> list[list[str]]:

@@ -27,11 +27,11 @@ from lpc_lightning.evaluation.comparison.command import name_models
 from lpc_lightning.evaluation.figures import Plot, write_plots
 from lpc_lightning.evaluation.line_panels import Line, describe_lines
 from lpc_lightning.evaluation.tables import score
+from lpc_lightning.files.json_files import write_text
 from lpc_lightning.files.markdown import markdown_table
 from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
-from lpc_lightning.latent import DiscreteSpace, GaussianSpace
 
 ROW_NAMES = {
     f"exact{UNDER_Z}": "exact, under z",
@@ -143,7 +143,7 @@ def adapt(
             template = trained_template(origin)
             pairs = open_pairs(split, template)
             module = open_module(path, device, trust_remote_code)
-            if len(named) == 1 and not isinstance(module.latent, DiscreteSpace | GaussianSpace):
+            if len(named) == 1 and (module.latent is None or not module.latent.num_codes):
                 raise ConfigError(
                     f"models: found no codes in {path}, so that nothing can be inferred from labelled pairs; expected "
                     "a checkpoint of a latent with codes, such as MarginalSpace."
@@ -211,7 +211,7 @@ def _write(
 ) -> None:
     sentences = [*left_out(reports, shots), *overlaps]
     text = "\n".join([table(reports, shots), *(f"\n{sentence}" for sentence in sentences)])
-    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / TABLE, text + "\n")
     lines = panels(reports)
     figure = draw_adaptation(lines, sorted(set(shots)), None, "accuracy")
     plot = Plot("adaptation", TITLE, figure, describe_lines(TITLE, lines, to_shots), "Bands: 95 % over prompts.")

@@ -13,7 +13,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, pair_labels
 from lpc_lightning.evaluation.adaptation.inference import Table, correct
 from lpc_lightning.evaluation.adaptation.scores import PairKey, Score, mean_score
-from lpc_lightning.latent import DiscreteSpace, GaussianSpace, LatentSpace
+from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import PreferenceBatch
 
 UNDER_Z = "_z"
@@ -49,17 +49,17 @@ class PolicyUnderMixtures(nn.Module):
             batch: The same batch.
             space: The module's latent space, which has a codebook.
         """
-        assert isinstance(space, DiscreteSpace | GaussianSpace)
-        codes, labels = space.codebook.weight, pair_labels(batch)
+        assert space is not None
+        labels, parameter = pair_labels(batch), next(space.parameters())
         keys = [(str(row[self.column]), str(row["id"])) for row in labels]
-        zeros = np.zeros(len(codes))
+        zeros = np.zeros(space.num_codes)
         margins: dict[str, Tensor] = {}
         for inference, by_shots in self.mixtures.items():
             for n, mixtures in by_shots.items():
                 weights = np.stack([mixtures.get(key, zeros) for key in keys])
-                z = space.codebook(torch.as_tensor(weights, dtype=codes.dtype, device=codes.device))
+                z = space.mix(torch.as_tensor(weights, dtype=parameter.dtype, device=parameter.device))
                 pairs, _ = evaluated["score"].under(z)
-                margins[f"{inference}/{n}"] = pairs.chosen_rewards - pairs.rejected_rewards
+                margins[f"{inference}/{n}"] = pairs.margins
         self.table.update(margins, labels)
 
     def scores(self) -> dict[str, dict[int, Score]]:

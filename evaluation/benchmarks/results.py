@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from lpc_lightning.files.json_files import write_pieces, write_text
 
 RESULTS = "results.json"
 ITEMS = "items.jsonl"
@@ -59,10 +60,10 @@ def write_results(folder: Path, results: BenchmarkResults, origin: Mapping[str, 
         The path of `results.json`. The file is strict JSON: numbers that are not finite become null.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / ITEMS, (_json(item) + "\n" for item in results.items))
+    write_pieces(folder / ITEMS, (_json(item) + "\n" for item in results.items))
     content = {"origin": origin, "metrics": results.metrics, "failures": results.failures, **results.record}
     path = folder / RESULTS
-    _write_atomically(path, [_json(content, indent=1), "\n"])
+    write_text(path, _json(content, indent=1) + "\n")
     return path
 
 
@@ -80,19 +81,6 @@ def read_results(folder: Path) -> BenchmarkResults:
 
 def _null_to_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: math.nan if value is None else value for name, value in metrics.items()}
-
-
-def _write_atomically(path: Path, pieces: Iterable[str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # UTF-8 cannot encode a lone surrogate. backslashreplace writes the JSON escape instead.
-        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _json(value: Any, indent: int | None = None) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
 
+from lpc_lightning.data.sources.progress_bars import hidden_progress_bars
 from lpc_lightning.evaluation.named_files import describe_files
 
 # lm-eval and datasets take a second each to import. Importing the callbacks must not import them.
@@ -121,7 +122,7 @@ def load_tasks(name: str, data_dir: str | None = None, manager: TaskManager | No
             return manager.load([name])
     files = {split: str(file.absolute()) for split, file in LOCAL_DATA[name].files(Path(data_dir)).items()}
     # `datasets` would reuse cached data of a changed file with the same path and time. An empty cache prevents this.
-    with tempfile.TemporaryDirectory() as cache, no_network(), _hidden_progress_bars():
+    with tempfile.TemporaryDirectory() as cache, no_network(), hidden_progress_bars():
         options = {"data_files": files, "cache_dir": cache, "keep_in_memory": True}
         data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": options}
         # Inside a group, lm-eval merges these settings into its own task. Outside, they would define a new task.
@@ -179,17 +180,3 @@ def no_network() -> Iterator[None]:
     finally:
         for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value
-
-
-@contextmanager
-def _hidden_progress_bars() -> Iterator[None]:
-    """Hide the three progress bars that `datasets` shows per task. Reading local files takes almost no time."""
-    import datasets
-
-    were_hidden = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_hidden:
-            datasets.enable_progress_bars()

@@ -7,13 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.columns import Columns
-from lpc_lightning.errors import ConfigError, one_line
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, PairKey, find_examples
@@ -30,7 +28,7 @@ from lpc_lightning.inference.generate import conditions
 from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_module, short_name, view_module
 from lpc_lightning.inference.prompts import Prompt, text_prompt
-from lpc_lightning.latent import DiscreteSpace
+from lpc_lightning.inference.run_data import data_of_run
 from lpc_lightning.types import PreferenceExample
 
 MOST_ANSWERS = 8
@@ -128,7 +126,7 @@ def explain(
                 data.template_settings = trained_template(origin)
             module = open_module(path, device, trust_remote_code)
             space = module.latent
-            if not isinstance(space, DiscreteSpace):
+            if space is None or not space.has_codes:
                 found = "no latent" if space is None else f"the latent {type(space).__name__}, which has no codes,"
                 raise ConfigError(
                     f"checkpoints: found {found} in {path}, expected one with codes, such as MarginalSpace."
@@ -138,7 +136,7 @@ def explain(
             collector, stage = ExplanationPairs(), _stage(preferences)
             print(f"{path}: {evaluate_pairs(module, data, collector, stage, precision)}")
             head = module.policy.head
-            explanation = collector.explain(space, head, module.tokenizer, tokens, examples, whole_vocabulary)
+            explanation = collector.explain(space.codes, head, module.tokenizer, tokens, examples, whole_vocabulary)
             assert explanation is not None  # without pairs, evaluate_pairs raises an error
             explanation = explanation.with_texts(_examples(data, stage, explanation.shown_pairs))
             answered = None
@@ -155,23 +153,16 @@ def _run_data(path: Path) -> PreferenceDataModule:
     """Make the data of the run that wrote a checkpoint.
 
     Raises:
-        ConfigError: The run has no config with data, or the data does not take its settings.
+        ConfigError: The run has no config with data, or its data cannot be made here.
     """
     settings = run_config(path).get("data")
     expected = "Give a file of pairs: --preferences pairs.jsonl."
     if not settings:
         raise ConfigError(f"preferences: found no config.yaml with data in {run_folder(path)}. {expected}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(PreferenceDataModule, "data")
     try:
-        data: PreferenceDataModule = parser.instantiate(parser.parse_object({"data": settings})).data
-    except (ArgumentError, ValueError, TypeError) as error:
-        reason = one_line(error)
-        raise ConfigError(
-            f"preferences: found data settings in {run_folder(path)}/config.yaml that cannot be used ({reason}). "
-            f"{expected}"
-        ) from error
-    return data
+        return data_of_run(settings)
+    except ConfigError as error:
+        raise ConfigError(f"preferences: {run_folder(path)}/config.yaml: {error}. {expected}") from error
 
 
 def _stage(preferences: str | None) -> Literal["validation", "test"]:

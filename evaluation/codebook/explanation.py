@@ -19,8 +19,8 @@ from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_codes, pair_labels, split_codes
 from lpc_lightning.evaluation.codebook.code_labels import CodeLabel, ColumnMatch, label_codes, match_columns
 from lpc_lightning.evaluation.codebook.code_tokens import TokenShift, code_tokens
-from lpc_lightning.latent import DiscreteSpace, LatentSpace
-from lpc_lightning.types import LogitHead, PairLosses, PreferenceBatch, PreferenceExample
+from lpc_lightning.latent import LatentSpace
+from lpc_lightning.types import LogitHead, PreferenceBatch, PreferenceExample
 
 COLUMNS = ("factor", "annotator", "source")
 """Columns that may name the codes. If several match equally well, the first one does."""
@@ -142,13 +142,15 @@ class ExplanationPairs(nn.Module):
             batch: The same batch.
             space: The module's latent space. Nothing is added if it has no codes.
         """
-        if not isinstance(space, DiscreteSpace):
+        if space is None or not space.has_codes:
             return
         states, score = evaluated["states"], evaluated["score"]
-        numbers = {"margin": _margins(evaluated["terms"].pairs)}
-        numbers["exact_code"] = space.log_exact_posterior(states, score).argmax(-1)
-        numbers |= split_codes("log_prior", space.log_prior(states.prompt))
-        numbers |= split_codes("margin", _margins(score.under_codes(space.codebook.weight)[0]))
+        prior, posterior = space.log_prior(states.prompt), space.log_exact_posterior(states, score)
+        assert prior is not None  # the space has codes
+        assert posterior is not None
+        numbers = {"margin": evaluated["terms"].pairs.margins, "exact_code": posterior.argmax(-1)}
+        numbers |= split_codes("log_prior", prior)
+        numbers |= split_codes("margin", score.under_codes(space.codes)[0].margins)
         self.table.update(numbers, pair_labels(batch))
         self.tokens.update(batch)
 
@@ -159,7 +161,7 @@ class ExplanationPairs(nn.Module):
 
     def explain(
         self,
-        space: DiscreteSpace,
+        codes: Tensor,
         head: LogitHead,
         tokenizer: PreTrainedTokenizerBase,
         tokens: int = 10,
@@ -169,7 +171,7 @@ class ExplanationPairs(nn.Module):
         """Explain the codes by all pairs since the last call, from all devices, and remove the pairs.
 
         Args:
-            space: The latent space.
+            codes: (K, d) the codes of the latent space.
             head: The policy's head.
             tokenizer: The policy's tokenizer.
             tokens: Tokens that a code raises, and tokens that it lowers, at most.
@@ -193,8 +195,8 @@ class ExplanationPairs(nn.Module):
         if matches and matches[0].names_codes:
             best = matches[0]
             labels = label_codes(by_choice[best.codes_by], [row[best.column] for row in rows], best.column)
-        shifts = code_tokens(head, space.codebook.weight, tokenizer, tokens, among)
-        codes = [
+        shifts = code_tokens(head, codes, tokenizer, tokens, among)
+        explained = [
             CodeExplanation(
                 code=code,
                 share=float(prior[:, code].mean()),
@@ -207,7 +209,7 @@ class ExplanationPairs(nn.Module):
             )
             for code, (raised, lowered) in enumerate(shifts)
         ]
-        return Explanation(len(rows), codes, matches, whole_vocabulary)
+        return Explanation(len(rows), explained, matches, whole_vocabulary)
 
 
 def find_examples(source: ExampleSource, pairs: Iterable[PairKey]) -> dict[PairKey, PreferenceExample]:
@@ -247,7 +249,3 @@ def _ranked(values: NDArray[np.float64], rows: Sequence[Row]) -> list[int]:
 
 def _key(row: Row) -> PairKey:
     return str(row["id"]), str(row["annotator"]), str(row["source"])
-
-
-def _margins(pairs: PairLosses) -> Tensor:
-    return pairs.chosen_rewards - pairs.rejected_rewards

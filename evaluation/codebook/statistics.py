@@ -24,7 +24,7 @@ from lpc_lightning.evaluation.codebook.mutual_information import (
     shuffled_mean,
 )
 from lpc_lightning.evaluation.codebook.recovery import STATISTICS
-from lpc_lightning.latent import DiscreteSpace, LatentSpace
+from lpc_lightning.latent import LatentSpace
 from lpc_lightning.latent.discrete import categorical_kl
 from lpc_lightning.seeding import derive
 from lpc_lightning.types import PreferenceBatch
@@ -115,7 +115,7 @@ class CodebookStatistics(nn.Module):
             most_points: Maximum number of pairs whose z is kept.
         """
         super().__init__()
-        codes = space.num_codes if isinstance(space, DiscreteSpace) else 0
+        codes = space.num_codes if space is not None and space.has_codes else 0
         self.table, self.means, self.sample = PairTable(), PairMeans(), PointSample(most_points)
         self.prior, self.posterior = CodeMass(codes), CodeMass(codes)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from lpc_lightning.evaluation.comparison.model_scores import Measure, ModelScores
 from lpc_lightning.evaluation.statistics.significance import PairedTest, holm, paired_test
 from lpc_lightning.evaluation.tables import p_value, score
+from lpc_lightning.files.json_files import write_json, write_text
 from lpc_lightning.files.markdown import markdown_table
 
 LEVEL = 0.05
@@ -177,8 +177,8 @@ def to_rows(comparison: Comparison) -> list[dict[str, Any]]:
 def write_comparison(folder: Path, comparison: Comparison, name: str = "comparison") -> None:
     """Write `comparison.md`, `comparison.csv` and `comparison.json` into an existing folder, or under another name."""
     rows = to_rows(comparison)
-    (folder / f"{name}.md").write_text(to_markdown(comparison) + "\n", encoding="utf-8")
-    (folder / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / f"{name}.md", to_markdown(comparison) + "\n")
+    write_json(folder / f"{name}.json", rows)
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]) if rows else [])
         table.writeheader()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.files.json_files import write_text
 from lpc_lightning.files.markdown import markdown_table
 
 TABLE = "reward_benchmarks"
@@ -38,7 +39,7 @@ def write_score_tables(folder: Path, records: Mapping[str, Any]) -> None:
     tables = score_tables(records)
     if not tables:
         return
-    (folder / f"{TABLE}.md").write_text("\n\n".join(tables.values()) + "\n", encoding="utf-8")
+    write_text(folder / f"{TABLE}.md", "\n\n".join(tables.values()) + "\n")
     with (folder / f"{TABLE}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "form", "score", "mode", "scale", "value"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.files.json_files import write_text
 from lpc_lightning.files.markdown import escape_markdown, markdown_table
 
 NO_VALUE = "-"
@@ -94,8 +95,8 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def write_table(folder: Path, table: Table) -> None:
     """Write NAME.md, NAME.csv and NAME.tex into an existing folder."""
-    (folder / f"{table.name}.md").write_text(to_markdown(table), encoding="utf-8")
-    (folder / f"{table.name}.tex").write_text(to_latex(table), encoding="utf-8")
+    write_text(folder / f"{table.name}.md", to_markdown(table))
+    write_text(folder / f"{table.name}.tex", to_latex(table))
     write_csv(folder / f"{table.name}.csv", table.records)
 
 

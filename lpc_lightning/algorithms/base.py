@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,7 +27,7 @@ from lpc_lightning.algorithms.run_length import compare_run_length, run_length, 
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.latent import DiscreteSpace, LatentSpace, LatentTerms
+from lpc_lightning.latent import LatentSpace, LatentTerms
 from lpc_lightning.losses import add_nll, weighted_mean
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.policy.causal import BatchForward
@@ -132,20 +133,22 @@ class PreferenceModule(PolicyModule):
         pairs = self.label_loss(logps, reliability)
         return add_nll(pairs, logps, self.nll_weight) if self.nll_weight else pairs
 
-    def check_settings(self, margins: Tensor | None = None) -> None:
+    def check_settings(self, target_margins: Tensor | None = None) -> None:
         """Compute the loss of one pair, so that invalid settings raise an error before the first step.
 
         Args:
-            margins: (1,) a margin. None: the pair has none.
+            target_margins: (1,) a margin. None: the pair has none.
 
         Raises:
             ValueError: A setting of the loss is out of range, or the loss takes no margins.
         """
         logps = PairLogps(*torch.zeros(6, 1, device="cpu"))
-        self.label_loss(replace(logps, margins=margins))
+        self.label_loss(replace(logps, target_margins=target_margins))
 
     def setup(self, stage: str) -> None:
         """Prepare for a run. Forget the progress in a checkpoint that was loaded before the run, for its weights.
+
+        Also forget the half-filled sums of an earlier run that was interrupted.
 
         Raises:
             ConfigError: Pairs have margins, and the loss takes none.
@@ -159,8 +162,18 @@ class PreferenceModule(PolicyModule):
                 raise ConfigError(f"model: {error}") from error
         self._resumed, self.warm_start_result = {}, None
         self._losses, self._code_range = RecentLosses(), None
-        if stage == "fit" and self.robust_loss is not None:
-            self.robust_loss.reset()
+        self._forget_unfinished_run()
+        if stage == "fit":
+            self.train()  # an interrupted validation leaves the module in evaluation mode
+            if self.robust_loss is not None:
+                self.robust_loss.reset()
+
+    def _forget_unfinished_run(self) -> None:
+        if self._built:
+            for metrics in (self.train_metrics, self.val_metrics, self.test_metrics):
+                metrics.reset()
+        if self.latent is not None:
+            self.latent.forget_unread()
 
     # The step
 
@@ -221,7 +234,7 @@ class PreferenceModule(PolicyModule):
     def _check_annotators(self) -> None:
         """Refuse `latent.annotators` if the training pairs name no annotator."""
         data = preference_data(self.trainer)
-        shares = isinstance(self.latent, DiscreteSpace) and self.latent.annotators
+        shares = self.latent is not None and self.latent.annotators
         if shares and data is not None and not any(data.training_pairs.annotators):
             raise ConfigError(
                 f"latent.annotators: found true, and no annotator in {len(data.training_pairs)} training pairs, "
@@ -247,15 +260,15 @@ class PreferenceModule(PolicyModule):
             self.train_metrics.update(terms, forward.states, weights=batch.weights)
             if is_optimizer_step(self.trainer, batch_idx):
                 self._log_training()
-        margins = terms.pairs.chosen_rewards - terms.pairs.rejected_rewards
         weight = window_weight(self.trainer, batch.pairs, batch_idx, batch.weights)
-        return {"loss": (loss * weight).to(loss.dtype), "losses": losses.detach(), "margins": margins, "logged": logged}
+        loss = (loss * weight).to(loss.dtype)
+        return {"loss": loss, "losses": losses.detach(), "margins": terms.pairs.margins, "logged": logged}
 
     def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
         """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
         assert self.robust_loss is not None
-        if terms.pairs.right is not None:
-            self.robust_loss.observe(batch.annotators, terms.pairs.right)
+        if terms.pairs.label_correct is not None:
+            self.robust_loss.observe(batch.annotators, terms.pairs.label_correct)
         penalty = terms.penalty
         if isinstance(penalty, Tensor):
             penalty = weighted_mean(penalty, batch.weights)
@@ -308,7 +321,7 @@ class PreferenceModule(PolicyModule):
             "ids": batch.ids,
             "rewards/chosen": pairs.chosen_rewards,
             "rewards/rejected": pairs.rejected_rewards,
-            "rewards/margins": pairs.chosen_rewards - pairs.rejected_rewards,
+            "rewards/margins": pairs.margins,
             "prior": None if terms.prior is None else terms.prior.exp(),
         }
 
@@ -347,9 +360,9 @@ class PreferenceModule(PolicyModule):
 
     def _measure_code_range(self) -> dict[str, Tensor]:
         """Compute the current range of the codes' logits, on the device. Empty if training does not use it."""
-        if not (isinstance(self.latent, DiscreteSpace) and self.latent.scores_codes):
+        if self.latent is None or not self.latent.scores_codes:
             return {}
-        return {"code_range": code_range(self.policy.head, self.latent.codebook.weight)}
+        return {"code_range": code_range(self.policy.head, self.latent.codes)}
 
     def _latest_code_range(self) -> float | None:
         """Return the range of the last logged step. The first step of a run computes it and waits for the device."""
@@ -398,6 +411,8 @@ class PreferenceModule(PolicyModule):
         """
         if not self._built:
             self._build()
+        if self._trainer is not None and isinstance(self._trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning does so after it has loaded the weights, which float32 would round
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
         self._resumed = {name: checkpoint[name] for name in RESUMED if name in checkpoint}

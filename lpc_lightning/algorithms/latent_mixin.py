@@ -68,7 +68,7 @@ class BatchScorer:
         reference: Tensor | None,
         loss: Callable[[PairLogps], PairLosses],
         code_range: float | None = None,
-        margins: Tensor | None = None,
+        target_margins: Tensor | None = None,
     ) -> None:
         """Keep the values that do not depend on z.
 
@@ -78,9 +78,9 @@ class BatchScorer:
             reference: (2B,) log-probabilities under the reference. None for an algorithm without a reference.
             loss: The preference loss.
             code_range: See `token_logps_per_code`.
-            margins: (B,) margins that the loss asks for. None: 0.
+            target_margins: (B,) target margins of the loss. None: 0.
         """
-        self._margins = margins
+        self._target_margins = target_margins
         self._forward, self._lengths, self.reference, self._loss = forward, lengths, reference, loss
         # Several values of a batch are computed under the same codes. They share one pass through the head.
         self._logps_per_code = lru_cache(maxsize=1)(partial(forward.logps_per_code, code_range=code_range))
@@ -88,13 +88,13 @@ class BatchScorer:
 
     def under(self, z: Tensor | None) -> tuple[PairLosses, PairLogps]:
         """Compute (B,) losses and log-probabilities with z (B, d) added before the head. None: the plain policy."""
-        return self._score(self._forward.logps(z), self._lengths, self.reference, self._margins)
+        return self._score(self._forward.logps(z), self._lengths, self.reference, self._target_margins)
 
     def under_codes(self, codes: Tensor) -> tuple[PairLosses, PairLogps]:
         """Compute (B, K) losses and log-probabilities under every code of `codes` (K, d)."""
         reference = None if self.reference is None else self.reference[:, None]
-        margins = None if self._margins is None else self._margins[:, None]
-        return self._score(self._logps_per_code(codes), self._lengths[:, None], reference, margins)
+        target_margins = None if self._target_margins is None else self._target_margins[:, None]
+        return self._score(self._logps_per_code(codes), self._lengths[:, None], reference, target_margins)
 
     def rescaled(self, scale: Callable[[PairLogps], PairLogps]) -> BatchScorer:
         """Return a scorer whose loss receives rescaled log-probabilities. It shares those per code."""
@@ -109,18 +109,19 @@ class BatchScorer:
     def swapped(self) -> BatchScorer:
         """Return a scorer of the same pairs with the opposite labels. It shares the log-probabilities per code.
 
-        The margins are the same: the loss asks them of the other answer (see `PreferenceExample.margin`).
+        The target margins are the same, now for the other answer (see `PreferenceExample.margin`).
         """
         other = copy.copy(self)
         other._swapped = not self._swapped
         return other
 
     def _score(
-        self, policy: Tensor, lengths: Tensor, reference: Tensor | None, margins: Tensor | None
+        self, policy: Tensor, lengths: Tensor, reference: Tensor | None, target_margins: Tensor | None
     ) -> tuple[PairLosses, PairLogps]:
         of_chosen, of_rejected = (None, None) if reference is None else self._pair(reference.to(policy.dtype))
-        margins = None if margins is None else margins.to(policy.dtype)
-        logps = PairLogps(*self._pair(policy), of_chosen, of_rejected, *self._pair(lengths.to(policy.dtype)), margins)
+        lengths = lengths.to(policy.dtype)
+        margins = None if target_margins is None else target_margins.to(policy.dtype)
+        logps = PairLogps(*self._pair(policy), of_chosen, of_rejected, *self._pair(lengths), margins)
         return self._loss(logps), logps
 
     def _pair(self, values: Tensor) -> tuple[Tensor, Tensor]:

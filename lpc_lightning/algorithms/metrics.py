@@ -31,13 +31,12 @@ def accuracies(margins: Tensor) -> Tensor:
 def pair_values(terms: LatentTerms) -> dict[str, Tensor]:
     """Return the values (B,) whose means over pairs are metrics."""
     pairs, logps = terms.pairs, terms.logps
-    margins = pairs.chosen_rewards - pairs.rejected_rewards
     return {
         "loss": (pairs.losses + terms.penalty).detach(),
         "rewards/chosen": pairs.chosen_rewards,
         "rewards/rejected": pairs.rejected_rewards,
-        "rewards/margins": margins,
-        "rewards/accuracies": accuracies(margins),
+        "rewards/margins": pairs.margins,
+        "rewards/accuracies": accuracies(pairs.margins),
         "logps/chosen": logps.policy_chosen.detach(),
         "logps/rejected": logps.policy_rejected.detach(),
     }
@@ -245,12 +244,16 @@ class PreferenceMetrics(torch.nn.Module):
         values: dict[str, float | Tensor] = {**means, **self.settings}
         if self.use is not None:
             values |= self.use.compute()
-            self.use.reset()
         if self.by_source is not None:
             values |= self.by_source.compute()
-            self.by_source.reset()
-        self.means.reset()
+        self.reset()
         return values
+
+    def reset(self) -> None:
+        """Remove all batches."""
+        for metric in (self.means, self.use, self.by_source):
+            if metric is not None:
+                metric.reset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,6 @@ from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.distributed.build_sharded import build_sharded
 from lpc_lightning.distributed.sharding import check_strategy, policies_of, set_micro_batch_size, shard
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.latent import DiscreteSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec
 from lpc_lightning.reference.cached import CachedReference
 from lpc_lightning.reference.live import FrozenModel, Reference, live_reference
@@ -106,7 +105,7 @@ class PolicyModule(LatentMixin, LightningModule):
         else:
             mesh = self.device_mesh["data_parallel"]
             build_sharded(self, PARTS, self._make_parts, partial(self._shard, mesh), mesh)
-        codes = self.latent.num_codes if isinstance(self.latent, DiscreteSpace) else None
+        codes = self.latent.num_codes if self.latent is not None and self.latent.has_codes else None
         self.train_metrics, self.val_metrics, self.test_metrics = (PreferenceMetrics(codes) for _ in range(3))
         self._trained = trained_shapes(self)
         self._built = True

@@ -317,10 +317,18 @@ class PreferenceDataModule(LightningDataModule):
 
     def _training_batches(self) -> TrainingBatches:
         default = Balanced() if self._on_gpu and self.layout != "padded" else Shuffled()
-        return self.training_batches(self.pairs["train"], run_seed(), *self._place, default)
+        assert self.trainer is not None
+        repeats = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set by Lightning
+        return self.training_batches(self.pairs["train"], run_seed(), *self._place, default, repeats)
 
     def training_batches(
-        self, pairs: TokenStore, seed: int, rank: int = 0, devices: int = 1, default: BatchOrder | None = None
+        self,
+        pairs: TokenStore,
+        seed: int,
+        rank: int = 0,
+        devices: int = 1,
+        default: BatchOrder | None = None,
+        repeats: bool = False,
     ) -> TrainingBatches:
         """Plan the training batches of a device. Needs no trainer.
 
@@ -330,13 +338,14 @@ class PreferenceDataModule(LightningDataModule):
             rank: Index of the device.
             devices: Number of devices.
             default: Order if `data.batch_order` is null. None: `Shuffled`.
+            repeats: See `TrainingBatches`.
 
         Raises:
             DataError: The pairs lack what the order needs, such as annotators.
         """
         order = self.batch_order or default or Shuffled()
         order.check_pairs(pairs)
-        return TrainingBatches(pairs, self.batch_size, seed, rank, devices, order)
+        return TrainingBatches(pairs, self.batch_size, seed, rank, devices, order, repeats)
 
     @property
     def pairs_per_annotator(self) -> int | None:

@@ -5,29 +5,40 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lpc_lightning.errors import DamagedFileError, one_line
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its target and rename it. A process that is killed meanwhile leaves the earlier file.
+def write_pieces(path: Path, pieces: Iterable[str]) -> None:
+    """Write a file beside its target, wait until it is on the disk, and rename it.
+
+    A process that is killed meanwhile, and a loss of power, leave the earlier file.
 
     Args:
         path: Target. Its folder exists.
-        text: Content, written in UTF-8. Half of a surrogate pair, which UTF-8 cannot encode, becomes an escape.
+        pieces: Content, written in UTF-8. Half of a surrogate pair, which UTF-8 cannot encode, becomes an escape.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text as `write_pieces` does."""
+    write_pieces(path, [text])
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file as `write_text` does."""
+    """Write a JSON file as `write_pieces` does."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 

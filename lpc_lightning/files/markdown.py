@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def escape_markdown(text: str) -> str:
@@ -21,18 +21,24 @@ def code_span(text: str) -> str:
     return f"{fence}{space}{line}{space}{fence}"
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+def markdown_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: int = 1,
+    escape: Callable[[str], str] = escape_markdown,
+) -> str:
     """Format a Markdown table, with each column padded to one width.
 
     Args:
         header: Names of the columns.
         rows: Rows with one cell for each column.
         left: Number of columns, from the left, that are left-aligned. The others are right-aligned, for numbers.
+        escape: Function from a cell to one line of Markdown. `str` for cells that are Markdown.
 
     Returns:
-        The table without a final line break. In a cell, "|" and HTML are escaped, and a line break becomes a space.
+        The table without a final line break. In a cell, "|" is escaped.
     """
-    lines = [[escape_markdown(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    lines = [[escape(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True)]
     rule = ["-" * width if index < left else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
     return "\n".join(

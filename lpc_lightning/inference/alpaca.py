@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.files.json_files import write_json
 from lpc_lightning.files.output_paths import check_file, claim_output_file
 from lpc_lightning.inference.fingerprint import weights_of
 from lpc_lightning.inference.generate import conditions
@@ -90,7 +90,7 @@ def alpaca(
                 unfinished += not answer.finished
                 bar.update()
                 if len(rows) % batch_size == 0 or len(rows) == len(requested):
-                    _write(path, rows)
+                    write_json(path, rows)
         if unfinished:
             print(f"{unfinished} answers were cut at {max_new_tokens} tokens or at the end of the context.")
         print(f"Wrote {path}. To judge it (a paid API): alpaca_eval --model_outputs {path}")
@@ -122,11 +122,11 @@ def _resume(path: Path, requested: Sequence[Row], settings: Mapping[str, Any]) -
     """Read the answers of an interrupted command. Check that instructions and settings are the same."""
     beside = path.with_suffix(".settings.json")
     if not path.exists():
-        beside.write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(beside, settings)
         return []
     advice = "Give another --output, or remove that file."
     try:
-        rows, written = json.loads(path.read_text(encoding="utf-8")), json.loads(beside.read_text())
+        rows, written = json.loads(path.read_text(encoding="utf-8")), json.loads(beside.read_text(encoding="utf-8"))
         if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
             raise ValueError("it holds no list of objects")
     except (OSError, ValueError) as error:
@@ -141,10 +141,3 @@ def _resume(path: Path, requested: Sequence[Row], settings: Mapping[str, Any]) -
     if len(rows) > len(requested):
         raise ConfigError(f"output: {path} holds {len(rows)} answers to {len(requested)} instructions. {advice}")
     return rows
-
-
-def _write(path: Path, rows: list[Row]) -> None:
-    """Replace the file in one step, so that an interruption leaves a complete file."""
-    half = path.with_name(path.name + ".part")
-    half.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(half, path)

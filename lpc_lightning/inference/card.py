@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lpc_lightning.data.tokenization.template import Template
-from lpc_lightning.files.markdown import code_span, escape_markdown
+from lpc_lightning.files.markdown import code_span, escape_markdown, markdown_table
 from lpc_lightning.inference.local_paths import without_folders
 from lpc_lightning.types import Message
 
@@ -222,7 +222,8 @@ def _training(origin: Mapping[str, Any]) -> str:
     rows.append(
         ("made with", ", ".join(f"{name} {version(name)}" for name in ("lpc-lightning", "torch", "transformers")))
     )
-    return "\n\n".join(["## Training", _table(("", ""), [row for row in rows if row[1] is not None])])
+    cells = [(name, str(value)) for name, value in rows if value is not None]
+    return "\n\n".join(["## Training", markdown_table(("", ""), cells, left=2, escape=str)])
 
 
 def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -236,7 +237,7 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         parts += [
             "On the run's validation pairs, at the end of the run (the checkpoint may be an earlier one of it):",
-            _table(("", "before training", "after"), measured),
+            markdown_table(("", "before training", "after"), measured, escape=str),
         ]
     for path, found in results.items():
         rows = [
@@ -249,7 +250,7 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
             of = (found.get("origin") or {}).get("path")
             parts += [
                 f"Benchmarks ({code_span(path)}{f', of {code_span(str(of))}' if of else ''}):",
-                _table(("task", "metric", "value", "standard error"), rows),
+                markdown_table(("task", "metric", "value", "standard error"), rows, left=2, escape=str),
             ]
     if len(parts) == 1:
         parts.append("None lay in the run's folder when this was exported.")
@@ -323,9 +324,3 @@ def _aligned(lines: Mapping[str, str]) -> list[str]:
     """Align the comments of lines of code."""
     width = max(map(len, lines))
     return [f"{line:<{width}}  # {why}" if why else line for line, why in lines.items()]
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    names = list(head)
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -2,7 +2,8 @@
 
 Latent Preference Coding (Gong et al., ICML 2025, arXiv 2505.04993). This file needs only torch, safetensors and
 transformers. It is part of every exported folder, so that
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without the project that trained it.
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without the project that trained it. It is
+one file, so that whoever allows remote code has one file to read.
 
 Letters: B prompts in a batch, q tokens of a call, d hidden width, V vocabulary, K codes. h_x (B, d) is the last hidden
 state (after the final norm, what enters the LM head) at the last token of a prompt.
@@ -95,7 +96,7 @@ class InferencePrior(nn.Module):
 
     @property
     def width(self) -> int:
-        """d."""
+        """Width d of z and of a hidden state."""
         raise NotImplementedError
 
     @property
@@ -144,7 +145,7 @@ class InferencePrior(nn.Module):
             )
         return weights.to(self.codebook).expand(rows, -1) @ self.codebook
 
-    def _refuse(self, mode: object, expected: str) -> ValueError:
+    def _mode_error(self, mode: object, expected: str) -> ValueError:
         return ValueError(f"prior_mode: found {mode!r}, expected {expected}.")
 
 
@@ -197,11 +198,11 @@ class DiscretePrior(InferencePrior, kind="discrete"):
 
     @property
     def width(self) -> int:
-        """d."""
+        """Width d of z and of a hidden state."""
         return self.codebook.shape[1]
 
     def log_prior(self, prompt: Tensor) -> Tensor:
-        """(B, K)."""
+        """Return log-probabilities (B, K) of the codes given h_x (B, d)."""
         with torch.autocast(prompt.device.type, enabled=False):
             return self.prior(prompt).log_softmax(-1)
 
@@ -213,7 +214,7 @@ class DiscretePrior(InferencePrior, kind="discrete"):
             weights = self.modes[str(mode)](log_prior)
         else:
             expected = f"one of {', '.join(self.modes)}, or the number of a code from 0 to {log_prior.shape[1] - 1}"
-            raise self._refuse(mode, expected)
+            raise self._mode_error(mode, expected)
         return weights.to(self.codebook.dtype) @ self.codebook
 
 
@@ -232,7 +233,7 @@ class GaussianPrior(InferencePrior, kind="gaussian"):
 
     @property
     def width(self) -> int:
-        """d."""
+        """Width d of z and of a hidden state."""
         return self.codebook.shape[1]
 
     def _taken(self, prompt: Tensor, mode: str | int) -> Tensor:
@@ -240,7 +241,7 @@ class GaussianPrior(InferencePrior, kind="gaussian"):
         if mode == "sample":
             mean = mean + log_std.exp() * torch.randn_like(mean)
         elif mode != "mean":
-            raise self._refuse(mode, "mean or sample: a Gaussian latent has no codes")
+            raise self._mode_error(mode, "mean or sample: a Gaussian latent has no codes")
         return mean.to(self.codebook.dtype) @ self.codebook
 
 
@@ -257,13 +258,13 @@ class DeterministicPrior(InferencePrior, kind="mlp"):
 
     @property
     def width(self) -> int:
-        """d."""
+        """Width d of z and of a hidden state."""
         return self.network.first.weight.shape[1]
 
     def _taken(self, prompt: Tensor, mode: str | int) -> Tensor:
         if mode not in DiscretePrior.modes:
             expected = f"{', '.join(DiscretePrior.modes)} (the same here): this latent has no codes"
-            raise self._refuse(mode, expected)
+            raise self._mode_error(mode, expected)
         return self._z(prompt)
 
     def _z(self, prompt: Tensor) -> Tensor:
@@ -278,7 +279,7 @@ class VectorPrior(DeterministicPrior, kind="vector"):
 
     @property
     def width(self) -> int:
-        """d."""
+        """Width d of z and of a hidden state."""
         return self.vector.shape[0]
 
     def _z(self, prompt: Tensor) -> Tensor:
@@ -363,7 +364,7 @@ class LatentGenerationMixin(Stock):
         rows_per_prompt: int = 1,
         **kwargs: Any,
     ) -> Any:
-        """The stock model's `forward`, with z added to the states that enter the LM head.
+        """Run the stock model's `forward`, with z added to the states that enter the LM head.
 
         Without `z`, it is inferred at the last token of each row that the attention mask shows (left or right padding),
         which is right where a row is a prompt. Give `prompt_end` where a row holds an answer behind its prompt.
@@ -422,7 +423,7 @@ class LatentGenerationMixin(Stock):
         prior_mode: str | int | None = None,
         code_weights: Tensor | None = None,
     ) -> Tensor:
-        """z (B, d) of prompts (B, q), padded left or right; see `latent_forward` for the arguments."""
+        """Infer z (B, d) of prompts (B, q), padded left or right; see `latent_forward` for the arguments."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         places = {}
         if "position_ids" in self.forward_names:
@@ -438,7 +439,7 @@ class LatentGenerationMixin(Stock):
         prior_mode: str | int | None = None,
         code_weights: Tensor | None = None,
     ) -> LatentLogitsProcessor:
-        """The latent of these prompts as a logits processor: with it the stock model answers as this one does.
+        """Return the latent of these prompts as a logits processor. With it, the stock model answers as this one does.
 
         See `infer_z` for the arguments.
 
@@ -450,7 +451,7 @@ class LatentGenerationMixin(Stock):
         )
 
     def code_biases(self) -> Tensor:
-        """(K, V) what each code adds to the logits: a server steers by a code's number without any hidden state.
+        """Return (K, V) what each code adds to the logits: a server steers by a code's number without any hidden state.
 
         Raises:
             ValueError: The latent has no codes, or the head is not linear.
@@ -461,7 +462,7 @@ class LatentGenerationMixin(Stock):
 
     @torch.no_grad()
     def logit_biases(self, z: Tensor) -> Tensor:
-        """LMHead(z) without the head's own bias, with whatever scale the family puts on its logits: (N, d) to (N, V).
+        """Map z (N, d) to LMHead(z) (N, V), without the head's own bias and with the scale of the family's logits.
 
         Raises:
             ValueError: The head is not linear.
@@ -480,7 +481,7 @@ class LatentGenerationMixin(Stock):
         return torch.stack(biases) - zero
 
     def _head(self, states: Tensor) -> Tensor:
-        """(N, V) logits, float32 or wider, that the model's own code makes of states (N, d)."""
+        """Return logits (N, V), float32 or wider, that the model's own code makes of states (N, d)."""
         head = self.get_output_embeddings()
         # Offloaded embeddings are on the meta device, and take a token from any other one.
         place = states.device if self.device.type == "meta" else self.device
@@ -505,7 +506,7 @@ class LatentGenerationMixin(Stock):
         rows_per_prompt: int = 1,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The stock model's inputs, and the latent's. Without a z yet, the prompt ends where the input ends."""
+        """Return the stock model's inputs, and the latent's. Without a z yet, the prompt ends where the input ends."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if z is None and prompt_end is None:
             tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
@@ -703,7 +704,7 @@ class LatentLogitsProcessor(LogitsProcessor):
         self.bias = bias
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(rows, V) scores to (rows, V) log-probabilities.
+        """Map scores (rows, V) to log-probabilities (rows, V).
 
         Raises:
             ValueError: There are not as many sequences for each prompt as for any other.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -30,11 +30,12 @@ from lpc_lightning.inference.modeling_lpc import (
     latent_causal_lm,
     load_prior,
 )
-from lpc_lightning.inference.trained_policy import ORIGIN, TrainedPolicy
+from lpc_lightning.inference.trained_policy import ORIGIN
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy
+from lpc_lightning.policy.spec import Dtype
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = get_args(Dtype)
 CONVERTING = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
 """Values of `trainer.precision` that convert all weights of the policy, with the type."""
 KINDS = (
@@ -78,7 +79,8 @@ def open_policy(
             policy was trained in, and the type that other weights are stored in.
         device: Where to put it: `cpu`, `cuda`, `cuda:1` ...; `auto` is the first GPU, or the CPU where there is none.
         name: What to call it; None makes a name from the path.
-        trust_remote_code: Run Python code that comes with the model. What a checkpoint says about it does not count.
+        trust_remote_code: Run Python code that comes with the model. This replaces the setting in a checkpoint: a file
+            from another author must not allow its own code.
 
     Raises:
         CheckpointError: A checkpoint that cannot be read or built.
@@ -88,12 +90,12 @@ def open_policy(
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype: found {dtype!r}, expected auto, {', '.join(DTYPES)}.")
     to, opener = _device(device), _open_checkpoint if _is_checkpoint(path) else _open_model
-    kind, policy, tokenizer, prior, origin = opener(path, dtype, trust_remote_code)
-    policy.requires_grad_(False).eval().to(to)
-    if prior is not None:
-        prior.requires_grad_(False).eval().to(to)
-    origin |= {"kind": kind, "dtype": str(policy.causal_lm.dtype).removeprefix("torch.")}
-    return OpenedPolicy(name or short_name(path), kind, policy, tokenizer, prior, origin, trained_template(origin))
+    opened = opener(path, dtype, trust_remote_code)
+    opened.policy.requires_grad_(False).eval().to(to)
+    if opened.prior is not None:
+        opened.prior.requires_grad_(False).eval().to(to)
+    origin = opened.origin | {"kind": opened.kind, "dtype": str(opened.policy.causal_lm.dtype).removeprefix("torch.")}
+    return replace(opened, name=name or opened.name, origin=origin, template=trained_template(origin))
 
 
 def open_module(path: str, device: str = "auto", trust_remote_code: bool = False) -> PreferenceModule:
@@ -107,8 +109,8 @@ def open_module(path: str, device: str = "auto", trust_remote_code: bool = False
     to, checkpoint = _device(device), read_checkpoint(Path(path))
 
     def change(module: PreferenceModule) -> None:
-        module.policy_spec.compile = False  # for training only
-        _set_trust(module.policy_spec, trust_remote_code)
+        spec = module.policy_spec
+        spec.compile, spec.trust_remote_code = False, trust_remote_code
 
     return build_module(checkpoint, Path(path), change).to(to)
 
@@ -128,19 +130,12 @@ def load_policy(
         module.needs_reference = False  # a copy of the policy that would not be used
         spec = module.policy_spec
         spec.gradient_checkpointing = spec.compile = False
-        _set_trust(spec, trust_remote_code)
-        if isinstance(spec, PretrainedPolicy):
-            spec.quantization = None  # the adapter can be merged only into full weights
+        spec.trust_remote_code = trust_remote_code
+        spec.quantization = None  # the adapter can be merged only into full weights
         # Set before the model is built: a later `.to(dtype)` would round its rotary frequencies as well.
         spec.dtype = dtype if dtype != "auto" else _trained_type(checkpoint, spec, Path(path))  # type: ignore[assignment]
 
     return build_module(checkpoint, Path(path), change), checkpoint_origin(checkpoint, Path(path))
-
-
-def _set_trust(spec: PolicySpec, trust_remote_code: bool) -> None:
-    """Replace the checkpoint's own setting: a file from another author must not allow its own code."""
-    if isinstance(spec, PretrainedPolicy | TrainedPolicy):
-        spec.trust_remote_code = trust_remote_code
 
 
 def _trained_type(checkpoint: dict[str, Any], spec: PolicySpec, path: Path) -> str:
@@ -158,13 +153,13 @@ def _trained_type(checkpoint: dict[str, Any], spec: PolicySpec, path: Path) -> s
     return str(dtypes.pop()).removeprefix("torch.")
 
 
-def _open_checkpoint(path: str, dtype: str, trust_remote_code: bool) -> tuple[Any, ...]:
+def _open_checkpoint(path: str, dtype: str, trust_remote_code: bool) -> OpenedPolicy:
     module, origin = load_policy(path, dtype, trust_remote_code)
     prior = None if module.latent is None else inference_prior(module.latent)
-    return "checkpoint", module.policy, module.tokenizer, prior, origin
+    return OpenedPolicy(short_name(path), "checkpoint", module.policy, module.tokenizer, prior, origin)
 
 
-def _open_model(path: str, dtype: str, trust_remote_code: bool) -> tuple[Any, ...]:
+def _open_model(path: str, dtype: str, trust_remote_code: bool) -> OpenedPolicy:
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         runs = sorted(folder.glob("**/*.ckpt"))
@@ -186,8 +181,9 @@ def _open_model(path: str, dtype: str, trust_remote_code: bool) -> tuple[Any, ..
         origin["training"] = _training(folder / ORIGIN)
     settings = getattr(config, CONFIG_KEY, None)
     if settings is None:
-        return "model", policy, tokenizer, None, origin
-    return "export", policy, tokenizer, _exported_prior(path, config), origin | {"latent": settings}
+        return OpenedPolicy(short_name(path), "model", policy, tokenizer, None, origin)
+    prior = _exported_prior(path, config)
+    return OpenedPolicy(short_name(path), "export", policy, tokenizer, prior, origin | {"latent": settings})
 
 
 def _training(path: Path) -> dict[str, Any]:

@@ -154,10 +154,8 @@ class TrainedPolicy(PolicySpec):
                 f"policy.path: found {self.path}, expected a checkpoint (.ckpt) or an exported folder with {ORIGIN}. "
                 "PretrainedPolicy opens other models."
             )
-        if isinstance(spec, PretrainedPolicy | TrainedPolicy):
-            spec.trust_remote_code = self.trust_remote_code
-        if isinstance(spec, PretrainedPolicy):
-            spec.quantization = None  # updates cannot be added to quantised weights
+        spec.trust_remote_code = self.trust_remote_code
+        spec.quantization = None  # updates cannot be added to quantised weights
         return spec
 
 

@@ -190,6 +190,14 @@ class GaussianSpace(LatentSpace):
         weighted = self.divergence(kl, progress)
         return LatentTerms(*score.under(z), penalty=weighted, z=z, kl=kl, weighted_kl=weighted, settings={"g": g})
 
+    def mix(self, weights: Tensor) -> Tensor:
+        """Compute z = c E (B, d) from weights c (B, K)."""
+        return self.codebook(weights)
+
+    def adaptation_values(self, states: PairStates, score: PairScorer, swapped: PairScorer) -> dict[str, Tensor]:
+        """Compute the means of the weights c under prior and posterior."""
+        return {"prior_mean": self.prior_mean(states.prompt), "posterior_mean": self.posterior_mean(states)}
+
     def posterior_z(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute z = c E, where c is the posterior's mean."""
         return self.codebook(self.posterior_mean(states))

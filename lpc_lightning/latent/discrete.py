@@ -31,10 +31,7 @@ def one_hot(codes: Tensor, like: Tensor) -> Tensor:
 class DiscreteSpace(LatentSpace):
     """Codebook E (K, d) with a prior over its codes. Subclasses define how the two are learned."""
 
-    annotators: bool = False
-    """True if each pair is scored given the earlier pairs of its annotator."""
-    scores_codes: bool = False
-    """True if training scores every pair under every code."""
+    has_codes = True
 
     def __init__(
         self,
@@ -73,6 +70,15 @@ class DiscreteSpace(LatentSpace):
         self.codebook = Codebook(self.num_codes, width, self.init_logit_std, head)
         self.prior = Prior(width, self.num_codes, self.networks)
 
+    @property
+    def codes(self) -> Tensor:
+        """The codebook (K, d)."""
+        return self.codebook.weight
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Compute z = c E (B, d) from weights c (B, K)."""
+        return self.codebook(weights)
+
     def log_prior(self, prompt: Tensor) -> Tensor:
         """Compute log p(k given x) (B, K) from prompt states (B, d)."""
         return self.prior(prompt).log_softmax(-1)
@@ -86,7 +92,7 @@ class DiscreteSpace(LatentSpace):
         return InferenceForm(
             kind="discrete",
             settings={"num_codes": self.num_codes, "prior_mode": self.prior_mode},
-            tensors={"codebook": self.codebook.weight.detach(), **self.prior.weights("prior")},
+            tensors={"codebook": self.codes.detach(), **self.prior.weights("prior")},
         )
 
     def diversity_penalty(self, log_prior: Tensor) -> Tensor | float:
@@ -110,25 +116,38 @@ class DiscreteSpace(LatentSpace):
         log_posterior = self.log_posterior(states, score)
         return None if log_posterior is None else self.codebook(log_posterior.exp())
 
+    def adaptation_values(self, states: PairStates, score: PairScorer, swapped: PairScorer) -> dict[str, Tensor]:
+        """Compute the prior, and the negative log-likelihoods of both labels under each code."""
+        return {
+            "log_prior": self.log_prior(states.prompt),
+            "losses": -score.under_codes(self.codes)[0].label_log_likelihood,
+            "swapped": -swapped.under_codes(self.codes)[0].label_log_likelihood,
+        }
+
+    def label_log_likelihood(self, states: PairStates, score: PairScorer) -> Tensor:
+        """Compute the exact evidence of the labels, given the annotator's earlier pairs if the space pools them."""
+        likelihoods = score.under_codes(self.codes)[0].label_log_likelihood
+        log_weights = self.updated_log_prior(self.log_prior(states.prompt), likelihoods, states.annotators)
+        return (log_weights + likelihoods).logsumexp(-1)
+
     def log_joint(self, prompt: Tensor, score: PairScorer) -> Tensor:
         """Compute log p_k - l_k (B, K): the log of prior times label likelihood under code k, in nats."""
-        return self.log_prior(prompt) + score.under_codes(self.codebook.weight)[0].label_log_likelihood
+        return self.log_prior(prompt) + score.under_codes(self.codes)[0].label_log_likelihood
 
     def log_exact_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute the log of prior times label likelihood, normalised over the codes: (B, K)."""
         return self.log_joint(states.prompt, score).log_softmax(-1)
 
     def log_evidence(self, prompt: Tensor, score: PairScorer) -> Tensor:
-        """Compute log sum_k p_k exp(-l_k) exactly: (B,)."""
+        """Compute log sum_k p_k exp(-l_k) (B,) exactly, of each pair alone."""
         return self.log_joint(prompt, score).logsumexp(-1)
 
-    def right_labels(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
-        """Compute the posterior that labels are right (B,), with the code summed out."""
-        pairs, _ = score.under_codes(self.codebook.weight)
-        if pairs.right is None:
+    def label_correct(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
+        """Compute the posterior that labels are correct (B,), with the code summed out."""
+        pairs, _ = score.under_codes(self.codes)
+        if pairs.label_correct is None:
             return None
-        posterior = (self.log_prior(prompt) + pairs.label_log_likelihood).softmax(-1)
-        return (posterior * pairs.right).sum(-1)
+        return (self.log_joint(prompt, score).softmax(-1) * pairs.label_correct).sum(-1)
 
     def code_weights(self, mode: PriorMode, log_prior: Tensor) -> Tensor:
         """Compute weights over the codes (B, K) from the prior's log-probabilities (B, K), by `mode`.

@@ -5,6 +5,7 @@ In the formulas, l_k is the algorithm's loss of a pair under code k, p is the pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +53,11 @@ class PosteriorSpace(DiscreteSpace):
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute log q(k given x, y_w over y_l) (B, K) with the posterior network. `score` is not used."""
         return self.posterior.logits(states).log_softmax(-1)
+
+    def adaptation_values(self, states: PairStates, score: PairScorer, swapped: PairScorer) -> dict[str, Tensor]:
+        """Compute the values of `DiscreteSpace`, and the learned posterior."""
+        posterior = self.log_posterior(states, score)
+        return super().adaptation_values(states, score, swapped) | {"log_posterior": posterior}
 
     def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
         """Compute the sum of the cross-entropies of prior and posterior: (B,), in nats."""
@@ -116,7 +122,7 @@ class ExpectedSpace(PosteriorSpace):
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """Compute the losses under all codes, averaged with the posterior's weights, and lambda KL."""
         prior, posterior = self.log_prior(states.prompt), self.log_posterior(states, score)
-        pairs, logps = score.under_codes(self.codebook.weight)
+        pairs, logps = score.under_codes(self.codes)
         losses = (posterior.exp() * pairs.objective).sum(-1)
         kl = categorical_kl(posterior, prior)
         weighted_kl = self.divergence(kl, progress)
@@ -140,9 +146,9 @@ class MarginalSpace(DiscreteSpace):
 
     Some losses are not log-likelihoods. For IPO the loss is the soft minimum over codes
     -1/s log sum_k p_k exp(-s l_k), where s converts the loss to nats (see `ipo_loss`). For rDPO the unbiased sum is
-    taken over the marginals of the label and of its opposite (see `dpo_loss`). KTO's loss is 1 - P, and the marginal
-    replaces P of each answer by sum_k p_k P_k (see `kto_loss`). ORPO's two terms are marginals of their own (see
-    `orpo_loss`).
+    taken over the marginals of the label and of its opposite (see `unbiased_losses`). KTO's loss is 1 - P, and the
+    marginal replaces P of each answer by sum_k p_k P_k (see `kto_loss`). ORPO's two terms are marginals of their own
+    (see `orpo_loss`).
 
     A pair's margin m is part of the likelihood: for DPO, the label has the probability sigmoid(beta D_k - m) under code
     k. With m above 0, the probabilities of the two labels add up to less than 1. So a label with a large margin favours
@@ -172,9 +178,9 @@ class MarginalSpace(DiscreteSpace):
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """Compute the exact loss. Rewards and log-probabilities are reported under the prior, the KL against p_k."""
         prior = self.log_prior(states.prompt)
-        pairs, logps = score.under_codes(self.codebook.weight)
+        pairs, logps = score.under_codes(self.codes)
         log_likelihoods = pairs.label_log_likelihood
-        updated_prior = given_earlier_pairs(prior, log_likelihoods, states.annotators) if self.annotators else prior
+        updated_prior = self.updated_log_prior(prior, log_likelihoods, states.annotators)
         posterior = (updated_prior + log_likelihoods).log_softmax(-1).detach()
         return LatentTerms(
             *average_over_codes(pairs, logps, prior, pairs.of_mixture(updated_prior), posterior),
@@ -184,6 +190,10 @@ class MarginalSpace(DiscreteSpace):
             prior=prior,
             posterior=posterior,
         )
+
+    def updated_log_prior(self, log_prior: Tensor, log_likelihoods: Tensor, annotators: Sequence[str]) -> Tensor:
+        """Return the prior, updated with the annotator's earlier pairs if `annotators` is set."""
+        return given_earlier_pairs(log_prior, log_likelihoods, annotators) if self.annotators else log_prior
 
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute the exact posterior: q_k proportional to p_k exp(-l_k)."""
@@ -201,15 +211,16 @@ def average_over_codes(
         log_weights: (B, K) log-weights of the codes.
         losses: (B,) losses of the step.
         log_posterior: (B, K) log-posterior of the codes given the labels. It averages the posterior that a label is
-            right.
+            correct.
     """
     weights = log_weights.detach().exp()
 
     def mean(values: Tensor) -> Tensor:
         return (weights * values.detach()).sum(-1)
 
-    right = None if pairs.right is None else (log_posterior.detach().exp() * pairs.right).sum(-1)
+    correct = pairs.label_correct
+    correct = None if correct is None else (log_posterior.detach().exp() * correct).sum(-1)
     return (
-        PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards), right=right),
+        PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards), label_correct=correct),
         replace(logps, policy_chosen=mean(logps.policy_chosen), policy_rejected=mean(logps.policy_rejected)),
     )

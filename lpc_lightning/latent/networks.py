@@ -146,6 +146,10 @@ class RunningMoments(nn.Module):
         self.pairs.copy_(pairs.clamp(max=self.PAIRS))
         self._sums = None
 
+    def forget_unread(self) -> None:
+        """Forget all features read in training mode since the last `update`."""
+        self._sums = None
+
     @torch.no_grad()
     def folded(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
         """Compute weight and bias of one layer equal to this module followed by `layer`, in the dtype of the moments.

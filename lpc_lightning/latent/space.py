@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -73,6 +73,14 @@ class LatentSpace(nn.Module, ABC):
     bfloat16, a step of a code below 1/256 of an entry would be lost.
     """
 
+    num_codes: int = 0
+    """Number of vectors in the codebook. 0 without one."""
+    has_codes: bool = False
+    """True if the space has a distribution over the vectors of its codebook for each prompt."""
+    scores_codes: bool = False
+    """True if training scores every pair under every code."""
+    annotators: bool = False
+    """True if each pair is scored given the earlier pairs of its annotator."""
     narrow: bool = False
     """True lets a trainer of `bf16-true` convert the parameters. FSDP2 needs one type for all trained weights."""
 
@@ -124,6 +132,12 @@ class LatentSpace(nn.Module, ABC):
             if isinstance(part, RunningMoments):
                 part.update(alike)
 
+    def forget_unread(self) -> None:
+        """Forget the pairs read since the last optimizer step, which a run that was interrupted leaves behind."""
+        for part in self.modules():
+            if isinstance(part, RunningMoments):
+                part.forget_unread()
+
     @abstractmethod
     def infer(self, prompt: Tensor, mode: PriorMode | None = None) -> Tensor:
         """Compute z (B, d) from the states at the last prompt tokens (B, d).
@@ -136,6 +150,19 @@ class LatentSpace(nn.Module, ABC):
     @abstractmethod
     def inference_form(self) -> InferenceForm:
         """Return the settings and tensors that `infer` needs. This part of the space is exported."""
+
+    @property
+    def codes(self) -> Tensor:
+        """Codes (K, d) of a space with `has_codes`."""
+        raise NotImplementedError(f"{type(self).__name__} has no codes.")
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Compute z (B, d) from weights (B, K) of the codebook's vectors, if there is a codebook."""
+        raise NotImplementedError(f"{type(self).__name__} has no codebook.")
+
+    def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
+        """Compute the cross-entropy (B,), in nats, of given `codes` (B,) under the networks, with `has_codes`."""
+        raise NotImplementedError(f"{type(self).__name__} has no codes.")
 
     def log_prior(self, prompt: Tensor) -> Tensor | None:
         """Compute log-probabilities (B, K) of the codes given the prompts. Return None without codes."""
@@ -153,13 +180,47 @@ class LatentSpace(nn.Module, ABC):
         """Compute z (B, d) at the mean of the posterior, which uses the label. None without one. For evaluation."""
         return None
 
+    def updated_log_prior(self, log_prior: Tensor, log_likelihoods: Tensor, annotators: Sequence[str]) -> Tensor:
+        """Compute the log-prior (B, K) that scores each pair, from the prior of its prompt and the pairs before it.
+
+        It is `log_prior`, unless the space pools the pairs of an annotator.
+
+        Args:
+            log_prior: (B, K) log-probabilities of the codes given the prompts.
+            log_likelihoods: (B, K) log-likelihoods of the labels under each code.
+            annotators: (B,) annotators of the pairs, "" if unknown. Empty if no annotator is known.
+        """
+        return log_prior
+
     def log_evidence(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
-        """Compute log sum_k p_k exp(-l_k) (B,), where l_k is the pair's loss under code k. None without codes."""
+        """Compute log sum_k p_k exp(-l_k) (B,), where l_k is the pair's loss under code k. None without codes.
+
+        Each pair stands alone: earlier pairs of its annotator do not change p_k.
+        """
         return None
 
-    def right_labels(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
-        """Compute the posterior that labels are right (B,). None without codes, or if the loss does not infer it."""
+    def label_correct(self, prompt: Tensor, score: PairScorer) -> Tensor | None:
+        """Compute the posterior that labels are correct (B,). None without codes, or if the loss does not infer it."""
         return None
+
+    def adaptation_values(self, states: PairStates, score: PairScorer, swapped: PairScorer) -> dict[str, Tensor]:
+        """Compute the values (B, K) of labelled pairs from which an annotator's weights of the codes are inferred.
+
+        Args:
+            states: Hidden states of the pairs.
+            score: Losses of the labels.
+            swapped: Losses of the opposite labels.
+
+        Returns:
+            By name. With `has_codes`: `log_prior`, and the negative log-likelihoods `losses` of the labels and
+            `swapped` of the opposite labels under each code, in nats. With a posterior network also `log_posterior`.
+            With continuous weights: their means `prior_mean` and `posterior_mean`. Empty without a codebook.
+        """
+        return {}
+
+    def label_log_likelihood(self, states: PairStates, score: PairScorer) -> Tensor:
+        """Compute the log-likelihood (B,) of the labels, in nats: exact with `has_codes`, else under the prior's z."""
+        return self.inference_terms(states, score).pairs.label_log_likelihood
 
     def inference_terms(self, states: PairStates, score: PairScorer) -> LatentTerms:
         """Compute the loss of each pair under the prior alone, as at inference. The posterior is not evaluated."""

@@ -7,10 +7,10 @@ Each chunk is reduced to one number per token (or K, one per code), and is recom
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,11 +105,12 @@ def token_logps_and_greedy(hidden: Tensor, targets: Tensor, head: LogitHead) -> 
         Greedy decoding chooses the lowest token id of equal logits.
     """
     product, exact = _types(hidden)
+    form = _HeadForm(head.scale, head.softcap, exact)
     logps, greedy = hidden.new_empty(len(hidden), dtype=exact), targets.new_empty(len(hidden), dtype=torch.bool)
     with torch.autocast(hidden.device.type, enabled=False):
         states, rows = hidden.to(product), head.weight.to(product)
         for chunk in token_chunks(hidden, len(rows)):
-            logits = _logits(_product(states[chunk], rows.T), (head.bias, None, None), head.scale, head.softcap, exact)
+            logits = _logits(_product(states[chunk], rows.T), _LogitTerms(head.bias), form)
             greedy[chunk] = logits.argmax(-1) == targets[chunk]
             logps[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - logits.logsumexp(-1)
     return logps, greedy
@@ -135,7 +136,7 @@ def logits_of(hidden: Tensor, head: LogitHead) -> Tensor:
     """Return logits (N, V) of states (N, d), in float32 or wider. For few tokens only: there are no chunks."""
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     product = _product(hidden, head.weight.to(hidden.dtype).T)
-    return _logits(product, (head.bias, None, None), head.scale, head.softcap, exact)
+    return _logits(product, _LogitTerms(head.bias), _HeadForm(head.scale, head.softcap, exact))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -162,7 +163,7 @@ class _TokenLogps(torch.autograd.Function):
             exact = torch.float64
         chunks = token_chunks(hidden, weight.shape[0])
         ctx.head, ctx.product, ctx.chunks = replace(head, weight=weight.new_empty(0), bias=None), product, chunks
-        vocabulary = _Vocabulary(head, exact)
+        vocabulary, all_terms = _Vocabulary(head, exact), _LogitTerms(bias, shifts, group)
         with torch.autocast(hidden.device.type, enabled=False):
             states, rows = hidden.to(product), weight.to(product)
             exp_biases = None if table is None else _exp_biases(table, exact)
@@ -170,7 +171,7 @@ class _TokenLogps(torch.autograd.Function):
             sums = None if table is None else hidden.new_empty(hidden.shape[0], table.shape[0], dtype=exact)
             for chunk in chunks:
                 logits = _product(states[chunk], rows.T)
-                terms = (bias, shifts, None if group is None else group[chunk])
+                terms = all_terms.of(chunk)
                 if exp_biases is None or sums is None:
                     at_target[chunk], normaliser[chunk] = vocabulary.reduce(logits, terms, targets[chunk])
                 else:
@@ -189,59 +190,116 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, table, shifts, group, targets, normaliser, sums = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, needs_table, needs_shifts = ctx.needs_input_grad[:5]
         exact, product = normaliser.dtype, ctx.product
-        vocabulary = _Vocabulary(ctx.head, exact)
+        gradients = _Gradients(hidden, (weight, bias, table, shifts), ctx.needs_input_grad, exact)
+        vocabulary, all_terms = _Vocabulary(ctx.head, exact), _LogitTerms(bias, shifts, group)
         with torch.autocast(hidden.device.type, enabled=False):
             states, rows = hidden.to(product), weight.to(product)
             exp_biases = None if table is None else _exp_biases(table, exact)
-            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-            # Sums over chunks. In bfloat16, their error would be 3 % after 256 chunks.
-            grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
-            grad_bias = torch.zeros_like(bias, dtype=exact) if needs_bias else None
-            grad_table = torch.zeros_like(table, dtype=exact) if needs_table else None
-            grad_shifts = torch.zeros_like(shifts, dtype=exact) if needs_shifts else None
             for chunk in ctx.chunks:
                 logits = _product(states[chunk], rows.T)
-                terms = (bias, shifts, None if group is None else group[chunk])
-                saved = (targets[chunk], normaliser[chunk])
-                upstream = grad[chunk]
+                terms, upstream = all_terms.of(chunk), grad[chunk]
                 if exp_biases is None:
-                    logit_grad = vocabulary.logit_gradient(logits, terms, *saved, upstream[:, 0], product)
+                    logit_grad = vocabulary.logit_gradient(
+                        logits, terms, targets[chunk], normaliser[chunk], upstream[:, 0], product
+                    )
                 else:
                     probabilities = vocabulary.probabilities(logits, terms, normaliser[chunk])
                     thin = upstream / sums[chunk]
-                    if grad_table is not None:
-                        grad_table -= exp_biases * (thin.T @ probabilities)
-                        grad_table.index_add_(1, targets[chunk], upstream.T)
-                    total = upstream.sum(-1)
+                    gradients.add_to_table(exp_biases, thin, probabilities, targets[chunk], upstream)
                     logit_grad = vocabulary.mixed_logit_gradient(
-                        probabilities, thin @ exp_biases, targets[chunk], total, product
+                        probabilities, thin @ exp_biases, targets[chunk], upstream.sum(-1), product
                     )
                     del probabilities
                 del logits
-                if grad_shifts is not None and group is not None:
-                    members = torch.arange(len(grad_shifts), device=group.device)[:, None] == group[chunk]
-                    grad_shifts += _product(members.to(logit_grad.dtype), logit_grad)
+                gradients.add_to_shifts(logit_grad, terms.group)
                 logit_grad = logit_grad if ctx.head.scale == 1.0 else logit_grad * ctx.head.scale
-                if grad_bias is not None:
-                    grad_bias += logit_grad.sum(0, dtype=exact)
+                gradients.add_to_bias(logit_grad)
                 logit_grad = logit_grad.to(product)
-                if grad_hidden is not None:
-                    grad_hidden[chunk] = (logit_grad @ rows).to(hidden.dtype)
-                if grad_weight is not None:
-                    grad_weight += _product(logit_grad.T, states[chunk])
+                gradients.add_to_product(chunk, logit_grad, states, rows)
                 del logit_grad
-        gradients = (grad_weight, grad_bias, grad_table, grad_shifts)
-        leaves = (weight, bias, table, shifts)
-        cast = (None if g is None else g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True))
-        return grad_hidden, *cast, None, None, None
+        return *gradients.cast(), None, None, None
 
 
-Settings = tuple[float, float | None, torch.dtype]
-"""Scale and soft cap of the head, and the type of the values after its matrix product."""
-Terms = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Terms added to the product: the head's bias (V,), logit biases (B, V) of groups, the group of each token (n,)."""
+class _Gradients:
+    """Gradients of a `_TokenLogps`, filled chunk by chunk. One that is not needed is None.
+
+    Sums over chunks are in the type `exact`: in bfloat16, their error would be 3 % after 256 chunks.
+    """
+
+    def __init__(
+        self, hidden: Tensor, leaves: Sequence[Tensor | None], needed: Sequence[bool], exact: torch.dtype
+    ) -> None:
+        """Create empty gradients.
+
+        Args:
+            hidden: (N, d) states.
+            leaves: Weight and bias of the head, table and shifts. None: there is no such tensor.
+            needed: Whether the gradients of the states and of each of the leaves are needed.
+            exact: Type of the sums.
+        """
+        self._leaves = leaves
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight, self.bias, self.table, self.shifts = (
+            torch.zeros_like(leaf, dtype=exact) if leaf is not None and need else None
+            for leaf, need in zip(leaves, needed[1:5], strict=True)
+        )
+
+    def add_to_table(
+        self, exp_biases: Tensor, thin: Tensor, probabilities: Tensor, targets: Tensor, upstream: Tensor
+    ) -> None:
+        """Add a chunk to the gradient of the table: from its targets (n,), and from its (n, V) probabilities."""
+        if self.table is not None:
+            self.table -= exp_biases * (thin.T @ probabilities)
+            self.table.index_add_(1, targets, upstream.T)
+
+    def add_to_shifts(self, logit_grad: Tensor, group: Tensor | None) -> None:
+        """Add a chunk to the gradient of the shifts, by the group (n,) of each token."""
+        if self.shifts is not None and group is not None:
+            members = torch.arange(len(self.shifts), device=group.device)[:, None] == group
+            self.shifts += _product(members.to(logit_grad.dtype), logit_grad)
+
+    def add_to_bias(self, logit_grad: Tensor) -> None:
+        """Add a chunk to the gradient of the head's bias."""
+        if self.bias is not None:
+            self.bias += logit_grad.sum(0, dtype=self.bias.dtype)
+
+    def add_to_product(self, chunk: slice, logit_grad: Tensor, states: Tensor, rows: Tensor) -> None:
+        """Add a chunk to the gradients of both factors of the head's matrix product, the states and the weight."""
+        if self.hidden is not None:
+            self.hidden[chunk] = (logit_grad @ rows).to(self.hidden.dtype)
+        if self.weight is not None:
+            self.weight += _product(logit_grad.T, states[chunk])
+
+    def cast(self) -> tuple[Tensor | None, ...]:
+        """Return the gradients of states, weight, bias, table and shifts in the types of these."""
+        sums = (self.weight, self.bias, self.table, self.shifts)
+        pairs = zip(sums, self._leaves, strict=True)
+        return self.hidden, *(None if total is None or leaf is None else total.to(leaf.dtype) for total, leaf in pairs)
+
+
+class _HeadForm(NamedTuple):
+    """How logits are made from the head's matrix product."""
+
+    scale: float
+    softcap: float | None
+    exact: torch.dtype
+    """Type of the values after the product."""
+
+
+class _LogitTerms(NamedTuple):
+    """Terms that are added to the head's matrix product (n, V)."""
+
+    bias: Tensor | None
+    """(V,) bias of the head."""
+    shifts: Tensor | None = None
+    """(B, V) logit biases of groups of tokens."""
+    group: Tensor | None = None
+    """(n,) group of each token."""
+
+    def of(self, chunk: slice) -> _LogitTerms:
+        """Return the terms of some of the tokens."""
+        return self if self.group is None else self._replace(group=self.group[chunk])
 
 
 class _Vocabulary:
@@ -251,28 +309,47 @@ class _Vocabulary:
     """
 
     def __init__(self, head: LogitHead, exact: torch.dtype) -> None:
-        self._settings: Settings = (head.scale, head.softcap, exact)
+        self._form = _HeadForm(head.scale, head.softcap, exact)
         self._run = _compiled if head.compiled else _uncompiled
 
-    def reduce(self, *chunk: Any) -> tuple[Tensor, Tensor]:
+    def reduce(self, product: Tensor, terms: _LogitTerms, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return each target's logit and the normaliser."""
-        return self._run(_reduce)(self._settings, *chunk)
+        return self._run(_reduce)(self._form, product, terms, targets)
 
-    def reduce_with_probabilities(self, *chunk: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def reduce_with_probabilities(
+        self, product: Tensor, terms: _LogitTerms, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return each target's logit, the normaliser and the probabilities."""
-        return self._run(_reduce_with_probabilities)(self._settings, *chunk)
+        return self._run(_reduce_with_probabilities)(self._form, product, terms, targets)
 
-    def probabilities(self, *chunk: Any) -> Tensor:
-        """Return the probabilities, from products and normaliser."""
-        return self._run(_probabilities)(self._settings, *chunk)
+    def probabilities(self, product: Tensor, terms: _LogitTerms, normaliser: Tensor) -> Tensor:
+        """Return the probabilities."""
+        return self._run(_probabilities)(self._form, product, terms, normaliser)
 
-    def logit_gradient(self, *chunk: Any) -> Tensor:
-        """Return the gradient with respect to the logits before the soft cap."""
-        return self._run(_logit_gradient)(self._settings, *chunk)
+    def logit_gradient(
+        self,
+        product: Tensor,
+        terms: _LogitTerms,
+        targets: Tensor,
+        normaliser: Tensor,
+        upstream: Tensor,
+        narrow: torch.dtype,
+    ) -> Tensor:
+        """Return the gradient with respect to the logits before the soft cap, given that of the log-probabilities (n,).
 
-    def mixed_logit_gradient(self, *chunk: Any) -> Tensor:
-        """Return `logit_gradient` for an upstream gradient of log-probabilities under every code."""
-        return self._run(_mixed_logit_gradient)(*chunk)
+        `narrow` is the type of the products that the gradient enters.
+        """
+        return self._run(_logit_gradient)(self._form, product, terms, targets, normaliser, upstream, narrow)
+
+    def mixed_logit_gradient(
+        self, probabilities: Tensor, mixture: Tensor, targets: Tensor, upstream: Tensor, narrow: torch.dtype
+    ) -> Tensor:
+        """Return `logit_gradient` for log-probabilities under every code.
+
+        `mixture` (n, V) sums exp(b_k) over the codes with the weights of the gradient, and `upstream` (n,) is the
+        gradient's sum over the codes.
+        """
+        return self._run(_mixed_logit_gradient)(probabilities, mixture, targets, upstream, narrow)
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -285,35 +362,34 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=True)
 
 
-def _reduce(settings: Settings, product: Tensor, terms: Terms, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = _logits(product, terms, *settings)
+def _reduce(form: _HeadForm, product: Tensor, terms: _LogitTerms, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = _logits(product, terms, form)
     return logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(-1)
 
 
 def _reduce_with_probabilities(
-    settings: Settings, product: Tensor, terms: Terms, targets: Tensor
+    form: _HeadForm, product: Tensor, terms: _LogitTerms, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits = _logits(product, terms, *settings)
+    logits = _logits(product, terms, form)
     at_target, normaliser = logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(-1)
     return at_target, normaliser, logits.sub_(normaliser[:, None]).exp_()
 
 
-def _probabilities(settings: Settings, product: Tensor, terms: Terms, normaliser: Tensor) -> Tensor:
-    return _logits(product, terms, *settings).sub_(normaliser[:, None]).exp_()
+def _probabilities(form: _HeadForm, product: Tensor, terms: _LogitTerms, normaliser: Tensor) -> Tensor:
+    return _logits(product, terms, form).sub_(normaliser[:, None]).exp_()
 
 
 def _logit_gradient(
-    settings: Settings,
+    form: _HeadForm,
     product: Tensor,
-    terms: Terms,
+    terms: _LogitTerms,
     targets: Tensor,
     normaliser: Tensor,
     upstream: Tensor,
     narrow: torch.dtype,
 ) -> Tensor:
-    logits = _logits(product, terms, *settings)
-    softcap = settings[1]
-    slope = None if softcap is None else 1 - (logits / softcap).square()
+    logits = _logits(product, terms, form)
+    slope = None if form.softcap is None else 1 - (logits / form.softcap).square()
     gradient = logits.sub_(normaliser[:, None]).exp_().mul_(-upstream[:, None])
     gradient = _add_at_targets(gradient, targets, upstream)
     return _narrow(gradient if slope is None else gradient.mul_(slope), narrow)
@@ -362,18 +438,17 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
-def _logits(product: Tensor, terms: Terms, scale: float, softcap: float | None, exact: torch.dtype) -> Tensor:
+def _logits(product: Tensor, terms: _LogitTerms, form: _HeadForm) -> Tensor:
     """Compute logits from the head's matrix product. They may overwrite it."""
-    bias, shifts, group = terms
     # Compiled, in-place changes would also be written to the input.
-    logits = product.to(exact).clone() if torch.compiler.is_compiling() else product.to(exact)
-    if bias is not None:
-        logits += bias
-    if scale != 1.0:
-        logits *= scale
-    if shifts is not None and group is not None:
-        logits = _add_rows(logits, shifts.to(exact), group)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    logits = product.to(form.exact).clone() if torch.compiler.is_compiling() else product.to(form.exact)
+    if terms.bias is not None:
+        logits += terms.bias
+    if form.scale != 1.0:
+        logits *= form.scale
+    if terms.shifts is not None and terms.group is not None:
+        logits = _add_rows(logits, terms.shifts.to(form.exact), terms.group)
+    return logits if form.softcap is None else logits.div_(form.softcap).tanh_().mul_(form.softcap)
 
 
 def _add_rows(logits: Tensor, shifts: Tensor, group: Tensor) -> Tensor:

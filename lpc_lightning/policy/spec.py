@@ -25,6 +25,11 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 class PolicySpec(ABC):
     """Settings of a causal language model and its tokenizer. A subclass defines where the weights come from."""
 
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model is run. A policy without such code ignores it."""
+    quantization: Literal["nf4"] | None = None
+    """Form of quantised weights. A policy that cannot quantise its weights ignores it."""
+
     def __init__(
         self,
         dtype: Dtype = "float32",

@@ -24,8 +24,9 @@ def build_other(path: str, policy: PolicySpec, tokenizer: PreTrainedTokenizerBas
         UnsupportedPolicyError: The model does not exist, or is not supported.
         ConfigError: Its tokenizer has another vocabulary.
     """
-    trust = getattr(policy, "trust_remote_code", False)
-    spec = PretrainedPolicy(path, dtype=policy.dtype, attention=policy.attention, trust_remote_code=trust)
+    spec = PretrainedPolicy(
+        path, dtype=policy.dtype, attention=policy.attention, trust_remote_code=policy.trust_remote_code
+    )
     try:
         _check_vocabulary(path, spec.load_tokenizer(), tokenizer)
         with torch.random.fork_rng(devices=[]):

@@ -9,29 +9,26 @@ that has been read stays the same.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 
 from lpc_lightning.data.tokenization.token_cache import default_cache_dir
 from lpc_lightning.data.tokenization.tokens import TokenStore
+from lpc_lightning.files.unfinished import remove_leftovers, unfinished_path
 
 log = logging.getLogger(__name__)
 
 PART = "[0-9]" * 6 + ".npz"
 """Pattern of the file names of parts."""
 DIGEST_SIZE = hashlib.sha256().digest_size
-_UNFINISHED = ".unfinished"
 
 
 class PairCache:
@@ -92,8 +89,8 @@ class PairCache:
             OSError: The disk is full or not writable.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
-        scratch = self.folder / f"{uuid4().hex}{_UNFINISHED}"
+        remove_leftovers(self.folder)
+        scratch = unfinished_path(self.folder, "part")
         try:
             with scratch.open("xb") as file:
                 file.write(_packed(indices, values))
@@ -119,13 +116,6 @@ class PairCache:
         if values.shape != (len(indices), self._numbers) or np.isnan(values).any() or (indices >= self._pairs).any():
             raise ValueError(f"they are not {self._numbers} each of {self._pairs} pairs")
         return indices, values
-
-    def _remove_leftovers(self) -> None:
-        """Remove files that killed processes left more than a day ago."""
-        for scratch in self.folder.glob(f"*{_UNFINISHED}"):
-            with contextlib.suppress(OSError):  # another process has removed it, or it belongs to another user
-                if time.time() - scratch.lstat().st_mtime > 24 * 3600:
-                    scratch.unlink()
 
 
 def _packed(indices: np.ndarray, values: np.ndarray) -> bytes:

@@ -28,7 +28,7 @@ class RobustLoss:
         Args:
             loss: The algorithm's loss.
             logps: Log-probabilities of the pairs, (B,) or (B, K).
-            reliability: (B,) probability that a label of the pair's annotator is right. None: not known.
+            reliability: (B,) probability that a label of the pair's annotator is correct. None: not known.
 
         Raises:
             ValueError: The robust loss is not defined for this loss.
@@ -54,12 +54,12 @@ class RobustLoss:
         """Return (B,) the current reliability of each pair's annotator. None if the loss has no reliabilities."""
         return None
 
-    def observe(self, annotators: Sequence[str], right: Tensor) -> None:
+    def observe(self, annotators: Sequence[str], label_correct: Tensor) -> None:
         """Add the pairs of a micro-batch. They count from the next optimizer step.
 
         Args:
             annotators: (B,) annotators of the pairs.
-            right: (B,) probability that each label is right.
+            label_correct: (B,) probability that each label is correct.
         """
 
     def update(self) -> None:
@@ -86,5 +86,5 @@ def swap_answers(logps: PairLogps) -> PairLogps:
         reference_rejected=logps.reference_chosen,
         chosen_lengths=logps.rejected_lengths,
         rejected_lengths=logps.chosen_lengths,
-        margins=logps.margins,
+        target_margins=logps.target_margins,
     )

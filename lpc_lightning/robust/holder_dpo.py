@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from lpc_lightning.robust.base import PreferenceLoss, RobustLoss
-from lpc_lightning.types import PairLogps, PairLosses
+from lpc_lightning.types import LossTerm, PairLogps, PairLosses
 
 
 def holder_dpo_loss(log_likelihood: Tensor, gamma: float) -> Tensor:
@@ -54,4 +54,4 @@ class HolderDPO(RobustLoss):
             )
         likelihood, function = pairs.label_log_likelihood, partial(holder_dpo_loss, gamma=self.gamma)
         rewards = pairs.chosen_rewards, pairs.rejected_rewards
-        return PairLosses(function(likelihood), *rewards, likelihood, parts=((function, likelihood),))
+        return PairLosses(function(likelihood), *rewards, likelihood, parts=(LossTerm(likelihood, function),))

@@ -1,4 +1,4 @@
-"""RE-PO: expectation-maximization over whether each label is right, with reliabilities of annotators."""
+"""RE-PO: expectation-maximization over whether each label is correct, with reliabilities of annotators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def re_po_losses(observed: PairLosses, opposite: PairLosses, reliability: Tensor
     With l the loss of the label, l' that of the opposite label, and eta the reliability:
 
     - p = sigmoid(l' - l) is the probability that the label agrees with the preference. For DPO it is sigmoid(beta D).
-    - w = eta p / (eta p + (1 - eta) (1 - p)) is the posterior probability that the label is right, without gradient.
+    - w = eta p / (eta p + (1 - eta) (1 - p)) is the posterior probability that the label is correct, without gradient.
     - The loss is `-w log p - (1 - w) log(1 - p)`. For DPO this is w l + (1 - w) l'.
 
     IPO's loss is not a log-likelihood. There p is a surrogate, sigmoid(2 D / beta), as in the paper.
@@ -35,15 +35,15 @@ def re_po_losses(observed: PairLosses, opposite: PairLosses, reliability: Tensor
     Args:
         observed: Losses of the labels.
         opposite: Losses of the opposite labels.
-        reliability: eta, the probability that a label of the annotator is right. It broadcasts to the losses.
+        reliability: eta, the probability that a label of the annotator is correct. It broadcasts to the losses.
     """
     log_odds = opposite.losses - observed.losses
     eta = reliability.to(log_odds.dtype).clamp(LEAST, 1 - LEAST)
     log_p, log_not_p = logsigmoid(log_odds), logsigmoid(-log_odds)
     likelihood = torch.logaddexp(eta.log() + log_p, (-eta).log1p() + log_not_p)
-    right = (eta.log() + log_p - likelihood).exp().detach()
-    losses = -(right * log_p + (1 - right) * log_not_p)
-    return PairLosses(losses, observed.chosen_rewards, observed.rejected_rewards, likelihood, right=right)
+    correct = (eta.log() + log_p - likelihood).exp().detach()
+    losses = -(correct * log_p + (1 - correct) * log_not_p)
+    return PairLosses(losses, observed.chosen_rewards, observed.rejected_rewards, likelihood, label_correct=correct)
 
 
 class REPO(RobustLoss):
@@ -57,7 +57,7 @@ class REPO(RobustLoss):
         """Store the settings.
 
         Args:
-            initial: Reliability before the first step: the assumed share of right labels.
+            initial: Reliability before the first step: the assumed share of correct labels.
             rate: Weight of an optimizer step in the moving average of a reliability.
             by_annotator: True: a reliability for each annotator of the training pairs. Pairs without an annotator share
                 one. False: one for all pairs, for data whose annotators have few pairs each.
@@ -98,9 +98,9 @@ class REPO(RobustLoss):
         """Return (B,) the current reliability of each pair's annotator."""
         return self.learned.of(self._names(annotators), device)
 
-    def observe(self, annotators: Sequence[str], right: Tensor) -> None:
-        """Add the posterior probabilities that labels are right."""
-        self.learned.observe(self._names(annotators), right)
+    def observe(self, annotators: Sequence[str], label_correct: Tensor) -> None:
+        """Add the posterior probabilities that labels are correct."""
+        self.learned.observe(self._names(annotators), label_correct)
 
     def update(self) -> None:
         """Update the reliabilities."""

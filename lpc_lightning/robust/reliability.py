@@ -1,4 +1,4 @@
-"""Reliabilities of annotators: the probability that a label is right, as a moving average."""
+"""Reliabilities of annotators: the probability that a label is correct, as a moving average."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Reliabilities:
     """One reliability for each annotator.
 
     Pairs are added in each micro-batch, and the reliabilities change once for each optimizer step:
-    `eta = (1 - rate) eta + rate mean(right)`, with the mean over all pairs of the annotator in the step, on all
+    `eta = (1 - rate) eta + rate mean(label_correct)`, with the mean over all pairs of the annotator in the step, on all
     devices. Annotators without pairs in the step keep their value. Nothing is read by the CPU.
     """
 
@@ -47,12 +47,13 @@ class Reliabilities:
         other = self.values.mean() if self.names else self.values.new_tensor(self.initial)
         return torch.cat([self.values, other[None]])[self._indices(annotators, device)]
 
-    def observe(self, annotators: Sequence[str], right: Tensor) -> None:
-        """Add (B,) probabilities that labels are right."""
+    def observe(self, annotators: Sequence[str], label_correct: Tensor) -> None:
+        """Add (B,) probabilities that labels are correct."""
         # A product with zeros and ones: on a GPU, every run gives equal bits.
-        numbers = self._indices(annotators, right.device)
-        members = (torch.arange(len(self.names), device=right.device)[:, None] == numbers).double()
-        sums = members @ torch.stack([right.detach().double(), torch.ones_like(right, dtype=torch.float64)], dim=1)
+        numbers = self._indices(annotators, label_correct.device)
+        members = (torch.arange(len(self.names), device=label_correct.device)[:, None] == numbers).double()
+        probabilities = label_correct.detach().double()
+        sums = members @ torch.stack([probabilities, torch.ones_like(probabilities)], dim=1)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def update(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lpc_lightning.robust.base import PreferenceLoss, RobustLoss, swap_answers
-from lpc_lightning.types import PairLogps, PairLosses, Weight
+from lpc_lightning.types import LossTerm, PairLogps, PairLosses
 
 
 def conservative_losses(observed: PairLosses, opposite: PairLosses, rate: float) -> PairLosses:
@@ -26,12 +26,12 @@ def conservative_losses(observed: PairLosses, opposite: PairLosses, rate: float)
     def mean(first: Tensor, second: Tensor) -> Tensor:
         return (1 - rate) * first + rate * second
 
-    parts: list[tuple[Weight, Tensor]] = []
-    for (weight, part), (other_weight, other_part) in zip(observed.parts, opposite.parts, strict=True):
-        if isinstance(weight, int | float) and weight == other_weight:
-            parts.append((weight, mean(part, other_part)))
-        else:  # KTO's parts are functions, and an answer's text is weighed by its length
-            parts += [(_scaled(weight, 1 - rate), part), (_scaled(other_weight, rate), other_part)]
+    parts: list[LossTerm] = []
+    for term, other in zip(observed.parts, opposite.parts, strict=True):
+        if term.loss is other.loss is torch.neg and term.weight == other.weight:
+            parts.append(replace(term, log_likelihood=mean(term.log_likelihood, other.log_likelihood)))
+        else:  # KTO's terms are not linear, and an answer's text is divided by its length
+            parts += [term.scaled(1 - rate), other.scaled(rate)]
     first, second = observed.log_likelihood, opposite.log_likelihood
     likelihood = None if first is None or second is None else mean(first, second)
     losses = mean(observed.losses, opposite.losses)
@@ -57,20 +57,12 @@ def unbiased_losses(observed: PairLosses, opposite: PairLosses, rate: float) -> 
     if not rate:
         return observed
     kept, flipped = (1 - rate) / (1 - 2 * rate), -rate / (1 - 2 * rate)
-    parts: list[tuple[Weight, Tensor]] = []
-    for factor, pairs in ((kept, observed), (flipped, opposite)):
-        for weight, part in pairs.parts or ((1.0, pairs.label_log_likelihood),):
-            parts.append((_scaled(weight, factor), part))
+    parts = [term.scaled(kept) for term in observed.terms] + [term.scaled(flipped) for term in opposite.terms]
     likelihood = torch.logaddexp(
         math.log1p(-rate) + observed.label_log_likelihood, math.log(rate) + opposite.label_log_likelihood
     )
     losses = kept * observed.losses + flipped * opposite.losses
     return replace(observed, losses=losses, log_likelihood=likelihood, parts=tuple(parts))
-
-
-def _scaled(weight: Weight, factor: float) -> Weight:
-    """Return the weight, or the function in its place, times `factor`."""
-    return (lambda part: factor * weight(part)) if callable(weight) else factor * weight
 
 
 class ConservativeLoss(RobustLoss):

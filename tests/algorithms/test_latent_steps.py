@@ -13,38 +13,17 @@ from torch import Tensor
 
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout
 from lpc_lightning.data.batching.loading import TrainingBatches, TrainingLoader
-from lpc_lightning.latent import (
-    ExpectedSpace,
-    Exponential,
-    GaussianSpace,
-    GumbelSpace,
-    LatentSpace,
-    MarginalSpace,
-    MLPSpace,
-    PosteriorOnlySpace,
-    PriorOnlySpace,
-    VectorSpace,
-)
+from lpc_lightning.latent import Exponential, GumbelSpace, MarginalSpace
 from lpc_lightning.types import TokenizedPair
 from tests.algorithms.conftest import LAYOUTS, LENGTHS, Make, every_layout
-
-FULL: dict[str, Callable[[], LatentSpace]] = {
-    "gumbel": lambda: GumbelSpace(num_codes=3, init_logit_std=1.0),
-    "posterior only": lambda: PosteriorOnlySpace(num_codes=3, init_logit_std=1.0),
-    "expected": lambda: ExpectedSpace(num_codes=3, init_logit_std=1.0),
-    "marginal": lambda: MarginalSpace(num_codes=3, init_logit_std=1.0),
-    "prior only": lambda: PriorOnlySpace(num_codes=3, init_logit_std=1.0),
-    "gaussian": lambda: GaussianSpace(num_codes=3, init_logit_std=1.0),
-    "vector": lambda: VectorSpace(init_logit_std=1.0),
-    "mlp": lambda: MLPSpace(),
-}
+from tests.fixtures.spaces import SPACES, make_space
 
 
-@pytest.mark.parametrize("name", list(FULL))
+@pytest.mark.parametrize("name", list(SPACES))
 def test_layouts_give_the_same_step(
     name: str, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any]
 ) -> None:
-    padded, packed = (train_step(make("dpo", FULL[name]()), pairs, layout) for layout in LAYOUTS.values())
+    padded, packed = (train_step(make("dpo", make_space(name)), pairs, layout) for layout in LAYOUTS.values())
     torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-9, atol=1e-9)
     assert set(padded.gradients) == set(packed.gradients)
     for weight, gradient in padded.gradients.items():
@@ -53,14 +32,14 @@ def test_layouts_give_the_same_step(
         torch.testing.assert_close(packed.gradients[weight], gradient, rtol=1e-5, atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize("name", ["none", *FULL])
+@pytest.mark.parametrize("name", ["none", *SPACES])
 def test_equal_margins_are_simpos_target_margin(
     name: str, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any]
 ) -> None:
     """The margin 0.5 of every pair, beside gamma / beta = 0.4, is gamma / beta = 0.6 under every latent."""
     steps = []
     for ratio, margin in ((0.4, 0.5), (0.6, None), (0.4, None)):
-        module = make("simpo", FULL[name]() if name in FULL else None)
+        module = make("simpo", make_space(name) if name in SPACES else None)
         module.gamma_beta_ratio = ratio
         steps.append(train_step(module, [replace(pair, margin=margin) for pair in pairs]))
     of_margin, of_setting, without = steps
@@ -72,7 +51,7 @@ def test_equal_margins_are_simpos_target_margin(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["none", *FULL])
+@pytest.mark.parametrize("name", ["none", *SPACES])
 @pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-5), ("bf16-mixed", 2**-7), ("bf16-true", 2**-7)])
 def test_precisions_give_the_same_step(
     name: str,
@@ -84,7 +63,7 @@ def test_precisions_give_the_same_step(
     once: Callable[..., Any],
 ) -> None:
     def step(precision: str) -> Any:
-        latent = FULL[name]() if name in FULL else None
+        latent = make_space(name) if name in SPACES else None
         return train_step(make("dpo", latent, dtype="float32"), pairs, precision=precision)
 
     steps = [once(("32-true", name), lambda: step("32-true")), step(precision)]
@@ -108,12 +87,12 @@ def test_annotators_reach_the_latent(
     assert abs(losses[True, True] - losses[True, False]) > 1e-3
 
 
-@pytest.mark.parametrize("name", list(FULL))
+@pytest.mark.parametrize("name", list(SPACES))
 def test_nonzero_latent_changes_the_step(
     name: str, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any], once: Callable[..., Any]
 ) -> None:
     plain = once("plain", lambda: train_step(make("dpo"), pairs))
-    latent = train_step(make("dpo", FULL[name]()), pairs)
+    latent = train_step(make("dpo", make_space(name)), pairs)
     trained = {weight for weight in latent.gradients if weight.startswith("latent.")}
     assert trained
     if name != "mlp":  # it starts at zero
@@ -129,7 +108,7 @@ def test_posterior_runs_only_in_training(
     make_loader: Callable[..., Any],
     train_step: Callable[..., Any],
 ) -> None:
-    module = make("dpo", FULL[name]())
+    module = make("dpo", make_space(name))
     runs: list[str] = []
     module.latent.posterior.register_forward_hook(lambda *_: runs.append("posterior"))
     module.latent.prior.register_forward_hook(lambda *_: runs.append("prior"))
@@ -195,7 +174,7 @@ def test_unequal_micro_batches_equal_one_batch(
     train_step: Callable[..., Any],
 ) -> None:
     pairs = make_pairs([*LENGTHS, (2, 6, 3)])
-    whole = train_step(make("dpo", FULL[latent]() if latent else None), pairs)
+    whole = train_step(make("dpo", make_space(latent) if latent else None), pairs)
     results: dict[str, Tensor] = {}
 
     class Watch(Callback):
@@ -205,7 +184,7 @@ def test_unequal_micro_batches_equal_one_batch(
     loader = TrainingLoader(pairs, TrainingBatches(pairs, 2, seed=0), PaddedLayout(0))
     assert loader.batch_sizes == [2, 2, 1]
     trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=[Watch()], accumulate_grad_batches=3)
-    trainer.fit(make("dpo", FULL[latent]() if latent else None), loader, make_loader(pairs))
+    trainer.fit(make("dpo", make_space(latent) if latent else None), loader, make_loader(pairs))
     assert set(results) == set(whole.gradients)
     for name, gradient in whole.gradients.items():
         scale = float(gradient.abs().max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import Exponential, GumbelSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
+from lpc_lightning.robust import REPO
 
 pytestmark = pytest.mark.slow
 
@@ -92,8 +94,9 @@ CASES = {
     "ended by steps": Case(
         {"max_steps": 9, "accumulate_grad_batches": 2}, ["batch-step=2", "batch-step=6", "epoch-step=6", "batch-step=8"]
     ),
-    "part of an epoch": Case(
-        {"max_epochs": 2, "limit_train_batches": 7, "accumulate_grad_batches": 2}, ["batch-step=2", "epoch-step=4"]
+    "part of an epoch, in float64": Case(
+        {"max_epochs": 2, "limit_train_batches": 7, "accumulate_grad_batches": 2, "precision": "64-true"},
+        ["batch-step=2", "epoch-step=4"],
     ),
     "num_workers": Case(
         {"max_epochs": 2, "accumulate_grad_batches": 2}, ["batch-step=2", "epoch-step=6"], num_workers=2
@@ -179,6 +182,57 @@ def test_ended_run_goes_on_with_more_steps(
     assert same(resumed.weights, whole.weights)
     assert list(resumed.training.values()) == list(whole.training.values())[3:]
     assert resumed.batches == whole.batches[6:]
+
+
+class InterruptionError(Exception):
+    """Ends a run."""
+
+
+class Interrupted(Callback):
+    """Interrupts a run in the middle of a step, or of the validation in mid-epoch."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self.at == "step" and args[2] == 4:
+            raise InterruptionError
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self.at == "validation" and args[2] == 1:
+            raise InterruptionError
+
+
+def test_interrupted_module_resumes(small_policy: Any, small_data: Any, fit_run: Any, tmp_path: Path) -> None:
+    """Go on in the same process with the same module, as in a notebook after Ctrl-C."""
+    steps: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 3, "val_check_interval": 6}
+    steps |= {"limit_train_batches": 7, "limit_val_batches": 2}
+
+    def module() -> PreferenceModule:
+        return DPO(policy=small_policy(), optimizer=adam, latent=gumbel(), latent_lr=1e-2, robust_loss=REPO())
+
+    whole = fit_run(module(), small_data(), **steps)
+    state = whole.module.state_dict()
+    for at in ("step", "validation"):
+        interrupted = module()
+        with pytest.raises(InterruptionError):
+            fit_run(interrupted, small_data(), callbacks=[Within(tmp_path), Interrupted(at)], **steps)
+        resumed = fit_run(interrupted, small_data(), ckpt_path=tmp_path / "within.ckpt", **steps)
+        assert list(resumed.training.values()) == list(whole.training.values())[1:], at
+        assert resumed.log.with_prefix("val/") == whole.log.with_prefix("val/"), at
+        found = resumed.module.state_dict()
+        assert not [name for name in state if not torch.equal(found[name], state[name])], at
+
+
+def test_validation_after_an_interrupted_one(small_policy: Any, small_data: Any) -> None:
+    module = DPO(policy=small_policy(), latent=gumbel())
+    found = []
+    for callbacks in ([], [Interrupted("validation")], []):
+        quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        trainer = Trainer(accelerator="cpu", callbacks=callbacks, enable_checkpointing=False, **quiet)
+        with pytest.raises(InterruptionError) if callbacks else nullcontext():
+            found += trainer.validate(module, datamodule=small_data(), verbose=False)
+    assert found[0] == found[1]
 
 
 @pytest.fixture

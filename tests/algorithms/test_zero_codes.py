@@ -10,31 +10,11 @@ import torch
 from torch import Tensor
 
 from lpc_lightning.data.batching.layouts import Layout
-from lpc_lightning.latent import (
-    ExpectedSpace,
-    GaussianSpace,
-    GumbelSpace,
-    LatentSpace,
-    MarginalSpace,
-    MLPSpace,
-    PosteriorOnlySpace,
-    PriorOnlySpace,
-    VectorSpace,
-)
+from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import TokenizedPair
 from tests.algorithms.conftest import Make, every_layout
+from tests.fixtures.spaces import SPACES, make_space
 
-ZERO: dict[str, Callable[..., LatentSpace]] = {
-    "gumbel": lambda **space: GumbelSpace(num_codes=3, init_logit_std=0.0, **space),
-    "hard gumbel": lambda **space: GumbelSpace(num_codes=3, init_logit_std=0.0, hard=True, **space),
-    "posterior only": lambda **space: PosteriorOnlySpace(num_codes=3, init_logit_std=0.0, **space),
-    "expected": lambda **space: ExpectedSpace(num_codes=3, init_logit_std=0.0, **space),
-    "gaussian": lambda **space: GaussianSpace(num_codes=3, init_logit_std=0.0, **space),
-    "prior only": lambda **space: PriorOnlySpace(num_codes=3, init_logit_std=0.0),
-    "marginal": lambda **space: MarginalSpace(num_codes=3, init_logit_std=0.0),
-    "mlp": lambda **space: MLPSpace(hidden=8),
-    "vector": lambda **space: VectorSpace(),
-}
 PER_CODE = ("expected", "marginal")
 """Spaces whose losses are sums over codes, which are rounded. All others use the plain log-probabilities."""
 
@@ -44,7 +24,7 @@ def policy_gradients(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(ZERO))
+@pytest.mark.parametrize("name", list(SPACES))
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo", "simpo", "kto", "orpo"])
 @every_layout
 def test_step_with_zero_codes_is_plain(
@@ -57,7 +37,7 @@ def test_step_with_zero_codes_is_plain(
     once: Callable[..., Any],
 ) -> None:
     plain = once(("plain", algorithm, layout), lambda: train_step(make(algorithm), pairs, layout))
-    latent = train_step(make(algorithm, ZERO[name](kl_weight=0.7)), pairs, layout)
+    latent = train_step(make(algorithm, make_space(name, init_logit_std=0.0, kl_weight=0.7)), pairs, layout)
     tolerance = 1e-12 if name in PER_CODE else 0.0
     torch.testing.assert_close(latent.loss.double(), plain.loss, rtol=tolerance, atol=0)
     gradients = policy_gradients(latent.gradients)
@@ -67,7 +47,7 @@ def test_step_with_zero_codes_is_plain(
     assert latent.metrics["train/latent/z_norm_ratio"] == 0
 
 
-@pytest.mark.parametrize("name", list(ZERO))
+@pytest.mark.parametrize("name", list(SPACES))
 def test_validation_with_zero_codes_is_plain(
     name: str,
     pairs: list[TokenizedPair],
@@ -81,7 +61,7 @@ def test_validation_with_zero_codes_is_plain(
         trainer.validate(make("dpo", latent), make_loader(pairs), verbose=False)
         return {metric: float(value) for metric, value in trainer.callback_metrics.items()}
 
-    plain, latent_metrics = once("validated", lambda: validated(None)), validated(ZERO[name]())
+    plain, latent_metrics = once("validated", lambda: validated(None)), validated(make_space(name, init_logit_std=0.0))
     assert set(plain) == {
         *("val/loss", "val/logps/chosen", "val/logps/rejected"),
         *(f"val/rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),

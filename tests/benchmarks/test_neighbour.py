@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_table_has_medians_and_their_ratio() -> None:
     seconds = {(10_000, False): [2.0, 9.0, 1.0], (10_000, True): [3.0, 5.0, 4.0]}
-    assert render(seconds).splitlines()[2:] == ["| 10000 | 2.00 | 4.00 | 2.00 |"]
+    (row,) = render(seconds).splitlines()[2:]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["10000", "2.00", "4.00", "2.00"]
 
 
 def test_busy_process_runs_until_the_end() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,8 +18,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.data import DataError, SyntheticPreferences
+from lpc_lightning.data.noise import ByAnnotator, FlipOrder
 from lpc_lightning.data.noise.label_noise import MarkedSource
+from lpc_lightning.data.noise.markers import MARK
 from lpc_lightning.data.sources.report import DataReport
+from lpc_lightning.data.tokenization.lengths import LengthPolicy
+from lpc_lightning.data.tokenization.templates import make_template
+from lpc_lightning.data.tokenization.token_cache import load_or_tokenize
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.types import Message, PreferenceBatch, PreferenceExample
@@ -220,6 +226,19 @@ def test_two_kinds_of_noise(cache: Path) -> None:
         pairs.set_label_noise(LabelFlipNoise(rate=0.2))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sources": ["nope"]}, r"sources: found 'nope', expected each source .*The pairs have: 'cooking', .*\."),
+        ({"factors": ["long", "nope"]}, r"factors: found 'nope', expected each factor"),
+        ({"order": ByAnnotator({"nope": 0.5, "other": 1.0})}, r"order\.shares: found 'nope', 'other', expected each"),
+    ],
+)
+def test_names_without_a_pair(settings: dict[str, Any], message: str, run: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"LabelFlipNoise\.{message}"):
+        run(LabelFlipNoise(rate=0.3, **settings))
+
+
 def test_other_data_module(make_trainer: Any, make_loader: Any, make_pairs: Any) -> None:
     loader = make_loader(make_pairs([(3, 4, 5)]))
     module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2), reference="live")
@@ -256,6 +275,34 @@ def test_marked_source(cache: Path) -> None:
             assert noisy.prompt[-1]["content"] == f"[FLIP] {clean.prompt[-1]['content']}"
         else:
             assert noisy == clean
+
+
+class FlipsOne(FlipOrder):
+    """Order of one pair. Its number is no setting, like a constant in the code."""
+
+    number = 0
+
+    def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray, seed: int = 0) -> np.ndarray:
+        return np.where(np.arange(len(examples)) == self.number, 0.0, np.inf)
+
+
+def test_marked_tokens_of_edited_noise(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens in the cache are those of the code of the noise, although no setting differs."""
+    source, tokenizer = data(cache).source("train"), TinyPolicy().load_tokenizer()
+    assert source is not None
+    noise = LabelFlipNoise(rate=0.5, order=FlipsOne(), marker="[FLIP]", seed=1)
+
+    def texts() -> dict[int, str]:
+        marked = MarkedSource(source, noise)
+        pairs, _ = load_or_tokenize(marked, make_template(tokenizer), LengthPolicy(), cache_dir=cache)
+        return {number: tokenizer.decode(pairs[number].prompt_ids) for number in np.flatnonzero(pairs.flipped).tolist()}
+
+    assert list(texts()) == [0]
+    monkeypatch.setattr(FlipsOne, "number", 3)
+    ((number, text),) = texts().items()
+    assert (number, "user\n[FLIP] " in text) == (3, True)
+    monkeypatch.setitem(MARK, "start", MARK["end"])
+    assert " [FLIP]<|im_end|>" in texts()[3]
 
 
 def test_marked_run(run: Any, cache: Path, tmp_path: Path) -> None:

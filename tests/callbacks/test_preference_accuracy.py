@@ -215,13 +215,13 @@ def test_wrong_training_labels_are_scored(
         assert item["margins"]["prior"] == pytest.approx(margins[item["id"]], abs=1e-4)
         (eta,) = module.robust_loss.reliabilities([""], torch.device("cpu")).tolist()
         p = 1 / (1 + math.exp(-item["margins"]["prior"]))
-        assert item["label_right"] == pytest.approx(eta * p / (eta * p + (1 - eta) * (1 - p)), abs=1e-5)
+        assert item["label_correct"] == pytest.approx(eta * p / (eta * p + (1 - eta) * (1 - p)), abs=1e-5)
     wrong = [item["flipped"] for item in items]
     assert 0 < sum(wrong) < 12
     metrics = trainer.callback_metrics
     expected = auroc([item["margins"]["prior"] for item in items], wrong)
     assert float(metrics["val/training/wrong_label_auroc/prior"]) == pytest.approx(expected, abs=1e-6)
-    assert float(metrics["val/training/wrong_label_auroc/label_right"]) == pytest.approx(expected, abs=0.05)
+    assert float(metrics["val/training/wrong_label_auroc/label_correct"]) == pytest.approx(expected, abs=0.05)
     right = [(item["margins"]["prior"] > 0) != item["flipped"] for item in items]
     assert float(metrics["val/training/gold_accuracy/prior"]) == pytest.approx(sum(right) / 12, abs=1e-6)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -469,6 +470,30 @@ def test_metrics_have_the_stage_name(tmp_path: Path) -> None:
 
 
 # Batches and layouts.
+
+
+class Ids(Callback):
+    """Ids of the training pairs of each epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, list[str]] = defaultdict(list)
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, number: int) -> None:
+        self.epochs[trainer.current_epoch] += batch.ids
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_steps": 6}])
+def test_overfit_batches_are_the_same_in_each_epoch(limits: dict[str, int], tmp_path: Path) -> None:
+    made = SyntheticPreferences(train_pairs=40, validation_pairs=4, batch_size=4, cache_dir=str(tmp_path))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    seen = Ids()
+    trainer = Trainer(overfit_batches=2, callbacks=[seen], enable_model_summary=False, **quiet, **limits)
+    with pytest.warns(UserWarning, match="We are turning off the train dataloader shuffling"):
+        trainer.fit(DPO(policy=tiny()), datamodule=made)
+    first, second, third = seen.epochs.values()
+    assert first == second == third
+    assert len(set(first)) == 8
+    assert {made.pairs["train"][index].id for index in made.reads("train")} == set(first)
 
 
 def test_order_by_length_groups_similar_lengths(tmp_path: Path) -> None:

@@ -52,5 +52,10 @@ def test_markdown_table_escapes_cells() -> None:
     assert text == "| x         |\n| --------- |\n| a\\|b      |\n| two lines |"
 
 
+def test_markdown_table_of_markdown_cells() -> None:
+    text = markdown_table(["x"], [[code_span("a|<b>")]], escape=str)
+    assert text.splitlines()[2] == r"| `a\|<b>` |"
+
+
 def test_markdown_table_without_rows() -> None:
     assert markdown_table(["a", "b"], []) == "| a   |   b |\n| --- | --: |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import isabstract
 from itertools import chain
 from typing import Any
 
@@ -12,31 +13,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from lpc_lightning.latent import (
-    ExpectedSpace,
-    GaussianSpace,
-    GumbelSpace,
-    LatentSpace,
-    MarginalSpace,
-    MLPSpace,
-    PosteriorOnlySpace,
-    PriorOnlySpace,
-    VectorSpace,
-)
+from lpc_lightning import latent
+from lpc_lightning.latent import GaussianSpace, LatentSpace, MLPSpace, VectorSpace
 from lpc_lightning.types import LogitHead
+from tests.fixtures.spaces import SPACES, make_space
 
 DISCRETE = {"num_codes": 3, "init_logit_std": 1.0, "hidden": 8}
-SPACES: dict[str, Callable[..., LatentSpace]] = {
-    "gumbel": lambda **networks: GumbelSpace(**DISCRETE, **networks),
-    "hard gumbel": lambda **networks: GumbelSpace(**DISCRETE, hard=True, **networks),
-    "expected": lambda **networks: ExpectedSpace(**DISCRETE, **networks),
-    "marginal": lambda **networks: MarginalSpace(**DISCRETE, **networks),
-    "prior only": lambda **networks: PriorOnlySpace(**DISCRETE, **networks),
-    "posterior only": lambda **networks: PosteriorOnlySpace(**DISCRETE, **networks),
-    "gaussian": lambda **networks: GaussianSpace(**DISCRETE, **networks),
-    "mlp": lambda **networks: MLPSpace(hidden=8, **networks),
-    "vector": lambda **networks: VectorSpace(init_logit_std=1.0),
-}
 every_space = pytest.mark.parametrize("name", list(SPACES))
 
 
@@ -146,7 +128,7 @@ def test_gaussian_infer_by_mode(dpo_toy: Any, build: Callable[..., Any], naive_n
 @pytest.mark.parametrize("name", ["mlp", "vector"])
 @pytest.mark.parametrize("mode", [3, 0, "code"])
 def test_infer_unknown_mode_without_codes(name: str, mode: Any, dpo_toy: Any, build: Callable[..., Any]) -> None:
-    space = build(SPACES[name](), dpo_toy)
+    space = build(make_space(name), dpo_toy)
     expected = (
         rf"latent\.prior_mode: found {mode!r}, expected one of mean, sample, argmax \(the same here\): this latent"
     )
@@ -154,9 +136,14 @@ def test_infer_unknown_mode_without_codes(name: str, mode: Any, dpo_toy: Any, bu
         space.infer(dpo_toy.states.prompt, mode)
 
 
+def test_table_of_spaces_is_complete() -> None:
+    spaces = [space for space in vars(latent).values() if isinstance(space, type) and issubclass(space, LatentSpace)]
+    assert {space for space, _ in SPACES.values()} == {space for space in spaces if not isabstract(space)}
+
+
 @every_space
 def test_state_dict_restores_space(name: str, toy: Any, build: Callable[..., Any]) -> None:
-    first, second = (build(SPACES[name](), toy, seed=seed) for seed in (3, 4))
+    first, second = (build(make_space(name), toy, seed=seed) for seed in (3, 4))
     prompt = toy.states.prompt
 
     def outputs(space: LatentSpace) -> list[Tensor]:
@@ -177,7 +164,7 @@ def test_detach_stops_backbone_gradient(name: str, detach: bool, dpo_toy: Any, b
         with pytest.raises(TypeError):
             VectorSpace(detach=True)
         return
-    space = build(SPACES[name](detach=detach), dpo_toy)
+    space = build(make_space(name, detach=detach), dpo_toy)
     states = dpo_toy.separate_states()
     terms = space.training_terms(states, dpo_toy.score, 0.5)
     (terms.pairs.losses + terms.penalty).mean().backward()
@@ -197,7 +184,7 @@ def test_detach_stops_backbone_gradient(name: str, detach: bool, dpo_toy: Any, b
 
 @every_space
 def test_inference_terms_use_prompt_only(name: str, toy: Any, build: Callable[..., Any]) -> None:
-    space = build(SPACES[name](), toy)
+    space = build(make_space(name), toy)
     states = toy.separate_states()
     without_answers = replace(states, chosen=states.chosen * torch.nan, rejected=states.rejected * torch.nan)
     terms = space.inference_terms(without_answers, toy.score)
@@ -209,6 +196,6 @@ def test_inference_terms_use_prompt_only(name: str, toy: Any, build: Callable[..
 
 @every_space
 def test_inference_terms_depend_on_z(name: str, toy: Any, build: Callable[..., Any]) -> None:
-    space = build(SPACES[name](), toy)
+    space = build(make_space(name), toy)
     plain, _ = toy.score.under(None)
     assert (space.inference_terms(toy.states, toy.score).pairs.losses - plain.losses).abs().max() > 1e-3

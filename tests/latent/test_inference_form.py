@@ -77,3 +77,24 @@ def test_inference_form_folds_standardisation(
     for name in ("second.weight", "second.bias"):
         assert torch.equal(tensors[name], own.second.get_parameter(name.removeprefix("second.")).double())
     assert not any(tensor.requires_grad for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("space", [form[0] for form in FORMS], ids=lambda value: type(value).__name__)
+def test_space_states_what_it_has(space: LatentSpace, dpo_toy: Any, build: Callable[..., Any]) -> None:
+    """Other code reads `has_codes` and `num_codes`, never the class."""
+    build(space, dpo_toy)
+    states, score = dpo_toy.states, dpo_toy.score
+    prior = space.log_prior(states.prompt)
+    values = space.adaptation_values(states, score, score.swapped())
+    assert space.has_codes == (prior is not None)
+    assert (space.num_codes > 0) == bool(values)
+    assert all(value.shape == (len(states.prompt), space.num_codes) for value in values.values())
+    torch.manual_seed(0)
+    if prior is None:
+        expected = score.under(space.infer(states.prompt))[0].label_log_likelihood
+    else:
+        torch.testing.assert_close(space.mix(prior.exp()), prior.exp() @ space.codes)
+        by_code = [dpo_toy.naive_losses(code.expand(len(prior), -1)) for code in space.codes]
+        expected = (prior.exp() * (-torch.stack(by_code, dim=1)).exp()).sum(1).log()
+    torch.manual_seed(0)  # the Gaussian draws its z
+    torch.testing.assert_close(space.label_log_likelihood(states, score), expected)

@@ -20,7 +20,7 @@ from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Weights
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyReport
 from lpc_lightning.evaluation.accuracy.collect import CollectPairs
-from lpc_lightning.files.json_files import write_json
+from lpc_lightning.files.json_files import write_json, write_pieces
 
 
 def run_cell(path: Path, weights: Weights) -> None:
@@ -79,7 +79,7 @@ def _write_pairs(path: Path, trainer: Trainer) -> None:
     report = next((each for each in reports if isinstance(each, AccuracyReport)), None)
     if report is not None and trainer.is_global_zero:
         lines = ({name: item[name] for name in ("prompt", "flipped", "tokens", "margins")} for item in report.items)
-        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        write_pieces(path, (f"{json.dumps(line)}\n" for line in lines))
 
 
 def _has_pairs(data: PreferenceDataModule, stage: Any) -> bool:

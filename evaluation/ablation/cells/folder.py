@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lpc_lightning.files.json_files import write_json
+from lpc_lightning.files.json_files import write_json, write_text
 
 CELLS, TUNING_CELLS = "cells", "tuning"
 """Folders of the cells of the result, and of those of the tuning."""
@@ -173,12 +173,11 @@ class CellFolder:
             rows += new
         if earlier:
             columns = sorted({name for row in rows for name in row})
-            partial = metrics.with_suffix(".partial")
-            with partial.open("w", newline="") as file:
-                writer = csv.DictWriter(file, columns, restval="")
-                writer.writeheader()
-                writer.writerows(rows)
-            os.replace(partial, metrics)
+            table = io.StringIO(newline="")
+            writer = csv.DictWriter(table, columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(metrics, table.getvalue())
             for path in earlier:
                 path.unlink()
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpc_lightning.evaluation.accuracy.accuracy_modes import LENGTH_RATIO
+from lpc_lightning.evaluation.accuracy.scored_modes import LENGTH_RATIO
 from lpc_lightning.evaluation.statistics.clusters import deviations
 from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from lpc_lightning.algorithms.warm_start.fit import batches_of
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
-from lpc_lightning.latent import DiscreteSpace, LatentSpace
-from lpc_lightning.latent.discrete import given_earlier_pairs
+from lpc_lightning.latent import LatentSpace
 
 LEVEL = 0.05
 """Largest probability of keeping a space that is no better. It is 1.645 standard errors for many prompts."""
@@ -86,13 +85,6 @@ def likelihood_gains(space: LatentSpace, pairs: LinearizedPairs, pairs_per_annot
     gains = pairs.plain.new_zeros(len(pairs))
     for indices in batches_of(pairs.annotators, pairs_per_annotator, torch.arange(len(pairs))):
         states, score = pairs.select(indices)
-        if isinstance(space, DiscreteSpace):
-            likelihoods = score.under_codes(space.codebook.weight)[0].label_log_likelihood
-            log_weights = space.log_prior(states.prompt)
-            if space.annotators:
-                log_weights = given_earlier_pairs(log_weights, likelihoods, states.annotators)
-            likelihood = (log_weights + likelihoods).logsumexp(-1)
-        else:
-            likelihood = space.inference_terms(states, score).pairs.label_log_likelihood
+        likelihood = space.label_log_likelihood(states, score)
         gains[indices.to(gains.device)] = likelihood - score.under(None)[0].label_log_likelihood
     return gains

@@ -13,8 +13,7 @@ from torch.nn.functional import one_hot, rms_norm
 from lpc_lightning.algorithms.warm_start.clusters import cluster_pairs, prompt_canonical_variates
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.data.batch_order.by_annotator import group_by_annotator
-from lpc_lightning.latent import DiscreteSpace, LatentSpace
-from lpc_lightning.latent.discrete import given_earlier_pairs
+from lpc_lightning.latent import LatentSpace
 from lpc_lightning.latent.networks import Codebook
 
 BATCH = 32
@@ -63,13 +62,13 @@ def fit(
         terms = space.training_terms(*pairs.select(indices), progress)
         return (terms.pairs.objective + terms.penalty).mean()
 
-    if isinstance(space, DiscreteSpace):
+    if space.has_codes:
         clusters = _init_codes(space, pairs, len(fitted))
 
         def imitate(indices: Tensor, progress: float) -> Tensor:
             return space.imitation_loss(pairs.select(indices)[0], clusters[indices]).mean()
 
-        networks = [parameter for name, parameter in space.named_parameters() if not name.startswith("codebook")]
+        networks = [parameter for parameter in space.parameters() if parameter is not space.codes]
         _minimize(space, [{"params": networks, "lr": latent_lr}], imitate, fitted, held_out_batches, batches)
         _set_scale(space, pairs, held_out)
     return plain, _minimize(
@@ -77,7 +76,7 @@ def fit(
     )
 
 
-def _init_codes(space: DiscreteSpace, pairs: LinearizedPairs, fitted: int) -> Tensor:
+def _init_codes(space: LatentSpace, pairs: LinearizedPairs, fitted: int) -> Tensor:
     """Set the codes to the directions of clusters of the first `fitted` pairs. Return (N,) clusters of all pairs."""
     if space.annotators and any(pairs.annotators):
         names = {name: number for number, name in enumerate(dict.fromkeys(pairs.annotators))}
@@ -88,12 +87,12 @@ def _init_codes(space: DiscreteSpace, pairs: LinearizedPairs, fitted: int) -> Te
             (prompts - prompts.mean(0)) / prompts.std(0).clamp_min(1e-6), pairs.z_gradients.sum(1)
         ).cpu()
     codes, clusters = cluster_pairs(features, pairs.z_gradient_difference[:fitted].cpu(), space.num_codes)
-    space.codebook.weight.data.copy_(codes)
+    space.codes.data.copy_(codes)
     return clusters.to(pairs.prompt.device)
 
 
 @torch.no_grad()
-def _set_scale(space: DiscreteSpace, pairs: LinearizedPairs, held_out: Tensor) -> None:
+def _set_scale(space: LatentSpace, pairs: LinearizedPairs, held_out: Tensor) -> None:
     """Scale the codebook so that the held-out labels have the highest evidence.
 
     If the space pools an annotator's pairs, each pair is scored given the annotator's earlier pairs. Two opposite codes
@@ -101,17 +100,16 @@ def _set_scale(space: DiscreteSpace, pairs: LinearizedPairs, held_out: Tensor) -
     """
     states, score = pairs.select(held_out)
     log_prior = space.log_prior(states.prompt)
-    directions = space.codebook.weight / (
-        pairs.z_gradient_difference[held_out] @ space.codebook.weight.T
-    ).std().clamp_min(1e-12)
+    assert log_prior is not None  # the space has codes
+    directions = space.codes / (pairs.z_gradient_difference[held_out] @ space.codes.T).std().clamp_min(1e-12)
 
     def evidence(scale: float) -> Tensor:
         likelihood = score.under_codes(scale * directions)[0].label_log_likelihood
-        log_weights = given_earlier_pairs(log_prior, likelihood, states.annotators) if space.annotators else log_prior
+        log_weights = space.updated_log_prior(log_prior, likelihood, states.annotators)
         return (log_weights + likelihood).logsumexp(-1).mean()
 
     best = int(torch.stack([evidence(scale) for scale in SCALES]).argmax())
-    space.codebook.weight.copy_(SCALES[best] * directions)
+    space.codes.copy_(SCALES[best] * directions)
 
 
 def _groups(space: LatentSpace, latent_lr: float) -> list[dict[str, object]]:

@@ -69,7 +69,7 @@ class LinearizedPairs:
         token: MeanToken,
         annotators: Sequence[str],
         loss: Callable[[PairLogps], PairLosses],
-        margins: Tensor | None = None,
+        target_margins: Tensor | None = None,
     ) -> None:
         """Split the rows into their parts.
 
@@ -79,10 +79,10 @@ class LinearizedPairs:
             token: The policy's mean token.
             annotators: (N,) annotator of each pair, "" if unknown.
             loss: The preference loss.
-            margins: (N,) margins that the loss asks for. None: 0.
+            target_margins: (N,) target margins of the loss. None: 0.
         """
         self._rows, self.reference, self._token, self._loss = rows, reference, token, loss
-        self._margins = margins
+        self._target_margins = target_margins
         self.annotators = tuple(annotators)
         width = token.head.weight.shape[1]
         states, z_gradients, self.plain, self.lengths = rows.split([3 * width, 2 * width, 2, 2], dim=1)
@@ -95,7 +95,7 @@ class LinearizedPairs:
     def part(self, chosen: slice) -> LinearizedPairs:
         """Return some of the pairs."""
         reference = None if self.reference is None else self.reference[chosen]
-        margins = None if self._margins is None else self._margins[chosen]
+        margins = None if self._target_margins is None else self._target_margins[chosen]
         return LinearizedPairs(self._rows[chosen], reference, self._token, self.annotators[chosen], self._loss, margins)
 
     @property
@@ -115,8 +115,8 @@ class LinearizedPairs:
             self.rejected[indices],
             tuple(self.annotators[index] for index in indices.tolist()),
         )
-        margins = None if self._margins is None else self._margins[indices]
-        return states, BatchScorer(forward, lengths, reference, self._loss, margins=margins)
+        margins = None if self._target_margins is None else self._target_margins[indices]
+        return states, BatchScorer(forward, lengths, reference, self._loss, target_margins=margins)
 
 
 def make_rows(states: PairStates, plain: Tensor, z_gradients: Tensor, batch: PreferenceBatch) -> Tensor:

@@ -55,7 +55,7 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
         )
     pairs, seed = data.training_pairs, derive("warm start", run_seed())
     indices = np.random.default_rng(seed).permutation(sorted(data.reads("train")))[: space.warm_start_pairs].tolist()
-    fewest = 2 * max(3, getattr(space, "num_codes", 1))
+    fewest = 2 * max(3, space.num_codes)
     if len(indices) < fewest:
         raise ConfigError(
             f"latent.warm_start_pairs: found {len(indices)} training pairs (setting: {space.warm_start_pairs}), "

@@ -35,6 +35,7 @@ class TrainingBatches(Sampler[list[int]]):
         rank: int = 0,
         devices: int = 1,
         order: BatchOrder | None = None,
+        repeats: bool = False,
     ) -> None:
         """Plan the batches of a device.
 
@@ -45,10 +46,12 @@ class TrainingBatches(Sampler[list[int]]):
             rank: Index of this device.
             devices: Number of devices.
             order: Order of the pairs in an epoch. None: `Shuffled`.
+            repeats: True if all epochs have the batches of the first one, as `trainer.overfit_batches` needs.
         """
         self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rank, self.devices = rank, devices
         self.order = Shuffled() if order is None else order
+        self.repeats = repeats
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,7 +84,7 @@ class TrainingBatches(Sampler[list[int]]):
         return self._order(epoch)[: batches * self.batch_size * self.devices]
 
     def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive("order", self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive("order", self.seed, 0 if self.repeats else epoch))
         count = len(self.pairs)
         shuffled = torch.randperm(count, generator=generator).tolist()
         share = math.ceil(count / self.devices)
@@ -218,8 +221,8 @@ class TrainingLoader(PreferenceLoader):
         if self._order != expected:
             raise DataError(
                 f"resume: found data order {self._order}, expected {expected} as in the checkpoint. Resume with the "
-                "same seed_everything, data, data.batch_size, data.batch_order and devices, or "
-                f"{NEW_RUN}."
+                "same seed_everything, data, data.batch_size, data.batch_order, trainer.overfit_batches and devices, "
+                f"or {NEW_RUN}."
             )
         if self._flips != state["flips"]:
             raise DataError(
@@ -231,7 +234,7 @@ class TrainingLoader(PreferenceLoader):
         self._taken_before = {self._epoch: self._taken}
 
     @property
-    def _order(self) -> dict[str, int | str]:
+    def _order(self) -> dict[str, int | str | bool]:
         sampler = self.sampler
         return {
             "seed": sampler.seed,
@@ -240,4 +243,5 @@ class TrainingLoader(PreferenceLoader):
             "batch_size": sampler.batch_size,
             "devices": sampler.devices,
             "batch_order": str(sampler.order),
+            "repeats": sampler.repeats,
         }

@@ -24,7 +24,7 @@ def training_reads(batches: TrainingBatches, trainer: Any) -> set[int]:
     while left > 0 and epoch_length > 0 and len(read) < len(batches.pairs):
         taken = min(epoch_length, left)
         read.update(batches.first(int(taken), epoch))
-        left -= taken
+        left = 0 if batches.repeats else left - taken
         epoch += 1
     return read
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -30,6 +30,11 @@ class FlipOrder(ABC):
         Returns:
             (examples,) thresholds. Infinity: the pair is never flipped.
         """
+
+    @property
+    def annotators(self) -> Collection[str]:
+        """Annotators that the settings name. Each of them must have a training pair."""
+        return ()
 
     def key(self) -> str:
         """Return name and settings in one line."""
@@ -90,13 +95,19 @@ class ByAnnotator(FlipOrder):
         """Set the share of each annotator.
 
         Args:
-            shares: Probability of a flip at rate 1, in [0, 1], by annotator.
+            shares: Probability of a flip at rate 1, in [0, 1], by annotator. Each annotator must have a training pair.
             others: The same for all annotators that are not in `shares`.
         """
         for name, share in (*shares.items(), ("others", others)):
             if not 0 <= share <= 1:
                 raise ConfigError(f"order.shares: found {share} for {name}, expected a probability between 0 and 1.")
-        self.shares, self.others = shares, others
+        # YAML has numbers as keys. Cells of the column `annotator` are texts.
+        self.shares, self.others = {str(name): share for name, share in shares.items()}, others
+
+    @property
+    def annotators(self) -> Collection[str]:
+        """See `FlipOrder.annotators`."""
+        return self.shares
 
     def thresholds(self, examples: Sequence[PreferenceExample], draws: np.ndarray, seed: int = 0) -> np.ndarray:
         """Return the random numbers divided by the shares, and infinity for a share of 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -52,15 +53,25 @@ class MarkedSource:
     """Noise that chooses, flips and marks examples."""
 
     def key(self) -> str:
-        """See `ExampleSource.key`."""
-        return json.dumps([self.source.key(), self.noise.key()])
+        """See `ExampleSource.key`. It has a digest of the flipped pairs, which an edit of the noise's code changes."""
+        digest = hashlib.sha256()
+        for index, (example, flip) in enumerate(self._examples(DataReport())):
+            if flip:
+                texts = [example.prompt, example.question, example.chosen, example.rejected]
+                digest.update(json.dumps([index, example.flipped, texts]).encode())
+        return json.dumps([self.source.key(), self.noise.key(), digest.hexdigest()])
 
     def read(self, report: DataReport) -> Iterator[PreferenceExample]:
         """See `ExampleSource.read`."""
+        return (example for example, _ in self._examples(report))
+
+    def _examples(self, report: DataReport) -> Iterator[tuple[PreferenceExample, bool]]:
+        """Yield the examples, each with True if it is flipped."""
         examples = list(self.source.read(report))
-        for example, flip in zip(examples, self.noise.flips(examples), strict=True):
-            if not flip:
-                yield example
-                continue
-            # All pairs of a question stay together, with and without the marker.
-            yield replace(self.noise.marked(example.swapped()), question=example.question or example.prompt)
+        for example, flip in zip(examples, self.noise.flips(examples).tolist(), strict=True):
+            if flip:
+                # All pairs of a question stay together, with and without the marker.
+                marked = self.noise.marked(example.swapped())
+                yield replace(marked, question=example.question or example.prompt), True
+            else:
+                yield example, False

@@ -20,8 +20,9 @@ class Columns:
     """
 
     prompt: str = "prompt"
-    """The prompt: text, rendered text or messages. May be absent if the answers are whole conversations. If no row
-    column has this name, a single column `instruction`, `question`, `query`, `history` or `context` is used."""
+    """The prompt: text, rendered text or messages. May be absent if the answers are whole conversations. If a row has
+    no such column, a single column `instruction`, `question`, `query`, `history` or `context` is used, also if its cell
+    is null, which is counted."""
     chosen: str = "chosen"
     """The preferred answer: text, one assistant message, or a whole conversation that ends with the answer."""
     rejected: str = "rejected"

@@ -60,8 +60,9 @@ class RowSource:
         """See `ExampleSource.key`."""
         settings = {name: value for name, value in asdict(self).items() if name != "path"}
         location = open_location(self.path, self.config)
-        own = None if location.splits is None else self.split
-        return json.dumps([location.key(own), location.splits, settings], sort_keys=True)
+        own = self.split if location.has_splits else None
+        splits = [location.has_splits, location.known_splits]
+        return json.dumps([location.key(own), splits, settings], sort_keys=True)
 
     def read(self, report: DataReport) -> Iterator[PreferenceExample]:
         """See `ExampleSource.read`."""
@@ -78,13 +79,13 @@ class RowSource:
 
     def _examples(self, report: DataReport) -> Iterator[tuple[PreferenceExample, list[str]]]:
         """Yield the examples of the split with the names of their special forms."""
-        splits = open_location(self.path, self.config).splits
-        has_own_splits = splits is not None
-        report.name_unread_splits(name for name in splits or () if name != (self.split or DEFAULT_SPLIT))
-        own = self.split if has_own_splits else None
+        location = open_location(self.path, self.config)
+        read = self.split or DEFAULT_SPLIT
+        report.name_unread_splits(name for name in location.known_splits if name != read)
+        own = self.split if location.has_splits else None
         rows = read_rows(self.path, config=self.config, split=own, on_bad=report.count_unread)
         rows = report.counting(rows)
-        if self.split is not None and not has_own_splits:
+        if self.split is not None and not location.has_splits:
             rows = select_split(rows, self.split, self.split_column, report.count_other_split)
         for place, row in rows:
             forms: list[str] = []

@@ -66,7 +66,8 @@ def _json(path: Path, name: str, bad: OnBad, only: str | None) -> Rows:
     if not isinstance(rows, list):
         raise DataError(
             f"{path} holds a JSON {type(content).__name__}. Expected a list of objects, an object with such a list "
-            "under 'data', or an object with such a list for each split."
+            "under 'data', or an object with such a list for each split. A file with splits must be the only file of "
+            "its path, no part of a list, a pattern or a folder: save its splits as files."
         )
     yield from json_rows(rows, name, parser, bad)
 

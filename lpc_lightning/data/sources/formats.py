@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.labelled_answers import SETTINGS, find_labelled_answers
-from lpc_lightning.data.sources.markup import refuse_rendered
+from lpc_lightning.data.sources.markup import is_dialogue_in_lines, refuse_rendered
 from lpc_lightning.data.sources.messages import describe, spelled_messages
-from lpc_lightning.data.sources.prompts import find_prompt, with_input, with_system
+from lpc_lightning.data.sources.prompts import find_prompt, refuse_other_prompt, with_input, with_system
 from lpc_lightning.data.sources.rows import BadRow, Row
 from lpc_lightning.data.sources.structures import (
     Structure,
@@ -61,6 +61,8 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
     special = [] if labelled is None else [labelled.description]
     names = (columns.prompt, *answers)
     triple = _read(_WHOLE[columns.rendered], row, names, columns, special)
+    if triple is not None and is_dialogue_in_lines(row[answers[0]]):
+        refuse_other_prompt(row, columns, triple.prompt)
     if triple is None:
         names = (find_prompt(row, columns, None if labelled is None else labelled.prompt), *answers)
         triple = _read(_PROMPTED[columns.rendered], row, names, columns, special)
@@ -68,6 +70,8 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
         raise _unknown_form(row, names)
     prompt, input_columns = with_input(triple.prompt, names[0], row, columns)
     prompt, system_columns = with_system(prompt, row, columns)
+    if names[0] != columns.prompt and columns.prompt in row:
+        special.append(f"prompt from {names[0]}, as {columns.prompt} is empty")
     special += [f"input from {name}" for name in input_columns] + [
         f"system text from {name}" for name in system_columns
     ]

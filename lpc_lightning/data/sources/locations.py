@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpc_lightning.data.sources.files import Rows, has_known_ending, json_rows, parse_json, reader_of
+from lpc_lightning.data.sources.progress_bars import hidden_progress_bars
 from lpc_lightning.data.sources.rows import BadRow, DataError, OnBad
 from lpc_lightning.data.sources.strict_json import JsonParser, Marked
 from lpc_lightning.data.sources.unread_files import warn_of_unread
+from lpc_lightning.files.integrity import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,9 +29,23 @@ DEFAULT_SPLIT = "train"
 class Location(ABC):
     """Place that holds rows. It may have splits of its own."""
 
-    splits: tuple[str, ...] | None
-    """Names of its own splits. Empty: it has splits, whose names are not known without the network. None: it has none,
-    and a column of its rows may hold the splits."""
+    @property
+    def has_splits(self) -> bool:
+        """True if it has splits of its own. Otherwise a column of its rows may hold the splits."""
+        return False
+
+    @property
+    def known_splits(self) -> tuple[str, ...]:
+        """Names of its own splits that are known without the network."""
+        return ()
+
+    def own_splits(self) -> tuple[str, ...]:
+        """Return the names of its own splits. Those of a hub data set are looked up on the hub.
+
+        Raises:
+            DataError: The hub cannot be read.
+        """
+        return self.known_splits
 
     @abstractmethod
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
@@ -45,14 +60,6 @@ class Location(ABC):
             DataError: The location has no such split, or cannot be read.
         """
 
-    def own_splits(self) -> tuple[str, ...]:
-        """Return the names of its own splits. Those of a hub data set are looked up on the hub.
-
-        Raises:
-            DataError: The hub cannot be read.
-        """
-        return self.splits or ()
-
     @abstractmethod
     def key(self, split: str | None) -> str:
         """Return a text that changes whenever `rows` would yield other rows or other places."""
@@ -63,7 +70,6 @@ class Files(Location):
     """Files of rows, in the order of their paths."""
 
     paths: tuple[Path, ...]
-    splits = None
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
@@ -72,7 +78,7 @@ class Files(Location):
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
-        return ", ".join(file_key(path, name) for path, name in zip(self.paths, self._names, strict=True))
+        return ", ".join(_file_key(path, name) for path, name in zip(self.paths, self._names, strict=True))
 
     @property
     def _names(self) -> list[str]:
@@ -90,6 +96,12 @@ class JsonSplits(Location):
 
     path: Path
     splits: tuple[str, ...]
+    has_splits = True
+
+    @property
+    def known_splits(self) -> tuple[str, ...]:
+        """See `Location`."""
+        return self.splits
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
@@ -99,7 +111,7 @@ class JsonSplits(Location):
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
-        return f"{file_key(self.path, self.path.name)} [{split or DEFAULT_SPLIT}]"
+        return f"{_file_key(self.path, self.path.name)} [{split or DEFAULT_SPLIT}]"
 
 
 @dataclass(frozen=True)
@@ -108,19 +120,20 @@ class FolderOfFiles(Location):
 
     folder: Path
     files: Mapping[str, Files]
+    has_splits = True
 
     @property
-    def splits(self) -> tuple[str, ...]:  # type: ignore[override]
+    def known_splits(self) -> tuple[str, ...]:
         """See `Location`."""
         return tuple(self.files)
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
-        yield from self.files[_require(split, self.splits, self.folder)].rows(None, bad, only)
+        yield from self.files[_require(split, self.known_splits, self.folder)].rows(None, bad, only)
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
-        return self.files[_require(split, self.splits, self.folder)].key(None)
+        return self.files[_require(split, self.known_splits, self.folder)].key(None)
 
 
 @dataclass(frozen=True)
@@ -131,19 +144,28 @@ class SavedDataset(Location):
     datasets: Mapping[str, Dataset] | Dataset
 
     @property
-    def splits(self) -> tuple[str, ...] | None:  # type: ignore[override]
+    def has_splits(self) -> bool:
         """See `Location`."""
-        return tuple(self.datasets) if isinstance(self.datasets, dict) else None
+        return isinstance(self.datasets, dict)
+
+    @property
+    def known_splits(self) -> tuple[str, ...]:
+        """See `Location`."""
+        return tuple(self.datasets) if isinstance(self.datasets, dict) else ()
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
         dataset, name = self._split(split)
+        dataset = dataset.with_format(None)  # a stored format may leave out columns, or make arrays of cells
         return dataset_rows(dataset if only is None else _columns(dataset, only), name, bad)
 
     def key(self, split: str | None) -> str:
         """See `Location.key`."""
         dataset, name = self._split(split)
-        return f"dataset {name} {dataset._fingerprint}"
+        # The fingerprint is stored in the folder, so that it stays if a file is replaced.
+        files = [Path(file["filename"]) for file in dataset.cache_files]
+        contents = ", ".join(_file_key(path, path.name) for path in files)
+        return f"dataset {name} {dataset._fingerprint} {contents}"
 
     def _split(self, split: str | None) -> tuple[Dataset, str]:
         if not isinstance(self.datasets, dict):
@@ -158,7 +180,7 @@ class HubDataset(Location):
 
     name: str
     config: str | None
-    splits = ()
+    has_splits = True
 
     def rows(self, split: str | None, bad: OnBad, only: str | None = None) -> Rows:
         """See `Location.rows`."""
@@ -184,7 +206,7 @@ class HubDataset(Location):
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
-        with _no_progress_bars():
+        with hidden_progress_bars():
             try:
                 yield
             except Exception as error:  # the hub raises many kinds of exceptions
@@ -203,10 +225,10 @@ def open_location(path: str | Path | Sequence[str], config: str | None = None) -
         config: Configuration of a folder from the hub or of a hub data set.
 
     Raises:
-        DataError: There is no such file or folder, or a file cannot be read.
+        DataError: There is no such file or folder, a file cannot be read, or a list has a file twice or a folder.
     """
     if not isinstance(path, str | Path):
-        return Files(tuple(file for each in path for file in _files(each)))
+        return Files(_each_once([file for each in path for file in _files(each)]))
     local = Path(path).expanduser()
     if local.is_dir():
         return _open_folder(local, config)
@@ -228,13 +250,37 @@ def _files(path: str | Path) -> tuple[Path, ...]:
     if local.is_file():
         files: tuple[Path, ...] = (local,)
     else:
-        matches = glob.glob(str(local), recursive=True) if glob.has_magic(str(local)) else []
+        # `**` matches a file once for each way to divide its folders.
+        matches = set(glob.glob(str(local), recursive=True)) if glob.has_magic(str(local)) else set()
         files = tuple(Path(match) for match in sorted(matches) if Path(match).is_file())
+    if not files and local.is_dir():
+        raise DataError(
+            f"{path}: found a folder in a list of files, expected a file or a pattern, such as {path}/*.jsonl. A "
+            "folder must be the whole path."
+        )
     if not files:
         raise DataError(f"There is no file {path} (looked at {local.absolute()}).")
     for file in files:
         reader_of(file)
     return files
+
+
+def _each_once(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the files of a list.
+
+    Raises:
+        DataError: A file occurs twice, so that its rows would be read twice.
+    """
+    first: dict[Path, Path] = {}
+    for file in files:
+        other = first.setdefault(file.resolve(), file)
+        if other is not file:
+            also = "" if other == file else f", also as {other}"
+            raise DataError(
+                f"{file}: found the file twice in a list{also}, expected each file once. Remove it, or narrow a "
+                "pattern that covers it. A mixture repeats pairs by a weight (`--data PreferenceMixture`)."
+            )
+    return tuple(files)
 
 
 def _json_splits(path: Path) -> tuple[str, ...] | None:
@@ -256,7 +302,7 @@ _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
 def _open_folder(folder: Path, config: str | None) -> Location:
     import datasets
 
-    with _no_progress_bars():
+    with hidden_progress_bars():
         try:
             if any((folder / name).is_file() for name in _SAVED):
                 saved = SavedDataset(folder.name, datasets.load_from_disk(str(folder)))
@@ -290,10 +336,9 @@ def _require(split: str | None, splits: Sequence[str], place: object) -> str:
     return name
 
 
-def file_key(path: Path, name: str) -> str:
+def _file_key(path: Path, name: str) -> str:
     """Return the name and the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return f"file {name} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"file {name} {digest_of(path)}"
 
 
 def dataset_rows(dataset: Dataset, name: str, bad: OnBad) -> Rows:
@@ -311,16 +356,3 @@ def dataset_rows(dataset: Dataset, name: str, bad: OnBad) -> Rows:
 
 def _columns(dataset: Dataset, only: str) -> Any:
     return dataset.select_columns([only]) if only in dataset.column_names else dataset.select([])
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    import datasets
-
-    were_off = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_off:
-            datasets.enable_progress_bars()

@@ -126,6 +126,23 @@ def read_markup(text: object) -> tuple[Markup, tuple[Message, ...]] | None:
     return next(((markup, turns) for markup in MARKUPS if (turns := markup.turns(text))), None)
 
 
+def is_dialogue_in_lines(text: object) -> bool:
+    """Return True for a rendered dialogue without control tokens, which an answer may be, too."""
+    rendered = read_markup(text)
+    return rendered is not None and not rendered[0].has_tokens
+
+
+def occurs(text: str, turns: tuple[Message, ...]) -> bool:
+    """Return True if a text, or the contents of a rendered text, occurs in turns. White space does not count."""
+    rendered = read_markup(text)
+    forms = [text] if rendered is None else [text, _contents(rendered[1])]
+    return any(" ".join(form.split()) in _contents(turns) for form in forms)
+
+
+def _contents(turns: tuple[Message, ...]) -> str:
+    return " ".join(" ".join(turn["content"] for turn in turns).split())
+
+
 def refuse_rendered(example: PreferenceExample) -> None:
     """Refuse a pair with parts of a rendered dialogue that could not be read.
 

@@ -78,6 +78,7 @@ def _joined(parts: list[Any]) -> str:
 
 
 _BEGINS_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(['"])(?:role|from|speaker|content|value|text)\1\s*:""")
+_BEGINS_LIKE_OBJECTS = re.compile(r"""\s*\[?\s*\{\s*(['"])\w+\1\s*:""")
 _ROLE_KEY = re.compile(r"""(['"])(?:role|from|speaker)\1\s*:""")
 
 
@@ -93,21 +94,27 @@ def spelled_messages(cell: Any, forms: list[str]) -> Any:
     Raises:
         BadRow: The text begins like a list of messages and cannot be parsed.
     """
-    if not isinstance(cell, str) or not _BEGINS_LIKE_MESSAGES.match(cell) or not _ROLE_KEY.search(cell):
+    if not isinstance(cell, str) or not _BEGINS_LIKE_OBJECTS.match(cell) or not _ROLE_KEY.search(cell):
         return cell
-    spelled = _parsed(cell)
+    # An answer may be an object with other keys, such as a record of a person that has a role.
+    certain = _BEGINS_LIKE_MESSAGES.match(cell) is not None
+    spelled = _parsed(cell, certain)
     items = [spelled] if isinstance(spelled, dict) else spelled
-    if not is_messages(items) or not all(_is_message(item) for item in items):
+    if not is_messages(items) or not all(_is_message(item, certain) for item in items):
         return cell
     forms.append(LIST_AS_TEXT)
     return spelled
 
 
-def _is_message(item: dict[str, Any]) -> bool:
-    return any(key in item for key in ROLE_KEYS) and any(key in item for key in CONTENT_KEYS)
+def _is_message(item: dict[str, Any], certain: bool) -> bool:
+    """Return True for an object with a role and a content. The role must be known, unless it is certain."""
+    roles = [item[key] for key in ROLE_KEYS if key in item]
+    known = certain or any(str(role).strip().lower() in ROLES for role in roles)
+    return bool(roles) and known and any(key in item for key in CONTENT_KEYS)
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str, certain: bool) -> Any:
+    """Return the value that a text spells out, or None if it is none and need not be one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # "\d" in a text
         for parse in (json.loads, ast.literal_eval):
@@ -115,6 +122,8 @@ def _parsed(text: str) -> Any:
                 return parse(text.strip())
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
+    if not certain:
+        return None
     raise BadRow(
         "message list as text",
         f"found a text that begins like a list of messages and is neither JSON nor Python: {text[:60]!r}. Write the "

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence, Sized
 from dataclasses import replace
+from typing import Any
 
 from lpc_lightning.data.sources.columns import Columns
+from lpc_lightning.data.sources.markup import occurs
+from lpc_lightning.data.sources.messages import describe
 from lpc_lightning.data.sources.rows import BadRow, Row
 from lpc_lightning.types import Message, PreferenceExample
 
@@ -37,6 +41,27 @@ def find_prompt(row: Row, columns: Columns, of_form: str | None) -> str:
     return free[0] if free else columns.prompt
 
 
+def refuse_other_prompt(row: Row, columns: Columns, turns: tuple[Message, ...]) -> None:
+    """Refuse a row whose answers are dialogues in lines, with a text in a column of a prompt that is in no turn.
+
+    The answers may be whole conversations, or answers to that prompt.
+
+    Raises:
+        BadRow: There is such a text.
+    """
+    if row.get(columns.prompt) or columns.prompt != Columns.prompt:
+        return
+    texts = {name: row.get(name) for name in PROMPT_NAMES if name not in columns.purposes}
+    for name, text in texts.items():
+        if isinstance(text, str) and text.strip() and not occurs(text, turns):
+            raise BadRow(
+                "ambiguous columns",
+                f"found dialogues as answers, and text in {name!r} that is in no turn of them. Set data.columns.prompt="
+                f"{name} if the dialogues are answers to it, or to a name that no row has if they are whole "
+                "conversations",
+            )
+
+
 def with_name(example: PreferenceExample, label: str | None) -> PreferenceExample:
     """Write a label of the example, such as `annotator`, into the first line of the last user turn.
 
@@ -54,9 +79,11 @@ def with_system(prompt: tuple[Message, ...], row: Row, columns: Columns) -> tupl
     """Place the system text of a column before the prompt. Return the prompt, and the columns that were used.
 
     Raises:
-        BadRow: Several columns have a system text, or the prompt has another one.
+        BadRow: Several columns have a system text, or the prompt has another one. Or a column has something else than
+            text.
     """
-    names = _texts(row, SYSTEM_NAMES, columns) if columns.system is None else _texts(row, [columns.system])
+    named = None if columns.system is None else [columns.system]
+    names = _texts(row, "system", SYSTEM_NAMES, columns) if named is None else _texts(row, "system", named)
     if not names:
         return prompt, []
     texts = {row[name] for name in names} | {turn["content"] for turn in prompt if turn["role"] == "system"}
@@ -85,8 +112,10 @@ def with_input(
 
     Raises:
         BadRow: The row has a column `input`, the prompt is not in `instruction`, and no setting names the input column.
+            Or the column has something else than text.
     """
-    found = _texts(row, [INPUT], columns) if columns.input is None else _texts(row, [columns.input])
+    named = None if columns.input is None else [columns.input]
+    found = _texts(row, "input", [INPUT], columns) if named is None else _texts(row, "input", named)
     if not found or not prompt or _ends_with(prompt[-1]["content"].strip(), row[found[0]].strip()):
         return prompt, []
     if columns.input is None and name != "instruction":
@@ -105,10 +134,29 @@ def _ends_with(text: str, part: str) -> bool:
     return text == part or text.endswith(f"\n\n{part}")
 
 
-def _texts(row: Row, names: Sequence[str], columns: Columns | None = None) -> list[str]:
-    """Return the columns that have a text and no other purpose."""
+def _texts(row: Row, setting: str, names: Sequence[str], columns: Columns | None = None) -> list[str]:
+    """Return the columns that have a text and no other purpose.
+
+    Raises:
+        BadRow: One of them has something else than text, which would be in no prompt.
+    """
     taken = set() if columns is None else columns.purposes
-    return [name for name in names if isinstance(row.get(name), str) and row[name].strip() and name not in taken]
+    filled = [name for name in names if name not in taken and not _is_empty(row.get(name))]
+    for name in filled:
+        if not isinstance(row[name], str):
+            raise BadRow(
+                "wrong type",
+                f"found {describe(row[name])} in {name!r}, expected text. Write it as text, or set "
+                f"data.columns.{setting} to a name that no row has to leave it out",
+            )
+    return filled
+
+
+def _is_empty(cell: Any) -> bool:
+    """Return True for a cell without content. Tables have NaN in place of a missing number."""
+    if isinstance(cell, str):
+        return not cell.strip()
+    return cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, Sized) and not cell)
 
 
 def _names(names: Sequence[str]) -> str:

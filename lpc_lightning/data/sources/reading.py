@@ -38,7 +38,7 @@ def read_rows(
             is None.
     """
     location = open_location(path, config)
-    if split is not None and location.splits is None:
+    if split is not None and not location.has_splits:
         raise DataError(
             f"{path}: found split={split!r} for rows that have no splits of their own. Remove it. A column can still "
             "hold the splits (`data.split_column`)."

@@ -9,19 +9,20 @@ Row: TypeAlias = dict[str, Any]
 """One row: cells by column name."""
 
 
-def entry_of(row: Mapping[str, Any], name: str) -> Any:
-    """Return an entry of a row by its name, or None if it has none.
+def entry_of(row: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """Return an entry of a row by its name, or `default` if it has none.
 
     Args:
         row: Cells by column name.
         name: A column, or a path such as `meta.vote`: the entry `vote` of the column `meta`. A column of the whole
             name, as in a flattened table, comes first.
+        default: Value if there is no such entry. An entry may be None.
     """
     if name in row:
         return row[name]
     first, _, rest = name.partition(".")
     inner = row.get(first)
-    return entry_of(inner, rest) if isinstance(inner, Mapping) else None
+    return entry_of(inner, rest, default) if isinstance(inner, Mapping) else default
 
 
 SKIP = "`--data.bad_rows skip` (evaluate and adapt: `--bad_rows skip`)"

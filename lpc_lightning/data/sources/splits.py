@@ -50,7 +50,7 @@ def split_names(location: Location, split_column: str = "split") -> set[str]:
     They are its own splits if it has any, otherwise the values of the split column in all rows. Rows without a value
     do not count.
     """
-    if location.splits is not None:
+    if location.has_splits:
         return set(location.own_splits())
     rows = location.rows(None, lambda place, fault: None, only=split_column)
     return {split_of(row, split_column) for _, row in rows if row.get(split_column) not in (None, "")}
@@ -74,7 +74,7 @@ def find_split(location: Location, wanted: Sequence[str], split_column: str, set
     names = split_names(location, split_column)
     if not names:
         return None
-    if location.splits is None and names.isdisjoint(wanted):  # rows without a value have a split, too
+    if not location.has_splits and names.isdisjoint(wanted):  # rows without a value have a split, too
         names = {split_of(row, split_column) for _, row in location.rows(None, lambda place, fault: None)}
     if len(names) > 1 and names.isdisjoint(wanted):
         raise DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-from lpc_lightning.data.sources.markup import read_markup
+from lpc_lightning.data.sources.markup import occurs, read_markup
 from lpc_lightning.data.sources.messages import describe, is_messages, to_message, to_messages
 from lpc_lightning.data.sources.rows import BadRow
 from lpc_lightning.types import Message
@@ -107,24 +107,13 @@ def _require_repeated(prompt: Any, common: tuple[Message, ...], forms: list[str]
     if is_messages(prompt):
         repeated, found = to_messages(prompt, forms) == common, "the prompt's messages are not their common turns"
     else:
-        repeated = not prompt or (isinstance(prompt, str) and _occurs(prompt, common))
+        repeated = not prompt or (isinstance(prompt, str) and occurs(prompt, common))
         found = f"the prompt {str(prompt)[:40]!r} does not occur in their common turns"
     if not repeated:
         raise BadRow(
             "prompt differs from the conversations",
             f"{found}. Correct it, or set data.columns.prompt to a name that no row has to use the conversations alone",
         )
-
-
-def _occurs(text: str, turns: tuple[Message, ...]) -> bool:
-    """Return True if a text, or the contents of a rendered text, occurs in turns. White space does not count."""
-    rendered = read_markup(text)
-    forms = [text] if rendered is None else [text, _contents(rendered[1])]
-    return any(" ".join(form.split()) in _contents(turns) for form in forms)
-
-
-def _contents(turns: tuple[Message, ...]) -> str:
-    return " ".join(" ".join(turn["content"] for turn in turns).split())
 
 
 def _answer(cell: Any, forms: list[str]) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from lpc_lightning.data.sources.rows import BadRow, Row, Tie, entry_of
 
+ABSENT = object()
+"""Value of an entry that a row does not have. An empty entry is a tie."""
+
 
 def voted_order(row: Row, answers: tuple[str, str], vote: str | None) -> tuple[str, str]:
     """Return the columns of the preferred answer and of the other one.
@@ -43,8 +46,8 @@ def gold_differs(row: Row, answers: tuple[str, str], gold: str | None) -> bool:
 
 def _named(row: Row, answers: tuple[str, str], entry: str, setting: str) -> str:
     """Return the answer's column that an entry names."""
-    value = entry_of(row, entry)
-    if value is None:
+    value = entry_of(row, entry, ABSENT)
+    if value is ABSENT:
         raise BadRow(
             "unknown label",
             f"found no entry {entry!r}; the row has {sorted(map(str, row))}. Set data.columns.{setting} to an entry "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +15,6 @@ from lpc_lightning.data.tokenization.template import Template
 
 TemplateKind = Literal["auto", "chat", "plain"]
 """Kind of template. `auto`: `chat` if the tokenizer has a chat template, otherwise `plain`."""
-_KINDS = ("auto", "chat", "plain")
 
 
 class TemplateSettings(NamedTuple):
@@ -41,8 +40,9 @@ def make_template(
         DataError: A setting is unknown, the kind is `chat` and there is no chat template, there are arguments and the
             template is plain, or the tokenizer has no end token.
     """
-    if kind not in _KINDS:
-        raise DataError(f"template={kind!r}: expected one of {', '.join(_KINDS)}")
+    kinds = get_args(TemplateKind)
+    if kind not in kinds:
+        raise DataError(f"data.template: found {kind!r}, expected one of {', '.join(kinds)}.")
     check_treatment(system_turns)
     if kind == "chat" or (kind == "auto" and tokenizer.chat_template):
         return ChatTemplate(tokenizer, arguments, system_turns)

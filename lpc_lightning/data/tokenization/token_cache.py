@@ -10,7 +10,6 @@ time: the pairs that were made or read remain open.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -36,6 +35,7 @@ from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.data.tokenization.tokens import SCHEMA, TokenStore, tokenize_examples
 from lpc_lightning.files.integrity import code_digest, digest_of
+from lpc_lightning.files.unfinished import remove_leftovers, unfinished_path
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +111,10 @@ def _make_entry(
     entry: Path, source: ExampleSource, template: Template, lengths: LengthPolicy, bad_rows: str
 ) -> tuple[TokenStore, DataReport]:
     root = entry.parent
-    scratch = root / f"{entry.name}.{uuid4().hex}{_UNFINISHED}"
+    scratch = unfinished_path(root, entry.name)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
+        remove_leftovers(root)
         scratch.mkdir()
     except OSError as error:
         raise DataError(
@@ -130,9 +130,6 @@ def _make_entry(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return store, report
-
-
-_UNFINISHED = ".unfinished"
 
 
 def _write_entry(
@@ -219,16 +216,3 @@ def _repair(entry: Path, scratch: Path) -> None:
         copy = entry / f"{name}.{uuid4().hex}"
         shutil.copyfile(scratch / name, copy)
         copy.replace(entry / name)
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Remove unfinished entries of killed processes that are at least one day old."""
-    for leftover in root.glob(f"*{_UNFINISHED}"):
-        # Another process may remove it at the same time. A link may lead to nothing.
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.lstat().st_mtime <= 24 * 3600:
-                continue
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -124,6 +124,10 @@ class TokenMixture(TokenStore):
     def annotators(self) -> list[str]:
         """Annotator of each pair, "" if unknown."""
         return self._gather("annotators").tolist()
+
+    def names(self, column: Literal["source", "factor", "annotator"]) -> set[str]:
+        """See `TokenStore.names`."""
+        return set(self._names) if column == "source" else set().union(*(s.names(column) for s in self.stores.values()))
 
     @cached_property
     def prompts(self) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
@@ -208,6 +208,10 @@ class TokenStore(Sequence[TokenizedPair]):
     def annotators(self) -> list[str]:
         """Annotator of each pair, "" if unknown."""
         return self._table["annotator"].to_pylist()
+
+    def names(self, column: Literal["source", "factor", "annotator"]) -> set[str]:
+        """Return the different values of a column of all pairs. "" is among them if a pair has no value."""
+        return set(self._table[column].unique().to_pylist())
 
     @cached_property
     def prompts(self) -> np.ndarray:

@@ -143,9 +143,9 @@ def check_rows(algorithm: str, margins: Tensor | None, make_pairs: Callable[...,
         pairs.z_gradient_difference[indices], z_gradients[:3] - z_gradients[3:], rtol=1e-6, atol=1e-6
     )
 
-    truth = BatchScorer(case.forward, case.batch.lengths, reference, loss, margins=margins)
+    truth = BatchScorer(case.forward, case.batch.lengths, reference, loss, target_margins=margins)
     assert_same(score.under(None), truth.under(None))
-    linearized = BatchScorer(case.linearized, case.batch.lengths, reference, loss, margins=margins)
+    linearized = BatchScorer(case.linearized, case.batch.lengths, reference, loss, target_margins=margins)
     z, codes = case.draw(3, WIDTH), case.draw(4, WIDTH)
     assert_same(score.under(z), linearized.under(z))
     assert_same(score.under_codes(codes), linearized.under_codes(codes))
@@ -176,7 +176,6 @@ def assert_same(actual: tuple[PairLosses, PairLogps], expected: tuple[PairLosses
 
 
 def tensors_of(terms: PairLosses | PairLogps) -> dict[str, Any]:
-    """Fields by name. A part of the loss that is a function is evaluated."""
+    """Fields by name, with the value of each term of the loss."""
     fields = {field.name: getattr(terms, field.name) for field in dataclasses.fields(terms)}
-    parts = fields.pop("parts", ())
-    return fields | {"parts": [weight(part) if callable(weight) else (weight, part) for weight, part in parts]}
+    return fields | {"parts": [term.of(term.log_likelihood) for term in fields.pop("parts", ())]}

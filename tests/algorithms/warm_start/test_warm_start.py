@@ -331,7 +331,7 @@ def test_warm_start_holds_out_whole_prompts(
     run = fit_run(module(marginal(40, annotators=True)), data=data, **settings)
     ((pairs, held, latent_lr, pairs_per_annotator),) = fitted
     assert (len(pairs), held, latent_lr, pairs_per_annotator) == (32, 4, 1e-2, 2)
-    questions = pairs.select(torch.arange(32))[1].under(None)[1].margins.tolist()
+    questions = pairs.select(torch.arange(32))[1].under(None)[1].target_margins.tolist()
     assert len(set(questions[:-4])) == 7
     assert len({*questions[:-4], questions[-1]}) == 8
     assert questions[-4:] == 4 * questions[-1:]
@@ -353,6 +353,6 @@ def test_warm_start_has_the_margins_of_its_pairs(
     fit_run(module(), data=data, max_epochs=1)
     (pairs,) = warm_starts
     _, score = pairs.select(torch.arange(16))
-    margins = score.under(None)[1].margins
+    margins = score.under(None)[1].target_margins
     assert margins is not None
     assert margins.tolist() == [float(name) for name in pairs.annotators]

@@ -99,12 +99,13 @@ def loader(
     seed: int = 0,
     batch_size: int = 2,
     order: BatchOrder | None = None,
+    repeats: bool = False,
     **options: Any,
 ) -> TrainingLoader:
     # The lengths are unordered, and some are equal.
     lengths = [(7 * number) % 5 for number in range(len(pairs))]
     names = [f"annotator {number % 3}" for number in range(len(pairs))]
-    batches = TrainingBatches(PairsToOrder(lengths, names), batch_size, seed, order=order)
+    batches = TrainingBatches(PairsToOrder(lengths, names), batch_size, seed, order=order, repeats=repeats)
     return TrainingLoader(pairs, batches, PaddedLayout(0), **options)
 
 
@@ -148,6 +149,7 @@ def test_resume_between_epochs_takes_whole_epoch(pairs: list[TokenizedPair]) -> 
     [
         ({"seed": 1}, "'seed': 1"),
         ({"batch_size": 3}, "'batch_size': 3"),
+        ({"repeats": True}, "'repeats': True"),
         ({"order": ByLength(4)}, r"'batch_order': 'ByLength\(window=4\)'"),
         ({"order": ByAnnotator(2)}, r"'batch_order': 'ByAnnotator\(pairs_per_annotator=2\)'"),
         ({"pairs": 10}, "'pairs': 10"),

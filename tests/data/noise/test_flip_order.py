@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from jsonargparse import ArgumentParser
 
 from lpc_lightning.callbacks import LabelFlipNoise
 from lpc_lightning.data import DataError
@@ -126,6 +127,16 @@ def test_by_annotator() -> None:
     for name, share in (("ann", 0.3), ("bob", 0.6), ("cleo", 0.06)):
         members = {pair.id for pair in PAIRS_TO_FLIP if pair.annotator == name}
         assert abs(len(result & members) - share * len(members)) < 4 * math.sqrt(len(members) * share * (1 - share))
+
+
+def test_by_annotator_of_numbers() -> None:
+    """YAML and the command line read the names of numbered annotators as numbers; cells are texts."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(FlipOrder, "order")
+    stated = {"class_path": "lpc_lightning.data.noise.ByAnnotator", "init_args": {"shares": {7: 1.0}}}
+    order = parser.instantiate(parser.parse_object({"order": stated})).order
+    pairs = [replace(pair, annotator=str(number % 8)) for number, pair in enumerate(PAIRS_TO_FLIP)]
+    assert flipped(pairs, rate=1.0, order=order) == {pair.id for pair in pairs if pair.annotator == "7"}
 
 
 @pytest.mark.parametrize(("setting", "label"), [("sources", "source"), ("factors", "factor")])

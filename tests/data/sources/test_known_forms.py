@@ -1,6 +1,7 @@
 """Rows in the forms of known data sets, each with the pair that it means."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -174,6 +175,48 @@ def test_input_that_occurs_in_its_instruction(instruction: str, text: str, promp
     assert turns(row) == (({"role": "user", "content": prompt},), GOOD, BAD)
 
 
+@pytest.mark.parametrize("cell", [4, 0.5, True, ["Be kind."], {"role": "system", "content": "Be kind."}])
+def test_system_or_input_that_is_no_text(cell: Any) -> None:
+    """What is in these columns is in the prompt, or the row is refused."""
+    row = {"instruction": QUESTION, "chosen": GOOD, "rejected": BAD}
+    for column, setting in (("system", "system"), ("system_prompt", "system"), ("input", "input")):
+        assert f"wrong type: found {type(cell).__name__.replace('list', 'a list of 1')}" in reason(
+            {**row, column: cell}
+        )
+        assert f"in {column!r}, expected text" in reason({**row, column: cell})
+        assert f"or set data.columns.{setting} to a name that no row has" in reason({**row, column: cell})
+        assert turns({**row, column: cell}, **{setting: "none"}) == (PROMPT, GOOD, BAD)
+        assert f"in 'extra', expected text. Write it as text, or set data.columns.{setting}" in reason(
+            {**row, "extra": cell}, **{setting: "extra"}
+        )
+        for empty in (None, "", " ", [], {}, math.nan):
+            assert turns({**row, column: empty}) == (PROMPT, GOOD, BAD)
+
+
+def test_prompt_cell_is_null(write_rows: Any) -> None:
+    """As in a merged table. A row with an empty text as its prompt is bad."""
+    row = {"prompt": QUESTION, "context": "A long text.", "chosen": GOOD, "rejected": BAD}
+    report = DataReport()
+    path = write_rows([row, {**row, "prompt": None}, {"question": QUESTION, "chosen": GOOD, "rejected": BAD}])
+    examples = list(RowSource(str(path)).read(report))
+    assert [example.prompt[0]["content"] for example in examples] == [QUESTION, "A long text.", QUESTION]
+    assert report.forms == {"prompt from context, as prompt is empty": 1}
+    assert "empty prompt" in reason({**row, "prompt": ""})
+
+
+def test_answers_that_are_dialogues_in_lines() -> None:
+    """A text in another column may be the prompt. It is not left out."""
+    sides = {"chosen": "User: hi\nAssistant: hello", "rejected": "User: hi\nAssistant: go"}
+    prompt = {"role": "user", "content": "Write a dialogue."}
+    row = {"question": "Write a dialogue.", **sides}
+    assert "found dialogues as answers, and text in 'question' that is in no turn of them" in reason(row)
+    assert turns(row, prompt="question") == ((prompt,), *sides.values())
+    expected = (({"role": "user", "content": "hi"},), "hello", "go")
+    assert turns(row, prompt="none") == turns({**sides, "question": "hi"}) == expected
+    assert turns({**sides, "question": ""}) == expected
+    assert turns({"question": "Greet.", "chosen": conversation(GOOD), "rejected": conversation(BAD)})[0] == PROMPT
+
+
 def test_prompt_column_ambiguous() -> None:
     row = {"question": QUESTION, "context": "Tea is a drink.", "chosen": GOOD, "rejected": BAD}
     assert "no 'prompt', but 'question' and 'context'; set data.columns.prompt" in reason(row)
@@ -198,6 +241,20 @@ def test_message_list_as_text_is_refused() -> None:
     assert "neither JSON nor Python" in reason({"prompt": QUESTION, "chosen": broken, "rejected": BAD})
     data = '[{"text": "a", "n": 1}]'
     assert turns({"prompt": QUESTION, "chosen": data, "rejected": BAD}) == (PROMPT, data, BAD)
+
+
+def test_message_list_as_text_with_other_keys() -> None:
+    """Any key may come first. An object whose role is none of a message is an answer."""
+    items = [{"id": n, **assistant(text)} for n, text in enumerate((GOOD, BAD))]
+    for first, second in ((items[0], items[1]), ([items[0]], [items[1]])):
+        row = {"prompt": QUESTION, "chosen": json.dumps(first), "rejected": repr(second)}
+        assert turns(row) == (PROMPT, GOOD, BAD)
+    for text in (
+        '{"name": "Ann", "role": "admin", "text": "hi"}',
+        '{"id": 1, "role": "assistant"} is what I',
+        '{"a": 1}',
+    ):
+        assert turns({"prompt": QUESTION, "chosen": text, "rejected": BAD}) == (PROMPT, text, BAD)
 
 
 def test_content_parts_are_joined() -> None:

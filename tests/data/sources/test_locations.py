@@ -50,6 +50,48 @@ def test_pattern_of_files(tmp_path: Path) -> None:
         read_rows(f"{tmp_path}/*")
 
 
+def test_file_twice_in_a_list(tmp_path: Path) -> None:
+    one = write(tmp_path / "deep/down/one.jsonl", 1)
+    (tmp_path / "link.jsonl").symlink_to(one)
+    for path in ([str(one), str(one)], [str(one), f"{tmp_path}/**/*.jsonl"]):
+        with pytest.raises(DataError, match=r"one\.jsonl: found the file twice in a list, expected each file once"):
+            read_rows(path)
+    with pytest.raises(DataError, match=r"link\.jsonl: found the file twice in a list, also as .*one\.jsonl"):
+        read_rows([str(one), f"{tmp_path}/*.jsonl"])
+    assert places(f"{tmp_path}/**/**/one.jsonl") == [("one.jsonl line 1", "p1")]
+
+
+def test_folder_in_a_list(tmp_path: Path) -> None:
+    write(tmp_path / "folder/train.jsonl", 1)
+    files = [str(write(tmp_path / "one.jsonl", 1)), f"{tmp_path}/folder"]
+    with pytest.raises(DataError, match=r"folder: found a folder in a list of files, expected .*folder/\*\.jsonl"):
+        read_rows(files)
+
+
+def test_saved_folder_with_a_format(tmp_path: Path) -> None:
+    """The format leaves out the answers."""
+    made = datasets.Dataset.from_list(rows(0, 1)).with_format("numpy", columns=["prompt"])
+    made.save_to_disk(tmp_path / "saved")
+    assert [row for _, row in read_rows(tmp_path / "saved")] == rows(0, 1)
+
+
+@pytest.mark.parametrize("split", [None, "train"])
+def test_saved_folder_with_a_replaced_file(tmp_path: Path, split: str | None) -> None:
+    """The key of a cache follows the rows, not the fingerprint in the folder."""
+
+    def save(name: str, number: int) -> Path:
+        made = datasets.Dataset.from_list(rows(number))
+        (made if split is None else datasets.DatasetDict({split: made})).save_to_disk(tmp_path / name)
+        return next((tmp_path / name).rglob("*.arrow"))
+
+    source = RowSource(str(tmp_path / "one"), split=split)
+    one, other = save("one", 1), save("other", 2)
+    key = source.key()
+    assert key == RowSource(source.path, split=split).key()
+    one.write_bytes(other.read_bytes())
+    assert key != source.key()
+
+
 def test_pattern_is_a_file_name(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs[1].jsonl", 1)
     assert places(str(path)) == [("pairs[1].jsonl line 1", "p1")]

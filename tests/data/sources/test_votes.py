@@ -64,10 +64,11 @@ def test_vote_in_a_flattened_table() -> None:
 
 
 @pytest.mark.parametrize("setting", ["vote", "gold"])
-def test_vote_for_neither_answer(setting: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("neither", ["equal", "", None])
+def test_vote_for_neither_answer(setting: str, neither: str | None, tmp_path: Path) -> None:
     with pytest.raises(Tie):
-        example(row(label="equal"), **{setting: "meta.label"})
-    rows = [row(label=label) for label in ("chosen", "equal", "rejected")]
+        example(row(label=neither), **{setting: "meta.label"})
+    rows = [row(label=label) for label in ("chosen", neither, "rejected")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(cells) + "\n" for cells in rows))
     report = DataReport()
     source = RowSource(str(tmp_path / "pairs.jsonl"), columns=Columns(**{setting: "meta.label"}))

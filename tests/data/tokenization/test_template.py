@@ -229,7 +229,7 @@ def test_auto_template_prefers_chat(tokenizers):
     assert make_template(tokenizers["chatml"], "plain").kind == "plain"
     with pytest.raises(DataError, match=r"no chat template\. Use the plain template"):
         make_template(tokenizers["base_with_bos"], "chat")
-    with pytest.raises(DataError, match="template='chatml': expected one of auto, chat, plain"):
+    with pytest.raises(DataError, match=r"data\.template: found 'chatml', expected one of auto, chat, plain"):
         make_template(tokenizers["chatml"], "chatml")
 
 

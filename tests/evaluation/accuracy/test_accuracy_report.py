@@ -13,11 +13,11 @@ import torch
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.evaluation.accuracy.accuracy_modes import (
     OTHERS,
-    SWAPPED,
     AccuracyModes,
     AccuracyReport,
     keep_largest,
 )
+from lpc_lightning.evaluation.accuracy.mode_margins import SWAPPED
 from lpc_lightning.evaluation.statistics.calibration import calibration_error, wrong_label_auroc
 from lpc_lightning.latent import GumbelSpace, MLPSpace
 from lpc_lightning.types import TokenizedPair

@@ -13,31 +13,12 @@ from torch import Tensor
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
-from lpc_lightning.evaluation.accuracy.accuracy_modes import LENGTH_SCALES, SWAPPED, mode_margins
-from lpc_lightning.latent import (
-    ExpectedSpace,
-    GaussianSpace,
-    GumbelSpace,
-    LatentSpace,
-    MarginalSpace,
-    MLPSpace,
-    PosteriorOnlySpace,
-    PriorOnlySpace,
-    VectorSpace,
-)
+from lpc_lightning.evaluation.accuracy.mode_margins import LENGTH_SCALES, SWAPPED, mode_margins
+from lpc_lightning.latent import GaussianSpace, MarginalSpace, MLPSpace, VectorSpace
 from lpc_lightning.types import TokenizedPair
 from tests.evaluation.accuracy.conftest import ALGORITHMS, CODES, LENGTHS, Build, evaluated
+from tests.fixtures.spaces import make_space
 
-SPACES: dict[str, Callable[[], LatentSpace]] = {
-    "gumbel": lambda: GumbelSpace(**CODES),
-    "posterior only": lambda: PosteriorOnlySpace(**CODES),
-    "expected": lambda: ExpectedSpace(**CODES),
-    "marginal": lambda: MarginalSpace(**CODES),
-    "prior only": lambda: PriorOnlySpace(**CODES),
-    "gaussian": lambda: GaussianSpace(**CODES),
-    "vector": lambda: VectorSpace(init_logit_std=3.0),
-    "mlp": lambda: MLPSpace(hidden=8),
-}
 DETERMINISTIC = {"prior", "no_latent", "shuffled"}
 ALL = DETERMINISTIC | {"marginal", "posterior", SWAPPED}
 MODES = {
@@ -181,12 +162,12 @@ class Scaled(Naive):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
-@pytest.mark.parametrize("space", list(SPACES))
+@pytest.mark.parametrize("space", list(MODES))
 def test_mode_margins_match_single_sequences(
     algorithm: str, space: str, build: Build, make_pairs: Callable[..., list[TokenizedPair]]
 ) -> None:
     pairs = make_pairs(LENGTHS)
-    module = build(algorithm, SPACES[space]())
+    module = build(algorithm, make_space(space, init_logit_std=3.0))
     actual = mode_margins(evaluated(module, SharedPrefixLayout(0, row_tokens=40)(pairs)), module.latent)
     assert set(actual) == MODES[space]
     naive = [Naive(algorithm, module, pair) for pair in pairs]
@@ -206,7 +187,7 @@ def test_scaled_margins_match_single_sequences(
 ) -> None:
     """Without and with length normalisation. The posterior's z is that of the algorithm's own loss."""
     pairs = make_pairs(LENGTHS[:3])
-    module = build(algorithm, SPACES["marginal"]())
+    module = build(algorithm, MarginalSpace(**CODES))
     batch = SharedPrefixLayout(0, row_tokens=40)(pairs)
     actual = mode_margins(evaluated(module, batch), module.latent, LENGTH_SCALES)
     assert set(actual) == ALL | {f"{mode}/{scale}" for mode in ALL - {SWAPPED} for scale in LENGTH_SCALES}

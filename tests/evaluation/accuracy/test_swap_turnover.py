@@ -10,7 +10,7 @@ import torch
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.batching.layouts import PaddedLayout
-from lpc_lightning.evaluation.accuracy.accuracy_modes import turnover
+from lpc_lightning.evaluation.accuracy.mode_margins import turnover
 from lpc_lightning.latent import GumbelSpace
 from tests.evaluation.accuracy.conftest import Build, report_of
 

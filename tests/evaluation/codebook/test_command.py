@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lpc_lightning.cli import main as lpc_lightning
 from lpc_lightning.data.synthetic import PreferenceGenerator
@@ -20,11 +23,9 @@ from lpc_lightning.inference.prompts import text_prompt
 
 pytestmark = pytest.mark.slow
 
-FLAGS = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
-FLAGS += "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.03 --data=SyntheticPreferences "
-FLAGS += "--data.train_pairs=8 --data.validation_pairs=6 --data.test_pairs=0 --data.batch_size=4 "
-FLAGS += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
-FLAGS += "--trainer.max_steps=2 --trainer.log_every_n_steps=1 --trainer.enable_model_summary=false"
+FIT = ["--model.beta=1", "--model.optimizer.lr=0.03", "--data.train_pairs=8", "--data.validation_pairs=6"]
+FIT += ["--data.test_pairs=0", "--data.batch_size=4", "--trainer.max_steps=2"]
+FIT += ["--callbacks+=lpc_lightning.callbacks.CodeExplanations", "--callbacks.examples=2"]
 SPACES = {
     "codes": ["--latent=MarginalSpace", "--latent.num_codes=3", "--latent.init_logit_std=2"],
     "gaussian": ["--latent=GaussianSpace", "--latent.num_codes=3"],
@@ -32,24 +33,11 @@ SPACES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["lpc-lightning"])
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        yield patch
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Folders of runs of two steps with the callback, by latent space."""
-    root = tmp_path_factory.mktemp("fits")
-    patch.setenv("LPC_LIGHTNING_CACHE", str(root / "cache"))
-    for name, space in SPACES.items():
-        added = ["--callbacks+=lpc_lightning.callbacks.CodeExplanations", "--callbacks.examples=2"]
-        lpc_lightning(["fit", *FLAGS.split(), *space, *added, f"--trainer.default_root_dir={root / name}"])
-    return {name: root / name / "version_0" for name in SPACES}
+def runs(tiny_fit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Copies of folders of runs of two steps with the callback, by latent space."""
+    root = tmp_path_factory.mktemp("runs")
+    return {name: shutil.copytree(tiny_fit(*FIT, *space), root / name / "version_0") for name, space in SPACES.items()}
 
 
 def checkpoint(run: Path) -> str:
@@ -146,6 +134,20 @@ def test_explain_refuses_settings(runs: dict[str, Path], tmp_path: Path) -> None
     (tmp_path / "codes.md").write_text("my notes")
     with pytest.raises(ConfigError, match=r"output: .*codes\.md exists and does not explain codes"):
         explain([str(other)])
+
+
+def test_explain_imports_no_data_class(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder that was downloaded may name any class in its config."""
+    (tmp_path / "foreign.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(runs["codes"], run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] = {"class_path": "foreign.Pairs", "init_args": {}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=r"preferences: .*config\.yaml: found data .*foreign has not been imported"):
+        explain([checkpoint(run)], device="cpu")
+    assert "foreign" not in sys.modules
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # of Lightning's own checkpoints, in another folder

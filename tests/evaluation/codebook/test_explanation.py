@@ -45,7 +45,7 @@ def scored(
 def explained(scored: Any) -> Explanation:
     module, data, pairs = scored
     evaluate_pairs(module, data, pairs, "validation", progress_bar=False)
-    explanation = pairs.explain(module.latent, module.policy.head, module.tokenizer, tokens=4, examples=PAIRS)
+    explanation = pairs.explain(module.latent.codes, module.policy.head, module.tokenizer, tokens=4, examples=PAIRS)
     assert explanation is not None
     return explanation
 
@@ -137,4 +137,4 @@ def test_texts_of_equal_ids_in_a_mixture(tmp_path: Path) -> None:
 def test_explanation_without_codes() -> None:
     pairs = ExplanationPairs()
     pairs.update({}, None, MLPSpace())  # type: ignore[arg-type, typeddict-item]  # they are not read
-    assert pairs.explain(MarginalSpace(), None, None) is None  # type: ignore[arg-type]  # nothing to explain
+    assert pairs.explain(torch.zeros(2, 3), None, None) is None  # type: ignore[arg-type]  # nothing to explain

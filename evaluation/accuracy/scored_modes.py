@@ -1,0 +1,150 @@
+"""Metrics of pairs that are scored in every mode of z."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from lpc_lightning.algorithms.metrics import accuracies
+from lpc_lightning.evaluation.accuracy.mode_margins import LABEL_CORRECT, SWAPPED, turnover
+from lpc_lightning.evaluation.accuracy.pair_table import Row
+from lpc_lightning.evaluation.statistics.calibration import calibration_error, wrong_label_auroc
+from lpc_lightning.evaluation.statistics.clusters import standard_error
+
+LENGTH_MATCHED = "/length_matched"
+"""Suffix of metrics over pairs whose longer answer has less than `LENGTH_RATIO` times the tokens of the shorter one."""
+LENGTH_RATIO = 1.5
+Values = dict[str, tuple[Tensor, Tensor]]
+"""By metric, the values of some pairs, and those pairs as (n,) booleans. The mean of the values is the metric."""
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Labels and margins of n pairs, and their metrics."""
+
+    rows: Sequence[Row]
+    """Labels of each pair (see `pair_labels`), and `unshuffled`, true without the mode `shuffled`."""
+    margins: dict[str, Tensor]
+    """(n,) margins by mode."""
+    scaled: dict[str, Tensor]
+    """(n,) margins by `MODE/SCALE`. NaN for a pair without the mode."""
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Tensor], rows: Sequence[Row]) -> ScoredPairs:
+        """Make it from the numbers and labels of a `PairTable`."""
+        scaled = {name: values for name, values in columns.items() if "/" in name}
+        return cls(rows, {name: values for name, values in columns.items() if name not in scaled}, scaled)
+
+    @cached_property
+    def unshuffled(self) -> Tensor:
+        """(n,) true for pairs without the mode `shuffled`."""
+        return torch.tensor([row["unshuffled"] for row in self.rows])
+
+    @cached_property
+    def flipped(self) -> Tensor:
+        """(n,) true for pairs whose label is known to be wrong."""
+        return torch.tensor([row["flipped"] for row in self.rows])
+
+    @cached_property
+    def longer(self) -> Tensor:
+        """(n,) tokens of the chosen answer minus those of the other one."""
+        return torch.tensor([row["tokens"][0] - row["tokens"][1] for row in self.rows], dtype=torch.float64)
+
+    @cached_property
+    def prompts(self) -> NDArray[np.str_]:
+        """(n,) keys of the prompts."""
+        return np.array([row["prompt"] for row in self.rows])
+
+    def means(self, groups: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the metrics that are means over pairs, and their standard errors. Pairs of one prompt are a cluster.
+
+        Args:
+            groups: (n,) members of each group, by the suffix of its metrics. Scaled margins count over all pairs only.
+        """
+        values: Values = {}
+        for suffix, members in groups.items():
+            of_group = self._mode_values(members)
+            if suffix in ("", LENGTH_MATCHED):
+                of_group |= self._length_values(members)
+            values |= {name + suffix: value for name, value in of_group.items()}
+        values |= self._scaled_values()
+        errors = {name: standard_error(v.numpy(), self.prompts[scored.numpy()]) for name, (v, scored) in values.items()}
+        return (
+            {name: float(value.mean()) for name, (value, _) in values.items()},
+            {name: error for name, error in errors.items() if error is not None},
+        )
+
+    def calibration(self) -> dict[str, float]:
+        """Return `calibration_error/MODE`, and with wrong labels its like and `wrong_label_auroc/MODE`."""
+        metrics: dict[str, float] = {}
+        some, both = bool(self.flipped.any()), bool(self.flipped.any() and not self.flipped.all())
+        for mode, margins in self.margins.items():
+            if mode in (SWAPPED, "shuffled"):
+                continue
+            if mode != LABEL_CORRECT:
+                metrics[f"calibration_error/{mode}"] = calibration_error(margins)
+                if some:
+                    gold = torch.where(self.flipped, -margins, margins)
+                    metrics[f"gold_calibration_error/{mode}"] = calibration_error(gold)
+            if both:
+                metrics[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins, self.flipped)
+        return metrics
+
+    def items(self) -> list[Row]:
+        """Return a row for each pair: its labels, `margins` by mode, and with scales `scaled` by `MODE/SCALE`."""
+        return [self._item(index, row) for index, row in enumerate(self.rows)]
+
+    def _mode_values(self, members: Tensor) -> Values:
+        values: Values = {}
+        for mode, margins in self.margins.items():
+            scored = members & ~self.unshuffled if mode == "shuffled" else members
+            if mode in (SWAPPED, LABEL_CORRECT) or not scored.any():
+                continue
+            differences = margins[scored]
+            values[f"accuracy/{mode}"] = accuracies(differences), scored
+            values[f"margin/{mode}"] = differences, scored
+            values[f"log_loss/{mode}"] = softplus(-differences), scored
+            if self.flipped.any():
+                gold = torch.where(self.flipped[scored], -differences, differences)
+                values[f"gold_accuracy/{mode}"] = accuracies(gold), scored
+                values[f"gold_log_loss/{mode}"] = softplus(-gold), scored
+        if SWAPPED in self.margins:
+            posterior, swapped = self.margins["posterior"], self.margins[SWAPPED]
+            values["swap_turnover"] = turnover(posterior[members], swapped[members]), members
+        return values
+
+    def _length_values(self, members: Tensor) -> Values:
+        values: Values = {"longer_is_chosen": (accuracies(self.longer[members]), members)}
+        if self.flipped.any():
+            gold = torch.where(self.flipped, -self.longer, self.longer)
+            values["gold_longer_is_chosen"] = accuracies(gold[members]), members
+        return values
+
+    def _scaled_values(self) -> Values:
+        scored = {name: ~values.isnan() for name, values in self.scaled.items()}
+        return {
+            f"accuracy/{name}": (accuracies(values[scored[name]]), scored[name])
+            for name, values in self.scaled.items()
+            if scored[name].any()
+        }
+
+    def _item(self, index: int, row: Row) -> Row:
+        item = {name: value for name, value in row.items() if name != "unshuffled"}
+        numbers = {name: float(values[index]) for name, values in self.margins.items()}
+        if LABEL_CORRECT in numbers:
+            item[LABEL_CORRECT] = numbers.pop(LABEL_CORRECT)
+        item["margins"] = {
+            mode: number for mode, number in numbers.items() if not (mode == "shuffled" and row["unshuffled"])
+        }
+        if self.scaled:
+            scaled = {name: float(values[index]) for name, values in self.scaled.items()}
+            item["scaled"] = {name: number for name, number in scaled.items() if not math.isnan(number)}
+        return item
