@@ -27,6 +27,7 @@ from lpc_lightning.evaluation.report.runs.records import (
     check_conditions,
     join_measurements,
 )
+from tests.fixtures.commands import PLAIN, places_in
 
 
 def by_name(records: list[RunRecord] | tuple[RunRecord, ...]) -> dict[str, RunRecord]:
@@ -150,27 +151,21 @@ def test_read_curves_without_steps(text: str, tmp_path: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of three real runs: DPO, DPO with three codes, and a test of the second checkpoint."""
     folder = tmp_path_factory.mktemp("fits")
-    flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO "
-    flags += "--model.optimizer=torch.optim.AdamW --data=SyntheticPreferences --data.train_pairs=6 "
-    flags += "--data.validation_pairs=2 --data.test_pairs=2 --data.batch_size=2 --trainer.accelerator=cpu "
-    flags += "--trainer.precision=32-true "
-    flags += "--trainer.enable_progress_bar=false --trainer.max_steps=3 --trainer.log_every_n_steps=1 "
-    flags += f"--trainer.enable_model_summary=false --data.cache_dir={folder / 'cache'} "
-    flags += f"--trainer.default_root_dir={folder / 'runs'} --seed_everything=3"
+    flags = [*PLAIN, "--data.validation_pairs=2", "--data.test_pairs=2", "--trainer.max_steps=3", "--seed_everything=3"]
+    flags += places_in(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["lpc-lightning"])
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setenv("PL_SEED_WORKERS", "0")
-        main(["fit", *flags.split()])
+        main(["fit", *flags])
         summary = [
             "--callbacks+=lpc_lightning.callbacks.ResourceMonitor",
             "--callbacks+=lpc_lightning.callbacks.RunSummary",
         ]
-        main(["fit", *flags.split(), "--latent=MarginalSpace", "--latent.num_codes=3", *summary])
+        main(["fit", *flags, "--latent=MarginalSpace", "--latent.num_codes=3", *summary])
         (checkpoint,) = folder.glob("runs/version_1/checkpoints/*.ckpt")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The dirpath has changed")
-            main(["test", *flags.split(), f"--ckpt_path={checkpoint}"])
+            main(["test", *flags, f"--ckpt_path={checkpoint}"])
         yield folder / "runs"
 
 
