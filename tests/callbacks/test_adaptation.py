@@ -19,7 +19,7 @@ from lpc_lightning.callbacks import AnnotatorAdaptation, PreferenceAccuracy
 from lpc_lightning.data import PreferenceData, SyntheticPreferences
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights
-from lpc_lightning.evaluation.adaptation.scores import adaptation_scores
+from lpc_lightning.evaluation.adaptation.scores import PairTables, adaptation_scores
 from lpc_lightning.latent import ExpectedSpace, GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.robust import REPO
@@ -82,7 +82,7 @@ def test_metrics_against_the_module(
     trainer = make_trainer(callbacks=[callback])
     (logged,) = trainer.validate(module, data, verbose=False)
     tables, ids, annotators = tables_of(module, data)
-    expected = adaptation_scores(tables, ids, annotators, (0, 1, 3), rounds=4, seed=7)
+    expected = adaptation_scores(PairTables(tables, ids, annotators), (0, 1, 3), rounds=4, seed=7)
     assert set(expected) == ({"exact"} if isinstance(latent, MarginalSpace) else {"exact", "amortised"})
     metrics = adaptation_metrics(logged)
     curves = [*expected, "adapted"]
