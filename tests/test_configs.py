@@ -32,6 +32,7 @@ from lpc_lightning.evaluation.ablation.grids.grid import read_grid
 from lpc_lightning.evaluation.adaptation.scores import SHOTS
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec, TinyPolicy
+from tests.fixtures.commands import POLICY
 
 pytestmark = pytest.mark.slow
 
@@ -71,27 +72,13 @@ class Parsed(Fit):
         pass
 
 
-@pytest.fixture(autouse=True)
-def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LightningCLI warns where it is given arguments and the process has some as well: these would be pytest's."""
-    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-
-
 @pytest.fixture
 def swap(tmp_path: Path, cache_dir: Path) -> list[str]:
     """What is put in place of weights, data and GPUs that cannot be had here."""
     data = ["--data=SyntheticPreferences", "--data.train_pairs=6", "--data.validation_pairs=2", "--data.batch_size=2"]
-    policy = [
-        "--policy=TinyPolicy",
-        "--policy.width=16",
-        "--policy.layers=1",
-        "--policy.heads=2",
-        "--policy.options=null",
-    ]
     trainer = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1"]
     data += ["--data.num_workers=0", f"--data.cache_dir={cache_dir}"]
-    return [*policy, *data, *trainer, f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    return [*POLICY, "--policy.options=null", *data, *trainer, f"--trainer.default_root_dir={tmp_path / 'runs'}"]
 
 
 @pytest.mark.parametrize("path", groups(), ids=name_of)

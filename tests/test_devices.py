@@ -271,12 +271,10 @@ def checkpoint(
     accelerator: str,
     cache_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> str:
     """Checkpoint of `lpc-lightning fit` on the device. It is made once."""
     if accelerator in checkpoints:
         return checkpoints[accelerator]
-    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
     folder = tmp_path_factory.mktemp(accelerator)
     flags = (
         "--model=DPO --policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --latent=MarginalSpace "

@@ -254,8 +254,6 @@ def replaced(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_command_options_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     for _, command, *words in commands(page):
         if command in FIT:
             if not any(word.endswith(".help") for word in words) and "FILE" not in words and (given := replaced(words)):

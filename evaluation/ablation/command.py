@@ -10,15 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.cells.folder import CELLS, Weights
-from lpc_lightning.evaluation.ablation.cells.local import run_locally
-from lpc_lightning.evaluation.ablation.cells.process import Job
-from lpc_lightning.evaluation.ablation.cells.progress import Progress
-from lpc_lightning.evaluation.ablation.cells.ray_cluster import run_on_ray
+from lpc_lightning.evaluation.ablation.cell_runner import CellRunner
+from lpc_lightning.evaluation.ablation.cells.folder import Weights
 from lpc_lightning.evaluation.ablation.grids.grid import Grid, read_grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
@@ -108,54 +103,31 @@ def ablate(
     cells = stages.plan().cells
     if cell is not None and not 0 <= cell < len(cells):
         raise ConfigError(f"cell: found {cell}, expected a number from 0 to {len(cells) - 1}.")
+    command = ["lpc-lightning", "ablate", *grid]
     if print_array:
-        to_run = stages.to_run(cells if cell is None else [cells[cell]])
-        if not to_run:
-            print("No cell is left to run, so there is no array to submit.", file=sys.stderr)
-            return True
-        command = ["lpc-lightning", "ablate", *grid, f"--output={folder}", f"--weights={weights}"]
-        command += [] if threads is None else [f"--threads={threads}"]
         flags = {"retry_failed": retry_failed, "keep_stale": keep_stale, "remove_checkpoints": remove_checkpoints}
+        command += [f"--output={folder}", f"--weights={weights}"]
+        command += [] if threads is None else [f"--threads={threads}"]
         command += [f"--{name}" for name, is_set in flags.items() if is_set]
-        print(array_script(changed_grid.name, command, [planned.number for planned in to_run]), end="")
+        _print_array(changed_grid.name, command, stages.to_run(cells if cell is None else [cells[cell]]))
         return True
-    write_overview(folder, changed_grid, shlex.join(["lpc-lightning", "ablate", *grid]))
-    default_threads = max(1, torch.get_num_threads() // processes) if launcher == "local" else max(1, int(cpus))
-    directory, environment = Path.cwd(), dict(os.environ)
-
-    def run(to_run: Sequence[PlannedCell], skipped: int) -> None:
-        jobs = [
-            Job(
-                planned.folder.path,
-                planned.new_record,
-                weights,
-                threads or default_threads,
-                directory,
-                environment,
-                remove_checkpoints,
-            )
-            for planned in to_run
-        ]
-        job_count = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
-        folders = sorted({str(job.folder.parent) for job in jobs}) or [str(folder / CELLS)]
-        print(f"{job_count} to run in {' and '.join(folders)}" + (f", {skipped} skipped." if skipped else "."))
-        progress = Progress(len(jobs))
-        try:
-            if launcher == "ray":
-                run_on_ray(jobs, cpus, gpus, retries, progress)
-            else:
-                run_locally(jobs, processes, progress)
-        finally:
-            progress.close()
-
+    write_overview(folder, changed_grid, shlex.join(command))
+    runner = CellRunner(folder, weights, processes, threads, remove_checkpoints, launcher, cpus, gpus, retries)
     try:
-        stages.run(run, cell)
+        stages.run(runner.run, cell)
     finally:
         planned = stages.plan()
         _print_summary(planned, changed_grid, folder)
     selected = planned.cells if cell is None else [planned.cells[cell]]
     is_complete = planned.is_complete or cell is not None
     return is_complete and all(each.folder.is_finished or each.is_diverged_tuning for each in selected)
+
+
+def _print_array(name: str, command: Sequence[str], cells: Sequence[PlannedCell]) -> None:
+    if cells:
+        print(array_script(name, command, [cell.number for cell in cells]), end="")
+    else:
+        print("No cell is left to run, so there is no array to submit.", file=sys.stderr)
 
 
 def _print_summary(planned: Plan, grid: Grid, folder: Path) -> None:

@@ -17,8 +17,8 @@ from lpc_lightning.evaluation.adaptation.inference import OWN_MAJORITY, Table, c
 from lpc_lightning.evaluation.adaptation.policy import UNDER_Z
 from lpc_lightning.evaluation.adaptation.scores import (
     SHOTS,
-    LabelledPairs,
     PairKey,
+    PairTables,
     Score,
     adaptation_mixtures,
     adaptation_scores,
@@ -119,23 +119,21 @@ class AdaptationPairs(nn.Module):
         if not pairs.ids:
             return AdaptationReport()
         answers = common_answers(pairs, others)
-        tables = pairs.tables(answers)
-        labelled = LabelledPairs(others.tables(answers), others.ids, others.annotators) if others.ids else None
-        given, givers = (tables, pairs.annotators) if labelled is None else (labelled.tables, labelled.annotators)
-        scores = adaptation_scores(
-            tables, pairs.ids, pairs.annotators, self.shots, self.rounds, self.seed, pairs.prompts, labelled
-        )
-        mixtures = adaptation_mixtures(tables, pairs.ids, pairs.annotators, self.shots, self.seed, labelled)
+        predicted = PairTables(pairs.tables(answers), pairs.ids, pairs.annotators, pairs.prompts)
+        labelled = PairTables(others.tables(answers), others.ids, others.annotators) if others.ids else None
+        given = predicted if labelled is None else labelled
+        scores = adaptation_scores(predicted, self.shots, self.rounds, self.seed, labelled)
+        mixtures = adaptation_mixtures(predicted, self.shots, self.seed, labelled)
         annotators, prompts = np.array(pairs.annotators), np.array(pairs.prompts)
         right: dict[str, Table] = {name: correct(pairs.columns[name]) for name in BASELINES if name in pairs.columns}
-        if tables.signs is not None:
-            right[OTHERS_MAJORITY] = correct(others_majority(tables.signs, pairs.prompts, pairs.annotators))
+        if predicted.tables.signs is not None:
+            right[OTHERS_MAJORITY] = correct(others_majority(predicted.tables.signs, pairs.prompts, pairs.annotators))
         return AdaptationReport(
             annotators=dict(sorted(Counter(pairs.annotators).items())),
-            labelled=None if labelled is None else dict(sorted(Counter(givers).items())),
+            labelled=None if labelled is None else dict(sorted(Counter(given.annotators).items())),
             scores=scores,
             baselines={name: mean_score(values, annotators, prompts) for name, values in right.items()},
-            weights=code_weights(given, givers) if pairs.has_codes else {},
+            weights=code_weights(given.tables, given.annotators) if pairs.has_codes else {},
             mixtures=mixtures
             if pairs.has_codes
             else {name: each for name, each in mixtures.items() if name != "exact"},

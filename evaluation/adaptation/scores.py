@@ -49,8 +49,8 @@ class Score:
 
 
 @dataclass(frozen=True)
-class LabelledPairs:
-    """Pairs whose labels are given, apart from the pairs that are predicted."""
+class PairTables:
+    """Tables of some pairs, and what identifies each pair."""
 
     tables: CodeTables
     """Tables of the pairs."""
@@ -58,6 +58,8 @@ class LabelledPairs:
     """Ids of the pairs."""
     annotators: Sequence[str]
     """Annotator of each pair."""
+    prompts: Sequence[str] | None = None
+    """Prompt of each pair. None: each pair has a prompt of its own."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,11 @@ class InferredWeights:
 
 
 def infer_weights(
-    tables: CodeTables,
-    ids: Sequence[str],
-    annotators: Sequence[str],
+    pairs: PairTables,
     shots: Sequence[int],
     rounds: int,
     seed: int,
-    labelled: LabelledPairs | None = None,
+    labelled: PairTables | None = None,
 ) -> Iterator[InferredWeights]:
     """Infer weights for each annotator, each inference and each n. Annotators with n pairs or fewer are left out.
 
@@ -91,9 +91,7 @@ def infer_weights(
     in an order that changes with the round. Annotators with fewer than n labelled pairs are left out.
 
     Args:
-        tables: Tables of all pairs.
-        ids: (pairs,) ids of the pairs.
-        annotators: (pairs,) the annotator of each pair.
+        pairs: All pairs that get weights.
         shots: Numbers n of labelled pairs, 0 or more.
         rounds: Number of random orders.
         seed: Seed of the orders.
@@ -103,13 +101,14 @@ def infer_weights(
         ConfigError: `shots` is empty or has a negative number, or `rounds` is less than 1.
     """
     check_shots(shots, rounds)
-    names, rules = np.asarray(annotators), inferences_of(tables)
-    givers = np.asarray(annotators if labelled is None else labelled.annotators)
-    given = tables if labelled is None else labelled.tables
-    contributions = {name: table for name, rule in rules.items() if (table := rule.contributions(given)) is not None}
+    names, rules = np.asarray(pairs.annotators), inferences_of(pairs.tables)
+    given = pairs if labelled is None else labelled
+    givers = np.asarray(given.annotators)
+    tables = {name: rule.contributions(given.tables) for name, rule in rules.items()}
+    contributions = {name: table for name, table in tables.items() if table is not None}
     for annotator in np.unique(names):
         (members,) = np.nonzero(names == annotator)
-        rows = circular_orders(members, ids, rounds, seed)
+        rows = circular_orders(members, pairs.ids, rounds, seed)
         if labelled is None:
             sources, most = rows, len(members) - 1
         else:
@@ -118,36 +117,32 @@ def infer_weights(
         infer = log_weights_by_shots if labelled is None else log_weights_from_others
         possible = [n for n in sorted(set(shots)) if n <= most]
         for name, table in contributions.items():
-            for n, log_weights in infer(rules[name], rules[name].prior(tables)[rows], table[sources], possible):
+            for n, log_weights in infer(rules[name], rules[name].prior(pairs.tables)[rows], table[sources], possible):
                 yield InferredWeights(name, n, rows, log_weights)
 
 
 def adaptation_scores(
-    tables: CodeTables,
-    ids: Sequence[str],
-    annotators: Sequence[str],
+    pairs: PairTables,
     shots: Sequence[int] = SHOTS,
     rounds: int = 20,
     seed: int = 0,
-    prompts: Sequence[str] | None = None,
-    labelled: LabelledPairs | None = None,
+    labelled: PairTables | None = None,
 ) -> dict[str, dict[int, Score]]:
     """Compute the accuracy on each annotator's pairs, given n others of the same annotator.
 
     At n = 0 nothing is random, and the score is that of the prior. Arguments and errors are those of `infer_weights`.
-    `prompts` are (pairs,) the prompt of each pair, or None if each pair has a prompt of its own.
 
     Returns:
         Scores by inference (`exact`; `amortised` if a posterior over codes is learned; `own_majority` if all pairs have
         the same two answers) and n. At each n, annotators with too few pairs are left out. An n at which no annotator
         is left is missing.
     """
-    names = np.asarray(annotators)
-    contexts = np.arange(len(names)) if prompts is None else np.asarray(prompts)
+    tables, names = pairs.tables, np.asarray(pairs.annotators)
+    contexts = np.arange(len(names)) if pairs.prompts is None else np.asarray(pairs.prompts)
     rules = {name: rule.margins for name, rule in inferences_of(tables).items() if rule.margins is not None}
     sums: dict[str, dict[int, Table]] = {name: {} for name in rules}
     predicted: dict[int, NDArray[np.bool_]] = {}
-    for inferred in infer_weights(tables, ids, annotators, shots, rounds, seed, labelled):
+    for inferred in infer_weights(pairs, shots, rounds, seed, labelled):
         if (predict := rules.get(inferred.inference)) is None:
             continue
         table = sums[inferred.inference].setdefault(inferred.shots, np.zeros(len(names)))
@@ -164,12 +159,10 @@ def adaptation_scores(
 
 
 def adaptation_mixtures(
-    tables: CodeTables,
-    ids: Sequence[str],
-    annotators: Sequence[str],
+    pairs: PairTables,
     shots: Sequence[int] = SHOTS,
     seed: int = 0,
-    labelled: LabelledPairs | None = None,
+    labelled: PairTables | None = None,
 ) -> dict[str, dict[int, dict[PairKey, Table]]]:
     """Compute (K,) weights w of z = sum_k w_k e_k for each pair from n others of its annotator, in the first round.
 
@@ -179,12 +172,12 @@ def adaptation_mixtures(
         Weights by inference, by n, and by annotator and id of the pair. Pairs of annotators with too few pairs are left
         out.
     """
-    rules = inferences_of(tables)
+    rules = inferences_of(pairs.tables)
     mixtures: dict[str, dict[int, dict[PairKey, Table]]] = {}
-    for inferred in infer_weights(tables, ids, annotators, shots, 1, seed, labelled):
+    for inferred in infer_weights(pairs, shots, 1, seed, labelled):
         if (to_mixture := rules[inferred.inference].mixture) is not None:
             (rows,), (weights,) = inferred.rows, to_mixture(inferred.log_weights, inferred.shots)
-            keys = [(annotators[row], ids[row]) for row in rows]
+            keys = [(pairs.annotators[row], pairs.ids[row]) for row in rows]
             by_shots = mixtures.setdefault(inferred.inference, {})
             by_shots.setdefault(inferred.shots, {}).update(zip(keys, weights, strict=True))
     return mixtures

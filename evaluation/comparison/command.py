@@ -20,7 +20,8 @@ from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS
 from lpc_lightning.evaluation.comparison.comparison import compare, to_markdown, write_comparison
 from lpc_lightning.evaluation.comparison.model_scores import ModelScores, scores_of
-from lpc_lightning.evaluation.comparison.one_model import EvalRequest, describe, evaluate_model
+from lpc_lightning.evaluation.comparison.one_model import describe, evaluate_model
+from lpc_lightning.evaluation.comparison.request import EvalRequest
 from lpc_lightning.evaluation.comparison.score_tables import score_tables
 from lpc_lightning.evaluation.comparison.stored import claim_name
 from lpc_lightning.evaluation.tables import score

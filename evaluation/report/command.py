@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.figures import write_plots
-from lpc_lightning.evaluation.provenance import provenance
-from lpc_lightning.evaluation.report.contrasts import contrasts, read_baseline
-from lpc_lightning.evaluation.report.page import Page, make_picture, render_page, run_details
+from lpc_lightning.evaluation.figures import Plot, write_plots
+from lpc_lightning.evaluation.report.contents import Contents, build_page, read_contents
+from lpc_lightning.evaluation.report.page import Page, Picture, make_picture, render_page
 from lpc_lightning.evaluation.report.plots import draw
-from lpc_lightning.evaluation.report.run_tables import run_tables
-from lpc_lightning.evaluation.report.runs.differences import add_axes
-from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, check_conditions, join_measurements
-from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, flatten
-from lpc_lightning.evaluation.report.study import ACCURACIES, LeftOut, Study, make_study
-from lpc_lightning.evaluation.report.subject import Subject, numeric_axes
 from lpc_lightning.evaluation.report.table_files import to_markdown, write_csv, write_table
-from lpc_lightning.evaluation.report.tables import (
-    contrasts_table,
-    cost_table,
-    left_out_table,
-    means_table,
-    runs_table,
-)
-from lpc_lightning.evaluation.report.tuning_table import tuning_table
 from lpc_lightning.files.json_files import write_text
 from lpc_lightning.files.markdown import escape_markdown
 from lpc_lightning.files.output_paths import check_folder, claim_output_folder
@@ -38,8 +20,6 @@ from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 PAGE, TEXT, RUNS, PLOTS = "report.html", "report.md", "runs.csv", "plots"
 GENERATOR = '<meta name="generator" content="lpc-lightning report">'
 """Line of every page, by which an earlier report is recognised."""
-MAX_LISTED = 40
-"""Most metrics that an error lists."""
 
 
 def main(arguments: list[str]) -> None:
@@ -90,60 +70,15 @@ def report(
     folder = Path(out)
     _check_replaceable(folder)
     with claim_output_folder(folder, "out"):
-        loaded = load_folders(runs)
-        records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
-        study = make_study(records, loaded.axes)
-        metrics = _select_metrics(study, metric, is_tuned=bool(loaded.tunings))
-        check_conditions(records, metrics)
-        selected_axes = _select_axes(study, x)
-        baseline_axes = read_baseline(study, baseline)
-        compared, unmatched = contrasts(study, metrics, baseline_axes)
-        left_out = [*study.left_out(metrics), *unmatched, *(LeftOut(*note) for note in notes)]
-
-        tables = [means_table(study, metrics), cost_table(study)]
-        if loaded.tunings:
-            tables.insert(1, tuning_table(loaded.tunings))
-        if baseline_axes:
-            tables.insert(1, contrasts_table(study, compared, baseline_axes))
-        missing, all_runs = left_out_table(left_out), runs_table(study, metrics)
-        baseline_name = ", ".join(f"{axis}={value}" for axis, value in baseline_axes.items())
-        plots, not_drawn = draw(Subject(study, metrics, compared, baseline_name, selected_axes))
-
-        (folder / PLOTS).mkdir(parents=True, exist_ok=True)
-        for table in (*tables, missing):
-            write_table(folder, table)
-        write_csv(folder / RUNS, all_runs.records)
-        pictures = [make_picture(plot, svg) for plot, svg in write_plots(folder / PLOTS, plots)]
-        common = common_settings([record.settings for record in records if record.settings])
-        page = Page(
-            title=title or " and ".join(_names(loaded.origins)) or f"{len(records)} runs",
-            summary=_summary(study),
-            origins=[RunProvenance(origin.name, origin.command, _flatten(origin.facts)) for origin in loaded.origins],
-            axes=_describe_axes(study),
-            settings=common,
-            versions=_flatten({**provenance(), "command": _command(runs, out, baseline, metric, x, title)}),
-            tables=tables,
-            pictures=pictures,
-            not_drawn=not_drawn,
-            run_tables=run_tables(study.records),
-            left_out=missing,
-            errors=[entry for entry in left_out if "\n" in entry.why.strip()],
-            runs=all_runs,
-            details=[run_details(record, common) for record in study.records],
-        )
-        parts = [
-            f"# {escape_markdown(page.title)}",
-            escape_markdown(page.summary),
-            *map(to_markdown, [*tables, missing]),
-        ]
-        for plot in plots:
-            heading, alt, caption = map(escape_markdown, (plot.title, plot.alt, plot.caption))
-            parts.append(f"## {heading}\n\n![{alt}]({PLOTS}/{plot.name}.svg)\n\n{caption}")
-        write_text(folder / TEXT, "\n\n".join(part.rstrip() for part in parts) + "\n")
+        contents = read_contents(runs, baseline, metric, x)
+        plots, not_drawn = draw(contents.subject)
+        pictures = _write_parts(folder, contents, plots)
+        page = build_page(contents, pictures, not_drawn, title, _command(runs, out, baseline, metric, x, title))
+        write_text(folder / TEXT, _text(page, plots))
         write_text(folder / PAGE, render_page(page))
-        print("\n".join(to_markdown(table) for table in tables if table.rows))
-        if left_out:
-            print(f"{folder / missing.name}.md lists what is left out and why: {len(left_out)} lines.")
+        print("\n".join(to_markdown(table) for table in page.tables if table.rows))
+        if contents.left_out:
+            print(f"{folder / page.left_out.name}.md lists what is left out and why: {len(contents.left_out)} lines.")
         print(f"{page.summary}\nWrote {folder / PAGE}, and tables and plots beside it.")
 
 
@@ -159,53 +94,23 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _select_metrics(study: Study, names: Sequence[str] | None, is_tuned: bool) -> list[str]:
-    available = study.metrics
-    # Validation has chosen the values of a tuned axis.
-    defaults = reversed(ACCURACIES) if is_tuned else ACCURACIES
-    # If no run has finished, any metric is accepted: the report then contains the errors of the runs.
-    selected = list(dict.fromkeys(names or [name for name in defaults if name in available or not available][:1]))
-    if not selected or (available and set(selected) - set(available)):
-        unknown = [name for name in selected if name not in available] or list(ACCURACIES)
-        ordered = sorted(available, key=lambda name: (name.count("/"), name))
-        more = f" and {len(ordered) - MAX_LISTED} more" if len(ordered) > MAX_LISTED else ""
-        raise ConfigError(
-            f"metric: no finished run has {' or '.join(unknown)}, expected some of "
-            f"{', '.join(ordered[:MAX_LISTED])}{more}."
-        )
-    return selected
+def _write_parts(folder: Path, contents: Contents, plots: Sequence[Plot]) -> list[Picture]:
+    """Write tables and plots, and return the plots as pictures of the page."""
+    (folder / PLOTS).mkdir(parents=True, exist_ok=True)
+    for table in (*contents.tables, contents.missing):
+        write_table(folder, table)
+    write_csv(folder / RUNS, contents.all_runs.records)
+    return [make_picture(plot, svg) for plot, svg in write_plots(folder / PLOTS, plots)]
 
 
-def _select_axes(study: Study, names: Sequence[str] | None) -> list[str]:
-    available = numeric_axes(study)
-    if unknown := [axis for axis in names or () if axis not in available]:
-        expected = ", ".join(available) or "none in these runs"
-        raise ConfigError(f"x: found {', '.join(unknown)}, expected axes with two numbers or more: {expected}.")
-    return available if names is None else list(names)
-
-
-def _names(origins: Sequence[RunProvenance]) -> list[str]:
-    return list(dict.fromkeys(origin.name for origin in origins))[:3]
-
-
-def _summary(study: Study) -> str:
-    statuses = Counter(record.status for record in study.records)
-    counts = [f"{count} {status}" for status, count in sorted(statuses.items(), key=lambda item: item[0] != FINISHED)]
-    seeds = sorted({record.seed for record in study.records if record.seed is not None})
-    seed_list = f" Seeds: {', '.join(map(str, seeds))}." if seeds else ""
-    runs = f"{len(study.records)} run{'s' if len(study.records) > 1 else ''}"
-    groups = f"{len(study.groups)} group{'s' if len(study.groups) > 1 else ''}"
-    return f"{runs} in {groups}: {', '.join(counts)}.{seed_list}"
-
-
-def _describe_axes(study: Study) -> dict[str, str]:
-    varying = {axis: ", ".join(map(str, values)) for axis, values in study.axes.items()}
-    return varying | {axis: f"{value} (in all runs)" for axis, value in study.constant.items()}
-
-
-def _flatten(facts: Mapping[str, Any]) -> dict[str, Any]:
-    present = {name: value for name, value in facts.items() if value not in (None, {}, "")}
-    return {name: as_value(value) for name, value in flatten(present).items()}
+def _text(page: Page, plots: Sequence[Plot]) -> str:
+    """Return the tables and plots of a page in Markdown."""
+    tables = map(to_markdown, [*page.tables, page.left_out])
+    parts = [f"# {escape_markdown(page.title)}", escape_markdown(page.summary), *tables]
+    for plot in plots:
+        heading, alt, caption = map(escape_markdown, (plot.title, plot.alt, plot.caption))
+        parts.append(f"## {heading}\n\n![{alt}]({PLOTS}/{plot.name}.svg)\n\n{caption}")
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
 def _command(runs: Sequence[str], out: str, *options: Sequence[str] | str | None) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.errors import UnsupportedPolicyError, one_line
+from lpc_lightning.policy.attention_kernel import check_kernel, eager_attention, is_flash, rounding
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.graphed_backbone import GraphedBackbone
 from lpc_lightning.policy.head import check_head, head_of
@@ -26,6 +27,10 @@ from lpc_lightning.types import LogitHead, PairStates, PreferenceBatch
 
 if TYPE_CHECKING:
     from peft import PeftModel  # the import takes a second, and a policy without an adapter needs none of it
+
+
+PROMPT, CHOSEN, REJECTED = [1, 2, 3], [4, 5], [6, 7, 8]
+"""Tokens for the checks of a new policy."""
 
 
 class CausalPolicy(nn.Module):
@@ -44,7 +49,7 @@ class CausalPolicy(nn.Module):
             model: The model, on any device.
 
         Raises:
-            UnsupportedPolicyError: The model's head is not supported.
+            UnsupportedPolicyError: The model's decoder, head or attention kernel is not supported.
         """
         super().__init__()
         self.model = model
@@ -54,10 +59,10 @@ class CausalPolicy(nn.Module):
         head = head_of(self.causal_lm)
         self._logit_scaling = head.scale, head.softcap
         with _uncompiled():
-            check_head(self.causal_lm, self.backbone)
-            self.attends_by_segment = self._can_attend_by_segment()
+            alone = self._check()
+            self.attends_by_segment = self._can_attend_by_segment(alone)
             """True if attention on a CPU is computed per segment, so that packed rows of any width cost no more."""
-            self.takes_block_mask = self.attends_by_segment or self._applies_block_mask()
+            self.takes_block_mask = self.attends_by_segment or self._applies_block_mask(alone)
             """True if rows can be packed: all layers apply a mask and positions."""
 
     @property
@@ -87,32 +92,59 @@ class CausalPolicy(nn.Module):
         """Width d of a hidden state."""
         return self.head.weight.shape[1]
 
-    def _can_attend_by_segment(self) -> bool:
+    @torch.no_grad()
+    def _check(self) -> Tensor:
+        """Check decoder, head and kernel on a few tokens. Return (1, T, d) states of a prompt and its completion."""
+        model, backbone = self.causal_lm, self.causal_lm.get_decoder()
+        if backbone is model or not isinstance(backbone, PreTrainedModel):
+            raise UnsupportedPolicyError(
+                f"policy: found {type(model).__name__}, in which transformers finds {type(backbone).__name__} as the "
+                "decoder, expected the model without its head. Choose a model of another family."
+            )
+        tokens = torch.tensor([PROMPT + REJECTED], device=model.device) % self.head.weight.shape[0]
+        places = torch.arange(tokens.shape[1], device=model.device)[None]
+        try:
+            with eager_attention(backbone) if is_flash(backbone.config._attn_implementation) else nullcontext():
+                states = self.states(tokens, torch.ones_like(tokens), None, places)
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UnsupportedPolicyError(
+                f"policy: {type(model).__name__} cannot compute the hidden states of a few tokens "
+                f"({type(error).__name__}: {one_line(error)}). Expected a decoder-only model. Choose one of another "
+                "family, or set policy.attention to eager."
+            ) from error
+        check_head(model, tokens, states)
+        check_kernel(backbone, tokens, states)
+        return states
+
+    def _can_attend_by_segment(self, alone: Tensor) -> bool:
         config = self.backbone.config
         if config._attn_implementation != SEGMENT or not self._takes_positions:
             return False
         self.attends_by_segment = layer_windows(config) == {FULL: None}
         # Families that do not pass `blocks` to their layers would attend to all tokens.
-        return self.attends_by_segment and self._separates_segments()
+        return self.attends_by_segment and self._separates_segments(alone)
 
-    def _applies_block_mask(self) -> bool:
+    def _applies_block_mask(self, alone: Tensor) -> bool:
         config = self.backbone.config
         masked = config._attn_implementation in MASKS and self._takes_positions
-        return masked and layer_windows(config) is not None and self._separates_segments()
+        return masked and layer_windows(config) is not None and self._separates_segments(alone)
 
     @torch.no_grad()
-    def _separates_segments(self) -> bool:
-        """Compare two completions of one prompt in one row and in two rows. Recurrent layers give other states."""
-        device = self.model.device
-        prompt, chosen, rejected = [1, 2, 3], [4, 5], [6, 7, 8]
-        tokens = torch.tensor([prompt + chosen + rejected], device=device) % self.head.weight.shape[0]
-        segments = torch.tensor([[0] * 3 + [1] * 2 + [2] * 3], device=device)
-        positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=device)
-        packed = self.states(tokens, torch.ones_like(tokens), segments, positions)[0]
-        unpacked = torch.cat([tokens[:, :3], tokens[:, 5:]], dim=1)
-        expected = self.states(unpacked, torch.ones_like(unpacked), None, torch.arange(6, device=device)[None])[0]
-        tolerance = 0.1 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        return bool((packed[5:] - expected[3:]).abs().max() <= tolerance * expected.abs().max())
+    def _separates_segments(self, alone: Tensor) -> bool:
+        """Compare a completion beside another one with the states of it alone. Recurrent layers give other states.
+
+        Some families refuse a mask of four dimensions.
+        """
+        first, second, third = len(PROMPT), len(CHOSEN), len(REJECTED)
+        row = torch.tensor([PROMPT + CHOSEN + REJECTED], device=alone.device) % self.head.weight.shape[0]
+        segments = torch.tensor([[0] * first + [1] * second + [2] * third], device=alone.device)
+        starts = [*range(first + second), *range(first, first + third)]
+        try:
+            packed = self.states(row, torch.ones_like(row), segments, torch.tensor([starts], device=alone.device))
+        except (RuntimeError, ValueError):
+            return False
+        kept = torch.cat([packed[:, :first], packed[:, first + second :]], dim=1)
+        return bool((kept - alone).abs().max() <= rounding(alone) * alone.abs().max())
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Turn on or off that the backward pass recomputes each layer's states from the one that is kept."""

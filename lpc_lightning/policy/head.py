@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.policy.attention_kernel import eager_attention, is_flash
 from lpc_lightning.policy.logprobs import logits_of
 from lpc_lightning.types import LogitHead
 
@@ -44,19 +45,28 @@ def head_of(model: PreTrainedModel) -> LogitHead:
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel, backbone: nn.Module) -> None:
+def check_head(model: PreTrainedModel, tokens: Tensor, states: Tensor) -> None:
     """Compare the logits of `head_of` with those of the model on a few tokens.
 
     A family can change its logits without a config field for it, so that the config alone is not enough.
+
+    Args:
+        model: The causal LM.
+        tokens: (1, T).
+        states: (1, T, d) last hidden states of `tokens`.
 
     Raises:
         UnsupportedPolicyError: The logits differ by more than rounding.
     """
     head = head_of(model)
-    tokens = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
-    with _any_attention(model):
-        expected = model(input_ids=tokens, use_cache=False).logits.float()
-        states = backbone(input_ids=tokens, use_cache=False).last_hidden_state
+    # The same kernel as for the states. Flash attention cannot run on every device and type.
+    with eager_attention(model) if is_flash(model.config._attn_implementation) else nullcontext():
+        expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.float()
+    if states.shape[-1] != head.weight.shape[1]:
+        raise UnsupportedPolicyError(
+            f"policy: the LM head of {type(model).__name__} reads {head.weight.shape[1]} values, its last hidden "
+            f"states have {states.shape[-1]}, expected as many. Choose a model of another family."
+        )
     logits = logits_of(states.flatten(0, 1), head)
     difference = (logits - expected.flatten(0, 1)).abs().max()
     relative = 0.05 if head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3
@@ -68,23 +78,6 @@ def check_head(model: PreTrainedModel, backbone: nn.Module) -> None:
             f"Supported are a bias, a soft cap and the scales {', '.join(SCALES)}. "
             "Choose a model of another family."
         )
-
-
-@contextmanager
-def _any_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Replace flash attention by eager attention for a few tokens.
-
-    Flash attention runs only on a GPU and on 16-bit states. Models are also built on a CPU, or with float32 weights.
-    """
-    kernel = model.config._attn_implementation
-    if kernel is None or not kernel.startswith("flash"):
-        yield
-        return
-    model.config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = kernel
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -32,6 +32,8 @@ PRODUCT = 2**16
 PADDING = 2**12
 """Scores per head of padding that a product may have. They take about as long as the start of another product."""
 
+SCORE_CHANGES = ("position_bias", "s_aux", "sinks", "softcap")
+"""Arguments of transformers with which a family changes the scores or their softmax."""
 LANES = 16
 """The keys of a product are padded to a multiple of this number, so that no vector of sums is cut off."""
 
@@ -175,7 +177,12 @@ def attend_by_segment(
 
     Returns:
         (R, T, H, D), and None in place of the attention weights.
+
+    Raises:
+        ValueError: The family changes the scores.
     """
+    if changes := [name for name in SCORE_CHANGES if options.get(name) is not None]:
+        raise ValueError(f"found {changes[0]}, which {SEGMENT} attention does not compute, expected a plain softmax")
     if isinstance(attention_mask, BlockMask):
         return block_sparse_attention(query, key, value, attention_mask, scaling), None
     if blocks is None:

@@ -10,17 +10,16 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpc_lightning.errors import ConfigError, UnsupportedPolicyError, one_line
+from lpc_lightning.policy.attention_kernel import Attention, kernel_of
 from lpc_lightning.policy.causal import CausalPolicy, decoder_layers
 from lpc_lightning.policy.head import check_vocabulary
 from lpc_lightning.policy.lora import LoRA
 from lpc_lightning.policy.memory_efficient_layers import make_memory_efficient
-from lpc_lightning.policy.segment_attention import SEGMENT
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-Attention = Literal["auto", "segment", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
 class PolicySpec(ABC):
@@ -48,8 +47,8 @@ class PolicySpec(ABC):
                 For bfloat16 arithmetic, keep float32 here and set `trainer.precision: bf16-mixed`.
             attention: Attention kernel: one of transformers, or `segment`, which is made for packed rows. On a CPU,
                 `segment` computes visible blocks only. In compiled layers on a GPU it is flex_attention, which skips
-                blocks without visible tokens. Everywhere else it is sdpa. `auto` is segment, or eager for families that
-                soft-cap their attention scores, because sdpa cannot.
+                blocks without visible tokens. Everywhere else it is sdpa. `auto` is segment, or eager for families
+                whose attention sdpa cannot compute: with soft caps, sinks or biases of positions, or of an old class.
             lora: Adapter that is trained in place of the weights. null trains all weights.
             gradient_checkpointing: Keep one state per layer, and recompute the others in the backward pass. This
                 takes less memory and about a third more time.
@@ -120,7 +119,7 @@ class PolicySpec(ABC):
         for name, value in vars(config).items():
             if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
                 setattr(config, name, 0.0)
-        config._attn_implementation = self._kernel(config)
+        config._attn_implementation = kernel_of(self.attention, config)
         try:
             model = self.load_model(config, getattr(torch, self.dtype))
         except ImportError as error:
@@ -140,15 +139,3 @@ class PolicySpec(ABC):
         if not self.trainable:
             policy.requires_grad_(False)
         return policy
-
-    def _kernel(self, config: PreTrainedConfig) -> str:
-        # A family with this field has no sdpa, even if the field is null.
-        capped = hasattr(config.get_text_config(), "attn_logit_softcapping")
-        if self.attention in ("sdpa", SEGMENT) and capped:
-            raise UnsupportedPolicyError(
-                f"policy.attention: found {self.attention} for {config.model_type}, which soft-caps its attention "
-                "scores, and sdpa cannot. Expected auto, eager or flex_attention."
-            )
-        if self.attention != "auto":
-            return self.attention
-        return "eager" if capped else SEGMENT

@@ -17,6 +17,7 @@ from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.errors import CheckpointError
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA
+from tests.fixtures.commands import POLICY
 
 pytestmark = pytest.mark.slow
 
@@ -176,12 +177,10 @@ def test_load_by_trainer(saved: Any, small_policy: Any, small_data: Any) -> None
 
 
 @pytest.fixture
-def command_line(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PreferenceCLI]:
+def command_line(tmp_path: Path, cache_dir: Path) -> Callable[..., PreferenceCLI]:
     """Return a function that trains by the command line. Its checkpoints hold the settings of their module."""
-    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
 
     def fit(*flags: str) -> PreferenceCLI:
-        policy = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
         data = [
             "--data=SyntheticPreferences",
             "--data.train_pairs=4",
@@ -191,7 +190,7 @@ def command_line(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatc
         trainer = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
         quiet = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
         folders = [f"--data.cache_dir={cache_dir}", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
-        return PreferenceCLI(["fit", *policy, *data, *trainer, *quiet, *folders, *flags])
+        return PreferenceCLI(["fit", *POLICY, *data, *trainer, *quiet, *folders, *flags])
 
     return fit
 

@@ -22,11 +22,12 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.cells.cell_run import write_pairs
 from lpc_lightning.evaluation.ablation.cells.folder import CellFolder
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights
-from lpc_lightning.evaluation.adaptation.scores import adaptation_scores
+from lpc_lightning.evaluation.adaptation.scores import PairTables, adaptation_scores
 from lpc_lightning.evaluation.report.runs.pairs import prompt_scores
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.latent import ExpectedSpace, GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
 from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.robust import REPO
 
 CODES: dict[str, Any] = {"num_codes": 4, "init_logit_std": 2.0}
 
@@ -86,7 +87,7 @@ def test_metrics_against_the_module(
     trainer = make_trainer(callbacks=[callback])
     (logged,) = trainer.validate(module, data, verbose=False)
     tables, ids, annotators = tables_of(module, data)
-    expected = adaptation_scores(tables, ids, annotators, (0, 1, 3), rounds=4, seed=7)
+    expected = adaptation_scores(PairTables(tables, ids, annotators), (0, 1, 3), rounds=4, seed=7)
     assert set(expected) == ({"exact"} if isinstance(latent, MarginalSpace) else {"exact", "amortised"})
     metrics = adaptation_metrics(logged)
     curves = [*expected, "adapted"]
@@ -152,6 +153,26 @@ def test_cells_record_every_mean_over_pairs(
     assert {name for name in logged if not others.fullmatch(name)} == set(on_record)
     assert on_record["test/adaptation/exact/0"] == pytest.approx(on_record["test/accuracy/marginal"])
     assert on_record["test/adaptation/exact_z/0"] == pytest.approx(on_record["test/rewards/accuracies"])
+
+
+def test_useless_labels_leave_the_preference(
+    data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
+) -> None:
+    """Labels that are wrong half of the time favour no code. The predictions are those of the preference."""
+    module, shots, found = make_module(MarginalSpace(num_codes=3, init_logit_std=2.0)), [0, 1, 5], []
+    for robust_loss in (None, REPO(initial=0.5)):
+        module.robust_loss = robust_loss
+        callback = AnnotatorAdaptation(shots=shots)
+        (logged,) = make_trainer(callbacks=[callback]).validate(module, data, verbose=False)
+        found.append([logged[f"val/adaptation/exact/{n}"] for n in shots])
+    assert found[1] == [found[0][0]] * 3
+    assert found[0][0] != 0.5
+    batch = data.make_layout()(list(data.pairs["validation"]))
+    with torch.no_grad():
+        prior = module.latent.log_prior(module.policy(batch).states.prompt).exp().double().numpy()
+    for name, weights in callback.report.weights.items():
+        own = [annotator == name for annotator in batch.annotators]
+        assert weights == pytest.approx(prior[own].mean(0), abs=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 14])

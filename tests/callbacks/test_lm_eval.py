@@ -470,9 +470,7 @@ def test_two_processes_share_requests(task, tmp_path) -> None:
     assert weights[0] == weights[1]
 
 
-def test_config_file(monkeypatch) -> None:
-    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+def test_config_file() -> None:
     stated = yaml.safe_load((CONFIGS / "lm_eval.yaml").read_text())
     assert len(stated) == 1
     parser = ArgumentParser(exit_on_error=False)

@@ -164,7 +164,7 @@ def test_unknown_policy_is_refused(command: Command, places: list[str], tmp_path
         ),
         (
             ["--policy.attention=sdpa", "--policy.family=gemma2"],
-            r"policy\.attention: found sdpa for gemma2, which soft-caps",
+            r"policy\.attention: found sdpa for gemma2, whose attention",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.modeling_lpc import latent_causal_lm
 from lpc_lightning.inference.opening import inference_prior
@@ -134,16 +133,8 @@ def padded() -> Callable[..., dict[str, Tensor]]:
     return pad
 
 
-FIT = ["--model=DPO", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01", "--model.latent_lr=0.05"]
-FIT += ["--data=SyntheticPreferences", "--data.train_pairs=4", "--data.validation_pairs=2", "--data.test_pairs=0"]
-FIT += ["--data.batch_size=2", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
-FIT += [
-    "--trainer.enable_progress_bar=false",
-    "--trainer.log_every_n_steps=1",
-    "--trainer.num_sanity_val_steps=-1",
-    "--seed_everything=4",
-]
-TINY = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2"]
+FIT = ["--model.latent_lr=0.05", "--data.train_pairs=4", "--data.validation_pairs=2", "--data.test_pairs=0"]
+FIT += ["--trainer.max_epochs=1", "--trainer.num_sanity_val_steps=-1"]
 CODED = ["--latent=MarginalSpace", f"--latent.num_codes={CODES}", "--latent.hidden=8", "--latent.init_logit_std=1.0"]
 CALLBACKS = """
 - class_path: ModelCheckpoint
@@ -153,25 +144,11 @@ CALLBACKS = """
 
 
 @pytest.fixture(scope="session")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def fitted(tiny_fit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`best.ckpt` of a run by `lpc-lightning fit`; each set of flags is run once a session."""
-    made: dict[tuple[str, ...], Path] = {}
-    cache = tmp_path_factory.mktemp("cache")
-
-    def fit(*flags: str) -> Path:
-        if flags not in made:
-            root = tmp_path_factory.mktemp("runs")
-            (root / "callbacks.yaml").write_text(CALLBACKS)
-            places = [f"--data.cache_dir={cache}", f"--trainer.default_root_dir={root}"]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("sys.argv", ["lpc-lightning"])
-                patch.setenv("PL_GLOBAL_SEED", "0")
-                patch.setenv("PL_SEED_WORKERS", "0")
-                PreferenceCLI(["fit", *TINY, *FIT, *places, f"--callbacks={root / 'callbacks.yaml'}", *flags])
-            made[flags] = root / "version_0" / "checkpoints" / "best.ckpt"
-        return made[flags]
-
-    return fit
+    callbacks = tmp_path_factory.mktemp("callbacks") / "callbacks.yaml"
+    callbacks.write_text(CALLBACKS)
+    return lambda *flags: tiny_fit(*FIT, f"--callbacks={callbacks}", *flags) / "checkpoints" / "best.ckpt"
 
 
 @pytest.fixture(scope="session")

@@ -51,10 +51,7 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def alpaca(
-    capsys: pytest.CaptureFixture[str], plain: str, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Run:
-    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
+def alpaca(capsys: pytest.CaptureFixture[str], plain: str, instructions: Path, tmp_path: Path) -> Run:
     fixed = [f"--model={plain}", f"--instructions={instructions}", f"--output={tmp_path / 'model_outputs.json'}"]
 
     def run(*flags: str) -> Outcome:

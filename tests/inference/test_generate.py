@@ -3,49 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lpc_lightning.cli import main
 from lpc_lightning.inference.generation import Condition, Decoding, answers
 from lpc_lightning.inference.opening import open_policy
 from lpc_lightning.policy import TinyPolicy
-from tests.fixtures.commands import Outcome, run_command
+from tests.fixtures.commands import Outcome, checkpoint_of, run_command
 
 PROMPT = "How do I grow tomatoes?"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["lpc-lightning"])
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        patch.setenv("COLUMNS", "100")
-        yield patch
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+def checkpoint(tiny_fit: Callable[..., Path]) -> str:
     """Of a fit of three steps, with three codes that matter."""
-    folder = tmp_path_factory.mktemp("fit")
-    flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO "
-    flags += (
-        "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.01 --latent=MarginalSpace --latent.num_codes=3 "
-    )
-    flags += "--latent.init_logit_std=2 --data=SyntheticPreferences --data.train_pairs=6 --data.validation_pairs=2 "
-    flags += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
-    flags += (
-        f"--trainer.max_steps=3 --trainer.log_every_n_steps=1 --data.batch_size=2 --data.cache_dir={folder / 'cache'} "
-    )
-    flags += f"--trainer.default_root_dir={folder / 'runs'} --trainer.enable_model_summary=false"
-    main(["fit", *flags.split()])
-    (path,) = folder.glob("runs/version_0/checkpoints/*.ckpt")
-    return str(path)
+    latent = ["--latent=MarginalSpace", "--latent.num_codes=3", "--latent.init_logit_std=2"]
+    return str(checkpoint_of(tiny_fit("--trainer.max_steps=3", *latent)))
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +75,11 @@ def test_answers_stand_side_by_side(generate: Run, checkpoint: str, tmp_path: Pa
     assert out.count("[...]") == sum(not answer.finished for answer in expected.answers)
 
 
-def test_narrow_terminals_get_one_below_the_other(generate: Run, checkpoint: str, patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("COLUMNS", "50")
+def test_narrow_terminals_get_one_below_the_other(
+    generate: Run, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
     _, out, _ = generate("--model", checkpoint, "--prompt", PROMPT, "--codes=0,2", "--max-new-tokens=2")
-    patch.setenv("COLUMNS", "100")
     lines = out.splitlines()
     assert [lines.index(title) for title in ("prior", "code 0", "code 2")] == [3, 7, 11]
 

@@ -206,10 +206,8 @@ def test_own_code_is_not_run_unless_allowed(own_code: tuple[Path, Path]) -> None
 
 
 def test_checkpoint_cannot_allow_its_own_code(
-    own_code: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    own_code: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-
-    monkeypatch.setattr("sys.argv", ["lpc-lightning"])
     folder, marker = own_code
     trusting = {"class_path": "lpc_lightning.policy.PretrainedPolicy"}
     trusting["init_args"] = {"path": str(folder), "trust_remote_code": True}  # type: ignore[assignment]

@@ -268,7 +268,9 @@ def test_family_that_drops_blocks_uses_mask(
     nn.Module.__init__(fallback)
     fallback.model, fallback._takes_positions = policy.model, True
     fallback._logit_scaling = policy._logit_scaling
-    fallback.attends_by_segment = fallback._can_attend_by_segment()
+    fallback.attends_by_segment = False
+    alone = fallback._check()
+    fallback.attends_by_segment = fallback._can_attend_by_segment(alone)
     assert not fallback.attends_by_segment
-    assert fallback._applies_block_mask()
+    assert fallback._applies_block_mask(alone)
     torch.testing.assert_close(fallback(batch).logps(), expected, rtol=1e-9, atol=1e-9)

@@ -126,7 +126,7 @@ def test_attention_without_its_package_is_refused(tiny_spec: Callable[..., TinyP
 
 
 def test_sdpa_with_capped_scores_is_refused(tiny_spec: Callable[..., TinyPolicy]) -> None:
-    with pytest.raises(UnsupportedPolicyError, match="found sdpa for gemma2, which soft-caps its attention scores"):
+    with pytest.raises(UnsupportedPolicyError, match="found sdpa for gemma2, whose attention in transformers"):
         tiny_spec("gemma2", attention="sdpa").build()
     assert tiny_spec("llama", attention="sdpa").build().backbone.config._attn_implementation == "sdpa"
     assert tiny_spec("llama", attention="eager").build().backbone.config._attn_implementation == "eager"

@@ -18,8 +18,9 @@ from lpc_lightning.evaluation.accuracy.training_overlap import training_pairs
 from lpc_lightning.evaluation.comparison.command import evaluate
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.policy import PretrainedPolicy, TinyPolicy
+from tests.fixtures.commands import POLICY
 
-FLAGS = ["--policy=TinyPolicy", "--policy.width=16", "--policy.layers=1", "--policy.heads=2", "--model=DPO"]
+FLAGS = [*POLICY, "--model=DPO"]
 FLAGS += [
     "--model.optimizer=torch.optim.AdamW",
     "--model.optimizer.lr=0.01",
@@ -51,7 +52,6 @@ def checkpoint(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     paths = [f"--data.path={file}", f"--data.cache_dir={root / 'cache'}", f"--trainer.default_root_dir={root}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["lpc-lightning"])
         patch.setenv("PL_GLOBAL_SEED", "0")
         PreferenceCLI(["fit", *FLAGS, *paths])
     (path,) = root.glob("version_0/checkpoints/*.ckpt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,11 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.command import adapt, main, panels
 from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, AdaptationReport
 from lpc_lightning.evaluation.adaptation.scores import Score
+from tests.fixtures.commands import checkpoint_of
 from tests.fixtures.real_data import DATA_DIR
 
-FLAGS = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
-FLAGS += "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.03 --data=SyntheticPreferences "
-FLAGS += "--data.deciding=hidden --data.train_pairs=8 --data.validation_pairs=2 --data.batch_size=4 "
-FLAGS += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
-FLAGS += "--trainer.max_steps=2 --trainer.log_every_n_steps=1 --trainer.enable_model_summary=false"
+FIT = ["--model.beta=1", "--model.optimizer.lr=0.03", "--data.deciding=hidden", "--data.train_pairs=8"]
+FIT += ["--data.validation_pairs=2", "--data.batch_size=4", "--trainer.max_steps=2"]
 SPACES = {
     "plain": [],
     "expected": ["--latent=ExpectedSpace", "--latent.num_codes=3", "--latent.init_logit_std=2"],
@@ -36,24 +34,15 @@ SPACES = {
 REAL = DATA_DIR / "preferences"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["lpc-lightning"])
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        patch.setenv("COLUMNS", "100")
-        yield patch
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> dict[str, str]:
+def checkpoints(tiny_fit: Callable[..., Path]) -> dict[str, str]:
     """Checkpoints of runs of two steps, by latent space."""
-    root = tmp_path_factory.mktemp("fits")
-    patch.setenv("LPC_LIGHTNING_CACHE", str(root / "cache"))
-    for name, space in SPACES.items():
-        lpc_lightning(["fit", *FLAGS.split(), *space, f"--trainer.default_root_dir={root / name}"])
-    return {name: str(next((root / name).glob("version_0/checkpoints/*.ckpt"))) for name in SPACES}
+    return {name: str(checkpoint_of(tiny_fit(*FIT, *space))) for name, space in SPACES.items()}
 
 
 @pytest.fixture(scope="module")

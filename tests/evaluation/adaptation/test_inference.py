@@ -16,6 +16,7 @@ from lpc_lightning.algorithms.metrics import accuracies
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, code_weights, correct, margins
 from lpc_lightning.evaluation.adaptation.scores import (
+    PairTables,
     adaptation_mixtures,
     adaptation_scores,
     circular_orders,
@@ -30,11 +31,18 @@ IDS = [f"pair {number}" for number in range(40)]
 
 
 def random_tables(pairs: int, codes: int = 3, seed: int = 0) -> CodeTables:
-    """Make DPO losses that differ between codes, and a prior and a posterior for each pair."""
+    """Make DPO losses that differ between codes, and a prior and a posterior for each pair. Labels flip at 0.2."""
     draw = np.random.default_rng(seed)
     margin = draw.normal(0, 2, (pairs, codes))
     logs = [np.log(draw.dirichlet(np.ones(codes), pairs)) for _ in range(2)]
-    return CodeTables(logs[0], np.log1p(np.exp(-margin)), np.log1p(np.exp(margin)), logs[1])
+    chance = 1 / (1 + np.exp(-margin))
+    return CodeTables(logs[0], -np.log(chance), -np.log(1 - chance), logs[1], np.log(0.8 * chance + 0.2 * (1 - chance)))
+
+
+def likelihood(tables: CodeTables, pair: int, code: int) -> float:
+    """Compute the probability of a label under a code. Labels flip at 0.2 if the tables say so."""
+    chance = math.exp(-tables.losses[pair, code])
+    return chance if tables.evidence is None else 0.8 * chance + 0.2 * (1 - chance)
 
 
 def naive_weights(kind: str, tables: CodeTables, given: Sequence[int], new: int) -> list[float]:
@@ -47,7 +55,7 @@ def naive_weights(kind: str, tables: CodeTables, given: Sequence[int], new: int)
     joint = []
     for code, start in enumerate(prior):
         for pair in given:
-            start *= math.exp(-tables.losses[pair, code])
+            start *= likelihood(tables, pair, code)
         joint.append(start)
     return [value / sum(joint) for value in joint]
 
@@ -94,7 +102,7 @@ def naive_means(values: Sequence[float], n: int) -> dict[str, float]:
 @pytest.mark.parametrize("seed", [0, 5])
 def test_adaptation_scores_against_a_loop(kind: str, seed: int) -> None:
     tables, shots = random_tables(len(NAMES), seed=seed), (0, 1, 2, 4, 8)
-    scores = adaptation_scores(tables, IDS, NAMES, shots, rounds=3, seed=seed)[kind]
+    scores = adaptation_scores(PairTables(tables, IDS, NAMES), shots, rounds=3, seed=seed)[kind]
     assert list(scores) == [0, 1, 2, 4], "no annotator has more than 8 pairs"
     for n, score in scores.items():
         values = naive_scores(kind, tables, NAMES, n, 3, seed)
@@ -108,7 +116,7 @@ def test_adaptation_scores_against_a_loop(kind: str, seed: int) -> None:
 def test_adaptation_scores_zero_shots_is_the_prior(kind: str) -> None:
     tables = random_tables(len(NAMES), seed=3)
     for rounds in (1, 7, 20):
-        score = adaptation_scores(tables, IDS, NAMES, (0, 3), rounds)[kind][0]
+        score = adaptation_scores(PairTables(tables, IDS, NAMES), (0, 3), rounds)[kind][0]
         assert score == mean_score(correct(margins(tables.log_prior, tables)), np.array(NAMES), np.arange(len(NAMES)))
 
 
@@ -123,7 +131,7 @@ def test_code_weights_closed_form() -> None:
     tables = even_tables([[0.8, 0.2]] * 6, [[0.2, 0.8]] * 6)
     (weights,) = code_weights(tables, ["anna"] * 6).values()
     assert weights == pytest.approx([4**6 / (4**6 + 1), 1 / (4**6 + 1)], rel=1e-12)
-    scores = adaptation_scores(tables, IDS, ["anna"] * 6, (0, 1, 5))["exact"]
+    scores = adaptation_scores(PairTables(tables, IDS, ["anna"] * 6), (0, 1, 5))["exact"]
     # Equal weights give a tie. One label is enough for all others.
     assert [scores[n].accuracy for n in (0, 1, 5)] == pytest.approx([0.5, 1, 1])
     assert scores[1].standard_error == pytest.approx(0)
@@ -135,7 +143,7 @@ def test_code_weights_against_a_loop() -> None:
         rows = [row for row, other in enumerate(NAMES) if other == name]
         joint = [
             sum(math.exp(tables.log_prior[row, code]) for row in rows)
-            * math.prod(math.exp(-tables.losses[row, code]) for row in rows)
+            * math.prod(likelihood(tables, row, code) for row in rows)
             for code in range(3)
         ]
         assert weights == pytest.approx([value / sum(joint) for value in joint], rel=1e-9)
@@ -146,7 +154,7 @@ def test_adaptation_scores_opposite_annotators() -> None:
     anna, ben = [0.9, 0.1, 0.5], [0.1, 0.9, 0.5]
     tables = even_tables([anna] * 20 + [ben] * 20, [ben] * 20 + [anna] * 20)
     names = ["anna"] * 20 + ["ben"] * 20
-    scores = adaptation_scores(tables, IDS, names, (0, 1, 16))
+    scores = adaptation_scores(PairTables(tables, IDS, names), (0, 1, 16))
     assert [scores["exact"][n].accuracy for n in (0, 1, 16)] == pytest.approx([0.5, 1, 1])
     assert list(scores) == ["exact"], "without a learned posterior"
     weights = code_weights(tables, names)
@@ -181,7 +189,7 @@ def test_inference_ignores_the_order_of_pairs(kind: str) -> None:
 @pytest.mark.parametrize("seed", [0, 5])
 def test_mixtures_against_a_loop(seed: int) -> None:
     tables = random_tables(len(NAMES), seed=seed)
-    both = adaptation_mixtures(tables, IDS, NAMES, (0, 2, 4), seed)
+    both = adaptation_mixtures(PairTables(tables, IDS, NAMES), (0, 2, 4), seed)
     assert list(both) == list(INFERENCES)
     ring = sorted(range(7), key=lambda pair: hashed("adapt", seed, 0, IDS[pair]))  # anna's
     for kind, mixtures in both.items():
@@ -231,7 +239,7 @@ def test_mean_score_errors_of_biased_coins() -> None:
 
 def test_scores_do_not_depend_on_other_annotators() -> None:
     tables = random_tables(12, seed=4)
-    alone = adaptation_scores(tables.take(np.arange(6)), IDS, ["anna"] * 6, (2,))["exact"][2]
+    alone = adaptation_scores(PairTables(tables.take(np.arange(6)), IDS, ["anna"] * 6), (2,))["exact"][2]
     values = naive_scores("exact", tables, ["anna"] * 6 + ["ben"] * 6, 2, 20, 0)
     assert alone.accuracy == pytest.approx(np.mean(values[:6]), abs=1e-12)
 
@@ -239,7 +247,7 @@ def test_scores_do_not_depend_on_other_annotators() -> None:
 def test_large_losses_do_not_overflow() -> None:
     """The losses of IPO are squares: their exponentials underflow, the weights must not."""
     tables = CodeTables(np.log(np.full((8, 2), 0.5)), np.tile([900.0, 2000.0], (8, 1)), np.tile([950.0, 10.0], (8, 1)))
-    scores = adaptation_scores(tables, IDS, ["anna"] * 8, (0, 4))["exact"]
+    scores = adaptation_scores(PairTables(tables, IDS, ["anna"] * 8), (0, 4))["exact"]
     assert [scores[0].accuracy, scores[4].accuracy] == [0, 1]
     assert code_weights(tables, ["anna"] * 8)["anna"].tolist() == [1, 0]
 
@@ -282,4 +290,4 @@ def test_correct_agrees_with_the_metric() -> None:
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        adaptation_scores(random_tables(3), IDS, ["anna"] * 3, **settings)
+        adaptation_scores(PairTables(random_tables(3), IDS, ["anna"] * 3), **settings)

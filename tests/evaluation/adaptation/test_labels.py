@@ -18,7 +18,7 @@ from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, others_majority, single_code
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
-from lpc_lightning.evaluation.adaptation.scores import LabelledPairs, adaptation_mixtures, adaptation_scores
+from lpc_lightning.evaluation.adaptation.scores import PairTables, adaptation_mixtures, adaptation_scores
 from lpc_lightning.latent import GaussianSpace
 from tests.evaluation.adaptation.test_inference import hashed, naive_right, random_tables
 from tests.fixtures.real_data import DATA_DIR
@@ -40,7 +40,7 @@ def vote(counts: Counter[float], sign: float) -> float:
 def test_labelled_pairs_against_a_loop(kind: str) -> None:
     both = random_tables(16, seed=1)
     tables, given = both.take(np.arange(8)), both.take(np.arange(8, 16))
-    scores = adaptation_scores(tables, IDS, NAMES, (0, 1, 3, 5), 4, 2, None, LabelledPairs(given, GIVEN_IDS, GIVERS))
+    scores = adaptation_scores(PairTables(tables, IDS, NAMES), (0, 1, 3, 5), 4, 2, PairTables(given, GIVEN_IDS, GIVERS))
     assert {n: score.pairs for n, score in scores[kind].items()} == {0: 8, 1: 7, 3: 7, 5: 4}
     for n, score in scores[kind].items():
         values = []
@@ -55,12 +55,12 @@ def test_labelled_pairs_against_a_loop(kind: str) -> None:
 def test_labelled_pairs_give_mixtures() -> None:
     """All pairs of an annotator have one mixture, up to their priors. Their own labels do not matter."""
     tables, given = random_tables(8, seed=1), random_tables(8, seed=2)
-    labelled = LabelledPairs(given, GIVEN_IDS, GIVERS)
-    both = adaptation_mixtures(tables, IDS, NAMES, (2,), 0, labelled)
+    labelled = PairTables(given, GIVEN_IDS, GIVERS)
+    both = adaptation_mixtures(PairTables(tables, IDS, NAMES), (2,), 0, labelled)
     weights = both["amortised"][2]
     assert len(weights) == 7
     np.testing.assert_array_equal(weights["ben", IDS[3]], weights["ben", IDS[6]])
-    other = adaptation_mixtures(replace(tables, losses=tables.swapped), IDS, NAMES, (2,), 0, labelled)
+    other = adaptation_mixtures(PairTables(replace(tables, losses=tables.swapped), IDS, NAMES), (2,), 0, labelled)
     np.testing.assert_array_equal(other["exact"][2]["anna", IDS[0]], both["exact"][2]["anna", IDS[0]])
 
 
@@ -68,8 +68,8 @@ def test_labelled_pairs_give_mixtures() -> None:
 def test_own_majority_against_a_loop(apart: bool) -> None:
     draw = np.random.default_rng(3)
     new, given = draw.choice([-1.0, 1.0], 8), draw.choice([-1.0, 1.0], 8)
-    labelled = LabelledPairs(label_tables(given), GIVEN_IDS, GIVERS) if apart else None
-    scores = adaptation_scores(label_tables(new), IDS, NAMES, (0, 1, 2, 3), 5, 0, None, labelled)["own_majority"]
+    labelled = PairTables(label_tables(given), GIVEN_IDS, GIVERS) if apart else None
+    scores = adaptation_scores(PairTables(label_tables(new), IDS, NAMES), (0, 1, 2, 3), 5, 0, labelled)["own_majority"]
     assert scores[0].accuracy == 0.5
     for n in (1, 2, 3):
         values = []
@@ -107,8 +107,8 @@ def test_majority_labels_of_real_votes(name: str, own: float, others: float) -> 
     rows = read_labels(f"{name}_votes.jsonl")
     signs = {split: [1.0 if row["chosen"].startswith("Yes") else -1.0 for row in rows[split]] for split in rows}
     texts = {split: [[row[key] for row in rows[split]] for key in ("id", "annotator")] for split in rows}
-    labelled = LabelledPairs(label_tables(signs["train"]), *texts["train"])
-    scores = adaptation_scores(label_tables(signs["test"]), *texts["test"], (0, 16), labelled=labelled)
+    labelled = PairTables(label_tables(signs["train"]), *texts["train"])
+    scores = adaptation_scores(PairTables(label_tables(signs["test"]), *texts["test"]), (0, 16), labelled=labelled)
     assert scores["own_majority"][0].accuracy == 0.5
     assert scores["own_majority"][16].accuracy == pytest.approx(own, abs=0.012)
     prompts = [json.dumps(row["prompt"]) for row in rows["test"]]

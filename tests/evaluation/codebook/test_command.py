@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,9 @@ from lpc_lightning.inference.prompts import text_prompt
 
 pytestmark = pytest.mark.slow
 
-FLAGS = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
-FLAGS += "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.03 --data=SyntheticPreferences "
-FLAGS += "--data.train_pairs=8 --data.validation_pairs=6 --data.test_pairs=0 --data.batch_size=4 "
-FLAGS += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
-FLAGS += "--trainer.max_steps=2 --trainer.log_every_n_steps=1 --trainer.enable_model_summary=false"
+FIT = ["--model.beta=1", "--model.optimizer.lr=0.03", "--data.train_pairs=8", "--data.validation_pairs=6"]
+FIT += ["--data.test_pairs=0", "--data.batch_size=4", "--trainer.max_steps=2"]
+FIT += ["--callbacks+=lpc_lightning.callbacks.CodeExplanations", "--callbacks.examples=2"]
 SPACES = {
     "codes": ["--latent=MarginalSpace", "--latent.num_codes=3", "--latent.init_logit_std=2"],
     "gaussian": ["--latent=GaussianSpace", "--latent.num_codes=3"],
@@ -35,24 +33,11 @@ SPACES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["lpc-lightning"])
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        yield patch
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Folders of runs of two steps with the callback, by latent space."""
-    root = tmp_path_factory.mktemp("fits")
-    patch.setenv("LPC_LIGHTNING_CACHE", str(root / "cache"))
-    for name, space in SPACES.items():
-        added = ["--callbacks+=lpc_lightning.callbacks.CodeExplanations", "--callbacks.examples=2"]
-        lpc_lightning(["fit", *FLAGS.split(), *space, *added, f"--trainer.default_root_dir={root / name}"])
-    return {name: root / name / "version_0" for name in SPACES}
+def runs(tiny_fit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Copies of folders of runs of two steps with the callback, by latent space."""
+    root = tmp_path_factory.mktemp("runs")
+    return {name: shutil.copytree(tiny_fit(*FIT, *space), root / name / "version_0") for name, space in SPACES.items()}
 
 
 def checkpoint(run: Path) -> str:

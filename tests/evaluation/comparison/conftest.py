@@ -11,39 +11,20 @@ import pytest
 
 import lpc_lightning.evaluation.benchmarks.runner
 import lpc_lightning.evaluation.comparison.one_model
-from lpc_lightning.cli import main
 from lpc_lightning.evaluation.benchmarks.results import read_results
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
-from tests.fixtures.commands import Command, Outcome, run_command
+from tests.fixtures.commands import Command, Outcome, checkpoint_of, run_command
 
-
-@pytest.fixture(scope="session")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint of a fit of three steps, with three different codes."""
-    folder = tmp_path_factory.mktemp("fit")
-    flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO --model.beta=1 "
-    flags += (
-        "--model.optimizer=torch.optim.AdamW --model.optimizer.lr=0.03 --latent=MarginalSpace --latent.num_codes=3 "
-    )
-    flags += "--latent.init_logit_std=2 --data=SyntheticPreferences --data.train_pairs=6 --data.validation_pairs=2 "
-    flags += "--trainer.accelerator=cpu --trainer.precision=32-true --trainer.enable_progress_bar=false "
-    flags += f"--trainer.max_steps=3 --trainer.log_every_n_steps=1 --data.batch_size=2 --data.cache_dir={folder} "
-    flags += f"--trainer.default_root_dir={folder / 'runs'} --trainer.enable_model_summary=false"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["lpc-lightning"])
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        main(["fit", *flags.split()])
-    (path,) = folder.glob("runs/version_0/checkpoints/*.ckpt")
-    return path.rename(path.with_name("last.ckpt"))
+LATENT = ["--latent=MarginalSpace", "--latent.num_codes=3", "--latent.init_logit_std=2"]
 
 
 @pytest.fixture
-def checkpoint(fitted: Path, tmp_path: Path) -> Path:
-    """Copy of the checkpoint in a separate run folder."""
+def checkpoint(tiny_fit: Callable[..., Path], tmp_path: Path) -> Path:
+    """Copy of the checkpoint of three steps with three different codes, in a separate run folder."""
+    run = tiny_fit("--model.beta=1", "--model.optimizer.lr=0.03", "--trainer.max_steps=3", *LATENT)
     path = tmp_path / "runs" / "lpc" / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
-    return Path(shutil.copy2(fitted, path))
+    return Path(shutil.copy2(checkpoint_of(run), path))
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from lpc_lightning.evaluation.report.runs.records import (
     check_conditions,
     join_measurements,
 )
+from tests.fixtures.commands import PLAIN, places_in
 
 
 def by_name(records: list[RunRecord] | tuple[RunRecord, ...]) -> dict[str, RunRecord]:
@@ -62,15 +63,21 @@ def test_load_ablation(write_ablation: Callable[..., Path]) -> None:
     assert (missing.axes, missing.seed, missing.status) == ({"latent": "marginal"}, 2, "missing")
 
 
-def test_load_ablation_skipped_cells(write_ablation: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("skip", "codes"), [({"latent": "none", "codes": [16, 32]}, [16]), ({"codes": 16}, []), ({"codes": 8.0}, [16, 16])]
+)
+def test_load_ablation_skipped_cells(
+    write_ablation: Callable[..., Path], skip: dict[str, Any], codes: list[int]
+) -> None:
+    """Values are compared as text, as `ablate` does: 8.0 is not 8."""
     axes = {"latent": ["none", "marginal"], "codes": [8, 16]}
     cells = {("none", 8, 1): 0.5, ("marginal", 8, 1): 0.6}
     folder = write_ablation(axes, [1], lambda *cell: cells.get(cell))
     ablation = json.loads((folder / "ablation.json").read_text())
-    ablation["skip"] = [{"latent": "none", "codes": [16, 32]}]
+    ablation["skip"] = [skip]
     (folder / "ablation.json").write_text(json.dumps(ablation))
-    missing = [record.name for record in load_folders([str(folder)]).records if record.status == "missing"]
-    assert missing == ["latent=marginal,codes=16,seed=1"]
+    missing = [record.axes["codes"] for record in load_folders([str(folder)]).records if record.status == "missing"]
+    assert missing == codes
 
 
 def test_load_ablation_without_seeds(write_ablation: Callable[..., Path]) -> None:
@@ -150,27 +157,21 @@ def test_read_curves_without_steps(text: str, tmp_path: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of three real runs: DPO, DPO with three codes, and a test of the second checkpoint."""
     folder = tmp_path_factory.mktemp("fits")
-    flags = "--policy=TinyPolicy --policy.width=16 --policy.layers=1 --policy.heads=2 --model=DPO "
-    flags += "--model.optimizer=torch.optim.AdamW --data=SyntheticPreferences --data.train_pairs=6 "
-    flags += "--data.validation_pairs=2 --data.test_pairs=2 --data.batch_size=2 --trainer.accelerator=cpu "
-    flags += "--trainer.precision=32-true "
-    flags += "--trainer.enable_progress_bar=false --trainer.max_steps=3 --trainer.log_every_n_steps=1 "
-    flags += f"--trainer.enable_model_summary=false --data.cache_dir={folder / 'cache'} "
-    flags += f"--trainer.default_root_dir={folder / 'runs'} --seed_everything=3"
+    flags = [*PLAIN, "--data.validation_pairs=2", "--data.test_pairs=2", "--trainer.max_steps=3", "--seed_everything=3"]
+    flags += places_in(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["lpc-lightning"])
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setenv("PL_SEED_WORKERS", "0")
-        main(["fit", *flags.split()])
+        main(["fit", *flags])
         summary = [
             "--callbacks+=lpc_lightning.callbacks.ResourceMonitor",
             "--callbacks+=lpc_lightning.callbacks.RunSummary",
         ]
-        main(["fit", *flags.split(), "--latent=MarginalSpace", "--latent.num_codes=3", *summary])
+        main(["fit", *flags, "--latent=MarginalSpace", "--latent.num_codes=3", *summary])
         (checkpoint,) = folder.glob("runs/version_1/checkpoints/*.ckpt")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The dirpath has changed")
-            main(["test", *flags.split(), f"--ckpt_path={checkpoint}"])
+            main(["test", *flags, f"--ckpt_path={checkpoint}"])
         yield folder / "runs"
 
 

@@ -1,0 +1,71 @@
+"""Runs of cells, on this machine or on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lpc_lightning.evaluation.ablation.cells.folder import CELLS, Weights
+from lpc_lightning.evaluation.ablation.cells.local import run_locally
+from lpc_lightning.evaluation.ablation.cells.process import Job
+from lpc_lightning.evaluation.ablation.cells.progress import Progress
+from lpc_lightning.evaluation.ablation.cells.ray_cluster import run_on_ray
+from lpc_lightning.evaluation.ablation.plan import PlannedCell
+
+
+@dataclass(frozen=True)
+class CellRunner:
+    """Settings of how cells run. See `ablate` for their meaning."""
+
+    output: Path
+    """The ablation's folder."""
+    weights: Weights
+    processes: int
+    threads: int | None
+    remove_checkpoints: bool
+    launcher: Literal["local", "ray"]
+    cpus: float
+    gpus: float
+    retries: int
+
+    def run(self, cells: Sequence[PlannedCell], skipped: int) -> None:
+        """Run cells until each has finished or failed.
+
+        Args:
+            cells: The cells.
+            skipped: Number of other cells, for the message.
+        """
+        jobs = self._jobs(cells)
+        job_count = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
+        folders = sorted({str(job.folder.parent) for job in jobs}) or [str(self.output / CELLS)]
+        print(f"{job_count} to run in {' and '.join(folders)}" + (f", {skipped} skipped." if skipped else "."))
+        progress = Progress(len(jobs))
+        try:
+            if self.launcher == "ray":
+                run_on_ray(jobs, self.cpus, self.gpus, self.retries, progress)
+            else:
+                run_locally(jobs, self.processes, progress)
+        finally:
+            progress.close()
+
+    def _jobs(self, cells: Sequence[PlannedCell]) -> list[Job]:
+        in_share = torch.get_num_threads() // self.processes if self.launcher == "local" else int(self.cpus)
+        threads = self.threads or max(1, in_share)
+        directory, environment = Path.cwd(), dict(os.environ)
+        return [
+            Job(
+                cell.folder.path,
+                cell.new_record,
+                self.weights,
+                threads,
+                directory,
+                environment,
+                self.remove_checkpoints,
+            )
+            for cell in cells
+        ]
