@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.files.integrity import digest_of
 from lpc_lightning.files.yaml_files import LOADER, read_yaml
 from lpc_lightning.inference.fingerprint import files_fingerprint
 
@@ -81,7 +81,7 @@ def _read_file(path: Path, size: int, time: int) -> tuple[str, Any]:
     if path.name.endswith(YAML_ENDINGS):
         with suppress(ConfigError):  # YAML with tags of its own
             content = read_yaml(path, _Loader)
-    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}", content
+    return f"{path.name} {digest_of(path)}", content
 
 
 class _Loader(LOADER):

@@ -90,8 +90,8 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
         + " and ".join(f"{axis}={value}" for axis, value in baseline.items())
         + ". Intervals and p cover the choice of test prompts as in the table of means. p: paired t-test; Holm: "
         + f"corrected for all {count} tests shown; *: Holm below {SIGNIFICANCE}. Sign flips: the exact test over seeds "
-        "alone. It assumes no normal distribution and is not corrected; with n seeds it is never below 2^(1 - n). If all "
-        f"differences are equal, t is not defined, and p is that of the sign flips. Fewer than {MIN_PROMPTS} test "
+        "alone. It assumes no normal distribution and is not corrected; with n seeds it is never below 2^(1 - n). If "
+        f"all differences are equal, t is not defined, and p is that of the sign flips. Fewer than {MIN_PROMPTS} test "
         "prompts, shared by the seeds, allow no test."
     ]
     return Table("differences", "Differences to the baseline", columns, rows, records, notes)

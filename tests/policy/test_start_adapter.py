@@ -17,7 +17,7 @@ from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
-from lpc_lightning.inference.export import _published
+from lpc_lightning.inference.export import plain_model
 from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, policy_fingerprint
 from lpc_lightning.types import TokenizedPair
 
@@ -127,7 +127,7 @@ def test_trained_policy_keeps_adapter_in_reference(
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
         start = naive_logps(PeftModel.from_pretrained(model, adapter).eval(), pairs)
-        exported = _published(module, make_template(module.tokenizer, *data.template_settings))
+        exported = plain_model(module, make_template(module.tokenizer, *data.template_settings))
         end = naive_logps(exported, pairs)
     chosen, rejected = (end - start).chunk(2)
     assert chosen.abs().min() > 1e-3

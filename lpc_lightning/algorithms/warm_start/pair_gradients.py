@@ -15,6 +15,7 @@ from lpc_lightning.algorithms.warm_start.linearized_policy import make_rows, swa
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.policy import CausalPolicy, policy_fingerprint
 from lpc_lightning.policy.causal import BatchForward
+from lpc_lightning.policy.eval_mode import eval_mode
 from lpc_lightning.reference.cached import computation_key
 from lpc_lightning.reference.live import Reference
 from lpc_lightning.reference.pair_cache import PairCache
@@ -65,18 +66,6 @@ def reference_logps(reference: Reference, data: PreferenceDataModule, indices: S
         rows |= dict(zip(computed.tolist(), logps, strict=True))
     ordered = torch.from_numpy(np.stack([rows[index] for index in indices]))
     return ordered.to(trainer.strategy.root_device, torch.float32)
-
-
-@contextmanager
-def eval_mode(policy: CausalPolicy) -> Iterator[None]:
-    """Set the policy to eval mode, in which an adapter has no dropout, and restore its modes at the end."""
-    modes = [(part, part.training) for part in policy.modules()]
-    policy.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @contextmanager
