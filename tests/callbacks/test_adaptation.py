@@ -22,6 +22,7 @@ from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weigh
 from lpc_lightning.evaluation.adaptation.scores import PairTables, adaptation_scores
 from lpc_lightning.latent import ExpectedSpace, GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
 from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.robust import REPO
 
 CODES: dict[str, Any] = {"num_codes": 4, "init_logit_std": 2.0}
 
@@ -127,6 +128,26 @@ def test_zero_shots_is_the_marginal_accuracy(
         assert logged[f"{stage}/adaptation/exact/0"] == logged[f"{stage}/accuracy/marginal"]
         assert logged[f"{stage}/adaptation/prior"] == logged[f"{stage}/rewards/accuracies"]
         assert logged[f"{stage}/adaptation/no_latent"] == logged[f"{stage}/accuracy/no_latent"]
+
+
+def test_useless_labels_leave_the_preference(
+    data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
+) -> None:
+    """Labels that are wrong half of the time favour no code. The predictions are those of the preference."""
+    module, shots, found = make_module(MarginalSpace(num_codes=3, init_logit_std=2.0)), [0, 1, 5], []
+    for robust_loss in (None, REPO(initial=0.5)):
+        module.robust_loss = robust_loss
+        callback = AnnotatorAdaptation(shots=shots)
+        (logged,) = make_trainer(callbacks=[callback]).validate(module, data, verbose=False)
+        found.append([logged[f"val/adaptation/exact/{n}"] for n in shots])
+    assert found[1] == [found[0][0]] * 3
+    assert found[0][0] != 0.5
+    batch = data.make_layout()(list(data.pairs["validation"]))
+    with torch.no_grad():
+        prior = module.latent.log_prior(module.policy(batch).states.prompt).exp().double().numpy()
+    for name, weights in callback.report.weights.items():
+        own = [annotator == name for annotator in batch.annotators]
+        assert weights == pytest.approx(prior[own].mean(0), abs=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 14])
