@@ -73,7 +73,7 @@ class AnnotatorAdaptation(CollectPairs):
         under_z: bool = False,
     ) -> None:
         if training_pairs < 0:
-            raise ConfigError(f"training_pairs: found {training_pairs}, expected at least 0.")
+            raise ConfigError(f"AnnotatorAdaptation.training_pairs: found {training_pairs}, expected at least 0.")
         self.pairs = AdaptationPairs(column, SHOTS if shots is None else shots, rounds, seed)
         super().__init__(self.pairs)
         self.training_pairs, self.under_z = training_pairs, under_z

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lpc_lightning.evaluation.comparison.comparison import LEVEL
+from lpc_lightning.evaluation.comparison.comparison import SIGNIFICANCE
 from lpc_lightning.evaluation.report.contrasts import Contrast
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
@@ -55,7 +55,7 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
     for contrast in contrasts:
         difference = contrast.difference
         mean = difference.estimate if difference else None
-        star = "* " if contrast.p_corrected is not None and contrast.p_corrected < LEVEL else ""
+        star = "* " if contrast.p_corrected is not None and contrast.p_corrected < SIGNIFICANCE else ""
         cells = [*_axis_cells(study, contrast.group), *([text_cell(contrast.metric)] if several else [])]
         cells += [
             text_cell(study.label(contrast.baseline, *_shared_axes(contrast.group, contrast.baseline))),
@@ -89,11 +89,10 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
         "Difference to the runs with the same seed and settings, except for "
         + " and ".join(f"{axis}={value}" for axis, value in baseline.items())
         + ". Intervals cover the choice of test prompts as in the table of means; where they do not, there is no p. p: "
-        "paired t-test; Holm: "
-        + f"corrected for all {count} tests shown; *: Holm below {LEVEL}. Sign flips: the exact test over seeds alone. "
-        "It assumes no normal distribution and is not corrected; with n seeds it is never below 2^(1 - n). If all "
-        f"differences are equal, t is not defined, and p is that of the sign flips. Fewer than {MIN_PROMPTS} test "
-        "prompts, shared by the seeds, allow no test."
+        f"paired t-test; Holm: corrected for all {count} tests shown; *: Holm below {SIGNIFICANCE}. Sign flips: the exact "
+        "test over seeds alone. It assumes no normal distribution and is not corrected; with n seeds it is never below "
+        "2^(1 - n). If all differences are equal, t is not defined, and p is that of the sign flips. Fewer than "
+        f"{MIN_PROMPTS} test prompts, shared by the seeds, allow no test."
     ]
     return Table("differences", "Differences to the baseline", columns, rows, records, notes)
 

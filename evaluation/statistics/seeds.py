@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
 """Coverage of the confidence intervals."""
 MAX_EXACT_FLIPS = 16
 """Largest number of differences whose 2^n sign patterns are all tried. For more, 2^16 patterns are drawn."""
@@ -95,7 +95,7 @@ def estimate(values: Sequence[float], shared: Shared = NOTHING_SHARED) -> Estima
     if shared.variance is None:
         return Estimate(len(samples), mean, deviation, prompts=shared.prompts)
     error, freedom = _standard_error(deviation, len(samples), shared.variance, shared.prompts)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Estimate(len(samples), mean, deviation, mean - half, mean + half, shared.prompts, not shared.on_record)
 
 

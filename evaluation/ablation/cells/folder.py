@@ -32,7 +32,7 @@ class Record:
     seed: Any
     """The cell's value on the axis `seed`, or null."""
     fingerprint: str
-    """Fingerprint of arguments, files and code; see `fingerprint`."""
+    """Fingerprint of arguments, files and code; see `cell_fingerprint`."""
     arguments: tuple[str, ...]
     """Arguments of `lpc-lightning fit`."""
     weights: Weights = "last"
