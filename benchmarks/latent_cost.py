@@ -86,7 +86,7 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
     largest = max(batches, key=lambda batch: batch.input_ids.numel())
     peaks = {name: peak_bytes(partial(side.step, largest)) for name, side in sides.items()}
-    print(_table(seconds, peaks, {name: _state(side) for name, side in sides.items()}))
+    print(table(seconds, peaks, {name: _state(side) for name, side in sides.items()}))
 
 
 def _state(side: Stepper) -> int:
@@ -94,7 +94,7 @@ def _state(side: Stepper) -> int:
     return 3 * sum(parameter.numel() * parameter.element_size() for parameter in side.module.parameters())
 
 
-def _table(seconds: dict[str, list[float]], peaks: dict[str, int], states: dict[str, int]) -> str:
+def table(seconds: dict[str, list[float]], peaks: dict[str, int], states: dict[str, int]) -> str:
     """Medians over the steps but the first. A ratio of times is the median of the ratios of the same steps."""
     lines = ["| | s/step | time vs no latent | peak GiB of tensors | memory vs no latent |", "|---|---|---|---|---|"]
     for name, taken in seconds.items():

@@ -49,7 +49,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     machine = options.out / "machine.json"
     measure = ["-m", "benchmarks.machine", options.device, str(options.peak_seconds), str(machine)]
-    _call(measure, options.out / "machine.log")
+    call(measure, options.out / "machine.log")
     cells: list[dict[str, Any]] = []
     results = {"command": shlex.join(sys.argv), "machine": json.loads(machine.read_text()), "cells": cells}
     for (data, path), precision in product(files.items(), options.precision):
@@ -80,11 +80,11 @@ def _measure(
     tokens = {**settings, "cache_dir": str(cache)}
     workload = {"model": options.model, "data": tokens, "seed": SEED, "steps": options.steps}
     pairs = folder / "pairs.jsonl"
-    _call(["-m", "benchmarks.workload", json.dumps(workload), str(pairs)], folder / "pairs.log")
+    call(["-m", "benchmarks.workload", json.dumps(workload), str(pairs)], folder / "pairs.log")
     commands = _commands(options, settings, precision, pairs)
     sides: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for number in range(options.rounds):
-        for name in _turns(commands, number):
+        for name in turns(commands, number):
             command = commands[name]
             output = folder / f"{name.replace(' ', '_')}-{number}.json"
             load = os.getloadavg()[0]
@@ -94,7 +94,7 @@ def _measure(
                 # All find the tokens ready, and each works the reference out by itself.
                 (Path(scratch) / "tokens").symlink_to(cache / "tokens")
                 places = {"OUTPUT": str(output), "FOLDER": scratch}
-                _call([_fill_in(argument, places) for argument in command], output.with_suffix(".log"))
+                call([_fill_in(argument, places) for argument in command], output.with_suffix(".log"))
             print(f"{time.perf_counter() - start:.0f} s", flush=True)
             recording = json.loads(output.read_text())
             sides[name].append(recording | {"load": [load, os.getloadavg()[0]], "command": shlex.join(command)})
@@ -110,10 +110,10 @@ def _measure(
     }
 
 
-def _turns(names: Iterable[str], number: int) -> list[str]:
+def turns(names: Iterable[str], number: int) -> list[str]:
     """The sides in the order of a round: every other one backwards, so that none always comes first; splits once."""
-    turns = [name for name in names if number == 0 or not name.startswith(SPLIT)]
-    return turns[::-1] if number % 2 else turns
+    in_order = [name for name in names if number == 0 or not name.startswith(SPLIT)]
+    return in_order[::-1] if number % 2 else in_order
 
 
 def _commands(options: argparse.Namespace, data: dict[str, Any], precision: str, pairs: Path) -> dict[str, list[str]]:
@@ -177,7 +177,7 @@ def _fill_in(argument: str, places: dict[str, str]) -> str:
     return argument
 
 
-def _call(arguments: list[str], log: Path) -> None:
+def call(arguments: list[str], log: Path) -> None:
     """Run Python in a process of its own; what it prints goes to `log`."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
     with log.open("w") as file:

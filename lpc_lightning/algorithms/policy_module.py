@@ -25,7 +25,7 @@ from lpc_lightning.distributed.build_sharded import build_sharded
 from lpc_lightning.distributed.sharding import check_strategy, policies_of, set_micro_batch_size, shard
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import CausalPolicy, PolicySpec
-from lpc_lightning.reference.cached import CachedReference
+from lpc_lightning.reference.cached import OtherReference, OwnReference
 from lpc_lightning.reference.live import FrozenModel, Reference, live_reference
 from lpc_lightning.reference.other_model import build_other
 from lpc_lightning.seeding import derive, run_seed
@@ -37,7 +37,7 @@ COMPILED_FROM = 200
 """Smallest number of micro-batches of a run for which compilation saves time."""
 GRAPHED_BELOW = 500_000_000
 """Number of weights from which CUDA graphs are not worth their memory, between the sizes that were measured."""
-REFERENCES: dict[str, Callable[..., Reference]] = {"cached": CachedReference, "live": live_reference}
+REFERENCES: dict[str, Callable[..., Reference]] = {"cached": OwnReference, "live": live_reference}
 """Kinds of references by name."""
 
 
@@ -137,7 +137,7 @@ class PolicyModule(LatentMixin, LightningModule):
                 "expected live."
             )
         other, spec = build_other(self.reference_path, self.policy_spec, self.tokenizer)
-        return FrozenModel(other) if self.reference_kind == "live" else CachedReference(other, spec, separate=True)
+        return FrozenModel(other) if self.reference_kind == "live" else OtherReference(other, spec)
 
     def _should_compile(self) -> bool:
         """Return whether to compile. `auto` compiles on a GPU, in a run of at least `COMPILED_FROM` micro-batches.

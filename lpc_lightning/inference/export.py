@@ -81,7 +81,7 @@ def export(
     module, origin = load_policy(checkpoint, trust_remote_code=trust_remote_code)
     prior = _prior(module, prior_mode)
     template = make_template(module.tokenizer, *trained_template(origin))
-    plain = _published(module, template)
+    plain = plain_model(module, template)
     if dtype != "auto":
         plain.to(getattr(torch, dtype))
     origin["path"] = str(Path(checkpoint).absolute().relative_to(run_folder(Path(checkpoint)).parent))
@@ -157,7 +157,7 @@ def _prior(module: PreferenceModule, mode: PriorMode | None) -> InferencePrior |
     return prior
 
 
-def _published(module: PreferenceModule, template: Template) -> PreTrainedModel:
+def plain_model(module: PreferenceModule, template: Template) -> PreTrainedModel:
     """Return the policy as a plain model: adapter merged, the base model's dropout, and the template's end token.
 
     Training uses no dropout, so that policy and reference differ only by training. The exported model has the dropout

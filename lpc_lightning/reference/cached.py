@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
@@ -20,7 +22,7 @@ from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.distributed.sharding import reshard
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.integrity import code_digest
-from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
+from lpc_lightning.policy import CausalPolicy, PolicySpec, policy_fingerprint
 from lpc_lightning.policy.segment_attention import SEGMENT
 from lpc_lightning.reference.live import PolicyOwner
 from lpc_lightning.reference.pair_cache import PairCache
@@ -46,29 +48,27 @@ class Pass:
     """Seconds for these pairs, including reading and writing of the cache."""
 
 
-class CachedReference:
+class CachedReference(ABC):
     """Reference that is not in memory: batches carry its log-probabilities.
 
-    Before a run, the policy itself computes the values that the run will read and the cache lacks. The policy equals
-    the reference until a checkpoint is loaded or training begins. For a policy that is already trained, the published
-    weights are loaded beside it during this pass. Another model (`separate`) is in memory until the end of the pass.
+    Before a run, a model computes the values that the run will read and the cache lacks.
     """
 
-    def __init__(self, policy: CausalPolicy, spec: PolicySpec, separate: bool = False) -> None:
-        """Keep the policy and a fingerprint of its weights.
+    setting: str
+    """Setting that names the model."""
+    logps = staticmethod(PreferenceBatch.cached_reference_logps)
+    """Function from a batch to the (2B,) values that it carries. A step calls the batch without passing this file."""
+
+    def __init__(self, policy: CausalPolicy, spec: PolicySpec) -> None:
+        """Keep a fingerprint of the reference's weights.
 
         Args:
-            policy: The policy before training, or another model.
+            policy: The model, before training.
             spec: Spec that it was built from.
-            separate: True if it is another model.
         """
-        self._policy: CausalPolicy | None = policy
-        self._spec, self._separate = spec, separate
-        self._weights = fingerprint(policy)
+        self._spec, self._weights = spec, policy_fingerprint(policy)
         self.passes: dict[Stage, Pass] = {}
         """Work of the last run, by stage."""
-        self.logps = PreferenceBatch.cached_reference_logps
-        """Function from a batch to the (2B,) values that it carries."""
 
     def prepare(self, module: PolicyOwner, untouched: bool) -> None:
         """Compute what this run will read and the cache lacks, and attach the values to the batches.
@@ -84,12 +84,40 @@ class CachedReference:
         )
         # Lightning builds models under the run's device as the default one.
         with torch.device("cpu"):
-            model = self._build() if self._policy is None else self._policy
+            model = self.model()
             open_function = partial(self._open_published, module, model, untouched)
             for stage in data.stages:
                 self._prepare_stage(stage, data, trainer, model, open_function)
-        if self._separate:
-            self._policy = None
+
+    @abstractmethod
+    def model(self) -> CausalPolicy:
+        """Return a model whose kernels and settings are those of the reference."""
+
+    @abstractmethod
+    def published(
+        self, module: PolicyOwner, model: CausalPolicy, untouched: bool
+    ) -> tuple[CausalPolicy, Callable[[PreferenceBatch], Tensor]]:
+        """Return a model with the published weights, and the function that computes its (2B,) log-probabilities.
+
+        Args:
+            module: See `prepare`.
+            model: The result of `model`.
+            untouched: See `prepare`.
+        """
+
+    def build(self) -> CausalPolicy:
+        """Build the reference again.
+
+        Raises:
+            ConfigError: Its weights are not those of the first time.
+        """
+        policy = self._spec.build()
+        if policy_fingerprint(policy) != self._weights:
+            raise ConfigError(
+                f"{self.setting}: found other weights than those that this module was built from, expected the same "
+                "weights for its reference. Build the module again, or set model.reference: live before training."
+            )
+        return policy
 
     def _prepare_stage(
         self, stage: Stage, data: PreferenceDataModule, trainer: Any, model: CausalPolicy, open_function: OpenFunction
@@ -116,22 +144,74 @@ class CachedReference:
     def _open_published(self, module: PolicyOwner, model: CausalPolicy, untouched: bool) -> Iterator[PairFunction]:
         """Yield the log-probabilities (B, 2) of a batch under the published weights, on the run's device."""
         trainer: Any = module.trainer
-        policy = model if untouched or self._separate else self._build()
+        policy, logps = self.published(module, model, untouched)
         trainer.precision_plugin.convert_module(policy).to(trainer.strategy.root_device)
-        logps = module.reference_step if untouched and not self._separate else policy.reference_logps
         yield lambda batch: logps(batch).view(2, -1).T
         reshard(module)
 
-    def _build(self) -> CausalPolicy:
-        """Build the reference again, and check that its weights are still the same."""
-        policy = self._spec.build()
-        if fingerprint(policy) != self._weights:
-            setting = "model.reference_path" if self._separate else "policy"
-            raise ConfigError(
-                f"{setting}: found other weights than those that this module was built from, expected the same weights "
-                "for its reference. Build the module again, or set model.reference: live before training."
-            )
-        return policy
+
+class OwnReference(CachedReference):
+    """The policy as it was before training.
+
+    The policy itself equals it until a checkpoint is loaded or training begins. For a policy that is already trained,
+    the published weights are loaded beside it during the pass.
+    """
+
+    setting = "policy"
+
+    def __init__(self, policy: CausalPolicy, spec: PolicySpec) -> None:
+        """Keep the policy.
+
+        Args:
+            policy: The policy before training.
+            spec: Spec that it was built from.
+        """
+        super().__init__(policy, spec)
+        self._policy = policy
+
+    def model(self) -> CausalPolicy:
+        """Return the policy."""
+        return self._policy
+
+    def published(
+        self, module: PolicyOwner, model: CausalPolicy, untouched: bool
+    ) -> tuple[CausalPolicy, Callable[[PreferenceBatch], Tensor]]:
+        """Return the policy if it is untouched, else the reference built again."""
+        if untouched:
+            return model, module.reference_step
+        policy = self.build()
+        return policy, policy.reference_logps
+
+
+class OtherReference(CachedReference):
+    """Another model, which is in memory until the end of the pass."""
+
+    setting = "model.reference_path"
+
+    def __init__(self, policy: CausalPolicy, spec: PolicySpec) -> None:
+        """Keep the model for the first pass.
+
+        Args:
+            policy: The other model.
+            spec: Spec that it was built from.
+        """
+        super().__init__(policy, spec)
+        self._first: CausalPolicy | None = policy
+
+    def prepare(self, module: PolicyOwner, untouched: bool) -> None:
+        """See `CachedReference.prepare`. Afterwards the model is not in memory."""
+        super().prepare(module, untouched)
+        self._first = None
+
+    def model(self) -> CausalPolicy:
+        """Return the model, built again from the second run on."""
+        return self.build() if self._first is None else self._first
+
+    def published(
+        self, module: PolicyOwner, model: CausalPolicy, untouched: bool
+    ) -> tuple[CausalPolicy, Callable[[PreferenceBatch], Tensor]]:
+        """Return the model, which is never trained."""
+        return model, model.reference_logps
 
 
 def computation_key(weights: str, policy: CausalPolicy, trainer: Any) -> dict[str, str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.latent_cost import LATENTS, PLAIN, _table, main
+from benchmarks.latent_cost import LATENTS, PLAIN, main, table
 
 
-def rows_of(table: str) -> dict[str, list[str]]:
+def rows_of(text: str) -> dict[str, list[str]]:
     """The cells of each row by its first one."""
-    _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
     return {name: cells for name, *cells in lines}
 
 
@@ -34,9 +34,9 @@ def test_medians_leave_out_the_first_steps() -> None:
     """The last step stalled, both sides alike, and the side without a latent once more."""
     seconds = {PLAIN: [9.0, 1.0, 2.0, 4.0, 1.0, 50.0], "other": [99.0, 1.1, 2.4, 4.4, 3.0, 50.0]}
     gib = 2**30
-    table = _table(seconds, {PLAIN: gib, "other": 2 * gib}, {PLAIN: 3 * gib, "other": 3 * gib})
+    text = table(seconds, {PLAIN: gib, "other": 2 * gib}, {PLAIN: 3 * gib, "other": 3 * gib})
     # Ratios 1.1, 1.2, 1.1, 3 and 1. Medians alone are 3 and 2, which would say 1.5.
-    assert rows_of(table) == {
+    assert rows_of(text) == {
         PLAIN: ["2.00", "1.000", "4.000", "1.0000"],
         "other": ["3.00", "1.100", "5.000", "1.2500"],
     }
