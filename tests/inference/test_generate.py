@@ -192,11 +192,13 @@ def test_a_plain_model_has_nothing_to_choose(generate: Run, plain: str, flags: l
 
 def test_invalid_prompts_keep_earlier_answers(generate: Run, plain: str, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
-    output.write_text("earlier\n")
+    generate("--model", plain, "--prompt", PROMPT, "--max-new-tokens=1", f"--output={output}")
+    earlier = output.read_text()
     code, _, err = generate("--model", plain, "--prompt", "a " * 10_000, f"--output={output}")
     assert code == 1
     assert "prompt 1: found" in err
-    assert output.read_text() == "earlier\n"
+    assert earlier
+    assert output.read_text() == earlier
 
 
 def test_a_model_that_is_not_there(generate: Run, tmp_path: Path) -> None:
