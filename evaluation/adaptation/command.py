@@ -85,7 +85,7 @@ def adapt(
 
     OUTPUT contains adaptation.md and the plot as .svg and .png. For each model it contains MODEL/adaptation.json, with
     standard errors over prompts, and MODEL/code_weights.json, with the weights of each annotator from all pairs. To
-    generate text for an annotator: `lpc-lightning generate --code-weights OUTPUT/MODEL/code_weights.json ANNOTATOR`.
+    generate text for an annotator: `lpc-lightning generate --code_weights OUTPUT/MODEL/code_weights.json ANNOTATOR`.
 
     Args:
         models: Checkpoints (runs/version_0/checkpoints/best.ckpt). At least one must have codes.
