@@ -96,7 +96,7 @@ class AnnotatorAdaptation(CollectPairs):
             )
         if self.report.annotators and not self.report.has_majority:
             rank_zero_info(f"adaptation, {stage}: {NO_MAJORITY}")
-        metrics = dict(self.report.metrics)
+        metrics = {name: score.accuracy for name, score in self.report.metrics.items()}
         data = preference_data(trainer)
         ceiling = data.ceiling if data is not None and self.pairs.column == "annotator" else None
         if metrics and ceiling is not None:
