@@ -119,15 +119,15 @@ def conditions(
         prior(torch.zeros(1, prior.width, device=opened.policy.model.device), prior_mode)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    conditions = [Condition("prior" if prior_mode is None else f"prior, {prior_mode}", prior_mode)]
+    chosen = [Condition("prior" if prior_mode is None else f"prior, {prior_mode}", prior_mode)]
     if code_weights is not None:
-        conditions.append(Condition("code weights", code_weights=_weights(code_weights, opened)))
+        chosen.append(Condition("code weights", code_weights=_weights(code_weights, opened)))
     for code in codes:
         if prior.num_codes is None or not 0 <= code < prior.num_codes:
             kind = "has no codes" if prior.num_codes is None else f"has the codes 0 to {prior.num_codes - 1}"
             raise ConfigError(f"codes: found {code}, but the latent of {opened.name} {kind}.")
-        conditions.append(Condition(f"code {code}", code))
-    return conditions
+        chosen.append(Condition(f"code {code}", code))
+    return chosen
 
 
 def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
