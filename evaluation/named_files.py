@@ -15,7 +15,7 @@ import yaml
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.integrity import digest_of
 from lpc_lightning.files.yaml_files import LOADER, read_yaml
-from lpc_lightning.inference.fingerprint import fingerprint
+from lpc_lightning.inference.fingerprint import files_fingerprint
 
 OUTPUT_SETTINGS = ("default_root_dir", "cache_dir", "dirpath", "save_dir", "logger")
 """Settings with paths that a run writes to. They do not change its results."""
@@ -66,12 +66,12 @@ def paths_in_value(key: str, value: Any, folder: Path) -> Iterator[Path]:
 
 
 def _describe_folder(path: Path) -> tuple[str, None]:
-    return f"{path} {fingerprint(path.rglob('*'))}", None
+    return f"{path} {files_fingerprint(path.rglob('*'))}", None
 
 
 def _describe_file(path: Path) -> tuple[str, Any]:
     size, time = (stat := path.stat()).st_size, stat.st_mtime_ns
-    return (f"{path} {fingerprint([path])}", None) if size > LARGE_FILE_BYTES else _read_file(path, size, time)
+    return (f"{path} {files_fingerprint([path])}", None) if size > LARGE_FILE_BYTES else _read_file(path, size, time)
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lpc_lightning.algorithms.warm_start.linearized_policy import make_rows, swap_labels
 from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.policy import CausalPolicy, fingerprint
+from lpc_lightning.policy import CausalPolicy, policy_fingerprint
 from lpc_lightning.policy.causal import BatchForward
 from lpc_lightning.policy.eval_mode import eval_mode
 from lpc_lightning.reference.cached import computation_key
@@ -41,7 +41,7 @@ def labelled_rows(module: PolicyModule, data: PreferenceDataModule, indices: Seq
     """
     trainer: Any = module.trainer
     pairs, policy = data.pairs["train"], module.policy
-    key = computation_key(fingerprint(policy, adapter=True), policy, trainer)
+    key = computation_key(policy_fingerprint(policy, adapter=True), policy, trainer)
     cache = PairCache("warm_start", 5 * policy.width + 4, key, pairs, data.cache_dir, np.float32)
     open_function = partial(_open_rows, policy)
     values, computed = shared_pass(cache, pairs, indices, data.make_layout(), open_function, trainer, "warm start")
