@@ -135,7 +135,8 @@ def _cells(row: Row, names: Sequence[str], columns: Columns, forms: list[str]) -
 
 def _read(structures: Sequence[Structure], cells: Sequence[Any], forms: list[str]) -> Triple | None:
     """Read the cells of prompt, chosen and rejected with the first structure that fits."""
-    return next((triple for read in structures if (triple := read(*cells, forms))), None)
+    prompt, chosen, rejected = cells
+    return next((triple for read in structures if (triple := read(prompt, chosen, rejected, forms))), None)
 
 
 def _unknown_form(row: Row, names: Sequence[str]) -> BadRow:

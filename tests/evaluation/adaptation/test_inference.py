@@ -219,6 +219,8 @@ def test_mean_score_errors_closed_form() -> None:
     score = mean_score(values, names, prompts)
     assert score.accuracy == pytest.approx(8 / 12)
     assert score.standard_error == pytest.approx(math.sqrt(8 / 12 * 4 / 12 / 11))
+    by_prompt = {name: (values - values.mean())[prompts == name].sum() / 12 for name in np.unique(prompts)}
+    assert score.deviations == pytest.approx({str(name): added for name, added in by_prompt.items()})
     assert score.annotators_error == pytest.approx(np.std([0.75, 0.25, 1.0], ddof=1) / math.sqrt(3))
     assert score.by_annotator == {"anna": 0.75, "ben": 0.25, "cleo": 1.0}
     assert mean_score(values[:1], names[:1], prompts[:1]).standard_error is None
