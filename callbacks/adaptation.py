@@ -44,7 +44,7 @@ class AnnotatorAdaptation(CollectPairs):
     that is possible given the annotator, if the data gives it.
 
     The run folder gets `adaptation.json` with all scores, standard errors and counts, and `code_weights.json` with each
-    annotator's weights over the codes, for `lpc-lightning generate --code-weights code_weights.json ANNOTATOR`. Both
+    annotator's weights over the codes, for `lpc-lightning generate --code_weights code_weights.json ANNOTATOR`. Both
     are of the last round, except for the sanity check.
 
     Args:
