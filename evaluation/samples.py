@@ -41,7 +41,11 @@ def write_samples(folder: Path, records: Sequence[Record]) -> None:
 def read_samples(folder: Path) -> list[Record]:
     """Read the records of a run folder. Empty if there are none."""
     path = folder / ROWS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    # Texts hold U+2028 and the like, at which `splitlines` would cut a row.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
 
 
 def samples_text(records: Sequence[Record]) -> str:

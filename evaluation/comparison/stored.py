@@ -123,10 +123,12 @@ def merge_parts(old: BenchmarkResults | None, new: BenchmarkResults) -> Benchmar
     settings["tasks"] = list(dict.fromkeys([*before["settings"]["tasks"], *after["settings"]["tasks"]]))
     record = {**before, **after, "settings": settings, "tasks": before["tasks"] | after["tasks"]}
     record["seconds"] = round(before["seconds"] + after["seconds"], 3)
+    # A task that could not be loaded failed under the name of its file, tag or group.
+    repeated = {*new.metrics, *after["settings"]["tasks"]}
     return BenchmarkResults(
         metrics=old.metrics | new.metrics,
         items=[item for item in old.items if item["task"] not in after["tasks"]] + new.items,
-        failures={task: reason for task, reason in old.failures.items() if task not in new.metrics} | new.failures,
+        failures={task: reason for task, reason in old.failures.items() if task not in repeated} | new.failures,
         record=record,
         origin=old.origin,
     )

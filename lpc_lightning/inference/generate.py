@@ -167,12 +167,14 @@ def _report(
     output: str | None,
 ) -> None:
     width = shutil.get_terminal_size().columns
+    # Checks the prompts before the file of earlier answers is emptied.
+    answered = answers(opened, prompt_list, under, decoding)
     with ExitStack() as stack:
         file = stack.enter_context(Path(output).open("w", encoding="utf-8")) if output else None
         bar = stack.enter_context(
             tqdm(total=len(prompt_list), unit="prompt", disable=len(prompt_list) <= decoding.batch_size)
         )
-        for number, answer in enumerate(answers(opened, prompt_list, under, decoding), 1):
+        for number, answer in enumerate(answered, 1):
             if file is not None:
                 file.write(json.dumps({"model": opened.name, **asdict(answer)}, ensure_ascii=False) + "\n")
                 file.flush()

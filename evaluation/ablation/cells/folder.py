@@ -186,7 +186,9 @@ class CellFolder:
                 path.unlink()
 
     def _earlier_metrics(self) -> list[Path]:
-        return sorted(self.path.glob("metrics_before_*.csv"))
+        return sorted(
+            self.path.glob("metrics_before_*.csv"), key=lambda path: int(path.stem.removeprefix("metrics_before_"))
+        )
 
 
 def _measured(row: Mapping[str, str]) -> frozenset[str]:
