@@ -44,7 +44,7 @@ class AnnotatorAdaptation(CollectPairs):
     that is possible given the annotator, if the data gives it.
 
     The run folder gets `adaptation.json` with all scores, standard errors and counts, and `code_weights.json` with each
-    annotator's weights over the codes, for `lpc-lightning generate --code-weights code_weights.json ANNOTATOR`. Both
+    annotator's weights over the codes, for `lpc-lightning generate --code_weights code_weights.json ANNOTATOR`. Both
     are of the last round, except for the sanity check.
 
     Args:
@@ -73,7 +73,7 @@ class AnnotatorAdaptation(CollectPairs):
         under_z: bool = False,
     ) -> None:
         if training_pairs < 0:
-            raise ConfigError(f"training_pairs: found {training_pairs}, expected at least 0.")
+            raise ConfigError(f"AnnotatorAdaptation.training_pairs: found {training_pairs}, expected at least 0.")
         self.pairs = AdaptationPairs(column, SHOTS if shots is None else shots, rounds, seed)
         super().__init__(self.pairs)
         self.training_pairs, self.under_z = training_pairs, under_z
@@ -96,7 +96,7 @@ class AnnotatorAdaptation(CollectPairs):
             )
         if self.report.annotators and not self.report.has_majority:
             rank_zero_info(f"adaptation, {stage}: {NO_MAJORITY}")
-        metrics = dict(self.report.metrics)
+        metrics = {name: score.accuracy for name, score in self.report.metrics.items()}
         data = preference_data(trainer)
         ceiling = data.ceiling if data is not None and self.pairs.column == "annotator" else None
         if metrics and ceiling is not None:

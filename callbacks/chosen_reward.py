@@ -32,7 +32,7 @@ class ChosenRewardWarning(Callback):
             ConfigError: `patience` is less than 1.
         """
         if patience < 1:
-            raise ConfigError(f"patience: found {patience}, expected at least 1 logged step.")
+            raise ConfigError(f"ChosenRewardWarning.patience: found {patience}, expected at least 1 logged step.")
         self.patience = patience
         self.below = 0
         """Consecutive logged steps below zero. After the warning it stays at `patience`."""

@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.collect import CollectValidation, log_round
 from lpc_lightning.evaluation.codebook.plots import code_use, heat_map, render, scatter
 from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics
@@ -44,7 +45,7 @@ class CodebookMonitor(CollectValidation):
 
     def __init__(self, every: int = 5, most_points: int = 1000) -> None:
         if every < 1:
-            raise ValueError(f"CodebookMonitor.every: found {every}, expected at least 1.")
+            raise ConfigError(f"CodebookMonitor.every: found {every}, expected at least 1.")
         self.every, self.most_points = every, most_points
         self.report = CodebookReport()
         """Report of the last validation."""

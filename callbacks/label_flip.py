@@ -159,7 +159,7 @@ class LabelFlipNoise(LabelNoise, Callback):
             "pairs": len(pairs),
             "flipped": len(flipped),
             "data": pairs.fingerprint,
-            "places": [row.index for row in rows],
+            "indices": [row.index for row in rows],
             "ids": [row.id for row in rows],
             "sources": [row.source for row in rows],
         }

@@ -84,11 +84,11 @@ class LMEvaluation(Callback):
             seed: Seed of the few-shot examples and of all sampling.
         """
         if every_n_steps is not None and every_n_steps < 1:
-            raise ConfigError(f"every_n_steps: found {every_n_steps}, expected at least 1, or null.")
+            raise ConfigError(f"LMEvaluation.every_n_steps: found {every_n_steps}, expected at least 1, or null.")
         if step_limit < 1:
-            raise ConfigError(f"step_limit: found {step_limit}, expected at least one document.")
+            raise ConfigError(f"LMEvaluation.step_limit: found {step_limit}, expected at least one document.")
         self.tasks, self.limit = tuple(tasks), limit
-        self.data_dir = None if data_dir is None else expand_path(data_dir, "data_dir")
+        self.data_dir = None if data_dir is None else expand_path(data_dir, "LMEvaluation.data_dir")
         self.every_n_steps, self.step_limit = every_n_steps, step_limit
         self.num_fewshot, self.batch_size, self.prior_mode = num_fewshot, batch_size, prior_mode
         self.apply_chat_template, self.seed = apply_chat_template, seed

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.trainer_data import preference_data
-from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, AccuracyReport, Group
+from lpc_lightning.evaluation.accuracy.accuracy_modes import MOST_GROUPS, AccuracyModes, AccuracyReport, Group
 from lpc_lightning.evaluation.accuracy.collect import CollectPairs, log_round, score_batches
 from lpc_lightning.seeding import derive, run_seed
 
@@ -42,7 +42,7 @@ class PreferenceAccuracy(CollectPairs):
             wrong. 0: none.
     """
 
-    def __init__(self, by: list[Group] | None = None, most: int = 32, training_pairs: int = 512) -> None:
+    def __init__(self, by: list[Group] | None = None, most: int = MOST_GROUPS, training_pairs: int = 512) -> None:
         self.modes = AccuracyModes(["source", "factor"] if by is None else by, most)
         super().__init__(self.modes)
         self.training_pairs = training_pairs

@@ -202,7 +202,6 @@ class AnswerSamples(Callback):
     def _ready(self, trainer: Trainer, module: PreferenceModule) -> Iterator[None]:
         """Prepare for generation, and restore all that belongs to the training afterwards."""
         with preserved(module, module.tokenizer), trainer.precision_plugin.forward_context():
-            module.eval()
             yield
 
     @contextmanager

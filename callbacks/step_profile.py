@@ -11,6 +11,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 
 from lpc_lightning.algorithms.base import is_optimizer_step
 from lpc_lightning.callbacks.step_parts import PARTS, StepParts, idle_share
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.markdown import markdown_table
 from lpc_lightning.loggers import log_table
 from lpc_lightning.types import PreferenceBatch
@@ -33,7 +34,7 @@ class StepProfile(Callback):
     def __init__(self, warmup_steps: int = 2, steps: int = 8) -> None:
         for name, value, least in (("warmup_steps", warmup_steps, 0), ("steps", steps, 1)):
             if value < least:
-                raise ValueError(f"StepProfile.{name}: found {value}, expected at least {least}.")
+                raise ConfigError(f"StepProfile.{name}: found {value}, expected at least {least}.")
         self.warmup_steps, self.steps = warmup_steps, steps
         self.seconds: dict[str, float] = {}
         """Seconds of a step by part. Empty before the last step is measured."""

@@ -1,5 +1,4 @@
 """Turn checkpoints into tables and plots: one folder for each subject.
 
-Imports run one way: provenance, tables, figures <- statistics <- line_panels <- benchmarks <- accuracy <- codebook <-
-comparison <- adaptation <- report. `ablation` stands apart and uses `provenance` only.
+Imports run one way. tests/test_package.py has the order and checks it.
 """

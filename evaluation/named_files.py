@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -14,8 +13,9 @@ from typing import Any
 import yaml
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.files.integrity import digest_of
 from lpc_lightning.files.yaml_files import LOADER, read_yaml
-from lpc_lightning.inference.fingerprint import fingerprint
+from lpc_lightning.inference.fingerprint import files_fingerprint
 
 OUTPUT_SETTINGS = ("default_root_dir", "cache_dir", "dirpath", "save_dir", "logger")
 """Settings with paths that a run writes to. They do not change its results."""
@@ -66,12 +66,12 @@ def paths_in_value(key: str, value: Any, folder: Path) -> Iterator[Path]:
 
 
 def _describe_folder(path: Path) -> tuple[str, None]:
-    return f"{path} {fingerprint(path.rglob('*'))}", None
+    return f"{path} {files_fingerprint(path.rglob('*'))}", None
 
 
 def _describe_file(path: Path) -> tuple[str, Any]:
     size, time = (stat := path.stat()).st_size, stat.st_mtime_ns
-    return (f"{path} {fingerprint([path])}", None) if size > LARGE_FILE_BYTES else _read_file(path, size, time)
+    return (f"{path} {files_fingerprint([path])}", None) if size > LARGE_FILE_BYTES else _read_file(path, size, time)
 
 
 @cache
@@ -81,7 +81,7 @@ def _read_file(path: Path, size: int, time: int) -> tuple[str, Any]:
     if path.name.endswith(YAML_ENDINGS):
         with suppress(ConfigError):  # YAML with tags of its own
             content = read_yaml(path, _Loader)
-    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}", content
+    return f"{path.name} {digest_of(path)}", content
 
 
 class _Loader(LOADER):

@@ -11,11 +11,10 @@ from typing import Any
 
 from lpc_lightning.files.json_files import write_text
 from lpc_lightning.files.markdown import escape_markdown, markdown_table
+from lpc_lightning.inference.generation import marked
 
 ROWS, TEXT = "samples.jsonl", "samples.md"
 """Names of the files: for programs, and for readers."""
-UNFINISHED = " [...]"
-"""Mark of an answer that reached its limit of tokens."""
 TOP = 3
 """Number of the prior's codes in the text."""
 
@@ -42,7 +41,11 @@ def write_samples(folder: Path, records: Sequence[Record]) -> None:
 def read_samples(folder: Path) -> list[Record]:
     """Read the records of a run folder. Empty if there are none."""
     path = folder / ROWS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    # Texts hold U+2028 and the like, at which `splitlines` would cut a row.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
 
 
 def samples_text(records: Sequence[Record]) -> str:
@@ -62,7 +65,7 @@ def samples_table(record: Record) -> tuple[list[str], list[list[str]]]:
     decodings = list(dict.fromkeys(answer["decoding"] for answer in record["answers"]))
     by_row: dict[str, dict[str, str]] = {}
     for answer in record["answers"]:
-        text = answer["text"] + ("" if answer["finished"] else UNFINISHED)
+        text = marked(answer["text"], answer["finished"])
         by_row.setdefault(answer["under"], {})[answer["decoding"]] = text
     return ["under", *decodings], [[under, *map(cells.__getitem__, decodings)] for under, cells in by_row.items()]
 

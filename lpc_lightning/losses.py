@@ -116,8 +116,8 @@ def kto_loss(
     The loss is not a negative log-likelihood, but linear in probabilities: under a code, an answer is judged desirable
     with probability sigmoid(beta (r - z0)). A mixture of codes averages these probabilities, and so the losses. The
     label's log-likelihood is that of both judgements under one code,
-    `log sigmoid(beta (r_w - z0)) + log sigmoid(beta (z0 - r_l))`. The two weights say how much a judgement counts, not
-    how likely it is, so they are not part of it.
+    `log sigmoid(beta (r_w - z0)) + log sigmoid(beta (z0 - r_l))`. The two weights scale the
+    judgements' losses and not their probabilities, so they are not part of it.
 
     Args:
         logps: Log-probabilities of the pairs under policy and reference.

@@ -47,8 +47,8 @@ class PreferenceExample:
     weight: float | None = None
     """Weight of the pair in the loss, at least 0. None: 1."""
     margin: float | None = None
-    """Margin that the loss asks for, in units of the reward (see `losses`). None: 0. It belongs to the label: with the
-    opposite label, the loss asks the same margin of the other answer."""
+    """Target margin of the loss, in units of the reward (see `losses`). None: 0. It belongs to the label: with the
+    opposite label, it is the target margin of the other answer."""
     question: tuple[Message, ...] = ()
     """The prompt without the name (see `Columns.named_in_prompt`) or the marker (see `LabelFlipNoise`) that was written
     into it. Empty: it has neither, and the question is the prompt."""

@@ -25,7 +25,7 @@ from lpc_lightning.data import DataError, PreferenceData
 from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.rows import entry_of
-from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
+from lpc_lightning.policy import CausalPolicy, PolicySpec, policy_fingerprint
 from lpc_lightning.policy.causal import BatchForward, sum_by_answer
 from lpc_lightning.reference.cached import computation_key
 from lpc_lightning.reference.pair_cache import PairCache
@@ -91,7 +91,7 @@ def extract(
             chosen = [index for index, pair in enumerate(pairs) if pair.prompt in drawn]
         labelled = [pairs[index] for index in chosen]
         covering = [chosen[number] for number in covering_pairs(labelled)]
-        key = computation_key(fingerprint(policy), policy, trainer) | {"layers": str(list(layers))}
+        key = computation_key(policy_fingerprint(policy), policy, trainer) | {"layers": str(list(layers))}
         numbers = (5 + 3 * len(layers)) * policy.width + 4
         cache = PairCache("code_finding", numbers, key, pairs, source.cache_dir, np.float32)
         open_function = partial(_open_values, policy, layers)

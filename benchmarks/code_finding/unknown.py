@@ -43,7 +43,7 @@ class Split:
 
 @dataclass
 class Result:
-    """Scores of all seeds, and what the groups say about the readers."""
+    """Scores of all seeds, and how the groups agree with the readers."""
 
     scores: Scores = field(default_factory=Scores)
     information: dict[str, list[float]] = field(default_factory=dict)

@@ -144,7 +144,7 @@ def _print_summary(planned: Plan, grid: Grid, folder: Path) -> None:
     counts = Counter("not run" if record is None else record.status for record in records)
     print(f"{', '.join(f'{number} {status}' for status, number in counts.items())}: {folder}")
     if counts["failed"]:
-        print("Failed cells (--retry-failed runs them again; each has a log.txt):")
+        print("Failed cells (--retry_failed runs them again; each has a log.txt):")
         for each, record in zip(cells, records, strict=True):
             if record is not None and record.status == "failed":
                 cause = (record.error or "no cause was recorded").splitlines()[-1]

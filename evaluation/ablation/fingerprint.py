@@ -18,7 +18,7 @@ from lpc_lightning.evaluation.named_files import OUTPUT_SETTINGS, describe_files
 from lpc_lightning.evaluation.provenance import package_versions
 
 
-def fingerprint(arguments: Sequence[str], weights: str) -> str:
+def cell_fingerprint(arguments: Sequence[str], weights: str) -> str:
     """Return a text that changes if anything changes that may affect a cell's results.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.cells.folder import CELLS, TUNING_CELLS, CellFolder, Record, Weights
-from lpc_lightning.evaluation.ablation.fingerprint import fingerprint
+from lpc_lightning.evaluation.ablation.fingerprint import cell_fingerprint
 from lpc_lightning.evaluation.ablation.grids.grid import Cell, Grid
 from lpc_lightning.evaluation.ablation.grids.tuning import Choice, Outcome, added_values, choose
 
@@ -160,7 +160,7 @@ def plan_cells(
             Record(
                 cell.axes,
                 cell.axes.get("seed"),
-                fingerprint(cell.arguments, weights),
+                cell_fingerprint(cell.arguments, weights),
                 cell.arguments,
                 weights,
                 cell.tuned,

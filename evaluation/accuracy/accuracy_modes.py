@@ -23,6 +23,8 @@ from lpc_lightning.types import PreferenceBatch
 
 Group = Literal["source", "factor", "annotator"]
 """Labels by which pairs can be grouped."""
+MOST_GROUPS = 32
+"""Default maximum number of groups per label."""
 OTHERS = "(others)"
 """Label of the pairs of all groups but the largest."""
 
@@ -50,7 +52,7 @@ class AccuracyModes(nn.Module):
     def __init__(
         self,
         by: Sequence[Group] = ("source", "factor"),
-        most: int = 32,
+        most: int = MOST_GROUPS,
         scales: Mapping[str, LengthScale] | None = None,
     ) -> None:
         """Create empty counts.
@@ -89,7 +91,7 @@ class AccuracyModes(nn.Module):
         if not rows:
             return AccuracyReport()
         pairs = ScoredPairs.from_columns(columns, rows)
-        groups = self._groups(rows)
+        groups = group_members(rows, self.by, self.most)
         means, errors = pairs.means(groups)
         means |= pairs.calibration()
         means |= {name: float(value) for name, value in self.headline.compute().items()}
@@ -99,23 +101,29 @@ class AccuracyModes(nn.Module):
         self.reset()
         return AccuracyReport(means | counts, errors, pairs.items())
 
-    def _groups(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Return the members of each group as (n,) booleans, by the suffix of the group's metrics.
 
-        The suffix "" stands for all rows.
-        """
-        groups = {"": torch.ones(len(rows), dtype=torch.bool)}
-        flipped = torch.tensor([row["flipped"] for row in rows])
-        if flipped.any():
-            groups |= {"/clean": ~flipped, "/flipped": flipped}
-        matched = torch.tensor([max(row["tokens"]) < LENGTH_RATIO * min(row["tokens"]) for row in rows])
-        if not matched.all():
-            groups |= {LENGTH_MATCHED: matched}
-        for kind in self.by:
-            labels = keep_largest([row[kind] for row in rows], self.most)
-            for group in sorted({label for label in labels if label}):
-                groups[f"/{kind}/{group}"] = torch.tensor([label == group for label in labels])
-        return {suffix: members for suffix, members in groups.items() if members.any()}
+def group_members(rows: Sequence[Row], by: Sequence[Group], most: int = MOST_GROUPS) -> dict[str, Tensor]:
+    """Return the members of each group as (n,) booleans, by the suffix of the group's metrics.
+
+    The suffix "" stands for all rows.
+
+    Args:
+        rows: Labels of each pair.
+        by: Labels by which pairs are grouped.
+        most: Maximum number of groups per label; see `keep_largest`.
+    """
+    groups = {"": torch.ones(len(rows), dtype=torch.bool)}
+    flipped = torch.tensor([row["flipped"] for row in rows])
+    if flipped.any():
+        groups |= {"/clean": ~flipped, "/flipped": flipped}
+    matched = torch.tensor([max(row["tokens"]) < LENGTH_RATIO * min(row["tokens"]) for row in rows])
+    if not matched.all():
+        groups |= {LENGTH_MATCHED: matched}
+    for kind in by:
+        labels = keep_largest([row[kind] for row in rows], most)
+        for group in sorted({label for label in labels if label}):
+            groups[f"/{kind}/{group}"] = torch.tensor([label == group for label in labels])
+    return {suffix: members for suffix, members in groups.items() if members.any()}
 
 
 def keep_largest(labels: Sequence[str], max_groups: int) -> list[str]:

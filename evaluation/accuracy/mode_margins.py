@@ -58,11 +58,12 @@ def mode_margins(
     """Compute the margin of each pair in every mode of the space, from one backbone pass.
 
     A margin is the reward of the chosen answer minus that of the rejected answer. In mode `marginal` it is the log-odds
-    of the label. The modes are:
+    of the preference. The modes are:
 
     - `prior`: z from the prior, as the policy is used. The module's own accuracy is computed from these margins.
     - `posterior`: z from the posterior, which uses the label. `posterior_swapped` uses the opposite label.
-    - `marginal`: log sum_k p_k exp(-l_k) of the labelled pair, minus that of the pair with the opposite label.
+    - `marginal`: log sum_k p_k exp(-l_k) of the labelled pair, minus that of the pair with the opposite label. l_k is
+      the algorithm's loss, without the label noise of a robust loss.
     - `no_latent`: z = 0.
     - `shuffled`: z of another pair of the batch. Absent if the batch has a single pair.
 
@@ -99,7 +100,9 @@ def mode_margins(
         swapped_states = PairStates(prompt=states.prompt, chosen=states.rejected, rejected=states.chosen)
         z, swapped_z = space.posterior_z(states, score), space.posterior_z(swapped_states, score.swapped())
         zs |= {} if z is None else {"posterior": z, SWAPPED: swapped_z}
-        scorers = {"marginal": score} | {f"marginal/{name}": score.rescaled(scale) for name, scale in scales.items()}
+        preference = score.without_label_noise()
+        scorers = {f"marginal/{name}": preference.rescaled(scale) for name, scale in scales.items()}
+        scorers["marginal"] = preference
         odds = {name: _log_odds(space, states, each) for name, each in scorers.items()}
         margins |= {name: value for name, value in odds.items() if value is not None}
     for mode, z in zs.items():
@@ -109,7 +112,7 @@ def mode_margins(
 
 
 def _log_odds(space: LatentSpace, states: PairStates, score: BatchScorer) -> Tensor | None:
-    """Compute the log-odds (B,) of the labels with the code summed out. None without codes."""
+    """Compute the log-odds (B,) of the preferences with the code summed out. None without codes."""
     evidence, swapped = (space.log_evidence(states.prompt, each) for each in (score, score.swapped()))
     return None if evidence is None or swapped is None else evidence - swapped
 

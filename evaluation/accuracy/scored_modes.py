@@ -43,6 +43,14 @@ class ScoredPairs:
         scaled = {name: values for name, values in columns.items() if "/" in name}
         return cls(rows, {name: values for name, values in columns.items() if name not in scaled}, scaled)
 
+    @classmethod
+    def from_items(cls, items: Sequence[Row]) -> ScoredPairs:
+        """Make it from the rows of `items`, without scaled margins."""
+        modes = dict.fromkeys(mode for item in items for mode in item["margins"])
+        margins = {mode: [item["margins"].get(mode, math.nan) for item in items] for mode in modes}
+        rows = [{**item, "unshuffled": "shuffled" not in item["margins"]} for item in items]
+        return cls(rows, {mode: torch.tensor(each, dtype=torch.float64) for mode, each in margins.items()}, {})
+
     @cached_property
     def unshuffled(self) -> Tensor:
         """(n,) true for pairs without the mode `shuffled`."""
@@ -69,18 +77,22 @@ class ScoredPairs:
         Args:
             groups: (n,) members of each group, by the suffix of its metrics. Scaled margins count over all pairs only.
         """
+        values = self.values(groups) | self._scaled_values()
+        errors = {name: standard_error(v.numpy(), self.prompts[scored.numpy()]) for name, (v, scored) in values.items()}
+        return (
+            {name: float(value.mean()) for name, (value, _) in values.items()},
+            {name: error for name, error in errors.items() if error is not None},
+        )
+
+    def values(self, groups: Mapping[str, Tensor]) -> Values:
+        """Return the values of single pairs behind each metric of the groups, without scaled margins."""
         values: Values = {}
         for suffix, members in groups.items():
             of_group = self._mode_values(members)
             if suffix in ("", LENGTH_MATCHED):
                 of_group |= self._length_values(members)
             values |= {name + suffix: value for name, value in of_group.items()}
-        values |= self._scaled_values()
-        errors = {name: standard_error(v.numpy(), self.prompts[scored.numpy()]) for name, (v, scored) in values.items()}
-        return (
-            {name: float(value.mean()) for name, (value, _) in values.items()},
-            {name: error for name, error in errors.items() if error is not None},
-        )
+        return values
 
     def calibration(self) -> dict[str, float]:
         """Return `calibration_error/MODE`, and with wrong labels its like and `wrong_label_auroc/MODE`."""

@@ -46,7 +46,7 @@ class AnnotatedPairs:
             tables = single_code(self.columns["prior"])
             return replace(tables, prior_means=prior_means, posterior_means=posterior_means, signs=signs)
         prior, losses, swapped = (join_codes(self.columns, name) for name in ("log_prior", "losses", "swapped"))
-        return CodeTables(prior, losses, swapped, self._joined("log_posterior"), signs=signs)
+        return CodeTables(prior, losses, swapped, self._joined("log_posterior"), self._joined("evidence"), signs=signs)
 
     def _joined(self, name: str) -> Table | None:
         return join_codes(self.columns, name) if f"{name}/0" in self.columns else None
@@ -84,7 +84,8 @@ class AnnotatedPairsTable(nn.Module):
         if terms.z is not None:
             numbers["no_latent"] = score.under(None)[0].margins
         if space is not None:
-            for name, values in space.adaptation_values(states, score, score.swapped()).items():
+            preference = score.without_label_noise()
+            for name, values in space.adaptation_values(states, score, preference, preference.swapped()).items():
                 numbers |= split_codes(name, values)
         labels = pair_labels(batch)
         for row, answers in zip(labels, _answers(batch), strict=True):

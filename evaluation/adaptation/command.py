@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.columns import Columns
@@ -42,6 +44,7 @@ ROW_NAMES = {
     OTHERS_MAJORITY: "others' majority label",
 }
 TABLE = "adaptation.md"
+Precision = Literal["32-true", "64-true", "bf16-mixed", "bf16-true"]
 
 
 def main(arguments: list[str]) -> None:
@@ -65,7 +68,7 @@ def adapt(
     limit: int | float | None = None,
     batch_size: int = 8,
     max_length: int = 1024,
-    precision: Literal["32-true", "64-true", "bf16-mixed", "bf16-true"] = "32-true",
+    precision: Precision = "32-true",
     device: str = "auto",
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -85,7 +88,7 @@ def adapt(
 
     OUTPUT contains adaptation.md and the plot as .svg and .png. For each model it contains MODEL/adaptation.json, with
     standard errors over prompts, and MODEL/code_weights.json, with the weights of each annotator from all pairs. To
-    generate text for an annotator: `lpc-lightning generate --code-weights OUTPUT/MODEL/code_weights.json ANNOTATOR`.
+    generate text for an annotator: `lpc-lightning generate --code_weights OUTPUT/MODEL/code_weights.json ANNOTATOR`.
 
     Args:
         models: Checkpoints (runs/version_0/checkpoints/best.ckpt). At least one must have codes.
@@ -120,52 +123,26 @@ def adapt(
     check_folder(Path(output), "output")
     _check_labelled_split(preferences, split, labelled_split)
     collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
+    open_file = partial(
+        PairsFile, limit=limit, columns=columns, bad_rows=bad_rows, batch_size=batch_size, max_length=max_length
+    )
+    scoring = _Scoring(preferences, open_file, collector, labelled_split, under_z, precision)
     with claim_output_folder(Path(output), "output"):
         reports: dict[str, AdaptationReport] = {}
         overlaps: list[str] = []
-
-        def open_pairs(rows: str | None, template: TemplateSettings) -> PairsFile:
-            pairs = PairsFile(
-                preferences,
-                split=rows,
-                limit=limit,
-                columns=columns,
-                bad_rows=bad_rows,
-                batch_size=batch_size,
-                max_length=max_length,
-            )
-            pairs.template_settings = template
-            return pairs
-
         for name, path in named:
-            checkpoint = read_checkpoint(Path(path), weights=False)
-            origin = checkpoint_origin(checkpoint, Path(path))
-            template = trained_template(origin)
-            pairs = open_pairs(split, template)
+            origin = checkpoint_origin(read_checkpoint(Path(path), weights=False), Path(path))
+            pairs = scoring.pairs(split, trained_template(origin))
             module = open_module(path, device, trust_remote_code)
             if len(named) == 1 and (module.latent is None or not module.latent.num_codes):
                 raise ConfigError(
                     f"models: found no codes in {path}, so that nothing can be inferred from labelled pairs; expected "
                     "a checkpoint of a latent with codes, such as MarginalSpace."
                 )
-            if labelled_split is not None:
-                rows = evaluate_pairs(
-                    module, open_pairs(labelled_split, template), collector.labelled, precision=precision
-                )
-                print(f"{name}, labelled pairs: {rows}")
-            # The run empties the collector of the evaluated pairs alone.
-            rows = evaluate_pairs(module, pairs, collector.evaluated, precision=precision)
-            print(f"{name}: {rows}")
+            reports[name] = scoring.report(name, module, pairs)
             if (trained := training_pairs(origin)) is not None and (found := count_trained(pairs, trained)):
                 overlaps.append(f"{name}: {overlap_sentence(found, len(pairs.pairs['test']))}.")
-            report = collector.collect()
-            _check_annotators(report, collector, preferences)
-            if report.mixtures and under_z:
-                policy = PolicyUnderMixtures(report.mixtures, annotator_column)
-                evaluate_pairs(module, pairs, policy, precision=precision)
-                report = replace(report, scores={**report.scores, **policy.scores()})
-            write_adaptation(Path(output) / name, report, collector)
-            reports[name] = report
+            write_adaptation(Path(output) / name, reports[name], collector)
             del module
             gc.collect()  # the module contains reference cycles, which only the collector frees
         if not any(report.mixtures for report in reports.values()):
@@ -174,6 +151,47 @@ def adapt(
                 "with codes, such as MarginalSpace."
             )
         _write(Path(output), reports, collector.shots, overlaps)
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """Settings of how a model is scored. See `adapt` for their meaning."""
+
+    preferences: str
+    open_file: Callable[..., PairsFile]
+    """Function from the path and the split to the pairs."""
+    collector: AdaptationPairs
+    labelled_split: str | None
+    under_z: bool
+    precision: Precision
+
+    def pairs(self, split: str | None, template: TemplateSettings) -> PairsFile:
+        """Return the pairs of a split, with the template of a model."""
+        pairs = self.open_file(self.preferences, split=split)
+        pairs.template_settings = template
+        return pairs
+
+    def report(self, name: str, module: PreferenceModule, pairs: PairsFile) -> AdaptationReport:
+        """Score a model.
+
+        Args:
+            name: Name of the model in the output.
+            module: The model.
+            pairs: Pairs to predict.
+        """
+        if self.labelled_split is not None:
+            labelled = self.pairs(self.labelled_split, pairs.template_settings)
+            rows = evaluate_pairs(module, labelled, self.collector.labelled, precision=self.precision)
+            print(f"{name}, labelled pairs: {rows}")
+        # The run empties the collector of the evaluated pairs alone.
+        print(f"{name}: {evaluate_pairs(module, pairs, self.collector.evaluated, precision=self.precision)}")
+        report = self.collector.collect()
+        _check_annotators(report, self.collector, self.preferences)
+        if report.mixtures and self.under_z:
+            policy = PolicyUnderMixtures(report.mixtures, self.collector.column)
+            evaluate_pairs(module, pairs, policy, precision=self.precision)
+            report = replace(report, scores={**report.scores, **policy.scores()})
+        return report
 
 
 def _check_labelled_split(preferences: str, split: str | None, labelled_split: str | None) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
+from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.files.json_files import write_json
 
 SCORES, WEIGHTS = "adaptation.json", "code_weights.json"
@@ -27,11 +29,16 @@ def write_adaptation(folder: Path, report: AdaptationReport, pairs: AdaptationPa
         "seed": pairs.seed,
         "annotators": report.annotators,
         "labelled": report.labelled,
-        "baselines": {name: asdict(score) for name, score in report.baselines.items()},
+        "baselines": {name: _to_json(score) for name, score in report.baselines.items()},
         "scores": {
-            inference: {str(n): asdict(score) for n, score in by_n.items()} for inference, by_n in report.scores.items()
+            inference: {str(n): _to_json(score) for n, score in by_n.items()}
+            for inference, by_n in report.scores.items()
         },
     }
     write_json(folder / SCORES, scores)
     if report.weights:
         write_json(folder / WEIGHTS, {name: weights.tolist() for name, weights in report.weights.items()})
+
+
+def _to_json(score: Score) -> dict[str, Any]:
+    return {name: value for name, value in asdict(score).items() if name != "deviations"}

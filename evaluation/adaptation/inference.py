@@ -1,9 +1,10 @@
 """Infer weights over the codes from n labelled pairs of an annotator, and predict the annotator's other labels.
 
 Computations use tables of pairs by codes. Notation: p is the prior. l_k is a pair's loss under code k, and l'_k is
-the loss of the same pair with the label swapped. S is the set of n labelled pairs.
+the loss of the same pair with the label swapped. S is the set of n labelled pairs. With a robust loss, L_k is the
+likelihood of a label that may be wrong, and l_k is the algorithm's loss. Without one, L_k = exp(-l_k).
 
-- `exact`: p(k given x, S) is proportional to p_k(x) times the likelihood, the product over S of exp(-l_k).
+- `exact`: p(k given x, S) is proportional to p_k(x) times the likelihood, the product over S of L_k.
 - `amortised`: the average over S of q(k given pair), where q is the learned posterior. If S is empty, the prior.
 - The prediction under weights w: log sum_k w_k exp(-l_k) - log sum_k w_k exp(-l'_k). It is correct if it is positive.
 
@@ -38,17 +39,24 @@ class CodeTables:
     log_prior: Table
     """(n, K) log p_k(x)."""
     losses: Table
-    """(n, K) l_k of the pair as labelled: minus `PairLosses.label_log_likelihood`, in nats."""
+    """(n, K) l_k of the pair as labelled: minus `PairLosses.label_log_likelihood` without label noise, in nats."""
     swapped: Table
     """(n, K) l_k of the pair with the label swapped."""
     log_posterior: Table | None = None
     """(n, K) log q_k of the learned posterior. None: no posterior is learned."""
+    evidence: Table | None = None
+    """(n, K) log L_k of labels that may be wrong. None: -l_k."""
     prior_means: Table | None = None
     """(n, K) mean of a Gaussian prior. None: the latent is not Gaussian."""
     posterior_means: Table | None = None
     """(n, K) mean of a Gaussian posterior."""
     signs: Table | None = None
     """(n, 1) which of two answers was chosen, 1 or -1. None: the pairs do not all have the same two answers."""
+
+    @property
+    def log_likelihoods(self) -> Table:
+        """(n, K) log L_k, by which labels favour codes."""
+        return -self.losses if self.evidence is None else self.evidence
 
     def take(self, rows: NDArray[np.int64]) -> CodeTables:
         """Select pairs by an index array of any shape (...). The result has tables (..., K)."""
@@ -106,7 +114,7 @@ class Inference:
 
 
 INFERENCES: Mapping[str, Inference] = {
-    "exact": Inference(lambda tables: -tables.losses, np.add, lambda prior, likelihood: prior + likelihood),
+    "exact": Inference(lambda tables: tables.log_likelihoods, np.add, lambda prior, likelihood: prior + likelihood),
     "amortised": Inference(lambda tables: tables.log_posterior, np.logaddexp, lambda prior, mean: mean),
 }
 """Rules for a distribution over codes."""
@@ -229,5 +237,5 @@ def code_weights(tables: CodeTables, annotators: Sequence[str]) -> dict[str, Tab
     for name in np.unique(names):
         members = names == name
         mean_prior = logsumexp(tables.log_prior[members], axis=0) - np.log(members.sum())
-        weights[str(name)] = np.exp(log_softmax(mean_prior - tables.losses[members].sum(0)))
+        weights[str(name)] = np.exp(log_softmax(mean_prior + tables.log_likelihoods[members].sum(0)))
     return weights

@@ -59,17 +59,17 @@ class AdaptationReport:
     """Number of labelled pairs of each annotator. None: the other evaluated pairs are the labelled ones."""
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """Accuracies as metrics: `adaptation/exact/8`, `adaptation/prior`, `adaptation/no_latent` and so on.
+    def metrics(self) -> dict[str, Score]:
+        """Scores by the names of their metrics: `adaptation/exact/8`, `adaptation/prior` and so on.
 
         `adaptation/adapted/8` repeats `exact` of a policy with codes or without a latent, and `amortised_z` of a
         Gaussian latent.
         """
-        metrics = {f"adaptation/{name}": score.accuracy for name, score in self.baselines.items()}
+        metrics = {f"adaptation/{name}": score for name, score in self.baselines.items()}
         headline = f"amortised{UNDER_Z}" if self.mixtures and not self.weights else "exact"
         adapted = {ADAPTED: self.scores[headline]} if headline in self.scores else {}
         for inference, scores in {**self.scores, **adapted}.items():
-            metrics |= {f"adaptation/{inference}/{n}": score.accuracy for n, score in scores.items()}
+            metrics |= {f"adaptation/{inference}/{n}": score for n, score in scores.items()}
         return metrics
 
     def too_few(self, n: int) -> list[int]:

@@ -23,7 +23,7 @@ UNDER_Z = "_z"
 class PolicyUnderMixtures(nn.Module):
     """Collector of evaluated batches that scores every pair under its own inferred mixture of codes, over all devices.
 
-    `generate --code-weights` uses such a z. The cost is one pass through the LM head for each inference and number of
+    `generate --code_weights` uses such a z. The cost is one pass through the LM head for each inference and number of
     shots.
     """
 

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lpc_lightning.policy.eval_mode import eval_mode
+
 TOKENIZER_SETTINGS = ("padding_side", "truncation_side", "model_max_length", "pad_token")
 
 
@@ -25,10 +27,11 @@ def preserved(module: nn.Module, tokenizer: PreTrainedTokenizerBase | None = Non
     whether gradients are enabled, environment variables, logger levels, and the tokenizer's settings. CUDA's cached
     memory is released.
 
-    Inside the block, parameters have no gradients, and gradients are disabled. Weights are not restored.
+    Inside the block, the model is in eval mode, parameters have no gradients, and gradients are disabled. Weights are
+    not restored.
 
     Args:
-        module: The model. HFLM switches it to eval mode.
+        module: The model.
         tokenizer: The model's tokenizer. HFLM pads on the left, and sets a padding token if there is none.
     """
     with ExitStack() as stack:
@@ -36,7 +39,7 @@ def preserved(module: nn.Module, tokenizer: PreTrainedTokenizerBase | None = Non
         stack.enter_context(_random_states())
         stack.enter_context(_environment())
         stack.enter_context(_logging_levels())
-        stack.enter_context(_modes(module))
+        stack.enter_context(eval_mode(module))
         stack.enter_context(_gradients(module))
         if tokenizer is not None:
             stack.enter_context(_tokenizer_settings(tokenizer))
@@ -89,16 +92,6 @@ def _logging_levels() -> Iterator[None]:
         for logger, level in before:
             if logger.level != level:
                 logger.setLevel(level)
-
-
-@contextmanager
-def _modes(module: nn.Module) -> Iterator[None]:
-    before = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def _load_from_hub(name: str, manager: TaskManager) -> TaskDict:
             is_local = name in LOCAL_DATA
             hub_name = f" ({LOCAL_DATA[name].hub})" if is_local else ""
             solution = (
-                f"Use --data-dir FOLDER, where FOLDER contains {local_file_names(name)}."
+                f"Use --data_dir FOLDER, where FOLDER contains {local_file_names(name)}."
                 if is_local
                 else "Copy the Hugging Face cache (HF_HOME) of a machine that has loaded the data set."
             )

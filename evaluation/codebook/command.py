@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
+from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
@@ -103,9 +107,18 @@ def explain(
             raise ConfigError(f"{name}: found {value}, expected at least {least}.")
     if prompt is not None and not prompt.strip():
         raise ConfigError(f"prompt: found {prompt!r}, expected text.")
+    open_file = partial(
+        PairsFile,
+        split=split,
+        limit=limit,
+        columns=columns,
+        bad_rows=bad_rows,
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+    stage: Literal["validation", "test"] = "validation" if preferences is None else "test"
     for path in checkpoints:
-        checkpoint = read_checkpoint(Path(path), weights=False)
-        origin = checkpoint_origin(checkpoint, Path(path))
+        origin = checkpoint_origin(read_checkpoint(Path(path), weights=False), Path(path))
         folder = run_folder(Path(path)) if output is None else Path(output) / short_name(path)
         check_folder(folder, "output")
         check_files(folder)
@@ -114,29 +127,16 @@ def explain(
             if preferences is None:
                 data = _run_data(Path(path))
             else:
-                data = PairsFile(
-                    preferences,
-                    split=split,
-                    limit=limit,
-                    columns=columns,
-                    bad_rows=bad_rows,
-                    batch_size=batch_size,
-                    max_length=max_length,
-                )
+                data = open_file(preferences)
                 data.template_settings = trained_template(origin)
             module = open_module(path, device, trust_remote_code)
-            space = module.latent
-            if space is None or not space.has_codes:
-                found = "no latent" if space is None else f"the latent {type(space).__name__}, which has no codes,"
-                raise ConfigError(
-                    f"checkpoints: found {found} in {path}, expected one with codes, such as MarginalSpace."
-                )
+            table = _codes(module, path)
             opened = view_module(module, path, data.template_settings)
             conditions(opened, None, codes or [], None)  # unknown codes are refused before the pass over the pairs
-            collector, stage = ExplanationPairs(), _stage(preferences)
+            collector = ExplanationPairs()
             print(f"{path}: {evaluate_pairs(module, data, collector, stage, precision)}")
             head = module.policy.head
-            explanation = collector.explain(space.codes, head, module.tokenizer, tokens, examples, whole_vocabulary)
+            explanation = collector.explain(table, head, module.tokenizer, tokens, examples, whole_vocabulary)
             assert explanation is not None  # without pairs, evaluate_pairs raises an error
             explanation = explanation.with_texts(_examples(data, stage, explanation.shown_pairs))
             answered = None
@@ -147,6 +147,15 @@ def explain(
             facts = {"checkpoint": path, "step": origin.get("step"), "preferences": preferences}
             print(f"\n{write_explanation(folder, explanation, facts, answered)}")
             print(f"Wrote {os.path.relpath(folder / TEXT)}, and the whole texts to {JSON} beside it.")
+
+
+def _codes(module: PreferenceModule, path: str) -> Tensor:
+    """Return the codes of a module's latent, which must have some."""
+    space = module.latent
+    if space is None or not space.has_codes:
+        found = "no latent" if space is None else f"the latent {type(space).__name__}, which has no codes,"
+        raise ConfigError(f"checkpoints: found {found} in {path}, expected one with codes, such as MarginalSpace.")
+    return space.codes
 
 
 def _run_data(path: Path) -> PreferenceDataModule:
@@ -163,10 +172,6 @@ def _run_data(path: Path) -> PreferenceDataModule:
         return data_of_run(settings)
     except ConfigError as error:
         raise ConfigError(f"preferences: {run_folder(path)}/config.yaml: {error}. {expected}") from error
-
-
-def _stage(preferences: str | None) -> Literal["validation", "test"]:
-    return "validation" if preferences is None else "test"
 
 
 def _examples(data: PreferenceDataModule, stage: Stage, pairs: Iterable[PairKey]) -> dict[PairKey, PreferenceExample]:

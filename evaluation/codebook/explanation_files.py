@@ -12,7 +12,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.codebook.explanation import Explanation
 from lpc_lightning.files.json_files import read_if_whole, write_json, write_text
 from lpc_lightning.files.markdown import escape_markdown, markdown_table
-from lpc_lightning.inference.generation import Answered
+from lpc_lightning.inference.generation import Answered, marked
 
 JSON, TEXT = "codes.json", "codes.md"
 """Names of the files."""
@@ -117,7 +117,7 @@ def explanation_tables(content: Mapping[str, Any]) -> Iterator[TextTable]:
         ["Margin: reward of the chosen minus that of the rejected answer. Above 0 the label is predicted."],
     )
     if answered := content["answered"]:
-        rows = [[each["under"], each["text"] + ("" if each["finished"] else " [...]")] for each in answered["answers"]]
+        rows = [[each["under"], marked(each["text"], each["finished"])] for each in answered["answers"]]
         yield TextTable(f"One prompt under each code: {answered['prompt'][-1]['content']}", ["under", "answer"], rows)
 
 

@@ -14,7 +14,7 @@ from lpc_lightning.evaluation.tables import p_value, score
 from lpc_lightning.files.json_files import write_json, write_text
 from lpc_lightning.files.markdown import markdown_table
 
-LEVEL = 0.05
+SIGNIFICANCE = 0.05
 """Significance level. Differences with a corrected p-value below it get a star."""
 
 
@@ -37,7 +37,7 @@ class Cell:
     @property
     def is_significant(self) -> bool:
         """True if the difference is significant after the correction."""
-        return self.p_corrected is not None and self.p_corrected < LEVEL
+        return self.p_corrected is not None and self.p_corrected < SIGNIFICANCE
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def to_markdown(comparison: Comparison) -> str:
         parts.append(
             f"Score ± standard error. Below: differences to {comparison.models[0]}, with 95 % intervals. p: McNemar's "
             "exact test if all items score 0 or 1,\nelse a paired bootstrap; sign flips of whole prompts where pairs "
-            f"share one. Holm: corrected for all tests shown. *: Holm below {LEVEL}."
+            f"share one. Holm: corrected for all tests shown. *: Holm below {SIGNIFICANCE}."
         )
         header = ["task", "metric", "model", "difference", "95 % interval", "p", "Holm", "items"]
         parts.append(markdown_table(header, tested, left=3))

@@ -13,7 +13,7 @@ from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks
 from lpc_lightning.evaluation.comparison.stored import local_data
-from lpc_lightning.inference.fingerprint import weights_of
+from lpc_lightning.inference.fingerprint import weights_fingerprint
 from lpc_lightning.latent import PriorMode
 
 NOT_IN_KEY = {"in_key": False}
@@ -85,7 +85,7 @@ class EvalRequest:
             entry.name: getattr(self, entry.name) for entry in fields(self) if entry.metadata.get("in_key", True)
         }
         path = str(Path(model).resolve()) if Path(model).exists() else model
-        return {**settings, "model": path, "weights": weights_of(model), "data": local_data(self.data_dir)}
+        return {**settings, "model": path, "weights": weights_fingerprint(model), "data": local_data(self.data_dir)}
 
 
 def _task_names(paths: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from lpc_lightning.data import DataError
 from lpc_lightning.evaluation.benchmarks.results import RESULTS, BenchmarkResults, read_results, to_json_value
 from lpc_lightning.evaluation.benchmarks.tasks import LOCAL_DATA, is_task_file, task_file_version
-from lpc_lightning.inference.fingerprint import fingerprint
+from lpc_lightning.inference.fingerprint import files_fingerprint
 
 REQUEST = "request"
 """Key of the evaluation's settings in the origin in `results.json`; see `EvalRequest.key`."""
@@ -93,7 +93,7 @@ def local_data(data_dir: str | None) -> str | None:
     """Return a fingerprint of the benchmarks' local files, or None if the data comes from the hub."""
     if data_dir is None:
         return None
-    return fingerprint(file for data in LOCAL_DATA.values() for file in data.files(Path(data_dir)).values())
+    return files_fingerprint(file for data in LOCAL_DATA.values() for file in data.files(Path(data_dir)).values())
 
 
 def missing_tasks(stored: BenchmarkResults | None, tasks: Sequence[str]) -> list[str]:
@@ -123,10 +123,12 @@ def merge_parts(old: BenchmarkResults | None, new: BenchmarkResults) -> Benchmar
     settings["tasks"] = list(dict.fromkeys([*before["settings"]["tasks"], *after["settings"]["tasks"]]))
     record = {**before, **after, "settings": settings, "tasks": before["tasks"] | after["tasks"]}
     record["seconds"] = round(before["seconds"] + after["seconds"], 3)
+    # A task that could not be loaded failed under the name of its file, tag or group.
+    repeated = {*new.metrics, *after["settings"]["tasks"]}
     return BenchmarkResults(
         metrics=old.metrics | new.metrics,
         items=[item for item in old.items if item["task"] not in after["tasks"]] + new.items,
-        failures={task: reason for task, reason in old.failures.items() if task not in new.metrics} | new.failures,
+        failures={task: reason for task, reason in old.failures.items() if task not in repeated} | new.failures,
         record=record,
         origin=old.origin,
     )

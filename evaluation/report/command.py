@@ -39,10 +39,11 @@ def report(
 
     Runs that differ only in the seed form a group. Runs of different grids and fits are separated by every further
     setting in which they differ, unless it cannot change a result, such as a path of outputs. Each group gets its mean
-    with a 95 % interval, which also covers the choice of test prompts if cells of `ablate` share them. It also gets its
-    difference to the group that has the baseline's settings and agrees in all others. The difference is taken seed by
-    seed, with a paired t-test and Holm's correction for the number of tests. Fewer than four shared test prompts allow
-    neither. Runs that failed, are missing or have no value of a metric are listed.
+    with a 95 % interval, which also covers the choice of test prompts if seeds share them. It also gets its difference
+    to the group that has the baseline's settings and agrees in all others. The difference is taken seed by seed, with a
+    paired t-test and Holm's correction for the number of tests. Fewer than four shared test prompts allow neither.
+    There is no test if what each test prompt adds to a metric is not on record, as for runs of `fit`. Runs that failed,
+    are missing or have no value of a metric are listed.
 
     OUT contains report.html, which needs no other file and also has the codes and the samples of runs; report.md;
     means, differences, tuning and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as

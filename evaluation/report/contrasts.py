@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.report.runs.pairs import PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value, as_value
-from lpc_lightning.evaluation.report.study import Group, LeftOut, Study, prompt_deviations, shared_by
+from lpc_lightning.evaluation.report.study import Group, LeftOut, Study, shared_by
 from lpc_lightning.evaluation.statistics.seeds import SeedDifference, paired_difference
 from lpc_lightning.evaluation.statistics.significance import holm
 
@@ -126,12 +127,16 @@ def _contrast(group: Group, baseline: Group, metric: str) -> Contrast:
     return Contrast(group, baseline, metric, difference, tuple(unpaired))
 
 
-def _prompt_differences(run: RunRecord, baseline: RunRecord, metric: str) -> dict[str, float] | None:
-    """Return what the pairs of each prompt add to the difference of two runs. None: they are not on record."""
-    ours, theirs = prompt_deviations(run, metric), prompt_deviations(baseline, metric)
-    if ours is None or theirs is None:
-        return None
-    return {prompt: ours.get(prompt, 0.0) - theirs.get(prompt, 0.0) for prompt in {**ours, **theirs}}
+def _prompt_differences(run: RunRecord, baseline: RunRecord, metric: str) -> PromptScores:
+    """Return the prompts behind the difference of two runs, and what each of them adds to it."""
+    ours, theirs = prompt_scores(run, metric), prompt_scores(baseline, metric)
+    prompts = None if ours.prompts is None or theirs.prompts is None else ours.prompts | theirs.prompts
+    if ours.deviations is None or theirs.deviations is None:
+        return PromptScores(prompts)
+    names = ours.deviations.keys() | theirs.deviations.keys()
+    return PromptScores(
+        prompts, {name: ours.deviations.get(name, 0.0) - theirs.deviations.get(name, 0.0) for name in names}
+    )
 
 
 def _by_seed(group: Group, metric: str) -> dict[str, RunRecord]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.artist import Artist
 
-from lpc_lightning.evaluation.comparison.comparison import LEVEL
+from lpc_lightning.evaluation.comparison.comparison import SIGNIFICANCE
 from lpc_lightning.evaluation.figures import (
     COLOURS,
     GREY,
@@ -57,7 +57,7 @@ def differences(subject: Subject) -> Drawn:
             _Row(
                 subject.study.label(contrast.group),
                 contrast.difference.estimate,
-                filled=contrast.p_corrected is not None and contrast.p_corrected < LEVEL,
+                filled=contrast.p_corrected is not None and contrast.p_corrected < SIGNIFICANCE,
             )
             for contrast in subject.contrasts
             if contrast.metric == metric and contrast.difference

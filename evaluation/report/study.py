@@ -9,11 +9,11 @@ from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
-from lpc_lightning.evaluation.report.runs.pairs import prompt_deviations as read_deviations
+from lpc_lightning.evaluation.report.runs.pairs import PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import FINISHED, RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
 from lpc_lightning.evaluation.statistics.clusters import shared_variance
-from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, NOTHING_SHARED, Estimate, Shared, estimate
+from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, NOT_ON_RECORD, Estimate, Shared, estimate
 
 ACCURACIES = ("val/rewards/accuracies", "test/rewards/accuracies")
 """Default metrics: the first of these that a run has logged."""
@@ -46,21 +46,24 @@ class Group:
         values = self.values(metric)
         if not values:
             return None
-        by_prompt = [prompt_deviations(record, metric) for record, _ in values]
+        by_prompt = [prompt_scores(record, metric) for record, _ in values]
         return estimate([value for _, value in values], shared_by(by_prompt))
 
 
-def prompt_deviations(record: RunRecord, metric: str) -> Mapping[str, float] | None:
-    """Return what the pairs of each prompt add to a metric of a run. None: they are not on record."""
-    if record.folder is None or not record.grid:
-        return None
-    return read_deviations(record.folder.parent, metric, record.metrics[metric])
+def shared_by(seeds: Sequence[PromptScores]) -> Shared:
+    """Estimate the variance that seeds share.
 
-
-def shared_by(seeds: Sequence[Mapping[str, float] | None]) -> Shared:
-    """Estimate the variance that seeds share. Without the pairs of all seeds it is not known, and taken as 0."""
-    known = [seed for seed in seeds if seed is not None]
-    return shared_variance(known) if len(known) == len(seeds) else NOTHING_SHARED
+    Without what each prompt adds to every seed it is known only if seeds have prompts of their own, or too few of them.
+    """
+    known = [seed.deviations for seed in seeds if seed.deviations is not None]
+    if len(known) == len(seeds):
+        return shared_variance(known)
+    prompts = [seed.prompts for seed in seeds if seed.prompts is not None]
+    if len(prompts) < len(seeds):
+        return NOT_ON_RECORD
+    # Zeros in place of what the prompts add: only the number of shared prompts is right.
+    shared = shared_variance([dict.fromkeys(each, 0.0) for each in prompts])
+    return NOT_ON_RECORD if shared.prompts and shared.variance is not None else shared
 
 
 class LeftOut(NamedTuple):
@@ -135,10 +138,13 @@ def _left_out(group: Group, metrics: Sequence[str]) -> Iterator[LeftOut]:
 def _without_interval(label: str, group: Group, metrics: Sequence[str]) -> Iterator[LeftOut]:
     for metric in metrics:
         mean = group.estimate(metric)
-        if mean is not None and 0 < mean.prompts < MIN_PROMPTS:
+        if mean is not None and mean.prompts and mean.low is None:
             count = "one prompt" if mean.prompts == 1 else f"{mean.prompts} prompts"
             reason = f"{metric}: all pairs have {count}; an interval needs {MIN_PROMPTS}"
             yield LeftOut(label, "no interval", reason)
+        elif mean is not None and mean.over_seeds_alone and mean.n > 1:
+            reason = f"{metric}: what each test prompt adds is not on record; the interval is over seeds alone"
+            yield LeftOut(label, "no test", reason)
 
 
 def make_study(records: Sequence[RunRecord], order: Mapping[str, Sequence[Value]] | None = None) -> Study:

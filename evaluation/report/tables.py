@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lpc_lightning.evaluation.comparison.comparison import LEVEL
+from lpc_lightning.evaluation.comparison.comparison import SIGNIFICANCE
 from lpc_lightning.evaluation.report.contrasts import Contrast
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
@@ -36,11 +36,11 @@ def means_table(study: Study, metrics: Sequence[str]) -> Table:
             records.append({**axes, "metric": metric, **numbers, "runs": len(group.records)})
         rows.append(cells)
     notes = [
-        "Mean over n seeds with Student's 95 % confidence interval. It covers what changes with the seed. If all "
-        "seeds are cells of ablate and are scored on the same prompts, the interval of a mean over pairs also covers "
-        "the choice of these prompts (prompts in the CSV file; 0: it does not). One seed, or fewer than "
-        f"{MIN_PROMPTS} such prompts, give no interval. If n is smaller than the number of runs, the other runs are "
-        "listed in the table of left-out runs."
+        "Mean over n seeds with Student's 95 % confidence interval. It covers what changes with the seed. If seeds are "
+        "scored on the same prompts, it also covers the choice of these prompts (prompts in the CSV file), except for "
+        "metrics that the table of left-out runs names: what each prompt adds to them is not on record. One seed, or "
+        f"fewer than {MIN_PROMPTS} such prompts, give no interval. If n is smaller than the number of runs, the other "
+        "runs are listed there, too."
     ]
     return Table("means", "Means over seeds", columns, rows, records, notes)
 
@@ -55,7 +55,7 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
     for contrast in contrasts:
         difference = contrast.difference
         mean = difference.estimate if difference else None
-        star = "* " if contrast.p_corrected is not None and contrast.p_corrected < LEVEL else ""
+        star = "* " if contrast.p_corrected is not None and contrast.p_corrected < SIGNIFICANCE else ""
         cells = [*_axis_cells(study, contrast.group), *([text_cell(contrast.metric)] if several else [])]
         cells += [
             text_cell(study.label(contrast.baseline, *_shared_axes(contrast.group, contrast.baseline))),
@@ -88,11 +88,11 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
     notes = [
         "Difference to the runs with the same seed and settings, except for "
         + " and ".join(f"{axis}={value}" for axis, value in baseline.items())
-        + ". Intervals and p cover the choice of test prompts as in the table of means. p: paired t-test; Holm: "
-        + f"corrected for all {count} tests shown; *: Holm below {LEVEL}. Sign flips: the exact test over seeds alone. "
-        "It assumes no normal distribution and is not corrected; with n seeds it is never below 2^(1 - n). If all "
-        f"differences are equal, t is not defined, and p is that of the sign flips. Fewer than {MIN_PROMPTS} test "
-        "prompts, shared by the seeds, allow no test."
+        + ". Intervals cover the choice of test prompts as in the table of means; where they do not, there is no p. p: "
+        f"paired t-test; Holm: corrected for all {count} tests shown; *: Holm below {SIGNIFICANCE}. Sign flips: the "
+        "exact test over seeds alone. It assumes no normal distribution and is not corrected; with n seeds it is never "
+        "below 2^(1 - n). If all differences are equal, t is not defined, and p is that of the sign flips. Fewer than "
+        f"{MIN_PROMPTS} test prompts, shared by the seeds, allow no test."
     ]
     return Table("differences", "Differences to the baseline", columns, rows, records, notes)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from lpc_lightning.evaluation.statistics.seeds import LEVEL, MIN_PROMPTS, NOTHING_SHARED, Shared
+from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, MIN_PROMPTS, NOTHING_SHARED, Shared
 
 
 def cluster_sums(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -115,7 +115,7 @@ def bootstrap_interval(
         vectorized=True,
         n_resamples=resamples,
         batch=max(1, 2**22 // len(sums)),
-        confidence_level=LEVEL,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
     )

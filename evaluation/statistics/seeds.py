@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
 """Coverage of the confidence intervals."""
 MAX_EXACT_FLIPS = 16
 """Largest number of differences whose 2^n sign patterns are all tried. For more, 2^16 patterns are drawn."""
@@ -27,9 +27,12 @@ class Shared:
     `MIN_PROMPTS`."""
     prompts: int = 0
     """Number of prompts that several seeds have."""
+    on_record: bool = True
+    """False: seeds may share prompts, and what each prompt adds to the scores is not on record."""
 
 
 NOTHING_SHARED = Shared()
+NOT_ON_RECORD = Shared(on_record=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class Estimate:
     prompts: int = 0
     """Number of test prompts that several seeds share. The interval covers the choice of these prompts, too. There is
     none for fewer than `MIN_PROMPTS`."""
+    over_seeds_alone: bool = False
+    """True: the seeds may share test prompts, and the interval does not cover their choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class SeedDifference:
     """Mean of the differences, setting minus baseline."""
     p_value: float | None = None
     """Two-sided p-value of the paired t-test, with the variance of `estimate`. If all differences are equal, t is
-    undefined, and this is `p_signs`. None if `estimate` has no interval."""
+    undefined, and this is `p_signs`. None if `estimate` has no interval, or one over seeds alone."""
     p_signs: float | None = None
     """Two-sided p-value of the sign-flip test, which does not assume a normal distribution. At least 2^(1 - n). None
     if `estimate` has no interval."""
@@ -90,8 +95,8 @@ def estimate(values: Sequence[float], shared: Shared = NOTHING_SHARED) -> Estima
     if shared.variance is None:
         return Estimate(len(samples), mean, deviation, prompts=shared.prompts)
     error, freedom = _standard_error(deviation, len(samples), shared.variance, shared.prompts)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
-    return Estimate(len(samples), mean, deviation, mean - half, mean + half, shared.prompts)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return Estimate(len(samples), mean, deviation, mean - half, mean + half, shared.prompts, not shared.on_record)
 
 
 def _standard_error(deviation: float, count: int, variance: float, prompts: int) -> tuple[float, float]:
@@ -125,6 +130,8 @@ def paired_difference(
     if mean.deviation is None or shared.variance is None:
         return SeedDifference(mean)
     p_signs = sign_flip_test(differences)
+    if not shared.on_record:
+        return SeedDifference(mean, None, p_signs)
     # t is meaningless if the differences are equal up to rounding.
     scale = max(np.abs(baseline).max(), np.abs(other).max())
     if mean.deviation <= 1e-12 * scale:

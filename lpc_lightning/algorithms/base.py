@@ -193,7 +193,10 @@ class PreferenceModule(PolicyModule):
         if self.robust_loss is not None:
             reliability = self.robust_loss.reliabilities(batch.annotators, batch.lengths.device)
             loss = partial(self.pair_loss, reliability=reliability)
-        return forward, BatchScorer(forward, batch.lengths, reference, loss, code_range, batch.margins)
+        scorer = BatchScorer(
+            forward, batch.lengths, reference, loss, code_range, batch.margins, preference_loss=self.preference_loss
+        )
+        return forward, scorer
 
     def on_train_start(self) -> None:
         """Restore the position in the data of a resumed run, compare its length, and run the warm start.

@@ -69,6 +69,7 @@ class BatchScorer:
         loss: Callable[[PairLogps], PairLosses],
         code_range: float | None = None,
         target_margins: Tensor | None = None,
+        preference_loss: Callable[[PairLogps], PairLosses] | None = None,
     ) -> None:
         """Keep the values that do not depend on z.
 
@@ -79,8 +80,10 @@ class BatchScorer:
             loss: The preference loss.
             code_range: See `token_logps_per_code`.
             target_margins: (B,) target margins of the loss. None: 0.
+            preference_loss: The loss of labels that are surely right. None: `loss`.
         """
         self._target_margins = target_margins
+        self._preference_loss = preference_loss or loss
         self._forward, self._lengths, self.reference, self._loss = forward, lengths, reference, loss
         # Several values of a batch are computed under the same codes. They share one pass through the head.
         self._logps_per_code = lru_cache(maxsize=1)(partial(forward.logps_per_code, code_range=code_range))
@@ -98,8 +101,19 @@ class BatchScorer:
 
     def rescaled(self, scale: Callable[[PairLogps], PairLogps]) -> BatchScorer:
         """Return a scorer whose loss receives rescaled log-probabilities. It shares those per code."""
-        other, loss = copy.copy(self), self._loss
+        other, loss, preference_loss = copy.copy(self), self._loss, self._preference_loss
         other._loss = lambda logps: loss(scale(logps))
+        other._preference_loss = lambda logps: preference_loss(scale(logps))
+        return other
+
+    def without_label_noise(self) -> BatchScorer:
+        """Return a scorer of the preferences: the labels are surely right. It shares the log-probabilities per code.
+
+        A robust loss gives the likelihood of a label that may be wrong. For an annotator whose labels are mostly wrong,
+        the likelier label is not the preferred one.
+        """
+        other = copy.copy(self)
+        other._loss = self._preference_loss
         return other
 
     def losses(self, logps: PairLogps) -> PairLosses:

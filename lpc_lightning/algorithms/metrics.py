@@ -148,7 +148,7 @@ class PairMeans(Metric):
         return dict(zip(self.names, self.sums / self.pairs, strict=True))
 
 
-def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+def ratio_of_sums(losses: Tensor, weights: Tensor) -> Tensor:
     """Divide sums () of weighted losses by sums () of their weights. 0 if all weights are 0, as in `weighted_mean`."""
     return losses / weights.where(weights > 0, 1.0)
 
@@ -190,7 +190,7 @@ class SourceMeans(Metric):
             if has_pairs:
                 values |= {
                     f"accuracy/{name}": correct / pairs,
-                    f"loss/{name}": weighted(losses, weights),
+                    f"loss/{name}": ratio_of_sums(losses, weights),
                     f"pairs/{name}": pairs,
                 }
         return values
@@ -240,7 +240,7 @@ class PreferenceMetrics(torch.nn.Module):
         """Return all metrics since the last call, over all devices, and reset them."""
         means = self.means.compute()
         if "weight" in means:
-            means["loss"] = weighted(means["loss"], means["weight"])
+            means["loss"] = ratio_of_sums(means["loss"], means["weight"])
         values: dict[str, float | Tensor] = {**means, **self.settings}
         if self.use is not None:
             values |= self.use.compute()

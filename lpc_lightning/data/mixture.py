@@ -90,8 +90,8 @@ class PreferenceMixture(PreferenceDataModule):
     """Preference pairs from several data sets.
 
     Each data set has its own files, columns and splits, and is tokenized and cached by itself, as if it were used
-    alone. Training pairs of all data sets are shuffled together; each epoch uses each data set as often as its weight
-    or count says. Validation and test use all pairs of these stages once, and report metrics for each data set, too.
+    alone. Training pairs of all data sets are shuffled together; each epoch uses each data set by its weight or
+    count. Validation and test use all pairs of these stages once, and report metrics for each data set, too.
     Label noise decides for each data set by itself, so that a repeated pair has one label.
     """
 
@@ -148,7 +148,7 @@ class PreferenceMixture(PreferenceDataModule):
         reports: dict[str, DataReport] = {}
         marked = self._noise is not None and self._noise.marks_prompts
         for name, source in self._sources(stage):
-            # Marked prompts depend on the name, which label noise may ask for. Other tokens are shared between names.
+            # Marked prompts depend on the name, which label noise may use. Other tokens are shared between names.
             rows = NamedSource(source, name) if marked else source
             try:
                 stores[name], reports[name] = self._tokens(stage, rows, tokenizer)

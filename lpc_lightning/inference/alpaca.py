@@ -15,7 +15,7 @@ from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.json_files import write_json
 from lpc_lightning.files.output_paths import check_file, claim_output_file
-from lpc_lightning.inference.fingerprint import weights_of
+from lpc_lightning.inference.fingerprint import weights_fingerprint
 from lpc_lightning.inference.generate import conditions
 from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_policy
@@ -72,7 +72,12 @@ def alpaca(
     decoding = Decoding(max_new_tokens, temperature, top_p, seed=seed, batch_size=batch_size)
     opened = open_policy(model, dtype, device, generator, trust_remote_code)
     (under,) = conditions(opened, prior_mode, [], None)
-    settings = {"generator": opened.name, "model": model, "weights": weights_of(model), "prior_mode": prior_mode}
+    settings = {
+        "generator": opened.name,
+        "model": model,
+        "weights": weights_fingerprint(model),
+        "prior_mode": prior_mode,
+    }
     settings |= {"dtype": dtype, **asdict(decoding)}
     del settings["batch_size"]  # it does not change the answers
     path = Path(output)

@@ -133,8 +133,8 @@ def _use(model: Exported) -> str:
         parts.append(
             "`trust_remote_code=True` runs `modeling_lpc.py` from this folder; it needs torch, transformers 5 and "
             "safetensors, and nothing of the suite that trained the model. **Without it transformers opens the same "
-            "weights as a plain model without a latent (z = 0). That is not the policy that was trained**; it is "
-            "what is left of it where remote code is not allowed."
+            "weights as a plain model without a latent (z = 0). That is not the policy that was trained.** Use it only "
+            "where remote code is not allowed."
         )
     return "\n\n".join(parts)
 
@@ -266,12 +266,12 @@ def _limits(model: Exported) -> str:
     points = [
         "Validation pairs come from the same source as the training pairs. Accuracy on them measures how well these "
         "preferred answers are recognised. It does not measure how good the answers are.",
-        "Nobody has checked this model for safety by exporting it. It has what its base model and its data had.",
+        "The export checks nothing about safety. Expect the faults of the base model and of the training pairs.",
     ]
     if model.latent is not None:
         points += [
-            "z moves the odds of each token by the same amount at every place of an answer. It leans answers one way; "
-            "it does not plan them.",
+            "z changes the odds of each token by the same factor at every place of an answer. It can therefore change "
+            "the choice of words, but not the order of an answer's parts.",
             "A codebook may collapse, or its codes may have one effect. See the results above, and compare answers "
             "under several codes before you read meaning into their numbers.",
             "Assisted decoding and continuous batching are refused, since they hide where a prompt ends.",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.output_paths import check_file, claim_output_file
-from lpc_lightning.inference.generation import Answered, Condition, Decoding, answers
+from lpc_lightning.inference.generation import Answered, Condition, Decoding, answers, marked
 from lpc_lightning.inference.opening import OpenedPolicy, open_policy
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
 from lpc_lightning.inference.side_by_side import side_by_side
@@ -119,15 +119,15 @@ def conditions(
         prior(torch.zeros(1, prior.width, device=opened.policy.model.device), prior_mode)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    conditions = [Condition("prior" if prior_mode is None else f"prior, {prior_mode}", prior_mode)]
+    chosen = [Condition("prior" if prior_mode is None else f"prior, {prior_mode}", prior_mode)]
     if code_weights is not None:
-        conditions.append(Condition("code weights", code_weights=_weights(code_weights, opened)))
+        chosen.append(Condition("code weights", code_weights=_weights(code_weights, opened)))
     for code in codes:
         if prior.num_codes is None or not 0 <= code < prior.num_codes:
             kind = "has no codes" if prior.num_codes is None else f"has the codes 0 to {prior.num_codes - 1}"
             raise ConfigError(f"codes: found {code}, but the latent of {opened.name} {kind}.")
-        conditions.append(Condition(f"code {code}", code))
-    return conditions
+        chosen.append(Condition(f"code {code}", code))
+    return chosen
 
 
 def _weights(given: Sequence[str], opened: OpenedPolicy) -> tuple[float, ...]:
@@ -167,12 +167,14 @@ def _report(
     output: str | None,
 ) -> None:
     width = shutil.get_terminal_size().columns
+    # Checks the prompts before the file of earlier answers is emptied.
+    answered = answers(opened, prompt_list, under, decoding)
     with ExitStack() as stack:
         file = stack.enter_context(Path(output).open("w", encoding="utf-8")) if output else None
         bar = stack.enter_context(
             tqdm(total=len(prompt_list), unit="prompt", disable=len(prompt_list) <= decoding.batch_size)
         )
-        for number, answer in enumerate(answers(opened, prompt_list, under, decoding), 1):
+        for number, answer in enumerate(answered, 1):
             if file is not None:
                 file.write(json.dumps({"model": opened.name, **asdict(answer)}, ensure_ascii=False) + "\n")
                 file.flush()
@@ -188,5 +190,5 @@ def _format(answer: Answered, number: int, width: int) -> str:
         ranked = sorted(enumerate(answer.prior), key=lambda code: -code[1])
         codes = ", ".join(f"{code} ({share:.3f})" for code, share in ranked[:TOP])
         lines.append(f"Likeliest codes under the prior: {codes}")
-    texts = {each.under: each.text + ("" if each.finished else " [...]") for each in answer.answers}
+    texts = {each.under: marked(each.text, each.finished) for each in answer.answers}
     return "\n".join([*lines, "", side_by_side(texts, width), ""])

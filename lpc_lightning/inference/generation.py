@@ -92,6 +92,11 @@ class Answer:
     """True if the answer ended with an end token. False at the token limit or at the end of the context."""
 
 
+def marked(text: str, finished: bool) -> str:
+    """Return the text of an answer, with a mark if it is not finished."""
+    return text if finished else f"{text} [...]"
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
     """Prompt with all its answers."""

@@ -113,8 +113,8 @@ class InferencePrior(nn.Module):
 
         Args:
             prompt: (B, d) h_x, on any device: the last layer and the LM head of a model may be on different ones.
-            mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. None: as settings
-                say.
+            mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. None: by the
+                settings.
             code_weights: (K,) or (B, K) weights over the codebook instead of the prior. They are not normalised.
 
         Returns:

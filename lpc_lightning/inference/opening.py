@@ -21,6 +21,7 @@ from lpc_lightning.inference.checkpoints import (
     checkpoint_origin,
     read_checkpoint,
     run_config,
+    run_folder,
     trained_template,
 )
 from lpc_lightning.inference.modeling_lpc import (
@@ -245,5 +246,5 @@ def short_name(path: str) -> str:
     place = Path(os.path.abspath(path)) if Path(path).exists() else Path(path)
     if not _is_checkpoint(path):
         return place.name.removesuffix(".gguf").lstrip(".") or "model"
-    run = place.parent.parent if place.parent.name == "checkpoints" else place.parent
+    run = run_folder(place)
     return (f"{run.name}-{place.stem}" if run.name else place.stem).lstrip(".") or "model"

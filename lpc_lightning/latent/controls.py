@@ -194,7 +194,9 @@ class GaussianSpace(LatentSpace):
         """Compute z = c E (B, d) from weights c (B, K)."""
         return self.codebook(weights)
 
-    def adaptation_values(self, states: PairStates, score: PairScorer, swapped: PairScorer) -> dict[str, Tensor]:
+    def adaptation_values(
+        self, states: PairStates, score: PairScorer, preference: PairScorer, opposite: PairScorer
+    ) -> dict[str, Tensor]:
         """Compute the means of the weights c under prior and posterior."""
         return {"prior_mean": self.prior_mean(states.prompt), "posterior_mean": self.posterior_mean(states)}
 

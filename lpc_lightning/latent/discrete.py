@@ -116,12 +116,15 @@ class DiscreteSpace(LatentSpace):
         log_posterior = self.log_posterior(states, score)
         return None if log_posterior is None else self.codebook(log_posterior.exp())
 
-    def adaptation_values(self, states: PairStates, score: PairScorer, swapped: PairScorer) -> dict[str, Tensor]:
-        """Compute the prior, and the negative log-likelihoods of both labels under each code."""
+    def adaptation_values(
+        self, states: PairStates, score: PairScorer, preference: PairScorer, opposite: PairScorer
+    ) -> dict[str, Tensor]:
+        """Compute the prior, and the log-likelihoods of the labels and of both preferences under each code."""
         return {
             "log_prior": self.log_prior(states.prompt),
-            "losses": -score.under_codes(self.codes)[0].label_log_likelihood,
-            "swapped": -swapped.under_codes(self.codes)[0].label_log_likelihood,
+            "evidence": score.under_codes(self.codes)[0].label_log_likelihood,
+            "losses": -preference.under_codes(self.codes)[0].label_log_likelihood,
+            "swapped": -opposite.under_codes(self.codes)[0].label_log_likelihood,
         }
 
     def label_log_likelihood(self, states: PairStates, score: PairScorer) -> Tensor:

@@ -54,10 +54,12 @@ class PosteriorSpace(DiscreteSpace):
         """Compute log q(k given x, y_w over y_l) (B, K) with the posterior network. `score` is not used."""
         return self.posterior.logits(states).log_softmax(-1)
 
-    def adaptation_values(self, states: PairStates, score: PairScorer, swapped: PairScorer) -> dict[str, Tensor]:
+    def adaptation_values(
+        self, states: PairStates, score: PairScorer, preference: PairScorer, opposite: PairScorer
+    ) -> dict[str, Tensor]:
         """Compute the values of `DiscreteSpace`, and the learned posterior."""
         posterior = self.log_posterior(states, score)
-        return super().adaptation_values(states, score, swapped) | {"log_posterior": posterior}
+        return super().adaptation_values(states, score, preference, opposite) | {"log_posterior": posterior}
 
     def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
         """Compute the sum of the cross-entropies of prior and posterior: (B,), in nats."""

@@ -203,18 +203,22 @@ class LatentSpace(nn.Module, ABC):
         """Compute the posterior that labels are correct (B,). None without codes, or if the loss does not infer it."""
         return None
 
-    def adaptation_values(self, states: PairStates, score: PairScorer, swapped: PairScorer) -> dict[str, Tensor]:
+    def adaptation_values(
+        self, states: PairStates, score: PairScorer, preference: PairScorer, opposite: PairScorer
+    ) -> dict[str, Tensor]:
         """Compute the values (B, K) of labelled pairs from which an annotator's weights of the codes are inferred.
 
         Args:
             states: Hidden states of the pairs.
             score: Losses of the labels.
-            swapped: Losses of the opposite labels.
+            preference: Losses of the labels if they are surely right.
+            opposite: Losses of the opposite labels if they are surely right.
 
         Returns:
-            By name. With `has_codes`: `log_prior`, and the negative log-likelihoods `losses` of the labels and
-            `swapped` of the opposite labels under each code, in nats. With a posterior network also `log_posterior`.
-            With continuous weights: their means `prior_mean` and `posterior_mean`. Empty without a codebook.
+            By name. With `has_codes`: `log_prior`, and under each code, in nats, the log-likelihoods `evidence` of the
+            labels, and the negative log-likelihoods `losses` of the preferences and `swapped` of the opposite ones.
+            With a posterior network also `log_posterior`. With continuous weights: their means `prior_mean` and
+            `posterior_mean`. Empty without a codebook.
         """
         return {}
 

@@ -1,7 +1,7 @@
 """Policies: settings, and the causal language models that they build."""
 
 from lpc_lightning.policy.causal import CausalPolicy
-from lpc_lightning.policy.fingerprint import fingerprint
+from lpc_lightning.policy.fingerprint import policy_fingerprint
 from lpc_lightning.policy.lora import LoRA
 from lpc_lightning.policy.pretrained import PretrainedPolicy
 from lpc_lightning.policy.spec import PolicySpec
@@ -13,5 +13,5 @@ __all__ = [
     "PolicySpec",
     "PretrainedPolicy",
     "TinyPolicy",
-    "fingerprint",
+    "policy_fingerprint",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lpc_lightning.errors import UnsupportedPolicyError, one_line
-from lpc_lightning.policy.attention_kernel import check_kernel, eager_attention, is_flash, rounding
+from lpc_lightning.policy.attention_kernel import check_kernel, difference, eager_attention, is_flash, rounding
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.graphed_backbone import GraphedBackbone
 from lpc_lightning.policy.head import check_head, head_of
@@ -143,8 +143,8 @@ class CausalPolicy(nn.Module):
             packed = self.states(row, torch.ones_like(row), segments, torch.tensor([starts], device=alone.device))
         except (RuntimeError, ValueError):
             return False
-        kept = torch.cat([packed[:, :first], packed[:, first + second :]], dim=1)
-        return bool((kept - alone).abs().max() <= rounding(alone) * alone.abs().max())
+        pieces = (packed[:, :first], alone[:, :first]), (packed[:, first + second :], alone[:, first:])
+        return all(difference(*piece) <= rounding(alone) for piece in pieces)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Turn on or off that the backward pass recomputes each layer's states from the one that is kept."""

@@ -16,7 +16,7 @@ IGNORED_FIELDS = ("_name_or_path", "architectures", "transformers_version")
 """Config fields that do not change the model's outputs."""
 
 
-def fingerprint(policy: CausalPolicy, adapter: bool = False) -> str:
+def policy_fingerprint(policy: CausalPolicy, adapter: bool = False) -> str:
     """Hash a policy. It takes about a second per gigabyte and processor.
 
     Args:

@@ -57,7 +57,12 @@ def visible_pairs(segments: Tensor, position_ids: Tensor, window: int | None) ->
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None] | None:
-    """Return the window of each layer type (None: full), or None if a type (recurrent, chunked) has no mask."""
+    """Return the window of each layer type (None: full), or None if a type (recurrent, chunked) has no mask.
+
+    GPT-Neo computes the windows of its local layers itself, from places in the row.
+    """
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return None
     window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or [FULL if window is None else WINDOWED])
     if not types <= {FULL, WINDOWED}:

@@ -32,7 +32,7 @@ PRODUCT = 2**16
 PADDING = 2**12
 """Scores per head of padding that a product may have. They take about as long as the start of another product."""
 
-SCORE_CHANGES = ("position_bias", "s_aux", "sinks", "softcap")
+SCORE_CHANGES = ("block_indices", "indices", "position_bias", "s_aux", "sinks", "softcap")
 """Arguments of transformers with which a family changes the scores or their softmax."""
 LANES = 16
 """The keys of a product are padded to a multiple of this number, so that no vector of sums is cut off."""

@@ -22,7 +22,7 @@ from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.distributed.sharding import reshard
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.integrity import code_digest
-from lpc_lightning.policy import CausalPolicy, PolicySpec, fingerprint
+from lpc_lightning.policy import CausalPolicy, PolicySpec, policy_fingerprint
 from lpc_lightning.policy.segment_attention import SEGMENT
 from lpc_lightning.reference.live import PolicyOwner
 from lpc_lightning.reference.pair_cache import PairCache
@@ -66,7 +66,7 @@ class CachedReference(ABC):
             policy: The model, before training.
             spec: Spec that it was built from.
         """
-        self._spec, self._weights = spec, fingerprint(policy)
+        self._spec, self._weights = spec, policy_fingerprint(policy)
         self.passes: dict[Stage, Pass] = {}
         """Work of the last run, by stage."""
 
@@ -112,7 +112,7 @@ class CachedReference(ABC):
             ConfigError: Its weights are not those of the first time.
         """
         policy = self._spec.build()
-        if fingerprint(policy) != self._weights:
+        if policy_fingerprint(policy) != self._weights:
             raise ConfigError(
                 f"{self.setting}: found other weights than those that this module was built from, expected the same "
                 "weights for its reference. Build the module again, or set model.reference: live before training."

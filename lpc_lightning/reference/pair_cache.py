@@ -112,7 +112,7 @@ class PairCache:
         if hashlib.sha256(arrays).digest() != digest:
             raise ValueError("their content does not have its digest")
         with np.load(io.BytesIO(arrays), allow_pickle=False) as stored:
-            indices, values = stored["places"], stored["values"]
+            indices, values = stored["indices"], stored["values"]
         if values.shape != (len(indices), self._numbers) or np.isnan(values).any() or (indices >= self._pairs).any():
             raise ValueError(f"they are not {self._numbers} each of {self._pairs} pairs")
         return indices, values
@@ -121,6 +121,6 @@ class PairCache:
 def _packed(indices: np.ndarray, values: np.ndarray) -> bytes:
     """Return the content of a part."""
     file = io.BytesIO()
-    np.savez(file, places=indices, values=values)
+    np.savez(file, indices=indices, values=values)
     arrays = file.getvalue()
     return arrays + hashlib.sha256(arrays).digest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,15 @@ from lpc_lightning.algorithms import DPO, IPO
 from lpc_lightning.callbacks import AnnotatorAdaptation, PreferenceAccuracy
 from lpc_lightning.data import PreferenceData, SyntheticPreferences
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.ablation.cells.cell_run import write_pairs
+from lpc_lightning.evaluation.ablation.cells.folder import CellFolder
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, code_weights
 from lpc_lightning.evaluation.adaptation.scores import PairTables, adaptation_scores
+from lpc_lightning.evaluation.report.runs.pairs import prompt_scores
+from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.latent import ExpectedSpace, GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace
 from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.robust import REPO
 
 CODES: dict[str, Any] = {"num_codes": 4, "init_logit_std": 2.0}
 
@@ -127,6 +133,46 @@ def test_zero_shots_is_the_marginal_accuracy(
         assert logged[f"{stage}/adaptation/exact/0"] == logged[f"{stage}/accuracy/marginal"]
         assert logged[f"{stage}/adaptation/prior"] == logged[f"{stage}/rewards/accuracies"]
         assert logged[f"{stage}/adaptation/no_latent"] == logged[f"{stage}/accuracy/no_latent"]
+
+
+def test_cells_record_every_mean_over_pairs(
+    data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    """A report finds what each prompt adds to a metric, of all metrics but those named here."""
+    trainer = make_trainer(callbacks=[AnnotatorAdaptation(under_z=True), PreferenceAccuracy(["annotator"])])
+    (logged,) = trainer.test(make_module(GumbelSpace(**CODES)), datamodule=data, verbose=False)
+    folder = CellFolder(tmp_path / "cell")
+    folder.path.mkdir()
+    write_pairs(folder, "test", trainer)
+    record = RunRecord("cell", folder=folder.run, grid="grid", metrics=logged)
+    on_record = {name: scores for name in logged if (scores := prompt_scores(record, name).deviations) is not None}
+    others = re.compile(
+        "test/(pairs.*|latent/.*|rewards/(chosen|rejected)|logps/.*|calibration_error/.*|adaptation/ceiling"
+        "|share_of_best|kl.*|z_.*|.*entropy.*)"
+    )
+    assert {name for name in logged if not others.fullmatch(name)} == set(on_record)
+    assert on_record["test/adaptation/exact/0"] == pytest.approx(on_record["test/accuracy/marginal"])
+    assert on_record["test/adaptation/exact_z/0"] == pytest.approx(on_record["test/rewards/accuracies"])
+
+
+def test_useless_labels_leave_the_preference(
+    data: SyntheticPreferences, make_module: Any, make_trainer: Callable[..., Trainer]
+) -> None:
+    """Labels that are wrong half of the time favour no code. The predictions are those of the preference."""
+    module, shots, found = make_module(MarginalSpace(num_codes=3, init_logit_std=2.0)), [0, 1, 5], []
+    for robust_loss in (None, REPO(initial=0.5)):
+        module.robust_loss = robust_loss
+        callback = AnnotatorAdaptation(shots=shots)
+        (logged,) = make_trainer(callbacks=[callback]).validate(module, data, verbose=False)
+        found.append([logged[f"val/adaptation/exact/{n}"] for n in shots])
+    assert found[1] == [found[0][0]] * 3
+    assert found[0][0] != 0.5
+    batch = data.make_layout()(list(data.pairs["validation"]))
+    with torch.no_grad():
+        prior = module.latent.log_prior(module.policy(batch).states.prompt).exp().double().numpy()
+    for name, weights in callback.report.weights.items():
+        own = [annotator == name for annotator in batch.annotators]
+        assert weights == pytest.approx(prior[own].mean(0), abs=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 14])

@@ -66,7 +66,7 @@ def test_no_warning_without_reference(fit: Callable[..., Any]) -> None:
 
 
 def test_patience_below_one() -> None:
-    with pytest.raises(ConfigError, match="patience: found 0, expected at least 1"):
+    with pytest.raises(ConfigError, match=r"ChosenRewardWarning\.patience: found 0, expected at least 1"):
         ChosenRewardWarning(patience=0)
 
 

@@ -124,7 +124,7 @@ def test_only_training_labels_change(run: Any, cache: Path, tmp_path: Path) -> N
     assert record["ids"] == flipped
     assert (record["pairs"], record["flipped"], record["reached"]) == (40, len(flipped), len(flipped) / 40)
     names = list(expected_flips(noise, cache))
-    assert [names[index] for index in record["places"]] == flipped
+    assert [names[index] for index in record["indices"]] == flipped
     sources = {example.id: example.source for example in data(cache).source("train").examples}  # type: ignore[union-attr]
     assert record["sources"] == [sources[name] for name in flipped]
 

@@ -22,7 +22,7 @@ from lpc_lightning.algorithms import DPO
 from lpc_lightning.callbacks import AnswerSamples
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.samples import read_samples
+from lpc_lightning.evaluation.samples import read_samples, write_samples
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import LoRA
 from lpc_lightning.seeding import derive
@@ -93,6 +93,16 @@ def test_samples_against_stock_generate(train: Callable[..., Run], tmp_path: Pat
         seen.append(record["prompt"])
     examples = data.generator.examples(6, "validation")
     assert seen == [[dict(message) for message in example.prompt] for example in examples[:2]]
+
+
+def test_read_samples_with_line_separators(tmp_path: Path) -> None:
+    """Texts may contain every character at which Python splits lines."""
+    text = "".join(chr(code) for code in range(0x3000) if len(f"a{chr(code)}b".splitlines()) > 1)
+    assert len(text) > 8
+    answers = [{"under": "prior", "decoding": "greedy", "text": text, "finished": True}]
+    records = [{"step": 0, "prompt": [{"role": "user", "content": text}], "prior": None, "answers": answers}]
+    write_samples(tmp_path, records)
+    assert read_samples(tmp_path) == records
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_unknown_policy_is_refused(command: Command, places: list[str], tmp_path
     ("flags", "pattern"),
     [
         (["--data.batch_size=0"], r"data\.batch_size: found 0, expected at least 1"),
-        (["--data.max_length=0"], r"max_length=0: expected a number of tokens from 1 on"),
+        (["--data.max_length=0"], r"data\.max_length: found 0, expected a number of tokens from 1 on"),
         (["--latent.num_codes=0"], r"latent\.num_codes: found 0, expected at least 1"),
         (
             ["--latent.prior_mode=3"],

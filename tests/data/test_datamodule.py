@@ -320,7 +320,7 @@ def test_columns_with_other_names(data: Any, write_rows: Any) -> None:
             {"batch_order": ByAnnotator(3), "batch_size": 8},
             r"pairs_per_annotator: found 3, expected a divisor of data\.batch_size \(8\)",
         ),
-        ({"max_length": 0}, r"max_length=0: expected a number of tokens from 1 on"),
+        ({"max_length": 0}, r"data\.max_length: found 0, expected a number of tokens from 1 on"),
         ({"validation_share": 1.0}, r"data\.validation_share: found 1\.0, expected a share from 0 to below 1"),
         ({"path": {"test": "a.jsonl"}}, r"data\.path: found files for \['test'\], expected train"),
         ({"path": {"train": "a.jsonl", "dev": "b.jsonl"}}, r"data\.path: found files for \['dev', 'train'\]"),

@@ -155,7 +155,7 @@ def write_ablation(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 
     `value` takes a cell's values in order and its seed. It returns `val/rewards/accuracies`, or a text: the error of a
     failed cell, or None: the cell was never started. The metric rises to the value over four validations, and the
-    training loss falls from 0.7 over eight steps.
+    training loss falls from 0.7 over eight steps. Each seed has prompts of its own.
     """
 
     def write(
@@ -212,3 +212,6 @@ def _write_cell(folder: Path, axes: Mapping[str, Any], seed: int | None, value: 
     }
     results |= {"parameters": {"policy": 1000, "latent": 24 if latent else 0}, "step": 8}
     (cell / "results.json").write_text(json.dumps(results))
+    labels = {"flipped": False, "tokens": [3, 3], "margins": {"prior": 1.0}}
+    for stage in ("validation", "test"):
+        write_rows(cell / f"pairs_{stage}.jsonl", [{"prompt": f"{number} of {seed}", **labels} for number in range(4)])

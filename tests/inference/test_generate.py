@@ -190,6 +190,17 @@ def test_a_plain_model_has_nothing_to_choose(generate: Run, plain: str, flags: l
     assert err.endswith(f"\nerror: {name}: plain has no latent, so that there is nothing to choose.\n")
 
 
+def test_invalid_prompts_keep_earlier_answers(generate: Run, plain: str, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    generate("--model", plain, "--prompt", PROMPT, "--max-new-tokens=1", f"--output={output}")
+    earlier = output.read_text()
+    code, _, err = generate("--model", plain, "--prompt", "a " * 10_000, f"--output={output}")
+    assert code == 1
+    assert "prompt 1: found" in err
+    assert earlier
+    assert output.read_text() == earlier
+
+
 def test_a_model_that_is_not_there(generate: Run, tmp_path: Path) -> None:
     code, _, err = generate("--model", str(tmp_path / "none.ckpt"), "--prompt=a")
     assert code == 1

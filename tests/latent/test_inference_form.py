@@ -85,7 +85,7 @@ def test_space_states_what_it_has(space: LatentSpace, dpo_toy: Any, build: Calla
     build(space, dpo_toy)
     states, score = dpo_toy.states, dpo_toy.score
     prior = space.log_prior(states.prompt)
-    values = space.adaptation_values(states, score, score.swapped())
+    values = space.adaptation_values(states, score, score, score.swapped())
     assert space.has_codes == (prior is not None)
     assert (space.num_codes > 0) == bool(values)
     assert all(value.shape == (len(states.prompt), space.num_codes) for value in values.values())

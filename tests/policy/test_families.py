@@ -69,8 +69,28 @@ FAMILIES = {
     "gptj": Family({"rotary_dim": 4}, kernel="eager"),
     "codegen": Family({"rotary_dim": 4, "num_attention_heads": 4}, kernel="eager"),
     "xglm": Family({"ffn_dim": 32}, kernel="eager"),
+    "deepseek_v32": Family(
+        {
+            **EXPERTS,
+            "num_key_value_heads": 2,
+            "head_dim": None,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "index_topk": 4,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+        },
+        kernel="eager",
+        packs=False,
+    ),
     # Attention in windows of its own, biases by distance in the row, or recurrent layers.
-    "gpt_neo": Family({"attention_types": [[["global", "local"], 1]], "window_size": 5}, kernel="eager", packs=False),
+    "gpt_neo": Family({"attention_types": [[["global", "local"], 1]], "window_size": 24}, kernel="eager", packs=False),
     "bloom": Family(kernel="eager", packs=False),
     "mpt": Family(kernel="eager", packs=False),
     "lfm2": Family({"layer_types": ["conv", "full_attention"], "block_multiple_of": 32}, packs=False),
@@ -172,7 +192,9 @@ def test_kernel_with_other_states_is_refused() -> None:
     """A class that claims a kernel which drops a part of its attention."""
     policy = spec_of("gpt_oss").build()
     policy.causal_lm.config._attn_implementation = "sdpa"
-    with pytest.raises(UnsupportedPolicyError, match=r"GptOssModel under sdpa are .* Set policy\.attention to eager"):
+    with pytest.raises(
+        UnsupportedPolicyError, match=r"GptOssModel under sdpa differ .* Set policy\.attention to eager"
+    ):
         CausalPolicy(policy.causal_lm)
     policy.causal_lm.config._attn_implementation = "segment"
     with pytest.raises(UnsupportedPolicyError, match="found s_aux, which segment attention does not compute"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lpc_lightning.policy import CausalPolicy, LoRA, PretrainedPolicy, TinyPolicy, fingerprint
+from lpc_lightning.policy import CausalPolicy, LoRA, PretrainedPolicy, TinyPolicy, policy_fingerprint
 
 
 def tiny(**settings: Any) -> CausalPolicy:
@@ -19,7 +19,11 @@ def test_fingerprint_equal_for_equal_policies(tmp_path: Path) -> None:
     policy = tiny()
     policy.causal_lm.save_pretrained(tmp_path / "model")
     TinyPolicy().load_tokenizer().save_pretrained(tmp_path / "model")
-    names = {fingerprint(policy), fingerprint(tiny()), fingerprint(PretrainedPolicy(str(tmp_path / "model")).build())}
+    names = {
+        policy_fingerprint(policy),
+        policy_fingerprint(tiny()),
+        policy_fingerprint(PretrainedPolicy(str(tmp_path / "model")).build()),
+    }
     assert len(names) == 1
     assert len(names.pop()) == 64
 
@@ -38,30 +42,30 @@ def test_fingerprint_equal_for_equal_policies(tmp_path: Path) -> None:
     ids=str,
 )
 def test_fingerprint_differs_for_other_policies(change: dict[str, Any]) -> None:
-    assert fingerprint(tiny(**change)) != fingerprint(tiny())
+    assert policy_fingerprint(tiny(**change)) != policy_fingerprint(tiny())
 
 
 def test_fingerprint_depends_on_every_bit() -> None:
     policy = tiny()
-    before = fingerprint(policy)
+    before = policy_fingerprint(policy)
     for parameter in policy.parameters():
         bits = parameter.data.view(torch.int32).flatten()
         bits[-1] ^= 1
-        assert fingerprint(policy) != before
+        assert policy_fingerprint(policy) != before
         bits[-1] ^= 1
-    assert fingerprint(policy) == before
+    assert policy_fingerprint(policy) == before
 
 
 def test_fingerprint_excludes_adapter() -> None:
     adapted = tiny(lora=LoRA(rank=2))
-    assert fingerprint(adapted) == fingerprint(tiny())
+    assert policy_fingerprint(adapted) == policy_fingerprint(tiny())
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             parameter += "lora_" in name
-    assert fingerprint(adapted) == fingerprint(tiny())
-    assert fingerprint(tiny(lora=LoRA(rank=2), seed=1)) != fingerprint(tiny())
+    assert policy_fingerprint(adapted) == policy_fingerprint(tiny())
+    assert policy_fingerprint(tiny(lora=LoRA(rank=2), seed=1)) != policy_fingerprint(tiny())
 
 
 @pytest.mark.parametrize("setting", [{"attention": "eager"}, {"gradient_checkpointing": True}], ids=str)
 def test_fingerprint_ignores_kernel(setting: dict[str, Any]) -> None:
-    assert fingerprint(tiny(**setting)) == fingerprint(tiny())
+    assert policy_fingerprint(tiny(**setting)) == policy_fingerprint(tiny())

@@ -18,7 +18,7 @@ from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
 from lpc_lightning.inference.export import plain_model
-from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, fingerprint
+from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, policy_fingerprint
 from lpc_lightning.types import TokenizedPair
 
 TINY: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2}
@@ -154,12 +154,12 @@ def test_fingerprint_depends_on_start_adapter(base: Path, save_adapter: Any) -> 
     adapters = [None, save_adapter("one"), save_adapter("two", lora_alpha=3)]
     for way in WAYS.values():
         prints = [
-            fingerprint(PretrainedPolicy(str(base), **({"adapter": each} | way if each else {})).build())
+            policy_fingerprint(PretrainedPolicy(str(base), **({"adapter": each} | way if each else {})).build())
             for each in adapters
         ]
         assert len(set(prints)) == 3
     again = PretrainedPolicy(str(base), adapter=adapters[2], **way)
-    assert fingerprint(again.build()) == prints[2]
+    assert policy_fingerprint(again.build()) == prints[2]
 
 
 def test_adapter_folder_as_path_names_its_base(base: Path, save_adapter: Any) -> None:

@@ -107,10 +107,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut short": lambda part: part.write_bytes(part.read_bytes()[:-30]),
     "empty": lambda part: part.write_bytes(b""),
     "something else": lambda part: part.write_bytes(b"no zip at all" * 50),
-    "indices beyond the data": lambda part: np.savez(part, places=np.array([PAIRS]), values=np.zeros((1, 2))),
-    "fewer values than indices": lambda part: np.savez(part, places=np.arange(3), values=np.zeros((2, 2))),
-    "no values": lambda part: np.savez(part, places=np.arange(3)),
-    "no numbers": lambda part: np.savez(part, places=np.arange(1), values=np.full((1, 2), np.nan)),
+    "indices beyond the data": lambda part: np.savez(part, indices=np.array([PAIRS]), values=np.zeros((1, 2))),
+    "fewer values than indices": lambda part: np.savez(part, indices=np.arange(3), values=np.zeros((2, 2))),
+    "no values": lambda part: np.savez(part, indices=np.arange(3)),
+    "no numbers": lambda part: np.savez(part, indices=np.arange(1), values=np.full((1, 2), np.nan)),
 }
 
 

@@ -57,7 +57,7 @@ def values_in(root: Path) -> dict[str, dict[int, list[list[float]]]]:
     values: dict[str, dict[int, list[list[float]]]] = {}
     for path in sorted((root / "reference").glob("*/*.npz")):
         with np.load(path) as part:
-            for index, logps in zip(part["places"].tolist(), part["values"].tolist(), strict=True):
+            for index, logps in zip(part["indices"].tolist(), part["values"].tolist(), strict=True):
                 values.setdefault(path.parent.name, {}).setdefault(index, []).append(logps)
     return values
 

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Weights
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyReport
 from lpc_lightning.evaluation.accuracy.collect import CollectPairs
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationReport
 from lpc_lightning.files.json_files import write_json, write_pieces
+
+PAIR_COLUMNS = ("prompt", "source", "factor", "annotator", "flipped", "tokens", "margins")
+"""Columns of the file of pairs."""
 
 
 def run_cell(path: Path, weights: Weights) -> None:
@@ -57,7 +62,7 @@ def run_cell(path: Path, weights: Weights) -> None:
         if _has_pairs(data, stage):
             evaluate(module, datamodule=data, verbose=False, ckpt_path=ckpt_path)
             metrics |= {name: _finite_or_none(value) for name, value in cli.trainer.callback_metrics.items()}
-            _write_pairs(folder.pairs(stage), cli.trainer)
+            write_pairs(folder, stage, cli.trainer)
     results = {
         "axes": dict(record.axes),
         "metrics": dict(sorted(metrics.items())),
@@ -69,17 +74,28 @@ def run_cell(path: Path, weights: Weights) -> None:
         write_json(folder.results, results)
 
 
-def _write_pairs(path: Path, trainer: Trainer) -> None:
-    """Write a line for each pair of the last round, if a callback has the margins of the pairs.
+def write_pairs(folder: CellFolder, stage: str, trainer: Trainer) -> None:
+    """Write a line for each pair of the last round, and one for each metric of adaptation, if callbacks have them.
 
     A report needs the prompts, because pairs of one prompt are not independent.
+
+    Args:
+        folder: The cell's folder.
+        stage: `validation` or `test`.
+        trainer: The trainer that ended the round.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
-    reports = (getattr(callback, "report", None) for callback in callbacks if isinstance(callback, CollectPairs))
-    report = next((each for each in reports if isinstance(each, AccuracyReport)), None)
-    if report is not None and trainer.is_global_zero:
-        lines = ({name: item[name] for name in ("prompt", "flipped", "tokens", "margins")} for item in report.items)
-        write_pieces(path, (f"{json.dumps(line)}\n" for line in lines))
+    reports = [getattr(callback, "report", None) for callback in callbacks if isinstance(callback, CollectPairs)]
+    for report in reports if trainer.is_global_zero else ():
+        if isinstance(report, AccuracyReport):
+            lines: Iterable[Any] = ({name: item[name] for name in PAIR_COLUMNS} for item in report.items)
+            write_pieces(folder.pairs(stage), (f"{json.dumps(line)}\n" for line in lines))
+        elif isinstance(report, AdaptationReport) and report.metrics:
+            lines = (
+                {"metric": name, "mean": score.accuracy, "deviations": score.deviations}
+                for name, score in report.metrics.items()
+            )
+            write_pieces(folder.deviations(stage), (f"{json.dumps(line)}\n" for line in lines))
 
 
 def _has_pairs(data: PreferenceDataModule, stage: Any) -> bool:

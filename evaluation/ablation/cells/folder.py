@@ -32,7 +32,7 @@ class Record:
     seed: Any
     """The cell's value on the axis `seed`, or null."""
     fingerprint: str
-    """Fingerprint of arguments, files and code; see `fingerprint`."""
+    """Fingerprint of arguments, files and code; see `cell_fingerprint`."""
     arguments: tuple[str, ...]
     """Arguments of `lpc-lightning fit`."""
     weights: Weights = "last"
@@ -72,6 +72,10 @@ class CellFolder:
         """Return the file with the margins of the pairs of `validation` or `test`."""
         return self.path / f"pairs_{stage}.jsonl"
 
+    def deviations(self, stage: str) -> Path:
+        """Return the file with what each prompt adds to other metrics of `validation` or `test`."""
+        return self.path / f"deviations_{stage}.jsonl"
+
     def record(self) -> Record | None:
         """Read the cell's record. None if the cell has never run."""
         try:
@@ -103,8 +107,8 @@ class CellFolder:
         before = self.record()
         if before is None or before.fingerprint != new.fingerprint:
             shutil.rmtree(self.run, ignore_errors=True)
-            pairs = self.path.glob("pairs_*.jsonl")
-            for path in (self.results, self.log, *pairs, *self._earlier_metrics()):
+            scores = [*self.path.glob("pairs_*.jsonl"), *self.path.glob("deviations_*.jsonl")]
+            for path in (self.results, self.log, *scores, *self._earlier_metrics()):
                 path.unlink(missing_ok=True)
             before = new
         elif before.status == "running":
@@ -182,7 +186,9 @@ class CellFolder:
                 path.unlink()
 
     def _earlier_metrics(self) -> list[Path]:
-        return sorted(self.path.glob("metrics_before_*.csv"))
+        return sorted(
+            self.path.glob("metrics_before_*.csv"), key=lambda path: int(path.stem.removeprefix("metrics_before_"))
+        )
 
 
 def _measured(row: Mapping[str, str]) -> frozenset[str]:

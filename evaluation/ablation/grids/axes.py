@@ -70,6 +70,16 @@ def to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def matches(value_by_axis: Mapping[str, Any], combination: Mapping[str, Any]) -> bool:
+    """Return True if a cell has the values of a combination, or one of several values per axis."""
+
+    def is_among(value: Any, allowed: Any) -> bool:
+        allowed_values = allowed if isinstance(allowed, list) else [allowed]
+        return to_text(value) in [to_text(allowed_value) for allowed_value in allowed_values]
+
+    return all(is_among(value_by_axis[axis], allowed) for axis, allowed in combination.items())
+
+
 @cache
 def parse_value(text: str) -> Any:
     """Parse a value as written on the command line. Text that is no YAML is a text."""

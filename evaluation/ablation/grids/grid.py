@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.grids.axes import Axis, read_arguments, read_axis, setting_name, to_text
+from lpc_lightning.evaluation.ablation.grids.axes import Axis, matches, read_arguments, read_axis, setting_name, to_text
 from lpc_lightning.evaluation.ablation.grids.replaced import PlacedArgument, find_replaced
 from lpc_lightning.evaluation.ablation.grids.tuning import Tuning, read_tuning
 from lpc_lightning.files.yaml_files import parse_yaml, read_yaml
@@ -187,7 +187,7 @@ class Grid:
         names = [axis.name for axis in self.axes]
         for values in product(*(axis.values for axis in self.axes)):
             value_by_axis = dict(zip(names, values, strict=True))
-            if not any(_matches(value_by_axis, combination) for combination in self.skip):
+            if not any(matches(value_by_axis, combination) for combination in self.skip):
                 yield value_by_axis
 
     def _arguments(self, value_by_axis: Mapping[str, Any]) -> Iterator[PlacedArgument]:
@@ -280,13 +280,3 @@ def _wrong_keys(content: Any, path: Path) -> ConfigError:
 
 def _parse_values(text: str, name: str) -> list[Any]:
     return [parse_yaml(part, name) for part in text.split(",")]
-
-
-def _matches(value_by_axis: Mapping[str, Any], combination: Mapping[str, Any]) -> bool:
-    """Return True if a cell has the values of a combination, or one of several values per axis."""
-
-    def is_among(value: Any, allowed: Any) -> bool:
-        allowed_values = allowed if isinstance(allowed, list) else [allowed]
-        return to_text(value) in [to_text(allowed_value) for allowed_value in allowed_values]
-
-    return all(is_among(value_by_axis[axis], allowed) for axis, allowed in combination.items())

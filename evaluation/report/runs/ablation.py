@@ -12,6 +12,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.evaluation.ablation.grids.axes import matches
 from lpc_lightning.evaluation.benchmarks.results import RESULTS
 from lpc_lightning.evaluation.report.runs.fit import read_run
 from lpc_lightning.evaluation.report.runs.records import (
@@ -23,7 +24,7 @@ from lpc_lightning.evaluation.report.runs.records import (
     numeric_metrics,
     split_seed,
 )
-from lpc_lightning.evaluation.report.runs.settings import WEIGHTS, Value, as_value
+from lpc_lightning.evaluation.report.runs.settings import WEIGHTS, as_value
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
 
 ABLATION, CELL, CELLS = "ablation.json", "cell.json", "cells"
@@ -32,11 +33,11 @@ ABLATION, CELL, CELLS = "ablation.json", "cell.json", "cells"
 def load_ablation(folder: Path) -> Loaded:
     """Read `ablation.json` and the cells under `cells/`. A cell of the grid without a folder becomes a record, too."""
     ablation = json.loads((folder / ABLATION).read_text(encoding="utf-8"))
-    grid = {name: tuple(as_value(value) for value in values) for name, values in ablation["axes"].items()}
     cells = reduce(add, (load_cell(path.parent) for path in sorted(folder.glob(f"{CELLS}/*/{CELL}"))), Loaded())
     facts = {"base": shlex.join(ablation["base"]), **ablation["versions"], "folder": str(folder)}
     origin = RunProvenance(ablation["name"], ablation["command"], facts)
-    axes = {name: values for name, values in grid.items() if name != "seed"}
+    grid = ablation["axes"]
+    axes = {name: tuple(map(as_value, values)) for name, values in grid.items() if name != "seed"}
     missing = tuple(_missing_cells(grid, ablation.get("skip", ()), cells.records))
     common: dict[str, Any] = {"grid": str(folder), "controls": _controls(ablation)}
     missing = tuple(replace(record, **common) for record in missing)
@@ -48,23 +49,18 @@ def _controls(ablation: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def _missing_cells(
-    grid: Mapping[str, Sequence[Value]], skip: Sequence[Mapping[str, Any]], cells: Sequence[RunRecord]
+    grid: Mapping[str, Sequence[Any]], skip: Sequence[Mapping[str, Any]], cells: Sequence[RunRecord]
 ) -> Iterator[RunRecord]:
     """Yield a record for each cell of the grid that has no folder and is not skipped."""
     existing = {(frozenset(cell.axes.items()), cell.seed) for cell in cells}
     for values in product(*grid.values()):
-        cell = dict(zip(grid, values, strict=True))
+        value_by_axis = dict(zip(grid, values, strict=True))
+        cell = {axis: as_value(value) for axis, value in value_by_axis.items()}
         axes, seed = split_seed(cell)
-        if (frozenset(axes.items()), seed) in existing or any(_matches(cell, combination) for combination in skip):
+        if (frozenset(axes.items()), seed) in existing or any(matches(value_by_axis, part) for part in skip):
             continue
         name = ",".join(f"{axis}={value}" for axis, value in cell.items())
         yield RunRecord(name, axes, seed, MISSING, "This cell of the grid was never started.")
-
-
-def _matches(cell: Mapping[str, Value], combination: Mapping[str, Any]) -> bool:
-    """Return true if a cell has a combination of values, or of lists of values, on some of the axes."""
-    allowed = {name: values if isinstance(values, list) else [values] for name, values in combination.items()}
-    return all(cell[name] in map(as_value, values) for name, values in allowed.items())
 
 
 def load_cell(folder: Path) -> Loaded:

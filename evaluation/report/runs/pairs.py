@@ -1,65 +1,106 @@
-"""The scores of single pairs that `lpc-lightning ablate` has written, by prompt."""
+"""Scores of single prompts that are on record: of the pairs of a cell, and of the items of `lpc-lightning evaluate`."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
-from lpc_lightning.evaluation.accuracy.scored_modes import LENGTH_RATIO
-from lpc_lightning.evaluation.statistics.clusters import deviations
-from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS
+from lpc_lightning.evaluation.accuracy.accuracy_modes import Group, group_members
+from lpc_lightning.evaluation.accuracy.scored_modes import ScoredPairs
+from lpc_lightning.evaluation.benchmarks.results import ITEMS
+from lpc_lightning.evaluation.report.runs.records import RunRecord
+from lpc_lightning.evaluation.statistics.clusters import deviations as cluster_deviations
 
+PAIRS, DEVIATIONS = "pairs", "deviations"
+"""Start of the names of the files of a cell: scores of its pairs, and metrics with what each prompt adds to them."""
 STAGES = {"val": "validation", "test": "test"}
 TRAINING = "training/"
 """Start of the names of metrics that a validation measures on training pairs."""
-METRIC = re.compile(r"(val|test)/(gold_)?(accuracy|margin|log_loss)/([a-z_]+)(/length_matched)?")
-"""Metrics that are means over pairs."""
+LM_EVAL = "lm_eval"
+"""Folder in a run folder with the last results of the callback `LMEvaluation`, and the start of its metrics' names."""
 OTHER_NAMES = {"rewards/accuracies": "accuracy/prior", "rewards/margins": "margin/prior", "loss": "log_loss/prior"}
-"""Other names of these metrics. The loss is one of them for some algorithms; see `prompt_deviations`."""
+"""Other names of metrics of pairs. The loss is one of them for some algorithms, and only then has its value."""
+OF_SOURCE = {"accuracy": "accuracy/prior", "loss": "log_loss/prior"}
+"""Start of the names of metrics of one data set of a mixture, with the same metrics of a source."""
+
+
+class PromptScores(NamedTuple):
+    """What is on record about the prompts behind a metric of a run."""
+
+    prompts: frozenset[str] | None = None
+    """The prompts. None: they are not on record."""
+    deviations: Mapping[str, float] | None = None
+    """What each prompt adds to the metric; see `statistics.clusters.deviations`. None: it is not on record."""
+
+
+NOT_ON_RECORD = PromptScores()
+
+
+def prompt_scores(record: RunRecord, metric: str) -> PromptScores:
+    """Return what is on record about the prompts behind a metric of a run, for the value in its metrics.
+
+    Deviations are known only if their mean is that value. Otherwise weights with another result have been evaluated
+    since, or the metric is no mean over pairs or items.
+    """
+    value, measured = record.metrics[metric], record.measured.get(metric)
+    if measured is not None and (measured / ITEMS).is_file():
+        return _of_items(measured, metric, value)
+    if record.folder is None:
+        return NOT_ON_RECORD
+    if metric.startswith(f"{LM_EVAL}/"):
+        return _of_items(record.folder / LM_EVAL, metric.removeprefix(f"{LM_EVAL}/"), value)
+    return _of_pairs(record.folder.parent, metric, value) if record.grid else NOT_ON_RECORD
 
 
 @cache
-def prompt_deviations(cell: Path, metric: str, value: float) -> Mapping[str, float] | None:
-    """Return what the pairs of each prompt add to a metric of a cell; see `deviations`.
-
-    Args:
-        cell: The cell's folder.
-        metric: Name of the metric.
-        value: Value of the metric in the cell's results.
-
-    Returns:
-        Deviations by prompt. With fewer than `MIN_PROMPTS` prompts they are 0 for a metric that is no mean over pairs:
-        it has no interval either. None: the metric is no mean over pairs, or the cell has no file of pairs with this
-        mean.
-    """
+def _of_pairs(cell: Path, metric: str, value: float) -> PromptScores:
+    """Look for a metric among the scores that a cell has written itself, then among those of its pairs."""
     stage, _, name = metric.partition("/")
-    path = cell / f"pairs_{STAGES.get(stage)}.jsonl"
-    if not path.is_file() or name.startswith(TRAINING):
-        return None
-    match = METRIC.fullmatch(f"{stage}/{OTHER_NAMES.get(name, name)}")
-    added = _deviations(_read(path), match, value) if match else None
-    return added if added is not None else dict.fromkeys(_few_prompts(path), 0.0) or None
+    written, pairs = (cell / f"{kind}_{STAGES.get(stage)}.jsonl" for kind in (DEVIATIONS, PAIRS))
+    if not pairs.is_file() or name.startswith(TRAINING):
+        return NOT_ON_RECORD
+    prompts = frozenset(_read_pairs(pairs).prompts.tolist())
+    entry = _read_deviations(written).get(name) if written.is_file() else None
+    mean, added = entry or _mean_and_deviations(pairs, name)
+    return PromptScores(prompts, added if _is_close(mean, value) else None)
 
 
-def _deviations(rows: Sequence[Mapping[str, Any]], metric: re.Match[str], value: float) -> Mapping[str, float] | None:
-    _, gold, kind, mode, matched = metric.groups()
-    rows = [row for row in rows if mode in row["margins"] and (not matched or _is_matched(row))]
-    margins = np.array([row["margins"][mode] for row in rows])
-    if gold:
-        margins = np.where([row["flipped"] for row in rows], -margins, margins)
-    scores = _score(kind, margins)
-    # Weights with another result have been evaluated since, or a mean over the pairs has another definition.
-    if not len(rows) or not math.isclose(scores.mean(), value, rel_tol=1e-4, abs_tol=1e-6):
-        return None
-    return deviations(scores, [row["prompt"] for row in rows])
+def _mean_and_deviations(pairs: Path, name: str) -> tuple[float, Mapping[str, float]]:
+    """Compute a metric from a file of pairs, and what each prompt adds to it. NaN: it is no mean over these pairs."""
+    scored, groups = _read_pairs(pairs), _read_groups(pairs)
+    name = OTHER_NAMES.get(name, name)
+    start, _, of_which = name.partition("/")
+    if start in OF_SOURCE and f"/source/{of_which}" in groups:
+        name = f"{OF_SOURCE[start]}/source/{of_which}"
+    values = scored.values({suffix: members for suffix, members in groups.items() if name.endswith(suffix)})
+    if name not in values:
+        return math.nan, {}
+    scores, members = values[name]
+    return float(scores.mean()), cluster_deviations(scores.numpy(), scored.prompts[members.numpy()])
+
+
+@cache
+def _of_items(folder: Path, metric: str, value: float) -> PromptScores:
+    path = folder / ITEMS
+    items = [item for item in (_read(path) if path.is_file() else ()) if metric.startswith(f"{item['task']}/")]
+    if not items:
+        return NOT_ON_RECORD
+    prompts = [item.get("prompt") or f"{item['task']} {item['doc_id']} {item['doc_hash']}" for item in items]
+    scores = [item["metrics"].get(metric.removeprefix(f"{item['task']}/")) for item in items]
+    if not all(isinstance(score, int | float) for score in scores) or not _is_close(float(np.mean(scores)), value):
+        return PromptScores(frozenset(prompts))
+    return PromptScores(frozenset(prompts), cluster_deviations(scores, prompts))
+
+
+def _is_close(mean: float, value: float) -> bool:
+    return math.isclose(mean, value, rel_tol=1e-4, abs_tol=1e-6)
 
 
 @lru_cache(maxsize=8)
@@ -68,17 +109,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-@cache
-def _few_prompts(path: Path) -> frozenset[str]:
-    """Return the prompts of a file of pairs. Empty: there are `MIN_PROMPTS` or more."""
-    prompts = frozenset(row["prompt"] for row in _read(path))
-    return prompts if len(prompts) < MIN_PROMPTS else frozenset()
+@lru_cache(maxsize=8)
+def _read_pairs(path: Path) -> ScoredPairs:
+    return ScoredPairs.from_items(_read(path))
 
 
-def _is_matched(row: Mapping[str, Any]) -> bool:
-    return max(row["tokens"]) < LENGTH_RATIO * min(row["tokens"])
+@lru_cache(maxsize=8)
+def _read_groups(path: Path) -> dict[str, Tensor]:
+    rows = _read(path)
+    return group_members(rows, [column for column in get_args(Group) if column in rows[0]])
 
 
-def _score(name: str, margins: NDArray[np.float64]) -> NDArray[np.float64]:
-    scores = {"accuracy": (np.sign(margins) + 1) / 2, "margin": margins, "log_loss": np.logaddexp(0, -margins)}
-    return np.asarray(scores[name])
+@lru_cache(maxsize=8)
+def _read_deviations(path: Path) -> dict[str, tuple[float, Mapping[str, float]]]:
+    return {row["metric"]: (row["mean"], row["deviations"]) for row in _read(path)}

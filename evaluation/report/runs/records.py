@@ -54,6 +54,8 @@ class RunRecord:
     """All settings by the names of their flags."""
     conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By metric that was measured after the run: conditions that do not follow from the run's settings."""
+    measured: Mapping[str, Path] = field(default_factory=dict)
+    """By metric that was measured after the run: the folder of the results."""
     grid: str = ""
     """Folder of the ablation whose cell the run is. Empty: the run is no cell."""
     controls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -155,6 +157,7 @@ def join_measurements(
     joined = list(records)
     indices = {record.folder.resolve(): index for index, record in enumerate(records) if record.folder is not None}
     added: dict[int, dict[str, float]] = {}
+    folders: dict[int, dict[str, Path]] = {}
     conditions: dict[int, dict[str, Mapping[str, Any]]] = {}
     notes = []
     for measured in measurements:
@@ -162,7 +165,8 @@ def join_measurements(
         if index is None:
             axes = {"model": as_value(measured.name)}
             record = RunRecord(measured.name, axes, measured.seed, folder=measured.folder, metrics=measured.metrics)
-            joined.append(replace(record, conditions=measured.conditions))
+            own_folder = dict.fromkeys(measured.metrics, measured.folder)
+            joined.append(replace(record, conditions=measured.conditions, measured=own_folder))
             continue
         metrics = added.setdefault(index, {})
         changed = sorted(name for name, value in measured.metrics.items() if metrics.get(name, value) != value)
@@ -170,6 +174,7 @@ def join_measurements(
             reason = f"{', '.join(changed)}: the value in {measured.folder} counts"
             notes.append((joined[index].name, "repeated", reason))
         metrics |= measured.metrics
+        folders.setdefault(index, {}).update(dict.fromkeys(measured.metrics, measured.folder))
         own = records[index].settings
         conditions.setdefault(index, {}).update(
             {
@@ -179,7 +184,9 @@ def join_measurements(
         )
     for index, metrics in added.items():
         record = joined[index]
-        joined[index] = replace(record, metrics={**record.metrics, **metrics}, conditions=conditions[index])
+        joined[index] = replace(
+            record, metrics={**record.metrics, **metrics}, conditions=conditions[index], measured=folders[index]
+        )
     return joined, notes
 
 

@@ -19,7 +19,7 @@ from lpc_lightning.algorithms.warm_start.fit import batches_of
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
 from lpc_lightning.latent import LatentSpace
 
-LEVEL = 0.05
+SIGNIFICANCE = 0.05
 """Largest probability of keeping a space that is no better. It is 1.645 standard errors for many prompts."""
 
 
@@ -70,7 +70,7 @@ def decide(
         return Decision(False, gain, None, None, len(gains), count)
     sums = np.bincount([numbers[prompt] for prompt in prompts], gains - gain)
     error = float(np.sqrt(np.square(sums).sum() * count / (count - 1)) / len(gains))
-    needed = float(stats.t.ppf(1 - LEVEL, count - 1)) * error
+    needed = float(stats.t.ppf(1 - SIGNIFICANCE, count - 1)) * error
     return Decision(gain > needed, gain, error, needed, len(gains), count)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lpc_lightning.algorithms.warm_start.linearized_policy import make_rows, swap_labels
 from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.policy import CausalPolicy, fingerprint
+from lpc_lightning.policy import CausalPolicy, policy_fingerprint
 from lpc_lightning.policy.causal import BatchForward
+from lpc_lightning.policy.eval_mode import eval_mode
 from lpc_lightning.reference.cached import computation_key
 from lpc_lightning.reference.live import Reference
 from lpc_lightning.reference.pair_cache import PairCache
@@ -40,7 +41,7 @@ def labelled_rows(module: PolicyModule, data: PreferenceDataModule, indices: Seq
     """
     trainer: Any = module.trainer
     pairs, policy = data.pairs["train"], module.policy
-    key = computation_key(fingerprint(policy, adapter=True), policy, trainer)
+    key = computation_key(policy_fingerprint(policy, adapter=True), policy, trainer)
     cache = PairCache("warm_start", 5 * policy.width + 4, key, pairs, data.cache_dir, np.float32)
     open_function = partial(_open_rows, policy)
     values, computed = shared_pass(cache, pairs, indices, data.make_layout(), open_function, trainer, "warm start")
@@ -65,18 +66,6 @@ def reference_logps(reference: Reference, data: PreferenceDataModule, indices: S
         rows |= dict(zip(computed.tolist(), logps, strict=True))
     ordered = torch.from_numpy(np.stack([rows[index] for index in indices]))
     return ordered.to(trainer.strategy.root_device, torch.float32)
-
-
-@contextmanager
-def eval_mode(policy: CausalPolicy) -> Iterator[None]:
-    """Set the policy to eval mode, in which an adapter has no dropout, and restore its modes at the end."""
-    modes = [(part, part.training) for part in policy.modules()]
-    policy.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @contextmanager

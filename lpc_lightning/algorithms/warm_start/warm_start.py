@@ -16,11 +16,12 @@ from lpc_lightning.algorithms.warm_start.decision import Decision, decide
 from lpc_lightning.algorithms.warm_start.fit import fit
 from lpc_lightning.algorithms.warm_start.held_out import hold_out
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs, MeanToken
-from lpc_lightning.algorithms.warm_start.pair_gradients import eval_mode, labelled_rows, reference_logps
+from lpc_lightning.algorithms.warm_start.pair_gradients import labelled_rows, reference_logps
 from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import LatentSpace
+from lpc_lightning.policy.eval_mode import eval_mode
 from lpc_lightning.seeding import derive, own_random_state, run_seed
 from lpc_lightning.types import PreferenceBatch
 

@@ -77,8 +77,8 @@ class Columns:
     """Weight of the pair in the loss, a finite number of at least 0: the loss is the weighted mean over the pairs of an
     optimizer step. Defaults to 1 if absent. null: all weights are 1."""
     margin: str | None = "margin"
-    """Margin of the pair, a finite number in units of the reward: the loss asks that the chosen answer's reward exceeds
-    that of the rejected one by so much more (see `losses`). Defaults to 0 if absent. null: all margins are 0."""
+    """Margin of the pair, a finite number in units of the reward: the target by which the chosen answer's
+    reward exceeds that of the rejected one (see `losses`). Defaults to 0 if absent. null: all margins are 0."""
     score_chosen: str | None = None
     """Score of the chosen answer, from which the margin is computed in place of the column `margin`: margin_alpha times
     the scaled difference of both scores. null: no scores."""
@@ -115,7 +115,7 @@ class Columns:
         if self.answer_a is not None and self.label is None:
             raise ValueError(
                 f"columns: found the answers {self.answer_a!r} and {self.answer_b!r} without columns.label, expected "
-                "the column that says which answer is preferred"
+                "the column that names the preferred answer"
             )
 
     @cached_property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.labelled_answers import SETTINGS, find_labelled_answers
 from lpc_lightning.data.sources.markup import is_dialogue_in_lines, refuse_rendered
-from lpc_lightning.data.sources.messages import describe, spelled_messages
+from lpc_lightning.data.sources.messages import describe, spelled_messages, unread_keys
 from lpc_lightning.data.sources.prompts import find_prompt, refuse_other_prompt, with_input, with_system
 from lpc_lightning.data.sources.rows import BadRow, Row
 from lpc_lightning.data.sources.structures import (
@@ -60,12 +61,14 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
             raise BadRow("missing answer", f"no {name!r}; the row has {sorted(map(str, row))}; {SETTINGS}")
     special = [] if labelled is None else [labelled.description]
     names = (columns.prompt, *answers)
-    triple = _read(_WHOLE[columns.rendered], row, names, columns, special)
+    cells = _cells(row, names, columns, special)
+    triple = _read(_WHOLE[columns.rendered], cells, special)
     if triple is not None and is_dialogue_in_lines(row[answers[0]]):
         refuse_other_prompt(row, columns, triple.prompt)
     if triple is None:
         names = (find_prompt(row, columns, None if labelled is None else labelled.prompt), *answers)
-        triple = _read(_PROMPTED[columns.rendered], row, names, columns, special)
+        cells = _cells(row, names, columns, special)
+        triple = _read(_PROMPTED[columns.rendered], cells, special)
     if triple is None:
         raise _unknown_form(row, names)
     prompt, input_columns = with_input(triple.prompt, names[0], row, columns)
@@ -77,6 +80,9 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
     ]
     used = {*columns.purposes, *names, *input_columns, *system_columns}
     used |= set() if labelled is None else {*labelled.answers, labelled.label}
+    unused = {name: cell for name, cell in row.items() if name not in used}
+    for name, cell in zip(names, cells, strict=True):
+        unused |= {f"{name}.{key}": value for key, value in unread_keys(cell).items()}
     example = PreferenceExample(
         id=_label(row, columns.id) or place,
         prompt=prompt,
@@ -88,7 +94,7 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
         flipped=gold_differs(row, answers, columns.gold),
         weight=read_weight(row, columns),
         margin=read_margin(row, columns),
-        meta={name: cell for name, cell in row.items() if name not in used},
+        meta=unused,
     )
     special += ["weight"] * (example.weight is not None) + ["margin"] * (example.margin is not None)
     _check(example)
@@ -122,13 +128,13 @@ def _check(example: PreferenceExample) -> None:
             ) from error
 
 
-def _read(
-    structures: Sequence[Structure], row: Row, names: Sequence[str], columns: Columns, forms: list[str]
-) -> Triple | None:
-    """Read three cells with the first structure that fits."""
+def _cells(row: Row, names: Sequence[str], columns: Columns, forms: list[str]) -> list[Any]:
     cells = [row.get(name) for name in names]
-    if columns.rendered == "turns":
-        cells = [spelled_messages(cell, forms) for cell in cells]
+    return [spelled_messages(cell, forms) for cell in cells] if columns.rendered == "turns" else cells
+
+
+def _read(structures: Sequence[Structure], cells: Sequence[Any], forms: list[str]) -> Triple | None:
+    """Read the cells of prompt, chosen and rejected with the first structure that fits."""
     prompt, chosen, rejected = cells
     return next((triple for read in structures if (triple := read(prompt, chosen, rejected, forms))), None)
 

@@ -21,6 +21,8 @@ ROLES = {name: role for role, names in _NAMES.items() for name in names}
 """Role by its name in a data set, in lower case."""
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
+OTHER_TEXT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of what a message says beside its content. It would be in no text."""
 LIST_AS_TEXT = "message list as text"
 CONTENT_PARTS = "content parts joined"
 
@@ -38,13 +40,19 @@ def to_messages(cell: Sequence[Any], forms: list[str]) -> tuple[Message, ...]:
         forms: List to which the name of the form is appended if a content has parts.
 
     Raises:
-        BadRow: A role is unknown, or a content is no text.
+        BadRow: A role is unknown, a content is no text, or a message says something beside its content.
     """
     return tuple(to_message(item, forms) for item in cell)
 
 
 def to_message(item: dict[str, Any], forms: list[str]) -> Message:
     """Convert one object to a message. See `to_messages`."""
+    if beside := [key for key in OTHER_TEXT if item.get(key)]:
+        raise BadRow(
+            "text beside the content",
+            f"a message has {', '.join(map(repr, beside))}; expected a role and a content. Write it into the content "
+            "as the policy's chat template would, or remove it",
+        )
     role, content = _cell(item, ROLE_KEYS), _cell(item, CONTENT_KEYS)
     if isinstance(content, list):
         content = _joined(content)
@@ -56,6 +64,19 @@ def to_message(item: dict[str, Any], forms: list[str]) -> Message:
     if known is None:
         raise BadRow("unknown role", f"{role!r}; expected one of {', '.join(ROLES)}")
     return Message(role=known, content=content)
+
+
+def unread_keys(cell: Any) -> dict[str, Any]:
+    """Return the entries of messages that are neither role nor content, the last one of each key. Not null ones.
+
+    Args:
+        cell: Any cell. Only messages have such entries.
+    """
+    items = [cell] if isinstance(cell, dict) else cell
+    if not is_messages(items):
+        return {}
+    read = {*ROLE_KEYS, *CONTENT_KEYS, *OTHER_TEXT}
+    return {key: value for item in items for key, value in item.items() if key not in read and value is not None}
 
 
 def _cell(item: dict[str, Any], keys: Sequence[str]) -> Any:

@@ -51,6 +51,7 @@ Reason: TypeAlias = Literal[
     "invalid score",
     "ambiguous columns",
     "ambiguous message",
+    "text beside the content",
     "message list as text",
     "rendered text",
     "wrong type",

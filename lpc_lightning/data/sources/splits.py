@@ -127,7 +127,7 @@ def held_out(rank: int, share: float) -> bool:
         ValueError: `share` is outside [0, 1].
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"share={share}: expected the share to hold out, between 0 and 1")
+        raise ValueError(f"data.validation_share: found {share}, expected the share to hold out, between 0 and 1.")
     return rank < share * 2**64
 
 

@@ -48,9 +48,11 @@ class LengthPolicy:
     def __post_init__(self) -> None:
         for name, limit in (("max_length", self.max_length), ("max_prompt_length", self.max_prompt_length)):
             if limit is not None and limit < 1:
-                raise ValueError(f"{name}={limit}: expected a number of tokens from 1 on, or null for no limit")
+                raise ValueError(
+                    f"data.{name}: found {limit}, expected a number of tokens from 1 on, or null for no limit."
+                )
         if self.too_long not in _ACTIONS:
-            raise ValueError(f"too_long={self.too_long!r}: expected one of {', '.join(_ACTIONS)}")
+            raise ValueError(f"data.too_long: found {self.too_long!r}, expected one of {', '.join(_ACTIONS)}.")
 
     def __call__(self, pair: TokenizedPair, bos_id: int | None = None) -> FitResult:
         """Apply the limits to a pair.

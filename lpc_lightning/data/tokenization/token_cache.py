@@ -79,7 +79,7 @@ def load_or_tokenize(
         DataError: The source is empty, rows are invalid, a pair is too long under `error`, or no pair is left.
     """
     if bad_rows not in ("error", "skip"):
-        raise DataError(f"bad_rows={bad_rows!r}: expected 'error' or 'skip'")
+        raise DataError(f"data.bad_rows: found {bad_rows!r}, expected 'error' or 'skip'.")
     parts = [_versions(), source.key(), template.fingerprint, asdict(lengths), bad_rows]
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     root = (cache_dir or default_cache_dir()) / "tokens"

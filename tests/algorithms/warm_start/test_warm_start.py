@@ -62,7 +62,7 @@ class Start(Callback):
 @pytest.fixture
 def no_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep every fitted space. The runs have too few pairs for a decision."""
-    monkeypatch.setattr(decision_module, "LEVEL", 1.0)
+    monkeypatch.setattr(decision_module, "SIGNIFICANCE", 1.0)
 
 
 @pytest.fixture

@@ -367,3 +367,23 @@ def test_source_counts_forms_and_ties(write_rows: Any) -> None:
     assert "  3 read from a special form: " + form in str(report)
     assert report.meta == {"domain": 3}
     assert "  columns that are in no text: domain" in str(report)
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("content", [GOOD, None])
+def test_message_text_beside_content_is_refused(key: str, content: str | None) -> None:
+    answer = {"role": "assistant", "content": content, key: [{"name": "brew"}]}
+    message = f"text beside the content: a message has {key!r}"
+    assert message in reason({"prompt": QUESTION, "chosen": [answer], "rejected": BAD})
+    assert message in reason({"chosen": [USER, answer], "rejected": conversation(BAD)})
+    assert message in reason({"prompt": [USER, {**answer, "content": GOOD}, USER], "chosen": GOOD, "rejected": BAD})
+
+
+def test_message_keys_in_no_text_are_listed(write_rows: Any) -> None:
+    answer = {**assistant(GOOD), "tool_calls": [], "thinking": None, "weight": 0, "name": None}
+    row = {"chosen": [{**USER, "time": 1}, answer], "rejected": conversation(BAD)}
+    report = DataReport()
+    examples = list(RowSource(str(write_rows([row, {**row, "chosen": json.dumps(row["chosen"])}]))).read(report))
+    assert [(example.prompt, example.chosen) for example in examples] == [(PROMPT, GOOD)] * 2
+    assert report.meta == {"chosen.time": 2, "chosen.weight": 2}
+    assert "  columns that are in no text: chosen.time, chosen.weight" in str(report)

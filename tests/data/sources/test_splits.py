@@ -51,7 +51,7 @@ def test_held_out_share_and_seed():
 
 
 def test_held_out_share_out_of_range():
-    with pytest.raises(ValueError, match=r"share=1\.5.*between 0 and 1"):
+    with pytest.raises(ValueError, match=r"data\.validation_share: found 1\.5, .*between 0 and 1"):
         held_out(prompt_rank("x"), 1.5)
 
 

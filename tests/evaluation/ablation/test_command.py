@@ -156,6 +156,21 @@ def test_cause_of_refused_arguments_is_last_line(tmp_path: Path) -> None:
     assert lines[-1] == "found --sed, expected --seed"
 
 
+def test_join_metrics_of_many_attempts(tmp_path: Path) -> None:
+    """Twelve attempts of 15 steps, each from the tenth step of the one before. Every step is in the file once."""
+    folder = CellFolder(tmp_path)
+    for attempt in range(12):
+        folder.run.mkdir(exist_ok=True)
+        rows = [f"{10 * attempt + step},{attempt}" for step in range(15)]
+        (folder.run / "metrics.csv").write_text("\n".join(["step,train/loss", *rows, ""]))
+        if attempt < 11:
+            folder.prepare_fit(tmp_path / "last.ckpt")
+    folder.join_metrics()
+    with (folder.run / "metrics.csv").open() as file:
+        joined = [(int(row["step"]), int(row["train/loss"])) for row in csv.DictReader(file)]
+    assert joined == [(step, min(step // 10, 11)) for step in range(125)]
+
+
 def test_ablate_tunes_a_learning_rate(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A rate of 1e-9 learns nothing. One of 1e-2 lowers the training loss, and with it that of the same pairs."""
     output, content = grid.parent / "out", yaml.safe_load(grid.read_text())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lpc_lightning.evaluation.ablation import fingerprint as module
-from lpc_lightning.evaluation.ablation.fingerprint import code_version, fingerprint
+from lpc_lightning.evaluation.ablation.fingerprint import cell_fingerprint, code_version
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ ARGUMENTS = ["--config=fit.yaml", "--policy.path=model", "--model.beta=0.1"]
 
 
 def compute(arguments: list[str] = ARGUMENTS, weights: str = "last") -> str:
-    return fingerprint(arguments, weights)
+    return cell_fingerprint(arguments, weights)
 
 
 @pytest.mark.parametrize("file", ["fit.yaml", "groups/data.yaml", "pairs.jsonl", "model/weights"])

@@ -15,6 +15,7 @@ from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
 from lpc_lightning.evaluation.accuracy.mode_margins import LENGTH_SCALES, SWAPPED, mode_margins
 from lpc_lightning.latent import GaussianSpace, MarginalSpace, MLPSpace, VectorSpace
+from lpc_lightning.robust import REPO, ConservativeLoss, DrDPO, HolderDPO, RobustLoss, UnbiasedLoss
 from lpc_lightning.types import TokenizedPair
 from tests.evaluation.accuracy.conftest import ALGORITHMS, CODES, LENGTHS, Build, evaluated
 from tests.fixtures.spaces import make_space
@@ -82,7 +83,7 @@ class Naive:
         chosen, rejected = self.rewards(z)
         return {"dpo": 0.3, "cdpo": 0.3, "ipo": 0.2, "simpo": 2.5}[self.algorithm] * (chosen - rejected)
 
-    def loss(self, z: Tensor, swapped: bool) -> Tensor:
+    def loss(self, z: Tensor, swapped: bool, noise: bool) -> Tensor:
         chosen, rejected = self.rewards(z)
         d = rejected - chosen if swapped else chosen - rejected
 
@@ -91,17 +92,20 @@ class Naive:
 
         return {
             "dpo": lambda: nll(0.3 * d),
-            "cdpo": lambda: 0.8 * nll(0.3 * d) + 0.2 * nll(-0.3 * d),
+            "cdpo": lambda: 0.8 * nll(0.3 * d) + 0.2 * nll(-0.3 * d) if noise else nll(0.3 * d),
             "ipo": lambda: (d - 2.5) ** 2,
             "simpo": lambda: nll(2.5 * (d - 0.4)),
         }[self.algorithm]()
 
-    def likelihoods(self, swapped: bool) -> list[Decimal]:
-        """Compute p_k exp(-l_k) by code, with many digits. IPO's loss is divided by its value at a margin of 0."""
+    def likelihoods(self, swapped: bool, noise: bool = False) -> list[Decimal]:
+        """Compute p_k exp(-l_k) by code, with many digits. IPO's loss is divided by its value at a margin of 0.
+
+        The posterior of the codes allows for wrong labels (`noise`), the mode `marginal` does not.
+        """
         space: Any = self.module.latent
         prior = network(space.prior, self.h_x).exp()
         nats = 1 / 2.5**2 if self.algorithm == "ipo" else 1.0
-        losses = [nats * self.loss(code, swapped) for code in space.codebook.weight]
+        losses = [nats * self.loss(code, swapped, noise) for code in space.codebook.weight]
         return [
             Decimal(float(p / prior.sum())) * Decimal(-float(loss)).exp() for p, loss in zip(prior, losses, strict=True)
         ]
@@ -119,7 +123,7 @@ class Naive:
     def posterior_z(self, swapped: bool) -> Tensor:
         space: Any = self.module.latent
         if isinstance(space, MarginalSpace):
-            likelihoods = self.likelihoods(swapped)
+            likelihoods = self.likelihoods(swapped, noise=True)
             weights = torch.tensor(
                 [float(likelihood / sum(likelihoods)) for likelihood in likelihoods], dtype=torch.float64
             )
@@ -227,6 +231,21 @@ def test_marginal_margin_of_dpo_is_label_log_odds(build: Build, make_pairs: Call
             for sign in (-1, 1)
         )
         assert float(actual[number]) == pytest.approx(float((right / wrong).ln()), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "robust_loss",
+    [ConservativeLoss(0.2), UnbiasedLoss(0.3), DrDPO(), HolderDPO(), REPO(initial=0.1)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_marginal_margin_has_no_label_noise(robust_loss: RobustLoss, build: Build, make_pairs: Any) -> None:
+    """With one code it is the reward margin, also for annotators whose labels are mostly wrong."""
+    module = build("dpo", MarginalSpace(**CODES | {"num_codes": 1}))
+    module.robust_loss = robust_loss
+    margins = mode_margins(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS))), module.latent, LENGTH_SCALES)
+    assert margins["prior"].abs().min() > 1e-3
+    for scale in ("", "/summed", "/per_token"):
+        torch.testing.assert_close(margins[f"marginal{scale}"], margins[f"prior{scale}"], rtol=1e-9, atol=1e-12)
 
 
 def test_mode_margins_number_of_passes(

@@ -59,8 +59,9 @@ def collect_results(module, parts, most_points=4):
         codebook.update(evaluated, batch, module.latent)
         adaptation.update(evaluated, batch, module.latent)
     accuracy, use = modes.collect(), codebook.collect()
+    adapted = {name: score.accuracy for name, score in adaptation.collect().metrics.items()}
     return {
-        "metrics": accuracy.metrics | use.metrics | adaptation.collect().metrics,
+        "metrics": accuracy.metrics | use.metrics | adapted,
         "errors": accuracy.standard_errors,
         "items": accuracy.items,
         "codes": use.codes.tolist(),

@@ -31,11 +31,18 @@ IDS = [f"pair {number}" for number in range(40)]
 
 
 def random_tables(pairs: int, codes: int = 3, seed: int = 0) -> CodeTables:
-    """Make DPO losses that differ between codes, and a prior and a posterior for each pair."""
+    """Make DPO losses that differ between codes, and a prior and a posterior for each pair. Labels flip at 0.2."""
     draw = np.random.default_rng(seed)
     margin = draw.normal(0, 2, (pairs, codes))
     logs = [np.log(draw.dirichlet(np.ones(codes), pairs)) for _ in range(2)]
-    return CodeTables(logs[0], np.log1p(np.exp(-margin)), np.log1p(np.exp(margin)), logs[1])
+    chance = 1 / (1 + np.exp(-margin))
+    return CodeTables(logs[0], -np.log(chance), -np.log(1 - chance), logs[1], np.log(0.8 * chance + 0.2 * (1 - chance)))
+
+
+def likelihood(tables: CodeTables, pair: int, code: int) -> float:
+    """Compute the probability of a label under a code. Labels flip at 0.2 if the tables say so."""
+    chance = math.exp(-tables.losses[pair, code])
+    return chance if tables.evidence is None else 0.8 * chance + 0.2 * (1 - chance)
 
 
 def naive_weights(kind: str, tables: CodeTables, given: Sequence[int], new: int) -> list[float]:
@@ -48,7 +55,7 @@ def naive_weights(kind: str, tables: CodeTables, given: Sequence[int], new: int)
     joint = []
     for code, start in enumerate(prior):
         for pair in given:
-            start *= math.exp(-tables.losses[pair, code])
+            start *= likelihood(tables, pair, code)
         joint.append(start)
     return [value / sum(joint) for value in joint]
 
@@ -136,7 +143,7 @@ def test_code_weights_against_a_loop() -> None:
         rows = [row for row, other in enumerate(NAMES) if other == name]
         joint = [
             sum(math.exp(tables.log_prior[row, code]) for row in rows)
-            * math.prod(math.exp(-tables.losses[row, code]) for row in rows)
+            * math.prod(likelihood(tables, row, code) for row in rows)
             for code in range(3)
         ]
         assert weights == pytest.approx([value / sum(joint) for value in joint], rel=1e-9)
@@ -212,6 +219,8 @@ def test_mean_score_errors_closed_form() -> None:
     score = mean_score(values, names, prompts)
     assert score.accuracy == pytest.approx(8 / 12)
     assert score.standard_error == pytest.approx(math.sqrt(8 / 12 * 4 / 12 / 11))
+    by_prompt = {name: (values - values.mean())[prompts == name].sum() / 12 for name in np.unique(prompts)}
+    assert score.deviations == pytest.approx({str(name): added for name, added in by_prompt.items()})
     assert score.annotators_error == pytest.approx(np.std([0.75, 0.25, 1.0], ddof=1) / math.sqrt(3))
     assert score.by_annotator == {"anna": 0.75, "ben": 0.25, "cleo": 1.0}
     assert mean_score(values[:1], names[:1], prompts[:1]).standard_error is None

@@ -210,7 +210,7 @@ def test_unreachable_hub_error_names_files(monkeypatch, tmp_path) -> None:
     with pytest.raises(DataUnreachableError) as error:
         load_tasks("gsm8k")
     assert "data of gsm8k (openai/gsm8k, main)" in str(error.value)
-    assert "--data-dir FOLDER, where FOLDER contains gsm8k/train.jsonl, gsm8k/test.jsonl" in str(error.value)
+    assert "--data_dir FOLDER, where FOLDER contains gsm8k/train.jsonl, gsm8k/test.jsonl" in str(error.value)
     # `datasets` did not retry for half a minute.
     assert "OfflineModeIsEnabled" in str(error.value)
     with pytest.raises(DataUnreachableError, match="Copy the Hugging Face cache"):

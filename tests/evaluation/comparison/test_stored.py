@@ -94,6 +94,16 @@ def test_add_run_replaces_and_lists_earlier_runs() -> None:
     assert [run_record["date"] for run_record in third.record["earlier"]] == ["first", "second"]
 
 
+@pytest.mark.parametrize("name", ["tasks/own.yaml", "tag"])
+def test_add_run_of_a_task_that_failed_to_load(name: str) -> None:
+    """The failure has the name that was asked for, and the scores have the names of the tasks."""
+    stored = add_run(run(failures=[name]), run(["one", "two"], tasks=[name]))
+    assert stored.failures == {}
+    assert missing_tasks(stored, [name]) == []
+    again = add_run(stored, run(failures=[name], tasks=[name]))
+    assert set(again.failures) == {name}
+
+
 def test_split_by_documents() -> None:
     tasks = ["truthfulqa_mc1", "arc_easy", "own.yaml", "truthfulqa_mc2", "piqa"]
     assert split_by_documents(tasks) == [["truthfulqa_mc1", "truthfulqa_mc2"], ["arc_easy"], ["own.yaml"], ["piqa"]]

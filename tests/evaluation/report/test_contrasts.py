@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,14 +37,13 @@ NOISY = {
 
 
 @pytest.fixture
-def noisy() -> Study:
-    return make_study(
-        [
-            run(seed, value, latent=latent, noise=noise)
-            for (latent, noise), values in NOISY.items()
-            for seed, value in values.items()
-        ]
-    )
+def noisy(give_own_prompts: Callable[..., list[RunRecord]]) -> Study:
+    records = [
+        run(seed, value, latent=latent, noise=noise)
+        for (latent, noise), values in NOISY.items()
+        for seed, value in values.items()
+    ]
+    return make_study(give_own_prompts(records))
 
 
 def test_contrasts_against_scipy(noisy: Study) -> None:

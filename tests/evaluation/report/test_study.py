@@ -71,6 +71,7 @@ def test_left_out() -> None:
         ("6", "unknown"),
         ("4", "no number"),
         ("5", "no metric"),
+        ("s", "no test"),
     ]
 
 

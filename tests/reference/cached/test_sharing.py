@@ -51,7 +51,7 @@ def test_run_reads_the_cache(small_policy: Any, own_data: Any, fit_run: Any, par
     before = run()
     for part in parts():
         with np.load(part) as arrays:
-            indices, logps = arrays["places"], arrays["values"]
+            indices, logps = arrays["indices"], arrays["values"]
         part.write_bytes(_packed(indices, logps + np.array([1.0, 3.0])))
     after = run()
     (one,), (other,) = before.training.values(), after.training.values()

@@ -58,7 +58,7 @@ def test_only_pairs_of_the_run_are_computed(
     fit_run(DPO(policy=small_policy()), data, callbacks=[reads], num_sanity_val_steps=-1, **settings)
     assert reads.announced == reads.read
     assert (len(reads.read["train"]), len(reads.read["validation"])) == pairs
-    stored = sum(len(np.load(part)["places"]) for part in parts())
+    stored = sum(len(np.load(part)["indices"]) for part in parts())
     assert stored == sum(pairs)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from math import log1p
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from scipy import stats
 
 from lpc_lightning.evaluation.report.contrasts import contrasts
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.pairs import prompt_deviations
+from lpc_lightning.evaluation.report.runs.pairs import NOT_ON_RECORD, PromptScores, prompt_scores
+from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import make_study
 from lpc_lightning.evaluation.report.tables import contrasts_table, means_table
 
@@ -28,10 +30,19 @@ def write_pairs(cell: Path, margins: Sequence[float], prompts: Sequence[str], **
             "flipped": columns.get("flipped", [False] * len(margins))[number],
             "tokens": columns.get("tokens", [(3, 3)] * len(margins))[number],
             "margins": {"prior": margin},
+            **{name: values[number] for name, values in columns.items() if name in ("source", "factor")},
         }
         for number, (margin, prompt) in enumerate(zip(margins, prompts, strict=True))
     ]
     (cell / "pairs_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def scores(cell: Path, metric: str, value: float) -> PromptScores:
+    return prompt_scores(RunRecord("cell", folder=cell / "run", grid="grid", metrics={metric: value}), metric)
+
+
+def prompt_deviations(cell: Path, metric: str, value: float) -> Mapping[str, float] | None:
+    return scores(cell, metric, value).deviations
 
 
 def test_prompt_deviations_by_hand(tmp_path: Path) -> None:
@@ -80,12 +91,55 @@ def test_prompt_deviations_of_other_names(tmp_path: Path, name: str) -> None:
     assert prompt_deviations(tmp_path, f"test/{name}", mean) == expected
 
 
-def test_prompt_deviations_of_few_prompts(tmp_path: Path) -> None:
-    """A metric of these pairs that is no mean over them has no interval. One of training pairs is none of theirs."""
+def test_prompt_deviations_of_groups(tmp_path: Path) -> None:
+    """Metrics of a source, a factor, clean and flipped labels, and a data set of a mixture, by hand."""
+    labels = {"source": ["x", "x", "y", "x"], "factor": ["", "f", "f", ""], "flipped": [False, True, True, False]}
+    write_pairs(tmp_path, [1.0, -2.0, 3.0, 0.0], ["a", "a", "b", "b"], **labels)
+    expected: dict[str, tuple[float, dict[str, float]]] = {
+        "accuracy/prior/source/x": (0.5, {"a": 0.0, "b": 0.0}),
+        "accuracy/x": (0.5, {"a": 0.0, "b": 0.0}),
+        "margin/prior/factor/f": (0.5, {"a": -1.25, "b": 1.25}),
+        "accuracy/prior/clean": (0.75, {"a": 0.125, "b": -0.125}),
+        "gold_accuracy/prior/flipped": (0.5, {"a": 0.25, "b": -0.25}),
+        "longer_is_chosen": (0.5, {"a": 0.0, "b": 0.0}),
+    }
+    for name, (mean, added) in expected.items():
+        assert prompt_deviations(tmp_path, f"test/{name}", mean) == pytest.approx(added), name
+
+
+def test_prompt_deviations_of_adaptation(tmp_path: Path) -> None:
+    """A cell writes them itself."""
+    write_pairs(tmp_path, [1.0, 2.0], ["a", "b"])
+    row = {"metric": "adaptation/exact/8", "mean": 0.75, "deviations": {"a": 0.1, "b": -0.1}}
+    (tmp_path / "deviations_test.jsonl").write_text(json.dumps(row) + "\n")
+    assert prompt_deviations(tmp_path, "test/adaptation/exact/8", 0.75) == {"a": 0.1, "b": -0.1}
+    assert prompt_deviations(tmp_path, "test/adaptation/exact/8", 0.5) is None, "other weights"
+    assert prompt_deviations(tmp_path, "test/adaptation/exact/4", 0.75) is None
+
+
+@pytest.mark.parametrize(("metric", "folder"), [("lm_eval/own/acc", "run/lm_eval"), ("own/acc", "results")])
+def test_prompt_scores_of_items(metric: str, folder: str, tmp_path: Path) -> None:
+    """Each document is a prompt of its own, and pairs name theirs. Another task has other items."""
+    items = [{"task": "own", "doc_id": n, "doc_hash": "h", "metrics": {"acc": float(n == 1)}} for n in range(3)]
+    items.append({"task": "own", "doc_id": 3, "doc_hash": "h", "metrics": {"acc": 1.0}, "prompt": "own 2 h"})
+    items.append({"task": "other", "doc_id": 0, "doc_hash": "h", "metrics": {"acc": 0.0}})
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    measured = {metric: tmp_path / folder} if folder == "results" else {}
+    record = RunRecord(
+        "run", folder=tmp_path / "run", measured=measured, metrics={metric: 0.5, "lm_eval/none/acc": 0.5}
+    )
+    added = {"own 0 h": -0.125, "own 1 h": 0.125, "own 2 h": 0.0}
+    assert prompt_scores(record, metric) == PromptScores(frozenset(added), pytest.approx(added))  # type: ignore[arg-type]
+    assert prompt_scores(record, "lm_eval/none/acc") == NOT_ON_RECORD
+
+
+def test_prompt_scores_of_no_mean(tmp_path: Path) -> None:
+    """The prompts behind the calibration error are those of the pairs. Those of training pairs are unknown."""
     write_pairs(tmp_path, [1.0, 2.0, 3.0, 4.0], ["a", "a", "b", "b"])
-    assert prompt_deviations(tmp_path, "test/calibration_error/prior", 0.1) == {"a": 0.0, "b": 0.0}
-    assert prompt_deviations(tmp_path, "test/training/wrong_label_auroc/prior", 0.1) is None
-    assert prompt_deviations(tmp_path, "val/calibration_error/prior", 0.1) is None
+    assert scores(tmp_path, "test/calibration_error/prior", 0.1) == PromptScores(frozenset("ab"))
+    assert scores(tmp_path, "test/training/wrong_label_auroc/prior", 0.1) == NOT_ON_RECORD
+    assert scores(tmp_path, "val/calibration_error/prior", 0.1) == NOT_ON_RECORD
 
 
 @pytest.mark.parametrize("metric", [METRIC, "test/calibration_error/prior"])
@@ -150,3 +204,38 @@ def test_interval_covers_shared_prompts(write_ablation: Callable[..., Path], tmp
     else:
         assert (actual.low, actual.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
         assert contrast.difference.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("metric", "prompts", "has_test"),
+    [
+        ("test/calibration_error/prior", "shared", False),
+        ("test/calibration_error/prior", "own", True),
+        ("test/adaptation/adapted/16", "shared", False),
+        ("arc_easy/acc", "own", False),
+        (METRIC, "none", False),
+    ],
+)
+def test_no_star_without_scores_on_record(
+    metric: str, prompts: str, has_test: bool, write_ablation: Callable[..., Path]
+) -> None:
+    """A large difference has a p only if each prompt's part of it is on record, or no seeds share prompts."""
+    values = {"none": 0.4, "marginal": 0.8}
+    folder = write_ablation({"latent": list(values)}, [1, 2, 3], lambda latent, seed: values[latent])
+    for path in (folder / "cells").iterdir():
+        latent, seed = re.findall("=([^,]+)", path.name)
+        results = json.loads((path / "results.json").read_text())
+        results["metrics"] = {metric: values[latent] + int(seed) ** (1 + values[latent]) / 100}
+        (path / "results.json").write_text(json.dumps(results))
+        (path / "pairs_test.jsonl").unlink()
+        if prompts != "none":
+            write_pairs(path, [1.0] * 5, [f"{number}{seed if prompts == 'own' else ''}" for number in range(5)])
+    study = make_study(load_folders([str(folder)]).records)
+    (contrast,), _ = contrasts(study, [metric], {"latent": "none"})
+    assert contrast.difference is not None
+    assert (contrast.difference.p_value is not None, contrast.p_corrected is not None) == (has_test, has_test)
+    (row,) = contrasts_table(study, [contrast], {"latent": "none"}).rows
+    assert any("*" in cell.text for cell in row) == has_test
+    assert {(entry.run, entry.status) for entry in study.left_out([metric])} == (
+        set() if has_test else {("latent none", "no test"), ("marginal", "no test")}
+    )
