@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from peft import PeftModel  # the import takes a second, and a policy without an adapter needs none of it
 
 
-PROMPT, CHOSEN, REJECTED = [1, 2, 3], [4, 5], [6, 7, 8]
-"""Tokens for the checks of a new policy."""
+PROMPT, CHOSEN, REJECTED = 3, 2, 3
+"""Tokens of the pieces for the checks of a new policy."""
 
 
 class CausalPolicy(nn.Module):
@@ -101,7 +101,8 @@ class CausalPolicy(nn.Module):
                 f"policy: found {type(model).__name__}, in which transformers finds {type(backbone).__name__} as the "
                 "decoder, expected the model without its head. Choose a model of another family."
             )
-        tokens = torch.tensor([PROMPT + REJECTED], device=model.device) % self.head.weight.shape[0]
+        row = self._row()
+        tokens = torch.cat([row[:, :PROMPT], row[:, -REJECTED:]], dim=1)
         places = torch.arange(tokens.shape[1], device=model.device)[None]
         try:
             with eager_attention(backbone) if is_flash(backbone.config._attn_implementation) else nullcontext():
@@ -135,16 +136,25 @@ class CausalPolicy(nn.Module):
 
         Some families refuse a mask of four dimensions.
         """
-        first, second, third = len(PROMPT), len(CHOSEN), len(REJECTED)
-        row = torch.tensor([PROMPT + CHOSEN + REJECTED], device=alone.device) % self.head.weight.shape[0]
-        segments = torch.tensor([[0] * first + [1] * second + [2] * third], device=alone.device)
-        starts = [*range(first + second), *range(first, first + third)]
+        row = self._row()
+        segments = torch.tensor([[0] * PROMPT + [1] * CHOSEN + [2] * REJECTED], device=row.device)
+        places = torch.tensor([[*range(PROMPT + CHOSEN), *range(PROMPT, PROMPT + REJECTED)]], device=row.device)
         try:
-            packed = self.states(row, torch.ones_like(row), segments, torch.tensor([starts], device=alone.device))
+            packed = self.states(row, torch.ones_like(row), segments, places)
         except (RuntimeError, ValueError):
             return False
-        pieces = (packed[:, :first], alone[:, :first]), (packed[:, first + second :], alone[:, first:])
+        pieces = (packed[:, :PROMPT], alone[:, :PROMPT]), (packed[:, -REJECTED:], alone[:, -REJECTED:])
         return all(difference(*piece) <= rounding(alone) for piece in pieces)
+
+    def _row(self) -> Tensor:
+        """Return (1, T) tokens for the checks, from all of the vocabulary.
+
+        The first ones are special tokens. A model reads them in no text, and in 16 bits their states are mostly
+        rounding errors.
+        """
+        count = PROMPT + CHOSEN + REJECTED
+        odd = torch.arange(1, 2 * count, 2, device=self.model.device)
+        return odd[None] * self.head.weight.shape[0] // (2 * count)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Turn on or off that the backward pass recomputes each layer's states from the one that is kept."""

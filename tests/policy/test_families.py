@@ -50,7 +50,7 @@ FAMILIES = {
     "qwen3": Family(),
     "qwen3_moe": Family({"num_experts": 4, **EXPERTS}),
     "mistral": Family({"sliding_window": 5}),
-    "mixtral": Family({"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": Family({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "gemma": Family(),
     "gemma2": Family({"sliding_window": 5, "attn_logit_softcapping": 1.0}, kernel="eager"),
     "gemma3_text": Family({"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}),
@@ -199,3 +199,11 @@ def test_kernel_with_other_states_is_refused() -> None:
     policy.causal_lm.config._attn_implementation = "segment"
     with pytest.raises(UnsupportedPolicyError, match="found s_aux, which segment attention does not compute"):
         CausalPolicy(policy.causal_lm)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_in_bfloat16_are_accepted(seed: int, perturb: Callable[..., None]) -> None:
+    """Rounding sends tokens to other experts, so that the states of a few tokens differ much."""
+    model = spec_of("mixtral").build().causal_lm
+    perturb(model, seed=seed)
+    assert CausalPolicy(model.bfloat16()).attends_by_segment

@@ -116,6 +116,13 @@ def test_dequantised_model_is_complete(smollm2: CausalPolicy) -> None:
     assert smollm2.takes_block_mask
 
 
+@pytest.mark.slow
+@pytest.mark.real
+def test_rows_are_packed_in_bfloat16() -> None:
+    """In 16 bits the states of some tokens are mostly rounding errors."""
+    assert PretrainedPolicy(str(SMOLLM2), dtype="bfloat16").build().attends_by_segment
+
+
 @pytest.mark.real
 def test_chat_template_has_system_turn(smollm2: CausalPolicy) -> None:
     tokenizer = PretrainedPolicy(str(SMOLLM2)).load_tokenizer()

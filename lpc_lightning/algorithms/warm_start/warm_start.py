@@ -69,7 +69,9 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
     labelled = [pairs[index] for index in indices]
     rows, computed = labelled_rows(module, data, indices)
     reference = None if module.reference is None else reference_logps(module.reference, data, indices, trainer)
-    token = _mean_token(module, data.make_layout()(labelled[:TOKEN_PAIRS]))
+    # Planned, so that compiled layers on a GPU run it: a mask of all tokens by all could need gigabytes.
+    layout = data.make_layout().for_batches([pairs.piece_lengths[indices[:TOKEN_PAIRS]]], most=1)
+    token = _mean_token(module, layout(labelled[:TOKEN_PAIRS]))
     annotators = [pair.annotator for pair in labelled]
     margins = None if pairs.margins is None else torch.from_numpy(pairs.margins[indices]).to(rows.device)
     linearized = LinearizedPairs(rows, reference, token, annotators, module.label_loss, margins)

@@ -13,12 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import Balanced, PreferenceData, SyntheticPreferences
-from lpc_lightning.data.batching.layouts import FixedShapesLayout, SharedPrefixLayout
+from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout, SharedPrefixLayout
 from lpc_lightning.data.batching.shapes import MOST_SHAPES, BatchShape, ShapePlan, plan_shapes
 from lpc_lightning.data.datamodule import PLANNED_EPOCHS, PreferenceDataModule
+from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
-from lpc_lightning.types import TokenizedPair
+from lpc_lightning.types import PreferenceBatch, TokenizedPair
 from tests.fixtures.real_data import DATA_DIR
 
 PREFERENCES = DATA_DIR / "preferences"
@@ -100,6 +102,34 @@ def test_built_in_epochs_have_four_shapes(pairs: int, tmp_path: Path) -> None:
     shapes, padding = shapes_of_epochs(data, balance=True)
     assert len(shapes) <= MOST_SHAPES
     assert padding <= 0.1
+
+
+class AsOnGpu(SyntheticPreferences):
+    """The built-in pairs in the layout of a GPU whose compiled attention skips hidden blocks."""
+
+    def make_layout(self) -> Layout:
+        return FixedShapesLayout(0, None)
+
+
+@pytest.mark.slow
+def test_run_has_planned_shapes_only(
+    small_policy: Any, fit_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of another shape would run uncompiled: in the reference's pass, a warm start, validation or training."""
+    batches: list[tuple[bool, PreferenceBatch]] = []
+    original = CausalPolicy.hidden
+
+    def hidden(policy: CausalPolicy, batch: PreferenceBatch) -> torch.Tensor:
+        batches.append((torch.is_grad_enabled(), batch))
+        return original(policy, batch)
+
+    monkeypatch.setattr(CausalPolicy, "hidden", hidden)
+    data = AsOnGpu(train_pairs=24, validation_pairs=4, batch_size=2, cache_dir=str(tmp_path))
+    latent = MarginalSpace(num_codes=2, warm_start_pairs=12)
+    fit_run(DPO(policy=small_policy(), latent=latent), data, max_epochs=1, num_sanity_val_steps=1)
+    assert all(batch.planned for _, batch in batches)
+    trained = {batch.input_ids.shape for trains, batch in batches if trains}
+    assert 1 < len(trained) <= MOST_SHAPES
 
 
 @pytest.mark.parametrize("row_tokens", [None, 60])

@@ -87,12 +87,16 @@ def test_code_use_shows_every_code(count: int, with_posterior: bool, tmp_path: P
     figure = code_use(prior, codes, posterior if with_posterior else None, "Use of the codes, step 7")
     check_and_render(figure, tmp_path / "use.png")
     mass, lead = figure.axes
+    legend = mass.get_legend()
+    assert legend is not None
+    assert legend.get_window_extent().x0 >= mass.bbox.x1, "the legend covers data"
     assert [bar.get_height() for bar in mass.patches] == pytest.approx(sorted(prior, reverse=True))  # type: ignore[attr-defined]
     shares = [np.mean(codes == code) for code in np.argsort(-prior)]
     assert [bar.get_height() for bar in lead.patches] == pytest.approx(shares)  # type: ignore[attr-defined]
     figure_texts = texts(figure)
     assert ("mean posterior" in figure_texts) == with_posterior
-    assert f"{count - len(set(codes.tolist()))} codes are likeliest for no pair" in figure_texts
+    dead = count - len(set(codes.tolist()))
+    assert f"{dead} {'code is' if dead == 1 else 'codes are'} likeliest for no pair" in figure_texts
     assert any(f"of {count}" in text for text in figure_texts)
 
 
