@@ -1,4 +1,4 @@
-"""Memory and time of a training step on paper: the numbers of `docs/scaling.md` on Llama-3-8B, and their derivation.
+"""Memory and time of a training step on paper: the numbers of `docs/memory.md` on Llama-3-8B, and their derivation.
 
 Letters: V vocabulary, d hidden width, L layers, h heads times head width, f feed-forward width; T tokens that the
 backbone reads on a device, padding included, N answer tokens. Everything is for a decoder of the Llama family, whose
@@ -297,7 +297,7 @@ def table(rows: dict[str, Step], model: Architecture, machine: Machine) -> str:
 
 
 def cases() -> dict[str, dict[str, Step]]:
-    """Cases of `docs/scaling.md` by heading."""
+    """Cases of `docs/memory.md` by heading."""
     full = Step(tokens=4096, answers=2600, row=1024, devices=8, checkpointing=True, live_reference=False)
     lora = replace(full, devices=1, adapter=41_943_040, precision="bf16-true")
     return {
@@ -330,7 +330,7 @@ def cases() -> dict[str, dict[str, Step]]:
 
 
 def main() -> None:
-    """Print the tables of `docs/scaling.md`."""
+    """Print the tables of `docs/memory.md`."""
     for heading, rows in cases().items():
         print(f"{heading}:\n\n{table(rows, LLAMA_3_8B, Machine())}\n")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -42,7 +44,7 @@ class CodeExplanations(CollectValidation):
         self.tokens, self.examples = tokens, examples
         self.collector: ExplanationPairs | None = None
         self._latest: Explanation | None = None
-        self._step = 0
+        self._origin: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the collector if the latent has codes."""
@@ -60,7 +62,9 @@ class CodeExplanations(CollectValidation):
         space, policy = pl_module.latent, pl_module.policy
         assert space is not None
         self._latest = self.collector.explain(space.codes, policy.head, pl_module.tokenizer, self.tokens, self.examples)
-        self._step = trainer.global_step
+        loaded = None if trainer.state.fn == TrainerFn.FITTING else trainer.ckpt_path
+        path = None if loaded is None else str(loaded)
+        self._origin = {"checkpoint": path, "step": pl_module.weights_step, "preferences": None}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files after `validate`."""
@@ -83,8 +87,8 @@ class CodeExplanations(CollectValidation):
             source = None if data is None else data.source("validation")
             if source is not None:
                 explanation = explanation.with_texts(find_examples(source, explanation.shown_pairs))
-            origin = {"checkpoint": None, "step": self._step, "preferences": None}
-            log_text(trainer, "codes", write_explanation(folder, explanation, origin))
+            text = write_explanation(folder, explanation, self._origin)
+            log_text(trainer, "codes", text, self._origin["step"])
         except Exception as error:  # a failed explanation must not end the training
             rank_zero_warn(f"CodeExplanations: the codes have no {TEXT}: {type(error).__name__}: {error}")
             return

@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
 
+from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.collect import CollectValidation, log_round
 from lpc_lightning.evaluation.codebook.plots import code_use, heat_map, render, scatter
@@ -50,7 +51,7 @@ class CodebookMonitor(CollectValidation):
         self.report = CodebookReport()
         """Report of the last validation."""
         self.collector: CodebookStatistics | None = None
-        self._rounds = 0
+        self._rounds = self._step = 0
         self._drawn = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -70,12 +71,13 @@ class CodebookMonitor(CollectValidation):
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the round over all devices, and plot every n-th round."""
         assert self.collector is not None
+        assert isinstance(pl_module, PreferenceModule)
         self.report = self.collector.collect()
         log_round(pl_module, stage, self.report.metrics)
         if trainer.sanity_checking:
             return
         self._rounds += 1
-        self._drawn = False
+        self._drawn, self._step = False, pl_module.weights_step
         if self._rounds % self.every == 0 or trainer.state.fn == TrainerFn.VALIDATING:
             self._draw(trainer)
 
@@ -91,13 +93,13 @@ class CodebookMonitor(CollectValidation):
         try:
             self._write(folder, trainer)
         except Exception as error:  # a failed plot must not end the training
-            rank_zero_warn(f"codebook: the plots of step {trainer.global_step} failed: {type(error).__name__}: {error}")
+            rank_zero_warn(f"codebook: the plots of step {self._step} failed: {type(error).__name__}: {error}")
 
     def _write(self, folder: Path, trainer: Trainer) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures(self.report, trainer.global_step).items():
-            pixels = render(figure, folder / f"step_{trainer.global_step:06d}_{name}.png")
-            log_picture(trainer, f"codebook/{name}", pixels)
+        for name, figure in figures(self.report, self._step).items():
+            pixels = render(figure, folder / f"step_{self._step:06d}_{name}.png")
+            log_picture(trainer, f"codebook/{name}", pixels, self._step)
 
 
 def figures(report: CodebookReport, step: int) -> dict[str, Figure]:

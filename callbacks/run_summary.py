@@ -126,8 +126,9 @@ def _rows(
 
     rows = [(title, cell(before, name), cell(after, name)) for title, name in ROWS.items() if name in after]
     rows += [("optimizer steps", "", str(steps))]
-    units = {"tokens_per_second": "tokens per second", "seconds_per_step": "seconds per step"}
-    rows += [(title, "", f"{resources[name]:.1f}") for name, title in units.items() if name in resources]
+    # A step of a small policy takes milliseconds.
+    speeds = {"tokens_per_second": ("tokens per second", ".1f"), "seconds_per_step": ("seconds per step", ".3g")}
+    rows += [(title, "", format(resources[name], form)) for name, (title, form) in speeds.items() if name in resources]
     rows += [("peak memory", "", f"{resources['peak_memory_gib']:.2f} GiB")] if resources else []
     return rows
 

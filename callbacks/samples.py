@@ -161,7 +161,7 @@ class AnswerSamples(Callback):
         self.records += [{"step": step, **record} for record in answered]
         write_samples(folder, self.records)
         text = samples_text([record for record in self.records if record["step"] == step])
-        log_text(trainer, "samples", text)
+        log_text(trainer, "samples", text, trainer.global_step)
         if not self.rounds:
             rank_zero_info(f"Samples at a validation, such as this one: {cost}. See {folder / TEXT}.")
         self.rounds += 1

@@ -102,9 +102,9 @@ class StepParts:
             self._stack.pop()
 
     def _book(self) -> None:
-        """Add the time since the last mark to the innermost part."""
+        """Add the time since the last mark to the innermost part. Passes between batches belong to no step."""
         now = read_clock(self._device)
-        if self._stack and self._mark is not None and self._batches:
+        if self._stack and self._mark is not None and self._batches and self._batches[-1].end is None:
             self._batches[-1].spans.append((self._stack[-1], self._mark, now))
         self._mark = now
 

@@ -28,16 +28,16 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def log_picture(trainer: Trainer, name: str, pixels: NDArray[np.uint8]) -> None:
-    """Log a picture (height, width, 3) to each logger that takes pictures, at the trainer's step."""
+def log_picture(trainer: Trainer, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+    """Log a picture (height, width, 3) to each logger that takes pictures."""
     for form in _forms(trainer):
-        form.picture(name, pixels, trainer.global_step)
+        form.picture(name, pixels, step)
 
 
-def log_text(trainer: Trainer, name: str, text: str) -> None:
-    """Log a text in Markdown to each logger that takes texts, at the trainer's step."""
+def log_text(trainer: Trainer, name: str, text: str, step: int) -> None:
+    """Log a text in Markdown to each logger that takes texts."""
     for form in _forms(trainer):
-        form.text(name, text, trainer.global_step)
+        form.text(name, text, step)
 
 
 def log_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Rows) -> None:

@@ -32,8 +32,8 @@ def write(logger: Logger) -> Trainer:
     trainer = Trainer(logger=logger, accelerator="cpu", enable_progress_bar=False)
     logger.log_hyperparams({"data": {"rows": 7}})
     logger.log_metrics({"val/accuracy": 0.25, "val/accuracy/books": 0.75}, 3)
-    log_picture(trainer, "codebook/use", PIXELS)
-    log_text(trainer, "samples/text", TEXT)
+    log_picture(trainer, "codebook/use", PIXELS, 0)
+    log_text(trainer, "samples/text", TEXT, 0)
     log_table(trainer, "samples/table", COLUMNS, ROWS)
     return trainer
 

@@ -81,13 +81,13 @@ def code_use(
     order = np.argsort(-prior, kind="stable")
     shares = np.bincount(codes, minlength=len(prior)) / len(codes)
     positions = np.arange(len(prior))
-    figure = _figure(_clamp(6, 2.5 + 0.18 * len(prior), 12), 5.5)
+    figure = _figure(_clamp(7.5, 4 + 0.18 * len(prior), 13.5), 5.5)
     mass_axes, share_axes = figure.subplots(2, sharex=True)
     mass_axes.bar(positions, prior[order], color=COLOURS[0], width=0.8, label="mean prior")
     if posterior is not None:
         mass_axes.plot(positions, posterior[order], "_", color=COLOURS[6], markersize=7, label="mean posterior")
     mass_axes.axhline(1 / len(prior), color=COLOURS[5], linewidth=1, linestyle="--", label="even use, 1 / K")
-    mass_axes.legend(frameon=False, fontsize=8)
+    mass_axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     share_axes.bar(positions, shares[order], color=COLOURS[1], width=0.8)
     step = -(-len(prior) // 40)
     share_axes.set_xticks(
@@ -95,7 +95,8 @@ def code_use(
     )
     perplexity, dead = np.exp(entropy(prior)), int((shares == 0).sum())
     mass_axes.set(title=f"{title}\nperplexity {perplexity:.1f} of {len(prior)}", ylabel="probability", ylim=(0, None))
-    share_axes.set(title=f"{dead} codes are likeliest for no pair", ylabel="share of pairs", ylim=(0, None))
+    dead_codes = "1 code is" if dead == 1 else f"{dead} codes are"
+    share_axes.set(title=f"{dead_codes} likeliest for no pair", ylabel="share of pairs", ylim=(0, None))
     share_axes.set_xlabel("code, the highest mean prior first")
     return figure
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
-from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, MIN_PROMPTS, NOTHING_SHARED, Shared
+from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, NOTHING_SHARED, Shared
 
 
 def cluster_sums(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -88,35 +87,3 @@ def shared_variance(seeds: Sequence[Mapping[str, float]]) -> Shared:
     added = np.array([[seed.get(name, 0.0) for name in shared] for seed in seeds])
     covariance = (np.square(added.sum(0)) - np.square(added).sum(0)).sum() / (count * (count - 1))
     return Shared(max(0.0, float(covariance)) * clusters / (clusters - 1), len(shared))
-
-
-def bootstrap_interval(
-    sums: NDArray[np.float64], sizes: NDArray[np.int64], resamples: int, seed: int
-) -> tuple[float, float]:
-    """Compute the 95 % percentile interval of a mean by resampling whole clusters.
-
-    Source: Davison and Hinkley 1997, "Bootstrap Methods and their Application", section 3.8.
-
-    Args:
-        sums: (C,) sum of each cluster's values, at least two clusters.
-        sizes: (C,) number of each cluster's values.
-        resamples: Number of resamples.
-        seed: Seed of the resamples.
-    """
-
-    def mean(total: NDArray[np.float64], count: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
-        means: NDArray[np.float64] = total.sum(axis) / count.sum(axis)
-        return means
-
-    draws = stats.bootstrap(
-        (sums, sizes),
-        mean,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, 2**22 // len(sums)),
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(draws.confidence_interval.low), float(draws.confidence_interval.high)

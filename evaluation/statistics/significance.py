@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lpc_lightning.evaluation.statistics.clusters import bootstrap_interval, cluster_sums
-from lpc_lightning.evaluation.statistics.seeds import sign_flip_test
+from lpc_lightning.evaluation.statistics.clusters import cluster_sums, standard_error
+from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, sign_flip_test
 
 RESAMPLES = 10_000
 """Number of bootstrap resamples. The p-values have a resolution of 0.0002."""
@@ -21,7 +21,7 @@ class PairedTest:
     """The difference between a model and the baseline, with its significance."""
 
     method: str
-    """`McNemar`, `bootstrap`, or `prompts`: sign flips and resamples of all items of a prompt together."""
+    """`McNemar`, `bootstrap`, or `prompts`: sign flips of all items of a prompt together."""
     items: int
     """Number of items. Both models answered each of them."""
     difference: float
@@ -39,8 +39,9 @@ def paired_test(
 ) -> PairedTest:
     """Test whether two models differ.
 
-    If several items share a cluster, the test flips and resamples whole clusters. Otherwise it is McNemar's test if all
-    scores are 0 or 1, and a paired bootstrap if not.
+    If several items share a cluster, the test flips whole clusters. Otherwise it is McNemar's test if all scores are 0
+    or 1, and a paired bootstrap if not. The interval is Student's, over clusters or items, except for McNemar's test:
+    percentiles of resamples are too narrow for few of them.
 
     Args:
         baseline: The baseline's score on each item, at least two items.
@@ -59,24 +60,32 @@ def paired_test(
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("paired_test: found a score that is not a finite number, expected finite scores only.")
     if clusters is not None and len(set(clusters)) < len(first):
-        return _by_cluster(second - first, clusters, seed)
+        return _by_cluster(second - first, clusters)
     if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
         return _mcnemar(first, second)
     return _bootstrap(second - first, seed)
 
 
-def _by_cluster(differences: np.ndarray, clusters: Sequence[Any], seed: int) -> PairedTest:
-    """Flip the signs of whole clusters for the p-value, and resample whole clusters for the interval.
+def _by_cluster(differences: np.ndarray, clusters: Sequence[Any]) -> PairedTest:
+    """Flip the signs of whole clusters for the p-value.
 
     Clusters without a difference have no influence on the p-value.
     """
-    sums, sizes = cluster_sums(differences, clusters)
+    sums, _ = cluster_sums(differences, clusters)
     if len(sums) < 2:
         raise ValueError(f"paired_test: found {len(differences)} items of one cluster, expected at least two clusters.")
-    low, high = bootstrap_interval(sums, sizes, RESAMPLES, seed)
     differing = sums[sums != 0]
     p_value = sign_flip_test(differing, RESAMPLES) if len(differing) > 1 else 1.0
-    return PairedTest("prompts", len(differences), float(differences.mean()), low, high, p_value)
+    interval = _student(differences, clusters)
+    return PairedTest("prompts", len(differences), float(differences.mean()), *interval, p_value)
+
+
+def _student(differences: np.ndarray, clusters: Sequence[Any]) -> tuple[float, float]:
+    """Return Student's interval of the mean, with the standard error over clusters."""
+    error = standard_error(differences, clusters)
+    assert error is not None
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(set(clusters)) - 1)) * error
+    return float(differences.mean()) - half, float(differences.mean()) + half
 
 
 def _mcnemar(baseline: np.ndarray, other: np.ndarray) -> PairedTest:
@@ -100,7 +109,7 @@ def _mcnemar(baseline: np.ndarray, other: np.ndarray) -> PairedTest:
 
 
 def _bootstrap(differences: np.ndarray, seed: int) -> PairedTest:
-    """Compute percentiles of the mean over resampled items (Efron and Tibshirani 1993, chapter 13).
+    """Resample items for the p-value (Efron and Tibshirani 1993, chapter 16).
 
     The p-value is twice the share of resamples on the other side of 0. It is at least 2^(1 - m), where m is the number
     of items that differ. That is the p-value of the sign test if all m items have the same sign. Without this bound, a
@@ -118,13 +127,14 @@ def _bootstrap(differences: np.ndarray, seed: int) -> PairedTest:
         rng=np.random.default_rng(seed),
     )
     means = draws.bootstrap_distribution
+    low, high = _student(differences, range(len(differences)))
     beyond = 1 + min(int((means <= 0).sum()), int((means >= 0).sum()))
     return PairedTest(
         method="bootstrap",
         items=len(differences),
         difference=float(differences.mean()),
-        low=float(draws.confidence_interval.low),
-        high=float(draws.confidence_interval.high),
+        low=low,
+        high=high,
         p_value=min(1.0, max(2 * beyond / (RESAMPLES + 1), 2.0 ** (1 - differing))),
     )
 

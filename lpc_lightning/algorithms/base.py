@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import DoublePrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -112,6 +113,7 @@ class PreferenceModule(PolicyModule):
         self._losses = RecentLosses()
         self._code_range: float | None = None
         self._resumed: dict[str, Any] = {}
+        self._loaded_step = 0
 
     @abstractmethod
     def preference_loss(self, logps: PairLogps) -> PairLosses:
@@ -278,6 +280,13 @@ class PreferenceModule(PolicyModule):
         return self.robust_loss.batch_loss(terms.pairs.losses, batch.weights) + penalty
 
     @property
+    def weights_step(self) -> int:
+        """Number of optimizer steps behind the weights: those of the fit, or of a checkpoint to validate or test."""
+        trainer = self.trainer
+        is_loaded = trainer.state.fn != TrainerFn.FITTING and trainer.ckpt_path is not None
+        return self._loaded_step if is_loaded else trainer.global_step
+
+    @property
     def progress(self) -> float:
         """Progress of training: 0 at the first optimizer step, 1 at the last."""
         return min(1.0, self.trainer.global_step / max(1, self._steps - 1))
@@ -419,6 +428,7 @@ class PreferenceModule(PolicyModule):
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
         self._resumed = {name: checkpoint[name] for name in RESUMED if name in checkpoint}
+        self._loaded_step = checkpoint.get("global_step", 0)
         if "robust_loss" in checkpoint and self.robust_loss is not None:
             self.robust_loss.load_state_dict(checkpoint["robust_loss"])
         if "position" in checkpoint and self._trainer is not None and self._trainer.training:

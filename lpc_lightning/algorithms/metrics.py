@@ -179,8 +179,10 @@ class SourceMeans(Metric):
         losses, correct = values["loss"].double(), values["rewards/accuracies"].double()
         weights = values["weight"] if "weight" in values else torch.ones_like(losses)
         numbers = torch.tensor([self.names.index(source) for source in sources])
-        members = torch.nn.functional.one_hot(numbers, len(self.names)).T.to(losses)
-        self.sums += members @ torch.stack([torch.ones_like(losses), weights, losses, correct], dim=1)
+        members = (torch.arange(len(self.names))[:, None] == numbers).to(losses.device)
+        columns = torch.stack([torch.ones_like(losses), weights, losses, correct], dim=1)
+        # Not a product: 0 times the NaN of a pair would make all other data sets NaN.
+        self.sums += columns.where(members[..., None], 0.0).sum(1)
 
     def compute(self) -> dict[str, Tensor]:
         """Return `accuracy/NAME`, `loss/NAME` and `pairs/NAME`. Data sets without pairs are left out."""

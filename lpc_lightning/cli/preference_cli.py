@@ -28,6 +28,7 @@ from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.errors import CheckpointError, ConfigError, one_line
 from lpc_lightning.inference.checkpoint_entries import check_classes, check_resumable
 from lpc_lightning.inference.checkpoints import read_checkpoint
+from lpc_lightning.inference.model_places import find_models, make_places_absolute
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec
 
@@ -96,6 +97,7 @@ class PreferenceCLI(LightningCLI):
             # Settings without a class are taken to be the base class's.
             if config[name] is None or config[name].class_path.endswith(f".{base.__name__}"):
                 raise ConfigError(f"{name}: found no class, expected one, as in `{example}`.")
+        make_places_absolute(config)
         if "OMP_NUM_THREADS" not in os.environ and is_narrow(config.policy):
             torch.set_num_threads(1)
         trainer = config.trainer
@@ -200,6 +202,7 @@ class PreferenceCLI(LightningCLI):
             if "_class_path" not in settings:
                 return
             check_classes(settings, Path(path))
+            settings = find_models(settings, Path(path))
         except CheckpointError as error:
             raise CheckpointError(f"ckpt_path: {error}") from error
         settings.pop("_instantiator", None)

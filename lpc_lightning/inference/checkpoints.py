@@ -19,6 +19,7 @@ from lpc_lightning.errors import CheckpointError, ConfigError, one_line
 from lpc_lightning.files.integrity import is_archive
 from lpc_lightning.files.yaml_files import read_yaml
 from lpc_lightning.inference.checkpoint_entries import check_classes, check_entries
+from lpc_lightning.inference.model_places import find_models
 
 EXAMPLE = "runs/version_0/checkpoints/best.ckpt"
 TRAINER = ("precision", "max_steps", "max_epochs", "gradient_clip_val", "accumulate_grad_batches", "devices")
@@ -71,10 +72,10 @@ def build_module(
         change: Called with the module before its models are built.
 
     Raises:
-        CheckpointError: It holds no module settings, or its weights do not fit.
+        CheckpointError: It holds no module settings, its weights do not fit, or a model that it needs is gone.
         UnsupportedPolicyError: Its policy cannot be loaded.
     """
-    module = make_module(module_settings(checkpoint, path), path)
+    module = make_module(find_models(module_settings(checkpoint, path), path), path)
     change(module)
     with torch.random.fork_rng(devices=[]):  # building draws new weights with the run's seed
         module.on_load_checkpoint(checkpoint)

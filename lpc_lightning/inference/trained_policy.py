@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lpc_lightning.algorithms.checkpoint import check_same_architecture
 from lpc_lightning.errors import CheckpointError, ConfigError, one_line
 from lpc_lightning.inference.checkpoints import make_module, module_settings, read_checkpoint
+from lpc_lightning.inference.model_places import find_models
 from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, LATENT_FILE
 from lpc_lightning.policy import PolicySpec, PretrainedPolicy
 
@@ -146,7 +147,7 @@ class TrainedPolicy(PolicySpec):
         elif path.suffix == ".ckpt":
             try:
                 checkpoint = read_checkpoint(path, weights=False)
-                spec = make_module(module_settings(checkpoint, path), path).policy_spec
+                spec = make_module(find_models(module_settings(checkpoint, path), path), path).policy_spec
             except CheckpointError as error:
                 raise CheckpointError(f"policy.path: {error}") from error
         else:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from lpc_lightning.algorithms.metrics import CodeUse, PairMeans, PreferenceMetrics, entropy, latent_values, pair_values
+from lpc_lightning.algorithms.metrics import (
+    CodeUse,
+    PairMeans,
+    PreferenceMetrics,
+    SourceMeans,
+    entropy,
+    latent_values,
+    pair_values,
+)
 from lpc_lightning.latent import LatentTerms
 from lpc_lightning.types import PairLogps, PairLosses, PairStates
 
@@ -158,6 +166,15 @@ def test_loss_is_0_if_all_weights_are_0() -> None:
     values = {name: float(value) for name, value in metrics.collect().items()}
     assert (values["loss/a"], values["pairs/a"]) == (0, 2)
     assert values["loss"] == values["loss/b"] == 4.0
+
+
+def test_source_means_keep_bad_values_apart() -> None:
+    means = SourceMeans(("a", "b"))
+    bad = torch.nan
+    means.update(("a", "b", "b"), {"loss": torch.tensor([bad, 1, 3]), "rewards/accuracies": torch.tensor([bad, 1, 0])})
+    values = {name: float(value) for name, value in means.compute().items()}
+    assert [name for name, value in values.items() if math.isnan(value)] == ["accuracy/a", "loss/a"]
+    assert [values[name] for name in ("loss/b", "accuracy/b", "pairs/a", "pairs/b")] == [2, 0.5, 1, 2]
 
 
 def test_weights_count_in_the_loss_alone() -> None:

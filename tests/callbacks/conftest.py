@@ -34,10 +34,9 @@ def fitted(tmp_path: Path, cache_dir: Path) -> Callable[..., Trainer]:
             "accelerator": "cpu",
         }
         ckpt_path = trainer.pop("ckpt_path", None)
+        latent = trainer.pop("latent", MarginalSpace(num_codes=4, init_logit_std=0.5))
         finished = Trainer(callbacks=list(callbacks), **(settings | trainer))
-        finished.fit(
-            DPO(policy=policy, latent=MarginalSpace(num_codes=4, init_logit_std=0.5)), data, ckpt_path=ckpt_path
-        )
+        finished.fit(DPO(policy=policy, latent=latent), data, ckpt_path=ckpt_path)
         return finished
 
     return fit

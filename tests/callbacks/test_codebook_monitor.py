@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.algorithms.metrics import entropy
-from lpc_lightning.callbacks import CodebookMonitor
+from lpc_lightning.callbacks import CodebookMonitor, CodeExplanations
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace, VectorSpace
 from lpc_lightning.policy import TinyPolicy
@@ -95,6 +96,23 @@ def test_validate_plots_without_training(tmp_path: Path, make_trainer: Callable[
     # A new prior is uniform, and the first code is the most likely one for all pairs.
     assert logged["val/mutual_information/source"] == 0
     assert logged["val/latent/dead_codes"] == 3
+
+
+@pytest.mark.slow
+def test_validated_checkpoint_has_its_own_step(fit: Any, tmp_path: Path) -> None:
+    """The weights of a checkpoint are those of its step, and those after a fit are those of the last step."""
+    trainer = fit(CodebookMonitor(every=9), MarginalSpace(**CODES), max_epochs=2, limit_train_batches=3)
+    trainer.save_checkpoint(path := tmp_path / "a.ckpt", weights_only=False)
+    explanations = CodeExplanations(examples=1)
+    trainer = fit(CodebookMonitor(every=9), MarginalSpace(**CODES), limit_train_batches=4, logger=False)
+    trainer.callbacks.append(explanations)
+    for folder, checkpoint, step in (("trained", None, 4), ("loaded", path, 6)):
+        (tmp_path / folder).mkdir()
+        trainer._default_root_dir = str(tmp_path / folder)
+        trainer.validate(trainer.lightning_module, trainer.datamodule, checkpoint, verbose=False)
+        assert set(pictures(tmp_path / folder)) == {f"{step:06d}"}
+        codes = json.loads((tmp_path / folder / "codes.json").read_text())
+        assert (codes["step"], codes["checkpoint"]) == (step, None if checkpoint is None else str(checkpoint))
 
 
 @pytest.mark.slow

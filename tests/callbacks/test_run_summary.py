@@ -38,6 +38,8 @@ def test_summary_before_and_after_training(complete, fitted, tmp_path, capsys) -
     assert row[-1] == f"{after['val/rewards/accuracies']:.4f}"
     assert row[-2] == (f"{before['val/rewards/accuracies']:.4f}" if complete else "-")
     assert f"Run folder: {tmp_path / 'run'}" in table
+    seconds = next(line.split()[-1] for line in table.splitlines() if line.startswith("seconds per step"))
+    assert float(seconds) == pytest.approx(summary["resources"]["seconds_per_step"], rel=0.005)
 
 
 def test_summary_against_separate_validations(fitted, tmp_path) -> None:

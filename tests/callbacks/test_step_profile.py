@@ -109,6 +109,25 @@ def test_slow_parts_are_named(
 
 
 @pytest.mark.slow
+def test_validation_among_measured_steps_is_left_out(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each validation is far longer than a step, and runs the same backbone and head."""
+    real = DPO.validation_step
+
+    def validation_step(module: DPO, *arguments: Any) -> Any:
+        hook = module.policy.layers[0].register_forward_pre_hook(lambda *_: time.sleep(SLOW))
+        try:
+            return real(module, *arguments)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(DPO, "validation_step", validation_step)
+    module = DPO(policy=policy(), latent=GumbelSpace(num_codes=3, hidden=8))
+    profile, _ = fit(module, StepProfile(1, 4), val_check_interval=1)
+    assert min(profile.seconds.values()) >= 0
+    assert max(profile.seconds.values()) < SLOW
+
+
+@pytest.mark.slow
 def test_profile_leaves_results_and_calls_unchanged(fit: Fit) -> None:
     calls = [getattr(causal.BatchForward, name) for name in ("logps", "logps_per_code")]
     backward = logprobs._TokenLogps.backward
@@ -158,7 +177,7 @@ def test_covered_counts_overlaps_once() -> None:
 
 @pytest.mark.slow
 def test_cache_time_of_the_reference_is_recorded(fit: Fit) -> None:
-    first, again, live = (DPO(policy=policy(), reference=kind) for kind in ("cached", "cached", "live"))  # type: ignore[arg-type]
+    first, again, live = (DPO(policy=policy(), reference=kind) for kind in ("cached", "cached", "live"))
     for module in (first, again, live):
         fit(module, None)
     found = reference_of(first)

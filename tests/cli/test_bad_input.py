@@ -187,15 +187,6 @@ def test_group_without_a_class_is_refused(command: Command, missing: str, places
     assert_one_error(output, rf"{missing}: found no class, expected one, as in `--{missing} ")
 
 
-@pytest.mark.parametrize("flag", ["--data.batchsize=3", "--latent=no_such.Space", "--data.batch_size=many"])
-def test_an_unknown_setting_is_the_parsers_to_tell(fit: Command, flag: str) -> None:
-    output = fit(flag)
-    assert output.code == 2
-    assert "Traceback" not in output.err
-    assert output.err.startswith("tip: lpc-lightning fit --help lists the settings.\nerror: ")
-    assert flag.partition("=")[2].partition(".")[0] in output.err or "batchsize" in output.err
-
-
 @pytest.mark.parametrize(
     ("flag", "pattern"),
     [
@@ -253,7 +244,7 @@ SPACES = "ExpectedSpace GaussianSpace GumbelSpace MLPSpace MarginalSpace Posteri
 def test_unknown_class_is_one_line(fit: Command, flags: list[str], found: str, names: str) -> None:
     """Other imported classes may be named as well, and no base class, which cannot be built."""
     output = fit(*flags)
-    assert_one_error(output, rf"{re.escape(found)}, expected a file, .*or the import path of a class")
+    assert_one_error(output, rf"{re.escape(found)}, expected a file.*or the import path of a class")
     assert len(output.err.splitlines()) == 1
     listed = set(re.findall(r"\w+", output.err))
     assert set(names.split()) <= listed

@@ -87,12 +87,16 @@ def test_code_use_shows_every_code(count: int, with_posterior: bool, tmp_path: P
     figure = code_use(prior, codes, posterior if with_posterior else None, "Use of the codes, step 7")
     check_and_render(figure, tmp_path / "use.png")
     mass, lead = figure.axes
+    legend = mass.get_legend()
+    assert legend is not None
+    assert legend.get_window_extent().x0 >= mass.bbox.x1, "the legend covers data"
     assert [bar.get_height() for bar in mass.patches] == pytest.approx(sorted(prior, reverse=True))  # type: ignore[attr-defined]
     shares = [np.mean(codes == code) for code in np.argsort(-prior)]
     assert [bar.get_height() for bar in lead.patches] == pytest.approx(shares)  # type: ignore[attr-defined]
     figure_texts = texts(figure)
     assert ("mean posterior" in figure_texts) == with_posterior
-    assert f"{count - len(set(codes.tolist()))} codes are likeliest for no pair" in figure_texts
+    dead = count - len(set(codes.tolist()))
+    assert f"{dead} {'code is' if dead == 1 else 'codes are'} likeliest for no pair" in figure_texts
     assert any(f"of {count}" in text for text in figure_texts)
 
 
@@ -108,7 +112,7 @@ def test_scatter_colours_by_label(tmp_path: Path) -> None:
         assert text in figure_texts
     groups = figure.axes[0].collections
     assert [len(group.get_offsets()) for group in groups] == [20, 20, 20]
-    assert len({tuple(group.get_facecolor()[0]) for group in groups}) == 3  # type: ignore[index]
+    assert len({tuple(group.get_facecolor()[0]) for group in groups}) == 3
 
 
 def test_scatter_of_many_labels(tmp_path: Path) -> None:
@@ -116,7 +120,7 @@ def test_scatter_of_many_labels(tmp_path: Path) -> None:
     labels = [f"source {number % 40}" for number in range(200)]
     figure = scatter(draw.normal(size=(200, 4)).astype(np.float32), labels, "source", "z of 200 pairs, step 7", seed=1)
     check_and_render(figure, tmp_path / "z.png")
-    styles = {(tuple(g.get_facecolor()[0]), g.get_paths()[0].vertices.tobytes()) for g in figure.axes[0].collections}  # type: ignore[index]
+    styles = {(tuple(g.get_facecolor()[0]), g.get_paths()[0].vertices.tobytes()) for g in figure.axes[0].collections}
     assert len(styles) == 15
 
 
@@ -154,10 +158,10 @@ def test_embed_keeps_neighbours(count: int, scale: float) -> None:
 def test_embed_depends_on_seed_only() -> None:
     points = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
     np.random.seed(3)
-    before, ours = np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr, index]
+    before, ours = np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
     one, other = embed(points, seed=2**40), embed(points, seed=2**40)
     assert np.array_equal(one.coordinates, other.coordinates)  # type: ignore[arg-type]
-    assert np.random.get_state()[1].tolist() == before  # type: ignore[union-attr, index]
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[index]
     assert torch.equal(torch.get_rng_state(), ours)
 
 
