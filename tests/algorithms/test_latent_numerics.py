@@ -138,7 +138,7 @@ def test_frozen_policy_has_no_backward_pass(small_policy: Any, fit_run: Any, tmp
     runs = []
     settings: dict[str, Any] = {"optimizer": two_rates, "latent_lr": 1e-2}
     for trainable, reference in ((True, "cached"), (False, "cached"), (False, "live")):
-        module = DPO(policy=small_policy(trainable=trainable), latent=marginal(), reference=reference, **settings)  # type: ignore[arg-type]
+        module = DPO(policy=small_policy(trainable=trainable), latent=marginal(), reference=reference, **settings)
         before = copy.deepcopy(small_policy().build().state_dict())
         runs.append(fit_run(module, max_steps=4))
         assert all(torch.equal(value, before[name]) for name, value in module.policy.state_dict().items())

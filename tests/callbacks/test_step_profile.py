@@ -177,7 +177,7 @@ def test_covered_counts_overlaps_once() -> None:
 
 @pytest.mark.slow
 def test_cache_time_of_the_reference_is_recorded(fit: Fit) -> None:
-    first, again, live = (DPO(policy=policy(), reference=kind) for kind in ("cached", "cached", "live"))  # type: ignore[arg-type]
+    first, again, live = (DPO(policy=policy(), reference=kind) for kind in ("cached", "cached", "live"))
     for module in (first, again, live):
         fit(module, None)
     found = reference_of(first)

@@ -68,7 +68,7 @@ def test_path_settings_are_named_in_errors() -> None:
         PreferenceData({"train": missing})
     with pytest.raises(ConfigError, match=r"^preferences: found"):
         PairsFile(missing)
-    with pytest.raises(ConfigError, match=r"^data_dir: found"):
+    with pytest.raises(ConfigError, match=r"^LMEvaluation\.data_dir: found"):
         LMEvaluation(data_dir=missing)
     with pytest.raises(ConfigError, match=r"^data_dir: found"):
         evaluate(["a"], data_dir=missing)

@@ -52,7 +52,7 @@ def test_export_holds_the_checkpoint_weights(exported: dict[str, Path], checkpoi
     assert torch.equal(latent.pop("codebook"), state["latent.codebook.weight"])
     assert latent.keys() == {f"prior.{layer}.{what}" for layer in ("first", "second") for what in ("weight", "bias")}
     assert state["latent.prior.moments.pairs"] > 0
-    deviation = open_module(str(checkpoint)).latent.prior.moments.deviation  # type: ignore[union-attr, operator]
+    deviation = open_module(str(checkpoint)).latent.prior.moments.deviation  # type: ignore[union-attr]
     weight = state["latent.prior.first.weight"] / deviation
     bias = state["latent.prior.first.bias"] - weight @ state["latent.prior.moments.mean"]
     assert torch.equal(latent.pop("prior.first.weight"), weight)

@@ -376,7 +376,7 @@ def test_a_forward_that_goes_past_its_head_is_refused(make_latent: Callable[...,
     latent = make_latent("llama", MarginalSpace(num_codes=2, hidden=4))
 
     class Fused(LlamaForCausalLM):
-        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
             outputs = self.model(input_ids=input_ids)
             outputs["logits"] = outputs[0] @ self.lm_head.weight.T
             return outputs

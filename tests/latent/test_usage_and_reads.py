@@ -87,7 +87,7 @@ def test_posterior_reads_sum_ignores_label(reads: Any, depends: bool, dpo_toy: A
 
 
 def test_posterior_reads_unknown(dpo_toy: Any) -> None:
-    space = GumbelSpace(posterior_reads="label", **SIZE)  # type: ignore[arg-type]
+    space = GumbelSpace(posterior_reads="label", **SIZE)
     with pytest.raises(
         ValueError, match=r"latent\.posterior_reads: found 'label', expected one of both, difference, sum"
     ):

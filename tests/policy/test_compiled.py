@@ -59,7 +59,7 @@ def outcome(policy: CausalPolicy, batch: PreferenceBatch, codes: Tensor) -> list
     forward = policy(batch)
     z = codes[torch.arange(batch.pairs) % len(codes)]
     logps = [forward.logps(), forward.logps(z), forward.logps_per_code(codes)]
-    sum(each.square().mean() for each in logps).backward()  # type: ignore[union-attr]
+    sum(each.square().mean() for each in logps).backward()
     return [each.detach() for each in logps] + [p.grad.clone() for p in policy.parameters() if p.grad is not None]
 
 
@@ -161,7 +161,7 @@ def test_other_calls_run_uncompiled(epoch: list[PreferenceBatch], tiny: Tiny) ->
     compiled.causal_lm(input_ids=epoch[0].input_ids[:, :50], use_cache=True)
     assert counters["stats"]["unique_graphs"] == 0
     twin = copy.deepcopy(compiled)
-    assert all(layer.forward.__self__ is layer for layer in twin.layers)  # type: ignore[union-attr]
+    assert all(layer.forward.__self__ is layer for layer in twin.layers)  # type: ignore[attr-defined]
 
 
 class Doubled(nn.Module):

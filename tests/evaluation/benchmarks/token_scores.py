@@ -40,7 +40,7 @@ TEXTS = [
 
 
 def instances(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(kind, {}, args, number) for number, args in enumerate(arguments)]  # type: ignore[arg-type]
+    return [Instance(kind, {}, args, number) for number, args in enumerate(arguments)]
 
 
 def texts() -> list[Instance]:

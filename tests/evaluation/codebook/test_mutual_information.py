@@ -82,10 +82,10 @@ def test_shuffled_information_equals_bias() -> None:
 
 def test_shuffled_information_depends_on_seed_only() -> None:
     one, other = labels_from_counts([[3, 4], [5, 6]])
-    before = np.random.get_state()[1].tolist()  # type: ignore[union-attr, index]
+    before = np.random.get_state()[1].tolist()  # type: ignore[index]
     assert shuffled_information(one, other, seed=2**62) == shuffled_information(one, other, seed=2**62)
     assert shuffled_information(one, other, seed=2) != shuffled_information(one, other, seed=3)
-    assert np.random.get_state()[1].tolist() == before  # type: ignore[union-attr, index]
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[index]
 
 
 def test_contingency_order_of_values() -> None:

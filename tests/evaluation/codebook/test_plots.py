@@ -112,7 +112,7 @@ def test_scatter_colours_by_label(tmp_path: Path) -> None:
         assert text in figure_texts
     groups = figure.axes[0].collections
     assert [len(group.get_offsets()) for group in groups] == [20, 20, 20]
-    assert len({tuple(group.get_facecolor()[0]) for group in groups}) == 3  # type: ignore[index]
+    assert len({tuple(group.get_facecolor()[0]) for group in groups}) == 3
 
 
 def test_scatter_of_many_labels(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_scatter_of_many_labels(tmp_path: Path) -> None:
     labels = [f"source {number % 40}" for number in range(200)]
     figure = scatter(draw.normal(size=(200, 4)).astype(np.float32), labels, "source", "z of 200 pairs, step 7", seed=1)
     check_and_render(figure, tmp_path / "z.png")
-    styles = {(tuple(g.get_facecolor()[0]), g.get_paths()[0].vertices.tobytes()) for g in figure.axes[0].collections}  # type: ignore[index]
+    styles = {(tuple(g.get_facecolor()[0]), g.get_paths()[0].vertices.tobytes()) for g in figure.axes[0].collections}
     assert len(styles) == 15
 
 
@@ -158,10 +158,10 @@ def test_embed_keeps_neighbours(count: int, scale: float) -> None:
 def test_embed_depends_on_seed_only() -> None:
     points = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
     np.random.seed(3)
-    before, ours = np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr, index]
+    before, ours = np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
     one, other = embed(points, seed=2**40), embed(points, seed=2**40)
     assert np.array_equal(one.coordinates, other.coordinates)  # type: ignore[arg-type]
-    assert np.random.get_state()[1].tolist() == before  # type: ignore[union-attr, index]
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[index]
     assert torch.equal(torch.get_rng_state(), ours)
 
 

@@ -57,7 +57,7 @@ def test_standard_error_of_dependent_values() -> None:
     deviation = np.std([values.mean() for values, _ in sets])
     errors = [standard_error(values, clusters) for values, clusters in sets]
     assert np.mean(errors) == pytest.approx(deviation, rel=0.1)  # type: ignore[arg-type]
-    assert np.mean([standard_error(values) for values, _ in sets]) < 0.75 * deviation  # type: ignore[arg-type]
+    assert np.mean([standard_error(values) for values, _ in sets]) < 0.75 * deviation
 
 
 def test_paired_test_flips_whole_clusters() -> None:

@@ -200,7 +200,7 @@ def test_interval_covers_shared_prompts(write_ablation: Callable[..., Path], tmp
     assert actual.prompts == (40 if shared else 0)
     if shared:
         assert actual.high - actual.low > 1.2 * (interval.high - interval.low)
-        assert contrast.difference.p_value > expected.pvalue  # type: ignore[operator]
+        assert contrast.difference.p_value > expected.pvalue
     else:
         assert (actual.low, actual.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
         assert contrast.difference.p_value == pytest.approx(expected.pvalue, rel=1e-9)
