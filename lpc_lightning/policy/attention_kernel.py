@@ -16,6 +16,8 @@ from lpc_lightning.policy.segment_attention import SEGMENT
 Attention = Literal["auto", "segment", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 EAGER = "eager"
 """The family's own formula, which every family has."""
+EXACT = 1e-3
+"""Bound on the share by which states in float32 or float64 differ after other kernels or shapes of a batch."""
 
 
 def kernel_of(setting: Attention, config: PreTrainedConfig) -> str:
@@ -72,7 +74,8 @@ def check_kernel(backbone: PreTrainedModel, tokens: Tensor, states: Tensor) -> N
     longer = torch.cat([tokens, tokens[:, :2]], dim=1)
     with eager_attention(backbone):
         whole = backbone(input_ids=longer, attention_mask=torch.ones_like(longer), use_cache=False).last_hidden_state
-    share = difference(states, whole[:, : tokens.shape[1]])
+    # After rounding, a mixture of experts sends a few tokens to other experts, so that the largest share means nothing.
+    share = float(differences(states, whole[:, : tokens.shape[1]]).median())
     if share <= rounding(states):
         return
     name = type(backbone).__name__
@@ -87,20 +90,18 @@ def check_kernel(backbone: PreTrainedModel, tokens: Tensor, states: Tensor) -> N
     )
 
 
-def difference(states: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference as a share of the norm, at the median of the tokens (T) of (1, T, d) states.
-
-    After rounding, a mixture of experts sends a few tokens to other experts, so that the largest value means nothing.
-    """
-    norms = (states - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
-    return float(norms.median())
+def differences(states: Tensor, expected: Tensor) -> Tensor:
+    """Return (T,) norms of the differences between (1, T, d) states, as shares of the norms of the expected ones."""
+    # The states of a padding token can be 0.
+    norms = expected.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((states - expected).float().norm(dim=-1) / norms).flatten()
 
 
 def rounding(states: Tensor) -> float:
-    """Return a bound on the `difference` of equal states after other kernels or shapes of a batch."""
+    """Return a bound on the `differences` of equal states after other kernels or shapes of a batch."""
     products = torch.get_float32_matmul_precision() if states.is_cuda else "highest"
     exact = states.dtype == torch.float64 or (states.dtype == torch.float32 and products == "highest")
-    return 1e-3 if exact else 0.1
+    return EXACT if exact else 0.1
 
 
 def is_flash(kernel: str | None) -> bool:
