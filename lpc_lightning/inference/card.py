@@ -64,8 +64,8 @@ def _front(model: Exported) -> str:
     if (base := _base(model.origin)) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base) and not Path(base).exists():
         lines.append(f"base_model: {base}")
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
-    licence = "# license: yours to state. The terms of the base model and of the preference data apply."
-    return "\n".join(["---", *lines, licence, "---"])
+    terms = "# license: yours to state. The terms of the base model and of the preference data apply."
+    return "\n".join(["---", *lines, terms, "---"])
 
 
 def _base(origin: Mapping[str, Any]) -> str | None:

