@@ -103,7 +103,7 @@ class BestAndLast(ModelCheckpoint):
         if is_trial or self._saved_step == trainer.global_step or self.dirpath is None:
             return
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(Path(self.dirpath) / f"last{self.FILE_EXTENSION}")
+        trainer.save_checkpoint(Path(self.dirpath) / f"last{self.FILE_EXTENSION}", weights_only=False)
 
 
 def _step_of(path: Path) -> int | None:

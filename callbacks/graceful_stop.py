@@ -74,7 +74,7 @@ class GracefulStop(Callback):
         if not self._requested_anywhere():
             return
         path = run_folder(trainer) / "checkpoints" / "stopped.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         rank_zero_info(f"SIGTERM: stopped after step {trainer.global_step}. Resume with --ckpt_path {path}")
         raise SIGTERMException
 

@@ -1,4 +1,4 @@
-"""The command `demo`: DPO beside LPC-DPO on built-in pairs, as a table and a picture of the codebook."""
+"""Training of DPO and LPC-DPO on built-in pairs, with a table and a picture of the codebook."""
 
 from __future__ import annotations
 

@@ -35,10 +35,10 @@ EVALUATION = (
     {"line_panels"},
     {"benchmarks"},
     {"accuracy"},
-    {"ablation"},
     {"codebook"},
     {"comparison"},
     {"adaptation"},
+    {"ablation"},
     {"report"},
     {"demo"},
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -79,7 +80,7 @@ def preference_accuracy(
         DataError: There are no pairs in this split, or the data is invalid.
     """
     if isinstance(model, str):
-        model = open_module(model) if model.endswith(".ckpt") else open_policy(model)
+        model = open_module(model) if Path(model).suffix == ".ckpt" else open_policy(model)
     module = LikelihoodScorer(model) if isinstance(model, OpenedPolicy) else model
     modes = AccuracyModes(by, scales=LENGTH_SCALES)
     rows = evaluate_pairs(module, data, modes, split, precision, progress_bar)

@@ -1,4 +1,4 @@
-"""Command `adapt`: infer each annotator's codes from a few labels, and score the annotator's other pairs."""
+"""Each annotator's codes from a few labels, and the accuracy on the annotator's other pairs."""
 
 from __future__ import annotations
 

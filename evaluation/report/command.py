@@ -1,4 +1,4 @@
-"""Command `report`: runs as tables over seeds, plots, and one HTML page that opens offline."""
+"""Tables over the seeds of runs, plots, and one HTML page that opens offline."""
 
 from __future__ import annotations
 

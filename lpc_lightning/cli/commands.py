@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lpc_lightning.cli.config_arguments import check_config_arguments
 from lpc_lightning.cli.function_command import run_function
+from lpc_lightning.cli.lightning_errors import explain_lightning_error
 from lpc_lightning.cli.log import set_up_logging
 from lpc_lightning.cli.preference_cli import PreferenceCLI
 from lpc_lightning.cli.system_errors import explain_system_error
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        line = explain_system_error(error)
+        line = explain_system_error(error) or explain_lightning_error(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)

@@ -17,6 +17,8 @@ def set_up_logging() -> None:
     level = logging.WARNING if is_first else logging.ERROR  # a warning would come once from each device
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    # peft asks for the name that transformers has renamed.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.msg)
 
 

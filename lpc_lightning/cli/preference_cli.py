@@ -6,6 +6,7 @@ import os
 import sys
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -16,6 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.connectors import checkpoint_connector
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lpc_lightning.algorithms import PreferenceModule
@@ -109,12 +111,10 @@ class PreferenceCLI(LightningCLI):
             )
         if trainer.precision is None:
             trainer.precision = default_precision(trainer.accelerator)
-        if trainer.enable_progress_bar is False:
-            # Lightning refuses a bar among the callbacks then; our default callbacks hold one.
-            trainer.callbacks = [each for each in trainer.callbacks or [] if "ProgressBar" not in each.class_path]
-        if trainer.logger is False:
-            # Lightning refuses callbacks that only log; our default callbacks hold one.
-            trainer.callbacks = [each for each in trainer.callbacks or [] if not each.class_path.endswith(LOGGING)]
+        # Lightning refuses these callbacks then; our default callbacks hold some.
+        refused = tuple(chain(*(names for setting, names in REFUSED.items() if trainer[setting] is False)))
+        if refused and trainer.callbacks:
+            trainer.callbacks = [each for each in trainer.callbacks if not each.class_path.endswith(refused)]
         if trainer.fast_dev_run and trainer.logger:
             trainer.logger = None  # a trial of a few batches reports nowhere
         if trainer.plugins is None:
@@ -159,6 +159,14 @@ class PreferenceCLI(LightningCLI):
         theirs = LightningCLI.subcommands()
         theirs |= {name: {*theirs[name], "verbose"} for name in ("validate", "test")}
         return {name: theirs[name] for name in self._command if name in theirs} or theirs
+
+    def before_fit(self) -> None:
+        """State what a run without callbacks does not write."""
+        if not self._get(self.config, "callbacks"):
+            rank_zero_info(
+                "callbacks: found none. The run keeps the checkpoint of its last epoch, and writes no best.ckpt, "
+                "last.ckpt and summary.json. `--callbacks configs/callbacks/default.yaml` adds them."
+            )
 
     def after_test(self) -> None:
         """Refuse a test or a prediction without pairs, which Lightning ends without a result.
@@ -254,8 +262,12 @@ def _reason(error: ValueError) -> str:
     return "; ".join(dict.fromkeys(reasons)) or str(error)
 
 
-LOGGING = (".LearningRateMonitor", ".DeviceStatsMonitor")
-"""Callbacks of Lightning that need a logger."""
+REFUSED = {
+    "enable_progress_bar": ("ProgressBar",),
+    "logger": (".LearningRateMonitor", ".DeviceStatsMonitor"),
+    "enable_checkpointing": (".BestAndLast",),
+}
+"""Ends of the class paths of callbacks that Lightning refuses, by the setting that is false."""
 JSONARGPARSE = tuple(
     f"- {start}"
     for start in ("Expected a", "Does not validate", "Problem with", "Not a valid", "a class path", "a dict with")

@@ -64,8 +64,8 @@ def _front(model: Exported) -> str:
     if (base := _base(model.origin)) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base) and not Path(base).exists():
         lines.append(f"base_model: {base}")
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
-    licence = "# license: yours to state. The terms of the base model and of the preference data apply."
-    return "\n".join(["---", *lines, licence, "---"])
+    terms = "# license: yours to state. The terms of the base model and of the preference data apply."
+    return "\n".join(["---", *lines, terms, "---"])
 
 
 def _base(origin: Mapping[str, Any]) -> str | None:
@@ -183,7 +183,8 @@ def _as_bias(model: Exported, latent: Mapping[str, Any]) -> list[str]:
         lines["table = model.code_biases()"] = "(K, vocabulary): what each code adds"
     text = (
         "z is a bias on the logits (the LM head is linear): a stock model, or any server that takes a logits "
-        "processor, can serve it."
+        "processor, can serve it. Answers differ under a repetition penalty (`repetition_penalty`, also of "
+        "`generation_config.json`): transformers applies it before the processor, to logits without z."
     )
     table = [f"`{model.biases}` holds that table."] if model.biases else []
     return [text, _code(*_aligned(lines)), *table]

@@ -52,7 +52,7 @@ def export(
     With it come the tokenizer, a model card (`README.md`) with the settings, the data and the results that lie in the
     run's folder, and a SHA-256 of every other file (`digests.json`).
 
-    An adapter is merged into the weights. No licence is written: it is yours to state.
+    An adapter is merged into the weights. No license is written: it is yours to state.
 
     Args:
         checkpoint: A checkpoint, such as `runs/version_0/checkpoints/best.ckpt`.
@@ -108,7 +108,7 @@ def export(
         (folder / ORIGIN).write_text(content + "\n", encoding="utf-8")
         write_digests(folder, digests_of(file for file in folder.iterdir() if file.name != DIGESTS))
         (folder / "README.md").write_text(model_card(exported), encoding="utf-8")  # without a digest: it is edited
-    print(f"Wrote {target}. Read {target / 'README.md'}, and state a licence in it before you publish it.")
+    print(f"Wrote {target}. Read {target / 'README.md'}, and state a license in it before you publish it.")
     return target
 
 

@@ -21,9 +21,9 @@ def make_places_absolute(config: Any) -> None:
         config: Settings of the run. They are changed.
     """
     module = config.model.init_args
-    for settings in (config.policy.init_args, module.policy.init_args):  # the same, linked
+    for policy in (config.policy, module.policy):  # the same, linked
         for name in PLACES:
-            _make_absolute(settings, name)
+            _make_absolute(policy.get("init_args", {}), name)
     _make_absolute(module, "reference_path")
 
 

@@ -441,6 +441,9 @@ class LatentGenerationMixin(Stock):
     ) -> LatentLogitsProcessor:
         """Return the latent of these prompts as a logits processor. With it, the stock model answers as this one does.
 
+        Not so under a repetition penalty (`repetition_penalty`, also of the generation config): transformers applies it
+        before the processor, to logits without z.
+
         See `infer_z` for the arguments.
 
         Raises:

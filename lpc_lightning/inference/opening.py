@@ -228,7 +228,7 @@ def inference_prior(space: LatentSpace) -> InferencePrior:
 
 
 def _is_checkpoint(path: str) -> bool:
-    return path.endswith(".ckpt") or (Path(path).is_file() and not path.endswith(".gguf"))
+    return Path(path).suffix == ".ckpt" or (Path(path).is_file() and not path.endswith(".gguf"))
 
 
 def _device(device: str) -> torch.device:

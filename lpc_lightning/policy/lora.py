@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from lpc_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,7 +33,12 @@ class LoRA:
     target_modules: str | list[str] = "all-linear"
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
-        """Freeze `model` and add adapters to its layers."""
+        """Freeze `model` and add adapters to its layers.
+
+        Raises:
+            ConfigError: No layer has a name of `target_modules`.
+        """
+        self._check_targets(model)
         from peft import LoraConfig, get_peft_model  # the import takes a second: only where there is an adapter
 
         config = LoraConfig(
@@ -44,3 +52,15 @@ class LoRA:
         )
         with torch.device("cpu"):  # equal first values on every device; peft moves them to the layer's device
             return get_peft_model(model, config)
+
+    def _check_targets(self, model: PreTrainedModel) -> None:
+        """Refuse names that no layer has. peft refuses them only if all names are such."""
+        targets = [] if isinstance(self.target_modules, str) else self.target_modules
+        names = [f".{name}" for name, _ in model.named_modules()]
+        if unknown := [name for name in targets if not any(each.endswith(f".{name}") for each in names)]:
+            layers = model.get_decoder().named_modules()
+            linear = {name.rpartition(".")[2] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)}
+            raise ConfigError(
+                f"policy.lora.target_modules: found {', '.join(unknown)}, which no layer of the model is called, "
+                f"expected names of its layers: {', '.join(sorted(linear))}."
+            )

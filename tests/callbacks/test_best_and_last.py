@@ -50,8 +50,9 @@ def step_of(path: Path) -> int | None:
 SCORES = {2: 0.5, 4: 0.4, 7: 0.3, 9: 0.9, 10: 0.2}
 
 
-def test_last_is_written_at_every_validation(fitted: Callable[..., Trainer]) -> None:
+def test_last_is_written_at_every_validation(fitted: Callable[..., Trainer], caplog: pytest.LogCaptureFixture) -> None:
     remembered = Remember()
+    caplog.set_level("INFO", "lightning.pytorch")
     trainer = fitted(
         BestAndLast("val/score"), Score(SCORES), remembered, max_epochs=2, val_check_interval=4, num_sanity_val_steps=0
     )
@@ -60,6 +61,7 @@ def test_last_is_written_at_every_validation(fitted: Callable[..., Trainer]) -> 
     }  # fmt: skip
     assert step_of(folder_of(trainer) / "last.ckpt") == 10
     assert step_of(folder_of(trainer) / "best.ckpt") == 9
+    assert "weights_only" not in caplog.text, "a line at each checkpoint"
 
 
 def test_last_without_validation(fitted: Callable[..., Trainer]) -> None:

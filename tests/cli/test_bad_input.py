@@ -217,6 +217,31 @@ def test_split_that_no_row_has(command: Command, places: list[str], tmp_path: Pa
     assert_one_error(output, r"No row belongs to the split .*4 left to split 'train' .*\(data\.test_split and")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        (
+            ["--trainer.val_check_interval=500"],
+            r"trainer\.val_check_interval: .*\(500\) must be less than .* \(3\)\. .*check_val_every_n_epoch=None`",
+        ),
+        (
+            ["--callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--callbacks.monitor=eval_loss"],
+            r"callbacks: .* metric `eval_loss` which is not available\. .*`val/loss`",
+        ),
+        (
+            ["--callbacks+=lightning.pytorch.callbacks.LearningRateFinder"],
+            r"callbacks: found LearningRateFinder, .*Set model\.optimizer\.lr",
+        ),
+    ],
+    ids=["interval", "monitor", "finder"],
+)
+def test_refusal_of_lightning_is_one_line(fit: Command, flags: list[str], pattern: str) -> None:
+    output = fit("--trainer.max_epochs=1", "--latent=null", *flags)
+    assert_one_error(output, pattern)
+    assert len(output.errors) == 1
+
+
 SPACES = "ExpectedSpace GaussianSpace GumbelSpace MLPSpace MarginalSpace PosteriorOnlySpace PriorOnlySpace VectorSpace"
 
 

@@ -88,6 +88,12 @@ def test_missing_arguments_are_an_error_line(command: Command, name: str) -> Non
     assert "error: " in output.err
 
 
+def test_usage_explains_commands_without_their_name() -> None:
+    for name, command in commands().items():
+        assert command.summary, name
+        assert not re.match(rf"(the )?command|.*`{name}`", command.summary), name
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"), [([], ""), (["fot"], "error: found command 'fot', expected one of fit, ")]
 )

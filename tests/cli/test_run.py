@@ -32,6 +32,16 @@ def test_each_run_writes_its_own_folder(fit: Command, runs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_run_without_checkpoints_keeps_the_rest(fit: Command, runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    default = f"--callbacks={CONFIGS / 'callbacks' / 'default.yaml'}"
+    output = fit("--trainer.enable_checkpointing=false", "--trainer.max_epochs=1", default)
+    assert output.code == 0, output.err
+    assert (runs / "version_0" / "summary.json").is_file()
+    assert not list(runs.glob("**/*.ckpt"))
+    assert "callbacks: found none. " not in caplog.text
+
+
+@pytest.mark.slow
 def test_run_without_logger_has_its_own_folder(fit: Command, runs: Path) -> None:
     for _ in range(2):
         output = fit("--trainer.logger=false", f"--callbacks={CONFIGS / 'callbacks' / 'default.yaml'}")
@@ -45,10 +55,11 @@ def test_run_without_logger_has_its_own_folder(fit: Command, runs: Path) -> None
     assert {path.name for path in runs.iterdir()} == {"version_0", "version_1"}
 
 
-def test_loggers_receive_the_settings(fit: Command, runs: Path) -> None:
+def test_loggers_receive_the_settings(fit: Command, runs: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With the loggers of a file: rows and hyperparameters, and no events."""
     output = fit(f"--trainer.logger={CONFIGS / 'logger' / 'csv.yaml'}", "--trainer.max_epochs=1")
     assert output.code == 0, output.err
+    assert "callbacks: found none. " in caplog.text
     run = runs / "version_0"
     assert {path.name for path in run.iterdir()} == {
         "checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "rendered_pair.txt",

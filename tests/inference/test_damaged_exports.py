@@ -36,7 +36,7 @@ def test_a_flipped_bit_in_an_export_is_refused(copied: Path) -> None:
             with pytest.raises(UnsupportedPolicyError, match=rf"^{copied / name} does not have the SHA-256 in"):
                 open_policy(str(copied))
             flip(copied / name, share)
-    flip(copied / "README.md", 0.5)  # people write a licence into it
+    flip(copied / "README.md", 0.5)  # people write a license into it
     assert open_policy(str(copied)).prior is not None
     flip(copied / "tokenizer.json", 0.5)
     with pytest.raises(UnsupportedPolicyError, match=r"policy.tokenizer: .*tokenizer.json does not have the SHA-256"):

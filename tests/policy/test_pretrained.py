@@ -15,9 +15,9 @@ import torch
 from transformers import T5Config
 
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
-from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
 from lpc_lightning.inference.opening import open_module, open_policy
-from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy
+from lpc_lightning.policy import CausalPolicy, LoRA, PretrainedPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 from tests.fixtures.commands import run_command
 
@@ -38,6 +38,19 @@ def test_checkpoint_as_policy_is_refused(tmp_path: Path) -> None:
         UnsupportedPolicyError, match=r"found the checkpoint .*last\.ckpt, expected .*lpc-lightning export"
     ):
         PretrainedPolicy(str(path)).build()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "nope"], ["nope"], ["attn.q_proj", "proj"]])
+def test_lora_target_without_layer_is_refused(targets: list[str], tiny_spec: Callable[..., TinyPolicy]) -> None:
+    message = r"target_modules: found .*, which no layer .* is called, expected .*: down_proj, .*, up_proj, v_proj\.$"
+    with pytest.raises(ConfigError, match=message):
+        tiny_spec(lora=LoRA(target_modules=targets)).build()
+
+
+def test_lora_target_may_be_the_end_of_a_path(tiny_spec: Callable[..., TinyPolicy]) -> None:
+    policy = tiny_spec(lora=LoRA(target_modules=["self_attn.q_proj", "down_proj"])).build()
+    trained = {name.split(".lora_")[0] for name, weight in policy.named_parameters() if weight.requires_grad}
+    assert {name.rpartition(".")[2] for name in trained} == {"q_proj", "down_proj"}
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2", "gemma2"])
@@ -89,7 +102,7 @@ def test_missing_path_is_refused(path: str) -> None:
 
 
 def test_folder_without_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedPolicyError, match=f"could not load {tmp_path} in the folder"):
+    with pytest.raises(UnsupportedPolicyError, match=f"found the folder {tmp_path} without config.json"):
         PretrainedPolicy(str(tmp_path)).build()
 
 

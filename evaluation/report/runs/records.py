@@ -215,7 +215,7 @@ def check_conditions(records: Sequence[RunRecord], metrics: Sequence[str]) -> No
                 raise ConfigError(
                     f"runs: found {metric} measured with {name} {_describe(first, metric, name, expected)} for "
                     f"{first.name} and {_describe(record, metric, name, value)} for {record.name}, expected equal "
-                    "conditions. Measure one of them again, or leave it out."
+                    "conditions. Measure one of them again, or name the other runs one by one."
                 )
 
 

@@ -99,9 +99,9 @@ def test_error_names_row_lengths_and_limits():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_length": 0}, "max_length=0"),
-        ({"max_prompt_length": -1}, "max_prompt_length=-1"),
-        ({"too_long": "truncate"}, "too_long='truncate'.*truncate_prompt"),
+        ({"max_length": 0}, "data.max_length: found 0, expected"),
+        ({"max_prompt_length": -1}, "data.max_prompt_length: found -1, expected"),
+        ({"too_long": "truncate"}, "data.too_long: found 'truncate', expected .*truncate_prompt"),
     ],
 )
 def test_settings_are_checked(settings, message):
