@@ -172,7 +172,7 @@ def test_long_pair_under_error(write_rows, template, cache):
 
 
 def test_settings_are_checked(write_rows, template, cache):
-    with pytest.raises(DataError, match="data.bad_rows: found 'ignore', expected 'error' or 'skip'"):
+    with pytest.raises(DataError, match=r"data\.bad_rows: found 'ignore', expected 'error' or 'skip'"):
         load_or_tokenize(RowSource(str(write_rows(rows()))), template, ANY_LENGTH, bad_rows="ignore", cache_dir=cache)
     cache.touch()
     with pytest.raises(DataError, match=r"cannot be written.*LPC_LIGHTNING_CACHE"):
