@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -69,6 +70,7 @@ class PreferenceCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the groups and link them to the settings that they fill."""
+        import_module("lpc_lightning.callbacks")  # the parser knows the names of imported classes
         parser.add_subclass_arguments(PolicySpec, "policy", instantiate=False, help="The model to train.")
         parser.add_argument(
             "--latent",

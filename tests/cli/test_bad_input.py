@@ -265,7 +265,7 @@ SPACES = "ExpectedSpace GaussianSpace GumbelSpace MLPSpace MarginalSpace Posteri
         (["--policy.lora=x"], "policy.lora: found x", "LoRA"),
         (["--model.optimizer=x"], "model.optimizer: found x", ""),
         (["--trainer.logger=x"], "trainer.logger: found x", "CSVLogger CometLogger MLFlowLogger WandbLogger"),
-        (["--callbacks+=x"], "callbacks: found x", ""),
+        (["--callbacks+=x"], "callbacks: found x", "AnswerSamples BestAndLast LabelFlipNoise RunSummary"),
     ],
     ids=str,
 )
