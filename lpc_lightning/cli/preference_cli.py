@@ -168,6 +168,14 @@ class PreferenceCLI(LightningCLI):
                 "last.ckpt and summary.json. `--callbacks configs/callbacks/default.yaml` adds them."
             )
 
+    def before_predict(self) -> None:
+        """State that a prediction without callbacks is not written."""
+        if not self._get(self.config, "callbacks"):
+            rank_zero_info(
+                "callbacks: found none, so the predictions are not written. `--callbacks "
+                "configs/callbacks/default.yaml` writes them."
+            )
+
     def after_test(self) -> None:
         """Refuse a test or a prediction without pairs, which Lightning ends without a result.
 
