@@ -101,7 +101,6 @@ class PreferenceCLI(LightningCLI):
             # Settings without a class are taken to be the base class's.
             if config[name] is None or config[name].class_path.endswith(f".{base.__name__}"):
                 raise ConfigError(f"{name}: found no class, expected one, as in `{example}`.")
-        make_places_absolute(config)
         if "OMP_NUM_THREADS" not in os.environ and is_narrow(config.policy):
             torch.set_num_threads(1)
         trainer = config.trainer
@@ -138,6 +137,8 @@ class PreferenceCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise ConfigError(_reason(error)) from error
+        # Only for checkpoints: `config.yaml` keeps what was given, which a report compares between machines.
+        make_places_absolute(self.model.hparams)
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Give the run a folder of its own, which its config does not name: run again, it is another run."""
