@@ -69,13 +69,14 @@ def _of_pairs(cell: Path, metric: str, value: float) -> PromptScores:
         return NOT_ON_RECORD
     prompts = frozenset(_read_pairs(pairs).prompts.tolist())
     entry = _read_deviations(written).get(name) if written.is_file() else None
-    mean, added = entry or _mean_and_deviations(pairs, name)
+    mean, added = entry or _mean_and_deviations(_read_pairs(pairs), _read_groups(pairs), name)
     return PromptScores(prompts, added if _is_close(mean, value) else None)
 
 
-def _mean_and_deviations(pairs: Path, name: str) -> tuple[float, Mapping[str, float]]:
-    """Compute a metric from a file of pairs, and what each prompt adds to it. NaN: it is not known from these pairs."""
-    scored, groups = _read_pairs(pairs), _read_groups(pairs)
+def _mean_and_deviations(
+    scored: ScoredPairs, groups: Mapping[str, Tensor], name: str
+) -> tuple[float, Mapping[str, float]]:
+    """Compute a metric from scored pairs, and what each prompt adds to it. NaN: it is not known from these pairs."""
     name = OTHER_NAMES.get(name, name)
     start, _, of_which = name.partition("/")
     if start in OF_SOURCE and f"/source/{of_which}" in groups:
@@ -96,7 +97,12 @@ def _of_items(folder: Path, metric: str, value: float) -> PromptScores:
     if not items:
         return NOT_ON_RECORD
     prompts = [item.get("prompt") or f"{item['task']} {item['doc_id']} {item['doc_hash']}" for item in items]
-    scores = [item["metrics"].get(metric.removeprefix(f"{item['task']}/")) for item in items]
+    name = metric.removeprefix(f"{items[0]['task']}/")
+    scores = [item["metrics"].get(name) for item in items]
+    if all("flipped" in item and None not in item["response"].values() for item in items):
+        scored = ScoredPairs.from_items([{**item, "margins": item["response"]} for item in items])
+        mean, added = _mean_and_deviations(scored, group_members(items, ()), name)
+        return PromptScores(frozenset(prompts), added if _is_close(mean, value) else None)
     if not all(isinstance(score, int | float) for score in scores) or not _is_close(float(np.mean(scores)), value):
         return PromptScores(frozenset(prompts))
     return PromptScores(frozenset(prompts), cluster_deviations(scores, prompts))

@@ -143,6 +143,25 @@ def test_prompt_scores_of_items(metric: str, folder: str, tmp_path: Path) -> Non
     assert prompt_scores(record, "lm_eval/none/acc") == NOT_ON_RECORD
 
 
+def test_prompt_scores_of_evaluated_pairs(tmp_path: Path) -> None:
+    """`evaluate` stores margins, of which accuracy is one score and the mean margin another."""
+    pair = {"task": "preferences", "doc_hash": "h", "flipped": False, "tokens": [3, 3]}
+    margins = {"a": [1.0, -2.0], "b": [4.0]}
+    items = [
+        {**pair, "doc_id": number, "prompt": prompt, "metrics": {"accuracy/prior": float(margin > 0)}}
+        | {"response": {"prior": margin}}
+        for prompt, each in margins.items()
+        for number, margin in enumerate(each)
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    metrics = {"preferences/accuracy/prior": 2 / 3, "preferences/margin/prior": 1.0, "preferences/swap_turnover": 0.5}
+    record = RunRecord("run", measured=dict.fromkeys(metrics, tmp_path), metrics=metrics)
+    accuracy, margin, other = (prompt_scores(record, metric).deviations for metric in metrics)
+    assert accuracy == {"a": pytest.approx(-1 / 9), "b": pytest.approx(1 / 9)}
+    assert margin == {"a": pytest.approx(-1.0), "b": pytest.approx(1.0)}
+    assert other is None
+
+
 def test_prompt_scores_of_no_mean(tmp_path: Path) -> None:
     """The prompts behind the detection of wrong labels are those of the pairs. Those of training pairs are unknown."""
     write_pairs(tmp_path, [1.0, 2.0, 3.0, 4.0], ["a", "a", "b", "b"])
