@@ -16,6 +16,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import Group, group_member
 from lpc_lightning.evaluation.accuracy.scored_modes import ScoredPairs
 from lpc_lightning.evaluation.benchmarks.results import ITEMS
 from lpc_lightning.evaluation.report.runs.records import RunRecord
+from lpc_lightning.evaluation.statistics.calibration import calibration_deviations, calibration_error
 from lpc_lightning.evaluation.statistics.clusters import deviations as cluster_deviations
 
 PAIRS, DEVIATIONS = "pairs", "deviations"
@@ -46,8 +47,8 @@ NOT_ON_RECORD = PromptScores()
 def prompt_scores(record: RunRecord, metric: str) -> PromptScores:
     """Return what is on record about the prompts behind a metric of a run, for the value in its metrics.
 
-    Deviations are known only if their mean is that value. Otherwise weights with another result have been evaluated
-    since, or the metric is no mean over pairs or items.
+    Deviations are known only for that value. Otherwise weights with another result have been evaluated since, or the
+    metric is neither a mean over pairs or items nor a calibration error.
     """
     value, measured = record.metrics[metric], record.measured.get(metric)
     if measured is not None and (measured / ITEMS).is_file():
@@ -73,12 +74,14 @@ def _of_pairs(cell: Path, metric: str, value: float) -> PromptScores:
 
 
 def _mean_and_deviations(pairs: Path, name: str) -> tuple[float, Mapping[str, float]]:
-    """Compute a metric from a file of pairs, and what each prompt adds to it. NaN: it is no mean over these pairs."""
+    """Compute a metric from a file of pairs, and what each prompt adds to it. NaN: it is not known from these pairs."""
     scored, groups = _read_pairs(pairs), _read_groups(pairs)
     name = OTHER_NAMES.get(name, name)
     start, _, of_which = name.partition("/")
     if start in OF_SOURCE and f"/source/{of_which}" in groups:
         name = f"{OF_SOURCE[start]}/source/{of_which}"
+    if (margins := scored.calibrated().get(name)) is not None and len(set(scored.prompts)) > 1:
+        return calibration_error(margins), calibration_deviations(margins, scored.prompts)
     values = scored.values({suffix: members for suffix, members in groups.items() if name.endswith(suffix)})
     if name not in values:
         return math.nan, {}
