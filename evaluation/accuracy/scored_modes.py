@@ -96,19 +96,21 @@ class ScoredPairs:
 
     def calibration(self) -> dict[str, float]:
         """Return `calibration_error/MODE`, and with wrong labels its like and `wrong_label_auroc/MODE`."""
-        metrics: dict[str, float] = {}
-        some, both = bool(self.flipped.any()), bool(self.flipped.any() and not self.flipped.all())
-        for mode, margins in self.margins.items():
-            if mode in (SWAPPED, "shuffled"):
-                continue
-            if mode != LABEL_CORRECT:
-                metrics[f"calibration_error/{mode}"] = calibration_error(margins)
-                if some:
-                    gold = torch.where(self.flipped, -margins, margins)
-                    metrics[f"gold_calibration_error/{mode}"] = calibration_error(gold)
-            if both:
-                metrics[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins, self.flipped)
+        metrics = {name: calibration_error(margins) for name, margins in self.calibrated().items()}
+        if self.flipped.any() and not self.flipped.all():
+            for mode, margins in self.margins.items():
+                if mode not in (SWAPPED, "shuffled"):
+                    metrics[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins, self.flipped)
         return metrics
+
+    def calibrated(self) -> dict[str, Tensor]:
+        """Return the (n,) margins behind each calibration error, by the name of the metric."""
+        modes = {mode: each for mode, each in self.margins.items() if mode not in (SWAPPED, "shuffled", LABEL_CORRECT)}
+        margins = {f"calibration_error/{mode}": each for mode, each in modes.items()}
+        if self.flipped.any():
+            gold = {mode: torch.where(self.flipped, -each, each) for mode, each in modes.items()}
+            margins |= {f"gold_calibration_error/{mode}": each for mode, each in gold.items()}
+        return margins
 
     def items(self) -> list[Row]:
         """Return a row for each pair: its labels, `margins` by mode, and with scales `scaled` by `MODE/SCALE`."""

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
+from scipy.special import expit
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -34,6 +37,31 @@ def calibration_error(margins: Tensor) -> float:
     # Each pair counts twice, so that a tie is correct once and wrong once.
     confidences, correct = margins.double().abs().sigmoid().repeat(2), torch.cat([margins > 0, margins >= 0]).long()
     return float(binary_calibration_error(confidences, correct, n_bins=2 * BINS, norm="l1"))
+
+
+def calibration_deviations(margins: Tensor, clusters: ArrayLike) -> dict[str, float]:
+    """Estimate what each cluster adds to `calibration_error`, which is no mean, by the jackknife.
+
+    With E_c the error without the pairs of cluster c, C clusters, and E the mean of all E_c, it is
+    (C - 1) / C (E - E_c). For a mean over clusters of equal size that is the cluster's part of it, as in
+    `statistics.clusters.deviations`.
+
+    Source: Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans", section 3.
+
+    Args:
+        margins: (n,) margins of the pairs as labelled, none of them NaN.
+        clusters: (n,) the cluster of each pair, at least two clusters.
+    """
+    values = margins.double().cpu().numpy()
+    names, owner = np.unique(np.asarray(clusters), return_inverse=True)
+    confidences = expit(np.abs(values))
+    edges = torch.linspace(0, 1, 2 * BINS + 1).numpy()  # in float32, as torchmetrics has them
+    bins = np.searchsorted(edges, confidences, side="right") - 1
+    gaps = np.zeros((len(names), 2 * BINS + 1))
+    np.add.at(gaps, (owner, bins), (np.sign(values) + 1) / 2 - confidences)
+    without = np.abs(gaps.sum(0) - gaps).sum(-1) / (len(values) - np.bincount(owner))
+    added = (len(names) - 1) / len(names) * (without.mean() - without)
+    return dict(zip(map(str, names), added.tolist(), strict=True))
 
 
 def wrong_label_auroc(margins: Tensor, wrong: Tensor) -> float:

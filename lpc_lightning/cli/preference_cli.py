@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -69,6 +70,7 @@ class PreferenceCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the groups and link them to the settings that they fill."""
+        import_module("lpc_lightning.callbacks")  # the parser knows the names of imported classes
         parser.add_subclass_arguments(PolicySpec, "policy", instantiate=False, help="The model to train.")
         parser.add_argument(
             "--latent",
@@ -99,7 +101,6 @@ class PreferenceCLI(LightningCLI):
             # Settings without a class are taken to be the base class's.
             if config[name] is None or config[name].class_path.endswith(f".{base.__name__}"):
                 raise ConfigError(f"{name}: found no class, expected one, as in `{example}`.")
-        make_places_absolute(config)
         if "OMP_NUM_THREADS" not in os.environ and is_narrow(config.policy):
             torch.set_num_threads(1)
         trainer = config.trainer
@@ -136,6 +137,8 @@ class PreferenceCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise ConfigError(_reason(error)) from error
+        # Only for checkpoints: `config.yaml` keeps what was given, which a report compares between machines.
+        make_places_absolute(self.model.hparams)
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Give the run a folder of its own, which its config does not name: run again, it is another run."""
@@ -166,6 +169,14 @@ class PreferenceCLI(LightningCLI):
             rank_zero_info(
                 "callbacks: found none. The run keeps the checkpoint of its last epoch, and writes no best.ckpt, "
                 "last.ckpt and summary.json. `--callbacks configs/callbacks/default.yaml` adds them."
+            )
+
+    def before_predict(self) -> None:
+        """State that a prediction without callbacks is not written."""
+        if not self._get(self.config, "callbacks"):
+            rank_zero_info(
+                "callbacks: found none, so the predictions are not written. `--callbacks "
+                "configs/callbacks/default.yaml` writes them."
             )
 
     def after_test(self) -> None:

@@ -14,17 +14,15 @@ PLACES = ("path", "tokenizer", "adapter")
 """Settings of a policy that are a folder, a file or a hub name."""
 
 
-def make_places_absolute(config: Any) -> None:
-    """Make the files and folders of models in the settings of a run absolute. Names on the hub stay as they are.
+def make_places_absolute(settings: Any) -> None:
+    """Make the files and folders of models in the settings of a module absolute. Names on the hub stay as they are.
 
     Args:
-        config: Settings of the run. They are changed.
+        settings: Settings as a checkpoint stores them. They are changed.
     """
-    module = config.model.init_args
-    for policy in (config.policy, module.policy):  # the same, linked
-        for name in PLACES:
-            _make_absolute(policy.get("init_args", {}), name)
-    _make_absolute(module, "reference_path")
+    for name in PLACES:
+        _make_absolute(settings["policy"].get("init_args", {}), name)
+    _make_absolute(settings, "reference_path")
 
 
 def _make_absolute(settings: Any, name: str) -> None:

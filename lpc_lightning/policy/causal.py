@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lpc_lightning.errors import UnsupportedPolicyError, one_line
-from lpc_lightning.policy.attention_kernel import EXACT, check_kernel, differences, eager_attention, is_flash, rounding
+from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.policy.checks import check_policy, separates_segments
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.graphed_backbone import GraphedBackbone
-from lpc_lightning.policy.head import check_head, head_of
+from lpc_lightning.policy.head import head_of
 from lpc_lightning.policy.logprobs import logits_of, token_chunks, token_logps, token_logps_per_code
 from lpc_lightning.policy.masks import FULL, MASKS, block_mask, layer_windows
 from lpc_lightning.policy.memory_efficient_layers import restore_published
@@ -28,10 +28,6 @@ from lpc_lightning.types import LogitHead, PairStates, PreferenceBatch
 
 if TYPE_CHECKING:
     from peft import PeftModel  # the import takes a second, and a policy without an adapter needs none of it
-
-
-PROMPT, CHOSEN, REJECTED = 3, 2, 3
-"""Tokens of the pieces for the checks of a new policy."""
 
 
 class CausalPolicy(nn.Module):
@@ -60,7 +56,7 @@ class CausalPolicy(nn.Module):
         head = head_of(self.causal_lm)
         self._logit_scaling = head.scale, head.softcap
         with _uncompiled():
-            alone = self._check()
+            alone = check_policy(self)
             self.attends_by_segment = self._can_attend_by_segment(alone)
             """True if attention on a CPU is computed per segment, so that packed rows of any width cost no more."""
             self.takes_block_mask = self.attends_by_segment or self._applies_block_mask(alone)
@@ -93,38 +89,13 @@ class CausalPolicy(nn.Module):
         """Width d of a hidden state."""
         return self.head.weight.shape[1]
 
-    @torch.no_grad()
-    def _check(self) -> Tensor:
-        """Check decoder, head and kernel on a few tokens. Return (1, T, d) states of a prompt and its completion."""
-        model, backbone = self.causal_lm, self.causal_lm.get_decoder()
-        if backbone is model or not isinstance(backbone, PreTrainedModel):
-            raise UnsupportedPolicyError(
-                f"policy: found {type(model).__name__}, in which transformers finds {type(backbone).__name__} as the "
-                "decoder, expected the model without its head. Choose a model of another family."
-            )
-        row = self._row()
-        tokens = torch.cat([row[:, :PROMPT], row[:, -REJECTED:]], dim=1)
-        places = torch.arange(tokens.shape[1], device=model.device)[None]
-        try:
-            with eager_attention(backbone) if is_flash(backbone.config._attn_implementation) else nullcontext():
-                states = self.states(tokens, torch.ones_like(tokens), None, places)
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UnsupportedPolicyError(
-                f"policy: {type(model).__name__} cannot compute the hidden states of a few tokens "
-                f"({type(error).__name__}: {one_line(error)}). Expected a decoder-only model. Choose one of another "
-                "family, or set policy.attention to eager."
-            ) from error
-        check_head(model, tokens, states)
-        check_kernel(backbone, tokens, states)
-        return states
-
     def _can_attend_by_segment(self, alone: Tensor) -> bool:
         config = self.backbone.config
         if config._attn_implementation != SEGMENT or not self._takes_positions:
             return False
         self.attends_by_segment = layer_windows(config) == {FULL: None}
         # Families that do not pass `blocks` to their layers would attend to all tokens.
-        return self.attends_by_segment and self._separates_segments(alone)
+        return self.attends_by_segment and separates_segments(self, alone)
 
     def _applies_block_mask(self, alone: Tensor) -> bool:
         config = self.backbone.config
@@ -135,36 +106,7 @@ class CausalPolicy(nn.Module):
         applied = hasattr(sys.modules[type(self.backbone).__module__], "create_sliding_window_causal_mask")
         if any(window is not None for window in windows.values()) and not applied:
             return False
-        return self._separates_segments(alone)
-
-    @torch.no_grad()
-    def _separates_segments(self, alone: Tensor) -> bool:
-        """Compare a completion beside another one with the states of it alone. Recurrent layers give other states.
-
-        Some families refuse a mask of four dimensions.
-        """
-        row = self._row()
-        segments = torch.tensor([[0] * PROMPT + [1] * CHOSEN + [2] * REJECTED], device=row.device)
-        places = torch.tensor([[*range(PROMPT + CHOSEN), *range(PROMPT, PROMPT + REJECTED)]], device=row.device)
-        try:
-            packed = self.states(row, torch.ones_like(row), segments, places)
-        except (RuntimeError, ValueError):
-            return False
-        pieces = (packed[:, :PROMPT], alone[:, :PROMPT]), (packed[:, -REJECTED:], alone[:, -REJECTED:])
-        bound = rounding(alone)
-        # In 16 bits, rounding can send a token to another expert.
-        largest = torch.max if bound == EXACT else torch.median
-        return all(bool(largest(differences(*piece)) <= bound) for piece in pieces)
-
-    def _row(self) -> Tensor:
-        """Return (1, T) tokens for the checks, from all of the vocabulary.
-
-        The first ones are special tokens. A model reads them in no text, and in 16 bits their states are mostly
-        rounding errors.
-        """
-        count = PROMPT + CHOSEN + REJECTED
-        odd = torch.arange(1, 2 * count, 2, device=self.model.device)
-        return odd[None] * self.head.weight.shape[0] // (2 * count)
+        return separates_segments(self, alone)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Turn on or off that the backward pass recomputes each layer's states from the one that is kept."""

@@ -147,7 +147,7 @@ def test_cells_record_every_mean_over_pairs(
     record = RunRecord("cell", folder=folder.run, grid="grid", metrics=logged)
     on_record = {name: scores for name in logged if (scores := prompt_scores(record, name).deviations) is not None}
     others = re.compile(
-        "test/(pairs.*|latent/.*|rewards/(chosen|rejected)|logps/.*|calibration_error/.*|adaptation/ceiling"
+        "test/(pairs.*|latent/.*|rewards/(chosen|rejected)|logps/.*|adaptation/ceiling"
         "|share_of_best|kl.*|z_.*|.*entropy.*)"
     )
     assert {name for name in logged if not others.fullmatch(name)} == set(on_record)

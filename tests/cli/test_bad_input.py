@@ -175,9 +175,12 @@ def test_setting_out_of_range_is_refused(fit: Command, flags: list[str], pattern
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["test", "predict"])
-def test_no_test_pairs_is_an_error_line(name: str, command: Command, places: list[str]) -> None:
+def test_no_test_pairs_is_an_error_line(
+    name: str, command: Command, places: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     output = command(name, *ALL[: -len(TRAINER)], *TRAINER[:3], *places, "--data.test_pairs=0")
     assert_one_error(output, rf"{name}: found no test pairs, expected at least one\.")
+    assert ("callbacks: found none, so the predictions are not written" in caplog.text) == (name == "predict")
 
 
 @pytest.mark.parametrize("missing", ["policy", "data"])
@@ -262,7 +265,7 @@ SPACES = "ExpectedSpace GaussianSpace GumbelSpace MLPSpace MarginalSpace Posteri
         (["--policy.lora=x"], "policy.lora: found x", "LoRA"),
         (["--model.optimizer=x"], "model.optimizer: found x", ""),
         (["--trainer.logger=x"], "trainer.logger: found x", "CSVLogger CometLogger MLFlowLogger WandbLogger"),
-        (["--callbacks+=x"], "callbacks: found x", ""),
+        (["--callbacks+=x"], "callbacks: found x", "AnswerSamples BestAndLast LabelFlipNoise RunSummary"),
     ],
     ids=str,
 )

@@ -33,7 +33,7 @@ def test_checkpoint_opens_from_another_folder(tmp_path: Path, monkeypatch: pytes
     checkpoint = checkpoint_of(run)
     settings = read_checkpoint(checkpoint)["hyper_parameters"]
     assert settings["policy"]["init_args"]["path"] == settings["reference_path"] == str(base)
-    assert read_yaml(run / "config.yaml")["policy"]["init_args"]["path"] == str(base)
+    assert read_yaml(run / "config.yaml")["policy"]["init_args"]["path"] == "models/base"
     tokens = torch.arange(6)[None]
     logits = open_policy(str(checkpoint)).causal_lm(tokens).logits
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, segment_attention
+from lpc_lightning.policy.checks import check_policy
 from lpc_lightning.policy.masks import visible_pairs
 from lpc_lightning.policy.segment_attention import attend_by_segment, query_blocks
 from lpc_lightning.types import PIECES, PreferenceBatch, TokenizedPair
@@ -269,7 +270,7 @@ def test_family_that_drops_blocks_uses_mask(
     fallback.model, fallback._takes_positions = policy.model, True
     fallback._logit_scaling = policy._logit_scaling
     fallback.attends_by_segment = False
-    alone = fallback._check()
+    alone = check_policy(fallback)
     fallback.attends_by_segment = fallback._can_attend_by_segment(alone)
     assert not fallback.attends_by_segment
     assert fallback._applies_block_mask(alone)

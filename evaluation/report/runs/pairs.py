@@ -16,6 +16,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import Group, group_member
 from lpc_lightning.evaluation.accuracy.scored_modes import ScoredPairs
 from lpc_lightning.evaluation.benchmarks.results import ITEMS
 from lpc_lightning.evaluation.report.runs.records import RunRecord
+from lpc_lightning.evaluation.statistics.calibration import calibration_deviations, calibration_error
 from lpc_lightning.evaluation.statistics.clusters import deviations as cluster_deviations
 
 PAIRS, DEVIATIONS = "pairs", "deviations"
@@ -46,8 +47,8 @@ NOT_ON_RECORD = PromptScores()
 def prompt_scores(record: RunRecord, metric: str) -> PromptScores:
     """Return what is on record about the prompts behind a metric of a run, for the value in its metrics.
 
-    Deviations are known only if their mean is that value. Otherwise weights with another result have been evaluated
-    since, or the metric is no mean over pairs or items.
+    Deviations are known only for that value. Otherwise weights with another result have been evaluated since, or the
+    metric is neither a mean over pairs or items nor a calibration error.
     """
     value, measured = record.metrics[metric], record.measured.get(metric)
     if measured is not None and (measured / ITEMS).is_file():
@@ -68,17 +69,20 @@ def _of_pairs(cell: Path, metric: str, value: float) -> PromptScores:
         return NOT_ON_RECORD
     prompts = frozenset(_read_pairs(pairs).prompts.tolist())
     entry = _read_deviations(written).get(name) if written.is_file() else None
-    mean, added = entry or _mean_and_deviations(pairs, name)
+    mean, added = entry or _mean_and_deviations(_read_pairs(pairs), _read_groups(pairs), name)
     return PromptScores(prompts, added if _is_close(mean, value) else None)
 
 
-def _mean_and_deviations(pairs: Path, name: str) -> tuple[float, Mapping[str, float]]:
-    """Compute a metric from a file of pairs, and what each prompt adds to it. NaN: it is no mean over these pairs."""
-    scored, groups = _read_pairs(pairs), _read_groups(pairs)
+def _mean_and_deviations(
+    scored: ScoredPairs, groups: Mapping[str, Tensor], name: str
+) -> tuple[float, Mapping[str, float]]:
+    """Compute a metric from scored pairs, and what each prompt adds to it. NaN: it is not known from these pairs."""
     name = OTHER_NAMES.get(name, name)
     start, _, of_which = name.partition("/")
     if start in OF_SOURCE and f"/source/{of_which}" in groups:
         name = f"{OF_SOURCE[start]}/source/{of_which}"
+    if (margins := scored.calibrated().get(name)) is not None and len(set(scored.prompts)) > 1:
+        return calibration_error(margins), calibration_deviations(margins, scored.prompts)
     values = scored.values({suffix: members for suffix, members in groups.items() if name.endswith(suffix)})
     if name not in values:
         return math.nan, {}
@@ -93,7 +97,12 @@ def _of_items(folder: Path, metric: str, value: float) -> PromptScores:
     if not items:
         return NOT_ON_RECORD
     prompts = [item.get("prompt") or f"{item['task']} {item['doc_id']} {item['doc_hash']}" for item in items]
-    scores = [item["metrics"].get(metric.removeprefix(f"{item['task']}/")) for item in items]
+    name = metric.removeprefix(f"{items[0]['task']}/")
+    scores = [item["metrics"].get(name) for item in items]
+    if all("flipped" in item and None not in item["response"].values() for item in items):
+        scored = ScoredPairs.from_items([{**item, "margins": item["response"]} for item in items])
+        mean, added = _mean_and_deviations(scored, group_members(items, ()), name)
+        return PromptScores(frozenset(prompts), added if _is_close(mean, value) else None)
     if not all(isinstance(score, int | float) for score in scores) or not _is_close(float(np.mean(scores)), value):
         return PromptScores(frozenset(prompts))
     return PromptScores(frozenset(prompts), cluster_deviations(scores, prompts))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from sklearn.calibration import calibration_curve
 
-from lpc_lightning.evaluation.statistics.calibration import BINS, calibration_error, wrong_label_auroc
+from lpc_lightning.evaluation.statistics.calibration import (
+    BINS,
+    calibration_deviations,
+    calibration_error,
+    wrong_label_auroc,
+)
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0, 20.0])
@@ -57,3 +64,16 @@ def test_wrong_label_auroc_counts_pairs() -> None:
     margins, wrong = torch.tensor([-1.0, 2.0, 2.0, 5.0]), torch.tensor([True, True, False, False])
     assert wrong_label_auroc(margins, wrong) == pytest.approx((1 + 1 + 0.5 + 1) / 4, rel=1e-9)
     assert wrong_label_auroc(torch.zeros(4), wrong) == pytest.approx(0.5, rel=1e-9)
+
+
+def test_calibration_deviations_equal_the_jackknife() -> None:
+    """Leave out each of twelve prompts of different sizes. Ties, sure predictions and edges of bins are among them."""
+    draw = torch.Generator().manual_seed(0)
+    margins = torch.randn(60, generator=draw, dtype=torch.float64)
+    margins[:4] = torch.tensor([0.0, 40.0, -40.0, math.log(2)])
+    clusters = torch.randint(12, (60,), generator=draw).numpy()
+    names = sorted(set(clusters.tolist()))
+    without = {name: calibration_error(margins[torch.from_numpy(clusters != name)]) for name in names}
+    mean, count = sum(without.values()) / len(names), len(names)
+    expected = {str(name): (count - 1) / count * (mean - without[name]) for name in names}
+    assert calibration_deviations(margins, clusters) == pytest.approx(expected, abs=1e-12)

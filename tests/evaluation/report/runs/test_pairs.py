@@ -107,6 +107,15 @@ def test_prompt_deviations_of_groups(tmp_path: Path) -> None:
         assert prompt_deviations(tmp_path, f"test/{name}", mean) == pytest.approx(added), name
 
 
+def test_prompt_deviations_of_the_calibration_error(tmp_path: Path) -> None:
+    """Each label is sure to one half less than its score, and two prompts have as many pairs: as for a mean."""
+    write_pairs(tmp_path, [1e-9, 1e-9, 1e-9, -1e-9], ["a", "a", "b", "b"], flipped=[False, False, True, True])
+    added = prompt_deviations(tmp_path, "test/calibration_error/prior", 0.25)
+    assert added == {"a": pytest.approx(0.125), "b": pytest.approx(-0.125)}
+    gold = prompt_deviations(tmp_path, "test/gold_calibration_error/prior", 0.25)
+    assert gold == {"a": pytest.approx(0.125), "b": pytest.approx(-0.125)}
+
+
 def test_prompt_deviations_of_adaptation(tmp_path: Path) -> None:
     """A cell writes them itself."""
     write_pairs(tmp_path, [1.0, 2.0], ["a", "b"])
@@ -134,15 +143,34 @@ def test_prompt_scores_of_items(metric: str, folder: str, tmp_path: Path) -> Non
     assert prompt_scores(record, "lm_eval/none/acc") == NOT_ON_RECORD
 
 
+def test_prompt_scores_of_evaluated_pairs(tmp_path: Path) -> None:
+    """`evaluate` stores margins, of which accuracy is one score and the mean margin another."""
+    pair = {"task": "preferences", "doc_hash": "h", "flipped": False, "tokens": [3, 3]}
+    margins = {"a": [1.0, -2.0], "b": [4.0]}
+    items = [
+        {**pair, "doc_id": number, "prompt": prompt, "metrics": {"accuracy/prior": float(margin > 0)}}
+        | {"response": {"prior": margin}}
+        for prompt, each in margins.items()
+        for number, margin in enumerate(each)
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    metrics = {"preferences/accuracy/prior": 2 / 3, "preferences/margin/prior": 1.0, "preferences/swap_turnover": 0.5}
+    record = RunRecord("run", measured=dict.fromkeys(metrics, tmp_path), metrics=metrics)
+    accuracy, margin, other = (prompt_scores(record, metric).deviations for metric in metrics)
+    assert accuracy == {"a": pytest.approx(-1 / 9), "b": pytest.approx(1 / 9)}
+    assert margin == {"a": pytest.approx(-1.0), "b": pytest.approx(1.0)}
+    assert other is None
+
+
 def test_prompt_scores_of_no_mean(tmp_path: Path) -> None:
-    """The prompts behind the calibration error are those of the pairs. Those of training pairs are unknown."""
+    """The prompts behind the detection of wrong labels are those of the pairs. Those of training pairs are unknown."""
     write_pairs(tmp_path, [1.0, 2.0, 3.0, 4.0], ["a", "a", "b", "b"])
-    assert scores(tmp_path, "test/calibration_error/prior", 0.1) == PromptScores(frozenset("ab"))
+    assert scores(tmp_path, "test/wrong_label_auroc/prior", 0.1) == PromptScores(frozenset("ab"))
     assert scores(tmp_path, "test/training/wrong_label_auroc/prior", 0.1) == NOT_ON_RECORD
-    assert scores(tmp_path, "val/calibration_error/prior", 0.1) == NOT_ON_RECORD
+    assert scores(tmp_path, "val/wrong_label_auroc/prior", 0.1) == NOT_ON_RECORD
 
 
-@pytest.mark.parametrize("metric", [METRIC, "test/calibration_error/prior"])
+@pytest.mark.parametrize("metric", [METRIC, "test/wrong_label_auroc/prior"])
 def test_report_of_pairs_of_one_prompt(write_ablation: Callable[..., Path], tmp_path: Path, metric: str) -> None:
     """There is no interval, p or star. The table of left-out runs names each group and the reason."""
     values = {"none": 0.4, "marginal": 0.8}
@@ -151,7 +179,7 @@ def test_report_of_pairs_of_one_prompt(write_ablation: Callable[..., Path], tmp_
         right = 5 * values[path.name.partition(",")[0].removeprefix("latent=")]
         write_pairs(path, [1.0 if number < right else -1.0 for number in range(5)], ["the same"] * 5)
         results = json.loads((path / "results.json").read_text())
-        results["metrics"]["test/calibration_error/prior"] = 0.01
+        results["metrics"]["test/wrong_label_auroc/prior"] = 0.01
         (path / "results.json").write_text(json.dumps(results))
     loaded = load_folders([str(folder)])
     study = make_study(loaded.records, loaded.axes)
@@ -209,8 +237,8 @@ def test_interval_covers_shared_prompts(write_ablation: Callable[..., Path], tmp
 @pytest.mark.parametrize(
     ("metric", "prompts", "has_test"),
     [
-        ("test/calibration_error/prior", "shared", False),
-        ("test/calibration_error/prior", "own", True),
+        ("test/wrong_label_auroc/prior", "shared", False),
+        ("test/wrong_label_auroc/prior", "own", True),
         ("test/adaptation/adapted/16", "shared", False),
         ("arc_easy/acc", "own", False),
         (METRIC, "none", False),

@@ -1,0 +1,88 @@
+"""Checks of a new policy on a few tokens: what its decoder, head, kernel and packed rows compute."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lpc_lightning.errors import UnsupportedPolicyError, one_line
+from lpc_lightning.policy.attention_kernel import EXACT, check_kernel, differences, eager_attention, is_flash, rounding
+from lpc_lightning.policy.head import check_head
+
+if TYPE_CHECKING:
+    from lpc_lightning.policy.causal import CausalPolicy
+
+PROMPT, CHOSEN, REJECTED = 3, 2, 3
+"""Numbers of tokens of the pieces of a row."""
+
+
+@torch.no_grad()
+def check_policy(policy: CausalPolicy) -> Tensor:
+    """Check the decoder, the head and the attention kernel.
+
+    Returns:
+        (1, T, d) states of a prompt and its rejected answer, for `separates_segments`.
+
+    Raises:
+        UnsupportedPolicyError: One of them is not supported.
+    """
+    model, backbone = policy.causal_lm, policy.causal_lm.get_decoder()
+    if backbone is model or not isinstance(backbone, PreTrainedModel):
+        raise UnsupportedPolicyError(
+            f"policy: found {type(model).__name__}, in which transformers finds {type(backbone).__name__} as the "
+            "decoder, expected the model without its head. Choose a model of another family."
+        )
+    row = _row(policy)
+    tokens = torch.cat([row[:, :PROMPT], row[:, -REJECTED:]], dim=1)
+    places = torch.arange(tokens.shape[1], device=row.device)[None]
+    try:
+        with eager_attention(backbone) if is_flash(backbone.config._attn_implementation) else nullcontext():
+            states = policy.states(tokens, torch.ones_like(tokens), None, places)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnsupportedPolicyError(
+            f"policy: {type(model).__name__} cannot compute the hidden states of a few tokens "
+            f"({type(error).__name__}: {one_line(error)}). Expected a decoder-only model. Choose one of another "
+            "family, or set policy.attention to eager."
+        ) from error
+    check_head(model, tokens, states)
+    check_kernel(backbone, tokens, states)
+    return states
+
+
+@torch.no_grad()
+def separates_segments(policy: CausalPolicy, alone: Tensor) -> bool:
+    """Compare an answer beside another one with the states of it alone. Recurrent layers give other states.
+
+    Some families refuse a mask of four dimensions.
+
+    Args:
+        policy: The policy.
+        alone: The states that `check_policy` returns.
+    """
+    row = _row(policy)
+    segments = torch.tensor([[0] * PROMPT + [1] * CHOSEN + [2] * REJECTED], device=row.device)
+    places = torch.tensor([[*range(PROMPT + CHOSEN), *range(PROMPT, PROMPT + REJECTED)]], device=row.device)
+    try:
+        packed = policy.states(row, torch.ones_like(row), segments, places)
+    except (RuntimeError, ValueError):
+        return False
+    pieces = (packed[:, :PROMPT], alone[:, :PROMPT]), (packed[:, -REJECTED:], alone[:, -REJECTED:])
+    bound = rounding(alone)
+    # In 16 bits, rounding can send a token to another expert.
+    largest = torch.max if bound == EXACT else torch.median
+    return all(bool(largest(differences(*piece)) <= bound) for piece in pieces)
+
+
+def _row(policy: CausalPolicy) -> Tensor:
+    """Return (1, T) tokens from all of the vocabulary.
+
+    The first ones are special tokens. A model reads them in no text, and in 16 bits their states are mostly rounding
+    errors.
+    """
+    count = PROMPT + CHOSEN + REJECTED
+    odd = torch.arange(1, 2 * count, 2, device=policy.model.device)
+    return odd[None] * policy.head.weight.shape[0] // (2 * count)
