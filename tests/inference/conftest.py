@@ -133,6 +133,20 @@ def padded() -> Callable[..., dict[str, Tensor]]:
     return pad
 
 
+def logits_by_hand(latent: Any, states: Tensor, z: Tensor) -> Tensor:
+    """cap(scale (W (h + z) + b)), with the values of the config."""
+    head, config = latent.stock.get_output_embeddings(), latent.stock.config
+    logits = (states + z) @ head.weight.T + (0 if head.bias is None else head.bias)
+    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def close(found: Tensor, expected: Tensor, exact: float = 1e-9) -> None:
+    tolerance = exact if found.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 FIT = ["--model.latent_lr=0.05", "--data.train_pairs=4", "--data.validation_pairs=2", "--data.test_pairs=0"]
 FIT += ["--trainer.max_epochs=1", "--trainer.num_sanity_val_steps=-1"]
 CODED = ["--latent=MarginalSpace", f"--latent.num_codes={CODES}", "--latent.hidden=8", "--latent.init_logit_std=1.0"]

@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
-import threading
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
-from lpc_lightning.inference.modeling_lpc import LatentCausalLM, latent_causal_lm
+from lpc_lightning.inference.modeling_lpc import latent_causal_lm
 from lpc_lightning.inference.opening import inference_prior
 from lpc_lightning.latent import LatentSpace, MarginalSpace, VectorSpace
-from lpc_lightning.policy import LoRA
-from tests.fixtures.emulated_device import DEVICE
-
-CODES = 5
-
-
-def logits_by_hand(latent: Any, states: Tensor, z: Tensor) -> Tensor:
-    """cap(scale (W (h + z) + b)), with the values of the config."""
-    head, config = latent.stock.get_output_embeddings(), latent.stock.config
-    logits = (states + z) @ head.weight.T + (0 if head.bias is None else head.bias)
-    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def tree(module: nn.Module) -> dict[str, Any]:
-    """Everything of a module that a careless view could change."""
-    return {
-        f"{name}.{key}": (type(value), len(value) if hasattr(value, "__len__") else value)
-        for name, child in module.named_modules()
-        for key, value in vars(child).items()
-    } | {"kinds": [type(child) for child in module.modules()]}
-
-
-def close(found: Tensor, expected: Tensor, exact: float = 1e-9) -> None:
-    tolerance = exact if found.dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+from tests.inference.conftest import CODES, close, logits_by_hand
 
 
 @torch.no_grad()
@@ -204,151 +172,6 @@ def test_a_mask_that_shows_no_end_is_refused(llama: Any, prompts: list[Tensor]) 
     close(llama.model(input_ids=ids, attention_mask=mask, prompt_end=end).logits, llama.model(input_ids=ids).logits)
 
 
-# A view
-
-
-@torch.no_grad()
-def test_the_original_is_left_as_it_is(make_latent: Callable[..., Any], prompts: list[Tensor], tmp_path: Path) -> None:
-    latent = make_latent("gpt2", dtype="float32")
-    plain = copy.deepcopy(latent.stock)
-    model = latent_causal_lm(plain, inference_prior(latent.space))
-    before, logits, config = tree(plain), plain(input_ids=prompts[0][None]).logits, plain.config.to_dict()
-    model.generate(input_ids=prompts[0][None], max_new_tokens=3, num_beams=2)
-    model(input_ids=prompts[0][None])
-    model.code_biases()
-    model.save_pretrained(tmp_path)
-    model.generation_config.max_new_tokens = 7
-    model.register_forward_hook(lambda *_: None)
-    assert type(plain) is GPT2LMHeadModel
-    assert tree(plain) == before
-    assert plain.config.to_dict() == config
-    assert plain.generation_config.max_new_tokens is None
-    assert torch.equal(plain(input_ids=prompts[0][None]).logits, logits)
-    assert "z" not in plain(input_ids=prompts[0][None])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("where", ["decoder", "head", "latent"])
-def test_nothing_is_left_behind_by_a_pass_that_fails(where: str, llama: Any, prompts: list[Tensor]) -> None:
-    parts = {
-        "decoder": llama.stock.get_decoder().layers[1],
-        "head": llama.stock.get_output_embeddings(),
-        "latent": llama.model.latent_prior,
-    }
-    ids = prompts[0][None]
-    expected, before = llama.model(input_ids=ids).logits, tree(llama.stock)
-
-    def fail(*_: Any) -> None:
-        raise FloatingPointError("on purpose")
-
-    handle = parts[where].register_forward_hook(fail)
-    with pytest.raises(FloatingPointError):
-        llama.model(input_ids=ids)
-    handle.remove()
-    assert tree(llama.stock) == before
-    assert torch.equal(llama.model(input_ids=ids).logits, expected)
-
-
-def test_it_shares_all_weights(llama: Any) -> None:
-    assert isinstance(llama.model, LlamaForCausalLM)
-    assert type(llama.model).__name__ == "LatentLlamaForCausalLM"
-    theirs, ours = dict(llama.stock.named_parameters()), dict(llama.model.named_parameters())
-    assert all(ours[name] is parameter for name, parameter in theirs.items())
-    assert {name for name in ours if name not in theirs} == {
-        f"latent_prior.{name}" for name, _ in llama.model.latent_prior.named_parameters()
-    }
-
-
-def test_it_follows_the_weights_of_the_original(make_latent: Callable[..., Any], prompts: list[Tensor]) -> None:
-    latent, ids = make_latent(dtype="float32"), prompts[0][None]
-    with torch.no_grad():
-        before = latent.model(input_ids=ids).logits
-        latent.stock.get_output_embeddings().weight *= 2
-        torch.testing.assert_close(latent.model(input_ids=ids).logits, 2 * before)
-        latent.stock.double()
-        assert latent.model(input_ids=ids).logits.dtype == torch.float64
-
-
-def test_it_follows_an_adapter(make_latent: Callable[..., Any], perturb: Callable[..., None], prompts: Any) -> None:
-    latent, ids = make_latent(lora=LoRA(rank=2)), prompts[0][None]
-    states = latent.prompt_state(prompts[0])
-    z = latent.space.infer(states)
-    with torch.no_grad():
-        on = latent.model(input_ids=ids)
-        close(on.z, z)
-        close(on.logits[:, -1], logits_by_hand(latent, states, z))
-        with latent.policy.as_reference():
-            off = latent.model(input_ids=ids)
-            close(off.logits, logits_by_hand(latent, latent.policy.backbone(input_ids=ids).last_hidden_state, off.z))
-    assert (on.logits - off.logits).abs().max() > 0.01
-
-
-@torch.no_grad()
-def test_two_threads_do_not_steer_each_other(llama: Any, prompts: list[Tensor]) -> None:
-    expected = [llama.model(input_ids=ids[None]).logits for ids in prompts[:2]]
-    meet, found = threading.Barrier(2, timeout=30), {}
-    # Both passes are between decoder and head at the same time, with the hooks of both in place.
-    handle = llama.stock.get_decoder().register_forward_hook(lambda *_: (meet.wait(), None)[1])
-
-    def answer(number: int) -> None:
-        with torch.no_grad():
-            found[number] = llama.model(input_ids=prompts[number][None]).logits
-
-    threads = [threading.Thread(target=answer, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    handle.remove()
-    for number in range(2):
-        assert torch.equal(found[number], expected[number])
-
-
-@torch.no_grad()
-def test_a_deep_copy_stands_alone(llama: Any, prompts: list[Tensor]) -> None:
-    ids = prompts[0][None]
-    expected, twin = llama.model(input_ids=ids).logits, copy.deepcopy(llama.model)
-    for parameter in twin.parameters():
-        parameter.zero_()
-    assert torch.equal(llama.model(input_ids=ids).logits, expected)
-    assert not twin(input_ids=ids).logits.any()
-
-
-def test_gradients_reach_policy_and_latent(make_latent: Callable[..., Any], prompts: list[Tensor]) -> None:
-    latent = make_latent()
-    latent.model.requires_grad_(True)
-    latent.model(input_ids=prompts[0][None]).logits.logsumexp(-1).sum().backward()
-    assert all(parameter.grad is not None for parameter in latent.model.parameters())
-
-
-def test_the_plain_model_comes_back(llama: Any, prompts: list[Tensor]) -> None:
-    plain = llama.model.plain_causal_lm()
-    assert type(plain) is LlamaForCausalLM
-    assert plain.state_dict().keys() == llama.stock.state_dict().keys()
-    assert torch.equal(plain(input_ids=prompts[0][None]).logits, llama.stock(input_ids=prompts[0][None]).logits)
-
-
-@torch.no_grad()
-def test_one_latent_takes_the_place_of_another(llama: Any, prompts: list[Tensor]) -> None:
-    space, ids = VectorSpace(1.0), prompts[0][None]
-    space.build(16, llama.policy.head)
-    space.double()
-    other = latent_causal_lm(llama.model, inference_prior(space))
-    assert type(other) is type(llama.model)
-    close(other(input_ids=ids).logits, llama.baked(space.vector)(input_ids=ids).logits)
-
-
-def test_given_weights_are_saved_in_place_of_its_own(llama: Any, tmp_path: Path) -> None:
-    """As transformers' Trainer saves: the latent's among them."""
-    state = {name: tensor + 1 for name, tensor in llama.model.state_dict().items()}
-    llama.model.save_pretrained(tmp_path, state_dict=state)
-    weights, latent = (load_file(tmp_path / f"{name}.safetensors") for name in ("model", "latent"))
-    assert weights.keys() == llama.stock.state_dict().keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in weights.items())
-    assert all(torch.equal(tensor, state[f"latent_prior.{name}"]) for name, tensor in latent.items())
-    assert latent.keys() == llama.model.latent_prior.state_dict().keys()
-
-
 # Refused
 
 
@@ -387,81 +210,3 @@ def test_a_forward_that_goes_past_its_head_is_refused(make_latent: Callable[...,
         RuntimeError, match="LatentFused: its forward did not call its LM head, so that z was not added"
     ):
         model(input_ids=prompts[0][None])
-
-
-@torch.no_grad()
-def test_pickled_model_is_the_same_model(llama: Any, prompts: list[Tensor]) -> None:
-    ids = prompts[0][None]
-    expected = llama.model(input_ids=ids)
-    again = pickle.loads(pickle.dumps(llama.model))
-    assert type(again) is type(llama.model)
-    saved = io.BytesIO()
-    torch.save(llama.model, saved)
-    saved.seek(0)
-    for model in (again, torch.load(saved, weights_only=False)):
-        assert torch.equal(model(input_ids=ids).logits, expected.logits)
-        assert torch.equal(model(input_ids=ids).z, expected.z)
-    assert torch.equal(again.plain_causal_lm()(input_ids=ids).logits, llama.stock(input_ids=ids).logits)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
-@torch.no_grad()
-def test_quantised_model_keeps_its_latent(make_latent: Callable[..., Any], prompts: list[Tensor]) -> None:
-    latent, ids = make_latent(dtype="float32"), prompts[0][None]
-    quantise = partial(torch.ao.quantization.quantize_dynamic, qconfig_spec={nn.Linear}, dtype=torch.qint8)
-    model, stock = quantise(latent.model), quantise(latent.stock)
-    assert all(parameter.dtype == torch.float32 for parameter in model.latent_prior.parameters())
-    assert not [child for child in model.latent_prior.modules() if "quantized" in type(child).__module__]
-    zero = torch.zeros(latent.policy.width)
-    assert torch.equal(model(input_ids=ids, z=zero).logits, stock(input_ids=ids).logits)
-    states = stock.get_decoder()(input_ids=ids).last_hidden_state
-    assert torch.equal(model(input_ids=ids).z, latent.model.latent_prior(states[:, -1]))
-    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
-
-
-@pytest.mark.parametrize("device_map", [{"model": "cpu", "lm_head": "disk"}, {"": "disk"}], ids=["head", "all"])
-@torch.no_grad()
-def test_offloaded_model_keeps_its_latent(
-    device_map: dict[str, str], make_latent: Callable[..., Any], prompts: list[Tensor], tmp_path: Path
-) -> None:
-    """Weights on disk are on the meta device until they are used. The latent is not."""
-    whole = make_latent(dtype="float32").model
-    whole.save_pretrained(tmp_path / "saved")
-    places: dict[str, Any] = {"device_map": device_map, "offload_folder": tmp_path / "weights"}
-    model, ids = LatentCausalLM.from_pretrained(tmp_path / "saved", **places), prompts[0][None]
-    assert model.get_output_embeddings().weight.is_meta
-    expected = whole(input_ids=ids)
-    close(model(input_ids=ids).logits, expected.logits)
-    close(model.infer_z(ids), expected.z)
-    close(model.logits_processor(ids).bias, whole.logits_processor(ids).bias)
-    answer = {"max_new_tokens": 3, "do_sample": False}
-    assert torch.equal(model.generate(ids, **answer), whole.generate(ids, **answer))
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("mode", ["mean", "argmax", 3])
-@torch.no_grad()
-def test_prior_on_another_device(mode: Any, make_latent: Callable[..., Any], prompts: list[Tensor]) -> None:
-    """With a model over several GPUs, the last layer is not always where the LM head and the prior are."""
-    model, ids = make_latent(dtype="float32").model, prompts[0][None]
-    expected, bias = model(input_ids=ids, prior_mode=mode), model.logits_processor(ids, prior_mode=mode).bias
-    model.latent_prior.to(DEVICE)
-    outputs = model(input_ids=ids, prior_mode=mode)
-    assert outputs.z.device == DEVICE
-    close(outputs.logits, expected.logits)
-    close(model.infer_z(ids, prior_mode=mode).cpu(), expected.z)
-    close(model.logits_processor(ids, prior_mode=mode).bias, bias)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@torch.no_grad()
-def test_model_cast_as_a_whole_answers_alike(
-    dtype: torch.dtype, make_latent: Callable[..., Any], prompts: list[Tensor]
-) -> None:
-    latent, ids = make_latent(dtype="float32"), prompts[0][None]
-    expected = latent.model(input_ids=ids)
-    cast = copy.deepcopy(latent.model).to(dtype)
-    outputs = cast(input_ids=ids)
-    assert outputs.logits.dtype == outputs.z.dtype == dtype
-    error = (outputs.logits.float() - expected.logits).norm() / expected.logits.norm()
-    assert error < 16 * torch.finfo(dtype).eps
