@@ -191,7 +191,7 @@ def layer_activations(model: Architecture, step: Step) -> float:
 def activations(model: Architecture, step: Step) -> float:
     """Bytes that are kept from the forward pass: of all layers, or with checkpointing of each layer its input."""
     layer = step.wide * model.width if step.checkpointing else layer_activations(model, step)
-    # The last norm, as published (input and normalised input), and a row of the mask, which all layers share.
+    # The last norm, as published (input and normalized input), and a row of the mask, which all layers share.
     last = step.wide * 2 * model.width + step.narrow * step.row
     casts = 2 * step.narrow * model.layers * model.layer / 2 if step.precision == "bf16-mixed" else 0
     if step.adapter is not None:

@@ -53,7 +53,7 @@ def summary(cell: dict[str, Any], name: str, peaks: dict[str, float]) -> dict[st
         "pairs_per_second": pairs / statistics.median(wall),
         "tokens_per_second": statistics.median(tokens),
         "peak_gib": max(_peak(cell, run)[0] for run in runs),
-        "utilisation": statistics.median(rates),
+        "utilization": statistics.median(rates),
         "load": max(max(run["load"]) for run in runs),
     }
 
@@ -99,7 +99,7 @@ def _speed(cell: dict[str, Any], peaks: dict[str, float]) -> str:
                 f"{values['pairs_per_second']:.3f}",
                 f"{values['tokens_per_second']:.0f}",
                 f"{values['peak_gib']:.2f}",
-                f"{100 * values['utilisation']:.0f} %",
+                f"{100 * values['utilization']:.0f} %",
                 _ratio(ratios(cell, BASE, name, _time)),
                 _ratio(ratios(cell, name, BASE, _peak)),
                 _ratio(ratios(cell, name, PLAIN, _time)),

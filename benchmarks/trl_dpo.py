@@ -20,7 +20,7 @@ from benchmarks.recording import Recording
 class TokenisedDPOTrainer(DPOTrainer):
     """Takes the pairs as token ids, so that both sides train on the same tokens, and times the reference's own pass.
 
-    TRL's own tokenisation would put a newline behind each answer where the chat template writes one there.
+    TRL's own tokenization would put a newline behind each answer where the chat template writes one there.
     """
 
     precompute_seconds = 0.0

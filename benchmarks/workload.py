@@ -15,7 +15,7 @@ from lpc_lightning.types import TokenizedPair
 
 
 def write_pairs(model: str, data: dict[str, Any], seed: int, steps: int, output: Path) -> None:
-    """Write the tokenised pairs of each step as JSON lines, and beside them what there is to compute.
+    """Write the tokenized pairs of each step as JSON lines, and beside them what there is to compute.
 
     Args:
         model: Folder of the policy.

@@ -25,14 +25,14 @@ from lpc_lightning.seeding import derive
 
 
 class AnnotatorAdaptation(CollectPairs):
-    """Callback that logs `adaptation/exact/N` and, if a posterior is learned, `adaptation/amortised/N`.
+    """Callback that logs `adaptation/exact/N` and, if a posterior is learned, `adaptation/amortized/N`.
 
     Names start with val/ or test/. Each metric is the accuracy on an annotator's pairs, with codes inferred from N
     others of the same annotator: from prior times likelihood, or from the average of the learned posteriors (see
     `evaluation.adaptation.inference`). A policy without codes has nothing to infer: its `exact/N` is its accuracy over
     the same pairs.
 
-    `adaptation/adapted/N` is one of these that every policy has, for tuning: `exact/N`, or `amortised_z/N` of a
+    `adaptation/adapted/N` is one of these that every policy has, for tuning: `exact/N`, or `amortized_z/N` of a
     Gaussian latent.
 
     If all pairs have the same two answers, such as "I agree." and "I disagree.", two baselines use labels alone:
@@ -58,7 +58,7 @@ class AnnotatorAdaptation(CollectPairs):
             scored once for each validation or test after the fit; validations during the fit log nothing of this
             callback. 0: the labelled pairs are other evaluated pairs.
         under_z: Also score the policy under z = sum_k w_k e_k, with weights w of the first round:
-            `adaptation/exact_z/N`, and `adaptation/amortised_z/N` if a posterior is learned. This is the only
+            `adaptation/exact_z/N`, and `adaptation/amortized_z/N` if a posterior is learned. This is the only
             adaptation of a Gaussian latent, whose w is the mean of the posterior's means. It takes a second pass over
             the pairs, and is left out in validations during a fit.
     """

@@ -49,7 +49,7 @@ class LabelFlipNoise(LabelNoise, Callback):
     Metrics of each logged optimizer step are under `train/noise/clean/` and `train/noise/flipped/`, from the step's own
     pass: `loss`; `accuracy_noisy`, the share of pairs whose answer labelled as chosen has the higher reward; and
     `accuracy_true`, the same for the answer that was chosen before the noise. They are NaN if the step has no pairs of
-    that kind. If a policy memorises noise, its `flipped/accuracy_true` falls. Under a latent with a posterior, z of a
+    that kind. If a policy memorizes noise, its `flipped/accuracy_true` falls. Under a latent with a posterior, z of a
     training step depends on the label.
 
     The run folder gets `label_noise.json`: settings, reached rate, and ids of the flipped pairs.
@@ -73,7 +73,7 @@ class LabelFlipNoise(LabelNoise, Callback):
                 null: `Uniform`.
             seed: Seed of the random numbers. null: the seed of the run (seed_everything).
             marker: Text that is added to the prompts of flipped pairs, such as `[FLIP]` in the paper, so that the
-                policy can recognise wrong labels. null: no text.
+                policy can recognize wrong labels. null: no text.
             marker_at: Position of the marker: `start` or `end` of the last user turn, or `system` turn.
             sources: Flip only pairs from these sources. In a mixture they are the names of its data sets. null: from
                 all sources.

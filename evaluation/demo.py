@@ -28,7 +28,7 @@ CONFIGS = Path(str(files("lpc_lightning"))) / "configs"
 ARMS = {"none": "DPO", "marginal": "LPC-DPO, exact marginal, warm start"}
 """Arms of the grid `demo.yaml` by their value on its axis `latent`."""
 ACCURACY = "val/rewards/accuracies"
-NMI = "val/mutual_information/factor_normalised"
+NMI = "val/mutual_information/factor_normalized"
 STEPS = 512
 INTERVAL = 8.0
 """Seconds between two lines that report the progress."""

@@ -47,7 +47,7 @@ class Result:
 
     scores: Scores = field(default_factory=Scores)
     information: dict[str, list[float]] = field(default_factory=dict)
-    """Normalised mutual information of group and reader, over annotators, by arm and seed."""
+    """Normalized mutual information of group and reader, over annotators, by arm and seed."""
 
 
 def split_annotators(pairs: Pairs, seed: int) -> Split:

@@ -46,7 +46,7 @@ FITTED = {
     "ultrafeedback": LengthModel((4.80, 4.94, 4.91), (0.88, 1.46, 1.33), 0.56, max_length=1024),
 }
 """Fitted to the logarithms of 4080 training pairs of HH-RLHF (helpful and harmless) and of 1048 training pairs of
-binarized UltraFeedback, tokenised by SmolLM2-135M-Instruct with its chat template. Means of the real pairs: 242 and 706
+binarized UltraFeedback, tokenized by SmolLM2-135M-Instruct with its chat template. Means of the real pairs: 242 and 706
 tokens, prompt counted once; of the drawn pairs: 239 and 671."""
 
 
@@ -58,7 +58,7 @@ def cut(lengths: np.ndarray, max_length: int) -> Lengths:
 
 
 def measure(data: Path, tokenizer: str, max_length: int) -> Lengths:
-    """Tokenise a file of preference pairs and return its lengths; answers are cut at `max_length`."""
+    """Tokenize a file of preference pairs and return its lengths; answers are cut at `max_length`."""
     from transformers import AutoTokenizer
 
     from lpc_lightning.data import PreferenceData

@@ -157,7 +157,7 @@ def _first_step(ours: Row | None, trl: Row | None) -> str:
 def _profiles(profiles: list[Row]) -> str:
     if not profiles:
         return ""
-    names = ("wall_ms", "busy_ms", "busy_share", "kernels", "launches", "graph_launches", "synchronisations", "copies")
+    names = ("wall_ms", "busy_ms", "busy_share", "kernels", "launches", "graph_launches", "synchronizations", "copies")
     head = ["a step", *names, "pageable_copies", "reads", "operations"]
     lines, tops = [], []
     for row in profiles:

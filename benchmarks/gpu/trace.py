@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lpc_lightning.callbacks.step_parts import covered
 
 WINDOW = "measured steps"
-SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+SYNCHRONizING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 READING = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
 """Operations that wait for a value of the device."""
 TOP = 15
@@ -83,7 +83,7 @@ def summarize(events: Iterable[dict[str, Any]], steps: int, wall: float) -> dict
         wall: Seconds from the beginning of the window until the device was idle again.
 
     Returns:
-        Numbers a step: launches, synchronisations, copies that wait, operations that read a value; the share of the
+        Numbers a step: launches, synchronizations, copies that wait, operations that read a value; the share of the
         wall clock in which a kernel ran; the longest kernels and CPU operations.
     """
     events = [event for event in events if event.get("ph") == "X"]
@@ -104,7 +104,7 @@ def summarize(events: Iterable[dict[str, Any]], steps: int, wall: float) -> dict
         "kernels": len(kernels) / steps,
         "launches": sum("Launch" in event["name"] for event in runtime) / steps,
         "graph_launches": sum("GraphLaunch" in event["name"] for event in runtime) / steps,
-        "synchronisations": sum(event["name"].startswith(SYNCHRONISING) for event in runtime if _waits(event)) / steps,
+        "synchronizations": sum(event["name"].startswith(SYNCHRONizING) for event in runtime if _waits(event)) / steps,
         "copies": len(copies) / steps,
         "pageable_copies": sum("Pageable" in event["name"] for event in copies) / steps,
         "reads": {name: sum(event["name"] == name for event in operations) / steps for name in READING},

@@ -49,7 +49,7 @@ def per_token(logps: PairLogps) -> PairLogps:
 
 
 LENGTH_SCALES: dict[str, LengthScale] = {"summed": summed, "per_token": per_token}
-"""Rewards without and with length normalisation, for every algorithm."""
+"""Rewards without and with length normalization, for every algorithm."""
 
 
 def mode_margins(

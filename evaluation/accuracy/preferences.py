@@ -40,7 +40,7 @@ class PreferenceResults:
     """Standard errors of the means among the metrics."""
     items: list[Row]
     """One row per pair: its labels (see `pair_labels`), `margins` by mode, for paired comparisons, and `scaled`, the
-    margins of rewards without and with length normalisation, by `MODE/summed` and `MODE/per_token`."""
+    margins of rewards without and with length normalization, by `MODE/summed` and `MODE/per_token`."""
     reward: str
     """Description of the reward. Margins are differences of rewards."""
     pairs: int

@@ -194,7 +194,7 @@ def _number(count: int | float | None, read: Callable[[], Iterable[Any]]) -> int
 
 @dataclass(frozen=True)
 class PairForm:
-    """A form of rows: how it is recognised, its pairs, and its scores."""
+    """A form of rows: how it is recognized, its pairs, and its scores."""
 
     name: str
     """Name in results. Empty for plain pairs, which have no scores of their own."""

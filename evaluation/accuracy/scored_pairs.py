@@ -34,7 +34,7 @@ ALL_PAIRS_METRIC = re.compile(
     "|accuracy/prior/(summed|per_token)"
 )
 """Pattern of metrics over all pairs. The others are counts or metrics of a group, `accuracy/prior/source/books`, or
-accuracies of other modes without and with length normalisation, `accuracy/marginal/per_token`."""
+accuracies of other modes without and with length normalization, `accuracy/marginal/per_token`."""
 
 
 class PairsFile(PreferenceDataModule):

@@ -37,7 +37,7 @@ from lpc_lightning.inference.opening import open_module
 
 ROW_NAMES = {
     f"exact{UNDER_Z}": "exact, under z",
-    f"amortised{UNDER_Z}": "amortised, under z",
+    f"amortized{UNDER_Z}": "amortized, under z",
     OWN_MAJORITY: "own majority label",
     "prior": "prior, any annotator",
     "no_latent": "no latent (z = 0)",
@@ -76,7 +76,7 @@ def adapt(
     """Infer each annotator's codes from a few labelled pairs, and score the annotator's other pairs under them.
 
     The weight of a code is its prior times the likelihood of the labels under it (`exact`). If a posterior is learned,
-    a second inference averages it over the labelled pairs (`amortised`). Without labelled pairs, the weights are the
+    a second inference averages it over the labelled pairs (`amortized`). Without labelled pairs, the weights are the
     prior. A pair is correct if the weighted predictions of the codes favour its label over the opposite one. For DPO:
     if the probability of the label is above 1/2. `exact, under z` scores the policy under the mixture z of the codes
     instead, which `generate` uses. It is the only adaptation of a Gaussian latent, whose weights are the mean of the

@@ -5,14 +5,14 @@ the loss of the same pair with the label swapped. S is the set of n labelled pai
 likelihood of a label that may be wrong, and l_k is the algorithm's loss. Without one, L_k = exp(-l_k).
 
 - `exact`: p(k given x, S) is proportional to p_k(x) times the likelihood, the product over S of L_k.
-- `amortised`: the average over S of q(k given pair), where q is the learned posterior. If S is empty, the prior.
+- `amortized`: the average over S of q(k given pair), where q is the learned posterior. If S is empty, the prior.
 - The prediction under weights w: log sum_k w_k exp(-l_k) - log sum_k w_k exp(-l'_k). It is correct if it is positive.
 
 For DPO, exp(-l_k) is the probability of the label under code k. Then `exact` is Bayes' rule, and the prediction is the
 log-odds of the label. This is the mixture of the predictions under each code. It differs from the prediction under the
 mixture z = sum_k w_k e_k, which needs another forward pass: see `PolicyUnderMixtures`.
 
-A Gaussian latent has no distribution over codes, and no prediction without that pass. Its weights c (`amortised`) are
+A Gaussian latent has no distribution over codes, and no prediction without that pass. Its weights c (`amortized`) are
 the mean over S of the posterior's means, as in VPL (arXiv 2408.10075). If S is empty, they are the prior's mean.
 
 `own_majority` uses labels alone, for pairs that all have the same two answers: the answer that was chosen more often in
@@ -87,7 +87,7 @@ def margins(log_weights: Table, tables: CodeTables) -> Table:
 
 
 def softmax_weights(log_weights: Table, n: int) -> Table:
-    """Normalise log weights over the codes."""
+    """Normalize log weights over the codes."""
     weights: Table = np.exp(log_softmax(log_weights, axis=-1))
     return weights
 
@@ -115,11 +115,11 @@ class Inference:
 
 INFERENCES: Mapping[str, Inference] = {
     "exact": Inference(lambda tables: tables.log_likelihoods, np.add, lambda prior, likelihood: prior + likelihood),
-    "amortised": Inference(lambda tables: tables.log_posterior, np.logaddexp, lambda prior, mean: mean),
+    "amortized": Inference(lambda tables: tables.log_posterior, np.logaddexp, lambda prior, mean: mean),
 }
 """Rules for a distribution over codes."""
 GAUSSIAN: Mapping[str, Inference] = {
-    "amortised": Inference(
+    "amortized": Inference(
         lambda tables: tables.posterior_means,
         np.add,
         lambda prior, total: total,
@@ -226,7 +226,7 @@ def correct(margins: Table) -> Table:
 def code_weights(tables: CodeTables, annotators: Sequence[str]) -> dict[str, Table]:
     """Compute (K,) weights over the codes for each annotator from all pairs of that annotator.
 
-    The weights are the mean prior times the likelihood of the labels, normalised.
+    The weights are the mean prior times the likelihood of the labels, normalized.
 
     Args:
         tables: Tables of n pairs.

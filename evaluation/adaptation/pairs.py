@@ -62,11 +62,11 @@ class AdaptationReport:
     def metrics(self) -> dict[str, Score]:
         """Scores by the names of their metrics: `adaptation/exact/8`, `adaptation/prior` and so on.
 
-        `adaptation/adapted/8` repeats `exact` of a policy with codes or without a latent, and `amortised_z` of a
+        `adaptation/adapted/8` repeats `exact` of a policy with codes or without a latent, and `amortized_z` of a
         Gaussian latent.
         """
         metrics = {f"adaptation/{name}": score for name, score in self.baselines.items()}
-        headline = f"amortised{UNDER_Z}" if self.mixtures and not self.weights else "exact"
+        headline = f"amortized{UNDER_Z}" if self.mixtures and not self.weights else "exact"
         adapted = {ADAPTED: self.scores[headline]} if headline in self.scores else {}
         for inference, scores in {**self.scores, **adapted}.items():
             metrics |= {f"adaptation/{inference}/{n}": score for n, score in scores.items()}

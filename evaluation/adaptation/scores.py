@@ -133,7 +133,7 @@ def adaptation_scores(
     At n = 0 nothing is random, and the score is that of the prior. Arguments and errors are those of `infer_weights`.
 
     Returns:
-        Scores by inference (`exact`; `amortised` if a posterior over codes is learned; `own_majority` if all pairs have
+        Scores by inference (`exact`; `amortized` if a posterior over codes is learned; `own_majority` if all pairs have
         the same two answers) and n. At each n, annotators with too few pairs are left out. An n at which no annotator
         is left is missing.
     """

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lpc_lightning.evaluation.codebook.mutual_information import normalised_information, shuffled_mean
+from lpc_lightning.evaluation.codebook.mutual_information import normalized_information, shuffled_mean
 from lpc_lightning.evaluation.codebook.recovery import purity
 from lpc_lightning.seeding import derive
 
 LEAST_INFORMATION = 0.2
-"""Smallest normalised mutual information, above that of shuffled values, at which a column names the codes."""
+"""Smallest normalized mutual information, above that of shuffled values, at which a column names the codes."""
 LEAST_SHARE = 0.5
 """Smallest share of a code's pairs that has the value of its label."""
 
@@ -27,7 +27,7 @@ class ColumnMatch:
     codes_by: str
     """Choice of a pair's code: `prior` or `exact posterior`, which uses the label."""
     nmi: float
-    """Normalised mutual information, 0 to 1."""
+    """Normalized mutual information, 0 to 1."""
     nmi_shuffled: float
     """Its value for shuffled values: chance."""
     purity: float
@@ -66,8 +66,8 @@ def match_columns(codes: Mapping[str, NDArray[np.int64]], columns: Mapping[str, 
             continue
         for codes_by, chosen in codes.items():
             pair = chosen[members], labels[members]
-            chance = shuffled_mean(normalised_information, *pair, seed=derive("label", column, codes_by))
-            matches.append(ColumnMatch(column, codes_by, normalised_information(*pair), chance, purity(*pair)))
+            chance = shuffled_mean(normalized_information, *pair, seed=derive("label", column, codes_by))
+            matches.append(ColumnMatch(column, codes_by, normalized_information(*pair), chance, purity(*pair)))
     # Rounded: two columns with the same groups of pairs differ by the shuffles alone.
     return sorted(matches, key=lambda match: -round(match.nmi - match.nmi_shuffled, 2))
 

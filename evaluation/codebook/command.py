@@ -69,7 +69,7 @@ def explain(
     For each code: the tokens that it raises and lowers most (LMHead(e_k) against the mean over codes), the prompts for
     which the prior makes it likeliest, the pairs whose reward margin it changes most against the prior's z, and its
     answer to one prompt beside those of other codes. If source, factor or annotator of the pairs matches the codes, by
-    normalised mutual information, each code gets its most frequent value as a label.
+    normalized mutual information, each code gets its most frequent value as a label.
 
     The text is printed and written to codes.md, and everything to codes.json. `lpc-lightning report` shows them. A fit
     with codes writes both at its end, without answers (callback `CodeExplanations`).

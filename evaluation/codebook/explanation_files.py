@@ -145,7 +145,7 @@ def _notes(content: Mapping[str, Any]) -> Iterator[str]:
         yield "No code has a label, because no column of the data matches the codes."
     for match in columns:
         yield (
-            f"Column {match['column']} against the likeliest code under the {match['codes_by']}: normalised mutual "
+            f"Column {match['column']} against the likeliest code under the {match['codes_by']}: normalized mutual "
             f"information {match['nmi']:.2f} (shuffled {match['nmi_shuffled']:.2f}), purity {match['purity']:.2f}."
         )
 

@@ -28,7 +28,7 @@ def mutual_information(first: ArrayLike, second: ArrayLike) -> float:
     return max(0.0, entropy(counts.sum(1)) + entropy(counts.sum(0)) - entropy(counts.ravel()))
 
 
-def normalised_information(first: ArrayLike, second: ArrayLike) -> float:
+def normalized_information(first: ArrayLike, second: ArrayLike) -> float:
     """Compute mutual information divided by the mean of the two entropies, as `normalized_mutual_info_score` does.
 
     The result is between 0 and 1. It is 0 if either label has a single value. (scikit-learn returns 1 if both have a

@@ -18,7 +18,7 @@ from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_la
 from lpc_lightning.evaluation.codebook.mutual_information import (
     entropy,
     mutual_information,
-    normalised_information,
+    normalized_information,
     quantile_bins,
     shuffled_information,
     shuffled_mean,
@@ -185,7 +185,7 @@ def information(numbers: dict[str, Tensor], rows: list[Row]) -> dict[str, float]
 
     The labels are source, factor, annotator, and the difference of the answers' lengths in quartiles. Pairs without a
     label are left out. Labels with a single value are left out. There are three metrics per label: the estimate,
-    `_normalised` (0 to 1), and `_shuffled`, the estimate for shuffled labels. `_shuffled` is the part of the estimate
+    `_normalized` (0 to 1), and `_shuffled`, the estimate for shuffled labels. `_shuffled` is the part of the estimate
     that is due to chance.
 
     Args:
@@ -199,7 +199,7 @@ def information(numbers: dict[str, Tensor], rows: list[Row]) -> dict[str, float]
     for prefix, name, codes, values in _codes_and_labels(numbers, labels):
         metric = f"{prefix}mutual_information/{name}"
         metrics[metric] = mutual_information(codes, values)
-        metrics[f"{metric}_normalised"] = normalised_information(codes, values)
+        metrics[f"{metric}_normalized"] = normalized_information(codes, values)
         metrics[f"{metric}_shuffled"] = shuffled_information(codes, values, seed=derive(metric))
     return metrics
 
@@ -208,7 +208,7 @@ def recovery(numbers: dict[str, Tensor], rows: list[Row]) -> dict[str, float]:
     """Compute how well the likeliest codes predict the factor or the annotator of a pair.
 
     The metrics are `codebook/matched/LABEL` and `codebook/purity/LABEL`. Each has a `_shuffled` metric, its value for
-    shuffled labels. Labels, pairs and arguments are those of `information`. The `_normalised` metric there is a third
+    shuffled labels. Labels, pairs and arguments are those of `information`. The `_normalized` metric there is a third
     measure of the same property.
     """
     labels = {name: np.array([row[name] for row in rows]) for name in RECOVERABLE_LABELS}

@@ -79,7 +79,7 @@ def evaluate(
         preferences: Files of preference pairs to score. If a file has a column `split`, the rows of `test` are used. A
             checkpoint is scored by its algorithm's reward, any other model by mean log-probability. Files in the form
             of RM-Bench (lists of three answers) and of RewardBench (a column `subset`) also get the scores that these
-            benchmarks define, under every mode of z, without and with length normalisation.
+            benchmarks define, under every mode of z, without and with length normalization.
         output: Folder for the results.
         names: Names of the models in tables and folders, one per model. null: names made from the models' paths.
         columns: Names of the columns of these pairs, and how their cells are read, as `data.columns` of a fit. null:

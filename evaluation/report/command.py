@@ -19,7 +19,7 @@ from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 
 PAGE, TEXT, RUNS, PLOTS = "report.html", "report.md", "runs.csv", "plots"
 GENERATOR = '<meta name="generator" content="lpc-lightning report">'
-"""Line of every page, by which an earlier report is recognised."""
+"""Line of every page, by which an earlier report is recognized."""
 
 
 def main(arguments: list[str]) -> None:

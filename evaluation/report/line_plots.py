@@ -15,8 +15,8 @@ from lpc_lightning.evaluation.report.study import Group, Study
 from lpc_lightning.evaluation.report.subject import Drawn, Subject, file_name
 from lpc_lightning.evaluation.statistics.seeds import estimate
 
-LOSS, MEMORISATION = "train/loss", "train/noise/flipped/accuracy_true"
-"""The second is the accuracy on pairs with a flipped label, by the true label. It falls if a policy memorises noise."""
+LOSS, MEMORIZATION = "train/loss", "train/noise/flipped/accuracy_true"
+"""The second is the accuracy on pairs with a flipped label, by the true label. It falls if a policy memorizes noise."""
 CODEBOOK = ("val/latent/codebook_perplexity", "val/latent/dead_codes", "val/mutual_information/factor")
 """Metrics of how the codebook is used."""
 MAX_LINES = 7
@@ -74,8 +74,8 @@ def _set_scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def training_curves(subject: Subject) -> Drawn:
-    """Plot the report's metrics, the training loss and the memorisation of noise over the optimizer steps."""
-    for metric in (*subject.metrics, LOSS, MEMORISATION):
+    """Plot the report's metrics, the training loss and the memorization of noise over the optimizer steps."""
+    for metric in (*subject.metrics, LOSS, MEMORIZATION):
         yield _curves(subject.study, metric, f"{metric} over training")
 
 

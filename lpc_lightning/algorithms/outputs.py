@@ -15,7 +15,7 @@ class TrainingOutput(TypedDict):
     """Output of a training step, for the trainer and for callbacks."""
 
     loss: Tensor
-    """Value to minimise, with gradient."""
+    """Value to minimize, with gradient."""
     losses: Tensor
     """(B,) loss of each pair plus the latent's penalty, without its weight and without gradient."""
     margins: Tensor

@@ -50,7 +50,7 @@ def explain_system_error(error: BaseException) -> str | None:
     """Return one line with the fault, its file and what to do. None if the error is of another kind.
 
     Libraries raise such errors as other classes (`RuntimeError`, `SafetensorError`), or from a data loader's process
-    with its traceback as the text. These are recognised by their text.
+    with its traceback as the text. These are recognized by their text.
     """
     number = _number(error)
     if number is None:

@@ -32,7 +32,7 @@ def build_sharded(
         mesh: Devices that hold the shards.
 
     Raises:
-        ConfigError: The weights are quantised, and quantised weights cannot be sharded.
+        ConfigError: The weights are quantized, and quantized weights cannot be sharded.
     """
     first = dist.get_rank() == 0
     message: list[Any] = [None]
@@ -76,7 +76,7 @@ class _Blueprinter(pickle.Pickler):
             return NotImplemented
         if not value.is_floating_point():
             raise ConfigError(
-                "policy.quantization: found quantised weights with a sharding strategy, expected floating-point "
+                "policy.quantization: found quantized weights with a sharding strategy, expected floating-point "
                 "weights. Train on one GPU, or use trainer.strategy ddp."
             )
         return _outline, (value.shape, value.dtype, value.requires_grad)

@@ -266,7 +266,7 @@ def _stderr(metric: str) -> str:
 def _limits(model: Exported) -> str:
     points = [
         "Validation pairs come from the same source as the training pairs. Accuracy on them measures how well these "
-        "preferred answers are recognised. It does not measure how good the answers are.",
+        "preferred answers are recognized. It does not measure how good the answers are.",
         "The export checks nothing about safety. Expect the faults of the base model and of the training pairs.",
     ]
     if model.latent is not None:

@@ -115,7 +115,7 @@ class InferencePrior(nn.Module):
             prompt: (B, d) h_x, on any device: the last layer and the LM head of a model may be on different ones.
             mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. None: by the
                 settings.
-            code_weights: (K,) or (B, K) weights over the codebook instead of the prior. They are not normalised.
+            code_weights: (K,) or (B, K) weights over the codebook instead of the prior. They are not normalized.
 
         Returns:
             (B, d), on the device of the weights.
@@ -165,7 +165,7 @@ class _Network(nn.Module):
 
 
 class _Affine(nn.Module):
-    """Linear layer that no quantisation replaces: libraries look for `nn.Linear`, and the latent is small."""
+    """Linear layer that no quantization replaces: libraries look for `nn.Linear`, and the latent is small."""
 
     def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
         super().__init__()
@@ -695,7 +695,7 @@ class LatentLogitsProcessor(LogitsProcessor):
     """Logits processor that adds LMHead(z) to the scores, for a stock model whose head is linear.
 
     The result is log-probabilities. Greedy search and sampling are not affected by that. Beam search sums
-    log-probabilities, which must be normalised again after the bias.
+    log-probabilities, which must be normalized again after the bias.
     """
 
     def __init__(self, bias: Tensor) -> None:

@@ -156,7 +156,7 @@ class TrainedPolicy(PolicySpec):
                 "PretrainedPolicy opens other models."
             )
         spec.trust_remote_code = self.trust_remote_code
-        spec.quantization = None  # updates cannot be added to quantised weights
+        spec.quantization = None  # updates cannot be added to quantized weights
         return spec
 
 

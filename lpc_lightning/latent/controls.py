@@ -180,7 +180,7 @@ class GaussianSpace(LatentSpace):
         self.posterior = Posterior(width, 2 * self.num_codes, self.networks)
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
-        """Compute the losses under one reparametrised z for each pair, and lambda KL."""
+        """Compute the losses under one reparametrized z for each pair, and lambda KL."""
         prior_mean, prior_log_std = self.prior(states.prompt).chunk(2, dim=-1)
         posterior_mean, posterior_log_std = self.posterior.logits(states).chunk(2, dim=-1)
         g = self.g(progress)

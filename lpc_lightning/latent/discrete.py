@@ -138,7 +138,7 @@ class DiscreteSpace(LatentSpace):
         return self.log_prior(prompt) + score.under_codes(self.codes)[0].label_log_likelihood
 
     def log_exact_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
-        """Compute the log of prior times label likelihood, normalised over the codes: (B, K)."""
+        """Compute the log of prior times label likelihood, normalized over the codes: (B, K)."""
         return self.log_joint(states.prompt, score).log_softmax(-1)
 
     def log_evidence(self, prompt: Tensor, score: PairScorer) -> Tensor:
@@ -181,7 +181,7 @@ def earlier_pairs(annotators: Sequence[str], device: torch.device) -> Tensor:
 def given_earlier_pairs(log_prior: Tensor, log_likelihoods: Tensor, annotators: Sequence[str]) -> Tensor:
     """Compute log p(k given x_i and the pairs j < i of the same annotator).
 
-    The probability is p_k(x_i) prod_j exp(-l_jk), normalised over the codes.
+    The probability is p_k(x_i) prod_j exp(-l_jk), normalized over the codes.
 
     Args:
         log_prior: (B, K) log p_k(x_i).

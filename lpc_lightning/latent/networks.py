@@ -1,4 +1,4 @@
-"""Learned parts of a latent space: the codebook, and the prior and posterior networks with standardised inputs."""
+"""Learned parts of a latent space: the codebook, and the prior and posterior networks with standardized inputs."""
 
 from __future__ import annotations
 
@@ -69,16 +69,16 @@ class NetworkSettings:
     """Width of the hidden layer."""
     detach: bool
     """True stops the gradient into the backbone."""
-    standardise: bool
-    """True standardises the input states (see `RunningMoments`)."""
+    standardize: bool
+    """True standardizes the input states (see `RunningMoments`)."""
 
 
 class RunningMoments(nn.Module):
-    """Standardise features to mean 0 and deviation 1, by the moments of the most recent training pairs.
+    """Standardize features to mean 0 and deviation 1, by the moments of the most recent training pairs.
 
     The states at the last prompt token are nearly the same vector for all prompts, because all prompts end in the same
     tokens of the chat template. Only a few percent of a state's squared norm, or less than one percent, differ between
-    prompts. Without standardisation, a network of two layers receives almost no information about the prompt.
+    prompts. Without standardization, a network of two layers receives almost no information about the prompt.
 
     Features read in training mode are added to the moments by `update`, before an optimizer step. So the output
     for a pair does not depend on the other pairs of its batch, accumulated micro-batches count as one large batch, and
@@ -121,7 +121,7 @@ class RunningMoments(nn.Module):
         return ((self.pairs * self.variance + 1) / (self.pairs + 1)).sqrt()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Standardise features (B, features). The output has the dtype of the moments, which is float32 or wider."""
+        """Standardize features (B, features). The output has the dtype of the moments, which is float32 or wider."""
         differences = features.to(self.mean.dtype) - self.mean
         if self.training:
             self._accumulate(differences.detach())
@@ -188,11 +188,11 @@ def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 
 class StateNetwork(nn.Module):
-    """Two-layer network on hidden states, which are scaled to unit root mean square and then standardised.
+    """Two-layer network on hidden states, which are scaled to unit root mean square and then standardized.
 
     The second layer starts at zero. So prior and posterior both start uniform, and a codebook of zeros is the plain
     algorithm, KL included. The scale of the states differs by two orders of magnitude between model families. Without
-    the normalisation, the same learning rate and initialisation would give a uniform prior in one family and a one-hot
+    the normalization, the same learning rate and initialization would give a uniform prior in one family and a one-hot
     prior in another.
     """
 
@@ -206,7 +206,7 @@ class StateNetwork(nn.Module):
             settings: Settings that the networks of a space share.
         """
         super().__init__()
-        self.moments = RunningMoments(inputs * width) if settings.standardise else None
+        self.moments = RunningMoments(inputs * width) if settings.standardize else None
         self.first = nn.Linear(inputs * width, settings.hidden)
         self.second = nn.Linear(settings.hidden, outputs)
         nn.init.zeros_(self.second.weight)
@@ -231,7 +231,7 @@ class StateNetwork(nn.Module):
     def weights(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors of both layers, detached, with names that start with `prefix.`.
 
-        Standardisation is folded into the first layer. The tensors are then new, and float32 or wider.
+        Standardization is folded into the first layer. The tensors are then new, and float32 or wider.
         """
         tensors = nn.ModuleDict({"first": self.first, "second": self.second}).state_dict()
         if self.moments is not None:

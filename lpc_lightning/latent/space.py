@@ -85,17 +85,17 @@ class LatentSpace(nn.Module, ABC):
     """True lets a trainer of `bf16-true` convert the parameters. FSDP2 needs one type for all trained weights."""
 
     def __init__(
-        self, detach: bool = False, hidden: int = 256, standardise: bool = True, warm_start_pairs: int = 0
+        self, detach: bool = False, hidden: int = 256, standardize: bool = True, warm_start_pairs: int = 0
     ) -> None:
         """Store the settings that all spaces share.
 
         Args:
             detach: Stop the gradient from the prior and posterior networks into the backbone.
             hidden: Width of the hidden layer of the prior and posterior networks.
-            standardise: Standardise the states that these networks read, with a running mean and deviation. Otherwise
+            standardize: Standardize the states that these networks read, with a running mean and deviation. Otherwise
                 almost no information about the prompt reaches them (see `RunningMoments`).
             warm_start_pairs: Maximum number of training pairs to which the space is fitted before the first step, on a
-                linearised policy (see `algorithms.warm_start` and docs/latent_spaces.md). The codes are fitted to all
+                linearized policy (see `algorithms.warm_start` and docs/latent_spaces.md). The codes are fitted to all
                 of these pairs at once. At least six pairs, and two for each code. 0: no warm start.
 
         Raises:
@@ -107,7 +107,7 @@ class LatentSpace(nn.Module, ABC):
         if warm_start_pairs < 0:
             raise ValueError(f"latent.warm_start_pairs: found {warm_start_pairs}, expected at least 0.")
         self.warm_start_pairs = warm_start_pairs
-        self.networks = NetworkSettings(hidden, detach, standardise)
+        self.networks = NetworkSettings(hidden, detach, standardize)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> LatentSpace:
         """Apply `fn` as torch does (`to`, `half` ...), but keep floating-point tensors in float32 or wider."""

@@ -61,7 +61,7 @@ def token_logps_per_code(
 ) -> Tensor:
     """Compute log softmax(head(hidden + e_k))[target] of each token under every code, in one pass through the head.
 
-    With a = head(h) and b_k = scale W e_k, the normaliser under code k is
+    With a = head(h) and b_k = scale W e_k, the normalizer under code k is
     logsumexp_v(a_v + b_kv) = logsumexp_v(a_v) + log sum_v softmax(a)_v exp(b_kv): a thin (N, V) by (V, K) product, at
     about K/d of the head's cost. If a code has a logit range beyond `THIN_RANGE`, exp(b_k - max b_k) would underflow in
     float32, and everything after a is computed in float64. K passes are needed for a soft-capped head, which is not
@@ -167,30 +167,30 @@ class _TokenLogps(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             states, rows = hidden.to(product), weight.to(product)
             exp_biases = None if table is None else _exp_biases(table, exact)
-            at_target, normaliser = (hidden.new_empty(hidden.shape[0], dtype=exact) for _ in range(2))
+            at_target, normalizer = (hidden.new_empty(hidden.shape[0], dtype=exact) for _ in range(2))
             sums = None if table is None else hidden.new_empty(hidden.shape[0], table.shape[0], dtype=exact)
             for chunk in chunks:
                 logits = _product(states[chunk], rows.T)
                 terms = all_terms.of(chunk)
                 if exp_biases is None or sums is None:
-                    at_target[chunk], normaliser[chunk] = vocabulary.reduce(logits, terms, targets[chunk])
+                    at_target[chunk], normalizer[chunk] = vocabulary.reduce(logits, terms, targets[chunk])
                 else:
-                    at_target[chunk], normaliser[chunk], probabilities = vocabulary.reduce_with_probabilities(
+                    at_target[chunk], normalizer[chunk], probabilities = vocabulary.reduce_with_probabilities(
                         logits, terms, targets[chunk]
                     )
                     sums[chunk] = probabilities @ exp_biases.T
                 del logits
-            out = (at_target - normaliser)[:, None]
+            out = (at_target - normalizer)[:, None]
             if table is not None and sums is not None:
                 biases = table.to(exact)
                 out = out + biases[:, targets].T - biases.amax(-1) - sums.log()
-        ctx.save_for_backward(hidden, weight, bias, table, shifts, group, targets, normaliser, sums)
+        ctx.save_for_backward(hidden, weight, bias, table, shifts, group, targets, normalizer, sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, table, shifts, group, targets, normaliser, sums = ctx.saved_tensors
-        exact, product = normaliser.dtype, ctx.product
+        hidden, weight, bias, table, shifts, group, targets, normalizer, sums = ctx.saved_tensors
+        exact, product = normalizer.dtype, ctx.product
         gradients = _Gradients(hidden, (weight, bias, table, shifts), ctx.needs_input_grad, exact)
         vocabulary, all_terms = _Vocabulary(ctx.head, exact), _LogitTerms(bias, shifts, group)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -201,10 +201,10 @@ class _TokenLogps(torch.autograd.Function):
                 terms, upstream = all_terms.of(chunk), grad[chunk]
                 if exp_biases is None:
                     logit_grad = vocabulary.logit_gradient(
-                        logits, terms, targets[chunk], normaliser[chunk], upstream[:, 0], product
+                        logits, terms, targets[chunk], normalizer[chunk], upstream[:, 0], product
                     )
                 else:
-                    probabilities = vocabulary.probabilities(logits, terms, normaliser[chunk])
+                    probabilities = vocabulary.probabilities(logits, terms, normalizer[chunk])
                     thin = upstream / sums[chunk]
                     gradients.add_to_table(exp_biases, thin, probabilities, targets[chunk], upstream)
                     logit_grad = vocabulary.mixed_logit_gradient(
@@ -313,25 +313,25 @@ class _Vocabulary:
         self._run = _compiled if head.compiled else _uncompiled
 
     def reduce(self, product: Tensor, terms: _LogitTerms, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each target's logit and the normaliser."""
+        """Return each target's logit and the normalizer."""
         return self._run(_reduce)(self._form, product, terms, targets)
 
     def reduce_with_probabilities(
         self, product: Tensor, terms: _LogitTerms, targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each target's logit, the normaliser and the probabilities."""
+        """Return each target's logit, the normalizer and the probabilities."""
         return self._run(_reduce_with_probabilities)(self._form, product, terms, targets)
 
-    def probabilities(self, product: Tensor, terms: _LogitTerms, normaliser: Tensor) -> Tensor:
+    def probabilities(self, product: Tensor, terms: _LogitTerms, normalizer: Tensor) -> Tensor:
         """Return the probabilities."""
-        return self._run(_probabilities)(self._form, product, terms, normaliser)
+        return self._run(_probabilities)(self._form, product, terms, normalizer)
 
     def logit_gradient(
         self,
         product: Tensor,
         terms: _LogitTerms,
         targets: Tensor,
-        normaliser: Tensor,
+        normalizer: Tensor,
         upstream: Tensor,
         narrow: torch.dtype,
     ) -> Tensor:
@@ -339,7 +339,7 @@ class _Vocabulary:
 
         `narrow` is the type of the products that the gradient enters.
         """
-        return self._run(_logit_gradient)(self._form, product, terms, targets, normaliser, upstream, narrow)
+        return self._run(_logit_gradient)(self._form, product, terms, targets, normalizer, upstream, narrow)
 
     def mixed_logit_gradient(
         self, probabilities: Tensor, mixture: Tensor, targets: Tensor, upstream: Tensor, narrow: torch.dtype
@@ -371,12 +371,12 @@ def _reduce_with_probabilities(
     form: _HeadForm, product: Tensor, terms: _LogitTerms, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = _logits(product, terms, form)
-    at_target, normaliser = logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(-1)
-    return at_target, normaliser, logits.sub_(normaliser[:, None]).exp_()
+    at_target, normalizer = logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(-1)
+    return at_target, normalizer, logits.sub_(normalizer[:, None]).exp_()
 
 
-def _probabilities(form: _HeadForm, product: Tensor, terms: _LogitTerms, normaliser: Tensor) -> Tensor:
-    return _logits(product, terms, form).sub_(normaliser[:, None]).exp_()
+def _probabilities(form: _HeadForm, product: Tensor, terms: _LogitTerms, normalizer: Tensor) -> Tensor:
+    return _logits(product, terms, form).sub_(normalizer[:, None]).exp_()
 
 
 def _logit_gradient(
@@ -384,13 +384,13 @@ def _logit_gradient(
     product: Tensor,
     terms: _LogitTerms,
     targets: Tensor,
-    normaliser: Tensor,
+    normalizer: Tensor,
     upstream: Tensor,
     narrow: torch.dtype,
 ) -> Tensor:
     logits = _logits(product, terms, form)
     slope = None if form.softcap is None else 1 - (logits / form.softcap).square()
-    gradient = logits.sub_(normaliser[:, None]).exp_().mul_(-upstream[:, None])
+    gradient = logits.sub_(normalizer[:, None]).exp_().mul_(-upstream[:, None])
     gradient = _add_at_targets(gradient, targets, upstream)
     return _narrow(gradient if slope is None else gradient.mul_(slope), narrow)
 

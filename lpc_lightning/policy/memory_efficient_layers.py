@@ -1,6 +1,6 @@
 """Decoder layers of fewer operations that keep less memory for the backward pass, with bitwise equal outputs.
 
-In mixed precision, a published Llama layer keeps its normalised states in float32, a copy of them for each projection,
+In mixed precision, a published Llama layer keeps its normalized states in float32, a copy of them for each projection,
 and four states inside its MLP. These layers keep the inputs of the norms, one copy, and two states. The backward pass
 recomputes the rest without any matrix product. Gradients differ by rounding, and are equally exact.
 """
@@ -60,8 +60,8 @@ class RMSNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise (..., d) states."""
-        return _Normalise.apply(hidden_states, self.weight, self.variance_epsilon)
+        """Normalize (..., d) states."""
+        return _Normalize.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
 class GatedMLP(nn.Module):
@@ -85,7 +85,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act_fn(gate) * up)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     # Not `torch.nn.functional.rms_norm`, for two reasons. On a CPU it consists of smaller operations, and keeps x and
     # x / rms(x) in float32, as the published layer does. In bfloat16 it rounds after the product with w, so that its
     # outputs differ from the published ones.
@@ -100,14 +100,14 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         states, weight, inverse = ctx.saved_tensors
-        normalised = states * inverse  # in float32 or wider
+        normalized = states * inverse  # in float32 or wider
         width = states.shape[-1]
-        product = (grad * normalised).reshape(-1, width)  # transposed behind a norm of heads
+        product = (grad * normalized).reshape(-1, width)  # transposed behind a norm of heads
         weight_gradient = product.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        exact_weight = weight.to(normalised.dtype)
+        exact_weight = weight.to(normalized.dtype)
         # Sums of product * weight over the width, divided by it. With beta = 0, the first argument is not used.
         projection = torch.addmv(product[:, 0], product, exact_weight, beta=0, alpha=1 / width).view_as(inverse)
-        gradient = (grad * exact_weight).addcmul_(normalised, projection, value=-1).mul_(inverse)
+        gradient = (grad * exact_weight).addcmul_(normalized, projection, value=-1).mul_(inverse)
         return gradient.to(states.dtype), weight_gradient, None
 
 

@@ -52,14 +52,14 @@ class PretrainedPolicy(PolicySpec):
 
         Args:
             path: Hub name (`mistralai/Mistral-7B-v0.1`), local folder, or GGUF file (`model.Q4_1.gguf`). The weights of
-                a GGUF file are dequantised. The folder of an adapter stands for `adapter` on the base model that its
+                a GGUF file are dequantized. The folder of an adapter stands for `adapter` on the base model that its
                 adapter_config.json names.
             revision: Branch, tag or commit on the hub.
             tokenizer: Hub name or folder of another tokenizer. null: the model's own.
             quantization: `nf4` keeps the frozen weights of the linear layers in 4 bits while an adapter is trained
-                (QLoRA, arXiv 2305.14314), with quantised scales, by bitsandbytes. `dtype` is then the type of the
+                (QLoRA, arXiv 2305.14314), with quantized scales, by bitsandbytes. `dtype` is then the type of the
                 arithmetic. A checkpoint contains only the adapter. To merge it, load it with null here, which puts it
-                onto the unquantised weights.
+                onto the unquantized weights.
             trust_remote_code: Run Python code that comes with the model or its tokenizer. If false, a model that needs
                 such code is refused. Read the code before you set this, and pin `revision` for a model on the hub.
             adapter: Folder or hub name of a LoRA adapter of peft, from SFT for example. Policy and reference start as
@@ -81,11 +81,11 @@ class PretrainedPolicy(PolicySpec):
         if quantization is not None and self.lora is None:
             raise ConfigError(
                 f"policy.quantization: found {quantization} without an adapter, expected policy.lora, because "
-                "quantised weights cannot be trained."
+                "quantized weights cannot be trained."
             )
         if quantization is not None and path.endswith(".gguf"):
             raise ConfigError(
-                f"policy.quantization: found {quantization} for {path}, whose weights have been quantised before. "
+                f"policy.quantization: found {quantization} for {path}, whose weights have been quantized before. "
                 "Expected a folder or a hub name."
             )
 
@@ -97,7 +97,7 @@ class PretrainedPolicy(PolicySpec):
         if adapter is not None and merge_adapter and quantization is not None:
             raise ConfigError(
                 f"policy.merge_adapter: found true with policy.quantization {quantization}, expected false, because "
-                "updates cannot be added to quantised weights."
+                "updates cannot be added to quantized weights."
             )
 
     def load_config(self) -> PreTrainedConfig:
@@ -105,7 +105,7 @@ class PretrainedPolicy(PolicySpec):
         return self._load(AutoConfig)
 
     def load_model(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """Load the weights. Those of a GGUF file are dequantised, and lose their quantisation config."""
+        """Load the weights. Those of a GGUF file are dequantized, and lose their quantization config."""
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedPolicyError(
                 f"policy.path: found {self.path} ({config.model_type}), an encoder-decoder, "
@@ -125,7 +125,7 @@ class PretrainedPolicy(PolicySpec):
         model: PreTrainedModel = self._load(AutoModelForCausalLM, config=config, dtype=dtype, **self._quantized(dtype))
         if not self.path.endswith(".gguf"):
             return model
-        # transformers refuses to save a model with a quantisation config. Move the weights to a model without one.
+        # transformers refuses to save a model with a quantization config. Move the weights to a model without one.
         del model.config.quantization_config
         clean = AutoModelForCausalLM.from_config(model.config, dtype=dtype, trust_remote_code=self.trust_remote_code)
         clean.load_state_dict(model.state_dict())

@@ -19,7 +19,7 @@ from lpc_lightning.policy.segment_attention import SEGMENT
 class RotaryAttention(nn.Module):
     """Attention of Llama, Mistral and Qwen2 with rotary positions (arXiv 2104.09864).
 
-    Other calls run the published layer: with a cache of keys, an adapter, quantised or float64 weights, and other
+    Other calls run the published layer: with a cache of keys, an adapter, quantized or float64 weights, and other
     kernels. In float64, the sums of a larger product have another order on a CPU.
     """
 

@@ -28,7 +28,7 @@ class PolicySpec(ABC):
     trust_remote_code: bool = False
     """Whether Python code that comes with the model is run. A policy without such code ignores it."""
     quantization: Literal["nf4"] | None = None
-    """Form of quantised weights. A policy that cannot quantise its weights ignores it."""
+    """Form of quantized weights. A policy that cannot quantize its weights ignores it."""
 
     def __init__(
         self,

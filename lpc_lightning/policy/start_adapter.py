@@ -54,7 +54,7 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """Add the updates of an adapter to the weights of its base model.
 
     Args:
-        model: The base model, unquantised. It is changed.
+        model: The base model, unquantized. It is changed.
         adapter: Folder or hub name.
 
     Raises:

@@ -128,7 +128,7 @@ def test_trace_by_hand() -> None:
     ]
     found = summarize(events, steps=2, wall=0.001)
     assert found["launches"] == 1.5
-    assert (found["graph_launches"], found["synchronisations"], found["kernels"]) == (0.5, 0.5, 1)
+    assert (found["graph_launches"], found["synchronizations"], found["kernels"]) == (0.5, 0.5, 1)
     assert (found["copies"], found["pageable_copies"]) == (0.5, 0.5)
     assert found["reads"]["aten::item"] == found["reads"]["aten::_local_scalar_dense"] == 0.5
     assert found["busy_share"] == pytest.approx(400 / 1000)  # from 200 to 600

@@ -71,8 +71,8 @@ def test_medians_cover_all_rounds_after_warm_up(cell: dict[str, Any]) -> None:
 
 def test_the_reference_is_work_of_a_step_that_asks_it(cell: dict[str, Any]) -> None:
     # Forward once and backward twice, in 2 s; the reference forward as well, in 5 s.
-    assert summary(cell, "ours", PEAKS)["utilisation"] == pytest.approx(3 * 0.5e11 / 2 / 1e12)
-    assert summary(cell, "ours, live reference", PEAKS)["utilisation"] == pytest.approx(4 * 0.5e11 / 5 / 1e12)
+    assert summary(cell, "ours", PEAKS)["utilization"] == pytest.approx(3 * 0.5e11 / 2 / 1e12)
+    assert summary(cell, "ours, live reference", PEAKS)["utilization"] == pytest.approx(4 * 0.5e11 / 5 / 1e12)
 
 
 def test_the_tables_say_how_far_the_sides_are_apart(cell: dict[str, Any], machine: dict[str, Any]) -> None:

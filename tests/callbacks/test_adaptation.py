@@ -88,7 +88,7 @@ def test_metrics_against_the_module(
     (logged,) = trainer.validate(module, data, verbose=False)
     tables, ids, annotators = tables_of(module, data)
     expected = adaptation_scores(PairTables(tables, ids, annotators), (0, 1, 3), rounds=4, seed=7)
-    assert set(expected) == ({"exact"} if isinstance(latent, MarginalSpace) else {"exact", "amortised"})
+    assert set(expected) == ({"exact"} if isinstance(latent, MarginalSpace) else {"exact", "amortized"})
     metrics = adaptation_metrics(logged)
     curves = [*expected, "adapted"]
     assert set(metrics) == {f"{kind}/{n}" for kind in curves for n in (0, 1, 3)} | {"prior", "no_latent", "ceiling"}
@@ -243,7 +243,7 @@ def test_fit_logs_and_writes_files(
     record = json.loads((tmp_path / "run" / "adaptation.json").read_text())
     assert (record["column"], record["shots"], record["rounds"], record["seed"]) == ("annotator", [0, 1, 2], 2, 0)
     assert sum(record["annotators"].values()) == 14
-    for kind in ("exact", "amortised"):
+    for kind in ("exact", "amortized"):
         for n in ("0", "1", "2"):
             assert record["scores"][kind][n]["accuracy"] == float(metrics[f"val/adaptation/{kind}/{n}"])
             assert record["scores"][kind][n]["pairs"] == 14
@@ -282,7 +282,7 @@ def test_labels_of_training_pairs(
     assert not adaptation_metrics(trainer.callback_metrics), "they are scored after the fit"
     (logged,) = trainer.test(module, votes, verbose=False)
     metrics = adaptation_metrics(logged)
-    inferences = {None: [], GaussianSpace: ["amortised_z"], MarginalSpace: ["exact_z"]}[latent and type(latent)]
+    inferences = {None: [], GaussianSpace: ["amortized_z"], MarginalSpace: ["exact_z"]}[latent and type(latent)]
     levels = {"prior", "others_majority"} | ({"no_latent"} if latent else set())
     curves = ["exact", "own_majority", "adapted", *inferences]
     assert set(metrics) == {f"{kind}/{n}" for kind in curves for n in (0, 8, 16)} | levels
@@ -292,7 +292,7 @@ def test_labels_of_training_pairs(
     assert callback.report.labelled == {"anna": 16, "ben": 16}
     for name in inferences:
         assert metrics[f"{name}/0"] == metrics["prior"]
-    headline = "amortised_z" if isinstance(latent, GaussianSpace) else "exact"
+    headline = "amortized_z" if isinstance(latent, GaussianSpace) else "exact"
     assert [metrics[f"adapted/{n}"] for n in (8, 16)] == [metrics[f"{headline}/{n}"] for n in (8, 16)]
 
 

@@ -67,14 +67,14 @@ def test_system_error_has_file_and_remedy(number: int, advice: str) -> None:
     [lambda: torch.empty(2**55), lambda: np.ones(2**55), lambda: bytearray(2**60)],
     ids=["torch", "numpy", "python"],
 )
-def test_too_little_memory_is_recognised(allocate: Callable[[], object]) -> None:
+def test_too_little_memory_is_recognized(allocate: Callable[[], object]) -> None:
     line = explain_system_error(raised(allocate))
     assert line is not None
     assert line.endswith(MEMORY)
     assert "\n" not in line
 
 
-def test_safetensors_and_threads_are_recognised(tmp_path: Path) -> None:
+def test_safetensors_and_threads_are_recognized(tmp_path: Path) -> None:
     error = raised(lambda: save_file({"x": torch.ones(1)}, "/proc/no/such"))
     assert explain_system_error(error) is None  # a path that does not exist is not in the table
     assert (explain_system_error(RuntimeError("can't start new thread")) or "").endswith(THREADS)

@@ -1,4 +1,4 @@
-"""Copies of a model with a latent: deep, saved, pickled, quantised, cast and on other devices."""
+"""Copies of a model with a latent: deep, saved, pickled, quantized, cast and on other devices."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def test_pickled_model_is_the_same_model(llama: Any, prompts: list[Tensor]) -> N
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
 @torch.no_grad()
-def test_quantised_model_keeps_its_latent(make_latent: Callable[..., Any], prompts: list[Tensor]) -> None:
+def test_quantized_model_keeps_its_latent(make_latent: Callable[..., Any], prompts: list[Tensor]) -> None:
     latent, ids = make_latent(dtype="float32"), prompts[0][None]
-    quantise = partial(torch.ao.quantization.quantize_dynamic, qconfig_spec={nn.Linear}, dtype=torch.qint8)
-    model, stock = quantise(latent.model), quantise(latent.stock)
+    quantize = partial(torch.ao.quantization.quantize_dynamic, qconfig_spec={nn.Linear}, dtype=torch.qint8)
+    model, stock = quantize(latent.model), quantize(latent.stock)
     assert all(parameter.dtype == torch.float32 for parameter in model.latent_prior.parameters())
     assert not [child for child in model.latent_prior.modules() if "quantized" in type(child).__module__]
     zero = torch.zeros(latent.policy.width)

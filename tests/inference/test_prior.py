@@ -67,7 +67,7 @@ def states(rows: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
 def test_z_is_what_the_space_infers(
     kind: type[LatentSpace], settings: dict[str, Any], mode: Any, dtype: torch.dtype, trained: Any
 ) -> None:
-    """Up to rounding, random draws included: standardisation is part of the first layer."""
+    """Up to rounding, random draws included: standardization is part of the first layer."""
     space = trained(kind, settings, dtype)
     prior = inference_prior(space)
     torch.manual_seed(2)
@@ -118,7 +118,7 @@ def test_weights_over_the_codes_replace_the_prior(kind: type[LatentSpace], train
     space = trained(kind, CODED)
     prior = inference_prior(space)
     codebook = space.codebook.weight
-    one = torch.tensor([0.5, 0.0, 2.0, -1.0])  # not normalised: used as they are
+    one = torch.tensor([0.5, 0.0, 2.0, -1.0])  # not normalized: used as they are
     each = torch.rand(5, CODES)
     torch.testing.assert_close(
         prior(states(), code_weights=one), torch.stack([0.5 * codebook[0] + 2 * codebook[2] - codebook[3]] * 5)

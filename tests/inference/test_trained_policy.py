@@ -44,7 +44,7 @@ def adapted(fitted: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def exported(fitted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export whose latent has no running moments."""
-    checkpoint = fitted(*CODED, "--latent.standardise=false")
+    checkpoint = fitted(*CODED, "--latent.standardize=false")
     return export(str(checkpoint), str(tmp_path_factory.mktemp("exports") / "plain"))
 
 
@@ -98,7 +98,7 @@ def test_policy_and_reference_start_as_trained(
 @torch.no_grad()
 def test_latent_is_kept(kind: str, request: pytest.FixtureRequest, pairs: list[TokenizedPair]) -> None:
     path = request.getfixturevalue(kind)
-    latent = codes(standardise=kind != "exported")
+    latent = codes(standardize=kind != "exported")
     module = DPO(policy=TrainedPolicy(str(path)), latent=latent, reference="live")
     module.configure_model()
     batch = PaddedLayout(0)(pairs)
@@ -148,7 +148,7 @@ def test_checkpoint_without_latent_starts_any_fit(fitted: Callable[..., Path]) -
         ("checkpoint", codes(3), r"codebook\.weight: found \(5, 16\), expected \(3, 16\); .*Set latent as in that run"),
         (
             "checkpoint",
-            codes(standardise=False),
+            codes(standardize=False),
             r"does not fit MarginalSpace \(prior\.moments\.\w+: found, not expected",
         ),
         (

@@ -155,7 +155,7 @@ def build(perturb: Callable[..., None], meet: Callable[[nn.Module], None]) -> Ca
 def naive_network() -> Callable[..., Tensor]:
     """Naive network: two layers on states of unit root mean square, one pair at a time.
 
-    A network with standardisation has read the seven earlier pairs. Its deviation counts one more pair at distance 1.
+    A network with standardization has read the seven earlier pairs. Its deviation counts one more pair at distance 1.
     """
 
     def rows_of(states: Sequence[Tensor]) -> list[Tensor]:

@@ -23,7 +23,7 @@ from lpc_lightning.latent import (
 
 NETWORK = ("first.weight", "first.bias", "second.weight", "second.bias")
 PRIOR = {f"prior.{name}" for name in NETWORK}
-CODED: dict[str, Any] = {"num_codes": 3, "hidden": 4, "standardise": False}
+CODED: dict[str, Any] = {"num_codes": 3, "hidden": 4, "standardize": False}
 DISCRETE = [GumbelSpace, ExpectedSpace, MarginalSpace, PriorOnlySpace, PosteriorOnlySpace]
 FORMS: list[tuple[LatentSpace, str, dict[str, Any], set[str]]] = [
     *(
@@ -36,7 +36,7 @@ FORMS: list[tuple[LatentSpace, str, dict[str, Any], set[str]]] = [
         {"num_codes": 3, "prior_mode": "sample"},
         {"codebook", *PRIOR},
     ),
-    (MLPSpace(hidden=4, standardise=False), "mlp", {"prior_mode": "mean"}, {f"network.{name}" for name in NETWORK}),
+    (MLPSpace(hidden=4, standardize=False), "mlp", {"prior_mode": "mean"}, {f"network.{name}" for name in NETWORK}),
     (VectorSpace(init_logit_std=1.0), "vector", {"prior_mode": "mean"}, {"vector"}),
 ]
 
@@ -60,7 +60,7 @@ def test_inference_form_has_no_posterior(
     ("space", "network"), [(MarginalSpace(num_codes=3, hidden=4), "prior"), (MLPSpace(hidden=4), "network")]
 )
 @pytest.mark.parametrize("weights", [torch.float64, torch.bfloat16])
-def test_inference_form_folds_standardisation(
+def test_inference_form_folds_standardization(
     space: LatentSpace, network: str, weights: torch.dtype, dpo_toy: Any, build: Callable[..., Any]
 ) -> None:
     """The folded tensors have the dtype of the moments, for any dtype of the weights."""

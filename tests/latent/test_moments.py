@@ -1,4 +1,4 @@
-"""Running moments against numpy, and a network that reads features standardised by them.
+"""Running moments against numpy, and a network that reads features standardized by them.
 
 The equality of the moments on all devices is tested with whole runs, in tests/distributed/test_distributed.py.
 """
@@ -63,7 +63,7 @@ def test_moments_of_micro_batches() -> None:
     for step in (draw(6), draw(6, seed=1)):
         whole = at_once(step)
         parts = [in_parts(part) for part in step.split([1, 3, 0, 2])]
-        torch.testing.assert_close(torch.cat(parts), whole)  # standardised by the moments of the previous step
+        torch.testing.assert_close(torch.cat(parts), whole)  # standardized by the moments of the previous step
         for moments in (at_once, in_parts):
             moments.update()
         torch.testing.assert_close(dict(in_parts.named_buffers()), dict(at_once.named_buffers()))
@@ -131,7 +131,7 @@ def test_moments_keep_float32(narrow: torch.dtype) -> None:
     assert RunningMoments(FEATURES).to("meta").to_empty(device="cpu").to(narrow).mean.dtype == torch.float32
 
 
-# A network that reads standardised features
+# A network that reads standardized features
 
 
 def prompts(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -144,10 +144,10 @@ def prompts(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
     return 20 * common + own, classes
 
 
-def accuracy(standardise: bool) -> float:
+def accuracy(standardize: bool) -> float:
     """Train a prior on the classes, for as many steps as a few hundred pairs give, and return its accuracy."""
     torch.manual_seed(0)
-    prior = Prior(48, 4, NetworkSettings(hidden=32, detach=True, standardise=standardise))
+    prior = Prior(48, 4, NetworkSettings(hidden=32, detach=True, standardize=standardize))
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-3)
     for step in range(60):
         states, classes = prompts(8, seed=step)
@@ -164,5 +164,5 @@ def test_prior_learns_small_differences() -> None:
     states, _ = prompts(500, seed=0)
     states = states / states.square().mean(-1, keepdim=True).sqrt()
     assert states.mean(0).square().mean() > 0.99
-    assert accuracy(standardise=True) > 0.95
-    assert accuracy(standardise=False) < 0.5
+    assert accuracy(standardize=True) > 0.95
+    assert accuracy(standardize=False) < 0.5

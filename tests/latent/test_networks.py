@@ -17,8 +17,8 @@ from lpc_lightning.policy.head import head_of
 from lpc_lightning.types import LogitHead, PairStates
 
 CODES = 2000
-PLAIN, STANDARDISED = (NetworkSettings(8, False, standardise) for standardise in (False, True))
-both = pytest.mark.parametrize("settings", [PLAIN, STANDARDISED], ids=["plain", "standardised"])
+PLAIN, STANDARDIZED = (NetworkSettings(8, False, standardize) for standardize in (False, True))
+both = pytest.mark.parametrize("settings", [PLAIN, STANDARDIZED], ids=["plain", "standardized"])
 
 
 def tied_llama() -> LogitHead:
@@ -133,7 +133,7 @@ def test_networks_match_naive_network(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_network_without_standardisation_exact(dtype: torch.dtype, perturb: Callable[..., None]) -> None:
+def test_network_without_standardization_exact(dtype: torch.dtype, perturb: Callable[..., None]) -> None:
     prior, prompt = Prior(6, 4, PLAIN).to(dtype), states().prompt.detach().to(dtype)
     perturb(prior)
     layers = nn.Sequential(nn.RMSNorm(6, elementwise_affine=False), prior.first, nn.GELU(), prior.second)

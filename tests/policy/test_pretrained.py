@@ -114,7 +114,7 @@ def smollm2() -> CausalPolicy:
 
 
 @pytest.mark.real
-def test_dequantised_model_is_complete(smollm2: CausalPolicy) -> None:
+def test_dequantized_model_is_complete(smollm2: CausalPolicy) -> None:
     config = smollm2.causal_lm.config
     assert (config.model_type, config.num_hidden_layers, config.hidden_size, config.vocab_size) == (
         "llama",

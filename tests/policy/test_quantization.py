@@ -56,43 +56,43 @@ def bitsandbytes() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def quantised(folder: str, bitsandbytes: Any) -> Any:
-    """A quantised policy with an adapter."""
+def quantized(folder: str, bitsandbytes: Any) -> Any:
+    """A quantized policy with an adapter."""
     torch.manual_seed(0)
     return PretrainedPolicy(folder, quantization="nf4", lora=LoRA(rank=4, alpha=8)).build()
 
 
-def test_only_linear_layers_are_in_4_bits(quantised: Any, bitsandbytes: Any) -> None:
-    layers = [module for module in quantised.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+def test_only_linear_layers_are_in_4_bits(quantized: Any, bitsandbytes: Any) -> None:
+    layers = [module for module in quantized.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 2 * 7
     assert all(layer.weight.dtype == torch.uint8 and layer.weight.quant_type == "nf4" for layer in layers)
-    assert quantised.head.weight.dtype == torch.float32
-    trained = [name for name, parameter in quantised.named_parameters() if parameter.requires_grad]
+    assert quantized.head.weight.dtype == torch.float32
+    trained = [name for name, parameter in quantized.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * len(layers)
     assert all("lora_" in name for name in trained)
 
 
-def test_logps_equal_those_of_dequantised_weights(
-    quantised: Any, folder: str, bitsandbytes: Any, pairs: list[TokenizedPair]
+def test_logps_equal_those_of_dequantized_weights(
+    quantized: Any, folder: str, bitsandbytes: Any, pairs: list[TokenizedPair]
 ) -> None:
     plain = PretrainedPolicy(folder).build()
     named = dict(plain.causal_lm.named_modules())
     with torch.no_grad():
-        for name, module in quantised.causal_lm.named_modules():
+        for name, module in quantized.causal_lm.named_modules():
             if isinstance(module, bitsandbytes.nn.Linear4bit):
                 weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
                 named[name.removesuffix(".base_layer")].weight.copy_(weight)
         batch = SharedPrefixLayout(0, 64)(pairs)
-        torch.testing.assert_close(quantised(batch).logps(), plain(batch).logps(), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(quantized(batch).logps(), plain(batch).logps(), rtol=1e-4, atol=1e-3)
 
 
-def test_adapter_of_quantised_policy_learns(quantised: Any, pairs: list[TokenizedPair]) -> None:
+def test_adapter_of_quantized_policy_learns(quantized: Any, pairs: list[TokenizedPair]) -> None:
     """Train by the model's loss, since `CausalPolicy` refuses to train on a CPU."""
-    trained = [parameter for parameter in quantised.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in quantized.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     ids, losses = torch.tensor([pairs[1].prompt_ids + pairs[1].chosen_ids]), []
     for _ in range(5):
-        loss = quantised.model(input_ids=ids, labels=ids).loss
+        loss = quantized.model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -100,21 +100,21 @@ def test_adapter_of_quantised_policy_learns(quantised: Any, pairs: list[Tokenize
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_quantised_training_on_cpu_is_refused(quantised: Any, pairs: list[TokenizedPair]) -> None:
+def test_quantized_training_on_cpu_is_refused(quantized: Any, pairs: list[TokenizedPair]) -> None:
     with pytest.raises(UnsupportedPolicyError, match=r"policy\.quantization: found weights in 4 bits on a CPU"):
-        quantised(SharedPrefixLayout(0, 64)(pairs))
+        quantized(SharedPrefixLayout(0, 64)(pairs))
 
 
-def test_adapter_loads_onto_unquantised_weights(quantised: Any, folder: str, pairs: list[TokenizedPair]) -> None:
-    """Load the checkpoint of a quantised policy with `quantization: null`."""
+def test_adapter_loads_onto_unquantized_weights(quantized: Any, folder: str, pairs: list[TokenizedPair]) -> None:
+    """Load the checkpoint of a quantized policy with `quantization: null`."""
     whole = PretrainedPolicy(folder, lora=LoRA(rank=4, alpha=8)).build()
-    adapter = {name: value for name, value in quantised.state_dict().items() if "lora_" in name}
+    adapter = {name: value for name, value in quantized.state_dict().items() if "lora_" in name}
     missing, unexpected = whole.load_state_dict(adapter, strict=False)
     assert not unexpected
     assert not [name for name in missing if "lora_" in name]
     batch = SharedPrefixLayout(0, 64)(pairs)
     with torch.no_grad():
-        found, coarse = whole(batch).logps(), quantised(batch).logps()
+        found, coarse = whole(batch).logps(), quantized(batch).logps()
         merged = whole.model.merge_and_unload()
     assert (found - coarse).abs().max() < 0.1 * coarse.abs().max()
     assert type(merged).__name__ == "LlamaForCausalLM"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lpc_lightning.policy.cast_weights import _Cast
 from lpc_lightning.policy.logprobs import token_logps_per_code
-from lpc_lightning.policy.memory_efficient_layers import _Normalise
+from lpc_lightning.policy.memory_efficient_layers import _Normalize
 from lpc_lightning.policy.rotary_attention import _RotatedProducts
 from lpc_lightning.policy.segment_attention import attend_by_segment, query_blocks
 from lpc_lightning.types import LogitHead
@@ -33,7 +33,7 @@ def rotate(*inputs: Tensor) -> Tensor:
 
 
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
-    "norm": (lambda states, weight: _Normalise.apply(states, weight, 1e-6), [draw(2, 3, 4, 8), draw(8)]),
+    "norm": (lambda states, weight: _Normalize.apply(states, weight, 1e-6), [draw(2, 3, 4, 8), draw(8)]),
     "attention": (
         lambda *states: attend_by_segment(nn.Identity(), *states, None, blocks=query_blocks(SEGMENTS))[0],
         [draw(2, heads, 6, 4) for heads in (4, 2, 2)],

@@ -1,7 +1,7 @@
 """Labelled pairs under a linearized policy, in which log pi(y|x, z) is a closed form in z.
 
 Under z, token y_t has the log-probability log p_t(y_t) + w_y z - log sum_v p_t(v) exp(w_v z). Its value and gradient at
-z = 0 are exact, and are summed over each answer. In the higher orders of the normaliser, p_t is replaced by its mean p
+z = 0 are exact, and are summed over each answer. In the higher orders of the normalizer, p_t is replaced by its mean p
 over all tokens. For an answer of n tokens with z-gradient g this gives
 log pi(y|x, z) = log pi(y|x) + g z - n KL(p, p_z), with p_z(v) proportional to p(v) exp(w_v z). Without the KL term,
 large codes would have no cost, and long answers would lose nothing under them.

@@ -1,4 +1,4 @@
-"""Layouts of tokenised pairs for one backbone pass. All layouts give the same log-probabilities.
+"""Layouts of tokenized pairs for one backbone pass. All layouts give the same log-probabilities.
 
 - `padded`: one row for each sequence. The prompt is in both rows of a pair. Works with any attention kernel.
 - `shared_prefix`: the prompt once, followed by both completions. Each completion attends to the prompt and to itself
@@ -39,7 +39,7 @@ class PlacedPair:
 
 
 class Layout(ABC):
-    """Converter of tokenised pairs to a batch. It places the pieces and computes the read positions."""
+    """Converter of tokenized pairs to a batch. It places the pieces and computes the read positions."""
 
     packed: bool
     """True if a row has several pieces that must not attend to each other."""

@@ -121,7 +121,7 @@ class EvaluationBatches(Sampler[list[int]]):
 
 
 class PreferenceLoader:
-    """Loader of batches of tokenised pairs. It wraps a `DataLoader`, so that Lightning does not replace its sampler."""
+    """Loader of batches of tokenized pairs. It wraps a `DataLoader`, so that Lightning does not replace its sampler."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class PreferenceLoader:
         """Build the loader.
 
         Args:
-            pairs: Tokenised pairs.
+            pairs: Tokenized pairs.
             batches: Pairs of each batch.
             layout: Function that converts the pairs of a batch to tensors.
             num_workers: Number of processes that prepare batches in advance. 0: the training process prepares them.

@@ -189,7 +189,7 @@ def test_mode_margins_match_single_sequences(
 def test_scaled_margins_match_single_sequences(
     algorithm: str, build: Build, make_pairs: Callable[..., list[TokenizedPair]]
 ) -> None:
-    """Without and with length normalisation. The posterior's z is that of the algorithm's own loss."""
+    """Without and with length normalization. The posterior's z is that of the algorithm's own loss."""
     pairs = make_pairs(LENGTHS[:3])
     module = build(algorithm, MarginalSpace(**CODES))
     batch = SharedPrefixLayout(0, row_tokens=40)(pairs)

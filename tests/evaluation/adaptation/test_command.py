@@ -74,9 +74,9 @@ def test_adapt_two_models_then_generate(
     assert cells[0] == ["model", "codes by", "given 0", "given 1", "given 4"]
     assert [row[:2] for row in cells[2:]] == [
         ["lpc", "exact"],
-        ["lpc", "amortised"],
+        ["lpc", "amortized"],
         ["lpc", "exact, under z"],
-        ["lpc", "amortised, under z"],
+        ["lpc", "amortized, under z"],
         ["lpc", "prior, any annotator"],
         ["lpc", "no latent (z = 0)"],
         ["dpo", "prior, any annotator"],
@@ -131,7 +131,7 @@ def test_panels_one_or_several_models() -> None:
     weights = {"anna": np.ones(1)}
     lpc = AdaptationReport({"anna": 20}, curves, levels, weights, mixtures={"exact": {2: {("anna", "1"): np.ones(1)}}})
     dpo = AdaptationReport({"anna": 20}, {"exact": {0: score, 2: score}}, {"prior": score})
-    gumbel = replace(lpc, scores={"exact": {0: score}, "amortised": {0: score}})
+    gumbel = replace(lpc, scores={"exact": {0: score}, "amortized": {0: score}})
     (alone,) = panels({"lpc": lpc}).values()
     assert [(line.label, len(line.positions)) for line in alone] == [
         ("exact", 2), ("exact, under z", 1), ("no latent (z = 0)", 0),
@@ -140,7 +140,7 @@ def test_panels_one_or_several_models() -> None:
     assert {title: [(line.label, line.level is None) for line in lines] for title, lines in several.items()} == {
         "exact": [("lpc", True), ("dpo", False), ("gumbel", True)],
         "exact, under z": [("lpc", True), ("dpo", False)],
-        "amortised": [("dpo", False), ("gumbel", True)],
+        "amortized": [("dpo", False), ("gumbel", True)],
     }
 
 
@@ -178,10 +178,10 @@ def test_adapt_gaussian_and_labels_of_a_split(checkpoints: dict[str, str], file:
     )
     lines = (tmp_path / "adaptation.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [row[1] for row in cells[2:5]] == ["amortised, under z", "prior, any annotator", "no latent (z = 0)"]
+    assert [row[1] for row in cells[2:5]] == ["amortized, under z", "prior, any annotator", "no latent (z = 0)"]
     record = json.loads((tmp_path / "vpl" / "adaptation.json").read_text())
     assert sum(record["annotators"].values()) == sum(record["labelled"].values()) == 24
-    assert record["scores"]["amortised_z"]["0"] == record["baselines"]["prior"]
+    assert record["scores"]["amortized_z"]["0"] == record["baselines"]["prior"]
     assert not (tmp_path / "vpl" / "code_weights.json").exists()
 
 
@@ -228,7 +228,7 @@ def test_adapt_annotators_with_too_few_pairs(
     assert "lpc, given 1: 2 of 3 pairs, annotators left out for having 1 or fewer: 1.\n" in out
     assert "lpc, given 2: 0 of 3 pairs, annotators left out for having 2 or fewer: 2.\n" in out
     scores = json.loads((tmp_path / "lpc" / "adaptation.json").read_text())["scores"]
-    assert set(scores) == {"exact", "amortised", "exact_z", "amortised_z"}
+    assert set(scores) == {"exact", "amortized", "exact_z", "amortized_z"}
     assert all(list(by_n) == ["1"] for by_n in scores.values())
     assert scores["exact"]["1"]["by_annotator"].keys() == {"annotator-0"}
     message = r"shots: found 2 as the smallest number, but no annotator in .*some.jsonl has more than 2"

@@ -48,7 +48,7 @@ def likelihood(tables: CodeTables, pair: int, code: int) -> float:
 def naive_weights(kind: str, tables: CodeTables, given: Sequence[int], new: int) -> list[float]:
     """Compute weights in a loop over codes, in probabilities."""
     prior = [math.exp(value) for value in tables.log_prior[new]]
-    if kind == "amortised":
+    if kind == "amortized":
         assert tables.log_posterior is not None
         rows = [[math.exp(value) for value in tables.log_posterior[pair]] for pair in given]
         return [sum(row[code] for row in rows) / len(rows) for code in range(len(prior))] if rows else prior

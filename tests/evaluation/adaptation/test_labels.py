@@ -57,7 +57,7 @@ def test_labelled_pairs_give_mixtures() -> None:
     tables, given = random_tables(8, seed=1), random_tables(8, seed=2)
     labelled = PairTables(given, GIVEN_IDS, GIVERS)
     both = adaptation_mixtures(PairTables(tables, IDS, NAMES), (2,), 0, labelled)
-    weights = both["amortised"][2]
+    weights = both["amortized"][2]
     assert len(weights) == 7
     np.testing.assert_array_equal(weights["ben", IDS[3]], weights["ben", IDS[6]])
     other = adaptation_mixtures(PairTables(replace(tables, losses=tables.swapped), IDS, NAMES), (2,), 0, labelled)
@@ -137,10 +137,10 @@ def test_gaussian_weights_are_mean_posteriors(tiny_spec: Any, perturb: Any, make
     add(module, collector, new)
     report = collector.collect()
     assert report.weights == {}
-    assert list(report.mixtures) == ["amortised"]
+    assert list(report.mixtures) == ["amortized"]
     policy = PolicyUnderMixtures(report.mixtures, "annotator")
     add(module, policy, new)
-    scores = policy.scores()["amortised_z"]
+    scores = policy.scores()["amortized_z"]
     expected = []
     for pair in new:
         batch = PaddedLayout(0)([pair])
@@ -149,10 +149,10 @@ def test_gaussian_weights_are_mean_posteriors(tiny_spec: Any, perturb: Any, make
             given = [PaddedLayout(0)([each]) for each in labelled if each.annotator == pair.annotator]
             states = [module.score_batch(each)[0].states for each in given]
             mean = torch.stack([space.posterior.logits(each)[0, :3] for each in states]).mean(0)
-            weights = report.mixtures["amortised"][2][pair.annotator, pair.id]
+            weights = report.mixtures["amortized"][2][pair.annotator, pair.id]
             assert weights == pytest.approx(mean.numpy(), abs=1e-9)
             prior = space.prior(forward.states.prompt)[0, :3]
-            assert report.mixtures["amortised"][0][pair.annotator, pair.id] == pytest.approx(prior.numpy(), abs=1e-9)
+            assert report.mixtures["amortized"][0][pair.annotator, pair.id] == pytest.approx(prior.numpy(), abs=1e-9)
             rewards, _ = score.under((mean @ space.codebook.weight)[None])
         expected.append(float(rewards.chosen_rewards > rewards.rejected_rewards))
     assert scores[2].accuracy == np.mean(expected)

@@ -12,7 +12,7 @@ from lpc_lightning.evaluation.codebook.mutual_information import (
     contingency,
     entropy,
     mutual_information,
-    normalised_information,
+    normalized_information,
     quantile_bins,
     shuffled_information,
 )
@@ -32,7 +32,7 @@ def channel(flip: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("counts", "nats", "normalised"),
+    ("counts", "nats", "normalized"),
     [
         ([[5, 0, 0], [0, 5, 0], [0, 0, 5]], math.log(3), 1.0),  # one code per source
         ([[0, 5], [5, 0]], math.log(2), 1.0),
@@ -46,10 +46,10 @@ def channel(flip: float) -> float:
         ([[3, 0], [3, 0], [0, 3], [0, 3]], math.log(2), 2 / 3),
     ],
 )
-def test_mutual_information_closed_forms(counts: list[list[int]], nats: float, normalised: float) -> None:
+def test_mutual_information_closed_forms(counts: list[list[int]], nats: float, normalized: float) -> None:
     one, other = labels_from_counts(counts)
     assert mutual_information(one, other) == pytest.approx(nats, abs=1e-12)
-    assert normalised_information(one, other) == pytest.approx(normalised, abs=1e-12)
+    assert normalized_information(one, other) == pytest.approx(normalized, abs=1e-12)
     assert mutual_information(other, one) == pytest.approx(nats, abs=1e-12)
     assert mutual_information(one, other) >= 0
 
@@ -67,7 +67,7 @@ def test_mutual_information_matches_scikit_learn(seed: int) -> None:
                 total += both * math.log(both / (np.mean(one == a) * np.mean(other == b)))
     assert mutual_information(one, other) == pytest.approx(total, rel=1e-12)
     assert mutual_information(one, other) == pytest.approx(mutual_info_score(one, other), rel=1e-12)
-    assert normalised_information(one, other) == pytest.approx(normalized_mutual_info_score(one, other), rel=1e-12)
+    assert normalized_information(one, other) == pytest.approx(normalized_mutual_info_score(one, other), rel=1e-12)
 
 
 def test_shuffled_information_equals_bias() -> None:

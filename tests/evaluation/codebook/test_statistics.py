@@ -125,10 +125,10 @@ def test_metrics_match_torch_and_scikit_learn(batch_size: int) -> None:
             ("length_difference", quartiles, np.ones(COUNT, dtype=bool)),
         ):
             expected[f"{prefix}/{name}"] = mutual_info_score(column[members], labels[members])
-            expected[f"{prefix}/{name}_normalised"] = normalized_mutual_info_score(column[members], labels[members])
+            expected[f"{prefix}/{name}_normalized"] = normalized_mutual_info_score(column[members], labels[members])
     shuffled = {name for name in report.metrics if name.endswith("_shuffled")}
     assert {
-        name for name in expected if ("information" in name and "normalised" not in name) or "codebook/" in name
+        name for name in expected if ("information" in name and "normalized" not in name) or "codebook/" in name
     } == {name.removesuffix("_shuffled") for name in shuffled}
     actual = {name: value for name, value in report.metrics.items() if name not in shuffled}
     assert actual == pytest.approx(expected, rel=1e-6)
@@ -144,7 +144,7 @@ def test_information_of_codes_equal_to_source() -> None:
     statistics.update(evaluated, batch, space)
     report = statistics.collect()
     assert report.metrics["mutual_information/source"] == pytest.approx(math.log(CODES))
-    assert report.metrics["mutual_information/source_normalised"] == pytest.approx(1)
+    assert report.metrics["mutual_information/source_normalized"] == pytest.approx(1)
     assert report.metrics["mutual_information/source_shuffled"] == pytest.approx(9 / 800, rel=0.5)
     assert report.posterior is None
     assert not any("factor" in name or "posterior" in name or "latent" in name for name in report.metrics)
@@ -215,7 +215,7 @@ def test_exact_posterior_recovers_its_own_labels(
         statistics.update(evaluated, labelled, space)
     metrics = statistics.collect().metrics
     assert metrics["codebook/exact_matched/factor"] == metrics["codebook/exact_purity/factor"] == 1
-    assert metrics["exact_mutual_information/factor_normalised"] == pytest.approx(1)
+    assert metrics["exact_mutual_information/factor_normalized"] == pytest.approx(1)
     assert metrics["codebook/posterior_matched/factor"] < 1
     assert 1 / 3 < metrics["codebook/exact_matched/factor_shuffled"] < 1
 

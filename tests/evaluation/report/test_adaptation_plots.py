@@ -47,7 +47,7 @@ def records() -> list[RunRecord]:
         records.append(
             run("marginal", seed, {"exact": rising(0.6 + 0.02 * seed)}, prior=0.62, no_latent=0.6, ceiling=1.0)
         )
-        both = {"exact": rising(0.5), "amortised": rising(0.4)}
+        both = {"exact": rising(0.5), "amortized": rising(0.4)}
         records.append(run("gumbel", seed, both, prior=0.5, no_latent=0.5, ceiling=1.0))
     return records
 
@@ -57,9 +57,9 @@ def series(line: Line2D) -> tuple[list[float], list[float]]:
 
 
 def test_annotator_adaptation_lines(records: list[RunRecord], tmp_path: Path) -> None:
-    exact, amortised = plots(records)
+    exact, amortized = plots(records)
     assert isinstance(exact, Plot)
-    assert isinstance(amortised, Plot)
+    assert isinstance(amortized, Plot)
     (axes,) = exact.figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == [str(n) for n in SHOTS]
     assert [axes.get_xticks()[index] for index in range(6)] == [0, 1, 2, 3, 4, 5]
@@ -72,18 +72,18 @@ def test_annotator_adaptation_lines(records: list[RunRecord], tmp_path: Path) ->
     assert len(axes.collections) == 3, "bands"
     assert "latent none: 0.600 at 0, 0.600 at 16" in exact.alt
     assert "marginal: 0.630 at 0, 0.880 at 16" in exact.alt
-    (axes,) = amortised.figure.axes
+    (axes,) = amortized.figure.axes
     # A policy without a latent is the floor of every inference.
     assert [series(line)[1] for line in axes.lines] == [[0.6] * 6, pytest.approx(rising(0.4)), [1, 1]]
-    for plot, svg in write_plots(tmp_path, [exact, amortised]):
+    for plot, svg in write_plots(tmp_path, [exact, amortized]):
         assert svg.startswith(b"<?xml")
         assert (tmp_path / f"{plot.name}.png").stat().st_size > 5000
-    assert {exact.name, amortised.name} == {"val_adaptation_exact", "val_adaptation_amortised"}
+    assert {exact.name, amortized.name} == {"val_adaptation_exact", "val_adaptation_amortized"}
 
 
 def test_annotator_adaptation_by_stage(records: list[RunRecord]) -> None:
     stages = plots([*records, run("marginal", 3, {"exact": rising(0.6)}, stage="test")])
-    assert [plot.title.rpartition(": ")[2] for plot in stages] == ["exact, val", "amortised, val", "exact, test"]
+    assert [plot.title.rpartition(": ")[2] for plot in stages] == ["exact, val", "amortized, val", "exact, test"]
 
 
 def test_majority_labels_and_data_in_panels() -> None:
@@ -92,12 +92,12 @@ def test_majority_labels_and_data_in_panels() -> None:
     for data, level in (("polis", 0.5), ("dices", 0.6)):
         labels = {"own_majority": rising(level)}
         records.append(run(f"{data},floor", 1, {"exact": [level] * 6, **labels}, "test", others_majority=0.7))
-        gaussian = {"exact": [0.4] * 6, "amortised_z": rising(0.4), **labels}
+        gaussian = {"exact": [0.4] * 6, "amortized_z": rising(0.4), **labels}
         records.append(run(f"{data},gaussian", 1, gaussian, "test", no_latent=0.4, others_majority=0.7))
     records.append(run("dsp,floor", 1, {"exact": [0.55] * 6}, "test"))
     exact, under_z = plots(records)
     assert isinstance(under_z, Plot)
-    assert (exact.title[-11:], under_z.title[-17:]) == ("exact, test", "amortised_z, test")
+    assert (exact.title[-11:], under_z.title[-17:]) == ("exact, test", "amortized_z, test")
     drawn = {axes.get_title(): [series(line)[1] for line in axes.lines] for axes in under_z.figure.axes}
     assert drawn == {
         "data = polis": [[0.5] * 6, pytest.approx(rising(0.4)), pytest.approx(rising(0.5)), [0.7] * 2],
