@@ -20,8 +20,9 @@ def make_places_absolute(settings: Any) -> None:
     Args:
         settings: Settings as a checkpoint stores them. They are changed.
     """
+    policy = settings.get("policy", {}).get("init_args", {})
     for name in PLACES:
-        _make_absolute(settings["policy"].get("init_args", {}), name)
+        _make_absolute(policy, name)
     _make_absolute(settings, "reference_path")
 
 
