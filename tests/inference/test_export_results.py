@@ -38,7 +38,7 @@ def test_export_shows_benchmarks_of_its_run_only(run: Path) -> None:
     for folder, metrics in ((run / "of_run", {"copa": {"acc": 0.625}}), (run / "cell", {"val/loss": 0.5})):
         folder.mkdir()
         (folder / "results.json").write_text(json.dumps({"metrics": metrics}))
-    assert "| copa | acc | 0.625 |" in card(checkpoint)
+    assert "| copa | acc | 0.625 |" in " ".join(card(checkpoint).split())
     (run / "summary.json").unlink()
     alone = run.parent / "mine.ckpt"
     shutil.copy(checkpoint, alone)

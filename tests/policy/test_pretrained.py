@@ -107,10 +107,15 @@ def test_folder_without_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> CausalPolicy:
+def smollm2_folder() -> str:
     if not SMOLLM2.is_dir():
         pytest.skip(f"{SMOLLM2} is missing: run `lpc-lightning prepare`")
-    return PretrainedPolicy(str(SMOLLM2)).build()
+    return str(SMOLLM2)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_folder: str) -> CausalPolicy:
+    return PretrainedPolicy(smollm2_folder).build()
 
 
 @pytest.mark.real
@@ -131,14 +136,14 @@ def test_dequantized_model_is_complete(smollm2: CausalPolicy) -> None:
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_rows_are_packed_in_bfloat16() -> None:
+def test_rows_are_packed_in_bfloat16(smollm2_folder: str) -> None:
     """In 16 bits the states of some tokens are mostly rounding errors."""
-    assert PretrainedPolicy(str(SMOLLM2), dtype="bfloat16").build().attends_by_segment
+    assert PretrainedPolicy(smollm2_folder, dtype="bfloat16").build().attends_by_segment
 
 
 @pytest.mark.real
-def test_chat_template_has_system_turn(smollm2: CausalPolicy) -> None:
-    tokenizer = PretrainedPolicy(str(SMOLLM2)).load_tokenizer()
+def test_chat_template_has_system_turn(smollm2_folder: str) -> None:
+    tokenizer = PretrainedPolicy(smollm2_folder).load_tokenizer()
     chat = [{"role": "user", "content": "Hi?"}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert rendered.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
