@@ -70,7 +70,7 @@ class PreferenceCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the groups and link them to the settings that they fill."""
-        import_module("lpc_lightning.callbacks")  # the parser knows the names of imported classes
+        import_module("lpc_lightning.callbacks")  # the parser finds only imported classes by a short name
         parser.add_subclass_arguments(PolicySpec, "policy", instantiate=False, help="The model to train.")
         parser.add_argument(
             "--latent",

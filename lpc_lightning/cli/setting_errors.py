@@ -96,7 +96,7 @@ def _unknown_class(message: str) -> str | None:
 
 
 NO_CHOICES = ("collections.abc.", "torch.Tensor")
-"""Types of settings whose subclasses nobody means."""
+"""Beginnings of the paths of types whose subclasses are not offered."""
 
 
 def _ambiguous_class(message: str) -> str | None:

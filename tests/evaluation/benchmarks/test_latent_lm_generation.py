@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,9 +16,9 @@ from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.policy import CausalPolicy
 from lpc_lightning.seeding import derive
+from tests.evaluation.benchmarks.token_scores import SEED, WIDTH, WINDOW, Build, make_prior
 
-WIDTH, CODES, WINDOW, SEED, NEW = 16, 5, 64, 7, 12
-Build = Callable[..., Any]
+NEW = 12
 PROMPTS = [
     "Question: What do you do when a friend asks for help?\nAnswer:",
     "Hello",
@@ -32,20 +32,6 @@ PROMPTS = [
 def instances(prompts: Sequence[str], **options: Any) -> list[Instance]:
     settings = {"max_gen_toks": NEW} | options
     return [Instance("generate_until", {}, (prompt, dict(settings)), n) for n, prompt in enumerate(prompts)]
-
-
-def make_prior(scale: float) -> InferencePrior:
-    generator = torch.Generator().manual_seed(3)
-    sizes = {
-        "codebook": (CODES, WIDTH),
-        "prior.first.weight": (8, WIDTH),
-        "prior.first.bias": (8,),
-        "prior.second.weight": (CODES, 8),
-        "prior.second.bias": (CODES,),
-    }
-    tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    tensors["codebook"] *= scale
-    return InferencePrior.of({"kind": "discrete", "num_codes": CODES, "prior_mode": "mean"}, tensors)
 
 
 @torch.no_grad()

@@ -17,12 +17,12 @@ from lm_eval.tasks import TaskManager
 from lpc_lightning.evaluation.benchmarks.latent_lm import LatentLM
 from lpc_lightning.inference.modeling_lpc import InferencePrior
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy
+from tests.evaluation.benchmarks.token_scores import WIDTH, make_prior
 from tests.fixtures.processes import ForkedProcess
 from tests.fixtures.real_data import DATA_DIR
 
 ROOT = Path(__file__).parents[3]
 MODEL, ARC = ROOT / "models/SmolLM2-135M-Instruct", DATA_DIR / "benchmarks/arc/ARC-Easy/test.jsonl"
-WIDTH, CODES = 16, 4
 WORDS = ["what", "does", "a", "stone", "do", "in", "the", "rain", "when", "your", "friend", "goes", "home", "cold"]
 TASKS = {"arc_easy": ["train", "validation", "test"], "truthfulqa_mc2": ["validation"], "gsm8k": ["train", "test"]}
 
@@ -70,20 +70,6 @@ def build_policy() -> tuple[TinyPolicy, CausalPolicy]:
         for parameter in policy.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return spec, policy
-
-
-def make_prior(scale: float) -> InferencePrior:
-    generator = torch.Generator().manual_seed(3)
-    sizes = {
-        "codebook": (CODES, WIDTH),
-        "prior.first.weight": (8, WIDTH),
-        "prior.first.bias": (8,),
-        "prior.second.weight": (CODES, 8),
-        "prior.second.bias": (CODES,),
-    }
-    tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    tensors["codebook"] *= scale
-    return InferencePrior.of({"kind": "discrete", "num_codes": CODES, "prior_mode": "sample"}, tensors)
 
 
 def evaluate(lm: HFLM, tasks: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -136,9 +122,9 @@ def test_metrics_at_zero_z_equal_stock(tasks: list[dict[str, Any]]) -> None:
     spec, policy = build_policy()
     tokenizer = spec.load_tokenizer()
     stock = evaluate(HFLM(policy.causal_lm, tokenizer=tokenizer, batch_size=8), tasks)
-    unshared = LatentLM(policy, tokenizer, make_prior(0.0), prior_mode="mean", share_contexts=False)
+    unshared = LatentLM(policy, tokenizer, make_prior(0.0, mode="sample"), prior_mode="mean", share_contexts=False)
     assert evaluate(unshared, tasks) == stock
-    shared = evaluate(LatentLM(policy, tokenizer, make_prior(0.0), prior_mode="mean"), tasks)
+    shared = evaluate(LatentLM(policy, tokenizer, make_prior(0.0, mode="sample"), prior_mode="mean"), tasks)
     assert shared is not None
     assert stock is not None
     assert_results_close(shared, stock)
@@ -149,7 +135,7 @@ def one_process_of_two(rank: int, rendezvous: str, data: str, result: str) -> No
     """Evaluate a share of the documents. Rank 0 writes the results of all ranks."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     spec, policy = build_policy()
-    lm = LatentLM(policy, spec.load_tokenizer(), make_prior(1.0))
+    lm = LatentLM(policy, spec.load_tokenizer(), make_prior(1.0, mode="sample"))
     assert (lm.rank, lm.world_size) == (rank, 2)
     number = torch.tensor(rank)
     assert lm.all_gather(number).tolist() == [0, 1]
@@ -179,7 +165,7 @@ def test_two_processes_equal_one_process(tasks: list[dict[str, Any]], tmp_path: 
         for rank, result in enumerate(results)
     ]
     spec, policy = build_policy()
-    alone = evaluate(LatentLM(policy, spec.load_tokenizer(), make_prior(1.0)), tasks)
+    alone = evaluate(LatentLM(policy, spec.load_tokenizer(), make_prior(1.0, mode="sample")), tasks)
     codes, errors = [process.wait() for process in processes], [process.errors for process in processes]
     assert codes == [0, 0], errors
     assert "Running loglikelihood requests" in errors[0]
