@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
-import pandas
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.command import ablate
+from lpc_lightning.evaluation.figures import make_figure
+from lpc_lightning.evaluation.report.runs.fit import METRICS, read_curves
+from lpc_lightning.files.json_files import replaced_file, write_text
 from lpc_lightning.files.markdown import markdown_table
 from lpc_lightning.files.output_paths import check_folder
 
@@ -69,7 +69,7 @@ def demo(output: str = "runs/demo", processes: int = 2) -> None:
             f"demo: found a failed fit in {folder / 'fits'}, expected two finished fits. See its log.txt."
         )
     text = table(runs)
-    (folder / "demo.md").write_text(f"{text}\n\n{LIMITS}\n", encoding="utf-8")
+    write_text(folder / "demo.md", f"{text}\n\n{LIMITS}\n")
     draw(runs, folder / "demo.png")
     print(f"\n{text}\n\n{LIMITS}\n\nThe picture: {folder / 'demo.png'}")
 
@@ -78,7 +78,7 @@ def _grid(folder: Path) -> Path:
     """Write the shipped grid with absolute paths, so that the command runs in any folder."""
     grid = yaml.safe_load((CONFIGS / "ablation" / "demo.yaml").read_text(encoding="utf-8"))
     path = folder / "demo.yaml"
-    path.write_text(yaml.safe_dump(_absolute(grid), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(_absolute(grid), sort_keys=False))
     return path
 
 
@@ -116,7 +116,7 @@ def report_progress(runs: dict[str, Path]) -> Iterator[None]:
 def _state(folder: Path) -> str:
     if (folder / "results.json").is_file():
         return "finished"
-    metrics = folder / "run" / "metrics.csv"
+    metrics = folder / "run" / METRICS
     if not metrics.is_file():
         return "starting, tokens, reference, warm start"
     with metrics.open(encoding="utf-8", newline="") as file:
@@ -149,16 +149,16 @@ def draw(runs: dict[str, Path], path: Path) -> None:
         runs: As for `table`.
         path: Image file to write.
     """
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(13, 5)
     curves, codes = figure.subplots(1, 2, width_ratios=(1, 1.6))
     for name, folder in runs.items():
-        metrics = pandas.read_csv(folder / "run" / "metrics.csv").dropna(subset=[ACCURACY])
-        curves.plot(metrics["step"], metrics[ACCURACY], marker="o", label=name)
+        _, curve = read_curves(folder / "run" / METRICS)[ACCURACY]
+        curves.plot(curve.steps, curve.values, marker="o", label=name)
     curves.set(xlabel="step", ylabel="validation accuracy under the prior", ylim=(0.45, 1.02))
     curves.legend(loc="lower right")
     curves.grid(alpha=0.3)
     *_, heat_map = sorted(folder for run in runs.values() for folder in run.glob("run/codebook/*_heatmap_factor.png"))
     codes.imshow(matplotlib.image.imread(heat_map))
     codes.axis("off")
-    figure.savefig(path, dpi=130)
+    with replaced_file(path) as file:
+        figure.savefig(file, dpi=130)

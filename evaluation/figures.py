@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from lpc_lightning.files.json_files import replaced_file
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 """Palette of Okabe and Ito (2008), which colour-blind readers can distinguish. Its yellow is left out, because it is
 hard to see on white."""
@@ -120,9 +122,10 @@ def write_plots(folder: Path, plots: Sequence[Plot]) -> Iterator[tuple[Plot, byt
     """
     for plot in plots:
         svg = to_svg(plot.figure)
-        (folder / f"{plot.name}.svg").write_bytes(svg)
-        with literal_text(plot.figure):
-            plot.figure.savefig(folder / f"{plot.name}.png", dpi=DPI)
+        with replaced_file(folder / f"{plot.name}.svg") as file:
+            file.write(svg)
+        with replaced_file(folder / f"{plot.name}.png") as file, literal_text(plot.figure):
+            plot.figure.savefig(file, dpi=DPI)
         yield plot, svg
 
 

@@ -16,6 +16,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import OTHERS, keep_larges
 from lpc_lightning.evaluation.codebook.embedding import embed
 from lpc_lightning.evaluation.codebook.mutual_information import entropy
 from lpc_lightning.evaluation.figures import COLOURS, MARKERS, literal_text, shorten
+from lpc_lightning.files.json_files import replaced_file
 
 OTHERS_COLOUR = "#BBBBBB"
 MAX_CODES, MAX_COLUMNS, MAX_COLOURS = 40, 20, 14
@@ -148,8 +149,8 @@ def _draw_groups(axes: Axes, coordinates: NDArray[np.float64], labels: list[str]
 def render(figure: Figure, path: Path) -> NDArray[np.uint8]:
     """Write a figure as a PNG file, and return its pixels (height, width, 3)."""
     canvas = FigureCanvasAgg(figure)
-    with literal_text(figure):
-        canvas.print_png(path)  # draws the figure
+    with replaced_file(path) as file, literal_text(figure):
+        canvas.print_png(file)  # draws the figure
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 

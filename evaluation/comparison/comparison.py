@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from lpc_lightning.evaluation.comparison.model_scores import Measure, ModelScores
 from lpc_lightning.evaluation.statistics.significance import PairedTest, holm, paired_test
 from lpc_lightning.evaluation.tables import p_value, score
+from lpc_lightning.files.csv_files import write_csv
 from lpc_lightning.files.json_files import write_json, write_text
 from lpc_lightning.files.markdown import markdown_table
 
@@ -179,7 +179,4 @@ def write_comparison(folder: Path, comparison: Comparison, name: str = "comparis
     rows = to_rows(comparison)
     write_text(folder / f"{name}.md", to_markdown(comparison) + "\n")
     write_json(folder / f"{name}.json", rows)
-    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]) if rows else [])
-        table.writeheader()
-        table.writerows(rows)
+    write_csv(folder / f"{name}.csv", rows)

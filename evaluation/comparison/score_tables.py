@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.files.csv_files import write_csv
 from lpc_lightning.files.json_files import write_text
 from lpc_lightning.files.markdown import markdown_table
 
@@ -40,11 +40,11 @@ def write_score_tables(folder: Path, records: Mapping[str, Any]) -> None:
     if not tables:
         return
     write_text(folder / f"{TABLE}.md", "\n\n".join(tables.values()) + "\n")
-    with (folder / f"{TABLE}.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "form", "score", "mode", "scale", "value"])
-        for task in tables:
-            record = records[task]
-            for column, values in record["scores"].items():
-                for name, value in values.items():
-                    writer.writerow([task, record["form"], name, *column.split("/"), value])
+    rows = [
+        {"task": task, "form": records[task]["form"], "score": name, "mode": mode, "scale": scale, "value": value}
+        for task in tables
+        for column, values in records[task]["scores"].items()
+        for mode, scale in [column.split("/")]
+        for name, value in values.items()
+    ]
+    write_csv(folder / f"{TABLE}.csv", rows)

@@ -12,7 +12,8 @@ from lpc_lightning.evaluation.figures import Plot, write_plots
 from lpc_lightning.evaluation.report.contents import Contents, build_page, read_contents
 from lpc_lightning.evaluation.report.page import Page, Picture, make_picture, render_page
 from lpc_lightning.evaluation.report.plots import draw
-from lpc_lightning.evaluation.report.table_files import to_markdown, write_csv, write_table
+from lpc_lightning.evaluation.report.table_files import to_markdown, write_table
+from lpc_lightning.files.csv_files import write_csv
 from lpc_lightning.files.json_files import write_text
 from lpc_lightning.files.markdown import escape_markdown
 from lpc_lightning.files.output_paths import check_folder, claim_output_folder

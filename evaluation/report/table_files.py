@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.files.csv_files import write_csv
 from lpc_lightning.files.json_files import write_text
 from lpc_lightning.files.markdown import escape_markdown, markdown_table
 
@@ -98,12 +98,3 @@ def write_table(folder: Path, table: Table) -> None:
     write_text(folder / f"{table.name}.md", to_markdown(table))
     write_text(folder / f"{table.name}.tex", to_latex(table))
     write_csv(folder / f"{table.name}.csv", table.records)
-
-
-def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write records as CSV, with a column for each name in any record, in full precision. None gives an empty cell."""
-    names = list(dict.fromkeys(name for record in records for name in record))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        writer.writerows(records)

@@ -1,35 +1,47 @@
-"""JSON and text files that are complete or absent, and the reading of files that are neither."""
+"""Files that are complete or absent, JSON and others, and the reading of JSON files that are neither."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lpc_lightning.errors import DamagedFileError, one_line
 
 
-def write_pieces(path: Path, pieces: Iterable[str]) -> None:
-    """Write a file beside its target, wait until it is on the disk, and rename it.
+@contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside its target. At the end, wait until it is on the disk, and rename it.
 
     A process that is killed meanwhile, and a loss of power, leave the earlier file.
 
     Args:
         path: Target. Its folder exists.
-        pieces: Content, written in UTF-8. Half of a surrogate pair, which UTF-8 cannot encode, becomes an escape.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.writelines(pieces)
+        with partial.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_pieces(path: Path, pieces: Iterable[str]) -> None:
+    """Write a text into a `replaced_file`.
+
+    Args:
+        path: Target. Its folder exists.
+        pieces: Content, written in UTF-8. Half of a surrogate pair, which UTF-8 cannot encode, becomes an escape.
+    """
+    with replaced_file(path) as file:
+        file.writelines(piece.encode(errors="backslashreplace") for piece in pieces)
 
 
 def write_text(path: Path, text: str) -> None:

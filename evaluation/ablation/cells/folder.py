@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import shutil
 import time
@@ -12,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lpc_lightning.files.json_files import write_json, write_text
+from lpc_lightning.files.csv_files import write_csv
+from lpc_lightning.files.json_files import write_json
 
 CELLS, TUNING_CELLS = "cells", "tuning"
 """Folders of the cells of the result, and of those of the tuning."""
@@ -176,12 +176,8 @@ class CellFolder:
                 rows = rows[: next(repeated, None)]
             rows += new
         if earlier:
-            columns = sorted({name for row in rows for name in row})
-            table = io.StringIO(newline="")
-            writer = csv.DictWriter(table, columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(metrics, table.getvalue())
+            columns = dict.fromkeys(sorted({name for row in rows for name in row}))
+            write_csv(metrics, [columns | row for row in rows])
             for path in earlier:
                 path.unlink()
 
