@@ -6,24 +6,22 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpc_lightning.algorithms.checkpoint import check_same_architecture
 from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
 from lpc_lightning.algorithms.outputs import EvaluationOutput, TrainingOutput
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
-from lpc_lightning.algorithms.position import read_position, resume_position, write_position
+from lpc_lightning.algorithms.position import restore_position, store_position
 from lpc_lightning.algorithms.run_length import compare_run_length, run_length, warn_of_no_step
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.data.trainer_data import preference_data
@@ -391,23 +389,13 @@ class PreferenceModule(PolicyModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the trained weights, without the reference, the template and the position in the data.
-
-        The trained weights are those of the policy or its adapter, and those of the latent space.
-        """
+        """Store the trained weights, the template, and the state of the run: its position, length and warm start."""
         self._losses.check()
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
-        trainer = self.trainer
-        if isinstance(loader := trainer.train_dataloader, TrainingLoader):
-            order = loader.state_dict()
-            position = read_position(trainer, checkpoint["loops"], order["epoch"])
-            write_position(trainer, checkpoint["loops"], position)
-            checkpoint |= {"epoch": position.epoch, "position": asdict(position)}
-            checkpoint["training_data"] = order | {"epoch": position.epoch, "taken": position.batch}
-        if (data := preference_data(trainer)) is not None:
+        super().on_save_checkpoint(checkpoint)
+        store_position(self.trainer, checkpoint)
+        if (data := preference_data(self.trainer)) is not None:
             checkpoint["template"] = data.template_settings._asdict()
-        checkpoint["run_length"] = run_length(trainer)
+        checkpoint["run_length"] = run_length(self.trainer)
         if self.warm_start_result is not None:
             checkpoint["warm_start"] = self.warm_start_result
         if self._code_range is not None:
@@ -416,38 +404,18 @@ class PreferenceModule(PolicyModule):
             checkpoint["robust_loss"] = state
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture. DeepSpeed loads its own weights before this check.
+        """Refuse a checkpoint of another architecture, and restore the state of the run.
 
         Raises:
             CheckpointError: Names or shapes of the weights differ.
         """
-        if not self._built:
-            self._build()
-        if self._trainer is not None and isinstance(self._trainer.precision_plugin, DoublePrecision):
-            self.double()  # Lightning does so after it has loaded the weights, which float32 would round
-        if "state_dict" in checkpoint:
-            check_same_architecture(self._trained, checkpoint["state_dict"])
+        super().on_load_checkpoint(checkpoint)
         self._resumed = {name: checkpoint[name] for name in RESUMED if name in checkpoint}
         self._loaded_step = checkpoint.get("global_step", 0)
         if "robust_loss" in checkpoint and self.robust_loss is not None:
             self.robust_loss.load_state_dict(checkpoint["robust_loss"])
         if "position" in checkpoint and self._trainer is not None and self._trainer.training:
-            self._restore_position(checkpoint)
-
-    def _restore_position(self, checkpoint: Mapping[str, Any]) -> None:
-        """Set the position in the loops and in the data. Lightning restores the loops after `on_load_checkpoint`."""
-        trainer = self.trainer
-        trainer.fit_loop.setup_data()  # counts the batches, as the schedules do a moment later
-        position = resume_position(trainer, checkpoint["position"])
-        write_position(trainer, checkpoint["loops"], position)
-        taken = {"epoch": position.epoch, "taken": position.batch}
-        self._resumed["training_data"] = checkpoint["training_data"] | taken
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights like torch. Frozen weights, which no checkpoint holds, are not reported as missing."""
-        result = super().load_state_dict(state_dict, strict, assign)
-        result.missing_keys[:] = [name for name in result.missing_keys if name in self._trained]
-        return result
+            self._resumed["training_data"] = restore_position(self.trainer, checkpoint)
 
 
 # Gradient accumulation. A window is the group of micro-batches whose gradients make one optimizer step.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins import DeepSpeedPrecision, MixedPrecision
+from lightning.pytorch.plugins import DeepSpeedPrecision, DoublePrecision, MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from lpc_lightning.algorithms.checkpoint import trained_shapes
+from lpc_lightning.algorithms.checkpoint import check_same_architecture, trained_shapes
 from lpc_lightning.algorithms.latent_mixin import LatentMixin
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
 from lpc_lightning.data.trainer_data import preference_data
@@ -225,3 +225,29 @@ class PolicyModule(LatentMixin, LightningModule):
                 "rate, g and tau need the number of steps."
             )
         return int(steps)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained weights alone: those of the policy or its adapter, and those of the latent space."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture. DeepSpeed loads its own weights before this check.
+
+        Raises:
+            CheckpointError: Names or shapes of the weights differ.
+        """
+        if not self._built:
+            self._build()
+        if self._trainer is not None and isinstance(self._trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning does so after it has loaded the weights, which float32 would round
+        if "state_dict" in checkpoint:
+            check_same_architecture(self._trained, checkpoint["state_dict"])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights like torch. Frozen weights, which no checkpoint holds, are not reported as missing."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        result.missing_keys[:] = [name for name in result.missing_keys if name in self._trained]
+        return result

@@ -8,10 +8,12 @@ counts are computed from the position alone. So they do not depend on the stops 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
+
+from lpc_lightning.data.batching.loading import TrainingLoader
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,38 @@ class Position:
         return (self.epoch + 1) % epochs == 0 and self.batch % interval == 0
 
 
-def read_position(trainer: Trainer, loops: Mapping[str, Any], epoch: int) -> Position:
+def store_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Store the position of the last optimizer step, in the loop counts and in the data.
+
+    Args:
+        trainer: The trainer, during a fit. Without a `TrainingLoader`, nothing is changed.
+        checkpoint: A checkpoint of this moment. It is changed.
+    """
+    if isinstance(loader := trainer.train_dataloader, TrainingLoader):
+        order = loader.state_dict()
+        position = _read_position(trainer, checkpoint["loops"], order["epoch"])
+        _write_position(trainer, checkpoint["loops"], position)
+        checkpoint |= {"epoch": position.epoch, "position": asdict(position)}
+        checkpoint["training_data"] = order | {"epoch": position.epoch, "taken": position.batch}
+
+
+def restore_position(trainer: Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Set the loop counts to those of the position where a run continues. Lightning reads them afterwards.
+
+    Args:
+        trainer: The trainer that resumes.
+        checkpoint: A checkpoint with a position. Its loop counts are changed.
+
+    Returns:
+        The state of the loader at this position.
+    """
+    trainer.fit_loop.setup_data()  # counts the batches, as the schedules do a moment later
+    position = _resume_position(trainer, checkpoint["position"])
+    _write_position(trainer, checkpoint["loops"], position)
+    return checkpoint["training_data"] | {"epoch": position.epoch, "taken": position.batch}
+
+
+def _read_position(trainer: Trainer, loops: Mapping[str, Any], epoch: int) -> Position:
     """Return the position of the last optimizer step. Gradients that were accumulated since then are not stored.
 
     Args:
@@ -68,7 +101,7 @@ def read_position(trainer: Trainer, loops: Mapping[str, Any], epoch: int) -> Pos
     return position
 
 
-def write_position(trainer: Trainer, loops: Mapping[str, Any], position: Position) -> None:
+def _write_position(trainer: Trainer, loops: Mapping[str, Any], position: Position) -> None:
     """Set Lightning's loop counts to those of a position.
 
     Args:
@@ -103,7 +136,7 @@ def write_position(trainer: Trainer, loops: Mapping[str, Any], position: Positio
     fit["state_dict"].pop("combined_loader", None)  # the position in the data is stored with the data
 
 
-def resume_position(trainer: Trainer, stored: Mapping[str, Any]) -> Position:
+def _resume_position(trainer: Trainer, stored: Mapping[str, Any]) -> Position:
     """Return the position where a run continues. It may have fewer micro-batches in an epoch than the run before.
 
     Args:
