@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from lpc_lightning.types import LogitHead
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 CHUNK_ELEMENTS = 2**25
 """Logits in memory at a time on a CPU: 128 MiB in float32."""
@@ -162,8 +163,10 @@ class _TokenLogps(torch.autograd.Function):
         if table is not None and table.dtype == torch.float64:
             exact = torch.float64
         chunks = token_chunks(hidden, weight.shape[0])
-        ctx.head, ctx.product, ctx.chunks = replace(head, weight=weight.new_empty(0), bias=None), product, chunks
-        vocabulary, all_terms = _Vocabulary(head, exact), _LogitTerms(bias, shifts, group)
+        form, all_terms = _HeadForm(head.scale, head.softcap, exact), _LogitTerms(bias, shifts, group)
+        ctx.form, ctx.compiled, ctx.product, ctx.chunks = form, head.compiled, product, chunks
+        reduce = _kernel(_reduce, head.compiled)
+        reduce_with_probabilities = _kernel(_reduce_with_probabilities, head.compiled)
         with torch.autocast(hidden.device.type, enabled=False):
             states, rows = hidden.to(product), weight.to(product)
             exp_biases = None if table is None else _exp_biases(table, exact)
@@ -173,10 +176,10 @@ class _TokenLogps(torch.autograd.Function):
                 logits = _product(states[chunk], rows.T)
                 terms = all_terms.of(chunk)
                 if exp_biases is None or sums is None:
-                    at_target[chunk], normalizer[chunk] = vocabulary.reduce(logits, terms, targets[chunk])
+                    at_target[chunk], normalizer[chunk] = reduce(form, logits, terms, targets[chunk])
                 else:
-                    at_target[chunk], normalizer[chunk], probabilities = vocabulary.reduce_with_probabilities(
-                        logits, terms, targets[chunk]
+                    at_target[chunk], normalizer[chunk], probabilities = reduce_with_probabilities(
+                        form, logits, terms, targets[chunk]
                     )
                     sums[chunk] = probabilities @ exp_biases.T
                 del logits
@@ -190,30 +193,32 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, table, shifts, group, targets, normalizer, sums = ctx.saved_tensors
-        exact, product = normalizer.dtype, ctx.product
-        gradients = _Gradients(hidden, (weight, bias, table, shifts), ctx.needs_input_grad, exact)
-        vocabulary, all_terms = _Vocabulary(ctx.head, exact), _LogitTerms(bias, shifts, group)
+        form, product, all_terms = ctx.form, ctx.product, _LogitTerms(bias, shifts, group)
+        gradients = _Gradients(hidden, (weight, bias, table, shifts), ctx.needs_input_grad, form.exact)
+        logit_gradient = _kernel(_logit_gradient, ctx.compiled)
+        mixed_logit_gradient = _kernel(_mixed_logit_gradient, ctx.compiled)
+        probabilities_of = _kernel(_probabilities, ctx.compiled)
         with torch.autocast(hidden.device.type, enabled=False):
             states, rows = hidden.to(product), weight.to(product)
-            exp_biases = None if table is None else _exp_biases(table, exact)
+            exp_biases = None if table is None else _exp_biases(table, form.exact)
             for chunk in ctx.chunks:
                 logits = _product(states[chunk], rows.T)
                 terms, upstream = all_terms.of(chunk), grad[chunk]
                 if exp_biases is None:
-                    logit_grad = vocabulary.logit_gradient(
-                        logits, terms, targets[chunk], normalizer[chunk], upstream[:, 0], product
+                    logit_grad = logit_gradient(
+                        form, logits, terms, targets[chunk], normalizer[chunk], upstream[:, 0], product
                     )
                 else:
-                    probabilities = vocabulary.probabilities(logits, terms, normalizer[chunk])
+                    probabilities = probabilities_of(form, logits, terms, normalizer[chunk])
                     thin = upstream / sums[chunk]
                     gradients.add_to_table(exp_biases, thin, probabilities, targets[chunk], upstream)
-                    logit_grad = vocabulary.mixed_logit_gradient(
+                    logit_grad = mixed_logit_gradient(
                         probabilities, thin @ exp_biases, targets[chunk], upstream.sum(-1), product
                     )
                     del probabilities
                 del logits
                 gradients.add_to_shifts(logit_grad, terms.group)
-                logit_grad = logit_grad if ctx.head.scale == 1.0 else logit_grad * ctx.head.scale
+                logit_grad = logit_grad if form.scale == 1.0 else logit_grad * form.scale
                 gradients.add_to_bias(logit_grad)
                 logit_grad = logit_grad.to(product)
                 gradients.add_to_product(chunk, logit_grad, states, rows)
@@ -302,58 +307,13 @@ class _LogitTerms(NamedTuple):
         return self if self.group is None else self._replace(group=self.group[chunk])
 
 
-class _Vocabulary:
-    """Functions of a chunk's (n, V) products with the head, in few passes over memory.
-
-    On a CPU they work in place. Compiled by torch, each is one or two kernels.
-    """
-
-    def __init__(self, head: LogitHead, exact: torch.dtype) -> None:
-        self._form = _HeadForm(head.scale, head.softcap, exact)
-        self._run = _compiled if head.compiled else _uncompiled
-
-    def reduce(self, product: Tensor, terms: _LogitTerms, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each target's logit and the normalizer."""
-        return self._run(_reduce)(self._form, product, terms, targets)
-
-    def reduce_with_probabilities(
-        self, product: Tensor, terms: _LogitTerms, targets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each target's logit, the normalizer and the probabilities."""
-        return self._run(_reduce_with_probabilities)(self._form, product, terms, targets)
-
-    def probabilities(self, product: Tensor, terms: _LogitTerms, normalizer: Tensor) -> Tensor:
-        """Return the probabilities."""
-        return self._run(_probabilities)(self._form, product, terms, normalizer)
-
-    def logit_gradient(
-        self,
-        product: Tensor,
-        terms: _LogitTerms,
-        targets: Tensor,
-        normalizer: Tensor,
-        upstream: Tensor,
-        narrow: torch.dtype,
-    ) -> Tensor:
-        """Return the gradient with respect to the logits before the soft cap, given that of the log-probabilities (n,).
-
-        `narrow` is the type of the products that the gradient enters.
-        """
-        return self._run(_logit_gradient)(self._form, product, terms, targets, normalizer, upstream, narrow)
-
-    def mixed_logit_gradient(
-        self, probabilities: Tensor, mixture: Tensor, targets: Tensor, upstream: Tensor, narrow: torch.dtype
-    ) -> Tensor:
-        """Return `logit_gradient` for log-probabilities under every code.
-
-        `mixture` (n, V) sums exp(b_k) over the codes with the weights of the gradient, and `upstream` (n,) is the
-        gradient's sum over the codes.
-        """
-        return self._run(_mixed_logit_gradient)(probabilities, mixture, targets, upstream, narrow)
+# Functions of a chunk's (n, V) products with the head, in few passes over memory. On a CPU they work in place. Compiled
+# by torch, each is one or two kernels.
 
 
-def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
+def _kernel(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
+    """Return one of the functions below as it is, or compiled."""
+    return _compiled(function) if compiled else function
 
 
 @cache
@@ -363,6 +323,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reduce(form: _HeadForm, product: Tensor, terms: _LogitTerms, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each target's logit (n,) and the normalizer (n,)."""
     logits = _logits(product, terms, form)
     return logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(-1)
 
@@ -370,6 +331,7 @@ def _reduce(form: _HeadForm, product: Tensor, terms: _LogitTerms, targets: Tenso
 def _reduce_with_probabilities(
     form: _HeadForm, product: Tensor, terms: _LogitTerms, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each target's logit (n,), the normalizer (n,) and the probabilities (n, V)."""
     logits = _logits(product, terms, form)
     at_target, normalizer = logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(-1)
     return at_target, normalizer, logits.sub_(normalizer[:, None]).exp_()
@@ -388,6 +350,17 @@ def _logit_gradient(
     upstream: Tensor,
     narrow: torch.dtype,
 ) -> Tensor:
+    """Return the gradient (n, V) with respect to the logits before the soft cap.
+
+    Args:
+        form: Form of the head.
+        product: (n, V) product of the states with the head.
+        terms: Terms that are added to it.
+        targets: (n,) token ids.
+        normalizer: (n,) of the forward pass.
+        upstream: (n,) gradient with respect to the log-probabilities.
+        narrow: Type of the products that the gradient enters.
+    """
     logits = _logits(product, terms, form)
     slope = None if form.softcap is None else 1 - (logits / form.softcap).square()
     gradient = logits.sub_(normalizer[:, None]).exp_().mul_(-upstream[:, None])
@@ -398,6 +371,11 @@ def _logit_gradient(
 def _mixed_logit_gradient(
     probabilities: Tensor, mixture: Tensor, targets: Tensor, upstream: Tensor, narrow: torch.dtype
 ) -> Tensor:
+    """Return `_logit_gradient` for log-probabilities under every code.
+
+    `mixture` (n, V) sums exp(b_k) over the codes with the weights of the gradient, and `upstream` (n,) is the
+    gradient's sum over the codes.
+    """
     weights = probabilities.clone() if torch.compiler.is_compiling() else probabilities
     return _narrow(_add_at_targets(weights.mul_(mixture).neg_(), targets, upstream), narrow)
 
