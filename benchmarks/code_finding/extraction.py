@@ -45,7 +45,6 @@ def extract(
     train_prompts: int | None = None,
     group: str | None = None,
     precision: str = "bf16-mixed",
-    cache_dir: Path | None = None,
 ) -> Pairs:
     """Compute the values of all test pairs, and of the training pairs of some or all prompts.
 
@@ -59,7 +58,6 @@ def extract(
         train_prompts: Number of training prompts, drawn by seed 0. None: all of them.
         group: Entry that divides the factors further, such as `meta.opinion_group`. None: the factors as they are.
         precision: Precision of the pass, as in `trainer.precision`.
-        cache_dir: Folder of the caches. None: the default of the data module.
 
     Raises:
         DataError: The file is unreadable, or a part has no pairs.
@@ -71,7 +69,6 @@ def extract(
         too_long="truncate_answer",
         validation_share=0.0,
         columns=columns,
-        cache_dir=None if cache_dir is None else str(cache_dir),
     )
     quiet: Any = {"precision": precision, "logger": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", **quiet)

@@ -22,17 +22,16 @@ from lpc_lightning.types import TokenizedPair
 class RandomTokens(PreferenceDataModule):
     """Training pairs of random token ids, with the lengths in a file. There are no validation or test pairs."""
 
-    def __init__(self, lengths: str, vocabulary: int, tokens_seed: int = 0, **data: Any) -> None:
+    def __init__(self, lengths: str, vocabulary: int, **data: Any) -> None:
         """Keep the settings.
 
         Args:
             lengths: JSON file of [prompt, chosen, rejected] lengths in tokens, one entry a pair.
             vocabulary: Token ids are drawn below this number.
-            tokens_seed: Seed of the token ids.
             data: Settings of `PreferenceDataModule`.
         """
         super().__init__(**data)
-        self.lengths_file, self.vocabulary, self.tokens_seed = Path(lengths), vocabulary, tokens_seed
+        self.lengths_file, self.vocabulary = Path(lengths), vocabulary
 
     def source(self, stage: Stage) -> None:
         """Return None: there are no examples behind the tokens."""
@@ -43,19 +42,19 @@ class RandomTokens(PreferenceDataModule):
         if stage != "train":
             return None
         content = self.lengths_file.read_bytes()
-        name = hashlib.sha256(content + f"{self.vocabulary} {self.tokens_seed}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(content + str(self.vocabulary).encode()).hexdigest()[:32]
         folder = (self.cache_dir or self.lengths_file.parent) / "tokens" / name
         if not folder.exists():
             folder.mkdir(parents=True)
-            write(json.loads(content), self.vocabulary, self.tokens_seed, folder / "pairs.arrow")
+            write(json.loads(content), self.vocabulary, folder / "pairs.arrow")
         self.pairs[stage] = pairs = TokenStore(folder)
         self.reports[stage] = DataReport(kept=len(pairs))
         return pairs
 
 
-def write(lengths: Lengths, vocabulary: int, seed: int, path: Path) -> None:
+def write(lengths: Lengths, vocabulary: int, path: Path) -> None:
     """Write pairs of random ids as the token cache holds them."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     pairs = []
     for number, pair in enumerate(lengths):
         prompt, chosen, rejected = (random.integers(vocabulary, size=count).tolist() for count in pair)

@@ -131,7 +131,7 @@ def read_outline(path: Path) -> dict[str, Any]:
     outline = dict(torch.load(path / REST, weights_only=True, map_location="cpu"))
     stored = ShardReader(path).read_metadata().state_dict_metadata
     outline[WEIGHTS] = {
-        name.removeprefix(f"{WEIGHTS}."): _empty(about, "meta")
+        name.removeprefix(f"{WEIGHTS}."): torch.empty(about.size, dtype=about.properties.dtype, device="meta")
         for name, about in stored.items()
         if name.startswith(f"{WEIGHTS}.") and isinstance(about, TensorStorageMetadata)
     }
@@ -168,10 +168,6 @@ def read_sharded(path: Path, optimizers: bool = True) -> dict[str, Any]:
     if states := checkpoint.pop(STATES, []):
         checkpoint |= {STATES: [shards[f"{OPTIMIZER}{number}"] for number in range(len(states))]} if optimizers else {}
     return checkpoint
-
-
-def _empty(about: TensorStorageMetadata, device: str) -> torch.Tensor:
-    return torch.empty(about.size, dtype=about.properties.dtype, device=device)
 
 
 def _place(tree: dict[str, Any], place: Sequence[str | int], value: Any) -> None:

@@ -53,8 +53,6 @@ class RowSource:
     """What a hash selects: prompts with all their pairs, or pairs."""
     held_out_share: float = 0.0
     """Share of prompts or pairs to hold out, in [0, 1]. At least one is held out if there are two or more."""
-    held_out_seed: int = 0
-    """Seed of the hash. A different seed holds out different prompts or pairs."""
 
     def key(self) -> str:
         """See `ExampleSource.key`."""
@@ -103,7 +101,7 @@ class RowSource:
         return self.held_out == (held_out(rank, self.held_out_share) or rank == lowest)
 
     def _rank(self, example: PreferenceExample) -> int:
-        return RANKS[self.held_out_by](example, self.held_out_seed)
+        return RANKS[self.held_out_by](example)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ def read_rows(
     config: str | None = None,
     split: str | None = None,
     on_bad: OnBad | None = None,
-    only: str | None = None,
 ) -> Rows:
     """Read rows one by one, each with its place ("pairs.jsonl line 17", "x.parquet row 3", "org/name[train] row 4").
 
@@ -31,7 +30,6 @@ def read_rows(
         split: Split of a hub data set, of a folder with splits or of a JSON file with splits. Default: `train`. Other
             files have no splits.
         on_bad: Callback for each row that cannot be parsed. The row is then skipped. Default: raise at the first one.
-        only: Column to read. Other columns may then be left out, and rows without the column too.
 
     Raises:
         DataError: The path does not exist, has an unknown extension or no rows, or a row cannot be parsed and `on_bad`
@@ -54,10 +52,10 @@ def read_rows(
 
     def checked() -> Rows:
         is_empty = True
-        for row in location.rows(split, bad, only):
+        for row in location.rows(split, bad):
             is_empty = False
             yield row
-        if is_empty and not bad_rows and only is None:
+        if is_empty and not bad_rows:
             raise DataError(f"{path} holds no rows. Expected at least one preference pair.")
 
     return checked()

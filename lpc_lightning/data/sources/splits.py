@@ -11,6 +11,9 @@ from lpc_lightning.data.sources.locations import Location
 from lpc_lightning.data.sources.rows import DataError, Row
 from lpc_lightning.types import Message, PreferenceExample
 
+SEED = 0
+"""Seed of the hold-out. Another one would move prompts between training and validation."""
+
 
 def split_of(row: Row, split_column: str = "split") -> str:
     """Return the value of a row's split column. Return `train` if the column is absent or empty."""
@@ -84,22 +87,21 @@ def find_split(location: Location, wanted: Sequence[str], split_column: str, set
     return next((name for name in wanted if name in names), min(names))
 
 
-def prompt_rank(prompt: Sequence[Message] | str, seed: int = 0) -> int:
-    """Return the place of a prompt in a random order: a hash below 2^64 of its text and the seed.
+def prompt_rank(prompt: Sequence[Message] | str) -> int:
+    """Return the place of a prompt in a random order: a hash below 2^64 of its text.
 
     White space around a turn does not count, because many chat templates remove it.
 
     Args:
         prompt: A conversation, or a text, which counts as one user turn.
-        seed: Seed of the hash.
     """
     turns = [("user", prompt)] if isinstance(prompt, str) else [(turn["role"], turn["content"]) for turn in prompt]
-    return _rank([seed, [[role, content.strip()] for role, content in turns]])
+    return _rank([SEED, [[role, content.strip()] for role, content in turns]])
 
 
-def pair_rank(example: PreferenceExample, seed: int = 0) -> int:
+def pair_rank(example: PreferenceExample) -> int:
     """Return the place of a pair in a random order (see `prompt_rank`). It does not depend on the label."""
-    return _rank([prompt_rank(example.prompt, seed), sorted([example.chosen.strip(), example.rejected.strip()])])
+    return _rank([prompt_rank(example.prompt), sorted([example.chosen.strip(), example.rejected.strip()])])
 
 
 def _rank(content: list[Any]) -> int:
@@ -107,8 +109,8 @@ def _rank(content: list[Any]) -> int:
 
 
 HoldOut = Literal["prompt", "pair"]
-RANKS: dict[HoldOut, Callable[[PreferenceExample, int], int]] = {
-    "prompt": lambda example, seed: prompt_rank(example.prompt, seed),
+RANKS: dict[HoldOut, Callable[[PreferenceExample], int]] = {
+    "prompt": lambda example: prompt_rank(example.prompt),
     "pair": pair_rank,
 }
 """Ranks by which examples are held out. Examples of one rank are on the same side."""
@@ -117,7 +119,7 @@ RANKS: dict[HoldOut, Callable[[PreferenceExample, int], int]] = {
 def held_out(rank: int, share: float) -> bool:
     """Return True if a rank belongs to the held-out share.
 
-    The result depends only on the text and the seed of the rank, in every run and independent of the other data.
+    The result depends only on the text, in every run and independent of the other data.
 
     Args:
         rank: A rank below 2^64 (see `RANKS`).

@@ -1,3 +1,5 @@
+import hashlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -24,30 +26,33 @@ def test_select_split_reports_other_splits():
     assert others == ["test", "val"]
 
 
-@given(st.text(), st.integers(0, 5))
-def test_held_out_grows_with_share(prompt, seed):
-    sides = [held_out(prompt_rank(prompt, seed), share) for share in (0.0, 0.1, 0.5, 0.9, 1.0)]
+@given(st.text())
+def test_held_out_grows_with_share(prompt):
+    sides = [held_out(prompt_rank(prompt), share) for share in (0.0, 0.1, 0.5, 0.9, 1.0)]
     assert sides == sorted(sides)
     assert not sides[0]
     assert sides[-1]
-    assert prompt_rank([{"role": "user", "content": prompt}], seed) == prompt_rank(prompt, seed)
+    assert prompt_rank([{"role": "user", "content": prompt}]) == prompt_rank(prompt)
 
 
-@given(st.text(), st.text(), st.text(), st.integers(0, 5))
-def test_rank_of_a_pair_ignores_its_label(prompt, chosen, rejected, seed):
+@given(st.text(), st.text(), st.text())
+def test_rank_of_a_pair_ignores_its_label(prompt, chosen, rejected):
     turns = (Message(role="user", content=prompt),)
     pair, swapped = (PreferenceExample("", turns, *answers) for answers in ((chosen, rejected), (rejected, chosen)))
-    assert pair_rank(pair, seed) == pair_rank(swapped, seed)
-    assert pair_rank(pair, seed) != pair_rank(pair, seed + 1)
-    assert pair_rank(pair, seed) != pair_rank(replace(pair, chosen=chosen + "x"), seed)
+    assert pair_rank(pair) == pair_rank(swapped)
+    assert pair_rank(pair) != pair_rank(replace(pair, chosen=chosen + "x"))
 
 
-def test_held_out_share_and_seed():
-    prompts = [f"question {i}" for i in range(4000)]
-    one = {prompt for prompt in prompts if held_out(prompt_rank(prompt, seed=1), 0.1)}
-    other = {prompt for prompt in prompts if held_out(prompt_rank(prompt, seed=2), 0.1)}
-    assert len(one) == pytest.approx(400, abs=100)
-    assert len(one & other) < 100
+def test_held_out_share():
+    ranks = [prompt_rank(f"question {number}") for number in range(4000)]
+    assert sum(held_out(rank, 0.1) for rank in ranks) == pytest.approx(400, abs=100)
+
+
+def test_ranks_of_a_release_stay():
+    """Another rank would move prompts between training and validation."""
+    text = json.dumps([0, [["user", "How do I boil an egg?"]]])
+    rank = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
+    assert prompt_rank(" How do I boil an egg?\n") == rank
 
 
 def test_held_out_share_out_of_range():
@@ -55,9 +60,9 @@ def test_held_out_share_out_of_range():
         held_out(prompt_rank("x"), 1.5)
 
 
-@given(st.lists(st.text(), max_size=12), st.integers(0, 3))
-def test_first_held_out_of_few_prompts(prompts, seed):
-    ranks = [prompt_rank(prompt, seed) for prompt in prompts]
+@given(st.lists(st.text(), max_size=12))
+def test_first_held_out_of_few_prompts(prompts):
+    ranks = [prompt_rank(prompt) for prompt in prompts]
     selected = [rank for rank in ranks if held_out(rank, 0.05)]
     lowest = first_held_out(ranks, 0.05)
     if selected or len({prompt.strip() for prompt in prompts}) < 2:
