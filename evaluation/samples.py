@@ -11,7 +11,7 @@ from typing import Any
 
 from lpc_lightning.files.json_files import write_text
 from lpc_lightning.files.markdown import escape_markdown, markdown_table
-from lpc_lightning.inference.generation import marked
+from lpc_lightning.inference.generation import likeliest_codes, marked
 
 ROWS, TEXT = "samples.jsonl", "samples.md"
 """Names of the files: for programs, and for readers."""
@@ -54,7 +54,7 @@ def samples_text(records: Sequence[Record]) -> str:
     for number, record in enumerate(records, 1):
         parts.append(f"### Prompt {number}\n\n{_quoted(record['prompt'][-1]['content'])}")
         if record["prior"] is not None:
-            parts.append(f"Likeliest codes under the prior: {likeliest_codes(record['prior'], TOP)}")
+            parts.append(likeliest_codes(record["prior"], TOP))
         header, rows = samples_table(record)
         parts.append(markdown_table(header, rows, left=len(header)))
     return "\n\n".join(parts) + "\n"
@@ -68,12 +68,6 @@ def samples_table(record: Record) -> tuple[list[str], list[list[str]]]:
         text = marked(answer["text"], answer["finished"])
         by_row.setdefault(answer["under"], {})[answer["decoding"]] = text
     return ["under", *decodings], [[under, *map(cells.__getitem__, decodings)] for under, cells in by_row.items()]
-
-
-def likeliest_codes(prior: Sequence[float], most: int) -> str:
-    """List the likeliest codes with their probabilities: `3 (0.412), 0 (0.207)`."""
-    ranked = sorted(enumerate(prior), key=lambda code: -code[1])[:most]
-    return ", ".join(f"{code} ({probability:.3f})" for code, probability in ranked)
 
 
 def _quoted(text: str) -> str:

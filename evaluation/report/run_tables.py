@@ -10,7 +10,8 @@ from lpc_lightning.evaluation.codebook.explanation_files import explanation_tabl
 from lpc_lightning.evaluation.figures import shorten
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.table_files import Column, Table, text_cell
-from lpc_lightning.evaluation.samples import likeliest_codes, read_samples, samples_table
+from lpc_lightning.evaluation.samples import TOP, read_samples, samples_table
+from lpc_lightning.inference.generation import likeliest_codes
 
 LONGEST_TITLE = 120
 """Characters of a prompt in a title at most. The whole prompt is in a note below."""
@@ -51,6 +52,6 @@ def _samples(folder: Path) -> Iterator[Table]:
         title = f"Step {record['step']}: {shorten(' '.join(prompt.split()), LONGEST_TITLE)}"
         notes = [f"The prompt: {prompt}"] if len(prompt) > LONGEST_TITLE else []
         if record["prior"] is not None:
-            notes.append(f"Likeliest codes under the prior: {likeliest_codes(record['prior'], 3)}")
+            notes.append(likeliest_codes(record["prior"], TOP))
         cells = [[text_cell(text) for text in row] for row in rows]
         yield Table(f"samples_{number}", title, [Column(name) for name in header], cells, [], notes)

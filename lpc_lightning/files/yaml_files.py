@@ -32,11 +32,7 @@ def read_yaml(path: Path, loader: Any = LOADER) -> Any:
     Raises:
         ConfigError: The file cannot be read, or it is no plain YAML (see `parse_yaml`).
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}, expected a YAML file that can be read.") from error
-    return _construct(_compose(content, str(path)), str(path), loader)
+    return _construct(_compose_file(path), str(path), loader)
 
 
 def parse_yaml(content: bytes | str, source: str) -> Any:
@@ -62,11 +58,7 @@ def check_yaml(path: Path, seen: set[Path] | None = None) -> None:
     if path.resolve() in seen:
         return
     seen.add(path.resolve())
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}, expected a YAML file that can be read.") from error
-    for text in _texts(_compose(content, str(path))):
+    for text in _texts(_compose_file(path)):
         named = path.parent / text
         if text.endswith(SUFFIXES) and len(text) < 4096 and "\0" not in text and named.is_file():
             check_yaml(named, seen)
@@ -83,6 +75,14 @@ def check_value(text: str, option: str) -> None:
     except (yaml.YAMLError, RecursionError, ValueError):
         return
     _check_size(node, option)
+
+
+def _compose_file(path: Path) -> yaml.Node | None:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}, expected a YAML file that can be read.") from error
+    return _compose(content, str(path))
 
 
 def _compose(content: bytes | str, source: str) -> yaml.Node | None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.output_paths import check_file, claim_output_file
-from lpc_lightning.inference.generation import Answered, Condition, Decoding, answers, marked
+from lpc_lightning.inference.generation import Answered, Condition, Decoding, answers, likeliest_codes, marked
 from lpc_lightning.inference.opening import OpenedPolicy, open_policy
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
 from lpc_lightning.inference.side_by_side import side_by_side
@@ -187,8 +187,6 @@ def _report(
 def _format(answer: Answered, number: int, width: int) -> str:
     lines = [f"Prompt {number}: {answer.prompt[-1]['content']}"]
     if answer.prior is not None:
-        ranked = sorted(enumerate(answer.prior), key=lambda code: -code[1])
-        codes = ", ".join(f"{code} ({share:.3f})" for code, share in ranked[:TOP])
-        lines.append(f"Likeliest codes under the prior: {codes}")
+        lines.append(likeliest_codes(answer.prior, TOP))
     texts = {each.under: marked(each.text, each.finished) for each in answer.answers}
     return "\n".join([*lines, "", side_by_side(texts, width), ""])

@@ -97,6 +97,13 @@ def marked(text: str, finished: bool) -> str:
     return text if finished else f"{text} [...]"
 
 
+def likeliest_codes(prior: Sequence[float], most: int) -> str:
+    """Return a line with the likeliest codes: `Likeliest codes under the prior: 3 (0.412), 0 (0.207)`."""
+    ranked = sorted(enumerate(prior), key=lambda code: -code[1])[:most]
+    codes = ", ".join(f"{code} ({probability:.3f})" for code, probability in ranked)
+    return f"Likeliest codes under the prior: {codes}"
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
     """Prompt with all its answers."""
