@@ -195,7 +195,13 @@ def test_two_commands_share_cells(
 ) -> None:
     process = start()
     assert until(process, lambda: bool(cell_processes(process.pid)))  # type: ignore[arg-type]  # it has started
-    main(["ablate", *arguments])
-    assert end(process) == 0
+    codes: list[Any] = [0]
+    try:
+        main(["ablate", *arguments])
+    except SystemExit as exit_info:
+        codes = [exit_info.code]
+    codes.append(end(process))
+    # 1: it ended while the other command ran the last cell. The last one to end has found all cells finished.
+    assert sorted(codes) in ([0, 0], [0, 1])
     assert read_results(grid.parent / "out") == expected(uninterrupted, read_results)
     assert all(record["attempts"] == 1 for record in records(grid).values())
