@@ -65,6 +65,16 @@ class Latent:
 
 
 @pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of a model without a latent."""
+    folder = tmp_path_factory.mktemp("models") / "plain"
+    spec = TinyPolicy(width=16, layers=1, heads=2)
+    spec.build().causal_lm.save_pretrained(folder)
+    spec.load_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def make_latent(perturb: Callable[..., None], exact: Callable[..., CausalPolicy]) -> Callable[..., Latent]:
     """A policy of a family with a latent whose z moves the logits and depends on the prompt."""
 

@@ -15,7 +15,6 @@ from lpc_lightning.cli import main
 from lpc_lightning.inference import alpaca as module
 from lpc_lightning.inference.generation import Condition, Decoding, answers
 from lpc_lightning.inference.opening import open_policy
-from lpc_lightning.policy import TinyPolicy
 from tests.fixtures.commands import Outcome, run_command
 
 INSTRUCTIONS = [
@@ -29,15 +28,6 @@ INSTRUCTIONS = [
         ["bees", "rivers", "the cost of a flight to Paris, in €", "7", "x\ny", "bread", "tea"]
     )
 ]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "plain"
-    spec = TinyPolicy(width=16, layers=1, heads=2)
-    spec.build().causal_lm.save_pretrained(folder)
-    spec.load_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import pytest
 
 from lpc_lightning.inference.generation import Condition, Decoding, answers
 from lpc_lightning.inference.opening import open_policy
-from lpc_lightning.policy import TinyPolicy
 from tests.fixtures.commands import Outcome, checkpoint_of, run_command
 
 PROMPT = "How do I grow tomatoes?"
@@ -28,16 +27,6 @@ def checkpoint(tiny_fit: Callable[..., Path]) -> str:
     """Of a fit of three steps, with three codes that matter."""
     latent = ["--latent=MarginalSpace", "--latent.num_codes=3", "--latent.init_logit_std=2"]
     return str(checkpoint_of(tiny_fit("--trainer.max_steps=3", *latent)))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of a model without a latent."""
-    folder = tmp_path_factory.mktemp("models") / "plain"
-    spec = TinyPolicy(width=16, layers=1, heads=2)
-    spec.build().causal_lm.save_pretrained(folder)
-    spec.load_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 Run = Callable[..., Outcome]

@@ -17,7 +17,8 @@ from lpc_lightning.cli import main as lpc_lightning
 from lpc_lightning.data import DataError
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.adaptation.command import adapt, main, panels
+from lpc_lightning.evaluation.adaptation.command import adapt, main
+from lpc_lightning.evaluation.adaptation.output import panels
 from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, AdaptationReport
 from lpc_lightning.evaluation.adaptation.scores import Score
 from tests.fixtures.commands import checkpoint_of
