@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,30 +20,15 @@ from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.accuracy.training_overlap import count_trained, overlap_sentence, training_pairs
 from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, write_adaptation
-from lpc_lightning.evaluation.adaptation.inference import OWN_MAJORITY
-from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, OTHERS_MAJORITY, AdaptationPairs, AdaptationReport
-from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, score_estimate, score_line, to_shots
-from lpc_lightning.evaluation.adaptation.policy import UNDER_Z, PolicyUnderMixtures
-from lpc_lightning.evaluation.adaptation.scores import SHOTS, Score
+from lpc_lightning.evaluation.adaptation.output import TABLE, write_reports
+from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
+from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
+from lpc_lightning.evaluation.adaptation.scores import SHOTS
 from lpc_lightning.evaluation.comparison.command import name_models
-from lpc_lightning.evaluation.figures import Plot, write_plots
-from lpc_lightning.evaluation.line_panels import Line, describe_lines
-from lpc_lightning.evaluation.tables import score
-from lpc_lightning.files.json_files import write_text
-from lpc_lightning.files.markdown import markdown_table
 from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
 
-ROW_NAMES = {
-    f"exact{UNDER_Z}": "exact, under z",
-    f"amortized{UNDER_Z}": "amortized, under z",
-    OWN_MAJORITY: "own majority label",
-    "prior": "prior, any annotator",
-    "no_latent": "no latent (z = 0)",
-    OTHERS_MAJORITY: "others' majority label",
-}
-TABLE = "adaptation.md"
 Precision = Literal["32-true", "64-true", "bf16-mixed", "bf16-true"]
 
 
@@ -150,7 +135,9 @@ def adapt(
                 f"models: found no codes in any of {', '.join(models)}; expected at least one checkpoint of a latent "
                 "with codes, such as MarginalSpace."
             )
-        _write(Path(output), reports, collector.shots, overlaps)
+        text = write_reports(Path(output), reports, collector.shots, overlaps)
+        files = f"{Path(output) / TABLE} and the plot, and {SCORES} and {WEIGHTS} of each model beside them"
+        print(f"\n{text}\n\nWrote {files}.")
 
 
 @dataclass(frozen=True)
@@ -222,80 +209,3 @@ def _check_annotators(report: AdaptationReport, pairs: AdaptationPairs, preferen
             else f"shots: found {min(pairs.shots)} as the smallest number, but no {pairs.column} has as many labelled "
             f"pairs in {preferences}, expected at least as many. Use fewer shots or another labelled_split."
         )
-
-
-def _write(
-    folder: Path, reports: Mapping[str, AdaptationReport], shots: Sequence[int], overlaps: Sequence[str]
-) -> None:
-    sentences = [*left_out(reports, shots), *overlaps]
-    text = "\n".join([table(reports, shots), *(f"\n{sentence}" for sentence in sentences)])
-    write_text(folder / TABLE, text + "\n")
-    lines = panels(reports)
-    figure = draw_adaptation(lines, sorted(set(shots)), None, "accuracy")
-    plot = Plot("adaptation", TITLE, figure, describe_lines(TITLE, lines, to_shots), "Bands: 95 % over prompts.")
-    list(write_plots(folder, [plot]))
-    print(f"\n{text}\n\nWrote {folder / TABLE} and the plot, and {SCORES} and {WEIGHTS} of each model beside them.")
-
-
-def table(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> str:
-    """Format accuracies with standard errors: a row for each model and inference, a column for each number of shots."""
-    numbers = sorted({0, *shots})  # levels are in the column of 0
-    rows = []
-    for name, report in reports.items():
-        for inference, scores in _curves(report).items():
-            cells = [score(entry.accuracy, entry.standard_error) if (entry := scores.get(n)) else "-" for n in numbers]
-            rows.append([name, ROW_NAMES.get(inference, inference), *cells])
-        for baseline, entry in report.baselines.items():
-            level = score(entry.accuracy, entry.standard_error)
-            rows.append([name, ROW_NAMES[baseline], level, *["-"] * (len(numbers) - 1)])
-    return markdown_table(["model", "codes by", *(f"given {n}" for n in numbers)], rows, left=2)
-
-
-def left_out(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> list[str]:
-    """Return a sentence for each number of shots at which annotators have too few pairs, and one on missing baselines.
-
-    Models with the same counts share a sentence.
-    """
-    models: dict[str, list[str]] = {}
-    for name, report in reports.items():
-        for n in sorted(set(shots)):
-            if too_few := report.too_few(n):
-                total = sum(report.annotators.values())
-                limit = f"{n} or fewer" if report.labelled is None else f"fewer than {n} labelled pairs"
-                reason = f"annotators left out for having {limit}: {len(too_few)}."
-                models.setdefault(f"given {n}: {total - sum(too_few)} of {total} pairs, {reason}", []).append(name)
-        if not report.has_majority:
-            models.setdefault(NO_MAJORITY, []).append(name)
-    return [f"{', '.join(names)}, {sentence}" for sentence, names in models.items()]
-
-
-def panels(reports: Mapping[str, AdaptationReport]) -> dict[str, list[Line]]:
-    """Return the lines of the plot by the panel's title.
-
-    One model has a single panel with all its curves and the level at z = 0. Several models have a panel for each
-    inference, with a line for each model.
-    """
-    if len(reports) == 1:
-        (report,) = reports.values()
-        curves = [score_line(ROW_NAMES.get(name, name), scores) for name, scores in _curves(report).items()]
-        return {"": [*curves, _level(ROW_NAMES["no_latent"], report.baselines["no_latent"])]}
-    inferences = dict.fromkeys(name for report in reports.values() for name in _curves(report))
-    return {
-        ROW_NAMES.get(inference, inference): [
-            score_line(name, _curves(report)[inference]) if report.mixtures else _level(name, report.baselines["prior"])
-            for name, report in reports.items()
-            if not report.mixtures or inference in _curves(report)
-        ]
-        for inference in inferences
-    }
-
-
-def _curves(report: AdaptationReport) -> Mapping[str, Mapping[int, Score]]:
-    """Return the scores by inference, or none for a policy that cannot adapt, which is shown as a level."""
-    if not report.mixtures:
-        return {}
-    return {name: scores for name, scores in report.scores.items() if name != "exact" or report.weights}
-
-
-def _level(label: str, score: Score) -> Line:
-    return Line(label, (), (), level=score_estimate(score))
