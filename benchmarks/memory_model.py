@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from lpc_lightning.policy.logprobs import CHUNK_ELEMENTS
+from lpc_lightning.policy.logprobs import chunk_size
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 GIB = 2**30
@@ -95,6 +95,8 @@ class Step:
     """Whether gradients of earlier micro-batches are kept."""
     codes: int = 0
     """K, for the exact marginal."""
+    gpu: bool = False
+    """True on a GPU, where the chunks of the head are larger."""
 
     @property
     def stored(self) -> int:
@@ -213,8 +215,8 @@ def layer_backward(model: Architecture, step: Step) -> float:
 
 
 def chunk(model: Architecture, step: Step) -> int:
-    """Answer tokens whose logits are alive at once."""
-    return min(step.answers, max(1, CHUNK_ELEMENTS // model.vocabulary)) if step.chunked else step.answers
+    """Return the number of answer tokens whose logits are alive at once."""
+    return chunk_size(step.answers, model.vocabulary, step.gpu) if step.chunked else step.answers
 
 
 def head_forward(model: Architecture, step: Step) -> float:
@@ -298,7 +300,7 @@ def table(rows: dict[str, Step], model: Architecture, machine: Machine) -> str:
 
 def cases() -> dict[str, dict[str, Step]]:
     """Cases of `docs/memory.md` by heading."""
-    full = Step(tokens=4096, answers=2600, row=1024, devices=8, checkpointing=True, live_reference=False)
+    full = Step(tokens=4096, answers=2600, row=1024, devices=8, checkpointing=True, live_reference=False, gpu=True)
     lora = replace(full, devices=1, adapter=41_943_040, precision="bf16-true")
     return {
         "FSDP2, 8 GPUs, all weights trained, bf16-mixed": {

@@ -400,13 +400,16 @@ def _types(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return product, torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
+def chunk_size(tokens: int, vocabulary: int, on_gpu: bool) -> int:
+    """Return the largest number of tokens in a chunk: as many as allowed on a CPU, equal chunks on a GPU."""
+    most = max(1, (GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS) // vocabulary)
+    return math.ceil(tokens / math.ceil(tokens / most)) if on_gpu and tokens else min(most, tokens)
+
+
 def token_chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
-    """Cut N tokens into chunks: as large as allowed on a CPU, of equal size on a GPU."""
-    tokens = len(hidden)
-    size = max(1, (GPU_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS) // vocabulary)
-    if hidden.is_cuda:
-        size = math.ceil(tokens / max(1, math.ceil(tokens / size)))
-    return [slice(start, start + size) for start in range(0, tokens, max(1, size))]
+    """Cut N tokens into chunks (see `chunk_size`)."""
+    size = chunk_size(len(hidden), vocabulary, hidden.is_cuda)
+    return [slice(start, start + size) for start in range(0, len(hidden), max(1, size))]
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

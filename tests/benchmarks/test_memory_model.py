@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.live_memory import peak_bytes
-from benchmarks.memory_model import LLAMA_3_8B, Architecture, Machine, Step, cases, memory, table
+from benchmarks.memory_model import LLAMA_3_8B, Architecture, Machine, Step, cases, chunk, memory, table
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.policy import TinyPolicy, logprobs
@@ -93,7 +93,6 @@ def test_the_formula_is_within_15_percent(
 ) -> None:
     if chunked:
         monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 2**19)
-        monkeypatch.setattr("benchmarks.memory_model.CHUNK_ELEMENTS", 2**19)
     monkeypatch.setattr(pair_pass, "BATCH_TOKENS", ROWS)
     policy = TinyPolicy(**MODELS[model], attention="sdpa", gradient_checkpointing=checkpointing)
     largest = Largest()
@@ -131,6 +130,14 @@ def test_the_formula_is_within_15_percent(
     )
     parts = memory(Architecture.of(policy.load_config()), step)
     assert parts.total == pytest.approx(measured, rel=0.15), parts
+
+
+def test_cases_have_the_chunks_of_a_gpu() -> None:
+    """2^28 logits of 128,256 are 2,093 tokens: 2,600 answers are two equal chunks, 10,400 are five."""
+    chunks = {
+        step.answers: chunk(LLAMA_3_8B, step) for rows in cases().values() for step in rows.values() if step.chunked
+    }
+    assert chunks == {2600: 1300, 10400: 2080}
 
 
 def test_weights_are_counted_as_published() -> None:
