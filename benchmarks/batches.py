@@ -1,4 +1,4 @@
-"""Batches of a file's pairs, for what is measured without a trainer."""
+"""Batches of a file's pairs, for measurements without a trainer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lpc_lightning.types import PreferenceBatch
 def first_batches(
     data: Path, policy: PolicySpec, count: int, batch_size: int = 4, max_length: int = 512
 ) -> list[PreferenceBatch]:
-    """The first `count` batches that a fit would train on, their reference's log-probabilities 0.
+    """Return the first batches that a fit would train on. The reference's log-probabilities are 0.
 
     Args:
         data: File of preference pairs.
-        policy: Whose tokens they are.
-        count: Batches.
+        policy: The policy, whose tokenizer is used.
+        count: Number of batches.
         batch_size: Pairs in a batch.
         max_length: Tokens of prompt and answer; answers are cut.
 
@@ -44,6 +44,6 @@ def first_batches(
             f"{data}: found {len(pairs)} pairs to train on, expected {count} batches of "
             f"{batch_size}. Take fewer or smaller batches, or a larger file."
         )
-    pairs = pairs.with_reference(np.zeros((len(pairs), 2)))  # what they are does not change what a step takes
+    pairs = pairs.with_reference(np.zeros((len(pairs), 2)))  # the values do not change the time of a step
     layout = SharedPrefixLayout(0, None)
     return [layout([pairs[place] for place in places]) for places in plan]

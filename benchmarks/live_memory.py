@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Bytes at the peak of `run`, over what was there before, on the CPU.
+    """Return the bytes at the peak of `run`, beyond those before it, on the CPU.
 
-    The profiler does not see what other threads free (gloo's, say, which hold on to what they send): such a block
-    counts until its address is given out again.
+    The profiler does not record what other threads free, such as gloo's, which keep what they send. Such a block counts
+    until its address is used again.
     """
     gc.collect()  # what an earlier call left would count when it goes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -1,4 +1,4 @@
-"""What the numbers were measured on: processor, versions, load, and how fast it multiplies matrices."""
+"""Description of a machine: processor, versions, load, and the speed of its matrix products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CUDA_SHAPES = (*SHAPES, (8192, 8192, 8192))
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Processor, memory, versions and load."""
+    """Return processor, memory, versions and load."""
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     facts: dict[str, Any] = {
         "processor": cpus[0].partition(":")[2].strip() if cpus else platform.processor(),
@@ -40,7 +40,7 @@ _BF16 = ("avx512_bf16", "amx_bf16")
 
 
 def peak_flops(device: str, dtype: torch.dtype, seconds: float) -> float:
-    """Fastest matrix product of a few shapes, in floating-point operations a second.
+    """Measure the fastest matrix product of a few shapes, in floating-point operations a second.
 
     Args:
         device: `cpu` or `cuda`.

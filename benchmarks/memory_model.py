@@ -33,7 +33,7 @@ class Architecture:
 
     @classmethod
     def of(cls, config: Any) -> Architecture:
-        """Read it off a config of transformers."""
+        """Return the sizes in a config of transformers."""
         return cls(
             vocabulary=config.vocab_size,
             width=config.hidden_size,
@@ -136,10 +136,10 @@ class Memory:
 
 
 def memory(model: Architecture, step: Step) -> Memory:
-    """The peak of a step after the first, as the sum of what is alive then.
+    """Compute the memory at the peak of a step after the first.
 
-    There are four candidates: the end of the forward pass; the head's backward pass; the last layer's, while nothing of
-    the others has been given back; and the optimizer's step, when all that is left are the gradients, which go with it.
+    There are four candidates: the end of the forward pass; the head's backward pass; the last layer's backward pass,
+    while the activations of all layers are in memory; and the optimizer's step, which needs the gradients alone.
     """
     trained = model.weights if step.adapter is None else step.adapter
     frozen = 0 if step.adapter is None else model.weights
@@ -172,7 +172,7 @@ def memory(model: Architecture, step: Step) -> Memory:
 
 
 def gathered_weights(model: Architecture, step: Step) -> float:
-    """Bytes of weights that FSDP2 holds whole during a step."""
+    """Return the bytes of the weights that FSDP2 gathers during a step."""
     if step.devices == 1:
         return 0.0
     policies = 2 if step.live_reference and step.adapter is None else 1
@@ -180,7 +180,7 @@ def gathered_weights(model: Architecture, step: Step) -> float:
 
 
 def layer_activations(model: Architecture, step: Step) -> float:
-    """Bytes of a token that the backward pass of one layer needs (`lpc_lightning.policy.memory_efficient_layers`).
+    """Return the bytes of a token that the backward pass of one layer needs (see `policy.memory_efficient_layers`).
 
     Two norms keep their input (wide) and give their output to products (narrow); attention keeps queries, keys and
     values (repeated for grouped queries) and its output; the feed-forward network keeps gate and other factor.
@@ -191,7 +191,7 @@ def layer_activations(model: Architecture, step: Step) -> float:
 
 
 def activations(model: Architecture, step: Step) -> float:
-    """Bytes that are kept from the forward pass: of all layers, or with checkpointing of each layer its input."""
+    """Return the bytes kept from the forward pass: those of all layers, or with checkpointing their inputs."""
     layer = step.wide * model.width if step.checkpointing else layer_activations(model, step)
     # The last norm, as published (input and normalized input), and a row of the mask, which all layers share.
     last = step.wide * 2 * model.width + step.narrow * step.row
@@ -202,14 +202,14 @@ def activations(model: Architecture, step: Step) -> float:
 
 
 def passing(model: Architecture, step: Step) -> float:
-    """Bytes in flight while a layer runs forward without being kept: the reference's, or a checkpointed one."""
+    """Return the temporary bytes of the forward pass of a layer that keeps nothing: checkpointed or the reference's."""
     if not (step.live_reference or step.checkpointing):
         return 0.0
     return step.tokens * (step.wide * 2 * model.width + step.narrow * 3 * model.feed_forward)
 
 
 def layer_backward(model: Architecture, step: Step) -> float:
-    """Bytes in flight while a layer runs backward: what it computes again, and gradients of its values."""
+    """Return the temporary bytes of a layer's backward pass: recomputed values, and gradients of its values."""
     again = layer_activations(model, step) if step.checkpointing else 0.0
     return step.tokens * (again + step.wide * 2 * model.width + step.narrow * 5 * model.feed_forward)
 
@@ -220,14 +220,14 @@ def chunk(model: Architecture, step: Step) -> int:
 
 
 def head_forward(model: Architecture, step: Step) -> float:
-    """Bytes of the head's forward pass: logits as the product gives them and in float32, the head in narrow type."""
+    """Return the bytes of the head's forward pass: the product, logits in float32, and the head in the narrow type."""
     product = 0 if step.narrow == 4 else 2
     logits = chunk(model, step) * model.vocabulary * (4 + product)
     return logits + product * model.vocabulary * model.width + 3 * 4 * step.codes * model.vocabulary
 
 
 def head_backward(model: Architecture, step: Step) -> float:
-    """Bytes of its backward pass: probabilities, their gradient, and the gradient of the head with a term to add."""
+    """Return the bytes of the head's backward pass: probabilities, their gradient, and the gradient of the head."""
     product = 0 if step.narrow == 4 else 2
     logits = chunk(model, step) * model.vocabulary * (8 + product)
     gradient = 0 if step.adapter is not None else model.vocabulary * model.width * (step.stored + step.narrow)
@@ -256,7 +256,7 @@ class Machine:
 
 
 def operations(model: Architecture, step: Step) -> float:
-    """Floating-point operations of one pass on a device: 2 a weight and token forward, 4 backward."""
+    """Return the floating-point operations of one pass on a device: 2 a weight and token forward, 4 backward."""
     backbone = 2 * model.layers * model.layer * step.tokens
     attention = 2 * model.layers * model.attended * step.row * step.tokens  # half of a row is seen, in two products
     head = 2 * model.vocabulary * model.width * step.answers
@@ -268,7 +268,7 @@ def operations(model: Architecture, step: Step) -> float:
 
 
 def traffic(model: Architecture, step: Step) -> float:
-    """Bytes that a device takes in: weights for forward and backward pass, gradients, the reference's weights.
+    """Return the bytes that a device receives: weights for both passes, gradients, and the reference's weights.
 
     With an adapter and no sharding (DDP), the adapter's gradients alone.
     """
@@ -281,12 +281,12 @@ def traffic(model: Architecture, step: Step) -> float:
 
 
 def seconds(model: Architecture, step: Step, machine: Machine) -> tuple[float, float]:
-    """Time of one pass: for computing, and for weights and gradients to travel, which overlap where all goes well."""
+    """Return the seconds of one pass for computing and for communication. At best the two overlap."""
     return operations(model, step) / (machine.flops * machine.share), traffic(model, step) / machine.link
 
 
 def table(rows: dict[str, Step], model: Architecture, machine: Machine) -> str:
-    """GiB of each part on a device, whether that fits, and the seconds of a pass, as Markdown."""
+    """Format the GiB of each part on a device, whether they fit, and the seconds of a pass, as a Markdown table."""
     names = [field.name for field in fields(Memory)]
     lines = [f"| | {' | '.join(names)} | **total** | fits | s |", "|---|" + "---:|" * (len(names) + 3)]
     for title, step in rows.items():
@@ -299,7 +299,7 @@ def table(rows: dict[str, Step], model: Architecture, machine: Machine) -> str:
 
 
 def cases() -> dict[str, dict[str, Step]]:
-    """Cases of `docs/memory.md` by heading."""
+    """Return the cases of `docs/memory.md` by heading."""
     full = Step(tokens=4096, answers=2600, row=1024, devices=8, checkpointing=True, live_reference=False, gpu=True)
     lora = replace(full, devices=1, adapter=41_943_040, precision="bf16-true")
     return {

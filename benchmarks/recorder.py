@@ -19,7 +19,7 @@ class StepRecorder(Callback):
     """
 
     def __init__(self, output: str, split: bool = False) -> None:
-        """Say where to.
+        """Keep the settings.
 
         Args:
             output: JSON file to write.
@@ -30,7 +30,7 @@ class StepRecorder(Callback):
         self.parts: StepParts | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what the reference took by now, and begin to time the parts."""
+        """Record the time of the reference so far, and start to time the parts."""
         self.recording.reference = reference_of(pl_module)
         if self.split:
             self.parts = StepParts(trainer, pl_module)
@@ -38,21 +38,21 @@ class StepRecorder(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PreferenceBatch, batch_idx: int
     ) -> None:
-        """The data has arrived."""
+        """Start the clock of the batch, whose data has arrived."""
         if self.parts is not None:
             self.parts.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
-        """Note the step."""
+        """Record the step."""
         metrics = trainer.callback_metrics
         self.recording.end_step(float(metrics["train/loss"]), float(metrics["train/rewards/margins"]), list(batch.ids))
         if self.parts is not None:
             self.parts.end()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write."""
+        """Write the file."""
         if self.parts is not None:
             self.parts.close()
             self.recording.shares = self.parts.seconds()
@@ -60,7 +60,7 @@ class StepRecorder(Callback):
 
 
 def reference_of(module: Any) -> dict[str, Any]:
-    """See `Recording.reference`."""
+    """Return the time of the reference (see `Recording.reference`)."""
     passes = list(module.reference.passes.values()) if isinstance(module.reference, CachedReference) else []
     return {
         "in_step": module.reference is not None and not isinstance(module.reference, CachedReference),

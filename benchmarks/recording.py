@@ -1,4 +1,4 @@
-"""What one run leaves behind: when each step ended, its loss and margin, and the process's peak memory."""
+"""Record of one run: the end, loss and margin of each step, and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Recording:
     """Wall clock at the end of each step, in seconds. The time between two ends is a step with all that belongs to it:
     data, logging, schedules."""
     cpu: list[float] = field(default_factory=list)
-    """CPU seconds of all threads of the process so far, at the same moments: what a busy machine does not change
-    much."""
+    """CPU seconds of all threads of the process so far, at the same moments. They depend less on the load of the
+    machine."""
     loss: list[float] = field(default_factory=list)
     margin: list[float] = field(default_factory=list)
     """Mean reward margin of the step's pairs."""
@@ -35,7 +35,7 @@ class Recording:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def end_step(self, loss: float, margin: float, pairs: list[str]) -> None:
-        """Note the end of a step.
+        """Record the end of a step.
 
         Args:
             loss: Its loss.
@@ -52,7 +52,7 @@ class Recording:
         self.pairs.append(pairs)
 
     def write(self, path: str | Path) -> None:
-        """Add the peaks and write."""
+        """Add the peaks, and write the file."""
         self.facts["peak_bytes"] = peak_bytes()
         self.facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         self.facts["threads"] = torch.get_num_threads()
@@ -60,7 +60,7 @@ class Recording:
 
 
 def peak_bytes() -> int:
-    """Largest resident size of this process so far.
+    """Return the largest resident size of this process so far, in bytes.
 
     From /proc: `getrusage` also includes the size of the parent process.
     """

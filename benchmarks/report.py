@@ -24,7 +24,7 @@ Measure = Callable[[dict[str, Any], Run], list[float]]
 
 
 def render(results: dict[str, Any]) -> str:
-    """All tables: the machine, speed and memory, agreement step by step, and the time split."""
+    """Return all tables: the machine, speed and memory, agreement step by step, and the time split."""
     parts = [_machine(results)]
     for cell in results["cells"]:
         sections = (_speed(cell, results["machine"]["peak_flops"]), _like_with_like(cell), _passes(cell))
@@ -33,7 +33,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def summary(cell: dict[str, Any], name: str, peaks: dict[str, float]) -> dict[str, float]:
-    """What a side did in a cell: medians over the steps after warm-up of all its rounds, and its largest peak."""
+    """Return a side's medians over the steps after warm-up of all its rounds, and its largest peak."""
     runs, pairs = cell["sides"][name], cell["batch_size"]
     wall, cpu, rates, tokens = [], [], [], []
     for run in runs:
@@ -59,9 +59,9 @@ def summary(cell: dict[str, Any], name: str, peaks: dict[str, float]) -> dict[st
 
 
 def ratios(cell: dict[str, Any], over: str, under: str, measure: Measure) -> list[float]:
-    """One side's measure over another's, by round: the median over what is measured of both, such as the same steps.
+    """Return the ratio of a measure of two sides for each round: the median over the values of both, such as steps.
 
-    Within a round both saw about the same machine, and a median of steps does not see the few that it stalled.
+    Within a round the load of the machine is about the same for both, and a median leaves out the few slow steps.
     """
     sides = cell["sides"]
     if over not in sides or under not in sides:
@@ -74,17 +74,17 @@ def ratios(cell: dict[str, Any], over: str, under: str, measure: Measure) -> lis
 
 
 def _time(cell: dict[str, Any], run: Run) -> list[float]:
-    """Seconds of each step after warm-up."""
+    """Return the seconds of each step after warm-up."""
     return _steps(run, "ended")[cell["warmup"] - 1 :]  # the first one listed is step 1
 
 
 def _peak(cell: dict[str, Any], run: Run) -> list[float]:
-    """GiB."""
+    """Return the peak memory in GiB."""
     return [float(run["facts"]["gpu_peak_bytes"] or run["facts"]["peak_bytes"]) / 2**30]
 
 
 def _steps(run: Run, clock: str) -> list[float]:
-    """What each step took but the first, whose beginning is not known."""
+    """Return the seconds of each step but the first, whose beginning is not known."""
     return [end - start for start, end in pairwise(run[clock])]
 
 
@@ -132,7 +132,7 @@ def _like_with_like(cell: dict[str, Any]) -> str:
 
 
 def _passes(cell: dict[str, Any]) -> str:
-    """What the reference took before the first step, and what that would be for each step of this run."""
+    """Return the time of the reference before the first step, in total and for each step of this run."""
     lines = []
     for name in _measured(cell):
         passes = [run["reference"] for run in cell["sides"][name]]

@@ -42,7 +42,7 @@ class Recorder(TrainerCallback):
         self.recording, self._pairs = Recording(), pairs
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """One log a step."""
+        """Record the step, which has one log."""
         if logs and "loss" in logs:
             step = len(self.recording.loss)
             self.recording.end_step(float(logs["loss"]), float(logs["rewards/margins"]), self._pairs[step])

@@ -31,7 +31,7 @@ class StepClock:
             self._events.append(event)
 
     def seconds(self) -> list[float]:
-        """Seconds between each mark and the next one."""
+        """Return the seconds between each mark and the next one."""
         if not self._cuda:
             return [end - start for start, end in pairwise(self.host)]
         torch.cuda.synchronize()

@@ -81,7 +81,7 @@ def _at(rows: list[Row], shape: str, data: str, pairs: int) -> list[Row]:
 
 
 def _best(rows: list[Row], side: str) -> Row | None:
-    """The fastest case of a side without a latent."""
+    """Return the fastest case of a side without a latent."""
     mine = [row for row in rows if row["case"]["side"] == side and row["case"]["latent"] is None]
     return max(mine, key=lambda row: row["pairs_per_s"], default=None)
 
@@ -146,7 +146,7 @@ def _group(rows: list[Row]) -> str:
 
 
 def _first_step(ours: Row | None, trl: Row | None) -> str:
-    """What both sides computed of the same tokens with the same weights."""
+    """Compare the first step of both sides, on the same tokens with the same weights."""
     if ours is None or trl is None or ours["first_pairs"] != trl["first_pairs"]:
         return ""
     metrics = [name for name, value in ours["first_step"].items() if None not in (value, trl["first_step"][name])]

@@ -141,12 +141,12 @@ class Smoke:
         return Cell(f"fit: {name}", ["fit", *(f"--{key}={value}" for key, value in settings.items())], needs)
 
     def _callbacks(self) -> list[object]:
-        """The default callbacks without the progress bar."""
+        """Return the default callbacks without the progress bar."""
         callbacks = yaml.safe_load((CONFIGS / "callbacks" / "default.yaml").read_text())
         return [each for each in callbacks if "ProgressBar" not in each["class_path"]]
 
     def _write_pairs(self) -> None:
-        """Pairs of two annotators, for evaluation and for inference from labels."""
+        """Write pairs of two annotators, for evaluation and for inference from labels."""
         rows = [
             {
                 "prompt": f"How do I cook {number} eggs?",

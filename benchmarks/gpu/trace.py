@@ -115,12 +115,12 @@ def summarize(events: Iterable[dict[str, Any]], steps: int, wall: float) -> dict
 
 
 def _waits(event: dict[str, Any]) -> bool:
-    """cudaMemcpyAsync and its like begin as cudaMemcpy does and do not wait by themselves."""
+    """Return whether an operation waits. cudaMemcpyAsync and the like, whose names begin alike, do not."""
     return "Async" not in event["name"]
 
 
 def _own_time(operations: list[dict[str, Any]]) -> dict[int, float]:
-    """Microseconds of each operation without those that it calls, by id of the event."""
+    """Return the microseconds of each operation without those that it calls, by id of the event."""
     own = {id(event): float(event["dur"]) for event in operations}
     threads: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for event in sorted(operations, key=lambda event: (event["ts"], -event["dur"])):
@@ -134,7 +134,7 @@ def _own_time(operations: list[dict[str, Any]]) -> dict[int, float]:
 
 
 def _top(events: list[dict[str, Any]], durations: dict[int, float], steps: int) -> list[dict[str, Any]]:
-    """The names that took most time, with milliseconds and calls a step."""
+    """Return the names with the most time, with milliseconds and calls of a step."""
     times: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for event in events:
