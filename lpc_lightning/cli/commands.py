@@ -37,8 +37,8 @@ class Command:
     """A command.
 
     Attributes:
-        run: Runs it, given its name and what stands behind it.
-        summary: What it does, in a few words.
+        run: Function of the command line, the name of the command first.
+        summary: Its result, in a few words.
         takes_groups: Whether its settings are in groups, each from a file or from flags.
     """
 
@@ -78,7 +78,7 @@ ENTRY_POINTS = "lpc_lightning.commands"
 
 
 def commands() -> dict[str, Command]:
-    """All commands by name, those of other packages included."""
+    """Return all commands by name, including those of other packages."""
     others = entry_points(group=ENTRY_POINTS)
     return COMMANDS | {each.name: Command(partial(_run_other, each), _about(each)) for each in others}
 
@@ -88,7 +88,7 @@ def _run_other(command: EntryPoint, arguments: list[str]) -> None:
 
 
 def _about(command: EntryPoint) -> str:
-    """The first line of the module's docstring. The module is not imported: that may take seconds."""
+    """Return the first line of the module's docstring. The module is not imported, which may take seconds."""
     spec = find_spec(command.module)
     source = spec.loader.get_source(command.module) if spec and isinstance(spec.loader, InspectLoader) else None
     summary = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0].rstrip(".")

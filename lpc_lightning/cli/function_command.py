@@ -14,37 +14,34 @@ from jsonargparse import ArgumentParser
 def run_function(function: Callable[..., Any], arguments: list[str], name: str) -> Any:
     """Call a function with settings from the command line.
 
-    Every parameter is an option, `--batch_size` or `--batch-size`. A list takes several values, set apart by spaces or
-    commas. A list without a default is no option: its values stand before, between or behind the options, set apart by
-    spaces (a path may have commas). Behind an option that is a list, they would count as its values. A switch (bool)
-    may stand alone, which is `true`.
+    Every parameter is an option, `--batch_size` or `--batch-size`. A list takes several values, separated by spaces or
+    commas. A list without a default is no option: its values are before, between or after the options, separated by
+    spaces (a path may have commas). After an option that is a list, they would count as its values. A switch (bool)
+    without a value is `true`.
 
     Args:
-        function: With type hints, and the meaning of each parameter in a Google-style docstring.
-        arguments: What stands behind the command's name.
+        function: The function, with type hints and a Google-style docstring that describes each parameter.
+        arguments: The command line after the command's name.
         name: The command's name.
 
     Returns:
-        What the function returns.
+        The result of the function.
     """
     docstring = parse(function.__doc__ or "")
     descriptions = {each.arg_name: each.description for each in docstring.params}
-    hints = get_type_hints(function)
+    hints, parameters = get_type_hints(function), inspect.signature(function).parameters
     lists = {each: entry for each, hint in hints.items() if each != "return" and (entry := _entry(hint)) is not None}
     parser = ArgumentParser(prog=f"lpc-lightning {name}", description=docstring.description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of these settings.")
+    options = {each for each in lists if parameters[each].default is not inspect.Parameter.empty}
     for each, entry in lists.items():
-        default = inspect.signature(function).parameters[each].default
         several: dict[str, Any] = {"nargs": "+", "type": entry, "help": descriptions[each]}
-        if default is inspect.Parameter.empty:
-            parser.add_argument(each, **several)
+        if each in options:
+            parser.add_argument(f"--{each}", default=parameters[each].default, **several)
         else:
-            parser.add_argument(f"--{each}", default=default, **several)
+            parser.add_argument(each, **several)
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=set(lists))
     switches = {each for each, hint in hints.items() if hint is bool}
-    options = {
-        each for each in lists if inspect.signature(function).parameters[each].default is not inspect.Parameter.empty
-    }
     parsed = parser.parse_args(_spelled_out(arguments, options, switches))
     settings = parser.instantiate(parsed).as_dict()  # a parameter may be a data class, whose fields are settings
     del settings["config"]
@@ -52,7 +49,7 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
 
 
 def _entry(hint: Any) -> Any:
-    """What a list holds: `str` of `list[str]` and of `list[str] | None`; None for what is no list."""
+    """Return the type of a list's entries: `str` for `list[str]` and `list[str] | None`. None for other types."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next((get_args(option)[0] for option in options if get_origin(option) is list), None)
 
@@ -60,8 +57,8 @@ def _entry(hint: Any) -> Any:
 def _spelled_out(arguments: list[str], lists: set[str], switches: set[str]) -> list[str]:
     """Return the arguments in the parser's form.
 
-    Names have underscores, lists are in pieces, every switch has a value, and values without an option are together:
-    the parser takes them from one place only. They stand behind the last file of settings, which they override.
+    Names have underscores, lists are split, every switch has a value, and values without an option are in one place, as
+    the parser needs. They come after the last file of settings, which they override.
     """
     values: list[str] = []
     options: list[str] = []

@@ -48,6 +48,6 @@ def check_accelerator(name: Any) -> None:
 
 
 def default_precision(accelerator: str) -> str:
-    """bf16-mixed where the device multiplies bfloat16 fast (GPUs, CPUs with AMX or AVX512-BF16), float32 elsewhere."""
+    """Return bf16-mixed if the device multiplies bfloat16 fast (see `is_bfloat16_fast`), otherwise 32-true."""
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if is_bfloat16_fast("cuda" if on_gpu else "cpu") else "32-true"

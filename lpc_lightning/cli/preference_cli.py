@@ -43,8 +43,8 @@ class PreferenceCLI(LightningCLI):
         """Parse and run.
 
         Args:
-            arguments: What stands behind the program's name; None reads the command line.
-            run_folder: Where the run writes. None: a new folder `version_N` in `trainer.default_root_dir`.
+            arguments: The command line after the program's name. None: that of this process.
+            run_folder: Folder of the run. None: a new folder `version_N` in `trainer.default_root_dir`.
         """
         self._command = (sys.argv[1:] if arguments is None else arguments)[:1]
         self._run_folder = run_folder
@@ -155,7 +155,7 @@ class PreferenceCLI(LightningCLI):
             raise ConfigError(f"trainer: {one_line(error)}") from error
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # theirs is static
-        """The given command of Lightning's four, and which of its arguments are no settings.
+        """Return the given one of Lightning's four commands, with its arguments that are no settings.
 
         Parsers of the other three, which take time, are built only for an unknown command.
         """
@@ -283,4 +283,4 @@ JSONARGPARSE = tuple(
     f"- {start}"
     for start in ("Expected a", "Does not validate", "Problem with", "Not a valid", "a class path", "a dict with")
 )
-"""How its own lines begin."""
+"""Beginnings of the lines of its own errors."""
