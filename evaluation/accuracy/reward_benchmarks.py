@@ -34,8 +34,9 @@ SECTIONS: dict[str, dict[str, int]] = {
         "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
-        "xstest-should-respond": 250, "donotanswer": 136,
+        # The published weights of XSTest are the sizes of its two subsets, exchanged. They are kept.
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
+        "xstest-should-respond": 154, "donotanswer": 136,
     },
     # 447 rows of math-prm weigh as much as the six languages together.
     "Reasoning": {
