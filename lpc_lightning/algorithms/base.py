@@ -290,7 +290,12 @@ class PreferenceModule(PolicyModule):
         return min(1.0, self.trainer.global_step / max(1, self._steps - 1))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Update the running moments of the latent space and the reliabilities, once for each optimizer step."""
+        """Update the running moments of the latent space and the reliabilities, once for each optimizer step.
+
+        DeepSpeed accumulates by itself. Lightning then calls this hook after every micro-batch.
+        """
+        if not is_optimizer_step(self.trainer, self.trainer.fit_loop.batch_idx):
+            return
         if self.latent is not None:
             self.latent.update_moments()
         if self.robust_loss is not None:
@@ -444,23 +449,26 @@ def is_logged(trainer: Trainer, batch_idx: int) -> bool:
 def window_weight(trainer: Trainer, pairs: int, batch_idx: int, weights: Tensor | None = None) -> float | Tensor:
     """Return the factor of a micro-batch's mean loss that makes the window's loss the mean over its pairs.
 
-    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short. With
-    weights, the window's loss is sum(w_i l_i) / sum(w_i) over its pairs on all devices, whose gradients the trainer
-    averages. The sum of the weights is known from the order of the epoch, so no device waits for another one. It is 0
-    if all weights of the window are 0.
+    The trainer divides by `accumulate_grad_batches`, even if a micro-batch or the epoch's last window is short.
+    DeepSpeed, which accumulates by itself, divides by it once more. With weights, the window's loss is
+    sum(w_i l_i) / sum(w_i) over its pairs on all devices, whose gradients the trainer averages. The sum of the weights
+    is known from the order of the epoch, so no device waits for another one. It is 0 if all weights of the window are
+    0.
 
     Args:
-        trainer: The trainer. The factor is 1 if its loader is not a `TrainingLoader`, whose batch sizes are known.
+        trainer: The trainer. Only a `TrainingLoader` has known batch sizes. With another loader, the window's loss is
+            the mean of those of its micro-batches.
         pairs: Number of pairs in the micro-batch.
         batch_idx: Number of the micro-batch in the epoch, from 0.
         weights: (B,) weights of the micro-batch's pairs. None: all are equal.
     """
     loader, window = trainer.train_dataloader, trainer.accumulate_grad_batches
+    factor = float(window) if trainer.strategy.handles_gradient_accumulation else 1.0
     if not isinstance(loader, TrainingLoader) or (window == 1 and weights is None):
-        return 1.0
+        return factor
     start = batch_idx - batch_idx % window
     end = min(start + window, int(trainer.num_training_batches))
     if weights is None:
-        return pairs * window / sum(loader.batch_sizes[start:end])
+        return factor * pairs * window / sum(loader.batch_sizes[start:end])
     total = loader.weight_sum(start, end)
-    return weights.sum() * (window * trainer.world_size / total) if total else 0.0
+    return weights.sum() * (factor * window * trainer.world_size / total) if total else 0.0

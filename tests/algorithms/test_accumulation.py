@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
@@ -18,6 +19,7 @@ from lpc_lightning.algorithms.base import is_optimizer_step, window_weight
 from lpc_lightning.data import PreferenceData
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import MarginalSpace
+from lpc_lightning.robust import REPO
 
 
 class Windows(Callback):
@@ -180,3 +182,60 @@ def test_weighted_steps_equal_plain_loop(
     assert run.losses == pytest.approx(losses, rel=1e-9)
     for name, weight in model.named_parameters():
         assert_close(run.weights[f"policy.model.{name}"], weight, rtol=0, atol=1e-7)
+
+
+class Engine(SingleDeviceStrategy):
+    """Accumulates as Lightning's strategy for DeepSpeed and DeepSpeed's engine do (engine.py, `backward` and `step`).
+
+    Lightning calls the optimizer and its hooks after every micro-batch. The engine divides each gradient by the length
+    of the window and takes a step when the window is full.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__("cpu")
+        self.window, self.micro_steps = window, 0
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        return True
+
+    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().backward(closure_loss / self.window, *args, **kwargs)
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        output = closure()
+        self.precision_plugin._after_closure(self.lightning_module, optimizer)
+        self.micro_steps += 1
+        if self.micro_steps % self.window == 0:
+            optimizer.step()
+        return output
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_deepspeed_accumulation_equals_lightnings(
+    weighted: bool, small_policy: Any, fit_run: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": word, "chosen": word * 2, "rejected": word * 3, "annotator": word[0]}
+        | ({"weight": len(word)} if weighted else {})
+        for word in ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = []
+    for strategy in ("auto", Engine(window=3)):
+        module = DPO(
+            policy=small_policy(),
+            latent=MarginalSpace(num_codes=4, hidden=8, init_logit_std=1.0),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+            robust_loss=REPO(),
+        )
+        data = PreferenceData(str(path), validation_share=0.0, batch_size=2, cache_dir=str(tmp_path / "cache"))
+        runs.append(fit_run(module, data, max_epochs=2, accumulate_grad_batches=3, strategy=strategy))
+    expected, actual = runs
+    assert actual.trainer.global_step == expected.trainer.global_step == 4
+    assert_close(actual.module.state_dict(), expected.module.state_dict(), rtol=1e-5, atol=1e-6)
+    learned = [run.module.robust_loss.learned.values for run in runs]
+    assert_close(learned[1], learned[0], rtol=1e-6, atol=0)
+    assert len(learned[0]) == 6
+    assert (learned[0] != 0.9).all()
