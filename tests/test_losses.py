@@ -271,10 +271,13 @@ def test_dpo_mixture_with_margins() -> None:
         assert float(mixture[pair]) == pytest.approx(-math.log(chance), rel=1e-12)
 
 
-def test_weighted_mean_repeats_pairs() -> None:
-    losses = torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
-    repeated = torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64)
-    torch.testing.assert_close(weighted_mean(losses, torch.tensor([2, 1, 0])), repeated.mean(), rtol=1e-15, atol=0)
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_weighted_mean_repeats_pairs(scale: float) -> None:
+    losses = torch.tensor([0.5, 3.0, 7.0], dtype=torch.float64)
+    repeated = torch.tensor([0.5, 0.5, 3.0], dtype=torch.float64)
+    weights = scale * torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(weighted_mean(losses, weights), repeated.mean(), rtol=1e-15, atol=0)
+    assert weighted_mean(losses.float(), weights).dtype == torch.float32
     assert weighted_mean(losses, torch.zeros(3)) == 0
     assert torch.equal(weighted_mean(losses, None), losses.mean())
 
@@ -311,7 +314,7 @@ def test_losses_ignore_reference(name: str) -> None:
 def test_kto_mixture_averages_judgements() -> None:
     """The mixture judges each answer alone, with the mean of its codes' probabilities, in plain exponentials."""
     logps, weights = random_logps(6, codes=3), [0.2, 0.5, 0.3]
-    result = LOSSES["kto"](logps)
+    result = kto_loss(logps, beta=0.1, desirable_weight=0.8, undesirable_weight=1.5, reference_point=0.5)
     mixture = result.of_mixture(torch.tensor(weights, dtype=torch.float64).log().expand(6, 3))
     for pair in range(6):
         z0 = 0.5
@@ -328,8 +331,10 @@ def test_kto_mixture_averages_judgements() -> None:
         desirable, undesirable = (
             sum(w * chance for w, chance in zip(weights, chances, strict=True)) for chances in (judged_w, judged_l)
         )
-        assert float(mixture[pair]) == pytest.approx(((1 - desirable) + 1.5 * (1 - undesirable)) / 2, rel=1e-12)
+        assert float(mixture[pair]) == pytest.approx((0.8 * (1 - desirable) + 1.5 * (1 - undesirable)) / 2, rel=1e-12)
         for code in range(3):
+            loss = (0.8 * (1 - judged_w[code]) + 1.5 * (1 - judged_l[code])) / 2
+            assert float(result.losses[pair, code]) == pytest.approx(loss, rel=1e-12)
             likelihood = judged_w[code] * judged_l[code]
             assert float(result.label_log_likelihood[pair, code].exp()) == pytest.approx(likelihood, rel=1e-12)
 

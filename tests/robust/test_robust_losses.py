@@ -257,6 +257,64 @@ def test_smoothing_of_losses_with_several_terms(
     torch.testing.assert_close(robust.pair_losses(loss, same).of_mixture(log_weights), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_conservative_ipo_mixture_in_exponentials() -> None:
+    """It is the soft minimum over codes of the mean loss of both labels, in nats of 1 / (2 beta)^2."""
+    logps, prior = random_pairs(3, margins=True), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    difference = (logps.policy_chosen - logps.reference_chosen) - (logps.policy_rejected - logps.reference_rejected)
+    target = (0.5 + logps.target_margins) / 0.2
+    nats = 0.16 * (0.8 * (difference - target) ** 2 + 0.2 * (difference + target) ** 2)
+    pairs = ConservativeLoss(0.2).pair_losses(partial(ipo_loss, beta=0.2), logps)
+    torch.testing.assert_close(pairs.label_log_likelihood, -nats, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pairs.losses, nats / 0.16, rtol=1e-12, atol=1e-12)
+    expected = -(prior * (-nats).exp()).sum(-1).log() / 0.16
+    torch.testing.assert_close(pairs.of_mixture(prior.log()), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_conservative_orpo_mixture_in_exponentials() -> None:
+    """The labels' mean log-likelihood is mixed as one term, the texts of both answers each alone."""
+    logps, prior = random_pairs(3, margins=True), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    means = [(logps.policy_chosen / logps.chosen_lengths).exp(), (logps.policy_rejected / logps.rejected_lengths).exp()]
+    odds = (means[0] / (1 - means[0])) / (means[1] / (1 - means[1]))
+    offset = logps.target_margins.exp()
+    mean = 0.8 * (odds / (odds + offset)).log() + 0.2 * (1 / (1 + odds * offset)).log()
+    pairs = ConservativeLoss(0.2).pair_losses(partial(orpo_loss, beta=0.5), logps)
+    torch.testing.assert_close(pairs.label_log_likelihood, mean, rtol=1e-10, atol=1e-12)
+    texts = [
+        (prior * policy.exp()).sum(-1).log() / lengths[:, 0]
+        for policy, lengths in (
+            (logps.policy_chosen, logps.chosen_lengths),
+            (logps.policy_rejected, logps.rejected_lengths),
+        )
+    ]
+    expected = -0.5 * (prior * mean.exp()).sum(-1).log() - 0.8 * texts[0] - 0.2 * texts[1]
+    torch.testing.assert_close(pairs.of_mixture(prior.log()), expected, rtol=1e-10, atol=1e-12)
+
+
+@every_algorithm
+@pytest.mark.parametrize("robust", [ConservativeLoss(0.2), UnbiasedLoss(0.2), DrDPO(), REPO(), HolderDPO()])
+def test_rewards_are_those_of_the_algorithm(algorithm: str, robust: RobustLoss) -> None:
+    if algorithm == "ipo" and isinstance(robust, HolderDPO):
+        return
+    pairs, plain = robust.pair_losses(ALGORITHMS[algorithm], random_pairs()), ALGORITHMS[algorithm](random_pairs())
+    assert torch.equal(pairs.chosen_rewards, plain.chosen_rewards)
+    assert torch.equal(pairs.rejected_rewards, plain.rejected_rewards)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_re_po_of_sure_reliabilities(dtype: torch.dtype) -> None:
+    """Moving averages may reach 0 and 1. A label against them then has the likelihood 1e-6, whatever the margin."""
+    leaf = torch.tensor([-90.0, 90.0, -90.0, 90.0], dtype=dtype, requires_grad=True)
+    rest = [torch.zeros(4, dtype=dtype)] * 3 + [torch.ones(4, dtype=dtype)] * 2
+    reliability = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    pairs = REPO().pair_losses(partial(dpo_loss, beta=1.0), PairLogps(leaf, *rest), reliability)
+    (gradient,) = torch.autograd.grad(pairs.losses.sum(), leaf)
+    likelihood = [0.0, math.log(1e-6), math.log(1e-6), 0.0]
+    assert pairs.label_log_likelihood.tolist() == pytest.approx(likelihood, abs=0.1)
+    for values in (pairs.losses, pairs.label_log_likelihood, gradient):
+        assert values.isfinite().all()
+        assert values.dtype == dtype
+
+
 @pytest.mark.parametrize("algorithm", list(SEVERAL_TERMS))
 @pytest.mark.parametrize("robust", [REPO(), HolderDPO()])
 def test_robust_losses_refuse_several_terms(algorithm: str, robust: RobustLoss) -> None:
