@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 LATENT = "latent.safetensors"
 """File of the latent in a folder that `lpc-lightning export` has written."""
+LATENT_SETTINGS = "lpc"
+"""Key of the latent's settings in the `config.json` of such a folder."""
 EDITABLE = ("chat_template.jinja", "config.json", "generation_config.json", "tokenizer_config.json", "training.json")
 """Files of text that people change by hand. One with another digest is reported, and used."""
 
@@ -122,7 +124,10 @@ class PretrainedPolicy(PolicySpec):
         return adapted
 
     def _load_base(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        model: PreTrainedModel = self._load(AutoModelForCausalLM, config=config, dtype=dtype, **self._quantized(dtype))
+        # The code of an export adds its latent to the logits. A policy is the plain model, which needs no such code.
+        trusted = self.trust_remote_code and not hasattr(config, LATENT_SETTINGS)
+        options = {"dtype": dtype, "trust_remote_code": trusted, **self._quantized(dtype)}
+        model: PreTrainedModel = self._load(AutoModelForCausalLM, config=config, **options)
         if not self.path.endswith(".gguf"):
             return model
         # transformers refuses to save a model with a quantization config. Move the weights to a model without one.
@@ -204,7 +209,7 @@ class PretrainedPolicy(PolicySpec):
         self._check_content("policy.path", file, weights=kind is AutoModelForCausalLM)
         with self._explaining("policy.path", self.path, "Expected a decoder-only model of transformers."):
             # Without this option transformers asks on the terminal, and runs the model's code after a "y".
-            return kind.from_pretrained(name, trust_remote_code=self.trust_remote_code, **options)
+            return kind.from_pretrained(name, **{"trust_remote_code": self.trust_remote_code, **options})
 
     @staticmethod
     def _check_content(setting: str, folder: Path, weights: bool) -> None:

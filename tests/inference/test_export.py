@@ -156,9 +156,11 @@ def test_settings_that_the_checkpoint_cannot_have(fitted: Callable[..., Path], t
 # Models from an export
 
 
+@pytest.mark.parametrize("trusted", [False, True])
 @torch.no_grad()
-def test_the_suite_opens_its_own_exports(checkpoint: Path, exported: dict[str, Path]) -> None:
-    trained, opened = open_policy(str(checkpoint)), open_policy(str(exported["codes"]))
+def test_the_suite_opens_its_own_exports(trusted: bool, checkpoint: Path, exported: dict[str, Path]) -> None:
+    """The code of an export is run by stock transformers only."""
+    trained, opened = open_policy(str(checkpoint)), open_policy(str(exported["codes"]), trust_remote_code=trusted)
     assert (opened.kind, opened.name) == ("export", "codes")
     assert opened.prior.settings == trained.prior.settings
     assert torch.equal(opened.causal_lm(**batch()).logits, trained.causal_lm(**batch()).logits)
