@@ -20,7 +20,7 @@ from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.graphed_backbone import GraphedBackbone
 from lpc_lightning.policy.head import head_of
 from lpc_lightning.policy.logprobs import logits_of, token_chunks, token_logps, token_logps_per_code
-from lpc_lightning.policy.masks import FULL, MASKS, block_mask, layer_windows
+from lpc_lightning.policy.masks import FULL, MASKS, SPARSE, block_mask, layer_windows
 from lpc_lightning.policy.memory_efficient_layers import restore_published
 from lpc_lightning.policy.segment_attention import SEGMENT, query_blocks
 from lpc_lightning.policy.start_adapter import trained_adapter_off
@@ -61,6 +61,7 @@ class CausalPolicy(nn.Module):
             """True if attention on a CPU is computed per segment, so that packed rows of any width cost no more."""
             self.takes_block_mask = self.attends_by_segment or self._applies_block_mask(alone)
             """True if rows can be packed: all layers apply a mask and positions."""
+            self._takes_sparse_mask = self.takes_block_mask and self._applies_sparse_mask(alone)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -108,6 +109,11 @@ class CausalPolicy(nn.Module):
             return False
         return separates_segments(self, alone)
 
+    def _applies_sparse_mask(self, alone: Tensor) -> bool:
+        """Return True if compiled layers can skip hidden blocks. Some families read or change a mask themselves."""
+        kernel = self.backbone.config._attn_implementation
+        return kernel == SPARSE or (kernel == SEGMENT and separates_segments(self, alone, SPARSE))
+
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Turn on or off that the backward pass recomputes each layer's states from the one that is kept."""
         model, verb = self.causal_lm, "enable" if on else "disable"
@@ -139,8 +145,7 @@ class CausalPolicy(nn.Module):
         few_shapes = self.model.device.type == "cuda" if few_shapes is None else few_shapes
         restore_published(self.layers)  # the compiler decides what to keep for the backward pass
         self._compiled = CompiledLayers(self.layers, few_shapes, backend)
-        kernel = self.backbone.config._attn_implementation
-        self.block_sparse = few_shapes and self.takes_block_mask and kernel in (SEGMENT, "flex_attention")
+        self.block_sparse = few_shapes and self._takes_sparse_mask
         self._compiles_head = few_shapes
         weights = list(self.backbone.parameters())
         trains = any(weight.requires_grad for weight in weights)
@@ -177,19 +182,27 @@ class CausalPolicy(nn.Module):
         return packed and self._compiled is not None and self._compiled.runs(batch.input_ids.shape, batch.planned)
 
     def states(
-        self, input_ids: Tensor, attention_mask: Tensor, segments: Tensor | None, position_ids: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        segments: Tensor | None,
+        position_ids: Tensor,
+        mask_kernel: str | None = None,
     ) -> Tensor:
-        """Return (R, T, d) last hidden states of tokens in the layout of `PreferenceBatch`."""
+        """Return (R, T, d) last hidden states of tokens in the layout of `PreferenceBatch`.
+
+        `mask_kernel` is the kernel that the mask of packed rows is made for. Default: the kernel that runs.
+        """
         if input_ids.device.type == "cpu" and torch.is_grad_enabled():
             self._check_trains_on_cpu()
         mask: Any = attention_mask
         options: dict[str, Any] = {"position_ids": position_ids} if self._takes_positions else {}
         if segments is not None:
             config, device = self.backbone.config, input_ids.device.type
-            kernel = config._attn_implementation
+            kernel = mask_kernel or config._attn_implementation
             compiled = self._compiled is not None and self._compiled.runs(input_ids.shape)
             if compiled and self.block_sparse:
-                kernel = "flex_attention"
+                kernel = SPARSE
             if self.attends_by_segment and kernel == SEGMENT and device == "cpu":
                 # transformers uses a mask of four dimensions as it is. The kernel uses the blocks instead.
                 mask, options["blocks"] = input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool), query_blocks(segments)
@@ -201,7 +214,7 @@ class CausalPolicy(nn.Module):
         return self.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **options).last_hidden_state
 
     def _check_trains_on_cpu(self) -> None:
-        if self.backbone.config._attn_implementation == "flex_attention":
+        if self.backbone.config._attn_implementation == SPARSE:
             raise UnsupportedPolicyError(
                 "policy.attention: found flex_attention on a CPU, where torch has no backward pass for it. Expected "
                 "auto, sdpa or eager."

@@ -54,21 +54,22 @@ def check_policy(policy: CausalPolicy) -> Tensor:
 
 
 @torch.no_grad()
-def separates_segments(policy: CausalPolicy, alone: Tensor) -> bool:
+def separates_segments(policy: CausalPolicy, alone: Tensor, mask_kernel: str | None = None) -> bool:
     """Compare an answer beside another one with the states of it alone. Recurrent layers give other states.
 
-    Some families refuse a mask of four dimensions.
+    Some families refuse a mask of four dimensions, or one of blocks.
 
     Args:
         policy: The policy.
         alone: The states that `check_policy` returns.
+        mask_kernel: Kernel that the mask is made for. Default: the policy's.
     """
     row = _row(policy)
     segments = torch.tensor([[0] * PROMPT + [1] * CHOSEN + [2] * REJECTED], device=row.device)
     places = torch.tensor([[*range(PROMPT + CHOSEN), *range(PROMPT, PROMPT + REJECTED)]], device=row.device)
     try:
-        packed = policy.states(row, torch.ones_like(row), segments, places)
-    except (RuntimeError, ValueError):
+        packed = policy.states(row, torch.ones_like(row), segments, places, mask_kernel)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
     pieces = (packed[:, :PROMPT], alone[:, :PROMPT]), (packed[:, -REJECTED:], alone[:, -REJECTED:])
     bound = rounding(alone)

@@ -15,6 +15,8 @@ from lpc_lightning.types import PIECES
 
 BLOCK = 128
 """Tokens on each side of a block of `flex_attention`."""
+SPARSE = "flex_attention"
+"""Kernel that skips blocks without visible tokens."""
 WINDOWED, FULL = "sliding_attention", "full_attention"
 VisibilityRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -146,7 +148,7 @@ MASKS: dict[str, MakeMask] = {
     "sdpa": additive_mask,
     SEGMENT: additive_mask,
     "eager": additive_mask,
-    "flex_attention": block_sparse_mask,
+    SPARSE: block_sparse_mask,
 }
 """Kernels that accept a mask for packed rows, and the function that makes it."""
 

@@ -154,6 +154,15 @@ def test_block_sparse_rows_agree(epoch: list[PreferenceBatch], tiny: Tiny) -> No
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize(("family", "sparse"), [("llama", True), ("mistral", True), ("gpt2", False)])
+def test_families_that_skip_blocks(family: str, sparse: bool, tiny: Tiny) -> None:
+    """GPT-2 reads the dimensions of its mask, and a mask of blocks has none: compiled layers get a whole one."""
+    policy = tiny(family, attention="auto")
+    policy.compile_layers("eager", few_shapes=True)
+    assert policy.takes_block_mask
+    assert policy.block_sparse == sparse
+
+
 def test_other_calls_run_uncompiled(epoch: list[PreferenceBatch], tiny: Tiny) -> None:
     """Call the model directly, as generation and benchmarks do with any shape."""
     _, compiled = twins(tiny)
