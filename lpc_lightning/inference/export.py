@@ -31,6 +31,7 @@ from lpc_lightning.inference.local_paths import clean_configs, without_folders
 from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm, without_latent
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.policy.lora import merge
 
 FILES = "files"
 """Key of the record with the names of all files that `export` has written."""
@@ -165,7 +166,7 @@ def plain_model(module: PreferenceModule, template: Template) -> PreTrainedModel
     part of it.
     """
     wrapped: Any = module.policy.model
-    model = wrapped.merge_and_unload() if module.policy.has_adapter else wrapped
+    model = merge(wrapped) if module.policy.has_adapter else wrapped
     model.config = without_latent(model.config)
     for name, value in vars(module.policy_spec.load_config()).items():
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):

@@ -19,6 +19,7 @@ from lpc_lightning.inference.checkpoints import make_module, module_settings, re
 from lpc_lightning.inference.model_places import find_models
 from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, LATENT_FILE
 from lpc_lightning.policy import PolicySpec, PretrainedPolicy
+from lpc_lightning.policy.lora import merge
 
 ORIGIN = "training.json"
 """File of an exported folder with the origin of its checkpoint."""
@@ -72,7 +73,7 @@ class TrainedPolicy(PolicySpec):
         except CheckpointError as error:
             raise CheckpointError(f"policy.path: {self.path}: {error}") from error
         adapted.load_state_dict(weights, strict=False)
-        merged: PreTrainedModel = adapted if isinstance(adapted, PreTrainedModel) else adapted.merge_and_unload()
+        merged = adapted if isinstance(adapted, PreTrainedModel) else merge(adapted)
         return merged.requires_grad_(True)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:

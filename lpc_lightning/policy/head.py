@@ -29,6 +29,12 @@ def head_of(model: PreTrainedModel) -> LogitHead:
         UnsupportedPolicyError: The model's output layer is not linear.
     """
     linear = model.get_output_embeddings()
+    if hasattr(linear, "base_layer"):
+        raise UnsupportedPolicyError(
+            f"policy: found an adapter on the LM head of {type(model).__name__}, expected a linear LM head, because a "
+            "latent is added to its inputs. Leave lm_head out of policy.lora.target_modules, or set "
+            "policy.merge_adapter to true."
+        )
     if not isinstance(linear, nn.Linear):
         raise UnsupportedPolicyError(
             f"policy: found {type(model).__name__} with {type(linear).__name__} as its output layer, expected a linear "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,3 +65,26 @@ class LoRA:
                 f"policy.lora.target_modules: found {', '.join(unknown)}, which no layer of the model is called, "
                 f"expected names of its layers: {', '.join(sorted(linear))}."
             )
+
+
+def merge(adapted: PeftModel) -> PreTrainedModel:
+    """Add the updates of all active adapters to the weights. An adapted weight that another layer shares is copied.
+
+    With tied embeddings, an adapter of the input embeddings would change the LM head as well.
+
+    Args:
+        adapted: The model with adapters, unquantized. Its layers are changed.
+
+    Returns:
+        The model without adapters.
+    """
+    model = adapted.get_base_model()
+    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    adapted_layers = [getattr(module, "base_layer", None) for module in model.modules()]
+    for layer in filter(None, adapted_layers):
+        for name, weight in layer.named_parameters(recurse=False):
+            if owners[id(weight)] > 1:
+                setattr(layer, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+                model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged

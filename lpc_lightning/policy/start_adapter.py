@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lpc_lightning.errors import UnsupportedPolicyError, one_line
+from lpc_lightning.policy.lora import merge
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -64,7 +65,7 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
     _check_adapter(adapter)
     with _explaining(adapter), torch.device("cpu"):
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter, torch_device="cpu").merge_and_unload()
+        merged = merge(PeftModel.from_pretrained(model, adapter, torch_device="cpu"))
     merged.requires_grad_(True)  # peft froze them
     return merged
 

@@ -1,0 +1,43 @@
+"""Tests of adapters: merged weights against the adapted model of peft, also where layers share a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.policy import LoRA, TinyPolicy
+from lpc_lightning.policy.lora import merge
+
+TOKENS = torch.arange(3, 14)[None]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "q_proj"])
+@torch.no_grad()
+def test_merge_keeps_logits_of_tied_weights(
+    target: str, tied: bool, tmp_path: Path, perturb: Callable[..., None]
+) -> None:
+    model = TinyPolicy(width=16, dtype="float64", options={"tie_word_embeddings": tied}).build().causal_lm
+    plain = model(input_ids=TOKENS).logits
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM"))
+    perturb(torch.nn.ParameterList(p for p in adapted.parameters() if p.requires_grad), deviation=1.0)
+    expected = adapted(input_ids=TOKENS).logits
+    assert (expected - plain).abs().max() > 0.01
+    merged = merge(adapted)
+    torch.testing.assert_close(merged(input_ids=TOKENS).logits, expected)
+    merged.save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(stock(input_ids=TOKENS).logits, expected)
+    assert stock.config.tie_word_embeddings == (tied and target == "q_proj")
+
+
+def test_adapter_on_lm_head_is_refused() -> None:
+    with pytest.raises(UnsupportedPolicyError, match=r"found an adapter on the LM head .* Leave lm_head out of"):
+        TinyPolicy(width=16, lora=LoRA(rank=2, target_modules=["q_proj", "lm_head"])).build()
