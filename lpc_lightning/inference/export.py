@@ -79,7 +79,9 @@ def export(
     check_folder(target, "output")
     target = target.resolve()  # a link to a folder stays, and its folder is written
     _check_free(target, overwrite)
-    module, origin = load_policy(checkpoint, trust_remote_code=trust_remote_code)
+    # bfloat16 weights would round the updates of an adapter before a type of more digits is written.
+    built = "auto" if dtype in ("auto", "bfloat16") else "float32"
+    module, origin = load_policy(checkpoint, built, trust_remote_code=trust_remote_code)
     prior = _prior(module, prior_mode)
     template = make_template(module.tokenizer, *trained_template(origin))
     plain = plain_model(module, template)

@@ -17,7 +17,7 @@ from lpc_lightning.errors import CheckpointError, ConfigError
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.modeling_lpc import LatentCausalLM
 from lpc_lightning.inference.opening import open_module, open_policy
-from lpc_lightning.policy import PretrainedPolicy
+from lpc_lightning.policy import PretrainedPolicy, TinyPolicy
 from tests.inference.conftest import CASES, CODED, FILES, LATENT_FILES, batch
 
 pytestmark = pytest.mark.slow
@@ -93,6 +93,21 @@ def test_half_precision(
         torch.equal(merged[name], value.bfloat16())
         for name, value in load_file(exported["adapter"] / "model.safetensors").items()
     )
+
+
+def test_wider_export_has_exact_updates(fitted: Callable[..., Path], tmp_path: Path) -> None:
+    """Weights of 16 bits and a float32 adapter, merged without a rounding between them."""
+    base = TinyPolicy(width=16, layers=1, heads=2, dtype="bfloat16")
+    base.build().causal_lm.save_pretrained(tmp_path / "base")
+    base.load_tokenizer().save_pretrained(tmp_path / "base")
+    policy = ["--policy=PretrainedPolicy", f"--policy.path={tmp_path / 'base'}", "--policy.dtype=bfloat16"]
+    path = fitted(*policy, "--policy.lora.rank=2")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    weights = load_file(export(str(path), str(tmp_path / "out"), "float32") / "model.safetensors")
+    place = "layers.0.self_attn.q_proj"
+    down, up = (next(value for name, value in state.items() if f"{place}.lora_{side}" in name) for side in ("A", "B"))
+    start = load_file(tmp_path / "base" / "model.safetensors")[f"model.{place}.weight"].float()
+    torch.testing.assert_close(weights[f"model.{place}.weight"] - start, 32 / 2 * up @ down, rtol=1e-4, atol=1e-7)
 
 
 def test_dropout_is_as_published(fitted: Callable[..., Path], tmp_path: Path) -> None:
