@@ -32,6 +32,7 @@ from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_l
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy.lora import merge
+from lpc_lightning.policy.spec import dropout_rates
 
 FILES = "files"
 """Key of the record with the names of all files that `export` has written."""
@@ -170,9 +171,8 @@ def plain_model(module: PreferenceModule, template: Template) -> PreTrainedModel
     wrapped: Any = module.policy.model
     model = merge(wrapped) if module.policy.has_adapter else wrapped
     model.config = without_latent(model.config)
-    for name, value in vars(module.policy_spec.load_config()).items():
-        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-            setattr(model.config, name, value)
+    for name, value in dropout_rates(module.policy_spec.load_config()).items():
+        setattr(model.config, name, value)
     ends = model.generation_config.eos_token_id
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if template.end_id not in known:

@@ -63,6 +63,18 @@ class CausalPolicy(nn.Module):
             """True if rows can be packed: all layers apply a mask and positions."""
             self._takes_sparse_mask = self.takes_block_mask and self._applies_sparse_mask(alone)
 
+    def train(self, mode: bool = True) -> CausalPolicy:
+        """Set the mode of all parts, except that experts are always chosen as in eval mode.
+
+        In training mode, routers with jitter (Phi-3.5-MoE, Mixtral) choose at random. Policy and reference would differ
+        by more than training.
+        """
+        super().train(mode)
+        for part in self.modules():
+            if any("jitter" in name and value for name, value in vars(part).items()):
+                part.training = False
+        return self
+
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, including the layers of an adapter."""

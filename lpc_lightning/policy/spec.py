@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
+def dropout_rates(config: PreTrainedConfig) -> dict[str, float]:
+    """Return the fields of a config that drop states or whole layers at random in training."""
+    parts = ("dropout", "pdrop", "layerdrop")
+    fields = {name: value for name, value in vars(config).items() if isinstance(value, float)}
+    return {name: value for name, value in fields.items() if any(part in name for part in parts)}
+
+
 class PolicySpec(ABC):
     """Settings of a causal language model and its tokenizer. A subclass defines where the weights come from."""
 
@@ -116,9 +123,8 @@ class PolicySpec(ABC):
             UnsupportedPolicyError: The model does not exist, or is not supported.
         """
         config = self.load_config()
-        for name, value in vars(config).items():
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-                setattr(config, name, 0.0)
+        for name in dropout_rates(config):
+            setattr(config, name, 0.0)
         config._attn_implementation = kernel_of(self.attention, config)
         try:
             model = self.load_model(config, getattr(torch, self.dtype))

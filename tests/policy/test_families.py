@@ -154,6 +154,30 @@ def test_family_equals_plain_model(
             assert (gradient - exact[part]).norm() <= 1e-4 * exact[part].norm() + 1e-5 * largest, part
 
 
+RANDOM = {
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.3, "sliding_window": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.3, "sliding_window": None},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16, "layerdrop": 0.9, "dropout": 0.5},
+}
+"""Families that choose experts, or drop layers, at random in training mode."""
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@torch.no_grad()
+def test_training_mode_draws_no_numbers(
+    name: Any,
+    make_pairs: Callable[..., list[TokenizedPair]],
+    naive_logps: Callable[..., Tensor],
+    perturb: Callable[..., None],
+) -> None:
+    pairs = make_pairs([(5, 3, 7), (11, 9, 1)])
+    policy, plain = build(FamilyPolicy(name, options=RANDOM[name]), perturb)
+    assert policy.training
+    expected = naive_logps(plain, pairs)
+    for _ in range(2):
+        torch.testing.assert_close(policy(PaddedLayout(0)(pairs)).logps().double(), expected, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "kernel"),
     [
