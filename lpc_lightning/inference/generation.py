@@ -143,7 +143,13 @@ def answers(
             encoded.append(template.prompt_ids(prompt))
         except BadRow as fault:
             raise DataError(f"prompt {number}: {fault}") from fault
-    writer = _Writer(opened, decoding, ends=[template.end_id, opened.tokenizer.eos_token_id], pad=template.pad_id)
+    published = opened.policy.causal_lm.generation_config.eos_token_id  # Llama 3 and Qwen end with one of several
+    ends = [
+        template.end_id,
+        opened.tokenizer.eos_token_id,
+        *(published if isinstance(published, list) else [published]),
+    ]
+    writer = _Writer(opened, decoding, ends, pad=template.pad_id)
     rooms = [writer.room(number, ids) for number, ids in enumerate(encoded, 1)]
     return (
         Answered(tuple(prompts[place]), prior, found)

@@ -244,6 +244,21 @@ def test_published_generation_config_is_ignored(case: Callable[..., Case]) -> No
     assert made.opened.causal_lm.generation_config is published
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_published_end_tokens_end_an_answer(several: bool, case: Callable[..., Case]) -> None:
+    """Take a token from the middle of an answer as a further end token of the model."""
+    made = case()
+    ids = made.ids(PROMPTS[0])
+    new: list[int] = []
+    while len(new) < 6:
+        new.append(int(made.scores(ids + new, Condition(), len(ids)).argmax()))
+    end = new[4]
+    made.opened.policy.causal_lm.generation_config.eos_token_id = [1000, end] if several else end
+    (answer,) = made.answers(prompts=PROMPTS[:1])[0].answers
+    first = new.index(end)
+    assert answer == Answer("prior", made.tokenizer.decode(new[:first], skip_special_tokens=True).strip(), first, True)
+
+
 def test_a_gaussian_latent_draws_by_the_seed(case: Callable[..., Case]) -> None:
     made = case(kind=GaussianSpace)
     mode = [Condition("drawn", "sample")]
