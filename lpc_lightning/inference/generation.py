@@ -143,7 +143,8 @@ def answers(
             encoded.append(template.prompt_ids(prompt))
         except BadRow as fault:
             raise DataError(f"prompt {number}: {fault}") from fault
-    published = opened.policy.causal_lm.generation_config.eos_token_id  # Llama 3 and Qwen end with one of several
+    generation: Any = opened.policy.causal_lm.generation_config
+    published = generation.eos_token_id  # Llama 3 and Qwen end with one of several
     ends = [
         template.end_id,
         opened.tokenizer.eos_token_id,

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class CausalPolicy(nn.Module):
             """True if rows can be packed: all layers apply a mask and positions."""
             self._takes_sparse_mask = self.takes_block_mask and self._applies_sparse_mask(alone)
 
-    def train(self, mode: bool = True) -> CausalPolicy:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode of all parts, except that experts are always chosen as in eval mode.
 
         In training mode, routers with jitter (Phi-3.5-MoE, Mixtral) choose at random. Policy and reference would differ

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     Returns:
         The model without adapters.
     """
-    model = adapted.get_base_model()
+    model: Any = adapted.get_base_model()
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     adapted_layers = [getattr(module, "base_layer", None) for module in model.modules()]
     for layer in filter(None, adapted_layers):

@@ -126,7 +126,7 @@ class PretrainedPolicy(PolicySpec):
     def _load_base(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         # The code of an export adds its latent to the logits. A policy is the plain model, which needs no such code.
         trusted = self.trust_remote_code and not hasattr(config, LATENT_SETTINGS)
-        options = {"dtype": dtype, "trust_remote_code": trusted, **self._quantized(dtype)}
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trusted, **self._quantized(dtype)}
         model: PreTrainedModel = self._load(AutoModelForCausalLM, config=config, **options)
         if not self.path.endswith(".gguf"):
             return model
