@@ -67,8 +67,8 @@ def evaluate(
     same settings are read and not computed again. Commands that run together keep their results apart. After an
     interruption or a failure, run the same command again to complete the results. With several models, the first is the
     baseline of OUTPUT/comparison.md, .csv and .json. These files have the differences to the baseline and their
-    significance: McNemar's exact test or a paired bootstrap, or, where preference pairs share a prompt, sign flips of
-    whole prompts, corrected by Holm.
+    significance: McNemar's exact test, or sign flips of items, or of whole prompts where preference pairs share one,
+    corrected by Holm.
 
     Args:
         models: Models to evaluate, the baseline first: checkpoints (runs/version_0/checkpoints/best.ckpt), exported

@@ -57,7 +57,7 @@ class Comparison:
             yield cells[0].measure, cells
 
 
-def compare(models: Sequence[ModelScores], seed: int = 0) -> Comparison:
+def compare(models: Sequence[ModelScores]) -> Comparison:
     """Compare models, and test each against the first.
 
     Two scores are tested only if they are comparable. If task version, few-shot examples, items or other conditions
@@ -65,18 +65,17 @@ def compare(models: Sequence[ModelScores], seed: int = 0) -> Comparison:
 
     Args:
         models: At least one model, with distinct names. The first is the baseline.
-        seed: Seed of the bootstrap.
     """
     baseline = models[0]
     measures = dict.fromkeys(measure for model in models for measure in model.scores)
-    cells = [_cell(measure, model, baseline, seed) for measure in measures for model in models]
+    cells = [_cell(measure, model, baseline) for measure in measures for model in models]
     corrected = iter(holm([cell.test.p_value for cell in cells if cell.test]))
     corrected_cells = [replace(cell, p_corrected=next(corrected)) if cell.test else cell for cell in cells]
     remarks = tuple(f"{model.name}, {remark}" for model in models for remark in model.remarks)
     return Comparison(tuple(model.name for model in models), tuple(corrected_cells), remarks)
 
 
-def _cell(measure: Measure, model: ModelScores, baseline: ModelScores, seed: int) -> Cell:
+def _cell(measure: Measure, model: ModelScores, baseline: ModelScores) -> Cell:
     stderr = model.stderrs.get(measure)
     value = model.scores.get(measure)
     note = "" if model is baseline else _reason_against_test(measure, model, baseline)
@@ -86,7 +85,6 @@ def _cell(measure: Measure, model: ModelScores, baseline: ModelScores, seed: int
     test = paired_test(
         list(baseline_items.values()),
         [model_items[item] for item in baseline_items],
-        seed,
         clusters=[baseline.prompts.get(item, str(item)) for item in baseline_items],
     )
     return Cell(measure, model.name, value, stderr, test, note=_caveat(model, baseline))
@@ -126,8 +124,8 @@ def to_markdown(comparison: Comparison) -> str:
     if tested := [_difference(cell) for cell in comparison.cells if cell.test]:
         parts.append(
             f"Score ± standard error. Below: differences to {comparison.models[0]}, with 95 % intervals. p: McNemar's "
-            "exact test if all items score 0 or 1,\nelse a paired bootstrap; sign flips of whole prompts where pairs "
-            f"share one. Holm: corrected for all tests shown. *: Holm below {SIGNIFICANCE}."
+            "exact test if all items score 0 or 1,\nelse sign flips of items, or of whole prompts where pairs share "
+            f"one. Holm: corrected for all tests shown. *: Holm below {SIGNIFICANCE}."
         )
         header = ["task", "metric", "model", "difference", "95 % interval", "p", "Holm", "items"]
         parts.append(markdown_table(header, tested, left=3))

@@ -51,7 +51,7 @@ def test_compare_tests_against_first_model() -> None:
         for other in (one, two)
     }
     assert differences(actual) == expected
-    assert {test.method for test in expected.values()} == {"McNemar", "bootstrap"}
+    assert {test.method for test in expected.values()} == {"McNemar", "sign flips"}
     corrected = [cell.p_corrected for cell in actual.cells if cell.test]
     assert corrected == holm([test.p_value for test in expected.values()])
     for cell in actual.cells:
@@ -70,7 +70,7 @@ def test_compare_tests_prompts_as_wholes() -> None:
     expected = paired_test(first, second, clusters=[index // 4 for index in range(40)])
     assert differences(actual)[ARC, "other"] == expected
     assert {test.method for test in differences(actual).values()} == {"prompts"}
-    assert {test.method for test in differences(compare([base, other])).values()} == {"McNemar", "bootstrap"}
+    assert {test.method for test in differences(compare([base, other])).values()} == {"McNemar", "sign flips"}
 
 
 def test_compare_matches_items_in_any_order() -> None:
@@ -177,7 +177,7 @@ def test_to_markdown_text(small: Comparison) -> None:
         "\n"
         "Score ± standard error. Below: differences to base, with 95 % intervals. p: McNemar's exact test if all items "
         "score 0 or 1,\n"
-        "else a paired bootstrap; sign flips of whole prompts where pairs share one. Holm: corrected for all tests "
+        "else sign flips of items, or of whole prompts where pairs share one. Holm: corrected for all tests "
         "shown. *: Holm below 0.05.\n"
         "\n"
         "| task     | metric | model  | difference |      95 % interval |     p |  Holm | items |\n"
