@@ -62,8 +62,9 @@ class SeedDifference:
     estimate: Estimate
     """Mean of the differences, setting minus baseline."""
     p_value: float | None = None
-    """Two-sided p-value of the paired t-test, with the variance of `estimate`. If all differences are equal, t is
-    undefined, and this is `p_signs`. None if `estimate` has no interval, or one over seeds alone."""
+    """Two-sided p-value of the paired t-test, with the variance of `estimate`. If that is 0 (all differences are equal,
+    and no prompts are shared), t is undefined, and this is `p_signs`. None if `estimate` has no interval, or one over
+    seeds alone."""
     p_signs: float | None = None
     """Two-sided p-value of the sign-flip test, which does not assume a normal distribution. At least 2^(1 - n). None
     if `estimate` has no interval."""
@@ -132,11 +133,10 @@ def paired_difference(
     p_signs = sign_flip_test(differences)
     if not shared.on_record:
         return SeedDifference(mean, None, p_signs)
-    # t is meaningless if the differences are equal up to rounding.
-    scale = max(np.abs(baseline).max(), np.abs(other).max())
-    if mean.deviation <= 1e-12 * scale:
-        return SeedDifference(mean, p_signs, p_signs)
     error, freedom = _standard_error(mean.deviation, mean.n, shared.variance, shared.prompts)
+    # t is meaningless if nothing but rounding varies.
+    if error <= 1e-12 * max(np.abs(baseline).max(), np.abs(other).max()):
+        return SeedDifference(mean, p_signs, p_signs)
     return SeedDifference(mean, float(2 * stats.t.sf(abs(mean.mean) / error, freedom)), p_signs)
 
 

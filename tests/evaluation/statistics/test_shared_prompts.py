@@ -145,6 +145,18 @@ def test_false_positive_rate(design: str, shared: bool, count: int) -> None:
         assert np.mean(stats.ttest_1samp(sets, 0, axis=1).pvalue < 0.05) > 0.2
 
 
+def test_equal_differences_vary_with_prompts() -> None:
+    """Six seeds of an arm without randomness are one result: the test is that over its prompts."""
+    scores = np.random.default_rng(3).normal(0.1, 1.0, PROMPTS)
+    names = [f"prompt {number}" for number in range(PROMPTS)]
+    shared = shared_variance([deviations(scores, names)] * 6)
+    actual = paired_difference([0.5] * 6, [0.5 + scores.mean()] * 6, shared)
+    expected = stats.ttest_1samp(scores, 0)
+    assert actual.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    assert (actual.estimate.low, actual.estimate.high) == pytest.approx(expected.confidence_interval(0.95), rel=1e-9)
+    assert actual.p_signs == pytest.approx(2 / 2**6)
+
+
 @pytest.mark.parametrize("count", range(1, MIN_PROMPTS))
 def test_few_prompts_have_no_test(count: int) -> None:
     """A t-test over seeds alone rejects a true null in over 20 % of sets of several pairs of few prompts."""
