@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.code_finding.pairs import Floats
-from lpc_lightning.evaluation.statistics.clusters import deviations, shared_variance
+from lpc_lightning.evaluation.statistics.clusters import deviations, shared_variance, shares
 from lpc_lightning.evaluation.statistics.seeds import Estimate, estimate
 
 Key = tuple[str, int]
@@ -41,7 +41,8 @@ class Scores:
         values: Sequence[Floats] = self.correct[key]
         if baseline is not None:
             values = [own - other for own, other in zip(values, self.correct[baseline], strict=True)]
-        shared = shared_variance([deviations(own, prompts) for own, prompts in zip(values, self.prompts, strict=True)])
+        added = [deviations(own, prompts) for own, prompts in zip(values, self.prompts, strict=True)]
+        shared = shared_variance(added, {name: share for each in self.prompts for name, share in shares(each).items()})
         return estimate([float(own.mean()) for own in values], shared)
 
     def write(self, path: Path, baseline: str, unit: str) -> None:

@@ -41,4 +41,4 @@ def write_adaptation(folder: Path, report: AdaptationReport, pairs: AdaptationPa
 
 
 def _to_json(score: Score) -> dict[str, Any]:
-    return {name: value for name, value in asdict(score).items() if name != "deviations"}
+    return {name: value for name, value in asdict(score).items() if name not in ("deviations", "shares")}

@@ -11,6 +11,7 @@ from scipy import stats
 from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.evaluation.figures import GREY, add_light_grid
 from lpc_lightning.evaluation.line_panels import Line, draw_panels
+from lpc_lightning.evaluation.statistics.clusters import degrees_of_freedom
 from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, MIN_PROMPTS, Estimate
 
 TITLE = "Accuracy on an annotator's pairs, given others of the same annotator"
@@ -65,6 +66,7 @@ def score_estimate(score: Score) -> Estimate:
     """Return a score with Student's 95 % interval over prompts. Fewer than `MIN_PROMPTS` prompts give none."""
     if score.standard_error is None or score.prompts < MIN_PROMPTS:
         return Estimate(score.pairs, score.accuracy, prompts=score.prompts)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, score.prompts - 1)) * score.standard_error
+    freedom = degrees_of_freedom(score.shares.values())
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * score.standard_error
     deviation = score.standard_error * score.pairs**0.5
     return Estimate(score.pairs, score.accuracy, deviation, score.accuracy - half, score.accuracy + half, score.prompts)

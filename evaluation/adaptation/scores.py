@@ -18,7 +18,7 @@ from lpc_lightning.evaluation.adaptation.inference import (
     log_weights_by_shots,
     log_weights_from_others,
 )
-from lpc_lightning.evaluation.statistics.clusters import cluster_sums, deviations, standard_error
+from lpc_lightning.evaluation.statistics.clusters import cluster_sums, deviations, shares, standard_error
 from lpc_lightning.seeding import derive
 
 SHOTS = (0, 1, 2, 4, 8, 16)
@@ -46,6 +46,8 @@ class Score:
     """Accuracy of each annotator."""
     deviations: Mapping[str, float]
     """What the pairs of each prompt add to the accuracy; see `statistics.clusters.deviations`."""
+    shares: Mapping[str, float]
+    """Share of the pairs that each prompt has."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ def mean_score(values: Table, annotators: NDArray[np.str_], prompts: NDArray[Any
         prompts=len(np.unique(prompts)),
         by_annotator=dict(zip(np.unique(annotators).tolist(), (sums / pairs).tolist(), strict=True)),
         deviations=deviations(values, prompts),
+        shares=shares(prompts),
     )
 
 

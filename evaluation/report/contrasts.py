@@ -134,9 +134,8 @@ def _prompt_differences(run: RunRecord, baseline: RunRecord, metric: str) -> Pro
     if ours.deviations is None or theirs.deviations is None:
         return PromptScores(prompts)
     names = ours.deviations.keys() | theirs.deviations.keys()
-    return PromptScores(
-        prompts, {name: ours.deviations.get(name, 0.0) - theirs.deviations.get(name, 0.0) for name in names}
-    )
+    added = {name: ours.deviations.get(name, 0.0) - theirs.deviations.get(name, 0.0) for name in names}
+    return PromptScores(prompts, added, {**theirs.shares, **ours.shares})
 
 
 def _by_seed(group: Group, metric: str) -> dict[str, RunRecord]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,7 +58,8 @@ def shared_by(seeds: Sequence[PromptScores]) -> Shared:
     """
     known = [seed.deviations for seed in seeds if seed.deviations is not None]
     if len(known) == len(seeds):
-        return shared_variance(known)
+        # Seeds with the same pairs agree in the shares.
+        return shared_variance(known, dict(ChainMap(*(dict(seed.shares) for seed in seeds))))
     prompts = [seed.prompts for seed in seeds if seed.prompts is not None]
     if len(prompts) < len(seeds):
         return NOT_ON_RECORD

@@ -29,6 +29,8 @@ class Shared:
     """Number of prompts that several seeds have."""
     on_record: bool = True
     """False: seeds may share prompts, and what each prompt adds to the scores is not on record."""
+    freedom: float = 0.0
+    """Degrees of freedom of `variance`; see `statistics.clusters.degrees_of_freedom`."""
 
 
 NOTHING_SHARED = Shared()
@@ -95,17 +97,17 @@ def estimate(values: Sequence[float], shared: Shared = NOTHING_SHARED) -> Estima
     mean, deviation = float(samples.mean()), float(samples.std(ddof=1))
     if shared.variance is None:
         return Estimate(len(samples), mean, deviation, prompts=shared.prompts)
-    error, freedom = _standard_error(deviation, len(samples), shared.variance, shared.prompts)
+    error, freedom = _standard_error(deviation, len(samples), shared.variance, shared.freedom)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Estimate(len(samples), mean, deviation, mean - half, mean + half, shared.prompts, not shared.on_record)
 
 
-def _standard_error(deviation: float, count: int, variance: float, prompts: int) -> tuple[float, float]:
+def _standard_error(deviation: float, count: int, variance: float, freedom: float) -> tuple[float, float]:
     """Return the standard error of a mean over seeds, and its degrees of freedom."""
     own, total = deviation**2 / count, deviation**2 / count + variance
     if not variance:
         return own**0.5, count - 1
-    spread = own**2 / (count - 1) + variance**2 / (prompts - 1)
+    spread = own**2 / (count - 1) + variance**2 / freedom
     return total**0.5, total**2 / spread
 
 
@@ -133,7 +135,7 @@ def paired_difference(
     p_signs = sign_flip_test(differences)
     if not shared.on_record:
         return SeedDifference(mean, None, p_signs)
-    error, freedom = _standard_error(mean.deviation, mean.n, shared.variance, shared.prompts)
+    error, freedom = _standard_error(mean.deviation, mean.n, shared.variance, shared.freedom)
     # t is meaningless if nothing but rounding varies.
     if error <= 1e-12 * max(np.abs(baseline).max(), np.abs(other).max()):
         return SeedDifference(mean, p_signs, p_signs)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lpc_lightning.evaluation.statistics.clusters import cluster_sums, standard_error
+from lpc_lightning.evaluation.statistics.clusters import cluster_sums, degrees_of_freedom, shares, standard_error
 from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, sign_flip_test
 
 PATTERNS = 10_000
@@ -81,7 +81,8 @@ def _student(differences: np.ndarray, clusters: Sequence[Any]) -> tuple[float, f
     """Return Student's interval of the mean, with the standard error over clusters."""
     error = standard_error(differences, clusters)
     assert error is not None
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(set(clusters)) - 1)) * error
+    freedom = degrees_of_freedom(shares(clusters).values())
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return float(differences.mean()) - half, float(differences.mean()) + half
 
 

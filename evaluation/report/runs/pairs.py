@@ -18,6 +18,7 @@ from lpc_lightning.evaluation.benchmarks.results import ITEMS
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.statistics.calibration import calibration_deviations, calibration_error
 from lpc_lightning.evaluation.statistics.clusters import deviations as cluster_deviations
+from lpc_lightning.evaluation.statistics.clusters import shares
 
 PAIRS, DEVIATIONS = "pairs", "deviations"
 """Start of the names of the files of a cell: scores of its pairs, and metrics with what each prompt adds to them."""
@@ -32,6 +33,10 @@ OF_SOURCE = {"accuracy": "accuracy/prior", "loss": "log_loss/prior"}
 """Start of the names of metrics of one data set of a mixture, with the same metrics of a source."""
 
 
+MeanAndPrompts = tuple[float, Mapping[str, float], Mapping[str, float]]
+"""A metric, what each prompt adds to it, and the share of the pairs that each prompt has."""
+
+
 class PromptScores(NamedTuple):
     """What is on record about the prompts behind a metric of a run."""
 
@@ -39,6 +44,8 @@ class PromptScores(NamedTuple):
     """The prompts. None: they are not on record."""
     deviations: Mapping[str, float] | None = None
     """What each prompt adds to the metric; see `statistics.clusters.deviations`. None: it is not on record."""
+    shares: Mapping[str, float] = {}
+    """Share of the pairs or items that each of these prompts has."""
 
 
 NOT_ON_RECORD = PromptScores()
@@ -69,25 +76,24 @@ def _of_pairs(cell: Path, metric: str, value: float) -> PromptScores:
         return NOT_ON_RECORD
     prompts = frozenset(_read_pairs(pairs).prompts.tolist())
     entry = _read_deviations(written).get(name) if written.is_file() else None
-    mean, added = entry or _mean_and_deviations(_read_pairs(pairs), _read_groups(pairs), name)
-    return PromptScores(prompts, added if _is_close(mean, value) else None)
+    mean, *added = entry or _mean_and_deviations(_read_pairs(pairs), _read_groups(pairs), name)
+    return PromptScores(prompts, *added) if _is_close(mean, value) else PromptScores(prompts)
 
 
-def _mean_and_deviations(
-    scored: ScoredPairs, groups: Mapping[str, Tensor], name: str
-) -> tuple[float, Mapping[str, float]]:
-    """Compute a metric from scored pairs, and what each prompt adds to it. NaN: it is not known from these pairs."""
+def _mean_and_deviations(scored: ScoredPairs, groups: Mapping[str, Tensor], name: str) -> MeanAndPrompts:
+    """Compute a metric from scored pairs, with its prompts. NaN: it is not known from these pairs."""
     name = OTHER_NAMES.get(name, name)
     start, _, of_which = name.partition("/")
     if start in OF_SOURCE and f"/source/{of_which}" in groups:
         name = f"{OF_SOURCE[start]}/source/{of_which}"
     if (margins := scored.calibrated().get(name)) is not None and len(set(scored.prompts)) > 1:
-        return calibration_error(margins), calibration_deviations(margins, scored.prompts)
+        return calibration_error(margins), calibration_deviations(margins, scored.prompts), shares(scored.prompts)
     values = scored.values({suffix: members for suffix, members in groups.items() if name.endswith(suffix)})
     if name not in values:
-        return math.nan, {}
+        return math.nan, {}, {}
     scores, members = values[name]
-    return float(scores.mean()), cluster_deviations(scores.numpy(), scored.prompts[members.numpy()])
+    prompts = scored.prompts[members.numpy()]
+    return float(scores.mean()), cluster_deviations(scores.numpy(), prompts), shares(prompts)
 
 
 @cache
@@ -101,11 +107,11 @@ def _of_items(folder: Path, metric: str, value: float) -> PromptScores:
     scores = [item["metrics"].get(name) for item in items]
     if all("flipped" in item and None not in item["response"].values() for item in items):
         scored = ScoredPairs.from_items([{**item, "margins": item["response"]} for item in items])
-        mean, added = _mean_and_deviations(scored, group_members(items, ()), name)
-        return PromptScores(frozenset(prompts), added if _is_close(mean, value) else None)
+        mean, *added = _mean_and_deviations(scored, group_members(items, ()), name)
+        return PromptScores(frozenset(prompts), *added) if _is_close(mean, value) else PromptScores(frozenset(prompts))
     if not all(isinstance(score, int | float) for score in scores) or not _is_close(float(np.mean(scores)), value):
         return PromptScores(frozenset(prompts))
-    return PromptScores(frozenset(prompts), cluster_deviations(scores, prompts))
+    return PromptScores(frozenset(prompts), cluster_deviations(scores, prompts), shares(prompts))
 
 
 def _is_close(mean: float, value: float) -> bool:
@@ -130,5 +136,5 @@ def _read_groups(path: Path) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=8)
-def _read_deviations(path: Path) -> dict[str, tuple[float, Mapping[str, float]]]:
-    return {row["metric"]: (row["mean"], row["deviations"]) for row in _read(path)}
+def _read_deviations(path: Path) -> dict[str, MeanAndPrompts]:
+    return {row["metric"]: (row["mean"], row["deviations"], row["shares"]) for row in _read(path)}

@@ -77,14 +77,14 @@ def test_group_metrics_are_means_over_pairs(build: Build, make_pairs: Callable[.
 
 
 def test_standard_errors_over_prompts(build: Build, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
-    """The first two pairs share a prompt. With m the mean: S = (v0 + v1 - 2 m, v2 - m, v3 - m, v4 - m)."""
+    """The first two pairs share a prompt. Leave out one of the four prompts after the other."""
     pairs, layout = make_pairs(LENGTHS), PaddedLayout(0)
     pairs[1] = replace(pairs[1], prompt_ids=pairs[0].prompt_ids)
     report = report_of(build("dpo", None), [layout(pairs[:3]), layout(pairs[3:])])
     values = [item["margins"]["prior"] for item in report.items]
     mean = sum(values) / 5
-    sums = [values[0] + values[1] - 2 * mean, *(value - mean for value in values[2:])]
-    expected = math.sqrt(4 / 3 * sum(each**2 for each in sums)) / 5
+    without = [sum(values[2:]) / 3, *((sum(values) - value) / 4 for value in values[2:])]
+    expected = math.sqrt(3 / 4 * sum((mean - each) ** 2 for each in without))
     assert report.standard_errors["margin/prior"] == pytest.approx(expected, rel=1e-9)
     assert report.items[0]["prompt"] == report.items[1]["prompt"] != report.items[2]["prompt"]
 

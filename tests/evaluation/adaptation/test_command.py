@@ -127,7 +127,7 @@ def test_adapt_counts_pairs_of_training(
 
 def test_panels_one_or_several_models() -> None:
     """One model: its curves and the level at z = 0. Several: a panel for each inference, levels for plain policies."""
-    score = Score(0.5, 0.1, None, 20, 20, {"anna": 0.5}, {})
+    score = Score(0.5, 0.1, None, 20, 20, {"anna": 0.5}, {}, {str(number): 0.05 for number in range(20)})
     levels, curves = {"prior": score, "no_latent": score}, {"exact": {0: score, 2: score}, "exact_z": {0: score}}
     weights = {"anna": np.ones(1)}
     lpc = AdaptationReport({"anna": 20}, curves, levels, weights, mixtures={"exact": {2: {("anna", "1"): np.ones(1)}}})

@@ -127,9 +127,9 @@ def test_positions_double(shots: int) -> None:
 def test_score_line_intervals() -> None:
     """Student's interval over the prompts: 20 prompts and five pairs of each. Three prompts and one have none."""
     scores = {
-        0: Score(0.5, 0.1, None, 100, 20, {"anna": 0.5}, {}),
-        2: Score(0.7, 0.1, None, 15, 3, {"anna": 0.7}, {}),
-        4: Score(0.9, None, None, 1, 1, {"anna": 0.9}, {}),
+        0: Score(0.5, 0.1, None, 100, 20, {"anna": 0.5}, {}, {str(number): 0.05 for number in range(20)}),
+        2: Score(0.7, 0.1, None, 15, 3, {"anna": 0.7}, {}, {}),
+        4: Score(0.9, None, None, 1, 1, {"anna": 0.9}, {}, {}),
     }
     line = score_line("exact", scores)
     assert list(line.positions) == [0, 2, 3]

@@ -119,9 +119,10 @@ def test_prompt_deviations_of_the_calibration_error(tmp_path: Path) -> None:
 def test_prompt_deviations_of_adaptation(tmp_path: Path) -> None:
     """A cell writes them itself."""
     write_pairs(tmp_path, [1.0, 2.0], ["a", "b"])
-    row = {"metric": "adaptation/exact/8", "mean": 0.75, "deviations": {"a": 0.1, "b": -0.1}}
+    added, shares = {"a": 0.1, "b": -0.1}, {"a": 0.25, "b": 0.75}
+    row = {"metric": "adaptation/exact/8", "mean": 0.75, "deviations": added, "shares": shares}
     (tmp_path / "deviations_test.jsonl").write_text(json.dumps(row) + "\n")
-    assert prompt_deviations(tmp_path, "test/adaptation/exact/8", 0.75) == {"a": 0.1, "b": -0.1}
+    assert scores(tmp_path, "test/adaptation/exact/8", 0.75) == PromptScores(frozenset("ab"), added, shares)
     assert prompt_deviations(tmp_path, "test/adaptation/exact/8", 0.5) is None, "other weights"
     assert prompt_deviations(tmp_path, "test/adaptation/exact/4", 0.75) is None
 
@@ -138,8 +139,11 @@ def test_prompt_scores_of_items(metric: str, folder: str, tmp_path: Path) -> Non
     record = RunRecord(
         "run", folder=tmp_path / "run", measured=measured, metrics={metric: 0.5, "lm_eval/none/acc": 0.5}
     )
-    added = {"own 0 h": -0.125, "own 1 h": 0.125, "own 2 h": 0.0}
-    assert prompt_scores(record, metric) == PromptScores(frozenset(added), pytest.approx(added))  # type: ignore[arg-type]
+    # Without one of the three, the mean is 2/3, 1/3 or 1/2.
+    added = {"own 0 h": -1 / 9, "own 1 h": 1 / 9, "own 2 h": 0.0}
+    shares = {"own 0 h": 0.25, "own 1 h": 0.25, "own 2 h": 0.5}
+    expected = PromptScores(frozenset(added), pytest.approx(added), shares)  # type: ignore[arg-type]
+    assert prompt_scores(record, metric) == expected
     assert prompt_scores(record, "lm_eval/none/acc") == NOT_ON_RECORD
 
 
@@ -157,8 +161,9 @@ def test_prompt_scores_of_evaluated_pairs(tmp_path: Path) -> None:
     metrics = {"preferences/accuracy/prior": 2 / 3, "preferences/margin/prior": 1.0, "preferences/swap_turnover": 0.5}
     record = RunRecord("run", measured=dict.fromkeys(metrics, tmp_path), metrics=metrics)
     accuracy, margin, other = (prompt_scores(record, metric).deviations for metric in metrics)
-    assert accuracy == {"a": pytest.approx(-1 / 9), "b": pytest.approx(1 / 9)}
-    assert margin == {"a": pytest.approx(-1.0), "b": pytest.approx(1.0)}
+    # Without a, the means are 1 and 4; without b, 1/2 and -1/2.
+    assert accuracy == {"a": pytest.approx((2 / 3 - 1) / 2), "b": pytest.approx((2 / 3 - 1 / 2) / 2)}
+    assert margin == {"a": pytest.approx((1 - 4) / 2), "b": pytest.approx((1 + 1 / 2) / 2)}
     assert other is None
 
 
