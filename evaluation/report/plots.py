@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 
 from lpc_lightning.evaluation.figures import NoPlot, Plot
 from lpc_lightning.evaluation.report.adaptation_plots import annotator_adaptation
@@ -25,5 +27,11 @@ PLOT_FUNCTIONS: tuple[Callable[[Subject], Drawn], ...] = (
 def draw(subject: Subject) -> tuple[list[Plot], list[NoPlot]]:
     """Draw all plots that have data, and list the others."""
     results = [result for plot in PLOT_FUNCTIONS for result in plot(subject)]
-    plots = [result for result in results if isinstance(result, Plot)]
-    return plots, [result for result in results if isinstance(result, NoPlot)]
+    plots: dict[str, Plot] = {}
+    for result in results:
+        if isinstance(result, Plot):
+            # Names of files have fewer letters than those of metrics.
+            names = (result.name if number == 1 else f"{result.name}-{number}" for number in count(1))
+            name = next(name for name in names if name not in plots)
+            plots[name] = replace(result, name=name)
+    return list(plots.values()), [result for result in results if isinstance(result, NoPlot)]

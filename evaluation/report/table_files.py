@@ -69,6 +69,11 @@ def number_cell(value: float | None, form: str = ".4f") -> Cell:
     return Cell(NO_VALUE) if value is None else Cell(format(value, form), value)
 
 
+def make_record(axes: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a line of a CSV file. An axis with the name of another column becomes `axis.NAME`, such as `axis.n`."""
+    return {f"axis.{name}" if name in numbers else name: value for name, value in axes.items()} | dict(numbers)
+
+
 def to_markdown(table: Table) -> str:
     """Format a table as Markdown, with its title above and its notes below."""
     left = next((index for index, column in enumerate(table.columns) if column.numeric), len(table.columns))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from lpc_lightning.evaluation.comparison.comparison import SIGNIFICANCE
@@ -11,7 +11,15 @@ from lpc_lightning.evaluation.report.contrasts import Contrast
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
 from lpc_lightning.evaluation.report.study import Group, LeftOut, Study, is_numeric
-from lpc_lightning.evaluation.report.table_files import NO_VALUE, Cell, Column, Table, number_cell, text_cell
+from lpc_lightning.evaluation.report.table_files import (
+    NO_VALUE,
+    Cell,
+    Column,
+    Table,
+    make_record,
+    number_cell,
+    text_cell,
+)
 from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, Estimate, estimate
 from lpc_lightning.evaluation.tables import p_value
 
@@ -31,9 +39,9 @@ def means_table(study: Study, metrics: Sequence[str]) -> Table:
         for metric in metrics:
             mean = group.estimate(metric)
             cells += [number_cell(mean.mean if mean else None), _interval(mean), _count(mean, group)]
-            numbers = asdict(mean) if mean else {"n": 0}
+            numbers = asdict(mean) if mean else {**dict.fromkeys(each.name for each in fields(Estimate)), "n": 0}
             axes = {**_axes(study, group), **{axis: " ".join(map(str, each)) for axis, each in chosen.items()}}
-            records.append({**axes, "metric": metric, **numbers, "runs": len(group.records)})
+            records.append(make_record(axes, {"metric": metric, **numbers, "runs": len(group.records)}))
         rows.append(cells)
     notes = [
         "Mean over n seeds with Student's 95 % confidence interval. It covers what changes with the seed. If seeds are "
@@ -69,20 +77,22 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
         ]
         rows.append(cells)
         records.append(
-            {
-                **_axes(study, contrast.group),
-                "metric": contrast.metric,
-                "baseline": " ".join(f"{axis}={value}" for axis, value in contrast.baseline.axes.items()),
-                "difference": mean.mean if mean else None,
-                "low": mean.low if mean else None,
-                "high": mean.high if mean else None,
-                "prompts": mean.prompts if mean else None,
-                "p": difference.p_value if difference else None,
-                "p_holm": contrast.p_corrected,
-                "p_sign_flips": difference.p_signs if difference else None,
-                "n": mean.n if mean else 0,
-                "unpaired_seeds": " ".join(contrast.unpaired),
-            }
+            make_record(
+                _axes(study, contrast.group),
+                {
+                    "metric": contrast.metric,
+                    "baseline": " ".join(f"{axis}={value}" for axis, value in contrast.baseline.axes.items()),
+                    "difference": mean.mean if mean else None,
+                    "low": mean.low if mean else None,
+                    "high": mean.high if mean else None,
+                    "prompts": mean.prompts if mean else None,
+                    "p": difference.p_value if difference else None,
+                    "p_holm": contrast.p_corrected,
+                    "p_sign_flips": difference.p_signs if difference else None,
+                    "n": mean.n if mean else 0,
+                    "unpaired_seeds": " ".join(contrast.unpaired),
+                },
+            )
         )
     count = sum(contrast.p_corrected is not None for contrast in contrasts)
     notes = [
@@ -109,15 +119,17 @@ def cost_table(study: Study) -> Table:
         cells.append(number_cell(peak, ".2f"))
         rows.append([*_axis_cells(study, group), *cells])
         records.append(
-            {
-                **_axes(study, group),
-                "policy_parameters": " ".join(map(str, policy)) or None,
-                "latent_parameters": " ".join(map(str, latent)) or None,
-                "seconds": seconds.mean if seconds else None,
-                "seconds_low": seconds.low if seconds else None,
-                "seconds_high": seconds.high if seconds else None,
-                "peak_gib": peak,
-            }
+            make_record(
+                _axes(study, group),
+                {
+                    "policy_parameters": " ".join(map(str, policy)) or None,
+                    "latent_parameters": " ".join(map(str, latent)) or None,
+                    "seconds": seconds.mean if seconds else None,
+                    "seconds_low": seconds.low if seconds else None,
+                    "seconds_high": seconds.high if seconds else None,
+                    "peak_gib": peak,
+                },
+            )
         )
     notes = [
         "Seconds: mean over seeds. The time of a cell of an ablation includes all its attempts; the time of another "
@@ -147,17 +159,18 @@ def runs_table(study: Study, metrics: Sequence[str]) -> Table:
             cells += [number_cell(record.seconds, ".1f"), text_cell(record.name)]
             rows.append([*_axis_cells(study, group), *cells])
             records.append(
-                {
-                    **_axes(study, group),
-                    **record.tuned,
-                    "seed": record.seed,
-                    "status": record.status,
-                    "run": record.name,
-                    "seconds": record.seconds,
-                    "peak_bytes": record.peak_bytes,
-                    **{f"{part}_parameters": count for part, count in record.parameters.items()},
-                    **record.metrics,
-                }
+                make_record(
+                    {**_axes(study, group), **record.tuned},
+                    {
+                        "seed": record.seed,
+                        "status": record.status,
+                        "run": record.name,
+                        "seconds": record.seconds,
+                        "peak_bytes": record.peak_bytes,
+                        **{f"{part}_parameters": count for part, count in record.parameters.items()},
+                        **record.metrics,
+                    },
+                )
             )
     return Table("runs", "All runs", columns, rows, records)
 

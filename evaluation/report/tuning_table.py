@@ -8,7 +8,15 @@ from typing import Any
 
 from lpc_lightning.evaluation.report.runs.records import GroupTuning
 from lpc_lightning.evaluation.report.runs.settings import Value
-from lpc_lightning.evaluation.report.table_files import NO_VALUE, Cell, Column, Table, number_cell, text_cell
+from lpc_lightning.evaluation.report.table_files import (
+    NO_VALUE,
+    Cell,
+    Column,
+    Table,
+    make_record,
+    number_cell,
+    text_cell,
+)
 
 
 def tuning_table(tunings: Sequence[GroupTuning]) -> Table:
@@ -52,18 +60,20 @@ def _mean(tuning: GroupTuning, value: Value) -> float | None:
 
 def _records(tuning: GroupTuning, axes: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        {
-            **{axis: tuning.axes.get(axis) for axis in axes},
-            "tuned": tuning.axis,
-            "value": value,
-            "seed": seed,
-            "metric": tuning.by,
-            "score": score,
-            "mean": _mean(tuning, value),
-            "is_chosen": value == tuning.value,
-            "is_added": value in tuning.added,
-            "note": tuning.note,
-        }
+        make_record(
+            {axis: tuning.axes.get(axis) for axis in axes},
+            {
+                "tuned": tuning.axis,
+                "value": value,
+                "seed": seed,
+                "metric": tuning.by,
+                "score": score,
+                "mean": _mean(tuning, value),
+                "is_chosen": value == tuning.value,
+                "is_added": value in tuning.added,
+                "note": tuning.note,
+            },
+        )
         for value, scores in tuning.scores.items()
         for seed, score in scores.items()
     ]

@@ -203,6 +203,26 @@ def test_report_of_few_runs(write_ablation: Write, seeds: list[int | None], late
 
 
 @pytest.mark.slow
+def test_report_of_similar_names(write_ablation: Write, tmp_path: Path) -> None:
+    """An axis has the name of a column, and two metrics differ in letters that a file name does not have."""
+    folder = write_ablation({"n": [4, 8], "p": [1, 2]}, [1, 2], lambda n, p, seed: 0.5 + (n + p + seed) / 100)
+    metrics = ["val/accuracy/prior/factor/学术", "val/accuracy/prior/factor/商业"]
+    for path in folder.glob("cells/*/results.json"):
+        results = json.loads(path.read_text())
+        results["metrics"] |= {name: 0.4 + 0.1 * number for number, name in enumerate(metrics)}
+        path.write_text(json.dumps(results))
+    report([str(folder)], out=str(tmp_path / "out"), metric=metrics, x=["n"], baseline=["n=4"])
+    means, differences = (rows(tmp_path / "out" / f"{name}.csv") for name in ("means", "differences"))
+    assert [(row["axis.n"], row["p"], row["n"]) for row in means[::2]] == [
+        ("4", "1", "2"), ("4", "2", "2"), ("8", "1", "2"), ("8", "2", "2")
+    ]  # fmt: skip
+    assert [(row["n"], row["axis.p"]) for row in differences] == [("2", "1"), ("2", "2")] * 2
+    pictures = re.findall(r"\]\((plots/.*)\)", (tmp_path / "out" / "report.md").read_text())
+    assert len(set(pictures)) == len(pictures) >= 8
+    assert all((tmp_path / "out" / picture).is_file() for picture in pictures)
+
+
+@pytest.mark.slow
 def test_report_selects_metrics_axes_and_baseline(write_ablation: Write, tmp_path: Path) -> None:
     axes = {"latent": ["none", "x"], "noise": [0, 0.5], "codes": [8, 64]}
     folder = write_ablation(axes, [1, 2], lambda latent, noise, codes, seed: 0.5 + noise * seed / 10)
