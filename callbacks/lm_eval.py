@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.run_length import total_steps
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.data.trainer_data import template_settings
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
@@ -135,7 +136,7 @@ class LMEvaluation(Callback):
     ) -> None:
         """Evaluate after every n-th step. The last step is evaluated at the end of training."""
         step = trainer.global_step
-        if self.every_n_steps is None or step == self._last_step or step == trainer.estimated_stepping_batches:
+        if self.every_n_steps is None or step == self._last_step or step == total_steps(trainer):
             return
         self._last_step = step
         if step % self.every_n_steps == 0 and not keeps_weights_elsewhere(trainer.strategy):

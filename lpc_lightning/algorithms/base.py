@@ -22,7 +22,7 @@ from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fe
 from lpc_lightning.algorithms.outputs import EvaluationOutput, TrainingOutput
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
 from lpc_lightning.algorithms.position import restore_position, store_position
-from lpc_lightning.algorithms.run_length import compare_run_length, run_length, warn_of_no_step
+from lpc_lightning.algorithms.run_length import compare_run_length, run_length, set_accumulation, warn_of_no_step
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.errors import ConfigError
@@ -214,6 +214,7 @@ class PreferenceModule(PolicyModule):
             loader.load_state_dict(self._resumed["training_data"])
         if "run_length" in self._resumed:
             compare_run_length(self.trainer, self._resumed["run_length"])
+        set_accumulation(self.trainer)
         # A checkpoint of step 0 can come from before the warm start, or from within the first step, after it.
         self.warm_start_result = self._resumed.get("warm_start")
         self._code_range = self._resumed.get("code_range")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lpc_lightning.algorithms.checkpoint import check_same_architecture, trained_shapes
 from lpc_lightning.algorithms.latent_mixin import LatentMixin
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
+from lpc_lightning.algorithms.run_length import total_steps
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.distributed.build_sharded import build_sharded
 from lpc_lightning.distributed.sharding import check_strategy, policies_of, set_micro_batch_size, shard
@@ -218,7 +219,7 @@ class PolicyModule(LatentMixin, LightningModule):
                 clip(group["params"], gradient_clip_val)
 
     def _total_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
+        steps = total_steps(self.trainer)
         if steps == float("inf"):
             raise ConfigError(
                 "trainer: found no end of training, expected max_steps or max_epochs. The schedules of the learning "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -18,11 +19,33 @@ LENGTH_SETTINGS = ("max_epochs", "max_steps", "limit_train_batches")
 
 def run_length(trainer: Trainer) -> dict[str, Any]:
     """Return the settings that a checkpoint stores, by name."""
-    accumulated: Any = trainer.accumulate_grad_batches
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
-        if isinstance(callback, GradientAccumulationScheduler):
-            accumulated = callback.scheduling  # by epoch; the trainer's number holds for the current epoch only
+    schedule = _accumulation(trainer)
+    # By epoch: the trainer's number holds for the current epoch only.
+    accumulated: Any = trainer.accumulate_grad_batches if schedule is None else schedule.scheduling
     return {"accumulate_grad_batches": accumulated, **{name: getattr(trainer, name) for name in LENGTH_SETTINGS}}
+
+
+def total_steps(trainer: Trainer) -> float:
+    """Return the number of optimizer steps of a run, whatever each epoch accumulates. Infinity if it has no end."""
+    steps, schedule = trainer.estimated_stepping_batches, _accumulation(trainer)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if schedule is None or epochs is None or epochs < 0 or math.isinf(batches):
+        return steps
+    windows = (schedule.get_accumulate_grad_batches(epoch) for epoch in range(max(epochs, 1)))
+    steps = sum(math.ceil(batches / window) for window in windows)
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+
+
+def set_accumulation(trainer: Trainer) -> None:
+    """Set the accumulation of the current epoch. Lightning does not if it resumes within an epoch."""
+    if (schedule := _accumulation(trainer)) is not None:
+        trainer.accumulate_grad_batches = schedule.get_accumulate_grad_batches(trainer.current_epoch)
+
+
+def _accumulation(trainer: Trainer) -> GradientAccumulationScheduler | None:
+    """Return the callback that sets the accumulation of each epoch, if there is one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+    return next((each for each in callbacks if isinstance(each, GradientAccumulationScheduler)), None)
 
 
 def compare_run_length(trainer: Trainer, before: dict[str, Any]) -> None:
@@ -47,7 +70,7 @@ def compare_run_length(trainer: Trainer, before: dict[str, Any]) -> None:
     ]:
         rank_zero_warn(
             f"resume: found trainer.{', trainer.'.join(changes)}. From here on, the schedules of the learning rate, g "
-            f"and tau are those of a run of {trainer.estimated_stepping_batches} steps."
+            f"and tau are those of a run of {total_steps(trainer)} steps."
         )
         _set_learning_rates(trainer)
 

@@ -73,6 +73,8 @@ class Case(NamedTuple):
     trainer: dict[str, Any]
     checkpoints: list[str]
     num_workers: int = 0
+    accumulated: dict[int, int] | None = None
+    """Number of accumulated batches by epoch."""
 
 
 # An epoch has 11 micro-batches. The last one has one pair. With accumulation over 4, the last step has only 3.
@@ -97,6 +99,9 @@ CASES = {
     "part of an epoch, in float64": Case(
         {"max_epochs": 2, "limit_train_batches": 7, "accumulate_grad_batches": 2, "precision": "64-true"},
         ["batch-step=2", "epoch-step=4"],
+    ),
+    "accumulated by epoch": Case(
+        {"max_epochs": 2}, ["batch-step=1", "epoch-step=3", "batch-step=4"], accumulated={0: 4, 1: 2}
     ),
     "num_workers": Case(
         {"max_epochs": 2, "accumulate_grad_batches": 2}, ["batch-step=2", "epoch-step=6"], num_workers=2
@@ -126,7 +131,8 @@ def whole(
 
     def fit(folder: Path, ckpt_path: Path | None = None, seed: int = 1, **data: Any) -> Any:
         settings = {"num_workers": case.num_workers} | data
-        options = case.trainer | {"callbacks": savers(folder), "ckpt_path": ckpt_path}
+        schedule = [] if case.accumulated is None else [GradientAccumulationScheduler(dict(case.accumulated))]
+        options = case.trainer | {"callbacks": [*savers(folder), *schedule], "ckpt_path": ckpt_path}
         return fit_run(MODULES[module](small_policy), small_data(**settings), seed, **options)
 
     with pytest.MonkeyPatch.context() as environment:
