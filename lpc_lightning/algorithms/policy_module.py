@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lpc_lightning.algorithms.checkpoint import check_same_architecture, trained_shapes
 from lpc_lightning.algorithms.latent_mixin import LatentMixin
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
+from lpc_lightning.algorithms.refused_callbacks import check_callbacks
 from lpc_lightning.algorithms.run_length import total_steps
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.distributed.build_sharded import build_sharded
@@ -73,7 +74,8 @@ class PolicyModule(LatentMixin, LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Check and set up the strategy. The DataModule of the run has been set up before."""
+        """Check callbacks and strategy, and set up the strategy. The DataModule of the run has been set up before."""
+        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's connector
         if stage == "fit":
             self.policy_spec.check_start()
             if self.needs_reference:

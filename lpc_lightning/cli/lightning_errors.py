@@ -7,10 +7,6 @@ from lpc_lightning.errors import one_line
 EXPLANATIONS = {
     "`val_check_interval`": "trainer.val_check_interval: {error}",
     "Early stopping conditioned on metric": "callbacks: {error}",
-    "When using the learning rate finder": (
-        "callbacks: found LearningRateFinder, which needs a module with a single learning rate, expected none. Set "
-        "model.optimizer.lr and model.latent_lr, or choose them with `tune` of a grid (lpc-lightning ablate)."
-    ),
 }
 """Line for each error, by the start of its text."""
 

@@ -236,8 +236,12 @@ def test_split_that_no_row_has(command: Command, places: list[str], tmp_path: Pa
             ["--callbacks+=lightning.pytorch.callbacks.LearningRateFinder"],
             r"callbacks: found LearningRateFinder, .*Set model\.optimizer\.lr",
         ),
+        (
+            ["--callbacks+=BatchSizeFinder"],
+            r"callbacks: found BatchSizeFinder, .*Set data\.batch_size",
+        ),
     ],
-    ids=["interval", "monitor", "finder"],
+    ids=["interval", "monitor", "learning rate", "batch size"],
 )
 def test_refusal_of_lightning_is_one_line(fit: Command, flags: list[str], pattern: str) -> None:
     output = fit("--trainer.max_epochs=1", "--latent=null", *flags)
