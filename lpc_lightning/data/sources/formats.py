@@ -10,7 +10,7 @@ from lpc_lightning.data.sources.labelled_answers import SETTINGS, find_labelled_
 from lpc_lightning.data.sources.markup import is_dialogue_in_lines, refuse_rendered
 from lpc_lightning.data.sources.messages import describe, spelled_messages, unread_keys
 from lpc_lightning.data.sources.prompts import find_prompt, refuse_other_prompt, with_input, with_system
-from lpc_lightning.data.sources.rows import BadRow, Row
+from lpc_lightning.data.sources.rows import BadRow, Row, is_missing
 from lpc_lightning.data.sources.structures import (
     Structure,
     Triple,
@@ -57,7 +57,7 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
     answers = (columns.chosen, columns.rejected) if labelled is None else labelled.ordered(row)
     answers = voted_order(row, answers, columns.vote)
     for name in answers:
-        if row.get(name) is None:
+        if is_missing(row.get(name)):
             raise BadRow("missing answer", f"no {name!r}; the row has {sorted(map(str, row))}; {SETTINGS}")
     special = [] if labelled is None else [labelled.description]
     names = (columns.prompt, *answers)
@@ -155,5 +155,8 @@ def _unknown_form(row: Row, names: Sequence[str]) -> BadRow:
 
 
 def _label(row: Row, column: str) -> str:
+    """Return a label as text. A table writes whole numbers as 3.0 if some of them are missing."""
     value = row.get(column)
-    return "" if value is None else str(value)
+    if is_missing(value):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

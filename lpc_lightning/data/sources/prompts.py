@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence, Sized
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.markup import occurs
 from lpc_lightning.data.sources.messages import describe
-from lpc_lightning.data.sources.rows import BadRow, Row
+from lpc_lightning.data.sources.rows import BadRow, Row, is_missing
 from lpc_lightning.types import Message, PreferenceExample
 
 PROMPT_NAMES = ("instruction", "question", "query", "history", "context")
@@ -31,9 +30,9 @@ def find_prompt(row: Row, columns: Columns, of_form: str | None) -> str:
     Raises:
         BadRow: Several columns may hold the prompt.
     """
-    if row.get(columns.prompt) is not None or columns.prompt != Columns.prompt:
+    if not is_missing(row.get(columns.prompt)) or columns.prompt != Columns.prompt:
         return columns.prompt
-    free = [name for name in PROMPT_NAMES if row.get(name) and name not in columns.purposes]
+    free = [name for name in PROMPT_NAMES if not _is_empty(row.get(name)) and name not in columns.purposes]
     if of_form in free:
         return of_form
     if len(free) > 1:
@@ -153,10 +152,10 @@ def _texts(row: Row, setting: str, names: Sequence[str], columns: Columns | None
 
 
 def _is_empty(cell: Any) -> bool:
-    """Return True for a cell without content. Tables have NaN in place of a missing number."""
+    """Return True for a cell without content."""
     if isinstance(cell, str):
         return not cell.strip()
-    return cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, Sized) and not cell)
+    return is_missing(cell) or (isinstance(cell, Sized) and not cell)
 
 
 def _names(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +24,11 @@ def entry_of(row: Mapping[str, Any], name: str, default: Any = None) -> Any:
     first, _, rest = name.partition(".")
     inner = row.get(first)
     return entry_of(inner, rest, default) if isinstance(inner, Mapping) else default
+
+
+def is_missing(cell: Any) -> bool:
+    """Return True for a cell without a value. Tables have NaN in place of a missing one."""
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
 SKIP = "`--data.bad_rows skip` (evaluate and adapt: `--bad_rows skip`)"

@@ -1,16 +1,21 @@
 import csv
 import gzip
 import json
+import math
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.reading import read_rows
+from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import BadRow, DataError
+from lpc_lightning.data.sources.splits import split_names
 
 ROWS = [
     {"prompt": f"p{i}", "chosen": "a\u2028b", "rejected": "c", "meta": {"score": i} if i else "none"} for i in range(3)
@@ -231,3 +236,20 @@ def test_read_rows_expands_home(monkeypatch, write_rows):
     path = write_rows(ROWS)
     monkeypatch.setenv("HOME", str(path.parent))
     assert len(list(read_rows(Path("~") / path.name))) == 3
+
+
+def test_missing_numbers_of_a_table(tmp_path):
+    """pandas writes NaN for missing values, and floats in a column of integers that lacks one."""
+    rows = [{"id": 7, "annotator": 3, "split": "train"}, {"id": 8, "annotator": None, "split": None}]
+    texts = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", **row} for i, row in enumerate([*rows, {}])]
+    records = pd.DataFrame(texts).to_dict("records")
+    assert math.isnan(records[1]["annotator"])
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report = DataReport()
+    examples = list(RowSource(str(path), split="train").read(report))
+    assert [(each.id, each.annotator) for each in examples] == [
+        ("7", "3"), ("8", ""), ("pairs.jsonl line 3", ""),
+    ]  # fmt: skip
+    assert report.other_splits == {}
+    assert split_names(open_location(path)) == {"train"}
