@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -59,11 +60,16 @@ class GracefulStop(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Save and stop if a stop is requested during a validation, except for one at the end of the run."""
+        """Save and stop if a stop is requested during a validation, except for one at the end of the run.
+
+        With `WeightAveraging` the validation ends first: until then the module has the averaged weights.
+        """
         if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
             self._stepping = True
             is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
-            if not is_last:
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+            has_averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+            if not (is_last or has_averages):
                 self._stop_if_requested(trainer)
 
     def _listen(self) -> None:

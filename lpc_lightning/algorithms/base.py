@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -409,7 +408,7 @@ class PreferenceModule(PolicyModule):
         if self.robust_loss is not None and (state := self.robust_loss.state_dict()):
             checkpoint["robust_loss"] = state
 
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, and restore the state of the run.
 
         Raises:

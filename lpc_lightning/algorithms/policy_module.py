@@ -35,6 +35,8 @@ from lpc_lightning.types import PreferenceBatch
 
 PARTS = ("policy", "reference", "latent")
 """Attributes of the module that are built in `configure_model`."""
+WEIGHTS = ("state_dict", "current_model_state")
+"""Entries of a checkpoint with weights. The second one is that of Lightning's `WeightAveraging`."""
 COMPILED_FROM = 200
 """Smallest number of micro-batches of a run for which compilation saves time."""
 GRAPHED_BELOW = 500_000_000
@@ -233,10 +235,10 @@ class PolicyModule(LatentMixin, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights alone: those of the policy or its adapter, and those of the latent space."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self._trained}
+        for key in set(WEIGHTS) & set(checkpoint):
+            checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name in self._trained}
 
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture. DeepSpeed loads its own weights before this check.
 
         Raises:
@@ -248,6 +250,10 @@ class PolicyModule(LatentMixin, LightningModule):
             self.double()  # Lightning does so after it has loaded the weights, which float32 would round
         if "state_dict" in checkpoint:
             check_same_architecture(self._trained, checkpoint["state_dict"])
+        if set(WEIGHTS) <= set(checkpoint):  # `WeightAveraging` needs the frozen weights as well
+            frozen = self.state_dict()
+            for key in WEIGHTS:
+                checkpoint[key] = frozen | checkpoint[key]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights like torch. Frozen weights, which no checkpoint holds, are not reported as missing."""
