@@ -3,6 +3,8 @@
 A few percent are less than two runs of the same thing differ by on a shared machine. Step by step in turn, they show.
 
     python -m benchmarks.latent_cost --data $LPC_DATA_DIR/preferences/hh_helpful_harmless.jsonl
+
+In bf16-mixed, or in float32 on a CPU without AVX512-BF16 and AMX.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import DataError
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import PolicySpec, PretrainedPolicy
+from lpc_lightning.policy.precision import is_bfloat16_fast
 from lpc_lightning.types import PreferenceBatch
 
 LATENTS: dict[str, Callable[[], LatentSpace] | None] = {
@@ -45,7 +48,8 @@ class Stepper:
 
     def loss(self, batch: PreferenceBatch) -> Tensor:
         """As `PreferenceModule.training_step` has it, metrics included."""
-        with torch.autocast(self.module.device.type, torch.bfloat16):
+        device = self.module.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=is_bfloat16_fast(device)):
             reading, score = self.module.score_batch(batch)
             terms = self.module.training_terms(reading.states, score, 0.5)
             self.module.train_metrics.update(terms, reading.states)

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data_files import NAMES, find_files
-from benchmarks.report import SPLIT, render
+from benchmarks.report import DTYPES, SPLIT, render
+from lpc_lightning.cli.machine import default_precision
+from lpc_lightning.policy.precision import warn_of_slow_products
 
 BETA, SEED = 0.1, 0
 DATA = {"validation_share": 0.0, "test_split": None, "too_long": "truncate_answer"}
@@ -207,7 +209,10 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("LPC_DATA_DIR") or "data") / "preferences")
     parser.add_argument(
-        "--precision", nargs="+", choices=["bf16-mixed", "bf16-true", "32-true"], default=["bf16-mixed"]
+        "--precision",
+        nargs="+",
+        choices=["bf16-mixed", "bf16-true", "32-true"],
+        help="default: bf16-mixed, on a CPU without AVX512-BF16 and AMX 32-true",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
@@ -228,6 +233,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--split", action="store_true", help="also time the parts of our steps, in runs of their own")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()
+    options.precision = options.precision or [default_precision(options.device)]
+    for precision in options.precision:
+        warn_of_slow_products(options.device, DTYPES[precision], "Take --precision 32-true.")
     if not 1 <= options.warmup < options.steps:
         parser.error(
             f"--warmup: found {options.warmup} of {options.steps} steps, expected from 1 to one less than all."

@@ -14,6 +14,7 @@ from benchmarks.code_finding.mixture import COMPONENTS
 from benchmarks.code_finding.pairs import Pairs
 from benchmarks.code_finding.scores import Scores, write_rows
 from benchmarks.code_finding.unknown import KNOWN, score_unknown, simulate_annotators, split_annotators
+from lpc_lightning.cli.machine import default_precision
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.evaluation.statistics.seeds import estimate
@@ -39,7 +40,11 @@ def add_extract(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--factor", default="factor", help="column of the reader or group, for inspection")
     parser.add_argument("--group", help="entry that divides the factors further, such as meta.opinion_group")
     parser.add_argument("--train-prompts", type=int, help="number of training prompts, drawn by seed 0; default: all")
-    parser.add_argument("--precision", default="bf16-mixed", help="precision of the pass")
+    parser.add_argument(
+        "--precision",
+        default=default_precision("cpu"),
+        help="precision of the pass; default: bf16-mixed, on a CPU without AVX512-BF16 and AMX 32-true",
+    )
     parser.add_argument("--out", type=Path, required=True, help="npz file to write")
     parser.set_defaults(run=_extract)
 

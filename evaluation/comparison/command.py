@@ -30,7 +30,7 @@ from lpc_lightning.files.output_paths import check_folder, check_name
 from lpc_lightning.files.path_variables import expand_path
 from lpc_lightning.inference.opening import short_name
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.policy.precision import is_bfloat16_fast
+from lpc_lightning.policy.precision import PRECISION_ADVICE, is_bfloat16_fast, warn_of_slow_products
 
 
 def main(arguments: list[str]) -> None:
@@ -131,6 +131,7 @@ def evaluate(
         seed=seed,
     )
     request.check()
+    warn_of_slow_products(_device_type(device), request.precision, PRECISION_ADVICE)
     model_scores, failures = list[ModelScores](), list[str]()
     with claim_name(Path(output), "comparison") if len(named_models) > 1 else nullcontext("") as comparison_name:
         for number, (name, model) in enumerate(named_models, 1):
@@ -203,8 +204,11 @@ def _compare(model_scores: Sequence[ModelScores], output: Path, name: str) -> No
 
 
 def _auto_precision(device: str) -> Literal["float32", "bfloat16"]:
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.partition(":")[0]
-    return "bfloat16" if is_bfloat16_fast(kind) else "float32"
+    return "bfloat16" if is_bfloat16_fast(_device_type(device)) else "float32"
+
+
+def _device_type(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.partition(":")[0]
 
 
 def _free_memory() -> None:

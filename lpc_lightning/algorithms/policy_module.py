@@ -27,6 +27,7 @@ from lpc_lightning.distributed.build_sharded import build_sharded
 from lpc_lightning.distributed.sharding import check_strategy, policies_of, set_micro_batch_size, shard
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import CausalPolicy, PolicySpec
+from lpc_lightning.policy.precision import PRECISION_ADVICE, WEIGHTS_ADVICE, warn_of_slow_products
 from lpc_lightning.reference.cached import OtherReference, OwnReference
 from lpc_lightning.reference.live import FrozenModel, Reference, live_reference
 from lpc_lightning.reference.other_model import build_other
@@ -82,9 +83,17 @@ class PolicyModule(LatentMixin, LightningModule):
             self.policy_spec.check_start()
             if self.needs_reference:
                 rank_zero_info(f"reference: {self.reference_path or self.policy_spec.start}")
+        self._warn_of_slow_precision(stage)
         check_strategy(self.trainer.strategy)
         set_micro_batch_size(self.trainer.strategy)
         self._starting = True
+
+    def _warn_of_slow_precision(self, stage: str) -> None:
+        device, precision = self.trainer.strategy.root_device.type, str(self.trainer.precision)
+        if precision.startswith(("bf16", "16")):
+            warn_of_slow_products(device, "bfloat16" if precision.startswith("bf16") else "float16", PRECISION_ADVICE)
+        elif stage == "fit" and precision.startswith("32"):  # the type of trained weights is that of the checkpoint
+            warn_of_slow_products(device, self.policy_spec.dtype, WEIGHTS_ADVICE)
 
     def configure_model(self) -> None:
         """Build policy, reference and latent space once, and prepare the reference for each run."""

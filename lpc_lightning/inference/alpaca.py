@@ -21,6 +21,7 @@ from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_policy
 from lpc_lightning.inference.prompts import text_prompt
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.policy.precision import WEIGHTS_ADVICE, warn_of_slow_products
 
 Row = dict[str, str]
 
@@ -71,6 +72,7 @@ def alpaca(
     requested = read_instructions(instructions)[:limit]
     decoding = Decoding(max_new_tokens, temperature, top_p, seed=seed, batch_size=batch_size)
     opened = open_policy(model, dtype, device, generator, trust_remote_code)
+    warn_of_slow_products(opened.policy.model.device.type, opened.origin["dtype"], WEIGHTS_ADVICE)
     (under,) = conditions(opened, prior_mode, [], None)
     settings = {
         "generator": opened.name,

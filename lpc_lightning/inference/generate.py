@@ -20,6 +20,7 @@ from lpc_lightning.inference.opening import OpenedPolicy, open_policy
 from lpc_lightning.inference.prompts import Prompt, read_prompts, text_prompt
 from lpc_lightning.inference.side_by_side import side_by_side
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.policy.precision import WEIGHTS_ADVICE, warn_of_slow_products
 
 TOP = 5
 """Number of the prior's codes in the output."""
@@ -83,6 +84,7 @@ def generate(
     decoding = Decoding(max_new_tokens, temperature, top_p, num_beams, seed, batch_size)
     with claim_output_file(Path(output), "output") if output else nullcontext():
         opened = open_policy(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        warn_of_slow_products(opened.policy.model.device.type, opened.origin["dtype"], WEIGHTS_ADVICE)
         under = conditions(opened, prior_mode, codes or [], code_weights)
         _report(opened, prompt_list, under, decoding, output)
 

@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+INSTRUCTIONS = {"bfloat16": ("avx512_bf16", "amx_bf16"), "float16": ("avx512_fp16", "amx_fp16")}
+"""Instructions of x86 processors that multiply each type fast, by the names of `torch.cpu.get_capabilities`."""
+PRECISION_ADVICE = (
+    "Set the precision to float32: `trainer.precision` to 32-true (adapt, explain: --precision 32-true; evaluate: "
+    "--precision float32)."
+)
+WEIGHTS_ADVICE = "Set the type of the weights to float32: `policy.dtype` (generate, alpaca: --dtype) to float32."
 
 
 def is_bfloat16_fast(device: str) -> bool:
     """Return whether bfloat16 products are fast: on most GPUs, and on CPUs with AMX or AVX512-BF16."""
     if device == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    features = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+    return device == "cpu" and _has_instructions("bfloat16")
+
+
+def warn_of_slow_products(device: str, dtype: str, advice: str) -> None:
+    """Warn if an x86 processor has no instructions for the products of a 16-bit type.
+
+    Other processors are not known to be slow.
+
+    Args:
+        device: Type of the device that computes.
+        dtype: The type of the products, such as `bfloat16`.
+        advice: What to do.
+    """
+    is_x86 = torch.cpu.get_capabilities().get("architecture") == "x86_64"
+    if device == "cpu" and is_x86 and dtype in INSTRUCTIONS and not _has_instructions(dtype):
+        names = " nor ".join(name.upper().replace("_", "-") for name in INSTRUCTIONS[dtype])
+        rank_zero_warn(
+            f"{dtype} is slow on this processor, which has neither {names}: training takes about ten times as long as "
+            f"in float32. {advice}"
+        )
+
+
+def _has_instructions(dtype: str) -> bool:
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name) for name in INSTRUCTIONS[dtype])
