@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
-from jsonargparse import ArgumentParser
+
+from lpc_lightning.cli.settings_parser import ShortErrors
 
 
 def run_function(function: Callable[..., Any], arguments: list[str], name: str) -> Any:
@@ -26,14 +27,19 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
 
     Returns:
         The result of the function.
+
+    Raises:
+        ConfigError: A setting is not known or missing, or a value is of another type.
     """
     docstring = parse(function.__doc__ or "")
     descriptions = {each.arg_name: each.description for each in docstring.params}
     hints, parameters = get_type_hints(function), inspect.signature(function).parameters
     lists = {each: entry for each, hint in hints.items() if each != "return" and (entry := _entry(hint)) is not None}
-    parser = ArgumentParser(prog=f"lpc-lightning {name}", description=docstring.description, allow_abbrev=False)
+    needed = [each for each, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+    parser = ShortErrors(prog=f"lpc-lightning {name}", description=docstring.description, allow_abbrev=False)
+    parser.required = tuple(each for each in needed if each not in lists)
     parser.add_argument("--config", action="config", help="A YAML file with any of these settings.")
-    options = {each for each in lists if parameters[each].default is not inspect.Parameter.empty}
+    options = set(lists) - set(needed)
     for each, entry in lists.items():
         several: dict[str, Any] = {"nargs": "+", "type": entry, "help": descriptions[each]}
         if each in options:

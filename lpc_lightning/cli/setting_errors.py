@@ -13,6 +13,8 @@ from pkgutil import resolve_name
 
 from jsonargparse import ArgumentParser
 
+from lpc_lightning.files.yaml_files import SUFFIXES
+
 KEY = re.compile(r'Parser key "([\w.]+)"')
 NO_CLASS = re.compile(r"Expected a dot import path string: (.*)")
 SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
@@ -20,6 +22,7 @@ CLASS = re.compile(r"\b(?:\w+\.)+[A-Z]\w*")
 CLASS_PATH = re.compile(r"given class_path '([\w.]+)'")
 UNKNOWN = re.compile(r"Option '([^']+)' is not accepted(?:\. Got value: Namespace\(class_path='([\w.]+)')?")
 UNRECOGNIZED = re.compile(r"unrecognized arguments: --([^\s=]+)")
+UNNAMED = re.compile(r"unrecognized arguments: ([^-\s]\S*)")
 MISSING = re.compile(r"the following arguments are required: (.*)")
 SEVERAL = re.compile(r"Multiple subclasses with name (\w+)\..*: (.*)\.")
 NOT_IMPORTED = re.compile(
@@ -27,6 +30,7 @@ NOT_IMPORTED = re.compile(
 )
 VALUE = re.compile(r"Expected a (.+)\. Got value: (.*)|Subtypes: \[(.*)\](?s:.*?)Given value: (.*)")
 LITERAL = re.compile(r"typing\.Literal\[([^]]*)\]")
+LIST = re.compile(r"\blist\[[^][]*\]")
 OWN = "lpc_lightning."
 PLAIN = {"int": "an integer", "float": "a number", "bool": "true, false", "str": "a text", "NoneType": "null"}
 """Values that a setting may take, by type."""
@@ -43,23 +47,27 @@ EXAMPLES = {"model.optimizer": "torch.optim.AdamW"}
 """Class of a setting, for one whose classes the parser does not state."""
 
 
-def explain_setting(message: str, settings: Iterable[str]) -> str | None:
+def explain_setting(message: str, settings: Iterable[str], required: Iterable[str], command: str) -> str | None:
     """Return a sentence with the setting, what was found and what is expected.
 
     Args:
         message: The parser's text.
         settings: All settings outside classes, as `trainer.max_steps`.
+        required: Those that have no default.
+        command: The command, as `lpc-lightning fit`.
 
     Returns:
         None if the text is about something else.
     """
-    explained = _unrecognized(message, settings)
+    explained = _unrecognized(message, settings, command) or _unnamed(message, required)
+    explained = explained or _not_given(message, command)
     for explain in EXPLANATIONS:
         explained = explained or explain(message)
     return explained
 
 
-def _unrecognized(message: str, settings: Iterable[str]) -> str | None:
+def _unrecognized(message: str, settings: Iterable[str], command: str) -> str | None:
+    """Explain a name that is no setting, with the nearest one."""
     found = UNRECOGNIZED.match(message)
     if found is None:
         return None
@@ -69,7 +77,30 @@ def _unrecognized(message: str, settings: Iterable[str]) -> str | None:
         # A setting of a class is not among them, its group is.
         group, _, rest = found[1].partition(".")
         near = [f"{each}.{rest}" for each in _near(group, sorted({name.partition(".")[0] for name in names})) if rest]
-    return f"--{found[1]}: found no such setting{f', did you mean --{near[0]}?' if near else '.'}"
+    advice = f", did you mean --{near[0]}?" if near else f". `{command} --help` lists the settings."
+    return f"--{found[1]}: found no such setting{advice}"
+
+
+def _unnamed(message: str, required: Iterable[str]) -> str | None:
+    """Explain a value that belongs to no setting."""
+    found = UNNAMED.match(message)
+    if found is None:
+        return None
+    name = "config" if found[1].endswith(SUFFIXES) else next(iter(required), None)
+    example = f", as in `--{name} {found[1]}`" if name else ""
+    return f"found {found[1]} without a setting, expected its name before it{example}."
+
+
+def _not_given(message: str, command: str) -> str | None:
+    """Explain settings without a default that are not given. Those of a run have the subcommand before their name."""
+    found = MISSING.fullmatch(message)
+    if found is None:
+        return None
+    run, dot, _ = found[1].partition(".")
+    if dot:
+        names = found[1].replace(f"{run}.", "")
+        return f"{names}: found none, expected values or a file with them: `--config configs/experiment/tiny.yaml`."
+    return f"{found[1]}: found none, expected a value. `{command} --help` lists the settings."
 
 
 def _unknown_class(message: str) -> str | None:
@@ -151,7 +182,8 @@ def _wrong_value(message: str) -> str | None:
     types, value = found[1] or found[3], found[2] or found[4]
     words = [PLAIN.get(name) for name in re.findall(r"<class '([\w.]+)'>", types)]
     choices = [each.strip(" '\"") for literal in LITERAL.findall(types) for each in literal.split(",")]
-    rest = LITERAL.sub("", re.sub(r"<class '[\w.]+'>", "", types))
+    choices += [f"a list, as in [{value}]"] if LIST.search(types) else []
+    rest = LIST.sub("", LITERAL.sub("", re.sub(r"<class '[\w.]+'>", "", types)))
     if None in words or rest.strip(" ,"):
         return None
     expected = _one_of([*dict.fromkeys([*choices, *filter(None, words)])])

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from lpc_lightning.cli.function_command import run_function
+from lpc_lightning.errors import ConfigError
 
 
 def measure(
@@ -91,24 +92,47 @@ def test_values_stand_between_options(arguments: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error"),
     [
-        ("", "models"),
-        ("a --batch-sise 3", "--batch_sise"),
-        ("a --batch 3", "--batch"),
-        ("a --batch-size many", "Given value: many"),
-        ("a --codes 1,x", "Got value: x"),
-        ("a --prior-mode median", "Given value: median"),
+        ("", "models: found none, expected a value. `lpc-lightning measure --help` lists the settings."),
+        ("a --batch-sise 3", "--batch_sise: found no such setting, did you mean --batch_size?"),
+        ("a --batch 3", "--batch: found no such setting, did you mean --batch_size?"),
+        ("a --xyz 3", "--xyz: found no such setting. `lpc-lightning measure --help` lists the settings."),
+        ("a --batch-size many", "batch_size: found many, expected one of auto, an integer."),
+        ("a --codes 1,x", "codes: found x, expected an integer."),
+        ("a --prior-mode median", "prior_mode: found median, expected one of mean, argmax, an integer, null."),
     ],
-    ids=["no models", "typo", "abbreviation", "no number", "no code", "no mode"],
+    ids=["no models", "typo", "abbreviation", "unknown", "no number", "no code", "no mode"],
 )
-def test_impossible_arguments_are_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
+def test_impossible_arguments_are_one_line(arguments: str, error: str) -> None:
+    with pytest.raises(ConfigError) as raised:
         ask(*arguments.split())
+    assert str(raised.value) == error
+
+
+def test_a_value_without_a_setting_is_refused() -> None:
+    def generate(model: str, prompt: str = "") -> None:
+        """Generate.
+
+        Args:
+            model: Where it is.
+            prompt: What to answer.
+        """
+
+    with pytest.raises(ConfigError, match=r"found best\.ckpt without a setting, .* as in `--model best\.ckpt`\."):
+        run_function(generate, ["best.ckpt", "--prompt", "x"], "generate")
+    with pytest.raises(ConfigError, match=r"^model: found none, expected a value\. "):
+        run_function(generate, ["--prompt", "x"], "generate")
+
+
+def test_an_option_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        ask("a", "--data-dir")
     assert end.value.code == 2
-    output = capsys.readouterr()
-    assert message in output.err
-    assert "usage: lpc-lightning measure" in output.err
+    assert capsys.readouterr().err.splitlines() == [
+        "tip: lpc-lightning measure --help lists the settings.",
+        "error: argument --data_dir: expected one argument",
+    ]
 
 
 def test_the_help_is_the_docstring(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

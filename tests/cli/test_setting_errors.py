@@ -29,7 +29,12 @@ STOPPING = ["--callbacks+=lightning.pytorch.callbacks.EarlyStopping"]
         ),
         (["--trainer.loger=x"], "--trainer.loger: found no such setting, did you mean --trainer.logger?"),
         (["--polcy.width=3"], "--polcy.width: found no such setting, did you mean --policy.width?"),
-        (["--nothing"], "--nothing: found no such setting."),
+        (["--nothing"], "--nothing: found no such setting. `lpc-lightning fit --help` lists the settings."),
+        (["tiny.yaml"], "found tiny.yaml without a setting, expected its name before it, as in `--config tiny.yaml`."),
+        (
+            ["--data=PreferenceData", "--data.path=x", "--data.columns.label_a=L"],
+            "data.columns.label_a: found L, expected one of a list, as in [L], null.",
+        ),
         (["--model.beta=high"], "model.beta: found high, expected a number."),
         (["--model.optimizer.lr=fast"], "model.optimizer.lr: found fast, expected a number."),
         (["--policy.dtype=fp16"], "policy.dtype: found fp16, expected one of float32, bfloat16, float16, float64."),
@@ -71,3 +76,11 @@ def test_name_of_several_optimizers(command: Command) -> None:
     (error,) = output.errors
     assert error.startswith("model.optimizer: found Rprop, the name of several classes, expected one of torch.optim.")
     assert f"{__name__}.Rprop" in error
+
+
+def test_fit_without_settings_names_them(command: Command) -> None:
+    output = command("fit")
+    assert output.code == 1
+    assert output.errors == [
+        "data, model: found none, expected values or a file with them: `--config configs/experiment/tiny.yaml`."
+    ]
