@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lpc_lightning.types import LogitHead
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 CHUNK_ELEMENTS = 2**25
 """Logits in memory at a time on a CPU: 128 MiB in float32."""
