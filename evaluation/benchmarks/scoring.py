@@ -92,7 +92,8 @@ def score(policy: CausalPolicy, groups: Sequence[Group], latent: Latent | None, 
     batch, head = lay_out(groups, row_tokens), policy.head
     device = head.weight.device
     fields = (batch.rows.input_ids, batch.rows.attention_mask, batch.rows.segments, batch.rows.position_ids)
-    hidden = policy.states(*(field.to(device) for field in fields)).flatten(0, 1)
+    input_ids, attention_mask, segments, position_ids = (field.to(device) for field in fields)
+    hidden = policy.states(input_ids, attention_mask, segments, position_ids).flatten(0, 1)
     states = hidden[batch.read_at.to(device)]
     if latent is not None:
         z = latent(hidden[batch.context_end.to(device)], [group.full_context for group in groups])
