@@ -315,7 +315,7 @@ class BatchForward:
 
 
 def sum_by_answer(values: Tensor, owner: Tensor, answers: int) -> Tensor:
-    """Sum (N, ...) values of tokens over their answers.
+    """Sum (N, ...) values of tokens over their answers, in float64: float32 loses 1e-4 nats in an answer of 80 tokens.
 
     Args:
         values: Values of each token. Tokens with the owner `answers` are ignored.
@@ -326,8 +326,8 @@ def sum_by_answer(values: Tensor, owner: Tensor, answers: int) -> Tensor:
         (2B, ...) in the type of `values`.
     """
     if not values.is_cuda:
-        sums = values.new_zeros(answers + 1, *values.shape[1:]).index_add(0, owner, values)
-        return sums[:answers]
+        sums = values.new_zeros(answers + 1, *values.shape[1:], dtype=torch.float64)
+        return sums.index_add(0, owner, values.double())[:answers].to(values.dtype)
     return sum_by_product(values, owner, answers)
 
 

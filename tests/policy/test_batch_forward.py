@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -147,6 +148,15 @@ def test_sum_by_answer_of_padded_tokens(shape: tuple[int, ...]) -> None:
     expected = torch.stack([sum((values[i] for i in range(7) if owner[i] == a), torch.zeros(shape)) for a in range(4)])
     torch.testing.assert_close(causal.sum_by_answer(values, owner, 4), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(causal.sum_by_product(values, owner, 4), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [causal.sum_by_answer, causal.sum_by_product])
+def test_sum_by_answer_rounds_once(function: Callable[..., torch.Tensor]) -> None:
+    """Two answers of 500 tokens, in three columns. `math.fsum` does not round between its terms."""
+    values = -12 * torch.rand(1000, 3, generator=torch.Generator().manual_seed(0))
+    owner = torch.arange(1000) % 2
+    exact = [[math.fsum(column) for column in values[answer::2].T.tolist()] for answer in range(2)]
+    assert torch.equal(function(values, owner, 2), torch.tensor(exact))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
