@@ -1,13 +1,13 @@
-"""Checks of a new policy on a few tokens: what its decoder, head, kernel and packed rows compute."""
+"""Checks of a new policy: its decoder, head, kernel and packed rows on a few tokens, and its longest row."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lpc_lightning.errors import UnsupportedPolicyError, one_line
 from lpc_lightning.policy.attention_kernel import EXACT, check_kernel, differences, eager_attention, is_flash, rounding
@@ -51,6 +51,31 @@ def check_policy(policy: CausalPolicy) -> Tensor:
     check_head(model, tokens, states)
     check_kernel(backbone, tokens, states)
     return states
+
+
+def check_longest(config: PreTrainedConfig, longest: int | None) -> None:
+    """Refuse pairs for which the positions of a row depend on the longest row of its batch.
+
+    transformers chooses the rotary frequencies of `longrope` and `dynamic` by the largest position of a batch. Beyond
+    the model's original context a pair would have other log-probabilities in each batch than those in the cache.
+
+    Args:
+        config: Config of the decoder.
+        longest: Maximum number of tokens of a prompt and an answer. None: no limit.
+
+    Raises:
+        UnsupportedPolicyError: The pairs may be longer than the original context.
+    """
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    for rope in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):
+        if (kind := rope.get("rope_type")) in ("dynamic", "longrope"):
+            context = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            if longest is None or longest > context:
+                raise UnsupportedPolicyError(
+                    f"data.max_length: found {'null' if longest is None else longest}, expected at most {context} for "
+                    f"{config.model_type} with rope_type {kind}: beyond it, the log-probabilities of a pair depend on "
+                    "the longest row of its batch. Set data.max_length, or choose another model."
+                )
 
 
 @torch.no_grad()
