@@ -15,7 +15,7 @@ import lpc_lightning
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
-    {"types", "seeding", "transfer"},
+    {"types", "seeding", "transfer", "clustered_means"},
     {"files"},
     {"loggers"},
     {"losses", "latent", "policy", "data"},

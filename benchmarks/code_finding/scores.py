@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.code_finding.pairs import Floats
-from lpc_lightning.evaluation.statistics.clusters import deviations, shared_variance, shares
+from lpc_lightning.clustered_means import deviations, shares
 from lpc_lightning.evaluation.statistics.seeds import Estimate, estimate
+from lpc_lightning.evaluation.statistics.shared_clusters import shared_variance
 
 Key = tuple[str, int]
 """Arm, and number of pairs or labels."""

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lpc_lightning.algorithms.metrics import accuracies
+from lpc_lightning.clustered_means import standard_error
 from lpc_lightning.evaluation.accuracy.mode_margins import LABEL_CORRECT, SWAPPED, turnover
 from lpc_lightning.evaluation.accuracy.pair_table import Row
 from lpc_lightning.evaluation.statistics.calibration import calibration_error, wrong_label_auroc
-from lpc_lightning.evaluation.statistics.clusters import standard_error
 
 LENGTH_MATCHED = "/length_matched"
 """Suffix of metrics over pairs whose longer answer has less than `LENGTH_RATIO` times the tokens of the shorter one."""

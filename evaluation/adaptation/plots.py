@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from scipy import stats
 
+from lpc_lightning.clustered_means import degrees_of_freedom
 from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.evaluation.figures import GREY, add_light_grid
 from lpc_lightning.evaluation.line_panels import Line, draw_panels
-from lpc_lightning.evaluation.statistics.clusters import degrees_of_freedom
 from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, MIN_PROMPTS, Estimate
 
 TITLE = "Accuracy on an annotator's pairs, given others of the same annotator"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lpc_lightning.clustered_means import cluster_sums, deviations, shares, standard_error
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.inference import (
     CodeTables,
@@ -18,7 +19,6 @@ from lpc_lightning.evaluation.adaptation.inference import (
     log_weights_by_shots,
     log_weights_from_others,
 )
-from lpc_lightning.evaluation.statistics.clusters import cluster_sums, deviations, shares, standard_error
 from lpc_lightning.seeding import derive
 
 SHOTS = (0, 1, 2, 4, 8, 16)
@@ -45,7 +45,7 @@ class Score:
     by_annotator: Mapping[str, float]
     """Accuracy of each annotator."""
     deviations: Mapping[str, float]
-    """What the pairs of each prompt add to the accuracy; see `statistics.clusters.deviations`."""
+    """What the pairs of each prompt add to the accuracy; see `clustered_means.deviations`."""
     shares: Mapping[str, float]
     """Share of the pairs that each prompt has."""
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from lpc_lightning.evaluation.report.runs.pairs import PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import FINISHED, RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
-from lpc_lightning.evaluation.statistics.clusters import shared_variance
 from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, NOT_ON_RECORD, Estimate, Shared, estimate
+from lpc_lightning.evaluation.statistics.shared_clusters import shared_variance
 
 ACCURACIES = ("val/rewards/accuracies", "test/rewards/accuracies")
 """Default metrics: the first of these that a run has logged."""

@@ -43,7 +43,7 @@ def calibration_deviations(margins: Tensor, clusters: ArrayLike) -> dict[str, fl
     """Estimate what each cluster adds to `calibration_error`, which is no mean, by the jackknife.
 
     With E_c the error without the pairs of cluster c, C clusters, and E the mean of all E_c, it is
-    (C - 1) / C (E - E_c), as in `statistics.clusters.deviations`.
+    (C - 1) / C (E - E_c), as in `clustered_means.deviations`.
 
     Source: Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans", section 3.
 

@@ -30,7 +30,7 @@ class Shared:
     on_record: bool = True
     """False: seeds may share prompts, and what each prompt adds to the scores is not on record."""
     freedom: float = 0.0
-    """Degrees of freedom of `variance`; see `statistics.clusters.degrees_of_freedom`."""
+    """Degrees of freedom of `variance`; see `clustered_means.degrees_of_freedom`."""
 
 
 NOTHING_SHARED = Shared()

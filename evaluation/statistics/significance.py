@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lpc_lightning.evaluation.statistics.clusters import cluster_sums, degrees_of_freedom, shares, standard_error
+from lpc_lightning.clustered_means import cluster_sums, degrees_of_freedom, shares, standard_error
 from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, sign_flip_test
 
 PATTERNS = 10_000

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from torch import Tensor
 
+from lpc_lightning.clustered_means import deviations as cluster_deviations
+from lpc_lightning.clustered_means import shares
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group, group_members
 from lpc_lightning.evaluation.accuracy.scored_modes import ScoredPairs
 from lpc_lightning.evaluation.benchmarks.results import ITEMS
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.statistics.calibration import calibration_deviations, calibration_error
-from lpc_lightning.evaluation.statistics.clusters import deviations as cluster_deviations
-from lpc_lightning.evaluation.statistics.clusters import shares
 
 PAIRS, DEVIATIONS = "pairs", "deviations"
 """Start of the names of the files of a cell: scores of its pairs, and metrics with what each prompt adds to them."""
@@ -43,7 +43,7 @@ class PromptScores(NamedTuple):
     prompts: frozenset[str] | None = None
     """The prompts. None: they are not on record."""
     deviations: Mapping[str, float] | None = None
-    """What each prompt adds to the metric; see `statistics.clusters.deviations`. None: it is not on record."""
+    """What each prompt adds to the metric; see `clustered_means.deviations`. None: it is not on record."""
     shares: Mapping[str, float] = {}
     """Share of the pairs or items that each of these prompts has."""
 

@@ -10,13 +10,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
 
 from lpc_lightning.algorithms.warm_start.fit import batches_of
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
+from lpc_lightning.clustered_means import degrees_of_freedom, shares, standard_error
 from lpc_lightning.latent import LatentSpace
 
 SIGNIFICANCE = 0.05
@@ -68,9 +68,10 @@ def decide(
     count, gain = len(numbers), float(gains.mean())
     if count < 2:
         return Decision(False, gain, None, None, len(gains), count)
-    sums = np.bincount([numbers[prompt] for prompt in prompts], gains - gain)
-    error = float(np.sqrt(np.square(sums).sum() * count / (count - 1)) / len(gains))
-    needed = float(stats.t.ppf(1 - SIGNIFICANCE, count - 1)) * error
+    owners = [numbers[prompt] for prompt in prompts]
+    error = standard_error(gains, owners)
+    assert error is not None
+    needed = float(stats.t.ppf(1 - SIGNIFICANCE, degrees_of_freedom(shares(owners).values()))) * error
     return Decision(gain > needed, gain, error, needed, len(gains), count)
 
 

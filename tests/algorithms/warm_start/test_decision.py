@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 from lpc_lightning import latent
 from lpc_lightning.algorithms.warm_start.decision import Decision, decide, likelihood_gains
 from lpc_lightning.algorithms.warm_start.fit import fit
-from lpc_lightning.evaluation.statistics.clusters import standard_error
 
 
 def fitted(data: Any, pairs: int, **settings: Any) -> Any:
@@ -57,15 +58,28 @@ def test_gain_is_that_of_the_likelihood(planted: Callable[..., Any]) -> None:
 
 
 def test_decision_standard_error_is_over_prompts(planted: Callable[..., Any]) -> None:
-    data = planted(pairs=60)
-    space, part, prompts = fitted(data, 40), data.part(40, 60), [number % 7 for number in range(20)]
+    """The jackknife over prompts of one to six pairs: the mean gain is computed again without each prompt."""
+    data = planted(pairs=61)
+    space, part = fitted(data, 40), data.part(40, 61)
+    prompts = [prompt for prompt in range(6) for _ in range(prompt + 1)]
     gains = likelihood_gains(space, part).tolist()
     decision = decide(space, part, prompts)
-    assert decision.gain == pytest.approx(sum(gains) / 20, rel=1e-6)
-    assert decision.standard_error == pytest.approx(standard_error(gains, prompts), rel=1e-6)
-    # The 95 % quantile of Student's t with 6 degrees of freedom, from a table.
-    assert decision.needed == pytest.approx(1.9432 * decision.standard_error, rel=1e-4)
-    assert (decision.pairs, decision.prompts) == (20, 7)
+    assert decision.gain == pytest.approx(fmean(gains), rel=1e-6)
+    without = [
+        fmean(gain for gain, own in zip(gains, prompts, strict=True) if own != left_out) for left_out in range(6)
+    ]
+    error = math.sqrt(5 / 6 * sum((each - fmean(gains)) ** 2 for each in without))
+    assert decision.standard_error == pytest.approx(error, rel=1e-6)
+    # 21 pairs count as 21^2 / (1 + 4 + 9 + 16 + 25 + 36) = 4.85 prompts of equal size.
+    assert decision.needed == pytest.approx(stats.t.ppf(0.95, 21**2 / 91 - 1) * error, rel=1e-6)
+    assert (decision.pairs, decision.prompts) == (21, 6)
+
+
+def test_decision_of_equal_prompts(planted: Callable[..., Any]) -> None:
+    data = planted(pairs=60)
+    decision = decide(fitted(data, 40), data.part(40, 60), [number % 5 for number in range(20)])
+    # The 95 % quantile of Student's t with 4 degrees of freedom, from a table.
+    assert decision.needed == pytest.approx(2.1318 * decision.standard_error, rel=1e-4)
 
 
 def test_single_prompt_cannot_decide(planted: Callable[..., Any]) -> None:

@@ -9,8 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from lpc_lightning.evaluation.statistics.clusters import deviations, shared_variance, shares
+from lpc_lightning.clustered_means import deviations, shares
 from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, NOTHING_SHARED, Shared, estimate, paired_difference
+from lpc_lightning.evaluation.statistics.shared_clusters import shared_variance
 
 SEEDS, PROMPTS = 5, 60
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lpc_lightning.evaluation.statistics.clusters import (
+from lpc_lightning.clustered_means import (
     cluster_sums,
     degrees_of_freedom,
     deviations,
