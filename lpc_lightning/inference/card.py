@@ -38,6 +38,8 @@ class Exported:
     """Origin, see `checkpoint_origin`."""
     template: Template
     """Template of its prompts."""
+    adapter: bool = False
+    """True if the folder holds an adapter without its base model."""
     latent: Mapping[str, Any] | None = None
     """Settings of its prior. None without a latent."""
     linear: bool = True
@@ -60,7 +62,7 @@ def _front(model: Exported) -> str:
     tags = ["preference-optimization", re.sub(r"\W", "-", model.origin["algorithm"].lower())]
     if model.latent is not None:
         tags.append("latent-preference-coding")
-    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    lines = [f"library_name: {'peft' if model.adapter else 'transformers'}", "pipeline_tag: text-generation"]
     if (base := _base(model.origin)) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base) and not Path(base).exists():
         lines.append(f"base_model: {base}")
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
@@ -79,11 +81,14 @@ def _head(model: Exported) -> str:
         if _base(origin)
         else f"a model with random weights ({code_span(_class(origin['policy']))})"
     )
-    lora = " by a low-rank adapter, which is merged into the weights" if _lora(origin) else ""
+    merged = "which is this folder" if model.adapter else "which is merged into the weights"
+    lora = f" by a low-rank adapter, {merged}" if _lora(origin) else ""
     text = (
         f"# {_text(model.name)}\n\n{base[0].upper()}{base[1:]}, aligned on preference pairs with "
         f"{_text(origin['algorithm'])}{lora}"
     )
+    if model.adapter:
+        return f"{text}. peft opens it on that model, whose name is in `adapter_config.json`."
     if model.latent is None:
         return f"{text}. A plain model: transformers opens it as it is."
     return (
@@ -109,14 +114,18 @@ def _use(model: Exported) -> str:
     else:
         text = model.template.render([Message(role="user", content="What makes a good question?")])
         prompt = f'prompt = tokenizer({json.dumps(text)}, return_tensors="pt")'
+    opener = "AutoPeftModelForCausalLM" if model.adapter else "AutoModelForCausalLM"
+    imports = [f"from transformers import {opener}, AutoTokenizer"]
+    if model.adapter:
+        imports = [f"from peft import {opener}", "from transformers import AutoTokenizer"]
     parts = [
         "## Use",
         _code(
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            *imports,
             "",
             f"folder = {json.dumps(model.name, ensure_ascii=False)}  # where these files are",
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+            f"model = {opener}.from_pretrained(folder{trust})",
             "",
             prompt,
             "",

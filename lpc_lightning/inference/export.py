@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -33,9 +33,15 @@ from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy.lora import merge
 from lpc_lightning.policy.spec import dropout_rates
+from lpc_lightning.policy.start_adapter import ADAPTER, TRAINED
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 FILES = "files"
 """Key of the record with the names of all files that `export` has written."""
+CARD = "README.md"
+"""File of the model card. peft writes one of its own, which it replaces."""
 SHARD = "5GB"
 
 
@@ -45,6 +51,7 @@ def export(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     prior_mode: PriorMode | None = None,
     code_biases: bool = False,
+    adapter: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -54,16 +61,20 @@ def export(
     With it come the tokenizer, a model card (`README.md`) with the settings, the data and the results that lie in the
     run's folder, and a SHA-256 of every other file (`digests.json`).
 
-    An adapter is merged into the weights. No license is written: it is yours to state.
+    An adapter is merged into the weights, or written alone. No license is written: it is yours to state.
 
     Args:
         checkpoint: A checkpoint, such as `runs/version_0/checkpoints/best.ckpt`.
         output: The folder to write, new or empty.
-        dtype: Type of the policy's weights. `auto` is the type they were trained in; the latent always keeps its own.
+        dtype: Type of the weights that are written. `auto` is the type they were trained in; the latent always keeps
+            its own.
         prior_mode: How the exported model takes z from the prior unless a call sets it: `mean`, `sample`,
             `argmax`, or the number of a code. null: as it was trained.
         code_biases: Write as well what each code adds to the logits (K rows as long as the vocabulary), for servers
             that steer by a code's number.
+        adapter: Write the adapter that was trained (`policy.lora`), without the weights of its base model, as a folder
+            that peft and servers of LoRA adapters open. It must have been trained on a model folder or hub name, and
+            without a latent.
         overwrite: Replace an earlier export. A folder with any other file is refused.
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
 
@@ -85,35 +96,68 @@ def export(
     module, origin = load_policy(checkpoint, built, trust_remote_code=trust_remote_code)
     prior = _prior(module, prior_mode)
     template = make_template(module.tokenizer, *trained_template(origin))
-    plain = plain_model(module, template)
+    plain = trained_adapter(module) if adapter else plain_model(module, template)
     if dtype != "auto":
         plain.to(getattr(torch, dtype))
     origin["path"] = str(Path(checkpoint).absolute().relative_to(run_folder(Path(checkpoint)).parent))
-    origin["dtype"] = str(plain.dtype).removeprefix("torch.")
+    weights = next(weight for name, weight in plain.named_parameters() if not adapter or ".lora_" in name)
+    origin["dtype"] = str(weights.dtype).removeprefix("torch.")
     model: Any = plain if prior is None else latent_causal_lm(plain, prior)
     biases = _biases(model, prior) if code_biases else None
     exported = Exported(
         name=target.name,
         origin=origin,
         template=template,
+        adapter=adapter,
         latent=None if prior is None else prior.settings,
         linear=prior is None or _is_linear(model),
         biases=None if biases is None else BIASES,
         results=_results(checkpoint),
     )
     with _replacing(target, overwrite) as folder:
-        model.save_pretrained(folder, max_shard_size=SHARD)
+        # peft would ask the hub whether the vocabulary has grown.
+        model.save_pretrained(folder, **{"save_embedding_layers": False} if adapter else {"max_shard_size": SHARD})
         module.tokenizer.save_pretrained(folder)
         if biases is not None:
             save_file({"code_biases": biases}, folder / BIASES, metadata={"format": "pt"})
         clean_configs(folder)
-        written = sorted({*(file.name for file in folder.iterdir()), "README.md", ORIGIN, DIGESTS})
+        written = sorted({*(file.name for file in folder.iterdir()), CARD, ORIGIN, DIGESTS})
         content = json.dumps({**without_folders(origin), FILES: written}, indent=1)
         (folder / ORIGIN).write_text(content + "\n", encoding="utf-8")
-        write_digests(folder, digests_of(file for file in folder.iterdir() if file.name != DIGESTS))
-        (folder / "README.md").write_text(model_card(exported), encoding="utf-8")  # without a digest: it is edited
-    print(f"Wrote {target}. Read {target / 'README.md'}, and state a license in it before you publish it.")
+        write_digests(folder, digests_of(file for file in folder.iterdir() if file.name not in (CARD, DIGESTS)))
+        (folder / CARD).write_text(model_card(exported), encoding="utf-8")  # without a digest: it is edited
+    print(f"Wrote {target}. Read {target / CARD}, and state a license in it before you publish it.")
+    base = module.policy_spec.adapter_base
+    if adapter and base is not None and Path(base).exists():
+        print(
+            f"{target / ADAPTER} names the base model by a folder of this machine, {base}. Name a public one instead."
+        )
     return target
+
+
+def trained_adapter(module: PreferenceModule) -> PeftModel:
+    """Return the policy whose `save_pretrained` writes the adapter of training and the name of its base model.
+
+    Raises:
+        ConfigError: There is no adapter, a latent belongs to it, or no folder holds the weights of its base model.
+    """
+    spec, wrapped = module.policy_spec, module.policy.model
+    if isinstance(wrapped, PreTrainedModel):
+        raise ConfigError("adapter: found a policy whose weights were trained, expected one with policy.lora.")
+    if module.latent is not None:
+        raise ConfigError(
+            "adapter: found a policy with a latent, which the folder of an adapter cannot hold, expected one without. "
+            "Without this setting, export writes the merged policy with its latent."
+        )
+    if spec.adapter_base is None:
+        raise ConfigError(
+            f"adapter: found an adapter that was trained on {spec.start}. No folder holds these weights, so that the "
+            "adapter could not be opened. Expected one that was trained on a model folder or hub name. Without this "
+            "setting, export writes the merged policy."
+        )
+    config = wrapped.peft_config[TRAINED]
+    config.base_model_name_or_path, config.revision = spec.adapter_base, getattr(spec, "revision", None)
+    return wrapped
 
 
 def _check_free(target: Path, overwrite: bool) -> None:
@@ -227,7 +271,7 @@ def _replacing(target: Path, overwrite: bool) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for file in partial.glob("*.safetensors"):  # safetensors writes them readable only by their owner
-            file.chmod((partial / "config.json").stat().st_mode)
+            file.chmod((partial / ORIGIN).stat().st_mode)
         _check_free(target, overwrite)  # again: files may have come while the model was loaded and written
         if target.exists():
             target.rename(old)

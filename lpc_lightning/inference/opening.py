@@ -35,13 +35,14 @@ from lpc_lightning.inference.trained_policy import ORIGIN
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy
 from lpc_lightning.policy.spec import Dtype
+from lpc_lightning.policy.start_adapter import is_adapter
 
 DTYPES = get_args(Dtype)
 CONVERTING = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
 """Values of `trainer.precision` that convert all weights of the policy, with the type."""
 KINDS = (
     "a checkpoint (runs/version_0/checkpoints/best.ckpt), an exported folder, or a plain model: a folder with "
-    "config.json and weights, a GGUF file or a hub name"
+    "config.json and weights, the folder of an adapter, a GGUF file or a hub name"
 )
 
 
@@ -162,7 +163,7 @@ def _open_checkpoint(path: str, dtype: str, trust_remote_code: bool) -> OpenedPo
 
 def _open_model(path: str, dtype: str, trust_remote_code: bool) -> OpenedPolicy:
     folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not (folder / "config.json").is_file() and not is_adapter(path):
         runs = sorted(folder.glob("**/*.ckpt"))
         hint = f" Did you mean {runs[0]}?" if runs else ""
         raise UnsupportedPolicyError(f"{path}: found a folder without config.json, expected {KINDS}.{hint}")

@@ -23,7 +23,7 @@ from transformers import (
 from lpc_lightning.errors import ConfigError, DamagedFileError, UnsupportedPolicyError
 from lpc_lightning.files.integrity import DIGESTS, changed_files
 from lpc_lightning.policy.spec import PolicySpec
-from lpc_lightning.policy.start_adapter import base_of, is_adapter, keep_adapter, merge_adapter
+from lpc_lightning.policy.start_adapter import ADAPTER, base_of, is_adapter, keep_adapter, merge_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,7 +32,14 @@ LATENT = "latent.safetensors"
 """File of the latent in a folder that `lpc-lightning export` has written."""
 LATENT_SETTINGS = "lpc"
 """Key of the latent's settings in the `config.json` of such a folder."""
-EDITABLE = ("chat_template.jinja", "config.json", "generation_config.json", "tokenizer_config.json", "training.json")
+EDITABLE = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "training.json",
+    ADAPTER,
+)
 """Files of text that people change by hand. One with another digest is reported, and used."""
 
 
@@ -114,6 +121,8 @@ class PretrainedPolicy(PolicySpec):
                 "expected a decoder-only model."
             )
         model = self._load_base(config, dtype)
+        if self.adapter is not None:
+            self._check_content("policy.adapter", Path(self.adapter), weights=True)
         return merge_adapter(model, self.adapter) if self.adapter is not None and self.merge_adapter else model
 
     def adapt(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
@@ -143,6 +152,11 @@ class PretrainedPolicy(PolicySpec):
         if self.adapter is None:
             return self.path
         return f"{self.path} with the adapter {self.adapter} ({'merged' if self.merge_adapter else 'frozen'})"
+
+    @property
+    def adapter_base(self) -> str | None:
+        """Path of the model. None for a GGUF file, and if the fit starts from another adapter."""
+        return None if self.path.endswith(".gguf") or self.adapter is not None else self.path
 
     def check_start(self) -> None:
         """Warn if the folder is an export with a latent: training starts from the plain policy in it."""

@@ -101,6 +101,11 @@ class PolicySpec(ABC):
         """Name of the weights that a fit starts from, for messages."""
         return type(self).__name__
 
+    @property
+    def adapter_base(self) -> str | None:
+        """Hub name or folder of the model that an adapter in training belongs to. None: no folder holds its weights."""
+        return None
+
     def restore_latent(self, space: nn.Module | None) -> None:  # noqa: B027  # optional
         """Load the latent that belongs to the weights into a new space. By default there is none.
 
