@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.opening import open_policy
+from lpc_lightning.inference.trained_policy import TrainedPolicy
 from tests.inference.conftest import CODED, batch
 
 pytestmark = pytest.mark.slow
@@ -68,7 +69,8 @@ def test_the_suite_opens_an_adapter(folder: Path, trained: Path) -> None:
     assert (opened.kind, opened.name, opened.template) == ("model", "mine", checkpoint.template)
     assert opened.origin["training"]["algorithm"] == "DPO"
     expected = checkpoint.causal_lm(**batch()).logits
-    torch.testing.assert_close(opened.causal_lm(**batch()).logits, expected, rtol=1e-5, atol=1e-6)
+    for policy in (opened.policy, TrainedPolicy(str(folder)).build()):
+        torch.testing.assert_close(policy.causal_lm(**batch()).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_of_an_adapter(
