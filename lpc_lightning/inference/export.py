@@ -96,7 +96,7 @@ def export(
     module, origin = load_policy(checkpoint, built, trust_remote_code=trust_remote_code)
     prior = _prior(module, prior_mode)
     template = make_template(module.tokenizer, *trained_template(origin))
-    plain = trained_adapter(module) if adapter else plain_model(module, template)
+    plain: Any = trained_adapter(module) if adapter else plain_model(module, template)
     if dtype != "auto":
         plain.to(getattr(torch, dtype))
     origin["path"] = str(Path(checkpoint).absolute().relative_to(run_folder(Path(checkpoint)).parent))
