@@ -28,6 +28,8 @@ class AnnotatedPairs:
     prompts: Sequence[str]
     answers: Sequence[tuple[str, str]]
     """Hashes of the chosen and the rejected answer of each pair."""
+    contents: Sequence[str]
+    """`pair_content` of each pair."""
 
     @property
     def has_codes(self) -> bool:
@@ -87,10 +89,7 @@ class AnnotatedPairsTable(nn.Module):
             preference = score.without_label_noise()
             for name, values in space.adaptation_values(states, score, preference, preference.swapped()).items():
                 numbers |= split_codes(name, values)
-        labels = pair_labels(batch)
-        for row, answers in zip(labels, _answers(batch), strict=True):
-            row["answers"] = answers
-        self.table.update(numbers, labels)
+        self.table.update(numbers, answer_rows(batch))
 
     def reset(self) -> None:
         """Remove all pairs."""
@@ -113,6 +112,7 @@ class AnnotatedPairsTable(nn.Module):
             annotators=texts(self.column),
             prompts=texts("prompt"),
             answers=[_pair(rows[index]) for index in order],
+            contents=[pair_content(rows[index]) for index in order],
         )
 
 
@@ -121,9 +121,14 @@ def _pair(row: Row) -> tuple[str, str]:
     return chosen, rejected
 
 
-def _answers(batch: PreferenceBatch) -> list[list[str]]:
-    """Return hashes of the tokens of both answers of each pair."""
+def answer_rows(batch: PreferenceBatch) -> list[Row]:
+    """Return `pair_labels` of each pair and `answers`, hashes of the tokens of both answers."""
     owner, targets = batch.owner.cpu().numpy(), batch.targets.cpu().numpy().astype(np.int64)
     count = len(batch.ids)
     hashes = [prompt_hash(targets[owner == sequence].tobytes()) for sequence in range(2 * count)]
-    return [[hashes[pair], hashes[count + pair]] for pair in range(count)]
+    return [{**row, "answers": [hashes[pair], hashes[count + pair]]} for pair, row in enumerate(pair_labels(batch))]
+
+
+def pair_content(row: Row) -> str:
+    """Return the prompt and both answers of one of `answer_rows`, the same whatever its label and id."""
+    return " ".join([row["prompt"], *sorted(row["answers"])])

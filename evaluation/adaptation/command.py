@@ -200,12 +200,11 @@ def _check_annotators(report: AdaptationReport, pairs: AdaptationPairs, preferen
             f"annotator_column: found no value of {pairs.column} in any pair of {preferences}, expected the annotator "
             "of each pair. Choose another column: annotator, factor or source."
         )
-    most = max(report.annotators.values())
-    if len(report.too_few(min(pairs.shots))) == len(report.annotators):
+    least, most = min(pairs.shots), max(report.available.values())
+    if most < least:
+        others, remedy = ("other", "more pairs") if report.labelled is None else ("labelled", "another labelled_split")
         raise DataError(
-            f"shots: found {min(pairs.shots)} as the smallest number, but no {pairs.column} in {preferences} has more "
-            f"than {most} pairs; expected at least one further pair to predict. Use fewer shots or more pairs."
-            if report.labelled is None
-            else f"shots: found {min(pairs.shots)} as the smallest number, but no {pairs.column} has as many labelled "
-            f"pairs in {preferences}, expected at least as many. Use fewer shots or another labelled_split."
+            f"shots: found {least} as the smallest number, but no {pairs.column} in {preferences} has more than {most} "
+            f"{others} pairs for each predicted pair, copies of it not counted; expected at least {least}. Use fewer "
+            f"shots or {remedy}."
         )

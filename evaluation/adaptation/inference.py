@@ -150,15 +150,16 @@ def inferences_of(tables: CodeTables) -> dict[str, Inference]:
 
 
 def log_weights_by_shots(
-    inference: Inference, prior: Table, contributions: Table, shots: Sequence[int]
+    inference: Inference, prior: Table, contributions: Table, sources: NDArray[np.int64], shots: Sequence[int]
 ) -> Iterator[tuple[int, Table]]:
-    """Infer log weights for each pair of a circular order from the n pairs that follow it.
+    """Infer log weights for each pair from its first n labelled pairs.
 
     Args:
         inference: The rule.
-        prior: (..., m, K) `inference.prior` of the pairs, in circular order.
-        contributions: (..., m, K) `inference.contributions` of the same pairs.
-        shots: Values of n, in rising order and below m.
+        prior: (..., m, K) `inference.prior` of the pairs.
+        contributions: (s, K) `inference.contributions` of the labelled pairs.
+        sources: (..., m, N) indices of each pair's labelled pairs, in order.
+        shots: Values of n, in rising order and at most N.
 
     Yields:
         n and (..., m, K) log weights, up to a constant of each row.
@@ -167,32 +168,10 @@ def log_weights_by_shots(
     used = 0
     for n in shots:
         while used < n:
+            added = contributions[sources[..., used]]
+            combined = added if combined is None else inference.combine(combined, added)
             used += 1
-            following = np.roll(contributions, -used, axis=-2)
-            combined = following if combined is None else inference.combine(combined, following)
         yield n, prior if combined is None else inference.log_weights(prior, combined)
-
-
-def log_weights_from_others(
-    inference: Inference, prior: Table, contributions: Table, shots: Sequence[int]
-) -> Iterator[tuple[int, Table]]:
-    """Infer log weights for all pairs from the first n of other pairs.
-
-    Args:
-        inference: The rule.
-        prior: (..., m, K) `inference.prior` of the pairs.
-        contributions: (..., s, K) `inference.contributions` of the other pairs, in order.
-        shots: Values of n, at most s.
-
-    Yields:
-        n and (..., m, K) log weights, up to a constant of each row.
-    """
-    for n in shots:
-        if n == 0:
-            yield n, prior
-        else:
-            combined = inference.combine.reduce(contributions[..., :n, :], axis=-2)[..., None, :]
-            yield n, inference.log_weights(prior, np.broadcast_to(combined, prior.shape))
 
 
 def others_majority(signs: Table, prompts: Sequence[str], annotators: Sequence[str]) -> Table:

@@ -72,8 +72,8 @@ def left_out(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> l
         for n in sorted(set(shots)):
             if too_few := report.too_few(n):
                 total = sum(report.annotators.values())
-                limit = f"{n} or fewer" if report.labelled is None else f"fewer than {n} labelled pairs"
-                reason = f"annotators left out for having {limit}: {len(too_few)}."
+                others = "other" if report.labelled is None else "labelled"
+                reason = f"annotators left out for having fewer than {n} {others} pairs: {len(too_few)}."
                 models.setdefault(f"given {n}: {total - sum(too_few)} of {total} pairs, {reason}", []).append(name)
         if not report.has_majority:
             models.setdefault(NO_MAJORITY, []).append(name)

@@ -23,6 +23,7 @@ from lpc_lightning.evaluation.adaptation.scores import (
     adaptation_mixtures,
     adaptation_scores,
     check_shots,
+    labels_available,
     mean_score,
 )
 from lpc_lightning.latent import LatentSpace
@@ -57,6 +58,8 @@ class AdaptationReport:
     """True if all pairs have the same two answers."""
     labelled: Mapping[str, int] | None = None
     """Number of labelled pairs of each annotator. None: the other evaluated pairs are the labelled ones."""
+    available: Mapping[str, int] = field(default_factory=dict)
+    """Largest n of each annotator; see `labels_available`."""
 
     @property
     def metrics(self) -> dict[str, Score]:
@@ -74,9 +77,7 @@ class AdaptationReport:
 
     def too_few(self, n: int) -> list[int]:
         """Return the numbers of evaluated pairs of the annotators who have too few pairs for n labels."""
-        if self.labelled is None:
-            return [count for count in self.annotators.values() if count <= n]
-        return [count for name, count in self.annotators.items() if self.labelled.get(name, 0) < n]
+        return [count for name, count in self.annotators.items() if self.available[name] < n]
 
 
 class AdaptationPairs(nn.Module):
@@ -119,8 +120,10 @@ class AdaptationPairs(nn.Module):
         if not pairs.ids:
             return AdaptationReport()
         answers = common_answers(pairs, others)
-        predicted = PairTables(pairs.tables(answers), pairs.ids, pairs.annotators, pairs.prompts)
-        labelled = PairTables(others.tables(answers), others.ids, others.annotators) if others.ids else None
+        predicted = PairTables(pairs.tables(answers), pairs.ids, pairs.annotators, pairs.prompts, pairs.contents)
+        labelled = None
+        if others.ids:
+            labelled = PairTables(others.tables(answers), others.ids, others.annotators, contents=others.contents)
         given = predicted if labelled is None else labelled
         scores = adaptation_scores(predicted, self.shots, self.rounds, self.seed, labelled)
         mixtures = adaptation_mixtures(predicted, self.shots, self.seed, labelled)
@@ -131,6 +134,7 @@ class AdaptationPairs(nn.Module):
         return AdaptationReport(
             annotators=dict(sorted(Counter(pairs.annotators).items())),
             labelled=None if labelled is None else dict(sorted(Counter(given.annotators).items())),
+            available=labels_available(predicted, labelled),
             scores=scores,
             baselines={name: mean_score(values, annotators, prompts) for name, values in right.items()},
             weights=code_weights(given.tables, given.annotators) if pairs.has_codes else {},

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
-from lpc_lightning.evaluation.accuracy.pair_table import PairTable, pair_labels
+from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row
+from lpc_lightning.evaluation.adaptation.annotated_pairs import answer_rows, pair_content
 from lpc_lightning.evaluation.adaptation.inference import Table, correct
 from lpc_lightning.evaluation.adaptation.scores import PairKey, Score, mean_score
 from lpc_lightning.latent import LatentSpace
@@ -50,8 +51,8 @@ class PolicyUnderMixtures(nn.Module):
             space: The module's latent space, which has a codebook.
         """
         assert space is not None
-        labels, parameter = pair_labels(batch), next(space.parameters())
-        keys = [(str(row[self.column]), str(row["id"])) for row in labels]
+        labels, parameter = answer_rows(batch), next(space.parameters())
+        keys = [self._key(row) for row in labels]
         zeros = np.zeros(space.num_codes)
         margins: dict[str, Tensor] = {}
         for inference, by_shots in self.mixtures.items():
@@ -67,7 +68,7 @@ class PolicyUnderMixtures(nn.Module):
         columns, rows = self.table.read()
         self.reset()
         order = sorted(range(len(rows)), key=lambda index: str(rows[index]["id"]))
-        keys = [(str(row[self.column]), str(row["id"])) for row in rows]
+        keys = [self._key(row) for row in rows]
         scores: dict[str, dict[int, Score]] = {}
         for inference, by_shots in self.mixtures.items():
             for n, mixtures in by_shots.items():
@@ -78,3 +79,6 @@ class PolicyUnderMixtures(nn.Module):
                 right = correct(columns[f"{inference}/{n}"].numpy()[scored])
                 scores.setdefault(inference + UNDER_Z, {})[n] = mean_score(right, annotators, prompts)
         return scores
+
+    def _key(self, row: Row) -> PairKey:
+        return str(row[self.column]), pair_content(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,6 @@ from lpc_lightning.evaluation.adaptation.inference import (
     correct,
     inferences_of,
     log_weights_by_shots,
-    log_weights_from_others,
 )
 from lpc_lightning.seeding import derive
 
@@ -26,7 +26,7 @@ SHOTS = (0, 1, 2, 4, 8, 16)
 
 
 PairKey = tuple[str, str]
-"""Annotator and id of a pair. Several annotators may label pairs with the same id."""
+"""Annotator and content of a pair. Ids may repeat, and copies of a pair have the same weights."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,13 @@ class PairTables:
     """Annotator of each pair."""
     prompts: Sequence[str] | None = None
     """Prompt of each pair. None: each pair has a prompt of its own."""
+    contents: Sequence[str] | None = None
+    """What each pair consists of, whatever its label and id. Copies of a pair have the same. None: the ids."""
+
+    @property
+    def keys(self) -> list[PairKey]:
+        """Annotator and content of each pair."""
+        return list(zip(self.annotators, self.contents or self.ids, strict=False))
 
 
 @dataclass(frozen=True)
@@ -83,14 +90,17 @@ def infer_weights(
     seed: int,
     labelled: PairTables | None = None,
 ) -> Iterator[InferredWeights]:
-    """Infer weights for each annotator, each inference and each n. Annotators with n pairs or fewer are left out.
+    """Infer weights for each annotator, each inference and each n.
 
     In each round, the pairs of an annotator are in a circular order (see `circular_orders`). The weights of a pair come
     from the n pairs that follow it. Every pair counts equally at every n, never uses its own label, and uses at a
     larger n all pairs that it uses at a smaller one.
 
     With `labelled`, the weights of all pairs of an annotator come from the first n of the annotator's labelled pairs,
-    in an order that changes with the round. Annotators with fewer than n labelled pairs are left out.
+    in an order that changes with the round.
+
+    Copies of a pair (see `PairTables.contents`) are passed over. Annotators with fewer than n labelled pairs for one
+    of their pairs are left out (see `labels_available`).
 
     Args:
         pairs: All pairs that get weights.
@@ -105,22 +115,46 @@ def infer_weights(
     check_shots(shots, rounds)
     names, rules = np.asarray(pairs.annotators), inferences_of(pairs.tables)
     given = pairs if labelled is None else labelled
-    givers = np.asarray(given.annotators)
+    givers, available = np.asarray(given.annotators), labels_available(pairs, labelled)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys([*pairs.keys, *given.keys]))}
+    contents, given_contents = (np.array([numbers[key] for key in part.keys], dtype=int) for part in (pairs, given))
     tables = {name: rule.contributions(given.tables) for name, rule in rules.items()}
     contributions = {name: table for name, table in tables.items() if table is not None}
     for annotator in np.unique(names):
         (members,) = np.nonzero(names == annotator)
         rows = circular_orders(members, pairs.ids, rounds, seed)
+        possible = [n for n in sorted(set(shots)) if n <= available[annotator]]
         if labelled is None:
-            sources, most = rows, len(members) - 1
+            order, starts = rows, np.arange(1, len(members) + 1)
         else:
-            sources = circular_orders(np.flatnonzero(givers == annotator), labelled.ids, rounds, seed)
-            most = sources.shape[-1]
-        infer = log_weights_by_shots if labelled is None else log_weights_from_others
-        possible = [n for n in sorted(set(shots)) if n <= most]
+            own = np.flatnonzero(givers == annotator)
+            order, starts = circular_orders(own, labelled.ids, rounds, seed), np.zeros(1, dtype=int)
+        most, length = max(possible, default=0), order.shape[-1]
+        # Among so many candidates, every pair has `most` that are no copies of it.
+        steps = np.arange(most + length - available[annotator])
+        candidates = order[:, (starts[:, None] + steps) % max(length, 1)]
+        is_copy = given_contents[candidates] == contents[rows][..., None]
+        sources = np.take_along_axis(candidates, np.argsort(is_copy, kind="stable")[..., :most], axis=-1)
         for name, table in contributions.items():
-            for n, log_weights in infer(rules[name], rules[name].prior(pairs.tables)[rows], table[sources], possible):
+            prior = rules[name].prior(pairs.tables)[rows]
+            for n, log_weights in log_weights_by_shots(rules[name], prior, table, sources, possible):
                 yield InferredWeights(name, n, rows, log_weights)
+
+
+def labels_available(pairs: PairTables, labelled: PairTables | None = None) -> dict[str, int]:
+    """Return how many labelled pairs of an annotator each of the annotator's pairs has at least, without its copies.
+
+    Args:
+        pairs: Pairs that get weights.
+        labelled: Pairs that give the labels. None: the other pairs of the annotator.
+    """
+    given = pairs if labelled is None else labelled
+    totals, copies = Counter(given.annotators), Counter(given.keys)
+    available: dict[str, int] = {}
+    for annotator, content in pairs.keys:
+        others = totals[annotator] - copies[annotator, content]
+        available[annotator] = min(others, available.get(annotator, others))
+    return available
 
 
 def adaptation_scores(
@@ -171,17 +205,16 @@ def adaptation_mixtures(
     Arguments and errors are those of `infer_weights`.
 
     Returns:
-        Weights by inference, by n, and by annotator and id of the pair. Pairs of annotators with too few pairs are left
-        out.
+        Weights by inference, by n, and by annotator and content of the pair. Pairs of annotators with too few pairs
+        are left out.
     """
-    rules = inferences_of(pairs.tables)
+    rules, keys = inferences_of(pairs.tables), pairs.keys
     mixtures: dict[str, dict[int, dict[PairKey, Table]]] = {}
     for inferred in infer_weights(pairs, shots, 1, seed, labelled):
         if (to_mixture := rules[inferred.inference].mixture) is not None:
             (rows,), (weights,) = inferred.rows, to_mixture(inferred.log_weights, inferred.shots)
-            keys = [(pairs.annotators[row], pairs.ids[row]) for row in rows]
             by_shots = mixtures.setdefault(inferred.inference, {})
-            by_shots.setdefault(inferred.shots, {}).update(zip(keys, weights, strict=True))
+            by_shots.setdefault(inferred.shots, {}).update(zip([keys[row] for row in rows], weights, strict=True))
     return mixtures
 
 

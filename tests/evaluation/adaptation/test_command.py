@@ -226,13 +226,13 @@ def test_adapt_annotators_with_too_few_pairs(
     flags: dict[str, Any] = {"output": str(tmp_path), "names": ["lpc"], "device": "cpu"}
     adapt([checkpoints["expected"]], str(subset), shots=[1, 2], **flags)
     out = capsys.readouterr().out
-    assert "lpc, given 1: 2 of 3 pairs, annotators left out for having 1 or fewer: 1.\n" in out
-    assert "lpc, given 2: 0 of 3 pairs, annotators left out for having 2 or fewer: 2.\n" in out
+    assert "lpc, given 1: 2 of 3 pairs, annotators left out for having fewer than 1 other pairs: 1.\n" in out
+    assert "lpc, given 2: 0 of 3 pairs, annotators left out for having fewer than 2 other pairs: 2.\n" in out
     scores = json.loads((tmp_path / "lpc" / "adaptation.json").read_text())["scores"]
     assert set(scores) == {"exact", "amortized", "exact_z", "amortized_z"}
     assert all(list(by_n) == ["1"] for by_n in scores.values())
     assert scores["exact"]["1"]["by_annotator"].keys() == {"annotator-0"}
-    message = r"shots: found 2 as the smallest number, but no annotator in .*some.jsonl has more than 2"
+    message = r"shots: found 2 as the smallest number, but no annotator in .*some.jsonl has more than 1 other"
     with pytest.raises(DataError, match=message):
         adapt([checkpoints["expected"]], str(subset), shots=[2, 3], **flags)
 

@@ -15,6 +15,7 @@ import torch
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
+from lpc_lightning.evaluation.adaptation.annotated_pairs import answer_rows, pair_content
 from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, others_majority, single_code
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
@@ -144,15 +145,16 @@ def test_gaussian_weights_are_mean_posteriors(tiny_spec: Any, perturb: Any, make
     expected = []
     for pair in new:
         batch = PaddedLayout(0)([pair])
+        content = pair_content(answer_rows(batch)[0])
         with torch.no_grad():
             forward, score = module.score_batch(batch)
             given = [PaddedLayout(0)([each]) for each in labelled if each.annotator == pair.annotator]
             states = [module.score_batch(each)[0].states for each in given]
             mean = torch.stack([space.posterior.logits(each)[0, :3] for each in states]).mean(0)
-            weights = report.mixtures["amortized"][2][pair.annotator, pair.id]
+            weights = report.mixtures["amortized"][2][pair.annotator, content]
             assert weights == pytest.approx(mean.numpy(), abs=1e-9)
             prior = space.prior(forward.states.prompt)[0, :3]
-            assert report.mixtures["amortized"][0][pair.annotator, pair.id] == pytest.approx(prior.numpy(), abs=1e-9)
+            assert report.mixtures["amortized"][0][pair.annotator, content] == pytest.approx(prior.numpy(), abs=1e-9)
             rewards, _ = score.under((mean @ space.codebook.weight)[None])
         expected.append(float(rewards.chosen_rewards > rewards.rejected_rewards))
     assert scores[2].accuracy == np.mean(expected)

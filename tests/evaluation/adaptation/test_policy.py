@@ -12,6 +12,7 @@ import torch
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
+from lpc_lightning.evaluation.adaptation.annotated_pairs import answer_rows, pair_content
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
 from lpc_lightning.latent import MarginalSpace
@@ -60,7 +61,8 @@ def test_policy_under_mixtures_against_single_pairs(module: DPO, batches: list[A
     assert [(n, score.pairs) for n, score in scores.items()] == [(0, 12), (1, 11), (4, 11)]
     for n, score in scores.items():
         mixtures = report.mixtures["exact"][n].items()
-        expected = {name: is_correct(module, batches, name, weights) for (_, name), weights in mixtures}
+        names = {pair_content(row): row["id"] for batch in batches for row in answer_rows(batch)}
+        expected = {names[key]: is_correct(module, batches, names[key], weights) for (_, key), weights in mixtures}
         assert score.accuracy == pytest.approx(np.mean(list(expected.values())), abs=1e-12)
         owners = {f"pair {number}": name for number, name in enumerate(ANNOTATORS)}
         for annotator, mean in score.by_annotator.items():
@@ -68,13 +70,16 @@ def test_policy_under_mixtures_against_single_pairs(module: DPO, batches: list[A
             assert mean == pytest.approx(np.mean(own), abs=1e-12)
 
 
-def test_policy_under_mixtures_ids_repeat(module: DPO, batches: list[Any]) -> None:
-    """Ids may start again with each annotator. Given all other pairs of an annotator, their order does not matter."""
-    numbers = iter([0, *range(6), *range(5)])
-    repeated = [replace(batch, ids=tuple(str(next(numbers)) for _ in batch.ids)) for batch in batches]
+@pytest.mark.parametrize("numbers", [[0, *range(6), *range(5)], [7] * 12])
+def test_policy_under_mixtures_ids_repeat(numbers: list[int], module: DPO, batches: list[Any]) -> None:
+    """Ids may start again with each annotator, or number prompts. Given all other pairs of an annotator, their order
+    does not matter."""
+    rest = iter(numbers)
+    repeated = [replace(batch, ids=tuple(str(next(rest)) for _ in batch.ids)) for batch in batches]
     scores = []
     for given in (batches, repeated):
         report = collect_batches(module, given, AdaptationPairs(shots=(4, 5))).collect()
+        assert [len(report.mixtures["exact"][n]) for n in (4, 5)] == [11, 6], "one for each pair"
         scores.append(
             collect_batches(module, given, PolicyUnderMixtures(report.mixtures, "annotator")).scores()["exact_z"]
         )
@@ -91,7 +96,7 @@ def test_policy_under_mixtures_zero_shots(module: DPO, batches: list[Any]) -> No
 
 
 def test_policy_under_mixtures_of_one_code(module: DPO, batches: list[Any]) -> None:
-    keys = [key for batch in batches for key in zip(batch.annotators, batch.ids, strict=True)]
+    keys = [(row["annotator"], pair_content(row)) for batch in batches for row in answer_rows(batch)]
     mixtures = {"exact": {8: dict.fromkeys(keys, np.array([0.0, 1.0, 0.0]))}}
     scores = collect_batches(module, batches, PolicyUnderMixtures(mixtures, "annotator")).scores()["exact_z"]
     space: Any = module.latent
