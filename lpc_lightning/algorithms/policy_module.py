@@ -27,7 +27,6 @@ from lpc_lightning.distributed.build_sharded import build_sharded
 from lpc_lightning.distributed.sharding import check_strategy, policies_of, set_micro_batch_size, shard
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import CausalPolicy, PolicySpec
-from lpc_lightning.policy.checks import check_longest
 from lpc_lightning.policy.precision import PRECISION_ADVICE, WEIGHTS_ADVICE, warn_of_slow_products
 from lpc_lightning.reference.cached import OtherReference, OwnReference
 from lpc_lightning.reference.live import FrozenModel, Reference, live_reference
@@ -105,7 +104,6 @@ class PolicyModule(LatentMixin, LightningModule):
             data = preference_data(self.trainer)
             names: tuple[str, ...] = ()
             if data is not None:
-                check_longest(self.policy.backbone.config, data.lengths.max_length)
                 data.set_policy(self.policy)
                 names = data.source_names
             for metrics in (self.val_metrics, self.test_metrics):

@@ -45,11 +45,14 @@ ROW_TOKENS = 1024
 
 
 class RowReader(Protocol):
-    """Properties of a policy that determine the layout of batches. `CausalPolicy` has them."""
+    """Properties of a policy that determine the layout of batches and their rows. `CausalPolicy` has them."""
 
     takes_block_mask: bool
     attends_by_segment: bool
     block_sparse: bool
+
+    def check_longest(self, longest: int | None) -> None:
+        """Raise an error if log-probabilities of pairs of so many tokens would depend on their batch."""
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -158,7 +161,12 @@ class PreferenceDataModule(LightningDataModule):
         self._tokenizer = tokenizer
 
     def set_policy(self, policy: RowReader) -> None:
-        """Set the policy that reads the batches. The module calls this after it has built the policy."""
+        """Set the policy that reads the batches. The module calls this after it has built the policy.
+
+        Raises:
+            UnsupportedPolicyError: Log-probabilities of pairs of `max_length` would depend on their batch.
+        """
+        policy.check_longest(self.lengths.max_length)
         self._policy = policy
 
     def set_label_noise(self, noise: LabelNoise) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lpc_lightning.errors import UnsupportedPolicyError
-from lpc_lightning.policy.checks import check_policy, separates_segments
+from lpc_lightning.policy.checks import check_longest, check_policy, separates_segments
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.graphed_backbone import GraphedBackbone
 from lpc_lightning.policy.head import head_of
@@ -96,6 +96,10 @@ class CausalPolicy(nn.Module):
         """The LM head: hidden states to logits. Sharding replaces the tensors of its weights."""
         linear = cast(nn.Linear, self.causal_lm.get_output_embeddings())
         return LogitHead(linear.weight, linear.bias, *self._logit_scaling, compiled=self._compiles_head)
+
+    def check_longest(self, longest: int | None) -> None:
+        """Refuse pairs whose log-probabilities would depend on their batch. See `checks.check_longest`."""
+        check_longest(self.backbone.config, longest)
 
     @property
     def width(self) -> int:

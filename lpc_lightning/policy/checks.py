@@ -74,7 +74,8 @@ def check_longest(config: PreTrainedConfig, longest: int | None) -> None:
                 raise UnsupportedPolicyError(
                     f"data.max_length: found {'null' if longest is None else longest}, expected at most {context} for "
                     f"{config.model_type} with rope_type {kind}: beyond it, the log-probabilities of a pair depend on "
-                    "the longest row of its batch. Set data.max_length, or choose another model."
+                    "the longest row of its batch. Set data.max_length (evaluate, adapt and explain: --max_length), or "
+                    "choose another model."
                 )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.policy import CausalPolicy, PolicySpec
 from lpc_lightning.types import PreferenceBatch
 
@@ -68,7 +69,9 @@ class FrozenModel(nn.Module):
         self.logps = self.policy.reference_logps
 
     def prepare(self, module: PolicyOwner, untouched: bool) -> None:
-        """Do nothing."""
+        """Check that the model has the same log-probabilities for a pair in each batch."""
+        if (data := preference_data(module.trainer)) is not None:
+            self.policy.check_longest(data.lengths.max_length)
 
 
 def live_reference(policy: CausalPolicy, spec: PolicySpec) -> Reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.evaluation.accuracy.preferences import preference_accuracy
 from lpc_lightning.policy import TinyPolicy
 from lpc_lightning.policy.checks import check_longest
 
@@ -55,6 +57,34 @@ def test_other_ropes_have_no_limit() -> None:
     check_longest(TinyPolicy(width=32, heads=2).load_config(), None)
 
 
+REFUSAL = r"data\.max_length: found 1024, expected at most 32 .*\(evaluate, adapt and explain: --max_length\)"
+
+
 def test_fit_refuses_pairs_beyond_the_context(fit_run: Any, small_data: Any) -> None:
-    with pytest.raises(UnsupportedPolicyError, match=r"data\.max_length: found 1024, expected at most 32"):
+    with pytest.raises(UnsupportedPolicyError, match=REFUSAL):
         fit_run(DPO(policy=tiny("longrope")), small_data(), max_steps=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A plain model."""
+    policy = tiny("longrope")
+    policy.build().causal_lm.save_pretrained(tmp_path / "longrope")
+    policy.load_tokenizer().save_pretrained(tmp_path / "longrope")
+    return str(tmp_path / "longrope")
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+def test_fit_refuses_them_for_the_reference(reference: Any, folder: str, fit_run: Any, small_data: Any) -> None:
+    module = DPO(policy=TinyPolicy(width=32, heads=2), reference=reference, reference_path=folder)
+    with pytest.raises(UnsupportedPolicyError, match=REFUSAL):
+        fit_run(module, small_data(), max_steps=1)
+
+
+def test_evaluation_refuses_them(folder: str, small_data: Any) -> None:
+    """A plain model, and a module, as in `adapt`."""
+    module = DPO(policy=tiny("longrope"))
+    module.configure_model()
+    for model in (folder, module):
+        with pytest.raises(UnsupportedPolicyError, match=REFUSAL):
+            preference_accuracy(model, small_data(), "validation", progress_bar=False)
