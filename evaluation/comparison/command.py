@@ -92,8 +92,8 @@ def evaluate(
         num_fewshot: Number of examples before each question. null: each task's own number.
         apply_chat_template: Format the benchmarks' prompts as conversations, with the tokenizer's chat template.
         batch_size: Number of sequences per batch. `auto` uses what fits into memory.
-        precision: `float32`; `bfloat16`, weights in their stored type and arithmetic in bfloat16; `auto`, bfloat16 if
-            the device multiplies it fast, else float32.
+        precision: `float32`, weights of any type converted to float32; `bfloat16`, weights in their stored type and
+            arithmetic in bfloat16; `auto`, bfloat16 if the device multiplies it fast, else float32.
         prior_mode: How z is computed from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: the
             model's own setting.
         share_contexts: Read a context once for all its continuations. This is faster, and scores differ by rounding

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -101,7 +101,7 @@ class _Evaluation:
     def _parts(self, tasks: list[str], pairs: list[PairsFile]) -> Iterator[BenchmarkResults]:
         """Yield the results of one benchmark after the other, then those of the pairs."""
         request = self.request
-        dtype = "float32" if request.precision == "float32" else "auto"
+        dtype: Literal["auto", "float32"] = "float32" if request.precision == "float32" else "auto"
         opened = open_policy(self.model, dtype, request.device, self.name, request.trust_remote_code)
         origin, kind = {**opened.origin, "name": self.name, REQUEST: self.key}, opened.kind
         if tasks:
@@ -116,7 +116,7 @@ class _Evaluation:
         scored: PreferenceModule | OpenedPolicy
         if kind == "checkpoint":
             del opened  # free the policy before its module is opened, which has a reference as well
-            scored = open_module(self.model, request.device, request.trust_remote_code)
+            scored = open_module(self.model, request.device, request.trust_remote_code, dtype)
         else:
             scored = opened
         trained = training_pairs(origin)

@@ -100,8 +100,17 @@ def open_policy(
     return replace(opened, name=name or opened.name, origin=origin, template=trained_template(origin))
 
 
-def open_module(path: str, device: str = "auto", trust_remote_code: bool = False) -> PreferenceModule:
+def open_module(
+    path: str, device: str = "auto", trust_remote_code: bool = False, dtype: Literal["auto", "float32"] = "auto"
+) -> PreferenceModule:
     """Build and load a checkpoint's module with its reference, in eval mode, for preference accuracy.
+
+    Args:
+        path: The checkpoint.
+        device: See `open_policy`.
+        trust_remote_code: See `open_policy`.
+        dtype: Type of the weights of the policy and the reference. `auto` is the type that they were trained in.
+            `float32` converts from it, so that the reference is still the policy before the first step.
 
     Raises:
         CheckpointError: The checkpoint cannot be read or built.
@@ -113,6 +122,11 @@ def open_module(path: str, device: str = "auto", trust_remote_code: bool = False
     def change(module: PreferenceModule) -> None:
         spec = module.policy_spec
         spec.compile, spec.trust_remote_code = False, trust_remote_code
+        if spec.quantization is None:
+            spec.dtype = _trained_type(checkpoint, spec, Path(path))
+            spec.upcast = dtype == "float32"
+        elif dtype == "float32":
+            spec.dtype = "float32"  # of the arithmetic
 
     return build_module(checkpoint, Path(path), change).to(to)
 
@@ -140,7 +154,7 @@ def load_policy(
     return build_module(checkpoint, Path(path), change), checkpoint_origin(checkpoint, Path(path))
 
 
-def _trained_type(checkpoint: dict[str, Any], spec: PolicySpec, path: Path) -> str:
+def _trained_type(checkpoint: dict[str, Any], spec: PolicySpec, path: Path) -> Any:
     """Return the type of the policy's weights in training, which `trainer.precision: bf16-true` changes.
 
     A checkpoint of an adapter holds only the adapter. peft keeps it in float32 above weights of 16 bits, so that any

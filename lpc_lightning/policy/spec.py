@@ -36,6 +36,8 @@ class PolicySpec(ABC):
     """Whether Python code that comes with the model is run. A policy without such code ignores it."""
     quantization: Literal["nf4"] | None = None
     """Form of quantized weights. A policy that cannot quantize its weights ignores it."""
+    upcast: bool = False
+    """Whether weights are converted to float32 after they have been loaded in `dtype`."""
 
     def __init__(
         self,
@@ -140,6 +142,8 @@ class PolicySpec(ABC):
                 f"policy.attention: found {self.attention}, which cannot be used here ({one_line(error)}), expected "
                 "auto, segment, sdpa or eager, or the package of this kernel."
             ) from error
+        if self.upcast:
+            model = model.float()
         check_vocabulary(model, self.load_tokenizer() if tokenizer is None else tokenizer)
         model.eval()
         make_memory_efficient(decoder_layers(model))

@@ -27,6 +27,7 @@ def build_other(path: str, policy: PolicySpec, tokenizer: PreTrainedTokenizerBas
     spec = PretrainedPolicy(
         path, dtype=policy.dtype, attention=policy.attention, trust_remote_code=policy.trust_remote_code
     )
+    spec.upcast = policy.upcast
     try:
         _check_vocabulary(path, spec.load_tokenizer(), tokenizer)
         with torch.random.fork_rng(devices=[]):
