@@ -28,8 +28,7 @@ from lpc_lightning.evaluation.comparison.command import name_models
 from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
 from lpc_lightning.inference.opening import open_module
-
-Precision = Literal["32-true", "64-true", "bf16-mixed", "bf16-true"]
+from lpc_lightning.policy.precision import TRAINER_PRECISION, WEIGHTS_TYPE, Precision, resolve_precision
 
 
 def main(arguments: list[str]) -> None:
@@ -53,7 +52,7 @@ def adapt(
     limit: int | float | None = None,
     batch_size: int = 8,
     max_length: int = 1024,
-    precision: Precision = "32-true",
+    precision: Precision = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -95,7 +94,8 @@ def adapt(
         limit: Use the first pairs up to this number; below 1: this share of them. null: all of them.
         batch_size: Pairs in a batch.
         max_length: Most tokens of a prompt with its longer answer. Longer pairs are left out and counted in the output.
-        precision: Precision of the computation, as `trainer.precision`.
+        precision: `float32`, weights of any type converted to float32; `bfloat16`, weights in their stored type and
+            arithmetic in bfloat16; `auto`, bfloat16 if the device multiplies it fast, else float32.
         device: Device: `auto`, `cpu`, `cuda` ...
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
         seed: Seed of the random choices.
@@ -111,14 +111,15 @@ def adapt(
     open_file = partial(
         PairsFile, limit=limit, columns=columns, bad_rows=bad_rows, batch_size=batch_size, max_length=max_length
     )
-    scoring = _Scoring(preferences, open_file, collector, labelled_split, under_z, precision)
+    computed = resolve_precision(precision, device)
+    scoring = _Scoring(preferences, open_file, collector, labelled_split, under_z, TRAINER_PRECISION[computed])
     with claim_output_folder(Path(output), "output"):
         reports: dict[str, AdaptationReport] = {}
         overlaps: list[str] = []
         for name, path in named:
             origin = checkpoint_origin(read_checkpoint(Path(path), weights=False), Path(path))
             pairs = scoring.pairs(split, trained_template(origin))
-            module = open_module(path, device, trust_remote_code)
+            module = open_module(path, device, trust_remote_code, WEIGHTS_TYPE[computed])
             if len(named) == 1 and (module.latent is None or not module.latent.num_codes):
                 raise ConfigError(
                     f"models: found no codes in {path}, so that nothing can be inferred from labelled pairs; expected "
@@ -150,7 +151,8 @@ class _Scoring:
     collector: AdaptationPairs
     labelled_split: str | None
     under_z: bool
-    precision: Precision
+    precision: str
+    """As `trainer.precision`."""
 
     def pairs(self, split: str | None, template: TemplateSettings) -> PairsFile:
         """Return the pairs of a split, with the template of a model."""

@@ -33,6 +33,7 @@ from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_module, short_name, view_module
 from lpc_lightning.inference.prompts import Prompt, text_prompt
 from lpc_lightning.inference.run_data import data_of_run
+from lpc_lightning.policy.precision import TRAINER_PRECISION, WEIGHTS_TYPE, Precision, resolve_precision
 from lpc_lightning.types import PreferenceExample
 
 MOST_ANSWERS = 8
@@ -60,7 +61,7 @@ def explain(
     limit: int | float | None = None,
     batch_size: int = 8,
     max_length: int = 1024,
-    precision: Literal["32-true", "64-true", "bf16-mixed", "bf16-true"] = "32-true",
+    precision: Precision = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> None:
@@ -94,7 +95,8 @@ def explain(
         batch_size: Pairs of `preferences` in a batch.
         max_length: Most tokens of a prompt with its longer answer, for `preferences`. Longer pairs are left out and
             counted in the output.
-        precision: Precision of the computation, as `trainer.precision`.
+        precision: `float32`, weights of any type converted to float32; `bfloat16`, weights in their stored type and
+            arithmetic in bfloat16; `auto`, bfloat16 if the device multiplies it fast, else float32.
         device: Device: `auto`, `cpu`, `cuda` ...
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
 
@@ -116,6 +118,7 @@ def explain(
         batch_size=batch_size,
         max_length=max_length,
     )
+    computed = resolve_precision(precision, device)
     stage: Literal["validation", "test"] = "validation" if preferences is None else "test"
     for path in checkpoints:
         origin = checkpoint_origin(read_checkpoint(Path(path), weights=False), Path(path))
@@ -129,12 +132,12 @@ def explain(
             else:
                 data = open_file(preferences)
                 data.template_settings = trained_template(origin)
-            module = open_module(path, device, trust_remote_code)
+            module = open_module(path, device, trust_remote_code, WEIGHTS_TYPE[computed])
             table = _codes(module, path)
             opened = view_module(module, path, data.template_settings)
             conditions(opened, None, codes or [], None)  # unknown codes are refused before the pass over the pairs
             collector = ExplanationPairs()
-            print(f"{path}: {evaluate_pairs(module, data, collector, stage, precision)}")
+            print(f"{path}: {evaluate_pairs(module, data, collector, stage, TRAINER_PRECISION[computed])}")
             head = module.policy.head
             explanation = collector.explain(table, head, module.tokenizer, tokens, examples, whole_vocabulary)
             assert explanation is not None  # without pairs, evaluate_pairs raises an error

@@ -30,7 +30,13 @@ from lpc_lightning.files.output_paths import check_folder, check_name
 from lpc_lightning.files.path_variables import expand_path
 from lpc_lightning.inference.opening import short_name
 from lpc_lightning.latent import PriorMode
-from lpc_lightning.policy.precision import PRECISION_ADVICE, is_bfloat16_fast, warn_of_slow_products
+from lpc_lightning.policy.precision import (
+    PRECISION_ADVICE,
+    Precision,
+    device_type,
+    resolve_precision,
+    warn_of_slow_products,
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -53,7 +59,7 @@ def evaluate(
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
     batch_size: int | Literal["auto"] = "auto",
-    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    precision: Precision = "auto",
     prior_mode: PriorMode | None = None,
     share_contexts: bool = True,
     device: str = "auto",
@@ -123,7 +129,7 @@ def evaluate(
         num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,
         batch_size=batch_size,
-        precision=_auto_precision(device) if precision == "auto" else precision,
+        precision=resolve_precision(precision, device),
         prior_mode=prior_mode,
         share_contexts=share_contexts,
         device=device,
@@ -131,7 +137,7 @@ def evaluate(
         seed=seed,
     )
     request.check()
-    warn_of_slow_products(_device_type(device), request.precision, PRECISION_ADVICE)
+    warn_of_slow_products(device_type(device), request.precision, PRECISION_ADVICE)
     model_scores, failures = list[ModelScores](), list[str]()
     with claim_name(Path(output), "comparison") if len(named_models) > 1 else nullcontext("") as comparison_name:
         for number, (name, model) in enumerate(named_models, 1):
@@ -201,14 +207,6 @@ def _compare(model_scores: Sequence[ModelScores], output: Path, name: str) -> No
     write_comparison(output, comparison, name)
     print(to_markdown(comparison))
     print(f"\nWrote {output / f'{name}.md'}, .csv and .json.")
-
-
-def _auto_precision(device: str) -> Literal["float32", "bfloat16"]:
-    return "bfloat16" if is_bfloat16_fast(_device_type(device)) else "float32"
-
-
-def _device_type(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.partition(":")[0]
 
 
 def _free_memory() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -33,6 +33,7 @@ from lpc_lightning.evaluation.comparison.stored import (
 )
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
+from lpc_lightning.policy.precision import TRAINER_PRECISION, WEIGHTS_TYPE
 
 SELF_EXPLAINING_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedPolicyError)
 """Errors whose text has what was found and what to do. Their class and location are not shown."""
@@ -101,7 +102,7 @@ class _Evaluation:
     def _parts(self, tasks: list[str], pairs: list[PairsFile]) -> Iterator[BenchmarkResults]:
         """Yield the results of one benchmark after the other, then those of the pairs."""
         request = self.request
-        dtype: Literal["auto", "float32"] = "float32" if request.precision == "float32" else "auto"
+        dtype = WEIGHTS_TYPE[request.precision]
         opened = open_policy(self.model, dtype, request.device, self.name, request.trust_remote_code)
         origin, kind = {**opened.origin, "name": self.name, REQUEST: self.key}, opened.kind
         if tasks:
@@ -140,7 +141,7 @@ def _preferences(
     model: PreferenceModule | OpenedPolicy, pairs: PairsFile, request: EvalRequest, trained: frozenset[int] | None
 ) -> BenchmarkResults:
     try:
-        return score_pairs(model, pairs, "bf16-mixed" if request.precision == "bfloat16" else None, trained)
+        return score_pairs(model, pairs, TRAINER_PRECISION[request.precision], trained)
     except Exception as error:  # any error: the results of the benchmarks must not be lost
         record = {"tasks": {}, "settings": {"tasks": [pairs.task]}, "seconds": 0.0, **provenance()}
         return BenchmarkResults({}, [], {pairs.task: describe(error)}, record)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
+from lpc_lightning.evaluation.adaptation.annotated_pairs import AnnotatedPairsTable
+from lpc_lightning.evaluation.adaptation.command import adapt
+from lpc_lightning.evaluation.codebook.command import explain
 from lpc_lightning.evaluation.comparison.command import evaluate
 from lpc_lightning.inference.opening import open_module, open_policy
 from lpc_lightning.types import TokenizedPair
@@ -68,3 +72,34 @@ def test_float32_scores_bfloat16_weights_exactly(
     chosen, rejected = ratios.view(2, -1)
     assert found == pytest.approx((chosen - rejected).tolist(), abs=1e-4)
     assert max(map(abs, found)) > 0.1
+
+
+def test_commands_name_precisions_alike() -> None:
+    for command in (evaluate, adapt, explain):
+        assert get_args(get_type_hints(command)["precision"]) == ("auto", "float32", "bfloat16")
+    helps = [inspect.getdoc(command) or "" for command in (evaluate, adapt, explain)]
+    (shared,) = {
+        text[text.index("    precision: ") : text.index("    ", text.index("else float32."))] for text in helps
+    }
+    assert shared.startswith("    precision: `float32`, weights of any type")
+
+
+@pytest.mark.slow
+def test_adapt_computes_in_float32(
+    tiny_fit: Callable[..., Path], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The types of the states that the weights are computed from, of weights in bfloat16."""
+    latent = ["--latent=MarginalSpace", "--latent.num_codes=2", "--latent.hidden=4"]
+    checkpoint = checkpoint_of(tiny_fit(*FIT, *TYPES["weights"], *latent))
+    rows = [{**json.loads(line), "annotator": "anna"} for line in Path(file).read_text().splitlines()]
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    types: set[torch.dtype] = set()
+    update = AnnotatedPairsTable.update
+
+    def record(table: AnnotatedPairsTable, evaluated: Any, batch: Any, space: Any) -> None:
+        types.add(evaluated["states"].prompt.dtype)
+        update(table, evaluated, batch, space)
+
+    monkeypatch.setattr(AnnotatedPairsTable, "update", record)
+    adapt([str(checkpoint)], file, output=str(tmp_path / "out"), shots=[0, 1], under_z=False, device="cpu")
+    assert types == {torch.float32}
