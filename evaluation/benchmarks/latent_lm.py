@@ -54,7 +54,8 @@ class LatentLM(TorchDistributed, HFLM):
 
     With `share_contexts`, the model reads a context once for all its continuations. The LM head is applied at
     continuation tokens only, and computations after its matrix product are in float32. Without it, requests are batched
-    and scored like in stock HFLM. This is slower, and equal to the last bit at z = 0.
+    and scored like in stock HFLM. This is slower, and equal to the last bit at z = 0 (in 16 bits, up to the rounding of
+    stock's softmax).
 
     The policy is left in evaluation mode. Under `torch.distributed`, the rank is that of the process group (see
     `TorchDistributed`).

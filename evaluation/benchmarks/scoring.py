@@ -22,6 +22,7 @@ from lpc_lightning.evaluation.benchmarks.contexts import (
     lay_out,
     make_batches,
 )
+from lpc_lightning.inference.modeling_lpc import head_product
 from lpc_lightning.policy import CausalPolicy
 from lpc_lightning.policy.logprobs import token_logps_and_greedy
 
@@ -94,11 +95,12 @@ def score(policy: CausalPolicy, groups: Sequence[Group], latent: Latent | None, 
     fields = (batch.rows.input_ids, batch.rows.attention_mask, batch.rows.segments, batch.rows.position_ids)
     input_ids, attention_mask, segments, position_ids = (field.to(device) for field in fields)
     hidden = policy.states(input_ids, attention_mask, segments, position_ids).flatten(0, 1)
-    states = hidden[batch.read_at.to(device)]
+    z = group = None
     if latent is not None:
         z = latent(hidden[batch.context_end.to(device)], [group.full_context for group in groups])
-        states = states + z.to(states.dtype)[batch.group[batch.owner].to(device)]
-    logps, greedy = token_logps_and_greedy(states, batch.targets.to(device), head)
+        group = batch.group[batch.owner].to(device)
+    states = hidden[batch.read_at.to(device)]
+    logps, greedy = token_logps_and_greedy(states, batch.targets.to(device), head, z, group)
     sums = torch.zeros(len(batch.group), dtype=torch.float64).index_add(0, batch.owner, logps.cpu().double())
     misses = torch.zeros(len(batch.group)).index_add(0, batch.owner, (~greedy).cpu().float())
     return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
@@ -119,8 +121,10 @@ def score_like_stock(
 
     Order, padding, model call and softmax are those of HFLM, so the answers at z = 0 are equal to the last bit.
 
-    One difference is necessary. HFLM computes requests together if their input tokens are equal. Here they must also
-    have the same context length, because z is inferred at the end of the context.
+    Two differences are necessary. HFLM computes requests together if their input tokens are equal. Here they must also
+    have the same context length, because z is inferred at the end of the context. And where the head's product is in 16
+    bits, everything after it is in float32, as in training. Stock rounds log-probabilities to 16 bits, by about as much
+    as the whole effect of a code.
 
     Args:
         requests: The requests to score.
@@ -129,7 +133,7 @@ def score_like_stock(
         head: The module inside `call` whose input is the hidden states (B, T, d).
         batched: Function that splits the runs, longest first, into batches.
         max_length: Maximum number of input tokens of a sequence.
-        softmax_dtype: Data type of the softmax, as in `HFLM`. None: that of the logits.
+        softmax_dtype: Data type of the softmax, as in `HFLM`. None: that of the logits, float32 or wider.
     """
     requests_by_input: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for index, (context, continuation) in enumerate(requests):
@@ -145,9 +149,9 @@ def score_like_stock(
         rows = [torch.tensor((run[1] + run[2])[-(max_length + 1) : -1], device=device) for run in batch]
         tokens = pad_and_concat(max(map(len, rows)), rows)
         with _added_latent(latent, head, ends, contexts):
-            logps = torch.log_softmax(call(tokens), dim=-1, dtype=softmax_dtype)
-        for row, (indices, _, continuation), end in zip(logps, batch, ends, strict=True):
-            continuation_logps = row[end : end + len(continuation)]
+            logits = call(tokens)
+        for row, (indices, _, continuation), end in zip(logits, batch, ends, strict=True):
+            continuation_logps = row[end : end + len(continuation)].log_softmax(-1, dtype=softmax_dtype)
             greedy_tokens = continuation_logps.argmax(-1)
             for index in indices:
                 targets = torch.tensor(requests[index][1], device=device)
@@ -159,14 +163,14 @@ def score_like_stock(
 def _added_latent(
     latent: Latent, head: nn.Module, ends: Sequence[int], contexts: Sequence[Sequence[int]]
 ) -> Iterator[None]:
-    """Add z to the hidden states before the head. z is inferred from each row's state at its position in `ends`."""
+    """Add W z to the head's output. z is inferred from each row's state at its position in `ends`."""
 
-    def add_z(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        states, *rest = inputs
+    def add_z(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        states = inputs[0]
         z = latent(states[torch.arange(len(states)), torch.tensor(ends)], contexts)
-        return states + z[:, None].to(states), *rest
+        return logits + head_product(module, z, states.dtype)[:, None]
 
-    handle = head.register_forward_pre_hook(add_z)
+    handle = head.register_forward_hook(add_z)
     try:
         yield
     finally:

@@ -291,9 +291,9 @@ class VectorPrior(DeterministicPrior, kind="vector"):
 
 @contextmanager
 def _hooked(
-    head: nn.Module, enter: Callable[[Tensor], Tensor], decoder: nn.Module, leave: Callable[[Tensor], None]
+    decoder: nn.Module, leave: Callable[[Tensor], None], head: nn.Module, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """Call `leave` with the decoder's output states. Replace the head's input states by the result of `enter`.
+    """Call `leave` with the decoder's output states. Replace the head's output after that by the result of `change`.
 
     The modules are shared with other models. The hooks exist only within the block and act only in this thread, so that
     the threads of a server do not affect each other.
@@ -302,12 +302,13 @@ def _hooked(
 
     def behind(module: nn.Module, inputs: Any, output: Any) -> None:
         if threading.get_ident() == thread:
-            leave(output[0])
+            leave(output[0])  # may call the head, which has no hook yet
+            handles.append(head.register_forward_hook(after))
 
-    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (enter(inputs[0]), *inputs[1:]) if threading.get_ident() == thread else None
+    def after(module: nn.Module, inputs: Any, logits: Tensor) -> Tensor | None:
+        return change(logits) if threading.get_ident() == thread else None
 
-    handles = [decoder.register_forward_hook(behind), head.register_forward_pre_hook(before)]
+    handles = [decoder.register_forward_hook(behind)]
     try:
         yield
     finally:
@@ -315,26 +316,51 @@ def _hooked(
             handle.remove()
 
 
-class _Steering:
-    """z of one forward pass: inferred from the states that leave the decoder, added to those that enter the head."""
+def head_product(head: nn.Module, z: Tensor, kind: torch.dtype) -> Tensor:
+    """Compute W z (N, V) of z (N, d), without the head's bias, in float32 or wider.
 
-    def __init__(self, z: Tensor | None, infer: Callable[[Tensor], Tensor]) -> None:
-        self.z, self.infer, self.added = z, infer, False
+    LMHead(h + z) is computed as LMHead(h) + W z. In 16 bits, the sum h + z would be rounded by about as much as the
+    whole effect of a code.
+
+    Args:
+        head: The module of the LM head.
+        z: (N, d).
+        kind: Type of the states that enter the head.
+    """
+    exact = torch.promote_types(kind, torch.float32)
+    if type(head) is nn.Linear and type(head.weight) is nn.Parameter and not head.weight.is_meta:
+        with torch.autocast(head.weight.device.type, enabled=False):
+            return z.to(head.weight.device, exact) @ head.weight.to(exact).T
+    # Quantized, sharded or offloaded weights: the head's own code, in its own type.
+    rows = head(torch.cat([torch.zeros_like(z[:1]), z]).to(kind)).to(exact)
+    return rows[1:] - rows[0]
+
+
+class _Steering:
+    """z of one forward pass, inferred from the states that leave the decoder. W z is added to the head's output."""
+
+    def __init__(
+        self, head: nn.Module, z: Tensor | None, z_logits: Tensor | None, infer: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.head, self.z, self.z_logits, self.infer, self.added = head, z, z_logits, infer, False
 
     def leave(self, states: Tensor) -> None:
         if self.z is None:
             self.z = self.infer(states)
-
-    def enter(self, states: Tensor) -> Tensor:
-        assert self.z is not None, "the decoder runs before the head"
         rows, _, width = states.shape
         if self.z.shape not in ((width,), (rows, width)):
             raise ValueError(
                 f"z: found shape {tuple(self.z.shape)}, expected ({rows}, {width}), a row for each prompt, or "
                 f"({width},)."
             )
-        self.z, self.added = self.z.expand(rows, -1), True
-        return states + self.z[:, None].to(states)
+        self.z = self.z.expand(rows, -1)
+        if self.z_logits is None:
+            self.z_logits = head_product(self.head, self.z, states.dtype)
+
+    def add(self, logits: Tensor) -> Tensor:
+        assert self.z_logits is not None
+        self.added = True
+        return logits + self.z_logits[:, None].to(logits.device)
 
 
 Stock: Any = object
@@ -362,9 +388,10 @@ class LatentGenerationMixin(Stock):
         code_weights: Tensor | None = None,
         prompt_end: Tensor | None = None,
         rows_per_prompt: int = 1,
+        z_logits: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the stock model's `forward`, with z added to the states that enter the LM head.
+        """Run the stock model's `forward`, with logits LMHead(h + z) in float32 or wider.
 
         Without `z`, it is inferred at the last token of each row that the attention mask shows (left or right padding),
         which is right where a row is a prompt. Give `prompt_end` where a row holds an answer behind its prompt.
@@ -377,6 +404,7 @@ class LatentGenerationMixin(Stock):
             code_weights: (K,) or (B, K) weights over the codes instead of the prior.
             prompt_end: (B,) column, among this call's tokens, of the last token of each prompt.
             rows_per_prompt: Number of consecutive rows with the same prompt and the same z (beams).
+            z_logits: (B, V) `outputs.z_logits` of an earlier call with this `z`. None: it is computed from `z`.
             kwargs: The stock model's arguments.
 
         Returns:
@@ -401,8 +429,9 @@ class LatentGenerationMixin(Stock):
             inferred = self.latent_prior(prompt[::rows_per_prompt], prior_mode, weights)
             return inferred.repeat_interleave(rows_per_prompt, dim=0)
 
-        steering = _Steering(z, infer)
-        with _hooked(self.get_output_embeddings(), steering.enter, self.get_decoder(), steering.leave):
+        head = self.get_output_embeddings()
+        steering = _Steering(head, z, z_logits, infer)
+        with _hooked(self.get_decoder(), steering.leave, head, steering.add):
             outputs = super().forward(**given, return_dict=True)
         if not steering.added:
             raise RuntimeError(
@@ -410,6 +439,7 @@ class LatentGenerationMixin(Stock):
                 "losses do that). Ask for logits instead of a loss."
             )
         outputs["z"] = steering.z
+        outputs.z_logits = steering.z_logits  # an attribute: no element of the outputs as a tuple
         for name in CACHES:
             if (cache := outputs.get(name)) is not None:
                 setattr(cache, MARK, True)
@@ -471,10 +501,10 @@ class LatentGenerationMixin(Stock):
             ValueError: The head is not linear.
         """
         probe = torch.ones_like(z[:1])
-        zero, unit, *biases = self._head(torch.cat([torch.zeros_like(probe), probe, z]))
+        zero, unit, *biases = self._logits(torch.cat([torch.zeros_like(probe), probe, z]))
         # A soft cap is visible at large values. A linear head stays linear, here up to logits of about 1000.
         far = 2.0 ** torch.log2(1000 / (unit - zero).abs().max()).round()
-        apart = (self._head(far * probe)[0] - zero - far * (unit - zero)).abs().max()
+        apart = (self._logits(far * probe)[0] - zero - far * (unit - zero)).abs().max()
         if apart > LINEAR_TOLERANCE * far * (unit - zero).abs().max():
             raise ValueError(
                 f"logits of {type(self).__name__}: found a head that is not linear (a soft cap?), expected LMHead(h + "
@@ -483,18 +513,23 @@ class LatentGenerationMixin(Stock):
             )
         return torch.stack(biases) - zero
 
-    def _head(self, states: Tensor) -> Tensor:
-        """Return logits (N, V), float32 or wider, that the model's own code makes of states (N, d)."""
-        head = self.get_output_embeddings()
+    def _logits(self, z: Tensor) -> Tensor:
+        """Return logits (N, V), float32 or wider, that the model's own code makes of W z, for z (N, d)."""
+        head, products = self.get_output_embeddings(), []
         # Offloaded embeddings are on the meta device, and take a token from any other one.
-        place = states.device if self.device.type == "meta" else self.device
+        place = z.device if self.device.type == "meta" else self.device
         token = torch.zeros(1, 1, dtype=torch.long, device=place)
-        with _hooked(head, lambda entering: states[None].to(entering), self.get_decoder(), lambda leaving: None):
+        with _hooked(
+            self.get_decoder(),
+            lambda states: products.append(head_product(head, z, states.dtype)),
+            head,
+            lambda logits: products[0][None].to(logits.device),
+        ):
             outputs = super().forward(
                 input_ids=token, attention_mask=torch.ones_like(token), use_cache=False, return_dict=True
             )
-        logits = outputs.logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits: Tensor = outputs.logits[0]
+        return logits
 
     # Generation: z is inferred at prefill and kept
 
@@ -507,6 +542,7 @@ class LatentGenerationMixin(Stock):
         code_weights: Tensor | None = None,
         prompt_end: Tensor | None = None,
         rows_per_prompt: int = 1,
+        z_logits: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the stock model's inputs, and the latent's. Without a z yet, the prompt ends where the input ends."""
@@ -515,13 +551,14 @@ class LatentGenerationMixin(Stock):
             tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
             prompt_end = _last_shown(kwargs.get("attention_mask"), *tokens.shape[:2]).to(tokens.device)
         latent = {"z": z, "prior_mode": prior_mode, "code_weights": code_weights, "prompt_end": prompt_end}
-        return {**inputs, **latent, "rows_per_prompt": rows_per_prompt}
+        return {**inputs, **latent, "rows_per_prompt": rows_per_prompt, "z_logits": z_logits}
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        return updated | {"z": outputs["z"], "prior_mode": None, "code_weights": None, "prompt_end": None}
+        latent = {"z": outputs["z"], "z_logits": outputs.z_logits}
+        return updated | latent | {"prior_mode": None, "code_weights": None, "prompt_end": None}
 
     def _expand_inputs_for_generation(
         self,

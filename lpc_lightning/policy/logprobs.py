@@ -47,8 +47,7 @@ def token_logps(
     Returns:
         (N,) in nats, float32 (float64 for float64 input).
     """
-    biases = None if z is None else code_logits(head, z.to(torch.promote_types(z.dtype, torch.float32)))
-    return _biased_logps(hidden, targets, head, biases, group)
+    return _biased_logps(hidden, targets, head, _shifts(head, z), group)
 
 
 def _biased_logps(
@@ -94,28 +93,37 @@ def token_logps_per_code(
 
 
 @torch.no_grad()
-def token_logps_and_greedy(hidden: Tensor, targets: Tensor, head: LogitHead) -> tuple[Tensor, Tensor]:
+def token_logps_and_greedy(
+    hidden: Tensor, targets: Tensor, head: LogitHead, z: Tensor | None = None, group: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute `token_logps` without gradients, and whether greedy decoding would choose each target.
 
     Args:
         hidden: (N, d) states that enter the head.
         targets: (N,) token ids.
         head: The policy's head.
+        z: (B, d) representations that are added to the states. None: nothing is added.
+        group: (N,) index of the row of `z` that is added to each state.
 
     Returns:
         (N,) in nats, float32 (float64 for float64 input), and (N,) bool: True if the target has the largest logit.
         Greedy decoding chooses the lowest token id of equal logits.
     """
     product, exact = _types(hidden)
-    form = _HeadForm(head.scale, head.softcap, exact)
+    form, all_terms = _HeadForm(head.scale, head.softcap, exact), _LogitTerms(head.bias, _shifts(head, z), group)
     logps, greedy = hidden.new_empty(len(hidden), dtype=exact), targets.new_empty(len(hidden), dtype=torch.bool)
     with torch.autocast(hidden.device.type, enabled=False):
         states, rows = hidden.to(product), head.weight.to(product)
         for chunk in token_chunks(hidden, len(rows)):
-            logits = _logits(_product(states[chunk], rows.T), _LogitTerms(head.bias), form)
+            logits = _logits(_product(states[chunk], rows.T), all_terms.of(chunk), form)
             greedy[chunk] = logits.argmax(-1) == targets[chunk]
             logps[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - logits.logsumexp(-1)
     return logps, greedy
+
+
+def _shifts(head: LogitHead, z: Tensor | None) -> Tensor | None:
+    """Return the logit biases (B, V) of z (B, d), in float32 or wider."""
+    return None if z is None else code_logits(head, z.to(torch.promote_types(z.dtype, torch.float32)))
 
 
 def code_logits(head: LogitHead, codes: Tensor) -> Tensor:

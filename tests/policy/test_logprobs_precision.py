@@ -83,6 +83,21 @@ def test_autocast_rounds_the_product_only() -> None:
     assert torch.equal(greedy_logps, found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_under_z_adds_z_in_float32(dtype: torch.dtype) -> None:
+    case = Case("scale", tokens=64, vocabulary=256, width=32, codes=3, dtype=torch.float32)
+    hidden, head = case.hidden.detach().to(dtype), replace(case.head, weight=case.head.weight.detach().to(dtype))
+    group, codes = torch.arange(64) % 3, case.codes.detach()
+    bias = torch.zeros(()) if head.bias is None else head.bias.detach()
+    product = (hidden @ head.weight.T).double() + bias.double()
+    logits = head.scale * (product + (codes.double() @ head.weight.double().T)[group])
+    targets = torch.where(torch.arange(64) % 2 == 0, logits.argmax(-1), case.targets)
+    logps, greedy = token_logps_and_greedy(hidden, targets, head, codes, group)
+    assert torch.equal(greedy, targets == logits.argmax(-1))
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("nats", [30.0, 59.0, 61.0, 400.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_codes_of_any_range_are_exact(nats: float, dtype: torch.dtype) -> None:

@@ -53,8 +53,11 @@ def add_greedy(policy: CausalPolicy, requests: Sequence[Tokens], z_of: Callable[
 def test_unshared_zero_z_equals_stock_bits(
     family: str, dtype: str, prior: InferencePrior | None, policies: Build, tokenizer: PreTrainedTokenizerBase
 ) -> None:
+    if (family, dtype) == ("gemma2", "bfloat16") and prior is not None:
+        pytest.skip("the soft cap is in float32 here, and in bfloat16 in stock")
     policy = policies(family, dtype)
-    stock = HFLM(policy.causal_lm, tokenizer=tokenizer, batch_size=4)
+    options = {} if prior is None else {"softmax_dtype": "float32"}  # z is added in float32
+    stock = HFLM(policy.causal_lm, tokenizer=tokenizer, batch_size=4, **options)
     ours = LatentLM(policy, tokenizer, prior, share_contexts=False, batch_size=4)
     assert ours.loglikelihood(texts()) == stock.loglikelihood(texts())
     rolling = instances("loglikelihood_rolling", [(LONG,), ("A short text.",), (QUESTION * 3,)])
@@ -107,6 +110,27 @@ def test_scores_in_float64_are_exact(
     lm = LatentLM(policy, tokenizer, prior, share_contexts=share)
     requests = questions(seed=1)
     assert_close(score_tokens(lm, requests), naive(policy, requests, z_under(prior, "mean")), 1e-9)
+
+
+@torch.no_grad()
+@shared_or_not
+def test_scores_in_bfloat16_keep_z(share: bool, tiny: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+    """With states much larger than z, a sum of both in bfloat16 would lose the effect of z."""
+    policy, prior = tiny("llama", dtype="bfloat16", context=WINDOW), make_prior()
+    model: Any = policy.causal_lm
+    model.model.norm.weight *= 128
+    requests = [(context, continuation[:1]) for context, continuation in questions()]
+    scores = []
+    for z_scale in (1.0, 0.0):
+        lm = LatentLM(policy, tokenizer, make_prior(z_scale), prior_mode=3, share_contexts=share, batch_size=4)
+        scores.append(torch.tensor([logp for logp, _ in score_tokens(lm, requests)], dtype=torch.float64))
+    head, bias = model.lm_head.weight.double(), model.lm_head.weight.double() @ prior.codebook[3].double()
+    states = torch.stack([model.model(torch.tensor([context[-WINDOW:]]))[0][0, -1] for context, _ in requests]).double()
+    targets = torch.tensor([target for _, (target,) in requests])[:, None]
+    under, plain = ((states @ head.T + shift).log_softmax(-1).gather(1, targets)[:, 0] for shift in (bias, 0 * bias))
+    effect, error = (x.square().mean().sqrt() for x in (under - plain, scores[0] - scores[1] - (under - plain)))
+    assert effect > 0.1
+    assert error < effect / 50
 
 
 @shared_or_not

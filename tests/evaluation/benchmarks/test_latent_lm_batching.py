@@ -97,8 +97,9 @@ def test_autocast_matches_single_sequences(share: bool, policies: Build, tokeniz
 def test_unshared_autocast_equals_stock_bits(
     prior: InferencePrior | None, policies: Build, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    policy = policies("llama")
-    stock = HFLM(policy.causal_lm, tokenizer=tokenizer, batch_size=4, mixed_precision_dtype="bfloat16")
+    policy, options = policies("llama"), {"mixed_precision_dtype": "bfloat16"}
+    options |= {} if prior is None else {"softmax_dtype": "float32"}  # z is added in float32
+    stock = HFLM(policy.causal_lm, tokenizer=tokenizer, batch_size=4, **options)
     ours = LatentLM(policy, tokenizer, prior, share_contexts=False, batch_size=4, mixed_precision_dtype=torch.bfloat16)
     assert ours.loglikelihood(texts()) == stock.loglikelihood(texts())
     rolling = instances("loglikelihood_rolling", [(LONG,)])
