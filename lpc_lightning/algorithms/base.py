@@ -21,7 +21,13 @@ from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fe
 from lpc_lightning.algorithms.outputs import EvaluationOutput, TrainingOutput
 from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
 from lpc_lightning.algorithms.position import restore_position, store_position
-from lpc_lightning.algorithms.run_length import compare_run_length, run_length, set_accumulation, warn_of_no_step
+from lpc_lightning.algorithms.run_length import (
+    check_windows,
+    compare_run_length,
+    run_length,
+    set_accumulation,
+    warn_of_no_step,
+)
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.errors import ConfigError
@@ -205,8 +211,8 @@ class PreferenceModule(PolicyModule):
         where order and data must match too.
 
         Raises:
-            ConfigError: The run accumulates other steps than the checkpoint, or the latent space needs annotators and
-                the data has none.
+            ConfigError: The run accumulates other steps than the checkpoint, its epochs end within a step that
+                DeepSpeed accumulates, or the latent space needs annotators and the data has none.
         """
         loader = self.trainer.train_dataloader
         if "training_data" in self._resumed and isinstance(loader, TrainingLoader):
@@ -214,6 +220,7 @@ class PreferenceModule(PolicyModule):
         if "run_length" in self._resumed:
             compare_run_length(self.trainer, self._resumed["run_length"])
         set_accumulation(self.trainer)
+        check_windows(self.trainer)
         # A checkpoint of step 0 can come from before the warm start, or from within the first step, after it.
         self.warm_start_result = self._resumed.get("warm_start")
         self._code_range = self._resumed.get("code_range")

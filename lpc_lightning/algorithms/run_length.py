@@ -42,6 +42,29 @@ def set_accumulation(trainer: Trainer) -> None:
         trainer.accumulate_grad_batches = schedule.get_accumulate_grad_batches(trainer.current_epoch)
 
 
+def check_windows(trainer: Trainer) -> None:
+    """Refuse a strategy that accumulates by itself if an epoch before the last ends within a window.
+
+    DeepSpeed's count of micro-batches goes on in the next epoch, while Lightning's starts again.
+
+    Raises:
+        ConfigError: The micro-batches of an epoch are no multiple of `accumulate_grad_batches`.
+    """
+    batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if not trainer.strategy.handles_gradient_accumulation or math.isinf(batches) or batches % window == 0:
+        return
+    whole = int(batches) // window
+    if trainer.max_epochs == 1 or 0 <= trainer.max_steps <= whole:
+        return
+    raise ConfigError(
+        f"trainer.accumulate_grad_batches: found {window}, and {batches} micro-batches in an epoch on each device, "
+        f"expected a multiple of {window}: {type(trainer.strategy).__name__} would go on with the same step in the "
+        "next epoch, while the schedules count a step at the end of each. Set "
+        + (f"trainer.limit_train_batches to {whole * window}, or " if whole else "")
+        + "trainer.accumulate_grad_batches or data.batch_size so that it divides."
+    )
+
+
 def _accumulation(trainer: Trainer) -> GradientAccumulationScheduler | None:
     """Return the callback that sets the accumulation of each epoch, if there is one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector

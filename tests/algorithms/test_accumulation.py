@@ -239,3 +239,23 @@ def test_deepspeed_accumulation_equals_lightnings(
     assert_close(learned[1], learned[0], rtol=1e-6, atol=0)
     assert len(learned[0]) == 6
     assert (learned[0] != 0.9).all()
+
+
+def test_deepspeed_epochs_end_within_window(small_policy: Any, fit_run: Any) -> None:
+    """11 micro-batches in an epoch. The engine's third step would hold micro-batches of two epochs."""
+
+    def fit(**settings: Any) -> int:
+        options: dict[str, Any] = {"accumulate_grad_batches": 4, "limit_val_batches": 0}
+        run = fit_run(SimPO(policy=small_policy()), strategy=Engine(window=4), **options | settings)
+        return int(run.trainer.global_step)
+
+    for settings in ({"max_epochs": 2}, {"max_steps": 3}):
+        with pytest.raises(ConfigError) as error:
+            fit(**settings)
+        assert str(error.value).startswith(
+            "trainer.accumulate_grad_batches: found 4, and 11 micro-batches in an epoch on each device, expected a "
+            "multiple of 4: Engine would go on with the same step"
+        )
+        assert "Set trainer.limit_train_batches to 8, or" in str(error.value)
+    assert fit(max_epochs=2, limit_train_batches=8) == 4
+    assert fit(max_epochs=1) == fit(max_steps=2) == 2
