@@ -24,6 +24,7 @@ from lpc_lightning.algorithms.position import restore_position, store_position
 from lpc_lightning.algorithms.run_length import (
     check_windows,
     compare_run_length,
+    restore_early_stop,
     run_length,
     set_accumulation,
     warn_of_no_step,
@@ -202,6 +203,11 @@ class PreferenceModule(PolicyModule):
             forward, batch.lengths, reference, loss, code_range, batch.margins, preference_loss=self.preference_loss
         )
         return forward, scorer
+
+    def on_fit_start(self) -> None:
+        """Stop a resumed run that had stopped early."""
+        if self._resumed:
+            restore_early_stop(self.trainer)
 
     def on_train_start(self) -> None:
         """Restore the position in the data of a resumed run, compare its length, and run the warm start.

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -108,8 +108,34 @@ def _set_learning_rates(trainer: Trainer) -> None:
                 group["lr"] = rate * factor(schedule.last_epoch)
 
 
+def restore_early_stop(trainer: Trainer) -> None:
+    """Stop a resumed run that `EarlyStopping` has ended, as far as `trainer.min_epochs` and `min_steps` allow.
+
+    Lightning restores the callback's counts, but not the stop itself, and would train until the next check.
+    """
+    trainer.should_stop = trainer.should_stop or _early_stop(trainer) is not None
+
+
+def _early_stop(trainer: Trainer) -> EarlyStopping | None:
+    """Return the callback that has ended the run, if there is one.
+
+    Its `stopped_epoch` is 0 both for a run that goes on and for one that was ended in the first epoch.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+    stopping = [each for each in callbacks if isinstance(each, EarlyStopping)]
+    return next((each for each in stopping if each.stopped_epoch or each.wait_count >= max(1, each.patience)), None)
+
+
 def warn_of_no_step(trainer: Trainer) -> None:
     """Warn that a resumed run was at its end before its first step."""
+    if (stopping := _early_stop(trainer)) is not None:
+        rank_zero_warn(
+            f"resume: found a checkpoint of step {trainer.global_step}, where EarlyStopping on {stopping.monitor} had "
+            f"ended the run (best value {float(stopping.best_score):.6g}, checks without a better one: "
+            f"{stopping.wait_count}). Nothing was trained. To go on, resume without this callback, or from an earlier "
+            "checkpoint."
+        )
+        return
     rank_zero_warn(
         f"resume: found a checkpoint of step {trainer.global_step} (epoch {trainer.current_epoch}), where this run "
         f"ends: trainer.max_steps {trainer.max_steps}, max_epochs {trainer.max_epochs}, or max_time. Nothing was "
