@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.averaged_weights import validated_weights
 from lpc_lightning.algorithms.run_length import total_steps
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.data.trainer_data import template_settings
@@ -141,7 +142,8 @@ class LMEvaluation(Callback):
         self._last_step = step
         if step % self.every_n_steps == 0 and not keeps_weights_elsewhere(trainer.strategy):
             name = "lm_eval" if self.step_limit == self.limit else f"lm_eval/first_{self.step_limit}"
-            self._run(trainer, pl_module, self.step_limit, Path(f"step_{step}"), name)
+            with validated_weights(trainer, pl_module):
+                self._run(trainer, pl_module, self.step_limit, Path(f"step_{step}"), name)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the trained policy. All checkpoints are written, and the signal handlers are restored."""

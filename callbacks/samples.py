@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.averaged_weights import validated_weights
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.trainer_data import required_data, template_settings
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
@@ -40,7 +41,8 @@ class AnswerSamples(Callback):
     text, and to the page of `lpc-lightning report`. Greedy answers change only with the weights; drawn ones have the
     same seed at every step and under every code. The policy before training answers once, before the first step. These
     answers are kept in the checkpoint, with all others: a resumed run writes the same files as an uninterrupted one.
-    Without a latent there are the policy's answers, and those before training.
+    Without a latent there are the policy's answers, and those before training. With `WeightAveraging`, the averaged
+    weights answer, which are those that are validated.
 
     The training is not changed. The cost is logged as `resources/samples_seconds` and `resources/samples_tokens`, and
     printed at the first validation and at the end. A policy that is sharded over processes (FSDP, DeepSpeed) gives no
@@ -150,7 +152,7 @@ class AnswerSamples(Callback):
         if not trainer.is_global_zero:
             return
         started = time.perf_counter()
-        with self._ready(trainer, pl_module):
+        with self._ready(trainer, pl_module), validated_weights(trainer, pl_module):
             answered = self._answer_now(view_module(pl_module, "policy", template_settings(trainer)))
         cost = self._count(trainer, time.perf_counter() - started, answered)
         for record, before in zip(answered, self._before or [[]] * len(answered), strict=True):

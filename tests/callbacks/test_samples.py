@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -93,6 +93,27 @@ def test_samples_against_stock_generate(train: Callable[..., Run], tmp_path: Pat
         seen.append(record["prompt"])
     examples = data.generator.examples(6, "validation")
     assert seen == [[dict(message) for message in example.prompt] for example in examples[:2]]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.parametrize("first", [True, False])
+def test_samples_of_averaged_weights(first: bool, train: Callable[..., Run], tmp_path: Path) -> None:
+    """A checkpoint holds the average of the weights, with which stock generation must answer the same."""
+    average, samples = EMAWeightAveraging(decay=0.99), AnswerSamples(temperature=0, **SHORT)
+    run = train(*([average, samples] if first else [samples, average]), Save(tmp_path), latent=False)
+    module: Any = run.module
+    data: Any = run.trainer.datamodule  # type: ignore[attr-defined]
+    template = make_template(module.tokenizer, *data.template_settings)
+    ends = sorted({template.end_id, module.tokenizer.eos_token_id})
+    stored = torch.load(tmp_path / "2.ckpt", weights_only=True)
+    expected = {}
+    for name in ("state_dict", "current_model_state"):
+        module.load_state_dict(stored[name], strict=False)
+        prompts = [template.prompt_ids(record["prompt"]) for record in read_samples(tmp_path)[:2]]
+        expected[name] = [greedy(module.policy.causal_lm, ids, module.tokenizer, ends) for ids in prompts]
+    assert expected["state_dict"] != expected["current_model_state"]
+    assert [texts(record, "greedy")["policy"] for record in read_samples(tmp_path)[:2]] == expected["state_dict"]
 
 
 def test_read_samples_with_line_separators(tmp_path: Path) -> None:
