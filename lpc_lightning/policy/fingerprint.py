@@ -7,7 +7,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpc_lightning.policy.causal import CausalPolicy
 from lpc_lightning.policy.start_adapter import frozen_scales
@@ -29,12 +29,19 @@ def policy_fingerprint(policy: CausalPolicy, adapter: bool = False) -> str:
     model = policy.causal_lm
     adapted = policy.has_adapter and not adapter  # then only its parameters require gradients
     tensors: list[Tensor] = [parameter for parameter in model.parameters() if not (adapted and parameter.requires_grad)]
-    tensors += list(model.buffers())
+    tensors += [*model.buffers(), *_other_state(model)]
     config = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_FIELDS}
     header = [type(model).__name__, json.dumps(config, sort_keys=True, default=str), *frozen_scales(model)]
     with ThreadPoolExecutor() as threads:  # hashing releases the interpreter lock
         digests = threads.map(_digest, tensors)
     return hashlib.sha256("\n".join([*header, *digests]).encode()).hexdigest()
+
+
+def _other_state(model: nn.Module) -> list[Tensor]:
+    """Return the tensors of the state that are neither parameters nor buffers: the scales of quantized weights."""
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return [value for name, value in model.state_dict().items() if name not in known and isinstance(value, Tensor)]
 
 
 def _digest(tensor: Tensor) -> str:

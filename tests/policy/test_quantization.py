@@ -11,7 +11,7 @@ import torch
 
 from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
-from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy
+from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, policy_fingerprint
 from lpc_lightning.types import TokenizedPair
 
 
@@ -118,3 +118,23 @@ def test_adapter_loads_onto_unquantized_weights(quantized: Any, folder: str, pai
         merged = whole.model.merge_and_unload()
     assert (found - coarse).abs().max() < 0.1 * coarse.abs().max()
     assert type(merged).__name__ == "LlamaForCausalLM"
+
+
+def test_fingerprint_reads_the_scales(folder: str, bitsandbytes: Any) -> None:
+    """Equal codes with other scales are other weights."""
+
+    def build() -> Any:
+        return PretrainedPolicy(folder, quantization="nf4", lora=LoRA(rank=2)).build()
+
+    policy, other = build(), build()
+    assert policy_fingerprint(policy) == policy_fingerprint(other)
+    layer = other.causal_lm.model.layers[1].mlp.down_proj.base_layer
+    state = layer.weight.quant_state
+    fingerprints = {policy_fingerprint(other)}
+    for scales in (state.absmax, state.state2.absmax, state.offset):
+        codes, before = layer.weight.data.clone(), bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
+        scales.view(-1)[:1] += 1
+        assert torch.equal(layer.weight.data, codes)
+        assert not torch.equal(bitsandbytes.functional.dequantize_4bit(layer.weight.data, state), before)
+        fingerprints.add(policy_fingerprint(other))
+    assert len(fingerprints) == 4
