@@ -68,9 +68,10 @@ class LoRA:
 
 
 def merge(adapted: PeftModel) -> PreTrainedModel:
-    """Add the updates of all active adapters to the weights. An adapted weight that another layer shares is copied.
+    """Add the updates of all active adapters to the weights. If layers share an adapted weight, no layer shares one.
 
-    With tied embeddings, an adapter of the input embeddings would change the LM head as well.
+    With tied embeddings, an adapter of the input embeddings would change the LM head as well. transformers ties either
+    all weights that a family may share (embeddings, and whole blocks in Zamba2) or none.
 
     Args:
         adapted: The model with adapters, unquantized. Its layers are changed.
@@ -79,12 +80,13 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
         The model without adapters.
     """
     model: Any = adapted.get_base_model()
-    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    adapted_layers = [getattr(module, "base_layer", None) for module in model.modules()]
-    for layer in filter(None, adapted_layers):
-        for name, weight in layer.named_parameters(recurse=False):
-            if owners[id(weight)] > 1:
-                setattr(layer, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
-                model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    adapted_layers = filter(None, (getattr(module, "base_layer", None) for module in model.modules()))
+    if any(owners[id(weight)] > 1 for layer in adapted_layers for weight in layer.parameters(recurse=False)):
+        for module in model.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if owners[id(weight)] > 1:
+                    setattr(module, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     merged: PreTrainedModel = adapted.merge_and_unload()
     return merged

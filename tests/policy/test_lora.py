@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Zamba2Config
 
 from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.policy import LoRA, TinyPolicy
@@ -36,6 +36,25 @@ def test_merge_keeps_logits_of_tied_weights(
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     torch.testing.assert_close(stock(input_ids=TOKENS).logits, expected)
     assert stock.config.tie_word_embeddings == (tied and target == "q_proj")
+
+
+@torch.no_grad()
+def test_merge_of_shared_layers(tmp_path: Path, perturb: Callable[..., None]) -> None:
+    """Zamba2 has the weights of one block in several layers, and adapters of each layer."""
+    config = Zamba2Config(
+        **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "adapter_rank": 2},
+        **{"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1},
+        **{"mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 2, "tie_word_embeddings": True},
+    )
+    model = AutoModelForCausalLM.from_config(config).double()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    perturb(torch.nn.ParameterList(p for p in adapted.parameters() if p.requires_grad), deviation=1.0)
+    expected = adapted(input_ids=TOKENS).logits
+    merged = merge(adapted)
+    torch.testing.assert_close(merged(input_ids=TOKENS).logits, expected)
+    merged.save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(stock(input_ids=TOKENS).logits, expected)
 
 
 def test_adapter_on_lm_head_is_refused() -> None:
