@@ -10,7 +10,7 @@ from lpc_lightning.data.sources.labelled_answers import SETTINGS, find_labelled_
 from lpc_lightning.data.sources.markup import is_dialogue_in_lines, refuse_rendered
 from lpc_lightning.data.sources.messages import describe, spelled_messages, unread_keys
 from lpc_lightning.data.sources.prompts import find_prompt, refuse_other_prompt, with_input, with_system
-from lpc_lightning.data.sources.rows import BadRow, Row, is_missing
+from lpc_lightning.data.sources.rows import BadRow, Row, is_missing, label_text
 from lpc_lightning.data.sources.structures import (
     Structure,
     Triple,
@@ -84,13 +84,13 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
     for name, cell in zip(names, cells, strict=True):
         unused |= {f"{name}.{key}": value for key, value in unread_keys(cell).items()}
     example = PreferenceExample(
-        id=_label(row, columns.id) or place,
+        id=label_text(row.get(columns.id)) or place,
         prompt=prompt,
         chosen=triple.chosen,
         rejected=triple.rejected,
-        source=_label(row, columns.source),
-        factor=_label(row, columns.factor),
-        annotator=_label(row, columns.annotator),
+        source=label_text(row.get(columns.source)),
+        factor=label_text(row.get(columns.factor)),
+        annotator=label_text(row.get(columns.annotator)),
         flipped=gold_differs(row, answers, columns.gold),
         weight=read_weight(row, columns),
         margin=read_margin(row, columns),
@@ -129,7 +129,7 @@ def _check(example: PreferenceExample) -> None:
 
 
 def _cells(row: Row, names: Sequence[str], columns: Columns, forms: list[str]) -> list[Any]:
-    cells = [row.get(name) for name in names]
+    cells = [None if is_missing(row.get(name)) else row[name] for name in names]
     return [spelled_messages(cell, forms) for cell in cells] if columns.rendered == "turns" else cells
 
 
@@ -152,11 +152,3 @@ def _unknown_form(row: Row, names: Sequence[str]) -> BadRow:
         )
     kinds = ", ".join(f"{name}: {describe(cell)}" for name, cell in zip(names, cells, strict=True))
     return BadRow("unknown form", f"{kinds}; expected texts or lists of messages")
-
-
-def _label(row: Row, column: str) -> str:
-    """Return a label as text. A table writes whole numbers as 3.0 if some of them are missing."""
-    value = row.get(column)
-    if is_missing(value):
-        return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

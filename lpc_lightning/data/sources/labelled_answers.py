@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from lpc_lightning.data.sources.columns import Columns
-from lpc_lightning.data.sources.rows import BadRow, Row, Tie
+from lpc_lightning.data.sources.rows import BadRow, Row, Tie, is_missing
 
 Value: TypeAlias = str | int | float
 
@@ -86,7 +86,7 @@ def find_labelled_answers(row: Row, columns: Columns) -> LabelledAnswers | None:
         known = list({form.answers: replace(form, label=columns.label) for form in known}.values())
     known = [form for form in known if form.label in row]
     direct = (columns.chosen, columns.rejected)
-    if columns.label is None and all(row.get(name) is not None for name in direct):
+    if columns.label is None and not any(is_missing(row.get(name)) for name in direct):
         known = [form for form in known if set(form.answers) == set(direct)]
     if len(known) > 1:
         raise BadRow(

@@ -31,6 +31,13 @@ def is_missing(cell: Any) -> bool:
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
+def label_text(cell: Any) -> str:
+    """Return a label as text, empty if it is missing. A column of whole numbers that lacks one has 3.0 for 3."""
+    if is_missing(cell):
+        return ""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+
 SKIP = "`--data.bad_rows skip` (evaluate and adapt: `--bad_rows skip`)"
 """Option that leaves out rows that cannot be used, for errors."""
 

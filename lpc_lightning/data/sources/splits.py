@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from lpc_lightning.data.sources.locations import Location
-from lpc_lightning.data.sources.rows import DataError, Row, is_missing
+from lpc_lightning.data.sources.rows import DataError, Row, label_text
 from lpc_lightning.types import Message, PreferenceExample
 
 SEED = 0
@@ -17,8 +17,7 @@ SEED = 0
 
 def split_of(row: Row, split_column: str = "split") -> str:
     """Return the value of a row's split column. Return `train` if the column is absent or empty."""
-    value = row.get(split_column)
-    return "train" if is_missing(value) or value == "" else str(value)
+    return label_text(row.get(split_column)) or "train"
 
 
 def select_split(
@@ -56,8 +55,7 @@ def split_names(location: Location, split_column: str = "split") -> set[str]:
     if location.has_splits:
         return set(location.own_splits())
     rows = location.rows(None, lambda place, fault: None, only=split_column)
-    values = (row.get(split_column) for _, row in rows)
-    return {str(value) for value in values if not is_missing(value) and value != ""}
+    return {name for _, row in rows if (name := label_text(row.get(split_column)))}
 
 
 def find_split(location: Location, wanted: Sequence[str], split_column: str, setting: str) -> str | None:

@@ -253,3 +253,32 @@ def test_missing_numbers_of_a_table(tmp_path):
     ]  # fmt: skip
     assert report.other_splits == {}
     assert split_names(open_location(path)) == {"train"}
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        {name: [{"role": "user", "content": "p"}, {"role": "assistant", "content": name}] for name in "ab"},
+        {name: f"\n\nHuman: p\n\nAssistant: {name}" for name in "ab"},
+    ],
+    ids=["messages", "rendered"],
+)
+def test_missing_prompt_of_conversations(cells, write_rows):
+    path = write_rows([{"prompt": math.nan, "chosen": cells["a"], "rejected": cells["b"]}])
+    (example,) = RowSource(str(path)).read(DataReport())
+    assert ([turn["content"] for turn in example.prompt], example.chosen) == (["p"], "a")
+
+
+def test_missing_answers_beside_labelled_ones(write_rows):
+    row = {"prompt": "p", "chosen": math.nan, "rejected": math.nan, "response_0": "a", "response_1": "b"}
+    (example,) = RowSource(str(write_rows([row | {"better_response_id": 1.0}]))).read(DataReport())
+    assert (example.chosen, example.rejected) == ("b", "a")
+
+
+def test_split_of_whole_numbers(write_rows):
+    """A column of splits 0 and 1 in a table that lacks one of them."""
+    path = write_rows(
+        [{"prompt": "p", "chosen": "a", "rejected": "b", "split": split} for split in (0.0, 1.0, math.nan)]
+    )
+    assert split_names(open_location(path)) == {"0", "1"}
+    assert len(list(RowSource(str(path), split="1").read(DataReport()))) == 1
