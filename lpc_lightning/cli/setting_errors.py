@@ -22,6 +22,8 @@ CLASS = re.compile(r"\b(?:\w+\.)+[A-Z]\w*")
 CLASS_PATH = re.compile(r"given class_path '([\w.]+)'")
 UNKNOWN = re.compile(r"Option '([^']+)' is not accepted(?:\. Got value: Namespace\(class_path='([\w.]+)')?")
 UNRECOGNIZED = re.compile(r"unrecognized arguments: --([^\s=]+)")
+IN_FILE = re.compile(r"(?:Subcommand '\w+' does not accept option|Option) '([^']+)'(?: is not accepted)?")
+"""Name that is no setting in a config file, outside classes."""
 UNNAMED = re.compile(r"unrecognized arguments: ([^-\s]\S*)")
 MISSING = re.compile(r"the following arguments are required: (.*)")
 SEVERAL = re.compile(r"Multiple subclasses with name (\w+)\..*: (.*)\.")
@@ -67,8 +69,10 @@ def explain_setting(message: str, settings: Iterable[str], required: Iterable[st
 
 
 def _unrecognized(message: str, settings: Iterable[str], command: str) -> str | None:
-    """Explain a name that is no setting, with the nearest one."""
-    found = UNRECOGNIZED.match(message)
+    """Explain a name that is no setting, in a flag or a config file, with the nearest one."""
+    found, dashes = UNRECOGNIZED.match(message), "--"
+    if found is None:
+        found, dashes = IN_FILE.fullmatch(message), ""
     if found is None:
         return None
     names = list(settings)
@@ -77,8 +81,8 @@ def _unrecognized(message: str, settings: Iterable[str], command: str) -> str | 
         # A setting of a class is not among them, its group is.
         group, _, rest = found[1].partition(".")
         near = [f"{each}.{rest}" for each in _near(group, sorted({name.partition(".")[0] for name in names})) if rest]
-    advice = f", did you mean --{near[0]}?" if near else f". `{command} --help` lists the settings."
-    return f"--{found[1]}: found no such setting{advice}"
+    advice = f", did you mean {dashes}{near[0]}?" if near else f". `{command} --help` lists the settings."
+    return f"{dashes}{found[1]}: found no such setting{advice}"
 
 
 def _unnamed(message: str, required: Iterable[str]) -> str | None:

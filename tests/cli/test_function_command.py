@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -108,6 +109,21 @@ def test_impossible_arguments_are_one_line(arguments: str, error: str) -> None:
     with pytest.raises(ConfigError) as raised:
         ask(*arguments.split())
     assert str(raised.value) == error
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("batch_sise", ", did you mean batch_size?"),
+        ("model", ", did you mean models?"),
+        ("xyz", ". `lpc-lightning measure --help` lists the settings."),
+    ],
+)
+def test_unknown_name_in_a_file_is_one_line(name: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(f"{name}: 3\n")
+    with pytest.raises(ConfigError) as raised:
+        ask("a", f"--config={tmp_path / 'settings.yaml'}")
+    assert str(raised.value) == f"{name}: found no such setting{advice}"
 
 
 def test_a_value_without_a_setting_is_refused() -> None:

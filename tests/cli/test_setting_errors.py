@@ -67,6 +67,21 @@ def test_refused_setting_is_one_line(command: Command, flags: list[str], error: 
     assert output.err.startswith(f"error: {error}")
 
 
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("trainer: {loger: x}", "trainer.loger: found no such setting, did you mean trainer.logger?"),
+        ("polcy: {width: 3}", "polcy.width: found no such setting, did you mean policy.width?"),
+        ("policy: {class_path: TinyPolicy, init_args: {wdth: 3}}", "policy.wdth: TinyPolicy has no setting wdth, did"),
+    ],
+)
+def test_unknown_name_in_a_file_is_one_line(command: Command, content: str, error: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(content + "\n")
+    (line,) = command("fit", *POLICY, *MODEL, f"--config={path}").err.splitlines()
+    assert line.startswith(f"error: {error}")
+
+
 class Rprop(torch.optim.Rprop):
     """Optimizer with the name of another one, as bitsandbytes has them."""
 
