@@ -17,7 +17,7 @@ from lpc_lightning.evaluation.report.contrasts import contrasts
 from lpc_lightning.evaluation.report.runs.folders import load_folders
 from lpc_lightning.evaluation.report.runs.pairs import NOT_ON_RECORD, PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import RunRecord
-from lpc_lightning.evaluation.report.study import make_study
+from lpc_lightning.evaluation.report.study import make_study, shared_by
 from lpc_lightning.evaluation.report.tables import contrasts_table, means_table
 
 METRIC = "test/rewards/accuracies"
@@ -272,3 +272,10 @@ def test_no_star_without_scores_on_record(
     assert {(entry.run, entry.status) for entry in study.left_out([metric])} == (
         set() if has_test else {("latent none", "no test"), ("marginal", "no test")}
     )
+
+
+def test_shared_prompts_of_unequal_sizes() -> None:
+    """Half of the pairs have one prompt, an eighth each of four others: 1 / (1/4 + 4/64) prompts by Kish."""
+    sizes = dict(zip("abcde", [0.5, *[0.125] * 4], strict=True))
+    seed = PromptScores(frozenset(sizes), dict.fromkeys(sizes, 0.1), sizes)
+    assert shared_by([seed, seed]).freedom == pytest.approx(3.2 - 1)
