@@ -43,6 +43,8 @@ PRIOR = "latent_prior"
 """Name of the latent among a model's children."""
 MARK = "filled_under_latent"
 """Attribute of a cache that was filled by a latent model."""
+HEAD_ROWS = 8192
+"""Rows of the head that are converted to float32 at a time. A whole copy of a large head takes gigabytes."""
 LINEAR_TOLERANCE = 0.02
 """Relative tolerance of the linearity check. Rounding in bfloat16 stays below it."""
 
@@ -330,7 +332,8 @@ def head_product(head: nn.Module, z: Tensor, kind: torch.dtype) -> Tensor:
     exact = torch.promote_types(kind, torch.float32)
     if type(head) is nn.Linear and type(head.weight) is nn.Parameter and not head.weight.is_meta:
         with torch.autocast(head.weight.device.type, enabled=False):
-            return z.to(head.weight.device, exact) @ head.weight.to(exact).T
+            at = z.to(head.weight.device, exact)
+            return torch.cat([at @ rows.to(exact).T for rows in head.weight.split(HEAD_ROWS)], dim=-1)
     # Quantized, sharded or offloaded weights: the head's own code, in its own type.
     rows = head(torch.cat([torch.zeros_like(z[:1]), z]).to(kind)).to(exact)
     return rows[1:] - rows[0]

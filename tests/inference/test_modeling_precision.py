@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lpc_lightning.inference.modeling_lpc import HEAD_ROWS, head_product
 from tests.inference.conftest import CODES, FAMILIES
 
 NEW = 5
@@ -60,6 +61,14 @@ def test_steps_in_bfloat16_add_z_in_float32(
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     answer = out.sequences[:, -NEW:]
     assert answer.tolist() == torch.stack([logits.argmax(-1) for logits in out.logits], dim=1).tolist()
+
+
+@torch.no_grad()
+def test_product_with_a_head_in_parts() -> None:
+    head = torch.nn.Linear(4, 2 * HEAD_ROWS + 5, dtype=torch.bfloat16)
+    z = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    expected = z.double() @ head.weight.double().T
+    torch.testing.assert_close(head_product(head, z, torch.bfloat16).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
