@@ -50,7 +50,8 @@ class LMEvaluation(Callback):
 
     At the end, training is over and its checkpoints are written. If a benchmark fails, only its scores are missing: a
     warning and `results.json` give the reason. The evaluated weights are the last ones; `lpc-lightning evaluate`
-    evaluates any checkpoint. Evaluation during training does not change the training.
+    evaluates any checkpoint. Evaluation during training does not change the training. With `WeightAveraging` it
+    evaluates the average. List that callback first: if it is second, its average lacks the step that has just ended.
 
     With several processes (DDP), each evaluates a part of the requests. A policy that is sharded over processes (FSDP,
     DeepSpeed) is not evaluated.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.callbacks import LMEvaluation
@@ -87,3 +88,25 @@ def test_random_states_are_restored(fit, task) -> None:
     before, after = States(), States()
     fit("run", before, LMEvaluation([task], limit=2, every_n_steps=1, step_limit=2), after)
     assert before.values == after.values
+
+
+class Evaluated(LMEvaluation):
+    """Evaluation that stores the weights that it evaluates between steps."""
+
+    def _run(self, trainer: Any, pl_module: Any, limit: Any, folder: Path, name: str) -> Any:
+        if folder == Path("step_2"):
+            self.weights = {name: weight.detach().clone() for name, weight in pl_module.policy.named_parameters()}
+        return super()._run(trainer, pl_module, limit, folder, name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_averaged_weights_are_evaluated(fit: Callable[..., Any], task: str, tmp_path: Path) -> None:
+    """A checkpoint holds the average of the weights, and the trained weights beside it."""
+    average, evaluation = EMAWeightAveraging(decay=0.9), Evaluated([task], every_n_steps=2, step_limit=2)
+    saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=2)
+    fit("run", average, evaluation, saver, max_steps=3)
+    stored = torch.load(tmp_path / "saved" / "step=2.ckpt", weights_only=True)
+    expected, trained = stored["state_dict"], stored["current_model_state"]
+    assert any(not torch.equal(expected[name], trained[name]) for name in expected if name.startswith("policy."))
+    assert all(torch.equal(weight, expected[f"policy.{name}"]) for name, weight in evaluation.weights.items())
