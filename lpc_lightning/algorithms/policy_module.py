@@ -24,7 +24,13 @@ from lpc_lightning.algorithms.refused_callbacks import check_callbacks
 from lpc_lightning.algorithms.run_length import total_steps
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.distributed.build_sharded import build_sharded
-from lpc_lightning.distributed.sharding import check_strategy, policies_of, set_micro_batch_size, shard
+from lpc_lightning.distributed.sharding import (
+    check_frozen_states,
+    check_strategy,
+    policies_of,
+    set_micro_batch_size,
+    shard,
+)
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.policy import CausalPolicy, PolicySpec
 from lpc_lightning.policy.precision import PRECISION_ADVICE, WEIGHTS_ADVICE, warn_of_slow_products
@@ -80,6 +86,7 @@ class PolicyModule(LatentMixin, LightningModule):
         """Check callbacks and strategy, and set up the strategy. The DataModule of the run has been set up before."""
         check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's connector
         if stage == "fit":
+            check_frozen_states(self.policy_spec.frozen_states_gib, self.trainer.strategy)
             self.policy_spec.check_start()
             if self.needs_reference:
                 rank_zero_info(f"reference: {self.reference_path or self.policy_spec.start}")

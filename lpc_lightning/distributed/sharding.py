@@ -50,6 +50,24 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
+def check_frozen_states(gib: float, strategy: Strategy) -> None:
+    """Refuse to keep states of frozen layers where they cannot be looked up.
+
+    Args:
+        gib: `policy.frozen_states_gib`.
+        strategy: Strategy of a fit.
+
+    Raises:
+        ConfigError: The weights are sharded, or the device is no CPU.
+    """
+    device = strategy.root_device.type
+    if gib and (keeps_weights_elsewhere(strategy) or device != "cpu"):
+        raise ConfigError(
+            f"policy.frozen_states_gib: found {gib:g} with {type(strategy).__name__} on {device}, expected 0. States "
+            "are kept on a CPU alone, with all weights on each process (trainer.strategy auto or ddp)."
+        )
+
+
 def keeps_weights_elsewhere(strategy: Strategy) -> bool:
     """Return whether weights cannot be set in place: they are sharded, or the optimizer overwrites them from a copy."""
     return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.policy.checks import check_longest, check_policy, separates_segments
 from lpc_lightning.policy.compiled_layers import CompiledLayers
+from lpc_lightning.policy.frozen_states import FrozenStates
 from lpc_lightning.policy.graphed_backbone import GraphedBackbone
 from lpc_lightning.policy.head import head_of
 from lpc_lightning.policy.logprobs import logits_of, token_chunks, token_logps, token_logps_per_code
@@ -38,6 +39,7 @@ class CausalPolicy(nn.Module):
     _compiled: CompiledLayers | None = None
     _compiles_head = False
     _graphed: GraphedBackbone | None = None
+    _frozen_states: FrozenStates | None = None
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         """Wrap a causal LM.
@@ -142,6 +144,10 @@ class CausalPolicy(nn.Module):
             # local function, so that the policy could not be pickled for another process.
             model.disable_input_require_grads()
 
+    def keep_frozen_states(self, gib: float) -> None:
+        """Keep the states after the layers below the first trained one, for batches on a CPU. See `FrozenStates`."""
+        self._frozen_states = FrozenStates(self, gib)
+
     @property
     def is_compiled(self) -> bool:
         """True if the decoder layers are compiled."""
@@ -190,7 +196,9 @@ class CausalPolicy(nn.Module):
                 stacklevel=2,
             )
         graphed = self._graphed if trains and compiled else None
-        states = self.states(*inputs) if graphed is None else graphed(self.states, *inputs)
+        kept = self._frozen_states if batch.input_ids.device.type == "cpu" else None
+        with nullcontext() if kept is None else kept.of(batch):
+            states = self.states(*inputs) if graphed is None else graphed(self.states, *inputs)
         return states.flatten(0, 1)
 
     def _runs_compiled(self, batch: PreferenceBatch) -> bool:

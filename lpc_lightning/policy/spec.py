@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal
 
@@ -48,6 +49,7 @@ class PolicySpec(ABC):
         compile: bool | Literal["auto"] = "auto",
         cuda_graphs: bool | Literal["auto"] = "auto",
         trainable: bool = True,
+        frozen_states_gib: float = 0.0,
     ) -> None:
         """Keep the settings that all policies share.
 
@@ -71,16 +73,22 @@ class PolicySpec(ABC):
                 135 million train 3.4 times as fast on an H200, 1.2 billion no faster.
             trainable: False freezes the policy, and only the latent space is trained. There is then no backward pass
                 through the backbone, and a checkpoint holds no weights of the policy.
+            frozen_states_gib: Memory in GiB for the states after the layers below the first trained one: all layers of
+                a frozen policy, or those below the adapters of `lora.target_modules`. A prompt or answer that occurs
+                again, in another pair or epoch, skips these layers. 0: they run at every batch. For training on a CPU,
+                on one process.
 
         Raises:
-            ConfigError: An adapter is frozen.
+            ConfigError: An adapter is frozen, or `frozen_states_gib` is no size.
         """
         if lora is not None and not trainable:
             raise ConfigError("policy.trainable: found false together with policy.lora, expected only one of them.")
+        if not 0 <= frozen_states_gib < math.inf:
+            raise ConfigError(f"policy.frozen_states_gib: found {frozen_states_gib}, expected a number of at least 0.")
         self.dtype, self.attention = dtype, attention
         self.lora, self.gradient_checkpointing = lora, gradient_checkpointing
         self.compile, self.cuda_graphs = compile, cuda_graphs
-        self.trainable = trainable
+        self.trainable, self.frozen_states_gib = trainable, frozen_states_gib
 
     @abstractmethod
     def load_config(self) -> PreTrainedConfig:
@@ -153,4 +161,6 @@ class PolicySpec(ABC):
         policy.train()
         if not self.trainable:
             policy.requires_grad_(False)
+        if self.frozen_states_gib:
+            policy.keep_frozen_states(self.frozen_states_gib)
         return policy

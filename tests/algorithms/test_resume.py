@@ -41,6 +41,10 @@ MODULES: dict[str, Callable[[Callable[..., TinyPolicy]], PreferenceModule]] = {
     "gumbel, lora with dropout": lambda policy: DPO(
         policy=policy(lora=LoRA(rank=4, alpha=8, dropout=0.3)), optimizer=adam, latent=gumbel(), latent_lr=1e-2
     ),
+    "frozen states": lambda policy: DPO(
+        policy=policy(layers=2, lora=LoRA(rank=4, target_modules=r".*\.1\..*_proj"), frozen_states_gib=1.0),
+        optimizer=adam,
+    ),
 }
 
 
@@ -109,7 +113,7 @@ CASES = {
 }
 # The cases differ in the data and the noise, not in the loss. So each of them needs only the module with all noise.
 RUNS = [(case, "gumbel, lora with dropout") for case in CASES]
-RUNS += [("accumulated", "dpo"), ("validated in mid-epoch", "gumbel")]
+RUNS += [("accumulated", "dpo"), ("validated in mid-epoch", "gumbel"), ("accumulated", "frozen states")]
 
 
 class Whole(NamedTuple):

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.errors import UnsupportedPolicyError
-from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import TokenizedPair
 
 Naive = Callable[..., Tensor]
@@ -118,12 +118,28 @@ def state_of(spec: AnyPolicy, plain: PreTrainedModel, pairs: list[TokenizedPair]
         return "refused" if "\n" not in str(error) else f"refused in several lines: {error}"
     expected = naive_logps(plain, pairs)
     layouts: list[Layout] = [PaddedLayout(0), *([SharedPrefixLayout(0, 10_000)] if policy.takes_block_mask else [])]
+    if fault := fault_of(policy, layouts, pairs, expected):
+        return fault
+    for trained in (policy.layers[-1:], []):
+        policy.requires_grad_(False)
+        for layer in trained:
+            layer.requires_grad_(True)
+        try:
+            policy.keep_frozen_states(1.0)
+        except UnsupportedPolicyError:
+            return "right"
+        if fault := fault_of(policy, layouts, pairs, expected):
+            return f"{fault}, with {len(trained)} trained layers above frozen states"
+    return "right, also with frozen states"
+
+
+def fault_of(policy: CausalPolicy, layouts: list[Layout], pairs: list[TokenizedPair], expected: Tensor) -> str:
     for layout in layouts:
         # Rounding can send a token to another expert, and change one answer.
         errors = (policy(layout(pairs)).logps() - expected).abs().sort().values
         if not errors[-2] < 1e-3:
             return f"off by {float(errors[-2]):.3g} nats under {type(layout).__name__}"
-    return "right"
+    return ""
 
 
 @pytest.mark.slow
@@ -139,6 +155,8 @@ def test_every_family_is_right_or_refused(
         plain = plain_model(spec)
         if plain is not None:
             states[name] = state_of(spec, plain, pairs, naive_logps)
-    assert {name: state for name, state in states.items() if state not in ("right", "refused")} == {}
+    kept = "right, also with frozen states"
+    assert {name: state for name, state in states.items() if state not in ("right", kept, "refused")} == {}
     assert {name for name, state in states.items() if state == "refused"} == REFUSED
     assert len(states) > 155
+    assert list(states.values()).count(kept) > 105
