@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -22,20 +22,24 @@ from lpc_lightning.evaluation.report.table_files import (
 def tuning_table(tunings: Sequence[GroupTuning]) -> Table:
     """Make the table of the tuning of each group, with a column for each value.
 
+    Groups of several ablations can agree in all axes. They then have the names of their ablations in the first column.
     Its records have a line for each value and seed.
     """
+    has_several = len({tuning.ablation for tuning in tunings}) > 1
     axes = list(dict.fromkeys(axis for tuning in tunings for axis in tuning.axes))
     tuned = list(dict.fromkeys(tuning.axis for tuning in tunings))
     values = sorted({float(value) for tuning in tunings for value in tuning.scores})
-    columns = [*map(Column, axes), *(Column(name, True) for name in tuned)]
+    columns = [Column("ablation")] if has_several else []
+    columns += [*map(Column, axes), *(Column(name, True) for name in tuned)]
     columns += [*(Column(f"at {value:g}", True) for value in values), Column("note")]
     rows, records = [], []
     for tuning in tunings:
-        cells = [text_cell(tuning.axes[axis]) if axis in tuning.axes else Cell(NO_VALUE) for axis in axes]
+        cells = [text_cell(tuning.ablation)] if has_several else []
+        cells += [text_cell(tuning.axes[axis]) if axis in tuning.axes else Cell(NO_VALUE) for axis in axes]
         cells += [text_cell(tuning.value) if tuning.axis == name else Cell(NO_VALUE) for name in tuned]
         cells += [_score(tuning, value) for value in values]
         rows.append([*cells, text_cell(tuning.note)])
-        records += _records(tuning, axes)
+        records += _records(tuning, axes, {"ablation": tuning.ablation} if has_several else {})
     sections = [f"{tuning.section}." for tuning in tunings]
     notes = [
         "The mean score over the tuning seeds at each value; *: the chosen value; +: a value that was added for all "
@@ -58,11 +62,12 @@ def _mean(tuning: GroupTuning, value: Value) -> float | None:
     return fmean(scores) if scores and len(scores) == len(tuning.scores[value]) else None
 
 
-def _records(tuning: GroupTuning, axes: Sequence[str]) -> list[dict[str, Any]]:
+def _records(tuning: GroupTuning, axes: Sequence[str], names: Mapping[str, str]) -> list[dict[str, Any]]:
     return [
         make_record(
             {axis: tuning.axes.get(axis) for axis in axes},
             {
+                **names,
                 "tuned": tuning.axis,
                 "value": value,
                 "seed": seed,

@@ -98,6 +98,8 @@ class RunProvenance:
 class GroupTuning:
     """The tuning of an axis for one group of an ablation's cells."""
 
+    ablation: str
+    """Name of the ablation's folder."""
     axes: Mapping[str, Value]
     """The group's value on each axis, without seed and tuned axis."""
     axis: str

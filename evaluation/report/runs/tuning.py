@@ -21,6 +21,7 @@ def read_tunings(folder: Path) -> Iterator[GroupTuning]:
         listed = {name: ", ".join(map(str, tune[name])) for name in ("values", "seeds")}
         best = {"max": "largest", "min": "smallest"}[tune["mode"]]
         yield GroupTuning(
+            ablation=folder.resolve().name,
             axes={axis: as_value(value) for axis, value in group["axes"].items()},
             axis=tune["axis"],
             section=f"{tune['axis']} of {listed['values']} by the {best} {tune['by']}, seeds {listed['seeds']}, "

@@ -1,0 +1,41 @@
+"""Tests of the table of tuned axes, for one ablation and for two that agree in all axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lpc_lightning.evaluation.report.runs.records import GroupTuning
+from lpc_lightning.evaluation.report.table_files import to_markdown
+from lpc_lightning.evaluation.report.tuning_table import tuning_table
+
+
+def tuned(ablation: str, value: float) -> GroupTuning:
+    scores: dict[Any, dict[int, float | None]] = {1e-4: {101: 0.5, 102: 0.7}, 3e-4: {101: 0.6, 102: 0.8}}
+    return GroupTuning(
+        ablation, {"latent": "none"}, "lr", "lr by the largest val/accuracy", value, "", scores, (), "val/accuracy"
+    )
+
+
+def rows_of(*tunings: GroupTuning) -> list[list[str]]:
+    lines = [line for line in to_markdown(tuning_table(tunings)).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+def test_tuning_table_of_one_ablation() -> None:
+    assert rows_of(tuned("one", 3e-4)) == [
+        ["latent", "lr", "at 0.0001", "at 0.0003", "note"],
+        ["none", "0.0003", "0.6000", "* 0.7000", ""],
+    ]
+    assert "ablation" not in tuning_table([tuned("one", 3e-4)]).records[0]
+
+
+def test_tuning_table_names_each_ablation() -> None:
+    """One epoch and two have the same axes, and other choices."""
+    table = tuned("one_epoch", 3e-4), tuned("two_epochs", 1e-4)
+    assert [row[:4] for row in rows_of(*table)] == [
+        ["ablation", "latent", "lr", "at 0.0001"],
+        ["one_epoch", "none", "0.0003", "0.6000"],
+        ["two_epochs", "none", "0.0001", "* 0.6000"],
+    ]
+    chosen = {(line["ablation"], line["value"]) for line in tuning_table(table).records if line["is_chosen"]}
+    assert chosen == {("one_epoch", 3e-4), ("two_epochs", 1e-4)}
