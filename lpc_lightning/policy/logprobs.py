@@ -1,7 +1,8 @@
 """Log-probabilities of the answers from hidden states, through the LM head in chunks.
 
 The logits over the vocabulary are by far the largest tensor of a step. They exist for one chunk of tokens at a time.
-Each chunk is reduced to one number per token (or K, one per code), and is recomputed in the backward pass.
+Each chunk is reduced to one number per token (or K, one per code), and is recomputed in the backward pass. If only the
+states have a gradient (a frozen head, as under LoRA), the forward pass computes it from the same logits.
 """
 
 from __future__ import annotations
@@ -54,7 +55,15 @@ def _biased_logps(
     hidden: Tensor, targets: Tensor, head: LogitHead, shifts: Tensor | None, group: Tensor | None
 ) -> Tensor:
     """Compute `token_logps` from the logit biases (B, V) of the representations."""
+    if torch.is_grad_enabled() and hidden.requires_grad and _is_frozen(hidden, head, shifts):
+        return _FrozenHeadLogps.apply(hidden, head, shifts, group, targets)
     return _TokenLogps.apply(hidden, head.weight, head.bias, None, shifts, group, targets, head)[:, 0]
+
+
+def _is_frozen(hidden: Tensor, head: LogitHead, shifts: Tensor | None) -> bool:
+    """Return True if the states alone have a gradient, and its type can hold it before the loss scaler's factor."""
+    frozen = all(tensor is None or not tensor.requires_grad for tensor in (head.weight, head.bias, shifts))
+    return frozen and _types(hidden)[0] != torch.float16
 
 
 def token_logps_per_code(
@@ -147,6 +156,42 @@ def logits_of(hidden: Tensor, head: LogitHead) -> Tensor:
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     product = _product(hidden, head.weight.to(hidden.dtype).T)
     return _logits(product, _LogitTerms(head.bias), _HeadForm(head.scale, head.softcap, exact))
+
+
+class _FrozenHeadLogps(torch.autograd.Function):
+    """(N,) log-probabilities of `targets` under a head and `shifts` (B, V) that have no gradient.
+
+    The gradient with respect to the states is computed in the forward pass, up to the factor of the backward pass. This
+    takes two products with the head, where computing the logits again would take three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: LogitHead, shifts: Tensor | None, group: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        product, exact = _types(hidden)
+        form, all_terms = _HeadForm(head.scale, head.softcap, exact), _LogitTerms(head.bias, shifts, group)
+        reduce_with_gradient = _kernel(_reduce_with_gradient, head.compiled)
+        logps, gradient = hidden.new_empty(len(hidden), dtype=exact), torch.empty_like(hidden, dtype=exact)
+        with torch.autocast(hidden.device.type, enabled=False):
+            states, rows = hidden.to(product), head.weight.to(product)
+            for chunk in token_chunks(hidden, len(rows)):
+                logits = _product(states[chunk], rows.T)
+                logps[chunk], logit_grad = reduce_with_gradient(
+                    form, logits, all_terms.of(chunk), targets[chunk], product
+                )
+                del logits
+                logit_grad = logit_grad if form.scale == 1.0 else logit_grad * form.scale
+                gradient[chunk] = _product(logit_grad.to(product), rows)
+                del logit_grad
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(gradient)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (grad[:, None] * gradient).to(ctx.dtype), None, None, None, None
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -346,6 +391,16 @@ def _reduce_with_probabilities(
     return at_target, normalizer, logits.sub_(normalizer[:, None]).exp_()
 
 
+def _reduce_with_gradient(
+    form: _HeadForm, product: Tensor, terms: _LogitTerms, targets: Tensor, narrow: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return each target's log-probability (n,), and its gradient (n, V) with respect to the logits (`narrow`)."""
+    logits = _logits(product, terms, form)
+    normalizer = logits.logsumexp(-1)
+    logps = logits.gather(1, targets[:, None])[:, 0] - normalizer
+    return logps, _gradient_at(form, logits, targets, normalizer, torch.ones_like(normalizer), narrow)
+
+
 def _probabilities(form: _HeadForm, product: Tensor, terms: _LogitTerms, normalizer: Tensor) -> Tensor:
     return _logits(product, terms, form).sub_(normalizer[:, None]).exp_()
 
@@ -370,7 +425,13 @@ def _logit_gradient(
         upstream: (n,) gradient with respect to the log-probabilities.
         narrow: Type of the products that the gradient enters.
     """
-    logits = _logits(product, terms, form)
+    return _gradient_at(form, _logits(product, terms, form), targets, normalizer, upstream, narrow)
+
+
+def _gradient_at(
+    form: _HeadForm, logits: Tensor, targets: Tensor, normalizer: Tensor, upstream: Tensor, narrow: torch.dtype
+) -> Tensor:
+    """Compute `_logit_gradient` from logits (n, V), which are overwritten."""
     slope = None if form.softcap is None else 1 - (logits / form.softcap).square()
     gradient = logits.sub_(normalizer[:, None]).exp_().mul_(-upstream[:, None])
     gradient = _add_at_targets(gradient, targets, upstream)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lpc_lightning.policy.logprobs import (
     code_logits,
@@ -120,6 +121,38 @@ def test_frozen_input_gets_no_gradient(frozen: str) -> None:
     for leaf, theirs in zip(case.leaves, expected, strict=True):
         if leaf is not held:
             torch.testing.assert_close(leaf.grad, theirs, rtol=1e-11, atol=1e-11)
+
+
+@every_head
+@every_chunking
+def test_frozen_head_under_z(kind: str, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the states have a gradient. z of two groups is added to them."""
+    chunk(monkeypatch, tokens_at_once)
+    case, same = Case(kind), Case(kind)
+    group, z = torch.arange(7) % 2, case.codes[:2].detach()
+    for leaf in case.leaves[2:]:
+        leaf.requires_grad_(False)
+    ours = token_logps(case.hidden, case.targets, case.head, z, group)
+    theirs = same.naive()[torch.arange(7), group]
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    upstream = case.weights[:, 0]
+    for held, other in zip((ours, 2 * ours), (theirs, 2 * theirs), strict=True):
+        (gradient,) = torch.autograd.grad(held, case.hidden, upstream, retain_graph=True)
+        (expected,) = torch.autograd.grad(other, same.hidden, upstream, retain_graph=True)
+        torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "products"), [(torch.float32, 2), (torch.bfloat16, 2), (torch.float16, 3)])
+def test_frozen_head_takes_two_products(dtype: torch.dtype, products: int) -> None:
+    """With a loss scale, small gradients in float16 need its factor before they are rounded."""
+    case = Case(tokens=8, vocabulary=64, width=16, dtype=dtype)
+    case.head.weight.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        token_logps(case.hidden, case.targets, case.head).sum().backward()
+    assert counter.get_total_flops() == products * 2 * 8 * 64 * 16
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        token_logps(case.hidden, case.targets, case.head)
+    assert counter.get_total_flops() == 2 * 8 * 64 * 16
 
 
 @linear_head
