@@ -32,11 +32,12 @@ from lpc_lightning.distributed.sharding import (
     shard,
 )
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.policy import CausalPolicy, PolicySpec
+from lpc_lightning.policy import CausalPolicy, PolicySpec, policy_fingerprint
 from lpc_lightning.policy.precision import PRECISION_ADVICE, WEIGHTS_ADVICE, warn_of_slow_products
-from lpc_lightning.reference.cached import OtherReference, OwnReference
+from lpc_lightning.reference.cached import OtherReference, OwnReference, computation_key
 from lpc_lightning.reference.live import FrozenModel, Reference, live_reference
 from lpc_lightning.reference.other_model import build_other
+from lpc_lightning.reference.pair_cache import entry_folder
 from lpc_lightning.seeding import derive, run_seed
 from lpc_lightning.types import PreferenceBatch
 
@@ -115,9 +116,23 @@ class PolicyModule(LatentMixin, LightningModule):
                 names = data.source_names
             for metrics in (self.val_metrics, self.test_metrics):
                 metrics.split_by_source(names)
+        if self._starting:
+            self._share_frozen_states()
         if self._starting and self.reference is not None:
             self.reference.prepare(self, untouched=fresh or self.policy_spec.lora is not None)
         self._starting = False
+
+    def _share_frozen_states(self) -> None:
+        """Share the states of frozen layers with other runs of the same policy and precision."""
+        data, kept = preference_data(self.trainer), self.policy.frozen_states
+        if data is not None and kept is not None:
+            key = computation_key(policy_fingerprint(self.policy), self.policy, self.trainer)
+            kept.share(entry_folder("frozen_states", [key, kept.depth], data.cache_dir))
+
+    def teardown(self, stage: str) -> None:
+        """Write the last states of frozen layers."""
+        if self._built and self.policy.frozen_states is not None:
+            self.policy.frozen_states.store.write()
 
     def _build(self) -> None:
         if self.device_mesh is None:

@@ -39,7 +39,8 @@ class CausalPolicy(nn.Module):
     _compiled: CompiledLayers | None = None
     _compiles_head = False
     _graphed: GraphedBackbone | None = None
-    _frozen_states: FrozenStates | None = None
+    frozen_states: FrozenStates | None = None
+    """Kept states of frozen layers. None: all layers run at every batch."""
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         """Wrap a causal LM.
@@ -146,7 +147,7 @@ class CausalPolicy(nn.Module):
 
     def keep_frozen_states(self, gib: float) -> None:
         """Keep the states after the layers below the first trained one, for batches on a CPU. See `FrozenStates`."""
-        self._frozen_states = FrozenStates(self, gib)
+        self.frozen_states = FrozenStates(self, gib)
 
     @property
     def is_compiled(self) -> bool:
@@ -196,7 +197,7 @@ class CausalPolicy(nn.Module):
                 stacklevel=2,
             )
         graphed = self._graphed if trains and compiled else None
-        kept = self._frozen_states if batch.input_ids.device.type == "cpu" else None
+        kept = self.frozen_states if batch.input_ids.device.type == "cpu" else None
         with nullcontext() if kept is None else kept.of(batch):
             states = self.states(*inputs) if graphed is None else graphed(self.states, *inputs)
         return states.flatten(0, 1)

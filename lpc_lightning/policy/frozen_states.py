@@ -6,21 +6,20 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
 from lpc_lightning.policy.attention_kernel import differences, rounding
+from lpc_lightning.policy.state_store import StateStore
 from lpc_lightning.types import PIECES, PreferenceBatch
 
 if TYPE_CHECKING:
     from lpc_lightning.policy.causal import CausalPolicy
-
-GIB = 2**30
 
 
 class _Piece(NamedTuple):
@@ -50,10 +49,10 @@ class FrozenStates:
             ConfigError: The first layer or the embeddings are trained.
             UnsupportedPolicyError: The layers return more than their states, or read more of the lower ones.
         """
-        self._policy, self._limit = policy, round(gib * GIB)
-        self._known: dict[bytes, Tensor] = {}
-        self._bytes = 0
-        self._weights: tuple[Any, ...] = ()
+        self._policy = policy
+        self.store = StateStore(gib)
+        """The states, by a hash of the tokens."""
+        self._weights: tuple[Any, ...] | None = None
         layers = policy.layers
         trained = [any(weight.requires_grad for weight in layer.parameters()) for layer in layers]
         self.depth = trained.index(True) if True in trained else len(layers)
@@ -65,7 +64,17 @@ class FrozenStates:
                 "policy.lora with policy.lora.target_modules in upper layers alone, or policy.trainable false. Set "
                 "policy.frozen_states_gib to 0 for other policies."
             )
-        self._check()
+        self._check(gib)
+
+    def share(self, folder: Path) -> None:
+        """Share the states with other runs whose policy and precision are the same.
+
+        Args:
+            folder: Folder of this policy and precision.
+        """
+        self.store.clear()  # another run may have had another precision
+        self.store.share(folder)
+        self._weights = None  # a trainer converts them before the first batch
 
     @contextmanager
     def of(self, batch: PreferenceBatch) -> Iterator[None]:
@@ -92,21 +101,11 @@ class FrozenStates:
         count = piece.columns.stop - piece.columns.start
         # Under autocast, states have other values.
         mixed = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        key = hashlib.blake2b(f"{count} {mixed} ".encode() + piece.ids.tobytes(), digest_size=16).digest()
-        if (known := self._known.get(key)) is not None:
-            return known
-        own = self._compute(torch.from_numpy(piece.ids)[None])[0, -count:].clone()
-        if self._bytes + own.nbytes <= self._limit:
-            self._known[key] = own
-            self._bytes += own.nbytes
-        elif self._bytes <= self._limit:
-            self._bytes = self._limit + 1
-            rank_zero_warn(
-                f"policy.frozen_states_gib: found more states than {self._limit / GIB:g} GiB hold, after "
-                f"{len(self._known)} prompts and answers. Further ones are computed each time. Expected a larger "
-                "value, or 0 if sequences occur rarely."
-            )
-        return own
+        key = hashlib.blake2b(f"{count} {mixed} ".encode() + piece.ids.tobytes(), digest_size=16).hexdigest()
+        if (states := self.store.get(key)) is None:
+            states = self._compute(torch.from_numpy(piece.ids)[None])[0, -count:].clone()
+            self.store.add(key, states)
+        return states
 
     def _compute(self, ids: Tensor) -> Tensor:
         """Return (1, T, d) states of a sequence (1, T) after the lower layers."""
@@ -129,12 +128,12 @@ class FrozenStates:
     def _forget_other_weights(self) -> None:
         """Forget the states if weights of the lower layers have been loaded or converted since."""
         weights = tuple((weight.data_ptr(), weight._version) for weight in self._frozen_weights())
-        if weights != self._weights:
-            self._known.clear()
-            self._bytes, self._weights = 0, weights
+        if self._weights not in (None, weights):
+            self.store.clear()
+        self._weights = weights
 
     @torch.no_grad()
-    def _check(self) -> None:
+    def _check(self, gib: float) -> None:
         """Compare the last states of a few tokens with those that are computed from the kept states."""
         device = self._policy.model.device
         ids = torch.arange(1, 9, device=device)[None] * (self._policy.head.weight.shape[0] // 16)
@@ -150,7 +149,7 @@ class FrozenStates:
         if not equal:
             name = type(self._policy.causal_lm).__name__
             raise UnsupportedPolicyError(
-                f"policy.frozen_states_gib: found {self._limit / GIB:g} for {name}, whose layers do not pass on "
+                f"policy.frozen_states_gib: found {gib:g} for {name}, whose layers do not pass on "
                 "states alone, expected 0."
             )
 

@@ -75,8 +75,8 @@ class PolicySpec(ABC):
                 through the backbone, and a checkpoint holds no weights of the policy.
             frozen_states_gib: Memory in GiB for the states after the layers below the first trained one: all layers of
                 a frozen policy, or those below the adapters of `lora.target_modules`. A prompt or answer that occurs
-                again, in another pair or epoch, skips these layers. 0: they run at every batch. For training on a CPU,
-                on one process.
+                again, in another pair or epoch, skips these layers. Runs share the states in data.cache_dir. 0: these
+                layers run at every batch. For a fit on a CPU.
 
         Raises:
             ConfigError: An adapter is frozen, or `frozen_states_gib` is no size.

@@ -1,10 +1,8 @@
 """Values that a policy gives to pairs, computed once and shared between runs.
 
 An entry of the cache is a folder. Its name is a fingerprint of everything that decides the values. It holds numbered
-parts with the values of some pairs each. A part is an npz file with its SHA-256 at the end. It is written to a
-temporary file and then linked to its name, so that a killed process leaves only complete parts. Parts never change. If
-two parts hold the same pair, the lower number counts. So several processes can add parts at the same time, and a value
-that has been read stays the same.
+parts with the values of some pairs each. If two parts hold the same pair, the lower number counts. So several processes
+can add parts at the same time, and a value that has been read stays the same.
 """
 
 from __future__ import annotations
@@ -13,22 +11,29 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lpc_lightning.data.tokenization.token_cache import default_cache_dir
 from lpc_lightning.data.tokenization.tokens import TokenStore
-from lpc_lightning.files.unfinished import remove_leftovers, unfinished_path
+from lpc_lightning.files.numbered_parts import NumberedParts, read_part
 
 log = logging.getLogger(__name__)
 
-PART = "[0-9]" * 6 + ".npz"
-"""Pattern of the file names of parts."""
-DIGEST_SIZE = hashlib.sha256().digest_size
+
+def entry_folder(kind: str, decides: Any, cache_dir: Path | None = None) -> Path:
+    """Return the folder of an entry of the cache.
+
+    Args:
+        kind: Name of the values. Entries of a kind share a folder.
+        decides: Everything that decides the values, as JSON.
+        cache_dir: Root of the cache. Default: `default_cache_dir()`.
+    """
+    fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+    return (cache_dir or default_cache_dir()) / kind / fingerprint
 
 
 class PairCache:
@@ -56,9 +61,8 @@ class PairCache:
             dtype: Type of the values that `read` returns.
             cache_dir: Root of the cache. Default: `default_cache_dir()`.
         """
-        decides = json.dumps([dict(key), pairs.token_digest], sort_keys=True)
-        fingerprint = hashlib.sha256(decides.encode()).hexdigest()[:32]
-        self.folder = (cache_dir or default_cache_dir()) / kind / fingerprint
+        self.folder = entry_folder(kind, [dict(key), pairs.token_digest], cache_dir)
+        self._parts = NumberedParts(self.folder, ".npz")
         self._pairs, self._numbers, self._dtype = len(pairs), numbers, dtype
 
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -66,7 +70,7 @@ class PairCache:
         values = np.full((len(indices), self._numbers), np.nan, self._dtype)
         row_of = np.full(self._pairs, -1)
         row_of[indices] = np.arange(len(indices))
-        for part in sorted(self.folder.glob(PART)):
+        for part in self._parts.paths():
             try:
                 stored, stored_values = self._open(part)
             except (OSError, ValueError, KeyError) as error:
@@ -88,39 +92,13 @@ class PairCache:
         Raises:
             OSError: The disk is full or not writable.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder)
-        scratch = unfinished_path(self.folder, "part")
-        try:
-            with scratch.open("xb") as file:
-                file.write(_packed(indices, values))
-                file.flush()
-                os.fsync(file.fileno())
-            taken = [int(part.stem) for part in self.folder.glob(PART)]
-            for number in count(max(taken, default=-1) + 1):
-                try:
-                    os.link(scratch, self.folder / f"{number:06d}.npz")
-                    return
-                except FileExistsError:  # another process took this number
-                    continue
-        finally:
-            scratch.unlink(missing_ok=True)
+        file = io.BytesIO()
+        np.savez(file, indices=indices, values=values)
+        self._parts.add(file.getvalue())
 
     def _open(self, part: Path) -> tuple[np.ndarray, np.ndarray]:
-        content = part.read_bytes()
-        arrays, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
-        if hashlib.sha256(arrays).digest() != digest:
-            raise ValueError("their content does not have its digest")
-        with np.load(io.BytesIO(arrays), allow_pickle=False) as stored:
+        with np.load(io.BytesIO(read_part(part)), allow_pickle=False) as stored:
             indices, values = stored["indices"], stored["values"]
         if values.shape != (len(indices), self._numbers) or np.isnan(values).any() or (indices >= self._pairs).any():
             raise ValueError(f"they are not {self._numbers} each of {self._pairs} pairs")
         return indices, values
-
-
-def _packed(indices: np.ndarray, values: np.ndarray) -> bytes:
-    """Return the content of a part."""
-    file = io.BytesIO()
-    np.savez(file, indices=indices, values=values)
-    arrays = file.getvalue()
-    return arrays + hashlib.sha256(arrays).digest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lpc_lightning.algorithms import DPO
+from lpc_lightning.algorithms import DPO, IPO
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.distributed.sharding import check_frozen_states
 from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import CausalPolicy, LoRA
+from lpc_lightning.policy.frozen_states import FrozenStates
 from tests.fixtures.policies import FAMILIES
 from tests.fixtures.training_runs import FitRun
 
@@ -175,3 +177,36 @@ def test_fit_with_frozen_states_is_the_same(reference: Any, small_policy: Any, f
     assert kept.losses == pytest.approx(plain.losses, rel=1e-5)
     for name, value in plain.weights.items():
         torch.testing.assert_close(kept.weights[name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_later_fits_read_stored_states(
+    small_policy: Any, small_data: Any, fit_run: FitRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another loss and other labels. A fit in float64 has states of its own, also in the same module."""
+    computed: list[Tensor] = []
+    compute = FrozenStates._compute
+
+    def counted(self: FrozenStates, ids: Tensor) -> Tensor:
+        states = compute(self, ids)
+        computed.append(states)
+        return states
+
+    monkeypatch.setattr(FrozenStates, "_compute", counted)
+    adapter = LoRA(rank=2, target_modules=UPPER)
+
+    def fit(module: Any = None, gib: float = 1.0, **trainer: Any) -> tuple[Any, int]:
+        computed.clear()
+        spec = small_policy(layers=2, lora=adapter, frozen_states_gib=gib)
+        run = fit_run(module or DPO(policy=spec), small_data(cache_dir=str(tmp_path)), max_steps=3, **trainer)
+        return run, len(computed) - 2 * (module is None and gib > 0)  # the check of a new policy
+
+    first, number = fit()
+    assert number > 10
+    assert (again := fit())[1] == 0
+    assert again[0].losses == first.losses
+    assert fit(IPO(policy=small_policy(layers=2, lora=adapter, frozen_states_gib=1.0)))[1] == 2
+    exact, number = fit(first.module, precision="64-true")
+    assert number > 10
+    assert computed[-1].dtype == torch.float64
+    plain, _ = fit(fit(gib=0.0)[0].module, precision="64-true")
+    assert exact.losses == pytest.approx(plain.losses, rel=1e-9)

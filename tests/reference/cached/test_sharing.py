@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from lpc_lightning.algorithms import DPO, SimPO
+from lpc_lightning.files.numbered_parts import NumberedParts
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import LoRA
-from lpc_lightning.reference.pair_cache import _packed
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -52,7 +53,9 @@ def test_run_reads_the_cache(small_policy: Any, own_data: Any, fit_run: Any, par
     for part in parts():
         with np.load(part) as arrays:
             indices, logps = arrays["indices"], arrays["values"]
-        part.write_bytes(_packed(indices, logps + np.array([1.0, 3.0])))
+        np.savez(content := io.BytesIO(), indices=indices, values=logps + np.array([1.0, 3.0]))
+        part.unlink()
+        NumberedParts(part.parent, ".npz").add(content.getvalue())
     after = run()
     (one,), (other,) = before.training.values(), after.training.values()
     assert other["train/rewards/chosen"] - one["train/rewards/chosen"] == pytest.approx(-0.1, abs=1e-5)
