@@ -41,7 +41,14 @@ def flops_of(policy: CausalPolicy, *batches: Any) -> list[int]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "one row", "rows"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("settings", [{"lora": LoRA(rank=2, target_modules=UPPER)}, {"trainable": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": LoRA(rank=2, target_modules=UPPER)},
+        {"lora": LoRA(rank=2, target_modules=UPPER), "gradient_checkpointing": True},
+        {"trainable": False},
+    ],
+)
 def test_frozen_states_keep_step_and_gradients(
     settings: dict[str, Any],
     family: str,
@@ -65,6 +72,23 @@ def test_frozen_states_keep_step_and_gradients(
         torch.testing.assert_close(logps, results[0][0], rtol=1e-6, atol=1e-6)
         for own, expected in zip(gradients, results[0][1], strict=True):
             torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("first", ["compiled", "kept"])
+@torch.no_grad()
+def test_compiled_layers_use_frozen_states(first: str, tiny: Any, make_pairs: Any) -> None:
+    batch = SharedPrefixLayout(0, None)(make_pairs(LENGTHS))
+    policy = tiny(lora=LoRA(rank=2, target_modules=UPPER))
+    expected = policy(batch).logps()
+    for part in ("compiled", "kept") if first == "compiled" else ("kept", "compiled"):
+        if part == "compiled":
+            policy.compile_layers(backend="eager")
+        else:
+            policy.keep_frozen_states(1.0)
+    for _ in range(2):
+        torch.testing.assert_close(policy(batch).logps(), expected)
+    policy.frozen_states = None
+    torch.testing.assert_close(policy(batch).logps(), expected)
 
 
 def test_known_sequences_skip_frozen_layers(tiny: Any, make_pairs: Any) -> None:
