@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,11 @@ def test_compiled_head_agrees(kind: str) -> None:
             head = LogitHead(weight, bias, compiled=compiled, **options)
             values = [token_logps(hidden, targets, head), token_logps(hidden, targets, head, codes, group)]
             values.append(token_logps_per_code(hidden, targets, head, codes))
+            frozen = replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
+            values += [
+                token_logps(hidden, targets, frozen),
+                token_logps(hidden, targets, frozen, codes.detach(), group),
+            ]
             leaves = [leaf for leaf in (hidden, weight, bias, codes) if leaf is not None]
             results.append([*values, *torch.autograd.grad(sum(v.square().sum() for v in values), leaves)])  # type: ignore[arg-type]
         assert_near(*results, share=1e-5)
