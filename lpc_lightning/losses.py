@@ -200,9 +200,15 @@ def add_nll(pairs: PairLosses, logps: PairLogps, weight: float) -> PairLosses:
         logps: The log-probabilities that the loss was computed from.
         weight: The paper's alpha.
     """
-    text = LossTerm(logps.policy_chosen, partial(_nll_per_token, lengths=logps.chosen_lengths.flatten()), weight)
-    losses = pairs.losses - weight * logps.policy_chosen / logps.chosen_lengths
-    return replace(pairs, losses=losses, log_likelihood=pairs.label_log_likelihood, parts=(*pairs.terms, text))
+    per_token = partial(_nll_per_token, lengths=logps.chosen_lengths.flatten())
+    text = LossTerm(logps.policy_chosen, per_token, weight, is_text=True)
+    return replace(
+        pairs,
+        losses=pairs.losses - weight * logps.policy_chosen / logps.chosen_lengths,
+        log_likelihood=pairs.label_log_likelihood,
+        parts=(*pairs.terms, text),
+        label_losses=pairs.losses,
+    )
 
 
 def _nll_per_token(log_likelihood: Tensor, lengths: Tensor) -> Tensor:

@@ -283,6 +283,8 @@ class LossTerm:
     loss: Callable[[Tensor], Tensor] = torch.neg
     """Function of the log-likelihood (B,) or (B, K). Default: the negative log-likelihood."""
     weight: float = 1.0
+    is_text: bool = False
+    """True for the SFT term, which does not depend on the label."""
 
     def of(self, log_likelihood: Tensor) -> Tensor:
         """Compute the term for another log-likelihood, such as that of a mixture."""
@@ -309,6 +311,16 @@ class PairLosses:
     """Terms whose sum is the loss. Empty if the loss is `-label_log_likelihood`."""
     label_correct: Tensor | None = None
     """Posterior probability that each label is correct, without gradient. None if the loss does not infer it."""
+    label_losses: Tensor | None = None
+    """`losses` without the SFT term. None if there is no such term."""
+
+    @property
+    def label_part(self) -> PairLosses:
+        """The same without the SFT term."""
+        if self.label_losses is None:
+            return self
+        parts = tuple(term for term in self.parts if not term.is_text)
+        return replace(self, losses=self.label_losses, parts=parts, label_losses=None)
 
     @property
     def margins(self) -> Tensor:

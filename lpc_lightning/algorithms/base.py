@@ -283,12 +283,14 @@ class PreferenceModule(PolicyModule):
     def _robust_batch_loss(self, terms: LatentTerms, batch: PreferenceBatch) -> Tensor:
         """Compute the loss of a batch, and give the posteriors of its labels to the robust loss."""
         assert self.robust_loss is not None
-        if terms.pairs.label_correct is not None:
-            self.robust_loss.observe(batch.annotators, terms.pairs.label_correct)
-        penalty = terms.penalty
-        if isinstance(penalty, Tensor):
-            penalty = weighted_mean(penalty, batch.weights)
-        return self.robust_loss.batch_loss(terms.pairs.losses, batch.weights) + penalty
+        pairs, others = terms.pairs, terms.penalty
+        if pairs.label_correct is not None:
+            self.robust_loss.observe(batch.annotators, pairs.label_correct)
+        if pairs.label_losses is not None:  # a text does not show whether a label is wrong
+            others = others + (pairs.losses - pairs.label_losses)
+        if isinstance(others, Tensor):
+            others = weighted_mean(others, batch.weights)
+        return self.robust_loss.batch_loss(pairs.label_part.losses, batch.weights) + others
 
     @property
     def weights_step(self) -> int:

@@ -5,7 +5,7 @@ In the formulas, l_k is the algorithm's loss of a pair under code k, p is the pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -125,11 +125,12 @@ class ExpectedSpace(PosteriorSpace):
         """Compute the losses under all codes, averaged with the posterior's weights, and lambda KL."""
         prior, posterior = self.log_prior(states.prompt), self.log_posterior(states, score)
         pairs, logps = score.under_codes(self.codes)
-        losses = (posterior.exp() * pairs.objective).sum(-1)
         kl = categorical_kl(posterior, prior)
         weighted_kl = self.divergence(kl, progress)
         return LatentTerms(
-            *average_over_codes(pairs, logps, posterior, losses, posterior),
+            *average_over_codes(
+                pairs, logps, posterior, lambda each: (posterior.exp() * each.objective).sum(-1), posterior
+            ),
             penalty=weighted_kl + self.diversity_penalty(prior),
             weighted_kl=weighted_kl,
             z=self.codebook(posterior.exp()).detach(),
@@ -185,7 +186,7 @@ class MarginalSpace(DiscreteSpace):
         updated_prior = self.updated_log_prior(prior, log_likelihoods, states.annotators)
         posterior = (updated_prior + log_likelihoods).log_softmax(-1).detach()
         return LatentTerms(
-            *average_over_codes(pairs, logps, prior, pairs.of_mixture(updated_prior), posterior),
+            *average_over_codes(pairs, logps, prior, lambda each: each.of_mixture(updated_prior), posterior),
             penalty=self.diversity_penalty(prior),
             z=self.codebook(prior.exp()).detach(),
             kl=categorical_kl(posterior, updated_prior.detach()),
@@ -203,15 +204,19 @@ class MarginalSpace(DiscreteSpace):
 
 
 def average_over_codes(
-    pairs: PairLosses, logps: PairLogps, log_weights: Tensor, losses: Tensor, log_posterior: Tensor
+    pairs: PairLosses,
+    logps: PairLogps,
+    log_weights: Tensor,
+    losses: Callable[[PairLosses], Tensor],
+    log_posterior: Tensor,
 ) -> tuple[PairLosses, PairLogps]:
-    """Average rewards and log-probabilities (B, K) over the codes, without gradient, and attach the step's `losses`.
+    """Average rewards and log-probabilities (B, K) over the codes, without gradient, and compute the step's losses.
 
     Args:
-        pairs: Rewards under each code.
+        pairs: Losses and rewards under each code.
         logps: Log-probabilities under each code.
         log_weights: (B, K) log-weights of the codes.
-        losses: (B,) losses of the step.
+        losses: Computes the losses (B,) of the step from those under each code.
         log_posterior: (B, K) log-posterior of the codes given the labels. It averages the posterior that a label is
             correct.
     """
@@ -223,6 +228,12 @@ def average_over_codes(
     correct = pairs.label_correct
     correct = None if correct is None else (log_posterior.detach().exp() * correct).sum(-1)
     return (
-        PairLosses(losses, mean(pairs.chosen_rewards), mean(pairs.rejected_rewards), label_correct=correct),
+        PairLosses(
+            losses(pairs),
+            mean(pairs.chosen_rewards),
+            mean(pairs.rejected_rewards),
+            label_correct=correct,
+            label_losses=None if pairs.label_losses is None else losses(pairs.label_part),
+        ),
         replace(logps, policy_chosen=mean(logps.policy_chosen), policy_rejected=mean(logps.policy_rejected)),
     )

@@ -39,7 +39,7 @@ class RobustLoss:
         """Compute the loss () of a micro-batch from the losses (B,) of its pairs.
 
         Args:
-            losses: (B,) losses.
+            losses: (B,) losses of the labels, without the SFT term and the latent's penalty. Their means are added.
             weights: (B,) weights of the pairs. None: all are equal.
         """
         return weighted_mean(losses, weights)

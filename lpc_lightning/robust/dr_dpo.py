@@ -29,7 +29,11 @@ def dr_dpo_loss(losses: Tensor, temperature: float, weights: Tensor | None = Non
 
 
 class DrDPO(RobustLoss):
-    """Distributionally robust loss of a batch (Dr. DPO, arXiv 2407.07880), for any algorithm: see `dr_dpo_loss`."""
+    """Distributionally robust loss of a batch (Dr. DPO, arXiv 2407.07880), for any algorithm: see `dr_dpo_loss`.
+
+    An SFT term (`nll_weight`, ORPO) is averaged beside it. In the exponent, it would give pairs of unlikely texts
+    almost no weight.
+    """
 
     def __init__(self, temperature: float = 1.0) -> None:
         """Store the setting.

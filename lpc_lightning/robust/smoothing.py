@@ -35,7 +35,7 @@ def conservative_losses(observed: PairLosses, opposite: PairLosses, rate: float)
     first, second = observed.log_likelihood, opposite.log_likelihood
     likelihood = None if first is None or second is None else mean(first, second)
     losses = mean(observed.losses, opposite.losses)
-    return replace(observed, losses=losses, log_likelihood=likelihood, parts=tuple(parts))
+    return replace(observed, losses=losses, log_likelihood=likelihood, parts=tuple(parts), label_losses=None)
 
 
 def unbiased_losses(observed: PairLosses, opposite: PairLosses, rate: float) -> PairLosses:
@@ -62,7 +62,7 @@ def unbiased_losses(observed: PairLosses, opposite: PairLosses, rate: float) -> 
         math.log1p(-rate) + observed.label_log_likelihood, math.log(rate) + opposite.label_log_likelihood
     )
     losses = kept * observed.losses + flipped * opposite.losses
-    return replace(observed, losses=losses, log_likelihood=likelihood, parts=tuple(parts))
+    return replace(observed, losses=losses, log_likelihood=likelihood, parts=tuple(parts), label_losses=None)
 
 
 class ConservativeLoss(RobustLoss):

@@ -134,3 +134,20 @@ def test_dr_dpo_step_has_batch_loss(module: Any, small_data: Any, fit_run: Any) 
     for loss, losses in outputs:
         assert loss == pytest.approx(-0.1 * float((-losses / 0.1).exp().mean().log()), abs=1e-4)
     assert max(float(losses.mean()) - loss for loss, losses in outputs) > 1e-3
+
+
+@pytest.mark.parametrize("space", [None, MarginalSpace, ExpectedSpace, GumbelSpace])
+def test_dr_dpo_averages_texts(space: Any, small_policy: Any, small_data: Any, fit_run: Any) -> None:
+    """At the first step all labels cost log 2, so that no pair has a larger weight, whatever its text costs."""
+    outputs: list[tuple[float, torch.Tensor]] = []
+
+    class Outputs(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, output: Any, *args: Any) -> None:
+            outputs.append((float(output["loss"]), output["losses"].double()))
+
+    latent = space and space(num_codes=3, hidden=8, init_logit_std=0.0)
+    module = DPO(policy=small_policy(), latent=latent, robust_loss=DrDPO(1e-3), nll_weight=2.0)
+    fit_run(module, small_data(batch_size=7), max_steps=1, limit_val_batches=0, callbacks=[Outputs()])
+    ((loss, losses),) = outputs
+    assert losses.std() > 5e-3
+    assert loss == pytest.approx(float(losses.mean()), abs=1e-5)

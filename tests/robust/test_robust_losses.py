@@ -290,6 +290,23 @@ def test_conservative_orpo_mixture_in_exponentials() -> None:
     torch.testing.assert_close(pairs.of_mixture(prior.log()), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("codes", [None, 3])
+def test_label_part_of_orpo_has_no_text(codes: int | None) -> None:
+    logps = random_pairs(codes, margins=True)
+    part = orpo_loss(logps, beta=0.3).label_part
+    assert logps.target_margins is not None
+    odds = [
+        1 / ((-logps.policy_chosen / logps.chosen_lengths).exp() - 1),
+        1 / ((-logps.policy_rejected / logps.rejected_lengths).exp() - 1),
+    ]
+    likelihood = odds[0] / (odds[0] + odds[1] * logps.target_margins.exp())
+    torch.testing.assert_close(part.losses, -0.3 * likelihood.log(), rtol=1e-10, atol=1e-12)
+    if codes:
+        prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+        mixture = -0.3 * (prior * likelihood).sum(-1).log()
+        torch.testing.assert_close(part.of_mixture(prior.log()), mixture, rtol=1e-10, atol=1e-12)
+
+
 @every_algorithm
 @pytest.mark.parametrize("robust", [ConservativeLoss(0.2), UnbiasedLoss(0.2), DrDPO(), REPO(), HolderDPO()])
 def test_rewards_are_those_of_the_algorithm(algorithm: str, robust: RobustLoss) -> None:
