@@ -348,6 +348,16 @@ def test_ablation_tunes_every_arm_alike(path: Path) -> None:
         assert int(pairs.partition("=")[2]) >= 512
 
 
+@pytest.mark.parametrize("path", [path for path in ABLATIONS if path.stem not in EXPLORATIONS], ids=name_of)
+def test_warm_start_has_an_arm_of_equal_work(path: Path) -> None:
+    """The pass of a warm start over the pairs is an epoch of the plain arm, where the grid has one."""
+    for axis in read_grid(path).axes:
+        arms = list(axis.arguments.values()) if isinstance(axis.arguments, Mapping) else []
+        is_warm = any(argument.startswith("--latent.warm_start_pairs=") for arm in arms for argument in arm)
+        if is_warm and ["--latent=null"] in map(list, arms):
+            assert ["--latent=null", "--trainer.max_epochs=2"] in map(list, arms)
+
+
 @pytest.mark.parametrize(
     "name",
     [
