@@ -75,10 +75,11 @@ def cluster_pairs(features: Tensor, z_gradients: Tensor, clusters: int) -> tuple
 def whitener(values: Tensor, shrinkage: float) -> Tensor:
     """Compute the (d, d) matrix that scales all directions of `values` (N, d) to a mean square of at most 1.
 
-    `shrinkage` times the mean variance is added to the variance of every direction before its scale is computed.
+    `shrinkage` times the mean variance is added to the variance of every direction before its scale is computed. The
+    matrix is finite if all values are 0, such as the centred states of a single prompt.
     """
     squares, axes = torch.linalg.eigh((values.T @ values / len(values)).double())
-    scale = (squares + shrinkage * squares.mean()).rsqrt()
+    scale = (squares + shrinkage * squares.mean()).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
     return (axes @ torch.diag(scale) @ axes.T).to(values.dtype)
 
 

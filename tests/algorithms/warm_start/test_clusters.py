@@ -145,6 +145,18 @@ def test_canonical_variates_of_unrelated_features(related: tuple[Tensor, Tensor]
     assert sizes[1] > 20 * sizes[2:].max()
 
 
+def test_equal_prompts_share_one_cluster(planted_clusters: Any) -> None:
+    """All pairs have one prompt, whose states are equal: only the mean gradient is left."""
+    _, z_gradients, _, _ = planted_clusters
+    variates = prompt_canonical_variates(torch.full((300, 8), 2.0), z_gradients)
+    assert torch.equal(variates, torch.zeros(300, 6))
+    codes, assigned = cluster_pairs(variates, z_gradients, 3)
+    expected, _ = cluster_pairs(torch.ones(300, 1), z_gradients, 1)
+    torch.testing.assert_close(codes[:1], expected)
+    assert not codes[1:].any()
+    assert not assigned.any()
+
+
 @pytest.mark.parametrize("shrinkage", [0.0, 0.1, 10.0])
 def test_whitened_variances(shrinkage: float) -> None:
     generator = torch.Generator().manual_seed(0)
