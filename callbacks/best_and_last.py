@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -57,11 +57,11 @@ class BestAndLast(ModelCheckpoint):
         self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save `last.ckpt` if the epoch has ended without a validation."""
-        self._save_last(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save `last.ckpt` if there are steps since the last validation."""
+        """Save `last.ckpt` if the epoch has ended without a validation, or `WeightAveraging` adds it to its average."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        averages = [each for each in callbacks if isinstance(each, WeightAveraging)]
+        if any(each.should_update(epoch_idx=trainer.current_epoch) for each in averages):
+            self._saved_step = None
         self._save_last(trainer)
 
     def state_dict(self) -> dict[str, Any]:

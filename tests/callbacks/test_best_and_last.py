@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 
 from lpc_lightning.callbacks import BestAndLast
@@ -68,6 +70,44 @@ def test_last_without_validation(fitted: Callable[..., Trainer]) -> None:
     trainer = fitted(BestAndLast("val/score"), max_steps=3, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0)
     assert step_of(folder_of(trainer) / "last.ckpt") == 3
     assert not (folder_of(trainer) / "best.ckpt").exists()
+
+
+class Epochs(Callback):
+    """Keeps the weights after each epoch, and `last.ckpt` after the first one of a new run."""
+
+    def __init__(self, kept: Path) -> None:
+        self.kept, self.weights = kept, list[dict[str, torch.Tensor]]()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.weights.append({name: value.detach().clone() for name, value in pl_module.named_parameters()})
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1 and trainer.ckpt_path is None:
+            shutil.copy(folder_of(trainer) / "last.ckpt", self.kept)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_last_has_the_average_of_all_epochs(fitted: Callable[..., Trainer], tmp_path: Path) -> None:
+    """Two epochs average to 0.7 of the weights after the first one, and 0.3 of those after the second."""
+
+    def fit(version: str, **options: Any) -> tuple[dict[str, Any], Epochs]:
+        average = EMAWeightAveraging(decay=0.7, update_every_n_steps=0, update_starting_at_epoch=0)
+        epochs = Epochs(tmp_path / f"{version}.ckpt")
+        logger = CSVLogger(tmp_path, name="", version=version)
+        trainer = fitted(average, epochs, BestAndLast("val/loss", "min"), max_epochs=2, logger=logger, **options)
+        return torch.load(folder_of(trainer) / "last.ckpt", weights_only=True), epochs
+
+    whole, epochs = fit("whole")
+    first, second = epochs.weights
+    trained = [name for name in whole["state_dict"] if name in first]
+    assert any(not torch.equal(first[name], second[name]) for name in trained)
+    for name in trained:
+        assert torch.equal(whole["current_model_state"][name], second[name])
+        expected = 0.7 * first[name].double() + 0.3 * second[name].double()
+        torch.testing.assert_close(whole["state_dict"][name].double(), expected, rtol=1e-6, atol=1e-8)
+    resumed, _ = fit("resumed", ckpt_path=tmp_path / "whole.ckpt")
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert all(torch.equal(resumed[key][name], value) for name, value in whole[key].items()), key
 
 
 def test_best_is_remembered_in_another_folder(fitted: Callable[..., Trainer], tmp_path: Path) -> None:
