@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.averaged_weights import validated_weights
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
@@ -61,7 +62,10 @@ class CodeExplanations(CollectValidation):
             return
         space, policy = pl_module.latent, pl_module.policy
         assert space is not None
-        self._latest = self.collector.explain(space.codes, policy.head, pl_module.tokenizer, self.tokens, self.examples)
+        with validated_weights(trainer, pl_module, at_epoch_end=self):
+            self._latest = self.collector.explain(
+                space.codes, policy.head, pl_module.tokenizer, self.tokens, self.examples
+            )
         loaded = None if trainer.state.fn == TrainerFn.FITTING else trainer.ckpt_path
         path = None if loaded is None else str(loaded)
         self._origin = {"checkpoint": path, "step": pl_module.weights_step, "preferences": None}

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.averaged_weights import validated_weights
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.evaluation.accuracy.accuracy_modes import MOST_GROUPS, AccuracyModes, AccuracyReport, Group
@@ -80,5 +81,6 @@ class PreferenceAccuracy(CollectPairs):
 
     def _score_training(self, trainer: Trainer, module: PreferenceModule, data: PreferenceDataModule) -> AccuracyReport:
         modes = AccuracyModes((), 0).to(module.device)
-        score_batches(trainer, module, data.training_sample(self._sample), modes)
+        with validated_weights(trainer, module, at_epoch_end=self):
+            score_batches(trainer, module, data.training_sample(self._sample), modes)
         return modes.collect()
