@@ -279,3 +279,25 @@ def test_shared_prompts_of_unequal_sizes() -> None:
     sizes = dict(zip("abcde", [0.5, *[0.125] * 4], strict=True))
     seed = PromptScores(frozenset(sizes), dict.fromkeys(sizes, 0.1), sizes)
     assert shared_by([seed, seed]).freedom == pytest.approx(3.2 - 1)
+
+
+def test_difference_over_prompts_of_unequal_sizes(write_ablation: Callable[..., Path]) -> None:
+    """Prompt a has four of eight pairs, and two seeds agree in all pairs. Only the choice of prompts then varies.
+
+    The marginal is right in two more pairs of a and one more of b: 3/8. Without one of a to e, the difference is 1/4,
+    2/7, and three times 3/7. Sizes of a half and four eighths count as 3.2 prompts.
+    """
+    prompts = [*"aaaabcde"]
+    right = {"none": [1, 1, 0, 0, 0, 0, 1, 1], "marginal": [1, 1, 1, 1, 1, 0, 1, 1]}
+    folder = write_ablation({"latent": list(right)}, [1, 2], lambda latent, seed: sum(right[latent]) / 8 + 0.1)
+    for path in (folder / "cells").iterdir():
+        latent = path.name.partition(",")[0].removeprefix("latent=")
+        write_pairs(path, [1.0 if score else -1.0 for score in right[latent]], prompts)
+    (contrast,), _ = contrasts(make_study(load_folders([str(folder)]).records), [METRIC], {"latent": "none"})
+    without = [1 / 4, 2 / 7, 3 / 7, 3 / 7, 3 / 7]
+    error = (4 / 5 * sum((3 / 8 - each) ** 2 for each in without)) ** 0.5
+    assert contrast.difference is not None
+    actual = contrast.difference.estimate
+    assert contrast.difference.p_value == pytest.approx(2 * stats.t.sf(3 / 8 / error, 3.2 - 1), rel=1e-9)
+    half = stats.t.ppf(0.975, 3.2 - 1) * error
+    assert (actual.low, actual.high) == (pytest.approx(3 / 8 - half), pytest.approx(3 / 8 + half))
