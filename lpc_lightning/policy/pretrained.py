@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lpc_lightning.errors import ConfigError, DamagedFileError, UnsupportedPolicyError
+from lpc_lightning.errors import ConfigError, DamagedFileError, UnsupportedPolicyError, one_line
 from lpc_lightning.files.integrity import DIGESTS, changed_files
 from lpc_lightning.policy.spec import PolicySpec
 from lpc_lightning.policy.start_adapter import ADAPTER, base_of, is_adapter, keep_adapter, merge_adapter
@@ -206,7 +206,7 @@ class PretrainedPolicy(PolicySpec):
             )
         if file.suffix == ".gguf" and file.is_file():
             name, local, options["gguf_file"] = str(file.parent), True, file.name
-        if not local and (file.suffix == ".gguf" or file.is_absolute() or self.path.startswith((".", "models/"))):
+        if not local and (file.suffix == ".gguf" or file.is_absolute() or self._is_no_hub_name()):
             of = "" if self.adapter is None else f", the base model of the adapter {self.adapter}"
             raise UnsupportedPolicyError(
                 f"policy.path: found no file or folder {self.path}{of}. Expected a folder with config.json and "
@@ -224,6 +224,10 @@ class PretrainedPolicy(PolicySpec):
         with self._explaining("policy.path", self.path, "Expected a decoder-only model of transformers."):
             # Without this option transformers asks on the terminal, and runs the model's code after a "y".
             return kind.from_pretrained(name, **{"trust_remote_code": self.trust_remote_code, **options})
+
+    def _is_no_hub_name(self) -> bool:
+        """Return true if the path can only be one of this machine. A hub name has one slash at most."""
+        return self.path.startswith((".", "models/")) or self.path.count("/") > 1
 
     @staticmethod
     def _check_content(setting: str, folder: Path, weights: bool) -> None:
@@ -258,9 +262,11 @@ class PretrainedPolicy(PolicySpec):
                     "Read that code, then set policy.trust_remote_code to true (other commands than fit: "
                     "--trust_remote_code), or use a model that transformers supports."
                 ) from error
-            where = (
-                "in the folder or file"
+            found = (
+                f"could not load {path} in the folder or file"
                 if Path(path).exists()
-                else "as a local folder or on the hub (the hub may be out of reach)"
+                else f"found no file or folder {path} in {Path.cwd()}, and could not load it from the hub (the hub has "
+                "no such name, or is out of reach)"
             )
-            raise UnsupportedPolicyError(f"{setting}: could not load {path} {where}: {error}\n{expected}") from error
+            reason = one_line(error).rstrip(".")
+            raise UnsupportedPolicyError(f"{setting}: {found}: {reason}. {expected}") from error

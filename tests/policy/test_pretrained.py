@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import T5Config
@@ -95,10 +96,23 @@ def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
         PretrainedPolicy(str(tmp_path)).build()
 
 
-@pytest.mark.parametrize("path", ["models/no-such-model", "./nowhere", "/nowhere/at/all", "missing.Q4_1.gguf"])
+@pytest.mark.parametrize(
+    "path", ["models/no-such-model", "./nowhere", "/nowhere/at/all", "runs/a/export", "missing.Q4_1.gguf"]
+)
 def test_missing_path_is_refused(path: str) -> None:
     with pytest.raises(UnsupportedPolicyError, match=f"policy.path: found no file or folder {path}"):
         PretrainedPolicy(path).build()
+
+
+def test_name_that_may_be_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of a missing folder with one slash may be that of a model on the hub: the error names both."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UnsupportedPolicyError) as raised:
+        PretrainedPolicy("runs/no-such-export").build()
+    text = str(raised.value)
+    assert text.startswith(f"policy.path: found no file or folder runs/no-such-export in {Path.cwd()}, and could not ")
+    assert "load it from the hub (the hub has no such name, or is out of reach): " in text
+    assert "\n" not in text
 
 
 def test_folder_without_model_is_refused(tmp_path: Path) -> None:
