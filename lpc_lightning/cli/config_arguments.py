@@ -66,8 +66,11 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
             continue
         if len(text) < LONGEST_PATH and Path(text).is_file():
             check_yaml(Path(text))
-            content = read_yaml(Path(text)) if takes_groups else None
-            _check_group(option, "" if is_config else group, text, content)
+            content = read_yaml(Path(text))
+            if takes_groups:
+                _check_group(option, "" if is_config else group, text, content)
+            if is_config or group != "callbacks":
+                _check_names(option, text, content, may_be_value=not is_config)
         else:
             content = {}
             _check_text(option, group, text)
@@ -78,11 +81,10 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
 
 def _check_text(option: str, group: str, text: str) -> None:
     """Check a value that is no file."""
-    if text.endswith(SUFFIXES) or (group not in GROUPS and text and not set("{:") & set(text)):
-        raise ConfigError(
-            f"{option}: found no file {text} in {Path.cwd()}.\n"
-            "Expected a YAML file; `lpc-lightning configs` writes those that come with the package."
-        )
+    if text.endswith(SUFFIXES) or (group not in GROUPS and not set("{:") & set(text)):
+        found = f"the folder {text}" if Path(text).is_dir() else f"no file {text}"
+        found = f"{found} in {Path.cwd()}, expected a YAML file" if text else "no file, expected a YAML file after it"
+        raise ConfigError(f"{option}: found {found}. `lpc-lightning configs` writes those that come with the package.")
     check_value(text, option)
     if text in NULL or text.startswith(("-", "{", "[")):
         return
@@ -93,6 +95,14 @@ def _check_text(option: str, group: str, text: str) -> None:
         )
     if group == "callbacks" and not option.endswith("+"):
         raise ConfigError(f"callbacks: found {text}, expected a file or null. `--callbacks+={text}` adds one.")
+
+
+def _check_names(option: str, path: str, content: Any, may_be_value: bool) -> None:
+    """Check that a file holds settings by name. That of a group may hold null, or another value for the parser."""
+    if isinstance(content, dict) or (may_be_value and not isinstance(content, list)):
+        return
+    found = "a list" if isinstance(content, list) else "nothing" if content is None else f"the value {content!r}"
+    raise ConfigError(f"{option}: found {found} in {path}, expected settings by name, as in `NAME: VALUE`.")
 
 
 def _check_group(option: str, group: str, path: str, content: Any) -> None:

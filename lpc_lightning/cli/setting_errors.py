@@ -24,7 +24,9 @@ UNKNOWN = re.compile(r"Option '([^']+)' is not accepted(?:\. Got value: Namespac
 UNRECOGNIZED = re.compile(r"unrecognized arguments: --([^\s=]+)")
 IN_FILE = re.compile(r"(?:Subcommand '\w+' does not accept option|Option) '([^']+)'(?: is not accepted)?")
 """Name that is no setting in a config file, outside classes."""
+UNKNOWN_LETTER = re.compile(r"unrecognized arguments: (-[^-\s]\S*)")
 UNNAMED = re.compile(r"unrecognized arguments: ([^-\s]\S*)")
+NO_VALUE = re.compile(r"argument (?:-\w/)?(--\S+): expected (?:one|at least one) argument")
 MISSING = re.compile(r"the following arguments are required: (.*)")
 SEVERAL = re.compile(r"Multiple subclasses with name (\w+)\..*: (.*)\.")
 NOT_IMPORTED = re.compile(
@@ -62,7 +64,7 @@ def explain_setting(message: str, settings: Iterable[str], required: Iterable[st
         None if the text is about something else.
     """
     explained = _unrecognized(message, settings, command) or _unnamed(message, required)
-    explained = explained or _not_given(message, command)
+    explained = explained or _not_given(message, command) or _incomplete(message, command)
     for explain in EXPLANATIONS:
         explained = explained or explain(message)
     return explained
@@ -93,6 +95,15 @@ def _unnamed(message: str, required: Iterable[str]) -> str | None:
     name = "config" if found[1].endswith(SUFFIXES) else next(iter(required), None)
     example = f", as in `--{name} {found[1]}`" if name else ""
     return f"found {found[1]} without a setting, expected its name before it{example}."
+
+
+def _incomplete(message: str, command: str) -> str | None:
+    """Explain an option of one letter that is not known, or an option without a value."""
+    if found := UNKNOWN_LETTER.match(message):
+        return f"{found[1]}: found no such setting. `{command} --help` lists the settings."
+    if found := NO_VALUE.fullmatch(message):
+        return f"{found[1]}: found no value, expected one after it. `{command} --help` lists the settings."
+    return None
 
 
 def _not_given(message: str, command: str) -> str | None:

@@ -21,7 +21,8 @@ class ShortErrors(ArgumentParser):
         """End with an error.
 
         Raises:
-            ConfigError: A setting or a class is not known, a value is of another type, or a setting is missing.
+            ConfigError: A setting or a class is not known, a value is of another type, or a setting is missing. A text
+                of the parser that has no sentence of its own is quoted in one line.
         """
         if not self.exit_on_error:
             super().error(message, ex)
@@ -29,9 +30,9 @@ class ShortErrors(ArgumentParser):
         command = parser.prog.replace(" [options]", "")
         settings = parser.get_defaults(skip_validation=True).keys()
         explanation = explain_setting(message, settings, self.required, command)
-        if explanation is not None:
-            raise ConfigError(explanation) from ex
-        self.exit(2, f"tip: {command} --help lists the settings.\nerror: {message}\n")
+        if explanation is None:
+            explanation = f"{' '.join(message.split()).rstrip('.')}. `{command} --help` lists the settings."
+        raise ConfigError(explanation) from ex
 
 
 class SettingsParser(ShortErrors, LightningArgumentParser):

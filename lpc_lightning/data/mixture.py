@@ -154,7 +154,7 @@ class PreferenceMixture(PreferenceDataModule):
                 stores[name], reports[name] = self._tokens(stage, rows, tokenizer)
             except DataError as error:
                 raise DataError(
-                    f"data.sources, {name!r}, {stage}: {error}\nSettings of files, splits, hold-out and columns are "
+                    f"data.sources, {name!r}, {stage}: {error} Settings of files, splits, hold-out and columns are "
                     f"those of {name!r} in data.sources."
                 ) from error
         if not stores:

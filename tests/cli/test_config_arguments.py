@@ -45,6 +45,12 @@ def test_setting_of_a_group_without_a_class(arguments: list[str]) -> None:
         check_config_arguments(arguments, takes_groups=True)
 
 
+def test_list_in_a_file_of_a_group(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"^--policy: found a list in .*list\.yaml, expected settings by name, as in"):
+        check_config_arguments(["--policy", str(tmp_path / "list.yaml")], takes_groups=True)
+
+
 def test_setting_of_no_callback() -> None:
     with pytest.raises(ConfigError, match=r"callbacks: found no class for --callbacks\.rate"):
         check_config_arguments(["--callbacks.rate=0.3", "--callbacks+=LabelFlipNoise"], takes_groups=True)

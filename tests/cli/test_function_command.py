@@ -141,14 +141,18 @@ def test_a_value_without_a_setting_is_refused() -> None:
         run_function(generate, ["--prompt", "x"], "generate")
 
 
-def test_an_option_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        ask("a", "--data-dir")
-    assert end.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "tip: lpc-lightning measure --help lists the settings.",
-        "error: argument --data_dir: expected one argument",
-    ]
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--data-dir"], "--data_dir: found no value, expected one after it"),
+        (["--tasks"], "--tasks: found no value, expected one after it"),
+        (["-x"], "-x: found no such setting"),
+    ],
+)
+def test_incomplete_options_are_refused(arguments: list[str], found: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        ask("a", *arguments)
+    assert str(raised.value) == f"{found}. `lpc-lightning measure --help` lists the settings."
 
 
 def test_the_help_is_the_docstring(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
