@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -21,7 +21,8 @@ class BestAndLast(ModelCheckpoint):
     """Callback that writes `best.ckpt` and `last.ckpt`, and remembers the best state across a resume.
 
     `best.ckpt` has the best value of a validation metric. `last.ckpt` is written at every validation, at the end of an
-    epoch without one, and at the end of the run. Lightning's `save_last` writes it only if the metric has improved.
+    epoch without one, and at the end of the run. It is written again at the end of an epoch that `EarlyStopping` or
+    `WeightAveraging` counts there. Lightning's `save_last` writes it only if the metric has improved.
 
     A run that is resumed into another folder gets a copy of the earlier `best.ckpt`, and replaces it only by a better
     state. Lightning would compare with the states of the new folder only.
@@ -57,10 +58,9 @@ class BestAndLast(ModelCheckpoint):
         self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save `last.ckpt` if the epoch has ended without a validation, or `WeightAveraging` adds it to its average."""
+        """Save `last.ckpt` if the epoch has ended without a validation, or a callback has changed after it."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
-        averages = [each for each in callbacks if isinstance(each, WeightAveraging)]
-        if any(each.should_update(epoch_idx=trainer.current_epoch) for each in averages):
+        if any(_changes_at_epoch_end(each, trainer.current_epoch) for each in callbacks):
             self._saved_step = None
         self._save_last(trainer)
 
@@ -104,6 +104,13 @@ class BestAndLast(ModelCheckpoint):
             return
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(Path(self.dirpath) / f"last{self.FILE_EXTENSION}", weights_only=False)
+
+
+def _changes_at_epoch_end(callback: Callback, epoch: int) -> bool:
+    """Return true if the callback may count the epoch only after the validation at its end."""
+    if isinstance(callback, WeightAveraging):
+        return callback.should_update(epoch_idx=epoch)
+    return isinstance(callback, EarlyStopping)
 
 
 def _step_of(path: Path) -> int | None:

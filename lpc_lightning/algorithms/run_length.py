@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -119,21 +120,23 @@ def restore_early_stop(trainer: Trainer) -> None:
 def _early_stop(trainer: Trainer) -> EarlyStopping | None:
     """Return the callback that has ended the run, if there is one.
 
-    Its `stopped_epoch` is 0 both for a run that goes on and for one that was ended in the first epoch.
+    Its `stopped_epoch` is 0 both for a run that goes on and for one that was ended in the first epoch. Its reason is
+    known only to the process that saw one.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
     stopping = [each for each in callbacks if isinstance(each, EarlyStopping)]
-    return next((each for each in stopping if each.stopped_epoch or each.wait_count >= max(1, each.patience)), None)
+    kept = EarlyStoppingReason.NOT_STOPPED
+    return next((each for each in stopping if each.stopped_epoch or each.stopping_reason != kept), None)
 
 
 def warn_of_no_step(trainer: Trainer) -> None:
     """Warn that a resumed run was at its end before its first step."""
     if (stopping := _early_stop(trainer)) is not None:
+        reason = (stopping.stopping_reason_message or "the reason was seen by another process").partition(" Signaling")
         rank_zero_warn(
             f"resume: found a checkpoint of step {trainer.global_step}, where EarlyStopping on {stopping.monitor} had "
-            f"ended the run (best value {float(stopping.best_score):.6g}, checks without a better one: "
-            f"{stopping.wait_count}). Nothing was trained. To go on, resume without this callback, or from an earlier "
-            "checkpoint."
+            f"ended the run ({reason[0].rstrip('.')}). Nothing was trained. To go on, resume without this callback, or "
+            "from an earlier checkpoint."
         )
         return
     rank_zero_warn(

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lpc_lightning.algorithms import DPO
+from lpc_lightning.callbacks import BestAndLast
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Checkpoint directory")]
 
@@ -47,6 +48,58 @@ def test_resume_after_early_stop(
     # Before the stop, the run goes on as before.
     before = min(tmp_path.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
     assert fit(ckpt_path=before).trainer.global_step == steps
+
+
+class Diverges(EarlyStopping):
+    """Sees a value that is not finite at each check."""
+
+    def _run_early_stopping_check(self, trainer: Trainer) -> None:
+        trainer.callback_metrics["score"] = torch.tensor(float("nan"))
+        super()._run_early_stopping_check(trainer)
+
+
+@pytest.mark.parametrize(("checks", "steps"), [(2, 2), (None, 11)], ids=["within", "at the end"])
+@pytest.mark.parametrize(
+    ("stop", "reason"),
+    [
+        (lambda: EarlyStopping("val/loss", stopping_threshold=100.0), "Stopping threshold reached: val/loss = "),
+        (lambda: EarlyStopping("val/loss", divergence_threshold=0.0), "Divergence threshold reached: val/loss = "),
+        (lambda: Diverges("score"), "Monitored metric score = nan is not finite"),
+    ],
+    ids=["threshold", "divergence", "not finite"],
+)
+def test_resume_after_stop_in_first_epoch(
+    checks: int | None, steps: int, stop: Any, reason: str, small_policy: Any, fit_run: Any, tmp_path: Path
+) -> None:
+    """Its number is 0, as that of no epoch. A check at the end of an epoch follows the validation."""
+
+    def fit(**settings: Any) -> Any:
+        callbacks = [stop(), BestAndLast("val/loss", "min")]
+        options: dict[str, Any] = {"max_epochs": 3, "val_check_interval": checks, "default_root_dir": tmp_path}
+        return fit_run(DPO(policy=small_policy()), callbacks=callbacks, **options | settings)
+
+    assert fit().trainer.global_step == steps
+    (last,) = tmp_path.rglob("last.ckpt")
+    with pytest.warns(UserWarning, match=rf"step {steps}, where EarlyStopping on .* had ended the run \({reason}"):
+        assert fit(ckpt_path=last).trainer.global_step == steps
+
+
+def test_resume_before_early_stop_counts_all_checks(small_policy: Any, fit_run: Any, tmp_path: Path) -> None:
+    """A run that is resumed after its second epoch ends with the same epoch as an uninterrupted one."""
+
+    class Keep(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 2 and trainer.ckpt_path is None:
+                (last,) = tmp_path.rglob("last.ckpt")
+                last.rename(tmp_path / "second.ckpt")
+
+    def fit(**settings: Any) -> Any:
+        stop = EarlyStopping("val/rewards/accuracies", mode="max", min_delta=2.0, patience=3)
+        callbacks = [stop, Keep(), BestAndLast("val/loss", "min")]
+        options: dict[str, Any] = {"max_epochs": 9, "default_root_dir": tmp_path}
+        return fit_run(DPO(policy=small_policy()), callbacks=callbacks, **options | settings)
+
+    assert fit().trainer.global_step == fit(ckpt_path=tmp_path / "second.ckpt").trainer.global_step == 4 * 11
 
 
 def test_resume_after_early_stop_min_epochs(small_policy: Any, fit_run: Any, tmp_path: Path) -> None:
