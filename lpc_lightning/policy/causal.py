@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.policy.attention_kernel import EAGER
 from lpc_lightning.policy.checks import check_longest, check_policy, separates_segments
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.frozen_states import FrozenStates
@@ -36,6 +37,8 @@ class CausalPolicy(nn.Module):
 
     block_sparse = False
     """True if attention skips hidden blocks of packed rows, so that long rows cost no more."""
+    takes_block_mask = False
+    """True if rows can be packed: all layers apply a mask and positions."""
     _compiled: CompiledLayers | None = None
     _compiles_head = False
     _graphed: GraphedBackbone | None = None
@@ -63,7 +66,6 @@ class CausalPolicy(nn.Module):
             self.attends_by_segment = self._can_attend_by_segment(alone)
             """True if attention on a CPU is computed per segment, so that packed rows of any width cost no more."""
             self.takes_block_mask = self.attends_by_segment or self._applies_block_mask(alone)
-            """True if rows can be packed: all layers apply a mask and positions."""
             self._takes_sparse_mask = self.takes_block_mask and self._applies_sparse_mask(alone)
 
     def train(self, mode: bool = True) -> Self:
@@ -222,8 +224,12 @@ class CausalPolicy(nn.Module):
             self._check_trains_on_cpu()
         mask: Any = attention_mask
         options: dict[str, Any] = {"position_ids": position_ids} if self._takes_positions else {}
+        config, device = self.backbone.config, input_ids.device.type
+        if self.takes_block_mask and self.model.dtype == torch.float64 and config._attn_implementation == EAGER:
+            # The lowest float64, which hides keys, is -inf in a softmax in float32. Under the mask of transformers,
+            # padding may see no key (beyond a sliding window), and would be NaN. Here, padding sees padding.
+            segments = attention_mask.long() - 1 if segments is None else segments
         if segments is not None:
-            config, device = self.backbone.config, input_ids.device.type
             kernel = mask_kernel or config._attn_implementation
             compiled = self._compiled is not None and self._compiled.runs(input_ids.shape)
             if compiled and self.block_sparse:

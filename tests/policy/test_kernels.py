@@ -73,6 +73,24 @@ def test_auto_agrees_with_sdpa(family: str, layout: Layout, pairs: list[Tokenize
     assert all(torch.equal(gradient, expected[1][name]) for name, gradient in masked[1].items())
 
 
+@pytest.mark.parametrize("family", ["gemma2", "mistral"])
+def test_padding_beyond_a_window_in_float64(
+    family: str, make_pairs: Callable[..., list[TokenizedPair]], tiny: Tiny, naive_logps: Callable[..., Tensor]
+) -> None:
+    """Its softmax is in float32, and padding sees no key of the window of 8 tokens (gemma2) or 5 (mistral)."""
+    policy = tiny(family, dtype="float64", attention="eager")
+    pairs = make_pairs([(5, 3, 7), (11, 9, 1), (2, 4, 4)])
+    logps, gradients = outcome(policy, PaddedLayout(0), pairs)
+    with torch.no_grad():
+        torch.testing.assert_close(logps, naive_logps(policy.causal_lm, pairs), rtol=1e-6, atol=1e-5)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+    # Padding on the left, as generation has it.
+    tokens, mask = torch.tensor([[0] * 9 + [5, 6, 7]]), torch.tensor([[0] * 9 + [1] * 3])
+    alone = policy.states(tokens[:, 9:], mask[:, 9:], None, torch.arange(3)[None])
+    padded = policy.states(tokens, mask, None, (mask.cumsum(-1) - 1).clamp(min=0))[:, 9:]
+    torch.testing.assert_close(padded, alone, rtol=1e-6, atol=1e-6)
+
+
 @every_layout
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 @torch.compiler.set_stance("force_eager")  # the C++ code of torch's compiler does not compile
