@@ -104,7 +104,9 @@ def test_validated_checkpoint_has_its_own_step(fit: Any, tmp_path: Path) -> None
     trainer = fit(CodebookMonitor(every=9), MarginalSpace(**CODES), max_epochs=2, limit_train_batches=3)
     trainer.save_checkpoint(path := tmp_path / "a.ckpt", weights_only=False)
     explanations = CodeExplanations(examples=1)
-    trainer = fit(CodebookMonitor(every=9), MarginalSpace(**CODES), limit_train_batches=4, logger=False)
+    trainer = fit(
+        CodebookMonitor(every=9), MarginalSpace(**CODES), limit_train_batches=4, logger=False, default_root_dir=tmp_path
+    )
     trainer.callbacks.append(explanations)
     for folder, checkpoint, step in (("trained", None, 4), ("loaded", path, 6)):
         (tmp_path / folder).mkdir()
