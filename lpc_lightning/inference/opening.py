@@ -122,6 +122,7 @@ def open_module(
     def change(module: PreferenceModule) -> None:
         spec = module.policy_spec
         spec.compile, spec.trust_remote_code = False, trust_remote_code
+        spec.frozen_states_gib = 0.0  # sequences are read once
         if spec.quantization is None:
             spec.dtype = _trained_type(checkpoint, spec, Path(path))
             spec.upcast = dtype == "float32"
@@ -146,6 +147,7 @@ def load_policy(
         module.needs_reference = False  # a copy of the policy that would not be used
         spec = module.policy_spec
         spec.gradient_checkpointing = spec.compile = False
+        spec.frozen_states_gib = 0.0
         spec.trust_remote_code = trust_remote_code
         spec.quantization = None  # the adapter can be merged only into full weights
         # Set before the model is built: a later `.to(dtype)` would round its rotary frequencies as well.

@@ -158,6 +158,7 @@ class TrainedPolicy(PolicySpec):
             )
         spec.trust_remote_code = self.trust_remote_code
         spec.quantization = None  # updates cannot be added to quantized weights
+        spec.frozen_states_gib = 0.0  # a setting of the earlier fit
         return spec
 
 

@@ -186,6 +186,14 @@ def test_opened_policy_is_not_compiled(checkpoint: Path, tmp_path: Path) -> None
     assert not open_module(str(tmp_path / "compiled.ckpt")).policy.is_compiled
 
 
+def test_opened_policy_keeps_no_states(fitted: Any) -> None:
+    """A sequence that is read once takes longer with kept states."""
+    path = str(fitted(*CODED, FROZEN, "--policy.frozen_states_gib=1"))
+    assert stored(Path(path))["hyper_parameters"]["policy"]["init_args"]["frozen_states_gib"] == 1.0
+    assert open_policy(path).policy.frozen_states is None
+    assert open_module(path).policy.frozen_states is None
+
+
 def test_opening_leaves_the_random_state_alone(checkpoint: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
