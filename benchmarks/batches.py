@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lpc_lightning.data import DataError, PreferenceData
+from lpc_lightning.data import BatchOrder, DataError, PreferenceData
 from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.data.batching.loading import TrainingBatches
 from lpc_lightning.policy import PolicySpec
@@ -14,7 +14,12 @@ from lpc_lightning.types import PreferenceBatch
 
 
 def first_batches(
-    data: Path, policy: PolicySpec, count: int, batch_size: int = 4, max_length: int = 512
+    data: Path,
+    policy: PolicySpec,
+    count: int,
+    batch_size: int = 4,
+    max_length: int = 512,
+    order: BatchOrder | None = None,
 ) -> list[PreferenceBatch]:
     """Return the first batches that a fit would train on. The reference's log-probabilities are 0.
 
@@ -24,6 +29,7 @@ def first_batches(
         count: Number of batches.
         batch_size: Pairs in a batch.
         max_length: Tokens of prompt and answer; answers are cut.
+        order: Order of the pairs. None: `Shuffled`.
 
     Raises:
         DataError: Unreadable data, or too few pairs.
@@ -38,7 +44,7 @@ def first_batches(
     )
     pairs = source.load("train", policy.load_tokenizer())
     assert pairs is not None
-    plan = list(TrainingBatches(pairs, batch_size, 0))[:count]
+    plan = list(TrainingBatches(pairs, batch_size, 0, order=order))[:count]
     if len(plan) < count:
         raise DataError(
             f"{data}: found {len(pairs)} pairs to train on, expected {count} batches of "

@@ -1,6 +1,6 @@
 """Data pipeline from rows in any supported format to batches of preference pairs."""
 
-from lpc_lightning.data.batch_order import Balanced, BatchOrder, ByAnnotator, ByLength, Shuffled
+from lpc_lightning.data.batch_order import Balanced, BatchOrder, ByAnnotator, ByLength, ByPrompt, Shuffled
 from lpc_lightning.data.batching.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.datamodule import PreferenceDataModule
 from lpc_lightning.data.mixture import MixtureSource, PreferenceMixture
@@ -15,6 +15,7 @@ __all__ = [
     "BatchOrder",
     "ByAnnotator",
     "ByLength",
+    "ByPrompt",
     "Columns",
     "DataError",
     "LabelNoise",

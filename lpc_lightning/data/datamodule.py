@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.data.batch_order import Balanced, BatchOrder, Shuffled
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout, PaddedLayout, SharedPrefixLayout
-from lpc_lightning.data.batching.loading import EvaluationBatches, PreferenceLoader, TrainingBatches, TrainingLoader
+from lpc_lightning.data.batching.loading import (
+    EvaluationBatches,
+    PreferenceLoader,
+    TrainingBatches,
+    TrainingLoader,
+    next_to_each_other,
+)
 from lpc_lightning.data.batching.run_reads import evaluation_reads, micro_batches, training_reads
 from lpc_lightning.data.noise.label_noise import LabelNoise, MarkedSource
 from lpc_lightning.data.rendered_pair import RENDERED_PAIR, render_pair
@@ -104,7 +110,8 @@ class PreferenceDataModule(LightningDataModule):
             bad_rows: Treatment of invalid rows. `error`: stop and list them. `skip`: leave them out and count them.
             batch_order: Order of the training pairs, which decides the pairs that share a batch. `Shuffled`: plain
                 shuffling. `ByLength`: pairs of similar length, which reduces padding. `ByAnnotator`: several pairs of
-                the same annotator, for evidence that they share. `Balanced`: similar numbers of tokens in all batches.
+                the same annotator, for evidence that they share. `ByPrompt`: several pairs of the same prompt, which
+                are read together. `Balanced`: similar numbers of tokens in all batches.
                 With every order, each pair is used once in an epoch. null: Balanced on a GPU with packed rows,
                 otherwise Shuffled.
             num_workers: Number of processes that prepare batches in advance. 0: the training process prepares them.
@@ -292,7 +299,7 @@ class PreferenceDataModule(LightningDataModule):
         """Return the pairs of a stage that this run reads, on all devices."""
         if stage == "train":
             return training_reads(self._training_batches(), self.trainer)
-        return evaluation_reads(len(self.pairs[stage]), self.eval_batch_size, self.trainer)
+        return evaluation_reads(self._evaluation_plans(stage), self.trainer)
 
     def micro_batches(self) -> float:
         """Return the maximum number of training batches of this run on one device. 0 if the run does not train."""
@@ -375,12 +382,18 @@ class PreferenceDataModule(LightningDataModule):
     def _evaluation_loader(self, stage: Stage) -> PreferenceLoader | list[PreferenceLoader]:
         if stage not in self.pairs:
             return []
-        rank, devices = self._place
-        pairs, size = self.pairs[stage], self.eval_batch_size
-        plans = [EvaluationBatches(len(pairs), size, each, devices) for each in range(devices)]
-        read = (batch for plan in plans for batch in plan.batches)
-        layout = self._planned(pairs, read)
-        return PreferenceLoader(pairs, plans[rank], layout, self.num_workers, self._on_gpu)
+        pairs, plans = self.pairs[stage], self._evaluation_plans(stage)
+        layout = self._planned(pairs, (batch for plan in plans for batch in plan.batches))
+        return PreferenceLoader(pairs, plans[self._place[0]], layout, self.num_workers, self._on_gpu)
+
+    def _evaluation_plans(self, stage: Stage) -> list[EvaluationBatches]:
+        """Plan the batches of each device. Pairs of a prompt share a batch, whose prompt is read once.
+
+        Not if training places pairs of an annotator together, who share evidence: the order of the data often does so.
+        """
+        pairs, devices = self.pairs[stage], self._place[1]
+        order = range(len(pairs)) if self.pairs_per_annotator else next_to_each_other(pairs.piece_ids[:, 0].tolist())
+        return [EvaluationBatches(order, self.eval_batch_size, rank, devices) for rank in range(devices)]
 
     def training_sample(self, indices: Sequence[int]) -> PreferenceLoader:
         """Build a loader of some training pairs, each of them once, with the labels of this run.
@@ -389,14 +402,14 @@ class PreferenceDataModule(LightningDataModule):
             indices: Indices of the pairs, at least one for each device.
         """
         pairs, (rank, devices) = self.training_pairs, self._place
-        plans = [EvaluationBatches(len(indices), self.eval_batch_size, each, devices) for each in range(devices)]
-        lengths = pairs.piece_lengths[list(indices)]
-        layout = self.make_layout().for_batches(lengths[batch] for plan in plans for batch in plan.batches)
+        places = range(len(indices))
+        plans = [EvaluationBatches(places, self.eval_batch_size, each, devices) for each in range(devices)]
+        read = ([indices[place] for place in batch] for plan in plans for batch in plan.batches)
+        layout = self._planned(pairs, read)
         return PreferenceLoader([pairs[index] for index in indices], plans[rank], layout, 0, self._on_gpu)
 
     def _planned(self, pairs: TokenStore, batches: Iterable[list[int]]) -> Layout:
-        piece_lengths = pairs.piece_lengths
-        return self.make_layout().for_batches(piece_lengths[batch] for batch in batches)
+        return self.make_layout().for_batches(pairs.pieces[batch] for batch in batches)
 
     def make_layout(self) -> Layout:
         """Make the layout of batches for the policy.

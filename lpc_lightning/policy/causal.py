@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from peft import PeftModel  # the import takes a second, and a policy without an adapter needs none of it
 
 
+MOST_DISTINCT = 0.9
+"""Largest share of distinct completion tokens for which they are scored alone. Their selection takes time too."""
+
+
 class CausalPolicy(nn.Module):
     """A decoder-only model, with or without a LoRA adapter."""
 
@@ -286,9 +290,10 @@ class BatchForward:
             batch: The batch of these states.
             head: The LM head.
         """
+        self._reads = DistinctReads(batch)
         # One gather, since the backward pass of each gather is a sum over all tokens.
-        at = torch.cat([batch.read_at, batch.prompt_end, batch.completion_end])
-        sizes = [len(batch.read_at), batch.pairs, batch.pairs, batch.pairs]
+        at = torch.cat([self._reads.read_at, batch.prompt_end, batch.completion_end])
+        sizes = [len(self._reads.read_at), batch.pairs, batch.pairs, batch.pairs]
         self._hidden, prompt, chosen, rejected = hidden[at].split(sizes)
         self.states = PairStates(prompt, chosen, rejected, annotators=batch.annotators)
         self._batch = batch
@@ -296,41 +301,75 @@ class BatchForward:
 
     def logps(self, z: Tensor | None = None) -> Tensor:
         """Return (2B,) log-probability of each answer under `z` (B, d) of its pair, or without z (None)."""
+        if z is None:
+            return self._sum(token_logps(self._hidden, self._reads.targets, self._head))
         batch = self._batch
-        group = None if z is None else batch.owner % batch.pairs
-        return self._sum(token_logps(self._hidden, batch.targets, self._head, z, group))
+        hidden = self._reads.of_answers(self._hidden)
+        return self._sum_of_answers(token_logps(hidden, batch.targets, self._head, z, batch.owner % batch.pairs))
 
     def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
         """Return (2B, K) log-probability of each answer under every code of `codes` (K, d).
 
         See `token_logps_per_code` for `code_range`.
         """
-        batch = self._batch
-        return self._sum(token_logps_per_code(self._hidden, batch.targets, self._head, codes, code_range))
+        return self._sum(token_logps_per_code(self._hidden, self._reads.targets, self._head, codes, code_range))
 
     def first_order(self) -> tuple[Tensor, Tensor]:
         """Return (2B,) log-probability of each answer without z, and (2B, d) its gradient with respect to z at 0."""
         hidden = self._hidden.detach().requires_grad_()
         head = replace(self._head, weight=self._head.weight.detach())
         with torch.enable_grad():
-            per_token = token_logps(hidden, self._batch.targets, head)
+            per_token = token_logps(hidden, self._reads.targets, head)
         (z_gradients,) = torch.autograd.grad(per_token, hidden, torch.ones_like(per_token))
         return self._sum(per_token.detach()), self._sum(z_gradients)
 
     @torch.no_grad()
     def mean_token(self) -> Tensor:
         """Return (V,) log of the mean predicted distribution over all tokens of all answers."""
-        answers = 2 * self._batch.pairs
-        real = self._batch.owner < answers
-        sums = [
-            (logits_of(self._hidden[chunk], self._head).log_softmax(-1) + real[chunk, None].log()).logsumexp(0)
-            for chunk in token_chunks(self._hidden, len(self._head.weight))
-        ]
-        total = torch.stack(sums).logsumexp(0)
-        return total - real.sum().to(total.dtype).log()
+        counts = self._reads.counts(self._batch.owner < 2 * self._batch.pairs)
+        sums = []
+        for chunk in token_chunks(self._hidden, len(self._head.weight)):
+            log_p = logits_of(self._hidden[chunk], self._head).log_softmax(-1)
+            sums.append((log_p + counts[chunk, None].log().to(log_p.dtype)).logsumexp(0))
+        return torch.stack(sums).logsumexp(0) - counts.sum().log().to(sums[0].dtype)
 
     def _sum(self, per_token: Tensor) -> Tensor:
+        """Sum values of distinct tokens over each answer."""
+        return self._sum_of_answers(self._reads.of_answers(per_token))
+
+    def _sum_of_answers(self, per_token: Tensor) -> Tensor:
         return sum_by_answer(per_token, self._batch.owner, 2 * self._batch.pairs)
+
+
+class DistinctReads:
+    """Completion tokens to score, M of a batch's N. Answers that stand in several pairs share their tokens.
+
+    On a CPU alone: on a GPU, the CPU would wait for M, and each M would be another shape.
+    """
+
+    def __init__(self, batch: PreferenceBatch) -> None:
+        """Find them.
+
+        Args:
+            batch: Batch whose positions are distinct tokens if they differ in `read_at` or `targets`.
+        """
+        self.read_at, self.targets = batch.read_at, batch.targets
+        """(M,) position before each token, and the token."""
+        self._of: Tensor | None = None
+        if batch.read_at.device.type == "cpu":
+            both = torch.stack([batch.read_at, batch.targets])
+            distinct, of = both.unique(dim=1, return_inverse=True)
+            if distinct.shape[1] <= MOST_DISTINCT * len(of):
+                (self.read_at, self.targets), self._of = distinct, of
+
+    def of_answers(self, values: Tensor) -> Tensor:
+        """Return (N, ...) values of the batch's completion tokens, from those of the distinct ones (M, ...)."""
+        return values if self._of is None else values[self._of]
+
+    def counts(self, counted: Tensor) -> Tensor:
+        """Return (M,) how many of the batch's tokens each distinct one is, of those that are `counted` (N,)."""
+        counted = counted.double()
+        return counted if self._of is None else counted.new_zeros(len(self.targets)).index_add(0, self._of, counted)
 
 
 def sum_by_answer(values: Tensor, owner: Tensor, answers: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lpc_lightning.data import Layout
+from lpc_lightning.data.tokenization.pieces import PieceTable
 from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.types import PreferenceBatch
 
@@ -47,10 +48,9 @@ def compute_over_pairs(
         FloatingPointError: A value is not finite.
     """
     devices, rank, device = trainer.world_size, trainer.global_rank, trainer.strategy.root_device
-    batches = batches_by_length(pairs.lengths, indices)
-    piece_lengths = pairs.piece_lengths
+    batches = batches_by_length(pairs.pieces, indices)
     # One shape, with about 10 % padding: a pass of seconds is not worth the compilation of more.
-    layout = layout.for_batches((piece_lengths[batch] for batch in batches), most=1)
+    layout = layout.for_batches((pairs.pieces[batch] for batch in batches), most=1)
     silent = trainer.progress_bar_callback is None or not trainer.is_global_zero
     with tqdm(total=len(indices), desc=title, unit=" pairs", disable=silent) as bar:
         for start in range(0, len(batches), ROUNDS * devices):
@@ -73,22 +73,36 @@ def compute_over_pairs(
             yield np.array(computed), values.cpu().numpy()
 
 
-def batches_by_length(lengths: Sequence[int], indices: Sequence[int], budget: int | None = None) -> list[list[int]]:
+def batches_by_length(pieces: PieceTable, indices: Sequence[int], budget: int | None = None) -> list[list[int]]:
     """Return batches of pairs of similar length, the longest first. If memory is too small, the first batch fails.
 
+    Pairs of one prompt are next to each other, and what they share counts once.
+
     Args:
-        lengths: Number of tokens of every pair of the data set.
+        pieces: Pieces of every pair of the data set.
         indices: Indices of the pairs to batch.
         budget: Largest number of tokens in a batch. A longer pair is a batch of its own. Default: `BATCH_TOKENS`.
     """
+    lengths, ids = pieces.lengths.tolist(), pieces.ids.tolist()
+    longest: dict[int, int] = {}
+    first: dict[int, int] = {}
+    for index in indices:
+        prompt = ids[index][0]
+        longest[prompt] = max(longest.get(prompt, 0), sum(lengths[index]))
+        first.setdefault(prompt, index)
     left = 0
     batches: list[list[int]] = []
-    for index in sorted(indices, key=lambda index: -lengths[index]):
-        if left < lengths[index]:
+    read: set[tuple[int, int | None]] = set()
+    for index in sorted(indices, key=lambda index: (-longest[ids[index][0]], first[ids[index][0]])):
+        prompt, *completions = ids[index]
+        own = {(prompt, piece): size for piece, size in zip((None, *completions), lengths[index], strict=True)}
+        new = sum(size for piece, size in own.items() if piece not in read)
+        if left < new:
             batches.append([])
-            left = budget or BATCH_TOKENS
+            left, new, read = budget or BATCH_TOKENS, sum(own.values()), set()
         batches[-1].append(index)
-        left -= lengths[index]
+        left -= new
+        read |= own.keys()
     return batches
 
 

@@ -21,6 +21,7 @@ from lpc_lightning.policy import CausalPolicy, LoRA, compiled_layers, logprobs
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.logprobs import token_logps, token_logps_per_code
 from lpc_lightning.types import LogitHead, PreferenceBatch, TokenizedPair
+from tests.fixtures.policies import piece_table
 
 Tiny = Callable[..., CausalPolicy]
 pytestmark = [
@@ -49,8 +50,7 @@ def epoch(make_pairs: Callable[..., list[TokenizedPair]]) -> list[PreferenceBatc
     lengths = [tuple(torch.randint(1, 60, (3,), generator=generator).tolist()) for _ in range(22)]
     pairs = make_pairs(lengths)
     batches = [pairs[start : start + 4] for start in range(0, 22, 4)]
-    lengths_of = [torch.tensor(lengths[start : start + 4]).numpy() for start in range(0, 22, 4)]
-    layout: Layout = FixedShapesLayout(0, None).for_batches(lengths_of)
+    layout: Layout = FixedShapesLayout(0, None).for_batches(map(piece_table, batches))
     return [layout(batch) for batch in batches]
 
 

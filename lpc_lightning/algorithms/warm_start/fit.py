@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot, rms_norm
 
 from lpc_lightning.algorithms.warm_start.clusters import cluster_pairs, prompt_canonical_variates
 from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
-from lpc_lightning.data.batch_order.by_annotator import group_by_annotator
+from lpc_lightning.data.batch_order.runs import place_together
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.latent.networks import Codebook
 
@@ -155,7 +155,5 @@ def batches_of(annotators: Sequence[str], pairs_per_annotator: int | None, indic
     """Split shuffled pairs at `indices` into batches like those of training."""
     if pairs_per_annotator is not None:
         generator = torch.default_generator
-        indices = torch.tensor(
-            group_by_annotator(indices.tolist(), annotators, BATCH, 1, pairs_per_annotator, generator)
-        )
+        indices = torch.tensor(place_together(indices.tolist(), annotators, BATCH, 1, pairs_per_annotator, generator))
     return indices.split(BATCH)

@@ -70,7 +70,7 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
     rows, computed = labelled_rows(module, data, indices)
     reference = None if module.reference is None else reference_logps(module.reference, data, indices, trainer)
     # Planned, so that compiled layers on a GPU run it: a mask of all tokens by all could need gigabytes.
-    layout = data.make_layout().for_batches([pairs.piece_lengths[indices[:TOKEN_PAIRS]]], most=1)
+    layout = data.make_layout().for_batches([pairs.pieces[indices[:TOKEN_PAIRS]]], most=1)
     token = _mean_token(module, layout(labelled[:TOKEN_PAIRS]))
     annotators = [pair.annotator for pair in labelled]
     margins = None if pairs.margins is None else torch.from_numpy(pairs.margins[indices]).to(rows.device)

@@ -7,5 +7,6 @@ from lpc_lightning.data.batch_order.balanced import Balanced
 from lpc_lightning.data.batch_order.base import BatchOrder, Shuffled
 from lpc_lightning.data.batch_order.by_annotator import ByAnnotator
 from lpc_lightning.data.batch_order.by_length import ByLength
+from lpc_lightning.data.batch_order.by_prompt import ByPrompt
 
-__all__ = ["Balanced", "BatchOrder", "ByAnnotator", "ByLength", "Shuffled"]
+__all__ = ["Balanced", "BatchOrder", "ByAnnotator", "ByLength", "ByPrompt", "Shuffled"]

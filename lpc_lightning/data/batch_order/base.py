@@ -20,6 +20,10 @@ class OrderedPairs(Protocol):
         """(pairs, 3) number of tokens of each prompt, chosen completion and rejected completion."""
 
     @property
+    def piece_ids(self) -> np.ndarray:
+        """(pairs, 3) hash of the tokens of each prompt, chosen completion and rejected completion."""
+
+    @property
     def annotators(self) -> list[str]:
         """Annotator of each pair, "" if unknown."""
 

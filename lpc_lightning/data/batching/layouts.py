@@ -1,9 +1,12 @@
 """Layouts of tokenized pairs for one backbone pass. All layouts give the same log-probabilities.
 
 - `padded`: one row for each sequence. The prompt is in both rows of a pair. Works with any attention kernel.
-- `shared_prefix`: the prompt once, followed by both completions. Each completion attends to the prompt and to itself
-  only, and its positions continue those of the prompt. Several pairs share a row, up to an optional token limit. Needs
-  a kernel that accepts a mask.
+- `shared_prefix`: the prompt once, followed by its completions. Each completion attends to the prompt and to itself
+  only, and its positions continue those of the prompt. Several prompts share a row, up to an optional token limit.
+  Needs a kernel that accepts a mask.
+
+A sequence that several pairs of a batch have is in it once, and in `shared_prefix` a prompt too. So the six comparisons
+of four answers are read as one prompt and four answers, as in InstructGPT (arXiv 2203.02155, section 3.5).
 """
 
 from __future__ import annotations
@@ -12,27 +15,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lpc_lightning.data.batching.packing import (
     Piece,
+    cheapest_rows,
     extent,
     fill,
     last_of,
     pack,
-    place_families,
     place_rows,
     predictors,
+    share_pieces,
 )
 from lpc_lightning.data.batching.shapes import MOST_SHAPES, BatchShape, ShapePlan, plan_shapes
+from lpc_lightning.data.tokenization.pieces import PieceTable
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedPair:
-    """Positions of the pieces of a pair. Both prompts are the same piece if the prompt is in the batch once."""
+    """Positions of the pieces of a pair. Its two prompts may be one piece, and other pairs may have the same pieces."""
 
     prompts: tuple[Piece, Piece]
     completions: tuple[Piece, Piece]
@@ -64,12 +68,11 @@ class Layout(ABC):
         """Return True if the shape is one of the few that `for_batches` has planned. Default: False."""
         return False
 
-    def for_batches(self, piece_lengths: Iterable[np.ndarray], most: int = MOST_SHAPES) -> Layout:
+    def for_batches(self, batches: Iterable[PieceTable], most: int = MOST_SHAPES) -> Layout:
         """Return the layout for a run with the given batches.
 
         Args:
-            piece_lengths: For each batch, (pairs, 3) number of tokens of each prompt, chosen completion and rejected
-                completion.
+            batches: Pieces of the pairs of each batch.
             most: Maximum number of shapes, for a layout with planned shapes.
         """
         return self
@@ -77,10 +80,11 @@ class Layout(ABC):
     def __call__(self, pairs: Sequence[TokenizedPair]) -> PreferenceBatch:
         """Convert pairs to a batch. This is the `collate_fn` of a data loader."""
         placed = self.place(pairs)
-        pieces = [piece for pair in placed for piece in (*pair.prompts, *pair.completions)]
+        every = (piece for pair in placed for piece in (*pair.prompts, *pair.completions))
+        pieces = {(piece.row, piece.column): piece for piece in every}
         answers = sum(len(piece.tokens) for pair in placed for piece in pair.completions)
-        shape = self.shape_of(BatchShape(*extent(pieces), answers))
-        rows = fill(pieces, self.pad_id, (shape.rows, shape.width))
+        shape = self.shape_of(BatchShape(*extent(list(pieces.values())), answers))
+        rows = fill(pieces.values(), self.pad_id, (shape.rows, shape.width))
         padding = shape.reads - answers
         sequences = [(pair.prompts[side], pair.completions[side]) for side in (0, 1) for pair in placed]
         lengths = torch.tensor([len(completion.tokens) for _, completion in sequences])
@@ -134,27 +138,52 @@ def _spread(padding: int, tokens: int) -> torch.Tensor:
 
 
 class PaddedLayout(Layout):
-    """Layout with one row for each sequence: all chosen sequences, then all rejected sequences."""
+    """Layout with one row for each sequence: the chosen sequences, then the rejected ones that are not yet there."""
 
     packed = False
 
     def place(self, pairs: Sequence[TokenizedPair]) -> list[PlacedPair]:
         """Place each prompt and completion in a separate row."""
-        placed = []
-        for number, pair in enumerate(pairs):
-            rows = (number, len(pairs) + number)
-            start = len(pair.prompt_ids)
-            prompts = [Piece(pair.prompt_ids, row, 0, 0, 0) for row in rows]
-            answers = (pair.chosen_ids, pair.rejected_ids)
-            completions = [Piece(ids, row, start, start, 0) for ids, row in zip(answers, rows, strict=True)]
-            placed.append(PlacedPair((prompts[0], prompts[1]), (completions[0], completions[1])))
-        return placed
+        rows: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        sides: list[list[tuple[Piece, Piece]]] = []
+        for answers in ([pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]):
+            sides.append([])
+            for pair, ids in zip(pairs, answers, strict=True):
+                row = rows.setdefault((tuple(pair.prompt_ids), tuple(ids)), len(rows))
+                start = len(pair.prompt_ids)
+                sides[-1].append((Piece(pair.prompt_ids, row, 0, 0, 0), Piece(ids, row, start, start, 0)))
+        both = zip(*sides, strict=True)
+        return [PlacedPair((prompt, again), (chosen, rejected)) for (prompt, chosen), (again, rejected) in both]
 
 
-class SharedPrefixLayout(Layout):
-    """Layout with prompt, chosen answer and rejected answer in one row, next to other pairs."""
+class PackedLayout(Layout):
+    """Layout with a prompt and its completions in one row, next to other prompts."""
 
     packed = True
+    row_tokens: int | None
+    """Maximum number of tokens in a row. None: all pairs are in one row."""
+
+    @abstractmethod
+    def rows_of(self, sizes: Sequence[int]) -> Sequence[Sequence[int]]:
+        """Choose the families of each row by their numbers of tokens."""
+
+    def place(self, pairs: Sequence[TokenizedPair]) -> list[PlacedPair]:
+        """Place each prompt and its completions once."""
+        tokens = [(tuple(pair.prompt_ids), tuple(pair.chosen_ids), tuple(pair.rejected_ids)) for pair in pairs]
+        lengths = [list(map(len, pieces)) for pieces in tokens]
+        shared = share_pieces(tokens, lengths, self.row_tokens)
+        families = [
+            (tokens[family[0][0]][0], [tokens[pair][side] for pair, side in family]) for family in shared.families
+        ]
+        placed = place_rows(families, self.rows_of(shared.sizes(lengths)))
+        return [
+            PlacedPair((placed[first][0], placed[second][0]), (placed[first][1][chosen], placed[second][1][rejected]))
+            for (first, chosen), (second, rejected) in shared.places
+        ]
+
+
+class SharedPrefixLayout(PackedLayout):
+    """Layout in rows of the cheapest width."""
 
     def __init__(self, pad_id: int, row_tokens: int | None) -> None:
         """Set the limit of a row.
@@ -167,22 +196,16 @@ class SharedPrefixLayout(Layout):
         super().__init__(pad_id)
         self.row_tokens = row_tokens
 
-    def place(self, pairs: Sequence[TokenizedPair]) -> list[PlacedPair]:
-        """Place all pairs in one row, or in rows of the cheapest width."""
-        families = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
-        return [
-            PlacedPair((prompt, prompt), (chosen, rejected))
-            for prompt, (chosen, rejected) in place_families(families, self.row_tokens)
-        ]
+    def rows_of(self, sizes: Sequence[int]) -> Sequence[Sequence[int]]:
+        """Choose one row, or rows of the cheapest width."""
+        return [range(len(sizes))] if self.row_tokens is None else cheapest_rows(sizes, self.row_tokens)
 
 
-class FixedShapesLayout(Layout):
-    """Layout as in `SharedPrefixLayout`, with few batch shapes, so that a GPU program is compiled once for each.
+class FixedShapesLayout(PackedLayout):
+    """Layout with few batch shapes, so that a GPU program is compiled once for each.
 
     Rows are padded. Read positions are padded with positions whose `owner` is 2B, which no sum includes.
     """
-
-    packed = True
 
     def __init__(self, pad_id: int, row_tokens: int | None, plan: ShapePlan | None = None) -> None:
         """Store the settings.
@@ -196,12 +219,9 @@ class FixedShapesLayout(Layout):
         super().__init__(pad_id)
         self.row_tokens, self.plan = row_tokens, plan or ShapePlan()
 
-    def place(self, pairs: Sequence[TokenizedPair]) -> list[PlacedPair]:
-        """Place all pairs in one row, or pack them into few rows of equal width."""
-        families = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
-        sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions in families]
-        placed = place_rows(families, self._rows(sizes))
-        return [PlacedPair((prompt, prompt), (chosen, rejected)) for prompt, (chosen, rejected) in placed]
+    def rows_of(self, sizes: Sequence[int]) -> Sequence[Sequence[int]]:
+        """Choose one row, or as few rows of equal width as possible."""
+        return [range(len(sizes))] if self.row_tokens is None else pack(sizes, max(self.row_tokens, *sizes))
 
     def shape_of(self, needed: BatchShape) -> BatchShape:
         """Return the cheapest shape of the plan into which the batch fits."""
@@ -211,18 +231,14 @@ class FixedShapesLayout(Layout):
         """Return True if the plan has the shape."""
         return shape in self.plan.shapes
 
-    def for_batches(self, piece_lengths: Iterable[np.ndarray], most: int = MOST_SHAPES) -> FixedShapesLayout:
+    def for_batches(self, batches: Iterable[PieceTable], most: int = MOST_SHAPES) -> FixedShapesLayout:
         """Return the layout with the shapes that need the least padding for these batches."""
-        needed = [self._needed(lengths) for lengths in piece_lengths]
+        needed = [self._needed(pieces) for pieces in batches]
         return FixedShapesLayout(self.pad_id, self.row_tokens, plan_shapes(needed, most))
 
-    def _rows(self, sizes: Sequence[int]) -> list[list[int]]:
-        if self.row_tokens is None:
-            return [list(range(len(sizes)))]
-        return pack(sizes, max(self.row_tokens, *sizes))
-
-    def _needed(self, lengths: np.ndarray) -> BatchShape:
-        sizes = lengths.sum(1).tolist()
-        rows = self._rows(sizes)
+    def _needed(self, pieces: PieceTable) -> BatchShape:
+        lengths = pieces.lengths.tolist()
+        sizes = share_pieces(pieces.ids.tolist(), lengths, self.row_tokens).sizes(lengths)
+        rows = self.rows_of(sizes)
         width = max(sum(sizes[number] for number in members) for members in rows)
-        return BatchShape(len(rows), width, int(lengths[:, 1:].sum()))
+        return BatchShape(len(rows), width, int(pieces.lengths[:, 1:].sum()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -92,23 +92,38 @@ class TrainingBatches(Sampler[list[int]]):
         return self.order.arrange(filled, self.pairs, self.batch_size, self.devices, generator)
 
 
+def next_to_each_other(prompts: Sequence[Hashable]) -> list[int]:
+    """Return the indices of pairs, those of one prompt next to each other, at the place of the first of them."""
+    first: dict[Hashable, int] = {}
+    for index, prompt in enumerate(prompts):
+        first.setdefault(prompt, index)
+    return sorted(range(len(prompts)), key=lambda index: first[prompts[index]])
+
+
 class EvaluationBatches(Sampler[list[int]]):
     """Batches that use each pair once, in order. All devices have the same number of batches, of nearly equal size."""
 
-    def __init__(self, pairs: int, batch_size: int, rank: int = 0, devices: int = 1) -> None:
-        """Plan the batches of a device. See `TrainingBatches` for the arguments.
+    def __init__(self, order: Sequence[int], batch_size: int, rank: int = 0, devices: int = 1) -> None:
+        """Plan the batches of a device, which takes a part of the order.
 
         If some devices have one pair more than others, a batch may have 2 pairs although `batch_size` is 1.
+
+        Args:
+            order: Indices of the pairs of all devices.
+            batch_size: Largest number of pairs in a batch.
+            rank: Index of this device.
+            devices: Number of devices.
 
         Raises:
             DataError: There are more devices than pairs.
         """
+        pairs = len(order)
         if pairs < devices:
             raise DataError(
                 f"evaluation: found {pairs} pairs for {devices} devices, expected at least one for each. Use fewer "
                 "devices or more validation (test) pairs."
             )
-        mine = range(rank, pairs, devices)
+        mine = order[pairs * rank // devices : pairs * (rank + 1) // devices]
         batches = min(math.ceil(math.ceil(pairs / devices) / batch_size), pairs // devices)
         bounds = [len(mine) * number // batches for number in range(batches + 1)]
         self.batches = [list(mine[start:end]) for start, end in pairwise(bounds)]

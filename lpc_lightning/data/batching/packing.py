@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -90,6 +90,56 @@ def _cost(rows: Sequence[Sequence[int]], sizes: Sequence[int], shared: int) -> f
 
 Family = tuple[Sequence[int], Sequence[Sequence[int]]]
 """Tokens of a prompt, and tokens of each of its completions."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPieces:
+    """Families of a batch, in which equal completions of equal prompts are one piece.
+
+    A completion is given as (pair, side): 1 is the chosen one, and 2 the rejected one.
+    """
+
+    families: list[list[tuple[int, int]]]
+    """Completions of each family. Its prompt is that of their pairs. The first pairs have the first families."""
+    places: list[tuple[tuple[int, int], tuple[int, int]]]
+    """Of each pair, (family, index among its completions) of the chosen and the rejected completion."""
+
+    def sizes(self, lengths: Sequence[Sequence[int]]) -> list[int]:
+        """Return the number of tokens of each family, of pairs with pieces of the given lengths (pairs, 3)."""
+        prompts = [lengths[family[0][0]][0] for family in self.families]
+        return [own + sum(lengths[p][s] for p, s in family) for own, family in zip(prompts, self.families, strict=True)]
+
+
+def share_pieces(
+    keys: Sequence[Sequence[Hashable]], lengths: Sequence[Sequence[int]], most: int | None = None
+) -> SharedPieces:
+    """Find the prompts and completions that several pairs of a batch have.
+
+    Args:
+        keys: (pairs, 3) equal keys for equal prompts, and for equal completions of equal prompts.
+        lengths: (pairs, 3) number of tokens of each prompt, chosen completion and rejected completion.
+        most: Maximum number of tokens in a family. A prompt with more is in several families. A pair whose pieces are
+            longer is not split. None: no limit.
+    """
+    families: list[list[tuple[int, int]]] = []
+    places: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    last: dict[Hashable, tuple[int, int]] = {}  # the last family of a prompt, and its number of tokens
+    known: dict[tuple[Hashable, Hashable], tuple[int, int]] = {}
+    for pair, (prompt, chosen, rejected) in enumerate(keys):
+        completions = {rejected: 2, chosen: 1}
+        sides = sorted(side for key, side in completions.items() if (prompt, key) not in known)
+        family, tokens = last.get(prompt, (-1, 0))
+        added = sum(lengths[pair][side] for side in sides)
+        is_full = family < 0 or (most is not None and tokens + added > most) or len(families[family]) + 2 >= PIECES
+        if sides and is_full:
+            family, tokens = len(families), lengths[pair][0]
+            families.append([])
+        for side in sides:
+            known[prompt, keys[pair][side]] = family, len(families[family])
+            families[family].append((pair, side))
+        last[prompt] = family, tokens + added
+        places.append((known[prompt, chosen], known[prompt, rejected]))
+    return SharedPieces(families, places)
 
 
 def place_families(families: Sequence[Family], row_tokens: int | None) -> list[tuple[Piece, list[Piece]]]:

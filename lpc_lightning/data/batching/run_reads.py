@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -44,17 +45,15 @@ def micro_batches(batches: TrainingBatches, trainer: Any) -> float:
     return left
 
 
-def evaluation_reads(pairs: int, batch_size: int, trainer: Any) -> set[int]:
+def evaluation_reads(plans: Sequence[EvaluationBatches], trainer: Any) -> set[int]:
     """Return the pairs that validation, test or prediction reads on all devices.
 
     Args:
-        pairs: Number of pairs of the stage.
-        batch_size: Number of pairs in a batch.
+        plans: Plan of each device.
         trainer: Trainer with the command and the limits.
     """
     name = {"fit": "val", "validate": "val"}.get(trainer.state.fn.value, trainer.state.fn.value)
     limit = getattr(trainer, f"limit_{name}_batches")
-    plans = [EvaluationBatches(pairs, batch_size, rank, trainer.world_size) for rank in range(trainer.world_size)]
     return {pair for plan in plans for batch in plan.batches[: _limited(len(plan), limit)] for pair in batch}
 
 

@@ -142,3 +142,8 @@ class TokenMixture(TokenStore):
     def piece_lengths(self) -> np.ndarray:
         """(pairs, 3) number of tokens of each prompt, chosen completion and rejected completion."""
         return self._gather("piece_lengths")
+
+    @cached_property
+    def piece_ids(self) -> np.ndarray:
+        """See `TokenStore.piece_ids`."""
+        return self._gather("piece_ids")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
+from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import BadRow
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
+from lpc_lightning.data.tokenization.pieces import PieceTable
 from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.types import PreferenceExample, TokenizedPair, prompt_hash
 
@@ -37,6 +39,7 @@ SCHEMA = pa.schema(
         ("index", pa.int64()),
     ]
 )
+PIECE_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 NUMBERS = ("weight", "margin")
 """Columns that may be empty."""
 assert [*SCHEMA.names, "reference_logps"] == [f.name for f in fields(TokenizedPair)]
@@ -155,7 +158,7 @@ class TokenStore(Sequence[TokenizedPair]):
     @cached_property
     def token_digest(self) -> str:
         """SHA-256 of the token ids of all pairs, in their order. It takes about a second per gigabyte."""
-        return self._digest("prompt_ids", "chosen_ids", "rejected_ids")
+        return self._digest(*PIECE_COLUMNS)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -238,8 +241,23 @@ class TokenStore(Sequence[TokenizedPair]):
     @property
     def piece_lengths(self) -> np.ndarray:
         """(pairs, 3) number of tokens of each prompt, chosen completion and rejected completion."""
-        names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        return np.stack([pc.list_value_length(self._table[name]).to_numpy() for name in names], axis=1)
+        return np.stack([pc.list_value_length(self._table[name]).to_numpy() for name in PIECE_COLUMNS], axis=1)
+
+    @cached_property
+    def piece_ids(self) -> np.ndarray:
+        """(pairs, 3) int64 hash of the tokens of each prompt, chosen completion and rejected completion."""
+        return np.stack([self._hashes(name) for name in PIECE_COLUMNS], axis=1)
+
+    def _hashes(self, name: str) -> np.ndarray:
+        column = self._table[name].combine_chunks()
+        bounds, tokens = column.offsets.to_numpy(), column.values.to_numpy()
+        digests = (blake2b(tokens[start:end].tobytes(), digest_size=8).digest() for start, end in pairwise(bounds))
+        return np.frombuffer(b"".join(digests), dtype=np.int64)
+
+    @cached_property
+    def pieces(self) -> PieceTable:
+        """Sizes and identities of the prompts and completions."""
+        return PieceTable(self.piece_lengths, self.piece_ids)
 
     @property
     def lengths(self) -> list[int]:

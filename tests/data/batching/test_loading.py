@@ -73,9 +73,9 @@ def test_training_order_is_independent_of_devices() -> None:
 def test_evaluation_batches_use_every_pair_once(pairs: int, batch_size: int, devices: int) -> None:
     if pairs < devices:
         with pytest.raises(DataError, match=f"found {pairs} pairs for {devices} devices"):
-            EvaluationBatches(pairs, batch_size, 0, devices)
+            EvaluationBatches(range(pairs), batch_size, 0, devices)
         return
-    plans = [EvaluationBatches(pairs, batch_size, rank, devices) for rank in range(devices)]
+    plans = [EvaluationBatches(range(pairs), batch_size, rank, devices) for rank in range(devices)]
     taken = [pair for plan in plans for batch in plan for pair in batch]
     assert sorted(taken) == list(range(pairs))
     assert len({len(plan) for plan in plans}) == 1

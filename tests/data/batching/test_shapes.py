@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,9 +17,11 @@ from lpc_lightning.data import Balanced, PreferenceData, SyntheticPreferences
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout, SharedPrefixLayout
 from lpc_lightning.data.batching.shapes import MOST_SHAPES, BatchShape, ShapePlan, plan_shapes
 from lpc_lightning.data.datamodule import PLANNED_EPOCHS, PreferenceDataModule
+from lpc_lightning.data.tokenization.pieces import PieceTable
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
+from tests.fixtures.policies import piece_table
 from tests.fixtures.real_data import DATA_DIR
 
 PREFERENCES = DATA_DIR / "preferences"
@@ -60,6 +61,17 @@ def test_plan_unknown_batch_has_its_own_shape() -> None:
     assert plan.fit(BatchShape(1, 100, 10)) == plan.shapes[0]
 
 
+def unique_tokens(pieces: PieceTable) -> int:
+    """Return the number of tokens of all prompts and completions of a batch, each counted once."""
+    prompts = {row[0]: sizes[0] for row, sizes in zip(pieces.ids.tolist(), pieces.lengths.tolist(), strict=True)}
+    completions = {
+        (row[0], row[side]): sizes[side]
+        for row, sizes in zip(pieces.ids.tolist(), pieces.lengths.tolist(), strict=True)
+        for side in (1, 2)
+    }
+    return sum(prompts.values()) + sum(completions.values())
+
+
 def shapes_of_epochs(data: PreferenceDataModule, balance: bool) -> tuple[set[BatchShape], float]:
     """Return the shapes over the planned epochs, and the share of padding in their tokens."""
     store = data.load("train", TinyPolicy().load_tokenizer())
@@ -67,8 +79,8 @@ def shapes_of_epochs(data: PreferenceDataModule, balance: bool) -> tuple[set[Bat
     batches = data.training_batches(store, 0, default=Balanced() if balance else None)
     lengths = store.piece_lengths
     epochs = [batch for epoch in range(PLANNED_EPOCHS) for batch in batches.all_devices(epoch)]
-    layout = FixedShapesLayout(0, None).for_batches(lengths[batch] for batch in epochs)
-    needed = [BatchShape(1, int(lengths[batch].sum()), int(lengths[batch][:, 1:].sum())) for batch in epochs]
+    layout = FixedShapesLayout(0, None).for_batches(store.pieces[batch] for batch in epochs)
+    needed = [BatchShape(1, unique_tokens(store.pieces[batch]), int(lengths[batch][:, 1:].sum())) for batch in epochs]
     shapes = [layout.shape_of(each) for each in needed]
     for batch, shape in list(zip(epochs, shapes, strict=True))[:: max(1, len(epochs) // 20)]:
         laid_out = layout([store[number] for number in batch])
@@ -161,7 +173,7 @@ def test_padding_adds_nothing(
 
 def test_layout_of_one_row_has_the_planned_shape(make_pairs: Callable[..., list[TokenizedPair]]) -> None:
     pairs = make_pairs([(50, 30, 70), (110, 90, 10)])
-    layout = FixedShapesLayout(0, None).for_batches([np.array([(50, 30, 70), (110, 90, 10)])])
+    layout = FixedShapesLayout(0, None).for_batches([piece_table(pairs)])
     batch = layout(pairs)
     assert batch.input_ids.shape == (1, 384)
     assert batch.read_at.shape == (224,)
