@@ -33,6 +33,7 @@ from lpc_lightning.evaluation.adaptation.scores import SHOTS
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec, TinyPolicy
 from tests.fixtures.commands import POLICY
+from tests.fixtures.real_data import DATA_DIR
 
 pytestmark = pytest.mark.slow
 
@@ -323,6 +324,23 @@ def test_gold_labels_of_votes_are_right(name: str, wrong_vote: dict[str, str]) -
         pairs[labels] = to_example(row, "row 1", Columns(**columns))
     assert [pairs[labels].flipped for labels in pairs] == [True, False]
     assert pairs["gold"].chosen == pairs["votes"].rejected
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "file", "entry"),
+    [("votes", "ukp_convarg_crowdsample.jsonl", "gold"), ("humour", "humour_votes.jsonl", "one_vote")],
+)
+def test_oracles_have_the_rate_of_the_votes(name: str, file: str, entry: str) -> None:
+    """The rate is the share of training rows in whose `meta` vote and right answer differ."""
+    path = DATA_DIR / "preferences" / file
+    if not path.is_file():
+        pytest.skip(f"needs {path}")
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["split"] == "train"]
+    wrong = sum(row["meta"][entry] == "rejected" for row in rows) / len(rows)
+    grid = read_grid(CONFIGS / "ablation" / f"{name}_smollm2.yaml")
+    for cell in grid.with_changes(["arm=cdpo_oracle,rdpo_oracle", "seed=1"]).cells():
+        assert f"--model.robust_loss.rate={wrong:.2f}" in cell.arguments
 
 
 EXPLORATIONS = {"annotators_smollm2", "demo", "learning_rates_tiny"}
