@@ -22,6 +22,8 @@ class Markup:
     """Token at the end of a turn. None: a turn ends at the next header."""
     later: str = ""
     """Header of a later turn, which the text must contain. A text that only begins with "Human:" is no dialogue."""
+    first: str = ""
+    """Header of the first turn, which a text with headers of later turns may lack."""
 
     @property
     def description(self) -> str:
@@ -36,6 +38,8 @@ class Markup:
     def turns(self, text: str) -> tuple[Message, ...] | None:
         """Split a text into turns. Return None if it does not begin with a header, or has text between turns."""
         text = text.lstrip() if self.has_tokens else text
+        if self.first and not self.header.match(text) and self.header.search(text):
+            text = self.first + text
         if not self.header.match(text) or not (self.later in text or text.startswith("\n\n")):
             return None
         _, *parts = self.header.split(text)
@@ -100,8 +104,16 @@ _TOKENS = (
         r"<\uff5cend▁of▁sentence\uff5c>",
     ),
 )
+_NEMO = Markup(
+    "NeMo",
+    # A system turn without text is left out: the template writes one where there is no system text.
+    re.compile(r"(?:\A<extra_id_0>System\s+(?=<extra_id_1>)|\A|\n)<extra_id_[01]>(System|User|Assistant)(?:\n|\Z)"),
+    re.compile(r"\s*<extra_id_1>\s*\Z"),
+    first="<extra_id_1>User\n",  # HelpSteer2 has prompts without it
+)
 MARKUPS = (
     *(Markup(name, re.compile(header), re.compile(end)) for name, header, end in _TOKENS),
+    _NEMO,
     _lines("Human|Assistant", PARAGRAPH),
     _lines("Human|Assistant", LINE),
     _lines("System|User|Assistant", PARAGRAPH),
@@ -111,7 +123,8 @@ MARKUPS = (
 )
 """Supported markups, in the order in which they are tried."""
 _TOKEN = re.compile(
-    r"\A\s*(?:<\|im_start\|>|<\|begin_of_text\|>|<\|start_header_id\|>|<start_of_turn>|<s>\s*\[INST\]|\[INST\]|<\uff5c)"
+    r"\A\s*(?:<\|im_start\|>|<\|begin_of_text\|>|<\|start_header_id\|>|<start_of_turn>|<s>\s*\[INST\]|\[INST\]|<\uff5c"
+    r"|<extra_id_[01]>(?:System|User|Assistant)\n)"
     r"|(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\uff5cend▁of▁sentence\uff5c>)\s*\Z"
 )
 _OPEN = re.compile(

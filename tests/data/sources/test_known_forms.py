@@ -298,11 +298,21 @@ RENDERED = {
     "Zephyr": f"<|system|>\nBe kind.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello</s>\n<|user|>\n{QUESTION}</s>\n"
     "<|assistant|>\n",
     "Llama 2": f"<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST] Hello </s><s>[INST] {QUESTION} [/INST]",
+    "NeMo": "<extra_id_0>System\nBe kind.\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\nHello\n"
+    f"<extra_id_1>User\n{QUESTION}\n<extra_id_1>Assistant\n",
     "paragraphs": f"System: Be kind.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: {QUESTION}\n\nAssistant:",
     "lines": f"System: Be kind.\nUser: Hi\nAssistant: Hello\nUser: {QUESTION}\nAssistant:",
 }
-ENDS = {"ChatML": "<|im_end|>\n", "Llama 3": "<|eot_id|>", "Zephyr": "</s>\n", "Llama 2": " </s>"}
+ENDS = {
+    "ChatML": "<|im_end|>\n",
+    "Llama 3": "<|eot_id|>",
+    "Zephyr": "</s>\n",
+    "Llama 2": " </s>",
+    "NeMo": "\n<extra_id_1>",
+}
 WITHOUT_SYSTEM = {
+    "NeMo without a system text": "<extra_id_0>System\n\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\nHello\n"
+    f"<extra_id_1>User\n{QUESTION}\n<extra_id_1>Assistant\n",
     "Gemma": f"<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n"
     f"<start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n",
     "Human paragraphs": f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: {QUESTION}\n\nAssistant:",
@@ -323,6 +333,15 @@ def test_rendered_text_is_read_as_turns(name: str) -> None:
     assert turns({"prompt": text, **whole})[0] == expected[0]
 
 
+@pytest.mark.parametrize(("strength", "answers"), [(-2, (GOOD, BAD)), (3, (BAD, GOOD))])
+def test_turns_of_helpsteer2(strength: int, answers: tuple[str, str]) -> None:
+    """Its card: the first user turn has no header. https://huggingface.co/datasets/nvidia/HelpSteer2"""
+    prompt = f"Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\n{QUESTION}"
+    row = {"prompt": prompt, "response_1": GOOD, "response_2": BAD, "preference_strength": strength}
+    assert turns(row) == (DIALOGUE[1:], *answers)
+    assert turns(row | {"prompt": QUESTION})[0] == PROMPT
+
+
 def test_rendered_text_kept_as_text() -> None:
     row = {"prompt": RENDERED["ChatML"], "chosen": f"{GOOD}<|im_end|>", "rejected": BAD}
     text = ({"role": "user", "content": RENDERED["ChatML"]},)
@@ -337,6 +356,7 @@ def test_rendered_text_kept_as_text() -> None:
         {"prompt": f"A chat. USER: {QUESTION} ASSISTANT:", "chosen": GOOD, "rejected": BAD},
         {"prompt": f"<|im_start|>user\n{QUESTION}<|im_end|> and <|im_end|>", "chosen": GOOD, "rejected": BAD},
         {"prompt": "<|im_start|>wizard\nHi<|im_end|>", "chosen": GOOD, "rejected": BAD},
+        {"prompt": QUESTION, "chosen": f"<extra_id_1>Assistant\n{GOOD}", "rejected": f"<extra_id_1>User\n{BAD}"},
     ],
 )
 def test_rendered_text_is_refused(row: dict[str, str]) -> None:
