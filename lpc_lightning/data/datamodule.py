@@ -267,7 +267,15 @@ class PreferenceDataModule(LightningDataModule):
         if stage == "train" and self._noise is not None and self._noise.marks_prompts:
             source = MarkedSource(source, self._noise)
         template = make_template(tokenizer, *self.template_settings)
-        return load_or_tokenize(source, template, self.lengths, bad_rows=self.bad_rows, cache_dir=self.cache_dir)
+        pairs, report = load_or_tokenize(
+            source, template, self.lengths, bad_rows=self.bad_rows, cache_dir=self.cache_dir
+        )
+        if stage == "train" and report.absent:
+            raise DataError(
+                f"data.columns: found no value in any row for {', '.join(report.absent)}, expected columns of the "
+                f"rows, or entries of them such as meta.worker.\n{report}\nCorrect the names, or leave them out."
+            )
+        return pairs, report
 
     def kept_examples(self, stage: Stage) -> Iterator[PreferenceExample]:
         """Yield the examples of a stage whose pairs are used, as text, with the labels of the data.

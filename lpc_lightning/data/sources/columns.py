@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Literal, TypeAlias
 
 MarginScale: TypeAlias = Literal["log", "difference"]
+OPTIONAL = ("source", "factor", "annotator", "id", "weight", "margin")
+"""Settings of the columns that rows may lack."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,9 @@ class Columns:
 
     A row needs two answers in an order of preference: `chosen` and `rejected`, or two answers and a label. Columns
     without a purpose are stored in `meta`. Source, factor and annotator may be the same column. For example,
-    `annotator: factor` treats each factor as one annotator.
+    `annotator: factor` treats each factor as one annotator. These three, the id, weight, margin and scores may be
+    entries of a column: `meta.worker` is the entry `worker` of the column `meta`. Training is refused if a name is
+    set for one of them and no row has a value there.
     """
 
     prompt: str = "prompt"
@@ -117,6 +121,14 @@ class Columns:
                 f"columns: found the answers {self.answer_a!r} and {self.answer_b!r} without columns.label, expected "
                 "the column that names the preferred answer"
             )
+
+    @cached_property
+    def expected(self) -> dict[str, str]:
+        """Optional columns in which a value is expected, by setting: those whose name is set, or in the prompt."""
+        names = {setting: getattr(self, setting) for setting in OPTIONAL}
+        names = {setting: name for setting, name in names.items() if name not in (None, getattr(Columns, setting))}
+        label = self.named_in_prompt
+        return names if label is None else names | {"named_in_prompt": getattr(self, label)}
 
     @cached_property
     def purposes(self) -> set[str]:

@@ -14,7 +14,7 @@ from lpc_lightning.data.sources.locations import DEFAULT_SPLIT, open_location
 from lpc_lightning.data.sources.prompts import with_name
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.report import DataReport
-from lpc_lightning.data.sources.rows import BadRow, Tie
+from lpc_lightning.data.sources.rows import BadRow, Tie, entry_of, label_text
 from lpc_lightning.data.sources.splits import RANKS, HoldOut, first_held_out, held_out, select_split
 from lpc_lightning.types import PreferenceExample
 
@@ -85,7 +85,9 @@ class RowSource:
         rows = report.counting(rows)
         if self.split is not None and not location.has_splits:
             rows = select_split(rows, self.split, self.split_column, report.count_other_split)
+        absent = self.columns.expected
         for place, row in rows:
+            absent = {setting: name for setting, name in absent.items() if not label_text(entry_of(row, name))}
             forms: list[str] = []
             try:
                 yield to_example(row, place, self.columns, forms), forms
@@ -93,6 +95,7 @@ class RowSource:
                 report.count_bad(place, fault)
             except Tie:
                 report.count_dropped("tie")
+        report.absent += [f"{setting}={name!r}" for setting, name in absent.items()]
 
     def _is_selected(self, example: PreferenceExample, lowest: int | None) -> bool:
         if self.held_out is None:

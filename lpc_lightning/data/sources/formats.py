@@ -10,7 +10,7 @@ from lpc_lightning.data.sources.labelled_answers import SETTINGS, find_labelled_
 from lpc_lightning.data.sources.markup import is_dialogue_in_lines, refuse_rendered
 from lpc_lightning.data.sources.messages import describe, spelled_messages, unread_keys
 from lpc_lightning.data.sources.prompts import find_prompt, refuse_other_prompt, with_input, with_system
-from lpc_lightning.data.sources.rows import BadRow, Row, is_missing, label_text
+from lpc_lightning.data.sources.rows import BadRow, Row, entry_of, is_missing, label_text
 from lpc_lightning.data.sources.structures import (
     Structure,
     Triple,
@@ -84,13 +84,13 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
     for name, cell in zip(names, cells, strict=True):
         unused |= {f"{name}.{key}": value for key, value in unread_keys(cell).items()}
     example = PreferenceExample(
-        id=label_text(row.get(columns.id)) or place,
+        id=label_text(entry_of(row, columns.id)) or place,
         prompt=prompt,
         chosen=triple.chosen,
         rejected=triple.rejected,
-        source=label_text(row.get(columns.source)),
-        factor=label_text(row.get(columns.factor)),
-        annotator=label_text(row.get(columns.annotator)),
+        source=label_text(entry_of(row, columns.source)),
+        factor=label_text(entry_of(row, columns.factor)),
+        annotator=label_text(entry_of(row, columns.annotator)),
         flipped=gold_differs(row, answers, columns.gold),
         weight=read_weight(row, columns),
         margin=read_margin(row, columns),

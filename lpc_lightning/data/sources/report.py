@@ -47,6 +47,8 @@ class DataReport:
     """Number of selected pairs that were read from a special form, by form."""
     meta: dict[str, int] = field(default_factory=dict)
     """Number of selected pairs with a column that has no purpose, by column."""
+    absent: list[str] = field(default_factory=list)
+    """Settings of `Columns` with the name of a column in which no row has a value."""
 
     def counting(self, rows: Iterable[T]) -> Iterator[T]:
         """Yield the same rows, and count each as read."""
@@ -110,6 +112,7 @@ class DataReport:
             changed=_sum(self.changed, other.changed),
             forms=_sum(self.forms, other.forms),
             meta=_sum(self.meta, other.meta),
+            absent=list(dict.fromkeys([*self.absent, *other.absent])),
         )
 
     def metrics(self) -> dict[str, float]:
@@ -143,6 +146,7 @@ class DataReport:
         lines += [f"  {n} read from a special form: {form}" for form, n in self.forms.items()]
         shown = list(self.meta)[:MOST_COLUMNS] + (["..."] if len(self.meta) > MOST_COLUMNS else [])
         lines += [f"  columns that are in no text: {', '.join(shown)}"] if shown else []
+        lines += [f"  set as columns, without a value in any row: {', '.join(self.absent)}"] if self.absent else []
         return "\n".join(lines)
 
     def __str__(self) -> str:

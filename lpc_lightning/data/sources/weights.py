@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lpc_lightning.data.sources.columns import Columns, MarginScale
-from lpc_lightning.data.sources.rows import BadRow, Reason, Row
+from lpc_lightning.data.sources.rows import BadRow, Reason, Row, entry_of
 
 
 def read_weight(row: Row, columns: Columns) -> float | None:
@@ -49,7 +49,7 @@ SCALES: dict[MarginScale, Callable[[float], float]] = {"log": math.log, "differe
 
 
 def _number(row: Row, column: str | None, reason: Reason) -> float | None:
-    cell: Any = None if column is None else row.get(column)
+    cell: Any = None if column is None else entry_of(row, column)
     if cell is None or cell == "":
         return None
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
-from lpc_lightning.data import ByAnnotator, Columns, PreferenceData
-from tests.data.datamodule.conftest import tiny
+from lpc_lightning.data import ByAnnotator, Columns, DataError, PreferenceData
+from tests.data.datamodule.conftest import row, tiny
 
 
 def test_columns_with_other_names(data: Any, write_rows: Any) -> None:
@@ -15,6 +16,45 @@ def test_columns_with_other_names(data: Any, write_rows: Any) -> None:
     columns = Columns(prompt="question", chosen="good", rejected="bad", annotator="rater", id="key")
     pairs = data(write_rows(rows), columns=columns, validation_share=0.0).load("train", tiny().load_tokenizer())
     assert (pairs[0].id, pairs[0].annotator) == ("pair 1", "anna")
+
+
+def test_columns_within_a_column(data: Any, write_rows: Any) -> None:
+    rows = [{**row(n), "meta": {"rater": f"r{n}", "topic": "tea", "of": {"nr": n}, "sure": n / 2}} for n in range(3)]
+    columns = Columns(
+        annotator="meta.rater", source="meta.topic", factor="meta.topic", id="meta.of.nr", weight="meta.sure"
+    )
+    pairs = data(write_rows(rows), columns=columns, validation_share=0.0).load("train", tiny().load_tokenizer())
+    found = [(pair.id, pair.annotator, pair.source, pair.factor, pair.weight) for pair in pairs]
+    assert found == [(str(n), f"r{n}", "tea", "tea", n / 2) for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"weight": "wieght"}, "weight='wieght'"),
+        ({"annotator": "meta.rater", "id": "key", "margin": None}, "annotator='meta.rater', id='key'"),
+        ({"factor": "topic"}, "factor='topic'"),  # empty in all rows
+        ({"named_in_prompt": "annotator"}, "named_in_prompt='annotator'"),
+    ],
+    ids=str,
+)
+def test_columns_without_a_value(columns: Any, found: str, data: Any, write_rows: Any) -> None:
+    rows = [
+        {**row(n), "meta": {"topic": "tea"}, "topic": "", "split": split} for n, split in enumerate(("train", "dev"))
+    ]
+    pairs, tokenizer = data(write_rows(rows), columns=Columns(**columns)), tiny().load_tokenizer()
+    with pytest.raises(DataError, match=re.escape(f"data.columns: found no value in any row for {found}, expected")):
+        pairs.load("train", tokenizer)
+    pairs.load("validation", tokenizer)
+    assert f"without a value in any row: {found}" in str(pairs.reports["validation"])
+
+
+def test_columns_with_a_value_in_one_row(data: Any, write_rows: Any) -> None:
+    rows = [row(0), {**row(1), "rater": "anna"}]
+    pairs = data(
+        write_rows(rows), columns=Columns(annotator="rater", named_in_prompt="annotator"), validation_share=0.0
+    )
+    assert pairs.load("train", tiny().load_tokenizer()).annotators == ["", "anna"]
 
 
 @pytest.mark.parametrize(
