@@ -9,7 +9,15 @@ from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.locations import open_location
-from lpc_lightning.data.sources.splits import RANKS, VALIDATION_NAMES, HoldOut, find_split, split_names
+from lpc_lightning.data.sources.splits import (
+    RANKS,
+    SPLIT_COLUMN,
+    VALIDATION_NAMES,
+    HoldOut,
+    check_split_column,
+    find_split,
+    split_names,
+)
 from lpc_lightning.files.path_variables import expand_path
 
 Path: TypeAlias = str | tuple[str, ...]
@@ -33,7 +41,7 @@ class StageRows:
         test_split: str | None = "test",
         validation_share: float = 0.05,
         validation_by: HoldOut = "prompt",
-        split_column: str = "split",
+        split_column: str = SPLIT_COLUMN,
         columns: Columns | None = None,
         **others: Any,
     ) -> None:
@@ -56,7 +64,7 @@ class StageRows:
             validation_by: `prompt`, or `pair` to hold out a share of the training pairs, for data with one prompt or
                 few. Other pairs of the same prompt, and with the same answers, then stay in training.
             split_column: Column that holds the split of each row, if files have no splits of their own. Rows without it
-                belong to `train`.
+                belong to `train`. Another name than the default one is refused if no row has a value there.
             columns: Names of the columns, and how their cells are read. null: the defaults of `Columns`.
             others: Settings of the next base class.
 
@@ -85,9 +93,15 @@ class StageRows:
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.validation_share, self.validation_by = validation_share, validation_by
         self._mapped_splits: dict[Stage, str | None] = {}
+        self._split_column_checked = False
 
     def source(self, stage: Stage) -> RowSource | None:
-        """Return the rows of a stage: its file, its split, or the held-out training rows. None if it has no rows."""
+        """Return the rows of a stage: its file, its split, or the held-out training rows. None if it has no rows.
+
+        Raises:
+            DataError: No row has a value in the split column, or a location cannot be read.
+        """
+        self._check_split_column()
         if self._has_own_rows(stage):
             held_out = False if stage == "train" and self._holds_out else None
             return self._rows(stage, held_out)
@@ -114,6 +128,14 @@ class StageRows:
         if stage == "validation" and self.splits["validation"] is None:
             return self._unnamed_validation_split
         return self.splits[stage]
+
+    def _check_split_column(self) -> None:
+        """Check once that rows have the split column, if its name is set."""
+        if not self._split_column_checked:
+            paths = self.path.values() if isinstance(self.path, dict) else [self.path]
+            locations = (open_location(path, self.config) for path in paths)
+            check_split_column(locations, self.split_column, f"{self._group}.split_column")
+            self._split_column_checked = True
 
     @cached_property
     def _unnamed_validation_split(self) -> str | None:

@@ -11,6 +11,8 @@ from lpc_lightning.data.sources.locations import Location
 from lpc_lightning.data.sources.rows import DataError, Row, label_text
 from lpc_lightning.types import Message, PreferenceExample
 
+SPLIT_COLUMN = "split"
+"""Default name of the column with the split of each row. Rows may lack it."""
 SEED = 0
 """Seed of the hold-out. Another one would move prompts between training and validation."""
 
@@ -56,6 +58,25 @@ def split_names(location: Location, split_column: str = "split") -> set[str]:
         return set(location.own_splits())
     rows = location.rows(None, lambda place, fault: None, only=split_column)
     return {name for _, row in rows if (name := label_text(row.get(split_column)))}
+
+
+def check_split_column(locations: Iterable[Location], split_column: str, setting: str) -> None:
+    """Check that some row has a value in a split column of another name than the default one.
+
+    Args:
+        locations: Locations of all stages. Those with splits of their own do not read the column.
+        split_column: Name of the column with the split.
+        setting: Setting that names it, for the error.
+
+    Raises:
+        DataError: No row has a value there, so that the rows of all splits would belong to one.
+    """
+    if split_column == SPLIT_COLUMN or any(each.has_splits or split_names(each, split_column) for each in locations):
+        return
+    raise DataError(
+        f"{setting}: found {split_column!r}, in which no row has a value, expected the column with the split of each "
+        "row. Correct the name, or leave it out if the rows have no splits."
+    )
 
 
 def find_split(location: Location, wanted: Sequence[str], split_column: str, setting: str) -> str | None:

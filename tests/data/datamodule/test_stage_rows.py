@@ -25,6 +25,19 @@ def test_split_column_selects_rows(data: Any, write_rows: Any) -> None:
     assert module.reports["train"].other_splits == {"test": 2, "held": 1}
 
 
+@pytest.mark.parametrize("stage", ["train", "validation"])
+def test_split_column_that_no_row_has(stage: Any, data: Any, write_rows: Any) -> None:
+    path = write_rows([row(number, part=part) for number, part in enumerate(["train", "test", "dev"])])
+    with pytest.raises(DataError, match=r"data\.split_column: found 'prat', in which no row has a value"):
+        ids(data(path, split_column="prat"), stage)
+    with pytest.raises(DataError, match=r"data\.split_column: found 'prat'"):
+        ids(data({"train": path, "test": path}, split_column="prat"), "train")
+    assert [len(ids(data(path, split_column="part"), each)) for each in ("train", "test", "validation")] == [1, 1, 1]
+    unmarked = write_rows([row(number) for number in range(3)], "unmarked.jsonl")
+    both = data({"train": path, "test": unmarked}, split_column="part")
+    assert [len(ids(both, each)) for each in ("train", "test")] == [1, 3]
+
+
 def test_path_one_file_for_each_stage(data: Any, write_rows: Any) -> None:
     files = {name: write_rows([row(n)], f"{name}.jsonl") for n, name in enumerate(("train", "validation", "test"))}
     module = data(files)
