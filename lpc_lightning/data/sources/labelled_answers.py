@@ -77,7 +77,7 @@ def find_labelled_answers(row: Row, columns: Columns) -> LabelledAnswers | None:
     to the two answers of a known data set, its label still orders them.
 
     Raises:
-        BadRow: The row fits several known data sets, or lacks a column that is set.
+        BadRow: The row fits several known data sets, lacks a column that is set, or has a label and scores.
     """
     if columns.answer_a is not None and columns.answer_b is not None and columns.label is not None:
         return _with_settings(_unknown(columns.answer_a, columns.answer_b, columns.label), columns, row)
@@ -110,6 +110,13 @@ def _unknown(answer_a: str, answer_b: str, label: str) -> LabelledAnswers:
 def _with_settings(form: LabelledAnswers, columns: Columns, row: Row) -> LabelledAnswers:
     if missing := [name for name in (*form.answers, form.label) if name not in row]:
         raise BadRow("missing answer", f"no {missing[0]!r}; the row has {sorted(map(str, row))}")
+    if columns.score_chosen is not None:
+        raise BadRow(
+            "ambiguous columns",
+            f"found {form.description}, and data.columns.score_chosen, the score of the answer in {columns.chosen!r}; "
+            "expected a label or scores. Leave the scores out, or set data.columns.chosen and rejected to answers that "
+            "no label orders",
+        )
     return replace(
         form,
         first=form.first if columns.label_a is None else columns.label_a,

@@ -66,6 +66,11 @@ def test_numbers_stay_in_meta() -> None:
         ({"margin": [1]}, {}, r"invalid margin: found '\[1\]' in 'margin'"),
         ({"good": 1}, SCORES, r"invalid score: found none in 'bad', expected a number"),
         ({"good": 1, "bad": math.inf}, SCORES, r"invalid score: found 'inf' in 'bad'"),
+        (
+            {"chosen": None, "output_1": "a", "output_2": "b", "preference": 2, "good": 3, "bad": 1},
+            SCORES | {"margin_scale": "difference"},
+            r"ambiguous columns: found answers output_1 and output_2, ordered by preference, and data\.columns\.score",
+        ),
         ({"good": 1, "bad": 1}, SCORES, r"invalid score: found 1 in 'good' and 1 in 'bad', expected a higher score"),
     ],
     ids=str,
