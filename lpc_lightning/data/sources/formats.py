@@ -24,6 +24,7 @@ from lpc_lightning.data.sources.weights import read_margin, read_weight
 from lpc_lightning.types import PreferenceExample
 
 DEFAULTS = Columns()
+REPEATED_PROMPT = "answers that begin with the prompt"
 
 _WHOLE: dict[str, tuple[Structure, ...]] = {"turns": (conversations, rendered_conversations), "text": (conversations,)}
 """Structures without a prompt column, by `Columns.rendered`, in the order in which they are tried."""
@@ -98,6 +99,7 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
     )
     special += ["weight"] * (example.weight is not None) + ["margin"] * (example.margin is not None)
     _check(example)
+    special += [REPEATED_PROMPT] * _repeats_prompt(example)
     if columns.rendered == "turns":
         refuse_rendered(example)
     if forms is not None:
@@ -126,6 +128,12 @@ def _check(example: PreferenceExample) -> None:
             raise BadRow(
                 "invalid text", f"found half of a surrogate pair at character {error.start} of {text[:40]!r}"
             ) from error
+
+
+def _repeats_prompt(example: PreferenceExample) -> bool:
+    """Return True if both answers begin with the text of the last user turn."""
+    question = example.prompt[-1]["content"].strip()
+    return all(answer.lstrip().startswith(question) for answer in (example.chosen, example.rejected))
 
 
 def _cells(row: Row, names: Sequence[str], columns: Columns, forms: list[str]) -> list[Any]:

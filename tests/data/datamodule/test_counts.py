@@ -17,7 +17,10 @@ def long_rows() -> list[Row]:
     words = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu"
     sizes = [(1, 1, 2), (8, 2, 1), (2, 9, 1), (2, 1, 9), (9, 9, 1), (12, 1, 2), (1, 12, 11)]
     texts = [[" ".join((words * size).split()[: 6 * size]) for size in triple] for triple in sizes]
-    return [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in texts]
+    return [
+        {"prompt": " ".join(reversed(prompt.split())), "chosen": chosen, "rejected": rejected}
+        for prompt, chosen, rejected in texts
+    ]
 
 
 def token_counts(rows: list[Row]) -> list[tuple[int, int]]:

@@ -373,6 +373,15 @@ def test_rendered_text_is_no_plain_text(text: str) -> None:
 # Reports
 
 
+def test_answers_that_repeat_the_prompt_are_counted(write_rows: Any) -> None:
+    texts = [(f"{QUESTION} {GOOD}", f"\n{QUESTION} {BAD}"), (f"{QUESTION} {GOOD}", BAD), (GOOD, BAD)]
+    report = DataReport()
+    path = write_rows([{"prompt": f"{QUESTION}\n", "chosen": good, "rejected": bad} for good, bad in texts])
+    examples = list(RowSource(str(path)).read(report))
+    assert [(example.chosen, example.rejected) for example in examples] == texts
+    assert report.forms == {"answers that begin with the prompt": 1}
+
+
 def test_source_counts_forms_and_ties(write_rows: Any) -> None:
     rows = [
         {"context": [USER], "response1": GOOD, "response2": BAD, "overall_preference": value, "domain": "general"}
