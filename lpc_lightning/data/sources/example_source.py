@@ -15,7 +15,7 @@ from lpc_lightning.data.sources.prompts import with_name
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import BadRow, Tie, entry_of, label_text
-from lpc_lightning.data.sources.splits import RANKS, HoldOut, first_held_out, held_out, select_split
+from lpc_lightning.data.sources.splits import RANKS, HoldOut, first_held_out, held_out, refuse_marked, select_split
 from lpc_lightning.types import PreferenceExample
 
 
@@ -85,6 +85,8 @@ class RowSource:
         rows = report.counting(rows)
         if self.split is not None and not location.has_splits:
             rows = select_split(rows, self.split, self.split_column, report.count_other_split)
+        if location.has_splits and read == DEFAULT_SPLIT:
+            rows = refuse_marked(rows, self.split_column)
         absent = self.columns.expected
         for place, row in rows:
             absent = {setting: name for setting, name in absent.items() if not label_text(entry_of(row, name))}

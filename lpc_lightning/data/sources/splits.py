@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-from lpc_lightning.data.sources.locations import Location
+from lpc_lightning.data.sources.locations import DEFAULT_SPLIT, Location
 from lpc_lightning.data.sources.rows import DataError, Row, label_text
 from lpc_lightning.types import Message, PreferenceExample
 
@@ -46,6 +46,23 @@ def select_split(
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 """Splits that are used for validation, in this order, if no setting names one."""
+
+
+def refuse_marked(rows: Iterable[tuple[str, Row]], split_column: str) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of an own split `train`. `datasets` puts files there whose names tell no split.
+
+    Raises:
+        DataError: The split column of a row marks it for validation or test. Such rows would be trained on.
+    """
+    for place, row in rows:
+        if (found := split_of(row, split_column)) in (*VALIDATION_NAMES, "test"):
+            raise DataError(
+                f"{place}: found {found!r} in the column {split_column!r} of a row that belongs to the split "
+                f"{DEFAULT_SPLIT!r} of its folder or data set, expected {DEFAULT_SPLIT!r} or no value. To read the "
+                "column, set data.path to the files: a file, a pattern or a list. To use all rows, set "
+                "data.split_column to a name that no row has."
+            )
+        yield place, row
 
 
 def split_names(location: Location, split_column: str = "split") -> set[str]:

@@ -125,6 +125,24 @@ def test_split_column_names_validation(name: str, data: Any, write_rows: Any) ->
     assert module.reports["train"].other_splits == {name: 2, "test": 2}
 
 
+@pytest.mark.parametrize("form", ["folder", "saved"])
+@pytest.mark.parametrize("other", ["test", "val"])
+def test_split_column_in_an_own_split(form: str, other: str, data: Any, tmp_path: Path) -> None:
+    """`datasets` puts a file of any name, and `DatasetDict` its only data set, into the split `train`."""
+    rows, folder = [row(number, split="train" if number else other) for number in range(3)], tmp_path / form
+    if form == "folder":
+        folder.mkdir()
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        assert len(ids(data(folder / "pairs.jsonl", validation_share=0.0), "train")) == 2
+    else:
+        DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(str(folder))
+    with pytest.raises(
+        DataError, match=rf"found '{other}' in the column 'split' of a row that belongs to the split 'tr"
+    ):
+        ids(data(folder, validation_share=0.0), "train")
+    assert len(ids(data(folder, validation_share=0.0, split_column="none"), "train")) == 3
+
+
 def test_split_in_a_few_rows(data: Any, write_rows: Any) -> None:
     module = data(write_rows([row(n) for n in range(5)] + [row(5, split="validation")]), validation_share=0.0)
     assert len(ids(module, "train")) == 5
