@@ -75,12 +75,13 @@ class ChatTemplate(Template):
         self.tokenizer = tokenizer
         self._arguments = dict(arguments or {})
         # transformers passes no functions to a template, so that the calls are replaced by their result.
-        template = tokenizer.get_chat_template()
+        # A tokenizer may have several templates, of which one is for tools.
+        template = tokenizer.get_chat_template(tools=self._arguments.get("tools"))
         self._dated = CLOCK.sub(lambda call: repr(DAY.strftime(call[2])), template)
         self._has_day = self._dated != template
         if self._has_day:
             _report_day(name_of(tokenizer))
-        _check_arguments(self._arguments, tokenizer)
+        _check_arguments(self._arguments, template, tokenizer)
         user = Message(role="user", content=_QUESTION)
         try:
             prompt = self._apply([user], generate=True)
@@ -227,12 +228,12 @@ def _report_other_end(name: str, prompt: str, head: str) -> None:
     )  # fmt: skip
 
 
-def _check_arguments(arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_arguments(arguments: Mapping[str, Any], template: str, tokenizer: PreTrainedTokenizerBase) -> None:
     reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
     for name in arguments:
         if name in reserved or name == "messages":
             raise DataError(f"data.template_kwargs: found {name}, which the suite sets itself. Remove it.")
-        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+        if not re.search(rf"\b{re.escape(name)}\b", template):
             raise DataError(
                 f"data.template_kwargs: found {name}, which the chat template of {name_of(tokenizer)} does not read; "
                 "expected arguments of this template, such as enable_thinking in that of Qwen3."

@@ -95,6 +95,15 @@ def test_template_kwargs_reach_the_chat_template(template):
     assert closed.fingerprint != template(QWEN3).fingerprint
 
 
+def test_tools_choose_the_template_for_tools(template):
+    several = {"default": QWEN3, "tool_use": "{{ tools | length }} tools:" + QWEN3}
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    plain, _ = decoded(template(several), example())
+    assert decoded(template(several, arguments={"tools": [tool]}), example())[0] == f"1 tools:{plain}"
+    with pytest.raises(DataError, match=r"template_kwargs: found tools, .* does not read"):
+        template({"default": QWEN3, "other": "{{ tools }}"}, arguments={"tools": [tool]})
+
+
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [({"enable_thinking": False}, "<think>\nWeigh.\n</think>\n\nTea."), (None, "<think>\nWeigh")],
