@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.base import is_optimizer_step
 from lpc_lightning.errors import ConfigError
 
 METRIC = "train/rewards/chosen"
@@ -40,9 +41,11 @@ class ChosenRewardWarning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the step if it is logged."""
+        """Count the step if it is logged, at its last micro-batch, which logs the metric."""
         is_checked = isinstance(pl_module, PreferenceModule) and pl_module.needs_reference
-        if self.below == self.patience or not (is_checked and outputs["logged"] and METRIC in trainer.callback_metrics):
+        if self.below == self.patience or not (
+            is_checked and outputs["logged"] and is_optimizer_step(trainer, batch_idx)
+        ):
             return
         reward = float(trainer.callback_metrics[METRIC])
         self.below = self.below + 1 if reward < 0 else 0

@@ -52,6 +52,16 @@ def test_warning_once(fit: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("patience", "warned"), [(4, True), (5, False)])
+def test_patience_counts_steps(patience: int, warned: bool, small_policy: Any, fit_run: Any) -> None:
+    """Of five logged steps, the policy's reward is 0 in the first one, before any change, and below 0 in four."""
+    module, callback = DPO(policy=small_policy(), optimizer=ascent, nll_weight=1.0), ChosenRewardWarning(patience)
+    settings = {"max_steps": 5, "log_every_n_steps": 1, "accumulate_grad_batches": 3}
+    found = chosen_reward_warnings(lambda: fit_run(module, callbacks=[callback], **settings))
+    assert bool(found) == warned
+
+
+@pytest.mark.slow
 def test_no_warning_with_sft_term(fit: Callable[..., Any]) -> None:
     """The SFT term alone, with a weight that outweighs DPO, makes chosen answers likelier in every step."""
     optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1e-3)  # noqa: E731
