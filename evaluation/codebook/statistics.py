@@ -70,11 +70,15 @@ class PointSample(Metric):
         self.points.append(points.detach().float().to(self.device))
         self.keys.append(torch.tensor([point_key(pair_id) for pair_id in ids], device=self.device))
         if sum(len(keys) for keys in self.keys) > 2 * self.max_points:
-            keys, kept = self.compute()
-            self.keys, self.points = [keys.view(-1)], [kept]
+            # Not `compute`: torchmetrics would gather the points of all devices, and each device would keep them.
+            keys, kept = self._smallest()
+            self.keys, self.points = [keys], [kept]
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return (m,) keys (see `point_key`) and (m, d) points, sorted by key."""
+        return self._smallest()
+
+    def _smallest(self) -> tuple[Tensor, Tensor]:
         keys, points = dim_zero_cat(self.keys), dim_zero_cat(self.points)
         kept = keys.argsort(stable=True)[: self.max_points]
         return keys[kept], points[kept]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from lpc_lightning.evaluation.codebook.recovery import matched_accuracy, purity
 from lpc_lightning.evaluation.codebook.statistics import CodebookReport, CodebookStatistics, PointSample, point_key
 from lpc_lightning.latent import ExpectedSpace, GaussianSpace, LatentTerms, MarginalSpace, MLPSpace
 from lpc_lightning.types import PairLogps, PairLosses, PairStates, PreferenceBatch, TokenizedPair
+from tests.fixtures.processes import forked_ranks
 
 COUNT, CODES, WIDTH = 24, 4, 6
 
@@ -233,6 +235,27 @@ def test_point_sample_independent_of_batches() -> None:
         keys, kept = sample.compute()
         assert keys.tolist() == [point_key(ids[number]) for number in expected]
         assert torch.equal(kept, points[expected])
+
+
+def sample_of_process(folder: str) -> None:
+    """Add every second pair, in the second process one by one, and write the sample of both."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    points, sample = torch.arange(120.0)[:, None], PointSample(20)
+    for members in torch.arange(rank, 120, 2).split(1 if rank else 12):
+        sample.update(points[members], tuple(f"pair {number}" for number in members.tolist()))
+    torch.save(sample.compute(), f"{folder}/{rank}.pt")
+
+
+@pytest.mark.distributed
+def test_point_sample_of_two_processes(tmp_path: Path) -> None:
+    for process in forked_ranks(sample_of_process, str(tmp_path), folder=tmp_path):
+        assert process.wait() == 0, process.errors
+    expected = sorted(range(120), key=lambda number: point_key(f"pair {number}"))[:20]
+    for rank in range(2):
+        keys, points = torch.load(tmp_path / f"{rank}.pt")
+        assert keys.tolist() == [point_key(f"pair {number}") for number in expected]
+        assert points[:, 0].tolist() == expected
 
 
 def test_report_of_one_pair() -> None:
