@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -47,7 +47,7 @@ class CodeMass(CodeUse):
 class PointSample(Metric):
     """z of at most `max_points` pairs.
 
-    The choice depends on the ids of the pairs only. It is the same for every number of devices, and nothing is random.
+    The choice depends on the keys of the pairs only. It is the same for every number of devices, and nothing is random.
     """
 
     full_state_update = False
@@ -65,10 +65,10 @@ class PointSample(Metric):
         self.keys: list[Tensor]
         self.points: list[Tensor]
 
-    def update(self, points: Tensor, ids: tuple[str, ...]) -> None:
-        """Add points (B, d) of the pairs with these ids."""
+    def update(self, points: Tensor, rows: Sequence[Row]) -> None:
+        """Add points (B, d) of the pairs with these labels."""
         self.points.append(points.detach().float().to(self.device))
-        self.keys.append(torch.tensor([point_key(pair_id) for pair_id in ids], device=self.device))
+        self.keys.append(torch.tensor([point_key(row) for row in rows], device=self.device))
         if sum(len(keys) for keys in self.keys) > 2 * self.max_points:
             # Not `compute`: torchmetrics would gather the points of all devices, and each device would keep them.
             keys, kept = self._smallest()
@@ -84,9 +84,12 @@ class PointSample(Metric):
         return keys[kept], points[kept]
 
 
-def point_key(pair_id: str) -> int:
-    """Compute a pair's sort key from its id. `PointSample` keeps the points with the smallest keys."""
-    return derive("point", pair_id)
+def point_key(row: Row) -> int:
+    """Compute a pair's sort key. `PointSample` keeps the points with the smallest keys.
+
+    Ids may repeat across annotators, and across the data sets of a mixture.
+    """
+    return derive("point", row["id"], row["annotator"], row["source"])
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,9 @@ class CodebookStatistics(nn.Module):
         exact = space.log_exact_posterior(states, score)
         if exact is not None:
             numbers["exact_code"] = exact.argmax(-1)
-        self.table.update(numbers, pair_labels(batch))
-        self.sample.update(terms.z, batch.ids)
+        rows = pair_labels(batch)
+        self.table.update(numbers, rows)
+        self.sample.update(terms.z, rows)
 
     def reset(self) -> None:
         """Remove all pairs."""
@@ -165,7 +169,7 @@ class CodebookStatistics(nn.Module):
             return CodebookReport()
         keys, points = self.sample.compute()
         keys = keys.view(-1)  # torchmetrics turns a single number into a scalar
-        rows_by_key = {point_key(row["id"]): row for row in rows}
+        rows_by_key = {point_key(row): row for row in rows}
         prior, posterior = (_mean_distribution(mass) for mass in (self.prior, self.posterior))
         metrics: dict[str, float] = {}
         if posterior is not None:

@@ -224,17 +224,20 @@ def test_exact_posterior_recovers_its_own_labels(
 
 def test_point_sample_independent_of_batches() -> None:
     points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-    ids = tuple(f"pair {number}" for number in range(200))
-    expected = sorted(range(200), key=lambda number: point_key(ids[number]))[:20]
+    expected = sorted(range(200), key=lambda number: point_key(labels(number)))[:20]
     for batch_size, order in ((200, 1), (7, 1), (7, -1), (1, 1)):
         sample = PointSample(20)
         for start in range(0, 200, batch_size):
             members = list(range(200))[::order][start : start + batch_size]
-            sample.update(points[members], tuple(ids[member] for member in members))
+            sample.update(points[members], [labels(member) for member in members])
             assert sum(len(kept) for kept in sample.points) <= max(2 * 20, batch_size)
         keys, kept = sample.compute()
-        assert keys.tolist() == [point_key(ids[number]) for number in expected]
+        assert keys.tolist() == [point_key(labels(number)) for number in expected]
         assert torch.equal(kept, points[expected])
+
+
+def labels(number: int) -> dict[str, str]:
+    return {"id": f"pair {number}", "annotator": "", "source": ""}
 
 
 def sample_of_process(folder: str) -> None:
@@ -243,7 +246,7 @@ def sample_of_process(folder: str) -> None:
     rank = torch.distributed.get_rank()
     points, sample = torch.arange(120.0)[:, None], PointSample(20)
     for members in torch.arange(rank, 120, 2).split(1 if rank else 12):
-        sample.update(points[members], tuple(f"pair {number}" for number in members.tolist()))
+        sample.update(points[members], [labels(number) for number in members.tolist()])
     torch.save(sample.compute(), f"{folder}/{rank}.pt")
 
 
@@ -251,10 +254,10 @@ def sample_of_process(folder: str) -> None:
 def test_point_sample_of_two_processes(tmp_path: Path) -> None:
     for process in forked_ranks(sample_of_process, str(tmp_path), folder=tmp_path):
         assert process.wait() == 0, process.errors
-    expected = sorted(range(120), key=lambda number: point_key(f"pair {number}"))[:20]
+    expected = sorted(range(120), key=lambda number: point_key(labels(number)))[:20]
     for rank in range(2):
         keys, points = torch.load(tmp_path / f"{rank}.pt")
-        assert keys.tolist() == [point_key(f"pair {number}") for number in expected]
+        assert keys.tolist() == [point_key(labels(number)) for number in expected]
         assert points[:, 0].tolist() == expected
 
 
@@ -268,8 +271,11 @@ def test_report_of_one_pair() -> None:
     assert report.codes.tolist() == [int(prior.argmax())]
 
 
-def test_point_rows_match_points() -> None:
-    batch, evaluated, _ = make_batch([f"s{number % 5}" for number in range(30)], [""] * 30)
+@pytest.mark.parametrize("ids", [30, 10])
+def test_point_rows_match_points(ids: int) -> None:
+    """With 10 ids, three pairs of different sources have each id, as in a mixture of data sets."""
+    batch, evaluated, _ = make_batch([f"s{number}" for number in range(30)], [""] * 30)
+    batch = replace(batch, ids=tuple(f"pair {number % ids}" for number in range(30)))
     statistics = CodebookStatistics(FixedPosteriorSpace(None), most_points=8)
     statistics.update(evaluated, batch, FixedPosteriorSpace(None))
     report = statistics.collect()
@@ -277,6 +283,7 @@ def test_point_rows_match_points() -> None:
     z = evaluated["terms"].z
     assert z is not None
     for point, row in zip(report.points, report.point_rows, strict=True):
-        assert np.array_equal(point, z[int(row["id"].split()[1])].numpy())
-        assert row["source"] == f"s{int(row['id'].split()[1]) % 5}"
+        number = int(row["source"][1:])
+        assert np.array_equal(point, z[number].numpy())
+        assert row["id"] == f"pair {number % ids}"
     assert len(report.point_rows) == 8
