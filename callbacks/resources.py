@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class ResourceMonitor(Callback):
     ) -> None:
         """Start the clock at the first batch of a step, and count tokens and pairs."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._step = _Step(start=read_clock(pl_module.device))
+            self._step = _Step()
+        self._step.start(read_clock(pl_module.device))
         self._step.tokens += batch.tokens
         self._step.pairs += batch.pairs
 
@@ -55,7 +56,7 @@ class ResourceMonitor(Callback):
         """Stop the clock at the last batch of a step. If the step is logged, read the times and log them."""
         if not is_optimizer_step(trainer, batch_idx):
             return
-        self._step.end = read_clock(pl_module.device)
+        self._step.stop(read_clock(pl_module.device))
         self._steps.append(self._step)
         if not outputs["logged"]:
             return
@@ -71,6 +72,10 @@ class ResourceMonitor(Callback):
         metrics = {f"resources/{name}": torch.tensor(value, device="cpu") for name, value in values.items()}
         pl_module.log_dict(metrics, batch_size=1)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock until the next batch. A validation may be between two batches of a step."""
+        self._step.stop(read_clock(pl_module.device))
+
     def _read(self, trainer: Trainer) -> None:
         """Read the times of all steps since the last logged one, and sum the counts over devices."""
         steps, self._steps = self._steps, []
@@ -80,7 +85,7 @@ class ResourceMonitor(Callback):
         peak = torch.tensor(peak_memory(trainer.strategy.root_device), device=device)
         self._peak = float(trainer.strategy.reduce(peak, reduce_op="max"))
         for step, (tokens, pairs) in zip(steps, counts.tolist(), strict=True):
-            self._rows.append((seconds_between(step.start, step.end), tokens, pairs))
+            self._rows.append((step.seconds, tokens, pairs))
 
     def summary(self) -> dict[str, float]:
         """Return medians over the steps after warm-up, and the peak memory up to the last logged step."""
@@ -97,12 +102,28 @@ class ResourceMonitor(Callback):
 
 @dataclass(slots=True)
 class _Step:
-    """Start and end of an optimizer step, and its counts on this device."""
+    """Times of an optimizer step, and its counts on this device."""
 
-    start: Time = 0.0
-    end: Time = 0.0
+    spans: list[tuple[Time, Time]] = field(default_factory=list)
+    """Start and end of each part of the step. A validation divides it."""
     tokens: int = 0
     pairs: int = 0
+    _started: Time | None = None
+
+    def start(self, now: Time) -> None:
+        """Start the clock, unless it runs."""
+        self._started = now if self._started is None else self._started
+
+    def stop(self, now: Time) -> None:
+        """Stop the clock, if it runs."""
+        if self._started is not None:
+            self.spans.append((self._started, now))
+            self._started = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all parts."""
+        return sum(seconds_between(*span) for span in self.spans)
 
 
 def read_clock(device: torch.device) -> Time:

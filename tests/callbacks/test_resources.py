@@ -36,6 +36,27 @@ def test_step_counts_all_micro_batches(fitted, tmp_path) -> None:
     assert monitor.summary()["seconds_per_step"] == pytest.approx((later[1] + later[2]) / 2)
 
 
+class Clock(Callback):
+    """Clock in which each training batch takes a second, and each validation a thousand."""
+
+    seconds = 0.0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seconds += 1
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.seconds += 1000
+
+
+def test_step_time_without_validation(fitted, monkeypatch) -> None:
+    """The trainer validates after three micro-batches, in the middle of the second step."""
+    clock, monitor = Clock(), ResourceMonitor(warmup_steps=1)
+    monkeypatch.setattr("lpc_lightning.callbacks.resources.read_clock", lambda device: clock.seconds)
+    settings = {"val_check_interval": 3, "limit_train_batches": 4, "num_sanity_val_steps": 0}
+    fitted(monitor, clock, enable_checkpointing=False, **settings)
+    assert monitor.summary()["seconds_per_step"] == 2
+
+
 def test_peak_memory_of_the_process() -> None:
     before = peak_memory(torch.device("cpu"))
     block = torch.ones(2**28, dtype=torch.uint8).repeat(2)
