@@ -1,4 +1,4 @@
-"""Validation at the end of a run that ends in the middle of an epoch."""
+"""Validation at the end of a run."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class FinalValidation(Callback):
-    """Callback that validates after the last step of `trainer.max_steps`, as after the last epoch of `max_epochs`.
+    """Callback that validates after the last step of a run, by `trainer.max_steps` or by `max_epochs`.
 
     Lightning validates only at the end of each validation interval. Without this callback, a run of 150 steps would end
-    without a final validation, and no checkpoint could be selected by it.
+    without a final validation, and so would an epoch of 150 batches with an interval of 100. No checkpoint of the end
+    could be selected, and the last metrics would be those of an earlier state.
     """
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Request a stop at the last step. The trainer validates before it stops."""
-        if trainer.global_step == trainer.max_steps:
+        ends_epoch = batch_idx + 1 == trainer.num_training_batches
+        if trainer.global_step == trainer.max_steps or (ends_epoch and trainer.current_epoch + 1 == trainer.max_epochs):
             trainer.should_stop = True

@@ -24,7 +24,7 @@ class GracefulStop(Callback):
     the first step, the run stops immediately. It has nothing to save, and a warm start of the latent may take an hour.
     Lightning's own handler stops after the current batch. This can be within an accumulation window, whose gradients
     are not in the checkpoint. A run resumed from `stopped.ckpt` ends like an uninterrupted run. A run that has made its
-    last step under `trainer.max_steps` ends as without the signal.
+    last step, by `trainer.max_steps` or with `FinalValidation`, ends as without the signal.
 
     Raises:
         SIGTERMException: After the checkpoint is written, or before the first step. The command line turns it into exit

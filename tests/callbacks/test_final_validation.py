@@ -1,3 +1,5 @@
+import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lpc_lightning.callbacks import FinalValidation
@@ -9,6 +11,25 @@ def test_run_ending_in_mid_epoch_is_validated(fitted, tmp_path) -> None:
     assert trainer.global_step == 3
     assert best.best_model_score == trainer.callback_metrics["val/rewards/accuracies"]
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+class Steps(Callback):
+    """Callback that stores the step of each validation."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(4, [2, 4, 7, 9, 10]), (10, [5, 10])])
+def test_last_epoch_ends_with_one_validation(interval, steps, fitted) -> None:
+    """An epoch has ten batches. Two of them are a step."""
+    validated = Steps()
+    settings = {"max_epochs": 2, "num_sanity_val_steps": 0, "enable_checkpointing": False}
+    fitted(FinalValidation(), validated, val_check_interval=interval, **settings)
+    assert validated.steps == steps
 
 
 def test_lightning_alone_does_not_validate(fitted) -> None:

@@ -64,7 +64,7 @@ def run(folder: Path, cache: Path, setting: str, stop: Stop | None) -> None:
     process.start()
     process.join()
     log = (folder.parent / f"{folder.name}.log").read_text()
-    if stop is None or (stop.step == STEPS and stop.signal == TERM and setting != "epochs"):
+    if stop is None or (stop.step == STEPS and stop.signal == TERM):
         assert process.exitcode == 0, log
     else:
         assert process.exitcode == (SIGTERM_EXIT_CODE if stop.signal == TERM else -KILL), log
