@@ -11,6 +11,7 @@ from importlib.abc import InspectLoader
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pkgutil import resolve_name
+from textwrap import fill
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -18,7 +19,7 @@ from lpc_lightning.cli.config_arguments import check_config_arguments
 from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.cli.lightning_errors import explain_lightning_error
 from lpc_lightning.cli.log import set_up_logging
-from lpc_lightning.cli.preference_cli import PreferenceCLI
+from lpc_lightning.cli.preference_cli import SUMMARIES, PreferenceCLI
 from lpc_lightning.cli.system_errors import explain_system_error
 from lpc_lightning.cli.user_errors import USER_ERRORS
 
@@ -48,10 +49,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "fit": Command(_run_trainer, "train a policy on preference pairs", takes_groups=True),
-    "validate": Command(_run_trainer, "score the validation pairs under the prior", takes_groups=True),
-    "test": Command(_run_trainer, "score the test pairs under the prior", takes_groups=True),
-    "predict": Command(_run_trainer, "rewards and prior of each test pair", takes_groups=True),
+    **{name: Command(_run_trainer, summary, takes_groups=True) for name, summary in SUMMARIES.items()},
     "prepare": Command(
         partial(_call, "lpc_lightning.cli.prepare:prepare"),
         "models/SmolLM2-135M-Instruct without a model hub, or a file of built-in pairs",
@@ -121,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _usage(arguments: list[str], known: dict[str, Command]) -> None:
     is_help = bool(arguments) and arguments[0] in ("-h", "--help")
-    lines = [f"  {name:<10}{command.summary}" for name, command in known.items()]
+    lines = [fill(f"  {name:<10}{command.summary}", 80, subsequent_indent=" " * 12) for name, command in known.items()]
     text = "\n".join(
         ["usage: lpc-lightning COMMAND ...", "", *lines, "", "lpc-lightning COMMAND --help lists the settings."]
     )

@@ -61,6 +61,7 @@ class PreferenceCLI(LightningCLI):
                 parser_kwargs={
                     "prog": "lpc-lightning",
                     "description": "Train a policy on preference pairs, or score pairs.",
+                    **{name: {"description": _description(name)} for name in self._command if name in SUMMARIES},
                 },
                 args=None if arguments == sys.argv[1:] else arguments,
             )
@@ -68,8 +69,14 @@ class PreferenceCLI(LightningCLI):
             if self._claimed is not None:
                 self._claimed.release()
 
+    def setup_parser(self, *arguments: Any, **options: Any) -> None:
+        """Name the command in its usage. Options come after it, so that the parser's `[options]` before it is wrong."""
+        super().setup_parser(*arguments, **options)
+        for name, parser in self._subcommand_parsers.items():
+            parser.prog = f"{self.parser.prog} {name}"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the groups and link them to the settings that they fill."""
+        """Add the groups, link them to the settings that they fill, and explain settings of Lightning that differ."""
         import_module("lpc_lightning.callbacks")  # the parser finds only imported classes by a short name
         parser.add_subclass_arguments(PolicySpec, "policy", instantiate=False, help="The model to train.")
         parser.add_argument(
@@ -89,6 +96,8 @@ class PreferenceCLI(LightningCLI):
         parser.link_arguments("policy", "model.init_args.policy")
         parser.link_arguments("latent", "model.init_args.latent")
         parser.link_arguments("callbacks", "trainer.callbacks")
+        for action in parser._actions:
+            action.help = HELP.get(action.dest, action.help)
 
     def before_instantiate_classes(self) -> None:
         """Fill in what depends on the machine and on the runs that are there already."""
@@ -259,6 +268,16 @@ class PreferenceCLI(LightningCLI):
             ) from error
 
 
+def _description(command: str) -> str:
+    summary = SUMMARIES[command]
+    return (
+        f"{summary[:1].upper()}{summary[1:]}. The settings are in groups, each from a file or from flags: policy, "
+        "data, model (the algorithm), latent, trainer, callbacks. The settings of a class have a help of their own: "
+        "--model.help DPO, --latent.help GumbelSpace, --policy.help PretrainedPolicy, --data.help PreferenceData. "
+        "--print_config prints the values of all settings and does not run."
+    )
+
+
 def _is_restoring(error: BaseException) -> bool:
     """Return whether an error was raised while Lightning restored a checkpoint."""
     frames = (frame.f_code for frame, _ in walk_tb(error.__traceback__))
@@ -273,6 +292,25 @@ def _reason(error: ValueError) -> str:
     return "; ".join(dict.fromkeys(reasons)) or str(error)
 
 
+SUMMARIES = {
+    "fit": "train a policy on preference pairs",
+    "validate": "score the validation pairs under the prior",
+    "test": "score the test pairs under the prior",
+    "predict": "rewards and prior of each test pair",
+}
+"""Result of each command, in a few words."""
+HELP = {
+    "seed_everything": "Seed of all random numbers of a run: new weights, the order of the pairs, noise. true: the "
+    "environment variable PL_GLOBAL_SEED, or 0 if it is unset.",
+    "trainer.precision": "Type of the arithmetic. null: bf16-mixed if the device multiplies bfloat16 fast (most GPUs, "
+    "processors with AMX or AVX512-BF16), otherwise 32-true.",
+    "trainer.logger": "Loggers besides metrics.csv: a file of configs/logger/, a class, or a list of classes. null or "
+    "true: TensorBoard. false: no logger, and no metrics.csv.",
+    "trainer.default_root_dir": "Local folder of the runs. Each run makes a new folder version_N in it. null: runs.",
+    "trainer.gradient_clip_val": "Largest norm of a gradient, or largest entry (gradient_clip_algorithm). Policy and "
+    "latent are clipped separately, except by DeepSpeed. null: no clipping.",
+}
+"""Help of the settings of which Lightning's own is wrong here."""
 REFUSED = {
     "enable_progress_bar": ("ProgressBar",),
     "logger": (".LearningRateMonitor", ".DeviceStatsMonitor"),

@@ -27,11 +27,10 @@ class ShortErrors(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        command = parser.prog.replace(" [options]", "")
         settings = parser.get_defaults(skip_validation=True).keys()
-        explanation = explain_setting(message, settings, self.required, command)
+        explanation = explain_setting(message, settings, self.required, parser.prog)
         if explanation is None:
-            explanation = f"{' '.join(message.split()).rstrip('.')}. `{command} --help` lists the settings."
+            explanation = f"{' '.join(message.split()).rstrip('.')}. `{parser.prog} --help` lists the settings."
         raise ConfigError(explanation) from ex
 
 

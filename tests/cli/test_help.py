@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.cli.commands import commands
 from lpc_lightning.cli.prepare import prepare
 from lpc_lightning.cli.ship_configs import configs
@@ -19,7 +21,7 @@ from lpc_lightning.evaluation.comparison.command import evaluate
 from lpc_lightning.inference.alpaca import alpaca
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.generate import generate
-from tests.fixtures.commands import Command
+from tests.fixtures.commands import PLAIN, Command
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,8 +31,11 @@ def test_help_lists_every_command(command: Command, flag: str) -> None:
     output = command(flag)
     assert output.code == 0
     assert output.err == ""
+    text = " ".join(output.out.split())
     for name, known in commands().items():
-        assert re.search(rf"^ +{name} +{re.escape(known.summary)}$", output.out, re.M)
+        assert re.search(rf"^  {name} ", output.out, re.M)
+        assert f" {name} {known.summary} " in text
+    assert max(map(len, output.out.splitlines())) <= 80
 
 
 FUNCTIONS = {
@@ -121,6 +126,61 @@ def test_fit_help_lists_every_group(command: Command, monkeypatch: pytest.Monkey
     ):
         assert re.search(rf"^  (-c CONFIG, )?--{group}( |$)", output.out, re.M), group
     assert "The latent space of Latent Preference Coding. null is the plain algorithm." in output.out
+
+
+def test_fit_help_starts_with_its_groups(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    output = command("fit", "--help")
+    assert output.out.startswith("usage: lpc-lightning fit ")  # `lpc-lightning OPTIONS fit` is an error
+    description = " ".join(output.out.partition("\n\n")[2].partition("\n\n")[0].split())
+    assert description.startswith("Train a policy on preference pairs. The settings are in groups")
+    assert re.search("--model.help DPO,.* --data.help PreferenceData", description)
+
+
+class ParsedOnly(PreferenceCLI):
+    """Command line that builds and runs nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Do nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    monkeypatch.setattr("sys.argv", ["lpc-lightning"])  # Lightning warns of arguments in two places
+    return ParsedOnly(["fit", *arguments]).config.fit
+
+
+@pytest.mark.filterwarnings("ignore:No seed found")
+@pytest.mark.parametrize(("variable", "seed"), [(None, 0), ("7", 7)])
+def test_help_states_the_default_seed(
+    command: Command, monkeypatch: pytest.MonkeyPatch, variable: str | None, seed: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    help_text = command("fit", "--help").out
+    assert "random seed" not in help_text
+    assert "true: the environment variable PL_GLOBAL_SEED, or 0 if it is unset. (" in help_text
+    monkeypatch.setenv("PL_GLOBAL_SEED", variable or "")
+    if variable is None:
+        monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert parsed(monkeypatch, *PLAIN[:-1]).seed_everything == seed
+
+
+def test_help_states_defaults_of_the_trainer(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    help_text = command("fit", "--help").out
+    for setting, stated in {
+        "precision": "null: bf16-mixed if .*, otherwise 32-true.",
+        "logger": "null or true: TensorBoard.",
+        "default_root_dir": "null: runs.",
+        "gradient_clip_val": "Policy and latent are clipped separately",
+    }.items():
+        line = next(re.finditer(rf"^  --trainer\.{setting} .*(\n {{24}}.*)?", help_text, re.M))[0]
+        assert re.search(stated, line), line
+        assert "Default: " not in line
+    settings = parsed(monkeypatch, *PLAIN).trainer
+    assert (settings.logger, settings.default_root_dir) == (None, None)
 
 
 SETTINGS = {
