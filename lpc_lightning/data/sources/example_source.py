@@ -70,7 +70,7 @@ class RowSource:
             lowest = first_held_out(ranks, self.held_out_share)
         for example, forms in self._examples(report):
             if self._is_selected(example, lowest):
-                report.count_selected(forms, example.meta)
+                report.count_selected(forms, (name for name in example.meta if name != self.split_column))
                 yield with_name(example, self.columns.named_in_prompt)
             else:
                 report.held_apart += 1

@@ -398,6 +398,15 @@ def test_source_counts_forms_and_ties(write_rows: Any) -> None:
     assert "  columns that are in no text: domain" in str(report)
 
 
+def test_report_lists_no_column_of_splits(write_rows: Any) -> None:
+    """The column decides which rows are read. Its value stays with the pair."""
+    rows = [{"prompt": "?", "chosen": GOOD, "rejected": BAD, "part": part, "note": 1} for part in ("train", "test")]
+    report = DataReport()
+    (example,) = RowSource(str(write_rows(rows)), split="test", split_column="part").read(report)
+    assert example.meta == {"part": "test", "note": 1}
+    assert "  columns that are in no text: note\n" in f"{report}\n"
+
+
 @pytest.mark.parametrize("key", ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("content", [GOOD, None])
 def test_message_text_beside_content_is_refused(key: str, content: str | None) -> None:
