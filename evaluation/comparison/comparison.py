@@ -16,6 +16,9 @@ from lpc_lightning.files.markdown import markdown_table
 
 SIGNIFICANCE = 0.05
 """Significance level. Differences with a corrected p-value below it get a star."""
+TEST_NAMES = tuple(field.name for field in fields(PairedTest))
+NAMES = (*Measure._fields, "model", "baseline", "value", "stderr", *TEST_NAMES, "p_corrected", "note")
+"""Columns of the CSV file."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def _difference(cell: Cell) -> list[str]:
 
 def to_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Return one flat dictionary per measure and model. Missing values are None."""
-    no_test = dict.fromkeys(field.name for field in fields(PairedTest))
+    no_test = dict.fromkeys(TEST_NAMES)
     return [
         {
             **cell.measure._asdict(),
@@ -177,4 +180,4 @@ def write_comparison(folder: Path, comparison: Comparison, name: str = "comparis
     rows = to_rows(comparison)
     write_text(folder / f"{name}.md", to_markdown(comparison) + "\n")
     write_json(folder / f"{name}.json", rows)
-    write_csv(folder / f"{name}.csv", rows)
+    write_csv(folder / f"{name}.csv", rows, NAMES)

@@ -57,6 +57,8 @@ class Table:
     """The lines of the CSV file, in full precision. None: no value."""
     notes: Sequence[str] = ()
     """Explanations below the table."""
+    names: Sequence[str] = ()
+    """First columns of the CSV file. Needed if there may be no record."""
 
 
 def text_cell(value: object) -> Cell:
@@ -102,4 +104,4 @@ def write_table(folder: Path, table: Table) -> None:
     """Write NAME.md, NAME.csv and NAME.tex into an existing folder."""
     write_text(folder / f"{table.name}.md", to_markdown(table))
     write_text(folder / f"{table.name}.tex", to_latex(table))
-    write_csv(folder / f"{table.name}.csv", table.records)
+    write_csv(folder / f"{table.name}.csv", table.records, table.names)

@@ -24,6 +24,20 @@ from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, Estimate, est
 from lpc_lightning.evaluation.tables import p_value
 
 INTERVAL = "95 % interval"
+DIFFERENCE_NAMES = (
+    "metric",
+    "baseline",
+    "difference",
+    "low",
+    "high",
+    "prompts",
+    "p",
+    "p_holm",
+    "p_sign_flips",
+    "n",
+    "unpaired_seeds",
+)
+"""Columns of the CSV file of differences, after those of the axes."""
 
 
 def means_table(study: Study, metrics: Sequence[str]) -> Table:
@@ -76,24 +90,18 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
             text_cell(", ".join(contrast.unpaired)),
         ]
         rows.append(cells)
-        records.append(
-            make_record(
-                _axes(study, contrast.group),
-                {
-                    "metric": contrast.metric,
-                    "baseline": " ".join(f"{axis}={value}" for axis, value in contrast.baseline.axes.items()),
-                    "difference": mean.mean if mean else None,
-                    "low": mean.low if mean else None,
-                    "high": mean.high if mean else None,
-                    "prompts": mean.prompts if mean else None,
-                    "p": difference.p_value if difference else None,
-                    "p_holm": contrast.p_corrected,
-                    "p_sign_flips": difference.p_signs if difference else None,
-                    "n": mean.n if mean else 0,
-                    "unpaired_seeds": " ".join(contrast.unpaired),
-                },
-            )
+        values = (
+            contrast.metric,
+            " ".join(f"{axis}={value}" for axis, value in contrast.baseline.axes.items()),
+            *((mean.mean, mean.low, mean.high, mean.prompts) if mean else (None,) * 4),
+            difference.p_value if difference else None,
+            contrast.p_corrected,
+            difference.p_signs if difference else None,
+            mean.n if mean else 0,
+            " ".join(contrast.unpaired),
         )
+        numbers = dict(zip(DIFFERENCE_NAMES, values, strict=True))
+        records.append(make_record(_axes(study, contrast.group), numbers))
     count = sum(contrast.p_corrected is not None for contrast in contrasts)
     notes = [
         "Difference to the runs with the same seed and settings, except for "
@@ -104,7 +112,8 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
         "below 2^(1 - n). If all differences are equal and no prompts are shared, t is not defined, and p is that of "
         f"the sign flips. Fewer than {MIN_PROMPTS} test prompts, shared by the seeds, allow no test."
     ]
-    return Table("differences", "Differences to the baseline", columns, rows, records, notes)
+    names = list(make_record(dict.fromkeys([*study.axes, *study.constant]), dict.fromkeys(DIFFERENCE_NAMES)))
+    return Table("differences", "Differences to the baseline", columns, rows, records, notes, names)
 
 
 def cost_table(study: Study) -> Table:
@@ -144,7 +153,7 @@ def left_out_table(entries: Sequence[LeftOut]) -> Table:
     columns = [Column("run"), Column("status"), Column("why")]
     rows = [[text_cell(entry.run), text_cell(entry.status), text_cell(last_line(entry.why))] for entry in entries]
     records = [entry._asdict() for entry in entries]
-    return Table("left_out", "Left-out runs, and notes", columns, rows, records)
+    return Table("left_out", "Left-out runs, and notes", columns, rows, records, names=LeftOut._fields)
 
 
 def runs_table(study: Study, metrics: Sequence[str]) -> Table:

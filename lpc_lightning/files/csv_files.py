@@ -11,15 +11,18 @@ from typing import Any
 from lpc_lightning.files.json_files import write_text
 
 
-def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, records: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
     """Write records as CSV, with a column for each name in any record. None and missing values give empty cells.
 
     Args:
         path: Target. Its folder exists.
-        records: Rows by name of the column, in full precision.
+        records: Rows by name of the column, in full precision. May be empty.
+        columns: Names of the first columns. They are needed if there may be no record: pandas reads no file without a
+            header.
     """
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, list(dict.fromkeys(name for record in records for name in record)))
+    names = dict.fromkeys([*columns, *(name for record in records for name in record)])
+    writer = csv.DictWriter(table, list(names))
     writer.writeheader()
     writer.writerows(records)
     write_text(path, table.getvalue())

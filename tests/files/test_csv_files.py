@@ -24,6 +24,13 @@ def test_write_csv_of_records_with_other_names(tmp_path: Path) -> None:
     assert table.isna().to_numpy().tolist() == [[False, False, True], [False, True, False]]
 
 
+def test_write_csv_without_records(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", [], ["name", "x"])
+    table = pandas.read_csv(tmp_path / "a.csv")
+    assert list(table.columns) == ["name", "x"]
+    assert table.empty
+
+
 def test_write_csv_of_a_bad_record_keeps_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     write_csv(path, [{"x": 1}])

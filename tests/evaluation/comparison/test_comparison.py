@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from lpc_lightning.evaluation.comparison.comparison import Comparison, compare, to_markdown, write_comparison
@@ -210,3 +211,12 @@ def test_to_markdown_of_one_model() -> None:
     text = to_markdown(compare([model("alone")]))
     assert text.count("\n\n") == 0
     assert "alone" in text
+
+
+def test_comparison_without_a_score(tmp_path: Path) -> None:
+    """Every task of both models failed. pandas finds the columns of other comparisons."""
+    write_comparison(tmp_path, compare([model("base"), model("one")]), "full")
+    write_comparison(tmp_path, compare([ModelScores("base", {}), ModelScores("one", {})]), "empty")
+    full, empty = (pandas.read_csv(tmp_path / f"{name}.csv") for name in ("full", "empty"))
+    assert empty.empty
+    assert list(empty.columns) == list(full.columns)

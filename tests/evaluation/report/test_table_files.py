@@ -5,6 +5,12 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pandas
+import pytest
+
+from lpc_lightning.evaluation.report.contrasts import contrasts
+from lpc_lightning.evaluation.report.runs.records import RunRecord
+from lpc_lightning.evaluation.report.study import LeftOut, make_study
 from lpc_lightning.evaluation.report.table_files import (
     Cell,
     Column,
@@ -15,6 +21,7 @@ from lpc_lightning.evaluation.report.table_files import (
     to_markdown,
     write_table,
 )
+from lpc_lightning.evaluation.report.tables import contrasts_table, left_out_table
 
 TABLE = Table(
     "means",
@@ -73,3 +80,18 @@ def test_write_table_keeps_every_digit(tmp_path: Path) -> None:
     assert second == {"latent": "a & b", "mean": "", "n": "0"}
     assert (tmp_path / "means.md").read_text() == to_markdown(TABLE)
     assert (tmp_path / "means.tex").read_text() == to_latex(TABLE)
+
+
+@pytest.mark.parametrize("name", ["differences", "left_out"])
+def test_write_table_without_records(name: str, tmp_path: Path) -> None:
+    """pandas finds the same columns whether the table has rows or not."""
+    study = make_study([RunRecord(n, {"latent": n, "n": 1}, 1, metrics={"val/a": 0.5}) for n in ("none", "marginal")])
+    compared, _ = contrasts(study, ["val/a"], {"latent": "none"})
+    left_out = [LeftOut("latent=none,seed=1", "failed", "OSError: disk full")]
+    frames = []
+    for count in (1, 0):
+        tables = [contrasts_table(study, compared[:count], {"latent": "none"}), left_out_table(left_out[:count])]
+        write_table(tmp_path, next(table for table in tables if table.name == name))
+        frames.append(pandas.read_csv(tmp_path / f"{name}.csv"))
+    assert [len(frame) for frame in frames] == [1, 0]
+    assert list(frames[0].columns) == list(frames[1].columns)
