@@ -14,6 +14,8 @@ from lpc_lightning.evaluation.report.runs.settings import SEED, Value, as_value,
 
 BY_SEED = "by seed"
 """Value of a seed that changes with the run's seed."""
+BY_TUNING = "tuned"
+"""Value of a setting that was tuned for each combination of the axes."""
 PACKAGES = ("algorithms", "robust", "latent", "data", "policy", "callbacks")
 """Packages whose classes have settings with defaults."""
 
@@ -25,7 +27,8 @@ def add_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
     it. So the settings of an arm are explained. A setting of the base in which two grids differ is not.
 
     Left out are settings that cannot change a result (see `is_without_influence`), the run's seed, other seeds that
-    change with it, arguments that only one class has, and arguments with the defaults of different classes.
+    change with it, arguments that only one class has, and arguments with the defaults of different classes. Values
+    that tuning has chosen are no difference, unless runs that agree in everything else differ in them.
 
     Args:
         records: Runs with their settings, and with the axes of their grids. A run of `fit` has no axes.
@@ -41,6 +44,7 @@ def add_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
             values = _mark_seeds(name, values, known)
             if len({value for value in values if value is not None}) > 1 and not _is_default(name, values, known):
                 added[name] = values
+    added = _mark_tuned(added, known)
     return [_with_axes(record, known, added) for record in records]
 
 
@@ -139,6 +143,37 @@ def _default(class_name: str, argument: str) -> Value | None:
             default = parameters[argument].default
             return None if default is inspect.Parameter.empty else as_value(default)
     return None
+
+
+def _mark_tuned(added: Mapping[str, list[Value | None]], records: Sequence[RunRecord]) -> dict[str, list[Value | None]]:
+    """Return added settings. The value that tuning has chosen for a run becomes `BY_TUNING`.
+
+    A setting that then has a single value is left out. If runs that agree in everything else have different chosen
+    values, the values stay.
+    """
+    chosen = {
+        name: [_is_chosen(name, *run) for run in zip(values, records, strict=True)] for name, values in added.items()
+    }
+    others = [values for name, values in added.items() if not any(chosen[name])]
+    points = [(*sorted(record.axes.items()), *each) for record, *each in zip(records, *others, strict=True)]
+    marked = dict(added)
+    for name, values in added.items():
+        runs = list(zip(points, values, chosen[name], strict=True))
+        if any(chosen[name]) and _is_function((point, value) for point, value, is_chosen in runs if is_chosen):
+            marked[name] = [BY_TUNING if is_chosen else value for _, value, is_chosen in runs]
+    return {
+        name: values for name, values in marked.items() if len({value for value in values if value is not None}) > 1
+    }
+
+
+def _is_chosen(name: str, value: Value | None, record: RunRecord) -> bool:
+    """Return true if tuning has chosen the value of a setting for a run.
+
+    All axes of a tuned grid but `seed` control the setting, because a value is chosen for each of their combinations.
+    """
+    controls = [controls for axis, controls in record.controls.items() if axis != "seed"]
+    is_tuned = record.settings.get("tune", "none") != "none" and value in record.tuned.values()
+    return is_tuned and all(_matches([name], each) for each in controls)
 
 
 def _with_axes(record: RunRecord, known: Sequence[RunRecord], added: Mapping[str, Sequence[Value | None]]) -> RunRecord:

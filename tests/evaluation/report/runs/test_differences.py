@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -213,6 +214,28 @@ def test_grids_tuned_in_different_ways() -> None:
         {"model.optimizer.lr": 0.01},
         {"model.optimizer.lr": 0.001},
     ]
+
+
+def test_tuned_grids_that_differ_in_their_base() -> None:
+    """Arms of one grid are compared at their own rates. A rate that was set by hand is a difference."""
+    lr = {"latent": ("latent.*", "model.optimizer.lr"), "seed": ("seed_everything",)}
+
+    def tuned(latent: str, pairs: int, value: float, section: str = "lr of 0.001, 0.01") -> RunRecord:
+        model = a_class("DPO", optimizer=a_class("AdamW", lr=value))
+        record = cell({"latent": latent}, str(pairs), value=value, model=model, data={"train_pairs": pairs})
+        settings = {**record.settings, "tune": section}
+        return replace(record, settings=settings, controls=lr, tuned={"lr": value})
+
+    alike = [tuned("none", 4, 0.01), tuned("marginal", 4, 0.001), tuned("none", 8, 0.001), tuned("marginal", 8, 0.001)]
+    assert added(alike) == [{"data.train_pairs": pairs} for pairs in (4, 4, 8, 8)]
+    compared, unmatched = contrasts(make_study(add_axes(alike)), [METRIC], {"latent": "none"})
+    found = [contrast.difference.estimate.mean for contrast in compared if contrast.difference]
+    assert found == [pytest.approx(0.001 - 0.01), 0]
+    assert unmatched == []
+    by_hand = added([*alike, tuned("marginal", 8, 0.003, "none")])
+    assert [axes["model.optimizer.lr"] for axes in by_hand] == ["tuned"] * 4 + [0.003]
+    twice = added([*alike, tuned("none", 4, 0.003)])
+    assert [axes["model.optimizer.lr"] for axes in twice] == [0.01, 0.001, 0.001, 0.001, 0.003]
 
 
 def test_missing_cell_has_settings_of_its_grid() -> None:
