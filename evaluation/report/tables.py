@@ -42,19 +42,22 @@ DIFFERENCE_NAMES = (
 
 def means_table(study: Study, metrics: Sequence[str]) -> Table:
     """Make the table of each group's mean of each metric, with its interval."""
-    tuned = _tuned_axes(study)
+    # Another grid may have the same axis with values of its own.
+    tuned = [axis for axis in _tuned_axes(study) if axis not in study.axes]
     columns = [*_axis_columns(study), *(Column(axis, True) for axis in tuned)]
     for metric in metrics:
         columns += [Column(metric, True), Column(INTERVAL, True), Column("n", True)]
     rows, records = [], []
     for group in study.groups:
-        chosen = {axis: _tuned_values(group, axis) for axis in tuned}
-        cells = [*_axis_cells(study, group), *(text_cell(" or ".join(map(str, each))) for each in chosen.values())]
+        chosen = _tuned_values(group)
+        values = {**group.axes, **{axis: _joined(each, " or ") for axis, each in chosen.items()}}
+        cells = [text_cell(values[axis]) if axis in values else Cell(NO_VALUE) for axis in (*study.axes, *tuned)]
         for metric in metrics:
             mean = group.estimate(metric)
             cells += [number_cell(mean.mean if mean else None), _interval(mean), _count(mean, group)]
             numbers = asdict(mean) if mean else {**dict.fromkeys(each.name for each in fields(Estimate)), "n": 0}
-            axes = {**_axes(study, group), **{axis: " ".join(map(str, each)) for axis, each in chosen.items()}}
+            axes = {**_axes(study, group), **dict.fromkeys(tuned)}
+            axes |= {axis: _joined(each, " ") for axis, each in chosen.items()}
             records.append(make_record(axes, {"metric": metric, **numbers, "runs": len(group.records)}))
         rows.append(cells)
     notes = [
@@ -208,8 +211,17 @@ def _tuned_axes(study: Study) -> list[str]:
     return list(dict.fromkeys(axis for record in study.records for axis in record.tuned))
 
 
-def _tuned_values(group: Group, axis: str) -> list[Value]:
-    return list(dict.fromkeys(record.tuned[axis] for record in group.counted if axis in record.tuned))
+def _tuned_values(group: Group) -> dict[str, list[Value]]:
+    """Return the values that the runs of a group have on each tuned axis."""
+    values: dict[str, list[Value]] = {}
+    for record in group.counted:
+        for axis, value in record.tuned.items():
+            values[axis] = list(dict.fromkeys([*values.get(axis, ()), value]))
+    return values
+
+
+def _joined(values: Sequence[Value], separator: str) -> Value:
+    return values[0] if len(values) == 1 else separator.join(map(str, values))
 
 
 def _axes(study: Study, group: Group) -> dict[str, Any]:

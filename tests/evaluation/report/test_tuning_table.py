@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lpc_lightning.evaluation.report.runs.records import GroupTuning
+from lpc_lightning.evaluation.report.runs.records import GroupTuning, RunRecord
+from lpc_lightning.evaluation.report.study import make_study
 from lpc_lightning.evaluation.report.table_files import to_markdown
+from lpc_lightning.evaluation.report.tables import means_table
 from lpc_lightning.evaluation.report.tuning_table import tuning_table
 
 
@@ -39,3 +41,13 @@ def test_tuning_table_names_each_ablation() -> None:
     ]
     chosen = {(line["ablation"], line["value"]) for line in tuning_table(table).records if line["is_chosen"]}
     assert chosen == {("one_epoch", 3e-4), ("two_epochs", 1e-4)}
+
+
+def test_means_of_a_tuned_axis_and_a_plain_one() -> None:
+    """One grid has tuned the axis that another grid has with values of its own. Every value is in one column."""
+    records = [RunRecord("a", {}, 1, metrics={"val/a": 0.5}, tuned={"lr": 3e-4})]
+    records += [RunRecord(str(lr), {"lr": lr}, 1, metrics={"val/a": lr}) for lr in (1e-2, 1e-3)]
+    table = means_table(make_study(records), ["val/a"])
+    assert [column.name for column in table.columns].count("lr") == 1
+    assert [row[0].text for row in table.rows] == ["0.0003", "0.001", "0.01"]
+    assert [(record["lr"], record["mean"]) for record in table.records] == [(3e-4, 0.5), (1e-3, 1e-3), (1e-2, 1e-2)]
