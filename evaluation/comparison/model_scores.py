@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ class Item(NamedTuple):
 
     doc_id: int | str
     doc_hash: str
+    copy: int = 0
+    """Number of earlier items with this id and hash: rows of a file may share an id, such as that of their prompt."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,16 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
     }
     values = {measure: value for measure, (value, _) in values_and_errors.items()}
     items: dict[Measure, dict[Item, float]] = {}
+    prompts: dict[Item, str] = {}
+    copies = Counter[tuple[str, Item]]()
     for item in results.items:
+        name_in_file = Item(item["doc_id"], item["doc_hash"])
+        key = name_in_file._replace(copy=copies[item["task"], name_in_file])
+        copies[item["task"], name_in_file] += 1
         for metric, value in item["metrics"].items():
-            items.setdefault(Measure(item["task"], metric), {})[Item(item["doc_id"], item["doc_hash"])] = value
+            items.setdefault(Measure(item["task"], metric), {})[key] = value
+        if "prompt" in item:
+            prompts[key] = item["prompt"]
     return ModelScores(
         name=name,
         scores=values,
@@ -82,7 +92,7 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
             for measure, item_values in items.items()
             if _is_mean(values.get(measure), list(item_values.values()))
         },
-        prompts={Item(item["doc_id"], item["doc_hash"]): item["prompt"] for item in results.items if "prompt" in item},
+        prompts=prompts,
         conditions=conditions_of(results.record, results.metrics),
         precision=results.origin.get(REQUEST, {}).get("precision"),
         remarks=overlaps(results.record.get("tasks", {})),

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults
-from lpc_lightning.evaluation.comparison.model_scores import Item, Measure, scores_of
+from lpc_lightning.evaluation.comparison.comparison import compare
+from lpc_lightning.evaluation.comparison.model_scores import Item, Measure, ModelScores, scores_of
+from lpc_lightning.evaluation.statistics.significance import paired_test
 
 ACC, F1 = Measure("quiz", "acc"), Measure("quiz", "f1")
 
@@ -83,3 +85,20 @@ def test_scores_of_results_without_record() -> None:
     actual = scores_of("mine", results())
     assert not any(actual.conditions.values())
     assert actual.precision is None
+
+
+@pytest.mark.parametrize("prompts", [2, 6])
+def test_items_that_share_an_id_are_all_tested(prompts: int) -> None:
+    """A file may have the id of the prompt in each of its rows. The test is that of rows with ids of their own."""
+
+    def scored(name: str, right: list[float], ids: list[str]) -> ModelScores:
+        items = [
+            {"task": "quiz", "doc_id": doc_id, "doc_hash": "h", "metrics": {"acc": score}, "prompt": str(n % prompts)}
+            for n, (doc_id, score) in enumerate(zip(ids, right, strict=True))
+        ]
+        return scores_of(name, BenchmarkResults({"quiz": {"acc": math.fsum(right) / 6}}, items, {}, RECORD))
+
+    baseline, other = [1.0, 0, 0, 1, 0, 0], [1.0, 1, 0, 1, 1, 0]
+    for ids in (["q1"] * 4 + ["q2"] * 2, list("abcdef")):
+        _, cell = compare([scored("base", baseline, ids), scored("mine", other, ids)]).cells
+        assert cell.test == paired_test(baseline, other, clusters=[n % prompts for n in range(6)])
