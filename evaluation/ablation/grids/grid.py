@@ -150,9 +150,11 @@ class Grid:
         They have no value on the tuned axis (see `at`).
 
         Raises:
-            ConfigError: There are no cells, or two cells are equal.
+            ConfigError: There are no axes or no cells, or two cells are equal.
         """
         cells = [self._cell(value_by_axis) for value_by_axis in self._combinations()]
+        if not self.axes:
+            raise ConfigError(f"{self.name} axes: found none, expected at least one, such as seed.")
         if not cells:
             raise ConfigError(
                 f"{self.name}: found no cell, expected at least one: an axis has no values, or skip leaves out all "

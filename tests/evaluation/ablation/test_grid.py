@@ -238,6 +238,12 @@ def test_cells_rejects_empty_grid_and_repeated_values(read: Any, change: str, me
         changed.cells()
 
 
+def test_cells_rejects_grid_without_axes(read: Any) -> None:
+    """Its only cell would have no name, and its folder would be that of all cells."""
+    with pytest.raises(ConfigError, match="grid axes: found none, expected at least one, such as seed"):
+        read({"base": [], "axes": {}}).cells()
+
+
 def test_cell_names_are_valid_and_distinct(read: Any) -> None:
     values = ["a/b", "a b", "a_b", "x" * 300, "x" * 299 + "y"]
     cells = read({"base": [], "axes": {"path": {"values": values, "key": "data.path"}}}).cells()
