@@ -31,11 +31,10 @@ class Group:
 
     @cached_property
     def counted(self) -> tuple[RunRecord, ...]:
-        """Runs whose metrics are in the tables. Of several runs with the same seed, only the last one."""
-        latest = {
-            record.name if record.seed is None else record.seed: record for record in self.records if record.counted
-        }
-        return tuple(latest.values())
+        """Runs whose metrics are in the tables. Of several runs with the same seed, only the last finished one."""
+        ordered = sorted(self.records, key=lambda record: record.status == FINISHED)
+        latest = {record.name if record.seed is None else record.seed: record for record in ordered if record.counted}
+        return tuple(record for record in self.records if any(record is each for each in latest.values()))
 
     def values(self, metric: str) -> list[tuple[RunRecord, float]]:
         """Return the runs that have a finite value of the metric, with the value."""
@@ -128,7 +127,8 @@ def _left_out(group: Group, metrics: Sequence[str]) -> Iterator[LeftOut]:
         if record.status != FINISHED:
             yield LeftOut(record.name, record.status, record.error or "no reason is recorded")
         if record.counted and not any(record is counted for counted in group.counted):
-            yield LeftOut(record.name, "repeated", f"a later run has the same settings and seed {record.seed}")
+            kind = "later" if record.status == FINISHED else "finished or later"
+            yield LeftOut(record.name, "repeated", f"a {kind} run has the same settings and seed {record.seed}")
     for record in group.counted:
         for metric in metrics:
             if metric not in record.metrics:

@@ -79,3 +79,14 @@ def test_runs_without_seed_are_separate() -> None:
     records = [RunRecord(name, {}, None, metrics={METRIC: value}) for name, value in (("a", 0.5), ("b", 0.6))]
     (group,) = make_study(records).groups
     assert len(group.values(METRIC)) == 2
+
+
+def test_killed_repetition_does_not_replace_a_run() -> None:
+    finished, killed = run(1, 0.7), run(1, 0.5, "unknown")
+    for records in ([finished, killed], [killed, finished], [killed, finished, killed]):
+        (group,) = make_study(records).groups
+        assert [value for _, value in group.values(METRIC)] == [0.7]
+        entries = [entry.why for entry in make_study(records).left_out([METRIC]) if entry.status == "repeated"]
+        assert entries == ["a finished or later run has the same settings and seed 1"] * (len(records) - 1)
+    (group,) = make_study([run(1, 0.4, "unknown"), killed]).groups
+    assert [value for _, value in group.values(METRIC)] == [0.5]
