@@ -145,8 +145,9 @@ def _select_axes(study: Study, names: Sequence[str] | None) -> list[str]:
 def _summary(study: Study) -> str:
     statuses = Counter(record.status for record in study.records)
     counts = [f"{count} {status}" for status, count in sorted(statuses.items(), key=lambda item: item[0] != FINISHED)]
-    seeds = sorted({record.seed for record in study.records if record.seed is not None})
-    seed_list = f" Seeds: {', '.join(map(str, seeds))}." if seeds else ""
+    seeds = {record.seed for record in study.records if record.seed is not None}
+    ordered = sorted(seeds, key=lambda seed: (isinstance(seed, str), seed))
+    seed_list = f" Seeds: {', '.join(map(str, ordered))}." if seeds else ""
     runs = f"{len(study.records)} run{'s' if len(study.records) > 1 else ''}"
     groups = f"{len(study.groups)} group{'s' if len(study.groups) > 1 else ''}"
     return f"{runs} in {groups}: {', '.join(counts)}.{seed_list}"

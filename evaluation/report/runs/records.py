@@ -37,7 +37,8 @@ class RunRecord:
     name: str
     axes: Mapping[str, Value] = field(default_factory=dict)
     """Settings that distinguish the run from other runs, without the seed."""
-    seed: int | None = None
+    seed: Value | None = None
+    """The seed, or the name of a value on the axis `seed`. None: there is none."""
     status: str = FINISHED
     """`finished`, `failed`, `running`, `stopped`, `missing` (never started), or `unknown` (not recorded)."""
     error: str | None = None
@@ -79,7 +80,7 @@ class Measurement:
     """Run folder of the checkpoint. None: the model is not a checkpoint of a run."""
     folder: Path
     """Folder of the results."""
-    seed: int | None = None
+    seed: Value | None = None
     conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By metric: what it was measured on and how."""
 
@@ -235,8 +236,8 @@ def numeric_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def split_seed(axes: Mapping[str, Any]) -> tuple[dict[str, Value], int | None]:
-    """Split axes into those other than the seed, and the seed."""
+def split_seed(axes: Mapping[str, Any]) -> tuple[dict[str, Value], Value | None]:
+    """Split axes into those other than the seed, and the seed, which is None without such an axis."""
     values = {name: as_value(value) for name, value in axes.items()}
     seed = values.pop("seed", None)
-    return values, seed if isinstance(seed, int) else None
+    return values, seed

@@ -17,6 +17,7 @@ from lpc_lightning.cli import main
 from lpc_lightning.data import DataError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, write_results
+from lpc_lightning.evaluation.report.contrasts import contrasts
 from lpc_lightning.evaluation.report.runs.differences import add_axes
 from lpc_lightning.evaluation.report.runs.fit import load_run, read_curves
 from lpc_lightning.evaluation.report.runs.folders import load_folders
@@ -27,6 +28,7 @@ from lpc_lightning.evaluation.report.runs.records import (
     check_conditions,
     join_measurements,
 )
+from lpc_lightning.evaluation.report.study import make_study
 from tests.fixtures.commands import PLAIN, places_in
 
 
@@ -78,6 +80,23 @@ def test_load_ablation_skipped_cells(
     (folder / "ablation.json").write_text(json.dumps(ablation))
     missing = [record.axes["codes"] for record in load_folders([str(folder)]).records if record.status == "missing"]
     assert missing == codes
+
+
+def test_load_ablation_with_named_seeds(write_ablation: Callable[..., Path]) -> None:
+    """Values of the axis `seed` may have names, such as those of a seed with its data. Runs are paired by them."""
+    lost = ("x", 3)
+    folder = write_ablation({"latent": ["none", "x"]}, [1, 2, 3], lambda *cell: None if cell == lost else cell[1] / 10)
+    for path in [folder / "ablation.json", *folder.glob("cells/*/cell.json")]:
+        content = json.loads(path.read_text())
+        seed = content["axes"]["seed"]
+        content["axes"]["seed"] = [f"s{each}" for each in seed] if isinstance(seed, list) else f"s{seed}"
+        path.write_text(json.dumps(content))
+    records = load_folders([str(folder)]).records
+    assert [(record.axes, record.seed) for record in records if record.status == "missing"] == [({"latent": "x"}, "s3")]
+    (contrast,), _ = contrasts(make_study(records), ["val/rewards/accuracies"], {"latent": "none"})
+    assert contrast.difference is not None
+    assert (contrast.difference.estimate.n, contrast.difference.estimate.mean) == (2, 0)
+    assert contrast.unpaired == ("s3",)
 
 
 def test_load_ablation_without_seeds(write_ablation: Callable[..., Path]) -> None:
