@@ -217,7 +217,9 @@ def test_split_that_no_row_has(command: Command, places: list[str], tmp_path: Pa
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(GOOD | {"prompt": f"Why {place}?"}) + "\n" for place in range(4)))
     output = command("test", *POLICY, *MODEL, "--data=PreferenceData", f"--data.path={path}", *TRAINER[:3], *places)
-    assert_one_error(output, r"No row belongs to the split .*4 left to split 'train' .*\(data\.test_split and")
+    assert_one_error(
+        output, r"No row belongs to the split .*4 left to split 'train' .*\(data\.test_split and.*adapt: `--split`"
+    )
 
 
 @pytest.mark.slow

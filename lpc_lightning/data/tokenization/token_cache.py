@@ -151,8 +151,8 @@ def _write_entry(
     if report.read and sum(report.other_splits.values()) == report.read:
         raise DataError(
             f"No row belongs to the split that is read.\n{report}\nThe rows belong to "
-            f"{', '.join(report.other_splits)}. Set the split (data.test_split and its like) to one that they have, or "
-            "take a file with rows of that split."
+            f"{', '.join(report.other_splits)}. Set the split (data.test_split and its like; adapt: `--split`) to one "
+            "that they have, or take a file with rows of that split: evaluate scores the split test."
         )
     if not report.kept:
         raise DataError(
