@@ -6,7 +6,7 @@ import glob
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.splits import split_names
 from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
 from lpc_lightning.evaluation.accuracy.reward_benchmarks import PairForm, Scores, find_form
-from lpc_lightning.evaluation.accuracy.training_overlap import KEY, count_trained
+from lpc_lightning.evaluation.accuracy.training_overlap import KEY, count_trained, overlaps
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, stderr_name, to_json_value
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.files.path_variables import expand_path
@@ -29,6 +29,7 @@ from lpc_lightning.inference.opening import OpenedPolicy
 
 TASK = "preferences"
 """Name of the task in results and tables."""
+ONE_PROMPT = "all pairs have one prompt. Standard errors and tests are over prompts, so that there are none."
 ALL_PAIRS_METRIC = re.compile(
     "swap_turnover|(gold_)?longer_is_chosen|((gold_)?(accuracy|log_loss|calibration_error)|margin|wrong_label_auroc)/[^/]+"
     "|accuracy/prior/(summed|per_token)"
@@ -119,6 +120,7 @@ def score_pairs(
         "version": content,
         "limit": pairs.limit,
         "items": scored.pairs,
+        "prompts": len({row["prompt"] for row in scored.items}),
         "split": pairs.split,
         "reward": scored.reward,
         "reward_kind": "likelihood" if scored.reward == LIKELIHOOD else "implicit",
@@ -133,6 +135,16 @@ def score_pairs(
     items = [_item(row, content, task) for row in scored.items]
     run_record = {"tasks": {task: record}, "settings": {"tasks": [task]}, "seconds": record["seconds"], **provenance()}
     return BenchmarkResults({task: headlines | metrics}, items, {}, to_json_value(run_record))
+
+
+def remarks(records: Mapping[str, Any]) -> list[str]:
+    """Return sentences on pairs that are training pairs, and on missing standard errors.
+
+    Args:
+        records: Records of a model's results, by task.
+    """
+    alone = [f"{task}: {ONE_PROMPT}" for task, record in records.items() if record.get("prompts") == 1]
+    return [*overlaps(records), *alone]
 
 
 def benchmark_scores(form: PairForm, items: Sequence[dict[str, Any]]) -> dict[str, Scores]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lpc_lightning.evaluation.accuracy.scored_pairs import ONE_PROMPT
 from lpc_lightning.evaluation.adaptation.inference import OWN_MAJORITY
 from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, OTHERS_MAJORITY, AdaptationReport
 from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, score_estimate, score_line, to_shots
@@ -63,7 +64,7 @@ def table(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> str:
 
 
 def left_out(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> list[str]:
-    """Return a sentence for each number of shots at which annotators have too few pairs, and one on missing baselines.
+    """Return a sentence for each number of shots at which annotators have too few pairs, and those on missing numbers.
 
     Models with the same counts share a sentence.
     """
@@ -77,6 +78,8 @@ def left_out(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> l
                 models.setdefault(f"given {n}: {total - sum(too_few)} of {total} pairs, {reason}", []).append(name)
         if not report.has_majority:
             models.setdefault(NO_MAJORITY, []).append(name)
+        if report.baselines["prior"].prompts == 1:
+            models.setdefault(ONE_PROMPT, []).append(name)
     return [f"{', '.join(names)}, {sentence}" for sentence, names in models.items()]
 
 

@@ -15,7 +15,7 @@ import torch
 from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.accuracy.training_overlap import overlaps
+from lpc_lightning.evaluation.accuracy.scored_pairs import remarks
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS
 from lpc_lightning.evaluation.comparison.comparison import compare, to_markdown, write_comparison
@@ -151,7 +151,7 @@ def evaluate(
                 continue
             failures += [f"{name}, {task}: {reason}" for task, reason in missing.items()]
             print(f"\n{table(results)}\n", flush=True)
-            for sentence in overlaps(results.record.get("tasks", {})):
+            for sentence in remarks(results.record.get("tasks", {})):
                 print(f"{sentence}\n", flush=True)
             for text in score_tables(results.record.get("tasks", {})).values():
                 print(f"{text}\n", flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lpc_lightning.evaluation.accuracy.training_overlap import overlaps
+from lpc_lightning.evaluation.accuracy.scored_pairs import remarks
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.comparison.stored import REQUEST
 
@@ -45,7 +45,7 @@ class ModelScores:
     prompts: Mapping[Item, str] = field(default_factory=dict)
     """Prompt of each preference pair. Pairs of one prompt are tested together."""
     remarks: Sequence[str] = ()
-    """Sentences on pairs that are training pairs of the run."""
+    """Sentences on its pairs; see `remarks`."""
 
 
 CONDITIONS = {
@@ -95,7 +95,7 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
         prompts=prompts,
         conditions=conditions_of(results.record, results.metrics),
         precision=results.origin.get(REQUEST, {}).get("precision"),
-        remarks=overlaps(results.record.get("tasks", {})),
+        remarks=remarks(results.record.get("tasks", {})),
     )
 
 

@@ -18,7 +18,7 @@ from lpc_lightning.data import DataError
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.command import adapt, main
-from lpc_lightning.evaluation.adaptation.output import panels
+from lpc_lightning.evaluation.adaptation.output import left_out, panels
 from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, AdaptationReport
 from lpc_lightning.evaluation.adaptation.scores import Score
 from tests.fixtures.commands import checkpoint_of
@@ -143,6 +143,14 @@ def test_panels_one_or_several_models() -> None:
         "exact, under z": [("lpc", True), ("dpo", False)],
         "amortized": [("dpo", False), ("gumbel", True)],
     }
+
+
+def test_sentence_on_pairs_of_one_prompt() -> None:
+    scores = [Score(0.5, error, None, 20, prompts, {"anna": 0.5}, {}, {}) for error, prompts in ((None, 1), (0.1, 2))]
+    one, two = (AdaptationReport({"anna": 20}, {}, {"prior": each}, has_majority=True) for each in scores)
+    assert left_out({"a": two}, []) == []
+    sentence = "all pairs have one prompt. Standard errors and tests are over prompts, so that there are none."
+    assert left_out({"a": one, "b": two, "c": one}, []) == [f"a, c, {sentence}"]
 
 
 @pytest.mark.slow

@@ -187,3 +187,21 @@ def test_limit_of_pairs_without_split_column(evaluate: Command, plain: str, resu
     assert results("plain").record["tasks"]["preferences"]["items"] == 6
     assert evaluate(plain, "--tasks=none", f"--preferences={path}", "--limit=0.6").code == 0
     assert results("plain-2").record["tasks"]["preferences"]["items"] == 4
+
+
+def test_pairs_of_one_prompt(evaluate: Command, plain: str, results: Any, tmp_path: Path) -> None:
+    """There is no standard error and no test. A sentence in the output and in the comparison gives the reason."""
+    for name, prompts in (("one", 1), ("two", 2)):
+        rows = [{"prompt": f"Why {n % prompts}?", "chosen": "So.", "rejected": f"No {n}."} for n in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+    outcome = evaluate(plain, plain, "--names=a,b", "--tasks=none", "--preferences", *files)
+    assert outcome.code == 0, outcome.err
+    assert ["accuracy/prior_stderr" in results("a").metrics[f"preferences-{name}"] for name in ("one", "two")] == [
+        False,
+        True,
+    ]
+    sentence = "all pairs have one prompt. Standard errors and tests are over prompts, so that there are none."
+    assert outcome.out.count(f"preferences-one: {sentence}") == 4  # for each model, and in the comparison
+    assert f"a, preferences-one: {sentence}" in (tmp_path / "results" / "comparison.md").read_text()
+    assert outcome.out.count(sentence) == 4
