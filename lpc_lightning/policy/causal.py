@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from peft import PeftModel  # the import takes a second, and a policy without an adapter needs none of it
 
 
+TOKEN_IDS = 2**32
+"""Upper bound of token ids."""
 MOST_DISTINCT = 0.9
 """Largest share of distinct completion tokens for which they are scored alone. Their selection takes time too."""
 
@@ -357,10 +359,10 @@ class DistinctReads:
         """(M,) position before each token, and the token."""
         self._of: Tensor | None = None
         if batch.read_at.device.type == "cpu":
-            both = torch.stack([batch.read_at, batch.targets])
-            distinct, of = both.unique(dim=1, return_inverse=True)
-            if distinct.shape[1] <= MOST_DISTINCT * len(of):
-                (self.read_at, self.targets), self._of = distinct, of
+            # Both numbers in one, since `unique` of a pair of rows takes 50 times as long.
+            distinct, of = (batch.read_at * TOKEN_IDS + batch.targets).unique(return_inverse=True)
+            if len(distinct) <= MOST_DISTINCT * len(of):
+                self.read_at, self.targets, self._of = distinct // TOKEN_IDS, distinct % TOKEN_IDS, of
 
     def of_answers(self, values: Tensor) -> Tensor:
         """Return (N, ...) values of the batch's completion tokens, from those of the distinct ones (M, ...)."""
