@@ -17,7 +17,8 @@ from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.types import PreferenceBatch
 
 BATCH_TOKENS = 8192
-"""Tokens in a batch. Without gradient they take less memory than half as many tokens in a training step."""
+"""Tokens in a batch, and completion tokens to score. Without gradient they take less memory than half as many tokens in
+a training step."""
 ROUNDS = 32
 """Batches per device after which values are yielded, so that they can be stored."""
 
@@ -76,12 +77,14 @@ def compute_over_pairs(
 def batches_by_length(pieces: PieceTable, indices: Sequence[int], budget: int | None = None) -> list[list[int]]:
     """Return batches of pairs of similar length, the longest first. If memory is too small, the first batch fails.
 
-    Pairs of one prompt are next to each other, and what they share counts once.
+    Pairs of one prompt are next to each other. A prompt or a completion that they share is read once. Their completion
+    tokens have the same limit, each pair's counted: thousands of pairs may have the same few completions.
 
     Args:
         pieces: Pieces of every pair of the data set.
         indices: Indices of the pairs to batch.
-        budget: Largest number of tokens in a batch. A longer pair is a batch of its own. Default: `BATCH_TOKENS`.
+        budget: Largest number of tokens, and of completion tokens, in a batch. A longer pair is a batch of its own.
+            Default: `BATCH_TOKENS`.
     """
     lengths, ids = pieces.lengths.tolist(), pieces.ids.tolist()
     longest: dict[int, int] = {}
@@ -90,18 +93,19 @@ def batches_by_length(pieces: PieceTable, indices: Sequence[int], budget: int | 
         prompt = ids[index][0]
         longest[prompt] = max(longest.get(prompt, 0), sum(lengths[index]))
         first.setdefault(prompt, index)
-    left = 0
+    left = left_to_score = 0
     batches: list[list[int]] = []
     read: set[tuple[int, int | None]] = set()
     for index in sorted(indices, key=lambda index: (-longest[ids[index][0]], first[ids[index][0]])):
         prompt, *completions = ids[index]
         own = {(prompt, piece): size for piece, size in zip((None, *completions), lengths[index], strict=True)}
-        new = sum(size for piece, size in own.items() if piece not in read)
-        if left < new:
+        new, scored = sum(size for piece, size in own.items() if piece not in read), sum(lengths[index][1:])
+        if left < new or left_to_score < scored:
             batches.append([])
-            left, new, read = budget or BATCH_TOKENS, sum(own.values()), set()
+            left = left_to_score = budget or BATCH_TOKENS
+            new, read = sum(own.values()), set()
         batches[-1].append(index)
-        left -= new
+        left, left_to_score = left - new, left_to_score - scored
         read |= own.keys()
     return batches
 
