@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,33 @@ from lpc_lightning.data.batching.layouts import SharedPrefixLayout
 from lpc_lightning.data.batching.loading import TrainingBatches
 from lpc_lightning.policy import PolicySpec
 from lpc_lightning.types import PreferenceBatch
+
+
+def step_options(description: str | None, steps: int, batch_size: int) -> argparse.ArgumentParser:
+    """Make a parser with the policy, the pairs and the number of steps. See `batches_of` for the batches.
+
+    Args:
+        description: Docstring of the benchmark.
+        steps: Default number of steps that count.
+        batch_size: Default number of pairs in a batch.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="folder of the policy")
+    parser.add_argument("--data", type=Path, required=True, help="file of preference pairs")
+    parser.add_argument("--steps", type=int, default=steps, help="steps that count, after one that does not")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="pairs in a batch")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer; answers are cut")
+    return parser
+
+
+def batches_of(
+    options: argparse.Namespace, policy: PolicySpec, order: BatchOrder | None = None
+) -> list[PreferenceBatch]:
+    """Return one batch for each step, and one before them. End the program if the pairs cannot be read."""
+    try:
+        return first_batches(options.data, policy, options.steps + 1, options.batch_size, options.max_length, order)
+    except DataError as error:
+        sys.exit(str(error))
 
 
 def first_batches(

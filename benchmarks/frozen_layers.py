@@ -7,15 +7,11 @@ Each batch is taken three times in turn: by all layers, with states that are not
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
-from benchmarks.batches import first_batches
+from benchmarks.batches import batches_of, step_options
 from benchmarks.latent_cost import Stepper
-from lpc_lightning.data import DataError
 from lpc_lightning.policy import LoRA, PretrainedPolicy
 
 ALL, NEW, KNOWN = "all layers", "states not known", "states known"
@@ -23,19 +19,11 @@ ALL, NEW, KNOWN = "all layers", "states not known", "states known"
 
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="folder of the policy")
-    parser.add_argument("--data", type=Path, required=True, help="file of preference pairs")
+    parser = step_options(__doc__, steps=6, batch_size=8)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 4, 2], help="numbers of upper layers with a LoRA")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=512)
     options = parser.parse_args()
     plain = PretrainedPolicy(options.model)
-    try:  # one for each step that counts, and one before them
-        batches = first_batches(options.data, plain, options.steps + 1, options.batch_size, options.max_length)
-    except DataError as error:
-        sys.exit(str(error))
+    batches = batches_of(options, plain)
     depth = plain.load_config().num_hidden_layers
     print("| upper layers with a LoRA | | s/step | time vs all layers |\n|---|---|---:|---:|")
     for layers in options.layers:

@@ -9,21 +9,17 @@ In bf16-mixed, or in float32 on a CPU without AVX512-BF16 and AMX.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.batches import first_batches
+from benchmarks.batches import batches_of, step_options
 from benchmarks.live_memory import peak_bytes
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.data import DataError
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import PolicySpec, PretrainedPolicy
 from lpc_lightning.policy.precision import is_bfloat16_fast
@@ -66,18 +62,9 @@ class Stepper:
 
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="folder of the policy")
-    parser.add_argument("--data", type=Path, required=True, help="file of preference pairs")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=512)
-    options = parser.parse_args()
+    options = step_options(__doc__, steps=12, batch_size=4).parse_args()
     policy = PretrainedPolicy(options.model)
-    try:  # one for each step that counts, and one before them
-        batches = first_batches(options.data, policy, options.steps + 1, options.batch_size, options.max_length)
-    except DataError as error:
-        sys.exit(str(error))
+    batches = batches_of(options, policy)
 
     sides = {name: Stepper(policy, latent and latent()) for name, latent in LATENTS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}

@@ -7,17 +7,14 @@ A prompt and an answer that stand in several pairs of a batch are read once. Bat
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from benchmarks.batches import first_batches
+from benchmarks.batches import batches_of, step_options
 from benchmarks.latent_cost import Stepper
-from lpc_lightning.data import ByPrompt, DataError
+from lpc_lightning.data import ByPrompt
 from lpc_lightning.policy import PretrainedPolicy
 from lpc_lightning.types import PreferenceBatch
 
@@ -26,21 +23,12 @@ RANDOM, TOGETHER = "random", "by prompt"
 
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="folder of the policy")
-    parser.add_argument("--data", type=Path, required=True, help="file of preference pairs")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser = step_options(__doc__, steps=6, batch_size=8)
     parser.add_argument("--pairs-per-prompt", type=int, help="most pairs of a prompt in a run; default: a batch")
-    parser.add_argument("--max-length", type=int, default=512)
     options = parser.parse_args()
     policy = PretrainedPolicy(options.model)
     orders = {RANDOM: None, TOGETHER: ByPrompt(options.pairs_per_prompt)}
-    size = policy, options.steps + 1, options.batch_size, options.max_length  # a step before those that count
-    try:
-        batches = {name: first_batches(options.data, *size, order) for name, order in orders.items()}
-    except DataError as error:
-        sys.exit(str(error))
+    batches = {name: batches_of(options, policy, order) for name, order in orders.items()}
     stepper = Stepper(policy, None)
     passes: dict[str, list[float]] = {name: [] for name in orders}
     steps: dict[str, list[float]] = {name: [] for name in orders}
