@@ -70,8 +70,8 @@ class Ceiling:
     """Accuracy of the best predictor that also has the annotator and the annotator's preference factor."""
 
 
-def prompt_hash(ids: bytes) -> str:
-    """Return a hash of a prompt's token ids, given as the bytes of 64-bit integers."""
+def token_hash(ids: bytes) -> str:
+    """Return 16 hexadecimal digits, a hash of token ids, which are given as the bytes of 64-bit integers."""
     return blake2b(ids, digest_size=8).hexdigest()
 
 
@@ -93,7 +93,7 @@ class TokenizedPair:
     weight: float | None = None
     margin: float | None = None
     question: str = ""
-    """`prompt_hash` of the question's tokens, if a name or a marker was written into the prompt, or the prompt was cut.
+    """`token_hash` of the question's tokens, if a name or a marker was written into the prompt, or the prompt was cut.
     Empty: the question is the prompt."""
     index: int = 0
     """Position of the pair among all examples of the source, from 0. Dropped examples are counted too."""
@@ -103,7 +103,7 @@ class TokenizedPair:
     @property
     def prompt(self) -> str:
         """A hash of the prompt's tokens, the same for all pairs of one prompt, whatever was written into it or cut."""
-        return self.question or prompt_hash(array("q", self.prompt_ids).tobytes())
+        return self.question or token_hash(array("q", self.prompt_ids).tobytes())
 
     def swapped(self) -> TokenizedPair:
         """Return the same pair with the opposite label. Tokens and reference log-probabilities are swapped too.

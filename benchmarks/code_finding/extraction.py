@@ -31,7 +31,7 @@ from lpc_lightning.reference.cached import computation_key
 from lpc_lightning.reference.pair_cache import PairCache
 from lpc_lightning.reference.pair_pass import PairFunction
 from lpc_lightning.reference.shared_pass import shared_pass
-from lpc_lightning.types import PreferenceBatch, TokenizedPair, prompt_hash
+from lpc_lightning.types import PreferenceBatch, TokenizedPair, token_hash
 
 PARTS: tuple[Stage, ...] = ("train", "test")
 """Parts of a file that are read."""
@@ -148,7 +148,7 @@ def assemble(
         prompt=np.array([pair.prompt for pair in pairs]),
         annotator=np.array([pair.annotator for pair in pairs]),
         factor=np.array([pair.factor for pair in pairs]),
-        answers=np.array([[prompt_hash(array("q", ids).tobytes()) for _, ids in _answers(pair)] for pair in pairs]),
+        answers=np.array([[token_hash(array("q", ids).tobytes()) for _, ids in _answers(pair)] for pair in pairs]),
         gradient=gradients[:, 0] - gradients[:, 1],
         last=last,
         mean={layer: states[rows, number, 1 + sides] for number, layer in enumerate(layers)},

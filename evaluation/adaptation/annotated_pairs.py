@@ -14,7 +14,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_codes, pair_labels, split_codes
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, Table, single_code
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.types import PreferenceBatch, prompt_hash
+from lpc_lightning.types import PreferenceBatch, token_hash
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def answer_rows(batch: PreferenceBatch) -> list[Row]:
     """Return `pair_labels` of each pair and `answers`, hashes of the tokens of both answers."""
     owner, targets = batch.owner.cpu().numpy(), batch.targets.cpu().numpy().astype(np.int64)
     count = len(batch.ids)
-    hashes = [prompt_hash(targets[owner == sequence].tobytes()) for sequence in range(2 * count)]
+    hashes = [token_hash(targets[owner == sequence].tobytes()) for sequence in range(2 * count)]
     return [{**row, "answers": [hashes[pair], hashes[count + pair]]} for pair, row in enumerate(pair_labels(batch))]
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lpc_lightning.data.sources.rows import BadRow
 from lpc_lightning.data.tokenization.system_turns import SystemTurns, treat_system_turns
 from lpc_lightning.data.tokenization.text_encoder import TextEncoder
-from lpc_lightning.types import Message, PreferenceExample, TokenizedPair, prompt_hash
+from lpc_lightning.types import Message, PreferenceExample, TokenizedPair, token_hash
 
 RENDERED = "text that the template seems to have rendered already, encoded as plain text"
 SPLIT_CONTROL = "control tokens in a text, encoded as plain text"
@@ -207,7 +207,7 @@ class Template(ABC):
             flipped=example.flipped,
             weight=example.weight,
             margin=example.margin,
-            question=prompt_hash(array("q", self.prompt_ids(example.question)).tobytes()) if example.question else "",
+            question=token_hash(array("q", self.prompt_ids(example.question)).tobytes()) if example.question else "",
         )
 
     def _encode_prompt(self, prompt: Sequence[Message], answers: Sequence[str] = (), note: Note = no_note) -> _Prompt:

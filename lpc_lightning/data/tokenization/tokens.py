@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -21,7 +20,7 @@ from lpc_lightning.data.sources.rows import BadRow
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.pieces import PieceTable
 from lpc_lightning.data.tokenization.template import Template
-from lpc_lightning.types import PreferenceExample, TokenizedPair, prompt_hash
+from lpc_lightning.types import PreferenceExample, TokenizedPair, token_hash
 
 SCHEMA = pa.schema(
     [
@@ -219,11 +218,9 @@ class TokenStore(Sequence[TokenizedPair]):
     @cached_property
     def prompts(self) -> np.ndarray:
         """(pairs,) `TokenizedPair.prompt` of each pair."""
-        column = self._table["prompt_ids"].combine_chunks()
-        bounds, ids = column.offsets.to_numpy(), column.values.to_numpy().astype(np.int64)
         questions = self._table["question"].to_pylist()
-        spans = zip(questions, pairwise(bounds), strict=True)
-        return np.array([question or prompt_hash(ids[start:end].tobytes()) for question, (start, end) in spans])
+        hashes = zip(questions, self._hashes("prompt_ids"), strict=True)
+        return np.array([question or of_tokens for question, of_tokens in hashes])
 
     def count_prompts_of(self, other: TokenStore) -> int:
         """Return the number of pairs whose prompt is the prompt of a pair of another store, as token ids."""
@@ -246,20 +243,16 @@ class TokenStore(Sequence[TokenizedPair]):
     @cached_property
     def piece_ids(self) -> np.ndarray:
         """(pairs, 3) int64 hash of the tokens of each prompt, chosen completion and rejected completion."""
-        return np.stack([self._hashes(name) for name in PIECE_COLUMNS], axis=1)
+        hashes = [bytes.fromhex("".join(self._hashes(name))) for name in PIECE_COLUMNS]
+        return np.stack([np.frombuffer(each, dtype=np.int64) for each in hashes], axis=1)
 
-    def _hashes(self, name: str) -> np.ndarray:
+    def _hashes(self, name: str) -> list[str]:
+        """Return the `token_hash` of each cell of a column of tokens."""
         column = self._table[name].combine_chunks()
-        bounds, tokens = column.offsets.to_numpy(), column.values.to_numpy()
-        digests = (blake2b(tokens[start:end].tobytes(), digest_size=8).digest() for start, end in pairwise(bounds))
-        return np.frombuffer(b"".join(digests), dtype=np.int64)
+        bounds, ids = column.offsets.to_numpy(), column.values.to_numpy().astype(np.int64)
+        return [token_hash(ids[start:end].tobytes()) for start, end in pairwise(bounds)]
 
     @cached_property
     def pieces(self) -> PieceTable:
         """Sizes and identities of the prompts and completions."""
         return PieceTable(self.piece_lengths, self.piece_ids)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Number of tokens of each pair: the prompt, counted once, and both completions."""
-        return [int(total) for total in self.piece_lengths.sum(axis=1)]

@@ -46,7 +46,7 @@ def test_order_by_length_groups_similar_lengths(tmp_path: Path) -> None:
         made = SyntheticPreferences(**sizes, batch_order=order, cache_dir=str(tmp_path / "cache"))
         Fit(tmp_path / f"window {window}", made)
         pairs = made.pairs["train"]
-        of = {pair.id: length for pair, length in zip(pairs, pairs.lengths, strict=True)}
+        of = {pair.id: length for pair, length in zip(pairs, pairs.piece_lengths.sum(1), strict=True)}
         batches = [[of[name] for name in batch.ids] for batch in made.train_dataloader()]
         names = [name for batch in made.train_dataloader() for name in batch.ids]
         return sum(max(batch) - min(batch) for batch in batches) / len(batches), sorted(names)

@@ -59,7 +59,6 @@ def test_store_returns_the_pairs(write_rows, template, cache):
             store[index]
     pieces = [[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in expected]
     assert store.piece_lengths.tolist() == pieces
-    assert store.lengths == [sum(three) for three in pieces]
 
 
 def test_cache_second_load_reads_no_source(write_rows, template, cache, monkeypatch):
@@ -318,7 +317,7 @@ def test_store_many_record_batches(template, cache):
     examples = [PreferenceExample(str(i), ({"role": "user", "content": "Hi"},), f"yes {i}", "no") for i in range(2500)]
     store, _ = load_or_tokenize(ExamplesInMemory(examples, "x"), template, ANY_LENGTH, cache_dir=cache)
     assert [store[i].id for i in (0, 1023, 1024, 2499)] == ["0", "1023", "1024", "2499"]
-    assert len(store.lengths) == 2500
+    assert len(store.piece_lengths) == 2500
 
 
 def test_default_cache_dir(monkeypatch, tmp_path, write_rows, template):
