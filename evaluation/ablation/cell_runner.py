@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from lpc_lightning.evaluation.ablation.cells.folder import CELLS, Weights
+from lpc_lightning.evaluation.ablation.cells.folder import CELLS, Record, Weights
 from lpc_lightning.evaluation.ablation.cells.local import run_locally
 from lpc_lightning.evaluation.ablation.cells.process import Job
 from lpc_lightning.evaluation.ablation.cells.progress import Progress
@@ -32,6 +32,8 @@ class CellRunner:
     cpus: float
     gpus: float
     retries: int
+    tuned_by: str | None = None
+    """Metric that scores tuning cells."""
 
     def run(self, cells: Sequence[PlannedCell], skipped: int) -> None:
         """Run cells until each has finished or failed.
@@ -39,17 +41,28 @@ class CellRunner:
         Args:
             cells: The cells.
             skipped: Number of other cells, for the message.
+
+        Raises:
+            ConfigError: A finished tuning cell has no metric `tuned_by`. The other cells are stopped.
         """
+        by_path = {cell.folder.path: cell for cell in cells}
         jobs = self._jobs(cells)
         job_count = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
         folders = sorted({str(job.folder.parent) for job in jobs}) or [str(self.output / CELLS)]
         print(f"{job_count} to run in {' and '.join(folders)}" + (f", {skipped} skipped." if skipped else "."))
         progress = Progress(len(jobs))
+
+        def on_end(job: Job, record: Record | None) -> None:
+            progress(job, record)
+            cell = by_path[job.folder]
+            if self.tuned_by is not None and cell.folder.is_tuning:
+                cell.outcome(self.tuned_by, keep_stale=False)  # a misspelt metric is found after the first cell
+
         try:
             if self.launcher == "ray":
-                run_on_ray(jobs, self.cpus, self.gpus, self.retries, progress)
+                run_on_ray(jobs, self.cpus, self.gpus, self.retries, on_end)
             else:
-                run_locally(jobs, self.processes, progress)
+                run_locally(jobs, self.processes, on_end)
         finally:
             progress.close()
 

@@ -112,7 +112,10 @@ def ablate(
         _print_array(changed_grid.name, command, stages.to_run(cells if cell is None else [cells[cell]]))
         return True
     write_overview(folder, changed_grid, shlex.join(command))
-    runner = CellRunner(folder, weights, processes, threads, remove_checkpoints, launcher, cpus, gpus, retries)
+    tuned_by = None if changed_grid.tune is None else changed_grid.tune.by
+    runner = CellRunner(
+        folder, weights, processes, threads, remove_checkpoints, launcher, cpus, gpus, retries, tuned_by
+    )
     try:
         stages.run(runner.run, cell)
     finally:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from types import FrameType
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.cells.folder import Record
 from lpc_lightning.evaluation.ablation.cells.process import CellProcess, Job
 
@@ -18,14 +20,16 @@ OnCellEnd = Callable[[Job, Record | None], None]
 def run_locally(jobs: Sequence[Job], processes: int, on_end: OnCellEnd) -> None:
     """Run cells in processes of this machine.
 
-    After Ctrl-C or SIGTERM, running cells write a checkpoint and end. After a second signal, they are killed.
+    After Ctrl-C, SIGTERM or an error of `on_end`, running cells write a checkpoint and end. After a further signal,
+    they are killed.
 
     Args:
         jobs: The cells, in order.
         processes: Number of cells at a time.
-        on_end: Function that is called after each cell.
+        on_end: Function that is called after each cell. A ConfigError that it raises ends the run.
 
     Raises:
+        ConfigError: `on_end` raised it. Raised after the cells have ended.
         KeyboardInterrupt: The command was interrupted. Raised after the cells have ended.
     """
     waiting, running = deque(jobs), dict[int, CellProcess]()
@@ -36,7 +40,7 @@ def run_locally(jobs: Sequence[Job], processes: int, on_end: OnCellEnd) -> None:
                 started = CellProcess(waiting.popleft())
                 running[started.sentinel] = started
             _collect(running, on_end)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ConfigError):
         _stop(running, on_end)
         raise
     finally:
@@ -46,21 +50,24 @@ def run_locally(jobs: Sequence[Job], processes: int, on_end: OnCellEnd) -> None:
 def _collect(running: dict[int, CellProcess], on_end: OnCellEnd) -> None:
     """Wait until at least one process has ended, and remove the ended processes."""
     for sentinel in wait(list(running)):
-        ended = running[sentinel]  # type: ignore[index]  # sentinels are numbers
+        ended = running.pop(sentinel)  # type: ignore[arg-type]  # sentinels are numbers
         on_end(ended.job, ended.outcome())
-        del running[sentinel]  # type: ignore[arg-type]
 
 
 def _stop(running: dict[int, CellProcess], on_end: OnCellEnd) -> None:
     for process in running.values():
         process.stop()
     try:
-        while running:
-            _collect(running, on_end)
+        _collect_all(running, on_end)
     except KeyboardInterrupt:
         for process in running.values():
             process.kill()
-        while running:
+        _collect_all(running, on_end)
+
+
+def _collect_all(running: dict[int, CellProcess], on_end: OnCellEnd) -> None:
+    while running:
+        with suppress(ConfigError):  # the run ends already
             _collect(running, on_end)
 
 

@@ -171,20 +171,19 @@ def test_join_metrics_of_many_attempts(tmp_path: Path) -> None:
     assert joined == [(step, min(step // 10, 11)) for step in range(125)]
 
 
-def test_ablate_tunes_a_learning_rate(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A rate of 1e-9 learns nothing. One of 1e-2 lowers the training loss, and with it that of the same pairs."""
-    output, content = grid.parent / "out", yaml.safe_load(grid.read_text())
+def tune_learning_rate(grid: Path, values: list[float], **tune: str) -> None:
+    """Write a grid that tunes the learning rate under seed 7. The result has seed 1."""
+    content = yaml.safe_load(grid.read_text())
     content["base"] = [argument for argument in content["base"] if ".optimizer." not in argument]
     content["axes"] |= {"lr": {"key": "model.optimizer.lr"}, "seed": {"values": [1], "key": "seed_everything"}}
-    content["tune"] = {
-        "axis": "lr",
-        "values": ["1e-9", "1e-2"],
-        "seeds": [7],
-        "by": "val/loss",
-        "mode": "min",
-        "widen": 0,
-    }
+    content["tune"] = {"axis": "lr", "values": list(map(str, values)), "seeds": [7], "widen": 0, **tune}
     grid.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def test_ablate_tunes_a_learning_rate(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate of 1e-9 learns nothing. One of 1e-2 lowers the training loss, and with it that of the same pairs."""
+    output = grid.parent / "out"
+    tune_learning_rate(grid, [1e-9, 1e-2], by="val/loss", mode="min")
     assert ablate([str(grid), "latent=none", "noise=0"], output=str(output), threads=1)
     scores = {
         rate: json.loads((output / f"tuning/latent=none,noise=0,lr={rate},seed=7/results.json").read_text())["metrics"]
@@ -210,6 +209,24 @@ def test_ablate_tunes_a_learning_rate(grid: Path, capsys: pytest.CaptureFixture[
         assert [row["metric"] for row in csv.DictReader(file)] == ["test/rewards/accuracies"]
     with (grid.parent / "report" / "runs.csv").open() as file:
         assert [row["lr"] for row in csv.DictReader(file)] == [str(float(best))]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_misspelt_metric_ends_after_first_cell(grid: Path, processes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second cell that runs beside the first one may end as well. Cells that wait do not start."""
+    output = grid.parent / "out"
+    tune_learning_rate(grid, [1e-4, 1e-3, 1e-2, 1e-1], by="val/accuracies")
+    with pytest.raises(ConfigError, match=r"tune\.by: found val/accuracies, which .* expected one of .*val/loss"):
+        ablate([str(grid), "latent=none", "noise=0"], output=str(output), processes=processes, threads=1)
+    records = [record(cell) for cell in (output / "tuning").iterdir()]
+    assert len(records) == processes
+    assert {each["status"] for each in records} <= {"finished", "stopped"}
+    # The finished cells serve the mended grid.
+    finished = sum(each["status"] == "finished" for each in records)
+    tune_learning_rate(grid, [1e-4, 1e-3, 1e-2, 1e-1], by="val/loss", mode="min")
+    capsys.readouterr()
+    assert ablate([str(grid), "latent=none", "noise=0"], output=str(output), threads=1)
+    assert f"{4 - finished} cells to run in {output / 'tuning'}" in capsys.readouterr().out
 
 
 def test_ablate_weights_of_best_checkpoint(grid: Path) -> None:
