@@ -11,9 +11,14 @@ class FinalValidation(Callback):
     """Callback that validates after the last step of a run, by `trainer.max_steps` or by `max_epochs`.
 
     Lightning validates only at the end of each validation interval. Without this callback, a run of 150 steps would end
-    without a final validation, and so would an epoch of 150 batches with an interval of 100. No checkpoint of the end
-    could be selected, and the last metrics would be those of an earlier state.
+    without a final validation, and so would an epoch of 150 batches with an interval of 100, and a run of three epochs
+    with `trainer.check_val_every_n_epoch` 2. No checkpoint of the end could be selected, and the last metrics would be
+    those of an earlier state.
     """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the interval in epochs."""
+        self._epochs = trainer.check_val_every_n_epoch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -22,3 +27,8 @@ class FinalValidation(Callback):
         ends_epoch = batch_idx + 1 == trainer.num_training_batches
         if trainer.global_step == trainer.max_steps or (ends_epoch and trainer.current_epoch + 1 == trainer.max_epochs):
             trainer.should_stop = True
+            trainer.check_val_every_n_epoch = 1  # in any other epoch, Lightning does not validate
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the interval in epochs."""
+        trainer.check_val_every_n_epoch = self._epochs

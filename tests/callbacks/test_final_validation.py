@@ -32,6 +32,15 @@ def test_last_epoch_ends_with_one_validation(interval, steps, fitted) -> None:
     assert validated.steps == steps
 
 
+def test_last_of_epochs_without_validation(fitted) -> None:
+    """Epochs 2 and 4 of five are validated by the interval. The last one has the metrics of the trained weights."""
+    validated = Steps()
+    settings = {"max_epochs": 5, "num_sanity_val_steps": 0, "enable_checkpointing": False}
+    trainer = fitted(FinalValidation(), validated, check_val_every_n_epoch=2, **settings)
+    assert validated.steps == [10, 20, 25]
+    assert trainer.check_val_every_n_epoch == 2
+
+
 def test_lightning_alone_does_not_validate(fitted) -> None:
     trainer = fitted(max_steps=3, max_epochs=-1, num_sanity_val_steps=0, enable_checkpointing=False)
     assert "val/loss" not in trainer.callback_metrics
