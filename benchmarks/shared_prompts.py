@@ -1,8 +1,10 @@
 """What batches of one prompt save: passes and steps of pairs in random order, and with those of a prompt together.
 
     python -m benchmarks.shared_prompts --data $LPC_DATA_DIR/preferences/ukp_convarg_crowdsample.jsonl
+    python -m benchmarks.shared_prompts --data $LPC_DATA_DIR/preferences/polis_votes.jsonl --pairs-per-annotator 8
 
 A prompt and an answer that stand in several pairs of a batch are read once. Batches of both orders are taken in turn.
+The second command compares batches of annotators, eight pairs each: of any, and of those who have the same prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 
 from benchmarks.batches import batches_of, step_options
 from benchmarks.latent_cost import Stepper
-from lpc_lightning.data import ByPrompt
+from lpc_lightning.data import BatchOrder, ByAnnotator, ByPrompt
 from lpc_lightning.policy import PretrainedPolicy
 from lpc_lightning.types import PreferenceBatch
 
@@ -24,10 +26,14 @@ RANDOM, TOGETHER = "random", "by prompt"
 def main() -> None:
     """Measure and print a table."""
     parser = step_options(__doc__, steps=6, batch_size=8)
-    parser.add_argument("--pairs-per-prompt", type=int, help="most pairs of a prompt in a run; default: a batch")
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument("--pairs-per-prompt", type=int, help="most pairs of a prompt in a run; default: a batch")
+    runs.add_argument("--pairs-per-annotator", type=int, help="pairs of an annotator in a run, in both orders")
     options = parser.parse_args()
     policy = PretrainedPolicy(options.model)
-    orders = {RANDOM: None, TOGETHER: ByPrompt(options.pairs_per_prompt)}
+    orders: dict[str, BatchOrder | None] = {RANDOM: None, TOGETHER: ByPrompt(options.pairs_per_prompt)}
+    if run := options.pairs_per_annotator:
+        orders = {RANDOM: ByAnnotator(run), TOGETHER: ByAnnotator(run, shared_prompts=True)}
     batches = {name: batches_of(options, policy, order) for name, order in orders.items()}
     stepper = Stepper(policy, None)
     passes: dict[str, list[float]] = {name: [] for name in orders}

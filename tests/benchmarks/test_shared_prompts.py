@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,18 +10,36 @@ from typing import Any
 import pytest
 
 from benchmarks.shared_prompts import RANDOM, TOGETHER, main, rows
-from lpc_lightning.policy import TinyPolicy
 
 
 @pytest.mark.slow
 def test_row_of_each_order(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    TinyPolicy(width=16, layers=1, heads=2).build().causal_lm.save_pretrained(tmp_path / "model")
     monkeypatch.setattr("sys.argv", ["shared_prompts.py", *arguments, "--steps", "2"])
     main()
     names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
     assert names == ["pairs of a batch", "---", RANDOM, TOGETHER]
+
+
+@pytest.mark.slow
+def test_batches_of_annotators(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight conversations of four statements, on which four people vote: a batch is one conversation."""
+    votes = [
+        {"prompt": f"Talk {talk}. Statement {number}?", "chosen": "Yes", "rejected": "No", "annotator": f"{talk}/{who}"}
+        for talk in range(8)
+        for who in range(4)
+        for number in range(4)
+    ]
+    data = tmp_path / "votes.jsonl"
+    data.write_text("\n".join(map(json.dumps, votes)))
+    options = ["--data", str(data), "--steps", "2", "--batch-size", "16", "--pairs-per-annotator", "4"]
+    monkeypatch.setattr("sys.argv", ["shared_prompts.py", *arguments, *options])
+    main()
+    random, together = (int(line.split("|")[2]) for line in capsys.readouterr().out.splitlines()[2:])
+    assert together < 0.5 * random
 
 
 def test_means_are_of_pairs() -> None:

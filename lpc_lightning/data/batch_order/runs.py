@@ -14,7 +14,13 @@ from torch import Generator
 
 
 def place_together(
-    order: Sequence[int], groups: Sequence[Hashable], batch_size: int, devices: int, run: int, generator: Generator
+    order: Sequence[int],
+    groups: Sequence[Hashable],
+    batch_size: int,
+    devices: int,
+    run: int,
+    generator: Generator,
+    places: Sequence[int] | None = None,
 ) -> list[int]:
     """Reorder shuffled pairs so that the batches of each device contain runs of pairs of one group.
 
@@ -26,6 +32,8 @@ def place_together(
         run: Number of pairs in a run. The last run of a group may be shorter. If `run` divides the batch size, no full
             run is split.
         generator: Random generator that shuffles runs and batches.
+        places: Place of each pair in an order that runs follow: a run has neighbours in it, and so do the runs of a
+            batch. None: random runs.
 
     Returns:
         The same pairs. The pairs at the end that do not fill a step keep their order.
@@ -34,10 +42,15 @@ def place_together(
     members: dict[Hashable, list[int]] = {}
     for pair in order[:full]:
         members.setdefault(groups[pair], []).append(pair)
+    if places is not None:
+        members = {group: sorted(pairs, key=places.__getitem__) for group, pairs in members.items()}
     runs = [[pair] for pair in members.pop("", [])]
     runs += [pairs[start : start + run] for pairs in members.values() for start in range(0, len(pairs), run)]
+    mixed = _shuffled(runs, generator)
+    if places is not None:
+        mixed.sort(key=lambda pairs: sum(places[pair] for pair in pairs) / len(pairs))
     # Full runs are first and fill whole batches. Shorter runs follow, sorted by size.
-    mixed = sorted(_shuffled(runs, generator), key=len, reverse=True)
+    mixed.sort(key=len, reverse=True)
     pairs = list(chain.from_iterable(mixed))
     batches = _shuffled([pairs[start : start + batch_size] for start in range(0, full, batch_size)], generator)
     steps = [batches[start : start + devices] for start in range(0, len(batches), devices)]

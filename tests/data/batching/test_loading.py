@@ -151,7 +151,7 @@ def test_resume_between_epochs_takes_whole_epoch(pairs: list[TokenizedPair]) -> 
         ({"batch_size": 3}, "'batch_size': 3"),
         ({"repeats": True}, "'repeats': True"),
         ({"order": ByLength(4)}, r"'batch_order': 'ByLength\(window=4\)'"),
-        ({"order": ByAnnotator(2)}, r"'batch_order': 'ByAnnotator\(pairs_per_annotator=2\)'"),
+        ({"order": ByAnnotator(2)}, r"'batch_order': 'ByAnnotator\(pairs_per_annotator=2, shared_prompts=False\)'"),
         ({"pairs": 10}, "'pairs': 10"),
     ],
 )

@@ -72,7 +72,7 @@ def test_order_by_annotator_without_annotators(tmp_path: Path) -> None:
     )
     with pytest.raises(
         DataError,
-        match=r"data\.batch_order: found ByAnnotator\(.*=2\) and no annotator in 8 training pairs",
+        match=r"data\.batch_order: found ByAnnotator\(.*=2, .*\) and no annotator in 8 training pairs",
     ):
         Fit(tmp_path, made)
 
