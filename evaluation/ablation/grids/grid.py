@@ -92,10 +92,15 @@ class Grid:
                 )
 
     def _check_axes(self) -> None:
-        """Check that no argument replaces one of an axis, in the cells of the selected values."""
+        """Check that no argument replaces one that must stay, in the cells of the selected values."""
         for values in self._combinations():
             if replaced := find_replaced([*self._arguments(values), *self._later_arguments()]):
                 before, after = replaced
+                if before.axis is None:
+                    raise ConfigError(
+                        f"{self.name} {after.place}: found {after.argument}, whose file replaces {before.argument} of "
+                        f"{before.place}, expected the latter after the file. Move it to {after.place}."
+                    )
                 raise ConfigError(
                     f"{self.name} {after.place}: found {after.argument}, which replaces {before.argument} of the axis "
                     f"{before.axis}, expected no such argument: cells would run at one value under the name of "

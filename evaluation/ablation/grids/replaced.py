@@ -1,6 +1,7 @@
-"""Arguments of an axis that a later argument of the same cell replaces.
+"""Arguments that a later argument of the same cell replaces.
 
-Such a cell would run at the later value, under the name of the axis's value.
+If an axis has the earlier one, the cell would run at the later value, under the name of the axis's value. If `base` has
+it, and a config file of an axis replaces it, the grid states a value at which no cell runs.
 """
 
 from __future__ import annotations
@@ -29,36 +30,48 @@ class _Settings(NamedTuple):
     """What an argument sets."""
 
     name: str
+    """Name of the setting, "" for those of a config file without a name."""
     below: frozenset[str]
     """The setting and those below it that the argument states. Settings of an entry of a list have its number."""
 
 
 def find_replaced(arguments: Iterable[PlacedArgument]) -> tuple[PlacedArgument, PlacedArgument] | None:
-    """Return the first argument of an axis that an argument from another place replaces, and the latter.
+    """Return the first argument that an argument from another place replaces where it must not, and the latter.
 
-    Settings that a config file of an axis states may be changed by later arguments, such as a batch size in the file of
-    the data. A name such as `callbacks.rate` is a setting of the last entry of a list: after `--callbacks+=FILE` it is
-    another setting than before.
+    An argument of an axis must stay. One of `base` may be replaced by an axis, but not by a config file in which it is
+    one setting of many, unless a later argument states it again. Settings that a config file of an axis states may be
+    changed by later arguments, such as a batch size in the file of the data. A name such as `callbacks.rate` is a
+    setting of the last entry of a list: after `--callbacks+=FILE` it is another setting than before.
 
     Args:
         arguments: All arguments of a cell in order.
     """
-    entries, of_axes = Counter[str](), list[tuple[PlacedArgument, _Settings]]()
-    for placed in arguments:
+    cell = list(arguments)
+    entries, before = Counter[str](), list[tuple[PlacedArgument, _Settings]]()
+    for number, placed in enumerate(cell):
         # The settings of `--config=FILE` have no name before them.
         option, _, value = placed.argument.partition("=")
         name, is_added = setting_name(option), option.endswith("+")
         name = "" if name == "config" else name
         entries[name] += is_added
         if not is_added:
-            for earlier, settings in of_axes:
-                if earlier.axis != placed.axis and _replaces(name, value, settings, entries):
+            for earlier, settings in before:
+                if earlier.axis is None:
+                    later = (setting_name(each.argument.partition("=")[0]) for each in cell[number:])
+                    may_change = not _is_file(value) or settings.name in later
+                else:
+                    may_change = earlier.axis == placed.axis
+                if not may_change and _replaces(name, value, settings, entries):
                     return earlier, placed
-        if placed.axis is not None:
+        if placed.axis is not None or not _is_file(value):
             content = None if is_added else parse_value(value)
             below = () if is_added else (_numbered(each, entries) for each in _names(name, content))
-            of_axes.append((placed, _Settings(name, frozenset(below))))
+            before.append((placed, _Settings(name, frozenset(below))))
     return None
+
+
+def _is_file(value: str) -> bool:
+    return value.endswith(SUFFIXES)
 
 
 def _replaces(name: str, value: str, settings: _Settings, entries: Mapping[str, int]) -> bool:

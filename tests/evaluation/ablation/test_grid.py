@@ -112,6 +112,26 @@ def test_settings_of_other_callbacks_may_change(read: Any) -> None:
             grid.with_changes([f"other={value}", "callbacks.rate=0.3"])
 
 
+def test_file_of_an_axis_replaces_no_setting_of_base(read: Any, tmp_path: Path) -> None:
+    """The cells would have batches of 8. An axis may change a setting under its own name, or state it again."""
+    file = tmp_path / "votes.yaml"
+    file.write_text("class_path: PreferenceData\ninit_args: {path: votes.jsonl, batch_size: 8}")
+    base = ["--data.batch_size=122", "--data.max_length=64", "--trainer.max_epochs=1"]
+
+    def grid(*arguments: str) -> Any:
+        return read({"base": base, "axes": {"data": {"votes": [f"--data={file}", *arguments]}}})
+
+    with pytest.raises(
+        ConfigError,
+        match=r"axes\.data: found --data=.*votes\.yaml, whose file replaces --data\.batch_size=122 of base, .* "
+        r"Move it to axes\.data",
+    ):
+        grid("--trainer.max_epochs=2")
+    assert grid("--data.init_args.batch_size=122").cells()[0].arguments[-1] == "--data.init_args.batch_size=122"
+    base.remove("--data.batch_size=122")
+    assert len(grid("--trainer.max_epochs=2").cells()[0].arguments) == 4
+
+
 def test_axis_replaces_no_argument_of_another(read: Any, tmp_path: Path) -> None:
     beta = {"values": [0.1], "key": "model.beta"}
     message = r"axes\.beta: found --model\.beta=0\.1, which replaces --model\.beta=2 of the axis algorithm"
