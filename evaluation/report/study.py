@@ -156,7 +156,8 @@ def make_study(records: Sequence[RunRecord], order: Mapping[str, Sequence[Value]
         records: Runs with their axes.
         order: Values of axes in the order in which the ablation names them. Numbers are always sorted by size.
     """
-    values: dict[str, list[Value]] = {name: list(ordered) for name, ordered in (order or {}).items()}
+    known = {name for record in records for name in record.axes}
+    values: dict[str, list[Value]] = {name: list(ordered) for name, ordered in (order or {}).items() if name in known}
     for record in records:
         for name, value in record.axes.items():
             axis_values = values.setdefault(name, [])

@@ -30,9 +30,13 @@ def add_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
     change with it, arguments that only one class has, and arguments with the defaults of different classes. Values
     that tuning has chosen are no difference, unless runs that agree in everything else differ in them.
 
+    An axis that some grids have with a single value is left out if the runs of the others have its settings, too. So a
+    grid with the axis `algorithm` at `dpo` is compared with one that has DPO in its base.
+
     Args:
         records: Runs with their settings, and with the axes of their grids. A run of `fit` has no axes.
     """
+    records = _without_shared_axes(records)
     known = [record for record in records if record.settings]
     names = list(dict.fromkeys(name for record in known for name in record.settings))
     added: dict[str, list[Value | None]] = {}
@@ -46,6 +50,35 @@ def add_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
                 added[name] = values
     added = _mark_tuned(added, known)
     return [_with_axes(record, known, added) for record in records]
+
+
+def _without_shared_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Leave out each axis that does not tell runs with it from runs without it."""
+    left_out = set[str]()
+    for axis in {axis for record in records for axis in record.axes}:
+        having = [record for record in records if axis in record.axes]
+        known = [record for record in records if record.settings]
+        names = {name for record in known for name in record.settings if _is_set_by(axis, name, having)}
+        shared = all(len({record.settings.get(name) for record in known}) == 1 for name in names)
+        if len(having) < len(records) and len({record.axes[axis] for record in having}) == 1 and shared:
+            left_out.add(axis)
+    return [
+        replace(
+            record,
+            axes={axis: value for axis, value in record.axes.items() if axis not in left_out},
+            controls={axis: settings for axis, settings in record.controls.items() if axis not in left_out},
+        )
+        for record in records
+    ]
+
+
+def _is_set_by(axis: str, name: str, records: Sequence[RunRecord]) -> bool:
+    """Return true if an axis sets a setting, and no other axis does. Several axes set one that is tuned."""
+    return any(
+        _matches([name], record.controls.get(axis, ()))
+        and not any(_matches([name], other) for each, other in record.controls.items() if each != axis)
+        for record in records
+    )
 
 
 def _values(name: str, records: Sequence[RunRecord]) -> list[Value | None]:

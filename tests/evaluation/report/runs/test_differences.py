@@ -173,6 +173,22 @@ def test_grids_with_and_without_noise() -> None:
     assert contrasts(make_study(add_axes(records)), [METRIC], {"latent": "none"})[0] == []
 
 
+@pytest.mark.parametrize("baseline", ["none", "marginal"])
+def test_axis_that_another_grid_has_in_its_base(baseline: str) -> None:
+    """One grid has the algorithm as an axis, the other in its base. Either is a baseline for the other."""
+    dpo, other = a_class("DPO", beta=0.1), "marginal" if baseline == "none" else "none"
+    first = cell({"latent": "none"}, "one", model=dpo)
+    second = replace(cell({"latent": "marginal"}, "two", model=dpo), axes={"algorithm": "dpo", "latent": "marginal"})
+    second = replace(second, controls={**second.controls, "algorithm": ("model.*",)})
+    study = make_study(add_axes([first, second]), {"algorithm": ["dpo"]})
+    assert list(study.axes) == ["latent"]
+    compared, unmatched = contrasts(study, [METRIC], {"latent": baseline})
+    assert [contrast.group.axes for contrast in compared] == [{"latent": other}]
+    assert unmatched == []
+    unlike = replace(first, settings={**first.settings, "model.beta": 0.2})
+    assert "algorithm" in make_study(add_axes([unlike, second])).axes
+
+
 def test_axis_that_does_not_apply_to_the_baseline() -> None:
     records = [cell({"latent": "none"}, "one"), *(cell({"latent": "m", "codes": codes}, "two") for codes in (8, 16))]
     assert added(records) == [{}] * 3
