@@ -31,8 +31,7 @@ class ByAnnotator(BatchOrder):
                 must divide data.batch_size. These pairs share their evidence about the codes (MarginalSpace,
                 annotators).
             shared_prompts: Place pairs of the same prompts in a batch: those of annotators who labelled the same
-                prompts, such as the statements of a conversation. A batch reads its prompts once. With many annotators
-                of each prompt and batches of a hundred pairs or more, it is several times faster.
+                prompts, such as the statements of a conversation. A batch reads each of its prompts once.
 
         Raises:
             ValueError: The number is below 1.
