@@ -97,9 +97,10 @@ class Grid:
             if replaced := find_replaced([*self._arguments(values), *self._later_arguments()]):
                 before, after = replaced
                 if before.axis is None:
+                    place = "at the end of the command" if after.place == "change" else f"in {after.place}"
                     raise ConfigError(
                         f"{self.name} {after.place}: found {after.argument}, whose file replaces {before.argument} of "
-                        f"{before.place}, expected the latter after the file. Move it to {after.place}."
+                        f"{before.place}, expected the latter after the file. State it {place}."
                     )
                 raise ConfigError(
                     f"{self.name} {after.place}: found {after.argument}, which replaces {before.argument} of the axis "

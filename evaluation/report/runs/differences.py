@@ -54,13 +54,15 @@ def add_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
 
 def _without_shared_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Leave out each axis that does not tell runs with it from runs without it."""
-    left_out = set[str]()
+    known, left_out = [record for record in records if record.settings], set[str]()
+    settings = {name for record in known for name in record.settings}
     for axis in {axis for record in records for axis in record.axes}:
         having = [record for record in records if axis in record.axes]
-        known = [record for record in records if record.settings]
-        names = {name for record in known for name in record.settings if _is_set_by(axis, name, having)}
-        shared = all(len({record.settings.get(name) for record in known}) == 1 for name in names)
-        if len(having) < len(records) and len({record.axes[axis] for record in having}) == 1 and shared:
+        grids = {record.grid: record for record in having if axis in record.controls}
+        if not grids or len(having) == len(records) or len({record.axes[axis] for record in having}) > 1:
+            continue
+        names = [name for name in settings if _is_set_by(axis, name, grids.values())]
+        if all(len({record.settings.get(name) for record in known}) == 1 for name in names):
             left_out.add(axis)
     return [
         replace(
@@ -72,10 +74,10 @@ def _without_shared_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
     ]
 
 
-def _is_set_by(axis: str, name: str, records: Sequence[RunRecord]) -> bool:
+def _is_set_by(axis: str, name: str, records: Iterable[RunRecord]) -> bool:
     """Return true if an axis sets a setting, and no other axis does. Several axes set one that is tuned."""
     return any(
-        _matches([name], record.controls.get(axis, ()))
+        _matches([name], record.controls[axis])
         and not any(_matches([name], other) for each, other in record.controls.items() if each != axis)
         for record in records
     )

@@ -124,10 +124,14 @@ def test_file_of_an_axis_replaces_no_setting_of_base(read: Any, tmp_path: Path) 
     with pytest.raises(
         ConfigError,
         match=r"axes\.data: found --data=.*votes\.yaml, whose file replaces --data\.batch_size=122 of base, .* "
-        r"Move it to axes\.data",
+        r"State it in axes\.data",
     ):
         grid("--trainer.max_epochs=2")
     assert grid("--data.init_args.batch_size=122").cells()[0].arguments[-1] == "--data.init_args.batch_size=122"
+    whole = read({"base": base, "axes": {"latent": {"none": ["--latent=null"]}}})
+    with pytest.raises(ConfigError, match=r"change: found --data=.*State it at the end of the command"):
+        whole.with_changes([f"data={file}"])
+    assert whole.with_changes([f"data={file}", "data.batch_size=4"]).cells()
     base.remove("--data.batch_size=122")
     assert len(grid("--trainer.max_epochs=2").cells()[0].arguments) == 4
 
