@@ -63,8 +63,8 @@ def test_full_runs_are_in_one_batch(
     names: list[str], runs: int, run: int, devices: int, epoch: int, prompts: list[int] | None
 ) -> None:
     batch_size = runs * run
-    asked = None if prompts is None else prompts[: len(names)]
-    plain, grouped = (plan(names, batch_size, devices, it, epoch, asked) for it in (None, run))
+    given_prompts = None if prompts is None else prompts[: len(names)]
+    plain, grouped = (plan(names, batch_size, devices, it, epoch, given_prompts) for it in (None, run))
     # Each pair occurs once, except for those that fill the last devices.
     assert {pair for step in steps(grouped) for pair in step} == set(range(len(names)))
     counts = Counter(pair for step in steps(grouped) for pair in step)
