@@ -35,12 +35,12 @@ class CellRunner:
     tuned_by: str | None = None
     """Metric that scores tuning cells."""
 
-    def run(self, cells: Sequence[PlannedCell], skipped: int) -> None:
+    def run(self, cells: Sequence[PlannedCell], ended: int) -> None:
         """Run cells until each has finished or failed.
 
         Args:
             cells: The cells.
-            skipped: Number of other cells, for the message.
+            ended: Number of other cells of these stages, which have ended in an earlier command, for the message.
 
         Raises:
             ConfigError: A finished tuning cell has no metric `tuned_by`. The other cells are stopped.
@@ -49,7 +49,7 @@ class CellRunner:
         jobs = self._jobs(cells)
         job_count = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
         folders = sorted({str(job.folder.parent) for job in jobs}) or [str(self.output / CELLS)]
-        print(f"{job_count} to run in {' and '.join(folders)}" + (f", {skipped} skipped." if skipped else "."))
+        print(f"{job_count} to run in {' and '.join(folders)}" + (f"; {ended} ended before." if ended else "."))
         progress = Progress(len(jobs))
 
         def on_end(job: Job, record: Record | None) -> None:

@@ -75,7 +75,7 @@ def test_ablate_skips_finished_cells(uninterrupted: Path, capsys: pytest.Capture
     assert {path: path.stat().st_mtime_ns for path in (uninterrupted / "cells").rglob("*")} == before
     output = capsys.readouterr().out
     assert "0 cells to run" in output
-    assert "4 skipped" in output
+    assert "4 ended before" in output
     assert "lpc-lightning report" in output
 
 

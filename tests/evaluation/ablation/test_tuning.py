@@ -70,7 +70,7 @@ class Engine:
         self.started: list[str] = []
 
     def __call__(self, grid: Grid, score: Score, kill_after: int | None = None, **settings: Any) -> Plan:
-        def run(cells: Sequence[PlannedCell], skipped: int) -> None:
+        def run(cells: Sequence[PlannedCell], ended: int) -> None:
             for cell in cells:
                 if kill_after is not None and len(self.started) >= kill_after:
                     raise KeyboardInterrupt
