@@ -24,6 +24,10 @@ class OrderedPairs(Protocol):
         """(pairs, 3) hash of the tokens of each prompt, chosen completion and rejected completion."""
 
     @property
+    def prompts(self) -> np.ndarray:
+        """(pairs,) prompt of each pair, without a name that is written into it (see `TokenizedPair.prompt`)."""
+
+    @property
     def annotators(self) -> list[str]:
         """Annotator of each pair, "" if unknown."""
 

@@ -31,7 +31,8 @@ class ByAnnotator(BatchOrder):
                 must divide data.batch_size. These pairs share their evidence about the codes (MarginalSpace,
                 annotators).
             shared_prompts: Place pairs of the same prompts in a batch: those of annotators who labelled the same
-                prompts, such as the statements of a conversation. A batch reads each of its prompts once.
+                prompts, such as the statements of a conversation. A batch reads each of its prompts once. A name that
+                is written into prompts (data.columns.named_in_prompt) does not change the batches.
 
         Raises:
             ValueError: The number is below 1.
@@ -71,7 +72,7 @@ def prompt_places(pairs: OrderedPairs, generator: Generator) -> list[int]:
     Prompts that annotators connect are next to each other: those of one annotator, those of another annotator of any of
     them, and so on.
     """
-    numbers, prompts = np.unique(pairs.piece_ids[:, 0], return_inverse=True)
+    numbers, prompts = np.unique(pairs.prompts, return_inverse=True)
     names, annotators = np.unique(pairs.annotators, return_inverse=True)
     known = np.array([bool(name) for name in pairs.annotators])
     edges = prompts[known], len(numbers) + annotators[known]

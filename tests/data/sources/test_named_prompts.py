@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lpc_lightning.data import Columns, PreferenceData
+from lpc_lightning.data import ByAnnotator, Columns, PreferenceData
 from lpc_lightning.data.datamodule import STAGES, Stage
 from lpc_lightning.data.noise.flip_order import draw
 from lpc_lightning.data.sources.example_source import RowSource
@@ -76,6 +76,19 @@ def test_tokens_of_named_prompts(stage: Stage, both: list[PreferenceData]) -> No
         name = f"Annotator: {before.annotator}\n" if before.annotator else ""
         texts = [str(tokenizer.decode(pair.prompt_ids)) for pair in (before, after)]
         assert texts[1] == texts[0].replace("Question", f"{name}Question")
+
+
+@pytest.mark.parametrize("shared_prompts", [False, True])
+def test_names_do_not_change_batches(shared_prompts: bool, both: list[PreferenceData]) -> None:
+    """An arm that reads names is trained on the batches of the arm that does not."""
+    tokenizer = TinyPolicy(width=16, layers=1, heads=2).load_tokenizer()
+    epochs: list[list[list[int]]] = []
+    for data in both:
+        data.batch_size, data.batch_order = 8, ByAnnotator(4, shared_prompts)
+        pairs = data.load("train", tokenizer)
+        assert pairs is not None
+        epochs.append(list(data.training_batches(pairs, seed=3)))
+    assert epochs[0] == epochs[1]
 
 
 def test_name_is_in_the_last_user_turn(tmp_path: Path) -> None:
