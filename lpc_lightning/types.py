@@ -7,7 +7,7 @@ The 2B sequences of a batch have one order everywhere: the B chosen ones, then t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from typing import Any, TypedDict
@@ -75,6 +75,14 @@ def token_hash(ids: bytes) -> str:
     return blake2b(ids, digest_size=8).hexdigest()
 
 
+def pair_content(prompt: str, answers: Iterable[str]) -> str:
+    """Return what a pair consists of, from hashes of its prompt and answers. Copies of a pair have the same.
+
+    A copy may have the other label, and another id.
+    """
+    return " ".join([prompt, *sorted(answers)])
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
     """A `PreferenceExample` as token ids. The prompt's ids are an exact prefix of both sequences.
@@ -104,6 +112,16 @@ class TokenizedPair:
     def prompt(self) -> str:
         """A hash of the prompt's tokens, the same for all pairs of one prompt, whatever was written into it or cut."""
         return self.question or token_hash(array("q", self.prompt_ids).tobytes())
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """Hashes of the tokens of the chosen and the rejected answer."""
+        return token_hash(array("q", self.chosen_ids).tobytes()), token_hash(array("q", self.rejected_ids).tobytes())
+
+    @property
+    def content(self) -> str:
+        """`pair_content` of the pair."""
+        return pair_content(self.prompt, self.answers)
 
     def swapped(self) -> TokenizedPair:
         """Return the same pair with the opposite label. Tokens and reference log-probabilities are swapped too.
@@ -159,6 +177,8 @@ class PreferenceBatch:
     annotators: tuple[str, ...]
     prompts: tuple[str, ...]
     """`TokenizedPair.prompt` of each pair. Pairs with the same prompt are not independent."""
+    answers: tuple[tuple[str, str], ...]
+    """`TokenizedPair.answers` of each pair."""
     tokens: int
     """Tokens that the backbone reads, padding not counted. Counted when the batch is laid out: the sum of a mask on a
     GPU would have the CPU wait for it."""
@@ -172,6 +192,11 @@ class PreferenceBatch:
     """(B,) weights, like `reference_bits`. None if the data has no weights."""
     margin_bits: Tensor | None = None
     """(B,) margins, like `reference_bits`. None if the data has no margins."""
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """(B,) `pair_content` of each pair."""
+        return tuple(map(pair_content, self.prompts, self.answers))
 
     @property
     def weights(self) -> Tensor | None:
@@ -223,7 +248,7 @@ class PreferenceBatch:
 
 @dataclass(frozen=True, slots=True)
 class PairStates:
-    """Inputs of a latent space for each pair: hidden states and annotators.
+    """Inputs of a latent space for each pair: hidden states, annotators and contents.
 
     The hidden states come from the last layer, after the final norm. They are the inputs of the LM head.
     """
@@ -236,6 +261,8 @@ class PairStates:
     """(B, d) h_l, at the last token of the rejected answer."""
     annotators: tuple[str, ...] = ()
     """(B,) annotator of each pair, "" if unknown. Empty if no annotator is known."""
+    contents: tuple[str, ...] = ()
+    """(B,) `pair_content` of each pair. Empty: no pair is a copy of another."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_codes, pair_labels, split_codes
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, Table, single_code
 from lpc_lightning.latent import LatentSpace
-from lpc_lightning.types import PreferenceBatch, token_hash
+from lpc_lightning.types import PreferenceBatch
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class AnnotatedPairsTable(nn.Module):
             annotators=texts(self.column),
             prompts=texts("prompt"),
             answers=[_pair(rows[index]) for index in order],
-            contents=[pair_content(rows[index]) for index in order],
+            contents=texts("content"),
         )
 
 
@@ -122,13 +122,6 @@ def _pair(row: Row) -> tuple[str, str]:
 
 
 def answer_rows(batch: PreferenceBatch) -> list[Row]:
-    """Return `pair_labels` of each pair and `answers`, hashes of the tokens of both answers."""
-    owner, targets = batch.owner.cpu().numpy(), batch.targets.cpu().numpy().astype(np.int64)
-    count = len(batch.ids)
-    hashes = [token_hash(targets[owner == sequence].tobytes()) for sequence in range(2 * count)]
-    return [{**row, "answers": [hashes[pair], hashes[count + pair]]} for pair, row in enumerate(pair_labels(batch))]
-
-
-def pair_content(row: Row) -> str:
-    """Return the prompt and both answers of one of `answer_rows`, the same whatever its label and id."""
-    return " ".join([row["prompt"], *sorted(row["answers"])])
+    """Return `pair_labels` of each pair, `answers`, hashes of the tokens of both answers, and `content`."""
+    parts = zip(pair_labels(batch), batch.answers, batch.contents, strict=True)
+    return [{**row, "answers": answers, "content": content} for row, answers, content in parts]

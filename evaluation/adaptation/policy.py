@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row
-from lpc_lightning.evaluation.adaptation.annotated_pairs import answer_rows, pair_content
+from lpc_lightning.evaluation.adaptation.annotated_pairs import answer_rows
 from lpc_lightning.evaluation.adaptation.inference import Table, correct
 from lpc_lightning.evaluation.adaptation.scores import PairKey, Score, mean_score
 from lpc_lightning.latent import LatentSpace
@@ -81,4 +81,4 @@ class PolicyUnderMixtures(nn.Module):
         return scores
 
     def _key(self, row: Row) -> PairKey:
-        return str(row[self.column]), pair_content(row)
+        return str(row[self.column]), row["content"]

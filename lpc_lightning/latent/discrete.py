@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ class DiscreteSpace(LatentSpace):
     def label_log_likelihood(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute the exact evidence of the labels, given the annotator's earlier pairs if the space pools them."""
         likelihoods = score.under_codes(self.codes)[0].label_log_likelihood
-        log_weights = self.updated_log_prior(self.log_prior(states.prompt), likelihoods, states.annotators)
+        log_weights = self.updated_log_prior(self.log_prior(states.prompt), likelihoods, states)
         return (log_weights + likelihoods).logsumexp(-1)
 
     def log_joint(self, prompt: Tensor, score: PairScorer) -> Tensor:
@@ -168,34 +168,38 @@ class DiscreteSpace(LatentSpace):
         )
 
 
-def earlier_pairs(annotators: Sequence[str], device: torch.device) -> Tensor:
-    """Return a (B, B) bool mask: True at (i, j) if pair j precedes pair i and both have the same annotator.
+def earlier_pairs(states: PairStates, device: torch.device) -> Tensor:
+    """Return a (B, B) bool mask: True at (i, j) if pair j is evidence for pair i.
 
-    Pairs with the annotator "" have no earlier pairs.
+    It is if it precedes pair i, has the same annotator, and is no copy of pair i, whose label it would repeat. Pairs
+    with the annotator "" have no earlier pairs.
     """
-    keys = [name or row for row, name in enumerate(annotators)]
-    numbers = to_device([keys.index(key) for key in keys], device, torch.long)
-    return (numbers[:, None] == numbers).tril(-1)
+    annotators = [name or row for row, name in enumerate(states.annotators)]
+    names, contents = (
+        to_device([keys.index(key) for key in keys], device, torch.long)
+        for keys in (annotators, states.contents or range(len(annotators)))
+    )
+    return ((names[:, None] == names) & (contents[:, None] != contents)).tril(-1)
 
 
-def given_earlier_pairs(log_prior: Tensor, log_likelihoods: Tensor, annotators: Sequence[str]) -> Tensor:
-    """Compute log p(k given x_i and the pairs j < i of the same annotator).
+def given_earlier_pairs(log_prior: Tensor, log_likelihoods: Tensor, states: PairStates) -> Tensor:
+    """Compute log p(k given x_i and the earlier pairs j of the same annotator).
 
-    The probability is p_k(x_i) prod_j exp(-l_jk), normalized over the codes.
+    The probability is p_k(x_i) prod_j exp(-l_jk), normalized over the codes. See `earlier_pairs` for the pairs j.
 
     Args:
         log_prior: (B, K) log p_k(x_i).
         log_likelihoods: (B, K) -l_ik, the log-likelihood of each label under each code
             (`PairLosses.label_log_likelihood`).
-        annotators: Annotator of each pair. Empty if no annotator is known.
+        states: The pairs, of which annotators and contents are used.
 
     Returns:
         (B, K). For a pair without earlier pairs this is exactly the prior. Gradient flows through the log-likelihoods
         as well.
     """
-    if not any(annotators):
+    if not any(states.annotators):
         return log_prior
-    earlier = earlier_pairs(annotators, log_likelihoods.device)
+    earlier = earlier_pairs(states, log_likelihoods.device)
     # Autocast and TF32 round matrix products, so this is a sum.
     total = torch.where(earlier[:, :, None], log_likelihoods, 0.0).sum(1)
     return torch.where(earlier.any(-1, keepdim=True), (log_prior + total).log_softmax(-1), log_prior)

@@ -5,7 +5,7 @@ In the formulas, l_k is the algorithm's loss of a pair under code k, p is the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -158,10 +158,11 @@ class MarginalSpace(DiscreteSpace):
     the codes under which its answer is better by about m. A pair's weight multiplies its loss alone. The posterior q
     and the evidence that pairs share do not depend on weights.
 
-    With `annotators`, p_k is the prior updated with the annotator's earlier pairs in the batch. The losses of an
-    annotator's pairs then add up to the marginal of all their labels together. This marginal contains information that
-    single pairs do not have. If half of the annotators prefer the opposite of the other half, one code for each half
-    makes a single label no more likely than no code at all (see docs/latent_spaces.md).
+    With `annotators`, p_k is the prior updated with the annotator's earlier pairs in the batch, except copies of the
+    pair. Without copies, the losses of an annotator's pairs add up to the marginal of all their labels together. This
+    marginal contains information that single pairs do not have. If half of the annotators prefer the opposite of the
+    other half, one code for each half makes a single label no more likely than no code at all (see
+    docs/latent_spaces.md).
     """
 
     scores_codes = True
@@ -183,7 +184,7 @@ class MarginalSpace(DiscreteSpace):
         prior = self.log_prior(states.prompt)
         pairs, logps = score.under_codes(self.codes)
         log_likelihoods = pairs.label_log_likelihood
-        updated_prior = self.updated_log_prior(prior, log_likelihoods, states.annotators)
+        updated_prior = self.updated_log_prior(prior, log_likelihoods, states)
         posterior = (updated_prior + log_likelihoods).log_softmax(-1).detach()
         return LatentTerms(
             *average_over_codes(pairs, logps, prior, lambda each: each.of_mixture(updated_prior), posterior),
@@ -194,9 +195,9 @@ class MarginalSpace(DiscreteSpace):
             posterior=posterior,
         )
 
-    def updated_log_prior(self, log_prior: Tensor, log_likelihoods: Tensor, annotators: Sequence[str]) -> Tensor:
+    def updated_log_prior(self, log_prior: Tensor, log_likelihoods: Tensor, states: PairStates) -> Tensor:
         """Return the prior, updated with the annotator's earlier pairs if `annotators` is set."""
-        return given_earlier_pairs(log_prior, log_likelihoods, annotators) if self.annotators else log_prior
+        return given_earlier_pairs(log_prior, log_likelihoods, states) if self.annotators else log_prior
 
     def log_posterior(self, states: PairStates, score: PairScorer) -> Tensor:
         """Compute the exact posterior: q_k proportional to p_k exp(-l_k)."""

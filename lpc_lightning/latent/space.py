@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -180,7 +180,7 @@ class LatentSpace(nn.Module, ABC):
         """Compute z (B, d) at the mean of the posterior, which uses the label. None without one. For evaluation."""
         return None
 
-    def updated_log_prior(self, log_prior: Tensor, log_likelihoods: Tensor, annotators: Sequence[str]) -> Tensor:
+    def updated_log_prior(self, log_prior: Tensor, log_likelihoods: Tensor, states: PairStates) -> Tensor:
         """Compute the log-prior (B, K) that scores each pair, from the prior of its prompt and the pairs before it.
 
         It is `log_prior`, unless the space pools the pairs of an annotator.
@@ -188,7 +188,7 @@ class LatentSpace(nn.Module, ABC):
         Args:
             log_prior: (B, K) log-probabilities of the codes given the prompts.
             log_likelihoods: (B, K) log-likelihoods of the labels under each code.
-            annotators: (B,) annotators of the pairs, "" if unknown. Empty if no annotator is known.
+            states: The pairs, of which annotators and contents are used.
         """
         return log_prior
 

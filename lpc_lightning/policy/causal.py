@@ -297,7 +297,7 @@ class BatchForward:
         at = torch.cat([self._reads.read_at, batch.prompt_end, batch.completion_end])
         sizes = [len(self._reads.read_at), batch.pairs, batch.pairs, batch.pairs]
         self._hidden, prompt, chosen, rejected = hidden[at].split(sizes)
-        self.states = PairStates(prompt, chosen, rejected, annotators=batch.annotators)
+        self.states = PairStates(prompt, chosen, rejected, batch.annotators, batch.contents)
         self._batch = batch
         self._head = head
 

@@ -87,6 +87,20 @@ def test_annotators_reach_the_latent(
     assert abs(losses[True, True] - losses[True, False]) > 1e-3
 
 
+@every_layout
+def test_copies_are_no_evidence_in_a_step(
+    layout: Layout, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any]
+) -> None:
+    """A pair of each annotator is there again, with another id, once with the other label."""
+    both = [pairs[0], pairs[1], replace(pairs[0], id="again"), replace(pairs[1], id="changed").swapped()]
+    named = [replace(pair, annotator=name) for pair, name in zip(both, "abab", strict=True)]
+    losses = []
+    for shares in (False, True):
+        latent = MarginalSpace(num_codes=4, init_logit_std=2.0, annotators=shares)
+        losses.append(train_step(make("dpo", latent), named, layout).loss)
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("name", list(SPACES))
 def test_nonzero_latent_changes_the_step(
     name: str, pairs: list[TokenizedPair], make: Make, train_step: Callable[..., Any], once: Callable[..., Any]

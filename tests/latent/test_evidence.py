@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.latent.discrete import given_earlier_pairs
+from lpc_lightning.types import PairStates
 
 SIZE: dict[str, Any] = {"num_codes": 3, "init_logit_std": 1.0, "hidden": 8}
 NAMES = [("a", "a", "a", "a"), ("a", "b", "a", "b"), ("", "a", "", "a"), ("b", "a", "a", "")]
@@ -27,7 +28,12 @@ def draw(annotators: Sequence[str], codes: int = 3, seed: int = 0) -> tuple[Tens
     return prior.log_softmax(-1), losses.square()
 
 
-def naive(prior: Tensor, losses: Tensor, annotators: Sequence[str]) -> Tensor:
+def labelled_by(annotators: Sequence[str], contents: Sequence[str] = ()) -> PairStates:
+    """Return pairs of these annotators. Their hidden states are not read."""
+    return PairStates(*torch.empty(3, len(annotators), 0), tuple(annotators), tuple(contents))
+
+
+def naive(prior: Tensor, losses: Tensor, annotators: Sequence[str], contents: Sequence[str] = ()) -> Tensor:
     """Compute the updated prior probabilities (B, K) of the codes. `prior` holds probabilities, not logs."""
     rows = []
     for i, name in enumerate(annotators):
@@ -35,7 +41,7 @@ def naive(prior: Tensor, losses: Tensor, annotators: Sequence[str]) -> Tensor:
         for k in range(prior.shape[1]):
             weight = prior[i, k]
             for j in range(i):
-                if name and annotators[j] == name:
+                if name and annotators[j] == name and not (contents and contents[j] == contents[i]):
                     weight = weight * torch.exp(-losses[j, k])
             weights.append(weight)
         rows.append(torch.stack(weights) / sum(weights))
@@ -45,20 +51,25 @@ def naive(prior: Tensor, losses: Tensor, annotators: Sequence[str]) -> Tensor:
 some_names = st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=1, max_size=8)
 
 
-@given(some_names, st.integers(1, 4))
-def test_given_earlier_pairs_matches_loop(annotators: list[str], codes: int) -> None:
+@given(some_names, st.integers(1, 4), st.none() | st.lists(st.sampled_from("xyz"), min_size=8, max_size=8))
+def test_given_earlier_pairs_matches_loop(annotators: list[str], codes: int, texts: list[str] | None) -> None:
+    """A pair is no evidence for its copy."""
     prior, losses = draw(annotators, codes)
-    actual = given_earlier_pairs(prior, -losses, annotators)
-    torch.testing.assert_close(actual.exp(), naive(prior.exp(), losses, annotators), rtol=1e-11, atol=1e-13)
-    for row, name in enumerate(annotators):
-        if not name or name not in annotators[:row]:
+    contents = [] if texts is None else texts[: len(annotators)]
+    actual = given_earlier_pairs(prior, -losses, labelled_by(annotators, contents))
+    torch.testing.assert_close(actual.exp(), naive(prior.exp(), losses, annotators, contents), rtol=1e-11, atol=1e-13)
+    distinct = list(zip(annotators, contents or range(len(annotators)), strict=True))
+    for row, (name, content) in enumerate(distinct):
+        if not name or all(other != name or text == content for other, text in distinct[:row]):
             assert torch.equal(actual[row], prior[row])
 
 
 def test_given_earlier_pairs_gradient() -> None:
     prior, losses = (values.requires_grad_() for values in draw("aabab"))
-    assert torch.autograd.gradcheck(lambda prior, losses: given_earlier_pairs(prior, -losses, "aabab"), (prior, losses))
-    given_earlier_pairs(prior, -losses, "aabab")[3, 0].backward()
+    assert torch.autograd.gradcheck(
+        lambda prior, losses: given_earlier_pairs(prior, -losses, labelled_by("aabab")), (prior, losses)
+    )
+    given_earlier_pairs(prior, -losses, labelled_by("aabab"))[3, 0].backward()
     assert [row for row in range(5) if losses.grad[row].any()] == [0, 1]
     assert [row for row in range(5) if prior.grad[row].any()] == [3]
 
@@ -69,7 +80,7 @@ def test_losses_add_up_to_joint_marginal(annotators: list[str], random: Any) -> 
     prior = prior[:1].expand_as(prior)
     order = random.sample(range(len(annotators)), len(annotators))
     shuffled, named = losses[order], [annotators[row] for row in order]
-    terms = -(given_earlier_pairs(prior, -shuffled, named) - shuffled).logsumexp(-1)
+    terms = -(given_earlier_pairs(prior, -shuffled, labelled_by(named)) - shuffled).logsumexp(-1)
     for name in {"a", "b", "c"} & set(annotators):
         own = [row for row, other in enumerate(annotators) if other == name]
         expected = -torch.log((prior[0].exp() * torch.exp(-losses[own].sum(0))).sum())
@@ -77,11 +88,24 @@ def test_losses_add_up_to_joint_marginal(annotators: list[str], random: Any) -> 
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
+def test_repeated_labels_are_no_evidence_of_codes() -> None:
+    """Opposite codes make a label and its copy likelier together, although nothing decides the label."""
+    losses = -torch.nn.functional.logsigmoid(torch.tensor([[3.0, -3.0]] * 2, dtype=torch.float64))
+    prior = torch.full_like(losses, math.log(0.5))
+
+    def mean_loss(contents: Sequence[str]) -> float:
+        updated = given_earlier_pairs(prior, -losses, labelled_by("aa", contents))
+        return -(updated - losses).logsumexp(-1).mean().item()
+
+    assert mean_loss("xy") < 0.6 * math.log(2)
+    assert mean_loss("xx") == pytest.approx(math.log(2), abs=1e-12)
+
+
 def test_given_earlier_pairs_under_autocast() -> None:
     prior, losses = (values.float() for values in draw("aaaa"))
     with torch.autocast("cpu", torch.bfloat16):
-        actual = given_earlier_pairs(prior, -losses, "aaaa")
-    assert torch.equal(actual, given_earlier_pairs(prior, -losses, "aaaa"))
+        actual = given_earlier_pairs(prior, -losses, labelled_by("aaaa"))
+    assert torch.equal(actual, given_earlier_pairs(prior, -losses, labelled_by("aaaa")))
 
 
 @pytest.mark.parametrize("names", NAMES, ids="-".join)
@@ -142,7 +166,7 @@ def opposite_losses(codes: Tensor, names: Sequence[str]) -> Tensor:
     signs = torch.tensor([sign for _, sign in ANNOTATORS], dtype=codes.dtype)
     losses = -torch.nn.functional.logsigmoid(signs[:, None] * codes)
     prior = torch.full_like(losses, math.log(0.5))
-    return -(given_earlier_pairs(prior, -losses, names) - losses).logsumexp(-1)
+    return -(given_earlier_pairs(prior, -losses, labelled_by(names)) - losses).logsumexp(-1)
 
 
 @given(st.floats(-8, 8), st.floats(-8, 8))

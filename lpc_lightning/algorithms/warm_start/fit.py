@@ -105,7 +105,7 @@ def _set_scale(space: LatentSpace, pairs: LinearizedPairs, held_out: Tensor) -> 
 
     def evidence(scale: float) -> Tensor:
         likelihood = score.under_codes(scale * directions)[0].label_log_likelihood
-        log_weights = space.updated_log_prior(log_prior, likelihood, states.annotators)
+        log_weights = space.updated_log_prior(log_prior, likelihood, states)
         return (log_weights + likelihood).logsumexp(-1).mean()
 
     best = int(torch.stack([evidence(scale) for scale in SCALES]).argmax())

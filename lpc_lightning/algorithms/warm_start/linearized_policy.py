@@ -70,6 +70,7 @@ class LinearizedPairs:
         annotators: Sequence[str],
         loss: Callable[[PairLogps], PairLosses],
         target_margins: Tensor | None = None,
+        contents: Sequence[str] = (),
     ) -> None:
         """Split the rows into their parts.
 
@@ -80,10 +81,11 @@ class LinearizedPairs:
             annotators: (N,) annotator of each pair, "" if unknown.
             loss: The preference loss.
             target_margins: (N,) target margins of the loss. None: 0.
+            contents: (N,) `pair_content` of each pair. Empty: no pair is a copy of another.
         """
         self._rows, self.reference, self._token, self._loss = rows, reference, token, loss
         self._target_margins = target_margins
-        self.annotators = tuple(annotators)
+        self.annotators, self._contents = tuple(annotators), tuple(contents)
         width = token.head.weight.shape[1]
         states, z_gradients, self.plain, self.lengths = rows.split([3 * width, 2 * width, 2, 2], dim=1)
         self.prompt, self.chosen, self.rejected = states.split(width, dim=1)
@@ -96,7 +98,8 @@ class LinearizedPairs:
         """Return some of the pairs."""
         reference = None if self.reference is None else self.reference[chosen]
         margins = None if self._target_margins is None else self._target_margins[chosen]
-        return LinearizedPairs(self._rows[chosen], reference, self._token, self.annotators[chosen], self._loss, margins)
+        names, contents = self.annotators[chosen], self._contents[chosen]
+        return LinearizedPairs(self._rows[chosen], reference, self._token, names, self._loss, margins, contents)
 
     @property
     def z_gradient_difference(self) -> Tensor:
@@ -109,12 +112,11 @@ class LinearizedPairs:
         reference = None if self.reference is None else self.reference[indices].T.flatten()
         z_gradients = self.z_gradients[indices].transpose(0, 1).flatten(0, 1)
         forward = LinearizedForward(plain, z_gradients, lengths, self._token)
-        states = PairStates(
-            self.prompt[indices],
-            self.chosen[indices],
-            self.rejected[indices],
-            tuple(self.annotators[index] for index in indices.tolist()),
+        names, contents = (
+            tuple(values[index] for index in indices.tolist()) if values else ()
+            for values in (self.annotators, self._contents)
         )
+        states = PairStates(self.prompt[indices], self.chosen[indices], self.rejected[indices], names, contents)
         margins = None if self._target_margins is None else self._target_margins[indices]
         return states, BatchScorer(forward, lengths, reference, self._loss, target_margins=margins)
 

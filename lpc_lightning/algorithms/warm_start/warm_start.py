@@ -72,9 +72,9 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
     # Planned, so that compiled layers on a GPU run it: a mask of all tokens by all could need gigabytes.
     layout = data.make_layout().for_batches([pairs.pieces[indices[:TOKEN_PAIRS]]], most=1)
     token = _mean_token(module, layout(labelled[:TOKEN_PAIRS]))
-    annotators = [pair.annotator for pair in labelled]
+    annotators, contents = [pair.annotator for pair in labelled], [pair.content for pair in labelled]
     margins = None if pairs.margins is None else torch.from_numpy(pairs.margins[indices]).to(rows.device)
-    linearized = LinearizedPairs(rows, reference, token, annotators, module.label_loss, margins)
+    linearized = LinearizedPairs(rows, reference, token, annotators, module.label_loss, margins, contents)
     first = len(labelled) - parts.decision
 
     with own_random_state(module.device), torch.enable_grad():

@@ -106,6 +106,7 @@ class Layout(ABC):
             factors=tuple(pair.factor for pair in pairs),
             annotators=tuple(pair.annotator for pair in pairs),
             prompts=tuple(pair.prompt for pair in pairs),
+            answers=tuple(pair.answers for pair in pairs),
             tokens=int(rows.attention_mask.sum()),
             planned=self.plans(shape),
             reference_bits=_reference_bits(pairs),

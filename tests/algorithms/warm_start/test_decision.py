@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -15,6 +17,8 @@ from scipy import stats
 from lpc_lightning import latent
 from lpc_lightning.algorithms.warm_start.decision import Decision, decide, likelihood_gains
 from lpc_lightning.algorithms.warm_start.fit import fit
+from lpc_lightning.algorithms.warm_start.linearized_policy import LinearizedPairs
+from lpc_lightning.losses import dpo_loss
 
 
 def fitted(data: Any, pairs: int, **settings: Any) -> Any:
@@ -33,6 +37,25 @@ def test_decision_keeps_nothing_on_random_labels(planted: Callable[..., Any]) ->
         data = planted(pairs=160, flipped=0.5, seed=seed)
         kept += decide(fitted(data, 120), data.part(120, 160), range(40)).installed
     assert kept <= 1
+
+
+def test_decision_with_repeated_random_labels(planted: Callable[..., Any]) -> None:
+    """Every pair is there twice, with the same annotator and label. A label does not tell what its copy is."""
+    kept = 0
+    for seed in range(10):
+        data, draws = planted(pairs=200, opposed=True, flipped=0.5, seed=seed), np.random.default_rng(seed)
+        # The parts of the fit, the selection and the decision.
+        order = np.concatenate([draws.permutation(part.repeat(2)) for part in np.split(np.arange(200), [160, 180])])
+        names = [f"{data.names[number]} {number % 20}" for number in order]
+        loss, contents = partial(dpo_loss, beta=1.0), [str(number) for number in order]
+        rows, plain = data.rows[order], data.plain[order]
+        pairs = LinearizedPairs(rows, plain, data.token, names, loss, contents=contents)
+        torch.manual_seed(seed)
+        space = latent.MarginalSpace(hidden=16, num_codes=4, annotators=True)
+        space.build(data.head.weight.shape[1], data.head)
+        fit(space, pairs.part(slice(360)), 40, 1e-2, pairs_per_annotator=4)
+        kept += decide(space, pairs.part(slice(360, None)), contents[360:], pairs_per_annotator=4).installed
+    assert kept == 0
 
 
 @pytest.mark.parametrize(("flipped", "pairs"), [(0.0, 200), (0.2, 1200)])

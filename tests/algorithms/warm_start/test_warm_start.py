@@ -331,7 +331,9 @@ def test_warm_start_holds_out_whole_prompts(
     run = fit_run(module(marginal(40, annotators=True)), data=data, **settings)
     ((pairs, held, latent_lr, pairs_per_annotator),) = fitted
     assert (len(pairs), held, latent_lr, pairs_per_annotator) == (32, 4, 1e-2, 2)
-    questions = pairs.select(torch.arange(32))[1].under(None)[1].target_margins.tolist()
+    states, score = pairs.select(torch.arange(32))
+    assert len(set(states.contents)) == 32
+    questions = score.under(None)[1].target_margins.tolist()
     assert len(set(questions[:-4])) == 7
     assert len({*questions[:-4], questions[-1]}) == 8
     assert questions[-4:] == 4 * questions[-1:]

@@ -15,7 +15,7 @@ import torch
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
-from lpc_lightning.evaluation.adaptation.annotated_pairs import answer_rows, pair_content
+from lpc_lightning.evaluation.adaptation.annotated_pairs import answer_rows
 from lpc_lightning.evaluation.adaptation.inference import INFERENCES, CodeTables, others_majority, single_code
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
@@ -145,7 +145,7 @@ def test_gaussian_weights_are_mean_posteriors(tiny_spec: Any, perturb: Any, make
     expected = []
     for pair in new:
         batch = PaddedLayout(0)([pair])
-        content = pair_content(answer_rows(batch)[0])
+        content = answer_rows(batch)[0]["content"]
         with torch.no_grad():
             forward, score = module.score_batch(batch)
             given = [PaddedLayout(0)([each]) for each in labelled if each.annotator == pair.annotator]

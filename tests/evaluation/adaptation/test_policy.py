@@ -12,7 +12,7 @@ import torch
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data.batching.layouts import PaddedLayout
-from lpc_lightning.evaluation.adaptation.annotated_pairs import answer_rows, pair_content
+from lpc_lightning.evaluation.adaptation.annotated_pairs import answer_rows
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
 from lpc_lightning.latent import MarginalSpace
@@ -61,7 +61,7 @@ def test_policy_under_mixtures_against_single_pairs(module: DPO, batches: list[A
     assert [(n, score.pairs) for n, score in scores.items()] == [(0, 12), (1, 11), (4, 11)]
     for n, score in scores.items():
         mixtures = report.mixtures["exact"][n].items()
-        names = {pair_content(row): row["id"] for batch in batches for row in answer_rows(batch)}
+        names = {row["content"]: row["id"] for batch in batches for row in answer_rows(batch)}
         expected = {names[key]: is_correct(module, batches, names[key], weights) for (_, key), weights in mixtures}
         assert score.accuracy == pytest.approx(np.mean(list(expected.values())), abs=1e-12)
         owners = {f"pair {number}": name for number, name in enumerate(ANNOTATORS)}
@@ -96,7 +96,7 @@ def test_policy_under_mixtures_zero_shots(module: DPO, batches: list[Any]) -> No
 
 
 def test_policy_under_mixtures_of_one_code(module: DPO, batches: list[Any]) -> None:
-    keys = [(row["annotator"], pair_content(row)) for batch in batches for row in answer_rows(batch)]
+    keys = [(row["annotator"], row["content"]) for batch in batches for row in answer_rows(batch)]
     mixtures = {"exact": {8: dict.fromkeys(keys, np.array([0.0, 1.0, 0.0]))}}
     scores = collect_batches(module, batches, PolicyUnderMixtures(mixtures, "annotator")).scores()["exact_z"]
     space: Any = module.latent
