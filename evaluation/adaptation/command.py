@@ -64,7 +64,7 @@ def adapt(
     prior. A pair is correct if the weighted predictions of the codes favour its label over the opposite one. For DPO:
     if the probability of the label is above 1/2. `exact, under z` scores the policy under the mixture z of the codes
     instead, which `generate` uses. It is the only adaptation of a Gaussian latent, whose weights are the mean of the
-    posterior's means over the labelled pairs, as in VPL. A policy without codes, such as plain DPO, has nothing to
+    posterior's means over the labelled pairs. A policy without codes, such as plain DPO, has nothing to
     adapt and is shown as a level.
 
     If all pairs have the same two answers, such as "I agree." and "I disagree.", two baselines use labels alone: the

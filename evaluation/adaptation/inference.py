@@ -13,7 +13,7 @@ log-odds of the label. This is the mixture of the predictions under each code. I
 mixture z = sum_k w_k e_k, which needs another forward pass: see `PolicyUnderMixtures`.
 
 A Gaussian latent has no distribution over codes, and no prediction without that pass. Its weights c (`amortized`) are
-the mean over S of the posterior's means, as in VPL (arXiv 2408.10075). If S is empty, they are the prior's mean.
+the mean over S of the posterior's means. If S is empty, they are the prior's mean.
 
 `own_majority` uses labels alone, for pairs that all have the same two answers: the answer that was chosen more often in
 S. A tie is half right.

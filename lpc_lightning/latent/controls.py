@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax
 
-from lpc_lightning.latent.discrete import MODES, DiscreteSpace
+from lpc_lightning.latent.discrete import MODES, DiscreteSpace, mean_of_earlier_pairs
 from lpc_lightning.latent.estimators import GumbelSpace
 from lpc_lightning.latent.networks import Codebook, Posterior, Prior, check_codebook, state_deviation
 from lpc_lightning.latent.schedules import Schedule, WeightedKL, prior_share_schedule, temperature_schedule
@@ -139,6 +139,10 @@ class GaussianSpace(LatentSpace):
 
     The codebook, the KL and the mixture by g are those of the paper. Only the weights c are not a distribution over
     codes.
+
+    With `annotators` and g = 0, it is trained as it adapts: a pair is scored under the posterior of its annotator's
+    earlier pairs in the batch. VPL (arXiv 2408.10075) trains such a posterior of the pairs of one person, and combines
+    them by attention. Here mean and log deviation are the means over the pairs.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class GaussianSpace(LatentSpace):
         free_bits: float = 0.0,
         g: float | Schedule | None = None,
         prior_mode: Literal["mean", "sample"] = "mean",
+        annotators: bool = False,
         **networks: Any,
     ) -> None:
         """Store the settings.
@@ -160,6 +165,9 @@ class GaussianSpace(LatentSpace):
             free_bits: KL in nats below which the penalty of a pair is constant.
             g: Share of the prior in the training mixture. A number or a schedule; null is the line from 0 to 1.
             prior_mode: How z is taken from the prior at inference: its `mean`, or a `sample`.
+            annotators: Score each pair under the posterior of the earlier pairs of its annotator in the batch, without
+                its own label. Under the prior if there are none. Needs an annotator column, and batches with several
+                pairs of an annotator (data.batch_order: ByAnnotator).
             networks: Settings of `LatentSpace`.
 
         Raises:
@@ -170,7 +178,7 @@ class GaussianSpace(LatentSpace):
         super().__init__(**networks)
         self.num_codes, self.init_logit_std, self.prior_mode = num_codes, init_logit_std, prior_mode
         self.divergence = WeightedKL(kl_weight, free_bits)
-        self.g = prior_share_schedule(g)
+        self.g, self.annotators = prior_share_schedule(g), annotators
         self._weights(prior_mode, *torch.zeros(2, 1, num_codes))
 
     def build(self, width: int, head: LogitHead) -> None:
@@ -181,8 +189,10 @@ class GaussianSpace(LatentSpace):
 
     def training_terms(self, states: PairStates, score: PairScorer, progress: float) -> LatentTerms:
         """Compute the losses under one reparametrized z for each pair, and lambda KL."""
-        prior_mean, prior_log_std = self.prior(states.prompt).chunk(2, dim=-1)
-        posterior_mean, posterior_log_std = self.posterior.logits(states).chunk(2, dim=-1)
+        prior, posterior = self.prior(states.prompt), self.posterior.logits(states)
+        if self.annotators:
+            posterior = mean_of_earlier_pairs(posterior, prior, states)
+        (prior_mean, prior_log_std), (posterior_mean, posterior_log_std) = prior.chunk(2, -1), posterior.chunk(2, -1)
         g = self.g(progress)
         weights = (1 - g) * _draw(posterior_mean, posterior_log_std) + g * _draw(prior_mean, prior_log_std)
         kl = gaussian_kl(posterior_mean, posterior_log_std, prior_mean, prior_log_std)

@@ -205,6 +205,19 @@ def given_earlier_pairs(log_prior: Tensor, log_likelihoods: Tensor, states: Pair
     return torch.where(earlier.any(-1, keepdim=True), (log_prior + total).log_softmax(-1), log_prior)
 
 
+def mean_of_earlier_pairs(values: Tensor, default: Tensor, states: PairStates) -> Tensor:
+    """Compute the mean (B, M) of `values` (B, M) over the earlier pairs of each pair; see `earlier_pairs`.
+
+    A pair without earlier pairs has its row of `default` (B, M).
+    """
+    if not any(states.annotators):
+        return default
+    earlier = earlier_pairs(states, values.device)
+    counts = earlier.sum(-1, keepdim=True)
+    total = torch.where(earlier[:, :, None], values, 0.0).sum(1)
+    return torch.where(counts > 0, total / counts.clamp_min(1), default)
+
+
 def categorical_kl(posterior: Tensor, prior: Tensor) -> Tensor:
     """Compute the KL between categorical distributions, sum_k q_k (log q_k - log p_k).
 

@@ -102,6 +102,33 @@ def test_gaussian_mixture_and_kl(
     assert terms.settings == {"g": g}
 
 
+@pytest.mark.parametrize("contents", [(), ("x", "y", "x", "x")])
+def test_gaussian_of_earlier_pairs(
+    contents: tuple[str, ...], toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]
+) -> None:
+    """A pair reads no label of its own, of its copies, of later pairs and of others."""
+    space = build(GaussianSpace(**DISCRETE, g=0.0, kl_weight=0.3, annotators=True), toy)
+    states = replace(toy.states, annotators=("a", "b", "a", "a"), contents=contents)
+    torch.manual_seed(11)
+    terms = space.training_terms(states, toy.score, 0.5)
+    torch.manual_seed(11)
+    noise = torch.randn(4, 3, dtype=torch.float64)
+    p, q = naive_network(space.prior, states.prompt), naive_network(space.posterior, states.chosen, states.rejected)
+    # The third pair is a copy of the first one, and the fourth is one of both.
+    given = [p[0], p[1], p[2] if contents else q[0], p[3] if contents else (q[0] + q[2]) / 2]
+    used = torch.stack(given)
+    z = (used[:, :3] + used[:, 3:].exp() * noise) @ space.codebook.weight
+    torch.testing.assert_close(terms.z, z, rtol=1e-11, atol=1e-11)
+    normal_p, normal_q = (Independent(Normal(out[:, :3], out[:, 3:].exp()), 1) for out in (p, used))
+    kl = kl_divergence(normal_q, normal_p)
+    torch.testing.assert_close(terms.kl, kl, rtol=1e-11, atol=1e-12)
+    ours, theirs = (terms.pairs.losses + terms.penalty).mean(), (toy.naive_losses(z) + 0.3 * kl).mean()
+    leaves = [space.codebook.weight, *space.prior.parameters(), toy.hidden]
+    gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (ours, theirs)]
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
 def test_gaussian_infer_by_mode(dpo_toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]) -> None:
     space = build(GaussianSpace(**DISCRETE), dpo_toy)
     prompt = dpo_toy.states.prompt.detach()
