@@ -39,6 +39,9 @@ class AnnotatorAdaptation(CollectPairs):
     `adaptation/own_majority/N`, the majority of the N labels, and `adaptation/others_majority`, the majority of the
     other annotators' labels of the same prompt. A tie is half right.
 
+    `adaptation/share_of_pairs/N` is the share of the evaluated pairs behind these numbers. It is below 1 if annotators
+    have fewer than N labelled pairs. Compare two N with the same share: others are of different annotators.
+
     Further metrics: `adaptation/prior`, the policy under its prior, the same for all annotators;
     `adaptation/no_latent`, the same policy at z = 0, if it has a latent; and `adaptation/ceiling`, the best accuracy
     that is possible given the annotator, if the data gives it.
@@ -96,7 +99,7 @@ class AnnotatorAdaptation(CollectPairs):
             )
         if self.report.annotators and not self.report.has_majority:
             rank_zero_info(f"adaptation, {stage}: {NO_MAJORITY}")
-        metrics = {name: score.accuracy for name, score in self.report.metrics.items()}
+        metrics = {name: score.accuracy for name, score in self.report.metrics.items()} | self.report.shares_of_pairs
         data = preference_data(trainer)
         ceiling = data.ceiling if data is not None and self.pairs.column == "annotator" else None
         if metrics and ceiling is not None:

@@ -33,6 +33,8 @@ BASELINES = ("prior", "no_latent")
 OTHERS_MAJORITY = "others_majority"
 ADAPTED = "adapted"
 """Name of the headline, which policies of all kinds have."""
+SHARE = "share_of_pairs"
+"""Name of the share of the evaluated pairs that a number of labelled pairs allows to predict."""
 NO_MAJORITY = "no majority labels: the pairs do not all have the same two answers."
 
 
@@ -74,6 +76,16 @@ class AdaptationReport:
         for inference, scores in {**self.scores, **adapted}.items():
             metrics |= {f"adaptation/{inference}/{n}": score for n, score in scores.items()}
         return metrics
+
+    @property
+    def shares_of_pairs(self) -> dict[str, float]:
+        """Share of the evaluated pairs that are predicted from N labels, by the name of its metric.
+
+        The others belong to annotators with fewer labels. Accuracies of two N with different shares are of different
+        annotators.
+        """
+        total = sum(self.annotators.values())
+        return {f"adaptation/{SHARE}/{n}": score.pairs / total for n, score in self.scores.get("exact", {}).items()}
 
     def too_few(self, n: int) -> list[int]:
         """Return the numbers of evaluated pairs of the annotators who have too few pairs for n labels."""

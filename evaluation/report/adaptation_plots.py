@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from lpc_lightning.evaluation.adaptation.inference import INFERENCES, OWN_MAJORITY
-from lpc_lightning.evaluation.adaptation.pairs import ADAPTED, OTHERS_MAJORITY
+from lpc_lightning.evaluation.adaptation.pairs import ADAPTED, OTHERS_MAJORITY, SHARE
 from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, to_position, to_shots
 from lpc_lightning.evaluation.adaptation.policy import UNDER_Z
 from lpc_lightning.evaluation.figures import NoPlot, Plot
@@ -49,10 +49,25 @@ def _plot(study: Study, stage: str, inference: str, shots: Sequence[int]) -> Plo
         f"Mean over seeds. {BAND} A policy without a latent has nothing to infer. With 0 labelled pairs, the weights "
         "of the codes are the prior. Majority labels use no policy: of the labelled pairs, and of other annotators on "
         "the same prompt. Dotted: the best accuracy that is possible given the annotator, if the data gives it."
-        f"{describe_cut(panels)}"
+        f"{describe_cut(panels)}{_describe_shares(study, family, shots)}"
     )
     name = file_name(f"{family}/{inference}")
     return Plot(name, title, figure, describe_lines(title, panels, to_shots), caption)
+
+
+def _describe_shares(study: Study, family: str, shots: Sequence[int]) -> str:
+    """Return a sentence on the numbers of labelled pairs that some annotators do not have. Empty: all have them."""
+    parts = []
+    for n in shots:
+        means = (group.estimate(f"{family}/{SHARE}/{n}") for group in study.groups)
+        if shares := sorted({f"{mean.mean:.2f}" for mean in means if mean and mean.mean < 1}):
+            parts.append(f"{' and '.join(shares)} at {n}")
+    if not parts:
+        return ""
+    return (
+        " Annotators with too few labels are left out, so that these points are of fewer annotators. Share of the pairs: "
+        f"{', '.join(parts)}."
+    )
 
 
 def _panels(study: Study, family: str, inference: str, shots: Sequence[int]) -> dict[str, list[Line]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
+from lpc_lightning.evaluation.adaptation.pairs import SHARE
 from lpc_lightning.evaluation.report.runs.pairs import PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import FINISHED, RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
@@ -113,7 +115,11 @@ class Study:
         return [
             entry
             for group in self.groups
-            for entry in (*_left_out(group, metrics), *_without_interval(self.label(group), group, metrics))
+            for entry in (
+                *_left_out(group, metrics),
+                *_without_interval(self.label(group), group, metrics),
+                *_of_fewer_pairs(self.label(group), group, metrics),
+            )
         ]
 
 
@@ -147,6 +153,17 @@ def _without_interval(label: str, group: Group, metrics: Sequence[str]) -> Itera
         elif mean is not None and mean.over_seeds_alone and mean.n > 1:
             reason = f"{metric}: what each test prompt adds is not on record; the interval is over seeds alone"
             yield LeftOut(label, "no test", reason)
+
+
+def _of_fewer_pairs(label: str, group: Group, metrics: Sequence[str]) -> Iterator[LeftOut]:
+    for metric in metrics:
+        if (found := re.fullmatch(r"(val|test)/adaptation/[^/]+/(\d+)", metric)) is None:
+            continue
+        stage, n = found.groups()
+        share = group.estimate(f"{stage}/adaptation/{SHARE}/{n}")
+        if share is not None and share.mean < 1:
+            reason = f"{metric}: {share.mean:.2f} of the pairs; annotators with fewer than {n} labels are left out"
+            yield LeftOut(label, "fewer pairs", reason)
 
 
 def make_study(records: Sequence[RunRecord], order: Mapping[str, Sequence[Value]] | None = None) -> Study:

@@ -68,8 +68,9 @@ def make_module(perturb: Callable[..., None]) -> Callable[..., DPO | IPO]:
 
 
 def adaptation_metrics(metrics: Any) -> dict[str, float]:
-    """Select the metrics of the callback."""
-    return {name.partition("adaptation/")[2]: value for name, value in metrics.items() if "adaptation/" in name}
+    """Select the metrics of the callback, without the shares of pairs."""
+    found = {name.partition("adaptation/")[2]: value for name, value in metrics.items() if "adaptation/" in name}
+    return {name: value for name, value in found.items() if not name.startswith("share_of_pairs/")}
 
 
 @pytest.mark.slow
@@ -147,7 +148,7 @@ def test_cells_record_every_mean_over_pairs(
     record = RunRecord("cell", folder=folder.run, grid="grid", metrics=logged)
     on_record = {name: scores for name in logged if (scores := prompt_scores(record, name).deviations) is not None}
     others = re.compile(
-        "test/(pairs.*|latent/.*|rewards/(chosen|rejected)|logps/.*|adaptation/ceiling"
+        "test/(pairs.*|latent/.*|rewards/(chosen|rejected)|logps/.*|adaptation/(ceiling|share_of_pairs/.*)"
         "|share_of_best|kl.*|z_.*|.*entropy.*)"
     )
     assert {name for name in logged if not others.fullmatch(name)} == set(on_record)
@@ -207,6 +208,7 @@ def test_policy_without_codes_does_not_adapt(
         items = [item for item in modes.report.items if counts[item["annotator"]] > n]
         right = [item["margins"]["prior"] > 0 for item in items]
         assert metrics[f"exact/{n}"] == pytest.approx(np.mean(right), abs=1e-12)
+        assert logged[f"val/adaptation/share_of_pairs/{n}"] == pytest.approx(len(items) / 13, abs=1e-12)
     assert metrics["exact/0"] == metrics["prior"] == logged["val/rewards/accuracies"]
     assert Path("adaptation.json").is_file()
     assert not Path("code_weights.json").exists()

@@ -108,6 +108,28 @@ def test_majority_labels_and_data_in_panels() -> None:
     assert "others' majority label: 0.700 throughout" in under_z.alt
 
 
+def test_fewer_annotators_are_noted() -> None:
+    """Some annotators have no 16 labels. At 1 to 8 labels all have them, and nothing is noted."""
+    shares = {"exact": [0.6] * 6, "share_of_pairs": [1.0] * 5 + [0.693]}
+    records = [run("polis,floor", seed, shares, "test") for seed in (1, 2)]
+    records.append(run("dsp,floor", 1, {"exact": [0.5] * 6, "share_of_pairs": [1.0] * 6}, "test"))
+    (plot,) = plots(records)
+    assert isinstance(plot, Plot)
+    assert plot.caption.endswith("Share of the pairs: 0.69 at 16.")
+    (all_there,) = plots(records[2:])
+    assert isinstance(all_there, Plot)
+    assert "Share of the pairs" not in all_there.caption
+    study = make_study(records)
+    metrics = [f"test/adaptation/exact/{n}" for n in (0, 8, 16)]
+    noted = [entry for entry in study.left_out(metrics) if entry.status == "fewer pairs"]
+    assert [(entry.run, entry.why) for entry in noted] == [
+        (
+            study.label(study.groups[0]),
+            "test/adaptation/exact/16: 0.69 of the pairs; annotators with fewer than 16 labels are left out",
+        )
+    ]
+
+
 def test_annotator_adaptation_without_metrics() -> None:
     (plot,) = plots([RunRecord("r", {}, 1, metrics={"val/rewards/accuracies": 0.5})])
     assert plot == NoPlot(TITLE, "no finished run has logged adaptation/exact at two numbers of labelled pairs or more")
