@@ -65,7 +65,7 @@ def _describe_shares(study: Study, family: str, shots: Sequence[int]) -> str:
     if not parts:
         return ""
     return (
-        " Annotators with too few labels are left out, so that these points are of fewer annotators. Share of the pairs: "
+        " Annotators with too few labels are left out: these points are of fewer annotators. Share of the pairs: "
         f"{', '.join(parts)}."
     )
 

@@ -174,12 +174,11 @@ def earlier_pairs(states: PairStates, device: torch.device) -> Tensor:
     It is if it precedes pair i, has the same annotator, and is no copy of pair i, whose label it would repeat. Pairs
     with the annotator "" have no earlier pairs.
     """
-    annotators = [name or row for row, name in enumerate(states.annotators)]
-    names, contents = (
-        to_device([keys.index(key) for key in keys], device, torch.long)
-        for keys in (annotators, states.contents or range(len(annotators)))
-    )
-    return ((names[:, None] == names) & (contents[:, None] != contents)).tril(-1)
+    rows = range(len(states.annotators))
+    annotators: list[str | int] = [name or row for row, name in zip(rows, states.annotators, strict=True)]
+    contents: list[str | int] = list(states.contents or rows)
+    names, texts = (to_device([keys.index(key) for key in keys], device, torch.long) for keys in (annotators, contents))
+    return ((names[:, None] == names) & (texts[:, None] != texts)).tril(-1)
 
 
 def given_earlier_pairs(log_prior: Tensor, log_likelihoods: Tensor, states: PairStates) -> Tensor:
