@@ -123,15 +123,16 @@ class AnnotatorAdaptation(CollectPairs):
     def _choose_labelled(self, data: PreferenceDataModule) -> list[int]:
         """Choose the labelled pairs of each annotator, the same in all runs that read the same pairs."""
         pairs = data.training_pairs
-        members: dict[str, dict[str, int]] = {}  # by id, because a mixture may repeat pairs
+        # A mixture may repeat pairs, which count once, and its data sets may have the same ids.
+        members: dict[str, dict[tuple[str, str], int]] = {}
         for index in sorted(data.reads("train")):
             pair = pairs[index]
             if name := str(getattr(pair, self.pairs.column)):
-                members.setdefault(name, {}).setdefault(pair.id, index)
+                members.setdefault(name, {}).setdefault((pair.id, pair.content), index)
         chosen: list[int] = []
         for own in members.values():
-            order = sorted(own, key=lambda pair_id: derive("labelled", self.pairs.seed, pair_id))
-            chosen += [own[pair_id] for pair_id in order[: self.training_pairs]]
+            order = sorted(own, key=lambda key: derive("labelled", self.pairs.seed, key[0]))
+            chosen += [own[key] for key in order[: self.training_pairs]]
         return chosen
 
     def _scores_under_z(self, stage: str, trainer: Trainer, module: PreferenceModule) -> dict[str, dict[int, Score]]:

@@ -298,6 +298,19 @@ def test_labels_of_training_pairs(
     assert [metrics[f"adapted/{n}"] for n in (8, 16)] == [metrics[f"{headline}/{n}"] for n in (8, 16)]
 
 
+def test_labels_of_pairs_with_one_id(votes: PreferenceData, make_trainer: Callable[..., Trainer]) -> None:
+    """An id may name the annotator alone, or the row of one of two data sets."""
+    path = Path(str(votes.path))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "id": row["annotator"]}) + "\n" for row in rows))
+    callback = AnnotatorAdaptation(shots=[0, 8], rounds=2, training_pairs=16)
+    trainer = make_trainer(callbacks=[callback], max_epochs=1)
+    module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2))
+    trainer.fit(module, votes)
+    trainer.test(module, votes, verbose=False)
+    assert callback.report.labelled == {"anna": 16, "ben": 16}
+
+
 def test_labels_of_training_pairs_need_a_fit(
     votes: PreferenceData, make_module: Any, make_trainer: Callable[..., Trainer]
 ) -> None:
