@@ -70,7 +70,7 @@ class Columns:
     """Name of the annotator who labelled the pair. Defaults to the empty text if absent."""
     named_in_prompt: Literal["annotator", "factor", "source"] | None = None
     """Label that the policy reads: the last user turn starts with a line such as `Annotator: anna`, in training,
-    validation and test. A policy that reads the annotator's name shows what can be reached at most (see
+    validation and test. A policy that reads the annotator's name shows what can be learned about known annotators (see
     docs/adaptation.md). The choice of validation pairs, label noise, and errors over prompts go by the prompt
     without the line. A name that training does not have is written as well, and is only text to the policy. Pairs
     without the label have no line. null: none."""
