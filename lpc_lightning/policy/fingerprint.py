@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -21,20 +22,30 @@ def policy_fingerprint(policy: CausalPolicy, adapter: bool = False) -> str:
 
     Args:
         policy: The policy, unsharded, on any device.
-        adapter: True to include an adapter's weights. Without them, the hash is that of the published policy.
+        adapter: True to include an adapter that changes outputs. Before training, no adapter of LoRA does. Without the
+            adapter, the hash is that of the published policy.
 
     Returns:
         64 hexadecimal digits. They are equal for equal weights in one type with one config, from any source.
     """
     model = policy.causal_lm
-    adapted = policy.has_adapter and not adapter  # then only its parameters require gradients
-    tensors: list[Tensor] = [parameter for parameter in model.parameters() if not (adapted and parameter.requires_grad)]
+    left_out = policy.has_adapter and not (adapter and _changes_outputs(model))
+    # If there is an adapter, only its parameters require gradients.
+    tensors: list[Tensor] = [each for each in model.parameters() if not (left_out and each.requires_grad)]
     tensors += [*model.buffers(), *_other_state(model)]
     config = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_FIELDS}
     header = [type(model).__name__, json.dumps(config, sort_keys=True, default=str), *frozen_scales(model)]
     with ThreadPoolExecutor() as threads:  # hashing releases the interpreter lock
         digests = threads.map(_digest, tensors)
     return hashlib.sha256("\n".join([*header, *digests]).encode()).hexdigest()
+
+
+def _changes_outputs(model: nn.Module) -> bool:
+    """Return whether a model's trained adapter may change outputs: False if all second factors of LoRA are zero."""
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    second = [each for name, each in trained.items() if re.search(r"\.lora_(embedding_)?B\b", name)]
+    first = [each for name, each in trained.items() if re.search(r"\.lora_(embedding_)?A\b", name)]
+    return len(first) + len(second) < len(trained) or any(bool(each.any()) for each in second)
 
 
 def _other_state(model: nn.Module) -> list[Tensor]:

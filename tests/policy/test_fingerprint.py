@@ -66,6 +66,27 @@ def test_fingerprint_excludes_adapter() -> None:
     assert policy_fingerprint(tiny(lora=LoRA(rank=2), seed=1)) != policy_fingerprint(tiny())
 
 
+def test_adapter_counts_once_it_changes_outputs() -> None:
+    plain = tiny()
+    adapted, other = (tiny(lora=LoRA(rank=2)) for _ in range(2))
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter += 0.1 * ("lora_A" in name)  # other first factors, as another seed draws them
+    ids = torch.arange(8)[None]
+
+    def logits(policy: CausalPolicy) -> torch.Tensor:
+        return policy.causal_lm(ids).logits
+
+    assert torch.equal(logits(adapted), logits(plain))
+    assert torch.equal(logits(other), logits(plain))
+    before = policy_fingerprint(plain)
+    assert {policy_fingerprint(each, adapter=True) for each in (adapted, other)} == {before}
+    with torch.no_grad():
+        next(each for name, each in adapted.named_parameters() if "lora_B" in name)[0, 0] = 1e-3
+    assert not torch.equal(logits(adapted), logits(plain))
+    assert policy_fingerprint(adapted, adapter=True) != before
+
+
 @pytest.mark.parametrize("setting", [{"attention": "eager"}, {"gradient_checkpointing": True}], ids=str)
 def test_fingerprint_ignores_kernel(setting: dict[str, Any]) -> None:
     assert policy_fingerprint(tiny(**setting)) == policy_fingerprint(tiny())
