@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from lpc_lightning.data.sources.class_labels import name_labels_of_parquet
 from lpc_lightning.data.sources.rows import SKIP, BadRow, DataError, OnBad, Row, undecoded
 from lpc_lightning.data.sources.strict_json import JsonParser, Marked
 
@@ -155,13 +156,14 @@ def _parquet(path: Path, name: str, bad: OnBad, only: str | None) -> Rows:
         _refuse_repeated(path, names)
         if only is not None and only not in names:
             return
+        named = name_labels_of_parquet(file.schema_arrow.metadata)
         for batch in file.iter_batches(batch_size=1024, columns=None if only is None else [only]):
             for index, row in enumerate(_decoded(batch), number + 1):
                 place = f"{name} row {index}"
                 if isinstance(row, BadRow):
                     bad(place, row)
                 else:
-                    yield place, row
+                    yield place, row if named is None else named(row)
             number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpc_lightning.data.sources.class_labels import name_labels
 from lpc_lightning.data.sources.files import Rows, has_known_ending, json_rows, parse_json, reader_of
 from lpc_lightning.data.sources.progress_bars import hidden_progress_bars
 from lpc_lightning.data.sources.rows import BadRow, DataError, OnBad
@@ -342,13 +343,13 @@ def _file_key(path: Path, name: str) -> str:
 
 
 def dataset_rows(dataset: Dataset, name: str, bad: OnBad) -> Rows:
-    """Yield the rows of a data set. Rows whose text is not UTF-8 are bad."""
-    number = 0
+    """Yield the rows of a data set, with the names of class labels. Rows whose text is not UTF-8 are bad."""
+    number, named = 0, name_labels(dataset.features.to_dict())
     while number < len(dataset):
         try:
             for row in dataset.skip(number) if number else dataset:
                 number += 1
-                yield f"{name} row {number}", row
+                yield f"{name} row {number}", row if named is None else named(row)
         except UnicodeDecodeError as error:
             number += 1
             bad(f"{name} row {number}", BadRow("invalid UTF-8", f"{error.reason} at byte {error.start} of a text"))
