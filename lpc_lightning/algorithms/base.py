@@ -16,10 +16,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lpc_lightning.algorithms.checkpoint import is_plain, plain
 from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
 from lpc_lightning.algorithms.outputs import EvaluationOutput, TrainingOutput
-from lpc_lightning.algorithms.policy_module import REFERENCES, PolicyModule
+from lpc_lightning.algorithms.policy_module import REFERENCES, WEIGHTS, PolicyModule
 from lpc_lightning.algorithms.position import restore_position, store_position
 from lpc_lightning.algorithms.run_length import (
     check_windows,
@@ -94,7 +95,8 @@ class PreferenceModule(PolicyModule):
             self.save_hyperparameters()
         if "_class_path" not in self.hparams:
             # The module was built in code, not by the command line. Its objects cannot be settings in a checkpoint.
-            self.remove_ignored_hparams(["policy", "latent", "optimizer", "robust_loss"])
+            others = [name for name, value in self.hparams.items() if not is_plain(value)]
+            self.remove_ignored_hparams(["policy", "latent", "optimizer", "robust_loss", *others])
         if not self.needs_reference:
             self.remove_ignored_hparams(["reference", "reference_path"])
         if reference not in REFERENCES:
@@ -422,6 +424,7 @@ class PreferenceModule(PolicyModule):
             checkpoint["code_range"] = self._code_range
         if self.robust_loss is not None and (state := self.robust_loss.state_dict()):
             checkpoint["robust_loss"] = state
+        checkpoint |= {name: plain(value) for name, value in checkpoint.items() if name not in WEIGHTS}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, and restore the state of the run.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +16,7 @@ from torch import Tensor
 from lpc_lightning.algorithms import DPO, PreferenceModule, SimPO
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.errors import CheckpointError
-from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
+from lpc_lightning.latent import Constant, GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA
 from tests.fixtures.commands import POLICY
 
@@ -149,6 +150,34 @@ def test_moments_are_at_least_float32(
         mean, pairs = (content[f"latent.{network}.moments.{name}"] for name in ("mean", "pairs"))
         assert (mean.dtype, pairs.item()) == (moments, 4)
         assert mean.any()
+
+
+class Named(DPO):
+    """An algorithm of a user's own, with an object and a path as settings."""
+
+    def __init__(self, schedule: Any, place: Any, **module: Any) -> None:
+        super().__init__(**module)
+        self.schedule, self.place = schedule, place
+
+
+@pytest.mark.filterwarnings("ignore:resume. found trainer.max_epochs")
+def test_settings_that_torch_does_not_read(saved: Any, small_policy: Any, small_data: Any, fit_run: Any) -> None:
+    """NumPy's numbers, as in a loop over `np.logspace`, and paths are stored as Python's. Objects are left out."""
+
+    def module(number: Any) -> DPO:
+        def optimizer(parameters: Any) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(parameters, lr=number(1e-2))
+
+        settings = {"beta": number(0.7), "latent_lr": number(2e-2), "optimizer": optimizer}
+        return Named(Constant(0.5), [Path("a") / "b"], policy=small_policy(), latent=gumbel(), **settings)
+
+    content = torch.load(path := saved(module(np.float64)), weights_only=True)
+    assert "schedule" not in content["hyper_parameters"]
+    found = {name: content["hyper_parameters"][name] for name in ("beta", "latent_lr", "place")}
+    assert found == {"beta": 0.7, "latent_lr": 2e-2, "place": ["a/b"]}
+    options = {"max_epochs": 2, "ckpt_path": path, "callbacks": [ModelCheckpoint(dirpath=path.parent, save_top_k=0)]}
+    one, other = (fit_run(module(kind), small_data(train_pairs=4), **options) for kind in (np.float64, float))
+    assert one.losses == other.losses
 
 
 # Loading.
