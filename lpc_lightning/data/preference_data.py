@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -20,7 +21,8 @@ from lpc_lightning.data.sources.splits import (
 )
 from lpc_lightning.files.path_variables import expand_path
 
-Path: TypeAlias = str | tuple[str, ...]
+Place: TypeAlias = str | tuple[str, ...]
+"""A file, a pattern, a folder or a hub name, or a list of files and patterns."""
 
 
 class StageRows:
@@ -83,7 +85,7 @@ class StageRows:
             )
         if validation_by not in RANKS:
             raise ValueError(f"{self._group}.validation_by: found {validation_by!r}, expected {' or '.join(RANKS)}.")
-        self.path: Path | dict[str, Path] = (
+        self.path: Place | dict[str, Place] = (
             {stage: _expanded(each, f"{self._group}.path.{stage}") for stage, each in path.items()}
             if isinstance(path, dict)
             else _expanded(path, f"{self._group}.path")
@@ -145,7 +147,7 @@ class StageRows:
         used = (self.splits["train"], self.splits["test"])
         return next((name for name in VALIDATION_NAMES if name in names and name not in used), None)
 
-    def _mapped_split(self, stage: Stage, path: Path) -> str | None:
+    def _mapped_split(self, stage: Stage, path: Place) -> str | None:
         """Return the split that a stage reads of the path that a mapping gives it."""
         if stage not in self._mapped_splits:
             named = self.splits[stage]
@@ -177,5 +179,8 @@ class PreferenceData(StageRows, PreferenceDataModule):
         return 0 if self.holds_out_pairs else super()._in_training(stage)
 
 
-def _expanded(path: str | list[str], setting: str) -> Path:
-    return expand_path(path, setting) if isinstance(path, str) else tuple(expand_path(each, setting) for each in path)
+def _expanded(path: str | list[str], setting: str) -> Place:
+    # A `pathlib.Path` of Python code becomes text. It is not annotated: the parser would read a list as one path.
+    if isinstance(path, list | tuple):
+        return tuple(expand_path(os.fspath(each), setting) for each in path)
+    return expand_path(os.fspath(path), setting)

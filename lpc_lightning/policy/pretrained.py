@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -82,10 +83,12 @@ class PretrainedPolicy(PolicySpec):
                 merge; or `merge_adapter` is false without an adapter to train.
         """
         super().__init__(**policy)
+        path, adapter = os.fspath(path), None if adapter is None else os.fspath(adapter)
         if adapter is None and is_adapter(path):
             path, adapter = base_of(path), path
         self.adapter, self.merge_adapter = adapter, merge_adapter
-        self.path, self.revision, self.tokenizer, self.quantization = path, revision, tokenizer, quantization
+        self.path, self.revision, self.quantization = path, revision, quantization
+        self.tokenizer = None if tokenizer is None else os.fspath(tokenizer)
         self.trust_remote_code = trust_remote_code
         if quantization is not None and self.lora is None:
             raise ConfigError(

@@ -90,6 +90,14 @@ def test_dtype_setting_overrides_file(tmp_path: Path, tiny_spec: Callable[..., T
     assert PretrainedPolicy(folder, dtype="bfloat16").build().model.dtype == torch.bfloat16
 
 
+def test_path_as_a_path_object(tmp_path: Path, tiny_spec: Callable[..., TinyPolicy]) -> None:
+    spec = tiny_spec("llama")
+    folder = save(model := spec.build(), spec, tmp_path)
+    again = PretrainedPolicy(Path(folder), dtype="float64", tokenizer=Path(folder))
+    assert (again.path, again.tokenizer) == (folder, folder)
+    assert all(map(torch.equal, again.build().parameters(), model.parameters()))
+
+
 def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
     T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=32).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedPolicyError, match=r"\(t5\), an encoder-decoder, expected a decoder-only model"):

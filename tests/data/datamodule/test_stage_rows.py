@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from lpc_lightning.data import PreferenceData
+from lpc_lightning.data import MixtureSource, PreferenceData
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
 from tests.data.datamodule.conftest import ids, prompts, row
@@ -43,6 +43,17 @@ def test_path_one_file_for_each_stage(data: Any, write_rows: Any) -> None:
     module = data(files)
     for stage in files:
         assert ids(module, stage) == [f"{stage}.jsonl line 1"]
+
+
+def test_path_as_a_path_object(write_rows: Any) -> None:
+    """In Python, a `pathlib.Path` stands for its text, also in a list or a mapping."""
+    one, other = (write_rows([row(n)], f"{n}.jsonl") for n in range(2))
+    forms: list[tuple[Any, Any]] = [(one, str(one)), ([one, other], [str(one), str(other)])]
+    forms += [({"train": path}, {"train": text}) for path, text in forms]
+    for path, text in forms:
+        assert PreferenceData(path).path == PreferenceData(text).path
+        assert MixtureSource(path=path).path == MixtureSource(path=text).path
+    assert MixtureSource(path=one).name == "0"
 
 
 @pytest.mark.parametrize("form", ["folder", "saved", "json", "column"])
