@@ -116,7 +116,10 @@ class DataReport:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Return the counts by metric name: `data/read`, `data/kept`, `data/bad/empty_answer`, `data/dropped/...`."""
+        """Return the counts by metric name: `data/read`, `data/kept`, `data/bad/empty_answer`, `data/dropped/...`.
+
+        Counts of splits or forms whose names differ in punctuation or case alone are one metric, their sum.
+        """
         named = {"read": self.read, "kept": self.kept, "held_apart": self.held_apart}
         groups = {
             "other_splits": self.other_splits,
@@ -127,7 +130,9 @@ class DataReport:
             "forms": self.forms,
         }
         for group, counts in groups.items():
-            named |= {f"{group}/{_slug(reason)}": count for reason, count in counts.items()}
+            for reason, count in counts.items():
+                name = f"{group}/{_slug(reason)}"
+                named[name] = named.get(name, 0) + count
         return {f"data/{name}": float(count) for name, count in named.items()}
 
     def describe(self) -> str:
@@ -175,4 +180,4 @@ def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
 
 
 def _slug(reason: str) -> str:
-    return re.sub(r"\W+", "_", reason).strip("_").lower()
+    return re.sub(r"\W+", "_", reason).strip("_").lower() or "_"

@@ -29,6 +29,17 @@ def test_report_metrics():
     }
 
 
+def test_report_metrics_of_similar_names():
+    """Every row of a split is counted, although metrics have no punctuation. A name has at least one character."""
+    report = DataReport(read=9, kept=2)
+    for split, rows in {"en-GB": 1, "en_gb": 2, "?": 4}.items():
+        for _ in range(rows):
+            report.count_other_split(split)
+    splits = {name: count for name, count in report.metrics().items() if "split" in name}
+    assert splits == {"data/other_splits/en_gb": 3.0, "data/other_splits/_": 4.0}
+    assert report.read == report.kept + sum(splits.values())
+
+
 def test_report_text_first_three_places():
     text = str(filled_report())
     assert text.splitlines()[0] == "12 rows read, 4 pairs kept"
