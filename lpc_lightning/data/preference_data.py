@@ -19,6 +19,7 @@ from lpc_lightning.data.sources.splits import (
     find_split,
     split_names,
 )
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.path_variables import expand_path
 
 Place: TypeAlias = str | tuple[str, ...]
@@ -71,7 +72,7 @@ class StageRows:
             others: Settings of the next base class.
 
         Raises:
-            ValueError: A setting is out of range.
+            ValueError: A setting is out of range, or `path` is something else.
         """
         super().__init__(**others)
         known = ("train", "validation", "test")
@@ -180,7 +181,16 @@ class PreferenceData(StageRows, PreferenceDataModule):
 
 
 def _expanded(path: str | list[str], setting: str) -> Place:
-    # A `pathlib.Path` of Python code becomes text. It is not annotated: the parser would read a list as one path.
     if isinstance(path, list | tuple):
-        return tuple(expand_path(os.fspath(each), setting) for each in path)
-    return expand_path(os.fspath(path), setting)
+        return tuple(expand_path(_text(each, setting), setting) for each in path)
+    return expand_path(_text(path, setting), setting)
+
+
+def _text(path: Any, setting: str) -> str:
+    """Return a path as text. Python code may give a `pathlib.Path`, which the parser would also make of a list."""
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"{setting}: found a {type(path).__name__}, expected a path, a pattern or a hub name. Write a data set in "
+            "memory to a folder first: `dataset.save_to_disk(FOLDER)`."
+        )
+    return os.fspath(path)

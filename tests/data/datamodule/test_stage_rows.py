@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from lpc_lightning.data import MixtureSource, PreferenceData
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
+from lpc_lightning.errors import ConfigError
 from tests.data.datamodule.conftest import ids, prompts, row
 
 
@@ -54,6 +55,15 @@ def test_path_as_a_path_object(write_rows: Any) -> None:
         assert PreferenceData(path).path == PreferenceData(text).path
         assert MixtureSource(path=path).path == MixtureSource(path=text).path
     assert MixtureSource(path=one).name == "0"
+
+
+def test_path_that_is_a_data_set() -> None:
+    """As TRL takes it: the error tells how to save it."""
+    rows = Dataset.from_list([row(0)])
+    with pytest.raises(ConfigError, match=r"^data\.path: found a Dataset, expected a path, .*`dataset\.save_to_disk"):
+        PreferenceData(rows)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^data\.sources\.path\.train: found a Dataset, expected a path"):
+        MixtureSource(path=DatasetDict(train=rows))
 
 
 @pytest.mark.parametrize("form", ["folder", "saved", "json", "column"])
