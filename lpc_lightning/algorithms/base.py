@@ -87,9 +87,18 @@ class PreferenceModule(PolicyModule):
 
         Raises:
             ConfigError: `reference` is neither `cached` nor `live`, `nll_weight` or `latent_lr` is negative, or
-                `warmup_ratio` is no share.
+                `warmup_ratio` is no share; or an object is of another class.
         """
         super().__init__()
+        objects: tuple[tuple[str, Any, Any, str], ...] = (
+            ("policy", policy, PolicySpec, "PretrainedPolicy(PATH)"),
+            ("latent", latent, LatentSpace | None, "MarginalSpace(), or None"),
+            ("robust_loss", robust_loss, RobustLoss | None, "REPO(), or None"),
+        )
+        for name, value, kind, example in objects:
+            if not isinstance(value, kind):  # in Python code; the command line makes the objects itself
+                found = repr(value).partition("\n")[0][:80]
+                raise ConfigError(f"{name}: found {found}, expected an object such as {example}.")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`")
             self.save_hyperparameters()

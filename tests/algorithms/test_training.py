@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch.testing import assert_close
 
 from lpc_lightning.algorithms import DPO, IPO, KTO, PreferenceModule, SimPO
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA
 
@@ -246,6 +247,21 @@ def test_divergence_error_for_huge_learning_rate(small_policy: Any, fit_run: Any
 def test_invalid_beta_is_refused_at_init(algorithm: Any, small_policy: Any) -> None:
     with pytest.raises(ValueError, match=r"beta: found -1\.0, expected a number above 0\."):
         algorithm(policy=small_policy(), beta=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "found"),
+    [
+        ("policy", "models/some", "'models/some', expected an object such as PretrainedPolicy"),
+        ("policy", torch.nn.Sequential(torch.nn.Linear(1, 1)), r"Sequential\(, expected an object such as Pretrained"),
+        ("latent", MarginalSpace, r"<class '.*\.MarginalSpace'>, expected an object such as Marginal"),
+        ("robust_loss", "REPO", r"'REPO', expected an object such as REPO\(\), or None"),
+    ],
+)
+def test_settings_of_another_class_are_refused(setting: str, value: Any, found: str, small_policy: Any) -> None:
+    """In Python, as users of TRL and of the command line may write them."""
+    with pytest.raises(ConfigError, match=f"^{setting}: found {found}"):
+        DPO(**{"policy": small_policy(), setting: value})
 
 
 def test_fit_without_end_is_refused(small_policy: Any, fit_run: Any) -> None:
