@@ -306,8 +306,16 @@ class BatchForward:
         if z is None:
             return self._sum(token_logps(self._hidden, self._reads.targets, self._head))
         batch = self._batch
-        hidden = self._reads.of_answers(self._hidden)
-        return self._sum_of_answers(token_logps(hidden, batch.targets, self._head, z, batch.owner % batch.pairs))
+        pair = batch.owner % batch.pairs
+        each_has_gradient = z.requires_grad and torch.is_grad_enabled()
+        if each_has_gradient or not self._reads.are_shared:
+            hidden = self._reads.of_answers(self._hidden)
+            return self._sum_of_answers(token_logps(hidden, batch.targets, self._head, z, pair))
+        # Pairs of one prompt have one z under the prior.
+        z, number = z.unique(dim=0, return_inverse=True)
+        token, group, of = self._reads.of_groups(number[pair])
+        per_token = token_logps(self._hidden[token], self._reads.targets[token], self._head, z, group)
+        return self._sum_of_answers(per_token[of])
 
     def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:
         """Return (2B, K) log-probability of each answer under every code of `codes` (K, d).
@@ -363,6 +371,24 @@ class DistinctReads:
             distinct, of = (batch.read_at * TOKEN_IDS + batch.targets).unique(return_inverse=True)
             if len(distinct) <= MOST_DISTINCT * len(of):
                 self.read_at, self.targets, self._of = distinct // TOKEN_IDS, distinct % TOKEN_IDS, of
+
+    @property
+    def are_shared(self) -> bool:
+        """True if M is less than N."""
+        return self._of is not None
+
+    def of_groups(self, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the distinct tokens of each group. `are_shared` is required.
+
+        Args:
+            group: (N,) group of each of the batch's completion tokens.
+
+        Returns:
+            (P,) index of a distinct token; (P,) its group; and (N,) the row of P that is the batch's token.
+        """
+        assert self._of is not None
+        distinct, of = (self._of * TOKEN_IDS + group).unique(return_inverse=True)
+        return distinct // TOKEN_IDS, distinct % TOKEN_IDS, of
 
     def of_answers(self, values: Tensor) -> Tensor:
         """Return (N, ...) values of the batch's completion tokens, from those of the distinct ones (M, ...)."""

@@ -150,6 +150,11 @@ def test_shared_tokens_are_scored_once(tiny: Callable[..., CausalPolicy], monkey
     forward.logps()
     forward.logps_per_code(torch.zeros(2, policy.width, dtype=torch.float64))
     forward.first_order()
-    forward.logps(torch.zeros(6, policy.width, dtype=torch.float64))
+    z = torch.arange(6.0, dtype=torch.float64)[:, None].expand(-1, policy.width)
+    with torch.no_grad():
+        forward.logps(z)
+        forward.logps(torch.zeros_like(z))
+        forward.logps(z // 3)  # pairs of the first answer, and the others
+    forward.logps(torch.zeros_like(z).requires_grad_())
     # The first two answers begin with the same two tokens. Their first token is predicted at one position.
-    assert scored == [14, 14, 14, 45], "z is another for each pair"
+    assert scored == [14, 14, 14, 44, 14, 14 + 11, 45], "z of a pair has a gradient of its own"
