@@ -297,7 +297,8 @@ class BatchForward:
         at = torch.cat([self._reads.read_at, batch.prompt_end, batch.completion_end])
         sizes = [len(self._reads.read_at), batch.pairs, batch.pairs, batch.pairs]
         self._hidden, prompt, chosen, rejected = hidden[at].split(sizes)
-        self.states = PairStates(prompt, chosen, rejected, batch.annotators, batch.contents)
+        contents = batch.contents if any(batch.annotators) else ()  # no other pairs share evidence
+        self.states = PairStates(prompt, chosen, rejected, batch.annotators, contents)
         self._batch = batch
         self._head = head
 
@@ -313,7 +314,7 @@ class BatchForward:
             return self._sum_of_answers(token_logps(hidden, batch.targets, self._head, z, pair))
         # Pairs of one prompt have one z under the prior.
         z, number = z.unique(dim=0, return_inverse=True)
-        token, group, of = self._reads.of_groups(number[pair])
+        token, group, of = self._reads.of_groups(number[pair], len(z))
         per_token = token_logps(self._hidden[token], self._reads.targets[token], self._head, z, group)
         return self._sum_of_answers(per_token[of])
 
@@ -374,21 +375,22 @@ class DistinctReads:
 
     @property
     def are_shared(self) -> bool:
-        """True if M is less than N."""
+        """True if tokens are scored once for all of their answers. Otherwise M is N."""
         return self._of is not None
 
-    def of_groups(self, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def of_groups(self, group: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """Find the distinct tokens of each group. `are_shared` is required.
 
         Args:
             group: (N,) group of each of the batch's completion tokens.
+            groups: Number of groups.
 
         Returns:
             (P,) index of a distinct token; (P,) its group; and (N,) the row of P that is the batch's token.
         """
         assert self._of is not None
-        distinct, of = (self._of * TOKEN_IDS + group).unique(return_inverse=True)
-        return distinct // TOKEN_IDS, distinct % TOKEN_IDS, of
+        distinct, of = (self._of * groups + group).unique(return_inverse=True)
+        return distinct // groups, distinct % groups, of
 
     def of_answers(self, values: Tensor) -> Tensor:
         """Return (N, ...) values of the batch's completion tokens, from those of the distinct ones (M, ...)."""
