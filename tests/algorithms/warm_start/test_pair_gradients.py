@@ -68,6 +68,7 @@ SAME: dict[str, dict[str, Any]] = {
     "no codes": {"latent": MLPSpace(hidden=8)},
     "labels": {"callbacks": [LabelFlipNoise(0.5)]},
     "seed": {"seed": 2, "warm_start_pairs": 21},
+    "an untrained adapter": {"policy": {"lora": LoRA(rank=2)}, "seed": 2},
 }
 
 

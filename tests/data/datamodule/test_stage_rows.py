@@ -58,7 +58,7 @@ def test_path_as_a_path_object(write_rows: Any) -> None:
 
 
 def test_path_that_is_a_data_set() -> None:
-    """As TRL takes it: the error tells how to save it."""
+    """TRL takes it. The error says how to save it."""
     rows = Dataset.from_list([row(0)])
     with pytest.raises(ConfigError, match=r"^data\.path: found a Dataset, expected a path, .*`dataset\.save_to_disk"):
         PreferenceData(rows)  # type: ignore[arg-type]
