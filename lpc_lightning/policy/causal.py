@@ -21,7 +21,13 @@ from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.frozen_states import FrozenStates
 from lpc_lightning.policy.graphed_backbone import GraphedBackbone
 from lpc_lightning.policy.head import head_of
-from lpc_lightning.policy.logprobs import logits_of, token_chunks, token_logps, token_logps_per_code
+from lpc_lightning.policy.logprobs import (
+    logits_of,
+    token_chunks,
+    token_logps,
+    token_logps_of_groups,
+    token_logps_per_code,
+)
 from lpc_lightning.policy.masks import FULL, MASKS, SPARSE, block_mask, layer_windows
 from lpc_lightning.policy.memory_efficient_layers import restore_published
 from lpc_lightning.policy.segment_attention import SEGMENT, query_blocks
@@ -308,14 +314,14 @@ class BatchForward:
             return self._sum(token_logps(self._hidden, self._reads.targets, self._head))
         batch = self._batch
         pair = batch.owner % batch.pairs
-        each_has_gradient = z.requires_grad and torch.is_grad_enabled()
-        if each_has_gradient or not self._reads.are_shared:
-            hidden = self._reads.of_answers(self._hidden)
-            return self._sum_of_answers(token_logps(hidden, batch.targets, self._head, z, pair))
-        # Pairs of one prompt have one z under the prior.
-        z, number = z.unique(dim=0, return_inverse=True)
-        token, group, of = self._reads.of_groups(number[pair], len(z))
-        per_token = token_logps(self._hidden[token], self._reads.targets[token], self._head, z, group)
+        if not self._reads.are_shared:
+            return self._sum_of_answers(token_logps(self._hidden, batch.targets, self._head, z, pair))
+        if not (z.requires_grad and torch.is_grad_enabled()):
+            # Pairs of one prompt have one z under the prior.
+            z, number = z.unique(dim=0, return_inverse=True)
+            pair = number[pair]
+        token, group, of = self._reads.of_groups(pair, len(z))
+        per_token = token_logps_of_groups(self._hidden, self._reads.targets, self._head, z, token, group)
         return self._sum_of_answers(per_token[of])
 
     def logps_per_code(self, codes: Tensor, code_range: float | None = None) -> Tensor:

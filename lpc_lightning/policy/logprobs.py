@@ -48,7 +48,7 @@ def token_logps(
     Returns:
         (N,) in nats, float32 (float64 for float64 input).
     """
-    return _biased_logps(hidden, targets, head, _shifts(head, z), group)
+    return _biased_logps(hidden, targets, head, None if z is None else _shifts(head, z), group)
 
 
 def _biased_logps(
@@ -91,14 +91,51 @@ def token_logps_per_code(
     table = code_logits(head, codes)
     if head.softcap is None:
         nats = float(_range(table)) if code_range is None else code_range
-        if nats <= THIN_RANGE:
-            return _TokenLogps.apply(hidden, head.weight, head.bias, table, None, None, targets, head)
-        if nats <= WIDE_RANGE and hidden.device.type != "mps":
-            exact = _types(hidden)[1]
-            logps = _TokenLogps.apply(hidden, head.weight, head.bias, table.double(), None, None, targets, head)
-            return logps.to(exact)
+        if _fits_product(nats, hidden.device.type):
+            return _logps_by_product(hidden, targets, head, table, nats)
     group = torch.zeros_like(targets)
     return torch.stack([_biased_logps(hidden, targets, head, row[None], group) for row in table], dim=-1)
+
+
+def token_logps_of_groups(
+    hidden: Tensor, targets: Tensor, head: LogitHead, z: Tensor, token: Tensor, group: Tensor
+) -> Tensor:
+    """Compute log softmax(head(hidden[token] + z[group]))[target] of each of P pairs of a token and a z.
+
+    If few tokens stand in many pairs, they are scored under every z as `token_logps_per_code` does: M products with the
+    head and M times G thin ones in place of P products with the head. Waits for the device.
+
+    Args:
+        hidden: (M, d) states that enter the head.
+        targets: (M,) token ids.
+        head: The policy's head.
+        z: (G, d) representations.
+        token: (P,) index of a state.
+        group: (P,) index of a row of `z`.
+
+    Returns:
+        (P,) in nats, float32 (float64 for float64 input).
+    """
+    shifts = _shifts(head, z)
+    (tokens, width), groups = hidden.shape, len(z)
+    if head.softcap is None and tokens * (width + groups) < len(token) * width:
+        nats = float(_range(shifts))
+        if _fits_product(nats, hidden.device.type):
+            return _logps_by_product(hidden, targets, head, shifts, nats)[token, group]
+    return _biased_logps(hidden[token], targets[token], head, shifts, group)
+
+
+def _fits_product(nats: float, device: str) -> bool:
+    """Return True if `_logps_by_product` is exact enough for logit biases of this range."""
+    return nats <= THIN_RANGE or (nats <= WIDE_RANGE and device != "mps")
+
+
+def _logps_by_product(hidden: Tensor, targets: Tensor, head: LogitHead, table: Tensor, nats: float) -> Tensor:
+    """Compute log-probabilities (N, K) under every row of logit biases `table` (K, V), whose range is `nats`."""
+    if nats <= THIN_RANGE:
+        return _TokenLogps.apply(hidden, head.weight, head.bias, table, None, None, targets, head)
+    logps = _TokenLogps.apply(hidden, head.weight, head.bias, table.double(), None, None, targets, head)
+    return logps.to(_types(hidden)[1])
 
 
 @torch.no_grad()
@@ -119,7 +156,8 @@ def token_logps_and_greedy(
         Greedy decoding chooses the lowest token id of equal logits.
     """
     product, exact = _types(hidden)
-    form, all_terms = _HeadForm(head.scale, head.softcap, exact), _LogitTerms(head.bias, _shifts(head, z), group)
+    shifts = None if z is None else _shifts(head, z)
+    form, all_terms = _HeadForm(head.scale, head.softcap, exact), _LogitTerms(head.bias, shifts, group)
     logps, greedy = hidden.new_empty(len(hidden), dtype=exact), targets.new_empty(len(hidden), dtype=torch.bool)
     with torch.autocast(hidden.device.type, enabled=False):
         states, rows = hidden.to(product), head.weight.to(product)
@@ -130,9 +168,9 @@ def token_logps_and_greedy(
     return logps, greedy
 
 
-def _shifts(head: LogitHead, z: Tensor | None) -> Tensor | None:
+def _shifts(head: LogitHead, z: Tensor) -> Tensor:
     """Return the logit biases (B, V) of z (B, d), in float32 or wider."""
-    return None if z is None else code_logits(head, z.to(torch.promote_types(z.dtype, torch.float32)))
+    return code_logits(head, z.to(torch.promote_types(z.dtype, torch.float32)))
 
 
 def code_logits(head: LogitHead, codes: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lpc_lightning.policy.logprobs import (
     logits_of,
     token_logps,
     token_logps_and_greedy,
+    token_logps_of_groups,
     token_logps_per_code,
 )
 from lpc_lightning.types import LogitHead
@@ -161,3 +162,33 @@ def test_code_logits_equal_logit_difference(kind: str) -> None:
     with_code = torch.stack([logits_of(case.hidden + code, case.head) for code in case.codes], dim=1)
     without = logits_of(case.hidden, case.head)[:, None]
     torch.testing.assert_close(with_code - without, code_logits(case.head, case.codes).expand(7, -1, -1))
+
+
+@every_head
+@every_chunking
+@pytest.mark.parametrize("code_scale", [0.7, 30.0, 600.0], ids=["near", "wide", "very wide"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_logps_of_groups_equal_separate_pairs(
+    kind: str, tokens_at_once: int, code_scale: float, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense: all 28 pairs of 7 tokens and 4 codes, which costs more than 7 products and thin ones. Sparse: a few."""
+    chunk(monkeypatch, tokens_at_once)
+    case = Case(kind, code_scale=code_scale)
+    token, group = torch.cartesian_prod(torch.arange(7), torch.arange(4)).T if dense else torch.arange(4).expand(2, -1)
+    ours = token_logps_of_groups(case.hidden, case.targets, case.head, case.codes, token, group)
+    theirs = case.naive()[token, group]
+    tolerance = 1e-12 * max(1.0, code_scale)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    weights = case.weights[token, group]
+    found, expected = (torch.autograd.grad((weights * logps).sum(), case.leaves) for logps in (ours, theirs))
+    assert_all_close(found, expected, 10 * tolerance)
+
+
+def test_dense_groups_take_fewer_products() -> None:
+    """Score 8 tokens under each of 16 representations: 128 products with the head, or 8 and 128 thin ones."""
+    case = Case(tokens=8, vocabulary=64, width=256, codes=16, code_scale=0.01)
+    token, group = torch.cartesian_prod(torch.arange(8), torch.arange(16)).T
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        token_logps_of_groups(case.hidden, case.targets, case.head, case.codes, token, group)
+    of_codes = 2 * 16 * 256 * 64
+    assert counter.get_total_flops() == of_codes + 2 * 8 * 64 * (256 + 16)

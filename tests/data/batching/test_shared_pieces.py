@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout, PaddedLayout, SharedPrefixLayout
 from lpc_lightning.data.batching.shapes import BatchShape, ShapePlan
-from lpc_lightning.policy import CausalPolicy, causal
+from lpc_lightning.policy import CausalPolicy, logprobs
 from lpc_lightning.types import PreferenceBatch, TokenizedPair
 from tests.data.batching.test_layouts import PAD, check
 from tests.fixtures.policies import piece_table
@@ -132,29 +131,23 @@ def test_values_equal_naive_values(tiny: Callable[..., CausalPolicy], naive_logp
 
 def test_shared_tokens_are_scored_once(tiny: Callable[..., CausalPolicy], monkeypatch: pytest.MonkeyPatch) -> None:
     """The head's products are most of the work above few layers."""
-    scored: list[int] = []
-
-    def count(name: str) -> None:
-        original = getattr(causal, name)
-
-        def counted(hidden: Tensor, *rest: Any) -> Tensor:
-            scored.append(len(hidden))
-            return original(hidden, *rest)
-
-        monkeypatch.setattr(causal, name, counted)
-
-    count("token_logps")
-    count("token_logps_per_code")
     policy = tiny("llama", attention="sdpa")
     forward = policy(SharedPrefixLayout(PAD, None)(RANKING))
+    product, rows = logprobs._product, 0
+
+    def counted(left: Tensor, right: Tensor) -> Tensor:
+        nonlocal rows
+        rows += len(left)
+        return product(left, right)
+
+    monkeypatch.setattr(logprobs, "_product", counted)
+    z = 0.1 * torch.arange(6.0, dtype=torch.float64)[:, None].expand(-1, policy.width)
     forward.logps()
-    forward.logps_per_code(torch.zeros(2, policy.width, dtype=torch.float64))
-    forward.first_order()
-    z = torch.arange(6.0, dtype=torch.float64)[:, None].expand(-1, policy.width)
+    forward.logps_per_code(z[:2])
     with torch.no_grad():
         forward.logps(z)
         forward.logps(torch.zeros_like(z))
-        forward.logps(z // 3)  # pairs of the first answer, and the others
-    forward.logps(torch.zeros_like(z).requires_grad_())
+        forward.logps(z[:2].repeat_interleave(3, 0))  # pairs of the first answer, and the others
+    forward.logps(z.clone().requires_grad_())
     # The first two answers begin with the same two tokens. Their first token is predicted at one position.
-    assert scored == [14, 14, 14, 44, 14, 14 + 11, 45], "z of a pair has a gradient of its own"
+    assert rows == 6 * 14, "separate pairs have 45 tokens"
