@@ -57,9 +57,9 @@ class AnnotatorAdaptation(CollectPairs):
         rounds: Number of random choices of the labelled pairs, which are averaged.
         seed: Seed of the random choices.
         training_pairs: Maximum number of training pairs of each annotator from which the labelled pairs are drawn. They
-            are pairs that the fit reads, so that only a process that has fitted has them, as `ablate` does. They are
-            scored once for each validation or test after the fit; validations during the fit log nothing of this
-            callback. 0: the labelled pairs are other evaluated pairs.
+            are pairs that the fit reads, so that only a process that has fitted has them, as `ablate` does. If the
+            policy has a latent, they are scored once for each validation or test after the fit. Validations during the
+            fit log nothing of this callback. 0: the labelled pairs are other evaluated pairs.
         under_z: Also score the policy under z = sum_k w_k e_k, with weights w of the first round:
             `adaptation/exact_z/N`, and `adaptation/amortized_z/N` if a posterior is learned. This is the only
             adaptation of a Gaussian latent, whose w is the mean of the posterior's means. It takes a second pass over
@@ -118,7 +118,12 @@ class AnnotatorAdaptation(CollectPairs):
                 f"pairs (column {self.pairs.column}), expected a fit in the same process on pairs with this label, as "
                 "ablate runs it. Set 0, or use `lpc-lightning adapt --labelled_split train`."
             )
-        score_batches(trainer, module, data.training_sample(labelled), self.pairs.labelled)
+        sample = data.training_sample(labelled)
+        if module.latent is None:
+            for batch in sample:
+                self.pairs.labelled.add_labels(batch)
+        else:
+            score_batches(trainer, module, sample, self.pairs.labelled)
 
     def _choose_labelled(self, data: PreferenceDataModule) -> list[int]:
         """Choose the labelled pairs of each annotator, the same in all runs that read the same pairs."""

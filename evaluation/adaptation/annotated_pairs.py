@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -90,6 +91,13 @@ class AnnotatedPairsTable(nn.Module):
             for name, values in space.adaptation_values(states, score, preference, preference.swapped()).items():
                 numbers |= split_codes(name, values)
         self.table.update(numbers, answer_rows(batch))
+
+    def add_labels(self, batch: PreferenceBatch) -> None:
+        """Add a batch of labelled pairs for a policy without a latent, which infers nothing from them.
+
+        Their labels and numbers are counted. Their margin, which nothing uses, is 0.
+        """
+        self.table.update({"prior": torch.zeros(batch.pairs)}, answer_rows(batch))
 
     def reset(self) -> None:
         """Remove all pairs."""

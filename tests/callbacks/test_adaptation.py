@@ -311,6 +311,25 @@ def test_labels_of_pairs_with_one_id(votes: PreferenceData, make_trainer: Callab
     assert callback.report.labelled == {"anna": 16, "ben": 16}
 
 
+def test_labels_take_no_pass_without_a_latent(
+    votes: PreferenceData, make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = AnnotatorAdaptation(shots=[0, 8], rounds=2, training_pairs=16)
+    trainer = make_trainer(callbacks=[callback], max_epochs=1)
+    module = DPO(policy=TinyPolicy(width=16, layers=1, heads=2))
+    trainer.fit(module, votes)
+    scored: list[str] = []
+    score = module.score_batch
+
+    def counted(batch: Any, *settings: Any) -> Any:
+        scored.extend(batch.ids)
+        return score(batch, *settings)
+
+    monkeypatch.setattr(module, "score_batch", counted)
+    trainer.test(module, votes, verbose=False)
+    assert sorted(scored) == sorted(f"{name} {number}" for name in ("anna", "ben") for number in range(0, 24, 4))
+
+
 def test_labels_of_training_pairs_need_a_fit(
     votes: PreferenceData, make_module: Any, make_trainer: Callable[..., Trainer]
 ) -> None:
