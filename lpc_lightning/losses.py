@@ -83,9 +83,11 @@ def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma_beta_ratio: float = 0.
         gamma_beta_ratio: Target margin gamma, in units of beta.
 
     Raises:
-        ValueError: `beta` is out of range.
+        ValueError: A setting is out of range.
     """
     check_beta(beta)
+    if not math.isfinite(gamma_beta_ratio):
+        raise ValueError(f"gamma_beta_ratio: found {gamma_beta_ratio}, expected a finite number.")
     chosen = logps.policy_chosen / logps.chosen_lengths
     rejected = logps.policy_rejected / logps.rejected_lengths
     logits = beta * (chosen - rejected - gamma_beta_ratio)

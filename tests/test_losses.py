@@ -422,6 +422,12 @@ def test_losses_beta_out_of_range(loss: Callable[..., PairLosses], beta: float) 
         loss(GOLDEN, beta=beta)
 
 
+@pytest.mark.parametrize("ratio", [math.nan, math.inf, -math.inf])
+def test_simpo_target_margin_not_finite(ratio: float) -> None:
+    with pytest.raises(ValueError, match=rf"^gamma_beta_ratio: found {ratio}, expected a finite number\.$"):
+        simpo_loss(GOLDEN, gamma_beta_ratio=ratio)
+
+
 @with_reference
 @pytest.mark.parametrize("missing", ["reference_chosen", "reference_rejected"])
 def test_losses_missing_reference(name: str, missing: str) -> None:

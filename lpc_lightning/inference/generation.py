@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ class Decoding:
         for name in ("max_new_tokens", "num_beams", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 1.")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature: found {self.temperature}, expected at least 0.")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature: found {self.temperature}, expected a number of at least 0.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p: found {self.top_p}, expected a share above 0 and at most 1.")
         if self.top_p < 1 and not self.temperature:

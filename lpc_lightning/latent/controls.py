@@ -98,7 +98,7 @@ class VectorSpace(DeterministicSpace):
                 training starts at the plain policy.
 
         Raises:
-            ValueError: `init_logit_std` is negative.
+            ValueError: `init_logit_std` is negative or not finite.
         """
         check_codebook(1, init_logit_std)
         super().__init__()

@@ -54,12 +54,12 @@ class DiscreteSpace(LatentSpace):
             networks: Settings of `LatentSpace`.
 
         Raises:
-            ValueError: `num_codes` is below 1, `init_logit_std` or `diversity_weight` is negative, or `prior_mode` is
-                unknown.
+            ValueError: `num_codes` is below 1, `init_logit_std` or `diversity_weight` is negative or not finite, or
+                `prior_mode` is unknown.
         """
         check_codebook(num_codes, init_logit_std)
-        if diversity_weight < 0:
-            raise ValueError(f"latent.diversity_weight: found {diversity_weight}, expected at least 0.")
+        if not 0 <= diversity_weight < math.inf:
+            raise ValueError(f"latent.diversity_weight: found {diversity_weight}, expected a number of at least 0.")
         super().__init__(**networks)
         self.diversity_weight = diversity_weight
         self.num_codes, self.init_logit_std, self.prior_mode = num_codes, init_logit_std, prior_mode

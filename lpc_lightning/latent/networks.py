@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,12 +31,12 @@ def check_codebook(num_codes: int, init_logit_std: float) -> None:
     """Check the settings of a codebook.
 
     Raises:
-        ValueError: `num_codes` is below 1, or `init_logit_std` is negative.
+        ValueError: `num_codes` is below 1, or `init_logit_std` is negative or not finite.
     """
     if num_codes < 1:
         raise ValueError(f"latent.num_codes: found {num_codes}, expected at least 1.")
-    if init_logit_std < 0:
-        raise ValueError(f"latent.init_logit_std: found {init_logit_std}, expected at least 0.")
+    if not 0 <= init_logit_std < math.inf:
+        raise ValueError(f"latent.init_logit_std: found {init_logit_std}, expected a number of at least 0.")
 
 
 class Codebook(nn.Module):

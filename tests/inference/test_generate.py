@@ -159,7 +159,7 @@ def test_a_plain_model_answers_without_codes(generate: Run, plain: str, tmp_path
             "code_weights: found x (could not convert string to float: 'x'), expected",
         ),
         (["--prompt=a", "--code-weights=no.json"], "code_weights: there is no file no.json."),
-        (["--prompt=a", "--temperature=-1"], "temperature: found -1.0, expected at least 0."),
+        (["--prompt=a", "--temperature=-1"], "temperature: found -1.0, expected a number of at least 0."),
         (["--prompt= "], "prompt: found ' ', expected text."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

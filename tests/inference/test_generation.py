@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -315,7 +316,9 @@ def test_template_and_system_turns_of_training(case: Callable[..., Case]) -> Non
         ({"max_new_tokens": 0}, "max_new_tokens: found 0, expected at least 1"),
         ({"num_beams": 0}, "num_beams: found 0, expected at least 1"),
         ({"batch_size": 0}, "batch_size: found 0, expected at least 1"),
-        ({"temperature": -1.0}, "temperature: found -1.0, expected at least 0"),
+        ({"temperature": -1.0}, "temperature: found -1.0, expected a number of at least 0"),
+        ({"temperature": math.nan}, "temperature: found nan, expected a number of at least 0"),
+        ({"temperature": math.inf}, "temperature: found inf, expected a number of at least 0"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p: found 0.0, expected a share above 0"),
         ({"top_p": 0.5}, "top_p: found 0.5 at temperature 0, where nothing is drawn"),
         ({"num_beams": 2, "temperature": 1.0}, "num_beams: found 2 at temperature 1.0; beams go with temperature 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -99,7 +100,15 @@ def test_infer_unknown_mode(kind: Any, mode: Any, dpo_toy: Any, build: Callable[
 
 @pytest.mark.parametrize("kind", [*SPACES, GaussianSpace])
 @pytest.mark.parametrize(
-    ("setting", "value"), [("num_codes", 0), ("num_codes", -3), ("init_logit_std", -0.1), ("hidden", 0)]
+    ("setting", "value"),
+    [
+        ("num_codes", 0),
+        ("num_codes", -3),
+        ("init_logit_std", -0.1),
+        ("init_logit_std", math.nan),
+        ("init_logit_std", math.inf),
+        ("hidden", 0),
+    ],
 )
 def test_settings_out_of_range(kind: Any, setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"latent.{setting}: found {value}"):

@@ -57,9 +57,10 @@ def test_diversity_penalty_of_even_use_is_zero(dpo_toy: Any, build: Build) -> No
     assert float(space.diversity_penalty(one_hot).abs().max()) < 1e-12
 
 
-def test_diversity_weight_negative() -> None:
-    with pytest.raises(ValueError, match=r"latent\.diversity_weight: found -0\.1, expected at least 0"):
-        MarginalSpace(diversity_weight=-0.1)
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
+def test_diversity_weight_out_of_range(weight: float) -> None:
+    with pytest.raises(ValueError, match=rf"latent\.diversity_weight: found {weight}, expected a number of at least 0"):
+        MarginalSpace(diversity_weight=weight)
 
 
 @pytest.mark.parametrize("kind", WITH_POSTERIOR)
