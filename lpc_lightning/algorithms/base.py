@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpc_lightning.algorithms.checkpoint import is_plain, plain
+from lpc_lightning.algorithms.checkpoint import is_plain
 from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
 from lpc_lightning.algorithms.outputs import EvaluationOutput, TrainingOutput
@@ -33,6 +33,7 @@ from lpc_lightning.algorithms.run_length import (
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.files.plain_values import plain
 from lpc_lightning.latent import LatentSpace, LatentTerms
 from lpc_lightning.losses import add_nll, weighted_mean
 from lpc_lightning.policy import PolicySpec

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lpc_lightning.errors import CheckpointError
+from lpc_lightning.files.plain_values import plain
 from lpc_lightning.latent import LatentSpace
 
 PLAIN = (bool, int, float, str, Tensor)
 """Types of values, besides None and containers of them, that `torch.load` reads without running code."""
-
-
-def plain(value: Any) -> Any:
-    """Convert NumPy's numbers and paths to Python's, in dictionaries, lists and tuples too.
-
-    `torch.load` refuses a file with them, so that a checkpoint of a run with `latent_lr=np.float64(1e-3)` could not be
-    opened. Other values are returned unchanged.
-    """
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if type(value) in (dict, OrderedDict):
-        return {plain(name): plain(each) for name, each in value.items()}
-    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def is_plain(value: Any) -> bool:
