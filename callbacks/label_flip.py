@@ -21,6 +21,7 @@ from lpc_lightning.data.tokenization.tokens import TokenStore
 from lpc_lightning.data.trainer_data import required_data
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.json_files import write_text
+from lpc_lightning.files.plain_values import plain
 from lpc_lightning.loggers import run_folder
 from lpc_lightning.seeding import run_seed
 from lpc_lightning.types import PreferenceBatch, PreferenceExample
@@ -83,9 +84,9 @@ class LabelFlipNoise(LabelNoise, Callback):
             raise ConfigError(f"LabelFlipNoise.rate: found {rate}, expected a share from 0 to 1: 0.3 for 30 %.")
         if marker is not None and not marker.strip():
             raise ConfigError(f"LabelFlipNoise.marker: found {marker!r}, expected a text, or null for no marker.")
-        self.rate, self.order, self.marker, self.marker_at = rate, order or Uniform(), marker, marker_at
+        self.rate, self.order, self.marker, self.marker_at = plain(rate), order or Uniform(), marker, marker_at
         self.sources, self.factors = sources, factors
-        self._seed = seed
+        self._seed = plain(seed)
         self._metrics = NoiseMetrics()
         self._kinds: list[str] = []
 

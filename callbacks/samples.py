@@ -21,6 +21,7 @@ from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.preserve import preserved
 from lpc_lightning.evaluation.samples import TEXT, Record, samples_text, write_samples
+from lpc_lightning.files.plain_values import plain
 from lpc_lightning.inference.generate import conditions
 from lpc_lightning.inference.generation import Answered, Condition, Decoding, answers
 from lpc_lightning.inference.opening import OpenedPolicy, view_module
@@ -127,7 +128,7 @@ class AnswerSamples(Callback):
         if not trainer.is_global_zero:
             return
         self._conditions(view_module(pl_module, "policy", template_settings(trainer)), [])
-        request = json.dumps([self.prompts, {name: asdict(each) for name, each in self.decodings.items()}])
+        request = json.dumps(plain([self.prompts, {name: asdict(each) for name, each in self.decodings.items()}]))
         if request == self._request:
             return
         self._request, started = request, time.perf_counter()

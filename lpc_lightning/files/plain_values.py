@@ -1,4 +1,4 @@
-"""NumPy's numbers and paths as values of Python, which files can hold."""
+"""NumPy's numbers and paths as values of Python, which checkpoints and JSON can hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def plain(value: Any) -> Any:
     """Convert NumPy's numbers and paths to Python's, in dictionaries, lists and tuples too.
 
     `torch.load` refuses a file with them, so that a checkpoint of a run with `latent_lr=np.float64(1e-3)` could not be
-    opened. Other values are returned unchanged.
+    opened, and JSON cannot hold them. Other values are returned unchanged.
     """
     if isinstance(value, np.generic):
         return value.item()

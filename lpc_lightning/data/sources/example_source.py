@@ -16,6 +16,7 @@ from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import BadRow, Tie, entry_of, label_text
 from lpc_lightning.data.sources.splits import RANKS, HoldOut, first_held_out, held_out, refuse_marked, select_split
+from lpc_lightning.files.plain_values import plain
 from lpc_lightning.types import PreferenceExample
 
 
@@ -56,7 +57,7 @@ class RowSource:
 
     def key(self) -> str:
         """See `ExampleSource.key`."""
-        settings = {name: value for name, value in asdict(self).items() if name != "path"}
+        settings = plain({name: value for name, value in asdict(self).items() if name != "path"})
         location = open_location(self.path, self.config)
         own = self.split if location.has_splits else None
         splits = [location.has_splits, location.known_splits]

@@ -35,6 +35,7 @@ from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.data.tokenization.tokens import SCHEMA, TokenStore, tokenize_examples
 from lpc_lightning.files.integrity import code_digest, digest_of
+from lpc_lightning.files.plain_values import plain
 from lpc_lightning.files.unfinished import remove_leftovers, unfinished_path
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def load_or_tokenize(
     """
     if bad_rows not in ("error", "skip"):
         raise DataError(f"data.bad_rows: found {bad_rows!r}, expected 'error' or 'skip'.")
-    parts = [_versions(), source.key(), template.fingerprint, asdict(lengths), bad_rows]
+    parts = [_versions(), source.key(), template.fingerprint, plain(asdict(lengths)), bad_rows]
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     root = (cache_dir or default_cache_dir()) / "tokens"
     entry = root / fingerprint[:32]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lpc_lightning.data import ByAnnotator, Columns, DataError, PreferenceData
@@ -55,6 +57,20 @@ def test_columns_with_a_value_in_one_row(data: Any, write_rows: Any) -> None:
         write_rows(rows), columns=Columns(annotator="rater", named_in_prompt="annotator"), validation_share=0.0
     )
     assert pairs.load("train", tiny().load_tokenizer()).annotators == ["", "anna"]
+
+
+def test_settings_as_numpy_numbers(data: Any, write_rows: Any, tmp_path: Path) -> None:
+    """As in a loop over `np.arange`: the same pairs and the same entry of the cache as with numbers of Python."""
+
+    def fingerprint(whole: Any, real: Any) -> str:
+        columns = Columns(score_chosen="good", score_rejected="bad", margin_alpha=real(0.5))
+        limits = {"max_length": whole(512), "max_prompt_length": whole(256), "batch_size": whole(8)}
+        made = data(rows, columns=columns, validation_share=real(0.25), **limits)
+        return str(made.load("train", tiny().load_tokenizer()).fingerprint)
+
+    rows = write_rows([{**row(n), "good": 2.0, "bad": 1.0} for n in range(20)])
+    assert fingerprint(np.int64, np.float32) == fingerprint(int, float)
+    assert len([entry for entry in (tmp_path / "cache" / "tokens").iterdir() if entry.is_dir()]) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from jsonargparse import ArgumentParser
 
@@ -56,6 +58,14 @@ ORDERS: dict[str, FlipOrder] = {
 def flipped(pairs: list[PreferenceExample] = PAIRS_TO_FLIP, **settings: Any) -> set[str]:
     mask = LabelFlipNoise(**({"seed": 7} | settings)).flips(pairs)
     return {pair.id for pair, flip in zip(pairs, mask, strict=True) if flip}
+
+
+@pytest.mark.parametrize("order", [Uniform(), UnreliableAnnotators()])
+def test_noise_of_numpy_numbers(order: FlipOrder) -> None:
+    """As in a loop over `np.linspace`: the flips and the record are those of numbers of Python."""
+    noise = LabelFlipNoise(rate=np.float32(0.5), order=order, seed=np.int64(7))  # type: ignore[arg-type]
+    assert noise.flips(PAIRS_TO_FLIP).tolist() == LabelFlipNoise(0.5, order, seed=7).flips(PAIRS_TO_FLIP).tolist()
+    assert json.dumps([noise.key(), noise.rate, noise.seed]) == json.dumps([noise.key(), 0.5, 7])
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
