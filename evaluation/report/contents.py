@@ -74,7 +74,7 @@ def read_contents(
     if baseline_axes:
         tables.append(contrasts_table(study, compared, baseline_axes))
     if loaded.tunings:
-        tables.append(tuning_table(loaded.tunings))
+        tables.append(tuning_table(study, loaded.tunings))
     baseline_name = ", ".join(f"{axis}={value}" for axis, value in baseline_axes.items())
     return Contents(
         Subject(study, metrics, compared, baseline_name, selected_axes),

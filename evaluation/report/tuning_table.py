@@ -8,6 +8,7 @@ from typing import Any
 
 from lpc_lightning.evaluation.report.runs.records import GroupTuning
 from lpc_lightning.evaluation.report.runs.settings import Value
+from lpc_lightning.evaluation.report.study import Study
 from lpc_lightning.evaluation.report.table_files import (
     NO_VALUE,
     Cell,
@@ -19,14 +20,15 @@ from lpc_lightning.evaluation.report.table_files import (
 )
 
 
-def tuning_table(tunings: Sequence[GroupTuning]) -> Table:
+def tuning_table(study: Study, tunings: Sequence[GroupTuning]) -> Table:
     """Make the table of the tuning of each group, with a column for each value.
 
     Groups of several ablations can agree in all axes. They then have the names of their ablations in the first column.
-    Its records have a line for each value and seed.
+    Its records have a line for each value and seed. The axes are those of the report's other tables.
     """
     has_several = len({tuning.ablation for tuning in tunings}) > 1
-    axes = list(dict.fromkeys(axis for tuning in tunings for axis in tuning.axes))
+    known = {axis for tuning in tunings for axis in tuning.axes}
+    axes, constant = ([axis for axis in part if axis in known] for part in (study.axes, study.constant))
     tuned = list(dict.fromkeys(tuning.axis for tuning in tunings))
     values = sorted({float(value) for tuning in tunings for value in tuning.scores})
     columns = [Column("ablation")] if has_several else []
@@ -39,7 +41,7 @@ def tuning_table(tunings: Sequence[GroupTuning]) -> Table:
         cells += [text_cell(tuning.value) if tuning.axis == name else Cell(NO_VALUE) for name in tuned]
         cells += [_score(tuning, value) for value in values]
         rows.append([*cells, text_cell(tuning.note)])
-        records += _records(tuning, axes, {"ablation": tuning.ablation} if has_several else {})
+        records += _records(tuning, [*axes, *constant], {"ablation": tuning.ablation} if has_several else {})
     sections = [f"{tuning.section}." for tuning in tunings]
     notes = [
         "The mean score over the tuning seeds at each value; *: the chosen value; +: a value that was added for all "

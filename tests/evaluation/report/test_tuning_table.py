@@ -10,16 +10,26 @@ from lpc_lightning.evaluation.report.table_files import to_markdown
 from lpc_lightning.evaluation.report.tables import means_table
 from lpc_lightning.evaluation.report.tuning_table import tuning_table
 
+STUDY = make_study([RunRecord(latent, {"latent": latent}) for latent in ("none", "marginal")])
 
-def tuned(ablation: str, value: float) -> GroupTuning:
+
+def tuned(ablation: str, value: float, **axes: Any) -> GroupTuning:
     scores: dict[Any, dict[int, float | None]] = {1e-4: {101: 0.5, 102: 0.7}, 3e-4: {101: 0.6, 102: 0.8}}
     return GroupTuning(
-        ablation, {"latent": "none"}, "lr", "lr by the largest val/accuracy", value, "", scores, (), "val/accuracy"
+        ablation,
+        {"latent": "none", **axes},
+        "lr",
+        "lr by the largest val/accuracy",
+        value,
+        "",
+        scores,
+        (),
+        "val/accuracy",
     )
 
 
 def rows_of(*tunings: GroupTuning) -> list[list[str]]:
-    lines = [line for line in to_markdown(tuning_table(tunings)).splitlines() if line.startswith("|")]
+    lines = [line for line in to_markdown(tuning_table(STUDY, tunings)).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
 
 
@@ -28,7 +38,7 @@ def test_tuning_table_of_one_ablation() -> None:
         ["latent", "lr", "at 0.0001", "at 0.0003", "note"],
         ["none", "0.0003", "0.6000", "* 0.7000", ""],
     ]
-    assert "ablation" not in tuning_table([tuned("one", 3e-4)]).records[0]
+    assert "ablation" not in tuning_table(STUDY, [tuned("one", 3e-4)]).records[0]
 
 
 def test_tuning_table_names_each_ablation() -> None:
@@ -39,8 +49,20 @@ def test_tuning_table_names_each_ablation() -> None:
         ["one_epoch", "none", "0.0003", "0.6000"],
         ["two_epochs", "none", "0.0001", "* 0.6000"],
     ]
-    chosen = {(line["ablation"], line["value"]) for line in tuning_table(table).records if line["is_chosen"]}
+    chosen = {(line["ablation"], line["value"]) for line in tuning_table(STUDY, table).records if line["is_chosen"]}
     assert chosen == {("one_epoch", 3e-4), ("two_epochs", 1e-4)}
+
+
+def test_tuning_table_has_the_axes_of_other_tables() -> None:
+    """An axis with one value is in the CSV file only. One that the runs of another grid lack is in no table."""
+    axes = {"noise": 0, "latent": "none"}
+    study = make_study([RunRecord("a", axes), RunRecord("b", {**axes, "latent": "marginal"})])
+    means = means_table(study, ["val/a"])
+    tunings = tuning_table(study, [tuned("one", 3e-4, algorithm="dpo", noise=0)])
+    assert [column.name for column in means.columns][:2] == ["latent", "val/a"]
+    assert [column.name for column in tunings.columns][:2] == ["latent", "lr"]
+    assert list(means.records[0])[:3] == ["latent", "noise", "metric"]
+    assert list(tunings.records[0])[:3] == ["latent", "noise", "tuned"]
 
 
 def test_means_of_a_tuned_axis_and_a_plain_one() -> None:
