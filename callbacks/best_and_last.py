@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lpc_lightning.distributed.sharded_checkpoint import put_in_place, remove_checkpoint
 from lpc_lightning.errors import CheckpointError
@@ -64,6 +64,15 @@ class BestAndLast(ModelCheckpoint):
             self._saved_step = None
         self._save_last(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report that there is no `best.ckpt` if the run has never validated."""
+        super().on_train_end(trainer, pl_module)
+        if not (self.best_model_path or _is_trial(trainer)):
+            rank_zero_info(
+                "checkpoint: this run had no validation, so that there is no best.ckpt. Use last.ckpt. For a best one, "
+                "set trainer.limit_val_batches above 0, and data.validation_share above 0 or data.validation_split."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Return Lightning's state, and the step of the best checkpoint."""
         return super().state_dict() | {"best_step": self._best_step}
@@ -99,11 +108,14 @@ class BestAndLast(ModelCheckpoint):
         state["best_k_models"] = {str(target): state["best_model_score"]}
 
     def _save_last(self, trainer: Trainer) -> None:
-        is_trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning's connector
-        if is_trial or self._saved_step == trainer.global_step or self.dirpath is None:
+        if _is_trial(trainer) or self._saved_step == trainer.global_step or self.dirpath is None:
             return
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(Path(self.dirpath) / f"last{self.FILE_EXTENSION}", weights_only=False)
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning's connector
 
 
 def _changes_at_epoch_end(callback: Callback, epoch: int) -> bool:

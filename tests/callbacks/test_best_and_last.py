@@ -48,6 +48,7 @@ def step_of(path: Path) -> int | None:
     return int(torch.load(path, weights_only=True)["global_step"]) if path.exists() else None
 
 
+NO_BEST = "checkpoint: this run had no validation, so that there is no best.ckpt. Use last.ckpt."
 # 20 pairs are 10 micro-batches and 5 steps.
 SCORES = {2: 0.5, 4: 0.4, 7: 0.3, 9: 0.9, 10: 0.2}
 
@@ -64,11 +65,14 @@ def test_last_is_written_at_every_validation(fitted: Callable[..., Trainer], cap
     assert step_of(folder_of(trainer) / "last.ckpt") == 10
     assert step_of(folder_of(trainer) / "best.ckpt") == 9
     assert "weights_only" not in caplog.text, "a line at each checkpoint"
+    assert NO_BEST not in caplog.text
 
 
-def test_last_without_validation(fitted: Callable[..., Trainer]) -> None:
+def test_last_without_validation(fitted: Callable[..., Trainer], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lightning.pytorch")
     trainer = fitted(BestAndLast("val/score"), max_steps=3, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0)
     assert step_of(folder_of(trainer) / "last.ckpt") == 3
+    assert caplog.text.count(NO_BEST) == 1
     assert not (folder_of(trainer) / "best.ckpt").exists()
 
 
