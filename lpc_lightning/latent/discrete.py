@@ -21,6 +21,8 @@ MODES: dict[str, Callable[[Tensor], Tensor]] = {
     "argmax": lambda log_prior: one_hot(log_prior.argmax(-1), log_prior),
 }
 """Functions from the prior's log-probabilities (B, K) to weights over the codes (B, K), by prior mode."""
+SUM_ELEMENTS = 2**24
+"""Terms of sums over the earlier pairs of pairs that are in memory at a time: 64 MiB in float32."""
 
 
 def one_hot(codes: Tensor, like: Tensor) -> Tensor:
@@ -181,6 +183,16 @@ def earlier_pairs(states: PairStates, device: torch.device) -> Tensor:
     return ((names[:, None] == names) & (texts[:, None] != texts)).tril(-1)
 
 
+def _sum_over(earlier: Tensor, values: Tensor) -> Tensor:
+    """Compute the sums (B, M) of `values` (B, M) over the earlier pairs (B, B) of each pair.
+
+    Autocast and TF32 round matrix products, so this is a sum. It is taken for some of the pairs at a time: the held-out
+    pairs of a warm start are one batch, whose B^2 M terms could take gigabytes.
+    """
+    rows = max(1, SUM_ELEMENTS // values.numel())
+    return torch.cat([torch.where(part[:, :, None], values, 0.0).sum(1) for part in earlier.split(rows)])
+
+
 def given_earlier_pairs(log_prior: Tensor, log_likelihoods: Tensor, states: PairStates) -> Tensor:
     """Compute log p(k given x_i and the earlier pairs j of the same annotator).
 
@@ -199,8 +211,7 @@ def given_earlier_pairs(log_prior: Tensor, log_likelihoods: Tensor, states: Pair
     if not any(states.annotators):
         return log_prior
     earlier = earlier_pairs(states, log_likelihoods.device)
-    # Autocast and TF32 round matrix products, so this is a sum.
-    total = torch.where(earlier[:, :, None], log_likelihoods, 0.0).sum(1)
+    total = _sum_over(earlier, log_likelihoods)
     return torch.where(earlier.any(-1, keepdim=True), (log_prior + total).log_softmax(-1), log_prior)
 
 
@@ -213,7 +224,7 @@ def mean_of_earlier_pairs(values: Tensor, default: Tensor, states: PairStates) -
         return default
     earlier = earlier_pairs(states, values.device)
     counts = earlier.sum(-1, keepdim=True)
-    total = torch.where(earlier[:, :, None], values, 0.0).sum(1)
+    total = _sum_over(earlier, values)
     return torch.where(counts > 0, total / counts.clamp_min(1), default)
 
 

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpc_lightning.latent import MarginalSpace
 from lpc_lightning.latent.discrete import given_earlier_pairs
@@ -62,6 +65,31 @@ def test_given_earlier_pairs_matches_loop(annotators: list[str], codes: int, tex
     for row, (name, content) in enumerate(distinct):
         if not name or all(other != name or text == content for other, text in distinct[:row]):
             assert torch.equal(actual[row], prior[row])
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not out._is_view():
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_given_earlier_pairs_memory() -> None:
+    """The held-out pairs of a warm start are one batch: 1,400 pairs under 16 codes have 31 million terms."""
+    annotators = [str(row % 3) for row in range(1400)]
+    prior, losses = draw(annotators, codes=16)
+    with LargestTensor() as made:
+        actual = given_earlier_pairs(prior, -losses, labelled_by(annotators))
+    assert made.elements <= 2**24
+    for start in range(3):
+        own = losses[start::3].numpy()
+        weights = prior[start::3].numpy() - (np.cumsum(own, axis=0) - own)
+        np.testing.assert_allclose(actual[start::3].numpy(), log_softmax(weights, axis=-1), rtol=1e-9, atol=1e-9)
 
 
 def test_given_earlier_pairs_gradient() -> None:
