@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -51,6 +54,9 @@ RESUMED = ("training_data", "run_length", "warm_start", "code_range")
 
 class PreferenceModule(PolicyModule):
     """Training of a policy on preference pairs. A subclass defines the loss and `needs_reference`."""
+
+    _left_out: Sequence[str] = ()
+    """Names of the objects that a checkpoint does not hold, without those that are defaults."""
 
     def __init__(
         self,
@@ -105,8 +111,14 @@ class PreferenceModule(PolicyModule):
             self.save_hyperparameters()
         if "_class_path" not in self.hparams:
             # The module was built in code, not by the command line. Its objects cannot be settings in a checkpoint.
-            others = [name for name, value in self.hparams.items() if not is_plain(value)]
-            self.remove_ignored_hparams(["policy", "latent", "optimizer", "robust_loss", *others])
+            objects_of_code = {name: value for name, value in self.hparams.items() if not is_plain(value)}
+            self.remove_ignored_hparams([*objects_of_code, "latent", "robust_loss"])
+            defaults = inspect.signature(PreferenceModule.__init__).parameters
+            self._left_out = [
+                name
+                for name, value in objects_of_code.items()
+                if name not in defaults or value is not defaults[name].default
+            ]
         if not self.needs_reference:
             self.remove_ignored_hparams(["reference", "reference_path"])
         if reference not in REFERENCES:
@@ -182,6 +194,14 @@ class PreferenceModule(PolicyModule):
         self._losses, self._code_range = RecentLosses(), None
         self._forget_unfinished_run()
         if stage == "fit":
+            if self._left_out and self.trainer.checkpoint_callbacks:
+                made = ", ".join(f"{name}=..." for name in self._left_out)
+                rank_zero_info(
+                    "checkpoint: the module was built in Python, and its checkpoints leave out "
+                    f"{', '.join(self._left_out)}. To load or resume one, give equal objects: "
+                    f"{type(self).__name__}.load_from_checkpoint(path, {made}). Commands such as `lpc-lightning "
+                    "evaluate` open only checkpoints of `lpc-lightning fit`."
+                )
             self.train()  # an interrupted validation leaves the module in evaluation mode
             if self.robust_loss is not None:
                 self.robust_loss.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.errors import CheckpointError
 from lpc_lightning.latent import Constant, GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA
+from lpc_lightning.robust import REPO
 from tests.fixtures.commands import POLICY
 
 pytestmark = pytest.mark.slow
@@ -178,6 +180,29 @@ def test_settings_that_torch_does_not_read(saved: Any, small_policy: Any, small_
     options = {"max_epochs": 2, "ckpt_path": path, "callbacks": [ModelCheckpoint(dirpath=path.parent, save_top_k=0)]}
     one, other = (fit_run(module(kind), small_data(train_pairs=4), **options) for kind in (np.float64, float))
     assert one.losses == other.losses
+
+
+def test_objects_that_are_left_out(
+    saved: Any, fit_run: Any, small_data: Any, small_policy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The message names what loading needs. A run without checkpoints, or without such objects, has none."""
+
+    def objects() -> dict[str, Any]:
+        return {
+            "schedule": Constant(0.5),
+            "policy": small_policy(),
+            "latent": gumbel(),
+            "robust_loss": REPO(initial=0.8),
+        }
+
+    caplog.set_level("INFO", "lightning.pytorch")
+    fit_run(Named(place="a", **objects()), small_data(train_pairs=4), max_epochs=1)
+    assert "checkpoint:" not in caplog.text
+    path = saved(Named(place="a", **objects()))
+    needed = re.findall(r"Named\.load_from_checkpoint\(path, (.*)=\.\.\.\)", caplog.text)
+    assert [sorted(each.split("=..., ")) for each in needed] == [sorted(objects())]
+    loaded = Named.load_from_checkpoint(path, **objects())
+    assert (loaded.robust_loss.initial, loaded.schedule(0), loaded.place) == (0.8, 0.5, "a")
 
 
 # Loading.
