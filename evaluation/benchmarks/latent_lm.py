@@ -29,6 +29,7 @@ from lpc_lightning.evaluation.benchmarks.scoring import Answer, SharedScorer, sc
 from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy import CausalPolicy
+from lpc_lightning.policy.attention_kernel import finite_masks
 
 logger = logging.getLogger(__name__)
 
@@ -188,15 +189,14 @@ class LatentLM(TorchDistributed, HFLM):
         )
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        if self._latent is None:
-            return super()._model_generate(context, max_length, stop, **options)
-        if self._latent.is_random:
+        if self._latent is not None and self._latent.is_random:
             options["z"] = self._infer(context, options["attention_mask"])
-        else:
+        elif self._latent is not None:
             options["prior_mode"] = self._latent.mode
         self._model = self._generator
         try:
-            return super()._model_generate(context, max_length, stop, **options)
+            with finite_masks(self._generator):
+                return super()._model_generate(context, max_length, stop, **options)
         finally:
             self._model = self.policy.causal_lm
 

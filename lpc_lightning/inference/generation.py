@@ -26,6 +26,7 @@ from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.opening import OpenedPolicy
 from lpc_lightning.latent import PriorMode
+from lpc_lightning.policy.attention_kernel import finite_masks
 from lpc_lightning.seeding import derive, seed_draws
 from lpc_lightning.types import Message
 
@@ -231,7 +232,7 @@ class _Writer:
             draws.append(TopPLogitsWarper(decoding.top_p))
             draws.append(_GumbelNoise([derive("tokens", decoding.seed, *ids) for ids in encoded]))
         model: Any = self._opened.causal_lm
-        with _default_generation(model):
+        with _default_generation(model), finite_masks(model):
             found = model.generate(
                 input_ids=tokens,
                 attention_mask=mask,

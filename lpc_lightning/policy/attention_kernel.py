@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.policy.segment_attention import SEGMENT
@@ -110,6 +111,28 @@ def is_flash(kernel: str | None) -> bool:
     Models are also built on a CPU, or with float32 weights.
     """
     return kernel is not None and kernel.startswith("flash")
+
+
+@contextmanager
+def finite_masks(model: PreTrainedModel) -> Iterator[None]:
+    """Hide keys by the lowest float32 in masks that transformers makes for a float64 model with its own formula.
+
+    The lowest float64 is -inf in that formula's softmax, which is in float32. Padding that sees no key would be NaN,
+    and make NaN of every token of its row.
+    """
+    if model.config._attn_implementation != EAGER or model.dtype != torch.float64:
+        yield
+        return
+
+    def mask(**options: Any) -> Tensor | None:
+        return eager_mask(**(options | {"dtype": torch.float32}))
+
+    published = ALL_MASK_ATTENTION_FUNCTIONS[EAGER]
+    ALL_MASK_ATTENTION_FUNCTIONS[EAGER] = mask
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS[EAGER] = published
 
 
 @contextmanager

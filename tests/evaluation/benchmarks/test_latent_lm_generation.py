@@ -92,6 +92,14 @@ def test_text_under_z_equals_naive_loop(
     assert lm.generate_until(instances([PROMPTS[n] for n in order])) == [expected[n] for n in order]
 
 
+def test_text_of_padded_float64_batches(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The family's own formula has a softmax in float32, in which the lowest float64 is -inf."""
+    policy, prior = policies("gemma2", "float64"), make_prior(2.0).double()
+    for used, naive in ((prior, prior), (None, make_prior(0.0).double())):
+        expected = [decode_naively(policy, tokenizer, prompt, naive, "mean") for prompt in PROMPTS[:3]]
+        assert LatentLM(policy, tokenizer, used, batch_size=3).generate_until(instances(PROMPTS[:3])) == expected
+
+
 def test_text_ends_before_stop_string(policies: Build, tokenizer: PreTrainedTokenizerBase) -> None:
     policy, prior = policies("llama"), make_prior(2.0)
     whole = [decode_naively(policy, tokenizer, prompt, prior, "mean") for prompt in PROMPTS]
