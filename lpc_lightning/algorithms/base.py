@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from abc import abstractmethod
@@ -15,11 +14,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpc_lightning.algorithms.checkpoint import is_plain
+from lpc_lightning.algorithms.checkpoint import is_plain, report_left_out, without_defaults
 from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.metrics import PreferenceMetrics, RecentLosses, fetch
 from lpc_lightning.algorithms.outputs import EvaluationOutput, TrainingOutput
@@ -112,13 +110,8 @@ class PreferenceModule(PolicyModule):
         if "_class_path" not in self.hparams:
             # The module was built in code, not by the command line. Its objects cannot be settings in a checkpoint.
             objects_of_code = {name: value for name, value in self.hparams.items() if not is_plain(value)}
+            self._left_out = without_defaults(objects_of_code, PreferenceModule.__init__)
             self.remove_ignored_hparams([*objects_of_code, "latent", "robust_loss"])
-            defaults = inspect.signature(PreferenceModule.__init__).parameters
-            self._left_out = [
-                name
-                for name, value in objects_of_code.items()
-                if name not in defaults or value is not defaults[name].default
-            ]
         if not self.needs_reference:
             self.remove_ignored_hparams(["reference", "reference_path"])
         if reference not in REFERENCES:
@@ -195,13 +188,7 @@ class PreferenceModule(PolicyModule):
         self._forget_unfinished_run()
         if stage == "fit":
             if self._left_out and self.trainer.checkpoint_callbacks:
-                made = ", ".join(f"{name}=..." for name in self._left_out)
-                rank_zero_info(
-                    "checkpoint: the module was built in Python, and its checkpoints leave out "
-                    f"{', '.join(self._left_out)}. To load or resume one, give equal objects: "
-                    f"{type(self).__name__}.load_from_checkpoint(path, {made}). Commands such as `lpc-lightning "
-                    "evaluate` open only checkpoints of `lpc-lightning fit`."
-                )
+                report_left_out(type(self), self._left_out)
             self.train()  # an interrupted validation leaves the module in evaluation mode
             if self.robust_loss is not None:
                 self.robust_loss.reset()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lpc_lightning.errors import CheckpointError
@@ -24,6 +26,22 @@ def is_plain(value: Any) -> bool:
     if type(value) in (list, tuple):
         return all(map(is_plain, value))
     return value is None or type(value) in PLAIN
+
+
+def without_defaults(objects: Mapping[str, Any], constructor: Callable[..., Any]) -> list[str]:
+    """Return the names of the objects that are not the defaults of a constructor."""
+    defaults = inspect.signature(constructor).parameters
+    return [name for name, value in objects.items() if name not in defaults or value is not defaults[name].default]
+
+
+def report_left_out(module: type, objects: Sequence[str]) -> None:
+    """Report which objects of a module that was built in Python its checkpoints do not hold."""
+    given = ", ".join(f"{name}=..." for name in objects)
+    rank_zero_info(
+        f"checkpoint: the module was built in Python, and its checkpoints leave out {', '.join(objects)}. To load or "
+        f"resume one, give equal objects: {module.__name__}.load_from_checkpoint(path, {given}). Commands such as "
+        "`lpc-lightning evaluate` open only checkpoints of `lpc-lightning fit`."
+    )
 
 
 def trained_shapes(module: nn.Module) -> dict[str, torch.Size]:
