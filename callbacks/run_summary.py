@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lpc_lightning.callbacks.resources import ResourceMonitor
+from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.files.json_files import write_json
 from lpc_lightning.loggers import log_table, run_folder, viewers
 
@@ -28,7 +29,8 @@ class RunSummary(Callback):
     """Callback that prints validation before and after training, speed and memory.
 
     It writes the same to `summary.json` in the run folder, and as a table to each logger that takes tables. The file
-    also has the decision of a warm start: whether the fitted codes were kept, and why.
+    also has the decision of a warm start: whether the fitted codes were kept, and why. And it has the git revision,
+    packages and platform of the run, by which `report` finds runs of different versions.
 
     Validation before training is Lightning's sanity check. With `trainer.num_sanity_val_steps: -1` it covers the whole
     validation set, and its metrics are also logged, at step 0.
@@ -84,6 +86,7 @@ class RunSummary(Callback):
             BEFORE: before,
             "validation_after": self.after,
             "resources": resources,
+            "versions": provenance(),
         }
         if (result := getattr(pl_module, "warm_start_result", None)) is not None:
             summary["warm_start"] = result

@@ -44,7 +44,8 @@ def report(
     to the group that has the baseline's settings and agrees in all others. The difference is taken seed by seed, with a
     paired t-test and Holm's correction for the number of tests. Fewer than four shared test prompts allow neither.
     There is no test if what each test prompt adds to a metric is not on record, as for runs of `fit`. Runs that failed,
-    are missing or have no value of a metric are listed.
+    are missing or have no value of a metric are listed. If runs differ in git revision, packages or platform, which are
+    no settings, the summary says so.
 
     OUT contains report.html, which needs no other file and also has the codes and the samples of runs; report.md;
     means, differences, tuning and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as

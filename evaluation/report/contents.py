@@ -150,7 +150,21 @@ def _summary(study: Study) -> str:
     seed_list = f" Seeds: {', '.join(map(str, ordered))}." if seeds else ""
     runs = f"{len(study.records)} run{'s' if len(study.records) > 1 else ''}"
     groups = f"{len(study.groups)} group{'s' if len(study.groups) > 1 else ''}"
-    return f"{runs} in {groups}: {', '.join(counts)}.{seed_list}"
+    return f"{runs} in {groups}: {', '.join(counts)}.{seed_list}{_version_differences(study)}"
+
+
+def _version_differences(study: Study) -> str:
+    """Return a sentence about versions in which the runs of the tables differ. They are no axes of a comparison."""
+    versions = [record.versions for record in study.records if record.counted]
+    differing = []
+    for name in sorted({name for each in versions for name in each} - {"date"}):
+        counts = Counter(str(each.get(name, "not recorded")) for each in versions)
+        if len(counts) > 1:
+            runs = ", ".join(
+                f"{value} ({count} run{'s' if count > 1 else ''})" for value, count in counts.most_common()
+            )
+            differing.append(f"{name}: {runs}")
+    return f" The runs differ in versions: {'; '.join(differing)}." if differing else ""
 
 
 def _describe_axes(study: Study) -> dict[str, str]:

@@ -6,6 +6,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.callbacks import PreferenceAccuracy, ResourceMonitor, RunSummary
+from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.latent import MarginalSpace
 
 
@@ -33,6 +34,8 @@ def test_summary_before_and_after_training(complete, fitted, tmp_path, capsys) -
     assert set(summary["resources"]) == {
         "tokens_per_second", "pairs_per_second", "seconds_per_step", "peak_memory_gib",
     }  # fmt: skip
+    versions = provenance()
+    assert {**summary["versions"], "date": versions["date"]} == versions
     table = capsys.readouterr().out
     row = next(line.split() for line in table.splitlines() if line.startswith("prior accuracy"))
     assert row[-1] == f"{after['val/rewards/accuracies']:.4f}"

@@ -83,6 +83,7 @@ def read_run(folder: Path) -> RunRecord:
         peak_bytes=None if peak is None else peak * 2**30,
         curves={name: curve for name, (_, curve) in curves.items()},
         settings={**flatten(config), WEIGHTS: "last"} if config else {},
+        versions=flatten(summary.get("versions") or {}),
     )
 
 

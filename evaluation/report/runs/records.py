@@ -63,6 +63,8 @@ class RunRecord:
     """Settings that each axis of the grid sets, also those of the axis `seed`; see `Axis.controls`."""
     tuned: Mapping[str, Value] = field(default_factory=dict)
     """Tuned axes of the grid, with the values that were chosen for the run."""
+    versions: Mapping[str, Value] = field(default_factory=dict)
+    """Git revision, packages and platform under which the run ended; see `provenance`. Empty: not recorded."""
 
     @property
     def counted(self) -> bool:

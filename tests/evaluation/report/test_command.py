@@ -20,6 +20,7 @@ from lpc_lightning.evaluation.codebook.explanation_files import write_explanatio
 from lpc_lightning.evaluation.report.command import main, report
 
 Write = Callable[..., Path]
+Capture = pytest.CaptureFixture[str]
 VALUES = {
     "none": [0.70, 0.72, 0.71],
     "gumbel": [0.71, 0.70, 0.75],
@@ -123,6 +124,31 @@ def test_runs_csv_has_all_metrics(reported: Path) -> None:
     assert len(runs) == 9
     assert float(runs[-1]["test/rewards/accuracies"]) == pytest.approx(VALUES["marginal"][2] - 0.1)
     assert runs[-1]["run"] == "latent=marginal,seed=3"
+
+
+def record_versions(ablation: Path, cell: str, revision: str) -> None:
+    path = ablation / "cells" / cell / "run" / "summary.json"
+    versions = {"date": f"2026-11-0{len(revision)}", "packages": {"torch": "2.13.0"}, "git": {"revision": revision}}
+    path.write_text(json.dumps({"steps": 1, "versions": versions}))
+
+
+def test_report_names_differing_versions(write_ablation: Write, tmp_path: Path, capsys: Capture) -> None:
+    folder = write_ablation({"latent": ["none", "gumbel"]}, [1, 2], lambda latent, seed: VALUES[latent][seed - 1])
+    cells = [path.name for path in sorted((folder / "cells").iterdir())]
+    for cell in cells:
+        record_versions(folder, cell, "abc")
+    report([str(folder)], out=str(tmp_path / "same"))
+    assert "versions" not in capsys.readouterr().out, "a date is no version"
+
+    record_versions(folder, cells[0], "de")
+    (folder / "cells" / cells[1] / "run" / "summary.json").unlink()
+    report([str(folder)], out=str(tmp_path / "other"))
+    sentence = (
+        "The runs differ in versions: git.revision: abc (2 runs), de (1 run), not recorded (1 run); "
+        "packages.torch: 2.13.0 (3 runs), not recorded (1 run)."
+    )
+    assert sentence in capsys.readouterr().out
+    assert sentence in (tmp_path / "other" / "report.html").read_text()
 
 
 class Texts(HTMLParser):

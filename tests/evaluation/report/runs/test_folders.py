@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,7 @@ def test_load_run_of_a_fit(runs: Path) -> None:
     assert record.seconds == pytest.approx(3 * summary["resources"]["seconds_per_step"])
     assert record.peak_bytes == pytest.approx(2**30 * summary["resources"]["peak_memory_gib"])
     assert record.settings["latent.num_codes"] == 3
+    assert record.versions["packages.torch"] == version("torch")
     assert record.parameters["latent"] > 3 * 16
     assert record.parameters["policy"] == load_folders([str(runs / "version_0")]).records[0].parameters["policy"]
 
