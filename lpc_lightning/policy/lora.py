@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,24 @@ class LoRA:
         alpha: Scale of the updates: they are multiplied by alpha / r.
         dropout: Probability of dropout on the adapter's input.
         target_modules: Names of the layers with an adapter, or `all-linear`: every linear layer except the LM head.
+
+    Raises:
+        ConfigError: `rank` or `alpha` is not a positive number, or `dropout` is not in [0, 1).
     """
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        """Check the numbers. peft names no setting, and takes NaN and a scale of 0, with which nothing is learned."""
+        if not self.rank >= 1:
+            raise ConfigError(f"policy.lora.rank: found {self.rank}, expected at least 1.")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"policy.lora.alpha: found {self.alpha}, expected a number above 0.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"policy.lora.dropout: found {self.dropout}, expected a number from 0 to below 1.")
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
         """Freeze `model` and add adapters to its layers.

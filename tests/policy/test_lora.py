@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Zamba2Config
 
-from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
 from lpc_lightning.policy import LoRA, TinyPolicy
 from lpc_lightning.policy.lora import merge
 
@@ -60,3 +62,12 @@ def test_merge_of_shared_layers(tmp_path: Path, perturb: Callable[..., None]) ->
 def test_adapter_on_lm_head_is_refused() -> None:
     with pytest.raises(UnsupportedPolicyError, match=r"found an adapter on the LM head .* Leave lm_head out of"):
         TinyPolicy(width=16, lora=LoRA(rank=2, target_modules=["q_proj", "lm_head"])).build()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("rank", 0), ("alpha", 0), ("alpha", math.nan), ("dropout", 1.0), ("dropout", math.nan)]
+)
+def test_numbers_out_of_range_are_refused(setting: str, value: float) -> None:
+    settings: dict[str, Any] = {setting: value}
+    with pytest.raises(ConfigError, match=rf"^policy\.lora\.{setting}: found {value}, expected "):
+        LoRA(**settings)
