@@ -9,6 +9,8 @@ SHARE = 0.1
 """Share of the pairs in each of the two parts."""
 DECIDING_PROMPTS = 5
 """Number of prompts that the deciding part should have, if there are four times as many."""
+FEWEST_PROMPTS = 2
+"""Least number of prompts of the deciding part: a single prompt gives no standard error, and decides nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ def hold_out(prompts: Sequence[Hashable]) -> HeldOut:
     Several annotators often label the same answers. Codes that are fitted to one annotator's label would be tested on
     another annotator's label for the same two answers, and the smallest scale would seem best.
 
-    Each part has at least two pairs and at least a tenth of all pairs. If whole prompts would be more than half of the
+    Each part has at least two pairs and at least a tenth of all pairs, and the deciding part at least two prompts. If
+    whole prompts would be more than half of the
     pairs, there are too few prompts, and pairs are held out without regard to prompts.
 
     Args:
@@ -42,7 +45,7 @@ def hold_out(prompts: Sequence[Hashable]) -> HeldOut:
         pairs_of.setdefault(prompt, []).append(number)
     pairs, target = len(prompts), max(2, round(SHARE * len(prompts)))
     last = iter(reversed(pairs_of.values()))
-    decision = _take(last, target, min(DECIDING_PROMPTS, len(pairs_of) // 4))
+    decision = _take(last, target, max(FEWEST_PROMPTS, min(DECIDING_PROMPTS, len(pairs_of) // 4)))
     selection = _take(last, target, 1)
     if selection < target or selection + decision > max(2 * target, pairs // 2):
         return HeldOut(list(range(pairs)), target, target, whole_prompts=False)

@@ -26,7 +26,7 @@ from lpc_lightning.seeding import derive, own_random_state, run_seed
 from lpc_lightning.types import PreferenceBatch
 
 TOKEN_PAIRS = 16
-"""Number of pairs whose tokens give the policy's mean token."""
+"""Number of pairs whose tokens give the policy's mean token. They are fitted pairs, drawn without regard to prompts."""
 
 if TYPE_CHECKING:
     from lpc_lightning.algorithms.base import PreferenceModule
@@ -65,13 +65,16 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
         )
 
     parts = hold_out([pairs[index].prompt for index in indices])
+    # In the shuffled order: in that of the parts, the first pairs may all be of one prompt.
+    fitted = sorted(parts.order[: len(indices) - parts.selection - parts.decision])
+    sample = [indices[number] for number in fitted[:TOKEN_PAIRS]]
     indices = [indices[number] for number in parts.order]
     labelled = [pairs[index] for index in indices]
     rows, computed = labelled_rows(module, data, indices)
     reference = None if module.reference is None else reference_logps(module.reference, data, indices, trainer)
     # Planned, so that compiled layers on a GPU run it: a mask of all tokens by all could need gigabytes.
-    layout = data.make_layout().for_batches([pairs.pieces[indices[:TOKEN_PAIRS]]], most=1)
-    token = _mean_token(module, layout(labelled[:TOKEN_PAIRS]))
+    layout = data.make_layout().for_batches([pairs.pieces[sample]], most=1)
+    token = _mean_token(module, layout([pairs[index] for index in sample]))
     annotators, contents = [pair.annotator for pair in labelled], [pair.content for pair in labelled]
     margins = None if pairs.margins is None else torch.from_numpy(pairs.margins[indices]).to(rows.device)
     linearized = LinearizedPairs(rows, reference, token, annotators, module.label_loss, margins, contents)

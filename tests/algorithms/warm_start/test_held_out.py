@@ -59,3 +59,10 @@ def test_hold_out_splits_a_single_prompt() -> None:
     held = hold_out([7] * 30)
     assert (held.order, held.selection, held.decision) == (list(range(30)), 3, 3)
     assert not held.whole_prompts
+
+
+@pytest.mark.parametrize(("prompts", "parts"), [(3, (15, 15, False)), (5, (25, 25, False)), (6, (50, 100, True))])
+def test_hold_out_decides_on_two_prompts(prompts: int, parts: tuple[int, int, bool]) -> None:
+    """A prompt has 50 pairs, more than a tenth of all. Three of five prompts would be more than half of the pairs."""
+    held = hold_out([number % prompts for number in range(50 * prompts)])
+    assert (held.selection, held.decision, held.whole_prompts) == parts
