@@ -113,11 +113,15 @@ def _set_scale(space: LatentSpace, pairs: LinearizedPairs, held_out: Tensor) -> 
 
 
 def _groups(space: LatentSpace, latent_lr: float) -> list[dict[str, object]]:
-    """Return parameter groups. Codebooks learn at a share of their size, networks at `latent_lr`."""
+    """Return parameter groups.
+
+    Codebooks learn at a share of their size. Networks learn at `latent_lr`, and so does a codebook of zeros.
+    """
     books = [part.weight for part in space.modules() if isinstance(part, Codebook)]
     others = [p for p in space.parameters() if not any(p is weight for weight in books)]
     groups: list[dict[str, object]] = [{"params": others, "lr": latent_lr}] if others else []
-    return groups + [{"params": [w], "lr": CODE_STEP * float(w.detach().square().mean().sqrt())} for w in books]
+    sizes = [float(weight.detach().square().mean().sqrt()) for weight in books]
+    return groups + [{"params": [w], "lr": CODE_STEP * size or latent_lr} for w, size in zip(books, sizes, strict=True)]
 
 
 def _minimize(

@@ -219,3 +219,12 @@ def test_fit_batches_group_annotators(planted: Callable[..., Any], monkeypatch: 
         shares.append(sum(alike) / len(alike))
     assert shares[0] > 0.9
     assert shares[1] < 0.1
+
+
+def test_fit_of_a_codebook_of_zeros_moves_it(planted: Callable[..., Any]) -> None:
+    """Its rate is no share of its size, which is 0."""
+    data = planted(pairs=200)
+    space = make(data, "GaussianSpace", init_logit_std=0.0)
+    plain, loss = fit(space, data.part(0, 200), 20, 1e-2)
+    assert loss < plain - 0.01
+    assert space.codebook.weight.abs().max() > 0
