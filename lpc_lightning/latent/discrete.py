@@ -105,8 +105,9 @@ class DiscreteSpace(LatentSpace):
         """
         if not self.diversity_weight:
             return 0.0
-        mean_prior = log_prior.exp().mean(0)
-        missing_entropy = math.log(self.num_codes) + torch.xlogy(mean_prior, mean_prior).sum()
+        # From the logarithm: the gradient of x log x is NaN where the mean prior of a code is rounded to 0.
+        log_mean = log_prior.logsumexp(0) - math.log(len(log_prior))
+        missing_entropy = math.log(self.num_codes) + (log_mean.exp() * log_mean).sum()
         return (self.diversity_weight * missing_entropy).expand(len(log_prior))
 
     def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:

@@ -93,3 +93,14 @@ def test_posterior_reads_unknown(dpo_toy: Any) -> None:
         ValueError, match=r"latent\.posterior_reads: found 'label', expected one of both, difference, sum"
     ):
         space.build(6, dpo_toy.head)
+
+
+def test_diversity_gradient_of_an_unused_code(dpo_toy: Any, build: Build) -> None:
+    """In float32 the weight exp(-110) of the second code is 0. The limit of its gradient is 0, too."""
+    space = build(MarginalSpace(diversity_weight=1.0, num_codes=2, hidden=4), dpo_toy)
+    logits = torch.tensor([[0.0, -110.0]], requires_grad=True)
+    penalty = space.diversity_penalty(logits.log_softmax(-1))
+    penalty.sum().backward()
+    assert penalty.item() == pytest.approx(math.log(2))
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.zeros(1, 2))
