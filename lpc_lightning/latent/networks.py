@@ -107,7 +107,8 @@ class RunningMoments(nn.Module):
         """
         super().__init__()
         # The dtype is explicit, because a trainer with precision `bf16-true` builds modules in bfloat16 (see `_apply`).
-        self.register_buffer("pairs", torch.zeros((), dtype=torch.int64))
+        # `pairs` is no integer, because an average of weights (EMAWeightAveraging) would round it down at each step.
+        self.register_buffer("pairs", torch.zeros((), dtype=torch.float32))
         self.register_buffer("mean", torch.zeros(features, dtype=torch.float32))
         self.register_buffer("variance", torch.zeros(features, dtype=torch.float32))
         self._sums: Tensor | None = None

@@ -166,3 +166,17 @@ def test_prior_learns_small_differences() -> None:
     assert states.mean(0).square().mean() > 0.99
     assert accuracy(standardize=True) > 0.95
     assert accuracy(standardize=False) < 0.5
+
+
+def test_moments_under_weight_averaging() -> None:
+    """An average of buffers counts the pairs that it has averaged: p <- 0.999 p + 0.001 q, by hand in float64."""
+    averaged, expected, decay = RunningMoments(FEATURES), 32.0, 0.999
+    model = after([draw(32)])
+    averaged.load_state_dict(model.state_dict())
+    for _ in range(20):
+        model = after([draw(32)], model)
+        for value, now in zip(averaged.buffers(), model.buffers(), strict=True):
+            value.copy_(decay * value + (1 - decay) * now)
+        expected = decay * expected + (1 - decay) * float(model.pairs)
+    assert float(averaged.pairs) == pytest.approx(expected, rel=1e-5)
+    assert expected > 38
