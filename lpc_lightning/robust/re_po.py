@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.robust.base import PreferenceLoss, RobustLoss, swap_answers
 from lpc_lightning.robust.reliability import Reliabilities
 from lpc_lightning.types import PairLogps, PairLosses
@@ -99,7 +100,17 @@ class REPO(RobustLoss):
         return self.learned.of(self._names(annotators), device)
 
     def observe(self, annotators: Sequence[str], label_correct: Tensor) -> None:
-        """Add the posterior probabilities that labels are correct."""
+        """Add the posterior probabilities that labels are correct.
+
+        Raises:
+            ConfigError: An annotator was not known when the fit started, and has no reliability.
+        """
+        if unknown := sorted(set(self._names(annotators)) - set(self.learned.names)):
+            raise ConfigError(
+                f"robust_loss.by_annotator: found true, and the annotator {unknown[0]!r} in a training pair. Expected "
+                "annotators that are known when the fit starts, and loaders without a PreferenceDataModule name none. "
+                "Use one, such as PreferenceData, or set false."
+            )
         self.learned.observe(self._names(annotators), label_correct)
 
     def update(self) -> None:

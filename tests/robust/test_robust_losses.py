@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.losses import add_nll, dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from lpc_lightning.robust import REPO, ConservativeLoss, DrDPO, HolderDPO, RobustLoss, UnbiasedLoss
 from lpc_lightning.robust.dr_dpo import dr_dpo_loss
@@ -418,3 +419,17 @@ def test_reliabilities_converge_to_the_truth() -> None:
         robust.update()
     learned = robust.reliabilities(list(truth), torch.device("cpu")).tolist()
     assert learned == pytest.approx(list(truth.values()), abs=0.04)
+
+
+def test_re_po_refuses_unknown_annotators() -> None:
+    """Loaders of one's own name no annotator in advance. Their pairs may leave the annotator empty."""
+    loss = REPO()
+    loss.start([""], torch.device("cpu"))
+    loss.observe(["", ""], torch.tensor([0.5, 0.7]))
+    with pytest.raises(ConfigError, match=r"robust_loss\.by_annotator: found true, and the annotator 'ann1'"):
+        loss.observe(["", "ann1"], torch.tensor([0.5, 0.7]))
+    shared = REPO(rate=1.0, by_annotator=False)
+    shared.start([""], torch.device("cpu"))
+    shared.observe(["ann2", "ann1"], torch.tensor([0.5, 0.7]))
+    shared.update()
+    assert shared.reliabilities(["ann1"], torch.device("cpu")).tolist() == pytest.approx([0.6])
