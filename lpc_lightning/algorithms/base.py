@@ -337,11 +337,11 @@ class PreferenceModule(PolicyModule):
 
     def on_validation_start(self) -> None:
         """Check the losses so far. A run that has diverged is not validated."""
-        self._losses.check()
+        self._losses.check_all_devices(self.device)
 
     def on_train_end(self) -> None:
         """Check the last losses."""
-        self._losses.check()
+        self._losses.check_all_devices(self.device)
 
     def on_fit_end(self) -> None:
         """Warn if a resumed run was at its end already."""
@@ -429,7 +429,7 @@ class PreferenceModule(PolicyModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the trained weights, the template, and the state of the run: its position, length and warm start."""
-        self._losses.check()
+        self._losses.check_all_devices(self.device)
         super().on_save_checkpoint(checkpoint)
         store_position(self.trainer, checkpoint)
         if (data := preference_data(self.trainer)) is not None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -17,6 +18,12 @@ from lpc_lightning.types import PairStates
 
 MAX_UNREAD = 1024
 """Largest number of unread losses. They are then checked even if no step is logged."""
+
+REMEDIES = (
+    "Lower the learning rates (model.optimizer, model.latent_lr) or latent.init_logit_std, set "
+    "trainer.gradient_clip_val, or use a wider trainer.precision."
+)
+"""What to do about losses that are not finite."""
 
 
 def accuracies(margins: Tensor) -> Tensor:
@@ -270,8 +277,8 @@ class _Loss:
 class RecentLosses:
     """Losses since the last check, with the position of each in the run.
 
-    They are checked when a step is logged, before a validation, before a checkpoint is written and at the end of
-    training. So no checkpoint holds weights that a non-finite loss has damaged.
+    They are checked when a step is logged, and those of all devices before a validation, before a checkpoint is written
+    and at the end of training. So no checkpoint holds weights that a non-finite loss has damaged.
     """
 
     def __init__(self) -> None:
@@ -303,8 +310,28 @@ class RecentLosses:
             if not value.isfinite():
                 raise FloatingPointError(
                     f"train/loss: found {value.item()} at step {loss.step} (epoch {loss.epoch}, batch {loss.batch}, "
-                    f"pairs {', '.join(loss.ids)}), expected a finite number. Lower the learning rates "
-                    "(model.optimizer, model.latent_lr) or latent.init_logit_std, set trainer.gradient_clip_val, or "
-                    "use a wider trainer.precision. The last checkpoint is valid."
+                    f"pairs {', '.join(loss.ids)}), expected a finite number. {REMEDIES} The last checkpoint is valid."
                 )
         self._losses.clear()
+
+    def check_all_devices(self, device: torch.device) -> None:
+        """Check that all losses since the last check are finite, on every device. All devices must call it.
+
+        The gradient of a loss on one device is in the weights of all devices.
+
+        Args:
+            device: This process's device.
+
+        Raises:
+            FloatingPointError: A loss of any device is not finite.
+        """
+        values = fetch(self.unread())
+        found = torch.tensor(float(not all(value.isfinite() for value in values.values())), device=device)
+        if dist.is_initialized():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        self.check(values)
+        if found:
+            raise FloatingPointError(
+                "train/loss: another device found a loss that is not finite, and its error names the pairs. "
+                f"{REMEDIES} The last checkpoint is valid."
+            )

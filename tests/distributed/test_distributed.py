@@ -101,6 +101,14 @@ def test_reliability_of_two_processes_equals_one(two: Any, one: Any) -> None:
     assert abs(float(expected["reliability"]["values"]) - 0.9) > 0.001
 
 
+def test_no_checkpoint_after_nan_of_another_device(folder: Path, two: Any) -> None:
+    """The second process has the bad loss, in a step that is not logged, and the first would write the checkpoint."""
+    errors = [torch.load(folder / f"{rank}.pt", weights_only=True)["ddp diverged"]["error"] for rank in range(2)]
+    assert errors[0].startswith("train/loss: another device found a loss that is not finite")
+    assert errors[1].startswith("train/loss: found nan at step 1 (epoch 0, batch 2, pairs ")
+    assert not (folder / "diverged.ckpt").exists()
+
+
 def test_warm_start_refuses_sharded_weights(two: Any) -> None:
     assert two["fsdp warm_started"]["error"].startswith(
         "latent.warm_start_pairs: found 16 with FSDP2Strategy, expected a strategy under which"

@@ -28,6 +28,7 @@ from lpc_lightning.latent import GumbelSpace, MarginalSpace
 from lpc_lightning.policy import CausalPolicy, LoRA, PretrainedPolicy, TinyPolicy
 from lpc_lightning.robust import REPO
 from lpc_lightning.seeding import derive, run_seed
+from lpc_lightning.types import PairLogps, PairLosses
 
 LATENTS = {
     "plain": lambda: None,
@@ -131,6 +132,7 @@ def fit(
     batch_size: int | None = None,
     accumulate: int = 2,
     precision: str = "32-true",
+    log_every: int = 1,
 ) -> dict[str, Any]:
     """Train for two epochs of 22 pairs, with 4 pairs in a batch of all devices and 8 in a step.
 
@@ -155,7 +157,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,
+        log_every_n_steps=log_every,
         max_epochs=EPOCHS,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
@@ -190,6 +192,19 @@ def fit(
 
 def reliable() -> DPO:
     return DPO(policy=TinyPolicy(width=16, layers=1, heads=2), robust_loss=REPO(rate=0.5), optimizer=adam)
+
+
+class DivergingOnOne(DPO):
+    """DPO whose loss is NaN in the second process, in the third micro-batch alone."""
+
+    batches = 0
+
+    def preference_loss(self, logps: PairLogps) -> PairLosses:
+        result = super().preference_loss(logps)
+        self.batches += self.training and logps.policy_chosen.requires_grad
+        if self.batches != 3 or self.global_rank != 1:
+            return result
+        return PairLosses(result.losses * torch.nan, result.chosen_rewards, result.rejected_rewards)
 
 
 class WeightedPairs(SyntheticPreferences):
@@ -260,6 +275,11 @@ def runs(folder: Path, cache: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "ddp warm_started", fit("ddp", 2, warm_starting(), cache)
     yield "ddp weighted", fit("ddp", 2, module("marginal"), cache, data=WeightedPairs)
     yield "ddp reliable", fit("ddp", 2, reliable(), cache)
+    try:
+        diverging = module("plain", algorithm=DivergingOnOne)
+        fit("ddp", 2, diverging, cache, save=folder / "diverged.ckpt", log_every=50)
+    except FloatingPointError as error:
+        yield "ddp diverged", {"error": str(error)}
     try:
         fit("fsdp", 2, warm_starting(), cache)
     except ConfigError as error:
