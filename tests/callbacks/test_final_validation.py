@@ -41,6 +41,23 @@ def test_last_of_epochs_without_validation(fitted) -> None:
     assert trainer.check_val_every_n_epoch == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"val_check_interval": 4, "min_epochs": 1}, [2, 4, 5]),
+        ({"max_steps": 3, "min_steps": 2}, [3]),
+        ({"max_steps": 3, "min_steps": 9, "min_epochs": 2}, [3]),
+    ],
+)
+def test_least_numbers_keep_the_final_validation(settings, steps, fitted) -> None:
+    """An epoch has five steps. Lightning counts it for `min_epochs` only after its last validation."""
+    validated = Steps()
+    trainer = fitted(FinalValidation(), validated, num_sanity_val_steps=0, enable_checkpointing=False, **settings)
+    assert validated.steps == steps
+    assert trainer.fit_loop.min_epochs == settings.get("min_epochs", 1)
+    assert trainer.fit_loop.min_steps == settings.get("min_steps")
+
+
 def test_lightning_alone_does_not_validate(fitted) -> None:
     trainer = fitted(max_steps=3, max_epochs=-1, num_sanity_val_steps=0, enable_checkpointing=False)
     assert "val/loss" not in trainer.callback_metrics
