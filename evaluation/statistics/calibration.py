@@ -10,7 +10,6 @@ import math
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy.special import expit
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -35,7 +34,7 @@ def calibration_error(margins: Tensor) -> float:
     if margins.isnan().any():
         return math.nan
     # Each pair counts twice, so that a tie is correct once and wrong once.
-    confidences, correct = margins.double().abs().sigmoid().repeat(2), torch.cat([margins > 0, margins >= 0]).long()
+    confidences, correct = _confidences(margins).repeat(2), torch.cat([margins > 0, margins >= 0]).long()
     return float(binary_calibration_error(confidences, correct, n_bins=2 * BINS, norm="l1"))
 
 
@@ -53,7 +52,7 @@ def calibration_deviations(margins: Tensor, clusters: ArrayLike) -> dict[str, fl
     """
     values = margins.double().cpu().numpy()
     names, owner = np.unique(np.asarray(clusters), return_inverse=True)
-    confidences = expit(np.abs(values))
+    confidences = _confidences(margins).cpu().numpy()
     edges = torch.linspace(0, 1, 2 * BINS + 1).numpy()  # in float32, as torchmetrics has them
     bins = np.searchsorted(edges, confidences, side="right") - 1
     gaps = np.zeros((len(names), 2 * BINS + 1))
@@ -61,6 +60,14 @@ def calibration_deviations(margins: Tensor, clusters: ArrayLike) -> dict[str, fl
     without = np.abs(gaps.sum(0) - gaps).sum(-1) / (len(values) - np.bincount(owner))
     added = (len(names) - 1) / len(names) * (without.mean() - without)
     return dict(zip(map(str, names), added.tolist(), strict=True))
+
+
+def _confidences(margins: Tensor) -> Tensor:
+    """Compute sigmoid(|margin|), below 1 by one unit of float64 at least.
+
+    The last bin includes 1, and torchmetrics would count a confidence that is rounded to 1 in a bin of its own.
+    """
+    return margins.double().abs().sigmoid().clamp(max=math.nextafter(1, 0))
 
 
 def wrong_label_auroc(margins: Tensor, wrong: Tensor) -> float:

@@ -36,6 +36,14 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(torch.tensor([margin, margin, -margin])) == pytest.approx(0.9 - 2 / 3, rel=1e-6)
 
 
+@pytest.mark.parametrize("sure", [50.0, 5000.0])
+def test_calibration_error_of_rounded_confidence(sure: float) -> None:
+    """The confidence sigmoid(50) is 1 in float64. It is in the last bin, in which 95 right pairs have sigmoid(5)."""
+    margins = torch.tensor(95 * [5.0] + 5 * [-sure], dtype=torch.float64)
+    gap = 95 * (1 - 1 / (1 + math.exp(-5))) - 5 * 1
+    assert calibration_error(margins) == pytest.approx(abs(gap) / 100, rel=1e-6)
+
+
 def test_calibration_error_of_ties() -> None:
     """Ties are half right at a confidence of 1/2. Beside them, one of two predictions at 0.9 is wrong: |1/2 - 0.9|."""
     margin = float(np.log(9))
