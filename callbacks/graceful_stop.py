@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -74,7 +75,8 @@ class GracefulStop(Callback):
 
     def _listen(self) -> None:
         self._requested = self._stepping = False
-        signal.signal(signal.SIGTERM, self._request)
+        if threading.current_thread() is threading.main_thread():  # Python allows no handler elsewhere
+            signal.signal(signal.SIGTERM, self._request)
 
     def _stop_if_requested(self, trainer: Trainer) -> None:
         if not self._requested_anywhere():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
+from lpc_lightning.callbacks import GracefulStop
 from tests.fixtures.processes import ForkedProcess, forked_command
 
 pytestmark = pytest.mark.slow
@@ -102,3 +106,14 @@ def test_sigterm_in_the_warm_start(command: list[str], tmp_path: Path) -> None:
     assert "held-out pairs" not in output(), "the warm start was over before the signal"
     assert "Traceback" not in output()
     assert not (tmp_path / "runs" / "version_0" / "checkpoints" / "stopped.ckpt").exists()
+
+
+def test_fit_in_another_thread_installs_no_handler(fitted: Callable[..., Trainer]) -> None:
+    """Python allows signal handlers in the main thread alone. Lightning's own are left out there as well."""
+    steps: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    fit = threading.Thread(target=lambda: steps.append(fitted(GracefulStop(), max_steps=1).global_step))
+    fit.start()
+    fit.join()
+    assert steps == [1]
+    assert signal.getsignal(signal.SIGTERM) is before
