@@ -1,7 +1,12 @@
-"""Callbacks of Lightning that do not work with a module whose models are built after the setup of the callbacks."""
+"""Callbacks that are refused.
+
+They are callbacks of Lightning that do not work with a module whose models are built after the setup of the callbacks,
+and a second callback of one class of this package.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from lightning.pytorch import Callback
@@ -26,13 +31,33 @@ REASONS: dict[type[Callback], str] = {
 """Why a callback is refused, and what to do."""
 
 
+PACKAGE = "lpc_lightning.callbacks."
+"""Start of the names of the modules with this package's callbacks."""
+
+
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Refuse callbacks that would fail later or do nothing.
+    """Refuse callbacks that would fail later, do nothing, or undo what another callback does.
+
+    Two callbacks of one class of this package would log different values by the same names, which Lightning averages,
+    and write the same files.
 
     Raises:
         ConfigError: One of the callbacks is refused.
     """
+    own = Counter(kind.__name__ for callback in callbacks if (kind := _own_class(callback)) is not None)
+    for name, count in own.items():
+        if count > 1:
+            raise ConfigError(
+                f"callbacks: found {count} of {name}, expected one, because they log the same names and write the same "
+                "files. `--callbacks+=` adds a callback to those of the config. To change one of these, give the whole "
+                "list in a file: --callbacks FILE."
+            )
     for callback in callbacks:
         for refused, reason in REASONS.items():
             if isinstance(callback, refused):
                 raise ConfigError(f"callbacks: found {type(callback).__name__}, {reason}")
+
+
+def _own_class(callback: Callback) -> type | None:
+    """Return the class of this package that a callback has or extends."""
+    return next((kind for kind in type(callback).__mro__ if kind.__module__.startswith(PACKAGE)), None)
