@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, PairKey, find_examples
 from lpc_lightning.evaluation.codebook.explanation_files import JSON, TEXT, check_files, write_explanation
-from lpc_lightning.files.output_paths import check_folder, claim_output_folder
+from lpc_lightning.files.output_paths import check_folder, claim_output_folder, number_repeated
 from lpc_lightning.inference.checkpoints import (
     checkpoint_origin,
     read_checkpoint,
@@ -78,7 +78,8 @@ def explain(
     Args:
         checkpoints: Checkpoints whose latent has codes (runs/version_0/checkpoints/best.ckpt).
         preferences: File of preference pairs. null: the validation pairs of the run, as in its config.yaml.
-        output: Folder for the files, with a folder for each checkpoint. null: the folder of the run.
+        output: Folder for the files, with a folder for each checkpoint. null: the folder of the run, which takes the
+            files of one checkpoint.
         prompt: Prompt to answer. null: that of the first pair.
         codes: Codes to answer under, from 0. null: those that are likeliest for some pair, at most 8, the most used.
         max_new_tokens: Tokens of an answer at most. 0: no answers.
@@ -101,7 +102,7 @@ def explain(
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
 
     Raises:
-        ConfigError: A latent has no codes, or a setting is out of range.
+        ConfigError: A latent has no codes, a setting is out of range, or files of another checkpoint would be replaced.
         DataError: There are no such pairs.
     """
     for name, value, least in (("tokens", tokens, 1), ("examples", examples, 0), ("max_new_tokens", max_new_tokens, 0)):
@@ -120,11 +121,8 @@ def explain(
     )
     computed = resolve_precision(precision, device)
     stage: Literal["validation", "test"] = "validation" if preferences is None else "test"
-    for path in checkpoints:
+    for path, folder in zip(checkpoints, _folders(checkpoints, output), strict=True):
         origin = checkpoint_origin(read_checkpoint(Path(path), weights=False), Path(path))
-        folder = run_folder(Path(path)) if output is None else Path(output) / short_name(path)
-        check_folder(folder, "output")
-        check_files(folder)
         with claim_output_folder(folder, "output"):
             data: PreferenceDataModule
             if preferences is None:
@@ -147,9 +145,33 @@ def explain(
                 question = _first_prompt(data, stage) if prompt is None else text_prompt(prompt)
                 under = conditions(opened, None, _used_codes(explanation) if codes is None else codes, None)
                 answered = next(answers(opened, [question], under, Decoding(max_new_tokens)))
-            facts = {"checkpoint": path, "step": origin.get("step"), "preferences": preferences}
+            facts = {"checkpoint": os.path.abspath(path), "step": origin.get("step"), "preferences": preferences}
             print(f"\n{write_explanation(folder, explanation, facts, answered)}")
             print(f"Wrote {os.path.relpath(folder / TEXT)}, and the whole texts to {JSON} beside it.")
+
+
+def _folders(checkpoints: Sequence[str], output: str | None) -> list[Path]:
+    """Return the folder for the files of each checkpoint.
+
+    Raises:
+        ConfigError: Two checkpoints have the same folder, or a folder has other files of these names.
+    """
+    if output is None:
+        folders = [run_folder(Path(path)) for path in checkpoints]
+    else:
+        folders = [Path(output) / name for name in number_repeated([short_name(path) for path in checkpoints])]
+    first: dict[Path, str] = {}
+    for path, folder in zip(checkpoints, folders, strict=True):
+        if (place := folder.resolve()) in first:
+            raise ConfigError(
+                f"output: found {first[place]} and {path}, whose files would both go to {folder}, expected a folder "
+                "for each checkpoint. Give another folder (--output), which gets one for each."
+            )
+        first[place] = path
+    for path, folder in zip(checkpoints, folders, strict=True):
+        check_folder(folder, "output")
+        check_files(folder, Path(path))
+    return folders
 
 
 def _codes(module: PreferenceModule, path: str) -> Tensor:

@@ -12,6 +12,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.codebook.explanation import Explanation
 from lpc_lightning.files.json_files import read_if_whole, write_json, write_text
 from lpc_lightning.files.markdown import escape_markdown, markdown_table
+from lpc_lightning.inference.checkpoints import run_folder
 from lpc_lightning.inference.generation import Answered, marked
 
 JSON, TEXT = "codes.json", "codes.md"
@@ -30,21 +31,39 @@ class TextTable:
     notes: Sequence[str] = ()
 
 
-def check_files(folder: Path) -> None:
-    """Check that a folder has no files of these names, or those of an earlier explanation.
+def check_files(folder: Path, checkpoint: Path) -> None:
+    """Check that a folder has no files of these names, or those of an earlier explanation of the same checkpoint.
+
+    Args:
+        folder: Output folder. In the folder of a run, files from the end of its fit count as those of any checkpoint.
+        checkpoint: The checkpoint to explain.
 
     Raises:
         ConfigError: A file of another origin would be replaced.
     """
-    try:
-        ours = "codes" in json.loads((folder / JSON).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        ours = False
     existing = [folder / name for name in (JSON, TEXT) if (folder / name).exists()]
-    if existing and not ours:
+    if not existing:
+        return
+    try:
+        content = json.loads((folder / JSON).read_text(encoding="utf-8"))
+        ours, explained = "codes" in content, content.get("checkpoint")
+    except (OSError, ValueError, AttributeError):
+        ours, explained = False, None
+    if not ours:
         raise ConfigError(
             f"output: {existing[0]} exists and does not explain codes, expected another folder (--output), or move it."
         )
+    if explained is not None and not _is_same(Path(explained), checkpoint, folder):
+        raise ConfigError(
+            f"output: {folder / JSON} explains {explained}, expected no explanation of another checkpoint than "
+            f"{checkpoint}, which would replace it. Give another folder (--output), or move it."
+        )
+
+
+def _is_same(explained: Path, checkpoint: Path, folder: Path) -> bool:
+    if folder.resolve() == run_folder(checkpoint).resolve():  # which may have been moved since
+        return explained.name == checkpoint.name
+    return explained.resolve() == checkpoint.resolve()
 
 
 def write_explanation(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +25,7 @@ from lpc_lightning.evaluation.comparison.score_tables import score_tables
 from lpc_lightning.evaluation.comparison.stored import claim_name
 from lpc_lightning.evaluation.tables import score
 from lpc_lightning.files.markdown import markdown_table
-from lpc_lightning.files.output_paths import check_folder, check_name
+from lpc_lightning.files.output_paths import check_folder, check_name, number_repeated
 from lpc_lightning.files.path_variables import expand_path
 from lpc_lightning.inference.opening import short_name
 from lpc_lightning.latent import PriorMode
@@ -176,11 +175,7 @@ def name_models(models: Sequence[str], names: Sequence[str] | None) -> list[tupl
         ConfigError: The number of names is not the number of models, two names are equal, or a name is no folder's.
     """
     if names is None:
-        counts = Counter[str]()
-        names = []
-        for name in map(short_name, models):
-            counts[name] += 1
-            names.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
+        names = number_repeated([short_name(model) for model in models])
     if len(names) != len(models):
         raise ConfigError(f"names: found {len(names)} for {len(models)} models, expected one for each.")
     for name in names:

@@ -6,8 +6,9 @@ Nothing is replaced that a command has not written itself, or that another runni
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -46,6 +47,21 @@ def check_name(name: str, setting: str) -> None:
             f"{setting}: found {name!r}, expected a name for a folder: not empty, without / and \\, and not starting "
             "with a dot."
         )
+
+
+def number_repeated(names: Sequence[str]) -> list[str]:
+    """Return distinct names: the first of several equal ones unchanged, the others with a number, such as `run-2`.
+
+    A number is skipped if another one of the names already ends with it.
+    """
+    taken = set(names)
+    numbered: list[str] = []
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            name = next(free for number in count(2) if (free := f"{name}-{number}") not in taken)
+            taken.add(name)
+        numbered.append(name)
+    return numbered
 
 
 @contextmanager

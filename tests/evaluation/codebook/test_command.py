@@ -81,6 +81,49 @@ def test_explain_keeps_other_commands_out(runs: dict[str, Path], tmp_path: Path)
         explain([model], output=str(tmp_path), device="cpu")
 
 
+@pytest.fixture
+def cells(runs: dict[str, Path], tmp_path: Path) -> list[str]:
+    """Two checkpoints whose runs have the same name, as in an ablation. Their codes are not explained."""
+    ignored = shutil.ignore_patterns("codes.*")
+    folders = [shutil.copytree(runs["codes"], tmp_path / "cells" / name / "run", ignore=ignored) for name in "AB"]
+    return [str(Path(checkpoint(folder)).rename(folder / "checkpoints" / "last.ckpt")) for folder in folders]
+
+
+FAST: dict[str, Any] = {"max_new_tokens": 0, "examples": 1, "device": "cpu"}
+
+
+def explained(folder: Path) -> dict[str, str]:
+    """Return the checkpoint in each `codes.json`, by the name of its folder."""
+    return {path.parent.name: json.loads(path.read_text())["checkpoint"] for path in folder.glob("*/codes.json")}
+
+
+def test_explain_gives_each_checkpoint_a_folder(cells: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    expected = {"run-last": cells[0], "run-last-2": cells[1]}
+    for _ in range(2):  # a second time, the same files are replaced
+        explain(cells, output=str(out), **FAST)
+        assert explained(out) == expected
+    with pytest.raises(ConfigError, match=rf"output: .*run-last/codes\.json explains {cells[0]}, expected no"):
+        explain(cells[1:], output=str(out), **FAST)
+    assert explained(out) == expected
+
+
+def test_explain_refuses_equal_folders(cells: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    last = Path(cells[0])
+    best, run = last.with_name("best.ckpt"), last.parents[1]
+    shutil.copy(last, best)
+    with pytest.raises(ConfigError, match=rf"output: found {best} and {last}, whose files would both go to {run}, "):
+        explain([str(best), str(last)], **FAST)
+    assert not (run / "codes.json").exists()
+    explain([str(best)], **FAST)
+    with pytest.raises(ConfigError, match=rf"output: .*codes\.json explains {best}, expected no"):
+        explain([str(last)], **FAST)
+    moved = run.rename(run.with_name("moved"))
+    monkeypatch.chdir(moved)
+    explain(["checkpoints/best.ckpt"], **FAST)
+    assert json.loads((moved / "codes.json").read_text())["checkpoint"] == str(moved / "checkpoints" / "best.ckpt")
+
+
 def test_explain_a_file_with_answers(runs: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     pairs = PreferenceGenerator("hidden", annotators=3).examples(5, "test")

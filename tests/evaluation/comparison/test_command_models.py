@@ -74,6 +74,8 @@ def test_name_models_gives_distinct_names() -> None:
         ("run-best-2", models[1]),
         ("hub-name", models[2]),
     ]
+    taken = [name for name, _ in name_models([*models[:2], "c/run/checkpoints/best-2.ckpt"], None)]
+    assert taken == ["run-best", "run-best-3", "run-best-2"]
     assert name_models(models, ["x", "y", "z"])[2] == ("z", models[2])
     with pytest.raises(ConfigError, match="names: found x, y, x, expected no two equal names"):
         name_models(models, ["x", "y", "x"])
