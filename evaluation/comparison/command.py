@@ -69,7 +69,8 @@ def evaluate(
     """Run lm-eval's benchmarks on models with their latent, optionally with preference accuracy, and compare models.
 
     Each model's scores go to OUTPUT/NAME/results.json, and every item goes to items.jsonl. Existing results with the
-    same settings are read and not computed again. Commands that run together keep their results apart. After an
+    same settings are read and not computed again. If a folder has results of other settings, weights or preference
+    pairs, it keeps them, and the new ones go to NAME-2. Commands that run together keep their results apart. After an
     interruption or a failure, run the same command again to complete the results. With several models, the first is the
     baseline of OUTPUT/comparison.md, .csv and .json. These files have the differences to the baseline and their
     significance: McNemar's exact test, or sign flips of items, or of whole prompts where preference pairs share one,

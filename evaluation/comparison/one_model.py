@@ -64,7 +64,8 @@ def evaluate_model(
         return stored_results, stored_results.failures
     evaluation = _Evaluation(model, name, request, request.key(model))
     output.mkdir(parents=True, exist_ok=True)
-    with claim_folder(output, name, evaluation.key) as (folder, stored):
+    versions = {each.task: each.content for each in request.pairs()}
+    with claim_folder(output, name, evaluation.key, versions) as (folder, stored):
         return evaluation.complete(folder, stored, again)
 
 
@@ -83,7 +84,8 @@ class _Evaluation:
     ) -> tuple[BenchmarkResults, dict[str, str]]:
         """Compute what is missing in the stored results, or everything `again`, and write it part by part."""
         tasks = list(self.request.tasks) if again else missing_tasks(stored, self.request.tasks)
-        pairs = [each for each in self.request.pairs() if again or not _are_scored(each, stored)]
+        scored = {} if stored is None else stored.record["tasks"]  # of pairs of the same version, see `claim_folder`
+        pairs = [each for each in self.request.pairs() if again or each.task not in scored]
         if stored is not None and not tasks and not pairs:
             print(f"Read from {folder}, written {stored.record['date']}. Use --again to compute the results again.")
             return stored, {}
@@ -130,11 +132,6 @@ def describe(error: Exception) -> str:
     if isinstance(error, SELF_EXPLAINING_ERRORS):
         return str(error)
     return explain_system_error(error) or failure_reason(error)
-
-
-def _are_scored(pairs: PairsFile, results: BenchmarkResults | None) -> bool:
-    record = {} if results is None else results.record["tasks"].get(pairs.task, {})
-    return bool(record.get("version") == pairs.content)
 
 
 def _preferences(

@@ -13,6 +13,7 @@ from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks
 from lpc_lightning.evaluation.comparison.stored import local_data
+from lpc_lightning.files.output_paths import number_repeated
 from lpc_lightning.inference.fingerprint import weights_fingerprint
 from lpc_lightning.latent import PriorMode
 
@@ -79,7 +80,8 @@ class EvalRequest:
     def key(self, model: str) -> dict[str, Any]:
         """Return all settings and files that determine a model's score on any task.
 
-        Stored results with an equal key can be used again, unless the file of a task has changed (see `missing_tasks`).
+        Stored results with an equal key can be used again, unless the file of a task has changed (see `missing_tasks`),
+        or they are of other preference pairs (see `claim_folder`).
         """
         settings = {
             entry.name: getattr(self, entry.name) for entry in fields(self) if entry.metadata.get("in_key", True)
@@ -93,8 +95,4 @@ def _task_names(paths: Sequence[str]) -> list[str]:
     if len(paths) < 2:
         return [PREFERENCES] * len(paths)
     stems = [Path(path).name.split(".")[0] for path in paths]
-    numbers = [stems[:place].count(stem) for place, stem in enumerate(stems)]
-    return [
-        f"{PREFERENCES}-{stem}" + (f"-{number + 1}" if number else "")
-        for stem, number in zip(stems, numbers, strict=True)
-    ]
+    return [f"{PREFERENCES}-{stem}" for stem in number_repeated(stems)]

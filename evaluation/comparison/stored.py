@@ -42,16 +42,19 @@ def read_stored(folder: Path) -> BenchmarkResults:
 
 
 @contextmanager
-def claim_folder(output: Path, name: str, key: Mapping[str, Any]) -> Iterator[tuple[Path, BenchmarkResults | None]]:
+def claim_folder(
+    output: Path, name: str, key: Mapping[str, Any], versions: Mapping[str, str]
+) -> Iterator[tuple[Path, BenchmarkResults | None]]:
     """Yield the folder for a model's results under these settings, and the results in it, if any.
 
-    The folder is `name`. If that folder has results with other settings or of another model, or if another command is
-    writing to it, it is `name-2`, and so on.
+    The folder is `name`. If that folder has results with other settings, of another model or of other pairs, or if
+    another command is writing to it, it is `name-2`, and so on.
 
     Args:
         output: Folder with one subfolder per model.
         name: Name of the model.
         key: Settings of the evaluation; see `EvalRequest.key`.
+        versions: By task, the version of the preference pairs to score; see `PairsFile.content`.
     """
     for number in count(1):
         folder = output / (name if number == 1 else f"{name}-{number}")
@@ -63,10 +66,18 @@ def claim_folder(output: Path, name: str, key: Mapping[str, Any]) -> Iterator[tu
         try:
             results = read_stored(folder) if (folder / RESULTS).is_file() else None
             if results is None or results.origin.get(REQUEST) == to_json_value(key):
-                yield folder, results
-                return
+                if not (kept := _of_other_pairs(results, versions)):
+                    yield folder, results
+                    return
+                print(f"{folder} keeps its results of {', '.join(kept)}: they are of other pairs, or other settings.")
         finally:
             lock.release()
+
+
+def _of_other_pairs(results: BenchmarkResults | None, versions: Mapping[str, str]) -> list[str]:
+    """Return the tasks of preference pairs whose stored results are of another version."""
+    records = {} if results is None else results.record["tasks"]
+    return [task for task, version in versions.items() if task in records and records[task]["version"] != version]
 
 
 @contextmanager

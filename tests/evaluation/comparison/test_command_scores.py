@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lpc_lightning.data import PreferenceData
 from lpc_lightning.evaluation.benchmarks.runner import run_benchmarks
 from lpc_lightning.inference.opening import open_module
+from tests.evaluation.conftest import write_rows
 from tests.fixtures.commands import Command
 
 
@@ -187,6 +188,18 @@ def test_limit_of_pairs_without_split_column(evaluate: Command, plain: str, resu
     assert results("plain").record["tasks"]["preferences"]["items"] == 6
     assert evaluate(plain, "--tasks=none", f"--preferences={path}", "--limit=0.6").code == 0
     assert results("plain-2").record["tasks"]["preferences"]["items"] == 4
+
+
+def test_files_of_one_name_are_tasks_of_their_own(evaluate: Command, plain: str, results: Any, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("x/a.jsonl", "y/a.jsonl", "a-2.jsonl")]
+    for count, path in enumerate(paths, 2):
+        write_rows(path, [{"prompt": f"Why {n}?", "chosen": "So.", "rejected": "No."} for n in range(count)])
+    outcome = evaluate(plain, "--tasks=none", "--preferences", *paths)
+    assert outcome.code == 0, outcome.err
+    tasks = results("plain").record["tasks"]
+    assert {name: record["items"] for name, record in tasks.items()} == {
+        "preferences-a": 2, "preferences-a-3": 3, "preferences-a-2": 4,
+    }  # fmt: skip
 
 
 def test_pairs_of_one_prompt(evaluate: Command, plain: str, results: Any, tmp_path: Path) -> None:

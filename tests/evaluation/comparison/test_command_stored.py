@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from lm_eval.models.huggingface import HFLM
 
+from tests.evaluation.conftest import write_rows
 from tests.fixtures.commands import Command
 
 
@@ -155,6 +156,24 @@ def test_interrupted_command_keeps_results(
     run_tasks.clear()
     assert evaluate(plain, *tasks).code == 0
     assert run_tasks == ["gsm8k"]
+
+
+def test_results_of_other_pairs_are_kept(
+    evaluate: Command, plain: str, results: Any, tmp_path: Path, no_model_is_opened: Callable[[], None]
+) -> None:
+    """The second file has fewer pairs, and with the limit the first one has the two short ones."""
+    for name, count in (("one", 4), ("two", 3)):
+        prompts = ["Why?", "Where?", "When? " * 50, "Who? " * 50]
+        rows = [{"prompt": prompt, "chosen": "So.", "rejected": "No."} for prompt in prompts[:count]]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    one, two = (f"--preferences={tmp_path / name}.jsonl" for name in ("one", "two"))
+    for flags in ([one], [two], [one, "--max_length=100"]):
+        assert evaluate(plain, "--tasks=none", *flags).code == 0
+    names = ["plain", "plain-2", "plain-3"]
+    assert [results(name).record["tasks"]["preferences"]["items"] for name in names] == [4, 3, 2]
+    no_model_is_opened()
+    for flags, name in (([one], "plain"), ([two], "plain-2")):
+        assert f"Read from {tmp_path / 'results' / name}, " in evaluate(plain, "--tasks=none", *flags).out
 
 
 def test_damaged_results_are_an_error(evaluate: Command, plain: str, tmp_path: Path) -> None:

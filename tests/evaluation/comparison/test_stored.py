@@ -112,30 +112,47 @@ def test_split_by_documents() -> None:
 def test_claim_folder_per_request(tmp_path: Path) -> None:
     requests = [{"limit": 1, "path": Path("a")}, {"limit": 2, "path": Path("a")}]
     for number, request in enumerate(requests):
-        with claim_folder(tmp_path, "model", request) as (folder, actual):
+        with claim_folder(tmp_path, "model", request, {}) as (folder, actual):
             assert (folder.name, actual) == (["model", "model-2"][number], None)
             write_results(folder, run([f"task {number}"]), {REQUEST: request})
     for number, request in enumerate(requests):
-        with claim_folder(tmp_path, "model", request) as (folder, actual):
+        with claim_folder(tmp_path, "model", request, {}) as (folder, actual):
             assert actual is not None
             assert (folder.name, list(actual.metrics)) == (["model", "model-2"][number], [f"task {number}"])
 
 
+def test_claim_folder_per_version_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without results of the task can take them. Results of other tasks do not matter."""
+    places = {}
+    for version in ("a", "b"):
+        with claim_folder(tmp_path, "model", {}, {"pairs": version}) as (folder, actual):
+            assert actual is None
+            results, places[version] = run(["pairs"]), folder
+            results.record["tasks"]["pairs"]["version"] = version
+            write_results(folder, results, {REQUEST: {}})
+    assert [folder.name for folder in places.values()] == ["model", "model-2"]
+    assert f"{places['a']} keeps its results of pairs: they are of other pairs" in capsys.readouterr().out
+    for versions, name in (({"pairs": "a"}, "a"), ({"pairs": "b", "more": "c"}, "b"), ({"more": "c"}, "a")):
+        with claim_folder(tmp_path, "model", {}, versions) as (folder, actual):
+            assert actual is not None
+            assert (folder, actual.record["tasks"]["pairs"]["version"]) == (places[name], name)
+
+
 def test_commands_that_run_together_do_not_meet(tmp_path: Path) -> None:
     with (
-        claim_folder(tmp_path, "model", {"limit": 1}) as (first, _),
-        claim_folder(tmp_path, "model", {"limit": 2}) as (second, _),
+        claim_folder(tmp_path, "model", {"limit": 1}, {}) as (first, _),
+        claim_folder(tmp_path, "model", {"limit": 2}, {}) as (second, _),
     ):
         assert (first.name, second.name) == ("model", "model-2")
         write_results(first, run(["a"]), {REQUEST: {"limit": 1}})
-    with claim_folder(tmp_path, "model", {"limit": 2}) as (third, _):
+    with claim_folder(tmp_path, "model", {"limit": 2}, {}) as (third, _):
         assert third.name == "model-2"  # free again
 
 
 def test_comparisons_made_together_do_not_meet(tmp_path: Path) -> None:
     with claim_name(tmp_path, "comparison") as first, claim_name(tmp_path, "comparison") as second:
         assert (first, second) == ("comparison", "comparison-2")
-        with claim_folder(tmp_path, "comparison", {}) as (folder, _):
+        with claim_folder(tmp_path, "comparison", {}, {}) as (folder, _):
             assert folder.name == "comparison"  # the folder of a model with this name
     with claim_name(tmp_path, "comparison") as again:
         assert again == "comparison"
