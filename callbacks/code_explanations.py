@@ -14,8 +14,9 @@ from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.distributed.sharding import keeps_weights_elsewhere
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.collect import CollectValidation
-from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, find_examples
+from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs
 from lpc_lightning.evaluation.codebook.explanation_files import TEXT, write_explanation
+from lpc_lightning.evaluation.codebook.pair_keys import find_examples
 from lpc_lightning.loggers import log_text, run_folder
 
 
@@ -88,9 +89,8 @@ class CodeExplanations(CollectValidation):
             return
         try:
             data = preference_data(trainer)
-            source = None if data is None else data.source("validation")
-            if source is not None:
-                explanation = explanation.with_texts(find_examples(source, explanation.shown_pairs))
+            if data is not None:
+                explanation = explanation.with_texts(find_examples(data, "validation", explanation.shown_pairs))
             text = write_explanation(folder, explanation, self._origin)
             log_text(trainer, "codes", text, self._origin["step"])
         except Exception as error:  # a failed explanation must not end the training

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,13 +13,13 @@ from torch import Tensor
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.data import PreferenceDataModule
-from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
-from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, PairKey, find_examples
+from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs
 from lpc_lightning.evaluation.codebook.explanation_files import JSON, TEXT, check_files, write_explanation
+from lpc_lightning.evaluation.codebook.pair_keys import find_examples
 from lpc_lightning.files.output_paths import check_folder, claim_output_folder, number_repeated
 from lpc_lightning.inference.checkpoints import (
     checkpoint_origin,
@@ -31,10 +31,9 @@ from lpc_lightning.inference.checkpoints import (
 from lpc_lightning.inference.generate import conditions
 from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_module, short_name, view_module
-from lpc_lightning.inference.prompts import Prompt, text_prompt
+from lpc_lightning.inference.prompts import text_prompt
 from lpc_lightning.inference.run_data import data_of_run
 from lpc_lightning.policy.precision import TRAINER_PRECISION, WEIGHTS_TYPE, Precision, resolve_precision
-from lpc_lightning.types import PreferenceExample
 
 MOST_ANSWERS = 8
 """Most codes that answer if none are chosen."""
@@ -139,10 +138,10 @@ def explain(
             head = module.policy.head
             explanation = collector.explain(table, head, module.tokenizer, tokens, examples, whole_vocabulary)
             assert explanation is not None  # without pairs, evaluate_pairs raises an error
-            explanation = explanation.with_texts(_examples(data, stage, explanation.shown_pairs))
+            explanation = explanation.with_texts(find_examples(data, stage, explanation.shown_pairs))
             answered = None
             if max_new_tokens:
-                question = _first_prompt(data, stage) if prompt is None else text_prompt(prompt)
+                question = next(data.kept_examples(stage)).prompt if prompt is None else text_prompt(prompt)
                 under = conditions(opened, None, _used_codes(explanation) if codes is None else codes, None)
                 answered = next(answers(opened, [question], under, Decoding(max_new_tokens)))
             facts = {"checkpoint": os.path.abspath(path), "step": origin.get("step"), "preferences": preferences}
@@ -197,18 +196,6 @@ def _run_data(path: Path) -> PreferenceDataModule:
         return data_of_run(settings)
     except ConfigError as error:
         raise ConfigError(f"preferences: {run_folder(path)}/config.yaml: {error}. {expected}") from error
-
-
-def _examples(data: PreferenceDataModule, stage: Stage, pairs: Iterable[PairKey]) -> dict[PairKey, PreferenceExample]:
-    source = data.source(stage)
-    assert source is not None  # its pairs have been scored
-    return find_examples(source, pairs)
-
-
-def _first_prompt(data: PreferenceDataModule, stage: Stage) -> Prompt:
-    pair = data.pairs[stage][0]
-    ((_, example),) = _examples(data, stage, [(pair.id, pair.annotator, pair.source)]).items()
-    return example.prompt
 
 
 def _used_codes(explanation: Explanation) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,18 +14,15 @@ from torchmetrics.utilities import dim_zero_cat
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms.outputs import EvaluationOutput
-from lpc_lightning.data.sources.example_source import ExampleSource
-from lpc_lightning.data.sources.report import DataReport
-from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_codes, pair_labels, split_codes
+from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_codes, split_codes
 from lpc_lightning.evaluation.codebook.code_labels import CodeLabel, ColumnMatch, label_codes, match_columns
 from lpc_lightning.evaluation.codebook.code_tokens import TokenShift, code_tokens
+from lpc_lightning.evaluation.codebook.pair_keys import PairKey, keyed_labels, pair_key
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.types import LogitHead, PreferenceBatch, PreferenceExample
 
 COLUMNS = ("factor", "annotator", "source")
 """Columns that may name the codes. If several match equally well, the first one does."""
-PairKey = tuple[str, str, str]
-"""Id, annotator and source of a pair: ids may repeat across annotators, and across the data sets of a mixture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +148,7 @@ class ExplanationPairs(nn.Module):
         numbers = {"margin": evaluated["terms"].pairs.margins, "exact_code": posterior.argmax(-1)}
         numbers |= split_codes("log_prior", prior)
         numbers |= split_codes("margin", score.under_codes(space.codes)[0].margins)
-        self.table.update(numbers, pair_labels(batch))
+        self.table.update(numbers, keyed_labels(batch))
         self.tokens.update(batch)
 
     def reset(self) -> None:
@@ -212,26 +209,13 @@ class ExplanationPairs(nn.Module):
         return Explanation(len(rows), explained, matches, whole_vocabulary)
 
 
-def find_examples(source: ExampleSource, pairs: Iterable[PairKey]) -> dict[PairKey, PreferenceExample]:
-    """Read the examples of some pairs. Reading stops when all are found."""
-    missing, examples = set(pairs), {}
-    for example in source.read(DataReport()):
-        if not missing:
-            break
-        key = (example.id, example.annotator, example.source)
-        if key in missing:
-            examples[key] = example
-            missing.remove(key)
-    return examples
-
-
 def _likeliest_prompts(probabilities: NDArray[np.float64], rows: Sequence[Row], most: int) -> list[CodePrompt]:
     """Return different prompts from the highest probability on."""
     chosen: dict[str, CodePrompt] = {}
     for index in _ranked(probabilities, rows):
         if len(chosen) == most:
             break
-        chosen.setdefault(rows[index]["prompt"], CodePrompt(_key(rows[index]), float(probabilities[index])))
+        chosen.setdefault(rows[index]["prompt"], CodePrompt(pair_key(rows[index]), float(probabilities[index])))
     return list(chosen.values())
 
 
@@ -239,13 +223,9 @@ def _decided_pairs(
     margins: NDArray[np.float64], prior_margins: NDArray[np.float64], rows: Sequence[Row], most: int
 ) -> list[DecidedPair]:
     ranked = _ranked(np.abs(margins - prior_margins), rows)[:most]
-    return [DecidedPair(_key(rows[index]), float(margins[index]), float(prior_margins[index])) for index in ranked]
+    return [DecidedPair(pair_key(rows[index]), float(margins[index]), float(prior_margins[index])) for index in ranked]
 
 
 def _ranked(values: NDArray[np.float64], rows: Sequence[Row]) -> list[int]:
     """Return indices from the highest value on. Equal values are ordered by id, for any batches and devices."""
-    return sorted(range(len(rows)), key=lambda index: (-values[index], _key(rows[index])))
-
-
-def _key(row: Row) -> PairKey:
-    return str(row["id"]), str(row["annotator"]), str(row["source"])
+    return sorted(range(len(rows)), key=lambda index: (-values[index], pair_key(rows[index])))

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.data import SyntheticPreferences
-from lpc_lightning.data.sources.example_source import ChainedSource, NamedSource, RowSource
-from lpc_lightning.data.sources.report import DataReport
+from lpc_lightning.data import MixtureSource, PreferenceMixture, SyntheticPreferences
+from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
-from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs, find_examples
+from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs
+from lpc_lightning.evaluation.codebook.pair_keys import find_examples
 from lpc_lightning.latent import MarginalSpace, MLPSpace
 from tests.evaluation.conftest import write_rows
 
@@ -105,9 +105,8 @@ def test_explanation_has_tokens_of_the_answers(scored: Any, explained: Explanati
 
 def test_explanation_finds_its_texts(scored: Any, explained: Explanation) -> None:
     _, data, _ = scored
-    source = data.source("validation")
-    by_id = {example.id: example for example in source.examples}
-    shown = explained.with_texts(find_examples(source, explained.shown_pairs))
+    by_id = {example.id: example for example in data.source("validation").examples}
+    shown = explained.with_texts(find_examples(data, "validation", explained.shown_pairs))
     for code in shown.codes:
         for each in code.decided:
             example = by_id[each.pair[0]]
@@ -120,18 +119,42 @@ def test_explanation_finds_its_texts(scored: Any, explained: Explanation) -> Non
     ]
 
 
-def test_texts_of_equal_ids_in_a_mixture(tmp_path: Path) -> None:
-    """Rows without an id are named by the file's name and the line, which two folders may share."""
+def test_texts_of_equal_ids(scored: Any, tmp_path: Path) -> None:
+    """Pairs with the id of their prompt, one of them with both labels, and two data sets with the same ids.
+
+    Rows without an id are named by the file's name and the line, which two folders may share. The oracle is the margin
+    of a pair alone: a text belongs to the pair of this margin.
+    """
+    module, _, _ = scored
+    answers = [("Yes.", "No."), ("No.", "Yes."), ("Perhaps.", "Ask him!"), ("Perhaps.", "Never, I think.")]
+    texts = {f"{folder}?": answers for folder in ("first", "second")}
     sources = []
-    for folder in ("first", "second"):
-        path = tmp_path / folder / "pairs.jsonl"
-        write_rows(path, [{"prompt": f"{folder}?", "chosen": "Yes.", "rejected": "No."}])
-        sources.append(NamedSource(RowSource(str(path)), folder))
-    examples = [next(source.read(DataReport())) for source in sources]
-    assert examples[0].id == examples[1].id
-    wanted = [(each.id, each.annotator, each.source) for each in examples]
-    found = find_examples(ChainedSource(sources), wanted)
-    assert [found[key].prompt[0]["content"] for key in wanted] == ["first?", "second?"]
+    for name, labels in texts.items():
+        path = tmp_path / name[:-1] / "pairs.jsonl"
+        common = {"prompt": name, "id": "same", "split": "validation"}
+        rows = [{**common, "chosen": chosen, "rejected": rejected} for chosen, rejected in labels]
+        write_rows(path, [{**rows[0], "split": "train"}, {**common, "chosen": "a", "rejected": "a"}, *rows])
+        sources.append(MixtureSource(path=str(path), name=name))
+    data = PreferenceMixture(sources, bad_rows="skip", batch_size=3, cache_dir=str(tmp_path / "cache"))
+    collector = ExplanationPairs()
+    evaluate_pairs(module, data, collector, "validation", progress_bar=False)
+    explanation = collector.explain(module.latent.codes, module.policy.head, module.tokenizer, examples=PAIRS)
+    assert explanation is not None
+    shown = explanation.with_texts(find_examples(data, "validation", explanation.shown_pairs))
+    for code in shown.codes:
+        found = {(each.prompt, each.chosen, each.rejected): each.margin for each in code.decided}
+        assert set(found) == {(prompt, *label) for prompt in texts for label in answers}
+        assert {each.prompt for each in code.prompts} == set(texts)
+        z = module.latent.codes[code.code][None]
+        for pair in data.pairs["validation"]:
+            with torch.no_grad():
+                _, score = module.score_batch(PaddedLayout(0)([pair]))
+                margin = float(score.under(z)[0].margins)
+            chosen, rejected = (
+                module.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                for ids in (pair.chosen_ids, pair.rejected_ids)
+            )
+            assert found[pair.source, chosen, rejected] == pytest.approx(margin, abs=1e-6)
 
 
 def test_explanation_without_codes() -> None:
