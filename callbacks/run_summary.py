@@ -21,8 +21,8 @@ ROWS = {
     "dead codes": "latent/dead_codes",
     "prior entropy (nats)": "latent/prior_entropy",
 }
-BEFORE = "validation_before"
-"""Entry of a checkpoint, and of the summary, with the metrics before training."""
+BEFORE, AFTER = "validation_before", "validation_after"
+"""Entries of a checkpoint, and of the summary: the metrics before training, and those of the latest validation."""
 
 
 class RunSummary(Callback):
@@ -45,13 +45,16 @@ class RunSummary(Callback):
         self.after: dict[str, float] = {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the metrics before training. A resumed run has no sanity check, which would measure them."""
+        """Store the metrics, which a resumed run may not measure.
+
+        It has no sanity check. After the last step, it has no validation either.
+        """
         # Not as the callback's state: Lightning would warn wherever a checkpoint is loaded without this callback.
-        checkpoint[BEFORE] = self.before
+        checkpoint[BEFORE], checkpoint[AFTER] = self.before, self.after
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the metrics before training."""
-        self.before = dict(checkpoint.get(BEFORE, {}))
+        """Restore the metrics."""
+        self.before, self.after = (dict(checkpoint.get(name, {})) for name in (BEFORE, AFTER))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the metrics of the validation before the first step."""
@@ -84,7 +87,7 @@ class RunSummary(Callback):
         summary: dict[str, Any] = {
             "steps": trainer.global_step,
             BEFORE: before,
-            "validation_after": self.after,
+            AFTER: self.after,
             "resources": resources,
             "versions": provenance(),
         }

@@ -36,6 +36,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "code_range": float,
     "robust_loss": dict,
     "validation_before": dict,
+    "validation_after": dict,
 }
 """Type of each entry."""
 RESUMED = ("state_dict", "callbacks", "loops", "optimizer_states", "lr_schedulers", "epoch", "global_step")

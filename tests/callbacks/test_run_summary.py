@@ -5,7 +5,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.callbacks import PreferenceAccuracy, ResourceMonitor, RunSummary
+from lpc_lightning.callbacks import BestAndLast, FinalValidation, PreferenceAccuracy, ResourceMonitor, RunSummary
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.latent import MarginalSpace
 
@@ -82,6 +82,30 @@ def test_summary_of_a_resumed_run_has_the_start(fitted, tmp_path) -> None:
     summary = json.loads((tmp_path / "resumed" / "summary.json").read_text())
     assert summary["steps"] == 3
     assert summary["validation_before"] == stopped["validation_before"] != {}
+
+
+class Ended(Callback):
+    """Ends the run after the training, as a signal may while another callback runs benchmarks."""
+
+    def on_fit_end(self, trainer, pl_module):
+        raise RuntimeError("ended")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:resume. found a checkpoint of step 5")
+def test_summary_of_a_run_resumed_after_its_end(fitted, tmp_path) -> None:
+    """The resumed run has no step left, and thus no validation."""
+    validations, repeated = Validations(), Validations()
+    with pytest.raises(RuntimeError, match="ended"):
+        fitted(Ended(), RunSummary(), FinalValidation(), BestAndLast(), validations)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    logger = CSVLogger(tmp_path, name="", version="resumed")
+    fitted(RunSummary(), FinalValidation(), BestAndLast(), repeated, logger=logger, ckpt_path=last)
+    assert repeated.metrics == []
+    summary = json.loads((tmp_path / "resumed" / "summary.json").read_text())
+    expected = {name.removeprefix("val/"): value for name, value in validations.metrics[-1].items()}
+    assert summary["validation_after"] == expected != {}
 
 
 @pytest.mark.slow

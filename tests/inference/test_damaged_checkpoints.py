@@ -181,7 +181,9 @@ def test_entry_of_wrong_type_is_refused(entry: str, value: Any, tmp_path: Path) 
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("entry", ["code_range", "position", "robust_loss", "validation_before", "warm_start"])
+@pytest.mark.parametrize(
+    "entry", ["code_range", "position", "robust_loss", "validation_before", "validation_after", "warm_start"]
+)
 def test_optional_entry_of_wrong_type_is_refused(entry: str, tmp_path: Path) -> None:
     torch.save(content() | {entry: "text"}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=rf"a\.ckpt: found str as its entry {entry}, expected"):
