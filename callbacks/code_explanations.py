@@ -72,12 +72,16 @@ class CodeExplanations(CollectValidation):
         self._origin = {"checkpoint": path, "step": pl_module.weights_step, "preferences": None}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files after `validate`."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
+        """Write the files after `validate`, and after the last validation of a fit.
+
+        `FinalValidation` requests the stop before that validation. The end of the training would be too late: a run
+        that is ended in between and resumed from its last checkpoint has no validation and no end of training.
+        """
+        if trainer.state.fn == TrainerFn.VALIDATING or trainer.should_stop:
             self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files after the last validation."""
+        """Write the files if the last validation was not known to be the last one."""
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:

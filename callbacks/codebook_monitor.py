@@ -78,11 +78,13 @@ class CodebookMonitor(CollectValidation):
             return
         self._rounds += 1
         self._drawn, self._step = False, pl_module.weights_step
-        if self._rounds % self.every == 0 or trainer.state.fn == TrainerFn.VALIDATING:
+        # A run that is ended after this validation, and resumed from its checkpoint, has no end of training.
+        is_last = trainer.should_stop or trainer.state.fn == TrainerFn.VALIDATING
+        if self._rounds % self.every == 0 or is_last:
             self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plot the last round."""
+        """Plot the last round, if it was not known to be the last one."""
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.algorithms.metrics import entropy
-from lpc_lightning.callbacks import CodebookMonitor, CodeExplanations
+from lpc_lightning.callbacks import BestAndLast, CodebookMonitor, CodeExplanations, FinalValidation
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import GaussianSpace, GumbelSpace, LatentSpace, MarginalSpace, MLPSpace, VectorSpace
 from lpc_lightning.policy import TinyPolicy
@@ -85,6 +85,24 @@ def test_plots_every_nth_validation_and_the_last(fit: Any, tmp_path: Path) -> No
 def test_plots_the_last_validation_once(fit: Any, tmp_path: Path) -> None:
     fit(CodebookMonitor(every=5), GumbelSpace(**CODES), val_check_interval=3, max_epochs=1)
     assert set(pictures(tmp_path / "run")) == {"000006"}
+
+
+class Ended(Callback):
+    """Ends the run after its last checkpoint, before other callbacks see the end of the training."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise RuntimeError("ended")
+
+
+@pytest.mark.slow
+def test_last_round_is_kept_before_its_checkpoint(fitted: Callable[..., Trainer], tmp_path: Path) -> None:
+    """A resume from this checkpoint has no validation and no end of the training."""
+    callbacks = [Ended(), CodebookMonitor(every=9), CodeExplanations(examples=1), FinalValidation(), BestAndLast()]
+    with pytest.raises(RuntimeError, match="ended"):
+        fitted(*callbacks, max_epochs=2)
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 10
+    assert set(pictures(tmp_path / "run")) == {"000010"}
+    assert json.loads((tmp_path / "run" / "codes.json").read_text())["step"] == 10
 
 
 def test_validate_plots_without_training(tmp_path: Path, make_trainer: Callable[..., Trainer]) -> None:
