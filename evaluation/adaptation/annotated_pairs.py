@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms.outputs import EvaluationOutput
+from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.batching.layouts import PaddedLayout
+from lpc_lightning.data.batching.loading import EvaluationBatches
+from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, join_codes, pair_labels, split_codes
 from lpc_lightning.evaluation.adaptation.inference import CodeTables, Table, single_code
@@ -122,6 +127,21 @@ class AnnotatedPairsTable(nn.Module):
             answers=[_pair(rows[index]) for index in order],
             contents=texts("content"),
         )
+
+
+def label_batches(
+    data: PreferenceDataModule, stage: Stage, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[PreferenceBatch]:
+    """Yield the pairs of a stage for `AnnotatedPairsTable.add_labels`, in the order in which a run would score them.
+
+    Raises:
+        DataError: There are no such pairs, or the data is invalid.
+    """
+    pairs = data.load(stage, tokenizer)
+    assert pairs is not None  # the stage has a source
+    layout = PaddedLayout(pad_id=0)  # the tokens are not read
+    for batch in EvaluationBatches(data.evaluation_order(stage), data.eval_batch_size):
+        yield layout([pairs[index] for index in batch])
 
 
 def _pair(row: Row) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import Group
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.accuracy.training_overlap import count_trained, overlap_sentence, training_pairs
+from lpc_lightning.evaluation.adaptation.annotated_pairs import label_batches
 from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, write_adaptation
 from lpc_lightning.evaluation.adaptation.output import TABLE, write_reports
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
@@ -170,7 +171,12 @@ class _Scoring:
         """
         if self.labelled_split is not None:
             labelled = self.pairs(self.labelled_split, pairs.template_settings)
-            rows = evaluate_pairs(module, labelled, self.collector.labelled, precision=self.precision)
+            if module.latent is None:  # their scores would not be used
+                for batch in label_batches(labelled, "test", module.tokenizer):
+                    self.collector.labelled.add_labels(batch)
+                rows = labelled.reports["test"]
+            else:
+                rows = evaluate_pairs(module, labelled, self.collector.labelled, precision=self.precision)
             print(f"{name}, labelled pairs: {rows}")
         # The run empties the collector of the evaluated pairs alone.
         print(f"{name}: {evaluate_pairs(module, pairs, self.collector.evaluated, precision=self.precision)}")

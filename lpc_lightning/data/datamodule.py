@@ -394,13 +394,18 @@ class PreferenceDataModule(LightningDataModule):
         layout = self._planned(pairs, (batch for plan in plans for batch in plan.batches))
         return PreferenceLoader(pairs, plans[self._place[0]], layout, self.num_workers, self._on_gpu)
 
-    def _evaluation_plans(self, stage: Stage) -> list[EvaluationBatches]:
-        """Plan the batches of each device. Pairs of a prompt share a batch, whose prompt is read once.
+    def evaluation_order(self, stage: Stage) -> Sequence[int]:
+        """Return the order in which validation and test read the pairs of a stage. Needs no trainer.
 
-        Not if training places pairs of an annotator together, who share evidence: the order of the data often does so.
+        Pairs of a prompt share a batch, whose prompt is read once. Not if training places pairs of an annotator
+        together, who share evidence: the order of the data often does so.
         """
-        pairs, devices = self.pairs[stage], self._place[1]
-        order = range(len(pairs)) if self.pairs_per_annotator else next_to_each_other(pairs.piece_ids[:, 0].tolist())
+        pairs = self.pairs[stage]
+        return range(len(pairs)) if self.pairs_per_annotator else next_to_each_other(pairs.piece_ids[:, 0].tolist())
+
+    def _evaluation_plans(self, stage: Stage) -> list[EvaluationBatches]:
+        """Plan the batches of each device."""
+        order, devices = self.evaluation_order(stage), self._place[1]
         return [EvaluationBatches(order, self.eval_batch_size, rank, devices) for rank in range(devices)]
 
     def training_sample(self, indices: Sequence[int]) -> PreferenceLoader:

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from lpc_lightning.cli import main as lpc_lightning
+import lpc_lightning.evaluation.adaptation.command
+from lpc_lightning.cli import main as run_command
 from lpc_lightning.data import DataError
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.adaptation.command import adapt, main
 from lpc_lightning.evaluation.adaptation.output import left_out, panels
 from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, AdaptationReport
@@ -95,7 +98,7 @@ def test_adapt_two_models_then_generate(
 
     weights, output = tmp_path / "lpc" / "code_weights.json", tmp_path / "answers.jsonl"
     flags = ["--model", checkpoints["expected"], "--prompt=Why?", "--max-new-tokens=3", f"--output={output}"]
-    lpc_lightning(["generate", *flags, "--code-weights", str(weights), "annotator-1"])
+    run_command(["generate", *flags, "--code-weights", str(weights), "annotator-1"])
     assert [answer["under"] for answer in json.loads(output.read_text())["answers"]] == ["prior", "code weights"]
 
 
@@ -192,6 +195,39 @@ def test_adapt_gaussian_and_labels_of_a_split(checkpoints: dict[str, str], file:
     assert sum(record["annotators"].values()) == sum(record["labelled"].values()) == 24
     assert record["scores"]["amortized_z"]["0"] == record["baselines"]["prior"]
     assert not (tmp_path / "vpl" / "code_weights.json").exists()
+
+
+@pytest.mark.slow
+def test_adapt_takes_labels_without_scores(
+    checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy without a latent scores no labelled pairs, and its results are those with scored ones.
+
+    Majorities follow from the labels alone, so that they are the same for both models. Pairs have the id of their
+    prompt, so that the choice of labelled pairs depends on the order of the pairs.
+    """
+    draw, rows = np.random.default_rng(0), []
+    for split, name, prompt in product(("train", "test"), ("anna", "ben"), range(9)):
+        chosen, rejected = draw.permutation(["I agree.", "I disagree."]).tolist()
+        row = {"id": f"{prompt % 3}", "prompt": f"Question {prompt}?", "chosen": chosen, "rejected": rejected}
+        rows.append({**row, "annotator": name, "split": split})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(rows[index]) + "\n" for index in draw.permutation(len(rows))))
+    scored = []
+
+    def recorded(module: Any, data: Any, *arguments: Any, **settings: Any) -> Any:
+        scored.append((module.latent is not None, data.split))
+        return evaluate_pairs(module, data, *arguments, **settings)
+
+    monkeypatch.setattr(lpc_lightning.evaluation.adaptation.command, "evaluate_pairs", recorded)
+    flags: dict[str, Any] = {"labelled_split": "train", "shots": [0, 1, 4], "rounds": 3, "batch_size": 4}
+    flags |= {"names": ["lpc", "dpo"], "under_z": False, "device": "cpu", "output": str(tmp_path / "out")}
+    adapt([checkpoints["expected"], checkpoints["plain"]], str(path), **flags)
+    assert scored == [(True, "train"), (True, "test"), (False, "test")]
+    lpc, dpo = (json.loads((tmp_path / "out" / name / "adaptation.json").read_text()) for name in ("lpc", "dpo"))
+    assert dpo["labelled"] == lpc["labelled"] == {"anna": 9, "ben": 9}
+    assert dpo["scores"]["own_majority"] == lpc["scores"]["own_majority"]
+    assert dpo["scores"]["exact"]["4"] == dpo["baselines"]["prior"]
 
 
 @pytest.mark.slow
