@@ -19,6 +19,7 @@ from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.example_source import ExampleSource, RowSource
 from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.splits import split_names
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
 from lpc_lightning.evaluation.accuracy.reward_benchmarks import PairForm, Scores, find_form
 from lpc_lightning.evaluation.accuracy.training_overlap import KEY, count_trained, overlaps
@@ -29,6 +30,8 @@ from lpc_lightning.inference.opening import OpenedPolicy
 
 TASK = "preferences"
 """Name of the task in results and tables."""
+DEFAULTS: dict[str, Any] = {"split": None, "columns": Columns(), "bad_rows": "error", "limit": None, "max_length": 1024}
+"""Defaults of the settings of a file of pairs in commands."""
 ONE_PROMPT = "all pairs have one prompt. Standard errors and tests are over prompts, so that there are none."
 ALL_PAIRS_METRIC = re.compile(
     "swap_turnover|(gold_)?longer_is_chosen|((gold_)?(accuracy|log_loss|calibration_error)|margin|wrong_label_auroc)/[^/]+"
@@ -86,6 +89,25 @@ class PairsFile(PreferenceDataModule):
     def source(self, stage: Stage) -> ExampleSource | None:
         """Return the pairs for the stage `test`, None for other stages."""
         return self._pairs if stage == "test" else None
+
+
+def check_unused(settings: Mapping[str, Any], reason: str) -> None:
+    """Check that the settings of a file of pairs have their defaults, for a command without such a file.
+
+    Args:
+        settings: Values by name.
+        reason: Sentence on why the command does not use them.
+
+    Raises:
+        ConfigError: A setting has another value, which would have no effect.
+    """
+    for name, value in settings.items():
+        if value != DEFAULTS[name]:
+            found = "settings" if isinstance(value, Columns) else repr(value)
+            raise ConfigError(
+                f"{name}: found {found} without preferences, expected a file of pairs (--preferences pairs.jsonl), "
+                f"of which it is a setting. {reason} Give a file, or leave {name} out."
+            )
 
 
 def score_pairs(

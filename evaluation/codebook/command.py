@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
-from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
+from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, check_unused
 from lpc_lightning.evaluation.codebook.explanation import Explanation, ExplanationPairs
 from lpc_lightning.evaluation.codebook.explanation_files import JSON, TEXT, check_files, write_explanation
 from lpc_lightning.evaluation.codebook.pair_keys import find_examples
@@ -58,7 +57,7 @@ def explain(
     columns: Columns | None = None,
     bad_rows: Literal["error", "skip"] = "error",
     limit: int | float | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     max_length: int = 1024,
     precision: Precision = "float32",
     device: str = "auto",
@@ -92,7 +91,7 @@ def explain(
         bad_rows: Treatment of pairs of `preferences` that cannot be used. `error`: stop and list them. `skip`: leave
             them out and count them.
         limit: Use the first pairs of `preferences` up to this number; below 1: this share of them. null: all of them.
-        batch_size: Pairs of `preferences` in a batch.
+        batch_size: Pairs in a batch. null: 8 for `preferences`, and as in its validation for the pairs of the run.
         max_length: Most tokens of a prompt with its longer answer, for `preferences`. Longer pairs are left out and
             counted in the output.
         precision: `float32`, weights of any type converted to float32; `bfloat16`, weights in their stored type and
@@ -101,23 +100,24 @@ def explain(
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
 
     Raises:
-        ConfigError: A latent has no codes, a setting is out of range, or files of another checkpoint would be replaced.
+        ConfigError: A latent has no codes, a setting is out of range or has no effect, or files of another checkpoint
+            would be replaced.
         DataError: There are no such pairs.
     """
-    for name, value, least in (("tokens", tokens, 1), ("examples", examples, 0), ("max_new_tokens", max_new_tokens, 0)):
-        if value < least:
+    for name, value, least in (
+        ("tokens", tokens, 1),
+        ("examples", examples, 0),
+        ("max_new_tokens", max_new_tokens, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if value is not None and value < least:
             raise ConfigError(f"{name}: found {value}, expected at least {least}.")
     if prompt is not None and not prompt.strip():
         raise ConfigError(f"prompt: found {prompt!r}, expected text.")
-    open_file = partial(
-        PairsFile,
-        split=split,
-        limit=limit,
-        columns=columns,
-        bad_rows=bad_rows,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
+    settings: dict[str, Any] = {"split": split, "columns": columns or Columns(), "bad_rows": bad_rows}
+    settings |= {"limit": limit, "max_length": max_length}
+    if preferences is None:
+        check_unused(settings, "All validation pairs of the run are used, as its config.yaml reads them.")
     computed = resolve_precision(precision, device)
     stage: Literal["validation", "test"] = "validation" if preferences is None else "test"
     for path, folder in zip(checkpoints, _folders(checkpoints, output), strict=True):
@@ -126,8 +126,9 @@ def explain(
             data: PreferenceDataModule
             if preferences is None:
                 data = _run_data(Path(path))
+                data.eval_batch_size = batch_size or data.eval_batch_size
             else:
-                data = open_file(preferences)
+                data = PairsFile(preferences, batch_size=batch_size or 8, **settings)
                 data.template_settings = trained_template(origin)
             module = open_module(path, device, trust_remote_code, WEIGHTS_TYPE[computed])
             table = _codes(module, path)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import TASK as PREFERENCES
-from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
+from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, check_unused
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks
 from lpc_lightning.evaluation.comparison.stored import local_data
 from lpc_lightning.files.output_paths import number_repeated
@@ -46,7 +46,7 @@ class EvalRequest:
         """Check the settings that do not depend on a model.
 
         Raises:
-            ConfigError: A setting is invalid, a task is unknown, or a benchmark's file does not exist.
+            ConfigError: A setting is invalid or has no effect, a task is unknown, or a benchmark's file does not exist.
             DataError: The file of preference pairs does not exist, or has no rows.
         """
         check_counts(self.limit, self.num_fewshot)
@@ -54,7 +54,10 @@ class EvalRequest:
             check_tasks(self.tasks, self.data_dir)
         elif not self.preferences:
             raise ConfigError("tasks: found none, expected a task, or a file of preference pairs (--preferences).")
-        if self.preferences and self.prior_mode is not None:
+        if not self.preferences:
+            settings = {name: getattr(self, name) for name in ("columns", "bad_rows", "max_length")}
+            check_unused(settings, "Benchmarks do not use it.")
+        elif self.prior_mode is not None:
             raise ConfigError(
                 f"prior_mode: found {self.prior_mode!r} with a file of preference pairs, expected null: pairs are "
                 "scored with the model's own setting. Score benchmarks and pairs in separate runs."

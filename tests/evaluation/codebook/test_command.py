@@ -13,9 +13,11 @@ import pytest
 import yaml
 
 from lpc_lightning.cli import main as lpc_lightning
+from lpc_lightning.data import Columns
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.codebook.command import explain, main
+from lpc_lightning.evaluation.codebook.explanation import ExplanationPairs
 from lpc_lightning.files.output_paths import claim_output_folder
 from lpc_lightning.inference.generation import Condition, Decoding, answers
 from lpc_lightning.inference.opening import open_policy, short_name
@@ -108,6 +110,23 @@ def test_explain_gives_each_checkpoint_a_folder(cells: list[str], tmp_path: Path
     assert explained(out) == expected
 
 
+@pytest.mark.parametrize(("batch_size", "expected"), [(None, [3, 3]), (6, [6]), (2, [2, 2, 2])])
+def test_explain_batches_of_the_run(
+    runs: dict[str, Path], batch_size: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six validation pairs of a run with batches of four, which are of equal size."""
+    sizes = []
+    update = ExplanationPairs.update
+
+    def counted(self: ExplanationPairs, evaluated: Any, batch: Any, space: Any) -> None:
+        sizes.append(batch.pairs)
+        update(self, evaluated, batch, space)
+
+    monkeypatch.setattr(ExplanationPairs, "update", counted)
+    explain([checkpoint(runs["codes"])], batch_size=batch_size, **FAST)
+    assert sizes == expected
+
+
 def test_explain_refuses_equal_folders(cells: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     last = Path(cells[0])
     best, run = last.with_name("best.ckpt"), last.parents[1]
@@ -167,6 +186,14 @@ def test_explain_refuses_settings(runs: dict[str, Path], tmp_path: Path) -> None
     model = checkpoint(runs["codes"])
     with pytest.raises(ConfigError, match="tokens: found 0, expected at least 1"):
         explain([model], tokens=0)
+    with pytest.raises(ConfigError, match="batch_size: found 0, expected at least 1"):
+        explain([model], batch_size=0)
+    unused = {"limit": 50, "split": "train", "columns": Columns(chosen="better"), "bad_rows": "skip", "max_length": 512}
+    for name, value in unused.items():
+        found = "settings" if name == "columns" else repr(value)
+        message = rf"{name}: found {found} without preferences, expected a file of pairs .* All validation pairs"
+        with pytest.raises(ConfigError, match=message):
+            explain([model], **{name: value})
     with pytest.raises(ConfigError, match=r"codes: found 7, but the latent of .* has the codes 0 to 2"):
         explain([model], codes=[7], device="cpu")
     folder = tmp_path / "version_0-last"
