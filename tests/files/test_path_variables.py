@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lpc_lightning.callbacks import LMEvaluation
-from lpc_lightning.data import PreferenceData
+from lpc_lightning.data import DataError, PreferenceData
+from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.comparison.command import evaluate
@@ -51,6 +52,25 @@ def test_path_variable_not_set(value: str | None, monkeypatch: pytest.MonkeyPatc
 def test_path_missing_file(folder: Path) -> None:
     with pytest.raises(ConfigError, match=rf"which is {folder}/other\.jsonl, and no such file or folder exists"):
         expand_path("$DATA/other.jsonl", "preferences")
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "pairs.json?", "**/[op]*.jsonl"])
+def test_path_pattern_with_a_variable(pattern: str, folder: Path) -> None:
+    """The files of a pattern are those that a shell would find."""
+    path = f"${{DATA}}/{pattern}"
+    for setting in (path, [path], {"train": path}):
+        (example,) = PreferenceData(setting, validation_share=0.0).source("train").read(DataReport())
+        assert (example.id, example.chosen) == ("pairs.jsonl line 1", "So.")
+    assert [each.id for each in PairsFile(path).source("test").read(DataReport())] == ["pairs.jsonl line 1"]
+
+
+def test_path_pattern_that_no_file_matches(folder: Path) -> None:
+    message = rf"There is no file that matches the pattern {folder}/\*\.csv \(looked at .*\)\. Correct the path\."
+    data = PreferenceData("$DATA/*.csv")
+    with pytest.raises(DataError, match=message):
+        data.source("train")
+    with pytest.raises(DataError, match=message):
+        PairsFile("$DATA/*.csv")
 
 
 def test_path_settings_are_expanded(folder: Path) -> None:

@@ -260,7 +260,8 @@ def _files(path: str | Path) -> tuple[Path, ...]:
             "folder must be the whole path."
         )
     if not files:
-        raise DataError(f"There is no file {path} (looked at {local.absolute()}).")
+        what = "that matches the pattern " if glob.has_magic(str(local)) else ""
+        raise DataError(f"There is no file {what}{path} (looked at {local.absolute()}). Correct the path.")
     for file in files:
         reader_of(file)
     return files
