@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 from lpc_lightning.data.sources.markup import occurs, read_markup
@@ -48,12 +49,12 @@ def rendered_conversations(prompt: Any, chosen: Any, rejected: Any, forms: list[
         return None
     # With a prompt, an answer may itself be a dialogue in lines. It is a whole conversation only if it repeats the
     # prompt. Control tokens are no answer.
-    repeats = isinstance(prompt, str) and all(text.startswith(prompt.rstrip()) for text in (chosen, rejected))
-    if prompt and not repeats and not one[0].has_tokens:
+    begins = isinstance(prompt, str) and all(_words(text).startswith(_words(prompt)) for text in (chosen, rejected))
+    if prompt and not begins and not one[0].has_tokens and not _repeats_last_turn(prompt, _common(one[1], other[1])):
         return None
     forms.append(one[0].description)
     triple = _split(one[1], other[1])
-    if not repeats:
+    if not begins:
         _require_repeated(prompt, triple.prompt, forms)
     return triple
 
@@ -96,16 +97,38 @@ def _split(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Triple
     return Triple(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
+def _common(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the first turns that two conversations share, without their last turns."""
+    both = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
+    return tuple(turn for turn, _ in both)
+
+
+def _repeats_last_turn(prompt: Any, common: tuple[Message, ...]) -> bool:
+    """Return True if the last turn of a prompt occurs in common turns.
+
+    Args:
+        prompt: A text, a rendered text or messages. Of a rendered text, an open answer is no turn.
+        common: Common turns of two conversations.
+    """
+    if is_messages(prompt):
+        return occurs(to_messages(prompt, [])[-1]["content"], common)
+    rendered = read_markup(prompt)
+    turns = [prompt] if rendered is None else [turn["content"] for turn in rendered[1] if turn["content"].strip()]
+    return bool(turns) and isinstance(turns[-1], str) and occurs(turns[-1], common)
+
+
 def _require_repeated(prompt: Any, common: tuple[Message, ...], forms: list[str]) -> None:
     """Refuse a prompt's cell that the common turns do not repeat: what only the cell has would be in no text.
 
     Args:
-        prompt: The cell. Messages must be the common turns. A text must occur in their contents.
+        prompt: The cell. Messages must be the common turns, apart from white space around them. A text must occur in
+            their contents.
         common: Common turns of two conversations.
         forms: See `to_messages`.
     """
     if is_messages(prompt):
-        repeated, found = to_messages(prompt, forms) == common, "the prompt's messages are not their common turns"
+        repeated = _stripped(to_messages(prompt, forms)) == _stripped(common)
+        found = "the prompt's messages are not their common turns"
     else:
         repeated = not prompt or (isinstance(prompt, str) and occurs(prompt, common))
         found = f"the prompt {str(prompt)[:40]!r} does not occur in their common turns"
@@ -114,6 +137,14 @@ def _require_repeated(prompt: Any, common: tuple[Message, ...], forms: list[str]
             "prompt differs from the conversations",
             f"{found}. Correct it, or set data.columns.prompt to a name that no row has to use the conversations alone",
         )
+
+
+def _stripped(turns: tuple[Message, ...]) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["content"].strip()) for turn in turns]
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _answer(cell: Any, forms: list[str]) -> str:

@@ -69,11 +69,47 @@ def test_to_example_supported_formats(prompt, chosen, rejected, expected):
     assert (example.prompt, example.chosen, example.rejected) == (expected, "yes", "no")
 
 
-def test_to_example_dialogue_as_answer():
+@pytest.mark.parametrize(
+    "rejected", ["Human: no", "Human: Hi\n\nAssistant: Go", "Human: Hi\n\nAssistant: Go\n\nHuman: a"]
+)
+@pytest.mark.parametrize("prompt", ["Write a dialogue.", [user("Hi"), assistant("Hello"), user("Write a dialogue.")]])
+def test_to_example_dialogue_as_answer(prompt, rejected):
     dialogue = "Human: Hi\n\nAssistant: Hello"
-    example = to_example({"prompt": "Write a dialogue.", "chosen": dialogue, "rejected": "Human: no"}, "x")
-    assert example.prompt == (user("Write a dialogue."),)
-    assert example.chosen == dialogue
+    example = to_example({"prompt": prompt, "chosen": dialogue, "rejected": rejected}, "x")
+    assert example.prompt == ((user(prompt),) if isinstance(prompt, str) else tuple(prompt))
+    assert (example.chosen, example.rejected) == (dialogue, rejected)
+
+
+@pytest.mark.parametrize("begin", ["\n\n", ""])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "An  egg?\n",
+        "Human: An egg?\n\nAssistant:",
+        "Hi\n\nHello\n\nAn egg?",
+        HH,
+        HH.lstrip(),
+        HH.replace("\n\n", "\n"),
+        HH.removesuffix("\n\nAssistant:"),
+        HH.lstrip() + " ",
+        [user("Hi "), assistant("Hello"), user("An egg?\n")],
+        json.dumps(HH_PROMPT),
+    ],
+)
+def test_to_example_dialogues_beside_a_prompt(prompt, begin):
+    """Their common turns have the prompt, so that they are whole conversations."""
+    chosen, rejected = (f"{begin}{HH.lstrip()} {answer}" for answer in ("yes", "no"))
+    example = to_example({"prompt": prompt, "chosen": chosen, "rejected": rejected}, "x")
+    assert (example.prompt, example.chosen, example.rejected) == (HH_PROMPT, "yes", "no")
+
+
+@pytest.mark.parametrize(
+    "prompt", [[SYSTEM, *HH_PROMPT], [user("An egg?")], "User: Well?\n\nAssistant: So.\n\nUser: Hi"]
+)
+def test_to_example_dialogues_lack_a_part(prompt):
+    """The last turn of the prompt is in the dialogues, and another one is not, or they have more turns."""
+    with pytest.raises(BadRow, match="prompt differs from the conversations"):
+        to_example({"prompt": prompt, "chosen": HH + " yes", "rejected": HH + " no"}, "x")
 
 
 @pytest.mark.parametrize(
@@ -126,6 +162,10 @@ def test_to_example_dialogue_as_answer():
             "conversations differ before the last turn",
         ),
         ({"chosen": HH + " a", "rejected": HH + " a\n\nHuman: b"}, "conversations differ before the last turn"),
+        (
+            {"prompt": "An egg?", "chosen": HH + " a", "rejected": HH + " a\n\nHuman: b"},
+            "conversations differ before the last turn",
+        ),
         (
             {"chosen": [user("p"), user("a")], "rejected": [user("p"), user("b")]},
             "conversation does not end in an answer",
