@@ -63,8 +63,8 @@ class AnswerSamples(Callback):
         """Check and store the settings.
 
         Args:
-            prompts: A file of prompts (`.txt` with one a line, or `.jsonl` with `prompt` as text or messages), or a
-                list of prompts as text. null: the first validation prompts.
+            prompts: A file of prompts (`.txt` with one a line, or `.jsonl` with `prompt` as text or messages, and
+                perhaps a system text in `system`), or a list of prompts as text. null: the first validation prompts.
             count: Number of prompts, the first ones.
             codes: Codes to answer under as well, from 0. null: the two that are likeliest over these prompts at that
                 step. Not used without codes.

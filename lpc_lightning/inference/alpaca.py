@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lpc_lightning.data import DataError
+from lpc_lightning.data.sources.prompts import INPUT, SYSTEM_NAMES
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.json_files import write_json
@@ -116,10 +117,10 @@ def read_instructions(path: str) -> list[Row]:
                 raise DataError(f"{place}: found {row[field]!r} for `{field}`, expected text.")
         if not row.get("instruction", "").strip():
             raise DataError(f"{place}: found no text for `instruction`; the row has {', '.join(row)}.")
-        if row.get("input"):
+        if more := next((field for field in (INPUT, *SYSTEM_NAMES) if row.get(field)), None):
             raise DataError(
-                f"{place}: found `input`, which AlpacaEval 2 does not have. Put it into `instruction`, as the model is "
-                "to read it."
+                f"{place}: found `{more}`, which AlpacaEval 2 does not have. Put it into `instruction`, as the model "
+                "is to read it."
             )
         instructions.append({"dataset": row.get("dataset", ""), "instruction": row["instruction"]})
     return instructions

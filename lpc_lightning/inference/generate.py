@@ -56,7 +56,7 @@ def generate(
             a hub name or a GGUF file.
         prompt: A prompt as text.
         prompts: A file of prompts in place of `prompt`: `.txt` with one a line, or `.jsonl` with `prompt` as text or
-            messages.
+            messages, and perhaps a system text in `system`.
         codes: Numbers of codes to answer under as well, from 0.
         prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the number of a code. null: the
             model's own setting.
@@ -68,7 +68,7 @@ def generate(
         num_beams: Beams of a beam search.
         seed: Seed of all draws.
         batch_size: Prompts that are answered at a time.
-        system: A system turn for prompts that have none.
+        system: A system text for prompts that have none.
         output: A file for the answers, one JSON object a prompt; answers of an earlier command are replaced.
         dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.
         device: Where to run: `auto`, `cpu`, `cuda` ...

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lpc_lightning.data.sources.formats import to_example
+from lpc_lightning.data.sources.prompts import INPUT, SYSTEM_NAMES
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.rows import BadRow, DataError
 from lpc_lightning.types import Message
 
 Prompt = tuple[Message, ...]
+PARTS = ("prompt", *SYSTEM_NAMES, INPUT)
+"""Columns with parts of a prompt, in training data as here."""
 
 
 def text_prompt(text: str, system: str | None = None) -> Prompt:
@@ -24,11 +27,13 @@ def read_prompts(path: str, system: str | None = None) -> list[Prompt]:
 
     Args:
         path: `.txt`: a prompt a line, empty lines are skipped. Any other format of `read_rows` (`.jsonl`, `.json`,
-            `.csv` ...): the column `prompt`, as text, messages or Human/Assistant text, as in training data.
-        system: Put before each prompt that has no system turn of its own.
+            `.csv` ...): the column `prompt`, as text, messages or Human/Assistant text, and the columns of a system
+            text, as in training data.
+        system: Put before each prompt that has no system text of its own.
 
     Raises:
-        DataError: The file is missing or empty, or a row has no prompt. The message names file and row.
+        DataError: The file is missing or empty, or a row has no prompt, or one that training refuses. The message names
+            file and row.
     """
     prompts = list(_lines(Path(path)) if path.lower().endswith(".txt") else _rows(path))
     if not prompts:
@@ -53,10 +58,12 @@ def _rows(path: str) -> Iterator[Prompt]:
     for place, row in read_rows(path):
         if "prompt" not in row:
             raise DataError(f"{place}: found the columns {', '.join(map(str, row))}, expected `prompt`.")
+        parts = {name: row[name] for name in PARTS if name in row}
         try:
             # Read as a preference row is, so that a prompt is the same here and in training; the answers do not matter.
-            yield to_example({"prompt": row["prompt"], "chosen": "a", "rejected": "b"}, place).prompt
+            yield to_example({**parts, "chosen": "a", "rejected": "b"}, place).prompt
         except BadRow as fault:
             raise DataError(
-                f"{place}: {fault}. Expected `prompt` as text or as messages that end in a user turn."
+                f"{place}: {fault}. A file of prompts has no data.columns: expected the whole prompt in `prompt`, as "
+                "text or as messages that end in a user turn, and a system text there or in `system`."
             ) from fault

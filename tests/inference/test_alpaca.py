@@ -183,6 +183,10 @@ def test_a_file_of_something_else_is_left_alone(alpaca: Run, output: Path, conte
             {"instruction": "a", "input": "b"},
             "alpaca_eval.json row 2: found `input`, which AlpacaEval 2 does not have.",
         ),
+        (
+            {"instruction": "a", "system": "b"},
+            "alpaca_eval.json row 2: found `system`, which AlpacaEval 2 does not have.",
+        ),
         (3, "alpaca_eval.json row 2: not an object"),
     ],
 )

@@ -48,9 +48,22 @@ def test_a_system_turn_is_put_where_there_is_none(tmp_path: Path) -> None:
     assert text_prompt("Why?", "Be brief.") == (SYSTEM, user("Why?"))
 
 
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize("option", [None, "Answer in German."])
+def test_a_system_column_is_a_turn(name: str, option: str | None, tmp_path: Path) -> None:
+    """As in training. The option does not replace it."""
+    rows = [{"prompt": prompt, name: "Be brief."} for prompt in ("Why?", [SYSTEM, user("Why?")])]
+    path = written(tmp_path / "prompts.jsonl", [*rows, {"prompt": "Why?", name: ""}])
+    others = () if option is None else ({"role": "system", "content": option},)
+    assert read_prompts(path, option) == [(SYSTEM, user("Why?"))] * 2 + [(*others, user("Why?"))]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"prompt": "Sum", "input": "1 2"}, r"line 2: ambiguous columns: found text in 'prompt' and in 'input'"),
+        ({"prompt": "Sum", "input": [1, 2]}, r"line 2: wrong type: found a list of 2 int in 'input', expected text"),
+        ({"prompt": "Hi", "system": "a", "system_prompt": "b"}, r"line 2: ambiguous columns: found different system"),
         ({"question": "Why?"}, r"prompts\.jsonl line 2: found the columns question, expected `prompt`"),
         ({"prompt": 7}, r"prompts\.jsonl line 2: unknown form: prompt: int"),
         ({"prompt": TALK[:2]}, r"prompts\.jsonl line 2: prompt does not end in a user turn"),
@@ -60,7 +73,7 @@ def test_a_system_turn_is_put_where_there_is_none(tmp_path: Path) -> None:
 )
 def test_a_row_without_a_prompt_is_named(row: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
-        read_prompts(written(tmp_path / "prompts.jsonl", [{"prompt": "First?"}, row]))
+        read_prompts(written(tmp_path / "prompts.jsonl", [{"prompt": "First?", "input": "", "weight": "?"}, row]))
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
