@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -25,6 +26,9 @@ from lpc_lightning.files.path_variables import expand_path
 Place: TypeAlias = str | tuple[str, ...]
 """A file, a pattern, a folder or a hub name, or a list of files and patterns."""
 
+TEST_SPLIT = "test"
+"""Default split for testing."""
+
 
 class StageRows:
     """Rows for training, validation and testing, from files or a hub data set.
@@ -41,7 +45,7 @@ class StageRows:
         config: str | None = None,
         train_split: str = "train",
         validation_split: str | None = None,
-        test_split: str | None = "test",
+        test_split: str | None = TEST_SPLIT,
         validation_share: float = 0.05,
         validation_by: HoldOut = "prompt",
         split_column: str = SPLIT_COLUMN,
@@ -59,8 +63,10 @@ class StageRows:
             train_split: Split for training: a split of the folder, JSON file or hub data set, or a value of the split
                 column.
             validation_split: Split for validation. null: `validation`, `valid`, `val` or `dev`, if the file, folder
-                or hub data set has it, otherwise hold out a share of the training prompts.
-            test_split: Split for testing. null: no test.
+                or hub data set has it, otherwise hold out a share of the training prompts. If `path` is a mapping, it
+                must have `validation`.
+            test_split: Split for testing. null: no test. If `path` is a mapping, null is the same as `test`, and
+                another name needs an entry `test` there.
             validation_share: Share of the training prompts that is held out if there is no validation split, from 0 to
                 below 1. A hash of the prompt decides, so that training and validation have no prompt in common. At
                 least one prompt is held out if there are two or more. 0: no prompt is held out.
@@ -72,14 +78,13 @@ class StageRows:
             others: Settings of the next base class.
 
         Raises:
-            ValueError: A setting is out of range, or `path` is something else.
+            ValueError: A setting is out of range, `path` is something else, or a split is set for a stage without a
+                path.
         """
         super().__init__(**others)
-        known = ("train", "validation", "test")
-        if isinstance(path, dict) and not ({"train"} <= set(path) <= set(known)):
-            raise ValueError(
-                f"{self._group}.path: found files for {sorted(path)}, expected train and optionally {known[1:]}."
-            )
+        self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
+        if isinstance(path, dict):
+            self._check_mapping(path)
         if not 0 <= validation_share < 1:
             raise ValueError(
                 f"{self._group}.validation_share: found {validation_share}, expected a share from 0 to below 1."
@@ -93,10 +98,24 @@ class StageRows:
         )
         self.config, self.split_column = config, split_column
         self.columns = columns or Columns()
-        self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.validation_share, self.validation_by = validation_share, validation_by
         self._mapped_splits: dict[Stage, str | None] = {}
         self._split_column_checked = False
+
+    def _check_mapping(self, paths: Mapping[str, Any]) -> None:
+        known = ("train", "validation", "test")
+        if not {"train"} <= set(paths) <= set(known):
+            raise ValueError(
+                f"{self._group}.path: found files for {sorted(paths)}, expected train and optionally {known[1:]}."
+            )
+        for stage, default in (("validation", None), ("test", TEST_SPLIT)):
+            if stage not in paths and (split := self.splits[stage]) not in (None, default):
+                raise ValueError(
+                    f"{self._group}.{stage}_split: found {split!r} beside {self._group}.path for "
+                    f"{' and '.join(paths)} only, expected a path for {stage}, too: each stage reads its split of its "
+                    f"own path. Add {stage} to {self._group}.path, which may be the path of train again, or leave "
+                    f"{self._group}.{stage}_split out."
+                )
 
     def source(self, stage: Stage) -> RowSource | None:
         """Return the rows of a stage: its file, its split, or the held-out training rows. None if it has no rows.

@@ -105,6 +105,30 @@ def test_path_with_splits_for_each_stage(form: str, data: Any, write_rows: Any, 
         numbers_of(paths | {"test": path_of("two", {"train": 1, "validation": 2})})
 
 
+@pytest.mark.parametrize(("stage", "other"), [("validation", "test"), ("test", "validation")])
+def test_split_of_a_stage_without_a_path(stage: str, other: str, data: Any, write_rows: Any) -> None:
+    path = write_rows([row(n, split=("train", "train", "dev2")[n % 3]) for n in range(6)])
+    paths, settings = {"train": path, other: write_rows([row(9)], "other.jsonl")}, {f"{stage}_split": "dev2"}
+    with pytest.raises(
+        ValueError, match=rf"^data\.{stage}_split: found 'dev2' beside data\.path for train and {other} o"
+    ):
+        data(paths, **settings)
+    with pytest.raises(ValueError, match=rf"^data\.sources\.{stage}_split: found 'dev2' beside data\.sources\.path"):
+        MixtureSource(path={name: str(each) for name, each in paths.items()}, **settings)
+    module = data({**paths, stage: path}, **settings)  # as the error says
+    assert ids(module, stage) == ["pairs.jsonl line 3", "pairs.jsonl line 6"]
+    assert ids(module, other) == ["other.jsonl line 1"]
+    assert len(ids(module, "train")) == 4
+
+
+@pytest.mark.parametrize("split", ["test", None])
+def test_split_default_without_a_path(split: str | None, data: Any, write_rows: Any) -> None:
+    module = data({"train": write_rows([row(0), row(1)])}, test_split=split, validation_share=0.0)
+    assert (ids(module, "test"), len(ids(module, "train"))) == ([], 2)
+    both = data({"train": write_rows([row(0)]), "test": write_rows([row(1)], "test.jsonl")}, test_split=split)
+    assert ids(both, "test") == ["test.jsonl line 1"]
+
+
 def test_path_of_train_with_a_few_test_rows(data: Any, write_rows: Any) -> None:
     """Rows without a value belong to training."""
     train = write_rows([row(0), row(1, split="test"), row(2, split="")], "some.jsonl")
