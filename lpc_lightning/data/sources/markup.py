@@ -89,13 +89,13 @@ def _lines(speakers: str, separator: str, prefix: str = "") -> Markup:
 
 LINE, PARAGRAPH = "\n", "\n\n"
 _TOKENS = (
-    ("ChatML", r"<\|im_start\|>(\w+)(?:\n|<\|im_sep\|>|\Z)", r"<\|im_end\|>"),
+    ("ChatML", r"<\|im_start\|>(\w+)(?:\n|<\|im_sep\|>|\Z)", r"<\|im_end\|>|<\|endoftext\|>\s*\Z"),
     (
         "Llama 3",
         r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>(\w+)<\|end_header_id\|>(?:\n\n|\Z)",
         r"<\|eot_id\|>|<\|end_of_text\|>",
     ),
-    ("Gemma", r"(?:<bos>)?<start_of_turn>(\w+)(?:\n|\Z)", r"<end_of_turn>"),
+    ("Gemma", r"(?:<bos>)?<start_of_turn>(\w+)(?:\n|\Z)", r"<end_of_turn>|<eos>\s*\Z"),
     ("Zephyr", r"<\|(system|user|assistant)\|>\n?", r"</s>|<\|end\|>|<\|endoftext\|>"),
     ("Llama 2", r"\s*(?:<s>\s*)?(\[INST\]|\[/INST\]) ?", r"\s*</s>"),
     (
@@ -122,10 +122,15 @@ MARKUPS = (
     _lines("User|Assistant", LINE, prefix="### "),
 )
 """Supported markups, in the order in which they are tried."""
+_CONTROL = (
+    r"<\|im_(?:start|sep|end)\|>|<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id)\|>"
+    r"|<bos>|<eos>|<(?:start|end)_of_turn>|<\|(?:system|user|assistant|end|endoftext)\|>|\[/?INST\]"
+    r"|<\uff5c[^\uff5c]+\uff5c>"
+)
+"""Control tokens of the markups. Not `<s>` and `</s>` alone, which HTML has as well."""
 _TOKEN = re.compile(
-    r"\A\s*(?:<\|im_start\|>|<\|begin_of_text\|>|<\|start_header_id\|>|<start_of_turn>|<s>\s*\[INST\]|\[INST\]|<\uff5c"
-    r"|<extra_id_[01]>(?:System|User|Assistant)\n)"
-    r"|(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\uff5cend▁of▁sentence\uff5c>)\s*\Z"
+    rf"\A\s*(?:<s>\s*)?(?:{_CONTROL}|<extra_id_[01]>(?:System|User|Assistant)\n)"
+    rf"|(?:{_CONTROL}|\n<extra_id_1>)\s*(?:</s>\s*)?\Z"
 )
 _OPEN = re.compile(
     r"(?:(?:\A|\s)(?:ASSISTANT|### (?:Response|Assistant)):|<\|im_start\|>assistant|\[/INST\]|<\|assistant\|>)\s*\Z"
