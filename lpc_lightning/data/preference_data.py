@@ -59,7 +59,8 @@ class StageRows:
                 folder written by `datasets`, or the name of a data set on the hub. Alternatively a mapping of `train`,
                 `validation` and `test` to one of these each. A stage then reads its split of its own path, or the only
                 split that the path has. Environment variables are replaced: `${LPC_DATA_DIR}/preferences/pairs.jsonl`.
-            config: Configuration of a hub data set. null: its default.
+            config: Configuration of a hub data set, or of a folder in its layout. null: its default. Other paths have
+                none, and it is refused.
             train_split: Split for training: a split of the folder, JSON file or hub data set, or a value of the split
                 column.
             validation_split: Split for validation. null: `validation`, `valid`, `val` or `dev`, if the file, folder

@@ -226,9 +226,11 @@ def open_location(path: str | Path | Sequence[str], config: str | None = None) -
         config: Configuration of a folder from the hub or of a hub data set.
 
     Raises:
-        DataError: There is no such file or folder, a file cannot be read, or a list has a file twice or a folder.
+        DataError: There is no such file or folder, a file cannot be read, a list has a file twice or a folder, or a
+            configuration is given for rows without one.
     """
     if not isinstance(path, str | Path):
+        _refuse_config(config, ", ".join(map(str, path)), "plain files")
         return Files(_each_once([file for each in path for file in _files(each)]))
     local = Path(path).expanduser()
     if local.is_dir():
@@ -237,12 +239,16 @@ def open_location(path: str | Path | Sequence[str], config: str | None = None) -
         _refuse_missing(str(path), local)
         return HubDataset(str(path), config)
     files = _files(path)
-    if config is not None:
-        raise DataError(
-            f"{path}: found config={config!r} for plain files, which have no configurations. Remove it (`data.config`)."
-        )
+    _refuse_config(config, path, "plain files")
     splits = _json_splits(files[0]) if len(files) == 1 else None
     return Files(files) if splits is None else JsonSplits(files[0], splits)
+
+
+def _refuse_config(config: str | None, path: object, kind: str) -> None:
+    if config is not None:
+        raise DataError(
+            f"{path}: found config={config!r} for {kind}, which have no configurations. Remove it (`data.config`)."
+        )
 
 
 def _files(path: str | Path) -> tuple[Path, ...]:
@@ -304,9 +310,12 @@ _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
 def _open_folder(folder: Path, config: str | None) -> Location:
     import datasets
 
+    is_saved = any((folder / name).is_file() for name in _SAVED)
+    if is_saved:
+        _refuse_config(config, folder, "folders written by `save_to_disk`")
     with hidden_progress_bars():
         try:
-            if any((folder / name).is_file() for name in _SAVED):
+            if is_saved:
                 saved = SavedDataset(folder.name, datasets.load_from_disk(str(folder)))
                 warn_of_unread(folder, None, [])
                 return saved

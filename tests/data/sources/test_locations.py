@@ -152,6 +152,22 @@ def test_folder_names_files_of_other_configs(tmp_path: Path) -> None:
     assert [row["prompt"] for _, row in location.rows("train", lambda *_: None)] == ["p0"]
 
 
+@pytest.mark.parametrize("kind", ["file", "pattern", "list", "json", "saved", "saved splits"])
+def test_config_of_rows_without_one(tmp_path: Path, kind: str) -> None:
+    """Only a hub data set, and a folder in its layout, have configurations."""
+    one = write(tmp_path / "one.jsonl", 1)
+    paths: dict[str, Any] = {"file": one, "pattern": f"{tmp_path}/*.jsonl", "list": [str(one)]}
+    paths |= {"json": tmp_path / "splits.json", "saved": tmp_path / "saved", "saved splits": tmp_path / "dict"}
+    paths["json"].write_text(json.dumps({"train": rows(1)}))
+    datasets.Dataset.from_list(rows(1)).save_to_disk(paths["saved"])
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows(1))).save_to_disk(paths["saved splits"])
+    with pytest.raises(
+        DataError, match=r"found config='other' for .*, which have no conf.* Remove it \(`data\.config`"
+    ):
+        read_rows(paths[kind], config="other")
+    assert [row["prompt"] for _, row in read_rows(paths[kind])] == ["p1"]
+
+
 def test_folder_whose_files_are_all_read(tmp_path: Path) -> None:
     """Descriptions and hidden copies are no rows."""
     write(tmp_path / "train.jsonl", 1)
