@@ -206,10 +206,19 @@ class PreferenceDataModule(LightningDataModule):
         return noise.flips(list(source.read(DataReport())))[self.pairs["train"].indices]
 
     def prepare_data(self) -> None:
-        """Fill the token cache. Lightning calls this in one process per machine."""
+        """Fill the token cache. Lightning calls this in one process per machine.
+
+        Raises:
+            ConfigError: A fit has no training pairs.
+            DataError: The data is invalid (see `load`).
+        """
         assert self.trainer is not None
         for stage in STAGES[str(self.trainer.state.fn.value)]:  # type: ignore[union-attr]
-            self.load(stage, require_part(self._tokenizer))
+            if self.load(stage, require_part(self._tokenizer)) is None and stage == "train":
+                raise ConfigError(
+                    "fit: found no training pairs, expected at least one. Set data.train_pairs for built-in pairs, or "
+                    "data.train_split to the split to use."
+                )
 
     def setup(self, stage: str) -> None:
         """Open the tokens, and report to the log and the loggers how many rows were kept, dropped or cut."""

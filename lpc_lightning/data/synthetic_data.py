@@ -33,16 +33,22 @@ class SyntheticPreferences(PreferenceDataModule):
         Args:
             deciding: Origin of the factor that decides the label. `visible`: the domain of the prompt. `hidden`: the
                 annotator, which no text contains.
-            train_pairs: Number of training pairs.
+            train_pairs: Number of training pairs. 0: only validation and test, no fit.
             validation_pairs: Number of validation pairs. No prompt is shared with another split. 0: no validation.
             test_pairs: Number of test pairs. No prompt is shared with another split. 0: no test.
             annotators: Number of annotators, at least 2. Used only if deciding is `hidden`.
             data_seed: Seed of the generator. It determines the pairs and the factor of each domain or annotator.
             data: Settings of `PreferenceDataModule`.
+
+        Raises:
+            ValueError: A number is out of range.
         """
         super().__init__(**data)
         self.generator = PreferenceGenerator(deciding=deciding, annotators=annotators, seed=data_seed)
         self.counts: dict[Stage, int] = {"train": train_pairs, "validation": validation_pairs, "test": test_pairs}
+        for stage, count in self.counts.items():
+            if count < 0:
+                raise ValueError(f"data.{stage}_pairs: found {count}, expected 0 or more.")
 
     @property
     def truth(self) -> Truth:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.data import ByAnnotator, ByLength, SyntheticPreferences
 from lpc_lightning.data.sources.rows import DataError
+from lpc_lightning.errors import ConfigError
 from tests.data.datamodule.conftest import Fit, row, tiny
 
 
@@ -96,6 +97,29 @@ def test_stage_without_pairs_has_no_batches(tmp_path: Path) -> None:
     assert made.val_dataloader() == []
     assert made.test_dataloader() == []
     assert not any(name.startswith("data/validation") for name in run.metrics)
+
+
+def test_fit_without_training_pairs(tmp_path: Path) -> None:
+    """It is refused before the model is built. Other commands need none."""
+    made = SyntheticPreferences(train_pairs=0, validation_pairs=3, test_pairs=2, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(
+        ConfigError, match=r"^fit: found no training pairs, expected .* Set data\.train_pairs for built"
+    ):
+        Fit(tmp_path, made)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    for command, pairs in (("validate", 3), ("test", 2)):
+        seen: list[str] = []
+        module = DPO(policy=tiny())
+        for hook in ("on_validation_batch_end", "on_test_batch_end"):
+            setattr(module, hook, lambda outputs, batch, *_, seen=seen: seen.extend(batch.ids))
+        getattr(Trainer(enable_model_summary=False, **quiet), command)(module, datamodule=made, verbose=False)
+        assert len(seen) == pairs
+
+
+@pytest.mark.parametrize("stage", ["train", "validation", "test"])
+def test_built_in_pairs_below_zero(stage: str) -> None:
+    with pytest.raises(ValueError, match=rf"^data\.{stage}_pairs: found -1, expected 0 or more\.$"):
+        SyntheticPreferences(**{f"{stage}_pairs": -1})  # type: ignore[arg-type]
 
 
 def test_cache_is_used_by_the_next_run(data: Any, write_rows: Any, tmp_path: Path) -> None:
