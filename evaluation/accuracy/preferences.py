@@ -16,6 +16,7 @@ from lpc_lightning.algorithms.latent_mixin import BatchScorer
 from lpc_lightning.algorithms.outputs import EvaluationOutput
 from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.data.sources.report import DataReport
+from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, Group
 from lpc_lightning.evaluation.accuracy.collect import Collector, CollectPairs
 from lpc_lightning.evaluation.accuracy.mode_margins import LENGTH_SCALES
@@ -132,9 +133,7 @@ def evaluate_pairs(
         enable_model_summary=False,
         enable_progress_bar=progress_bar,
     )
-    # A `PreferenceModule` gives both to the data module itself. `LikelihoodScorer` does not.
     data.set_tokenizer(module.tokenizer)
-    data.set_policy(module.policy)
     run = trainer.test if split == "test" else trainer.validate
     with isolate_rng():
         run(module, datamodule=data, verbose=False)
@@ -160,6 +159,11 @@ class LikelihoodScorer(LightningModule):
         super().__init__()
         self.policy, self.prior = opened.policy, opened.prior
         self.tokenizer: PreTrainedTokenizerBase = opened.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Give the policy to the DataModule, which has read the pairs, as `PreferenceModule` does."""
+        if (data := preference_data(self.trainer)) is not None:
+            data.set_policy(self.policy)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
         """Score the pairs under the prior's z, or without z if there is no prior."""

@@ -60,6 +60,9 @@ class RowReader(Protocol):
     def check_longest(self, longest: int | None) -> None:
         """Raise an error if log-probabilities of pairs of so many tokens would depend on their batch."""
 
+    def check_context(self, longest: int) -> None:
+        """Raise an error or warn if the policy was not made for pairs of so many tokens."""
+
 
 class PreferenceDataModule(LightningDataModule):
     """Batches of preference pairs for a policy. Subclasses define the source of the examples."""
@@ -171,10 +174,18 @@ class PreferenceDataModule(LightningDataModule):
         """Set the policy that reads the batches. The module calls this after it has built the policy.
 
         Raises:
-            UnsupportedPolicyError: Log-probabilities of pairs of `max_length` would depend on their batch.
+            UnsupportedPolicyError: Log-probabilities of pairs of `max_length` would depend on their batch, or the
+                policy cannot read the longest pair.
         """
-        policy.check_longest(self.lengths.max_length)
+        self.check_lengths(policy)
         self._policy = policy
+
+    def check_lengths(self, policy: RowReader) -> None:
+        """Check the lengths of the pairs for a policy or a reference. See `set_policy`."""
+        policy.check_longest(self.lengths.max_length)
+        pieces = (pairs.piece_lengths for pairs in self.pairs.values())
+        longest = (int((each[:, 0] + each[:, 1:].max(axis=1)).max(initial=0)) for each in pieces)
+        policy.check_context(max(longest, default=0))
 
     def set_label_noise(self, noise: LabelNoise) -> None:
         """Relabel the training pairs. A callback calls this in its `setup`.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.policy.attention_kernel import EAGER
-from lpc_lightning.policy.checks import check_longest, check_policy, separates_segments
+from lpc_lightning.policy.checks import check_context, check_longest, check_policy, separates_segments
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.frozen_states import FrozenStates
 from lpc_lightning.policy.graphed_backbone import GraphedBackbone
@@ -117,6 +117,10 @@ class CausalPolicy(nn.Module):
     def check_longest(self, longest: int | None) -> None:
         """Refuse pairs whose log-probabilities would depend on their batch. See `checks.check_longest`."""
         check_longest(self.backbone.config, longest)
+
+    def check_context(self, longest: int) -> None:
+        """Refuse pairs that are longer than the model can read, or warn of them. See `checks.check_context`."""
+        check_context(self.backbone, longest)
 
     @property
     def width(self) -> int:

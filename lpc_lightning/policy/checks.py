@@ -6,7 +6,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lpc_lightning.errors import UnsupportedPolicyError, one_line
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 PROMPT, CHOSEN, REJECTED = 3, 2, 3
 """Numbers of tokens of the pieces of a row."""
+FIXED_TABLES = dict.fromkeys(("codegen", "ctrl", "gptj"), "max_position_embeddings") | {"mpt": "max_seq_len"}
+"""Fields with the number of positions, by family with a table of positions that is not learned and does not grow."""
 
 
 @torch.no_grad()
@@ -66,8 +69,7 @@ def check_longest(config: PreTrainedConfig, longest: int | None) -> None:
     Raises:
         UnsupportedPolicyError: The pairs may be longer than the original context.
     """
-    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    for rope in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):
+    for rope in _ropes(config):
         if (kind := rope.get("rope_type")) in ("dynamic", "longrope"):
             context = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             if longest is None or longest > context:
@@ -77,6 +79,60 @@ def check_longest(config: PreTrainedConfig, longest: int | None) -> None:
                     "the longest row of its batch. Set data.max_length (evaluate, adapt and explain: --max_length), or "
                     "choose another model."
                 )
+
+
+def check_context(backbone: PreTrainedModel, longest: int) -> None:
+    """Refuse pairs longer than a model's table of positions. Warn of pairs longer than the context of a rotary model.
+
+    Args:
+        backbone: The model without its head.
+        longest: Number of tokens of the longest prompt and answer.
+
+    Raises:
+        UnsupportedPolicyError: The model has no position for the last tokens.
+    """
+    config = backbone.config
+    end, advice = _table_of_positions(backbone), "(evaluate, adapt and explain: --max_length)"
+    if end is not None and longest > end:
+        raise UnsupportedPolicyError(
+            f"data.max_length: found pairs of up to {longest} tokens, expected at most {end}, the positions that this "
+            f"{config.model_type} has. Set data.max_length to {end} or less {advice}, or choose another model."
+        )
+    context = _rotary_context(config)
+    if context is not None and longest > context:
+        rank_zero_warn(
+            f"data.max_length: found pairs of up to {longest} tokens, and a context of {context} "
+            f"(max_position_embeddings of {config.model_type}), beyond which the model's log-probabilities are not to "
+            f"be relied on. Set data.max_length to {context} or less {advice}, or choose another model."
+        )
+
+
+def _table_of_positions(backbone: PreTrainedModel) -> int | None:
+    """Return the number of positions in a model's table, learned or fixed. None if it has no table."""
+    config = backbone.config
+    if config.model_type in FIXED_TABLES:
+        return int(getattr(config, FIXED_TABLES[config.model_type]))
+    context, tokens = getattr(config, "max_position_embeddings", None), backbone.get_input_embeddings()
+    if context is None or getattr(config, "rope_parameters", None):
+        return None
+    tables = (part for part in backbone.modules() if isinstance(part, nn.Embedding) and part is not tokens)
+    # OPT and others have two positions more, which no token gets.
+    return context if any(0 <= table.num_embeddings - context <= 2 for table in tables) else None
+
+
+def _rotary_context(config: PreTrainedConfig) -> int | None:
+    """Return the context of a rotary model, with its scaling. None if it is another model, or if it is not known."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None or not (ropes := _ropes(config)) or getattr(config, "alibi", False):
+        return None
+    scaled = [(rope.get("original_max_position_embeddings") or context) * (rope.get("factor") or 1) for rope in ropes]
+    return int(max(context, *scaled))
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """Return the parameters of rotary positions, also those for each kind of layer."""
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return [parameters, *(each for each in parameters.values() if isinstance(each, dict))] if parameters else []
 
 
 @torch.no_grad()

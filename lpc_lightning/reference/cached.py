@@ -75,7 +75,8 @@ class CachedReference(ABC):
 
         Raises:
             ConfigError: The trainer's data is no PreferenceDataModule, or the published weights have changed.
-            UnsupportedPolicyError: Values of long pairs would depend on their batch.
+            UnsupportedPolicyError: Values of long pairs would depend on their batch, or the model cannot read the
+                longest pair.
         """
         trainer: Any = module.trainer
         data = required_data(
@@ -86,7 +87,7 @@ class CachedReference(ABC):
         # Lightning builds models under the run's device as the default one.
         with torch.device("cpu"):
             model = self.model()
-            model.check_longest(data.lengths.max_length)
+            data.check_lengths(model)
             open_function = partial(self._open_published, module, model, untouched)
             for stage in data.stages:
                 self._prepare_stage(stage, data, trainer, model, open_function)

@@ -69,9 +69,9 @@ class FrozenModel(nn.Module):
         self.logps = self.policy.reference_logps
 
     def prepare(self, module: PolicyOwner, untouched: bool) -> None:
-        """Check that the model has the same log-probabilities for a pair in each batch."""
+        """Check that the model can read the longest pair, and has the same log-probabilities for it in each batch."""
         if (data := preference_data(module.trainer)) is not None:
-            self.policy.check_longest(data.lengths.max_length)
+            data.check_lengths(self.policy)
 
 
 def live_reference(policy: CausalPolicy, spec: PolicySpec) -> Reference:
