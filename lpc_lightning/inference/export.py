@@ -28,7 +28,7 @@ from lpc_lightning.inference.card import SUMMARY, Exported, model_card
 from lpc_lightning.inference.checkpoints import run_folder, trained_template
 from lpc_lightning.inference.code_biases import BIASES
 from lpc_lightning.inference.local_paths import clean_configs, without_folders
-from lpc_lightning.inference.modeling_lpc import InferencePrior, latent_causal_lm, without_latent
+from lpc_lightning.inference.modeling_lpc import InferencePrior, has_own_code, latent_causal_lm, without_latent
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy.lora import merge
@@ -95,6 +95,13 @@ def export(
     built = "auto" if dtype in ("auto", "bfloat16") else "float32"
     module, origin = load_policy(checkpoint, built, trust_remote_code=trust_remote_code)
     prior = _prior(module, prior_mode)
+    if prior is not None and has_own_code(type(module.policy.causal_lm)):
+        raise ConfigError(
+            f"checkpoint: found a latent on {type(module.policy.causal_lm).__name__}, whose code comes with the base "
+            "model, expected a class of transformers. transformers would open the export by that code, without the "
+            "latent. Use the checkpoint itself: `generate`, `alpaca` and `evaluate` open it with --trust_remote_code "
+            "true. A policy that was trained without a latent can be exported."
+        )
     template = make_template(module.tokenizer, *trained_template(origin))
     plain: Any = trained_adapter(module) if adapter else plain_model(module, template)
     if dtype != "auto":
@@ -215,6 +222,8 @@ def plain_model(module: PreferenceModule, template: Template) -> PreTrainedModel
     wrapped: Any = module.policy.model
     model = merge(wrapped) if module.policy.has_adapter else wrapped
     model.config = without_latent(model.config)
+    if not has_own_code(type(model)):
+        vars(model.config).pop("auto_map", None)  # names code of the base model, which the folder will not hold
     for name, value in dropout_rates(module.policy_spec.load_config()).items():
         setattr(model.config, name, value)
     ends = model.generation_config.eos_token_id

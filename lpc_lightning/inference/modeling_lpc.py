@@ -627,8 +627,15 @@ class LatentGenerationMixin(Stock):
             kwargs: As in transformers.
 
         Raises:
-            ValueError: The model holds an adapter, or the call asks to push to the hub.
+            ValueError: The model holds an adapter, its class is code that came with its weights, or the call asks to
+                push to the hub.
         """
+        if has_own_code(self.stock):
+            raise ValueError(
+                f"save_pretrained: found {self.stock.__name__}, whose code comes with its weights, expected a class of "
+                "transformers. The folder would open by that code, without the latent. `plain_causal_lm` returns the "
+                "model without its latent, which can be saved."
+            )
         if any(".base_layer." in name for name in self.state_dict()):
             raise ValueError("save_pretrained: found an adapter in the model, expected it merged into the weights.")
         if kwargs.get("push_to_hub"):
@@ -796,6 +803,11 @@ class LatentCausalLM:
     @staticmethod
     def _from_config(config: Any, **kwargs: Any) -> Any:
         raise ValueError("from_config: a latent is trained and has no other start, expected from_pretrained.")
+
+
+def has_own_code(causal_lm: type[PreTrainedModel]) -> bool:
+    """Return whether a class of models is code that came with their weights. `save_pretrained` writes it with them."""
+    return causal_lm._auto_class is not None
 
 
 def without_latent(config: Any) -> Any:
