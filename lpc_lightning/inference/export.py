@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.tokenization.template import Template
@@ -27,6 +28,7 @@ from lpc_lightning.files.output_paths import check_folder
 from lpc_lightning.inference.card import SUMMARY, Exported, model_card
 from lpc_lightning.inference.checkpoints import run_folder, trained_template
 from lpc_lightning.inference.code_biases import BIASES
+from lpc_lightning.inference.generation import default_generation
 from lpc_lightning.inference.local_paths import clean_configs, without_folders
 from lpc_lightning.inference.modeling_lpc import InferencePrior, has_own_code, latent_causal_lm, without_latent
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
@@ -122,8 +124,10 @@ def export(
         results=_results(checkpoint),
     )
     with _replacing(target, overwrite) as folder:
-        # peft would ask the hub whether the vocabulary has grown.
-        model.save_pretrained(folder, **{"save_embedding_layers": False} if adapter else {"max_shard_size": SHARD})
+        if adapter:
+            model.save_pretrained(folder, save_embedding_layers=False)  # or peft asks the hub for the vocabulary
+        else:
+            _write_model(model, folder)
         module.tokenizer.save_pretrained(folder)
         if biases is not None:
             save_file({"code_biases": biases}, folder / BIASES, metadata={"format": "pt"})
@@ -231,6 +235,18 @@ def plain_model(module: PreferenceModule, template: Template) -> PreTrainedModel
     if template.end_id not in known:
         model.generation_config.eos_token_id = [*known, template.end_id] if known else template.end_id
     return model
+
+
+def _write_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write weights and configs. The generation config has the values of the base model, and ends with more tokens.
+
+    transformers refuses to save a changed generation config with flags that have no effect, such as a temperature
+    without `do_sample`. Many are published with these.
+    """
+    generation: Any = model.generation_config
+    with default_generation(model):
+        model.save_pretrained(folder, max_shard_size=SHARD)
+    generation.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True, keys_to_pop=["compile_config"])
 
 
 def _biases(model: Any, prior: InferencePrior | None) -> torch.Tensor:

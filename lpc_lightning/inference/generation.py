@@ -232,7 +232,7 @@ class _Writer:
             draws.append(TopPLogitsWarper(decoding.top_p))
             draws.append(_GumbelNoise([derive("tokens", decoding.seed, *ids) for ids in encoded]))
         model: Any = self._opened.causal_lm
-        with _default_generation(model), finite_masks(model):
+        with default_generation(model), finite_masks(model):
             found = model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -257,8 +257,8 @@ class _Writer:
 
 
 @contextmanager
-def _default_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Replace the model's generation config, whose values (a repetition penalty, ...) would change the decoding."""
+def default_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Replace the model's generation config within the block. Its values (a repetition penalty, ...) have no effect."""
     published, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield

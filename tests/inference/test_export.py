@@ -133,6 +133,25 @@ def test_answers_end_where_training_ended_them(fitted: Callable[..., Path], tmp_
     assert json.loads((base / "generation_config.json").read_text())["eos_token_id"] == other
 
 
+@pytest.mark.parametrize("published", [{"temperature": 0.9, "top_p": 0.6}, {"length_penalty": 0.8}])
+def test_decoding_stays_as_published(published: dict[str, Any], fitted: Callable[..., Path], tmp_path: Path) -> None:
+    """Flags that greedy decoding ignores, as Llama 2 was published. transformers refuses to save them in a change."""
+    base = tmp_path / "base"
+    spec = TinyPolicy(width=16, layers=1, heads=2)
+    spec.build().causal_lm.save_pretrained(base)
+    spec.load_tokenizer().save_pretrained(base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 1} | published))
+    for name, latent in (("codes", CODED), ("plain", [])):
+        checkpoint = fitted(*latent, "--policy=PretrainedPolicy", f"--policy.path={base}")
+        folder = export(str(checkpoint), str(tmp_path / name))
+        config = json.loads((folder / "generation_config.json").read_text())
+        assert config.pop("transformers_version")
+        assert config == {"eos_token_id": [1, 2]} | published
+        stock = AutoModelForCausalLM.from_pretrained(base).generation_config
+        found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).generation_config
+        assert found.to_diff_dict() | {"eos_token_id": 1} == stock.to_diff_dict()
+
+
 # Settings
 
 
