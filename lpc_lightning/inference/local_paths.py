@@ -10,19 +10,31 @@ from typing import Any
 
 FOLDERS = re.compile(r"(?:file://|(?<![\w./:~]))(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\,;'\"]+[/\\])+")
 """The folders of an absolute path within a text. The path of a web address is none."""
+TEMPLATES = ("template", "template_kwargs")
+"""Keys of the arguments of a template. The model reads their texts, and needs them as they were in training."""
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 
 def without_folders(value: Any) -> Any:
-    """Return JSON values in which each absolute path is replaced by its last part."""
+    """Return JSON values in which each absolute path is replaced by its last part.
+
+    Paths within a sentence stay, and so do the arguments of a template.
+    """
     if isinstance(value, dict):
-        return {without_folders(name): without_folders(entry) for name, entry in value.items()}
+        return {without_folders(name): _without_folders(name, entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return [without_folders(entry) for entry in value]
     if not isinstance(value, str):
         return value
     is_path = os.path.isabs(value) and os.path.exists(value)  # `/model` as well, which has no folders
-    return os.path.basename(value) if is_path else FOLDERS.sub("", value)
+    if is_path:
+        return os.path.basename(value)
+    # A path and a list of paths have no white space, unless a folder has.
+    return FOLDERS.sub("", value) if FOLDERS.match(value) or not re.search(r"\s", value) else value
+
+
+def _without_folders(name: str, entry: Any) -> Any:
+    return entry if name in TEMPLATES and isinstance(entry, dict) else without_folders(entry)
 
 
 def clean_configs(folder: Path) -> None:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.export import export
+from lpc_lightning.inference.opening import open_policy
+from lpc_lightning.policy import TinyPolicy
 from tests.inference.conftest import CASES, FILES
 
 pytestmark = pytest.mark.slow
@@ -66,6 +69,25 @@ def test_no_local_path_is_published(exported: dict[str, Path], fitted: Callable[
             assert not [root for root in roots if root.encode() in file.read_bytes()]
     origin = json.loads((exported["codes"] / "training.json").read_text())
     assert origin["path"] == "version_0/checkpoints/best.ckpt"
+
+
+def test_export_prompts_as_its_checkpoint(fitted: Callable[..., Path], tmp_path: Path) -> None:
+    """Arguments of the chat template may name files."""
+    spec = TinyPolicy(width=16, layers=1, heads=2)
+    spec.build().causal_lm.save_pretrained(tmp_path / "base")
+    tokenizer = spec.load_tokenizer()
+    tokenizer.chat_template = "{{ guide }}" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(tmp_path / "base")
+    guide = "/usr/share/doc/guide.txt comes first."
+    policy = ["--policy=PretrainedPolicy", f"--policy.path={tmp_path / 'base'}"]
+    checkpoint = fitted(*policy, f"--data.template_kwargs={json.dumps({'guide': guide})}")
+    folder = export(str(checkpoint), str(tmp_path / "out"))
+    opened = open_policy(str(folder))
+    template = make_template(opened.tokenizer, *opened.template)
+    assert template.render([{"role": "user", "content": "Hi"}]).startswith(guide)
+    card = (folder / "README.md").read_text()
+    assert card.count(guide) == 2  # in the code and among the settings
+    assert str(tmp_path) not in card + (folder / "training.json").read_text()
 
 
 def test_a_full_disk_leaves_the_earlier_export_whole(checkpoint: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from lpc_lightning.inference.local_paths import clean_configs, without_folders
         ("runs/version_0/checkpoints/best.ckpt", "runs/version_0/checkpoints/best.ckpt"),
         ("https://huggingface.co/somebody/Base-7B", "https://huggingface.co/somebody/Base-7B"),
         ("Answer with and/or, 1/2, /no_think.", "Answer with and/or, 1/2, /no_think."),
+        ("/home/ann/my pairs.jsonl", "my pairs.jsonl"),
+        ("Read /usr/share/doc/guide.txt first.", "Read /usr/share/doc/guide.txt first."),
     ],
 )
 def test_without_folders_of_a_text(text: str, expected: str) -> None:
@@ -30,6 +32,14 @@ def test_without_folders_of_a_text(text: str, expected: str) -> None:
         "a": [expected, 1, None],
         expected: {"b": expected},
     }
+
+
+def test_without_folders_keeps_template_arguments() -> None:
+    arguments = {"guide": "/usr/share/doc/guide.txt", "tools": [{"description": "/etc/a/b, and then"}]}
+    template = {"kind": "chat", "arguments": arguments}
+    settings = {"template": "chat", "template_kwargs": arguments}
+    origin = {"template": template, "data": {"init_args": {"path": "/home/ann/a.json", **settings}}}
+    assert without_folders(origin) == {"template": template, "data": {"init_args": {"path": "a.json", **settings}}}
 
 
 def test_clean_configs_changes_whole_paths_only(tmp_path: Path) -> None:
