@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -20,14 +16,14 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.data.tokenization.templates import make_template
-from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
-from lpc_lightning.errors import ConfigError, DamagedFileError
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.integrity import DIGESTS, digests_of, write_digests
-from lpc_lightning.files.json_files import read_if_whole, read_json_object
+from lpc_lightning.files.json_files import read_if_whole
 from lpc_lightning.files.output_paths import check_folder
 from lpc_lightning.inference.card import SUMMARY, Exported, model_card
 from lpc_lightning.inference.checkpoints import run_folder, trained_template
 from lpc_lightning.inference.code_biases import BIASES
+from lpc_lightning.inference.export_folder import FILES, check_free, replacing
 from lpc_lightning.inference.generation import default_generation
 from lpc_lightning.inference.local_paths import clean_configs, without_folders
 from lpc_lightning.inference.modeling_lpc import InferencePrior, has_own_code, latent_causal_lm, without_latent
@@ -40,8 +36,6 @@ from lpc_lightning.policy.start_adapter import ADAPTER, TRAINED
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FILES = "files"
-"""Key of the record with the names of all files that `export` has written."""
 CARD = "README.md"
 """File of the model card. peft writes one of its own, which it replaces."""
 SHARD = "5GB"
@@ -92,7 +86,7 @@ def export(
     target = Path(os.path.abspath(output))
     check_folder(target, "output")
     target = target.resolve()  # a link to a folder stays, and its folder is written
-    _check_free(target, overwrite)
+    check_free(target, overwrite)
     # bfloat16 weights would round the updates of an adapter before a type of more digits is written.
     built = "auto" if dtype in ("auto", "bfloat16") else "float32"
     module, origin = load_policy(checkpoint, built, trust_remote_code=trust_remote_code)
@@ -123,7 +117,7 @@ def export(
         biases=None if biases is None else BIASES,
         results=_results(checkpoint),
     )
-    with _replacing(target, overwrite) as folder:
+    with replacing(target, overwrite) as folder:
         if adapter:
             model.save_pretrained(folder, save_embedding_layers=False)  # or peft asks the hub for the vocabulary
         else:
@@ -169,36 +163,6 @@ def trained_adapter(module: PreferenceModule) -> PeftModel:
     config = wrapped.peft_config[TRAINED]
     config.base_model_name_or_path, config.revision = spec.adapter_base, getattr(spec, "revision", None)
     return wrapped
-
-
-def _check_free(target: Path, overwrite: bool) -> None:
-    """Check that the folder is new or empty, or that it holds an earlier export and nothing else."""
-    check_folder(target, "output")
-    if not target.is_dir() or not (found := {path.name for path in target.iterdir()}):
-        return
-    written = _files_of_export(target)
-    if not written:
-        raise ConfigError(
-            f"output: {target} is not empty and no earlier export, expected a folder that is new or empty."
-        )
-    if not overwrite:
-        raise ConfigError(f"output: {target} holds an earlier export. Expected another folder, or --overwrite.")
-    if others := sorted(found - written):
-        raise ConfigError(
-            f"output: found {others[0]} in {target}, which export has not written and --overwrite would delete. "
-            f"Expected an earlier export and nothing else ({len(others)} other files). Move them, or give another "
-            "folder."
-        )
-
-
-def _files_of_export(folder: Path) -> set[str]:
-    """Return the names of the files that `export` has written, as its record lists them. Empty for other folders."""
-    try:
-        record = read_json_object(folder / ORIGIN)
-    except DamagedFileError:
-        return set()
-    is_record = {"algorithm", "policy", "latent", FILES} <= set(record)
-    return set(map(str, record[FILES])) if is_record and isinstance(record[FILES], list) else set()
 
 
 def _prior(module: PreferenceModule, mode: PriorMode | None) -> InferencePrior | None:
@@ -284,28 +248,3 @@ def _is_result(content: Mapping[str, Any]) -> bool:
     if not all(isinstance(entry, dict | None) for entry in entries):
         return False
     return all(isinstance(scores, dict) for scores in (content.get("metrics") or {}).values())
-
-
-@contextmanager
-def _replacing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder that replaces `target` when it is complete. It is removed on failure."""
-    # A folder of its own: another export to the same target may run.
-    scratch = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}")
-    partial, old = scratch / "partial", scratch / "old"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.glob("*.safetensors"):  # safetensors writes them readable only by their owner
-            file.chmod((partial / ORIGIN).stat().st_mode)
-        _check_free(target, overwrite)  # again: files may have come while the model was loaded and written
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointWriteError(
-            f"output: could not write {target}: {error}. Expected a folder with enough space and write permission."
-        ) from error
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(scratch, ignore_errors=True)
