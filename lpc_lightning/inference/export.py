@@ -20,6 +20,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.integrity import DIGESTS, digests_of, write_digests
 from lpc_lightning.files.json_files import read_if_whole
 from lpc_lightning.files.output_paths import check_folder
+from lpc_lightning.files.whole_folders import check_writable
 from lpc_lightning.inference.card import SUMMARY, Exported, model_card
 from lpc_lightning.inference.checkpoints import run_folder, trained_template
 from lpc_lightning.inference.code_biases import BIASES
@@ -61,7 +62,7 @@ def export(
 
     Args:
         checkpoint: A checkpoint, such as `runs/version_0/checkpoints/best.ckpt`.
-        output: The folder to write, new or empty.
+        output: The folder to write, new or empty. A folder that exists is filled, not replaced.
         dtype: Type of the weights that are written. `auto` is the type they were trained in; the latent always keeps
             its own.
         prior_mode: How the exported model takes z from the prior unless a call sets it: `mean`, `sample`,
@@ -87,6 +88,7 @@ def export(
     check_folder(target, "output")
     target = target.resolve()  # a link to a folder stays, and its folder is written
     check_free(target, overwrite)
+    check_writable(target, "output")
     # bfloat16 weights would round the updates of an adapter before a type of more digits is written.
     built = "auto" if dtype in ("auto", "bfloat16") else "float32"
     module, origin = load_policy(checkpoint, built, trust_remote_code=trust_remote_code)

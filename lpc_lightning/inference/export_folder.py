@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +12,20 @@ from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import ConfigError, DamagedFileError
 from lpc_lightning.files.json_files import read_json_object
 from lpc_lightning.files.output_paths import check_folder
+from lpc_lightning.files.whole_folders import content_of, whole_folder
 from lpc_lightning.inference.trained_policy import ORIGIN
+from lpc_lightning.policy.start_adapter import ADAPTER
 
 FILES = "files"
 """Key of the record with the names of all files that `export` has written."""
+LAST = ("config.json", ADAPTER)
+"""Files without which neither transformers nor a command of this suite opens the folder."""
 
 
 def check_free(target: Path, overwrite: bool) -> None:
     """Check that the folder is new or empty, or that it holds an earlier export and nothing else."""
     check_folder(target, "output")
-    if not target.is_dir() or not (found := {path.name for path in target.iterdir()}):
+    if not target.is_dir() or not (found := {path.name for path in content_of(target)}):
         return
     written = _files_of_export(target)
     if not written:
@@ -52,24 +54,14 @@ def _files_of_export(folder: Path) -> set[str]:
 
 @contextmanager
 def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder that replaces `target` when it is complete. It is removed on failure."""
-    # A folder of its own: another export to the same target may run.
-    scratch = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}")
-    partial, old = scratch / "partial", scratch / "old"
+    """Yield a folder whose files are those of `target` when it is complete. It is removed on failure."""
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.glob("*.safetensors"):  # safetensors writes them readable only by their owner
-            file.chmod((partial / ORIGIN).stat().st_mode)
-        check_free(target, overwrite)  # again: files may have come while the model was loaded and written
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
+        # Files may have come while the model was loaded and written.
+        with whole_folder(target, LAST, lambda: check_free(target, overwrite)) as folder:
+            yield folder
+            for file in folder.glob("*.safetensors"):  # safetensors writes them readable only by their owner
+                file.chmod((folder / ORIGIN).stat().st_mode)
     except (OSError, SafetensorError) as error:
         raise CheckpointWriteError(
             f"output: could not write {target}: {error}. Expected a folder with enough space and write permission."
         ) from error
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(scratch, ignore_errors=True)

