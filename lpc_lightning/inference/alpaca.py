@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lpc_lightning.data import DataError
 from lpc_lightning.data.sources.prompts import INPUT, SYSTEM_NAMES
 from lpc_lightning.data.sources.reading import read_rows
+from lpc_lightning.data.sources.rows import BadRow, check_text
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.json_files import write_json
 from lpc_lightning.files.output_paths import check_file, claim_output_file
@@ -115,6 +116,10 @@ def read_instructions(path: str) -> list[Row]:
         for field in ("instruction", "dataset"):
             if not isinstance(row.get(field, ""), str):
                 raise DataError(f"{place}: found {row[field]!r} for `{field}`, expected text.")
+            try:
+                check_text(row.get(field, ""))
+            except BadRow as fault:
+                raise DataError(f"{place}: {fault}. Expected `{field}` as text in UTF-8.") from fault
         if not row.get("instruction", "").strip():
             raise DataError(f"{place}: found no text for `instruction`; the row has {', '.join(row)}.")
         if more := next((field for field in (INPUT, *SYSTEM_NAMES) if row.get(field)), None):

@@ -8,7 +8,7 @@ from pathlib import Path
 from lpc_lightning.data.sources.formats import to_example
 from lpc_lightning.data.sources.prompts import INPUT, SYSTEM_NAMES
 from lpc_lightning.data.sources.reading import read_rows
-from lpc_lightning.data.sources.rows import BadRow, DataError
+from lpc_lightning.data.sources.rows import BadRow, DataError, check_text
 from lpc_lightning.types import Message
 
 Prompt = tuple[Message, ...]
@@ -17,9 +17,13 @@ PARTS = ("prompt", *SYSTEM_NAMES, INPUT)
 
 
 def text_prompt(text: str, system: str | None = None) -> Prompt:
-    """Return one user turn, after a system turn if `system` is given."""
-    user = Message(role="user", content=text)
-    return (user,) if system is None else (Message(role="system", content=system), user)
+    """Return one user turn, after a system turn if `system` is given.
+
+    Raises:
+        DataError: A text is not valid Unicode.
+    """
+    user = Message(role="user", content=_checked(text, "prompt"))
+    return (user,) if system is None else (Message(role="system", content=_checked(system, "system")), user)
 
 
 def read_prompts(path: str, system: str | None = None) -> list[Prompt]:
@@ -40,8 +44,16 @@ def read_prompts(path: str, system: str | None = None) -> list[Prompt]:
         raise DataError(f"{path} holds no prompts. Expected one a line.")
     if system is None:
         return prompts
-    turn = Message(role="system", content=system)
+    turn = Message(role="system", content=_checked(system, "system"))
     return [prompt if prompt[0]["role"] == "system" else (turn, *prompt) for prompt in prompts]
+
+
+def _checked(text: str, setting: str) -> str:
+    try:
+        check_text(text)
+    except BadRow as fault:
+        raise DataError(f"{setting}: {fault}. Expected text in UTF-8.") from fault
+    return text
 
 
 def _lines(path: Path) -> Iterator[Prompt]:

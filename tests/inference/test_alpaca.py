@@ -177,6 +177,7 @@ def test_a_file_of_something_else_is_left_alone(alpaca: Run, output: Path, conte
     ("row", "message"),
     [
         ({"dataset": "x"}, "alpaca_eval.json row 2: found no text for `instruction`; the row has dataset."),
+        ({"instruction": "hi \ud83d"}, "alpaca_eval.json row 2: invalid text: found half of a surrogate pair at char"),
         ({"instruction": 3}, "alpaca_eval.json row 2: found 3 for `instruction`, expected text."),
         ({"instruction": "a", "dataset": None}, "alpaca_eval.json row 2: found None for `dataset`, expected text."),
         (

@@ -161,6 +161,8 @@ def test_a_plain_model_answers_without_codes(generate: Run, plain: str, tmp_path
         (["--prompt=a", "--code-weights=no.json"], "code_weights: there is no file no.json."),
         (["--prompt=a", "--temperature=-1"], "temperature: found -1.0, expected a number of at least 0."),
         (["--prompt= "], "prompt: found ' ', expected text."),
+        (["--prompt=caf\udce9"], r"prompt: invalid text: found half of a surrogate pair at character 3 of 'caf\udce9'"),
+        (["--prompt=a", "--system=\ud83d"], "system: invalid text: found half of a surrogate pair at character 0 of "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

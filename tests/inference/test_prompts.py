@@ -85,6 +85,18 @@ def test_no_file_and_no_prompts(name: str, tmp_path: Path) -> None:
         read_prompts(str(tmp_path / name))
 
 
+def test_text_prompt_not_unicode(tmp_path: Path) -> None:
+    message = r"invalid text: found half of a surrogate pair at character 3 of 'caf\\udce9'"
+    for name, texts in (("prompt", ("caf\udce9",)), ("system", ("a", "caf\udce9"))):
+        with pytest.raises(DataError, match=f"^{name}: {message}"):
+            text_prompt(*texts)
+    path = written(tmp_path / "prompts.jsonl", [{"prompt": "First?"}])
+    with pytest.raises(DataError, match=f"^system: {message}"):
+        read_prompts(path, "caf\udce9")
+    with pytest.raises(DataError, match=rf"prompts\.jsonl line 1: {message}"):
+        read_prompts(written(tmp_path / "prompts.jsonl", [{"prompt": "caf\udce9"}]))
+
+
 def test_read_prompts_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match=r"is not UTF-8: .* at byte 3"):

@@ -10,7 +10,7 @@ from lpc_lightning.data.sources.labelled_answers import SETTINGS, find_labelled_
 from lpc_lightning.data.sources.markup import is_dialogue_in_lines, refuse_rendered
 from lpc_lightning.data.sources.messages import describe, spelled_messages, unread_keys
 from lpc_lightning.data.sources.prompts import find_prompt, refuse_other_prompt, with_input, with_system
-from lpc_lightning.data.sources.rows import BadRow, Row, entry_of, is_missing, label_text
+from lpc_lightning.data.sources.rows import BadRow, Row, check_text, entry_of, is_missing, label_text
 from lpc_lightning.data.sources.structures import (
     Structure,
     Triple,
@@ -122,12 +122,7 @@ def _check(example: PreferenceExample) -> None:
         raise BadRow("equal answers", f"both are {example.chosen[:40]!r}")
     labels = (example.id, example.source, example.factor, example.annotator)
     for text in (example.chosen, example.rejected, *labels, *(turn["content"] for turn in example.prompt)):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadRow(
-                "invalid text", f"found half of a surrogate pair at character {error.start} of {text[:40]!r}"
-            ) from error
+        check_text(text)
 
 
 def _repeats_prompt(example: PreferenceExample) -> bool:

@@ -114,6 +114,19 @@ def undecoded(text: str, where: str) -> BadRow | None:
     return None
 
 
+def check_text(text: str) -> None:
+    """Check that a text can be encoded.
+
+    Raises:
+        BadRow: It has half of a surrogate pair, from an escape of JSON or from bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        detail = f"found half of a surrogate pair at character {error.start} of {text[:40]!r}"
+        raise BadRow("invalid text", detail) from error
+
+
 class Tie(ValueError):  # noqa: N818 - a tie is no error: the row is dropped and counted
     """Raised for one row whose label prefers neither answer."""
 
