@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.policy import CausalPolicy, TinyPolicy
 
+BASE = ["--config=base.yaml", "--trainer.max_steps=8"]
+"""Arguments of the base of written ablations."""
 WORDS = ("stone", "river", "lamp", "garden", "winter", "salt", "paper", "engine", "cloud", "bread", "glass", "horse")
 
 
@@ -166,9 +168,9 @@ def write_ablation(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     ) -> Path:
         folder = tmp_path_factory.mktemp("ablation") / name
         folder.mkdir()
-        ablation: dict[str, Any] = {"name": name, "base": ["--config=base.yaml", "--trainer.max_steps=8"]}
+        ablation: dict[str, Any] = {"name": name, "base": BASE}
         ablation |= {"axes": {**axes, **({} if None in seeds else {"seed": seeds})}, "skip": []}
-        ablation |= {"controls": {axis: ["callbacks.*", "latent.*"] for axis in ablation["axes"]}}
+        ablation |= {"controls": {axis: [f"{axis}.*"] for axis in ablation["axes"]}}
         ablation |= {"command": f"lpc-lightning ablate {name}.yaml"}
         ablation |= {"versions": {"date": "2026-11-22", "packages": {"torch": "2.13.0"}}}
         (folder / "ablation.json").write_text(json.dumps(ablation))
@@ -193,7 +195,8 @@ def _write_cell(folder: Path, axes: Mapping[str, Any], seed: int | None, value: 
     config: dict[str, Any] = {"seed_everything": seed, "model": model, "latent": latent, "trainer": {"max_steps": 8}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     axes = axes if seed is None else {**axes, "seed": seed}
-    state: dict[str, Any] = {"axes": axes, "seed": seed, "fingerprint": "f", "arguments": ["fit"], "attempts": 1}
+    arguments = [*BASE, *(f"--{axis}={axis_value}.yaml" for axis, axis_value in axes.items())]
+    state: dict[str, Any] = {"axes": axes, "seed": seed, "fingerprint": "f", "arguments": arguments, "attempts": 1}
     state |= {"weights": "last", "tuned": {}}
     state |= {"status": "failed" if failed else "finished", "error": value if failed else None}
     state |= {"seconds": 10.0 + (seed or 0), "peak_bytes": 2**30 * (2 if latent else 1)}

@@ -37,12 +37,12 @@ class Axis:
 
     @property
     def controls(self) -> list[str]:
-        """Settings that may differ between values of the axis.
+        """Settings that the arguments of any value name (see `control`).
 
-        `latent.*` means a setting and everything below it: the value is a config file, or it belongs to a list.
+        A report recognizes the axis's arguments by them.
         """
         lists = self.arguments.values() if isinstance(self.arguments, Mapping) else [self.arguments]
-        return list(dict.fromkeys(_control(argument) for arguments in lists for argument in arguments))
+        return list(dict.fromkeys(control(argument) for arguments in lists for argument in arguments))
 
     def with_values(self, values: Sequence[Any]) -> Axis:
         """Return the same axis with other values.
@@ -57,7 +57,11 @@ class Axis:
         return replace(self, values=tuple(values))
 
 
-def _control(argument: str) -> str:
+def control(argument: str) -> str:
+    """Return the setting that an argument of `fit` sets.
+
+    `latent.*` means a setting and everything below it: the value is a config file, or it belongs to a list.
+    """
     name, _, value = argument.partition("=")
     setting = setting_name(argument)
     if name.endswith("+") or setting.startswith("callbacks."):

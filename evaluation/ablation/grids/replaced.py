@@ -58,19 +58,20 @@ def find_replaced(arguments: Iterable[PlacedArgument]) -> tuple[PlacedArgument, 
             for earlier, settings in before:
                 if earlier.axis is None:
                     later = (setting_name(each.argument.partition("=")[0]) for each in cell[number:])
-                    may_change = not _is_file(value) or settings.name in later
+                    may_change = not is_file(value) or settings.name in later
                 else:
                     may_change = earlier.axis == placed.axis
                 if not may_change and _replaces(name, value, settings, entries):
                     return earlier, placed
-        if placed.axis is not None or not _is_file(value):
+        if placed.axis is not None or not is_file(value):
             content = None if is_added else parse_value(value)
-            below = () if is_added else (_numbered(each, entries) for each in _names(name, content))
+            below = () if is_added else (_numbered(each, entries) for each in names_below(name, content))
             before.append((placed, _Settings(name, frozenset(below))))
     return None
 
 
-def _is_file(value: str) -> bool:
+def is_file(value: str) -> bool:
+    """Return true if a value is the name of a config file."""
     return value.endswith(SUFFIXES)
 
 
@@ -81,7 +82,7 @@ def _replaces(name: str, value: str, settings: _Settings, entries: Mapping[str, 
         # A null and a list leave nothing of what was there, and neither does a new value of a list.
         if name and (content is None or isinstance(content, list) or entries[name]):
             return True
-    return any(_numbered(each, entries) in settings.below for each in _names(name, content))
+    return any(_numbered(each, entries) in settings.below for each in names_below(name, content))
 
 
 def _numbered(name: str, entries: Mapping[str, int]) -> str:
@@ -91,7 +92,7 @@ def _numbered(name: str, entries: Mapping[str, int]) -> str:
     return ".".join(f"{part}+{number}" for part, number in zip(parts, numbers, strict=True))
 
 
-def _names(name: str, content: Any) -> Iterator[str]:
+def names_below(name: str, content: Any) -> Iterator[str]:
     """Yield the name of a setting, and the names of all settings below it that the content states.
 
     A mapping without a class changes what it states, and leaves the rest.
@@ -100,7 +101,7 @@ def _names(name: str, content: Any) -> Iterator[str]:
         yield name
     if isinstance(content, dict):
         for key, entry in content.items():
-            yield from _names(setting_name(f"{name}.{key}".lstrip(".")), entry)
+            yield from names_below(setting_name(f"{name}.{key}".lstrip(".")), entry)
 
 
 def _content(value: Any, folder: Path) -> Any:

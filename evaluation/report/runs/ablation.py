@@ -14,6 +14,7 @@ from typing import Any
 
 from lpc_lightning.evaluation.ablation.grids.axes import matches
 from lpc_lightning.evaluation.benchmarks.results import RESULTS
+from lpc_lightning.evaluation.report.runs.arguments import place_arguments
 from lpc_lightning.evaluation.report.runs.fit import read_run
 from lpc_lightning.evaluation.report.runs.records import (
     FINISHED,
@@ -39,13 +40,8 @@ def load_ablation(folder: Path) -> Loaded:
     grid = ablation["axes"]
     axes = {name: tuple(map(as_value, values)) for name, values in grid.items() if name != "seed"}
     missing = tuple(_missing_cells(grid, ablation.get("skip", ()), cells.records))
-    common: dict[str, Any] = {"grid": str(folder), "controls": _controls(ablation)}
-    missing = tuple(replace(record, **common) for record in missing)
+    missing = tuple(replace(record, grid=str(folder), grid_axes=tuple(grid)) for record in missing)
     return Loaded(axes=axes, origins=(origin,), tunings=tuple(read_tunings(folder))) + cells + Loaded(records=missing)
-
-
-def _controls(ablation: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    return {axis: tuple(names) for axis, names in ablation["controls"].items()}
 
 
 def _missing_cells(
@@ -69,9 +65,10 @@ def load_cell(folder: Path) -> Loaded:
     axes, seed = split_seed(cell["axes"])
     run = folder / "run"
     logged = read_run(run)
-    grid, controls = folder.parent.parent, dict[str, tuple[str, ...]]()
+    grid, of_grid = folder.parent.parent, dict[str, Any]()
     if (grid / ABLATION).is_file():
-        controls = _controls(json.loads((grid / ABLATION).read_text(encoding="utf-8")))
+        ablation = json.loads((grid / ABLATION).read_text(encoding="utf-8"))
+        of_grid = {"grid_axes": tuple(ablation["axes"]), "arguments": tuple(place_arguments(cell, ablation))}
     tuned = {axis: as_value(value) for axis, value in cell["tuned"].items()}
     # A cell at another value than the chosen one ran later at a value that was set by hand.
     sections = (each.section for each in read_tunings(grid) if each.axes == axes and tuned == {each.axis: each.value})
@@ -84,13 +81,13 @@ def load_cell(folder: Path) -> Loaded:
         seed=seed,
         settings=settings,
         grid=str(grid),
-        controls=controls,
         tuned=tuned,
         status=cell["status"],
         error=cell.get("error"),
         folder=run,
         seconds=cell.get("seconds"),
         peak_bytes=cell.get("peak_bytes"),
+        **of_grid,
     )
     if (folder / RESULTS).is_file():
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))

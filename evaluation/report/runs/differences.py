@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
-from functools import cache
-from importlib import import_module
-from typing import Any
 
+from lpc_lightning.evaluation.report.runs.explained import is_default, is_explained, is_function, owner_of
 from lpc_lightning.evaluation.report.runs.records import RunRecord
-from lpc_lightning.evaluation.report.runs.settings import SEED, Value, as_value, is_without_influence
+from lpc_lightning.evaluation.report.runs.settings import SEED, Value, is_without_influence
 
 BY_SEED = "by seed"
 """Value of a seed that changes with the run's seed."""
 BY_TUNING = "tuned"
 """Value of a setting that was tuned for each combination of the axes."""
-PACKAGES = ("algorithms", "robust", "latent", "data", "policy", "callbacks")
-"""Packages whose classes have settings with defaults."""
 
 
 def add_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Add to the axes of runs every setting in which the runs differ and that the axes do not explain.
 
-    Axes explain a setting if the grids of all runs set it by these axes, and runs with equal values on them agree in
-    it. So the settings of an arm are explained. A setting of the base in which two grids differ is not.
+    What the axes explain is in `is_explained`: settings of an arm, but no setting in which the bases of two grids
+    differ, or that the command line has changed for one of the runs.
 
     Left out are settings that cannot change a result (see `is_without_influence`), the run's seed, other seeds that
     change with it, arguments that only one class has, and arguments with the defaults of different classes. Values
@@ -44,9 +39,9 @@ def add_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
         if name == SEED or is_without_influence(name):
             continue
         values = _values(name, known)
-        if not _is_explained(name, values, known):
+        if not is_explained(name, values, known):
             values = _mark_seeds(name, values, known)
-            if len({value for value in values if value is not None}) > 1 and not _is_default(name, values, known):
+            if len({value for value in values if value is not None}) > 1 and not is_default(name, values, known):
                 added[name] = values
     added = _mark_tuned(added, known)
     return [_with_axes(record, known, added) for record in records]
@@ -58,35 +53,40 @@ def _without_shared_axes(records: Sequence[RunRecord]) -> list[RunRecord]:
     settings = {name for record in known for name in record.settings}
     for axis in {axis for record in records for axis in record.axes}:
         having = [record for record in records if axis in record.axes]
-        grids = {record.grid: record for record in having if axis in record.controls}
-        if not grids or len(having) == len(records) or len({record.axes[axis] for record in having}) > 1:
+        cells = [record for record in having if axis in record.grid_axes and record.settings]
+        if not cells or len(having) == len(records) or len({record.axes[axis] for record in having}) > 1:
             continue
-        names = [name for name in settings if _is_set_by(axis, name, grids.values())]
+        names = [name for name in settings if any(_is_set_by(axis, name, record) for record in cells)]
         if all(len({record.settings.get(name) for record in known}) == 1 for name in names):
             left_out.add(axis)
-    return [
-        replace(
-            record,
-            axes={axis: value for axis, value in record.axes.items() if axis not in left_out},
-            controls={axis: settings for axis, settings in record.controls.items() if axis not in left_out},
-        )
-        for record in records
-    ]
+    return [_without_axes(record, left_out) for record in records]
 
 
-def _is_set_by(axis: str, name: str, records: Iterable[RunRecord]) -> bool:
-    """Return true if an axis sets a setting, and no other axis does. Several axes set one that is tuned."""
-    return any(
-        _matches([name], record.controls[axis])
-        and not any(_matches([name], other) for each, other in record.controls.items() if each != axis)
-        for record in records
+def _is_set_by(axis: str, name: str, record: RunRecord) -> bool:
+    """Return true if the run's value on an axis sets a setting. A tuned value is no axis's own."""
+    argument = record.argument(name)
+    return argument is not None and argument.place == "axis" and axis in argument.axes
+
+
+def _without_axes(record: RunRecord, left_out: Set[str]) -> RunRecord:
+    """Return a record without some axes. What they set is in the bases of the other grids, with the same value."""
+    arguments = (
+        replace(argument, axes=tuple(axis for axis in argument.axes if axis not in left_out))
+        for argument in record.arguments
+        if argument.place != "axis" or not left_out & set(argument.axes)
+    )
+    return replace(
+        record,
+        axes={axis: value for axis, value in record.axes.items() if axis not in left_out},
+        grid_axes=tuple(axis for axis in record.grid_axes if axis not in left_out),
+        arguments=tuple(arguments),
     )
 
 
 def _values(name: str, records: Sequence[RunRecord]) -> list[Value | None]:
     """Return the setting of each run. `none`: it is not set. None: the run has another class, without this argument."""
     having = [record for record in records if name in record.settings]
-    owner = _owner(name, having[0])
+    owner = owner_of(name, having[0])
     classes = {record.settings.get(owner) for record in having} if owner else set()
     return [
         None
@@ -94,49 +94,6 @@ def _values(name: str, records: Sequence[RunRecord]) -> list[Value | None]:
         else record.settings.get(name, "none")
         for record in records
     ]
-
-
-def _owner(name: str, record: RunRecord) -> str | None:
-    """Return the setting that is the class of which the named setting is an argument. None: it is no argument."""
-    parts = name.split(".")
-    parents = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
-    return next((parent for parent in parents if parent in record.settings), None)
-
-
-def _is_explained(name: str, values: Sequence[Value | None], records: Sequence[RunRecord]) -> bool:
-    """Return true if the axes explain a setting (see `add_axes`)."""
-    runs = [(record, value) for record, value in zip(records, values, strict=True) if value is not None]
-    if len({value for _, value in runs}) < 2:
-        return True
-    names = {name}
-    if len({record.grid for record, _ in runs}) == 1:
-        # The class sets its arguments. Two grids may differ in them for another reason.
-        names |= {owner for record, _ in runs if (owner := _owner(name, record))}
-    axes = sorted(
-        {axis for record, _ in runs for axis, controls in record.controls.items() if _matches(names, controls)}
-    )
-    if not axes or any(axis not in record.controls for record, _ in runs for axis in axes):
-        return False
-    return _is_function((_point(record, axes), value) for record, value in runs)
-
-
-def _matches(names: Iterable[str], controls: Iterable[str]) -> bool:
-    """Return true if a setting is among `controls`. `latent.*` means the setting `latent` and everything below it."""
-    return any(
-        f"{name}.".startswith(control.removesuffix("*")) if control.endswith(".*") else name == control
-        for name in names
-        for control in controls
-    )
-
-
-def _point(record: RunRecord, axes: Sequence[str]) -> Hashable:
-    return tuple(record.seed if axis == "seed" else record.axes.get(axis) for axis in axes)
-
-
-def _is_function(pairs: Iterable[tuple[Hashable, Hashable]]) -> bool:
-    """Return true if equal first entries have equal second entries."""
-    seen: dict[Hashable, Hashable] = {}
-    return all(seen.setdefault(key, value) == value for key, value in pairs)
 
 
 def _mark_seeds(name: str, values: Sequence[Value | None], records: Sequence[RunRecord]) -> list[Value | None]:
@@ -147,37 +104,12 @@ def _mark_seeds(name: str, values: Sequence[Value | None], records: Sequence[Run
     marked = list(values)
     for grid in {record.grid for record in records}:
         members = [(record.settings.get(SEED), value) for record, value in runs if record.grid == grid]
-        if len({value for _, value in members}) > 1 and _is_function(members):
+        if len({value for _, value in members}) > 1 and is_function(members):
             marked = [
                 BY_SEED if record.grid == grid and value is not None else value
                 for record, value in zip(records, marked, strict=True)
             ]
     return marked
-
-
-def _is_default(name: str, values: Sequence[Value | None], records: Sequence[RunRecord]) -> bool:
-    """Return true if the runs have different classes, each with its own default of this argument."""
-    runs = [(record, value) for record, value in zip(records, values, strict=True) if value is not None]
-    owners = {_owner(name, record) for record, _ in runs}
-    owner = owners.pop() if len(owners) == 1 else None
-    if owner is None:
-        return False
-    argument = name[len(owner) + 1 :]
-    classes = {str(record.settings[owner]) for record, _ in runs}
-    return len(classes) > 1 and all(_default(str(record.settings[owner]), argument) == value for record, value in runs)
-
-
-@cache
-def _default(class_name: str, argument: str) -> Value | None:
-    """Return the default of an argument of one of the project's classes. None: it is not known, or there is none."""
-    modules = [import_module(f"lpc_lightning.{package}") for package in PACKAGES]
-    its_class: Any = next((getattr(module, class_name) for module in modules if hasattr(module, class_name)), None)
-    for each in getattr(its_class, "__mro__", ()):
-        parameters = inspect.signature(each.__init__).parameters
-        if argument in parameters:
-            default = parameters[argument].default
-            return None if default is inspect.Parameter.empty else as_value(default)
-    return None
 
 
 def _mark_tuned(added: Mapping[str, list[Value | None]], records: Sequence[RunRecord]) -> dict[str, list[Value | None]]:
@@ -194,7 +126,7 @@ def _mark_tuned(added: Mapping[str, list[Value | None]], records: Sequence[RunRe
     marked = dict(added)
     for name, values in added.items():
         runs = list(zip(points, values, chosen[name], strict=True))
-        if any(chosen[name]) and _is_function((point, value) for point, value, is_chosen in runs if is_chosen):
+        if any(chosen[name]) and is_function((point, value) for point, value, is_chosen in runs if is_chosen):
             marked[name] = [BY_TUNING if is_chosen else value for _, value, is_chosen in runs]
     return {
         name: values for name, values in marked.items() if len({value for value in values if value is not None}) > 1
@@ -202,13 +134,10 @@ def _mark_tuned(added: Mapping[str, list[Value | None]], records: Sequence[RunRe
 
 
 def _is_chosen(name: str, value: Value | None, record: RunRecord) -> bool:
-    """Return true if tuning has chosen the value of a setting for a run.
-
-    All axes of a tuned grid but `seed` control the setting, because a value is chosen for each of their combinations.
-    """
-    controls = [controls for axis, controls in record.controls.items() if axis != "seed"]
+    """Return true if tuning has chosen the value of a setting for a run."""
+    argument = record.argument(name)
     is_tuned = record.settings.get("tune", "none") != "none" and value in record.tuned.values()
-    return is_tuned and all(_matches([name], each) for each in controls)
+    return is_tuned and argument is not None and argument.place == "tuning"
 
 
 def _with_axes(record: RunRecord, known: Sequence[RunRecord], added: Mapping[str, Sequence[Value | None]]) -> RunRecord:

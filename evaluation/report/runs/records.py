@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.report.runs.arguments import PlacedSettings
 from lpc_lightning.evaluation.report.runs.settings import WEIGHTS, Value, as_value, is_without_influence
 
 FINISHED, MISSING, UNKNOWN = "finished", "missing", "unknown"
@@ -59,8 +60,10 @@ class RunRecord:
     """By metric that was measured after the run: the folder of the results."""
     grid: str = ""
     """Folder of the ablation whose cell the run is. Empty: the run is no cell."""
-    controls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Settings that each axis of the grid sets, also those of the axis `seed`; see `Axis.controls`."""
+    grid_axes: tuple[str, ...] = ()
+    """Axes of the grid, also the axis `seed`. Empty: they are not known."""
+    arguments: tuple[PlacedSettings, ...] = ()
+    """Arguments of the cell after those of the grid's base, in their order; see `place_arguments`."""
     tuned: Mapping[str, Value] = field(default_factory=dict)
     """Tuned axes of the grid, with the values that were chosen for the run."""
     versions: Mapping[str, Value] = field(default_factory=dict)
@@ -70,6 +73,10 @@ class RunRecord:
     def counted(self) -> bool:
         """True if the metrics of the run are in the tables."""
         return self.status in COUNTED
+
+    def argument(self, name: str) -> PlacedSettings | None:
+        """Return the argument that sets a setting. None: the base of the grid, a config file or a default does."""
+        return next((argument for argument in reversed(self.arguments) if argument.sets(name)), None)
 
 
 @dataclass(frozen=True)

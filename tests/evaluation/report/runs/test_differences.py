@@ -8,18 +8,22 @@ from typing import Any
 import pytest
 
 from lpc_lightning.evaluation.report.contrasts import contrasts
+from lpc_lightning.evaluation.report.runs.arguments import PlacedSettings
 from lpc_lightning.evaluation.report.runs.differences import add_axes
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.runs.settings import flatten
 from lpc_lightning.evaluation.report.study import make_study
 
 METRIC = "val/rewards/accuracies"
-CONTROLS = {
+SETTINGS = {
+    "algorithm": ("model.*",),
     "latent": ("latent.*",),
     "noise": ("callbacks.*",),
     "codes": ("latent.num_codes",),
     "seed": ("seed_everything", "data.data_seed"),
 }
+"""Settings that the arguments of each axis set."""
+TUNED = PlacedSettings(("model.optimizer.lr",), "tuning", ("latent",))
 
 
 def a_class(name: str, **arguments: Any) -> dict[str, Any]:
@@ -34,9 +38,15 @@ def cell(axes: dict[str, Any], grid: str = "one", seed: int = 1, value: float = 
     """A cell of a grid over `axes`. Its config has the latent of its axis `latent`."""
     latent = None if axes.get("latent", "none") == "none" else a_class("MarginalSpace", num_codes=axes.get("codes", 10))
     settings = flatten({"seed_everything": seed, "latent": latent, **config})
-    controls = {axis: CONTROLS[axis] for axis in [*axes, "seed"]}
     name = f"{grid} {axes} {seed}"
-    return RunRecord(name, axes, seed, metrics={METRIC: value}, settings=settings, grid=grid, controls=controls)
+    return with_axes(RunRecord(name, axes, seed, metrics={METRIC: value}, settings=settings, grid=grid), axes)
+
+
+def with_axes(record: RunRecord, axes: dict[str, Any]) -> RunRecord:
+    """Give a cell other axes, with their arguments."""
+    names = (*axes, "seed")
+    arguments = tuple(PlacedSettings(SETTINGS[axis], "axis", (axis,)) for axis in names)
+    return replace(record, axes=axes, grid_axes=names, arguments=arguments)
 
 
 def added(records: list[RunRecord]) -> list[dict[str, Any]]:
@@ -178,8 +188,7 @@ def test_axis_that_another_grid_has_in_its_base(baseline: str) -> None:
     """One grid has the algorithm as an axis, the other in its base. Either is a baseline for the other."""
     dpo, other = a_class("DPO", beta=0.1), "marginal" if baseline == "none" else "none"
     first = cell({"latent": "none"}, "one", model=dpo)
-    second = replace(cell({"latent": "marginal"}, "two", model=dpo), axes={"algorithm": "dpo", "latent": "marginal"})
-    second = replace(second, controls={**second.controls, "algorithm": ("model.*",)})
+    second = with_axes(cell({"latent": "marginal"}, "two", model=dpo), {"algorithm": "dpo", "latent": "marginal"})
     study = make_study(add_axes([first, second]), {"algorithm": ["dpo"]})
     assert list(study.axes) == ["latent"]
     compared, unmatched = contrasts(study, [METRIC], {"latent": baseline})
@@ -216,12 +225,12 @@ def test_grids_with_data_by_seed_and_fixed_data() -> None:
 
 
 def test_grids_tuned_in_different_ways() -> None:
-    lr, tune = {"latent": ("latent.*", "model.optimizer.lr")}, "lr of 0.001, 0.01"
+    tune = "lr of 0.001, 0.01"
 
     def tuned(latent: str, grid: str, value: float, section: str) -> RunRecord:
         record = cell({"latent": latent}, grid, model=a_class("DPO", optimizer=a_class("AdamW", lr=value)))
         settings = {**record.settings, "tune": section}
-        return RunRecord("tuned", record.axes, 1, settings=settings, grid=grid, controls={**record.controls, **lr})
+        return replace(record, settings=settings, arguments=(*record.arguments, TUNED))
 
     alike = [tuned("none", "one", 0.01, tune), tuned("marginal", "two", 0.001, tune)]
     assert added(alike) == [{}] * 2
@@ -234,13 +243,12 @@ def test_grids_tuned_in_different_ways() -> None:
 
 def test_tuned_grids_that_differ_in_their_base() -> None:
     """Arms of one grid are compared at their own rates. A rate that was set by hand is a difference."""
-    lr = {"latent": ("latent.*", "model.optimizer.lr"), "seed": ("seed_everything",)}
 
     def tuned(latent: str, pairs: int, value: float, section: str = "lr of 0.001, 0.01") -> RunRecord:
         model = a_class("DPO", optimizer=a_class("AdamW", lr=value))
         record = cell({"latent": latent}, str(pairs), value=value, model=model, data={"train_pairs": pairs})
         settings = {**record.settings, "tune": section}
-        return replace(record, settings=settings, controls=lr, tuned={"lr": value})
+        return replace(record, settings=settings, arguments=(*record.arguments, TUNED), tuned={"lr": value})
 
     alike = [tuned("none", 4, 0.01), tuned("marginal", 4, 0.001), tuned("none", 8, 0.001), tuned("marginal", 8, 0.001)]
     assert added(alike) == [{"data.train_pairs": pairs} for pairs in (4, 4, 8, 8)]
