@@ -68,7 +68,8 @@ def load_cell(folder: Path) -> Loaded:
     grid, of_grid = folder.parent.parent, dict[str, Any]()
     if (grid / ABLATION).is_file():
         ablation = json.loads((grid / ABLATION).read_text(encoding="utf-8"))
-        of_grid = {"grid_axes": tuple(ablation["axes"]), "arguments": tuple(place_arguments(cell, ablation))}
+        arguments = tuple(place_arguments(cell, ablation, logged.settings))
+        of_grid = {"grid_axes": tuple(ablation["axes"]), "arguments": arguments}
     tuned = {axis: as_value(value) for axis, value in cell["tuned"].items()}
     # A cell at another value than the chosen one ran later at a value that was set by hand.
     sections = (each.section for each in read_tunings(grid) if each.axes == axes and tuned == {each.axis: each.value})

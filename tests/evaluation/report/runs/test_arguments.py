@@ -117,6 +117,13 @@ THREE = "trainer.max_epochs=3"
         # A change below what the file of an arm sets.
         (["arm=gumbel", "seed=1"], ["arm=gumbel", "seed=2", "latent.num_codes=4"], {"latent.num_codes": [4, 8]}),
         (["arm=floor"], ["arm=gumbel", "latent.num_codes=4"], {}),
+        # The seed sets the seed of a callback, not its other settings.
+        (
+            ["arm=floor", "seed=1"],
+            ["arm=gumbel", "seed=2", "callbacks.training_pairs=1"],
+            {"callbacks.AnnotatorAdaptation.training_pairs": [1, 8]},
+        ),
+        (["arm=floor", "seed=1"], ["arm=gumbel", "seed=2"], {}),
         # Another argument of the class that both have.
         (["arm=floor"], ["arm=gumbel", "model.beta=1"], {"model.beta": [0.1, 1]}),
     ],
@@ -129,6 +136,33 @@ def test_settings_of_arms_and_of_commands(
     assert {name: values for name, values in added(*folders).items() if len(values) > 1} == expected
     arms = {arm for change in second if change.startswith("arm=") for arm in change[4:].split(",")}
     assert compared(*folders) == (set() if expected else arms)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--callbacks.x=1"], ["callbacks.C.x"]),
+        (["--callbacks+=C", "--callbacks.x.y=1"], ["callbacks.C.*", "callbacks.C.x.y"]),
+        (["--callbacks+=b.yaml", "--callbacks.x=1", "--callbacks+=lpc.C"], ["callbacks.B-2.*", None, "callbacks.C.*"]),
+        (
+            ["--callbacks+=b.yaml", "--callbacks.z=1", "--callbacks+=C"],
+            ["callbacks.B-2.*", "callbacks.B-2.z", "callbacks.C.*"],
+        ),
+        # A file that adds several callbacks.
+        (["--callbacks+=A", "--callbacks+=b_and_c.yaml"], [None, "callbacks.C.*"]),
+        # The list before is gone.
+        (["--callbacks+=A", "--callbacks.x=1", "--callbacks=all.yaml"], [None, None, "callbacks.*"]),
+        (["--callbacks=all.yaml", "--callbacks+=C"], ["callbacks.*", "callbacks.C.*"]),
+        (["--callbacks+=b.yaml"] * 5, [None, "callbacks.A.*", "callbacks.B.*", "callbacks.B-2.*", "callbacks.C.*"]),
+    ],
+)
+def test_arguments_of_callbacks(arguments: list[str], names: list[str | None]) -> None:
+    """The run has the callbacks A, B, B and C. Only the second B has `z`, and C has `x`."""
+    settings = ["callbacks.A", "callbacks.B", "callbacks.B-2", "callbacks.B-2.z", "callbacks.C", "callbacks.C.x"]
+    settings += ["callbacks.C.x.y"]
+    ablation = {"base": [], "controls": {"arm": ["callbacks.*"]}}
+    placed = place_arguments({"arguments": arguments, "tuned": {}}, ablation, settings)
+    assert [each.names for each in placed] == [() if name is None else (name,) for name in names]
 
 
 def test_settings_of_different_bases(run: Run) -> None:
@@ -157,7 +191,7 @@ def test_arguments_have_their_places() -> None:
     arguments = ["--base=1", *own, *changes, f"{LR}=0.1"]
     for base in (["--base=1", *changes], ["--base=1"], ["--base=1", "--trainer.max_steps=3"]):
         cell = {"arguments": arguments, "tuned": {"lr": 0.1}}
-        placed = list(place_arguments(cell, {"base": base, "controls": controls}))
+        placed = list(place_arguments(cell, {"base": base, "controls": controls}, []))
         assert [(each.place, each.axes) for each in placed] == [
             ("axis", ("arm",)),
             ("axis", ("seed",)),
