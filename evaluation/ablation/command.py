@@ -63,8 +63,9 @@ def ablate(
     A grid may tune an axis, such as the learning rate (`tune`; see configs/ablation/noise_tiny.yaml). Then all
     combinations of the other axes are first fitted at the same values of that axis, under tuning seeds. Validation
     chooses a value for each combination. If a best value is the smallest or the largest one, a further value is tried
-    for all combinations. The cells of the result have other seeds and run at the chosen values. `AXIS=VALUE,VALUE` and
-    `tune.seeds=VALUE,VALUE` change the values and the tuning seeds. A single value is used without tuning.
+    for all combinations of this command, but not for those of others. The cells of the result have other seeds and run
+    at the chosen values. `AXIS=VALUE,VALUE` and `tune.seeds=VALUE,VALUE` change the values and the tuning seeds. A
+    single value is used without tuning.
 
     If the command runs again, it skips finished cells and resumes interrupted cells from their checkpoints. Cells run
     from the start if their settings, files or code have changed. If a cell fails, its error is recorded, and the other

@@ -84,7 +84,8 @@ def make_plan(output: Path, grid: Grid, weights: Weights, keep_stale: bool = Fal
     """Return the cells of a grid.
 
     With a tuned axis, these are the tuning cells until all of them have ended. Then come the cells of the result, for
-    each group with a chosen value. If the best value of a group is at an edge, values are added for all groups alike.
+    each group with a chosen value. If the best value of a group is at an edge, values are added for all groups of the
+    grid alike. Groups that it leaves out, such as arms of other commands, get none.
 
     Args:
         output: The ablation's folder.

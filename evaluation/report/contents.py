@@ -28,7 +28,7 @@ from lpc_lightning.evaluation.report.tables import (
     means_table,
     runs_table,
 )
-from lpc_lightning.evaluation.report.tuning_table import tuning_table
+from lpc_lightning.evaluation.report.tuning_table import tuning_table, unequal_tunings
 
 MAX_LISTED = 40
 """Most metrics that an error lists."""
@@ -46,6 +46,8 @@ class Contents:
     """Runs that are missing in a table, and notes on others."""
     origins: Sequence[RunProvenance]
     """Origin of the runs."""
+    unequal: Sequence[LeftOut] = ()
+    """Groups that were not tuned at all values that others were, also among `left_out`."""
 
     @cached_property
     def missing(self) -> Table:
@@ -75,12 +77,14 @@ def read_contents(
         tables.append(contrasts_table(study, compared, baseline_axes))
     if loaded.tunings:
         tables.append(tuning_table(study, loaded.tunings))
+    unequal = unequal_tunings(loaded.tunings)
     baseline_name = ", ".join(f"{axis}={value}" for axis, value in baseline_axes.items())
     return Contents(
         Subject(study, metrics, compared, baseline_name, selected_axes),
         [*tables, cost_table(study)],
-        [*study.left_out(metrics), *unmatched, *(LeftOut(*note) for note in notes)],
+        [*study.left_out(metrics), *unmatched, *unequal, *(LeftOut(*note) for note in notes)],
         loaded.origins,
+        unequal,
     )
 
 
@@ -101,7 +105,7 @@ def build_page(
     names = list(dict.fromkeys(origin.name for origin in contents.origins))[:3]
     return Page(
         title=title or " and ".join(names) or f"{len(study.records)} runs",
-        summary=_summary(study),
+        summary=f"{_summary(study)}{_tuning_differences(contents.unequal)}",
         origins=[RunProvenance(origin.name, origin.command, _flatten(origin.facts)) for origin in contents.origins],
         axes=_describe_axes(study),
         settings=common,
@@ -165,6 +169,12 @@ def _version_differences(study: Study) -> str:
             )
             differing.append(f"{name}: {runs}")
     return f" The runs differ in versions: {'; '.join(differing)}." if differing else ""
+
+
+def _tuning_differences(unequal: Sequence[LeftOut]) -> str:
+    """Return a sentence about groups that were not tuned at all values that others were."""
+    groups = "; ".join(f"{entry.run} ({entry.why})" for entry in unequal)
+    return f" The groups were not tuned at the same values: {groups}." if unequal else ""
 
 
 def _describe_axes(study: Study) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lpc_lightning.evaluation.report.runs.records import GroupTuning
 from lpc_lightning.evaluation.report.runs.settings import Value
-from lpc_lightning.evaluation.report.study import Study
+from lpc_lightning.evaluation.report.study import LeftOut, Study
 from lpc_lightning.evaluation.report.table_files import (
     NO_VALUE,
     Cell,
@@ -40,15 +40,43 @@ def tuning_table(study: Study, tunings: Sequence[GroupTuning]) -> Table:
         cells += [text_cell(tuning.axes[axis]) if axis in tuning.axes else Cell(NO_VALUE) for axis in axes]
         cells += [text_cell(tuning.value) if tuning.axis == name else Cell(NO_VALUE) for name in tuned]
         cells += [_score(tuning, value) for value in values]
-        rows.append([*cells, text_cell(tuning.note)])
-        records += _records(tuning, [*axes, *constant], {"ablation": tuning.ablation} if has_several else {})
+        note = "; ".join(each for each in (tuning.note, _untried(tuning, tunings)) if each)
+        rows.append([*cells, text_cell(note)])
+        records += _records(tuning, note, [*axes, *constant], {"ablation": tuning.ablation} if has_several else {})
     sections = [f"{tuning.section}." for tuning in tunings]
     notes = [
-        "The mean score over the tuning seeds at each value; *: the chosen value; +: a value that was added for all "
-        "groups because a best value was at an edge. The results are from other seeds. How each axis was tuned: "
+        "The mean score over the tuning seeds at each value; *: the chosen value; +: a value that was added "
+        "because a best value was at an edge, for all groups of the same command. The note names values that only "
+        "other groups were tried at. The results are from other seeds. How each axis was tuned: "
         + " ".join(dict.fromkeys(sections))
     ]
     return Table("tuning", "Tuning", columns, rows, records, notes)
+
+
+def unequal_tunings(tunings: Sequence[GroupTuning]) -> list[LeftOut]:
+    """List the groups that were not tried at a value of their tuned axis that other groups were tried at.
+
+    Arms that are run by commands of their own are widened alone.
+    """
+    several = len({tuning.ablation for tuning in tunings}) > 1
+    return [
+        LeftOut(
+            ", ".join(
+                [*([tuning.ablation] if several else []), *(f"{name}={value}" for name, value in tuning.axes.items())]
+            ),
+            "unequal tuning",
+            f"{tuning.axis}: {untried}",
+        )
+        for tuning in tunings
+        if (untried := _untried(tuning, tunings))
+    ]
+
+
+def _untried(tuning: GroupTuning, tunings: Sequence[GroupTuning]) -> str:
+    """Return a note of the values that only other groups were tried at. Empty: there are none."""
+    values = {value for each in tunings if each.axis == tuning.axis for value in each.scores}
+    missing = sorted(values - tuning.scores.keys(), key=float)
+    return f"not tried at {', '.join(f'{float(value):g}' for value in missing)} as other groups were" if missing else ""
 
 
 def _score(tuning: GroupTuning, value: Value) -> Cell:
@@ -64,7 +92,7 @@ def _mean(tuning: GroupTuning, value: Value) -> float | None:
     return fmean(scores) if scores and len(scores) == len(tuning.scores[value]) else None
 
 
-def _records(tuning: GroupTuning, axes: Sequence[str], names: Mapping[str, str]) -> list[dict[str, Any]]:
+def _records(tuning: GroupTuning, note: str, axes: Sequence[str], names: Mapping[str, str]) -> list[dict[str, Any]]:
     return [
         make_record(
             {axis: tuning.axes.get(axis) for axis in axes},
@@ -78,7 +106,7 @@ def _records(tuning: GroupTuning, axes: Sequence[str], names: Mapping[str, str])
                 "mean": _mean(tuning, value),
                 "is_chosen": value == tuning.value,
                 "is_added": value in tuning.added,
-                "note": tuning.note,
+                "note": note,
             },
         )
         for value, scores in tuning.scores.items()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from lpc_lightning.evaluation.report.command import report
 from lpc_lightning.evaluation.report.runs.records import GroupTuning, RunRecord
 from lpc_lightning.evaluation.report.study import make_study
 from lpc_lightning.evaluation.report.table_files import to_markdown
 from lpc_lightning.evaluation.report.tables import means_table
-from lpc_lightning.evaluation.report.tuning_table import tuning_table
+from lpc_lightning.evaluation.report.tuning_table import tuning_table, unequal_tunings
 
 STUDY = make_study([RunRecord(latent, {"latent": latent}) for latent in ("none", "marginal")])
 
@@ -55,7 +62,7 @@ def test_tuning_table_names_each_ablation() -> None:
 
 def test_tuning_table_has_the_axes_of_other_tables() -> None:
     """An axis with one value is in the CSV file only. One that the runs of another grid lack is in no table."""
-    axes = {"noise": 0, "latent": "none"}
+    axes: dict[str, Any] = {"noise": 0, "latent": "none"}
     study = make_study([RunRecord("a", axes), RunRecord("b", {**axes, "latent": "marginal"})])
     means = means_table(study, ["val/a"])
     tunings = tuning_table(study, [tuned("one", 3e-4, algorithm="dpo", noise=0)])
@@ -73,3 +80,45 @@ def test_means_of_a_tuned_axis_and_a_plain_one() -> None:
     assert [column.name for column in table.columns].count("lr") == 1
     assert [row[0].text for row in table.rows] == ["0.0003", "0.001", "0.01"]
     assert [(record["lr"], record["mean"]) for record in table.records] == [(3e-4, 0.5), (1e-3, 1e-3), (1e-2, 1e-2)]
+
+
+def test_groups_with_unequal_tuning() -> None:
+    """One arm was widened alone. Each group has its own note, and the list names the one with fewer values."""
+    wide = replace(tuned("wide", 1e-3, latent="marginal"), scores={1e-4: {1: 0.5}, 3e-4: {1: 0.6}, 1e-3: {1: 0.7}})
+    both = [replace(tuned("narrow", 3e-4), note="at an edge"), replace(wide, added=(1e-3,))]
+    missing = "not tried at 0.001 as other groups were"
+    assert [row[-1] for row in rows_of(*both)[1:]] == [f"at an edge; {missing}", ""]
+    assert [row[-2] for row in rows_of(*both)[1:]] == ["-", "+* 0.7000"]
+    records = tuning_table(STUDY, both).records
+    assert {(line["ablation"], line["note"]) for line in records} == {
+        ("narrow", f"at an edge; {missing}"),
+        ("wide", ""),
+    }
+    assert unequal_tunings(both) == [("narrow, latent=none", "unequal tuning", f"lr: {missing}")]
+    assert "for all groups because" not in tuning_table(STUDY, both).notes[0]
+    other_axis = replace(wide, axis="beta")
+    assert unequal_tunings([both[0], other_axis]) == unequal_tunings([both[0]]) == []
+
+
+def test_report_names_unequal_tuning(
+    write_ablation: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune = {"axis": "lr", "values": [0.1], "seeds": [101], "by": "val/loss", "mode": "min", "widen": 2}
+    folders = []
+    for latent, values in (("none", (0.1, 0.3)), ("marginal", (0.1, 0.3, 0.9))):
+        folder = write_ablation({"latent": [latent]}, [1, 2], lambda latent, seed: 0.5 + seed / 10, latent)
+        cells = [{"seed": 101, "cell": "c", "status": "scored", "score": 0.5}]
+        tried = [{"value": value, "added": value == 0.9, "mean": 0.5, "cells": cells} for value in values]
+        group = {"axes": {"latent": latent}, "tune": tune, "value": 0.3, "note": "", "values": tried}
+        (folder / "tuning.json").write_text(json.dumps({"groups": [group]}))
+        folders.append(str(folder))
+    note = "lr: not tried at 0.9 as other groups were"
+    report(folders, out=str(tmp_path / "out"))
+    summary = f"The groups were not tuned at the same values: none, latent=none ({note})."
+    assert summary in capsys.readouterr().out
+    for name, text in (("report.html", summary), ("left_out.csv", f"unequal tuning,{note}")):
+        assert text in (tmp_path / "out" / name).read_text(), name
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert page.replace("\\", "").count("not tried at 0.9 as other groups were") == 3, "summary, table and list"
+    report(folders[:1], out=str(tmp_path / "one"))
+    assert "not tuned at the same values" not in (tmp_path / "one" / "report.html").read_text()
