@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lpc_lightning.cli.function_command import run_function
 from lpc_lightning.errors import ConfigError
@@ -21,6 +26,8 @@ from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 PAGE, TEXT, RUNS, PLOTS = "report.html", "report.md", "runs.csv", "plots"
 GENERATOR = '<meta name="generator" content="lpc-lightning report">'
 """Line of every page, by which an earlier report is recognized."""
+FILES = re.compile("<meta name=\"files\" content='(.*)'>")
+"""Line of every page with the files of its report."""
 
 
 def main(arguments: list[str]) -> None:
@@ -49,7 +56,7 @@ def report(
 
     OUT contains report.html, which needs no other file and also has the codes and the samples of runs; report.md;
     means, differences, tuning and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as
-    .svg and .png in plots/.
+    .svg and .png in plots/. An earlier report in OUT is replaced, with all files that it wrote. Other files stay.
 
     Args:
         runs: Folders that are or contain ablations of `ablate`, runs of `fit`, or results of `evaluate`. Results are
@@ -71,13 +78,15 @@ def report(
     """
     folder = Path(out)
     _check_replaceable(folder)
-    with claim_output_folder(folder, "out"):
+    with claim_output_folder(folder, "out"), TemporaryDirectory(prefix=".report-", dir=folder) as temporary:
         contents = read_contents(runs, baseline, metric, x)
         plots, not_drawn = draw(contents.subject)
-        pictures = _write_parts(folder, contents, plots)
+        new = Path(temporary)
+        pictures = _write_parts(new, contents, plots)
         page = build_page(contents, pictures, not_drawn, title, _command(runs, out, baseline, metric, x, title))
-        write_text(folder / TEXT, _text(page, plots))
-        write_text(folder / PAGE, render_page(page))
+        write_text(new / TEXT, _text(page, plots))
+        write_text(new / PAGE, render_page(replace(page, files=[*_files(new), PAGE])))
+        _replace(folder, new)
         print("\n".join(to_markdown(table) for table in page.tables if table.rows))
         if contents.left_out:
             print(f"{folder / page.left_out.name}.md lists what is left out and why: {len(contents.left_out)} lines.")
@@ -94,6 +103,24 @@ def _check_replaceable(folder: Path) -> None:
         raise ConfigError(
             f"out: {existing[0]} exists and is not of an earlier report, expected another folder (--out), or move it."
         )
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the files in a folder and below it, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Move the files of a new report into a folder, the page last. Remove other files of an earlier report there."""
+    page, files = folder / PAGE, _files(new)
+    listed = FILES.search(page.read_text(encoding="utf-8", errors="replace")) if page.is_file() else None
+    for name in map(Path, json.loads(listed[1]) if listed else []):
+        is_own = name.parent in (Path(), Path(PLOTS)) and (folder / name).is_file()
+        if is_own and name.as_posix() not in files:
+            (folder / name).unlink()
+    (folder / PLOTS).mkdir(exist_ok=True)
+    for file in sorted(files, key=lambda name: name == PAGE):
+        os.replace(new / file, folder / file)
 
 
 def _write_parts(folder: Path, contents: Contents, plots: Sequence[Plot]) -> list[Picture]:

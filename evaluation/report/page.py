@@ -67,6 +67,8 @@ class Page:
     """Errors of several lines, of which the table shows only the last one."""
     runs: Table
     details: Sequence[RunDetails]
+    files: Sequence[str] = ()
+    """Files of the report, relative to its folder. A later report into the same folder replaces them."""
 
 
 def make_picture(plot: Plot, svg: bytes) -> Picture:

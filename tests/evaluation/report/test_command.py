@@ -265,6 +265,47 @@ def test_report_selects_metrics_axes_and_baseline(write_ablation: Write, tmp_pat
     assert "--x noise" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_report_replaces_an_earlier_one(write_ablation: Write, tmp_path: Path) -> None:
+    """Nothing of the earlier report stays. Files that no report has written do, also in plots/."""
+    values = {"none": 0.5, "marginal": 0.6}
+    two = write_ablation({"latent": list(values)}, [1, 2], lambda latent, seed: values[latent] + seed / 100)
+    one = write_ablation({"latent": ["none"]}, [1, 2], lambda latent, seed: 0.5 + seed / 100)
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    report([str(two)], out=str(out))
+    first = files_in(out)
+    own = {"tuning.csv", "notes.md", "plots/mine.svg"}
+    for name in own:
+        (out / name).write_text("mine")
+    with pytest.raises(ConfigError, match="no finished run has val/none"):
+        report([str(one)], out=str(out), metric=["val/none"])
+    assert files_in(out) == first | own
+    report([str(one)], out=str(out))
+    report([str(one)], out=str(fresh))
+    assert {"differences.csv", "plots/val_rewards_accuracies_differences.svg"} <= first - files_in(fresh)
+    assert files_in(out) == files_in(fresh) | own
+    assert all((out / name).read_text() == "mine" for name in own)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_report_removes_no_file_elsewhere(ablation: Path, tmp_path: Path) -> None:
+    """A page that was changed lists files outside the folder."""
+    out, other = tmp_path / "out", tmp_path / "other.csv"
+    (out / "sub").mkdir(parents=True)
+    for path in (other, out / "sub" / "a.csv"):
+        path.write_text("mine")
+    names = json.dumps(["../other.csv", str(other), "sub/a.csv", "plots/../../other.csv", "..", "gone.csv"])
+    (out / "report.html").write_text(
+        f"""<meta name="generator" content="lpc-lightning report">\n<meta name="files" content='{names}'>\n"""
+    )
+    report([str(ablation)], out=str(out))
+    assert other.exists()
+    assert (out / "sub" / "a.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
