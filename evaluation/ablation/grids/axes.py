@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,7 +22,7 @@ class Axis:
     """Arguments of `fit`. Either those of each value, by the value's name; or those of all values, where `{value}` is
     replaced by the value."""
     values: tuple[Any, ...]
-    """Names of values, or the values themselves."""
+    """Names of values, or the values themselves. 0 and 0.0 are two values: a share of 1.0 is all, and 1 is one item."""
 
     def arguments_for(self, value: Any) -> list[str]:
         """Return the arguments of `fit` for a value."""
@@ -47,6 +48,8 @@ class Axis:
     def with_values(self, values: Sequence[Any]) -> Axis:
         """Return the same axis with other values.
 
+        A text such as 3e-4, which is no number in YAML, becomes the number that it is in a fit.
+
         Raises:
             ConfigError: The axis has named values, and a name is not one of them.
         """
@@ -54,7 +57,8 @@ class Axis:
             values = [str(value) for value in values]
             if unknown := [value for value in values if value not in self.arguments]:
                 raise ConfigError(f"{self.name}: found {', '.join(unknown)}, expected {', '.join(self.arguments)}.")
-        return replace(self, values=tuple(values))
+            return replace(self, values=tuple(values))
+        return replace(self, values=tuple(float(value) if _is_exponential(value) else value for value in values))
 
 
 def control(argument: str) -> str:
@@ -74,14 +78,25 @@ def to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _is_exponential(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}", value) is not None
+
+
 def matches(value_by_axis: Mapping[str, Any], combination: Mapping[str, Any]) -> bool:
-    """Return True if a cell has the values of a combination, or one of several values per axis."""
+    """Return True if a cell has the values of a combination, or one of several values per axis.
 
-    def is_among(value: Any, allowed: Any) -> bool:
-        allowed_values = allowed if isinstance(allowed, list) else [allowed]
-        return to_text(value) in [to_text(allowed_value) for allowed_value in allowed_values]
+    Numbers are compared as numbers: 0 is 0.0. Other values are compared as written on the command line.
+    """
 
-    return all(is_among(value_by_axis[axis], allowed) for axis, allowed in combination.items())
+    def is_same(value: Any, allowed: Any) -> bool:
+        if all(isinstance(each, int | float) and not isinstance(each, bool) for each in (value, allowed)):
+            return bool(value == allowed)
+        return to_text(value) == to_text(allowed)
+
+    return all(
+        any(is_same(value_by_axis[axis], each) for each in (allowed if isinstance(allowed, list) else [allowed]))
+        for axis, allowed in combination.items()
+    )
 
 
 @cache
@@ -119,7 +134,7 @@ def read_axis(name: str, content: Any, label: str) -> Axis:
         }
         return Axis(name, named_arguments, tuple(named_arguments)).with_values(values)
     arguments = [f"--{content['key']}={{value}}"] if "key" in content else read_arguments(content["arguments"], label)
-    return Axis(name, tuple(arguments), tuple(content["values"]))
+    return Axis(name, tuple(arguments), ()).with_values(content["values"])
 
 
 def read_arguments(content: Any, label: str) -> Iterator[str]:

@@ -59,7 +59,7 @@ class Grid:
     """Arguments of `fit` that all cells share."""
     axes: tuple[Axis, ...]
     skip: tuple[Mapping[str, Any], ...] = ()
-    """Combinations that are left out: for some of the axes, a value or a list of values."""
+    """Combinations that are left out: for some of the axes, a list of values."""
     settings: tuple[str, ...] = ()
     """Arguments of all cells that come after those of the axes."""
     tune: Tuning | None = None
@@ -274,11 +274,26 @@ def _grid(content: Mapping[str, Any], path: Path) -> Grid:
         name = tune.get("axis") if isinstance(tune, dict) else None
         tune = read_tuning(tune, contents.pop(name, None), str(path))
     axes = tuple(read_axis(str(name), axis, f"{path} axes.{name}") for name, axis in contents.items())
-    names, skip = [axis.name for axis in axes], tuple(content.get("skip") or ())
-    for combination in skip:
-        if not isinstance(combination, dict) or not set(combination) <= set(names):
-            raise ConfigError(f"{path} skip: found {combination}, expected values for some of {', '.join(names)}.")
+    skip = tuple(_read_skip(each, axes, f"{path} skip") for each in content.get("skip") or ())
     return Grid(path.stem, tuple(read_arguments(content["base"], f"{path} base")), axes, skip, tune=tune)
+
+
+def _read_skip(combination: Any, axes: Sequence[Axis], label: str) -> dict[str, list[Any]]:
+    """Return the values of a combination to leave out, as a list for each of its axes.
+
+    Raises:
+        ConfigError: It names an axis that there is not, or a value that an axis with named values does not have.
+    """
+    by_name = {axis.name: axis for axis in axes}
+    if not isinstance(combination, dict) or not set(combination) <= set(by_name):
+        raise ConfigError(f"{label}: found {combination}, expected values for some of {', '.join(by_name)}.")
+    try:
+        return {
+            name: list(by_name[name].with_values(values if isinstance(values, list) else [values]).values)
+            for name, values in combination.items()
+        }
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error}") from None
 
 
 def _wrong_keys(content: Any, path: Path) -> ConfigError:

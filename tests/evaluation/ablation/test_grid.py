@@ -59,6 +59,25 @@ def test_cells_without_skipped_combinations(read: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize(("skipped", "value"), [(0, "0.0"), (0.0, "0"), (0.25, "2.5e-1"), ("25e-2", "0.25")])
+def test_skip_compares_numbers(read: Any, skipped: Any, value: str) -> None:
+    grid = read({**GRID, "skip": [{"algorithm": ["simpo"], "noise": skipped}]}).with_changes([f"noise={value}"])
+    assert [cell.axes["algorithm"] for cell in grid.cells()] == ["dpo", "dpo"]
+    assert len(grid.with_changes(["noise=0.5"]).cells()) == 4
+
+
+def test_number_in_two_forms(read: Any) -> None:
+    """3e-4 is a text in YAML. A fit reads one number from both. 1 and 1.0 may differ: one batch, or all of them."""
+    rates = {"base": [], "axes": {"lr": {"values": ["3e-4", 1e-3], "key": "lr"}, "name": {"3e-4": ["--name=3e-4"]}}}
+    grid = read(rates)
+    assert [cell.name for cell in grid.cells()] == ["lr=0.0003,name=3e-4", "lr=0.001,name=3e-4"]
+    assert [cell.arguments for cell in grid.cells()] == [(f"--lr={lr}", "--name=3e-4") for lr in ("0.0003", "0.001")]
+    assert grid.with_changes(["lr=3e-4,1e-3"]).cells() == grid.cells()
+    with pytest.raises(ConfigError, match="a value twice"):
+        grid.with_changes(["lr=3e-4,0.0003"]).cells()
+    assert [cell.arguments[0] for cell in grid.with_changes(["lr=1,1.0"]).cells()] == ["--lr=1", "--lr=1.0"]
+
+
 def test_changes_replace_values_and_add_settings(read: Any) -> None:
     grid = read(GRID).with_changes(["algorithm=simpo", "noise=0.2,0.3,0.4", "codes=8", "trainer.max_steps=5"])
     cells = grid.cells()
@@ -186,6 +205,8 @@ def test_changes_reject_unknown_names(read: Any, change: str, message: str) -> N
         ({**GRID, "axes": {"seed": {"values": [1]}}}, "axes.seed: found values, expected a list of values, and key"),
         ({**GRID, "axes": {"seed": {"values": 1, "key": "s"}}}, "expected a list of values"),
         ({**GRID, "skip": [{"sede": 1}]}, "skip: found {'sede': 1}, expected values for some of algorithm"),
+        ({**GRID, "skip": [{"algorithm": "dpoo"}]}, "skip: algorithm: found dpoo, expected dpo, simpo"),
+        ({**GRID, "skip": [{"algorithm": ["dpo", "ppo"], "noise": 0}]}, "skip: algorithm: found ppo, expected dpo"),
     ],
 )
 def test_read_grid_rejects_invalid_content(read: Any, grid: Any, message: str) -> None:
