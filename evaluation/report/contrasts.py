@@ -43,7 +43,7 @@ def read_baseline(study: Study, texts: Sequence[str] | None) -> dict[str, Value]
         Values by axis. Empty: no baseline.
 
     Raises:
-        ConfigError: There is no such axis or value, or no run has all the values.
+        ConfigError: There is no such axis or value, an axis has two values, or no run has all the values.
     """
     if texts is None:
         available = all(value in study.axes.get(axis, ()) for axis, value in DEFAULT_BASELINE.items())
@@ -55,6 +55,11 @@ def read_baseline(study: Study, texts: Sequence[str] | None) -> dict[str, Value]
         axis, _, value = text.partition("=")
         if as_value(value) not in study.axes.get(axis, ()):
             raise ConfigError(f"baseline: found {text!r}, {expected}")
+        if axis in baseline:
+            raise ConfigError(
+                f"baseline: found {axis}={baseline[axis]} and {text}, expected one value of {axis}: all groups are "
+                "compared with the same one. Make a report for each."
+            )
         baseline[axis] = as_value(value)
     if not any(_matches(group, baseline) for group in study.groups):
         raise ConfigError(f"baseline: found no run with {' and '.join(texts)}, {expected}")

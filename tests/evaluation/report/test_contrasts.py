@@ -151,6 +151,13 @@ def test_read_baseline_unknown_value(noisy: Study, text: str) -> None:
         read_baseline(noisy, [text])
 
 
+def test_read_baseline_two_values_of_an_axis(noisy: Study) -> None:
+    with pytest.raises(
+        ConfigError, match="baseline: found latent=none and latent=gumbel, expected one value of latent"
+    ):
+        read_baseline(noisy, ["latent=none", "noise=0", "latent=gumbel"])
+
+
 def test_read_baseline_without_runs() -> None:
     study = make_study([run(1, 0.5, latent="none", noise=0), run(1, 0.6, latent="x", noise=0.3)])
     with pytest.raises(ConfigError, match=r"found no run with latent=none and noise=0\.3"):
