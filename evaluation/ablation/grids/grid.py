@@ -130,12 +130,21 @@ class Grid:
         `tune.seeds=VALUE,VALUE` and the like change the section `tune`.
 
         Raises:
-            ConfigError: A change is neither for an axis nor for a setting of `fit`, or the axis has no such value.
+            ConfigError: A change is neither for an axis nor for a setting of `fit`, the axis has no such value, or two
+                changes are for the same axis.
         """
         axes, settings, tune = {axis.name: axis for axis in self.axes}, list(self.settings), self.tune
+        earlier: dict[str, str] = {}
         for change in changes:
             name, equals, value = change.partition("=")
-            if tune is not None and equals and (name == tune.axis.name or name.startswith("tune.")):
+            is_tuning = tune is not None and (name == tune.axis.name or name.startswith("tune."))
+            if name in earlier and (name in axes or is_tuning):
+                raise ConfigError(
+                    f"ablate: found {earlier[name]} and {change}, expected one change of {name} with all values: "
+                    f"{name}=VALUE,VALUE."
+                )
+            earlier[name] = change
+            if tune is not None and is_tuning and equals:
                 field_name = "values" if name == tune.axis.name else name.removeprefix("tune.")
                 tune = tune.with_change(field_name, _parse_values(value, name))
             elif name in axes and equals:

@@ -193,6 +193,19 @@ def test_changes_reject_unknown_names(read: Any, change: str, message: str) -> N
         read(GRID).with_changes([change])
 
 
+def test_changes_name_each_axis_once(read: Any) -> None:
+    """The first values would be gone. Of a setting the last value counts, as in a fit."""
+    with pytest.raises(
+        ConfigError, match=r"found noise=0 and noise=0\.1, expected one change of noise with all values"
+    ):
+        read(GRID).with_changes(["noise=0", "codes=8", "noise=0.1"])
+    latents = {"base": [], "axes": {"latent": {"none": ["--latent=null"], "gumbel": ["--latent=G"]}}}
+    with pytest.raises(ConfigError, match="found latent=none and latent=gumbel, expected one change of latent"):
+        read(latents).with_changes(["latent=none", "latent=gumbel"])
+    steps = ["trainer.max_steps=5", "trainer.max_steps=6"]
+    assert read(GRID).with_changes(steps).cells()[0].arguments[-2:] == tuple(f"--{change}" for change in steps)
+
+
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
