@@ -138,7 +138,8 @@ def _prompt_differences(run: RunRecord, baseline: RunRecord, metric: str) -> Pro
     prompts = None if ours.prompts is None or theirs.prompts is None else ours.prompts | theirs.prompts
     if ours.deviations is None or theirs.deviations is None:
         return PromptScores(prompts)
-    names = ours.deviations.keys() | theirs.deviations.keys()
+    # In the order of the files, so that sums over prompts round alike in every process.
+    names = dict.fromkeys([*ours.deviations, *theirs.deviations])
     added = {name: ours.deviations.get(name, 0.0) - theirs.deviations.get(name, 0.0) for name in names}
     return PromptScores(prompts, added, {**theirs.shares, **ours.shares})
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy import stats
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.report.contrasts import contrasts, read_baseline
+from lpc_lightning.evaluation.report.contrasts import _prompt_differences, contrasts, read_baseline
+from lpc_lightning.evaluation.report.runs.folders import load_folders
+from lpc_lightning.evaluation.report.runs.pairs import prompt_scores
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import Group, Study, make_study
 
@@ -164,3 +168,19 @@ def test_read_baseline_without_runs() -> None:
         read_baseline(study, ["latent=none", "noise=0.3"])
     with pytest.raises(ConfigError, match="the runs differ only in the seed"):
         read_baseline(make_study([run(1, 0.5)]), ["latent=none"])
+
+
+def test_prompts_of_a_difference_in_order(write_ablation: Callable[..., Path]) -> None:
+    """Texts in a set have another order in every process. Sums over them would differ in the last digits."""
+    folder = write_ablation({"latent": ["none", "x"]}, [1], lambda latent, seed: 1.0)
+    names = [f"prompt {number * 7 % 40}" for number in range(40)]
+    line = {"flipped": False, "tokens": [1, 1], "margins": {"prior": 1.0}}
+    for path in folder.glob("cells/*/pairs_validation.jsonl"):
+        path.write_text("".join(json.dumps({"prompt": name, **line}) + "\n" for name in names))
+    run, baseline = load_folders([str(folder)]).records
+    known = prompt_scores(run, METRIC).deviations
+    added = _prompt_differences(run, baseline, METRIC).deviations
+    assert known is not None
+    assert added is not None
+    assert list(added) == list(known)
+    assert set(added) == set(names)
