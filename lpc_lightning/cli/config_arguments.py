@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.cli.linked_settings import check_linked_file, check_linked_option
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.yaml_files import SUFFIXES, check_value, check_yaml, read_yaml
@@ -50,7 +51,7 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
 
     Raises:
         ConfigError: A file does not exist, is no plain YAML or belongs to another group, a value of `trainer` or
-            `callbacks` is no file, or a setting belongs to a group without a class.
+            `callbacks` is no file, a setting belongs to a group without a class, or another group fills it.
     """
     filled: set[str] = set()
     for argument, following in pairwise([*arguments, ""]):
@@ -58,6 +59,8 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
         text = value if equals else following
         group = option.removeprefix("--").removesuffix("+") if option.startswith("--") else ""
         is_config = option in ("-c", "--config")
+        if takes_groups and option.startswith("--"):
+            check_linked_option(option, text)
         if not is_config and not (takes_groups and group in GROUPS):
             if takes_groups:
                 _check_filled(option, filled)
@@ -69,6 +72,7 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
             content = read_yaml(Path(text))
             if takes_groups:
                 _check_group(option, "" if is_config else group, text, content)
+                check_linked_file(Path(text), content, "" if is_config else group)
             if is_config or group != "callbacks":
                 _check_names(option, text, content, may_be_value=not is_config)
         else:
