@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.cli.checkpoint_path import check_checkpoint_path
 from lpc_lightning.cli.machine import check_accelerator, default_precision, is_narrow
 from lpc_lightning.cli.run_folder import DiscardedRunFolder, RunFolder
 from lpc_lightning.cli.run_loggers import SaveSettings, build_logger, run_loggers
@@ -220,8 +221,9 @@ class PreferenceCLI(LightningCLI):
         """
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
-        if not path or path in ("best", "last"):
+        if path is None:
             return
+        check_checkpoint_path(path, self.config[command].trainer.default_root_dir)
         try:
             checkpoint = read_checkpoint(Path(path), weights=False)
             if command == "fit":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,18 @@ class TestFromACheckpoint:
         output = fit(f"--ckpt_path={path}")
         assert_one_error(output, r"ckpt_path: .*last\.ckpt.*expected (a checkpoint|one such as)")
         assert message in output.err
+
+    @pytest.mark.parametrize("name", ["fit", "validate", "test", "predict"])
+    @pytest.mark.parametrize("word", ["best", "last", "hpc", ""])
+    def test_word_for_a_checkpoint_is_refused(
+        self, word: str, name: str, command: Command, places: list[str], runs: Path
+    ) -> None:
+        """Each command starts a run folder without checkpoints, so that `last` would mean new weights."""
+        output = command(name, *ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={word}")
+        example = re.escape(f"{runs}/version_0/checkpoints/{'last' if word == 'last' else 'best'}.ckpt")
+        found = word or "no path"
+        assert_one_error(output, rf"ckpt_path: found {found}, expected the path of a checkpoint, such as {example}\. ")
+        assert not runs.exists()
 
     def test_truncated_checkpoint_is_refused(self, checkpoint: Path, fit: Command, tmp_path: Path) -> None:
         half = tmp_path / "half.ckpt"
