@@ -141,7 +141,7 @@ def _unknown_class(message: str) -> str | None:
     return f"{place}: found {found[1]}, expected {names}or the import path of a class (`{example}`)."
 
 
-NO_CHOICES = ("collections.abc.", "torch.Tensor")
+NO_CHOICES = ("collections.abc.", "torch.Tensor", "typing.")
 """Beginnings of the paths of types whose subclasses are not offered."""
 
 

@@ -57,6 +57,7 @@ STOPPING = ["--callbacks+=lightning.pytorch.callbacks.EarlyStopping"]
             ["--trainer.logger=wandb"],
             "trainer.logger: found wandb, expected a file (configs/logger/), true, false, CSV",
         ),
+        (["--trainer.plugins=nonsense"], "trainer.plugins: found nonsense, expected a file, "),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
