@@ -32,10 +32,7 @@ def check_accelerator(name: Any) -> None:
     Raises:
         ConfigError: The machine has no such accelerator.
     """
-    kinds = {
-        kind: AcceleratorRegistry[kind]["accelerator"] for kind in sorted(AcceleratorRegistry.available_accelerators())
-    }
-    found = [kind for kind, each in kinds.items() if each.is_available()]
+    kinds, found = AcceleratorRegistry.available_accelerators(), _accelerators()
     if name == "gpu":
         known, available = True, bool({"cuda", "mps"} & set(found))
     else:
@@ -45,6 +42,31 @@ def check_accelerator(name: Any) -> None:
             f"trainer.accelerator: found {name}, which this machine does not have, expected one of auto, "
             f"{', '.join(found)}. For a CPU take `--trainer configs/trainer/cpu.yaml`."
         )
+
+
+def check_devices(devices: Any, accelerator: Any) -> None:
+    """Check the number of processes on a CPU. That of other devices is left to Lightning.
+
+    Args:
+        devices: `trainer.devices`.
+        accelerator: `trainer.accelerator`, which this machine has.
+
+    Raises:
+        ConfigError: It is neither a positive integer nor `auto`.
+    """
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and _accelerators() == ["cpu"])
+    text = str(devices)
+    if on_cpu and text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise ConfigError(
+            f"trainer.devices: found {text}, expected a number of processes from 1 on, or auto: the accelerator is "
+            "the CPU."
+        )
+
+
+def _accelerators() -> list[str]:
+    """Return the names of the accelerators that this machine has."""
+    kinds = sorted(AcceleratorRegistry.available_accelerators())
+    return [kind for kind in kinds if AcceleratorRegistry[kind]["accelerator"].is_available()]
 
 
 def default_precision(accelerator: str) -> str:

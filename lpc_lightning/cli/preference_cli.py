@@ -23,7 +23,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli.checkpoint_path import check_checkpoint_path
-from lpc_lightning.cli.machine import check_accelerator, default_precision, is_narrow
+from lpc_lightning.cli.machine import check_accelerator, check_devices, default_precision, is_narrow
+from lpc_lightning.cli.number_ranges import check_numbers
 from lpc_lightning.cli.run_folder import DiscardedRunFolder, RunFolder
 from lpc_lightning.cli.run_loggers import SaveSettings, build_logger, run_loggers
 from lpc_lightning.cli.settings_parser import SettingsParser
@@ -100,6 +101,11 @@ class PreferenceCLI(LightningCLI):
         for action in parser._actions:
             action.help = HELP.get(action.dest, action.help)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and check the numbers before Lightning takes the first one."""
+        super().parse_arguments(parser, args)
+        check_numbers(self.config[self.config.subcommand])
+
     def before_instantiate_classes(self) -> None:
         """Fill in what depends on the machine and on the runs that are there already."""
         config = self.config[str(self.subcommand)]
@@ -154,6 +160,7 @@ class PreferenceCLI(LightningCLI):
         """Give the run a folder of its own, which its config does not name: run again, it is another run."""
         settings = self.config[str(self.subcommand)].trainer
         check_accelerator(settings.accelerator)
+        check_devices(settings.devices, settings.accelerator)
         if self._claimed is not None and (settings.fast_dev_run or settings.logger is False):
             options["default_root_dir"] = str(self._claimed.path)
         else:
@@ -302,8 +309,8 @@ SUMMARIES = {
 }
 """Result of each command, in a few words."""
 HELP = {
-    "seed_everything": "Seed of all random numbers of a run: new weights, the order of the pairs, noise. true: the "
-    "environment variable PL_GLOBAL_SEED, or 0 if it is unset.",
+    "seed_everything": "Seed of all random numbers of a run: new weights, the order of the pairs, noise; from 0 to "
+    "4294967295. true: the environment variable PL_GLOBAL_SEED, or 0 if it is unset.",
     "trainer.precision": "Type of the arithmetic. null: bf16-mixed if the device multiplies bfloat16 fast (most GPUs, "
     "processors with AMX or AVX512-BF16), otherwise 32-true.",
     "trainer.logger": "Loggers besides metrics.csv: a file of configs/logger/, a class, or a list of classes. null or "

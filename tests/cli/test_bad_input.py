@@ -199,7 +199,7 @@ def test_group_without_a_class_is_refused(command: Command, missing: str, places
         ),
         ("accelerator=tpu", r"trainer\.accelerator: found tpu, .*cpu.*take `--trainer configs/trainer/cpu\.yaml`"),
         ("accelerator=nothing", r"trainer: .*invalid accelerator name"),
-        ("devices=0", r"trainer: .*devices='0'"),
+        ("devices=0", r"trainer\.devices: found 0, expected a number of processes from 1 on, or auto"),
         ("strategy=nothing", r"trainer: .*invalid strategy name"),
     ],
 )
