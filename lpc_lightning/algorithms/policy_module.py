@@ -31,7 +31,7 @@ from lpc_lightning.distributed.sharding import (
     set_micro_batch_size,
     shard,
 )
-from lpc_lightning.errors import ConfigError
+from lpc_lightning.errors import ConfigError, one_line
 from lpc_lightning.policy import CausalPolicy, PolicySpec, policy_fingerprint
 from lpc_lightning.policy.precision import PRECISION_ADVICE, WEIGHTS_ADVICE, warn_of_slow_products
 from lpc_lightning.reference.cached import OtherReference, OwnReference, computation_key
@@ -217,14 +217,21 @@ class PolicyModule(LatentMixin, LightningModule):
         return self.policy.reference_logps(batch)
 
     def configure_optimizers(self) -> Any:
-        """Create the optimizer over two parameter groups, and its schedule of warm-up and decay per optimizer step."""
+        """Create the optimizer over two parameter groups, and its schedule of warm-up and decay per optimizer step.
+
+        Raises:
+            ConfigError: The optimizer refuses its settings.
+        """
         from transformers import get_scheduler  # the import takes a second, and only training needs it
 
         backbone = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [{"params": backbone, "name": "backbone"}] if backbone else []
         if latent := self.latent_parameters():
             groups.append({"params": latent, "name": "latent", "lr": self.latent_lr})
-        optimizer = self.make_optimizer(groups)
+        try:
+            optimizer = self.make_optimizer(groups)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"model.optimizer: {one_line(error)}") from error
         self._steps = steps = self._total_steps()
         schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

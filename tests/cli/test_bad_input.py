@@ -162,6 +162,11 @@ def test_unknown_policy_is_refused(command: Command, places: list[str], tmp_path
             ["--model.optimizer.lr=1e30", "--model.warmup_ratio=0"],
             r"train/loss: found nan at step \d \(epoch 0, .*pairs visible-train",
         ),
+        (["--model.optimizer.lr=-1"], r"model\.optimizer: Invalid learning rate: -1\.0\s*$"),
+        (
+            ["--model.optimizer.fused=true", "--model.optimizer.foreach=true"],
+            r"model\.optimizer: `fused` and `foreach` cannot be `True` together\.\s*$",
+        ),
         (
             ["--policy.attention=sdpa", "--policy.family=gemma2"],
             r"policy\.attention: found sdpa for gemma2, whose attention",
