@@ -12,13 +12,19 @@ from docstring_parser import parse
 from lpc_lightning.cli.settings_parser import ShortErrors
 
 
+SWITCH_VALUES = {
+    form for word in ("true", "false", "yes", "no", "on", "off") for form in (word, word.title(), word.upper())
+}
+"""Values of a switch, as YAML 1.1 has them."""
+
+
 def run_function(function: Callable[..., Any], arguments: list[str], name: str) -> Any:
     """Call a function with settings from the command line.
 
     Every parameter is an option, `--batch_size` or `--batch-size`. A list takes several values, separated by spaces or
     commas. A list without a default is no option: its values are before, between or after the options, separated by
     spaces (a path may have commas). After an option that is a list, they would count as its values. A switch (bool)
-    without a value is `true`.
+    without a value is `true`. Its values are those of YAML.
 
     Args:
         function: The function, with type hints and a Google-style docstring that describes each parameter.
@@ -83,7 +89,7 @@ def _spelled_out(arguments: list[str], lists: set[str], switches: set[str]) -> l
         if option in lists and equals:
             options += value.split(",")
         open_values = float("inf") if option in lists else float(not equals)
-        if option in switches and not equals and arguments[place + 1 : place + 2] not in (["true"], ["false"]):
+        if option in switches and not equals and not SWITCH_VALUES & {*arguments[place + 1 : place + 2]}:
             options.append("true")
             open_values = 0
         end_of_files = len(options) if option == "config" else end_of_files

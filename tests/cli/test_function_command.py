@@ -67,6 +67,10 @@ def ask(*arguments: str) -> dict[str, Any]:
         ("a --again true", {"again": True}),
         ("a --again=true", {"again": True}),
         ("a --again false", {}),
+        ("a --again True", {"again": True}),
+        ("a --again FALSE", {}),
+        ("a --again yes", {"again": True}),
+        ("a --again Off", {}),
     ],
 )
 def test_settings_are_spelled_in_many_ways(arguments: str, settings: dict[str, Any]) -> None:
