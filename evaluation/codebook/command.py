@@ -78,7 +78,7 @@ def explain(
         preferences: File of preference pairs. null: the validation pairs of the run, as in its config.yaml.
         output: Folder for the files, with a folder for each checkpoint. null: the folder of the run, which takes the
             files of one checkpoint.
-        prompt: Prompt to answer. null: that of the first pair.
+        prompt: Prompt to answer. Defaults to that of the first pair.
         codes: Codes to answer under, from 0. null: those that are likeliest for some pair, at most 8, the most used.
         max_new_tokens: Tokens of an answer at most. 0: no answers.
         tokens: Tokens that a code raises, and tokens that it lowers, at most.

@@ -11,11 +11,12 @@ from docstring_parser import parse
 
 from lpc_lightning.cli.settings_parser import ShortErrors
 
-
 SWITCH_VALUES = {
     form for word in ("true", "false", "yes", "no", "on", "off") for form in (word, word.title(), word.upper())
 }
 """Values of a switch, as YAML 1.1 has them."""
+TEXTS = ("prompt",)
+"""Settings whose value on the command line is a text, whatever it is: `null` is a prompt."""
 
 
 def run_function(function: Callable[..., Any], arguments: list[str], name: str) -> Any:
@@ -24,7 +25,7 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
     Every parameter is an option, `--batch_size` or `--batch-size`. A list takes several values, separated by spaces or
     commas. A list without a default is no option: its values are before, between or after the options, separated by
     spaces (a path may have commas). After an option that is a list, they would count as its values. A switch (bool)
-    without a value is `true`. Its values are those of YAML.
+    without a value is `true`. Its values are those of YAML. A prompt is a text, also if it is a word of YAML.
 
     Args:
         function: The function, with type hints and a Google-style docstring that describes each parameter.
@@ -54,9 +55,10 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
             parser.add_argument(each, **several)
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=set(lists))
     switches = {each for each, hint in hints.items() if hint is bool}
-    parsed = parser.parse_args(_spelled_out(arguments, options, switches))
-    settings = parser.instantiate(parsed).as_dict()  # a parameter may be a data class, whose fields are settings
+    spelled = _spelled_out(arguments, options, switches)
+    settings = parser.instantiate(parser.parse_args(spelled)).as_dict()  # a data class's fields are settings, too
     del settings["config"]
+    settings |= {each: _text(spelled, each) for each in TEXTS if each in settings and settings[each] is None}
     return function(**settings)
 
 
@@ -64,6 +66,15 @@ def _entry(hint: Any) -> Any:
     """Return the type of a list's entries: `str` for `list[str]` and `list[str] | None`. None for other types."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next((get_args(option)[0] for option in options if get_origin(option) is list), None)
+
+
+def _text(arguments: list[str], name: str) -> str | None:
+    """Return the last value of an option as it was written. None if the option is not given."""
+    for place in reversed(range(len(arguments))):
+        option, equals, value = arguments[place].partition("=")
+        if option == f"--{name}":
+            return value if equals else arguments[place + 1]
+    return None
 
 
 def _spelled_out(arguments: list[str], lists: set[str], switches: set[str]) -> list[str]:

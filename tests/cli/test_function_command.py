@@ -145,6 +145,23 @@ def test_a_value_without_a_setting_is_refused() -> None:
         run_function(generate, ["--prompt", "x"], "generate")
 
 
+@pytest.mark.parametrize("text", ["null", "~", "None", "3", "true", "[a]", "", "a: b"])
+def test_a_prompt_is_the_text_as_written(text: str, tmp_path: Path) -> None:
+    def generate(prompt: str | None = None, output: str | None = "x") -> tuple[str | None, str | None]:
+        """Generate.
+
+        Args:
+            prompt: What to answer.
+            output: Where to write. null: nowhere.
+        """
+        return prompt, output
+
+    (tmp_path / "settings.yaml").write_text("prompt: another\n")
+    for arguments in (["--prompt", text], [f"--prompt={text}"]):
+        assert run_function(generate, [f"--config={tmp_path / 'settings.yaml'}", *arguments], "generate") == (text, "x")
+    assert run_function(generate, ["--output", "null"], "generate") == (None, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
