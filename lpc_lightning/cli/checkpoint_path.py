@@ -1,8 +1,16 @@
-"""The value of `--ckpt_path`: a path."""
+"""The value of `--ckpt_path`, and the template of its checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from lpc_lightning.data.tokenization.templates import TemplateSettings
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.inference.checkpoints import trained_template
 
 WORDS = ("best", "last", "hpc")
 """Words that Lightning takes for a checkpoint of the same run folder."""
@@ -27,3 +35,38 @@ def check_checkpoint_path(path: str, root: str | None) -> None:
         f"ckpt_path: found {path.strip() or 'no path'}, expected the path of a checkpoint, such as "
         f"{root or 'runs'}/version_0/checkpoints/{name}.ckpt. Each command has a new run folder, which holds none."
     )
+
+
+def warn_of_template(
+    recorded: Mapping[str, Any], settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase, path: str
+) -> None:
+    """Warn if pairs get another template than the checkpoint was trained with.
+
+    Args:
+        recorded: Entry `template` of the checkpoint.
+        settings: Template of the data.
+        tokenizer: The policy's tokenizer, which decides on `auto`.
+        path: Path of the checkpoint.
+
+    Raises:
+        CheckpointError: The record is not that of a template.
+    """
+    trained = trained_template({"template": recorded})
+    found, expected = (_by_name(each, tokenizer) for each in (settings, trained))
+    if changes := [
+        f"data.{name} {found[name]} (in training: {expected[name]})" for name in found if found[name] != expected[name]
+    ]:
+        rank_zero_warn(
+            f"template: found {', '.join(changes)} for {path}. The scores are those of texts that the policy was not "
+            "trained on. Take the settings of training, in config.yaml of its run."
+        )
+
+
+def _by_name(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the settings by their names in `data`. Equal ones are written alike."""
+    is_chat = settings.kind == "chat" or (settings.kind == "auto" and bool(tokenizer.chat_template))
+    return {
+        "template": "chat" if is_chat else "plain",
+        "template_kwargs": dict(settings.arguments) if settings.arguments else "null",
+        "system_turns": settings.system_turns,
+    }

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.cli.checkpoint_path import check_checkpoint_path
+from lpc_lightning.cli.checkpoint_path import check_checkpoint_path, warn_of_template
 from lpc_lightning.cli.machine import check_accelerator, check_devices, default_precision, is_narrow
 from lpc_lightning.cli.number_ranges import check_numbers
 from lpc_lightning.cli.run_folder import DiscardedRunFolder, RunFolder
@@ -51,6 +51,7 @@ class PreferenceCLI(LightningCLI):
         self._command = (sys.argv[1:] if arguments is None else arguments)[:1]
         self._run_folder = run_folder
         self._claimed: RunFolder | None = None
+        self._trained_template: dict[str, Any] | None = None
         try:
             super().__init__(
                 PreferenceModule,
@@ -153,6 +154,9 @@ class PreferenceCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise ConfigError(_reason(error)) from error
+        if self._trained_template is not None and self.subcommand != "fit":  # a fit refuses other tokens
+            path = self.config[str(self.subcommand)].ckpt_path
+            warn_of_template(self._trained_template, self.datamodule.template_settings, self.model.tokenizer, path)
         # Only for checkpoints: `config.yaml` keeps what was given, which a report compares between machines.
         make_places_absolute(self.model.hparams)
 
@@ -235,6 +239,7 @@ class PreferenceCLI(LightningCLI):
             checkpoint = read_checkpoint(Path(path), weights=False)
             if command == "fit":
                 check_resumable(checkpoint, Path(path))
+            self._trained_template = checkpoint.get("template")
             settings = dict(checkpoint.get("hyper_parameters", {}))
             if "_class_path" not in settings:
                 return

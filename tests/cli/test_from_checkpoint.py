@@ -84,6 +84,31 @@ class TestFromACheckpoint:
                 assert found[column] == fitted[column]
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("flags", "changes"),
+        [
+            (["--data.template=plain"], r"data\.template plain \(in training: chat\)"),
+            (
+                ["--data.template_kwargs={thinking: true}", "--data.system_turns=fold"],
+                r"data\.template_kwargs \{'thinking': True\} \(in training: null\), "
+                r"data\.system_turns fold \(in training: auto\)",
+            ),
+            (["--data.template=chat"], None),
+        ],
+        ids=["template", "arguments", "equal"],
+    )
+    def test_another_template_is_warned_of(
+        self, flags: list[str], changes: str | None, checkpoint: Path, command: Command, places: list[str]
+    ) -> None:
+        """Its arguments are refused after that, as no text of these pairs reads them."""
+        arguments = ["test", *ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}", *flags]
+        if changes is None:
+            assert command(*arguments).code == 0  # any warning is an error
+            return
+        with pytest.warns(UserWarning, match=rf"^template: found {changes} for {re.escape(str(checkpoint))}\. The sc"):
+            command(*arguments)
+
+    @pytest.mark.slow
     def test_its_pairs_are_predicted(self, checkpoint: Path, command: Command, places: list[str], runs: Path) -> None:
         options = [*ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}"]
         output = command("predict", *options, "--callbacks+=lpc_lightning.callbacks.WritePredictions")
