@@ -117,7 +117,7 @@ def _activate_both(model: PeftModel) -> None:
     tuner: Any = model.base_model
     tuner.set_adapter([START, TRAINED])
     for name, parameter in model.named_parameters():
-        if f".{START}." in name:
+        if START in name.split("."):  # last for an embedding, whose factors are parameters and not layers
             parameter.requires_grad_(False)
 
 

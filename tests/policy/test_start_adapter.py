@@ -21,6 +21,7 @@ from lpc_lightning.inference.export import plain_model
 from lpc_lightning.policy import LoRA, PretrainedPolicy, TinyPolicy, policy_fingerprint
 from lpc_lightning.types import TokenizedPair
 
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")  # from peft
 TINY: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """Stock models compute norms in float32, and read one sequence at a time."""
@@ -76,14 +77,27 @@ WAYS: dict[str, dict[str, Any]] = {
     "kept under an adapter": {"lora": LoRA(rank=2), "merge_adapter": False},
 }
 every_way = pytest.mark.parametrize("way", list(WAYS))
+EMBEDDINGS: dict[str, Any] = {"target_modules": ["embed_tokens", "q_proj"]}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "layers": {},
+    "embeddings": EMBEDDINGS,
+    "tokens": {"trainable_token_indices": list(range(0, 1024, 2))},
+}
 
 
+@pytest.mark.parametrize("kind", list(ADAPTERS))
 @every_way
 @torch.no_grad()
 def test_policy_and_reference_start_with_adapter(
-    way: str, base: Path, save_adapter: Any, oracle: Any, pairs: list[TokenizedPair], perturb: Callable[..., None]
+    way: str,
+    kind: str,
+    base: Path,
+    save_adapter: Any,
+    oracle: Any,
+    pairs: list[TokenizedPair],
+    perturb: Callable[..., None],
 ) -> None:
-    adapter = save_adapter()
+    adapter = save_adapter(**ADAPTERS[kind])
     expected = oracle(adapter)
     assert (expected - oracle(None)).abs().min() > 0.01
     policy = PretrainedPolicy(str(base), adapter=adapter, dtype="float64", **WAYS[way]).build()
@@ -160,6 +174,19 @@ def test_fingerprint_depends_on_start_adapter(base: Path, save_adapter: Any) -> 
         assert len(set(prints)) == 3
     again = PretrainedPolicy(str(base), adapter=adapters[2], **way)
     assert policy_fingerprint(again.build()) == prints[2]
+
+
+@pytest.mark.parametrize("kind", list(ADAPTERS))
+@torch.no_grad()
+def test_fingerprint_includes_frozen_weights(kind: str, base: Path, save_adapter: Any) -> None:
+    adapter = save_adapter(**ADAPTERS[kind])
+    policy = PretrainedPolicy(str(base), adapter=adapter, **WAYS["kept under an adapter"]).build()
+    prints = {policy_fingerprint(policy)}
+    frozen = [weight for name, weight in policy.named_parameters() if "start" in name.split(".")]
+    for weight in frozen:
+        weight += 1
+        prints.add(policy_fingerprint(policy))
+    assert len(prints) == 1 + len(frozen) > 2
 
 
 def test_adapter_folder_as_path_names_its_base(base: Path, save_adapter: Any) -> None:
