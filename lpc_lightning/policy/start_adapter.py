@@ -71,7 +71,7 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
 
 def keep_adapter(model: PeftModel, adapter: str) -> None:
-    """Add a second adapter, which stays frozen. The model then computes with both.
+    """Add a second adapter, which stays frozen and drops nothing. The model then computes with both.
 
     Args:
         model: The base model with the adapter in training.
@@ -89,6 +89,10 @@ def keep_adapter(model: PeftModel, adapter: str) -> None:
     with _explaining(adapter), torch.device("cpu"):
         if missing := model.load_adapter(adapter, START, torch_device="cpu").missing_keys:
             raise ValueError(f"Found missing adapter keys: {missing}.")
+    for module in model.modules():
+        dropouts = getattr(module, "lora_dropout", {})
+        if START in dropouts:  # that of its own training: policy and reference would differ by their masks
+            dropouts[START] = nn.Identity()
     _activate_both(model)
 
 

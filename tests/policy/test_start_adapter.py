@@ -82,6 +82,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "layers": {},
     "embeddings": EMBEDDINGS,
     "tokens": {"trainable_token_indices": list(range(0, 1024, 2))},
+    "dropout": {"lora_dropout": 0.5},
 }
 
 
@@ -97,12 +98,14 @@ def test_policy_and_reference_start_with_adapter(
     pairs: list[TokenizedPair],
     perturb: Callable[..., None],
 ) -> None:
+    """The policy is in training mode, as in a fit. The oracle is not."""
     adapter = save_adapter(**ADAPTERS[kind])
     expected = oracle(adapter)
     assert (expected - oracle(None)).abs().min() > 0.01
     policy = PretrainedPolicy(str(base), adapter=adapter, dtype="float64", **WAYS[way]).build()
     batch = PaddedLayout(0)(pairs)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert policy.training
     torch.testing.assert_close(policy(batch).logps(), expected, **CLOSE)
     torch.testing.assert_close(policy.reference_logps(batch), expected, **CLOSE)
     assert {name for name, p in policy.named_parameters() if p.requires_grad} == set(trained)
