@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, spec
@@ -20,6 +21,7 @@ from lpc_lightning.policy.memory_efficient_layers import GatedMLP, RMSNorm
 from lpc_lightning.policy.rotary_attention import RotaryAttention
 from lpc_lightning.types import PreferenceBatch
 
+WINDOW = "sliding_attention"
 FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "gemma2")
 
 
@@ -118,12 +120,16 @@ def test_gradients_in_bfloat16_are_as_exact(batch: PreferenceBatch, perturb: Cal
     assert 0 < error(efficient) < 1.1 * error(published)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("family", "mlp", "norm", "attention"),
-    [("llama", 1, 2, 1), ("mistral", 1, 2, 1), ("qwen2", 1, 2, 1), ("gpt2", 0, 0, 0), ("gemma2", 1, 0, 0)],
+    [
+        *[("llama", 1, 2, 1), ("mistral", 1, 2, 1), ("qwen2", 1, 2, 1), ("qwen3", 1, 4, 0)],
+        *[("gpt2", 0, 0, 0), ("gemma2", 1, 0, 0)],
+    ],
 )
-def test_known_parts_are_replaced(family: str, mlp: int, norm: int, attention: int) -> None:
-    policy = TinyPolicy(family).build()
+def test_known_parts_are_replaced(family: Any, mlp: int, norm: int, attention: int, dtype: Any) -> None:
+    policy = TinyPolicy(family, dtype=dtype).build()
     found = kinds(policy)
     layers = len(policy.layers)
     assert (found.count(GatedMLP), found.count(RMSNorm)) == (mlp * layers, norm * layers)
@@ -147,6 +153,33 @@ def test_part_with_other_outputs_is_kept() -> None:
     part = _Clipped()
     spec.make_memory_efficient([nn.Sequential(part)])
     assert type(part) is _Clipped
+
+
+@torch.no_grad()
+def test_part_that_overflows_is_replaced() -> None:
+    part = LlamaMLP(TinyPolicy().load_config()).half()
+    part.gate_proj.weight *= 1000
+    assert not part(torch.full((1, part.hidden_size), 1e3).half()).isfinite().all()
+    spec.make_memory_efficient([nn.Sequential(part)])
+    assert type(part) is GatedMLP
+
+
+DEEPSEEK = {
+    **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_hash_layers": 0},
+    **{"qk_rope_head_dim": 4, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 1, "layer_types": 2 * [WINDOW]},
+}
+
+
+@torch.no_grad()
+def test_limit_of_large_states_is_kept(make_pairs: Callable[..., Any], perturb: Callable[..., None]) -> None:
+    """DeepSeek-V4 limits gate and up to 10, which states of a new model do not reach."""
+    batch = PaddedLayout(0)(make_pairs([(5, 3, 7), (11, 9, 1)]))
+    policies = both(perturb, "deepseek_v4", 16, heads=2, attention="eager", options=DEEPSEEK)
+    for policy in policies:
+        for name, weight in policy.named_parameters():
+            weight *= 400 if name.endswith("post_attention_layernorm.weight") else 1
+    ours, theirs = (policy(batch).logps() for policy in policies)
+    assert torch.equal(ours, theirs)
 
 
 def kept(run: Callable[[], Tensor], tokens: int) -> int:
