@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.beam.modeling_beam import BeamMLP
+from transformers.models.idefics.modeling_idefics import IdeficsRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
 from lpc_lightning.policy import CausalPolicy, LoRA, TinyPolicy, spec
@@ -22,7 +25,7 @@ from lpc_lightning.policy.rotary_attention import RotaryAttention
 from lpc_lightning.types import PreferenceBatch
 
 WINDOW = "sliding_attention"
-FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "gemma2")
+FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "gemma2", "olmo2")
 
 
 @pytest.fixture
@@ -125,7 +128,7 @@ def test_gradients_in_bfloat16_are_as_exact(batch: PreferenceBatch, perturb: Cal
     ("family", "mlp", "norm", "attention"),
     [
         *[("llama", 1, 2, 1), ("mistral", 1, 2, 1), ("qwen2", 1, 2, 1), ("qwen3", 1, 4, 0)],
-        *[("gpt2", 0, 0, 0), ("gemma2", 1, 0, 0)],
+        *[("gpt2", 0, 0, 0), ("gemma2", 1, 0, 0), ("olmo2", 1, 0, 0)],
     ],
 )
 def test_known_parts_are_replaced(family: Any, mlp: int, norm: int, attention: int, dtype: Any) -> None:
@@ -153,6 +156,31 @@ def test_part_with_other_outputs_is_kept() -> None:
     part = _Clipped()
     spec.make_memory_efficient([nn.Sequential(part)])
     assert type(part) is _Clipped
+
+
+PARTS: dict[str, Callable[[], nn.Module]] = {
+    "LlamaRMSNorm": lambda: LlamaRMSNorm(64),
+    "Olmo2RMSNorm": lambda: Olmo2RMSNorm(64),
+    "IdeficsRMSNorm": lambda: IdeficsRMSNorm(64),
+    "LlamaMLP": lambda: LlamaMLP(TinyPolicy().load_config()),
+    "BeamMLP": lambda: BeamMLP(TinyPolicy().load_config()),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@torch.no_grad()
+def test_part_equals_published_in_mixed_precision(name: str, perturb: Callable[..., None]) -> None:
+    """Norms and MLPs differ between families in where they round to 16 bits, and in the type of their results."""
+    part = PARTS[name]()
+    published = copy.deepcopy(part)
+    spec.make_memory_efficient([nn.Sequential(part)])
+    assert (type(part) is not type(published)) == name.startswith("Llama")
+    perturb(part)
+    perturb(published)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(50, 64).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(part(x), published(x), rtol=0, atol=0)
 
 
 @torch.no_grad()
