@@ -31,7 +31,7 @@ from lpc_lightning.inference.modeling_lpc import InferencePrior, has_own_code, l
 from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy.lora import merge
-from lpc_lightning.policy.spec import dropout_rates
+from lpc_lightning.policy.spec import dropout_rates, set_dropout_rates
 from lpc_lightning.policy.start_adapter import ADAPTER, TRAINED
 
 if TYPE_CHECKING:
@@ -194,8 +194,10 @@ def plain_model(module: PreferenceModule, template: Template) -> PreTrainedModel
     model.config = without_latent(model.config)
     if not has_own_code(type(model)):
         vars(model.config).pop("auto_map", None)  # names code of the base model, which the folder will not hold
-    for name, value in dropout_rates(module.policy_spec.load_config()).items():
-        setattr(model.config, name, value)
+    published = module.policy_spec.load_config()
+    if model.config is model.config.get_text_config():  # also if the published model reads pictures as well
+        published = published.get_text_config()
+    set_dropout_rates(model.config, dropout_rates(published))
     ends = model.generation_config.eos_token_id
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if template.end_id not in known:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import reduce
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,10 +26,25 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 def dropout_rates(config: PreTrainedConfig) -> dict[str, float]:
-    """Return the fields of a config that drop states or whole layers at random in training."""
+    """Return the fields of a config that drop states or whole layers at random in training.
+
+    Those of a config inside it are under a path, such as `text_config.attention_dropout`.
+    """
     parts = ("dropout", "pdrop", "layerdrop")
-    fields = {name: value for name, value in vars(config).items() if isinstance(value, float)}
-    return {name: value for name, value in fields.items() if any(part in name for part in parts)}
+    rates: dict[str, float] = {}
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            rates |= {f"{name}.{inner}": rate for inner, rate in dropout_rates(value).items()}
+        elif isinstance(value, float) and any(part in name for part in parts):
+            rates[name] = value
+    return rates
+
+
+def set_dropout_rates(config: PreTrainedConfig, rates: Mapping[str, float]) -> None:
+    """Set fields of a config, and of configs inside it, by the names that `dropout_rates` gives them."""
+    for path, rate in rates.items():
+        *owners, name = path.split(".")
+        setattr(reduce(getattr, owners, config), name, rate)
 
 
 class PolicySpec(ABC):
@@ -138,8 +155,7 @@ class PolicySpec(ABC):
             UnsupportedPolicyError: The model does not exist, or is not supported.
         """
         config = self.load_config()
-        for name in dropout_rates(config):
-            setattr(config, name, 0.0)
+        set_dropout_rates(config, dict.fromkeys(dropout_rates(config), 0.0))
         config._attn_implementation = kernel_of(self.attention, config)
         try:
             model = self.load_model(config, getattr(torch, self.dtype))
