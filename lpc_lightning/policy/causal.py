@@ -188,9 +188,11 @@ class CausalPolicy(nn.Module):
         self._compiled = CompiledLayers(self.layers, few_shapes, backend)
         self.block_sparse = few_shapes and self._takes_sparse_mask
         self._compiles_head = few_shapes
-        weights = list(self.backbone.parameters())
-        trains = any(weight.requires_grad for weight in weights)
-        self._graphed = GraphedBackbone(weights) if cuda_graphs and trains else None
+        self._graphed = GraphedBackbone(list(self.backbone.parameters())) if cuda_graphs and self._trains else None
+
+    @property
+    def _trains(self) -> bool:
+        return any(weight.requires_grad for weight in self.backbone.parameters())
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -236,7 +238,7 @@ class CausalPolicy(nn.Module):
 
         `mask_kernel` is the kernel that the mask of packed rows is made for. Default: the kernel that runs.
         """
-        if input_ids.device.type == "cpu" and torch.is_grad_enabled():
+        if input_ids.device.type == "cpu" and torch.is_grad_enabled() and self._trains:
             self._check_trains_on_cpu()
         mask: Any = attention_mask
         options: dict[str, Any] = {"position_ids": position_ids} if self._takes_positions else {}

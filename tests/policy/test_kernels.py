@@ -110,6 +110,17 @@ def test_flex_attention_training_on_cpu_is_refused(pairs: list[TokenizedPair], t
         policy(LAYOUTS["packed"](pairs))
 
 
+@every_layout
+@torch.compiler.set_stance("force_eager")
+def test_flex_attention_of_frozen_policy_runs(layout: Layout, pairs: list[TokenizedPair], tiny: Tiny) -> None:
+    """A latent alone is trained, so that there is no backward pass through attention."""
+    size = {"dtype": "float32", "context": 256}
+    frozen = tiny("llama", attention="flex_attention", trainable=False, **size)(layout(pairs)).logps()
+    assert not frozen.requires_grad
+    plain = tiny("llama", attention="eager", **size)(layout(pairs)).logps()
+    torch.testing.assert_close(frozen, plain.detach(), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("checkpointing", "name"), [(False, "packed"), (True, "padded")])
 def test_compiled_layers_agree(checkpointing: bool, name: str, pairs: list[TokenizedPair], tiny: Tiny) -> None:
