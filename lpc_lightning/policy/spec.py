@@ -173,7 +173,14 @@ class PolicySpec(ABC):
         make_memory_efficient(decoder_layers(model))
         policy = CausalPolicy(self.adapt(model))
         if self.gradient_checkpointing:
-            policy.set_gradient_checkpointing(True)
+            try:
+                policy.set_gradient_checkpointing(True)
+            except ValueError as error:
+                raise UnsupportedPolicyError(
+                    f"policy.gradient_checkpointing: found true for {config.model_type}, which does not support it in "
+                    "transformers, expected false. For less memory, lower data.batch_size and raise "
+                    "trainer.accumulate_grad_batches."
+                ) from error
         policy.train()
         if not self.trainable:
             policy.requires_grad_(False)

@@ -215,6 +215,12 @@ def test_unsupported_family_is_refused(name: Any, options: dict[str, Any], messa
     assert "\n" not in str(caught.value)
 
 
+def test_unsupported_checkpointing_is_refused() -> None:
+    message = r"policy\.gradient_checkpointing: found true for jetmoe, .* expected false\."
+    with pytest.raises(UnsupportedPolicyError, match=message):
+        FamilyPolicy("jetmoe", options={"kv_channels": 8, "num_local_experts": 2}, gradient_checkpointing=True).build()
+
+
 def test_kernel_with_other_states_is_refused() -> None:
     """A class that claims a kernel which drops a part of its attention."""
     policy = spec_of("gpt_oss").build()
