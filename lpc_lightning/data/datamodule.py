@@ -133,6 +133,8 @@ class PreferenceDataModule(LightningDataModule):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}: found {value}, expected at least 1.")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers: found {num_workers}, expected at least 0.")
         if batch_order is not None:
             batch_order.check_batch_size(batch_size)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size

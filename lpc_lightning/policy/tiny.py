@@ -57,9 +57,15 @@ class TinyPolicy(PolicySpec):
             policy: Settings of `PolicySpec`.
 
         Raises:
-            ConfigError: `reader` is set for gpt2, which has no separate weights for values.
+            ConfigError: A size is below 1, there are more heads than the width, or `reader` is set for gpt2, which has
+                no separate weights for values.
         """
         super().__init__(**policy)
+        for name, size in {"width": width, "layers": layers, "heads": heads, "context": context}.items():
+            if size < 1:
+                raise ConfigError(f"policy.{name}: found {size}, expected at least 1.")
+        if heads > width:
+            raise ConfigError(f"policy.heads: found {heads}, expected at most policy.width, which is {width}.")
         if reader and family == "gpt2":
             raise ConfigError("policy.reader: found true with family gpt2, expected another family, or false.")
         self.reader = reader

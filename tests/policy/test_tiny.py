@@ -229,3 +229,18 @@ def test_reader_in_bfloat16(default: torch.dtype) -> None:
             square = weight.float() @ weight.float().T
             torch.testing.assert_close(square, torch.eye(len(weight)), rtol=0, atol=0.01)
     assert narrow.keys() == wide.keys()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"width": 0}, r"policy\.width: found 0, expected at least 1"),
+        ({"layers": -1}, r"policy\.layers: found -1, expected at least 1"),
+        ({"heads": 0}, r"policy\.heads: found 0, expected at least 1"),
+        ({"context": 0}, r"policy\.context: found 0, expected at least 1"),
+        ({"width": 4, "heads": 8}, r"policy\.heads: found 8, expected at most policy\.width, which is 4"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TinyPolicy(**sizes)

@@ -77,6 +77,7 @@ def test_settings_as_numpy_numbers(data: Any, write_rows: Any, tmp_path: Path) -
     ("settings", "message"),
     [
         ({"batch_size": 0}, r"data\.batch_size: found 0, expected at least 1"),
+        ({"num_workers": -1}, r"data\.num_workers: found -1, expected at least 0"),
         ({"eval_batch_size": -1}, r"data\.eval_batch_size: found -1, expected at least 1"),
         ({"row_tokens": 0}, r"data\.row_tokens: found 0, expected at least 1"),
         (
