@@ -6,6 +6,7 @@ from lpc_lightning.errors import one_line
 
 EXPLANATIONS = {
     "`val_check_interval`": "trainer.val_check_interval: {error}",
+    "Found more than one stateful callback": "callbacks: {error}",
     "Early stopping conditioned on metric": "callbacks: {error}",
 }
 """Line for each error, by the start of its text."""

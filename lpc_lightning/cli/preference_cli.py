@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.algorithms.refused_callbacks import check_callbacks
 from lpc_lightning.cli.checkpoint_path import check_checkpoint_path, warn_of_template
 from lpc_lightning.cli.machine import check_accelerator, check_devices, default_precision, is_narrow
 from lpc_lightning.cli.number_ranges import check_numbers
@@ -165,6 +166,7 @@ class PreferenceCLI(LightningCLI):
         settings = self.config[str(self.subcommand)].trainer
         check_accelerator(settings.accelerator)
         check_devices(settings.devices, settings.accelerator)
+        check_callbacks(self._get(self.config_init, "callbacks") or [])  # Lightning refuses some without their setting
         if self._claimed is not None and (settings.fast_dev_run or settings.logger is False):
             options["default_root_dir"] = str(self._claimed.path)
         else:

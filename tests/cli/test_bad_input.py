@@ -247,8 +247,16 @@ def test_split_that_no_row_has(command: Command, places: list[str], tmp_path: Pa
             ["--callbacks+=BatchSizeFinder"],
             r"callbacks: found BatchSizeFinder, .*Set data\.batch_size",
         ),
+        (
+            ["--callbacks+=BestAndLast", "--callbacks+=BestAndLast"],
+            r"callbacks: found \d of BestAndLast, expected one",
+        ),
+        (
+            2 * ["--callbacks+=EarlyStopping", "--callbacks.monitor=val/loss"],
+            r"callbacks: Found more than one stateful callback of type `EarlyStopping`",
+        ),
     ],
-    ids=["interval", "monitor", "learning rate", "batch size"],
+    ids=["interval", "monitor", "learning rate", "batch size", "own twice", "twice"],
 )
 def test_refusal_of_lightning_is_one_line(fit: Command, flags: list[str], pattern: str) -> None:
     output = fit("--trainer.max_epochs=1", "--latent=null", *flags)
