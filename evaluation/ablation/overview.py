@@ -53,7 +53,6 @@ def _update(path: Path, grid: Grid, command: str) -> None:
         "name": grid.name,
         "base": [*grid.base, *grid.settings],
         "axes": {axis.name: _values(axis, before["axes"].get(axis.name, [])) for axis in grid.axes},
-        "controls": {axis.name: _controls(axis, tune) for axis in grid.axes},
         "tune": None if tune is None else tune.describe(),
         "skip": [dict(combination) for combination in grid.skip],
         "command": command,
@@ -64,12 +63,6 @@ def _update(path: Path, grid: Grid, command: str) -> None:
 
 def _values(axis: Axis, earlier_values: list[Any]) -> list[Any]:
     return [*axis.values, *(value for value in earlier_values if value not in axis.values)]
-
-
-def _controls(axis: Axis, tune: Tuning | None) -> list[str]:
-    """Return the settings that differ between values of an axis: its own, and the tuned one, chosen for each group."""
-    tuned = tune.axis.settings if tune is not None and axis.name != "seed" else []
-    return [*axis.controls, *tuned]
 
 
 def write_choices(output: Path, tune: Tuning, choices: Sequence[Choice]) -> None:

@@ -163,6 +163,7 @@ def plan_cells(
                 cell.axes.get("seed"),
                 cell_fingerprint(cell.arguments, weights),
                 cell.arguments,
+                tuple(placed.place for placed in cell.placed),
                 weights,
                 cell.tuned,
             ),

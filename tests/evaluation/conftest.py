@@ -170,7 +170,6 @@ def write_ablation(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         folder.mkdir()
         ablation: dict[str, Any] = {"name": name, "base": BASE}
         ablation |= {"axes": {**axes, **({} if None in seeds else {"seed": seeds})}, "skip": []}
-        ablation |= {"controls": {axis: [f"{axis}.*"] for axis in ablation["axes"]}}
         ablation |= {"command": f"lpc-lightning ablate {name}.yaml"}
         ablation |= {"versions": {"date": "2026-11-22", "packages": {"torch": "2.13.0"}}}
         (folder / "ablation.json").write_text(json.dumps(ablation))
@@ -197,7 +196,7 @@ def _write_cell(folder: Path, axes: Mapping[str, Any], seed: int | None, value: 
     axes = axes if seed is None else {**axes, "seed": seed}
     arguments = [*BASE, *(f"--{axis}={axis_value}.yaml" for axis, axis_value in axes.items())]
     state: dict[str, Any] = {"axes": axes, "seed": seed, "fingerprint": "f", "arguments": arguments, "attempts": 1}
-    state |= {"weights": "last", "tuned": {}}
+    state |= {"places": [*len(BASE) * ["base"], *(f"axes.{axis}" for axis in axes)], "weights": "last", "tuned": {}}
     state |= {"status": "failed" if failed else "finished", "error": value if failed else None}
     state |= {"seconds": 10.0 + (seed or 0), "peak_bytes": 2**30 * (2 if latent else 1)}
     (cell / "cell.json").write_text(json.dumps(state))

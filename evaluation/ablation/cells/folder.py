@@ -35,6 +35,8 @@ class Record:
     """Fingerprint of arguments, files and code; see `cell_fingerprint`."""
     arguments: tuple[str, ...]
     """Arguments of `lpc-lightning fit`."""
+    places: tuple[str, ...]
+    """Place of each argument in the grid; see `PlacedArgument`."""
     weights: Weights = "last"
     """Weights that are validated and tested."""
     tuned: Mapping[str, Any] = field(default_factory=dict)
@@ -82,7 +84,8 @@ class CellFolder:
             content = json.loads((self.path / "cell.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return Record(**{**content, "arguments": tuple(content["arguments"])})
+        lists = {name: tuple(content[name]) for name in ("arguments", "places")}
+        return Record(**{**content, **lists})
 
     @property
     def is_tuning(self) -> bool:

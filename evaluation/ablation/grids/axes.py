@@ -36,15 +36,6 @@ class Axis:
         lists = self.arguments.values() if isinstance(self.arguments, Mapping) else [self.arguments]
         return list(dict.fromkeys(setting_name(argument) for arguments in lists for argument in arguments))
 
-    @property
-    def controls(self) -> list[str]:
-        """Settings that the arguments of any value name (see `control`).
-
-        A report recognizes the axis's arguments by them.
-        """
-        lists = self.arguments.values() if isinstance(self.arguments, Mapping) else [self.arguments]
-        return list(dict.fromkeys(control(argument) for arguments in lists for argument in arguments))
-
     def with_values(self, values: Sequence[Any]) -> Axis:
         """Return the same axis with other values.
 
@@ -59,18 +50,6 @@ class Axis:
                 raise ConfigError(f"{self.name}: found {', '.join(unknown)}, expected {', '.join(self.arguments)}.")
             return replace(self, values=tuple(values))
         return replace(self, values=tuple(float(value) if _is_exponential(value) else value for value in values))
-
-
-def control(argument: str) -> str:
-    """Return the setting that an argument of `fit` sets.
-
-    `latent.*` means a setting and everything below it: the value is a config file, or it belongs to a list.
-    """
-    name, _, value = argument.partition("=")
-    setting = setting_name(argument)
-    if name.endswith("+") or setting.startswith("callbacks."):
-        return f"{setting.partition('.')[0]}.*"
-    return f"{setting}.*" if value.endswith((".yaml", ".yml")) else setting
 
 
 def to_text(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.grids.axes import Axis, matches, read_arguments, read_axis, setting_name, to_text
-from lpc_lightning.evaluation.ablation.grids.replaced import PlacedArgument, find_replaced
+from lpc_lightning.evaluation.ablation.grids.replaced import BASE, CHANGE, TUNED, PlacedArgument, find_replaced
 from lpc_lightning.evaluation.ablation.grids.tuning import Tuning, read_tuning
 from lpc_lightning.files.yaml_files import parse_yaml, read_yaml
 
@@ -30,10 +30,15 @@ class Cell:
 
     axes: Mapping[str, Any]
     """The cell's value on each axis."""
-    arguments: tuple[str, ...]
-    """Arguments of `lpc-lightning fit`."""
+    placed: tuple[PlacedArgument, ...]
+    """Arguments of `lpc-lightning fit`, with their places in the grid."""
     tuned: Mapping[str, Any] = field(default_factory=dict)
     """The tuned axis with the value that was chosen for the cell. Empty: the grid has no tuned axis."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Arguments of `lpc-lightning fit`."""
+        return tuple(placed.argument for placed in self.placed)
 
     @property
     def group(self) -> dict[str, Any]:
@@ -97,7 +102,7 @@ class Grid:
             if replaced := find_replaced([*self._arguments(values), *self._later_arguments()]):
                 before, after = replaced
                 if before.axis is None:
-                    place = "at the end of the command" if after.place == "change" else f"in {after.place}"
+                    place = "at the end of the command" if after.place == CHANGE else f"in {after.place}"
                     raise ConfigError(
                         f"{self.name} {after.place}: found {after.argument}, whose file replaces {before.argument} of "
                         f"{before.place}, expected the latter after the file. State it {place}."
@@ -113,7 +118,7 @@ class Grid:
         """Yield the arguments after those of the axes. Those of the tuning are not in cells of the result."""
         tuning = () if self.tune is None else self.tune.arguments
         yield from (PlacedArgument(argument, "tune.arguments") for argument in tuning)
-        yield from (PlacedArgument(argument, "change") for argument in self.settings)
+        yield from (PlacedArgument(argument, CHANGE) for argument in self.settings)
 
     def _fixed_arguments(self) -> Iterator[tuple[str, str]]:
         """Yield the arguments of base, tuning cells, all values of the axes and command line, each with its place."""
@@ -186,7 +191,7 @@ class Grid:
         axes = tuple(each.with_values(seeds) if each.name == "seed" else each for each in self.axes)
         settings = (*self.tune.arguments, *self.settings)
         return [
-            Cell({**cell.group, axis.name: value, "seed": cell.axes["seed"]}, self.at(cell, value).arguments)
+            Cell({**cell.group, axis.name: value, "seed": cell.axes["seed"]}, self.at(cell, value).placed)
             for cell in replace(self, axes=axes, settings=settings, tune=None).cells()
         ]
 
@@ -197,7 +202,8 @@ class Grid:
         """
         assert self.tune is not None
         axis = self.tune.axis
-        return replace(cell, arguments=(*cell.arguments, *axis.arguments_for(value)), tuned={axis.name: value})
+        chosen = (PlacedArgument(argument, TUNED) for argument in axis.arguments_for(value))
+        return replace(cell, placed=(*cell.placed, *chosen), tuned={axis.name: value})
 
     def _combinations(self) -> Iterator[dict[str, Any]]:
         """Yield all combinations of values that are not skipped, as values by axis."""
@@ -209,14 +215,14 @@ class Grid:
 
     def _arguments(self, value_by_axis: Mapping[str, Any]) -> Iterator[PlacedArgument]:
         """Yield the arguments of the base and of a value on each axis."""
-        yield from (PlacedArgument(argument, "base") for argument in self.base)
+        yield from (PlacedArgument(argument, BASE) for argument in self.base)
         for axis in self.axes:
             arguments = axis.arguments_for(value_by_axis[axis.name])
             yield from (PlacedArgument(argument, f"axes.{axis.name}", axis.name) for argument in arguments)
 
     def _cell(self, value_by_axis: Mapping[str, Any]) -> Cell:
-        arguments = (placed.argument for placed in self._arguments(value_by_axis))
-        return Cell(value_by_axis, (*arguments, *self.settings))
+        changes = (PlacedArgument(argument, CHANGE) for argument in self.settings)
+        return Cell(value_by_axis, (*self._arguments(value_by_axis), *changes))
 
 
 def read_grid(path: Path) -> Grid:

@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 from lpc_lightning.evaluation.ablation.grids.axes import parse_value, setting_name
 from lpc_lightning.files.yaml_files import SUFFIXES, read_yaml
 
+BASE, CHANGE, TUNED = "base", "change", "tune.axis"
+"""Places of arguments: the base of the grid, the command line, and the value chosen on the tuned axis."""
+
 
 class PlacedArgument(NamedTuple):
     """An argument of a cell, with its place in the grid."""
 
     argument: str
     place: str
-    """Key of the grid file, such as `base` or `axes.seed`. `change`: the command line."""
+    """Key of the grid file, such as `axes.seed`, or one of the places above."""
     axis: str | None = None
     """Name of the axis that has the argument. None: another place."""
 

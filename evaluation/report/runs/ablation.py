@@ -65,11 +65,7 @@ def load_cell(folder: Path) -> Loaded:
     axes, seed = split_seed(cell["axes"])
     run = folder / "run"
     logged = read_run(run)
-    grid, of_grid = folder.parent.parent, dict[str, Any]()
-    if (grid / ABLATION).is_file():
-        ablation = json.loads((grid / ABLATION).read_text(encoding="utf-8"))
-        arguments = tuple(place_arguments(cell, ablation, logged.settings))
-        of_grid = {"grid_axes": tuple(ablation["axes"]), "arguments": arguments}
+    grid = folder.parent.parent
     tuned = {axis: as_value(value) for axis, value in cell["tuned"].items()}
     # A cell at another value than the chosen one ran later at a value that was set by hand.
     sections = (each.section for each in read_tunings(grid) if each.axes == axes and tuned == {each.axis: each.value})
@@ -88,7 +84,8 @@ def load_cell(folder: Path) -> Loaded:
         folder=run,
         seconds=cell.get("seconds"),
         peak_bytes=cell.get("peak_bytes"),
-        **of_grid,
+        grid_axes=tuple(cell["axes"]),
+        arguments=tuple(place_arguments(cell, logged.settings)),
     )
     if (folder / RESULTS).is_file():
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))

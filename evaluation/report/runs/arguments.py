@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat, takewhile
 from typing import Any, Literal
 
-from lpc_lightning.evaluation.ablation.grids.axes import control, parse_value, setting_name
-from lpc_lightning.evaluation.ablation.grids.replaced import is_file, names_below
+from lpc_lightning.evaluation.ablation.grids.axes import parse_value, setting_name
+from lpc_lightning.evaluation.ablation.grids.replaced import BASE, CHANGE, TUNED, is_file, names_below
 
 Place = Literal["axis", "tuning", "change"]
 
@@ -35,66 +34,22 @@ class PlacedSettings:
         )
 
 
-def place_arguments(
-    cell: Mapping[str, Any], ablation: Mapping[str, Any], settings: Collection[str]
-) -> Iterator[PlacedSettings]:
+def place_arguments(cell: Mapping[str, Any], settings: Collection[str]) -> Iterator[PlacedSettings]:
     """Yield the settings of a cell's arguments after the base, in their order. The last one that sets a setting counts.
-
-    A cell has the arguments of the base, of its values on the axes in their order, of changes on the command line, and
-    of the tuned axis. `ablation.json` has the base and the changes of the last command of its folder. So the arguments
-    at the cell's beginning are those of the base, and these changes are at its end, if the cell ran with them. Of the
-    others, one that belongs to no axis, or to an axis before that of an earlier one, is a change of another command.
 
     Args:
         cell: Content of `cell.json`.
-        ablation: Content of the folder's `ablation.json`.
         settings: Names of all settings of the run, from its flattened config.
     """
-    arguments, base, controls = cell["arguments"], ablation["base"], ablation["controls"]
-    names = [_settings(argument, name) for argument, name in zip(arguments, _resolve(arguments, settings), strict=True)]
-    equal = takewhile(lambda pair: pair[0] == pair[1], zip(arguments, base, strict=False))
-    shared = sum(1 for _ in equal)
-    rest, changes = arguments[shared:], base[shared:]
-    others = [axis for axis in controls if axis != "seed"]
-    count = _count_tuned(rest, [controls[axis] for axis in others]) if cell["tuned"] else 0
-    end = len(rest) - count
-    start = end - len(changes) if rest[:end][-len(changes) :] == changes else end
-    places: list[tuple[Place, tuple[str, ...]]] = [
-        *_place_own(rest[:start], controls),
-        *repeat(("change", ()), end - start),
-        *repeat(("tuning", tuple(others)), count),
-    ]
-    for own, (place, axes) in zip(names[shared:], places, strict=True):
-        yield PlacedSettings(own, place, axes)
-
-
-def _count_tuned(arguments: Sequence[str], controls: Sequence[Sequence[str]]) -> int:
-    """Return the number of arguments of the tuned axis, which come last.
-
-    Its settings are also the last ones of the controls of all axes but `seed`. Of a single such axis, only the last
-    one is known to be tuned.
-    """
-    if not controls:
-        return 1
-    ends = zip(*(reversed(each) for each in controls), strict=False)
-    tuned = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, ends)]
-    known = tuned if len(controls) > 1 else tuned[:1]
-    return sum(1 for _ in takewhile(lambda argument: setting_name(argument) in known, reversed(arguments)))
-
-
-def _place_own(
-    arguments: Iterable[str], controls: Mapping[str, Collection[str]]
-) -> Iterator[tuple[Place, tuple[str, ...]]]:
-    """Yield the places of the arguments of axes, in their order, and of changes that another command had."""
-    axes, first = list(controls), 0
-    for argument in arguments:
-        fitting = (number for number in range(first, len(axes)) if control(argument) in controls[axes[number]])
-        number = next(fitting, None)
-        if number is None:
-            yield "change", ()
-        else:
-            first = number
-            yield "axis", (axes[number],)
+    names, others = _resolve(cell["arguments"], settings), tuple(axis for axis in cell["axes"] if axis != "seed")
+    for argument, name, place in zip(cell["arguments"], names, cell["places"], strict=True):
+        own, axis = _settings(argument, name), place.removeprefix("axes.")
+        if place == TUNED:
+            yield PlacedSettings(own, "tuning", others)
+        elif place == CHANGE:
+            yield PlacedSettings(own, "change")
+        elif place != BASE:
+            yield PlacedSettings(own, "axis", (axis,))
 
 
 def _resolve(arguments: Sequence[str], settings: Collection[str]) -> list[str]:

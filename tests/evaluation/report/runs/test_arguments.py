@@ -78,6 +78,7 @@ def write_cell(folder: Path, cell: Cell) -> None:
     (folder / "run").mkdir(parents=True)
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config(cell), sort_keys=False))
     record = {"axes": dict(cell.axes), "arguments": list(cell.arguments), "tuned": dict(cell.tuned)}
+    record["places"] = [placed.place for placed in cell.placed]
     (folder / "cell.json").write_text(json.dumps({**record, "weights": "last", "status": "finished"}))
     (folder / "results.json").write_text(json.dumps({"metrics": {METRIC: 0.5}}))
 
@@ -160,8 +161,8 @@ def test_arguments_of_callbacks(arguments: list[str], names: list[str | None]) -
     """The run has the callbacks A, B, B and C. Only the second B has `z`, and C has `x`."""
     settings = ["callbacks.A", "callbacks.B", "callbacks.B-2", "callbacks.B-2.z", "callbacks.C", "callbacks.C.x"]
     settings += ["callbacks.C.x.y"]
-    ablation = {"base": [], "controls": {"arm": ["callbacks.*"]}}
-    placed = place_arguments({"arguments": arguments, "tuned": {}}, ablation, settings)
+    cell = {"axes": {"arm": "a"}, "arguments": arguments, "places": len(arguments) * ["axes.arm"]}
+    placed = place_arguments(cell, settings)
     assert [each.names for each in placed] == [() if name is None else (name,) for name in names]
 
 
@@ -175,7 +176,7 @@ def test_settings_of_different_bases(run: Run) -> None:
 
 @pytest.mark.parametrize("last", ["arm=ceiling", "arm=ceiling trainer.precision=bf16"])
 def test_change_of_an_earlier_command_in_a_folder(run: Run, last: str) -> None:
-    """`ablation.json` has the changes of the last command alone, whose arm is the baseline here."""
+    """The arm of the last command is the baseline here."""
     folder = run("one", "arm=floor")
     run("one", "arm=gumbel", THREE)
     run("one", *last.split())
@@ -184,20 +185,26 @@ def test_change_of_an_earlier_command_in_a_folder(run: Run, last: str) -> None:
 
 
 def test_arguments_have_their_places() -> None:
-    """Settings of a mapping are those that it states. The axis `arm` has had its turn when the seed has."""
-    controls = {"arm": ["latent", "latent.*", "model.optimizer.lr"], "seed": ["seed_everything"]}
+    """Settings of a mapping are those that it states."""
     own = ["--latent={class_path: A, init_args: {num_codes: 4}}", "--seed_everything=1"]
     changes = ["--trainer={max_epochs: 3}", "--data.path+=b.jsonl", "--latent=b.yaml"]
-    arguments = ["--base=1", *own, *changes, f"{LR}=0.1"]
-    for base in (["--base=1", *changes], ["--base=1"], ["--base=1", "--trainer.max_steps=3"]):
-        cell = {"arguments": arguments, "tuned": {"lr": 0.1}}
-        placed = list(place_arguments(cell, {"base": base, "controls": controls}, []))
-        assert [(each.place, each.axes) for each in placed] == [
-            ("axis", ("arm",)),
-            ("axis", ("seed",)),
-            *[("change", ())] * 3,
-            ("tuning", ("arm",)),
-        ]
-        names = ("latent", "latent.num_codes", "trainer.max_epochs", "data.path", "latent.g.start", "latents")
-        setting = [next((place for place, each in enumerate(placed) if each.sets(name)), None) for name in names]
-        assert setting == [0, 0, 2, 3, 4, None]
+    places = ["base", "axes.arm", "axes.seed", *3 * ["change"], "tune.axis"]
+    cell = {"axes": {"arm": "a", "seed": 1}, "arguments": ["--base=1", *own, *changes, f"{LR}=0.1"], "places": places}
+    placed = list(place_arguments(cell, []))
+    assert [(each.place, each.axes) for each in placed] == [
+        ("axis", ("arm",)),
+        ("axis", ("seed",)),
+        *[("change", ())] * 3,
+        ("tuning", ("arm",)),
+    ]
+    names = ("latent", "latent.num_codes", "trainer.max_epochs", "data.path", "latent.g.start", "latents")
+    setting = [next((place for place, each in enumerate(placed) if each.sets(name)), None) for name in names]
+    assert setting == [0, 0, 2, 3, 4, None]
+
+
+def test_change_to_a_setting_of_the_last_axis(run: Run) -> None:
+    """The command line sets what `ceiling` sets as well, in a folder in which another command ran later."""
+    folder = run("one", "arm=floor")
+    run("one", "arm=gumbel", "data.columns.named_in_prompt=annotator")
+    run("one", "arm=two_epochs")
+    assert added(folder)["data.columns.named_in_prompt"] == ["none", "annotator"]
