@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.csv_files import write_csv
 from lpc_lightning.files.json_files import write_json
 
@@ -79,11 +80,20 @@ class CellFolder:
         return self.path / f"deviations_{stage}.jsonl"
 
     def record(self) -> Record | None:
-        """Read the cell's record. None if the cell has never run."""
+        """Read the cell's record. None if the cell has never run.
+
+        Raises:
+            ConfigError: An earlier version has written it, without the places of the arguments.
+        """
         try:
             content = json.loads((self.path / "cell.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        if "places" not in content:
+            raise ConfigError(
+                f"{self.path / 'cell.json'}: found no entry `places`, expected the place of each argument in the grid: "
+                "an earlier version has written the cell. Remove its folder, or use another one (--output)."
+            )
         lists = {name: tuple(content[name]) for name in ("arguments", "places")}
         return Record(**{**content, **lists})
 

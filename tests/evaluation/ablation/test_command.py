@@ -293,3 +293,9 @@ def test_metrics_have_a_row_per_step(uninterrupted: Path) -> None:
     with (uninterrupted / "cells" / "latent=none,noise=0,seed=1" / "run" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert steps == list(range(24))
+
+
+def test_cell_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cell.json").write_text(json.dumps({"axes": {}, "arguments": ["--trainer.max_steps=1"]}))
+    with pytest.raises(ConfigError, match=r"cell\.json: found no entry `places`, .*Remove its folder"):
+        CellFolder(tmp_path).record()
