@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile
 from lpc_lightning.evaluation.accuracy.training_overlap import count_trained, overlap_sentence, training_pairs
 from lpc_lightning.evaluation.adaptation.annotated_pairs import label_batches
-from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, write_adaptation
+from lpc_lightning.evaluation.adaptation.files import SCORES, WEIGHTS, check_origins, write_adaptation
 from lpc_lightning.evaluation.adaptation.output import TABLE, write_reports
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
 from lpc_lightning.evaluation.adaptation.policy import PolicyUnderMixtures
@@ -102,12 +103,15 @@ def adapt(
         seed: Seed of the random choices.
 
     Raises:
-        ConfigError: No model has codes, or a setting is out of range.
+        ConfigError: No model has codes, a setting is out of range, or results of other models or pairs would be
+            replaced.
         DataError: There are no such pairs, no pair has an annotator, or no annotator has enough pairs.
     """
     named = name_models(models, names)
     check_folder(Path(output), "output")
     _check_labelled_split(preferences, split, labelled_split)
+    read = {"preferences": os.path.abspath(preferences), "split": split, "labelled_split": labelled_split}
+    origins = {name: {"checkpoint": os.path.abspath(path), **read} for name, path in named}
     collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
     open_file = partial(
         PairsFile, limit=limit, columns=columns, bad_rows=bad_rows, batch_size=batch_size, max_length=max_length
@@ -115,6 +119,7 @@ def adapt(
     computed = resolve_precision(precision, device)
     scoring = _Scoring(preferences, open_file, collector, labelled_split, under_z, TRAINER_PRECISION[computed])
     with claim_output_folder(Path(output), "output"):
+        check_origins(Path(output), origins, [TABLE])
         reports: dict[str, AdaptationReport] = {}
         overlaps: list[str] = []
         for name, path in named:
@@ -129,7 +134,7 @@ def adapt(
             reports[name] = scoring.report(name, module, pairs)
             if (trained := training_pairs(origin)) is not None and (found := count_trained(pairs, trained)):
                 overlaps.append(f"{name}: {overlap_sentence(found, len(pairs.pairs['test']))}.")
-            write_adaptation(Path(output) / name, reports[name], collector)
+            write_adaptation(Path(output) / name, reports[name], collector, origins[name])
             del module
             gc.collect()  # the module contains reference cycles, which only the collector frees
         if not any(report.mixtures for report in reports.values()):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationPairs, AdaptationReport
 from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.files.json_files import write_json
@@ -13,16 +16,59 @@ from lpc_lightning.files.json_files import write_json
 SCORES, WEIGHTS = "adaptation.json", "code_weights.json"
 
 
-def write_adaptation(folder: Path, report: AdaptationReport, pairs: AdaptationPairs) -> None:
+def check_origins(output: Path, origins: Mapping[str, Mapping[str, Any]], texts: Sequence[str]) -> None:
+    """Check that a folder has no results but earlier ones of the same models on the same pairs.
+
+    Args:
+        output: Output folder of several models.
+        origins: The policy and the pairs of each model by its name, as in `write_adaptation`.
+        texts: Names of files in the folder that cover all models.
+
+    Raises:
+        ConfigError: Results of another origin, or a file that is not a result, would be replaced.
+    """
+    records = {path.parent.name: path for path in sorted(output.glob(f"*/{SCORES}"))}
+    remedy = "Give another folder (--output), or move it."
+    for name, path in records.items():
+        found = _origin(path)
+        if found is None:
+            raise ConfigError(f"output: found {path}, which is no result of this command, expected none. {remedy}")
+        ours = origins.get(name)
+        if ours is None or any(found.get(key) != value for key, value in ours.items()):
+            expected = "results of the models of this command" if ours is None else _describe(ours)
+            raise ConfigError(f"output: found results of {_describe(found)} in {path}, expected {expected}. {remedy}")
+    for text in texts:
+        if not records and (output / text).exists():
+            raise ConfigError(f"output: found {output / text} without the results of a model, expected none. {remedy}")
+
+
+def _origin(path: Path) -> dict[str, Any] | None:
+    """Return the policy and the pairs of a result. None if the file is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("origin") if isinstance(content, dict) else None
+
+
+def _describe(origin: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in origin.items() if value is not None)
+
+
+def write_adaptation(
+    folder: Path, report: AdaptationReport, pairs: AdaptationPairs, origin: Mapping[str, Any] | None = None
+) -> None:
     """Write `adaptation.json` and, if the policy has codes, `code_weights.json` with K numbers for each annotator.
 
     Args:
         folder: Output folder. It is created if it does not exist.
         report: The results.
         pairs: The collector that made the report. Its settings are written, too.
+        origin: The policy and the pairs, as JSON values. None: those of the run whose folder it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores = {
+        "origin": origin,
         "column": pairs.column,
         "shots": pairs.shots,
         "rounds": pairs.rounds,

@@ -48,6 +48,8 @@ PLANNED_EPOCHS = 2
 """Number of epochs whose batches are used to choose the batch shapes."""
 ROW_TOKENS = 1024
 """Default row limit, in tokens, for kernels that compute attention over whole rows."""
+TemplateArgument = None | bool | int | float | str | list[Any] | dict[str, Any]
+"""Value of an argument of the chat template. With Any, the parser would read a text such as `Role: critic` as YAML."""
 
 
 class RowReader(Protocol):
@@ -74,7 +76,7 @@ class PreferenceDataModule(LightningDataModule):
         layout: Literal["auto", "padded", "shared_prefix"] = "auto",
         row_tokens: int | None = None,
         template: TemplateKind = "auto",
-        template_kwargs: dict[str, Any] | None = None,
+        template_kwargs: dict[str, TemplateArgument] | None = None,
         system_turns: SystemTurns = "auto",
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,

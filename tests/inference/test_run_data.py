@@ -58,3 +58,9 @@ def test_data_of_run_with_imported_class(monkeypatch: pytest.MonkeyPatch) -> Non
     module = import_module("foreign_pairs")
     monkeypatch.setitem(sys.modules, "foreign_pairs", module)  # forgotten after the test
     assert type(data_of_run({"class_path": FOREIGN, "init_args": {"train_pairs": 3}})) is module.Pairs
+
+
+def test_texts_of_template_arguments_stay_texts() -> None:
+    arguments = {"role": "Role: critic", "tags": "[a]", "none": "null", "thinking": False, "tools": [{"name": "a: b"}]}
+    settings = {"class_path": "lpc_lightning.data.SyntheticPreferences", "init_args": {"template_kwargs": arguments}}
+    assert data_of_run(settings).template_settings.arguments == arguments

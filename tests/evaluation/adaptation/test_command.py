@@ -103,6 +103,32 @@ def test_adapt_two_models_then_generate(
 
 
 @pytest.mark.slow
+def test_results_of_another_origin_are_kept(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"output": str(tmp_path / "out"), "rounds": 1, "shots": [0], "limit": 12, "device": "cpu"}
+    models = [checkpoints["expected"], checkpoints["plain"]]
+    adapt(models, file, names=["lpc", "dpo"], **shared)
+    for arguments, message in (
+        ({"models": models[:1], "names": ["lpc"]}, r"dpo/adaptation\.json, expected results of the models"),
+        ({"models": models[::-1], "names": ["lpc", "dpo"]}, "found results of checkpoint .* expected checkpoint"),
+        ({"models": models, "names": ["lpc", "dpo"], "split": "train"}, "expected checkpoint .* split train"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            adapt(preferences=file, **arguments, **shared)
+    adapt(models, file, names=["lpc", "dpo"], **(shared | {"shots": [0, 1]}))  # the same models and pairs
+    assert "given 1" in (tmp_path / "out" / "adaptation.md").read_text()
+
+
+def test_files_of_others_are_kept(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
+    (tmp_path / "adaptation.md").write_text("Notes")
+    with pytest.raises(ConfigError, match=r"found .*adaptation\.md without the results of a model"):
+        adapt([checkpoints["expected"]], file, output=str(tmp_path))
+    (tmp_path / "lpc").mkdir()
+    (tmp_path / "lpc" / "adaptation.json").write_text("[]")
+    with pytest.raises(ConfigError, match="which is no result of this command"):
+        adapt([checkpoints["expected"]], file, output=str(tmp_path), names=["lpc"])
+
+
+@pytest.mark.slow
 def test_adapt_counts_pairs_of_training(
     checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
