@@ -66,8 +66,8 @@ def report(
         baseline: Settings to compare with, as AXIS=VALUE, one or several: `latent=none`. null: `latent=none` if there
             are such runs, else no comparison.
         metric: Metrics to report by their logged names, such as `val/rewards/accuracies`, or as TASK/METRIC for
-            benchmarks. null: the accuracy in validation; in test if no run has validated, or if a grid has
-            chosen values in validation (`tune`).
+            benchmarks. null: the accuracy in validation; in test if no run has validated, or if validation has chosen
+            values (`tune`) or weights (`--weights best`).
         x: Numeric axes to plot metrics against. null: all of them.
         title: Title of the page. null: the ablation's name.
 

@@ -16,8 +16,14 @@ from lpc_lightning.evaluation.report.page import Page, Picture, run_details
 from lpc_lightning.evaluation.report.run_tables import run_tables
 from lpc_lightning.evaluation.report.runs.differences import add_axes
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.records import FINISHED, RunProvenance, check_conditions, join_measurements
-from lpc_lightning.evaluation.report.runs.settings import as_value, common_settings, flatten
+from lpc_lightning.evaluation.report.runs.records import (
+    FINISHED,
+    RunProvenance,
+    RunRecord,
+    check_conditions,
+    join_measurements,
+)
+from lpc_lightning.evaluation.report.runs.settings import WEIGHTS, as_value, common_settings, flatten
 from lpc_lightning.evaluation.report.study import ACCURACIES, LeftOut, Study, make_study
 from lpc_lightning.evaluation.report.subject import Subject, numeric_axes
 from lpc_lightning.evaluation.report.table_files import Table
@@ -67,7 +73,7 @@ def read_contents(
     loaded = load_folders(runs)
     records, notes = join_measurements(add_axes(loaded.records), loaded.measurements)
     study = make_study(records, loaded.axes)
-    metrics = _select_metrics(study, metric, is_tuned=bool(loaded.tunings))
+    metrics = _select_metrics(study, metric, is_selected=bool(loaded.tunings) or any(map(_has_best, records)))
     check_conditions(records, metrics)
     selected_axes = _select_axes(study, x)
     baseline_axes = read_baseline(study, baseline)
@@ -121,10 +127,15 @@ def build_page(
     )
 
 
-def _select_metrics(study: Study, names: Sequence[str] | None, is_tuned: bool) -> list[str]:
+def _has_best(record: RunRecord) -> bool:
+    """True if metrics of a run are those of the weights that validation has chosen."""
+    return any(each.get(WEIGHTS) == "best" for each in (record.settings, *record.conditions.values()))
+
+
+def _select_metrics(study: Study, names: Sequence[str] | None, is_selected: bool) -> list[str]:
     available = study.metrics
-    # Validation has chosen the values of a tuned axis.
-    defaults = reversed(ACCURACIES) if is_tuned else ACCURACIES
+    # Validation has chosen the values of a tuned axis, or the best weights.
+    defaults = reversed(ACCURACIES) if is_selected else ACCURACIES
     # If no run has finished, any metric is accepted: the report then contains the errors of the runs.
     selected = list(dict.fromkeys(names or [name for name in defaults if name in available or not available][:1]))
     if not selected or (available and set(selected) - set(available)):

@@ -29,6 +29,8 @@ from lpc_lightning.evaluation.report.runs.settings import WEIGHTS, as_value
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
 
 ABLATION, CELL, CELLS = "ablation.json", "cell.json", "cells"
+SCORE_PREFIXES = ("val/", "test/", "lm_eval/")
+"""Prefixes of metrics that depend on the weights at their time."""
 
 
 def load_ablation(folder: Path) -> Loaded:
@@ -89,9 +91,14 @@ def load_cell(folder: Path) -> Loaded:
     )
     if (folder / RESULTS).is_file():
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        metrics = {**logged.metrics, **numeric_metrics(results["metrics"])}
+        metrics = {**_of_weights(cell["weights"], logged.metrics), **numeric_metrics(results["metrics"])}
         parameters = {name: int(count) for name, count in (results.get("parameters") or {}).items()}
         record = replace(record, metrics=metrics, parameters=parameters)
     elif cell["status"] == FINISHED:
         record = replace(record, status="failed", error=f"The cell is finished, but {RESULTS} is missing.")
     return Loaded(records=(record,))
+
+
+def _of_weights(weights: str, logged: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that a fit has logged of these weights. Scores of a fit are those of its last weights."""
+    return {name: value for name, value in logged.items() if weights == "last" or not name.startswith(SCORE_PREFIXES)}

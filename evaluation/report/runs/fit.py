@@ -101,7 +101,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_curves(path: Path) -> dict[str, tuple[float, Curve]]:
-    """Read Lightning's `metrics.csv`. If a step has several values of a metric, the last one is used.
+    """Read Lightning's `metrics.csv`.
+
+    If a step has several values of a metric, a curve takes the first one: `validate` after a fit logs the scores of the
+    best checkpoint at the last step of the fit.
 
     Returns:
         By metric: the last value, which may be NaN, and the finite values by step. Empty if there is no such file or
@@ -109,7 +112,8 @@ def read_curves(path: Path) -> dict[str, tuple[float, Curve]]:
     """
     if not path.is_file():
         return {}
-    metrics: dict[str, dict[int, float]] = {}
+    last: dict[str, float] = {}
+    curves: dict[str, dict[int, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
@@ -120,8 +124,9 @@ def read_curves(path: Path) -> dict[str, tuple[float, Curve]]:
         for row in rows:
             for index, name in columns:
                 if index < len(row) and row[index] and row[step]:
-                    metrics.setdefault(name, {})[int(float(row[step]))] = float(row[index])
-    return {name: (list(values.values())[-1], _curve(values)) for name, values in metrics.items()}
+                    last[name] = float(row[index])
+                    curves.setdefault(name, {}).setdefault(int(float(row[step])), last[name])
+    return {name: (last[name], _curve(values)) for name, values in curves.items()}
 
 
 def _curve(values: Mapping[int, float]) -> Curve:

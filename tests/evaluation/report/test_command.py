@@ -266,6 +266,15 @@ def test_report_selects_metrics_axes_and_baseline(write_ablation: Write, tmp_pat
 
 
 @pytest.mark.slow
+def test_default_metric_is_none_that_chose_the_weights(write_ablation: Write, tmp_path: Path) -> None:
+    folder = write_ablation({"rate": [0.6]}, [1], lambda rate, seed: rate)
+    for weights, metric in (("last", "val/rewards/accuracies"), ("best", "test/rewards/accuracies")):
+        (cell,) = folder.glob("cells/*/cell.json")
+        cell.write_text(json.dumps(json.loads(cell.read_text()) | {"weights": weights}))
+        report([str(folder)], out=str(tmp_path / weights))
+        assert {row["metric"] for row in rows(tmp_path / weights / "means.csv")} == {metric}
+
+
 def test_report_replaces_an_earlier_one(write_ablation: Write, tmp_path: Path) -> None:
     """Nothing of the earlier report stays. Files that no report has written do, also in plots/."""
     values = {"none": 0.5, "marginal": 0.6}

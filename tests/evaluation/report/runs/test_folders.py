@@ -115,6 +115,18 @@ def test_load_ablation_null_metric(write_ablation: Callable[..., Path]) -> None:
     assert math.isnan(record.metrics["val/rewards/accuracies"])
 
 
+def test_load_cell_of_best_weights(write_ablation: Callable[..., Path]) -> None:
+    """What the fit alone has logged are scores of its last weights, and its last validation is not that of the best."""
+    folder = write_ablation({"rate": [0.6]}, [1], lambda rate, seed: rate)
+    (cell,) = folder.glob("cells/*")
+    (cell / "cell.json").write_text(json.dumps(json.loads((cell / "cell.json").read_text()) | {"weights": "best"}))
+    header = "epoch,step,train/loss,val/training/wrong_label_auroc/prior,val/rewards/accuracies\n"
+    (cell / "run" / "metrics.csv").write_text(f"{header}0,3,0.6,,0.7\n0,7,0.5,0.8,0.55\n1,7,,,0.7\n")
+    (record,) = load_folders([str(folder)]).records
+    assert set(record.metrics) == {"train/loss", "val/rewards/accuracies", "test/rewards/accuracies"}
+    assert record.curves["val/rewards/accuracies"].values == (0.7, 0.55)
+
+
 def test_load_cell_finished_without_results(write_ablation: Callable[..., Path]) -> None:
     folder = write_ablation({"rate": [0.1]}, [1], lambda rate, seed: rate)
     (path,) = folder.glob("cells/*/results.json")
@@ -150,7 +162,7 @@ def test_load_folders_broken_file(text: str, tmp_path: Path) -> None:
 # Curves
 
 
-def test_read_curves_last_value_of_each_step(tmp_path: Path) -> None:
+def test_read_curves_first_value_of_each_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text(
         "epoch,step,train/loss,val/loss,lr-AdamW\n0,0,0.7,,1\n0,0,,0.9,\n0,0,,0.8,\n0,5,nan,,1\n0,9,0.5,,1\n0,9,,nan,\n"
@@ -160,7 +172,7 @@ def test_read_curves_last_value_of_each_step(tmp_path: Path) -> None:
     assert curves["train/loss"] == (0.5, Curve((0, 9), (0.7, 0.5)))
     last, curve = curves["val/loss"]
     assert math.isnan(last)
-    assert curve == Curve((0,), (0.8,))
+    assert curve == Curve((0,), (0.9,))
 
 
 @pytest.mark.parametrize("text", ["", "epoch,loss\n0,1\n"])
