@@ -124,7 +124,7 @@ def ablate(
         _print_summary(planned, changed_grid, folder)
     selected = planned.cells if cell is None else [planned.cells[cell]]
     is_complete = planned.is_complete or cell is not None
-    return is_complete and all(each.folder.is_finished or each.is_diverged_tuning for each in selected)
+    return is_complete and all(map(stages.is_finished, selected))
 
 
 def _print_array(name: str, command: Sequence[str], cells: Sequence[PlannedCell]) -> None:

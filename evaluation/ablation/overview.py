@@ -16,6 +16,8 @@ from lpc_lightning.evaluation.ablation.grids.tuning import Choice, Tuning, mean_
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.files.json_files import write_json
 
+TUNING = "tuning.json"
+
 
 def write_overview(output: Path, grid: Grid, command: str) -> None:
     """Write a description of the grid. Axis values of earlier commands in the same folder are kept.
@@ -26,7 +28,7 @@ def write_overview(output: Path, grid: Grid, command: str) -> None:
         command: The command that runs the grid.
 
     Raises:
-        ConfigError: The folder has a grid with other axes, or results under a tuning seed.
+        ConfigError: The folder has a grid with other axes, or a seed would both tune and have results.
     """
     path = output / "ablation.json"
     output.mkdir(parents=True, exist_ok=True)
@@ -44,6 +46,12 @@ def _update(path: Path, grid: Grid, command: str) -> None:
         )
     tune = grid.tune
     tuning_seeds = [] if tune is None else [to_text(seed) for seed in tune.seeds]
+    seeds = next((axis.values for axis in grid.axes if axis.name == "seed"), ())
+    if used := sorted({to_text(seed) for seed in seeds} & _earlier_tuning_seeds(path.with_name(TUNING))):
+        raise ConfigError(
+            f"seed: found {', '.join(used)}, which tuned the results in {path.parent}, expected other seeds, or "
+            "another folder (--output): results of a seed that was used for tuning are biased."
+        )
     if used := [seed for seed in before["axes"].get("seed", []) if to_text(seed) in tuning_seeds]:
         raise ConfigError(
             f"tune.seeds: found {', '.join(map(str, used))}, which the results in {path.parent} have, expected other "
@@ -61,6 +69,12 @@ def _update(path: Path, grid: Grid, command: str) -> None:
     write_json(path, overview)
 
 
+def _earlier_tuning_seeds(path: Path) -> set[str]:
+    """Return the seeds of all tunings in a folder, as texts."""
+    groups = json.loads(path.read_text(encoding="utf-8"))["groups"] if path.exists() else []
+    return {to_text(seed) for group in groups for seed in group["tune"]["seeds"]}
+
+
 def _values(axis: Axis, earlier_values: list[Any]) -> list[Any]:
     return [*axis.values, *(value for value in earlier_values if value not in axis.values)]
 
@@ -75,7 +89,7 @@ def write_choices(output: Path, tune: Tuning, choices: Sequence[Choice]) -> None
         tune: The section `tune` of the grid.
         choices: The tuning of each group.
     """
-    path = output / "tuning.json"
+    path = output / TUNING
     groups = [{"axes": dict(choice.group), "tune": tune.describe(), **_tuned(choice, tune)} for choice in choices]
     with FileLock(output / "lock"):
         before = json.loads(path.read_text(encoding="utf-8"))["groups"] if path.exists() else []

@@ -28,8 +28,18 @@ class Stages:
         return make_plan(self.output, self.grid, self.weights, self.keep_stale)
 
     def to_run(self, cells: Sequence[PlannedCell]) -> list[PlannedCell]:
+        """Return those of the cells that have to run now: tuning cells first, whose outcome may change the others."""
+        waiting = self.waiting(cells)
+        return [cell for cell in waiting if cell.folder.is_tuning] or waiting
+
+    def waiting(self, cells: Sequence[PlannedCell]) -> list[PlannedCell]:
         """Return those of the cells that have to run."""
         return [cell for cell in cells if cell.needs_run(self.retry_failed, self.keep_stale)]
+
+    def is_finished(self, cell: PlannedCell) -> bool:
+        """True if a cell is finished and does not have to run again, or has diverged while tuning."""
+        has_ended = cell.folder.is_finished or cell.is_diverged_tuning
+        return has_ended and not cell.needs_run(retry_failed=False, keep_stale=self.keep_stale)
 
     def run(self, run_cells: Callable[[Sequence[PlannedCell], int], None], number: int | None = None) -> Plan:
         """Run the cells of all stages.
@@ -54,7 +64,7 @@ class Stages:
             to_run = self.to_run(new)
             if attempted and not to_run:
                 return plan
-            run_cells(to_run, len(new) - len(to_run))
+            run_cells(to_run, len(new) - len(self.waiting(new)))
             if not to_run:
                 return plan
             attempted |= {cell.folder.path for cell in to_run}

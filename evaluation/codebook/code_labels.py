@@ -29,7 +29,7 @@ class ColumnMatch:
     nmi: float
     """Normalized mutual information, 0 to 1."""
     nmi_shuffled: float
-    """Its value for shuffled values: chance."""
+    """Its value for values that are shuffled between prompts: chance."""
     purity: float
     """Share of pairs that have the most frequent value of their code."""
 
@@ -51,12 +51,15 @@ class CodeLabel:
     """Pairs of the code with any value."""
 
 
-def match_columns(codes: Mapping[str, NDArray[np.int64]], columns: Mapping[str, Sequence[str]]) -> list[ColumnMatch]:
+def match_columns(
+    codes: Mapping[str, NDArray[np.int64]], columns: Mapping[str, Sequence[str]], prompts: Sequence[str]
+) -> list[ColumnMatch]:
     """Compare codes with columns, the best match first, ties as given. Columns of fewer than two values are left out.
 
     Args:
         codes: (n,) code of each pair, by the way of choosing it.
         columns: (n,) value of each pair, by column. Pairs with an empty value are left out.
+        prompts: (n,) prompt of each pair.
     """
     matches = []
     for column, values in columns.items():
@@ -66,7 +69,9 @@ def match_columns(codes: Mapping[str, NDArray[np.int64]], columns: Mapping[str, 
             continue
         for codes_by, chosen in codes.items():
             pair = chosen[members], labels[members]
-            chance = shuffled_mean(normalized_information, *pair, seed=derive("label", column, codes_by))
+            chance = shuffled_mean(
+                normalized_information, *pair, np.array(prompts)[members], seed=derive("label", column, codes_by)
+            )
             matches.append(ColumnMatch(column, codes_by, normalized_information(*pair), chance, purity(*pair)))
     # Rounded: two columns with the same groups of pairs differ by the shuffles alone.
     return sorted(matches, key=lambda match: -round(match.nmi - match.nmi_shuffled, 2))

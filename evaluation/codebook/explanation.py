@@ -187,7 +187,8 @@ class ExplanationPairs(nn.Module):
         prior, margins = np.exp(join_codes(columns, "log_prior")), join_codes(columns, "margin")
         likeliest = prior.argmax(1)
         by_choice = {"prior": likeliest, "exact posterior": columns["exact_code"].astype(np.int64)}
-        matches = match_columns(by_choice, {name: [row[name] for row in rows] for name in COLUMNS})
+        columns_of_pairs = {name: [row[name] for row in rows] for name in COLUMNS}
+        matches = match_columns(by_choice, columns_of_pairs, [row["prompt"] for row in rows])
         labels: dict[int, CodeLabel] = {}
         if matches and matches[0].names_codes:
             best = matches[0]

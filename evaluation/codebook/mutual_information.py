@@ -39,31 +39,45 @@ def normalized_information(first: ArrayLike, second: ArrayLike) -> float:
     return 0.0 if 0.0 in entropies else 2 * mutual_information(first, second) / sum(entropies)
 
 
-def shuffled_information(first: ArrayLike, second: ArrayLike, seed: int, times: int = 20) -> float:
+def shuffled_information(first: ArrayLike, second: ArrayLike, prompts: ArrayLike, seed: int, times: int = 20) -> float:
     """Compute the mean mutual information after shuffling one of the labels; see `shuffled_mean`."""
-    return shuffled_mean(mutual_information, first, second, seed, times)
+    return shuffled_mean(mutual_information, first, second, prompts, seed, times)
 
 
 def shuffled_mean(
     statistic: Callable[[ArrayLike, ArrayLike], float],
     first: ArrayLike,
     second: ArrayLike,
+    prompts: ArrayLike,
     seed: int,
     times: int = 20,
 ) -> float:
     """Compute the mean of a statistic after shuffling one of the labels: its value for unrelated labels.
 
+    Labels are exchanged between prompts. The prior's code is the same for all pairs of a prompt, and other labels often
+    are, too: if pairs were shuffled one by one, labels that depend on the prompt alone would seem related. The labels
+    of a prompt with fewer pairs than the one that gets them are repeated.
+
     Args:
         statistic: Function of two labels of the same items.
         first: (n,) labels.
         second: (n,) labels.
+        prompts: (n,) prompt of each item.
         seed: Seed of the shuffles. Global random states are not changed.
         times: Number of shuffles to average over.
     """
     # Integer codes: sorting strings again in every repetition would take seconds.
-    first_codes, second_codes = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (first, second))
+    one, other, prompt = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (first, second, prompts))
+    sizes = np.bincount(prompt)
+    starts, by_prompt = sizes.cumsum() - sizes, prompt.argsort(kind="stable")
+    place = np.empty_like(prompt)  # of an item among those of its prompt
+    place[by_prompt] = np.arange(len(prompt)) - np.repeat(starts, sizes)
     generator = np.random.default_rng(seed)
-    return float(np.mean([statistic(first_codes, generator.permutation(second_codes)) for _ in range(times)]))
+    values = []
+    for _ in range(times):
+        giver = generator.permutation(len(sizes))[prompt]
+        values.append(statistic(one, other[by_prompt[starts[giver] + place % sizes[giver]]]))
+    return float(np.mean(values))
 
 
 def contingency(first: ArrayLike, second: ArrayLike) -> NDArray[np.int64]:

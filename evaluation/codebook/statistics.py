@@ -193,8 +193,8 @@ def information(numbers: dict[str, Tensor], rows: list[Row]) -> dict[str, float]
 
     The labels are source, factor, annotator, and the difference of the answers' lengths in quartiles. Pairs without a
     label are left out. Labels with a single value are left out. There are three metrics per label: the estimate,
-    `_normalized` (0 to 1), and `_shuffled`, the estimate for shuffled labels. `_shuffled` is the part of the estimate
-    that is due to chance.
+    `_normalized` (0 to 1), and `_shuffled`, the estimate for labels that are shuffled between prompts. `_shuffled` is
+    the part of the estimate that is due to chance.
 
     Args:
         numbers: (n,) `length_difference` in tokens, and the likeliest codes. The codes are those of the prior (`code`),
@@ -204,11 +204,11 @@ def information(numbers: dict[str, Tensor], rows: list[Row]) -> dict[str, float]
     labels = {name: np.array([row[name] for row in rows]) for name in LABELS}
     labels["length_difference"] = quantile_bins(numbers["length_difference"].numpy()).astype(str)
     metrics = {}
-    for prefix, name, codes, values in _codes_and_labels(numbers, labels):
+    for prefix, name, codes, values, prompts in _codes_and_labels(numbers, labels, rows):
         metric = f"{prefix}mutual_information/{name}"
         metrics[metric] = mutual_information(codes, values)
         metrics[f"{metric}_normalized"] = normalized_information(codes, values)
-        metrics[f"{metric}_shuffled"] = shuffled_information(codes, values, seed=derive(metric))
+        metrics[f"{metric}_shuffled"] = shuffled_information(codes, values, prompts, seed=derive(metric))
     return metrics
 
 
@@ -216,32 +216,33 @@ def recovery(numbers: dict[str, Tensor], rows: list[Row]) -> dict[str, float]:
     """Compute how well the likeliest codes predict the factor or the annotator of a pair.
 
     The metrics are `codebook/matched/LABEL` and `codebook/purity/LABEL`. Each has a `_shuffled` metric, its value for
-    shuffled labels. Labels, pairs and arguments are those of `information`. The `_normalized` metric there is a third
-    measure of the same property.
+    labels that are shuffled between prompts. Labels, pairs and arguments are those of `information`. The `_normalized`
+    metric there is a third measure of the same property.
     """
     labels = {name: np.array([row[name] for row in rows]) for name in RECOVERABLE_LABELS}
     metrics = {}
-    for prefix, name, codes, values in _codes_and_labels(numbers, labels):
+    for prefix, name, codes, values, prompts in _codes_and_labels(numbers, labels, rows):
         for kind, statistic in STATISTICS.items():
             metric = f"codebook/{prefix}{kind}/{name}"
             metrics[metric] = statistic(codes, values)
-            metrics[f"{metric}_shuffled"] = shuffled_mean(statistic, codes, values, seed=derive(metric))
+            metrics[f"{metric}_shuffled"] = shuffled_mean(statistic, codes, values, prompts, seed=derive(metric))
     return metrics
 
 
 def _codes_and_labels(
-    numbers: dict[str, Tensor], labels: dict[str, NDArray[np.str_]]
-) -> Iterator[tuple[str, str, NDArray[np.int64], NDArray[np.str_]]]:
+    numbers: dict[str, Tensor], labels: dict[str, NDArray[np.str_]], rows: list[Row]
+) -> Iterator[tuple[str, str, NDArray[np.int64], NDArray[np.str_], NDArray[np.str_]]]:
     """Yield each kind of code with each label that has two values or more, over the pairs with that label.
 
     Yields:
-        The prefix of the code's metrics, the label's name, the codes, and the labels.
+        The prefix of the code's metrics, the label's name, the codes, the labels, and the prompts.
     """
+    prompts = np.array([row["prompt"] for row in rows])
     for column, prefix in METRIC_PREFIXES.items():
         for name, values in labels.items():
             members = values != ""
             if column in numbers and len(np.unique(values[members])) > 1:
-                yield prefix, name, numbers[column].long().numpy()[members], values[members]
+                yield prefix, name, numbers[column].long().numpy()[members], values[members], prompts[members]
 
 
 def _mean_distribution(mass: CodeMass) -> NDArray[np.float64] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Record, Weights
@@ -70,7 +70,8 @@ class CellProcess:
     def outcome(self) -> Record | None:
         """Wait for the end of the process, and return the cell's record. None if another command is running the cell.
 
-        If the process was killed before it could write the record, the record is written here.
+        If the process was killed before it could write the record, the record is written here. A record of earlier
+        settings or code stays as it is if the process ended before it began.
         """
         self._process.join()
         code = self._process.exitcode or 0
@@ -78,8 +79,10 @@ class CellProcess:
             return None
         folder = CellFolder(self.job.folder)
         record = folder.record()
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if code and record is not None and record.fingerprint != self.job.record.fingerprint:
+            return replace(self.job.record, status="stopped", error=f"{reason} before it began")
         if record is None or record.status == "running":
-            reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             record = folder.mark_stopped(record or self.job.record, "\n".join([folder.last_lines(), reason]).strip())
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.write(record)

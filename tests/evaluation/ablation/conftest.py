@@ -1,16 +1,19 @@
-"""Fixtures: a small grid of real fits, and its results without interruptions."""
+"""Fixtures: a small grid of real fits, its results without interruptions, and a tuned grid."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from filelock import FileLock
 
 from lpc_lightning.evaluation.ablation.command import ablate
+from lpc_lightning.evaluation.ablation.grids.grid import Grid, read_grid
+from tests.fixtures.tuned_grid import AXES, TUNE
 
 BASE = {
     "model": "DPO",
@@ -96,3 +99,16 @@ def uninterrupted(write_grid: Callable[[Path], Path], tmp_path_factory: pytest.T
         folder.mkdir(exist_ok=True)
         assert ablate([str(write_grid(folder))], output=str(folder / "out"), threads=1)
     return folder / "out"
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., Grid]:
+    """Function that reads the grid with changes of its section `tune` and of its other keys."""
+
+    def read(tune: dict[str, Any] | None = None, **content: Any) -> Grid:
+        path = tmp_path / "grid.yaml"
+        grid = {"base": ["--config=a.yaml"], "axes": AXES, "tune": {**TUNE, **(tune or {})}, **content}
+        path.write_text(yaml.safe_dump(grid, sort_keys=False))
+        return read_grid(path)
+
+    return read

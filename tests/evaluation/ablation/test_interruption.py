@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lpc_lightning.evaluation.ablation.cells.process import FORKED
+from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Record
+from lpc_lightning.evaluation.ablation.cells.process import FORKED, CellProcess, Job
 from lpc_lightning.evaluation.ablation.command import main
 
 pytestmark = pytest.mark.slow
@@ -205,3 +207,16 @@ def test_two_commands_share_cells(
     assert sorted(codes) in ([0, 0], [0, 1])
     assert read_results(grid.parent / "out") == expected(uninterrupted, read_results)
     assert all(record["attempts"] == 1 for record in records(grid).values())
+
+
+def test_cell_that_ends_before_it_begins(grid: Path, tmp_path: Path) -> None:
+    """Its results of earlier code are no results of this attempt, and stay."""
+    folder = CellFolder(tmp_path / "cell")
+    old = Record({"seed": 1}, 1, "earlier code", (), (), "last", status="finished")
+    folder.path.mkdir()
+    folder.write(old)
+    job = Job(folder.path, replace(old, fingerprint="code", status="running"), "last", 1, tmp_path / "no such folder")
+    record = CellProcess(job).outcome()
+    assert record is not None
+    assert (record.status, record.error) == ("stopped", "ended with exit code 1 before it began")
+    assert folder.record() == old

@@ -12,28 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation import plan as plan_module
 from lpc_lightning.evaluation.ablation.cells.folder import CellFolder
 from lpc_lightning.evaluation.ablation.command import ablate
-from lpc_lightning.evaluation.ablation.grids.grid import Grid, read_grid
+from lpc_lightning.evaluation.ablation.grids.grid import Grid
 from lpc_lightning.evaluation.ablation.overview import write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.stages import Stages
 from lpc_lightning.evaluation.report.runs.ablation import load_ablation
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
 from lpc_lightning.files.json_files import write_json
+from tests.fixtures.tuned_grid import AXES, BY, LR, TUNE
 
-BY = "val/rewards/accuracies"
-LR = "model.optimizer.init_args.lr"
-TUNE: dict[str, Any] = {"axis": "lr", "values": [1e-4, 3e-4, 1e-3, 3e-3], "seeds": [101, 102], "by": BY}
-AXES: dict[str, Any] = {
-    "latent": {"none": ["--latent=null"], "marginal": ["--latent=M"]},
-    "lr": {"key": LR},
-    "seed": {"values": [1, 2, 3], "key": "seed_everything"},
-}
 Score = Callable[[str, float, int], float | str]
 """The stand-in for a fit: latent, value and seed give a score, or the error of a failed cell."""
 
@@ -42,19 +34,6 @@ Score = Callable[[str, float, int], float | str]
 def arguments_as_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without code and files, whose fingerprints have tests of their own."""
     monkeypatch.setattr(plan_module, "cell_fingerprint", lambda arguments, weights: f"{' '.join(arguments)} {weights}")
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Callable[..., Grid]:
-    """Function that reads the grid with changes of its section `tune` and of its other keys."""
-
-    def read(tune: dict[str, Any] | None = None, **content: Any) -> Grid:
-        path = tmp_path / "grid.yaml"
-        grid = {"base": ["--config=a.yaml"], "axes": AXES, "tune": {**TUNE, **(tune or {})}, **content}
-        path.write_text(yaml.safe_dump(grid, sort_keys=False))
-        return read_grid(path)
-
-    return read
 
 
 def optimum(**best: float) -> Score:
@@ -239,6 +218,20 @@ def test_failed_tuning_cell_blocks_its_arm(read: Callable[..., Grid], engine: En
     assert plan.is_complete
 
 
+def test_tuning_settles_before_results_run(read: Callable[..., Grid], engine: Engine) -> None:
+    """A cell that failed in tuning is at an edge when it runs again: the wider range changes the choice of all arms."""
+    good: Score = lambda latent, value, seed: value if latent == "none" or value > 3e-3 else -value  # noqa: E731
+    failing = ("none", 3e-3, 102)
+    with pytest.raises(KeyboardInterrupt):  # while results of the other arm run
+        engine(read(), lambda *cell: "OSError: disk full" if cell == failing else good(*cell), kill_after=19)
+    engine.started.clear()
+    engine(read(), good, retry_failed=True)
+    ran = [name for name in engine.started if "lr=" not in name]
+    assert engine.started[0] == "latent=none,lr=0.003,seed=102"
+    assert set(ran) == {f"latent={latent},seed={seed}" for latent in AXES["latent"] for seed in (1, 2, 3)}
+    assert engine.started.index(ran[0]) == len(engine.started) - len(ran)
+
+
 @pytest.mark.parametrize("outcome", ["nan", nan])
 def test_diverged_value_is_not_chosen(read: Callable[..., Grid], engine: Engine, outcome: float | str) -> None:
     """The value is tried, so that the one below it is not at an edge."""
@@ -381,69 +374,8 @@ def test_seed_of_results_is_no_tuning_seed(read: Callable[..., Grid], engine: En
     with pytest.raises(ConfigError, match="found 2, which the axis seed also has"):
         read({"seeds": [2, 101]})
     engine(read(), optimum(none=1e-3, marginal=1e-3))
+    with pytest.raises(ConfigError, match=r"seed: found 101, which tuned the results in .*out, expected other seeds"):
+        engine(read({"seeds": [111]}, axes=AXES | {"seed": AXES["seed"] | {"values": [1, 101]}}), optimum(none=1e-3))
     one = {"values": [1], "key": "seed_everything"}
     with pytest.raises(ConfigError, match=r"tune\.seeds: found 3, which the results in .*out have"):
         engine(read({"seeds": [3, 4]}, axes=AXES | {"seed": one}), optimum(none=1e-3, marginal=1e-3))
-
-
-@pytest.mark.parametrize("argument", [f"--{LR}=1e-5", "--model.optimizer.lr=1e-5"])
-def test_arm_has_no_value_of_its_own(read: Callable[..., Grid], argument: str) -> None:
-    latent = {"none": ["--latent=null"], "marginal": ["--latent=M", argument]}
-    with pytest.raises(ConfigError, match=r"axes\.latent\.marginal: found --model.*, which sets the tuned axis lr"):
-        read(axes={**AXES, "latent": latent})
-    with pytest.raises(ConfigError, match=r"base: found --model.*, which sets the tuned axis lr"):
-        read(base=[argument])
-    with pytest.raises(ConfigError, match=r"change: found --model.*, which sets the tuned axis lr"):
-        read().with_changes([argument.removeprefix("--")])
-    with pytest.raises(ConfigError, match=r"skip: found .*, expected values for some of latent, seed"):
-        read(skip=[{"latent": "none", "lr": [3e-3]}])
-
-
-def test_cells_run_under_their_own_seeds(read: Callable[..., Grid]) -> None:
-    message = r"{}: found --seed_everything=7, which replaces --seed_everything=1 of the axis seed, .* \(seed=VALUE\)"
-    with pytest.raises(ConfigError, match=message.format(r"tune\.arguments")):
-        read({"arguments": ["--seed_everything=7"]})
-    with pytest.raises(ConfigError, match=message.format("change")):
-        read().with_changes(["seed_everything=7"])
-
-
-def test_tuned_value_comes_after_config_files(read: Callable[..., Grid]) -> None:
-    """A config file of an arm may contain a learning rate."""
-    grid = read().with_changes(["model=configs/algorithm/ipo.yaml"])
-    assert [cell.arguments[-1] for cell in grid.tuning_cells(1e-3)] == [f"--{LR}=0.001"] * 4
-
-
-@pytest.mark.parametrize(
-    ("tune", "message"),
-    [
-        ({"values": [1e-3, 1e-4]}, r"tune\.values: found 0.001, 0.0001, expected positive numbers in rising order"),
-        ({"values": [0, 1e-3]}, "expected positive numbers"),
-        ({"values": ["a"]}, "expected positive numbers"),
-        ({"values": 1e-3}, r"tune\.values: found 0.001, expected a list"),
-        ({"seeds": [101, 101]}, r"tune\.seeds: found 101, 101, expected at least one seed, each seed once"),
-        ({"by": "test/rewards/accuracies"}, r"tune\.by: found test/.*, expected a validation metric"),
-        ({"mode": "most"}, r"tune\.mode: found most, expected max or min"),
-        ({"widen": -1}, r"tune\.widen: found -1"),
-        ({"arguments": ["lr=1"]}, r"tune\.arguments"),
-        ({"arguments": [f"--{LR}=1"]}, r"tune\.arguments: found --model.*, which sets the tuned axis lr"),
-        ({"axis": "rate"}, r"axes\.rate: found no such axis, expected key or arguments alone"),
-        ({"axis": "seed"}, r"axes\.seed: found values, key, expected key or arguments alone"),
-        ({"best": 1}, r"tune: found axis, values, seeds, by, best, expected axis, values, seeds, by, and optionally"),
-    ],
-)
-def test_read_tuning_rejects_invalid_content(read: Callable[..., Grid], tune: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        read(tune)
-
-
-def test_tuning_needs_an_axis_of_seeds(read: Callable[..., Grid]) -> None:
-    with pytest.raises(ConfigError, match="tune: found no axis seed"):
-        read(axes={name: axis for name, axis in AXES.items() if name != "seed"})
-
-
-def test_changes_of_the_section(read: Callable[..., Grid]) -> None:
-    tune = read().with_changes(["lr=1e-4,1e-2", "tune.seeds=7", "tune.widen=0"]).tune
-    assert tune is not None
-    assert (tune.axis.values, tune.seeds, tune.widen) == ((1e-4, 1e-2), (7,), 0)
-    with pytest.raises(ConfigError, match=r"found tune\.seed, expected values, seeds, by"):
-        read().with_changes(["tune.seed=7"])

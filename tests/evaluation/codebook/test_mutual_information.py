@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
 from lpc_lightning.evaluation.codebook.mutual_information import (
@@ -15,6 +16,7 @@ from lpc_lightning.evaluation.codebook.mutual_information import (
     normalized_information,
     quantile_bins,
     shuffled_information,
+    shuffled_mean,
 )
 
 
@@ -75,16 +77,45 @@ def test_shuffled_information_equals_bias() -> None:
     draw = np.random.default_rng(0)
     one, other = draw.integers(0, 8, 1000), draw.integers(0, 5, 1000)
     bias = 7 * 4 / 2000
-    assert shuffled_information(one, other, seed=1, times=400) == pytest.approx(bias, rel=0.05)
+    assert shuffled_information(one, other, range(1000), seed=1, times=400) == pytest.approx(bias, rel=0.05)
     assert mutual_information(one, other) == pytest.approx(bias, rel=0.6)
-    assert shuffled_information(one, one, seed=1, times=400) == pytest.approx(7 * 7 / 2000, rel=0.05)
+    assert shuffled_information(one, one, range(1000), seed=1, times=400) == pytest.approx(7 * 7 / 2000, rel=0.05)
+
+
+def test_shuffled_information_of_labels_by_prompt() -> None:
+    """Random labels of 40 prompts with 4 to 8 pairs: chance is high, and shuffled pairs would miss most of it."""
+    draw = np.random.default_rng(4)
+    prompts = np.repeat(np.arange(40), draw.integers(4, 9, 40))
+    found = []
+    for seed in range(20):
+        one, other = draw.integers(0, 8, 40)[prompts], draw.integers(0, 5, 40)[prompts]
+        order = draw.permutation(len(prompts))
+        chance = shuffled_information(one[order], other[order], prompts[order], seed)
+        found.append((mutual_information(one, other), chance, shuffled_information(one, other, range(len(one)), seed)))
+    value, chance, by_pair = np.mean(found, axis=0)
+    assert chance == pytest.approx(value, rel=0.1)
+    assert by_pair < value / 3
+
+
+def test_labels_are_shuffled_between_prompts() -> None:
+    """Two prompts: either each keeps its labels, or they exchange them, repeated where the other has more pairs."""
+    seen = set[tuple[int, ...]]()
+
+    def look(_: ArrayLike, second: ArrayLike) -> float:
+        seen.add(tuple(np.asarray(second).tolist()))
+        return 0.0
+
+    for seed in range(20):
+        shuffled_mean(look, range(5), list("abcde"), list("xyxxy"), seed, times=1)
+    assert seen == {(0, 1, 2, 3, 4), (1, 0, 4, 1, 2)}
 
 
 def test_shuffled_information_depends_on_seed_only() -> None:
     one, other = labels_from_counts([[3, 4], [5, 6]])
     before = np.random.get_state()[1].tolist()  # type: ignore[index]
-    assert shuffled_information(one, other, seed=2**62) == shuffled_information(one, other, seed=2**62)
-    assert shuffled_information(one, other, seed=2) != shuffled_information(one, other, seed=3)
+    drawn = [shuffled_information(one, other, range(18), seed) for seed in (2**62, 2**62, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert drawn[2] != drawn[3]
     assert np.random.get_state()[1].tolist() == before  # type: ignore[index]
 
 

@@ -143,7 +143,7 @@ def test_information_of_codes_equal_to_source() -> None:
     object.__setattr__(evaluated["terms"], "prior", torch.eye(CODES).repeat(100, 1).clamp_min(1e-9).log())
     space = FixedPosteriorSpace(None)
     statistics = CodebookStatistics(space)
-    statistics.update(evaluated, batch, space)
+    statistics.update(evaluated, replace(batch, prompts=tuple(map(str, range(400)))), space)
     report = statistics.collect()
     assert report.metrics["mutual_information/source"] == pytest.approx(math.log(CODES))
     assert report.metrics["mutual_information/source_normalized"] == pytest.approx(1)
