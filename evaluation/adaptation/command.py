@@ -67,7 +67,7 @@ def adapt(
     if the probability of the label is above 1/2. `exact, under z` scores the policy under the mixture z of the codes
     instead, which `generate` uses. It is the only adaptation of a Gaussian latent, whose weights are the mean of the
     posterior's means over the labelled pairs. A policy without codes, such as plain DPO, has nothing to
-    adapt and is shown as a level.
+    adapt: its scores depend on the number of labels only because annotators with too few are left out.
 
     If all pairs have the same two answers, such as "I agree." and "I disagree.", two baselines use labels alone: the
     majority of the annotator's labelled pairs, and the majority of other annotators' labels of the same prompt.

@@ -58,8 +58,9 @@ def table(reports: Mapping[str, AdaptationReport], shots: Sequence[int]) -> str:
             cells = [score(entry.accuracy, entry.standard_error) if (entry := scores.get(n)) else "-" for n in numbers]
             rows.append([name, ROW_NAMES.get(inference, inference), *cells])
         for baseline, entry in report.baselines.items():
-            level = score(entry.accuracy, entry.standard_error)
-            rows.append([name, ROW_NAMES[baseline], level, *["-"] * (len(numbers) - 1)])
+            scores = {0: entry, **(_without_codes(report) if baseline == "prior" else {})}
+            cells = [score(each.accuracy, each.standard_error) if (each := scores.get(n)) else "-" for n in numbers]
+            rows.append([name, ROW_NAMES[baseline], *cells])
     return markdown_table(["model", "codes by", *(f"given {n}" for n in numbers)], rows, left=2)
 
 
@@ -96,7 +97,7 @@ def panels(reports: Mapping[str, AdaptationReport]) -> dict[str, list[Line]]:
     inferences = dict.fromkeys(name for report in reports.values() for name in _curves(report))
     return {
         ROW_NAMES.get(inference, inference): [
-            score_line(name, _curves(report)[inference]) if report.mixtures else _level(name, report.baselines["prior"])
+            score_line(name, _without_codes(report) or _curves(report)[inference])
             for name, report in reports.items()
             if not report.mixtures or inference in _curves(report)
         ]
@@ -104,8 +105,13 @@ def panels(reports: Mapping[str, AdaptationReport]) -> dict[str, list[Line]]:
     }
 
 
+def _without_codes(report: AdaptationReport) -> Mapping[int, Score]:
+    """Return the scores of a policy that cannot adapt, on the pairs of the annotators with enough labels. Else none."""
+    return {} if report.mixtures else report.scores["exact"]
+
+
 def _curves(report: AdaptationReport) -> Mapping[str, Mapping[int, Score]]:
-    """Return the scores by inference, or none for a policy that cannot adapt, which is shown as a level."""
+    """Return the scores by inference, or none for a policy that cannot adapt."""
     if not report.mixtures:
         return {}
     return {name: scores for name, scores in report.scores.items() if name != "exact" or report.weights}

@@ -33,7 +33,7 @@ def draw_adaptation(
     """Draw lines over the number of labelled pairs.
 
     Args:
-        panels: Lines by the panel's title, positioned by `to_position`. A policy without codes is a level.
+        panels: Lines by the panel's title, positioned by `to_position`.
         shots: Numbers of labelled pairs that get a tick.
         ceiling: The best accuracy that is possible given the annotator. None: not known, not drawn.
         metric: Label of the vertical axis.

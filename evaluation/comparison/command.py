@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import remarks
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS
-from lpc_lightning.evaluation.comparison.comparison import compare, to_markdown, write_comparison
+from lpc_lightning.evaluation.comparison.comparison import compare, holds_no_other_model, to_markdown, write_comparison
 from lpc_lightning.evaluation.comparison.model_scores import ModelScores, scores_of
 from lpc_lightning.evaluation.comparison.one_model import describe, evaluate_model
 from lpc_lightning.evaluation.comparison.request import EvalRequest
@@ -72,9 +72,9 @@ def evaluate(
     same settings are read and not computed again. If a folder has results of other settings, weights or preference
     pairs, it keeps them, and the new ones go to NAME-2. Commands that run together keep their results apart. After an
     interruption or a failure, run the same command again to complete the results. With several models, the first is the
-    baseline of OUTPUT/comparison.md, .csv and .json. These files have the differences to the baseline and their
-    significance: McNemar's exact test, or sign flips of items, or of whole prompts where preference pairs share one,
-    corrected by Holm.
+    baseline of OUTPUT/comparison.md, .csv and .json, or of comparison-2 if those files compare other models. They have
+    the differences to the baseline and their significance: McNemar's exact test, or sign flips of items, or of whole
+    prompts where preference pairs share one, corrected by Holm.
 
     Args:
         models: Models to evaluate, the baseline first: checkpoints (runs/version_0/checkpoints/best.ckpt), exported
@@ -139,7 +139,7 @@ def evaluate(
     request.check()
     warn_of_slow_products(device_type(device), request.precision, PRECISION_ADVICE)
     model_scores, failures = list[ModelScores](), list[str]()
-    with claim_name(Path(output), "comparison") if len(named_models) > 1 else nullcontext("") as comparison_name:
+    with _claim_comparison(Path(output), named_models) as comparison_name:
         for number, (name, model) in enumerate(named_models, 1):
             if number > 1:
                 _free_memory()
@@ -196,6 +196,14 @@ def table(results: BenchmarkResults) -> str:
     ]
     rows += [[task, "failed", "-", "-"] for task in results.failures]
     return markdown_table(["task", "metric", "score", "items"], rows, left=2)
+
+
+def _claim_comparison(output: Path, named_models: Sequence[tuple[str, str]]) -> AbstractContextManager[str]:
+    """Return a context with the name for a comparison's files. A comparison of other models in the folder stays."""
+    if len(named_models) == 1:
+        return nullcontext("")
+    models = [name for name, _ in named_models]
+    return claim_name(output, "comparison", lambda name: holds_no_other_model(output / f"{name}.json", models))
 
 
 def _compare(model_scores: Sequence[ModelScores], output: Path, name: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.evaluation.benchmarks.results import to_json_value
 from lpc_lightning.evaluation.comparison.model_scores import Measure, ModelScores
 from lpc_lightning.evaluation.statistics.significance import PairedTest, holm, paired_test
 from lpc_lightning.evaluation.tables import p_value, score
@@ -175,9 +177,19 @@ def to_rows(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
+def holds_no_other_model(path: Path, models: Sequence[str]) -> bool:
+    """Return True if a comparison in a JSON file is of some of these models, or if there is no file."""
+    try:
+        return {row["model"] for row in json.loads(path.read_text(encoding="utf-8"))} <= set(models)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def write_comparison(folder: Path, comparison: Comparison, name: str = "comparison") -> None:
     """Write `comparison.md`, `comparison.csv` and `comparison.json` into an existing folder, or under another name."""
     rows = to_rows(comparison)
     write_text(folder / f"{name}.md", to_markdown(comparison) + "\n")
-    write_json(folder / f"{name}.json", rows)
+    write_json(folder / f"{name}.json", to_json_value(rows))
     write_csv(folder / f"{name}.csv", rows, NAMES)

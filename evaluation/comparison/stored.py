@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -81,12 +81,14 @@ def _of_other_pairs(results: BenchmarkResults | None, versions: Mapping[str, str
 
 
 @contextmanager
-def claim_name(output: Path, name: str) -> Iterator[str]:
-    """Yield a name for files in a folder: `name`, or `name-2` and so on if another command writes files of that name.
+def claim_name(output: Path, name: str, is_free: Callable[[str], bool]) -> Iterator[str]:
+    """Yield a name for files in a folder: `name`, or `name-2` and so on if that name is taken.
 
     Args:
         output: The folder. It is made.
         name: The name without its ending.
+        is_free: Function that returns False for a name whose files must stay. Names of files that another command
+            writes are taken, too.
     """
     output.mkdir(parents=True, exist_ok=True)
     for number in count(1):
@@ -94,8 +96,9 @@ def claim_name(output: Path, name: str) -> Iterator[str]:
         lock = FileLock(output / f".{free}.md.lock", timeout=0)
         try:
             with lock:
-                yield free
-                return
+                if is_free(free):
+                    yield free
+                    return
         except Timeout:
             continue
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lpc_lightning.evaluation.adaptation.inference import INFERENCES, OWN_MAJORITY
 from lpc_lightning.evaluation.adaptation.pairs import ADAPTED, OTHERS_MAJORITY, SHARE
@@ -43,12 +44,14 @@ def _plot(study: Study, stage: str, inference: str, shots: Sequence[int]) -> Plo
     title = f"{TITLE}: {inference}, {stage}"
     family = f"{stage}/adaptation"
     panels = _panels(study, family, inference, shots)
-    ceilings = [mean.mean for group in study.groups if (mean := group.estimate(f"{family}/ceiling"))]
-    figure = draw_adaptation(panels, shots, max(ceilings, default=None), f"{family}/{inference}")
+    ceilings = {mean.mean for group in study.groups if (mean := group.estimate(f"{family}/ceiling"))}
+    ceiling = ceilings.pop() if len(ceilings) == 1 else None
+    figure = draw_adaptation(panels, shots, ceiling, f"{family}/{inference}")
     caption = (
         f"Mean over seeds. {BAND} A policy without a latent has nothing to infer. With 0 labelled pairs, the weights "
         "of the codes are the prior. Majority labels use no policy: of the labelled pairs, and of other annotators on "
-        "the same prompt. Dotted: the best accuracy that is possible given the annotator, if the data gives it."
+        "the same prompt. Dotted: the best accuracy that is possible given the annotator, if the data gives it and all "
+        "groups have the same."
         f"{describe_cut(panels)}{_describe_shares(study, family, shots)}"
     )
     name = file_name(f"{family}/{inference}")
@@ -76,12 +79,12 @@ def _panels(study: Study, family: str, inference: str, shots: Sequence[int]) -> 
 
     if DATA not in study.axes:
         panels = spread_panels(study, study.groups, (), make)
-        return {title: [*lines, *_majorities(study.groups, family, shots)] for title, lines in panels.items()}
+        return {title: [*lines, *_majorities(study, study.groups, family, shots)] for title, lines in panels.items()}
     members = {value: [group for group in study.groups if group.axes.get(DATA) == value] for value in study.axes[DATA]}
     by_data = {
         f"{DATA} = {value}": [
             *(line for group in groups if (line := make(study.label(group, DATA), [group]))),
-            *_majorities(groups, family, shots),
+            *_majorities(study, groups, family, shots, DATA),
         ]
         for value, groups in members.items()
     }
@@ -99,10 +102,30 @@ def _curve(label: str, group: Group, name: str, shots: Sequence[int]) -> Line | 
     return Line(label, [to_position(n) for n in means], list(means.values())) if means else None
 
 
-def _majorities(groups: Sequence[Group], family: str, shots: Sequence[int]) -> list[Line]:
-    """Return the lines of labels alone, which are the same for all groups on the same pairs."""
-    own = (_curve("own majority label", group, f"{family}/{OWN_MAJORITY}", shots) for group in groups)
-    others = (mean for group in groups if (mean := group.estimate(f"{family}/{OTHERS_MAJORITY}")))
-    lines = [next((line for line in own if line), None)]
-    lines += [Line("others' majority label", (), (), level=mean) for mean in list(others)[:1]]
-    return [line for line in lines if line]
+def _majorities(study: Study, groups: Sequence[Group], family: str, shots: Sequence[int], *without: str) -> list[Line]:
+    """Return the lines of labels alone. See `_distinct` for groups and labels."""
+
+    def own(group: Group) -> Line | None:
+        return _curve("own majority label", group, f"{family}/{OWN_MAJORITY}", shots)
+
+    def others(group: Group) -> Line | None:
+        level = group.estimate(f"{family}/{OTHERS_MAJORITY}")
+        return None if level is None else Line("others' majority label", (), (), level=level)
+
+    return [line for make in (own, others) for line in _distinct(study, groups, make, *without)]
+
+
+def _distinct(study: Study, groups: Sequence[Group], make: Callable[[Group], Line | None], *without: str) -> list[Line]:
+    """Return the lines that differ. Groups on the same pairs with the same labels share one.
+
+    If there are several, such as under label noise, the label of each names its first group, by the axes that are not
+    `without`.
+    """
+    lines: dict[tuple[float, ...], tuple[Group, Line]] = {}
+    for group in groups:
+        if (line := make(group)) is not None:
+            means = line.means if line.level is None else [line.level]
+            lines.setdefault((*line.positions, *(round(mean.mean, 9) for mean in means)), (group, line))
+    if len(lines) < 2:
+        return [line for _, line in lines.values()]
+    return [replace(line, label=f"{line.label}, {study.label(group, *without)}") for group, line in lines.values()]

@@ -91,6 +91,8 @@ def test_adapt_two_models_then_generate(
     first = record["scores"]["exact"]["4"]
     assert cells[2][4] == f"{first['accuracy']:.4f} ± {first['standard_error']:.4f}"
     plain = json.loads((tmp_path / "dpo" / "adaptation.json").read_text())
+    level = plain["scores"]["exact"]["4"]
+    assert cells[8][4] == f"{level['accuracy']:.4f} ± {level['standard_error']:.4f}", "on the pairs of the other rows"
     assert plain["scores"]["exact"]["4"]["by_annotator"] == pytest.approx(plain["baselines"]["prior"]["by_annotator"])
     assert not (tmp_path / "dpo" / "code_weights.json").exists()
     assert (tmp_path / "adaptation.png").stat().st_size > 5000
@@ -155,7 +157,7 @@ def test_adapt_counts_pairs_of_training(
 
 
 def test_panels_one_or_several_models() -> None:
-    """One model: its curves and the level at z = 0. Several: a panel for each inference, levels for plain policies."""
+    """One model: its curves and the level at z = 0. Several: a panel for each inference."""
     score = Score(0.5, 0.1, None, 20, 20, {"anna": 0.5}, {}, {str(number): 0.05 for number in range(20)})
     levels, curves = {"prior": score, "no_latent": score}, {"exact": {0: score, 2: score}, "exact_z": {0: score}}
     weights = {"anna": np.ones(1)}
@@ -167,10 +169,10 @@ def test_panels_one_or_several_models() -> None:
         ("exact", 2), ("exact, under z", 1), ("no latent (z = 0)", 0),
     ]  # fmt: skip
     several = panels({"lpc": lpc, "dpo": dpo, "gumbel": gumbel})
-    assert {title: [(line.label, line.level is None) for line in lines] for title, lines in several.items()} == {
-        "exact": [("lpc", True), ("dpo", False), ("gumbel", True)],
-        "exact, under z": [("lpc", True), ("dpo", False)],
-        "amortized": [("dpo", False), ("gumbel", True)],
+    assert {title: [(line.label, len(line.positions)) for line in lines] for title, lines in several.items()} == {
+        "exact": [("lpc", 2), ("dpo", 2), ("gumbel", 1)],
+        "exact, under z": [("lpc", 1), ("dpo", 2)],
+        "amortized": [("dpo", 2), ("gumbel", 1)],
     }
 
 

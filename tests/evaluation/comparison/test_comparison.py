@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,13 @@ from typing import Any
 import pandas
 import pytest
 
-from lpc_lightning.evaluation.comparison.comparison import Comparison, compare, to_markdown, write_comparison
+from lpc_lightning.evaluation.comparison.comparison import (
+    Comparison,
+    compare,
+    holds_no_other_model,
+    to_markdown,
+    write_comparison,
+)
 from lpc_lightning.evaluation.comparison.model_scores import Item, Measure, ModelScores
 from lpc_lightning.evaluation.statistics.significance import holm, paired_test
 
@@ -205,6 +212,22 @@ def test_write_comparison_files_agree(small: Comparison, tmp_path: Path) -> None
         assert (row["value"], row["stderr"], row["baseline"]) == (cell.value, cell.stderr, "base")
         assert row["p_corrected"] == cell.p_corrected
         assert row["p_value"] == (cell.test.p_value if cell.test else None)
+
+
+def test_a_comparison_of_other_models_stays(small: Comparison, tmp_path: Path) -> None:
+    path = tmp_path / "comparison.json"
+    assert holds_no_other_model(path, ["base"])
+    write_comparison(tmp_path, small)
+    assert holds_no_other_model(path, ["another", *small.models])
+    assert not holds_no_other_model(path, ["base", "better"])
+    path.write_text("notes")
+    assert not holds_no_other_model(path, small.models)
+
+
+def test_missing_numbers_are_null_in_json(tmp_path: Path) -> None:
+    write_comparison(tmp_path, compare([ModelScores("base", {ARC: math.nan}), ModelScores("one", {ARC: 0.5})]))
+    rows = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert [row["value"] for row in rows] == [None, 0.5]
 
 
 def test_to_markdown_of_one_model() -> None:

@@ -150,11 +150,11 @@ def test_commands_that_run_together_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_comparisons_made_together_do_not_meet(tmp_path: Path) -> None:
-    with claim_name(tmp_path, "comparison") as first, claim_name(tmp_path, "comparison") as second:
+    with claim_name(tmp_path, "comparison", bool) as first, claim_name(tmp_path, "comparison", bool) as second:
         assert (first, second) == ("comparison", "comparison-2")
         with claim_folder(tmp_path, "comparison", {}, {}) as (folder, _):
             assert folder.name == "comparison"  # the folder of a model with this name
-    with claim_name(tmp_path, "comparison") as again:
+    with claim_name(tmp_path, "comparison", bool) as again:
         assert again == "comparison"
 
 

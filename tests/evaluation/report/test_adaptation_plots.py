@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,21 @@ def test_majority_labels_and_data_in_panels() -> None:
     }
     assert "data = polis, own majority label: 0.500 at 0, 0.750 at 16" in under_z.alt
     assert "others' majority label: 0.700 throughout" in under_z.alt
+
+
+def test_labels_and_ceilings_that_differ() -> None:
+    """Under label noise, majority labels are others. No ceiling is drawn that only some groups have."""
+    records = [
+        replace(run("none", 1, {"exact": [0.6] * 6, "own_majority": rising(level)}, ceiling=level + 0.3), axes=axes)
+        for axes, level in (({"noise": 0.0}, 0.5), ({"noise": 0.4}, 0.4))
+    ]
+    (plot,) = plots(records)
+    assert isinstance(plot, Plot)
+    (axes,) = plot.figure.axes
+    drawn = [series(line)[1] for line in axes.lines]
+    assert drawn == [[0.6] * 6, [0.6] * 6, pytest.approx(rising(0.5)), pytest.approx(rising(0.4))]
+    assert "own majority label, noise 0" in plot.alt
+    assert "own majority label, noise 0.4" in plot.alt
 
 
 def test_fewer_annotators_are_noted() -> None:
