@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.comparison.comparison import SIGNIFICANCE
 from lpc_lightning.evaluation.report.runs.pairs import PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value, as_value
@@ -13,6 +14,8 @@ from lpc_lightning.evaluation.report.study import Group, LeftOut, Study, shared_
 from lpc_lightning.evaluation.statistics.seeds import SeedDifference, paired_difference
 from lpc_lightning.evaluation.statistics.significance import holm
 
+MIN_SEEDS = 5
+"""Fewest seeds of a difference that may be called significant. With two, equal differences by chance pass a t-test."""
 DEFAULT_BASELINE = {"latent": "none"}
 """Baseline if none is given and such runs exist."""
 
@@ -30,6 +33,13 @@ class Contrast:
     """Seeds that only one of the two groups has."""
     p_corrected: float | None = None
     """p-value of the t-test, corrected by Holm for all contrasts of the report."""
+
+    @property
+    def is_significant(self) -> bool:
+        """True if the corrected p-value is below `SIGNIFICANCE`, over at least `MIN_SEEDS` seeds."""
+        if self.difference is None or self.p_corrected is None:
+            return False
+        return self.p_corrected < SIGNIFICANCE and self.difference.estimate.n >= MIN_SEEDS
 
 
 def read_baseline(study: Study, texts: Sequence[str] | None) -> dict[str, Value]:

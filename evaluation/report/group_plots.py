@@ -21,6 +21,7 @@ from lpc_lightning.evaluation.figures import (
     shorten,
 )
 from lpc_lightning.evaluation.line_panels import MAX_DESCRIBED, format_mean
+from lpc_lightning.evaluation.report.contrasts import MIN_SEEDS
 from lpc_lightning.evaluation.report.subject import Drawn, Subject, file_name, numeric_axes
 from lpc_lightning.evaluation.report.tables import cost
 from lpc_lightning.evaluation.statistics.seeds import Estimate
@@ -57,7 +58,7 @@ def differences(subject: Subject) -> Drawn:
             _Row(
                 subject.study.label(contrast.group),
                 contrast.difference.estimate,
-                filled=contrast.p_corrected is not None and contrast.p_corrected < SIGNIFICANCE,
+                filled=contrast.is_significant,
             )
             for contrast in subject.contrasts
             if contrast.metric == metric and contrast.difference
@@ -66,8 +67,9 @@ def differences(subject: Subject) -> Drawn:
             yield NoPlot(title, "no group has a seed in common with its baseline")
             continue
         caption = (
-            "Mean difference under the same seeds, with its 95 % interval. Filled: significant at 0.05 after "
-            "Holm's correction. Without a bar: one pair of runs, or too few test prompts."
+            "Mean difference under the same seeds, with its 95 % interval. Filled: significant at "
+            f"{SIGNIFICANCE} after Holm's correction, over at least {MIN_SEEDS} seeds. Without a bar: one pair of runs, "
+            "or too few test prompts."
         )
         yield _forest_plot(f"{metric}_differences", title, f"difference in {metric}", rows, caption, zero_line=True)
 

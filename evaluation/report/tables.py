@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from lpc_lightning.evaluation.comparison.comparison import SIGNIFICANCE
-from lpc_lightning.evaluation.report.contrasts import Contrast
+from lpc_lightning.evaluation.report.contrasts import MIN_SEEDS, Contrast
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
 from lpc_lightning.evaluation.report.study import Group, LeftOut, Study, is_numeric
@@ -24,6 +24,8 @@ from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, Estimate, est
 from lpc_lightning.evaluation.tables import p_value
 
 INTERVAL = "95 % interval"
+ADAPTATION = "/adaptation/"
+"""Part of the names of metrics of pairs whose annotators have given labels."""
 DIFFERENCE_NAMES = (
     "metric",
     "baseline",
@@ -67,6 +69,11 @@ def means_table(study: Study, metrics: Sequence[str]) -> Table:
         f"fewer than {MIN_PROMPTS} such prompts, give no interval. If n is smaller than the number of runs, the other "
         "runs are listed there, too."
     ]
+    if any(ADAPTATION in metric for metric in metrics):
+        notes.append(
+            "Metrics of adaptation: intervals and p cover no choice of annotators. All pairs of an annotator are "
+            "predicted from the same few labels; `annotators_error` in `adaptation.json` treats them as dependent."
+        )
     return Table("means", "Means over seeds", columns, rows, records, notes)
 
 
@@ -80,7 +87,7 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
     for contrast in contrasts:
         difference = contrast.difference
         mean = difference.estimate if difference else None
-        star = "* " if contrast.p_corrected is not None and contrast.p_corrected < SIGNIFICANCE else ""
+        star = "* " if contrast.is_significant else ""
         cells = [*_axis_cells(study, contrast.group), *([text_cell(contrast.metric)] if several else [])]
         cells += [
             text_cell(study.label(contrast.baseline, *_shared_axes(contrast.group, contrast.baseline))),
@@ -110,9 +117,9 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
         "Difference to the runs with the same seed and settings, except for "
         + " and ".join(f"{axis}={value}" for axis, value in baseline.items())
         + ". Intervals cover the choice of test prompts as in the table of means; where they do not, there is no p. p: "
-        f"paired t-test; Holm: corrected for all {count} tests shown; *: Holm below {SIGNIFICANCE}. Sign flips: the "
-        "exact test over seeds alone. It assumes no normal distribution and is not corrected; with n seeds it is never "
-        "below 2^(1 - n). If all differences are equal and no prompts are shared, t is not defined, and p is that of "
+        f"paired t-test; Holm: corrected for all {count} tests shown; *: Holm below {SIGNIFICANCE}, over at least "
+        f"{MIN_SEEDS} seeds. Sign flips: the exact test over seeds alone. It assumes no normal distribution and is not "
+        "corrected; with n seeds it is never below 2^(1 - n). If all differences are equal and no prompts are shared, t is not defined, and p is that of "
         f"the sign flips. Fewer than {MIN_PROMPTS} test prompts, shared by the seeds, allow no test."
     ]
     names = list(make_record(dict.fromkeys([*study.axes, *study.constant]), dict.fromkeys(DIFFERENCE_NAMES)))

@@ -16,6 +16,7 @@ from lpc_lightning.evaluation.report.runs.folders import load_folders
 from lpc_lightning.evaluation.report.runs.pairs import prompt_scores
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import Group, Study, make_study
+from lpc_lightning.evaluation.report.tables import contrasts_table
 
 METRIC = "val/rewards/accuracies"
 
@@ -80,6 +81,20 @@ def test_contrasts_are_corrected_by_holm(noisy: Study) -> None:
         highest = max(highest, min(1.0, (4 - rank) * value))
         expected[value] = highest
     assert [contrast.p_corrected for contrast in compared] == pytest.approx([expected[value] for value in raw])
+
+
+@pytest.mark.parametrize("seeds", [4, 5])
+def test_significance_needs_five_seeds(seeds: int, give_own_prompts: Callable[..., list[RunRecord]]) -> None:
+    values = [("none", 0.5, 0.0), ("marginal", 0.7, 0.001)]
+    records = [run(seed, mean + step * seed, latent=name) for name, mean, step in values for seed in range(seeds)]
+    study = make_study(give_own_prompts(records))
+    compared, _ = contrasts(study, [METRIC], {"latent": "none"})
+    (contrast,) = compared
+    assert contrast.p_corrected is not None
+    assert contrast.p_corrected < 1e-4
+    assert contrast.is_significant == (seeds == 5)
+    table = contrasts_table(study, compared, {"latent": "none"})
+    assert any(cell.text.startswith("* ") for cell in table.rows[0]) == (seeds == 5)
 
 
 def test_contrast_of_one_shared_seed() -> None:
