@@ -68,8 +68,8 @@ def differences(subject: Subject) -> Drawn:
             continue
         caption = (
             "Mean difference under the same seeds, with its 95 % interval. Filled: significant at "
-            f"{SIGNIFICANCE} after Holm's correction, over at least {MIN_SEEDS} seeds. Without a bar: one pair of runs, "
-            "or too few test prompts."
+            f"{SIGNIFICANCE} after Holm's correction, over at least {MIN_SEEDS} seeds. Without a bar: one pair of "
+            "runs, or too few test prompts."
         )
         yield _forest_plot(f"{metric}_differences", title, f"difference in {metric}", rows, caption, zero_line=True)
 

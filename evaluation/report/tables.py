@@ -119,8 +119,9 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
         + ". Intervals cover the choice of test prompts as in the table of means; where they do not, there is no p. p: "
         f"paired t-test; Holm: corrected for all {count} tests shown; *: Holm below {SIGNIFICANCE}, over at least "
         f"{MIN_SEEDS} seeds. Sign flips: the exact test over seeds alone. It assumes no normal distribution and is not "
-        "corrected; with n seeds it is never below 2^(1 - n). If all differences are equal and no prompts are shared, t is not defined, and p is that of "
-        f"the sign flips. Fewer than {MIN_PROMPTS} test prompts, shared by the seeds, allow no test."
+        "corrected; with n seeds it is never below 2^(1 - n). If all differences are equal and no prompts are shared, "
+        "t is not defined, and p is that of the sign flips. Fewer than "
+        f"{MIN_PROMPTS} test prompts, shared by the seeds, allow no test."
     ]
     names = list(make_record(dict.fromkeys([*study.axes, *study.constant]), dict.fromkeys(DIFFERENCE_NAMES)))
     return Table("differences", "Differences to the baseline", columns, rows, records, notes, names)

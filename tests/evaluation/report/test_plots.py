@@ -203,9 +203,9 @@ def test_means_plot(tmp_path: Path) -> None:
 
 
 def test_differences_fill_significant_ones(give_own_prompts: Callable[..., list[RunRecord]], tmp_path: Path) -> None:
-    records = [run(seed, 0.5 + 0.001 * seed, latent="none") for seed in (1, 2, 3, 4)]
-    records += [run(seed, 0.6 + 0.0011 * seed, latent="sure") for seed in (1, 2, 3, 4)]
-    records += [run(seed, 0.5 + 0.1 * (-1) ** seed, latent="unsure") for seed in (1, 2, 3, 4)]
+    records = [run(seed, 0.5 + 0.001 * seed, latent="none") for seed in (1, 2, 3, 4, 5)]
+    records += [run(seed, 0.6 + 0.0011 * seed, latent="sure") for seed in (1, 2, 3, 4, 5)]
+    records += [run(seed, 0.5 + 0.1 * (-1) ** seed, latent="unsure") for seed in (1, 2, 3, 4, 5)]
     plot = drawn(next(differences(subject(give_own_prompts(records), {"latent": "none"}))), tmp_path)
     (axes,) = panels(plot.figure)
     fills = [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"]
