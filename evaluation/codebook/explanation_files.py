@@ -148,6 +148,9 @@ def _markdown(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _notes(content: Mapping[str, Any]) -> Iterator[str]:
+    if (step := content.get("step")) is not None:
+        checkpoint = content["checkpoint"]
+        yield f"Weights: {'those of the fit' if checkpoint is None else Path(checkpoint).name}, step {step}."
     among = "all tokens of the vocabulary" if content["whole_vocabulary"] else "the tokens of these answers"
     yield (
         f"Pairs: those for which the code is likeliest under the prior. Raises, lowers: {among} whose logits the code "

@@ -87,9 +87,9 @@ class PointSample(Metric):
 def point_key(row: Row) -> int:
     """Compute a pair's sort key. `PointSample` keeps the points with the smallest keys.
 
-    Ids may repeat across annotators, and across the data sets of a mixture.
+    Ids may repeat across annotators, prompts, and the data sets of a mixture.
     """
-    return derive("point", row["id"], row["annotator"], row["source"])
+    return derive("point", row["id"], row["annotator"], row["source"], row["prompt"])
 
 
 @dataclass(frozen=True)

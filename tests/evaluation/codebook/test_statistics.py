@@ -237,7 +237,7 @@ def test_point_sample_independent_of_batches() -> None:
 
 
 def labels(number: int) -> dict[str, str]:
-    return {"id": f"pair {number}", "annotator": "", "source": ""}
+    return {"id": "pair", "annotator": "", "source": "", "prompt": f"prompt {number}"}
 
 
 def sample_of_process(folder: str) -> None:

@@ -42,7 +42,8 @@ def ablation(write_ablation: Write) -> Path:
     (run / "samples.jsonl").write_text(lines)
     label = CodeLabel("factor", "<i>kind</i>", 3, 4)
     code = CodeExplanation(7, 0.25, 4, label, [TokenShift(5, " dear", 0.5)], [], [], [])
-    write_explanation(run, Explanation(12, [code], [ColumnMatch("factor", "prior", 0.9, 0.1, 0.8)]), {})
+    origin = {"checkpoint": str(run / "checkpoints" / "best.ckpt"), "step": 7}
+    write_explanation(run, Explanation(12, [code], [ColumnMatch("factor", "prior", 0.9, 0.1, 0.8)]), origin)
     return folder
 
 
@@ -81,6 +82,7 @@ def test_page_has_codes_and_the_last_samples(reported: Path) -> None:
     assert "Early." not in section
     assert "<h3>1 codes over 12 pairs</h3>" in section
     assert "factor &lt;i&gt;kind&lt;/i&gt; (3 of 4)" in section
+    assert "Weights: best.ckpt, step 7." in section
     assert "&#34; dear&#34; +0.50" in section
 
 
