@@ -81,14 +81,14 @@ def token_logps_per_code(
         hidden: (N, d) states that enter the head, without a code.
         targets: (N,) token ids.
         head: The policy's head.
-        codes: (K, d) the codebook.
+        codes: (K, d) the codebook, of any floating-point type. Its logit biases are in float32 or wider.
         code_range: `code_range` of these codes. It may be a few steps old, since both limits have a margin. None: it
             is measured, and the CPU waits for the device.
 
     Returns:
         (N, K) in nats, float32 (float64 for float64 input).
     """
-    table = code_logits(head, codes)
+    table = _shifts(head, codes)
     if head.softcap is None:
         nats = float(_range(table)) if code_range is None else code_range
         if _fits_product(nats, hidden.device.type):
@@ -182,7 +182,7 @@ def code_logits(head: LogitHead, codes: Tensor) -> Tensor:
 @torch.no_grad()
 def code_range(head: LogitHead, codes: Tensor) -> Tensor:
     """Return (): the largest difference, in nats, between two logit biases of one code."""
-    return _range(code_logits(head, codes))
+    return _range(_shifts(head, codes))
 
 
 def _range(table: Tensor) -> Tensor:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from lpc_lightning.policy import logprobs
-from lpc_lightning.policy.logprobs import code_logits, token_logps, token_logps_and_greedy, token_logps_per_code
+from lpc_lightning.policy.logprobs import (
+    code_logits,
+    code_range,
+    token_logps,
+    token_logps_and_greedy,
+    token_logps_per_code,
+)
 from lpc_lightning.types import LogitHead
 from tests.policy.logit_cases import Case, assert_all_close, linear_head
 
@@ -70,6 +76,26 @@ def test_thin_product_under_autocast() -> None:
     assert ours["weight"] < direct["weight"]
     assert ours["codes"] < direct["codes"] / 3
     assert ours["hidden"] < 2**-8
+
+
+@linear_head
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_codes_are_widened_on_all_paths(kind: str, dtype: torch.dtype) -> None:
+    """Under FSDP2, the codebook has the type of `trainer.precision: bf16-true`. Logit biases are in float32."""
+    case = Case(kind, tokens=64, vocabulary=256, width=64, codes=6, dtype=torch.float32, code_scale=0.5)
+    case.hidden, case.codes = (x.detach().to(dtype).requires_grad_() for x in (case.hidden, case.codes))
+    head = {name: value.detach().to(dtype).requires_grad_() for name, value in case._head_tensors().items()}
+    case.head = replace(case.head, **head)
+    group = torch.zeros_like(case.targets)
+    ours = token_logps_per_code(case.hidden, case.targets, case.head, case.codes)
+    under_z = [token_logps(case.hidden, case.targets, case.head, code[None], group) for code in case.codes]
+    torch.testing.assert_close(ours, torch.stack(under_z, dim=-1), rtol=0, atol=1e-3)
+    exact = case.in_float64()
+    biases = code_logits(exact.head, exact.codes).detach()
+    assert code_range(case.head, case.codes).item() == pytest.approx((biases.amax(-1) - biases.amin(-1)).max().item())
+    for found, expected in zip(case.gradients(ours), case.gradients(torch.stack(under_z, dim=-1)), strict=True):
+        assert found.dtype == expected.dtype == dtype
+        assert (found.float() - expected.float()).norm() < 2**-6 * expected.float().norm()
 
 
 def test_autocast_rounds_the_product_only() -> None:
