@@ -150,7 +150,6 @@ def load_policy(
         spec.frozen_states_gib = 0.0
         spec.trust_remote_code = trust_remote_code
         spec.quantization = None  # the adapter can be merged only into full weights
-        # Set before the model is built: a later `.to(dtype)` would round its rotary frequencies as well.
         spec.dtype = dtype if dtype != "auto" else _trained_type(checkpoint, spec, Path(path))  # type: ignore[assignment]
 
     return build_module(checkpoint, Path(path), change), checkpoint_origin(checkpoint, Path(path))

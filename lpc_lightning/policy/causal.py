@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -18,6 +18,7 @@ from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.policy.attention_kernel import EAGER
 from lpc_lightning.policy.checks import check_context, check_longest, check_policy, separates_segments
 from lpc_lightning.policy.compiled_layers import CompiledLayers
+from lpc_lightning.policy.exact_buffers import exact_buffers
 from lpc_lightning.policy.frozen_states import FrozenStates
 from lpc_lightning.policy.graphed_backbone import GraphedBackbone
 from lpc_lightning.policy.head import head_of
@@ -79,6 +80,16 @@ class CausalPolicy(nn.Module):
             """True if attention on a CPU is computed per segment, so that packed rows of any width cost no more."""
             self.takes_block_mask = self.attends_by_segment or self._applies_block_mask(alone)
             self._takes_sparse_mask = self.takes_block_mask and self._applies_sparse_mask(alone)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        """Apply `fn` as torch does (`to`, `half` ...), but keep buffers with positions in float32. See `exact_buffers`.
+
+        So weights that `trainer.precision: bf16-true` converts are trained with the positions of evaluation and export,
+        which build the model in bfloat16.
+        """
+        with exact_buffers(self.causal_lm):
+            super()._apply(fn, *args, **kwargs)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all parts, except that experts are always chosen as in eval mode.
