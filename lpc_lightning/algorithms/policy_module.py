@@ -119,7 +119,8 @@ class PolicyModule(LatentMixin, LightningModule):
         if self._starting:
             self._share_frozen_states()
         if self._starting and self.reference is not None:
-            self.reference.prepare(self, untouched=fresh or self.policy_spec.lora is not None)
+            never_trained = self.policy_spec.lora is not None or not self.policy_spec.trainable
+            self.reference.prepare(self, untouched=fresh or never_trained)
         self._starting = False
 
     def _share_frozen_states(self) -> None:

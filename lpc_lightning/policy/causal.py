@@ -201,6 +201,11 @@ class CausalPolicy(nn.Module):
         self._compiles_head = few_shapes
         self._graphed = GraphedBackbone(list(self.backbone.parameters())) if cuda_graphs and self._trains else None
 
+    def compile_like(self, other: CausalPolicy) -> None:
+        """Compile the decoder layers if those of another policy are, with its kernels."""
+        if other.is_compiled:
+            self.compile_layers(few_shapes=other._compiles_head)
+
     @property
     def _trains(self) -> bool:
         return any(weight.requires_grad for weight in self.backbone.parameters())

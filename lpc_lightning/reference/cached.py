@@ -15,6 +15,7 @@ import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.data.datamodule import Stage
@@ -179,11 +180,17 @@ class OwnReference(CachedReference):
     def published(
         self, module: PolicyOwner, model: CausalPolicy, untouched: bool
     ) -> tuple[CausalPolicy, Callable[[PreferenceBatch], Tensor]]:
-        """Return the policy if it is untouched, else the reference built again."""
-        if untouched:
+        """Return the policy if it has the published weights, else the reference built again, with the same kernels."""
+        if untouched or self._has_published_weights(model):
             return model, module.reference_step
         policy = self.build()
+        policy.compile_like(model)
         return policy, policy.reference_logps
+
+    def _has_published_weights(self, model: CausalPolicy) -> bool:
+        """Return True for a policy that was only built, or validated, before this run. Shards cannot be compared."""
+        sharded = any(isinstance(weight, DTensor) for weight in model.parameters())
+        return not sharded and policy_fingerprint(model) == self._weights
 
 
 class OtherReference(CachedReference):

@@ -31,7 +31,7 @@ class Reference(Protocol):
 
         Args:
             module: The module. It is built and its data is set up.
-            untouched: True if the policy's weights are still the published ones.
+            untouched: True if the policy's weights, without an adapter, are surely still the published ones.
         """
 
     def logps(self, batch: PreferenceBatch) -> Tensor:
