@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lpc_lightning.algorithms.checkpoint import check_same_architecture, trained_shapes
 from lpc_lightning.algorithms.latent_mixin import LatentMixin
 from lpc_lightning.algorithms.metrics import PreferenceMetrics
-from lpc_lightning.algorithms.refused_callbacks import check_callbacks
+from lpc_lightning.algorithms.refused_callbacks import check_averages, check_callbacks
 from lpc_lightning.algorithms.run_length import total_steps
 from lpc_lightning.data.trainer_data import preference_data
 from lpc_lightning.distributed.build_sharded import build_sharded
@@ -85,8 +85,11 @@ class PolicyModule(LatentMixin, LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check callbacks and strategy, and set up the strategy. The DataModule of the run has been set up before."""
-        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's connector
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        check_callbacks(callbacks)
         if stage == "fit":
+            if self.policy_spec.trainable:
+                check_averages(callbacks, str(self.trainer.precision))
             check_frozen_states(self.policy_spec.frozen_states_gib, self.trainer.strategy)
             self.policy_spec.check_start()
             if self.needs_reference:

@@ -1,7 +1,7 @@
 """Callbacks that are refused.
 
 They are callbacks of Lightning that do not work with a module whose models are built after the setup of the callbacks,
-and a second callback of one class of this package.
+a second callback of one class of this package, and averages of weights in 16 bits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 
 from lpc_lightning.errors import ConfigError
 
@@ -56,6 +56,24 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
         for refused, reason in REASONS.items():
             if isinstance(callback, refused):
                 raise ConfigError(f"callbacks: found {type(callback).__name__}, {reason}")
+
+
+def check_averages(callbacks: Sequence[Callback], precision: str) -> None:
+    """Refuse averages of the weights in a fit whose precision converts the policy to 16 bits.
+
+    Lightning swaps the average with the weights at each validation. It would be rounded to their type, and the steps of
+    an average are often smaller than half the distance of two numbers in bfloat16.
+
+    Raises:
+        ConfigError: There is such a callback.
+    """
+    average = next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)
+    if average is not None and precision in ("bf16-true", "16-true"):
+        raise ConfigError(
+            f"trainer.precision: found {precision} with {type(average).__name__}, whose average would be rounded to "
+            f"{precision.removesuffix('-true')} at each validation, expected {precision.replace('true', 'mixed')} or "
+            "32-true."
+        )
 
 
 def _own_class(callback: Callback) -> type | None:

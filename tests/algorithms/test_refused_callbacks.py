@@ -5,18 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 
 from lpc_lightning.algorithms import DPO
-from lpc_lightning.algorithms.refused_callbacks import check_callbacks
+from lpc_lightning.algorithms.refused_callbacks import check_averages, check_callbacks
 from lpc_lightning.callbacks import AnnotatorAdaptation, BestAndLast, FinalValidation, LMEvaluation
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.latent import MarginalSpace
 
 
 def test_averaging_of_no_weights_is_refused(small_policy: Any, fit_run: Any) -> None:
     callback = StochasticWeightAveraging(1e-3, swa_epoch_start=1)
     with pytest.raises(ConfigError, match=r"callbacks: found StochasticWeightAveraging, .*EMAWeightAveraging or"):
         fit_run(DPO(policy=small_policy()), max_epochs=2, callbacks=[callback])
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.parametrize(
+    ("precision", "callback", "message"),
+    [
+        (
+            "bf16-true",
+            EMAWeightAveraging,
+            r"found bf16-true with EMAWeightAveraging, .* expected bf16-mixed or 32-true",
+        ),
+        ("16-true", WeightAveraging, r"found 16-true with WeightAveraging, .* expected 16-mixed or 32-true"),
+    ],
+)
+def test_average_in_16_bits_is_refused(
+    precision: Any, callback: Any, message: str, small_policy: Any, fit_run: Any
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^trainer\.precision: {message}\.$"):
+        fit_run(DPO(policy=small_policy()), max_steps=1, precision=precision, callbacks=[callback()])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "64-true"])
+def test_average_in_other_precision_is_accepted(precision: str) -> None:
+    check_averages([EMAWeightAveraging()], precision)
+    check_averages([EarlyStopping("val/loss")], "bf16-true")
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_average_with_frozen_policy_is_accepted(small_policy: Any, fit_run: Any) -> None:
+    """The latent is in float32."""
+    module = DPO(policy=small_policy(trainable=False), latent=MarginalSpace(num_codes=4, hidden=8))
+    run = fit_run(module, max_steps=1, precision="bf16-true", callbacks=[EMAWeightAveraging()])
+    assert len(run.losses) == 1
 
 
 class MyAdaptation(AnnotatorAdaptation):
