@@ -90,7 +90,7 @@ def test_fit(
     assert all(value.isfinite().all() for value in weights(module).values())
 
 
-@pytest.mark.parametrize("policy", [{"gradient_checkpointing": True}, {"compile": True}])
+@pytest.mark.parametrize("policy", [{"gradient_checkpointing": True}, {"compile": True}, {"compile": True, "heads": 8}])
 def test_fit_policy_settings(policy: dict[str, Any], fit: Callable[..., Trainer]) -> None:
     module = DPO(policy=tiny(**policy), latent=MarginalSpace(**CODES))
     assert fit(module).global_step == 2

@@ -57,7 +57,10 @@ class RowReader(Protocol):
 
     takes_block_mask: bool
     attends_by_segment: bool
-    block_sparse: bool
+
+    @property
+    def block_sparse(self) -> bool:
+        """True if long packed rows cost no more."""
 
     def check_longest(self, longest: int | None) -> None:
         """Raise an error if log-probabilities of pairs of so many tokens would depend on their batch."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+NARROWEST = 16
+"""Smallest head that torch's kernel for GPUs accepts. Uncompiled `flex_attention`, as in a check, accepts any."""
 
 
 def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None) -> Tensor:
@@ -18,9 +22,18 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, mask: Bloc
 
     Returns:
         (R, T, H, D).
+
+    Raises:
+        NotImplementedError: The kernel of a GPU would refuse the heads or their type.
     """
     # Under autocast, rotary embeddings return queries and keys in float32. Cast them, as autocast does for sdpa.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    narrowest = min(query.shape[-1], value.shape[-1])
+    if narrowest < NARROWEST or value.dtype == torch.float64:
+        raise NotImplementedError(
+            f"flex_attention: found heads of {narrowest} dimensions in {value.dtype}, expected at least {NARROWEST} in "
+            "float32 or less."
+        )
     grouped = query.shape[1] != key.shape[1]
     out: Tensor = flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -48,12 +48,10 @@ MOST_DISTINCT = 0.9
 class CausalPolicy(nn.Module):
     """A decoder-only model, with or without a LoRA adapter."""
 
-    block_sparse = False
-    """True if attention skips hidden blocks of packed rows, so that long rows cost no more."""
     takes_block_mask = False
     """True if rows can be packed: all layers apply a mask and positions."""
     _compiled: CompiledLayers | None = None
-    _compiles_head = False
+    _compiles_head = _skips_blocks = False
     _graphed: GraphedBackbone | None = None
     frozen_states: FrozenStates | None = None
     """Kept states of frozen layers. None: all layers run at every batch."""
@@ -158,7 +156,10 @@ class CausalPolicy(nn.Module):
         return separates_segments(self, alone)
 
     def _applies_sparse_mask(self, alone: Tensor) -> bool:
-        """Return True if compiled layers can skip hidden blocks. Some families read or change a mask themselves."""
+        """Return True if compiled layers can skip hidden blocks.
+
+        Some families read or change a mask themselves, and some heads are too narrow for `block_sparse_attention`.
+        """
         kernel = self.backbone.config._attn_implementation
         return kernel == SPARSE or (kernel == SEGMENT and separates_segments(self, alone, SPARSE))
 
@@ -183,6 +184,12 @@ class CausalPolicy(nn.Module):
         """True if the decoder layers are compiled."""
         return self._compiled is not None
 
+    @property
+    def block_sparse(self) -> bool:
+        """True if attention skips hidden blocks of packed rows, so that long rows cost no more."""
+        # A trainer with `64-true` converts the weights after the layers are compiled.
+        return self._skips_blocks and self.model.dtype != torch.float64
+
     def compile_layers(
         self, backend: str = "inductor", few_shapes: bool | None = None, cuda_graphs: bool = False
     ) -> None:
@@ -197,7 +204,7 @@ class CausalPolicy(nn.Module):
         few_shapes = self.model.device.type == "cuda" if few_shapes is None else few_shapes
         restore_published(self.layers)  # the compiler decides what to keep for the backward pass
         self._compiled = CompiledLayers(self.layers, few_shapes, backend)
-        self.block_sparse = few_shapes and self._takes_sparse_mask
+        self._skips_blocks = few_shapes and self._takes_sparse_mask
         self._compiles_head = few_shapes
         self._graphed = GraphedBackbone(list(self.backbone.parameters())) if cuda_graphs and self._trains else None
 

@@ -158,10 +158,27 @@ def test_block_sparse_rows_agree(epoch: list[PreferenceBatch], tiny: Tiny) -> No
 @pytest.mark.parametrize(("family", "sparse"), [("llama", True), ("mistral", True), ("gpt2", False)])
 def test_families_that_skip_blocks(family: str, sparse: bool, tiny: Tiny) -> None:
     """GPT-2 reads the dimensions of its mask, and a mask of blocks has none: compiled layers get a whole one."""
-    policy = tiny(family, attention="auto")
+    policy = tiny(family, attention="auto", width=32, dtype="float32")
     policy.compile_layers("eager", few_shapes=True)
     assert policy.takes_block_mask
     assert policy.block_sparse == sparse
+
+
+@pytest.mark.parametrize("settings", [{"width": 16, "dtype": "float32"}, {"width": 32, "dtype": "float64"}])
+def test_refused_heads_skip_no_blocks(settings: dict[str, Any], tiny: Tiny) -> None:
+    """Triton multiplies heads of at least 16 dimensions, and adds in float32."""
+    policy = tiny(attention="auto", **settings)
+    policy.compile_layers("eager", few_shapes=True)
+    assert policy.takes_block_mask
+    assert not policy.block_sparse
+
+
+def test_converted_policy_skips_no_blocks(tiny: Tiny) -> None:
+    """A trainer with `64-true` converts the weights after they are compiled."""
+    policy = tiny(attention="auto", width=32, dtype="float32")
+    policy.compile_layers("eager", few_shapes=True)
+    assert policy.block_sparse
+    assert not policy.double().block_sparse
 
 
 def test_other_calls_run_uncompiled(epoch: list[PreferenceBatch], tiny: Tiny) -> None:
