@@ -17,6 +17,7 @@ from lpc_lightning.callbacks import GracefulStop, LabelFlipNoise, PreferenceProg
 from lpc_lightning.data import Balanced, SyntheticPreferences
 from lpc_lightning.latent import ExpectedSpace, GumbelSpace, LatentSpace, MarginalSpace
 from lpc_lightning.policy import LoRA, TinyPolicy
+from lpc_lightning.policy.graphed_backbone import GraphedBackbone
 
 pytestmark = [
     pytest.mark.cuda,
@@ -110,6 +111,20 @@ def test_cuda_graphs_change_no_bit(latent: str, lora: LoRA | None, fit: Callable
     torch.use_deterministic_algorithms(False)
     for name, value in runs[0].items():
         assert torch.equal(runs[1][name], value), name
+
+
+def test_draws_follow_failed_capture() -> None:
+    layer = torch.nn.Linear(4, 4, device="cuda")
+
+    def waits(states: torch.Tensor) -> torch.Tensor:
+        dropped = torch.nn.functional.dropout(layer(states))
+        return dropped + dropped.sum().item()
+
+    before = torch.cuda.current_stream()
+    for _ in range(2):
+        GraphedBackbone(layer.parameters())(waits, torch.ones(1, 3, 4, device="cuda")).sum().backward()
+        torch.rand(4, device="cuda")
+        assert torch.cuda.current_stream() == before
 
 
 @pytest.mark.parametrize("latent", ["none", "expected", "marginal"])

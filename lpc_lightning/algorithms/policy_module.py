@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import DeepSpeedPrecision, DoublePrecision, MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -206,9 +207,11 @@ class PolicyModule(LatentMixin, LightningModule):
         """Return whether a compiled policy trains with CUDA graphs. Launches cost a large model no time.
 
         A graph reads the weights where they were at its capture. A sharded layer gathers them elsewhere in each step.
+        DDP, even on one device, waits for gradients on a stream outside the capture, which ends it.
         """
         setting = self.policy_spec.cuda_graphs
-        alone = self.device_mesh is None and (self._trainer is None or self._trainer.world_size == 1)
+        single = self._trainer is None or isinstance(self._trainer.strategy, SingleDeviceStrategy)
+        alone = self.device_mesh is None and single
         is_on = sum(map(torch.numel, policy.parameters())) < GRAPHED_BELOW if setting == "auto" else setting
         return is_on and self._on_gpu and alone and not self.policy_spec.gradient_checkpointing
 

@@ -79,9 +79,11 @@ class GraphedBackbone:
         if key not in self._graphs:
             pool = next((each.pool for each in self._graphs.values() if each is not None), None)
             try:
-                self._graphs[key] = _Graphs(backbone, inputs, self._parameters, self._gradients, pool)
+                with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own stream current
+                    self._graphs[key] = _Graphs(backbone, inputs, self._parameters, self._gradients, pool)
             except RuntimeError as error:
                 self._graphs[key] = None
+                _leave_capture(self._weights[0])
                 warnings.warn(
                     f"policy.cuda_graphs: the backbone could not be captured for batches of {key[:2]}. They train "
                     "without graphs. Expected operations that do not wait for the GPU, and memory for a second pass. "
@@ -89,6 +91,12 @@ class GraphedBackbone:
                     stacklevel=2,
                 )
         return self._graphs[key]
+
+
+def _leave_capture(weight: Tensor) -> None:
+    """Make a capture that succeeds. In torch 2.11, the generator refuses all draws after one that was cut off."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=ERRORS):
+        weight.new_zeros(1)
 
 
 class _Graphs:

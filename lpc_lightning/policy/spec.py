@@ -86,8 +86,8 @@ class PolicySpec(ABC):
                 GPU, in runs of at least 200 micro-batches.
             cuda_graphs: Replay the compiled backbone from CUDA graphs in training on one GPU, so that a small model
                 does not wait for Python. Memory holds the gradients twice, and activations apart from everything
-                else. Not used with gradient_checkpointing. `auto` is true for models of less than 500 million weights:
-                135 million train 3.4 times as fast on an H200, 1.2 billion no faster.
+                else. Not used with gradient_checkpointing, nor with a strategy such as ddp. `auto` is true for models
+                of less than 500 million weights: 135 million train 3.4 times as fast on an H200, 1.2 billion no faster.
             trainable: False freezes the policy, and only the latent space is trained. There is then no backward pass
                 through the backbone, and a checkpoint holds no weights of the policy.
             frozen_states_gib: Memory in GiB for the states after the layers below the first trained one: all layers of

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -63,3 +64,13 @@ def test_sharded_policy_has_no_cuda_graphs(tmp_path: Path) -> None:
         assert not module._replays(policy)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("strategy", "replays"), [("auto", True), ("ddp", False)])
+def test_only_one_device_has_cuda_graphs(strategy: str, replays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP has hooks on gradients even if it has one device."""
+    spec = TinyPolicy(width=32, layers=1, cuda_graphs=True)
+    module = DPO(policy=spec)
+    module.trainer = Trainer(strategy=strategy, devices=1, accelerator="cpu", logger=False)
+    monkeypatch.setattr(DPO, "_on_gpu", True)
+    assert module._replays(spec.build()) is replays

@@ -169,9 +169,12 @@ def test_copy_has_its_own_weights() -> None:
 
 
 def test_failed_capture_trains_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = iter([RuntimeError("operation not permitted when stream is capturing")])
+
     @contextmanager
     def refuse(*args: Any, **options: Any) -> Iterator[None]:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        for error in outcomes:
+            raise error
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
@@ -184,6 +187,41 @@ def test_failed_capture_trains_without_graphs(monkeypatch: pytest.MonkeyPatch) -
     with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
         found = graphed(backbone, *inputs)
     assert torch.equal(found, expected)
+
+
+class CutOff:
+    """A capture that the first error cuts off, as in torch: stream and generator are left as they were inside."""
+
+    capturing, current, failures = False, "main", 1
+
+    def __init__(self, *args: Any, **options: Any) -> None: ...
+
+    def __enter__(self) -> None:
+        CutOff.capturing, self.before, CutOff.current = True, CutOff.current, "side"
+
+    def __exit__(self, *error: object) -> None:
+        if CutOff.failures:
+            CutOff.failures -= 1
+            raise RuntimeError("operation failed due to a previous error during capture")
+        CutOff.capturing, CutOff.current = False, self.before
+
+
+def test_failed_capture_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def stream(entered: Any) -> Iterator[None]:
+        before = CutOff.current
+        try:
+            yield
+        finally:
+            CutOff.current = before
+
+    monkeypatch.setattr(torch.cuda, "graph", CutOff)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    backbone = Backbone()
+    with pytest.warns(UserWarning, match="previous error during capture"):
+        GraphedBackbone(backbone.parameters())(backbone, *batch(5, 0))
+    assert not CutOff.capturing
+    assert CutOff.current == "main"
 
 
 def test_backbone_without_trained_weights_is_refused() -> None:
