@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import DeepSpeedPrecision, DoublePrecision, MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -32,8 +33,9 @@ from lpc_lightning.distributed.sharding import (
     set_micro_batch_size,
     shard,
 )
-from lpc_lightning.errors import ConfigError, one_line
+from lpc_lightning.errors import ConfigError, UnsupportedPolicyError, one_line
 from lpc_lightning.policy import CausalPolicy, PolicySpec, policy_fingerprint
+from lpc_lightning.policy.compile_trial import fault_of_compilation
 from lpc_lightning.policy.precision import PRECISION_ADVICE, WEIGHTS_ADVICE, warn_of_slow_products
 from lpc_lightning.reference.cached import OtherReference, OwnReference, computation_key
 from lpc_lightning.reference.live import FrozenModel, Reference, live_reference
@@ -168,6 +170,7 @@ class PolicyModule(LatentMixin, LightningModule):
             torch.set_default_dtype(default)
         if self.latent is not None:
             self.latent.to(device)
+        self._try_compilation()
 
     def _make_reference(self) -> Reference:
         if self.reference_path is None:
@@ -193,6 +196,26 @@ class PolicyModule(LatentMixin, LightningModule):
         data = preference_data(trainer)
         return data is not None and data.micro_batches() >= COMPILED_FROM
 
+    def _try_compilation(self) -> None:
+        """Find layers that cannot be compiled, before the layout of batches and the reference depend on them."""
+        if not self._on_gpu or not self._should_compile():
+            return
+        for policy in policies_of(self):
+            fault = fault_of_compilation(policy) if policy.takes_block_mask else None
+            if fault is None:
+                continue
+            policy.compiles = False
+            text = f"whose layers torch cannot compile whole ({fault})"
+            kind = type(policy.backbone).__name__
+            if self.policy_spec.compile != "auto":
+                raise UnsupportedPolicyError(
+                    f"policy.compile: found true for {kind}, {text}. Set policy.compile to false."
+                )
+            rank_zero_warn(
+                f"policy.compile: found auto for {kind}, {text}. It trains uncompiled, which takes more time. Set "
+                "policy.compile to false to leave out this trial."
+            )
+
     @property
     def _on_gpu(self) -> bool:
         device = self.device if self._trainer is None else self._trainer.strategy.root_device
@@ -200,7 +223,7 @@ class PolicyModule(LatentMixin, LightningModule):
 
     def _compile(self) -> None:
         if self._should_compile():
-            for policy in policies_of(self):
+            for policy in filter(attrgetter("compiles"), policies_of(self)):
                 policy.compile_layers(few_shapes=self._on_gpu, cuda_graphs=self._replays(policy))
 
     def _replays(self, policy: CausalPolicy) -> bool:

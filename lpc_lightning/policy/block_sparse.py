@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -37,3 +41,11 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, mask: Bloc
     grouped = query.shape[1] != key.shape[1]
     out: Tensor = flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+@contextmanager
+def uncompiled_attention() -> Iterator[None]:
+    """Run `flex_attention` without compilation, and without its warning. Checks have few tokens."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lpc_lightning.errors import UnsupportedPolicyError
 from lpc_lightning.policy.attention_kernel import EAGER
+from lpc_lightning.policy.block_sparse import uncompiled_attention
 from lpc_lightning.policy.checks import check_context, check_longest, check_policy, separates_segments
 from lpc_lightning.policy.compiled_layers import CompiledLayers
 from lpc_lightning.policy.exact_buffers import exact_buffers
@@ -50,6 +51,8 @@ class CausalPolicy(nn.Module):
 
     takes_block_mask = False
     """True if rows can be packed: all layers apply a mask and positions."""
+    compiles = True
+    """False if torch cannot make whole programs of the layers. See `fault_of_compilation`."""
     _compiled: CompiledLayers | None = None
     _compiles_head = _skips_blocks = False
     _graphed: GraphedBackbone | None = None
@@ -72,12 +75,13 @@ class CausalPolicy(nn.Module):
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         head = head_of(self.causal_lm)
         self._logit_scaling = head.scale, head.softcap
-        with _uncompiled():
+        with uncompiled_attention():
             alone = check_policy(self)
             self.attends_by_segment = self._can_attend_by_segment(alone)
             """True if attention on a CPU is computed per segment, so that packed rows of any width cost no more."""
             self.takes_block_mask = self.attends_by_segment or self._applies_block_mask(alone)
-            self._takes_sparse_mask = self.takes_block_mask and self._applies_sparse_mask(alone)
+            self.takes_sparse_mask = self.takes_block_mask and self._applies_sparse_mask(alone)
+            """True if attention of compiled layers on a GPU can skip hidden blocks."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         """Apply `fn` as torch does (`to`, `half` ...), but keep buffers with positions in float32. See `exact_buffers`.
@@ -204,7 +208,7 @@ class CausalPolicy(nn.Module):
         few_shapes = self.model.device.type == "cuda" if few_shapes is None else few_shapes
         restore_published(self.layers)  # the compiler decides what to keep for the backward pass
         self._compiled = CompiledLayers(self.layers, few_shapes, backend)
-        self._skips_blocks = few_shapes and self._takes_sparse_mask
+        self._skips_blocks = few_shapes and self.takes_sparse_mask
         self._compiles_head = few_shapes
         self._graphed = GraphedBackbone(list(self.backbone.parameters())) if cuda_graphs and self._trains else None
 
@@ -471,11 +475,3 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     classes = set(model._no_split_modules or ())
     # FSDP2 makes a subclass of each layer's class.
     return [module for module in model.modules() if classes & {base.__name__ for base in type(module).__mro__}]
-
-
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Run `flex_attention` without compilation, and without its warning. The checks have few tokens."""
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        yield

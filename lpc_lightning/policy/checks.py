@@ -146,11 +146,8 @@ def separates_segments(policy: CausalPolicy, alone: Tensor, mask_kernel: str | N
         alone: The states that `check_policy` returns.
         mask_kernel: Kernel that the mask is made for. Default: the policy's.
     """
-    row = _row(policy)
-    segments = torch.tensor([[0] * PROMPT + [1] * CHOSEN + [2] * REJECTED], device=row.device)
-    places = torch.tensor([[*range(PROMPT + CHOSEN), *range(PROMPT, PROMPT + REJECTED)]], device=row.device)
     try:
-        packed = policy.states(row, torch.ones_like(row), segments, places, mask_kernel)
+        packed = policy.states(*packed_row(policy), mask_kernel)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
     pieces = (packed[:, :PROMPT], alone[:, :PROMPT]), (packed[:, -REJECTED:], alone[:, -REJECTED:])
@@ -158,6 +155,14 @@ def separates_segments(policy: CausalPolicy, alone: Tensor, mask_kernel: str | N
     # In 16 bits, rounding can send a token to another expert.
     largest = torch.max if bound == EXACT else torch.median
     return all(bool(largest(differences(*piece)) <= bound) for piece in pieces)
+
+
+def packed_row(policy: CausalPolicy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return token ids, attention mask, segments and positions, each (1, T), of a prompt with two answers."""
+    row = _row(policy)
+    segments = torch.tensor([[0] * PROMPT + [1] * CHOSEN + [2] * REJECTED], device=row.device)
+    places = torch.tensor([[*range(PROMPT + CHOSEN), *range(PROMPT, PROMPT + REJECTED)]], device=row.device)
+    return row, torch.ones_like(row), segments, places
 
 
 def _row(policy: CausalPolicy) -> Tensor:
