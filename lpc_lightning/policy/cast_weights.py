@@ -1,6 +1,7 @@
 """Casts of a layer's weights to autocast's type, in one kernel, before the layer runs.
 
-Autocast casts each weight by a kernel of its own, and each gradient by another one.
+Autocast casts each weight by a kernel of its own, and each gradient by another one. It does not cast the stacked
+weights of experts, whose products transformers computes in the type of the weights.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ def cast_weights(layer: nn.Module, device: str) -> Iterator[None]:
     owners = [
         (module._parameters, name)
         for module in (layer.modules() if applies else ())
-        if type(module) in MATRIX_PRODUCTS
         for name, weight in module._parameters.items()
-        if weight is not None and weight.dtype == torch.float32
+        if weight is not None and weight.dtype == torch.float32 and _is_for_products(module, weight)
     ]
     if not owners:
         yield
@@ -48,6 +48,11 @@ def cast_weights(layer: nn.Module, device: str) -> Iterator[None]:
     finally:
         for (parameters, name), weight in zip(owners, weights, strict=True):
             parameters[name] = weight
+
+
+def _is_for_products(module: nn.Module, weight: Tensor) -> bool:
+    # transformers adds `_apply_gate` to each class of experts that its kernels compute. Biases have two dimensions.
+    return type(module) in MATRIX_PRODUCTS or (weight.dim() == 3 and hasattr(type(module), "_apply_gate"))
 
 
 class _Cast(torch.autograd.Function):

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from lpc_lightning.policy import LoRA, TinyPolicy
 from lpc_lightning.policy.cast_weights import cast_weights
@@ -42,7 +43,7 @@ def gradients(layer: nn.Module, cast: bool, recompute: bool = False, passes: int
     angles = torch.randn(2, 1, 5, 8, generator=generator)
 
     def run(states: Tensor) -> Tensor:
-        options = {"position_embeddings": (angles[0], angles[1])} if isinstance(layer, LlamaDecoderLayer) else {}
+        options = {"position_embeddings": (angles[0], angles[1])} if not isinstance(layer, GPT2Block) else {}
         if not cast:
             return layer(states, **options)
         with cast_weights(layer, "cpu"):
@@ -104,6 +105,27 @@ def test_cast_weights_of_adapter(perturb: Callable[..., None]) -> None:
             assert torch.equal(value, weight.bfloat16())
             assert value.requires_grad == weight.requires_grad
     assert all(value is before[name] for name, value in layer.named_parameters())
+
+
+def test_cast_weights_of_experts() -> None:
+    """Compare the kernel for stacked weights with autocast's casts in the family's own loop over experts."""
+    sizes = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(**SIZES, **sizes, head_dim=8, num_key_value_heads=2)
+    config._attn_implementation = "sdpa"
+    layer = Qwen3MoeDecoderLayer(config, layer_idx=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in layer.parameters():  # the layer alone leaves its experts without values
+        nn.init.normal_(weight, std=0.3, generator=generator)
+    experts = layer.mlp.experts
+    before = dict(experts.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16), cast_weights(layer, "cpu"):
+        assert {name: getattr(experts, name).dtype for name in before} == dict.fromkeys(before, torch.bfloat16)
+    assert dict(experts.named_parameters()).items() == before.items()
+    config._experts_implementation = "grouped_mm"
+    found = gradients(layer, True)
+    config._experts_implementation = "eager"
+    for mine, other in zip(found, gradients(layer, False), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0.02, atol=0.02)
 
 
 def test_cast_weights_restored_after_error(layer: nn.Module) -> None:
