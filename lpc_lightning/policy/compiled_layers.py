@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lpc_lightning.policy.cast_weights import cast_weights
 
@@ -58,6 +60,9 @@ class _Forward:
         self._uncompiled: Callable[..., Any] = kind.forward
         whole = shapes is not None
         self._compiled = torch.compile(_copy(kind.forward), backend=backend, fullgraph=whole, dynamic=not whole)
+        # For DDP, torch would cut each program at the weights of a bucket, so that gradients are exchanged during the
+        # backward pass. Programs of single layers allow that without a cut.
+        self._uncut = torch._dynamo.config.patch(optimize_ddp=False)
         self._shapes = shapes
 
     def __call__(self, layer: nn.Module, *args: Any, **options: Any) -> Any:
@@ -66,10 +71,12 @@ class _Forward:
         known = self._shapes is None or tuple(states.shape[:2]) in self._shapes
         if not known or options.get("past_key_values") is not None:
             return self._uncompiled(layer, *args, **options)
-        if self._shapes is None:  # weights that are no parameters would be compiled with sizes that vary
-            return self._compiled(layer, *args, **options)
-        with cast_weights(layer, states.device.type):
-            return self._compiled(layer, *args, **options)
+        inside_ddp = DistributedDataParallel._get_active_ddp_module() is not None
+        with self._uncut if inside_ddp else nullcontext():
+            if self._shapes is None:  # weights that are no parameters would be compiled with sizes that vary
+                return self._compiled(layer, *args, **options)
+            with cast_weights(layer, states.device.type):
+                return self._compiled(layer, *args, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
         return self

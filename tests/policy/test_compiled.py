@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from lpc_lightning.data.batching.layouts import FixedShapesLayout, Layout
 from lpc_lightning.policy import CausalPolicy, LoRA, compiled_layers, logprobs
@@ -299,3 +300,30 @@ def test_sharded_layers_compile_whole(
     assert not counters["graph_break"]
     gradients = [[p.grad for p in policy.parameters() if p.grad is not None] for policy in (sharded, plain)]
     assert_near([g.full_tensor() for g in gradients[0]], gradients[1], 1e-4)  # type: ignore[attr-defined]
+
+
+class Wide(nn.Module):
+    """A decoder layer with weights of more than a bucket of DDP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(600, 600), nn.Linear(600, 600)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.other(self.one(hidden_states))
+
+
+def test_ddp_does_not_cut_layers(mesh: DeviceMesh) -> None:
+    programs = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        programs.append(module)
+        return module.forward
+
+    layer = Wide()
+    layers = CompiledLayers([layer], few_shapes=True, backend=backend)  # type: ignore[arg-type]
+    assert layers.runs((1, 4), planned=True)
+    wrapped = DistributedDataParallel(layer, bucket_cap_mb=1)
+    for _ in range(2):
+        wrapped(torch.ones(1, 4, 600)).sum().backward()
+    assert len(programs) == 1
