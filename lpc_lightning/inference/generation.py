@@ -229,7 +229,8 @@ class _Writer:
         decoding, draws = self._decoding, LogitsProcessorList()
         if decoding.temperature:
             draws.append(TemperatureLogitsWarper(decoding.temperature))
-            draws.append(TopPLogitsWarper(decoding.top_p))
+            if decoding.top_p < 1:  # CUDA has no deterministic kernel for its cumulative sum
+                draws.append(TopPLogitsWarper(decoding.top_p))
             draws.append(_GumbelNoise([derive("tokens", decoding.seed, *ids) for ids in encoded]))
         model: Any = self._opened.causal_lm
         with default_generation(model), finite_masks(model):

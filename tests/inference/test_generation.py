@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from lpc_lightning.data import DataError
@@ -206,6 +207,22 @@ def test_prompts_are_put_as_in_training(case: Callable[..., Case], origin: dict[
 
 
 @pytest.mark.slow
+class NoCumulativeSum(TorchDispatchMode):
+    """Refuses what CUDA refuses in deterministic mode."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.cumsum.default and args[0].is_floating_point():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return func(*args, **(kwargs or {}))
+
+
+def test_draws_have_deterministic_kernels(llama: Case) -> None:
+    drawn = Decoding(max_new_tokens=12, temperature=1.0)
+    with NoCumulativeSum():
+        found = llama.answers(drawn, CONDITIONS)
+    assert found == llama.answers(drawn, CONDITIONS)
+
+
 @pytest.mark.parametrize("decoding", [SHORT, Decoding(12, temperature=1.0, top_p=0.9)], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("mode", [None, "sample"])
 def test_answers_independent_of_batch(llama: Case, decoding: Decoding, mode: Any) -> None:
