@@ -186,12 +186,13 @@ class PolicyModule(LatentMixin, LightningModule):
     def _should_compile(self) -> bool:
         """Return whether to compile. `auto` compiles on a GPU, in a run of at least `COMPILED_FROM` micro-batches.
 
-        Compilation takes about a minute and saves tenths of a second in each step.
+        Compilation takes about a minute and saves tenths of a second in each step. It has not been shown that compiled
+        runs are equal to the last bit, which `trainer.deterministic: true` is for.
         """
         if self.policy_spec.compile != "auto":
             return self.policy_spec.compile
         trainer: Any = self._trainer
-        if not self._on_gpu or trainer is None:
+        if not self._on_gpu or trainer is None or torch.are_deterministic_algorithms_enabled():
             return False
         data = preference_data(trainer)
         return data is not None and data.micro_batches() >= COMPILED_FROM

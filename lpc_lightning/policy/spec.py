@@ -83,7 +83,8 @@ class PolicySpec(ABC):
             compile: Compile the decoder layers and the head with torch.compile, for training. A GPU gets one program
                 for each shape of a batch, so that a step takes hundreds of kernel launches instead of thousands. The
                 first steps take about a minute. It needs a C++ compiler (CPU) or Triton (GPU). `auto` compiles on a
-                GPU, in runs of at least 200 micro-batches, if torch can trace the layers.
+                GPU, in runs of at least 200 micro-batches, if torch can trace the layers, and not with
+                trainer.deterministic: compiled runs have not been shown to be equal to the last bit.
             cuda_graphs: Replay the compiled backbone from CUDA graphs in training on one GPU, so that a small model
                 does not wait for Python. Memory holds the gradients twice, and activations apart from everything
                 else. Not used with gradient_checkpointing, nor with a strategy such as ddp. `auto` is true for models
