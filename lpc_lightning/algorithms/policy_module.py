@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -199,7 +198,7 @@ class PolicyModule(LatentMixin, LightningModule):
 
     def _try_compilation(self) -> None:
         """Find layers that cannot be compiled, before the layout of batches and the reference depend on them."""
-        if not self._on_gpu or not self._should_compile():
+        if not (self._on_gpu and self._should_compile() and self._packs):
             return
         for policy in policies_of(self):
             fault = fault_of_compilation(policy) if policy.takes_block_mask else None
@@ -222,9 +221,24 @@ class PolicyModule(LatentMixin, LightningModule):
         device = self.device if self._trainer is None else self._trainer.strategy.root_device
         return device.type == "cuda"
 
+    @property
+    def _packs(self) -> bool:
+        data = None if self._trainer is None else preference_data(self._trainer)
+        return self.policy.takes_block_mask if data is None else data.packs(self.policy)
+
     def _compile(self) -> None:
-        if self._should_compile():
-            for policy in filter(attrgetter("compiles"), policies_of(self)):
+        if not self._should_compile():
+            return
+        whole = self._packs or not self._on_gpu
+        if not whole:
+            rank_zero_info(
+                "policy.compile: found rows of one prompt and answer each, which have many shapes. Only the LM head is "
+                "compiled. Compiled layers need data.layout auto, and a policy.attention that takes a block mask."
+            )
+        for policy in policies_of(self):
+            if not whole:
+                policy.compile_head()
+            elif policy.compiles:
                 policy.compile_layers(few_shapes=self._on_gpu, cuda_graphs=self._replays(policy))
 
     def _replays(self, policy: CausalPolicy) -> bool:

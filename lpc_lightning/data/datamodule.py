@@ -451,6 +451,10 @@ class PreferenceDataModule(LightningDataModule):
     def _planned(self, pairs: TokenStore, batches: Iterable[list[int]]) -> Layout:
         return self.make_layout().for_batches(pairs.pieces[batch] for batch in batches)
 
+    def packs(self, policy: RowReader) -> bool:
+        """Return True if rows of batches for a policy hold several pieces of text."""
+        return self.layout != "padded" and policy.takes_block_mask
+
     def make_layout(self) -> Layout:
         """Make the layout of batches for the policy.
 
@@ -458,14 +462,13 @@ class PreferenceDataModule(LightningDataModule):
             DataError: The policy cannot read the configured layout.
         """
         policy = require_part(self._policy)
-        takes_mask = policy.takes_block_mask
-        if self.layout == "shared_prefix" and not takes_mask:
+        if self.layout == "shared_prefix" and not policy.takes_block_mask:
             raise DataError(
                 "data.layout: found shared_prefix with a policy whose attention kernel or layers take no block mask, "
                 "expected padded or auto. Change data.layout, or set policy.attention to sdpa or eager."
             )
         pad_id = make_template(require_part(self._tokenizer), *self.template_settings).pad_id
-        if self.layout == "padded" or not takes_mask:
+        if not self.packs(policy):
             return PaddedLayout(pad_id)
         if self._on_gpu:
             return FixedShapesLayout(pad_id, self.row_tokens or (None if policy.block_sparse else ROW_TOKENS))

@@ -209,13 +209,20 @@ class CausalPolicy(nn.Module):
         restore_published(self.layers)  # the compiler decides what to keep for the backward pass
         self._compiled = CompiledLayers(self.layers, few_shapes, backend)
         self._skips_blocks = few_shapes and self.takes_sparse_mask
-        self._compiles_head = few_shapes
+        if few_shapes:
+            self.compile_head()
         self._graphed = GraphedBackbone(list(self.backbone.parameters())) if cuda_graphs and self._trains else None
 
+    def compile_head(self) -> None:
+        """Compile the sums over the vocabulary, and not the layers."""
+        self._compiles_head = True
+
     def compile_like(self, other: CausalPolicy) -> None:
-        """Compile the decoder layers if those of another policy are, with its kernels."""
+        """Compile the parts of the policy that are compiled in another one, with its kernels."""
         if other.is_compiled:
             self.compile_layers(few_shapes=other._compiles_head)
+        elif other._compiles_head:
+            self.compile_head()
 
     @property
     def _trains(self) -> bool:

@@ -240,7 +240,7 @@ def computation_key(weights: str, policy: CausalPolicy, trainer: Any) -> dict[st
     return {
         "weights": weights,
         "attention": attention_kernel(policy.causal_lm.config._attn_implementation, device, policy.block_sparse),
-        "compiled": str(policy.is_compiled),
+        "compiled": str(policy.is_compiled or policy.head.compiled),
         "precision": trainer.precision,
         "products": torch.get_float32_matmul_precision(),
         "device": device.type + name,

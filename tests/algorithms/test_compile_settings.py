@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,17 +10,29 @@ import torch
 from lightning.pytorch import Trainer
 
 from lpc_lightning.algorithms import DPO, policy_module
+from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.policy.memory_efficient_layers import GatedMLP
+
+
+class LongRun(SyntheticPreferences):
+    def micro_batches(self) -> float:
+        return policy_module.COMPILED_FROM
 
 
 @pytest.fixture(autouse=True)
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take the CPU for a GPU, and the run for a long one."""
-    long = SimpleNamespace(micro_batches=lambda: policy_module.COMPILED_FROM)
+    """Take the CPU for a GPU."""
     monkeypatch.setattr(DPO, "_on_gpu", True)
-    monkeypatch.setattr(policy_module, "preference_data", lambda trainer: long)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def module_of(policy: TinyPolicy, layout: Any = "auto", deterministic: bool = False) -> DPO:
+    module = DPO(policy=policy)
+    module.trainer = Trainer(deterministic=deterministic, accelerator="cpu", devices=1, logger=False)
+    module.trainer.datamodule = LongRun(layout=layout)  # type: ignore[attr-defined]
+    return module
 
 
 @pytest.mark.parametrize(
@@ -29,6 +40,18 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [("auto", False, True), ("auto", True, False), (True, True, True), (False, False, False)],
 )
 def test_deterministic_run_compiles_on_demand(setting: Any, deterministic: bool, compiles: bool) -> None:
-    module = DPO(policy=TinyPolicy(compile=setting))
-    module.trainer = Trainer(deterministic=deterministic, accelerator="cpu", devices=1, logger=False)
-    assert module._should_compile() is compiles
+    assert module_of(TinyPolicy(compile=setting), deterministic=deterministic)._should_compile() is compiles
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_padded_rows_keep_lean_layers(layout: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Expect compiled layers for packed rows alone. Layers of fewer operations run uncompiled."""
+    module = module_of(TinyPolicy(width=32, layers=1, heads=2), layout)
+    with caplog.at_level("INFO"):
+        module.configure_model()
+    policy, padded = module.policy, layout == "padded"
+    assert policy.head.compiled
+    assert policy.is_compiled is not padded
+    assert any(isinstance(part, GatedMLP) for part in policy.modules()) is padded
+    assert sum("policy.compile: found rows of one" in text for text in caplog.messages) == padded
