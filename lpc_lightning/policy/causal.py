@@ -70,8 +70,7 @@ class CausalPolicy(nn.Module):
         """
         super().__init__()
         self.model = model
-        # cuDNN's attention needs milliseconds of CPU time for every new shape.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        _turn_off_cudnn()
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         head = head_of(self.causal_lm)
         self._logit_scaling = head.scale, head.softcap
@@ -92,6 +91,11 @@ class CausalPolicy(nn.Module):
         with exact_buffers(self.causal_lm):
             super()._apply(fn, *args, **kwargs)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a policy in another process, as FSDP2 does."""
+        super().__setstate__(state)
+        _turn_off_cudnn()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all parts, except that experts are always chosen as in eval mode.
@@ -475,6 +479,11 @@ def sum_by_product(values: Tensor, owner: Tensor, answers: int) -> Tensor:
     sums = members @ tokens.where(finite, 0).double()
     sums = sums.where(members @ (~finite).double() == 0, torch.nan)
     return sums.to(values.dtype).reshape(answers, *values.shape[1:])
+
+
+def _turn_off_cudnn() -> None:
+    """Turn off cuDNN's attention in this process. It needs milliseconds of CPU time for every new shape."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """Tests of refused strategies and of DeepSpeed's settings. `test_distributed.py` compares two processes with one."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_check_strategy_accepts_others() -> None:
     strategy = SingleDeviceStrategy()
     check_strategy(strategy)
     set_micro_batch_size(strategy)
+
+
+def test_received_policy_turns_off_cudnn() -> None:
+    """FSDP2 sends a policy to all processes but the first."""
+    sent = pickle.dumps(TinyPolicy(width=32, layers=1).build())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    pickle.loads(sent)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_sharded_policy_has_no_cuda_graphs(tmp_path: Path) -> None:
