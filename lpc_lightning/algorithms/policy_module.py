@@ -136,9 +136,11 @@ class PolicyModule(LatentMixin, LightningModule):
             kept.share(entry_folder("frozen_states", [key, kept.depth], data.cache_dir))
 
     def teardown(self, stage: str) -> None:
-        """Write the last states of frozen layers."""
+        """Write the last states of frozen layers, and release CUDA graphs."""
         if self._built and self.policy.frozen_states is not None:
             self.policy.frozen_states.store.write()
+        for policy in policies_of(self):
+            policy.release_graphs()
 
     def _build(self) -> None:
         if self.device_mesh is None:

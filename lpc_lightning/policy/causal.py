@@ -215,7 +215,14 @@ class CausalPolicy(nn.Module):
         self._skips_blocks = few_shapes and self.takes_sparse_mask
         if few_shapes:
             self.compile_head()
-        self._graphed = GraphedBackbone(list(self.backbone.parameters())) if cuda_graphs and self._trains else None
+        buffers = [part._buffers for part in self.backbone.modules() if part._buffers]
+        graphs = cuda_graphs and self._trains
+        self._graphed = GraphedBackbone(self.backbone.parameters(), buffers) if graphs else None
+
+    def release_graphs(self) -> None:
+        """Release the memory of CUDA graphs. A later training pass captures them again."""
+        if self._graphed is not None:
+            self._graphed.release()
 
     def compile_head(self) -> None:
         """Compile the sums over the vocabulary, and not the layers."""

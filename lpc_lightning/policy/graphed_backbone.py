@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -28,29 +28,35 @@ class GraphedBackbone:
     """A backbone whose passes are replayed from CUDA graphs, in training on one device.
 
     All graphs share the memory of their activations and gradients. A pass runs without a graph if the backward pass of
-    the previous one is still to come. The graphs are captured again if a weight moved to another address.
+    the previous one is still to come. The graphs are captured again if a weight or buffer moved to another address.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], buffers: Iterable[Mapping[str, Tensor | None]] = ()) -> None:
         """Keep the weights. Nothing is captured before the first call.
 
         Args:
             parameters: All weights of the backbone. Those without gradients are frozen; graphs read them too.
+            buffers: Buffers of each module of the backbone. A conversion of the module replaces them.
 
         Raises:
             ValueError: The backbone trains no weight.
         """
-        self._weights = list(parameters)
+        self._weights, self._buffers = list(parameters), list(buffers)
         self._parameters = [weight for weight in self._weights if weight.requires_grad]
         if not self._parameters:
             raise ValueError("found a backbone without trained weights, expected some: there is no backward pass")
-        self._gradients = [torch.empty(0)] * len(self._parameters)
         self._graphs: dict[tuple[Any, ...], _Graphs | None] = {}
-        self._addresses: list[int] = []
         self._unfinished: weakref.ref[_Pass] | None = None
+        self.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedBackbone:
-        return GraphedBackbone(deepcopy(self._weights, memo))
+        return GraphedBackbone(deepcopy(self._weights, memo), deepcopy(self._buffers, memo))
+
+    def release(self) -> None:
+        """Release all graphs and their memory. The next call captures again."""
+        self._graphs.clear()
+        self._addresses: list[int] = []
+        self._gradients = [torch.empty(0)] * len(self._parameters)
 
     def __call__(self, backbone: Backbone, *inputs: Any) -> Tensor:
         """Return (R, T, d) last hidden states, with gradients for the weights.
@@ -69,7 +75,8 @@ class GraphedBackbone:
         return states
 
     def _graphs_of(self, backbone: Backbone, inputs: Sequence[Any]) -> _Graphs | None:
-        addresses = [weight.data_ptr() for weight in self._weights]
+        read = [*self._weights, *(buffer for each in self._buffers for buffer in each.values() if buffer is not None)]
+        addresses = [tensor.data_ptr() for tensor in read]
         if addresses != self._addresses:
             self._graphs.clear()
             self._addresses = addresses

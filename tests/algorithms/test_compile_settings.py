@@ -55,3 +55,15 @@ def test_padded_rows_keep_lean_layers(layout: str, caplog: pytest.LogCaptureFixt
     assert policy.is_compiled is not padded
     assert any(isinstance(part, GatedMLP) for part in policy.modules()) is padded
     assert sum("policy.compile: found rows of one" in text for text in caplog.messages) == padded
+
+
+def test_teardown_releases_graphs() -> None:
+    module = DPO(policy=TinyPolicy(width=32, layers=1, heads=2, compile=False))
+    module.configure_model()
+    module.policy.compile_layers("eager", few_shapes=True, cuda_graphs=True)
+    graphed = module.policy._graphed
+    assert graphed is not None
+    assert any(each is module.policy.backbone.rotary_emb._buffers for each in graphed._buffers)
+    graphed._graphs[1, 8] = None  # a failed capture
+    module.teardown("fit")
+    assert not graphed._graphs

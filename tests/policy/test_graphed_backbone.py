@@ -158,6 +158,33 @@ def test_moved_weights_are_captured_again(frozen: bool) -> None:
     assert torch.equal(graphed(backbone, *inputs), expected)
 
 
+def test_moved_buffers_are_captured_again() -> None:
+    backbone = Backbone()
+    backbone.register_buffer("scale", torch.ones(4))
+    graphed = GraphedBackbone(backbone.parameters(), [part._buffers for part in backbone.modules()])
+
+    def scaled(*inputs: Tensor) -> Tensor:
+        return backbone(*inputs) * backbone.scale
+
+    graphed(scaled, *batch(5, 0))
+    backbone.scale = 2 * backbone.scale
+    torch.manual_seed(0)
+    expected = scaled(*batch(5, 1))
+    torch.manual_seed(0)
+    assert torch.equal(graphed(scaled, *batch(5, 1)), expected)
+
+
+def test_released_graphs_are_captured_again() -> None:
+    backbone = Backbone()
+    graphed = GraphedBackbone(backbone.parameters())
+    graphed(backbone, *batch(5, 0)).sum().backward()
+    graphed.release()
+    assert not graphed._graphs
+    assert not any(map(torch.Tensor.numel, graphed._gradients))
+    graphed(backbone, *batch(5, 0)).sum().backward()
+    assert RecordedGraph.replays == 4
+
+
 def test_copy_has_its_own_weights() -> None:
     backbone = Backbone()
     graphed = GraphedBackbone(backbone.parameters())
