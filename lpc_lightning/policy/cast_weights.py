@@ -23,19 +23,24 @@ MATRIX_PRODUCTS = (nn.Linear, Conv1D)
 def cast_weights(layer: nn.Module, device: str) -> Iterator[None]:
     """Replace the float32 weights of matrix products by casts of them, if autocast is on. Gradients reach the weights.
 
-    The casts exist until the backward pass. FSDP2 frees whole weights earlier, so that its layers are not changed.
+    The casts exist until the backward pass. FSDP2 frees whole weights earlier, so that its layers are not changed. Of a
+    layer that is recomputed, only experts are cast. transformers checkpoints it inside its `forward`, where autocast
+    makes the casts again in the backward pass.
 
     Args:
         layer: A decoder layer.
         device: Type of its device.
     """
     dtype = torch.get_autocast_dtype(device)
+    kinds = () if layer.training and getattr(layer, "gradient_checkpointing", False) else MATRIX_PRODUCTS
     applies = torch.is_autocast_enabled(device) and not isinstance(layer, FSDPModule)
     owners = [
         (module._parameters, name)
         for module in (layer.modules() if applies else ())
         for name, weight in module._parameters.items()
-        if weight is not None and weight.dtype == torch.float32 and _is_for_products(module, weight)
+        if weight is not None
+        and weight.dtype == torch.float32
+        and (type(module) in kinds or _is_of_experts(module, weight))
     ]
     if not owners:
         yield
@@ -50,9 +55,9 @@ def cast_weights(layer: nn.Module, device: str) -> Iterator[None]:
             parameters[name] = weight
 
 
-def _is_for_products(module: nn.Module, weight: Tensor) -> bool:
+def _is_of_experts(module: nn.Module, weight: Tensor) -> bool:
     # transformers adds `_apply_gate` to each class of experts that its kernels compute. Biases have two dimensions.
-    return type(module) in MATRIX_PRODUCTS or (weight.dim() == 3 and hasattr(type(module), "_apply_gate"))
+    return weight.dim() == 3 and hasattr(type(module), "_apply_gate")
 
 
 class _Cast(torch.autograd.Function):

@@ -142,6 +142,32 @@ def test_inductor_layer_has_few_kernels(mixed: bool, epoch: list[PreferenceBatch
     assert 0 < metrics.generated_kernel_count <= 40
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointed_layers_keep_no_casts(checkpointing: bool, epoch: list[PreferenceBatch], tiny: Tiny) -> None:
+    """Count casts of projections to bfloat16 among the tensors that are kept for the backward pass."""
+    plain, compiled = twins(tiny, gradient_checkpointing=checkpointing)
+    compiled.compile_layers("aot_eager", few_shapes=True)
+    compiled._compiles_head = False
+    sizes = {tuple(weight.shape) for weight in compiled.layers[0].mlp.parameters()}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.bfloat16 and {tuple(tensor.shape), tuple(tensor.mT.shape)} & sizes:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            states = compiled.hidden(epoch[0])
+        expected = plain.hidden(epoch[0])
+    assert_near([states], [expected], 0.05)
+    assert bool(kept) is not checkpointing
+    states.square().mean().backward()
+    expected.square().mean().backward()
+    found, others = ([p.grad for p in each.parameters() if p.grad is not None] for each in (compiled, plain))
+    assert_near(found, others, 0.05)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @torch.no_grad()
 def test_block_sparse_rows_agree(epoch: list[PreferenceBatch], tiny: Tiny) -> None:
