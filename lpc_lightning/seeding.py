@@ -28,12 +28,13 @@ def derive(*parts: object) -> int:
 def seed_draws(seed: int, device: torch.device) -> None:
     """Seed the random numbers of a device and of the CPU.
 
-    `torch.manual_seed` alone would also queue each seed, with a stack trace, for GPUs that a run on a CPU never uses.
+    `torch.manual_seed` alone would also queue each seed, with a stack trace, for kinds of GPUs that the run never uses.
     That takes milliseconds of each step, and memory until the end.
     """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+    elif device.type != "cpu":
         torch.manual_seed(seed)
 
 

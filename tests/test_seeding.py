@@ -39,6 +39,16 @@ def test_seed_on_cpu_is_not_queued_for_gpus() -> None:
     assert len(torch.cuda._queued_calls) == queued
 
 
+def test_seed_on_cuda_leaves_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expect the seed of `torch.manual_seed` on the CPU and on CUDA. Seeds of unused GPUs would cost a stack trace."""
+    seeds: list[tuple[str, int]] = []
+    for kind in ("cuda", "xpu", "mtia"):
+        monkeypatch.setattr(getattr(torch, kind), "manual_seed_all", lambda seed, kind=kind: seeds.append((kind, seed)))
+    seed_draws(5, torch.device("cuda", 0))
+    assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(5)))
+    assert seeds == [("cuda", 5)]
+
+
 @pytest.mark.parametrize(("setting", "seed"), [(None, 0), ("", 0), ("0", 0), ("41", 41)])
 def test_run_seed_from_lightning(monkeypatch: pytest.MonkeyPatch, setting: str | None, seed: int) -> None:
     if setting is None:
