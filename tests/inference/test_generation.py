@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
@@ -170,6 +171,21 @@ def test_gumbel_noise_draws_by_the_probabilities() -> None:
 
 
 @pytest.mark.slow
+def test_gumbel_noise_is_made_on_the_device() -> None:
+    """Expect the logarithms of (B, V) numbers where the scores are. The draws are those of the CPU on every device."""
+    places = []
+
+    class Record(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.log:
+                places.append(args[0].device.type)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        noisy = _GumbelNoise([1, 2])(torch.zeros(2, 1), torch.zeros(2, 5, device="meta"))
+    assert places == [noisy.device.type] == ["meta"]
+
+
 def test_drawn_tokens_have_the_models_probabilities(llama: Case) -> None:
     """The first token of the same prompt by 600 seeds: how often the likeliest texts come, at temperature 0.7."""
     condition, temperature = Condition("code 0", 0), 0.7
