@@ -32,7 +32,7 @@ from lpc_lightning.distributed.sharding import (
     set_micro_batch_size,
     shard,
 )
-from lpc_lightning.errors import ConfigError, UnsupportedPolicyError, one_line
+from lpc_lightning.errors import ConfigError, one_line
 from lpc_lightning.policy import CausalPolicy, PolicySpec, policy_fingerprint
 from lpc_lightning.policy.compile_trial import fault_of_compilation
 from lpc_lightning.policy.precision import PRECISION_ADVICE, WEIGHTS_ADVICE, warn_of_slow_products
@@ -199,24 +199,21 @@ class PolicyModule(LatentMixin, LightningModule):
         return data is not None and data.micro_batches() >= COMPILED_FROM
 
     def _try_compilation(self) -> None:
-        """Find layers that cannot be compiled, before the layout of batches and the reference depend on them."""
-        if not (self._on_gpu and self._should_compile() and self._packs):
+        """Find layers that cannot be compiled, before the layout of batches and the reference depend on them.
+
+        `true` compiles without a trial, so that torch's own error shows the cause.
+        """
+        if self.policy_spec.compile != "auto" or not (self._on_gpu and self._should_compile() and self._packs):
             return
         for policy in policies_of(self):
             fault = fault_of_compilation(policy) if policy.takes_block_mask else None
-            if fault is None:
-                continue
-            policy.compiles = False
-            text = f"whose layers torch cannot compile whole ({fault})"
-            kind = type(policy.backbone).__name__
-            if self.policy_spec.compile != "auto":
-                raise UnsupportedPolicyError(
-                    f"policy.compile: found true for {kind}, {text}. Set policy.compile to false."
+            if fault is not None:
+                policy.compiles = False
+                rank_zero_warn(
+                    f"policy.compile: found auto for {type(policy.backbone).__name__}, whose layers torch cannot "
+                    f"compile whole ({fault}). It trains uncompiled, which takes more time. Set policy.compile to "
+                    "false to leave out this trial, or to true to compile in spite of it."
                 )
-            rank_zero_warn(
-                f"policy.compile: found auto for {kind}, {text}. It trains uncompiled, which takes more time. Set "
-                "policy.compile to false to leave out this trial."
-            )
 
     @property
     def _on_gpu(self) -> bool:
