@@ -6,6 +6,7 @@ The parser's own error does not name the group of a file, and it does not end fo
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli.linked_settings import check_linked_file, check_linked_option
 from lpc_lightning.data import PreferenceDataModule
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.files.yaml_files import SUFFIXES, check_value, check_yaml, read_yaml
+from lpc_lightning.files.yaml_files import SUFFIXES, check_value, check_yaml, parse_yaml, read_yaml
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import PolicySpec
 
@@ -51,7 +52,8 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
 
     Raises:
         ConfigError: A file does not exist, is no plain YAML or belongs to another group, a value of `trainer` or
-            `callbacks` is no file, a setting belongs to a group without a class, or another group fills it.
+            `callbacks` is no file, a setting belongs to a group without a class, another group fills it, or a later
+            file replaces it.
     """
     filled: set[str] = set()
     for argument, following in pairwise([*arguments, ""]):
@@ -67,7 +69,7 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
             if option.startswith("--") and "." in option:
                 check_value(text, option)
             continue
-        if len(text) < LONGEST_PATH and Path(text).is_file():
+        if _is_file(text):
             check_yaml(Path(text))
             content = read_yaml(Path(text))
             if takes_groups:
@@ -81,6 +83,30 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
         given = content if is_config and isinstance(content, dict) else {group: None if text in NULL else text}
         for name in set(EMPTY) & set(given):
             (filled.discard if given[name] is None else filled.add)(name)
+    _check_order(arguments if takes_groups else ())
+
+
+def _check_order(arguments: Sequence[str]) -> None:
+    """Check that neither a config file nor a list of callbacks replaces what an earlier option has set."""
+    earlier: dict[str, str] = {}
+    for argument, following in pairwise([*arguments, ""]):
+        option, equals, value = argument.partition("=")
+        text = value if equals else following
+        names = ["callbacks"] if option == "--callbacks" else []
+        if option in ("-c", "--config"):
+            content = read_yaml(Path(text)) if _is_file(text) else parse_yaml(text, option)
+            names = list(content) if isinstance(content, dict) else []
+        if replaced := next((name for name in names if earlier.get(name, option) != option), None):
+            raise ConfigError(
+                f"{option}: found {text} after {earlier[replaced]}, expected it before, because it replaces the "
+                f"settings of {replaced}. Give {option} first."
+            )
+        if option.startswith("--") and not option.endswith(".help"):
+            earlier[re.split(r"[.+]", option.removeprefix("--"))[0]] = option
+
+
+def _is_file(text: str) -> bool:
+    return len(text) < LONGEST_PATH and Path(text).is_file()
 
 
 def _check_text(option: str, group: str, text: str) -> None:

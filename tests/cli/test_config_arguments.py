@@ -9,10 +9,13 @@ import pytest
 
 from lpc_lightning.cli.config_arguments import check_config_arguments
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.evaluation.ablation.grids.grid import read_grid
 from tests.fixtures.commands import CONFIGS
 
 TINY = f"--config={CONFIGS / 'experiment' / 'tiny.yaml'}"
 DEMO = f"--config={CONFIGS / 'experiment' / 'demo.yaml'}"
+LABEL_FLIP = f"--callbacks+={CONFIGS / 'callbacks' / 'label_flip.yaml'}"
+TUNING = f"--callbacks={CONFIGS / 'callbacks' / 'tuning.yaml'}"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,8 @@ def test_file_of_another_group_is_named(option: str, path: Path) -> None:
         [TINY, "--latent", "{class_path: MarginalSpace}", "--latent.num_codes=8"],
         [TINY, "--latent=null", "--model", "IPO", "--model.beta", "0.2"],
         [TINY, "--callbacks.rate", "0.3"],
+        [TINY, "--model.beta=0.7", "--model", "IPO"],
+        [TINY, "--data.max_length=64", "--data", str(CONFIGS / "data" / "hh.yaml"), TUNING, TUNING],
         ["--latent.help", "MarginalSpace"],
         ["--callbacks+=LabelFlipNoise", "--callbacks.rate=0.3"],
         ["--callbacks", "null", "--trainer.accelerator", "cpu"],
@@ -86,6 +91,32 @@ def test_file_of_another_group_is_named(option: str, path: Path) -> None:
 )
 def test_right_arguments_pass(arguments: list[str]) -> None:
     check_config_arguments(arguments, takes_groups=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "PreferenceData", "--data.path=mine.jsonl", TINY], r"tiny\.yaml after --data\.path, .* of data\."),
+        (["--model=IPO", "-c", TINY.removeprefix("--config=")], r"-c: found .* after --model, .* Give -c first\."),
+        (["--trainer.max_steps", "3", TINY], r"--config: found .* after --trainer\.max_steps, expected it before, "),
+        (["--seed_everything=7", "--config={seed_everything: 1}"], r"after --seed_everything, "),
+        ([LABEL_FLIP, TUNING], r"--callbacks: found .*tuning\.yaml after --callbacks\+, "),
+        ([TINY, LABEL_FLIP, "--callbacks.rate=0.3", TUNING], r"after --callbacks\.rate, .* of callbacks"),
+    ],
+    ids=str,
+)
+def test_file_after_settings_that_it_replaces(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config_arguments(arguments, takes_groups=True)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablation/*.yaml")), ids=lambda path: path.stem)
+def test_arguments_of_a_grid_pass(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    grid = read_grid(path)
+    tuning = [cell for value in (grid.tune.axis.values if grid.tune else ()) for cell in grid.tuning_cells(value)]
+    for cell in [*grid.cells(), *tuning]:
+        check_config_arguments(cell.arguments, takes_groups=True)
 
 
 def test_other_commands_have_other_options() -> None:

@@ -79,7 +79,7 @@ def test_refused_setting_is_one_line(command: Command, flags: list[str], error: 
 def test_unknown_name_in_a_file_is_one_line(command: Command, content: str, error: str, tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text(content + "\n")
-    (line,) = command("fit", *POLICY, *MODEL, f"--config={path}").err.splitlines()
+    (line,) = command("fit", f"--config={path}", *POLICY, *MODEL).err.splitlines()
     assert line.startswith(f"error: {error}")
 
 
