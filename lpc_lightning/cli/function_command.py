@@ -17,6 +17,8 @@ SWITCH_VALUES = {
 """Values of a switch, as YAML 1.1 has them."""
 TEXTS = ("prompt",)
 """Settings whose value on the command line is a text, whatever it is: `null` is a prompt."""
+NULLS = {"", "~", "null", "Null", "NULL"}
+"""Values of other texts that are null, as YAML has them. Other texts that YAML reads as nothing are comments."""
 
 
 def run_function(function: Callable[..., Any], arguments: list[str], name: str) -> Any:
@@ -25,7 +27,8 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
     Every parameter is an option, `--batch_size` or `--batch-size`. A list takes several values, separated by spaces or
     commas. A list without a default is no option: its values are before, between or after the options, separated by
     spaces (a path may have commas). After an option that is a list, they would count as its values. A switch (bool)
-    without a value is `true`. Its values are those of YAML. A prompt is a text, also if it is a word of YAML.
+    without a value is `true`. Its values are those of YAML. A prompt is a text, also if it is a word of YAML, and every
+    text may begin with `#`, which begins a comment in YAML.
 
     Args:
         function: The function, with type hints and a Google-style docstring that describes each parameter.
@@ -58,7 +61,9 @@ def run_function(function: Callable[..., Any], arguments: list[str], name: str) 
     spelled = _spelled_out(arguments, options, switches)
     settings = parser.instantiate(parser.parse_args(spelled)).as_dict()  # a data class's fields are settings, too
     del settings["config"]
-    settings |= {each: _text(spelled, each) for each in TEXTS if each in settings and settings[each] is None}
+    for each in [each for each, hint in hints.items() if hint == str | None and settings.get(each, "") is None]:
+        text = _text(spelled, each)
+        settings[each] = text if each in TEXTS or text not in NULLS else None
     return function(**settings)
 
 

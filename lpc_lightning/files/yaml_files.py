@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,12 +69,17 @@ def check_value(text: str, option: str) -> None:
     """Check a value of the command line. Text that is no YAML is a text, which the parser reads as it is.
 
     Raises:
-        ConfigError: The value refers to itself or is too large.
+        ConfigError: The value is a comment, refers to itself or is too large.
     """
     try:
         node = yaml.compose(text, LOADER)
     except (yaml.YAMLError, RecursionError, ValueError):
         return
+    if node is None and text.strip():
+        raise ConfigError(
+            f"{option}: found {text}, which YAML reads as a comment, expected a value. State a text that begins with # "
+            f"in a config file, in quotes: `{option.rpartition('.')[2]}: {json.dumps(text, ensure_ascii=False)}`."
+        )
     _check_size(node, option)
 
 

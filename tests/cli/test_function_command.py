@@ -159,7 +159,9 @@ def test_a_prompt_is_the_text_as_written(text: str, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("prompt: another\n")
     for arguments in (["--prompt", text], [f"--prompt={text}"]):
         assert run_function(generate, [f"--config={tmp_path / 'settings.yaml'}", *arguments], "generate") == (text, "x")
-    assert run_function(generate, ["--output", "null"], "generate") == (None, None)
+    for null in ("null", "~"):
+        assert run_function(generate, ["--output", null], "generate") == (None, None)
+    assert run_function(generate, ["--output", "# x"], "generate") == (None, "# x")
 
 
 @pytest.mark.parametrize(

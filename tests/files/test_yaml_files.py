@@ -75,6 +75,13 @@ def test_aliases_and_text_are_allowed() -> None:
         check_value("9" * 5000, "--model.beta")
 
 
+def test_value_that_is_a_comment_is_refused() -> None:
+    for value in ("", "null", '"#flip"', "a # b"):
+        check_value(value, "--callbacks.marker")
+    with pytest.raises(ConfigError, match=r"--callbacks\.marker: found #flip, .* comment, .*: `marker: \"#flip\"`"):
+        check_value("#flip", "--callbacks.marker")
+
+
 COMMANDS = (
     ("fit", "--config={}"),
     ("fit", "--policy", "{}"),
