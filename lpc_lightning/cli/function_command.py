@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Callable
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -17,6 +18,8 @@ SWITCH_VALUES = {
 """Values of a switch, as YAML 1.1 has them."""
 TEXTS = ("prompt",)
 """Settings whose value on the command line is a text, whatever it is: `null` is a prompt."""
+OPTION = re.compile(r"--\w[\w-]*(\.[\w-]+)*(=|\Z)")
+"""Name of a setting, and the `=` of its value. Other arguments are values, even if they begin with hyphens."""
 NULLS = {"", "~", "null", "Null", "NULL"}
 """Values of other texts that are null, as YAML has them. Other texts that YAML reads as nothing are comments."""
 
@@ -93,9 +96,12 @@ def _spelled_out(arguments: list[str], lists: set[str], switches: set[str]) -> l
     end_of_files = 0
     option, open_values = "", 0.0  # the values that the last option still takes
     for place, argument in enumerate(arguments):
-        if not argument.startswith("--"):
-            taken = options if open_values > 0 else values
-            taken += argument.split(",") if open_values > 0 and option in lists else [argument]
+        if not OPTION.match(argument):
+            if open_values == 1 and argument.startswith("-"):
+                options[-1] += f"={argument}"  # by itself, the parser takes it for an option
+            else:
+                taken = options if open_values > 0 else values
+                taken += argument.split(",") if open_values > 0 and option in lists else [argument]
             open_values -= 1
             end_of_files = len(options) if option == "config" else end_of_files
             continue

@@ -145,7 +145,9 @@ def test_a_value_without_a_setting_is_refused() -> None:
         run_function(generate, ["--prompt", "x"], "generate")
 
 
-@pytest.mark.parametrize("text", ["null", "~", "None", "3", "true", "[a]", "", "a: b"])
+@pytest.mark.parametrize(
+    "text", ["null", "~", "None", "3", "true", "[a]", "", "a: b", "-- a-b", "---", "--no-way, why?", "-5"]
+)
 def test_a_prompt_is_the_text_as_written(text: str, tmp_path: Path) -> None:
     def generate(prompt: str | None = None, output: str | None = "x") -> tuple[str | None, str | None]:
         """Generate.
