@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from lpc_lightning.algorithms import PreferenceModule
+from lpc_lightning.data.tokenization.chat_template import ChatTemplate
 from lpc_lightning.data.tokenization.template import Template
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import ConfigError
@@ -124,6 +125,8 @@ def export(
             model.save_pretrained(folder, save_embedding_layers=False)  # or peft asks the hub for the vocabulary
         else:
             _write_model(model, folder)
+        if isinstance(template, ChatTemplate) and isinstance(module.tokenizer.chat_template, str):
+            module.tokenizer.chat_template = template.published
         module.tokenizer.save_pretrained(folder)
         if biases is not None:
             save_file({"code_biases": biases}, folder / BIASES, metadata={"format": "pt"})

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
@@ -85,15 +86,20 @@ def test_no_local_path_is_published(exported: dict[str, Path], fitted: Callable[
     assert origin["path"] == "version_0/checkpoints/best.ckpt"
 
 
+def base_model(folder: Path, template: Callable[[str], str]) -> list[str]:
+    """Write a tiny model with a changed chat template, and return the arguments of a fit that starts from it."""
+    spec = TinyPolicy(width=16, layers=1, heads=2)
+    spec.build().causal_lm.save_pretrained(folder)
+    tokenizer = spec.load_tokenizer()
+    tokenizer.chat_template = template(str(tokenizer.chat_template))
+    tokenizer.save_pretrained(folder)
+    return ["--policy=PretrainedPolicy", f"--policy.path={folder}"]
+
+
 def test_export_prompts_as_its_checkpoint(fitted: Callable[..., Path], tmp_path: Path) -> None:
     """Arguments of the chat template may name files."""
-    spec = TinyPolicy(width=16, layers=1, heads=2)
-    spec.build().causal_lm.save_pretrained(tmp_path / "base")
-    tokenizer = spec.load_tokenizer()
-    tokenizer.chat_template = "{{ guide }}" + str(tokenizer.chat_template)
-    tokenizer.save_pretrained(tmp_path / "base")
+    policy = base_model(tmp_path / "base", lambda template: "{{ guide }}" + template)
     guide = "/usr/share/doc/guide.txt comes first."
-    policy = ["--policy=PretrainedPolicy", f"--policy.path={tmp_path / 'base'}"]
     checkpoint = fitted(*policy, f"--data.template_kwargs={json.dumps({'guide': guide})}")
     folder = export(str(checkpoint), str(tmp_path / "out"))
     opened = open_policy(str(folder))
@@ -102,6 +108,16 @@ def test_export_prompts_as_its_checkpoint(fitted: Callable[..., Path], tmp_path:
     card = (folder / "README.md").read_text()
     assert card.count(guide) == 2  # in the code and among the settings
     assert str(tmp_path) not in card + (folder / "training.json").read_text()
+
+
+def test_export_has_a_generation_prompt(fitted: Callable[..., Path], tmp_path: Path) -> None:
+    """The template of the base model has none, so that the suite adds the header of an answer."""
+    policy = base_model(tmp_path / "base", lambda template: template[: template.index("{% if add_generation_prompt")])
+    folder = export(str(fitted(*policy)), str(tmp_path / "out"))
+    turns = [{"role": "user", "content": "Hi"}]
+    render = AutoTokenizer.from_pretrained(folder).apply_chat_template
+    text = render([*turns, {"role": "assistant", "content": "yes"}], tokenize=False)
+    assert text == render(turns, tokenize=False, add_generation_prompt=True) + text[text.rindex("yes") :]
 
 
 def test_a_full_disk_leaves_the_earlier_export_whole(checkpoint: Path, tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ class ChatTemplate(Template):
     answer. If the template does not render the answer there word for word, the answer is appended to the generation
     prompt, which happens with templates that remove reasoning from every answer.
 
+    A template without generation prompts gets one: the text that it writes between a user turn and an answer. Otherwise
+    an answer would begin with the header of its turn, in training and in generation.
+
     A template that writes today's date gets the same day at all times (`DAY`), so that tokens do not depend on the day.
 
     The constructor renders probe conversations. The results show the text that the template writes around an answer,
@@ -98,6 +101,13 @@ class ChatTemplate(Template):
                 f"The chat template of {name_of(tokenizer)} omits the text of an assistant turn. Use the plain "
                 "template."
             )
+        self.published = template
+        """Jinja source for an export: that of the tokenizer, with a generation prompt."""
+        header = head.removeprefix(prompt).rstrip(" ") if head.startswith(prompt) else ""
+        if header.strip() and "add_generation_prompt" not in template:
+            _report_header(name_of(tokenizer), header)
+            self.published, self._dated = (_with_prompt(each, header) for each in (template, self._dated))
+            prompt += header
         if not head.startswith(prompt):
             _report_other_end(name_of(tokenizer), prompt[-40:], head[-40:])
         added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
@@ -215,6 +225,21 @@ def _report_day(name: str) -> None:
         "has an argument for it, such as date_string.",
         name, f"{DAY:%d %b %Y}",
     )  # fmt: skip
+
+
+@cache
+def _report_header(name: str, header: str) -> None:
+    """Log once that a template has no generation prompt."""
+    log.warning(
+        "The chat template of %s does not read add_generation_prompt. A prompt ends with %r, which the template writes "
+        "before an answer, in training, evaluation and generation. An export has a template that does this.",
+        name, header,
+    )  # fmt: skip
+
+
+def _with_prompt(template: str, header: str) -> str:
+    """Return a template that ends with a header where a generation prompt is wanted."""
+    return f"{template.removesuffix(chr(10))}{{% if add_generation_prompt %}}{{{{ {header!r} }}}}{{% endif %}}"
 
 
 @cache

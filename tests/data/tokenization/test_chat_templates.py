@@ -1,5 +1,7 @@
 """Chat templates with the structure of popular ones. The oracle is the text that the decoded ids must have."""
 
+from functools import partial
+
 import pytest
 
 from lpc_lightning.data.sources.report import DataReport
@@ -41,6 +43,9 @@ LAST_TURN_ONLY = "{% set m = messages[-1] %}" + (
     "{{ '<|im_start|>user\n' + messages[-2]['content'] + '<|im_end|>\n<|im_start|>assistant\n' + m['content'] "
     "+ '<|im_end|>\n' }}{% endif %}"
 )
+WITHOUT_PROMPT = """\
+{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}
+"""
 
 
 @pytest.fixture
@@ -202,6 +207,21 @@ def test_system_turn_is_kept_where_it_is_rendered(tokenizers, template):
 def test_turn_that_the_template_leaves_out_is_bad(template):
     with pytest.raises(BadRow, match=r"left out by the chat template: the text of turn 1 \(user\)"):
         template(LAST_TURN_ONLY).tokenize(example("Hi", "Hello.", "Tea?"))
+
+
+# Templates without a generation prompt
+
+
+def test_header_of_an_answer_is_in_the_prompt(template, tokenizers):
+    made = template(WITHOUT_PROMPT)
+    given = example("Hi", "Hello.", "Tea?", system="Be kind.")
+    assert decoded(made, given) == decoded(make_template(tokenizers["chatml"]), given)
+    assert made.tokenizer.decode(made.prompt_ids(given.prompt)).endswith("<|im_start|>assistant\n")
+    turns = [*given.prompt, {"role": "assistant", "content": "yes"}]
+    for source in (made.source, made.published):
+        render = partial(made.tokenizer.apply_chat_template, turns, chat_template=source, tokenize=False)
+        assert render(add_generation_prompt=False) == made.tokenizer.apply_chat_template(turns, tokenize=False)
+        assert render(add_generation_prompt=True) == f"{render()}<|im_start|>assistant\n"
 
 
 # Text that is already rendered
