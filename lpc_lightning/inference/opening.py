@@ -34,6 +34,7 @@ from lpc_lightning.inference.modeling_lpc import (
 from lpc_lightning.inference.trained_policy import ORIGIN
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy
+from lpc_lightning.policy.pretrained import published_file
 from lpc_lightning.policy.spec import Dtype
 from lpc_lightning.policy.start_adapter import is_adapter
 
@@ -194,8 +195,8 @@ def _open_model(path: str, dtype: str, trust_remote_code: bool) -> OpenedPolicy:
         raise UnsupportedPolicyError(str(error).removeprefix("policy.path: ")) from error
     origin: dict[str, Any] = {"path": path}
     config = policy.causal_lm.config
-    if (folder / ORIGIN).is_file():
-        origin["training"] = _training(folder / ORIGIN)
+    if (record := published_file(path, ORIGIN)) is not None:
+        origin["training"] = _training(record)
     settings = getattr(config, CONFIG_KEY, None)
     if settings is None:
         return OpenedPolicy(short_name(path), "model", policy, tokenizer, None, origin)

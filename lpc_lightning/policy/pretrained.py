@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from lpc_lightning.errors import ConfigError, DamagedFileError, UnsupportedPolicyError, one_line
 from lpc_lightning.files.integrity import DIGESTS, changed_files
@@ -42,6 +43,24 @@ EDITABLE = (
     ADAPTER,
 )
 """Files of text that people change by hand. One with another digest is reported, and used."""
+
+
+def published_file(path: str, name: str, revision: str = "main") -> Path | None:
+    """Return a file of a folder or of a repository on the hub. None if it is absent or out of reach.
+
+    Args:
+        path: Folder or hub name.
+        name: Name of the file.
+        revision: Branch, tag or commit on the hub.
+    """
+    if Path(path).exists():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    try:
+        found = cached_file(path, name, revision=revision)
+    except OSError:
+        return None
+    return None if found is None else Path(found)
 
 
 class PretrainedPolicy(PolicySpec):
@@ -163,7 +182,7 @@ class PretrainedPolicy(PolicySpec):
 
     def check_start(self) -> None:
         """Warn if the folder is an export with a latent: training starts from the plain policy in it."""
-        if (Path(self.path) / LATENT).is_file():
+        if published_file(self.path, LATENT, self.revision) is not None:
             rank_zero_warn(
                 f"policy.path: found an export with a latent in {self.path}. A fit starts from its policy at z = 0, "
                 "which is also the reference. The latent in the export is not used; `latent` makes a new one. "

@@ -8,6 +8,7 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from transformers import AutoTokenizer
 
@@ -16,7 +17,7 @@ from lpc_lightning.distributed.checkpoint_io import CheckpointWriteError
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.opening import open_policy
-from lpc_lightning.policy import TinyPolicy
+from lpc_lightning.policy import PretrainedPolicy, TinyPolicy
 from tests.inference.conftest import CASES, FILES, LATENT_FILES
 
 pytestmark = pytest.mark.slow
@@ -118,6 +119,21 @@ def test_export_has_a_generation_prompt(fitted: Callable[..., Path], tmp_path: P
     render = AutoTokenizer.from_pretrained(folder).apply_chat_template
     text = render([*turns, {"role": "assistant", "content": "yes"}], tokenize=False)
     assert text == render(turns, tokenize=False, add_generation_prompt=True) + text[text.rindex("yes") :]
+
+
+def test_export_by_its_hub_name(fitted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--ann--mine"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    export(str(fitted(*CASES["codes"], "--data.template=plain")), str(repository / "snapshots" / ("0" * 40)))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    opened = open_policy("ann/mine")
+    assert (opened.kind, opened.template.kind) == ("export", "plain")
+    with pytest.warns(UserWarning, match="found an export with a latent in ann/mine"):
+        PretrainedPolicy("ann/mine").check_start()
+    (repository / "snapshots" / ("0" * 40) / "training.json").unlink()
+    assert open_policy("ann/mine").template.kind == "auto"
 
 
 def test_a_full_disk_leaves_the_earlier_export_whole(checkpoint: Path, tmp_path: Path) -> None:
