@@ -83,7 +83,8 @@ class PretrainedPolicy(PolicySpec):
             path: Hub name (`mistralai/Mistral-7B-v0.1`), local folder, or GGUF file (`model.Q4_1.gguf`). The weights of
                 a GGUF file are dequantized. The folder of an adapter stands for `adapter` on the base model that its
                 adapter_config.json names.
-            revision: Branch, tag or commit on the hub.
+            revision: Branch, tag or commit on the hub. `main` for the folder of an adapter: the revision that its
+                adapter_config.json names, if any.
             tokenizer: Hub name or folder of another tokenizer. null: the model's own.
             quantization: `nf4` keeps the frozen weights of the linear layers in 4 bits while an adapter is trained
                 (QLoRA, arXiv 2305.14314), with quantized scales, by bitsandbytes. `dtype` is then the type of the
@@ -104,7 +105,8 @@ class PretrainedPolicy(PolicySpec):
         super().__init__(**policy)
         path, adapter = os.fspath(path), None if adapter is None else os.fspath(adapter)
         if adapter is None and is_adapter(path):
-            path, adapter = base_of(path), path
+            (path, recorded), adapter = base_of(path), path
+            revision = recorded if recorded and revision == "main" else revision
         self.adapter, self.merge_adapter = adapter, merge_adapter
         self.path, self.revision, self.quantization = path, revision, quantization
         self.tokenizer = None if tokenizer is None else os.fspath(tokenizer)

@@ -31,14 +31,15 @@ def is_adapter(path: str) -> bool:
     return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
 
 
-def base_of(adapter: str) -> str:
-    """Return the base model that the folder of an adapter names.
+def base_of(adapter: str) -> tuple[str, str | None]:
+    """Return the base model that the folder of an adapter names, and its revision. None: not recorded.
 
     Raises:
         UnsupportedPolicyError: The folder names none.
     """
     try:
-        base = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        settings = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8"))
+        base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     except (OSError, ValueError, AttributeError) as error:
         raise UnsupportedPolicyError(
             f"policy.path: could not read {Path(adapter) / ADAPTER}: {error}. Expected the settings of an adapter."
@@ -48,7 +49,7 @@ def base_of(adapter: str) -> str:
             f"policy.path: found no base_model_name_or_path in {Path(adapter) / ADAPTER}, expected the adapter's base "
             "model. Set policy.path to that model and policy.adapter to this folder."
         )
-    return str(base)
+    return str(base), None if revision is None else str(revision)
 
 
 def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:

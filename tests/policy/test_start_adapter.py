@@ -203,6 +203,19 @@ def test_adapter_folder_as_path_names_its_base(base: Path, save_adapter: Any) ->
     assert spec.load_tokenizer().chat_template == "{{ 'of the adapter' }}"
 
 
+@pytest.mark.parametrize(
+    ("recorded", "requested", "revision"),
+    [("v2", {}, "v2"), ("v2", {"revision": "0123abc"}, "0123abc"), (None, {}, "main")],
+)
+def test_revision_of_the_base_of_an_adapter(
+    recorded: str | None, requested: dict[str, str], revision: str, tmp_path: Path
+) -> None:
+    content = {"base_model_name_or_path": "ann/base", "revision": recorded}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    spec = PretrainedPolicy(str(tmp_path), **requested)
+    assert (spec.path, spec.revision) == ("ann/base", revision)
+
+
 def test_adapter_folder_without_base_is_refused(save_adapter: Any) -> None:
     adapter = save_adapter()
     file = Path(adapter) / "adapter_config.json"
