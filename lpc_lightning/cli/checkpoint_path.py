@@ -1,4 +1,4 @@
-"""The value of `--ckpt_path`, and the template of its checkpoint."""
+"""The value of `--ckpt_path`, and the template of a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ def check_checkpoint_path(path: str, root: str | None) -> None:
 
 
 def warn_of_template(
-    recorded: Mapping[str, Any], settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase, path: str
+    recorded: Mapping[str, Any], settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase, path: str, result: str
 ) -> None:
-    """Warn if pairs get another template than the checkpoint was trained with.
+    """Warn if pairs get another template than a policy was trained with.
 
     Args:
-        recorded: Entry `template` of the checkpoint.
+        recorded: Entry `template` of its checkpoint or export.
         settings: Template of the data.
         tokenizer: The policy's tokenizer, which decides on `auto`.
-        path: Path of the checkpoint.
+        path: Path of the checkpoint or export.
+        result: Consequence of another template, as a sentence.
 
     Raises:
         CheckpointError: The record is not that of a template.
@@ -57,8 +58,8 @@ def warn_of_template(
         f"data.{name} {found[name]} (in training: {expected[name]})" for name in found if found[name] != expected[name]
     ]:
         rank_zero_warn(
-            f"template: found {', '.join(changes)} for {path}. The scores are those of texts that the policy was not "
-            "trained on. Take the settings of training, in config.yaml of its run."
+            f"template: found {', '.join(changes)} for {path}. {result} Take the settings of training, in config.yaml "
+            "of its run."
         )
 
 

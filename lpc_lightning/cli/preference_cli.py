@@ -155,11 +155,21 @@ class PreferenceCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise ConfigError(_reason(error)) from error
-        if self._trained_template is not None and self.subcommand != "fit":  # a fit refuses other tokens
-            path = self.config[str(self.subcommand)].ckpt_path
-            warn_of_template(self._trained_template, self.datamodule.template_settings, self.model.tokenizer, path)
+        self._check_template()
         # Only for checkpoints: `config.yaml` keeps what was given, which a report compares between machines.
         make_places_absolute(self.model.hparams)
+
+    def _check_template(self) -> None:
+        """Warn if pairs get another template than the policy was trained with. A resume refuses other tokens."""
+        path, spec = self.config[str(self.subcommand)].ckpt_path, self.model.policy_spec
+        recorded = spec.trained_template if path is None else self._trained_template
+        if recorded is None or (path is not None and self.subcommand == "fit"):
+            return
+        result = "The scores are those of texts that the policy was not trained on."
+        if self.subcommand == "fit":
+            result = "The fit changes the form of the texts that the policy was trained on."
+        settings = self.datamodule.template_settings
+        warn_of_template(recorded, settings, self.model.tokenizer, path or spec.start, result)
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """Give the run a folder of its own, which its config does not name: run again, it is another run."""

@@ -29,9 +29,10 @@ from lpc_lightning.inference.export_folder import FILES, check_free, replacing
 from lpc_lightning.inference.generation import default_generation
 from lpc_lightning.inference.local_paths import clean_configs, without_folders
 from lpc_lightning.inference.modeling_lpc import InferencePrior, has_own_code, latent_causal_lm, without_latent
-from lpc_lightning.inference.opening import ORIGIN, inference_prior, load_policy
+from lpc_lightning.inference.opening import inference_prior, load_policy
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy.lora import merge
+from lpc_lightning.policy.pretrained import ORIGIN
 from lpc_lightning.policy.spec import dropout_rates, set_dropout_rates
 from lpc_lightning.policy.start_adapter import ADAPTER, TRAINED
 

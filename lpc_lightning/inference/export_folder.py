@@ -13,7 +13,7 @@ from lpc_lightning.errors import ConfigError, DamagedFileError
 from lpc_lightning.files.json_files import read_json_object
 from lpc_lightning.files.output_paths import check_folder
 from lpc_lightning.files.whole_folders import content_of, whole_folder
-from lpc_lightning.inference.trained_policy import ORIGIN
+from lpc_lightning.policy.pretrained import ORIGIN
 from lpc_lightning.policy.start_adapter import ADAPTER
 
 FILES = "files"

@@ -31,10 +31,9 @@ from lpc_lightning.inference.modeling_lpc import (
     latent_causal_lm,
     load_prior,
 )
-from lpc_lightning.inference.trained_policy import ORIGIN
 from lpc_lightning.latent import LatentSpace
 from lpc_lightning.policy import CausalPolicy, PolicySpec, PretrainedPolicy
-from lpc_lightning.policy.pretrained import published_file
+from lpc_lightning.policy.pretrained import ORIGIN, published_file
 from lpc_lightning.policy.spec import Dtype
 from lpc_lightning.policy.start_adapter import is_adapter
 

@@ -20,9 +20,8 @@ from lpc_lightning.inference.model_places import find_models
 from lpc_lightning.inference.modeling_lpc import CONFIG_KEY, LATENT_FILE
 from lpc_lightning.policy import PolicySpec, PretrainedPolicy
 from lpc_lightning.policy.lora import merge
+from lpc_lightning.policy.pretrained import ORIGIN
 
-ORIGIN = "training.json"
-"""File of an exported folder with the origin of its checkpoint."""
 WEIGHTS, LATENT = "policy.model.", "latent."
 """Prefixes of the entries of a checkpoint's `state_dict`."""
 
@@ -84,6 +83,12 @@ class TrainedPolicy(PolicySpec):
     def start(self) -> str:
         """Path of the checkpoint or export."""
         return f"{self.path} without latent"
+
+    @property
+    def trained_template(self) -> Mapping[str, Any] | None:
+        """See `PolicySpec.trained_template`."""
+        base, path = self._base, Path(self.path)
+        return base.trained_template if _is_export(path) else read_checkpoint(path, weights=False).get("template")
 
     def restore_latent(self, space: nn.Module | None) -> None:
         """Load the latent of the checkpoint or export into a new space, if `keep_latent` is set.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from lpc_lightning.errors import ConfigError, DamagedFileError, UnsupportedPolicyError, one_line
 from lpc_lightning.files.integrity import DIGESTS, changed_files
+from lpc_lightning.files.json_files import read_json_object
 from lpc_lightning.policy.spec import PolicySpec
 from lpc_lightning.policy.start_adapter import ADAPTER, base_of, is_adapter, keep_adapter, merge_adapter
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 LATENT = "latent.safetensors"
 """File of the latent in a folder that `lpc-lightning export` has written."""
+ORIGIN = "training.json"
+"""File of such a folder with the origin of its checkpoint."""
 LATENT_SETTINGS = "lpc"
 """Key of the latent's settings in the `config.json` of such a folder."""
 EDITABLE = (
@@ -39,7 +42,7 @@ EDITABLE = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
-    "training.json",
+    ORIGIN,
     ADAPTER,
 )
 """Files of text that people change by hand. One with another digest is reported, and used."""
@@ -181,6 +184,15 @@ class PretrainedPolicy(PolicySpec):
     def adapter_base(self) -> str | None:
         """Path of the model. None for a GGUF file, and if the fit starts from another adapter."""
         return None if self.path.endswith(".gguf") or self.adapter is not None else self.path
+
+    @property
+    def trained_template(self) -> Mapping[str, Any] | None:
+        """See `PolicySpec.trained_template`. The folder of an export records it."""
+        file = published_file(self.adapter or self.path, ORIGIN, self.revision)
+        try:
+            return None if file is None else read_json_object(file).get("template")
+        except DamagedFileError as error:
+            raise UnsupportedPolicyError(f"policy.path: {error} Export the checkpoint again.") from error
 
     def check_start(self) -> None:
         """Warn if the folder is an export with a latent: training starts from the plain policy in it."""

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import reduce
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -132,6 +132,11 @@ class PolicySpec(ABC):
     @property
     def adapter_base(self) -> str | None:
         """Hub name or folder of the model that an adapter in training belongs to. None: no folder holds its weights."""
+        return None
+
+    @property
+    def trained_template(self) -> Mapping[str, Any] | None:
+        """Settings of the template that the weights were trained with. None: not recorded."""
         return None
 
     def restore_latent(self, space: nn.Module | None) -> None:  # noqa: B027  # optional

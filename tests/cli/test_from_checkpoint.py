@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lpc_lightning.cli import main
+from lpc_lightning.inference.export import export
 from lpc_lightning.inference.opening import open_policy
-from tests.fixtures.commands import ALL, TRAINER, Command, assert_one_error, logged, places_in
+from tests.fixtures.commands import ALL, DATA, MODEL, TRAINER, Command, assert_one_error, logged, places_in
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,21 @@ class TestFromACheckpoint:
             return
         with pytest.warns(UserWarning, match=rf"^template: found {changes} for {re.escape(str(checkpoint))}\. The sc"):
             command(*arguments)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("policy", "is_export"), [("TrainedPolicy", False), ("TrainedPolicy", True), ("PretrainedPolicy", True)]
+    )
+    @pytest.mark.filterwarnings("ignore:policy.path. found an export with a latent")
+    def test_new_fit_with_another_template(
+        self, policy: str, is_export: bool, checkpoint: Path, command: Command, places: list[str], tmp_path: Path
+    ) -> None:
+        path = export(str(checkpoint), str(tmp_path / "export")) if is_export else checkpoint
+        start = [f"--policy={policy}", f"--policy.path={path}", *MODEL, *TRAINER[:3], "--trainer.fast_dev_run=true"]
+        start += ["--policy.keep_latent=false"] if policy == "TrainedPolicy" else []
+        changes = r"^template: found data\.template plain \(in training: chat\) for .* The fit changes the form"
+        with pytest.warns(UserWarning, match=changes):
+            command("fit", *start, *DATA, "--data.batch_size=2", "--data.template=plain", *places)
 
     @pytest.mark.slow
     def test_its_pairs_are_predicted(self, checkpoint: Path, command: Command, places: list[str], runs: Path) -> None:
