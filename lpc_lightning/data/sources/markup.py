@@ -40,7 +40,11 @@ class Markup:
         text = text.lstrip() if self.has_tokens else text
         if self.first and not self.header.match(text) and self.header.search(text):
             text = self.first + text
-        if not self.header.match(text) or not (self.later in text or text.startswith("\n\n")):
+        return self.split(text) if self.later in text or text.startswith("\n\n") else None
+
+    def split(self, text: str) -> tuple[Message, ...] | None:
+        """Split a text that begins with a header into turns, also without a later one. Return None for other texts."""
+        if not self.header.match(text):
             return None
         _, *parts = self.header.split(text)
         messages: list[Message] = []
@@ -53,11 +57,16 @@ class Markup:
 
     def answer(self, text: str) -> str:
         """Return an answer without its header, its end token and the white space around it."""
-        turns = self.turns(text)
-        if self.has_tokens and turns is not None and [turn["role"] for turn in turns] == ["assistant"]:
-            return turns[0]["content"].strip()
+        if (headed := self.headed_answer(text)) is not None:
+            return headed
         content = self._content(text)
         return text if content is None else content.strip()
+
+    def headed_answer(self, text: str) -> str | None:
+        """Return the answer in a text that is one turn of the assistant, with its header. None for other texts."""
+        turns = self.split(text.lstrip() if self.has_tokens else text)
+        is_answer = turns is not None and [turn["role"] for turn in turns] == ["assistant"]
+        return turns[0]["content"].strip() if turns is not None and is_answer else None
 
     def _content(self, body: str) -> str | None:
         if self.end is None:
@@ -78,12 +87,21 @@ def _turn(role: str, content: str) -> list[Message]:
     return [Message(role=role, content=content)]
 
 
-def _lines(speakers: str, separator: str, prefix: str = "") -> Markup:
+def _lines(speakers: str, separator: str) -> Markup:
     """Return the markup of lines like "Human: ..." and "Assistant: ...", with `separator` before each."""
     return Markup(
-        name=f"{prefix}{speakers.replace('|', '/')} {'lines' if separator == LINE else 'paragraphs'}",
-        header=re.compile(rf"(?:\A\s*|{separator}){prefix}({speakers}):"),
-        later=f"{separator}{prefix}Assistant:",
+        name=f"{speakers.replace('|', '/')} {'lines' if separator == LINE else 'paragraphs'}",
+        header=re.compile(rf"(?:\A\s*|{separator})({speakers}):"),
+        later=f"{separator}Assistant:",
+    )
+
+
+def _headings(speakers: str) -> Markup:
+    """Return the markup of "### Human: ...### Assistant: ...", as in Guanaco, with or without line ends between."""
+    return Markup(
+        name=f"### {speakers.replace('|', '/')} lines",
+        header=re.compile(rf"\s*(?<!#)### ({speakers}):"),
+        later="### Assistant:",
     )
 
 
@@ -118,8 +136,8 @@ MARKUPS = (
     _lines("Human|Assistant", LINE),
     _lines("System|User|Assistant", PARAGRAPH),
     _lines("System|User|Assistant", LINE),
-    _lines("Human|Assistant", LINE, prefix="### "),
-    _lines("User|Assistant", LINE, prefix="### "),
+    _headings("Human|Assistant"),
+    _headings("User|Assistant"),
 )
 """Supported markups, in the order in which they are tried."""
 _CONTROL = (
@@ -133,7 +151,8 @@ _TOKEN = re.compile(
     rf"|(?:{_CONTROL}|\n<extra_id_1>)\s*(?:</s>\s*)?\Z"
 )
 _OPEN = re.compile(
-    r"(?:(?:\A|\s)(?:ASSISTANT|### (?:Response|Assistant)):|<\|im_start\|>assistant|\[/INST\]|<\|assistant\|>)\s*\Z"
+    r"(?:(?:(?:\A|\s)ASSISTANT|(?<!#)### (?:Response|Assistant)):"
+    r"|<\|im_start\|>assistant|\[/INST\]|<\|assistant\|>)\s*\Z"
 )
 
 
@@ -142,6 +161,17 @@ def read_markup(text: object) -> tuple[Markup, tuple[Message, ...]] | None:
     if not isinstance(text, str):
         return None
     return next(((markup, turns) for markup in MARKUPS if (turns := markup.turns(text))), None)
+
+
+def read_headed(prompt: object, *answers: object) -> tuple[Markup, tuple[Message, ...]] | None:
+    """Return the markup and the turns of a prompt like "Human: ...", if all answers are turns like "Assistant: ...".
+
+    A prompt alone may begin with such a word as plain text.
+    """
+    if not isinstance(prompt, str):
+        return None
+    markups = (each for each in MARKUPS if all(isinstance(text, str) and each.headed_answer(text) for text in answers))
+    return next(((markup, turns) for markup in markups if (turns := markup.split(prompt))), None)
 
 
 def is_dialogue_in_lines(text: object) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
-from lpc_lightning.data.sources.markup import occurs, read_markup
+from lpc_lightning.data.sources.markup import occurs, read_headed, read_markup
 from lpc_lightning.data.sources.messages import describe, is_messages, to_message, to_messages
 from lpc_lightning.data.sources.rows import BadRow
 from lpc_lightning.types import Message
@@ -61,7 +61,7 @@ def rendered_conversations(prompt: Any, chosen: Any, rejected: Any, forms: list[
 
 def rendered_prompt(prompt: Any, chosen: Any, rejected: Any, forms: list[str]) -> Triple | None:
     """Read a rendered dialogue that ends where the answers begin."""
-    rendered = read_markup(prompt)
+    rendered = read_markup(prompt) or read_headed(prompt, chosen, rejected)
     if rendered is None:
         return None
     markup, turns = rendered

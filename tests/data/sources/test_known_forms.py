@@ -317,6 +317,7 @@ WITHOUT_SYSTEM = {
     f"<start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n",
     "Human paragraphs": f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: {QUESTION}\n\nAssistant:",
     "Human lines": f"Human: Hi\nAssistant: Hello\nHuman: {QUESTION}\nAssistant:",
+    "Guanaco": f"### Human: Hi### Assistant: Hello### Human: {QUESTION}### Assistant:",
     "### lines": f"### Human: Hi\n### Assistant: Hello\n### Human: {QUESTION}\n### Assistant:",
 }
 
@@ -331,6 +332,25 @@ def test_rendered_text_is_read_as_turns(name: str) -> None:
     prompt, chosen, rejected = turns(whole)
     assert (prompt, chosen.strip(), rejected.strip()) == expected
     assert turns({"prompt": text, **whole})[0] == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("user", "header"),
+    [
+        ("\n\nHuman:", "\n\nAssistant:"),
+        ("\n\nHuman:", "Assistant:"),
+        ("Human:", "Assistant:"),
+        ("User:", "\n\nAssistant:"),
+        ("### Human:", "### Assistant:"),
+    ],
+)
+def test_header_of_an_answer_is_no_text(user: str, header: str) -> None:
+    row = {"prompt": f"{user} {QUESTION}", "chosen": f"{header} {GOOD}", "rejected": f"{header} {BAD}"}
+    forms: list[str] = []
+    example = to_example(row, "x", forms=forms)
+    assert (example.prompt, example.chosen, example.rejected) == (PROMPT, GOOD, BAD)
+    assert [form.partition(" (")[0] for form in forms] == ["rendered text"]
+    assert turns({**row, "prompt": QUESTION}) == (PROMPT, row["chosen"], row["rejected"])
 
 
 @pytest.mark.parametrize(("strength", "answers"), [(-2, (GOOD, BAD)), (3, (BAD, GOOD))])
@@ -353,6 +373,7 @@ def test_rendered_text_kept_as_text() -> None:
     [
         {"prompt": QUESTION, "chosen": f"{GOOD}<|im_end|>", "rejected": BAD},
         {"prompt": f"### Instruction:\n{QUESTION}\n\n### Response:\n", "chosen": GOOD, "rejected": BAD},
+        {"prompt": f"{QUESTION}### Assistant:", "chosen": GOOD, "rejected": BAD},
         {"prompt": f"A chat. USER: {QUESTION} ASSISTANT:", "chosen": GOOD, "rejected": BAD},
         {"prompt": f"<|im_start|>user\n{QUESTION}<|im_end|> and <|im_end|>", "chosen": GOOD, "rejected": BAD},
         {"prompt": "<|im_start|>wizard\nHi<|im_end|>", "chosen": GOOD, "rejected": BAD},
