@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy.attention_kernel import finite_masks
 from lpc_lightning.seeding import derive, seed_draws
 from lpc_lightning.types import Message
+
+log = logging.getLogger(__name__)
 
 Prompt = Sequence[Message]
 
@@ -126,7 +130,7 @@ def answers(
     """Answer prompts in order, batch by batch.
 
     A prompt has the same ids as in training. Its draws depend only on the seed and these ids, not on the batch. They
-    are the same under every condition, so that answers differ only by z.
+    are the same under every condition, so that answers differ only by z. Changes of the template to texts are logged.
 
     Args:
         opened: The policy.
@@ -139,12 +143,16 @@ def answers(
         ValueError: The policy's latent does not have the condition.
     """
     template = make_template(opened.tokenizer, *opened.template)
-    encoded = []
+    encoded, changes = [], Counter[str]()
     for number, prompt in enumerate(prompts, 1):
+        changed: dict[str, None] = {}
         try:
-            encoded.append(template.prompt_ids(prompt))
+            encoded.append(template.prompt_ids(prompt, changed.setdefault))
         except BadRow as fault:
             raise DataError(f"prompt {number}: {fault}") from fault
+        changes.update(changed.keys())
+    for change, count in changes.items():
+        log.warning("%d of %d prompts with a change: %s", count, len(prompts), change)
     generation: Any = opened.policy.causal_lm.generation_config
     published = generation.eos_token_id  # Llama 3 and Qwen end with one of several
     ends = [

@@ -342,6 +342,14 @@ def test_template_and_system_turns_of_training(case: Callable[..., Case]) -> Non
     assert found.answers == (made.greedy(found.prompt, Condition()),)
 
 
+def test_changes_to_prompts_are_logged(case: Callable[..., Case], caplog: pytest.LogCaptureFixture) -> None:
+    made = case()
+    made.opened = replace(made.opened, template=trained_template({"template": {"system_turns": "drop"}}))
+    system = Message(role="system", content="Be kind.")
+    answers(made.opened, [PROMPTS[0], *((system, *prompt) for prompt in PROMPTS[1:3])])
+    assert caplog.messages == ["2 of 3 prompts with a change: system turn left out"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

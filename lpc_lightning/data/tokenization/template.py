@@ -171,13 +171,17 @@ class Template(ABC):
         parts = [settings, asdict(self.frame), self._lead_ids, self.tokenizer.chat_template, tokens, self._backend()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, prompt: Sequence[Message], note: Note = no_note) -> list[int]:
         """Encode the prompt independently of any answer. The ids are the same in training and in generation.
+
+        Args:
+            prompt: The turns.
+            note: Called with the description of each change to the texts.
 
         Raises:
             BadRow: The template rejects this conversation.
         """
-        return self._encode_prompt(prompt).ids
+        return self._encode_prompt(prompt, note=note).ids
 
     def tokenize(self, example: PreferenceExample, note: Note = no_note) -> TokenizedPair:
         """Encode both sequences of a pair: `prompt_ids + chosen_ids` and `prompt_ids + rejected_ids`.
