@@ -116,6 +116,11 @@ class Columns:
             )
         if not 0 < self.margin_alpha < math.inf:
             raise ValueError(f"columns.margin_alpha: found {self.margin_alpha}, expected a number above 0")
+        if self.score_chosen is None and (self.margin_alpha, self.margin_scale) != (1.0, "log"):
+            raise ValueError(
+                f"columns: found margin_alpha={self.margin_alpha} and margin_scale={self.margin_scale!r} without "
+                "columns.score_chosen, expected the columns of the scores that they scale, or neither"
+            )
         if self.answer_a is not None and self.label is None:
             raise ValueError(
                 f"columns: found the answers {self.answer_a!r} and {self.answer_b!r} without columns.label, expected "

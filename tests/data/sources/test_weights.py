@@ -91,6 +91,8 @@ def test_invalid_number_names_file_row_and_column(write_rows: Any, tmp_path: Pat
     [
         ({"score_chosen": "good"}, "found score_chosen='good' and score_rejected=None, expected both or neither"),
         (SCORES | {"vote": "meta.vote"}, "found score_chosen together with a label or a vote"),
+        ({"margin_alpha": 0.5}, r"columns: found margin_alpha=0\.5 and .* without columns\.score_chosen, expected"),
+        ({"margin_scale": "difference"}, r"and margin_scale='difference' without columns\.score_chosen"),
         (SCORES | {"margin_alpha": 0.0}, r"columns\.margin_alpha: found 0\.0, expected a number above 0"),
         ({"weight": "id"}, r"found \['id'\] for more than one purpose"),
     ],
