@@ -204,8 +204,19 @@ class PreferenceCLI(LightningCLI):
                 "last.ckpt and summary.json. `--callbacks configs/callbacks/default.yaml` adds them."
             )
 
+    def before_validate(self) -> None:
+        """State that scores without a checkpoint are not those of a trained policy."""
+        if self._get(self.config, "ckpt_path") is None:
+            rank_zero_info(
+                "ckpt_path: found none. These are scores of the policy before training. `--ckpt_path "
+                "runs/version_0/checkpoints/best.ckpt` scores that of a run."
+            )
+
+    before_test = before_validate
+
     def before_predict(self) -> None:
-        """State that a prediction without callbacks is not written."""
+        """State the same, and that a prediction without callbacks is not written."""
+        self.before_validate()
         if not self._get(self.config, "callbacks"):
             rank_zero_info(
                 "callbacks: found none, so the predictions are not written. `--callbacks "

@@ -186,6 +186,7 @@ def test_no_test_pairs_is_an_error_line(
     output = command(name, *ALL[: -len(TRAINER)], *TRAINER[:3], *places, "--data.test_pairs=0")
     assert_one_error(output, rf"{name}: found no test pairs, expected at least one\.")
     assert ("callbacks: found none, so the predictions are not written" in caplog.text) == (name == "predict")
+    assert "ckpt_path: found none" in caplog.text
 
 
 @pytest.mark.parametrize("missing", ["policy", "data"])

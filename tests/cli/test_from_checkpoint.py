@@ -70,10 +70,14 @@ class TestFromACheckpoint:
     @pytest.mark.slow
     @pytest.mark.parametrize(("name", "prefix"), [("validate", "val"), ("test", "test")])
     def test_it_is_measured(
-        self, name: str, prefix: str, checkpoint: Path, command: Command, places: list[str], runs: Path
+        self, name: str, prefix: str, checkpoint: Path, command: Command, places: list[str], runs: Path, caplog: Any
     ) -> None:
-        output = command(name, *ALL[: -len(TRAINER)], *TRAINER[:3], *places, f"--ckpt_path={checkpoint}")
+        measure = [name, *ALL[: -len(TRAINER)], *TRAINER[:3], *places]
+        output = command(*measure, f"--ckpt_path={checkpoint}")
         assert output.code == 0, output.err
+        assert "ckpt_path: found none" not in caplog.text
+        assert command(*measure).code == 0
+        assert "ckpt_path: found none. These are scores of the policy before training." in caplog.text
         found = logged(runs / "version_1")
         assert 0 <= found[f"{prefix}/rewards/accuracies"][0] <= 1
         assert f"{prefix}/rewards/accuracies" in output.out
