@@ -98,9 +98,13 @@ def _joined(parts: list[Any]) -> str:
     return "\n".join(texts)
 
 
-_BEGINS_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(['"])(?:role|from|speaker|content|value|text)\1\s*:""")
-_BEGINS_LIKE_OBJECTS = re.compile(r"""\s*\[?\s*\{\s*(['"])\w+\1\s*:""")
+_BEGIN = r"\s*(?:array\(\s*)?\[?\s*\{\s*"
+_BEGINS_LIKE_MESSAGES = re.compile(rf"""{_BEGIN}(['"])(?:role|from|speaker|content|value|text)\1\s*:""")
+_BEGINS_LIKE_OBJECTS = re.compile(rf"""{_BEGIN}(['"])\w+\1\s*:""")
 _ROLE_KEY = re.compile(r"""(['"])(?:role|from|speaker)\1\s*:""")
+_KNOWN_ROLE = re.compile(rf"""{_ROLE_KEY.pattern}\s*(['"])(?:{"|".join(ROLES)})\2""", re.IGNORECASE)
+_CONTENT_KEY = re.compile(r"""(['"])(?:content|value|text)\1\s*:""")
+_LIST_OF_OBJECTS = re.compile(r"\s*(?:array\(\s*)?\[\s*\{.*\}\s*\](?:,\s*dtype=object\))?\s*\Z", re.DOTALL)
 
 
 def spelled_messages(cell: Any, forms: list[str]) -> Any:
@@ -119,7 +123,9 @@ def spelled_messages(cell: Any, forms: list[str]) -> Any:
         return cell
     # An answer may be an object with other keys, such as a record of a person that has a role.
     certain = _BEGINS_LIKE_MESSAGES.match(cell) is not None
-    spelled = _parsed(cell, certain)
+    # A list with the role and the content of a message is one, also as numpy prints it, without commas.
+    printed = all((_LIST_OF_OBJECTS.match(cell), _KNOWN_ROLE.search(cell), _CONTENT_KEY.search(cell)))
+    spelled = _parsed(cell, certain or printed)
     items = [spelled] if isinstance(spelled, dict) else spelled
     if not is_messages(items) or not all(_is_message(item, certain) for item in items):
         return cell

@@ -237,8 +237,9 @@ def test_message_lists_as_text(spell: Any) -> None:
 
 
 def test_message_list_as_text_is_refused() -> None:
-    broken = "[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'assistant'}]"  # as numpy prints it
-    assert "neither JSON nor Python" in reason({"prompt": QUESTION, "chosen": broken, "rejected": BAD})
+    printed = "[{'id': 1, 'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'assistant'}]"  # by numpy
+    for broken in (printed, printed.replace("'id': 1, ", ""), f"array({printed}, dtype=object)"):
+        assert "neither JSON nor Python" in reason({"prompt": QUESTION, "chosen": broken, "rejected": BAD})
     data = '[{"text": "a", "n": 1}]'
     assert turns({"prompt": QUESTION, "chosen": data, "rejected": BAD}) == (PROMPT, data, BAD)
 
@@ -252,7 +253,7 @@ def test_message_list_as_text_with_other_keys() -> None:
     for text in (
         '{"name": "Ann", "role": "admin", "text": "hi"}',
         '{"id": 1, "role": "assistant"} is what I',
-        '{"a": 1}',
+        '{"model": "m", "messages": [{"role": "user", "content": "a"}]}\nThis calls it.',
     ):
         assert turns({"prompt": QUESTION, "chosen": text, "rejected": BAD}) == (PROMPT, text, BAD)
 
