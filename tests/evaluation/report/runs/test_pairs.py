@@ -254,7 +254,7 @@ def test_no_star_without_scores_on_record(
 ) -> None:
     """A large difference has a p only if each prompt's part of it is on record, or no seeds share prompts."""
     values = {"none": 0.4, "marginal": 0.8}
-    folder = write_ablation({"latent": list(values)}, [1, 2, 3], lambda latent, seed: values[latent])
+    folder = write_ablation({"latent": list(values)}, [1, 2, 3, 4, 5], lambda latent, seed: values[latent])
     for path in (folder / "cells").iterdir():
         latent, seed = re.findall("=([^,]+)", path.name)
         results = json.loads((path / "results.json").read_text())
