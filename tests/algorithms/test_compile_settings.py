@@ -43,6 +43,16 @@ def test_deterministic_run_compiles_on_demand(setting: Any, deterministic: bool,
     assert module_of(TinyPolicy(compile=setting), deterministic=deterministic)._should_compile() is compiles
 
 
+@pytest.mark.parametrize(("strategy", "replays"), [("auto", True), ("ddp", False)])
+def test_graphs_need_the_strategy_of_one_device(strategy: str, replays: bool) -> None:
+    """DDP on one device has a world of one, too."""
+    module = DPO(policy=TinyPolicy(width=32, layers=1, heads=2, compile=False))
+    module.configure_model()
+    module.trainer = Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False)
+    assert module.trainer.world_size == 1
+    assert module._replays(module.policy) is replays
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["auto", "padded"])
 def test_padded_rows_keep_lean_layers(layout: str, caplog: pytest.LogCaptureFixture) -> None:
