@@ -220,16 +220,28 @@ def test_failed_tuning_cell_blocks_its_arm(read: Callable[..., Grid], engine: En
 
 def test_tuning_settles_before_results_run(read: Callable[..., Grid], engine: Engine) -> None:
     """A cell that failed in tuning is at an edge when it runs again: the wider range changes the choice of all arms."""
-    good: Score = lambda latent, value, seed: value if latent == "none" or value > 3e-3 else -value  # noqa: E731
     failing = ("none", 3e-3, 102)
-    with pytest.raises(KeyboardInterrupt):  # while results of the other arm run
-        engine(read(), lambda *cell: "OSError: disk full" if cell == failing else good(*cell), kill_after=19)
+
+    def good(latent: str, value: float, seed: int) -> float:
+        return value if latent == "none" or value > 3e-3 else -(log(value / 1e-3) ** 2)
+
+    with pytest.raises(KeyboardInterrupt):  # after the first result of the other arm
+        engine(read(), lambda *cell: "OSError: disk full" if cell == failing else good(*cell), kill_after=17)
+    assert engine.started[-1] == "latent=marginal,seed=1"
     engine.started.clear()
-    engine(read(), good, retry_failed=True)
+    stages = Stages(engine.output, read(), "last", retry_failed=True)
+    plan = engine(read(), good, retry_failed=True)
     ran = [name for name in engine.started if "lr=" not in name]
     assert engine.started[0] == "latent=none,lr=0.003,seed=102"
-    assert set(ran) == {f"latent={latent},seed={seed}" for latent in AXES["latent"] for seed in (1, 2, 3)}
-    assert engine.started.index(ran[0]) == len(engine.started) - len(ran)
+    assert sorted(ran) == sorted(f"latent={latent},seed={seed}" for latent in AXES["latent"] for seed in (1, 2, 3))
+    assert engine.started[-6:] == ran, "after all tuning cells"
+    assert all(map(stages.is_finished, plan.cells))
+    chosen = engine.choices()["marginal"]
+    assert chosen is not None
+    assert chosen > 3e-3
+    old = next(cell for cell in plan.cells if cell.folder.path.name == "latent=marginal,seed=1")
+    old.folder.write(replace(old.new_record, fingerprint="at another value", status="finished"))
+    assert not stages.is_finished(old)
 
 
 @pytest.mark.parametrize("outcome", ["nan", nan])

@@ -44,6 +44,10 @@ def test_models_are_compared_by_item(
     folders = [tmp_path / "results" / name for name in ("base", "ours")]
     assert evaluate(*folders).code == 0
     assert (tmp_path / "results" / "comparison.md").read_text() == text
+    # A comparison of other models goes to a file of its own.
+    assert evaluate(*folders, "--names", "base", "other").code == 0
+    assert (tmp_path / "results" / "comparison.md").read_text() == text
+    assert "other" in (tmp_path / "results" / "comparison-2.md").read_text()
 
 
 @pytest.mark.slow
