@@ -25,13 +25,14 @@ class PreferenceAccuracy(CollectPairs):
     backbone pass of the step. Each mode needs a pass through the LM head; all codes together need one. Each metric is
     also logged by group, with the suffix `/source/NAME` or `/factor/NAME`; if labels are wrong, with `/clean` and
     `/flipped`; and for pairs of similar length, with `/length_matched`. `pairs/...` is the number of pairs in each
-    group. Over all pairs there is also `calibration_error/MODE`. If some labels are known to be wrong, there are also
-    `wrong_label_auroc/MODE`, and `gold_accuracy/MODE` and its like against the right labels. docs/accuracy_modes.md
-    explains the metrics.
+    group. Over all pairs there is also `calibration_error/MODE`. If pairs have gold labels, there are also
+    `gold_accuracy/MODE` and its like against the right labels, and if some labels are wrong `wrong_label_auroc/MODE`.
+    docs/accuracy_modes.md explains the metrics.
 
-    If some training labels are known to be wrong, each validation of a fit also scores `training_pairs` training pairs
-    with their labels. It logs `val/training/wrong_label_auroc/MODE` and `val/training/gold_accuracy/MODE`, which show
-    whether the policy finds wrong training labels. The cost is one forward pass over these pairs for each validation.
+    If training pairs have gold labels, or label noise has flipped some, each validation of a fit also scores
+    `training_pairs` training pairs with their labels. It logs `val/training/wrong_label_auroc/MODE` and
+    `val/training/gold_accuracy/MODE`, which show whether the policy finds wrong training labels. The cost is one
+    forward pass over these pairs for each validation.
 
     If the data gives the best accuracy that is possible from the prompt (the built-in preferences), `share_of_best` is
     the main accuracy divided by it. It can be above 1 only by chance, in a finite sample.
@@ -39,8 +40,8 @@ class PreferenceAccuracy(CollectPairs):
     Args:
         by: Labels that define the groups: `source`, `factor`, `annotator`.
         most: Most groups of each label. Only the largest are kept; the others form the group `(others)`.
-        training_pairs: Maximum number of training pairs that a validation scores if training labels are known to be
-            wrong. 0: none.
+        training_pairs: Maximum number of training pairs that a validation scores if their right labels are known.
+            0: none.
     """
 
     def __init__(self, by: list[Group] | None = None, most: int = MOST_GROUPS, training_pairs: int = 512) -> None:
@@ -50,7 +51,7 @@ class PreferenceAccuracy(CollectPairs):
         self.report = AccuracyReport()
         """Report of the last round, with a row for each pair."""
         self.training_report = AccuracyReport()
-        """Report of the last round on training pairs. Empty if no training label is known to be wrong."""
+        """Report of the last round on training pairs. Empty if the right training labels are unknown."""
         self._sample: list[int] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,7 +62,8 @@ class PreferenceAccuracy(CollectPairs):
             return
         order = np.random.default_rng(derive("training sample", run_seed())).permutation(sorted(data.reads("train")))
         sample = order[: max(self.training_pairs, trainer.world_size)].tolist()
-        if data.training_pairs.flipped[sample].any() and len(sample) >= trainer.world_size:
+        pairs = data.training_pairs
+        if (pairs.flipped | pairs.has_gold)[sample].any() and len(sample) >= trainer.world_size:
             self._sample = sample
 
     def finish(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:

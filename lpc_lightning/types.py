@@ -43,7 +43,10 @@ class PreferenceExample:
     annotator: str = ""
     """Name of the annotator who labelled the pair. Empty if unknown."""
     flipped: bool = False
-    """True if label noise has swapped the two answers."""
+    """True if the label is known to be wrong: the gold label prefers the other answer, or label noise has swapped the
+    answers (and not both)."""
+    has_gold: bool = False
+    """True if the pair has a gold label (see `Columns.gold`)."""
     weight: float | None = None
     """Weight of the pair in the loss, at least 0. None: 1."""
     margin: float | None = None
@@ -98,6 +101,7 @@ class TokenizedPair:
     factor: str = ""
     annotator: str = ""
     flipped: bool = False
+    has_gold: bool = False
     weight: float | None = None
     margin: float | None = None
     question: str = ""
@@ -170,7 +174,9 @@ class PreferenceBatch:
     lengths: Tensor
     """(2B,) number of completion tokens in each sequence."""
     flipped: Tensor
-    """(B,) bool, True if label noise has swapped the pair."""
+    """(B,) bool, `PreferenceExample.flipped` of each pair."""
+    has_gold: tuple[bool, ...]
+    """True for pairs with a gold label."""
     ids: tuple[str, ...]
     sources: tuple[str, ...]
     factors: tuple[str, ...]

@@ -36,9 +36,10 @@ class AccuracyReport:
     metrics: dict[str, float] = field(default_factory=dict)
     """`accuracy/MODE`, `margin/MODE`, `log_loss/MODE` and `swap_turnover` over all pairs; the same with the suffixes
     `/source/NAME`, `/factor/NAME`, `/clean`, `/flipped` and `/length_matched`; the counts `pairs`, `pairs/source/NAME`
-    and so on; over all pairs also `calibration_error/MODE`. If some labels are wrong, also
-    `wrong_label_auroc/MODE`, and `gold_accuracy/MODE`, `gold_log_loss/MODE` and `gold_calibration_error/MODE` against
-    the right labels. `longer_is_chosen` is the share of pairs whose chosen answer has more tokens."""
+    and so on; over all pairs also `calibration_error/MODE`. If pairs have gold labels or some are flipped, also
+    `gold_accuracy/MODE`, `gold_log_loss/MODE` and `gold_calibration_error/MODE` against the right labels, and if some
+    labels are wrong `wrong_label_auroc/MODE`. `longer_is_chosen` is the share of pairs whose chosen answer has more
+    tokens."""
     standard_errors: dict[str, float] = field(default_factory=dict)
     """Standard error of each mean over the pairs of two prompts or more. Pairs of one prompt are not independent."""
     items: list[Row] = field(default_factory=list)

@@ -64,13 +64,20 @@ class PairTable(Metric):
 def pair_labels(batch: PreferenceBatch) -> list[Row]:
     """Return the labels of each pair.
 
-    They are id, source, factor, annotator, prompt (a hash; see `TokenizedPair.prompt`), whether label noise flipped the
-    pair, and `tokens`, the numbers of tokens of the chosen and the rejected answer.
+    They are id, source, factor, annotator, prompt (a hash; see `TokenizedPair.prompt`), `flipped` and `has_gold` (see
+    `PreferenceExample`), and `tokens`, the numbers of tokens of the chosen and the rejected answer.
     """
-    tokens = batch.lengths.view(2, -1).T.tolist()
-    columns = (batch.ids, batch.sources, batch.factors, batch.annotators, batch.prompts, batch.flipped.tolist(), tokens)
-    names = ("id", "source", "factor", "annotator", "prompt", "flipped", "tokens")
-    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    labels = {
+        "id": batch.ids,
+        "source": batch.sources,
+        "factor": batch.factors,
+        "annotator": batch.annotators,
+        "prompt": batch.prompts,
+        "flipped": batch.flipped.tolist(),
+        "has_gold": batch.has_gold,
+        "tokens": batch.lengths.view(2, -1).T.tolist(),
+    }
+    return [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]
 
 
 def split_codes(name: str, values: Tensor) -> dict[str, Tensor]:

@@ -62,6 +62,14 @@ class ScoredPairs:
         return torch.tensor([row["flipped"] for row in self.rows])
 
     @cached_property
+    def has_right_labels(self) -> bool:
+        """True if pairs have gold labels, or label noise has flipped some. Other pairs count as right.
+
+        Rows of earlier versions lack `has_gold`.
+        """
+        return bool(self.flipped.any()) or any(row.get("has_gold", False) for row in self.rows)
+
+    @cached_property
     def longer(self) -> Tensor:
         """(n,) tokens of the chosen answer minus those of the other one."""
         return torch.tensor([row["tokens"][0] - row["tokens"][1] for row in self.rows], dtype=torch.float64)
@@ -107,7 +115,7 @@ class ScoredPairs:
         """Return the (n,) margins behind each calibration error, by the name of the metric."""
         modes = {mode: each for mode, each in self.margins.items() if mode not in (SWAPPED, "shuffled", LABEL_CORRECT)}
         margins = {f"calibration_error/{mode}": each for mode, each in modes.items()}
-        if self.flipped.any():
+        if self.has_right_labels:
             gold = {mode: torch.where(self.flipped, -each, each) for mode, each in modes.items()}
             margins |= {f"gold_calibration_error/{mode}": each for mode, each in gold.items()}
         return margins
@@ -126,7 +134,7 @@ class ScoredPairs:
             values[f"accuracy/{mode}"] = accuracies(differences), scored
             values[f"margin/{mode}"] = differences, scored
             values[f"log_loss/{mode}"] = softplus(-differences), scored
-            if self.flipped.any():
+            if self.has_right_labels:
                 gold = torch.where(self.flipped[scored], -differences, differences)
                 values[f"gold_accuracy/{mode}"] = accuracies(gold), scored
                 values[f"gold_log_loss/{mode}"] = softplus(-gold), scored
@@ -137,7 +145,7 @@ class ScoredPairs:
 
     def _length_values(self, members: Tensor) -> Values:
         values: Values = {"longer_is_chosen": (accuracies(self.longer[members]), members)}
-        if self.flipped.any():
+        if self.has_right_labels:
             gold = torch.where(self.flipped, -self.longer, self.longer)
             values["gold_longer_is_chosen"] = accuracies(gold[members]), members
         return values

@@ -49,7 +49,7 @@ def render_pair(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
             f"    tokens: ... {tokens(pair.prompt_ids[-SHOWN_TOKENS:])} {START} {ends(ids)} {END}",
         ]
     if pair.flipped:
-        lines.append("  label noise has swapped the two answers")
+        lines.append("  the label is known to be wrong: a gold label or label noise says so")
     return "\n".join(lines)
 
 

@@ -233,9 +233,8 @@ def test_clean_training_labels_are_not_scored(data: Any, make_module: Any, make_
     assert not [name for name in trainer.callback_metrics if "gold_" in name]
 
 
-@pytest.mark.parametrize("marker", [None, "[FLIP]"])
-def test_votes_are_scored_against_gold(marker: str | None, make_module: Any, make_trainer: Any, tmp_path: Path) -> None:
-    """Every third label is wrong in all splits. Noise flips further training labels, right ones and wrong ones."""
+def voted_pairs(folder: Path, **columns: str) -> PreferenceData:
+    """Return 36 pairs. Gold prefers the answer `rejected` of every third one, in all splits."""
     rows = [
         {
             "id": str(number),
@@ -247,15 +246,37 @@ def test_votes_are_scored_against_gold(marker: str | None, make_module: Any, mak
         }
         for number in range(36)
     ]
-    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits: dict[str, Any] = {"validation_split": "validation", "validation_share": 0.0, "test_split": None}
-    data = PreferenceData(
-        str(tmp_path / "votes.jsonl"),
-        columns=Columns(gold="meta.gold"),
-        cache_dir=str(tmp_path),
+    return PreferenceData(
+        str(folder / "votes.jsonl"),
+        columns=Columns(gold="meta.gold", **columns),
+        cache_dir=str(folder),
         batch_size=4,
         **splits,
     )
+
+
+def test_right_labels_are_scored_against_gold(make_module: Any, make_trainer: Any, tmp_path: Path) -> None:
+    """Training on gold: no label is wrong, and every metric against gold is there, equal to that of the labels."""
+    accuracy = PreferenceAccuracy()
+    trainer = make_trainer(callbacks=[accuracy], max_epochs=1, default_root_dir=tmp_path)
+    trainer.fit(make_module(None), datamodule=voted_pairs(tmp_path, vote="meta.gold"))
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    of_gold = {name: value for name, value in metrics.items() if "gold_" in name and "training/" not in name}
+    measures = ("accuracy/prior", "log_loss/prior", "calibration_error/prior", "longer_is_chosen")
+    assert {f"val/gold_{measure}" for measure in measures} <= set(of_gold)
+    assert "val/gold_accuracy/prior/length_matched" in of_gold
+    assert of_gold == {name: metrics[name.replace("gold_", "")] for name in of_gold}
+    right = [item["margins"]["prior"] > 0 for item in accuracy.training_report.items]
+    assert metrics["val/training/gold_accuracy/prior"] == pytest.approx(sum(right) / 24)
+    assert not [name for name in metrics if "wrong_label" in name or "flipped" in name]
+
+
+@pytest.mark.parametrize("marker", [None, "[FLIP]"])
+def test_votes_are_scored_against_gold(marker: str | None, make_module: Any, make_trainer: Any, tmp_path: Path) -> None:
+    """Every third label is wrong in all splits. Noise flips further training labels, right ones and wrong ones."""
+    data = voted_pairs(tmp_path)
     accuracy, noise = PreferenceAccuracy(), LabelFlipNoise(0.3, seed=4, marker=marker)
     trainer = make_trainer(callbacks=[accuracy, noise], max_epochs=1, default_root_dir=tmp_path)
     trainer.fit(make_module(None), datamodule=data)
@@ -274,5 +295,5 @@ def test_votes_are_scored_against_gold(marker: str | None, make_module: Any, mak
     flips = set(record["ids"])
     assert 0 < len(flips) < 24
     wrong = {item["id"] for item in accuracy.training_report.items if item["flipped"]}
-    assert wrong == {row["id"] for row in rows if row["split"] == "train" and (int(row["id"]) % 3 == 0)} ^ flips
+    assert wrong == {str(number) for number in range(0, 36, 3) if number // 3 % 3 != 2} ^ flips
     assert "val/training/wrong_label_auroc/prior" in metrics

@@ -13,7 +13,14 @@ from jsonargparse import ArgumentParser
 
 from lpc_lightning.algorithms import DPO, SimPO
 from lpc_lightning.callbacks import LabelFlipNoise
-from lpc_lightning.data import DataError, MixtureSource, PreferenceData, PreferenceDataModule, PreferenceMixture
+from lpc_lightning.data import (
+    Columns,
+    DataError,
+    MixtureSource,
+    PreferenceData,
+    PreferenceDataModule,
+    PreferenceMixture,
+)
 from lpc_lightning.data.batching.layouts import PaddedLayout
 from lpc_lightning.data.batching.loading import TrainingLoader
 from lpc_lightning.data.noise import SmallMarginsFirst, UnreliableAnnotators
@@ -185,6 +192,14 @@ def test_label_noise_of_the_annotators_of_one_file(mixture: Any) -> None:
     loaded(data)
     data.set_label_noise(LabelFlipNoise(rate=1.0, order=UnreliableAnnotators(wrong=1.0), sources=["a"]))
     assert {(pair.source, pair.flipped) for pair in data.training_pairs} == {("a", True), ("b", False)}
+
+
+def test_gold_labels_of_one_file(mixture: Any) -> None:
+    data = mixture({"columns": Columns(gold="chosen"), "weight": 2})
+    loaded(data)
+    pairs = data.training_pairs
+    assert pairs.has_gold.tolist() == [pair.has_gold for pair in pairs] == [pair.source == "a" for pair in pairs]
+    assert set(pairs.has_gold) == {True, False}
 
 
 def test_label_noise_by_name_and_with_marker(mixture: Any, make_trainer: Any, tmp_path: Path) -> None:

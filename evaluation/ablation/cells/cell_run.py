@@ -24,7 +24,7 @@ from lpc_lightning.evaluation.accuracy.collect import CollectPairs
 from lpc_lightning.evaluation.adaptation.pairs import AdaptationReport
 from lpc_lightning.files.json_files import write_json, write_pieces
 
-PAIR_COLUMNS = ("prompt", "source", "factor", "annotator", "flipped", "tokens", "margins")
+PAIR_COLUMNS = ("prompt", "source", "factor", "annotator", "flipped", "has_gold", "tokens", "margins")
 """Columns of the file of pairs."""
 
 

@@ -101,6 +101,7 @@ class Layout(ABC):
             completion_end=torch.tensor([last_of(completion, rows.width) for _, completion in sequences]),
             lengths=lengths,
             flipped=torch.tensor([pair.flipped for pair in pairs]),
+            has_gold=tuple(pair.has_gold for pair in pairs),
             ids=tuple(pair.id for pair in pairs),
             sources=tuple(pair.source for pair in pairs),
             factors=tuple(pair.factor for pair in pairs),

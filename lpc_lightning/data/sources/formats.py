@@ -93,6 +93,7 @@ def to_example(row: Row, place: str, columns: Columns = DEFAULTS, forms: list[st
         factor=label_text(entry_of(row, columns.factor)),
         annotator=label_text(entry_of(row, columns.annotator)),
         flipped=gold_differs(row, answers, columns.gold),
+        has_gold=columns.gold is not None,
         weight=read_weight(row, columns),
         margin=read_margin(row, columns),
         meta=unused,

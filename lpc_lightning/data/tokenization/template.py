@@ -209,6 +209,7 @@ class Template(ABC):
             factor=example.factor,
             annotator=example.annotator,
             flipped=example.flipped,
+            has_gold=example.has_gold,
             weight=example.weight,
             margin=example.margin,
             question=token_hash(array("q", self.prompt_ids(example.question)).tobytes()) if example.question else "",

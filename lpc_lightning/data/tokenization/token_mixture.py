@@ -135,6 +135,11 @@ class TokenMixture(TokenStore):
         return self._gather("prompts")
 
     @property
+    def has_gold(self) -> np.ndarray:
+        """(pairs,) bool, True for pairs with a gold label."""
+        return self._gather("has_gold")
+
+    @property
     def _stored_flips(self) -> np.ndarray:
         return self._gather("_stored_flips")
 

@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         ("factor", pa.string()),
         ("annotator", pa.string()),
         ("flipped", pa.bool_()),
+        ("has_gold", pa.bool_()),
         ("weight", pa.float64()),
         ("margin", pa.float64()),
         ("question", pa.string()),
@@ -230,6 +231,11 @@ class TokenStore(Sequence[TokenizedPair]):
     def flipped(self) -> np.ndarray:
         """(pairs,) bool, True for pairs with a wrong label."""
         return self._stored_flips if self._swaps is None else self._stored_flips ^ self._swaps
+
+    @property
+    def has_gold(self) -> np.ndarray:
+        """(pairs,) bool, True for pairs with a gold label."""
+        return self._table["has_gold"].to_numpy()
 
     @property
     def _stored_flips(self) -> np.ndarray:

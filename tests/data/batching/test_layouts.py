@@ -151,7 +151,7 @@ def test_shared_prefix_layout_example() -> None:
 def test_layout_keeps_pair_order(layout: Layout, make_pairs: MakePairs) -> None:
     plain = make_pairs([(2, 1, 1), (9, 9, 9), (4, 2, 3)])
     pairs = [
-        replace(pair, id=f"id{n}", source=f"s{n}", factor=f"f{n}", annotator=f"a{n}", flipped=n == 1)
+        replace(pair, id=f"id{n}", source=f"s{n}", factor=f"f{n}", annotator=f"a{n}", flipped=n == 1, has_gold=n == 2)
         for n, pair in enumerate(plain)
     ]
     batch = layout(pairs)
@@ -160,6 +160,7 @@ def test_layout_keeps_pair_order(layout: Layout, make_pairs: MakePairs) -> None:
     assert batch.factors == ("f0", "f1", "f2")
     assert batch.annotators == ("a0", "a1", "a2")
     assert batch.flipped.tolist() == [False, True, False]
+    assert batch.has_gold == (False, False, True)
     assert batch.pairs == 3
 
 

@@ -32,6 +32,12 @@ def test_gold_marks_wrong_labels() -> None:
     assert example(row(gold="rejected")) == ("first", "second", False)
 
 
+def test_pairs_know_whether_they_have_a_gold_label() -> None:
+    assert to_example(row(gold="chosen"), "x line 1", Columns(gold="meta.gold")).has_gold
+    assert to_example(row(gold="chosen"), "x line 1", Columns(gold="chosen")).has_gold
+    assert not to_example(row(gold="chosen"), "x line 1", Columns(vote="meta.gold")).has_gold
+
+
 def test_vote_orders_the_answers() -> None:
     """The column `chosen` holds the majority's answer, and training uses one vote."""
     settings = {"vote": "meta.one_vote", "gold": "chosen"}

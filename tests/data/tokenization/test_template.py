@@ -301,6 +301,9 @@ def test_fingerprint_changes_with_the_ids(fresh):
 
 
 def test_tokenize_keeps_labels(tokenizers):
-    given_example = PreferenceExample("7", example("Hi").prompt, "yes", "no", "s", "f", "a", True, {"x": 1})
+    given_example = PreferenceExample(
+        "7", example("Hi").prompt, "yes", "no", "s", "f", "a", flipped=True, has_gold=True
+    )
     pair = make_template(tokenizers["chatml"]).tokenize(given_example)
-    assert (pair.id, pair.source, pair.factor, pair.annotator, pair.flipped) == ("7", "s", "f", "a", True)
+    labels = (pair.id, pair.source, pair.factor, pair.annotator, pair.flipped, pair.has_gold)
+    assert labels == ("7", "s", "f", "a", True, True)

@@ -97,7 +97,7 @@ def test_metrics_without_flipped_pairs(build: Build, make_pairs: Callable[..., A
     }  # fmt: skip
     assert set(actual.standard_errors) == means
     assert set(actual.items[0]) == {
-        "id", "source", "factor", "annotator", "prompt", "flipped", "tokens", "margins",
+        "id", "source", "factor", "annotator", "prompt", "flipped", "has_gold", "tokens", "margins",
     }  # fmt: skip
     assert [item["tokens"] for item in actual.items] == [[3, 7], [9, 1], [1, 4], [13, 5], [2, 2]]
 

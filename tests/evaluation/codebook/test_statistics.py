@@ -76,7 +76,8 @@ def part(batch: PreferenceBatch, evaluated: EvaluationOutput, rows: slice) -> tu
     terms = evaluated["terms"]
     lengths = torch.cat([half[rows] for half in batch.lengths.chunk(2)])
     labels = {
-        name: getattr(batch, name)[rows] for name in ("ids", "sources", "factors", "annotators", "prompts", "flipped")
+        name: getattr(batch, name)[rows]
+        for name in ("ids", "sources", "factors", "annotators", "prompts", "flipped", "has_gold")
     }
     small = PreferenceBatch(
         **{**{f: getattr(batch, f) for f in batch.__dataclass_fields__}, **labels, "lengths": lengths}

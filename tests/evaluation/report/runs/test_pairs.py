@@ -28,6 +28,7 @@ def write_pairs(cell: Path, margins: Sequence[float], prompts: Sequence[str], **
         {
             "prompt": prompt,
             "flipped": columns.get("flipped", [False] * len(margins))[number],
+            "has_gold": columns.get("has_gold", [False] * len(margins))[number],
             "tokens": columns.get("tokens", [(3, 3)] * len(margins))[number],
             "margins": {"prior": margin},
             **{name: values[number] for name, values in columns.items() if name in ("source", "factor")},
@@ -60,6 +61,16 @@ def test_prompt_deviations_by_hand(tmp_path: Path) -> None:
         "a": pytest.approx((losses[0] + losses[1] - losses[2] - losses[3]) / 8),
         "b": pytest.approx((losses[2] + losses[3] - losses[0] - losses[1]) / 8),
     }
+
+
+def test_prompt_deviations_of_right_labels(tmp_path: Path) -> None:
+    """Pairs with gold labels, all of them right, have metrics against gold. Without gold labels they have none."""
+    write_pairs(tmp_path, [1.0, -2.0, 3.0, 4.0], ["a", "a", "b", "b"], has_gold=[True] * 4)
+    added = prompt_deviations(tmp_path, "test/gold_accuracy/prior", 0.75)
+    assert added == {"a": pytest.approx(-0.125), "b": pytest.approx(0.125)}
+    (tmp_path / "other").mkdir()
+    write_pairs(tmp_path / "other", [1.0, -2.0, 3.0, 4.0], ["a", "a", "b", "b"])
+    assert prompt_deviations(tmp_path / "other", "test/gold_accuracy/prior", 0.75) is None
 
 
 def test_prompt_deviations_of_similar_length(tmp_path: Path) -> None:
