@@ -32,7 +32,7 @@ def test_gold_marks_wrong_labels() -> None:
     assert example(row(gold="rejected")) == ("first", "second", False)
 
 
-def test_pairs_know_whether_they_have_a_gold_label() -> None:
+def test_gold_labels_are_noted() -> None:
     assert to_example(row(gold="chosen"), "x line 1", Columns(gold="meta.gold")).has_gold
     assert to_example(row(gold="chosen"), "x line 1", Columns(gold="chosen")).has_gold
     assert not to_example(row(gold="chosen"), "x line 1", Columns(vote="meta.gold")).has_gold
