@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -71,6 +72,32 @@ def shares(clusters: ArrayLike) -> dict[str, float]:
     """
     names, sizes = np.unique(np.asarray(clusters), return_counts=True)
     return dict(zip(map(str, names), (sizes / sizes.sum()).tolist(), strict=True))
+
+
+class ClusterScores(NamedTuple):
+    """What the clusters of some values add to the mean of the values."""
+
+    deviations: Mapping[str, float]
+    """See `deviations`, by the name of the cluster."""
+    shares: Mapping[str, float]
+    """See `shares`."""
+
+    def minus(self, other: ClusterScores) -> ClusterScores:
+        """Return what each cluster adds to the difference of two means. A cluster of one of them adds its part."""
+        # In the order of the files, so that sums over clusters round alike in every process.
+        names = dict.fromkeys([*self.deviations, *other.deviations])
+        added = {name: self.deviations.get(name, 0.0) - other.deviations.get(name, 0.0) for name in names}
+        return ClusterScores(added, {**other.shares, **self.shares})
+
+
+def cluster_scores(values: ArrayLike, clusters: ArrayLike) -> ClusterScores:
+    """Return what each cluster adds to a mean, and its share of the values.
+
+    Args:
+        values: (n,) values of one seed.
+        clusters: (n,) the cluster of each value.
+    """
+    return ClusterScores(deviations(values, clusters), shares(clusters))
 
 
 def degrees_of_freedom(sizes: Iterable[float]) -> float:

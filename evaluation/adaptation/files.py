@@ -87,4 +87,4 @@ def write_adaptation(
 
 
 def _to_json(score: Score) -> dict[str, Any]:
-    return {name: value for name, value in asdict(score).items() if name not in ("deviations", "shares")}
+    return {name: value for name, value in asdict(score).items() if not name.startswith("of_")}

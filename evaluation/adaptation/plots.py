@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from scipy import stats
 
-from lpc_lightning.clustered_means import degrees_of_freedom
+from lpc_lightning.clustered_means import ClusterScores, degrees_of_freedom
 from lpc_lightning.evaluation.adaptation.scores import Score
 from lpc_lightning.evaluation.figures import GREY, add_light_grid
 from lpc_lightning.evaluation.line_panels import Line, draw_panels
-from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, MIN_PROMPTS, Estimate
+from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, MIN_PROMPTS, Estimate, Shared
+from lpc_lightning.evaluation.statistics.shared_clusters import with_annotators
 
 TITLE = "Accuracy on an annotator's pairs, given others of the same annotator"
 
@@ -63,10 +64,24 @@ def score_line(label: str, scores: Mapping[int, Score]) -> Line:
 
 
 def score_estimate(score: Score) -> Estimate:
-    """Return a score with Student's 95 % interval over prompts. Fewer than `MIN_PROMPTS` prompts give none."""
-    if score.standard_error is None or score.prompts < MIN_PROMPTS:
+    """Return a score with Student's 95 % interval over prompts and annotators.
+
+    Fewer than `MIN_PROMPTS` prompts give none. With fewer annotators it is over prompts alone.
+    """
+    over = with_annotators(*map(_variance, (score.of_prompts, score.of_annotators, score.of_both)))
+    if over.variance is None:
         return Estimate(score.pairs, score.accuracy, prompts=score.prompts)
-    freedom = degrees_of_freedom(score.shares.values())
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * score.standard_error
-    deviation = score.standard_error * score.pairs**0.5
-    return Estimate(score.pairs, score.accuracy, deviation, score.accuracy - half, score.accuracy + half, score.prompts)
+    error, mean = over.variance**0.5, score.accuracy
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, over.freedom)) * error if error else 0.0
+    return Estimate(
+        score.pairs, mean, error * score.pairs**0.5, mean - half, mean + half, over.prompts, over.annotators
+    )
+
+
+def _variance(clusters: ClusterScores) -> Shared:
+    """Return the variance of one mean over its clusters; see `clustered_means.standard_error`."""
+    count = len(clusters.deviations)
+    if count < MIN_PROMPTS:
+        return Shared(None, count)
+    variance = count / (count - 1) * sum(added**2 for added in clusters.deviations.values())
+    return Shared(variance, count, freedom=degrees_of_freedom(clusters.shares.values()))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpc_lightning.clustered_means import cluster_sums, deviations, shares, standard_error
+from lpc_lightning.clustered_means import ClusterScores, cluster_scores, cluster_sums, standard_error
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.adaptation.inference import (
     CodeTables,
@@ -44,10 +44,12 @@ class Score:
     """Number of their prompts."""
     by_annotator: Mapping[str, float]
     """Accuracy of each annotator."""
-    deviations: Mapping[str, float]
-    """What the pairs of each prompt add to the accuracy; see `clustered_means.deviations`."""
-    shares: Mapping[str, float]
-    """Share of the pairs that each prompt has."""
+    of_prompts: ClusterScores
+    """What the pairs of each prompt add to the accuracy."""
+    of_annotators: ClusterScores
+    """What the pairs of each annotator add to it."""
+    of_both: ClusterScores
+    """What the pairs of each annotator with each prompt add to it."""
 
 
 @dataclass(frozen=True)
@@ -252,8 +254,9 @@ def mean_score(values: Table, annotators: NDArray[np.str_], prompts: NDArray[Any
         pairs=len(values),
         prompts=len(np.unique(prompts)),
         by_annotator=dict(zip(np.unique(annotators).tolist(), (sums / pairs).tolist(), strict=True)),
-        deviations=deviations(values, prompts),
-        shares=shares(prompts),
+        of_prompts=cluster_scores(values, prompts),
+        of_annotators=cluster_scores(values, annotators),
+        of_both=cluster_scores(values, [f"{prompt} {name}" for prompt, name in zip(prompts, annotators, strict=True)]),
     )
 
 

@@ -146,12 +146,9 @@ def _prompt_differences(run: RunRecord, baseline: RunRecord, metric: str) -> Pro
     """Return the prompts behind the difference of two runs, and what each of them adds to it."""
     ours, theirs = prompt_scores(run, metric), prompt_scores(baseline, metric)
     prompts = None if ours.prompts is None or theirs.prompts is None else ours.prompts | theirs.prompts
-    if ours.deviations is None or theirs.deviations is None:
+    if ours.added is None or theirs.added is None:
         return PromptScores(prompts)
-    # In the order of the files, so that sums over prompts round alike in every process.
-    names = dict.fromkeys([*ours.deviations, *theirs.deviations])
-    added = {name: ours.deviations.get(name, 0.0) - theirs.deviations.get(name, 0.0) for name in names}
-    return PromptScores(prompts, added, {**theirs.shares, **ours.shares})
+    return PromptScores(prompts, ours.added.minus(theirs.added))
 
 
 def _by_seed(group: Group, metric: str) -> dict[str, RunRecord]:

@@ -11,12 +11,13 @@ from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
+from lpc_lightning.clustered_means import ClusterScores
 from lpc_lightning.evaluation.adaptation.pairs import SHARE
 from lpc_lightning.evaluation.report.runs.pairs import PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import FINISHED, RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value
 from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, NOT_ON_RECORD, Estimate, Shared, estimate
-from lpc_lightning.evaluation.statistics.shared_clusters import shared_variance
+from lpc_lightning.evaluation.statistics.shared_clusters import shared_variance, with_annotators
 
 ACCURACIES = ("val/rewards/accuracies", "test/rewards/accuracies")
 """Default metrics: the first of these that a run has logged."""
@@ -57,16 +58,25 @@ def shared_by(seeds: Sequence[PromptScores]) -> Shared:
 
     Without what each prompt adds to every seed it is known only if seeds have prompts of their own, or too few of them.
     """
-    known = [seed.deviations for seed in seeds if seed.deviations is not None]
+    known = [seed.added for seed in seeds if seed.added is not None]
     if len(known) == len(seeds):
-        # Seeds with the same pairs agree in the shares.
-        return shared_variance(known, dict(ChainMap(*(dict(seed.shares) for seed in seeds))))
+        by_prompt = _shared_of([added.prompts for added in known])
+        annotators = [added.annotators for added in known if added.annotators is not None]
+        both = [added.both for added in known if added.both is not None]
+        is_known = len(annotators) == len(both) == len(seeds)
+        return with_annotators(by_prompt, _shared_of(annotators), _shared_of(both)) if is_known else by_prompt
     prompts = [seed.prompts for seed in seeds if seed.prompts is not None]
     if len(prompts) < len(seeds):
         return NOT_ON_RECORD
     # Zeros in place of what the prompts add: only the number of shared prompts is right.
     shared = shared_variance([dict.fromkeys(each, 0.0) for each in prompts])
     return NOT_ON_RECORD if shared.prompts and shared.variance is not None else shared
+
+
+def _shared_of(seeds: Sequence[ClusterScores]) -> Shared:
+    # Seeds with the same pairs agree in the shares.
+    sizes = dict(ChainMap(*(dict(seed.shares) for seed in seeds)))
+    return shared_variance([seed.deviations for seed in seeds], sizes)
 
 
 class LeftOut(NamedTuple):
@@ -150,6 +160,10 @@ def _without_interval(label: str, group: Group, metrics: Sequence[str]) -> Itera
             count = "one prompt" if mean.prompts == 1 else f"{mean.prompts} prompts"
             reason = f"{metric}: all pairs have {count}; an interval needs {MIN_PROMPTS}"
             yield LeftOut(label, "no interval", reason)
+        elif mean is not None and mean.prompts and not mean.annotators and "/adaptation/" in metric:
+            few = f"fewer than {MIN_PROMPTS} annotators, or what each of them adds is not on record"
+            reason = f"{metric}: {few}; the interval is over prompts alone"
+            yield LeftOut(label, "prompts alone", reason)
         elif mean is not None and mean.over_seeds_alone and mean.n > 1:
             reason = f"{metric}: what each test prompt adds is not on record; the interval is over seeds alone"
             yield LeftOut(label, "no test", reason)

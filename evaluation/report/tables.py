@@ -33,6 +33,7 @@ DIFFERENCE_NAMES = (
     "low",
     "high",
     "prompts",
+    "annotators",
     "p",
     "p_holm",
     "p_sign_flips",
@@ -71,8 +72,8 @@ def means_table(study: Study, metrics: Sequence[str]) -> Table:
     ]
     if any(ADAPTATION in metric for metric in metrics):
         notes.append(
-            "Metrics of adaptation: intervals and p cover no choice of annotators. All pairs of an annotator are "
-            "predicted from the same few labels; `annotators_error` in `adaptation.json` treats them as dependent."
+            "Metrics of adaptation: intervals and p also cover the choice of annotators (annotators in the CSV file), "
+            "whose pairs are predicted from the same few labels, except where the table of left-out runs names them."
         )
     return Table("means", "Means over seeds", columns, rows, records, notes)
 
@@ -103,7 +104,7 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
         values = (
             contrast.metric,
             " ".join(f"{axis}={value}" for axis, value in contrast.baseline.axes.items()),
-            *((mean.mean, mean.low, mean.high, mean.prompts) if mean else (None,) * 4),
+            *((mean.mean, mean.low, mean.high, mean.prompts, mean.annotators) if mean else (None,) * 5),
             difference.p_value if difference else None,
             contrast.p_corrected,
             difference.p_signs if difference else None,

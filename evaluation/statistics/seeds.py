@@ -31,6 +31,8 @@ class Shared:
     """False: seeds may share prompts, and what each prompt adds to the scores is not on record."""
     freedom: float = 0.0
     """Degrees of freedom of `variance`; see `clustered_means.degrees_of_freedom`."""
+    annotators: int = 0
+    """Number of annotators that several seeds have, if the variance covers their choice, too."""
 
 
 NOTHING_SHARED = Shared()
@@ -53,6 +55,8 @@ class Estimate:
     prompts: int = 0
     """Number of test prompts that several seeds share. The interval covers the choice of these prompts, too. There is
     none for fewer than `MIN_PROMPTS`."""
+    annotators: int = 0
+    """Number of annotators that several seeds share, if the interval covers their choice, too."""
     over_seeds_alone: bool = False
     """True: the seeds may share test prompts, and the interval does not cover their choice."""
 
@@ -99,7 +103,8 @@ def estimate(values: Sequence[float], shared: Shared = NOTHING_SHARED) -> Estima
         return Estimate(len(samples), mean, deviation, prompts=shared.prompts)
     error, freedom = _standard_error(deviation, len(samples), shared.variance, shared.freedom)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    return Estimate(len(samples), mean, deviation, mean - half, mean + half, shared.prompts, not shared.on_record)
+    alone = not shared.on_record
+    return Estimate(len(samples), mean, deviation, mean - half, mean + half, shared.prompts, shared.annotators, alone)
 
 
 def _standard_error(deviation: float, count: int, variance: float, freedom: float) -> tuple[float, float]:

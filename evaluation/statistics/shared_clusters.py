@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,3 +42,28 @@ def shared_variance(seeds: Sequence[Mapping[str, float]], sizes: Mapping[str, fl
     covariance = (np.square(added.sum(0)) - np.square(added).sum(0)).sum() / (count * (count - 1))
     freedom = degrees_of_freedom(1.0 if sizes is None else sizes[name] for name in shared)
     return Shared(max(0.0, float(covariance)) * clusters / (clusters - 1), len(shared), freedom=freedom)
+
+
+def with_annotators(prompts: Shared, annotators: Shared, both: Shared) -> Shared:
+    """Estimate the covariance if values are dependent within prompts and within annotators.
+
+    It is the covariance over prompts, plus the one over annotators, minus the one over the pairs of a prompt and an
+    annotator, which both of them contain; and at least the larger of the first two. The degrees of freedom are the
+    smaller ones of the first two. If one of the three is unknown, as with few annotators, it is that over prompts.
+
+    Source: Cameron, Gelbach and Miller 2011, "Robust inference with multiway clustering", equation 2.10.
+
+    Args:
+        prompts: The covariance over prompts, from `shared_variance`.
+        annotators: The same over annotators.
+        both: The same over pairs of a prompt and an annotator.
+    """
+    if prompts.variance is None or annotators.variance is None or both.variance is None:
+        return prompts
+    total = prompts.variance + annotators.variance - both.variance
+    return replace(
+        prompts,
+        variance=max(total, prompts.variance, annotators.variance),
+        freedom=min((each.freedom for each in (prompts, annotators) if each.variance), default=0.0),
+        annotators=annotators.prompts,
+    )

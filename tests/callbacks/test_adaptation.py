@@ -146,14 +146,23 @@ def test_cells_record_every_mean_over_pairs(
     folder.path.mkdir()
     write_pairs(folder, "test", trainer)
     record = RunRecord("cell", folder=folder.run, grid="grid", metrics=logged)
-    on_record = {name: scores for name in logged if (scores := prompt_scores(record, name).deviations) is not None}
+    on_record = {name: scores for name in logged if (scores := prompt_scores(record, name).added) is not None}
     others = re.compile(
         "test/(pairs.*|latent/.*|rewards/(chosen|rejected)|logps/.*|adaptation/(ceiling|share_of_pairs/.*)"
         "|share_of_best|kl.*|z_.*|.*entropy.*)"
     )
     assert {name for name in logged if not others.fullmatch(name)} == set(on_record)
-    assert on_record["test/adaptation/exact/0"] == pytest.approx(on_record["test/accuracy/marginal"])
-    assert on_record["test/adaptation/exact_z/0"] == pytest.approx(on_record["test/rewards/accuracies"])
+    for name, other in (("exact/0", "accuracy/marginal"), ("exact_z/0", "rewards/accuracies")):
+        ours, theirs = (on_record[f"test/{each}"].prompts for each in (f"adaptation/{name}", other))
+        assert ours.deviations == pytest.approx(theirs.deviations)
+        assert ours.shares == pytest.approx(theirs.shares)
+    people = {pair.annotator for pair in data.pairs["test"]}
+    of_people = {name for name, added in on_record.items() if added.annotators is not None}
+    assert of_people == {name for name in on_record if "/adaptation/" in name}
+    for name in ("prior", "exact/0", "exact_z/0"):
+        annotators = on_record[f"test/adaptation/{name}"].annotators
+        assert annotators is not None
+        assert set(annotators.deviations) == people
 
 
 def test_useless_labels_leave_the_preference(

@@ -92,7 +92,13 @@ def write_pairs(folder: CellFolder, stage: str, trainer: Trainer) -> None:
             write_pieces(folder.pairs(stage), (f"{json.dumps(line)}\n" for line in lines))
         elif isinstance(report, AdaptationReport) and report.metrics:
             lines = (
-                {"metric": name, "mean": score.accuracy, "deviations": score.deviations, "shares": score.shares}
+                {
+                    "metric": name,
+                    "mean": score.accuracy,
+                    "prompts": score.of_prompts._asdict(),
+                    "annotators": score.of_annotators._asdict(),
+                    "both": score.of_both._asdict(),
+                }
                 for name, score in report.metrics.items()
             )
             write_pieces(folder.deviations(stage), (f"{json.dumps(line)}\n" for line in lines))

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from torch import Tensor
 
-from lpc_lightning.clustered_means import deviations as cluster_deviations
-from lpc_lightning.clustered_means import shares
+from lpc_lightning.clustered_means import ClusterScores, cluster_scores, shares
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group, group_members
 from lpc_lightning.evaluation.accuracy.scored_modes import ScoredPairs
 from lpc_lightning.evaluation.benchmarks.results import ITEMS
@@ -33,8 +32,22 @@ OF_SOURCE = {"accuracy": "accuracy/prior", "loss": "log_loss/prior"}
 """Start of the names of metrics of one data set of a mixture, with the same metrics of a source."""
 
 
-MeanAndPrompts = tuple[float, Mapping[str, float], Mapping[str, float]]
-"""A metric, what each prompt adds to it, and the share of the pairs that each prompt has."""
+class Added(NamedTuple):
+    """What the clusters behind a metric add to it."""
+
+    prompts: ClusterScores
+    annotators: ClusterScores | None = None
+    """None: the metric does not depend on labels of annotators, or it is not on record."""
+    both: ClusterScores | None = None
+    """The same for each annotator with each prompt."""
+
+    def minus(self, other: Added) -> Added:
+        """Return what the clusters add to the difference of two metrics."""
+        annotators, both = (
+            None if ours is None or theirs is None else ours.minus(theirs)
+            for ours, theirs in ((self.annotators, other.annotators), (self.both, other.both))
+        )
+        return Added(self.prompts.minus(other.prompts), annotators, both)
 
 
 class PromptScores(NamedTuple):
@@ -42,10 +55,8 @@ class PromptScores(NamedTuple):
 
     prompts: frozenset[str] | None = None
     """The prompts. None: they are not on record."""
-    deviations: Mapping[str, float] | None = None
-    """What each prompt adds to the metric; see `clustered_means.deviations`. None: it is not on record."""
-    shares: Mapping[str, float] = {}
-    """Share of the pairs or items that each of these prompts has."""
+    added: Added | None = None
+    """What they add to the metric. None: it is not on record."""
 
 
 NOT_ON_RECORD = PromptScores()
@@ -76,24 +87,24 @@ def _of_pairs(cell: Path, metric: str, value: float) -> PromptScores:
         return NOT_ON_RECORD
     prompts = frozenset(_read_pairs(pairs).prompts.tolist())
     entry = _read_deviations(written).get(name) if written.is_file() else None
-    mean, *added = entry or _mean_and_deviations(_read_pairs(pairs), _read_groups(pairs), name)
-    return PromptScores(prompts, *added) if _is_close(mean, value) else PromptScores(prompts)
+    mean, added = entry or _mean_and_added(_read_pairs(pairs), _read_groups(pairs), name)
+    return PromptScores(prompts, added if _is_close(mean, value) else None)
 
 
-def _mean_and_deviations(scored: ScoredPairs, groups: Mapping[str, Tensor], name: str) -> MeanAndPrompts:
-    """Compute a metric from scored pairs, with its prompts. NaN: it is not known from these pairs."""
+def _mean_and_added(scored: ScoredPairs, groups: Mapping[str, Tensor], name: str) -> tuple[float, Added | None]:
+    """Compute a metric from scored pairs, with what prompts add to it. NaN: it is not known from these pairs."""
     name = OTHER_NAMES.get(name, name)
     start, _, of_which = name.partition("/")
     if start in OF_SOURCE and f"/source/{of_which}" in groups:
         name = f"{OF_SOURCE[start]}/source/{of_which}"
     if (margins := scored.calibrated().get(name)) is not None and len(set(scored.prompts)) > 1:
-        return calibration_error(margins), calibration_deviations(margins, scored.prompts), shares(scored.prompts)
+        prompts = ClusterScores(calibration_deviations(margins, scored.prompts), shares(scored.prompts))
+        return calibration_error(margins), Added(prompts)
     values = scored.values({suffix: members for suffix, members in groups.items() if name.endswith(suffix)})
     if name not in values:
-        return math.nan, {}, {}
+        return math.nan, None
     scores, members = values[name]
-    prompts = scored.prompts[members.numpy()]
-    return float(scores.mean()), cluster_deviations(scores.numpy(), prompts), shares(prompts)
+    return float(scores.mean()), Added(cluster_scores(scores.numpy(), scored.prompts[members.numpy()]))
 
 
 @cache
@@ -107,11 +118,11 @@ def _of_items(folder: Path, metric: str, value: float) -> PromptScores:
     scores = [item["metrics"].get(name) for item in items]
     if all("flipped" in item and None not in item["response"].values() for item in items):
         scored = ScoredPairs.from_items([{**item, "margins": item["response"]} for item in items])
-        mean, *added = _mean_and_deviations(scored, group_members(items, ()), name)
-        return PromptScores(frozenset(prompts), *added) if _is_close(mean, value) else PromptScores(frozenset(prompts))
+        mean, added = _mean_and_added(scored, group_members(items, ()), name)
+        return PromptScores(frozenset(prompts), added if _is_close(mean, value) else None)
     if not all(isinstance(score, int | float) for score in scores) or not _is_close(float(np.mean(scores)), value):
         return PromptScores(frozenset(prompts))
-    return PromptScores(frozenset(prompts), cluster_deviations(scores, prompts), shares(prompts))
+    return PromptScores(frozenset(prompts), Added(cluster_scores(scores, prompts)))
 
 
 def _is_close(mean: float, value: float) -> bool:
@@ -136,5 +147,8 @@ def _read_groups(path: Path) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=8)
-def _read_deviations(path: Path) -> dict[str, MeanAndPrompts]:
-    return {row["metric"]: (row["mean"], row["deviations"], row["shares"]) for row in _read(path)}
+def _read_deviations(path: Path) -> dict[str, tuple[float, Added]]:
+    rows = [row for row in _read(path) if "prompts" in row]  # rows of earlier versions have no clusters by kind
+    return {
+        row["metric"]: (row["mean"], Added(*(ClusterScores(**row[kind]) for kind in Added._fields))) for row in rows
+    }

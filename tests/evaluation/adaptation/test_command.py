@@ -23,7 +23,7 @@ from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
 from lpc_lightning.evaluation.adaptation.command import adapt, main
 from lpc_lightning.evaluation.adaptation.output import left_out, panels
 from lpc_lightning.evaluation.adaptation.pairs import NO_MAJORITY, AdaptationReport
-from lpc_lightning.evaluation.adaptation.scores import Score
+from lpc_lightning.evaluation.adaptation.scores import mean_score
 from tests.fixtures.commands import checkpoint_of
 from tests.fixtures.real_data import DATA_DIR
 
@@ -158,7 +158,7 @@ def test_adapt_counts_pairs_of_training(
 
 def test_panels_one_or_several_models() -> None:
     """One model: its curves and the level at z = 0. Several: a panel for each inference."""
-    score = Score(0.5, 0.1, None, 20, 20, {"anna": 0.5}, {}, {str(number): 0.05 for number in range(20)})
+    score = mean_score(np.tile([0.0, 1.0], 10), np.repeat("anna", 20), np.arange(20))
     levels, curves = {"prior": score, "no_latent": score}, {"exact": {0: score, 2: score}, "exact_z": {0: score}}
     weights = {"anna": np.ones(1)}
     lpc = AdaptationReport({"anna": 20}, curves, levels, weights, mixtures={"exact": {2: {("anna", "1"): np.ones(1)}}})
@@ -177,7 +177,8 @@ def test_panels_one_or_several_models() -> None:
 
 
 def test_sentence_on_pairs_of_one_prompt() -> None:
-    scores = [Score(0.5, error, None, 20, prompts, {"anna": 0.5}, {}, {}) for error, prompts in ((None, 1), (0.1, 2))]
+    values, names = np.tile([0.0, 1.0], 10), np.repeat("anna", 20)
+    scores = [mean_score(values, names, prompts) for prompts in (np.zeros(20), np.repeat([0, 1], 10))]
     one, two = (AdaptationReport({"anna": 20}, {}, {"prior": each}, has_majority=True) for each in scores)
     assert left_out({"a": two}, []) == []
     sentence = "all pairs have one prompt. Standard errors and tests are over prompts, so that there are none."

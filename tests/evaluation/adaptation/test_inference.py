@@ -220,7 +220,11 @@ def test_mean_score_errors_closed_form() -> None:
     assert score.accuracy == pytest.approx(8 / 12)
     assert score.standard_error == pytest.approx(math.sqrt(8 / 12 * 4 / 12 / 11))
     by_prompt = {name: (values - values.mean())[prompts == name].sum() / 12 for name in np.unique(prompts)}
-    assert score.deviations == pytest.approx({str(name): added for name, added in by_prompt.items()})
+    assert score.of_prompts.deviations == pytest.approx({str(name): added for name, added in by_prompt.items()})
+    assert score.of_prompts.shares == pytest.approx(dict.fromkeys(map(str, range(12)), 1 / 12))
+    assert score.of_annotators.deviations == pytest.approx({"anna": 1 / 36, "ben": -5 / 36, "cleo": 4 / 36})
+    of_both = {f"{prompt} {names[prompt]}": added for prompt, added in by_prompt.items()}
+    assert score.of_both.deviations == pytest.approx(of_both)
     assert score.annotators_error == pytest.approx(np.std([0.75, 0.25, 1.0], ddof=1) / math.sqrt(3))
     assert score.by_annotator == {"anna": 0.75, "ben": 0.25, "cleo": 1.0}
     assert mean_score(values[:1], names[:1], prompts[:1]).standard_error is None

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from scipy import stats
 
 from lpc_lightning.evaluation.adaptation.plots import TITLE, draw_adaptation, score_line, to_position, to_shots
-from lpc_lightning.evaluation.adaptation.scores import Score
+from lpc_lightning.evaluation.adaptation.scores import mean_score
 from lpc_lightning.evaluation.figures import NoPlot, Plot, write_plots
 from lpc_lightning.evaluation.report.adaptation_plots import annotator_adaptation
 from lpc_lightning.evaluation.report.runs.records import RunRecord
@@ -163,16 +163,27 @@ def test_positions_double(shots: int) -> None:
 
 
 def test_score_line_intervals() -> None:
-    """Student's interval over the prompts: 20 prompts and five pairs of each. Three prompts and one have none."""
+    """Student's interval over 20 prompts, with two annotators and with five. Three prompts and one have none."""
+    draw, prompts = np.random.default_rng(0), np.repeat([f"p{number}" for number in range(20)], 5)
+    values = draw.normal(size=100) + np.repeat(draw.normal(size=20), 5)
+    two, five = np.repeat(["anna", "ben"], 50), np.tile(["anna", "ben", "cleo", "dan", "eva"], 20)
     scores = {
-        0: Score(0.5, 0.1, None, 100, 20, {"anna": 0.5}, {}, {str(number): 0.05 for number in range(20)}),
-        2: Score(0.7, 0.1, None, 15, 3, {"anna": 0.7}, {}, {}),
-        4: Score(0.9, None, None, 1, 1, {"anna": 0.9}, {}, {}),
+        0: mean_score(values, two, prompts),
+        1: mean_score(values + 3 * (five == "eva"), five, prompts),
+        2: mean_score(values[:15], two[:15], prompts[:15]),
+        4: mean_score(values[:1], two[:1], prompts[:1]),
     }
     line = score_line("exact", scores)
-    assert list(line.positions) == [0, 2, 3]
-    first, few, last = line.means
-    assert (first.low, first.high) == pytest.approx(stats.t.interval(0.95, 19, 0.5, 0.1))
+    assert list(line.positions) == [0, 1, 2, 3]
+    first, of_five, few, last = line.means
+    error = scores[0].standard_error
+    assert (first.low, first.high) == pytest.approx(stats.t.interval(0.95, 19, values.mean(), error))
+    # A pair is the only one of its prompt and annotator, so that the third variance is that of single pairs.
+    shifted = values + 3 * (five == "eva")
+    parts = [scores[1].standard_error, scores[1].annotators_error, stats.sem(shifted)]
+    error = (parts[0] ** 2 + parts[1] ** 2 - parts[2] ** 2) ** 0.5
+    assert error > max(parts[:2])
+    assert (of_five.low, of_five.high) == pytest.approx(stats.t.interval(0.95, 4, shifted.mean(), error))
     assert (few.low, few.high, last.low, last.high) == (None,) * 4
     figure: Any = draw_adaptation({"": [line]}, [0, 4], None, "accuracy")
     axes: Axes = figure.axes[0]

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lpc_lightning.clustered_means import ClusterScores
 from lpc_lightning.evaluation.report.contrasts import contrasts
 from lpc_lightning.evaluation.report.runs.folders import load_folders
-from lpc_lightning.evaluation.report.runs.pairs import NOT_ON_RECORD, PromptScores, prompt_scores
+from lpc_lightning.evaluation.report.runs.pairs import NOT_ON_RECORD, Added, PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import make_study, shared_by
 from lpc_lightning.evaluation.report.tables import contrasts_table, means_table
@@ -43,7 +44,8 @@ def scores(cell: Path, metric: str, value: float) -> PromptScores:
 
 
 def prompt_deviations(cell: Path, metric: str, value: float) -> Mapping[str, float] | None:
-    return scores(cell, metric, value).deviations
+    added = scores(cell, metric, value).added
+    return None if added is None else added.prompts.deviations
 
 
 def test_prompt_deviations_by_hand(tmp_path: Path) -> None:
@@ -131,9 +133,15 @@ def test_prompt_deviations_of_adaptation(tmp_path: Path) -> None:
     """A cell writes them itself."""
     write_pairs(tmp_path, [1.0, 2.0], ["a", "b"])
     added, shares = {"a": 0.1, "b": -0.1}, {"a": 0.25, "b": 0.75}
-    row = {"metric": "adaptation/exact/8", "mean": 0.75, "deviations": added, "shares": shares}
-    (tmp_path / "deviations_test.jsonl").write_text(json.dumps(row) + "\n")
-    assert scores(tmp_path, "test/adaptation/exact/8", 0.75) == PromptScores(frozenset("ab"), added, shares)
+    prompts = ClusterScores(added, shares)
+    annotators, both = ClusterScores({"ann": 0.0}, {"ann": 1.0}), ClusterScores({"a ann": 0.2}, {"a ann": 1.0})
+    clusters = {"prompts": prompts, "annotators": annotators, "both": both}
+    row = {"metric": "adaptation/exact/8", "mean": 0.75} | {kind: each._asdict() for kind, each in clusters.items()}
+    earlier = {"metric": "adaptation/exact/4", "mean": 0.75, "deviations": added, "shares": shares}
+    (tmp_path / "deviations_test.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, earlier)))
+    assert scores(tmp_path, "test/adaptation/exact/8", 0.75) == PromptScores(
+        frozenset("ab"), Added(prompts, annotators, both)
+    )
     assert prompt_deviations(tmp_path, "test/adaptation/exact/8", 0.5) is None, "other weights"
     assert prompt_deviations(tmp_path, "test/adaptation/exact/4", 0.75) is None
 
@@ -153,8 +161,9 @@ def test_prompt_scores_of_items(metric: str, folder: str, tmp_path: Path) -> Non
     # Without one of the three, the mean is 2/3, 1/3 or 1/2.
     added = {"own 0 h": -1 / 9, "own 1 h": 1 / 9, "own 2 h": 0.0}
     shares = {"own 0 h": 0.25, "own 1 h": 0.25, "own 2 h": 0.5}
-    expected = PromptScores(frozenset(added), pytest.approx(added), shares)  # type: ignore[arg-type]
-    assert prompt_scores(record, metric) == expected
+    actual = prompt_scores(record, metric)
+    assert actual.prompts == frozenset(added)
+    assert actual.added == Added(ClusterScores(pytest.approx(added), shares))  # type: ignore[arg-type]
     assert prompt_scores(record, "lm_eval/none/acc") == NOT_ON_RECORD
 
 
@@ -171,10 +180,12 @@ def test_prompt_scores_of_evaluated_pairs(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     metrics = {"preferences/accuracy/prior": 2 / 3, "preferences/margin/prior": 1.0, "preferences/swap_turnover": 0.5}
     record = RunRecord("run", measured=dict.fromkeys(metrics, tmp_path), metrics=metrics)
-    accuracy, margin, other = (prompt_scores(record, metric).deviations for metric in metrics)
+    accuracy, margin, other = (prompt_scores(record, metric).added for metric in metrics)
+    assert accuracy is not None
+    assert margin is not None
     # Without a, the means are 1 and 4; without b, 1/2 and -1/2.
-    assert accuracy == {"a": pytest.approx((2 / 3 - 1) / 2), "b": pytest.approx((2 / 3 - 1 / 2) / 2)}
-    assert margin == {"a": pytest.approx((1 - 4) / 2), "b": pytest.approx((1 + 1 / 2) / 2)}
+    assert accuracy.prompts.deviations == {"a": pytest.approx((2 / 3 - 1) / 2), "b": pytest.approx((2 / 3 - 1 / 2) / 2)}
+    assert margin.prompts.deviations == {"a": pytest.approx((1 - 4) / 2), "b": pytest.approx((1 + 1 / 2) / 2)}
     assert other is None
 
 
@@ -288,7 +299,7 @@ def test_no_star_without_scores_on_record(
 def test_shared_prompts_of_unequal_sizes() -> None:
     """Half of the pairs have one prompt, an eighth each of four others: 1 / (1/4 + 4/64) prompts by Kish."""
     sizes = dict(zip("abcde", [0.5, *[0.125] * 4], strict=True))
-    seed = PromptScores(frozenset(sizes), dict.fromkeys(sizes, 0.1), sizes)
+    seed = PromptScores(frozenset(sizes), Added(ClusterScores(dict.fromkeys(sizes, 0.1), sizes)))
     assert shared_by([seed, seed]).freedom == pytest.approx(3.2 - 1)
 
 
