@@ -51,7 +51,7 @@ def with_annotators(prompts: Shared, annotators: Shared, both: Shared) -> Shared
     annotator, which both of them contain; and at least the larger of the first two. The degrees of freedom are the
     smaller ones of the first two. If one of the three is unknown, as with few annotators, it is that over prompts.
 
-    Source: Cameron, Gelbach and Miller 2011, "Robust inference with multiway clustering", equation 2.10.
+    Source: Cameron, Gelbach and Miller 2011, "Robust inference with multiway clustering", on two-way clustering.
 
     Args:
         prompts: The covariance over prompts, from `shared_variance`.
