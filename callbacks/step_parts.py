@@ -25,7 +25,9 @@ PARTS = (
     "other",
 )
 """`data` is the time from the end of a batch to the arrival of the next one. `backbone backward` is the backward pass
-without the head, and includes the latent's small networks. `other` is metrics, logging and the trainer."""
+without the head, and includes the latent's small networks. If the head is not trained (LoRA), its gradient is computed
+in the forward pass: `head forward` includes it, and `head backward` is the rest. `other` is metrics, logging and the
+trainer."""
 
 
 class StepParts:
@@ -55,7 +57,8 @@ class StepParts:
         self._wrap(module, "training_terms", "latent and loss")
         self._wrap(causal.BatchForward, "logps", "head forward")
         self._wrap(causal.BatchForward, "logps_per_code", "head forward")
-        self._wrap(logprobs._TokenLogps, "backward", "head backward", staticmethod)
+        for function in (logprobs._TokenLogps, logprobs._FrozenHeadLogps):
+            self._wrap(function, "backward", "head backward", staticmethod)
         self._wrap(trainer.strategy, "backward", "backbone backward")
         for optimizer in trainer.optimizers:
             self._wrap(optimizer, "zero_grad", "optimizer")

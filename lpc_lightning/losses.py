@@ -209,7 +209,7 @@ def add_nll(pairs: PairLosses, logps: PairLogps, weight: float) -> PairLosses:
         losses=pairs.losses - weight * logps.policy_chosen / logps.chosen_lengths,
         log_likelihood=pairs.label_log_likelihood,
         parts=(*pairs.terms, text),
-        label_losses=pairs.losses,
+        label_losses=pairs.losses if pairs.label_losses is None else pairs.label_losses,
     )
 
 

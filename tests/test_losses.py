@@ -290,6 +290,16 @@ def test_add_nll_golden_values(name: str) -> None:
     torch.testing.assert_close(result.losses, expected.double(), rtol=0, atol=1e-6)
 
 
+def test_add_nll_twice() -> None:
+    """Texts are no part of the losses of the labels, however many there are."""
+    once, twice = orpo_loss(GOLDEN), add_nll(orpo_loss(GOLDEN), GOLDEN, 0.5)
+    assert once.label_losses is not None
+    assert twice.label_losses is not None
+    torch.testing.assert_close(twice.label_losses, once.label_losses)
+    torch.testing.assert_close(twice.label_part.losses, once.label_part.losses)
+    torch.testing.assert_close(twice.losses - once.losses, torch.tensor([0.75, 0.25, 0.5, 0.75]).double())
+
+
 @every_loss
 def test_add_nll_of_mixture(name: str) -> None:
     """Label and answer are two events. The likelihood of each is averaged over the codes, in plain exponentials."""

@@ -46,6 +46,8 @@ from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
 PROGRESS_BAR = ("loss", "rewards/accuracies", "rewards/margins", "latent/codebook_perplexity")
 """Metrics that the progress bar shows."""
+OF_STEP = ("train/", "resources/")
+"""Start of the names of metrics that a logged step has."""
 RESUMED = ("training_data", "run_length", "warm_start", "code_range")
 """Entries of a checkpoint that `on_train_start` reads."""
 
@@ -250,7 +252,7 @@ class PreferenceModule(PolicyModule):
         self.warm_start_result = self._resumed.get("warm_start")
         self._code_range = self._resumed.get("code_range")
         self._resumed = {}
-        self._check_annotators()
+        self._check_batches()
         if self.robust_loss is not None:
             data = preference_data(self.trainer)
             names = [""] if data is None else data.training_pairs.annotators
@@ -266,11 +268,26 @@ class PreferenceModule(PolicyModule):
 
             self.warm_start_result = warm_start(self, self.latent).record()
 
-    def _check_annotators(self) -> None:
-        """Refuse `latent.annotators` if the training pairs name no annotator."""
+    def _check_batches(self) -> None:
+        """Refuse settings that would have no effect: those of annotators and of several pairs, without them."""
         data = preference_data(self.trainer)
+        if data is None:
+            return
         shares = self.latent is not None and self.latent.annotators
-        if shares and data is not None and not any(data.training_pairs.annotators):
+        of_several = {
+            "latent.annotators": shares,
+            "latent.diversity_weight": bool(getattr(self.latent, "diversity_weight", 0.0)),
+            f"model.robust_loss {type(self.robust_loss).__name__}": bool(
+                self.robust_loss and self.robust_loss.of_batch
+            ),
+        }
+        if data.batch_size == 1 and any(of_several.values()):
+            setting = next(name for name, is_set in of_several.items() if is_set)
+            raise ConfigError(
+                f"data.batch_size: found 1 with {setting}, which compares the pairs of a batch, expected at least 2. "
+                "trainer.accumulate_grad_batches does not add pairs to a batch. Set data.batch_size, or leave that out."
+            )
+        if shares and not any(data.training_pairs.annotators):
             raise ConfigError(
                 f"latent.annotators: found true, and no annotator in {len(data.training_pairs)} training pairs, "
                 "expected a column `annotator`. Set data.columns.annotator to its name, or latent.annotators to false."
@@ -349,10 +366,17 @@ class PreferenceModule(PolicyModule):
             warn_of_no_step(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Free the gradients after a step. Lightning would keep them in memory during the next forward pass."""
+        """Free the gradients after a step. Lightning would keep them in memory during the next forward pass.
+
+        If the run stops after a step that is not logged, Lightning would write the values of an earlier step as those
+        of this one. It gets NaN, an empty value, in their place.
+        """
         if is_optimizer_step(self.trainer, batch_idx):
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()
+        if self.trainer.should_stop and not outputs["logged"]:
+            names = [name for name in self.trainer.logged_metrics if name.startswith(OF_STEP)]
+            self.log_dict(dict.fromkeys(names, torch.tensor(torch.nan, device="cpu")), batch_size=1)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> EvaluationOutput:
         """Score the pairs under the prior, as at inference. Callbacks get the forward pass to score other z."""
@@ -464,7 +488,9 @@ class PreferenceModule(PolicyModule):
 def is_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:
     """Return True if the optimizer steps after this micro-batch: its window is full, or the epoch ends."""
     number = batch_idx + 1
-    return number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
+    # A loader without length has no last number.
+    is_last = number == trainer.num_training_batches or trainer.is_last_batch
+    return number % trainer.accumulate_grad_batches == 0 or is_last
 
 
 def is_logged(trainer: Trainer, batch_idx: int) -> bool:
@@ -472,12 +498,13 @@ def is_logged(trainer: Trainer, batch_idx: int) -> bool:
 
     Logged are every `trainer.log_every_n_steps`-th step, which loggers write, the first and the last step of the run,
     and the last step of each epoch, whose values callbacks may read. Metrics of other steps are not computed, because
-    reading them would make the CPU wait for the device.
+    reading them would make the CPU wait for the device. A step after which `trainer.max_time` stops the run is not
+    known before it.
     """
     step = trainer.global_step + 1
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's connector
     window = trainer.accumulate_grad_batches
-    ends_epoch = batch_idx // window == (trainer.num_training_batches - 1) // window
+    ends_epoch = batch_idx // window == (trainer.num_training_batches - 1) // window or trainer.is_last_batch
     return ends_epoch or step in (1, trainer.max_steps) or (every > 0 and step % every == 0)
 
 

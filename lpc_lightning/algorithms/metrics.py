@@ -5,12 +5,13 @@ Metrics have TRL's names if TRL has the metric.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 
 from lpc_lightning.latent import LatentTerms
@@ -91,15 +92,27 @@ def entropy(log_probabilities: Tensor) -> Tensor:
     return -(logs.exp() * logs).sum(-1)
 
 
-class CodeUse(Metric):
+class ExactMetric(Metric):
+    """A metric whose sums stay in float64.
+
+    A trainer of `bf16-true` calls `module.to(torch.bfloat16)`, and torchmetrics guards its states from `.half()` and
+    `.bfloat16()` alone. Counts and sums would end at 256 and at 1.0.
+    """
+
+    full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
+        """Move the states to the device that `fn` moves tensors to, and leave their types as they are."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+
+class CodeUse(ExactMetric):
     """Use of the codebook by the prior: perplexity and dead codes.
 
     `codebook_perplexity` is exp of the entropy of the prior's mean over prompts, from 1 (one code) to K (all equal). A
     prior that is uniform for every prompt has a high perplexity too, so compare it with `prior_entropy`. A dead code is
     the most probable code of no prompt.
     """
-
-    full_state_update = False
 
     def __init__(self, num_codes: int) -> None:
         """Create empty sums.
@@ -129,10 +142,8 @@ class CodeUse(Metric):
         }
 
 
-class PairMeans(Metric):
+class PairMeans(ExactMetric):
     """Means of named values over all pairs. Each pair counts once."""
-
-    full_state_update = False
 
     def __init__(self) -> None:
         """Create empty sums."""
@@ -160,10 +171,8 @@ def ratio_of_sums(losses: Tensor, weights: Tensor) -> Tensor:
     return losses / weights.where(weights > 0, 1.0)
 
 
-class SourceMeans(Metric):
+class SourceMeans(ExactMetric):
     """Accuracy, mean loss and number of pairs of each data set of a mixture."""
-
-    full_state_update = False
 
     def __init__(self, names: Sequence[str]) -> None:
         """Create empty sums.

@@ -90,8 +90,7 @@ class PolicyModule(LatentMixin, LightningModule):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
         check_callbacks(callbacks)
         if stage == "fit":
-            if self.policy_spec.trainable:
-                check_averages(callbacks, str(self.trainer.precision))
+            check_averages(callbacks, str(self.trainer.precision), self.policy_spec.dtype)
             check_frozen_states(self.policy_spec.frozen_states_gib, self.trainer.strategy)
             self.policy_spec.check_start()
             if self.needs_reference:

@@ -58,22 +58,29 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
                 raise ConfigError(f"callbacks: found {type(callback).__name__}, {reason}")
 
 
-def check_averages(callbacks: Sequence[Callback], precision: str) -> None:
-    """Refuse averages of the weights in a fit whose precision converts the policy to 16 bits.
+def check_averages(callbacks: Sequence[Callback], precision: str, dtype: str) -> None:
+    """Refuse averages of the weights in a fit whose policy has weights of 16 bits.
 
-    Lightning swaps the average with the weights at each validation. It would be rounded to their type, and the steps of
-    an average are often smaller than half the distance of two numbers in bfloat16.
+    Lightning keeps the average in the type of the weights, and the steps of an average are often smaller than half the
+    distance of two numbers in bfloat16. Weights that are not trained are averaged as well, and rounded in each step.
+
+    Args:
+        callbacks: The callbacks of the run.
+        precision: The precision of the trainer.
+        dtype: The type of the policy's weights (`policy.dtype`), unless the precision converts them.
 
     Raises:
         ConfigError: There is such a callback.
     """
     average = next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)
-    if average is not None and precision in ("bf16-true", "16-true"):
-        raise ConfigError(
-            f"trainer.precision: found {precision} with {type(average).__name__}, whose average would be rounded to "
-            f"{precision.removesuffix('-true')} at each validation, expected {precision.replace('true', 'mixed')} or "
-            "32-true."
-        )
+    if average is None:
+        return
+    consequence = f"with {type(average).__name__}, whose average would be rounded to 16 bits in each step, expected"
+    if precision in ("bf16-true", "16-true"):
+        mixed = precision.replace("true", "mixed")
+        raise ConfigError(f"trainer.precision: found {precision} {consequence} {mixed} or 32-true.")
+    if dtype in ("bfloat16", "float16") and precision != "64-true":
+        raise ConfigError(f"policy.dtype: found {dtype} {consequence} float32.")
 
 
 def _own_class(callback: Callback) -> type | None:

@@ -177,8 +177,9 @@ def earlier_pairs(states: PairStates, device: torch.device) -> Tensor:
     It is if it precedes pair i, has the same annotator, and is no copy of pair i, whose label it would repeat. Pairs
     with the annotator "" have no earlier pairs.
     """
-    rows = range(len(states.annotators))
-    annotators: list[str | int] = [name or row for row, name in zip(rows, states.annotators, strict=True)]
+    rows = range(len(states.prompt))
+    names_given = states.annotators or [""] * len(rows)
+    annotators: list[str | int] = [name or row for row, name in zip(rows, names_given, strict=True)]
     contents: list[str | int] = list(states.contents or rows)
     names, texts = (to_device([keys.index(key) for key in keys], device, torch.long) for keys in (annotators, contents))
     return ((names[:, None] == names) & (texts[:, None] != texts)).tril(-1)
@@ -219,10 +220,9 @@ def given_earlier_pairs(log_prior: Tensor, log_likelihoods: Tensor, states: Pair
 def mean_of_earlier_pairs(values: Tensor, default: Tensor, states: PairStates) -> Tensor:
     """Compute the mean (B, M) of `values` (B, M) over the earlier pairs of each pair; see `earlier_pairs`.
 
-    A pair without earlier pairs has its row of `default` (B, M).
+    A pair without earlier pairs has its row of `default` (B, M). Values then have a gradient of 0, and not none, which
+    DDP would refuse.
     """
-    if not any(states.annotators):
-        return default
     earlier = earlier_pairs(states, values.device)
     counts = earlier.sum(-1, keepdim=True)
     total = _sum_over(earlier, values)

@@ -22,6 +22,9 @@ class RobustLoss:
     (`batch_loss`). The reliabilities of annotators are the only state. A loss without them keeps the other methods.
     """
 
+    of_batch: bool = False
+    """True if `batch_loss` compares the pairs of a batch, so that a batch needs several."""
+
     def pair_losses(self, loss: PreferenceLoss, logps: PairLogps, reliability: Tensor | None = None) -> PairLosses:
         """Compute the robust losses of pairs.
 

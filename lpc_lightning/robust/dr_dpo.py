@@ -35,6 +35,8 @@ class DrDPO(RobustLoss):
     almost no weight.
     """
 
+    of_batch = True
+
     def __init__(self, temperature: float = 1.0) -> None:
         """Store the setting.
 

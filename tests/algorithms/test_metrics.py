@@ -168,6 +168,26 @@ def test_loss_is_0_if_all_weights_are_0() -> None:
     assert values["loss"] == values["loss/b"] == 4.0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_metrics_in_a_module_of_16_bits(dtype: torch.dtype) -> None:
+    """`bf16-true` converts the module. Counts of bfloat16 end at 256. One pair of four is wrong."""
+    use, means, pairs = CodeUse(4), SourceMeans(("a", "b")), PairMeans()
+    torch.nn.ModuleList([use, means, pairs]).to(dtype)
+    for _ in range(500):
+        use.update(torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log())
+        values = {"loss": column(0.1, 0.2, 0.3, 0.9), "rewards/accuracies": column(1.0, 1.0, 0.0, 1.0)}
+        means.update(("a", "a", "a", "b"), values)
+        pairs.update(values)
+    actual = {name: float(value) for name, value in (means.compute() | use.compute() | pairs.compute()).items()}
+    expected = {
+        **{"accuracy/a": 2 / 3, "loss/a": 0.2, "pairs/a": 1500, "accuracy/b": 1.0, "loss/b": 0.9, "pairs/b": 500},
+        **{"latent/codebook_perplexity": 2**1.75, "latent/dead_codes": 3, "loss": 0.375, "rewards/accuracies": 0.75},
+    }
+    assert actual == pytest.approx(expected, rel=1e-6)
+    use.reset()
+    assert use.mass.dtype == torch.float64
+
+
 def test_source_means_keep_bad_values_apart() -> None:
     means = SourceMeans(("a", "b"))
     bad = torch.nan

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 
 from lpc_lightning.algorithms import DPO
@@ -12,6 +13,7 @@ from lpc_lightning.algorithms.refused_callbacks import check_averages, check_cal
 from lpc_lightning.callbacks import AnnotatorAdaptation, BestAndLast, FinalValidation, LMEvaluation
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.latent import MarginalSpace
+from lpc_lightning.policy import LoRA
 
 
 def test_averaging_of_no_weights_is_refused(small_policy: Any, fit_run: Any) -> None:
@@ -41,16 +43,30 @@ def test_average_in_16_bits_is_refused(
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "64-true"])
 def test_average_in_other_precision_is_accepted(precision: str) -> None:
-    check_averages([EMAWeightAveraging()], precision)
-    check_averages([EarlyStopping("val/loss")], "bf16-true")
+    check_averages([EMAWeightAveraging()], precision, "float32")
+    check_averages([EarlyStopping("val/loss")], "bf16-true", "bfloat16")
+    check_averages([EMAWeightAveraging()], "64-true", "bfloat16")
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
-def test_average_with_frozen_policy_is_accepted(small_policy: Any, fit_run: Any) -> None:
-    """The latent is in float32."""
-    module = DPO(policy=small_policy(trainable=False), latent=MarginalSpace(num_codes=4, hidden=8))
-    run = fit_run(module, max_steps=1, precision="bf16-true", callbacks=[EMAWeightAveraging()])
-    assert len(run.losses) == 1
+@pytest.mark.parametrize("options", [{}, {"lora": LoRA(rank=2)}, {"trainable": False}])
+def test_average_of_weights_of_16_bits_is_refused(options: dict[str, Any], small_policy: Any, fit_run: Any) -> None:
+    """Also with an adapter and with a frozen policy: the average of equal weights is rounded in each step."""
+    module = DPO(policy=small_policy(dtype="bfloat16", **options), latent=MarginalSpace(num_codes=4, hidden=8))
+    message = r"^policy\.dtype: found bfloat16 with EMAWeightAveraging, .* expected float32\.$"
+    with pytest.raises(ConfigError, match=message):
+        fit_run(module, max_steps=1, callbacks=[EMAWeightAveraging()])
+
+
+def test_average_of_equal_weights_is_rounded() -> None:
+    """What the refusal prevents: weights that are not trained leave their values."""
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.003)):
+        weights = torch.nn.Linear(64, 64, dtype=dtype)
+        averaged = torch.optim.swa_utils.AveragedModel(weights, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.9))
+        for _ in range(100):
+            averaged.update_parameters(weights)
+        moved = ((averaged.module.weight - weights.weight) / weights.weight).abs().max()
+        assert (moved > error) == (dtype == torch.bfloat16)
 
 
 class MyAdaptation(AnnotatorAdaptation):

@@ -129,6 +129,22 @@ def test_gaussian_of_earlier_pairs(
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
+def test_gaussian_without_a_known_annotator(toy: Any, build: Callable[..., Any]) -> None:
+    """z is that of the prior, and every weight has a gradient, as DDP requires."""
+    space = build(GaussianSpace(**DISCRETE, g=0.0, annotators=True), toy)
+    losses = []
+    for names in ((), ("",) * 4, ("a", "b", "c", "d")):
+        torch.manual_seed(11)
+        terms = space.training_terms(replace(toy.states, annotators=names), toy.score, 0.5)
+        space.zero_grad()
+        (terms.pairs.losses + terms.penalty).mean().backward(retain_graph=True)
+        assert all(parameter.grad is not None for parameter in space.parameters())
+        assert not any(parameter.grad.any() for parameter in space.posterior.parameters())
+        losses.append(terms.pairs.losses)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[1], losses[2])
+
+
 def test_gaussian_infer_by_mode(dpo_toy: Any, build: Callable[..., Any], naive_network: Callable[..., Tensor]) -> None:
     space = build(GaussianSpace(**DISCRETE), dpo_toy)
     prompt = dpo_toy.states.prompt.detach()
