@@ -148,7 +148,10 @@ def _read_groups(path: Path) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=8)
 def _read_deviations(path: Path) -> dict[str, tuple[float, Added]]:
-    rows = [row for row in _read(path) if "prompts" in row]  # rows of earlier versions have no clusters by kind
-    return {
-        row["metric"]: (row["mean"], Added(*(ClusterScores(**row[kind]) for kind in Added._fields))) for row in rows
-    }
+    return {row["metric"]: (row["mean"], _added(row)) for row in _read(path)}
+
+
+def _added(row: Mapping[str, Any]) -> Added:
+    if "prompts" not in row:  # cells of earlier versions have prompts alone
+        return Added(ClusterScores(row["deviations"], row["shares"]))
+    return Added(*(ClusterScores(**row[kind]) for kind in Added._fields))

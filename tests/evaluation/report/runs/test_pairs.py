@@ -143,7 +143,7 @@ def test_prompt_deviations_of_adaptation(tmp_path: Path) -> None:
         frozenset("ab"), Added(prompts, annotators, both)
     )
     assert prompt_deviations(tmp_path, "test/adaptation/exact/8", 0.5) is None, "other weights"
-    assert prompt_deviations(tmp_path, "test/adaptation/exact/4", 0.75) is None
+    assert scores(tmp_path, "test/adaptation/exact/4", 0.75) == PromptScores(frozenset("ab"), Added(prompts))
 
 
 @pytest.mark.parametrize(("metric", "folder"), [("lm_eval/own/acc", "run/lm_eval"), ("own/acc", "results")])
