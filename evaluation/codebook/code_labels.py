@@ -29,7 +29,7 @@ class ColumnMatch:
     nmi: float
     """Normalized mutual information, 0 to 1."""
     nmi_shuffled: float
-    """Its value for values that are shuffled between prompts: chance."""
+    """Its value for values that are exchanged between prompts: chance."""
     purity: float
     """Share of pairs that have the most frequent value of their code."""
 
@@ -69,12 +69,10 @@ def match_columns(
             continue
         for codes_by, chosen in codes.items():
             pair = chosen[members], labels[members]
-            chance = shuffled_mean(
-                normalized_information, *pair, np.array(prompts)[members], seed=derive("label", column, codes_by)
-            )
+            # One seed for all columns, so that two columns with the same groups of pairs match equally well.
+            chance = shuffled_mean(normalized_information, *pair, np.array(prompts)[members], seed=derive("label"))
             matches.append(ColumnMatch(column, codes_by, normalized_information(*pair), chance, purity(*pair)))
-    # Rounded: two columns with the same groups of pairs differ by the shuffles alone.
-    return sorted(matches, key=lambda match: -round(match.nmi - match.nmi_shuffled, 2))
+    return sorted(matches, key=lambda match: -round(match.nmi - match.nmi_shuffled, 9))  # sums round in some order
 
 
 def label_codes(codes: NDArray[np.int64], values: Sequence[str], column: str) -> dict[int, CodeLabel]:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+LEAST_EXCHANGED = 8
+"""Labels are exchanged between at least so many prompts of neighbouring sizes, if there are as many."""
+
 
 def mutual_information(first: ArrayLike, second: ArrayLike) -> float:
     """Compute sum over (a, b) of p(a, b) log(p(a, b) / p(a) p(b)), where p are the observed shares.
@@ -54,9 +57,10 @@ def shuffled_mean(
 ) -> float:
     """Compute the mean of a statistic after shuffling one of the labels: its value for unrelated labels.
 
-    Labels are exchanged between prompts. The prior's code is the same for all pairs of a prompt, and other labels often
-    are, too: if pairs were shuffled one by one, labels that depend on the prompt alone would seem related. The labels
-    of a prompt with fewer pairs than the one that gets them are repeated.
+    Each prompt gets the labels of another one, in random order. The prior's code is the same for all pairs of a prompt,
+    and other labels often are, too: if pairs were shuffled one by one, labels that depend on the prompt alone would
+    seem related. Prompts exchange labels with those of about their size. Labels that a smaller prompt has no place
+    for go to the larger ones, so that each label is used once. A single prompt has its labels shuffled.
 
     Args:
         statistic: Function of two labels of the same items.
@@ -68,16 +72,53 @@ def shuffled_mean(
     """
     # Integer codes: sorting strings again in every repetition would take seconds.
     one, other, prompt = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (first, second, prompts))
-    sizes = np.bincount(prompt)
-    starts, by_prompt = sizes.cumsum() - sizes, prompt.argsort(kind="stable")
-    place = np.empty_like(prompt)  # of an item among those of its prompt
-    place[by_prompt] = np.arange(len(prompt)) - np.repeat(starts, sizes)
     generator = np.random.default_rng(seed)
-    values = []
-    for _ in range(times):
-        giver = generator.permutation(len(sizes))[prompt]
-        values.append(statistic(one, other[by_prompt[starts[giver] + place % sizes[giver]]]))
-    return float(np.mean(values))
+    return float(np.mean([statistic(one, _exchange(other, prompt, generator)) for _ in range(times)]))
+
+
+def _exchange(
+    labels: NDArray[np.int64], prompt: NDArray[np.int64], generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Give each prompt the labels of another one; see `shuffled_mean`.
+
+    Args:
+        labels: (n,) labels.
+        prompt: (n,) number of each item's prompt.
+        generator: Source of random numbers.
+    """
+    sizes = np.bincount(prompt)
+    starts = sizes.cumsum() - sizes
+    group = _groups_by_size(sizes)
+    # A cycle through the prompts of each group, in random order: every prompt gives its labels to the next one.
+    order = np.lexsort((generator.random(len(sizes)), group))
+    taker = np.empty_like(order)
+    firsts = np.searchsorted(group[order], np.arange(group.max() + 1))
+    taker[order] = np.roll(order, -1)
+    taker[order[np.append(firsts[1:], len(order)) - 1]] = order[firsts]
+    by_prompt = np.lexsort((generator.random(len(prompt)), prompt))
+    place = np.empty_like(prompt)  # of an item among those of its prompt, at random
+    place[by_prompt] = np.arange(len(prompt)) - np.repeat(starts, sizes)
+    fits = place < sizes[taker[prompt]]
+    takers = np.lexsort((generator.random(len(prompt)), prompt))
+    target = takers[starts[taker[prompt[fits]]] + place[fits]]
+    exchanged, is_free = np.empty_like(labels), np.ones(len(labels), dtype=bool)
+    exchanged[target], is_free[target] = labels[fits], False
+    exchanged[is_free] = generator.permutation(labels[~fits])
+    return exchanged
+
+
+def _groups_by_size(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return (P,) a group of each prompt: all prompts of a size, and of further sizes up to `LEAST_EXCHANGED`."""
+    order = sizes.argsort(kind="stable")
+    starts, ordered = [0], sizes[order]
+    for number in range(1, len(order)):
+        if ordered[number] > ordered[number - 1] and number - starts[-1] >= LEAST_EXCHANGED:
+            starts.append(number)
+    if len(starts) > 1 and len(order) - starts[-1] < LEAST_EXCHANGED:
+        starts.pop()
+    group = np.empty_like(order)
+    group[order] = np.searchsorted(starts, np.arange(len(order)), side="right") - 1
+    return group
 
 
 def contingency(first: ArrayLike, second: ArrayLike) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from lpc_lightning.evaluation.codebook.mutual_information import (
     shuffled_information,
     shuffled_mean,
 )
+from lpc_lightning.evaluation.codebook.recovery import purity
 
 
 def labels_from_counts(counts: list[list[int]]) -> tuple[list[int], list[str]]:
@@ -98,16 +100,48 @@ def test_shuffled_information_of_labels_by_prompt() -> None:
 
 
 def test_labels_are_shuffled_between_prompts() -> None:
-    """Two prompts: either each keeps its labels, or they exchange them, repeated where the other has more pairs."""
+    """Prompt x gets both labels of y, and keeps one that y has no place for. Each label is used once, in any order."""
     seen = set[tuple[int, ...]]()
 
     def look(_: ArrayLike, second: ArrayLike) -> float:
         seen.add(tuple(np.asarray(second).tolist()))
         return 0.0
 
-    for seed in range(20):
-        shuffled_mean(look, range(5), list("abcde"), list("xyxxy"), seed, times=1)
-    assert seen == {(0, 1, 2, 3, 4), (1, 0, 4, 1, 2)}
+    for seed in range(300):
+        shuffled_mean(look, range(5), list("abcde"), list("xyxyx"), seed, times=1)
+    pairs = [(x, y) for kept in (0, 2, 4) for x in permutations((kept, 1, 3)) for y in permutations({0, 2, 4} - {kept})]
+    assert seen == {(x[0], y[0], x[1], y[1], x[2]) for x, y in pairs}
+
+
+@pytest.mark.parametrize(("prompts", "most"), [(1, 0.05), (2, 0.05), (3, 0.05), (5, 0.05), (200, 0.05)])
+def test_chance_with_few_prompts(prompts: int, most: float) -> None:
+    """Codes are the labels, drawn pair by pair: chance is that of shuffled pairs, however few prompts there are."""
+    labels = np.random.default_rng(0).integers(8, size=600)
+    chance = shuffled_information(labels, labels, np.arange(600) % prompts, seed=1)
+    assert chance == pytest.approx(shuffled_information(labels, labels, range(600), seed=1), abs=most)
+    assert mutual_information(labels, labels) > 2
+
+
+@pytest.mark.parametrize("sizes", [[300] + [1] * 300, [100, 50, 25, 12, 6, 3, 2, 1], list(range(5, 45))])
+def test_chance_with_prompts_of_unequal_size(sizes: list[int]) -> None:
+    """Labels of pairs: purity is that of shuffled pairs. A label of a small prompt is not repeated over a large one."""
+    draw, prompts = np.random.default_rng(0), np.repeat(np.arange(len(sizes)), sizes)
+    codes, labels = (draw.integers(5, size=len(prompts)) for _ in range(2))
+    alone = shuffled_mean(purity, codes, labels, range(len(prompts)), seed=1)
+    assert shuffled_mean(purity, codes, labels, prompts, seed=1) == pytest.approx(alone, abs=0.02)
+
+
+def test_chance_of_prompts_with_labels_of_their_own() -> None:
+    """Prompts of 5 to 44 pairs with one code and one label each, unrelated: chance is their information."""
+    found = []
+    for seed in range(30):
+        draw, prompts = np.random.default_rng(seed), np.repeat(np.arange(40), np.arange(5, 45))
+        codes, labels = (draw.integers(4, size=40)[prompts] for _ in range(2))
+        alone = shuffled_information(codes, labels, range(len(prompts)), seed)
+        found.append((mutual_information(codes, labels), shuffled_information(codes, labels, prompts, seed), alone))
+    information, chance, alone = np.mean(found, axis=0)
+    assert chance == pytest.approx(information, rel=0.25)
+    assert alone < 0.1 * information
 
 
 def test_shuffled_information_depends_on_seed_only() -> None:
