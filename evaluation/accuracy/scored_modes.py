@@ -62,12 +62,14 @@ class ScoredPairs:
         return torch.tensor([row["flipped"] for row in self.rows])
 
     @cached_property
-    def has_right_labels(self) -> bool:
-        """True if pairs have gold labels, or label noise has flipped some. Other pairs count as right.
+    def is_known(self) -> Tensor:
+        """(n,) true for pairs whose right label is known: those with a gold label.
 
-        Rows of earlier versions lack `has_gold`.
+        Without gold labels it is all pairs if label noise has flipped some, and otherwise none. Rows of earlier
+        versions lack `has_gold`.
         """
-        return bool(self.flipped.any()) or any(row.get("has_gold", False) for row in self.rows)
+        has_gold = torch.tensor([row.get("has_gold", False) for row in self.rows])
+        return has_gold if has_gold.any() else self.flipped.any().expand(len(self.rows))
 
     @cached_property
     def longer(self) -> Tensor:
@@ -104,20 +106,22 @@ class ScoredPairs:
 
     def calibration(self) -> dict[str, float]:
         """Return `calibration_error/MODE`, and with wrong labels its like and `wrong_label_auroc/MODE`."""
-        metrics = {name: calibration_error(margins) for name, margins in self.calibrated().items()}
-        if self.flipped.any() and not self.flipped.all():
+        metrics = {name: calibration_error(margins) for name, (margins, _) in self.calibrated().items()}
+        known, wrong = self.is_known, self.flipped[self.is_known]
+        if wrong.any() and not wrong.all():
             for mode, margins in self.margins.items():
                 if mode not in (SWAPPED, "shuffled"):
-                    metrics[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins, self.flipped)
+                    metrics[f"wrong_label_auroc/{mode}"] = wrong_label_auroc(margins[known], wrong)
         return metrics
 
-    def calibrated(self) -> dict[str, Tensor]:
-        """Return the (n,) margins behind each calibration error, by the name of the metric."""
+    def calibrated(self) -> Values:
+        """Return the margins behind each calibration error, by the name of the metric, and the pairs that have them."""
         modes = {mode: each for mode, each in self.margins.items() if mode not in (SWAPPED, "shuffled", LABEL_CORRECT)}
-        margins = {f"calibration_error/{mode}": each for mode, each in modes.items()}
-        if self.has_right_labels:
-            gold = {mode: torch.where(self.flipped, -each, each) for mode, each in modes.items()}
-            margins |= {f"gold_calibration_error/{mode}": each for mode, each in gold.items()}
+        known, everyone = self.is_known, torch.ones(len(self.rows), dtype=torch.bool)
+        margins = {f"calibration_error/{mode}": (each, everyone) for mode, each in modes.items()}
+        if known.any():
+            gold = {mode: torch.where(self.flipped, -each, each)[known] for mode, each in modes.items()}
+            margins |= {f"gold_calibration_error/{mode}": (each, known) for mode, each in gold.items()}
         return margins
 
     def items(self) -> list[Row]:
@@ -134,10 +138,10 @@ class ScoredPairs:
             values[f"accuracy/{mode}"] = accuracies(differences), scored
             values[f"margin/{mode}"] = differences, scored
             values[f"log_loss/{mode}"] = softplus(-differences), scored
-            if self.has_right_labels:
-                gold = torch.where(self.flipped[scored], -differences, differences)
-                values[f"gold_accuracy/{mode}"] = accuracies(gold), scored
-                values[f"gold_log_loss/{mode}"] = softplus(-gold), scored
+            if (known := scored & self.is_known).any():
+                gold = torch.where(self.flipped, -margins, margins)[known]
+                values[f"gold_accuracy/{mode}"] = accuracies(gold), known
+                values[f"gold_log_loss/{mode}"] = softplus(-gold), known
         if SWAPPED in self.margins:
             posterior, swapped = self.margins["posterior"], self.margins[SWAPPED]
             values["swap_turnover"] = turnover(posterior[members], swapped[members]), members
@@ -145,9 +149,9 @@ class ScoredPairs:
 
     def _length_values(self, members: Tensor) -> Values:
         values: Values = {"longer_is_chosen": (accuracies(self.longer[members]), members)}
-        if self.has_right_labels:
+        if (known := members & self.is_known).any():
             gold = torch.where(self.flipped, -self.longer, self.longer)
-            values["gold_longer_is_chosen"] = accuracies(gold[members]), members
+            values["gold_longer_is_chosen"] = accuracies(gold[known]), known
         return values
 
     def _scaled_values(self) -> Values:

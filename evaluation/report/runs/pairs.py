@@ -97,9 +97,12 @@ def _mean_and_added(scored: ScoredPairs, groups: Mapping[str, Tensor], name: str
     start, _, of_which = name.partition("/")
     if start in OF_SOURCE and f"/source/{of_which}" in groups:
         name = f"{OF_SOURCE[start]}/source/{of_which}"
-    if (margins := scored.calibrated().get(name)) is not None and len(set(scored.prompts)) > 1:
-        prompts = ClusterScores(calibration_deviations(margins, scored.prompts), shares(scored.prompts))
-        return calibration_error(margins), Added(prompts)
+    if name in (calibrated := scored.calibrated()):
+        margins, members = calibrated[name]
+        prompts = scored.prompts[members.numpy()]
+        if len(set(prompts)) > 1:
+            added = ClusterScores(calibration_deviations(margins, prompts), shares(prompts))
+            return calibration_error(margins), Added(added)
     values = scored.values({suffix: members for suffix, members in groups.items() if name.endswith(suffix)})
     if name not in values:
         return math.nan, None

@@ -11,15 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from lpc_lightning.clustered_means import ClusterScores
+from lpc_lightning.evaluation.accuracy.accuracy_modes import group_members
+from lpc_lightning.evaluation.accuracy.scored_modes import ScoredPairs
 from lpc_lightning.evaluation.report.contrasts import contrasts
 from lpc_lightning.evaluation.report.runs.folders import load_folders
 from lpc_lightning.evaluation.report.runs.pairs import NOT_ON_RECORD, Added, PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.study import make_study, shared_by
 from lpc_lightning.evaluation.report.tables import contrasts_table, means_table
+from lpc_lightning.evaluation.statistics.calibration import calibration_error
 
 METRIC = "test/rewards/accuracies"
 
@@ -73,6 +77,29 @@ def test_prompt_deviations_of_right_labels(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     write_pairs(tmp_path / "other", [1.0, -2.0, 3.0, 4.0], ["a", "a", "b", "b"])
     assert prompt_deviations(tmp_path / "other", "test/gold_accuracy/prior", 0.75) is None
+
+
+def test_prompt_scores_of_pairs_with_gold_labels(tmp_path: Path) -> None:
+    """One source of a mixture has gold labels. Metrics against gold are over its pairs alone: a and b, not c."""
+    labels = {"has_gold": [True] * 4 + [False] * 2, "flipped": [False, True] + [False] * 4, "source": [*"xxxxyy"]}
+    write_pairs(tmp_path, [1.0, -2.0, 3.0, -4.0, -5.0, -6.0], [*"aabbcc"], **labels)
+    assert prompt_deviations(tmp_path, "test/gold_accuracy/prior", 0.75) == {
+        "a": pytest.approx(0.125),
+        "b": pytest.approx(-0.125),
+    }
+    pairs = ScoredPairs.from_items(
+        [json.loads(line) for line in (tmp_path / "pairs_test.jsonl").read_text().splitlines()]
+    )
+    gold = torch.tensor([1.0, 2.0, 3.0, -4.0])
+    means, _ = pairs.means(group_members(pairs.rows, ("source",)))
+    metrics = means | pairs.calibration()
+    assert metrics["gold_calibration_error/prior"] == pytest.approx(calibration_error(gold))
+    assert metrics["wrong_label_auroc/prior"] == pytest.approx(2 / 3)
+    assert means["gold_accuracy/prior/source/x"] == means["gold_accuracy/prior"] == 0.75
+    assert "gold_accuracy/prior/source/y" not in means
+    added = scores(tmp_path, "test/gold_calibration_error/prior", calibration_error(gold)).added
+    assert added is not None
+    assert added.prompts.shares == {"a": 0.5, "b": 0.5}
 
 
 def test_prompt_deviations_of_similar_length(tmp_path: Path) -> None:
