@@ -100,10 +100,21 @@ def test_folders_of_evaluation_hold_few_files() -> None:
     assert max(len(list(folder.glob("*.py"))) for folder in folders) <= 15
 
 
-def test_names_of_tests_are_short() -> None:
+@pytest.fixture(scope="module")
+def definitions() -> list[ast.FunctionDef | ast.ClassDef]:
+    """Functions and classes of the tests."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")]
-    names = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    assert not [name for name in names if name.startswith("test_") and len(name) > 50]
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+
+
+def test_names_of_tests_are_short(definitions: list[ast.FunctionDef | ast.ClassDef]) -> None:
+    assert not [node.name for node in definitions if node.name.startswith("test_") and len(node.name) > 50]
+
+
+def test_marks_are_on_tests(definitions: list[ast.FunctionDef | ast.ClassDef]) -> None:
+    """A class or function put between a mark and its test takes the mark."""
+    marked = [node for node in definitions if any("pytest.mark." in ast.unparse(mark) for mark in node.decorator_list)]
+    assert not [node.name for node in marked if not node.name.startswith(("test_", "Test"))]
 
 
 @pytest.mark.slow

@@ -170,7 +170,6 @@ def test_gumbel_noise_draws_by_the_probabilities() -> None:
     assert stats.chisquare(counts[:4].numpy(), (20_000 * shares[:4].double()).numpy()).pvalue > 1e-3
 
 
-@pytest.mark.slow
 def test_gumbel_noise_is_made_on_the_device() -> None:
     """Expect the logarithms of (B, V) numbers where the scores are. The draws are those of the CPU on every device."""
     places = []
@@ -186,6 +185,7 @@ def test_gumbel_noise_is_made_on_the_device() -> None:
     assert places == [noisy.device.type] == ["meta"]
 
 
+@pytest.mark.slow
 def test_drawn_tokens_have_the_models_probabilities(llama: Case) -> None:
     """The first token of the same prompt by 600 seeds: how often the likeliest texts come, at temperature 0.7."""
     condition, temperature = Condition("code 0", 0), 0.7
@@ -222,7 +222,6 @@ def test_prompts_are_put_as_in_training(case: Callable[..., Case], origin: dict[
         assert answered.answers == (made.greedy(answered.prompt, Condition()),)
 
 
-@pytest.mark.slow
 class NoCumulativeSum(TorchDispatchMode):
     """Refuses what CUDA refuses in deterministic mode."""
 
@@ -239,6 +238,7 @@ def test_draws_have_deterministic_kernels(llama: Case) -> None:
     assert found == llama.answers(drawn, CONDITIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", [SHORT, Decoding(12, temperature=1.0, top_p=0.9)], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("mode", [None, "sample"])
 def test_answers_independent_of_batch(llama: Case, decoding: Decoding, mode: Any) -> None:

@@ -267,7 +267,6 @@ def test_report_selects_metrics_axes_and_baseline(write_ablation: Write, tmp_pat
     assert "--x noise" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.slow
 def test_default_metric_is_none_that_chose_the_weights(write_ablation: Write, tmp_path: Path) -> None:
     folder = write_ablation({"rate": [0.6]}, [1], lambda rate, seed: rate)
     for weights, metric in (("last", "val/rewards/accuracies"), ("best", "test/rewards/accuracies")):
@@ -277,6 +276,7 @@ def test_default_metric_is_none_that_chose_the_weights(write_ablation: Write, tm
         assert {row["metric"] for row in rows(tmp_path / weights / "means.csv")} == {metric}
 
 
+@pytest.mark.slow
 def test_report_replaces_an_earlier_one(write_ablation: Write, tmp_path: Path) -> None:
     """Nothing of the earlier report stays. Files that no report has written do, also in plots/."""
     values = {"none": 0.5, "marginal": 0.6}
