@@ -14,13 +14,13 @@ class WritePredictions(Callback):
     """Callback that writes `predictions_RANK.jsonl` to the run folder: rewards, margin and prior, one line per pair."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the folder, and remove the files of an earlier run on more devices."""
+        """Make the folder, and remove the files of an earlier run on more devices. Other files stay."""
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        if trainer.is_global_zero:
-            for path in folder.glob("predictions_*.jsonl"):
-                if int(path.stem.rpartition("_")[2]) >= trainer.world_size:
-                    path.unlink()
+        rank = trainer.world_size
+        while trainer.is_global_zero and (path := folder / f"predictions_{rank}.jsonl").exists():
+            path.unlink()
+            rank += 1
         self._path = folder / f"predictions_{trainer.global_rank}.jsonl"
 
     def on_predict_batch_end(
