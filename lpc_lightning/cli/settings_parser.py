@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lpc_lightning.cli.setting_errors import explain_setting
+from lpc_lightning.data.tokenization.template_argument import mark_texts
 from lpc_lightning.errors import ConfigError
 
 
@@ -36,3 +38,10 @@ class ShortErrors(ArgumentParser):
 
 class SettingsParser(ShortErrors, LightningArgumentParser):
     """The parser of a run's settings."""
+
+    def parse_args(  # type: ignore[override]  # theirs has overloads of argparse
+        self, args: Sequence[str] | None = None, *others: Any, **options: Any
+    ) -> Namespace:
+        """Parse a command line. Texts of template arguments on it are marked (see `mark_texts`)."""
+        parsed: Namespace = super().parse_args(mark_texts(args), *others, **options)
+        return parsed

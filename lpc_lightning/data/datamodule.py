@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -29,6 +29,7 @@ from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.system_turns import SystemTurns
+from lpc_lightning.data.tokenization.template_argument import TemplateArgument
 from lpc_lightning.data.tokenization.templates import TemplateKind, TemplateSettings, make_template
 from lpc_lightning.data.tokenization.token_cache import load_or_tokenize
 from lpc_lightning.data.tokenization.tokens import TokenStore
@@ -48,8 +49,6 @@ PLANNED_EPOCHS = 2
 """Number of epochs whose batches are used to choose the batch shapes."""
 ROW_TOKENS = 1024
 """Default row limit, in tokens, for kernels that compute attention over whole rows."""
-TemplateArgument = None | bool | int | float | str | list[Any] | dict[str, Any]
-"""Value of an argument of the chat template. With Any, the parser would read a text such as `Role: critic` as YAML."""
 
 
 class RowReader(Protocol):
@@ -106,7 +105,9 @@ class PreferenceDataModule(LightningDataModule):
             template: Template that converts a conversation to text. `chat`: the tokenizer's chat template. `plain`:
                 text with User: and Assistant:. `auto`: chat if the tokenizer has a chat template, otherwise plain.
             template_kwargs: Arguments of the chat template, such as `{enable_thinking: false}`. Evaluation and
-                generation use the same ones. null: none.
+                generation use the same ones. A text in quotes in a file is a text. A value of
+                `--data.template_kwargs.NAME` is read as YAML: false, 12 and [a, b] are no texts, but `'12'` in these
+                quotes is one, as is `Role: critic`. null: none.
             system_turns: Treatment of system turns. `keep`: the template renders them; a row is bad if it does not.
                 `fold`: put their text in front of the next user turn. `drop`: leave them out. `auto`: keep if the
                 template renders system turns, otherwise fold. Changed pairs are counted in the log and in a metric.

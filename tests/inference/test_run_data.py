@@ -61,6 +61,8 @@ def test_data_of_run_with_imported_class(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_texts_of_template_arguments_stay_texts() -> None:
-    arguments = {"role": "Role: critic", "tags": "[a]", "none": "null", "thinking": False, "tools": [{"name": "a: b"}]}
+    texts = ["Role: critic", "off", "2024", "1.0", "null", "[a]", "{a: 1}", "'12'"]
+    arguments: dict[str, Any] = {text: text for text in texts}
+    arguments |= {"nested": dict(arguments), "list": [*texts, [*texts]], "values": [False, None, 2024, 1.5]}
     settings = {"class_path": "lpc_lightning.data.SyntheticPreferences", "init_args": {"template_kwargs": arguments}}
     assert data_of_run(settings).template_settings.arguments == arguments
