@@ -21,6 +21,7 @@ import yaml
 
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.cli.commands import COMMANDS, ENTRY_POINTS
+from lpc_lightning.cli.config_arguments import check_config_arguments
 from lpc_lightning.evaluation.ablation.grids.grid import read_grid
 from tests import test_losses
 from tests.fixtures.processes import ForkedProcess
@@ -257,6 +258,7 @@ def test_command_options_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for _, command, *words in commands(page):
         if command in FIT:
             if not any(word.endswith(".help") for word in words) and "FILE" not in words and (given := replaced(words)):
+                check_config_arguments(given, takes_groups=True)
                 Parsed(["fit", *given])
             continue
         known = {"config", *inspect.signature(function_of(command)).parameters}

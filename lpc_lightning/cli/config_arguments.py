@@ -6,7 +6,6 @@ The parser's own error does not name the group of a file, and it does not end fo
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -53,7 +52,7 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
     Raises:
         ConfigError: A file does not exist, is no plain YAML or belongs to another group, a value of `trainer` or
             `callbacks` is no file, a setting belongs to a group without a class, another group fills it, or a later
-            file replaces it.
+            value of its group replaces it.
     """
     filled: set[str] = set()
     for argument, following in pairwise([*arguments, ""]):
@@ -87,22 +86,50 @@ def check_config_arguments(arguments: Sequence[str], takes_groups: bool) -> None
 
 
 def _check_order(arguments: Sequence[str]) -> None:
-    """Check that neither a config file nor a list of callbacks replaces what an earlier option has set."""
-    earlier: dict[str, str] = {}
-    for argument, following in pairwise([*arguments, ""]):
-        option, equals, value = argument.partition("=")
+    """Check that no value replaces what an earlier option has set, unless the option is given again after it."""
+    options = [argument.partition("=") for argument in arguments]
+    for place, ((option, equals, value), following) in enumerate(zip(options, [*arguments[1:], ""], strict=False)):
         text = value if equals else following
-        names = ["callbacks"] if option == "--callbacks" else []
-        if option in ("-c", "--config"):
-            content = read_yaml(Path(text)) if _is_file(text) else parse_yaml(text, option)
-            names = list(content) if isinstance(content, dict) else []
-        if replaced := next((name for name in names if earlier.get(name, option) != option), None):
-            raise ConfigError(
-                f"{option}: found {text} after {earlier[replaced]}, expected it before, because it replaces the "
-                f"settings of {replaced}. Give {option} first."
-            )
-        if option.startswith("--") and not option.endswith(".help"):
-            earlier[re.split(r"[.+]", option.removeprefix("--"))[0]] = option
+        names = _replaced(option, text)
+        again = {given for given, *_ in options[place:] if not given.endswith("+")}
+        earlier = [given for given, *_ in options[:place] if given.startswith("--") and not given.endswith(".help")]
+        for given in reversed(earlier):
+            name = next((name for name in names if given not in again and _sets_part(given, name)), None)
+            if name is not None:
+                raise ConfigError(
+                    f"{option}: found {text} after {given}, expected it before, because it replaces "
+                    f"{name.removesuffix('+')}. Give {option} first."
+                )
+
+
+def _replaced(option: str, text: str) -> list[str]:
+    """Return the names of what a value replaces. A + at the end: only the list to which entries were added.
+
+    A class replaces nothing: settings that have been given before it are those of the class.
+    """
+    group = option.removeprefix("--")
+    is_config = option in ("-c", "--config")
+    if option == "--callbacks":
+        return ["callbacks"]
+    if not is_config and not (option.startswith("--") and group in {*GROUPS, *BASES}):
+        return []
+    content = read_yaml(Path(text)) if _is_file(text) else parse_yaml(text, option)
+    if is_config:
+        return list(content) if isinstance(content, dict) else []
+    names = ["trainer.logger+"] if group == "trainer.logger" else []
+    if isinstance(content, list):
+        return [group]
+    if isinstance(content, dict):
+        of_class = content.get("init_args")
+        settings = content | (of_class if isinstance(of_class, dict) else {})
+        names += [f"{group}.{name}" for name in settings]
+    return names
+
+
+def _sets_part(option: str, name: str) -> bool:
+    """Return whether an option sets a setting or a part of it."""
+    given = option.removeprefix("--").replace(".init_args.", ".")
+    return given.startswith(name) and given[len(name) : len(name) + 1] in ("", ".", "+")
 
 
 def _is_file(text: str) -> bool:

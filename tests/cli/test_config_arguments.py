@@ -15,6 +15,7 @@ from tests.fixtures.commands import CONFIGS
 TINY = f"--config={CONFIGS / 'experiment' / 'tiny.yaml'}"
 DEMO = f"--config={CONFIGS / 'experiment' / 'demo.yaml'}"
 LABEL_FLIP = f"--callbacks+={CONFIGS / 'callbacks' / 'label_flip.yaml'}"
+CSV = str(CONFIGS / "logger" / "csv.yaml")
 TUNING = f"--callbacks={CONFIGS / 'callbacks' / 'tuning.yaml'}"
 
 
@@ -81,7 +82,21 @@ def test_file_of_another_group_is_named(option: str, path: Path) -> None:
         [TINY, "--latent=null", "--model", "IPO", "--model.beta", "0.2"],
         [TINY, "--callbacks.rate", "0.3"],
         [TINY, "--model.beta=0.7", "--model", "IPO"],
-        [TINY, "--data.max_length=64", "--data", str(CONFIGS / "data" / "hh.yaml"), TUNING, TUNING],
+        [TINY, "--data", str(CONFIGS / "data" / "hh.yaml"), "--data.max_length=64", TUNING, TUNING],
+        [TINY, "--data.system_turns=fold", "--data.print_pair", "false", "--data", str(CONFIGS / "data" / "hh.yaml")],
+        [
+            TINY,
+            "--policy.path",
+            "trainer",
+            "--trainer.max_epochs=7",
+            "--trainer.logger",
+            CSV,
+            "--data",
+            "PreferenceData",
+        ],
+        ["--trainer.logger", CSV, "--trainer.logger+", CSV, "--trainer.logger.version=3", f"--trainer.logger+={CSV}"],
+        ["--data.max_length=64", "--data", str(CONFIGS / "data" / "hh.yaml"), "--data.max_length", "64"],
+        ["--trainer.logger.version=3", "--trainer.logger", "TensorBoardLogger", "--trainer.max_epochs=1"],
         ["--latent.help", "MarginalSpace"],
         ["--callbacks+=LabelFlipNoise", "--callbacks.rate=0.3"],
         ["--callbacks", "null", "--trainer.accelerator", "cpu"],
@@ -96,17 +111,66 @@ def test_right_arguments_pass(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "PreferenceData", "--data.path=mine.jsonl", TINY], r"tiny\.yaml after --data\.path, .* of data\."),
+        (
+            ["--data", "PreferenceData", "--data.path=mine.jsonl", TINY],
+            r"tiny\.yaml after --data\.path, .* replaces data\.",
+        ),
         (["--model=IPO", "-c", TINY.removeprefix("--config=")], r"-c: found .* after --model, .* Give -c first\."),
         (["--trainer.max_steps", "3", TINY], r"--config: found .* after --trainer\.max_steps, expected it before, "),
         (["--seed_everything=7", "--config={seed_everything: 1}"], r"after --seed_everything, "),
         ([LABEL_FLIP, TUNING], r"--callbacks: found .*tuning\.yaml after --callbacks\+, "),
-        ([TINY, LABEL_FLIP, "--callbacks.rate=0.3", TUNING], r"after --callbacks\.rate, .* of callbacks"),
+        ([TINY, LABEL_FLIP, "--callbacks.rate=0.3", TUNING], r"after --callbacks\.rate, .* replaces callbacks\."),
     ],
     ids=str,
 )
 def test_file_after_settings_that_it_replaces(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
+        check_config_arguments(arguments, takes_groups=True)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "name"),
+    [
+        ("--data.max_length=64", "data/hh.yaml", "data.max_length"),
+        ("--data.init_args.max_length=64", "data/hh.yaml", "data.max_length"),
+        ("--data.columns.vote=votes", "data/hh.yaml", "data.columns"),
+        ("--data.train_pairs=77", "data/synthetic.yaml", "data.train_pairs"),
+        ("--trainer.max_epochs=7", "trainer/cpu.yaml", "trainer.max_epochs"),
+        ("--latent.num_codes=5", "latent/gumbel.yaml", "latent.num_codes"),
+        ("--latent.g.start=0.5", "latent/gumbel.yaml", "latent.g"),
+        ("--model.optimizer=torch.optim.SGD", "algorithm/ipo.yaml", "model.optimizer"),
+        ("--policy.width=32", "policy/tiny.yaml", "policy.width"),
+        ("--trainer.logger.version=3", "logger/csv.yaml", "trainer.logger.version"),
+        ("--trainer.logger+=CSVLogger", "logger/csv.yaml", "trainer.logger"),
+        ("--trainer.logger+=CSVLogger", "logger/tensorboard.yaml", "trainer.logger"),
+    ],
+)
+def test_group_after_settings_that_it_replaces(earlier: str, later: str, name: str) -> None:
+    folder = Path(later).parent.name
+    group = {"algorithm": "model", "logger": "trainer.logger"}.get(folder, folder)
+    flag = earlier.partition("=")[0]
+    message = (
+        f"--{group}: found {CONFIGS / later} after {flag}, expected it before, because it replaces {name}. Give --"
+    )
+    for arguments in ([f"--{group}", str(CONFIGS / later)], [f"--{group}={CONFIGS / later}"]):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}{group} first"):
+            check_config_arguments([DEMO, earlier, "--seed_everything=1", *arguments], takes_groups=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--data.max_length=64", "--data={max_length: 3}"], "data.max_length"),
+        (["--data.max_length=64", "--data", "{init_args: {max_length: 3}}"], "data.max_length"),
+        (["--trainer.logger+=CSVLogger", "--trainer.logger=TensorBoardLogger"], "trainer.logger"),
+        (["--trainer.logger+", "CSVLogger", "--trainer.logger", "false", f"--trainer.logger+={CSV}"], "trainer.logger"),
+        (["--trainer.logger.version=3", "--trainer.logger=[CSVLogger]"], "trainer.logger"),
+        (["--trainer.logger+=CSVLogger", "--trainer={logger: true}"], "trainer.logger"),
+    ],
+    ids=str,
+)
+def test_value_after_settings_that_it_replaces(arguments: list[str], name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"expected it before, because it replaces {re.escape(name)}\. Give --"):
         check_config_arguments(arguments, takes_groups=True)
 
 
