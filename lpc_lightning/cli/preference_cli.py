@@ -109,7 +109,11 @@ class PreferenceCLI(LightningCLI):
         check_numbers(self.config[self.config.subcommand])
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what depends on the machine and on the runs that are there already."""
+        """Fill in what depends on the machine and on the runs that are there already.
+
+        Raises:
+            ConfigError: `policy`, `model` or `data` has no class, or the strategy needs a package that is missing.
+        """
         config = self.config[str(self.subcommand)]
         for name, base, example in (
             ("policy", PolicySpec, "--policy TinyPolicy"),
@@ -172,7 +176,11 @@ class PreferenceCLI(LightningCLI):
         warn_of_template(recorded, settings, self.model.tokenizer, path or spec.start, result)
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
-        """Give the run a folder of its own, which its config does not name: run again, it is another run."""
+        """Give the run a folder of its own, which its config does not name: run again, it is another run.
+
+        Raises:
+            ConfigError: A setting of the trainer or a callback is refused.
+        """
         settings = self.config[str(self.subcommand)].trainer
         check_accelerator(settings.accelerator)
         check_devices(settings.devices, settings.accelerator)
@@ -205,11 +213,11 @@ class PreferenceCLI(LightningCLI):
             )
 
     def before_validate(self) -> None:
-        """State that scores without a checkpoint are not those of a trained policy."""
+        """State which weights are scored without a checkpoint."""
         if self._get(self.config, "ckpt_path") is None:
             rank_zero_info(
-                "ckpt_path: found none. These are scores of the policy before training. `--ckpt_path "
-                "runs/version_0/checkpoints/best.ckpt` scores that of a run."
+                "ckpt_path: found none. The scores are those of the policy that a fit would start from, "
+                f"{self.model.policy_spec.start}. `--ckpt_path runs/version_0/checkpoints/best.ckpt` scores a run's."
             )
 
     before_test = before_validate

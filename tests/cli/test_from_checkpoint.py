@@ -77,7 +77,7 @@ class TestFromACheckpoint:
         assert output.code == 0, output.err
         assert "ckpt_path: found none" not in caplog.text
         assert command(*measure).code == 0
-        assert "ckpt_path: found none. These are scores of the policy before training." in caplog.text
+        assert "scores are those of the policy that a fit would start from, TinyPolicy. `--ckpt_path" in caplog.text
         found = logged(runs / "version_1")
         assert 0 <= found[f"{prefix}/rewards/accuracies"][0] <= 1
         assert f"{prefix}/rewards/accuracies" in output.out
@@ -87,6 +87,15 @@ class TestFromACheckpoint:
             assert len(names) > 8
             for column in names:
                 assert found[column] == fitted[column]
+
+    @pytest.mark.slow
+    def test_start_from_trained_weights_is_named(
+        self, checkpoint: Path, command: Command, places: list[str], caplog: Any
+    ) -> None:
+        start = ["--policy=TrainedPolicy", f"--policy.path={checkpoint}", "--policy.keep_latent=false"]
+        assert command("validate", *start, *MODEL, *DATA, *TRAINER[:3], *places).code == 0
+        assert f"the policy that a fit would start from, {checkpoint} without latent. `--ckpt_path" in caplog.text
+        assert "before training" not in caplog.text
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
