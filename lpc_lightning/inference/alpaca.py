@@ -67,6 +67,11 @@ def alpaca(
         dtype: Type of the weights: `auto`, `float32`, `bfloat16` or `float16`.
         device: Where to run: `auto`, `cpu`, `cuda` ...
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
+
+    Raises:
+        ConfigError: A setting is invalid or does not fit the model, or `output` is not free for the answers.
+        DataError: A file that is read is missing or invalid, or an instruction leaves no room for an answer.
+        CheckpointError, UnsupportedPolicyError: The model cannot be opened.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: found {limit}, expected at least 1.")

@@ -23,7 +23,11 @@ LAST = ("config.json", ADAPTER)
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Check that the folder is new or empty, or that it holds an earlier export and nothing else."""
+    """Check that the folder is new or empty, or that it holds an earlier export and nothing else.
+
+    Raises:
+        ConfigError: It holds other files, or an earlier export without `overwrite`, or it is no folder.
+    """
     check_folder(target, "output")
     if not target.is_dir() or not (found := {path.name for path in content_of(target)}):
         return
@@ -54,7 +58,12 @@ def _files_of_export(folder: Path) -> set[str]:
 
 @contextmanager
 def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder whose files are those of `target` when it is complete. It is removed on failure."""
+    """Yield a folder whose files are those of `target` when it is complete. It is removed on failure.
+
+    Raises:
+        ConfigError: See `check_free`.
+        CheckpointWriteError: The files cannot be written.
+    """
     try:
         # Files may have come while the model was loaded and written.
         with whole_folder(target, LAST, lambda: check_free(target, overwrite)) as folder:

@@ -185,7 +185,11 @@ class _Writer:
         self._device = opened.policy.model.device
 
     def room(self, number: int, ids: list[int]) -> int:
-        """Return the limit on new tokens: `max_new_tokens`, or less at the end of the context."""
+        """Return the limit on new tokens: `max_new_tokens`, or less at the end of the context.
+
+        Raises:
+            DataError: The prompt fills the context.
+        """
         config = self._opened.policy.causal_lm.config.get_text_config()
         context: int | None = getattr(config, "max_position_embeddings", None)
         if context is None:

@@ -46,7 +46,11 @@ def to_messages(cell: Sequence[Any], forms: list[str]) -> tuple[Message, ...]:
 
 
 def to_message(item: dict[str, Any], forms: list[str]) -> Message:
-    """Convert one object to a message. See `to_messages`."""
+    """Convert one object to a message. See `to_messages`.
+
+    Raises:
+        BadRow: See `to_messages`.
+    """
     if beside := [key for key in OTHER_TEXT if item.get(key)]:
         raise BadRow(
             "text beside the content",

@@ -143,7 +143,11 @@ class ChatTemplate(Template):
         return self._dated
 
     def render(self, prompt: Sequence[Message], note: Note = no_note) -> str:
-        """See `Template.render`."""
+        """See `Template.render`.
+
+        Raises:
+            BadRow: The template refuses the turns or leaves one out.
+        """
         try:
             rendered = self._apply(prompt, generate=True)
             for place, turn in enumerate(prompt):
