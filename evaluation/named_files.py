@@ -1,10 +1,10 @@
-"""Files and folders that settings name, and descriptions that change with them."""
+"""Files and folders that settings name, and digests that change with them."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -25,18 +25,23 @@ YAML_ENDINGS = ("yaml", "yml")
 """Ends of names of config files. Templates of lm-eval's tasks are named `_template_yaml`."""
 
 
-def describe_files(paths: Iterable[Path]) -> list[str]:
-    """Return a description of each file and folder, and of those that config files among them name.
+def file_digests(paths: Iterable[Path]) -> dict[str, str]:
+    """Return a digest of each file and folder, and of those that config files among them name, by path.
 
-    A file is described by its content, a folder by the names, sizes and times of all files in it.
+    The digest of a file is that of its content. That of a folder, or of a large file, is one of names, sizes and times.
     """
-    pending, descriptions = list(paths), dict[Path, str]()
+    pending, digests = list(paths), dict[Path, str]()
     while pending:
         path = pending.pop()
-        if path not in descriptions:
-            descriptions[path], content = _describe_folder(path) if path.is_dir() else _describe_file(path)
+        if path not in digests:
+            digests[path], content = _read_folder(path) if path.is_dir() else _read_file(path)
             pending += paths_in_value("", content, path.parent)
-    return sorted(descriptions.values())
+    return {str(path): digests[path] for path in sorted(digests)}
+
+
+def names_and_digests(digests: Mapping[str, str]) -> list[str]:
+    """Return the digests with the names of their files. They are the same if all files are in another folder."""
+    return sorted(f"{Path(path).name} {digest}" for path, digest in digests.items())
 
 
 def paths_in_value(key: str, value: Any, folder: Path) -> Iterator[Path]:
@@ -65,23 +70,23 @@ def paths_in_value(key: str, value: Any, folder: Path) -> Iterator[Path]:
                 yield from (Path(each).resolve() for each in glob.iglob(path, recursive=True))
 
 
-def _describe_folder(path: Path) -> tuple[str, None]:
-    return f"{path} {files_fingerprint(path.rglob('*'))}", None
+def _read_folder(path: Path) -> tuple[str, None]:
+    return files_fingerprint(path.rglob("*")), None
 
 
-def _describe_file(path: Path) -> tuple[str, Any]:
+def _read_file(path: Path) -> tuple[str, Any]:
     size, time = (stat := path.stat()).st_size, stat.st_mtime_ns
-    return (f"{path} {files_fingerprint([path])}", None) if size > LARGE_FILE_BYTES else _read_file(path, size, time)
+    return (files_fingerprint([path]), None) if size > LARGE_FILE_BYTES else _read_content(path, size, time)
 
 
 @cache
-def _read_file(path: Path, size: int, time: int) -> tuple[str, Any]:
-    """Return a description of a file of this size and time, and the content of a config file. Others have none here."""
+def _read_content(path: Path, size: int, time: int) -> tuple[str, Any]:
+    """Return the digest of a file of this size and time, and the content of a config file. Others have none here."""
     content = None
     if path.name.endswith(YAML_ENDINGS):
         with suppress(ConfigError):  # YAML with tags of its own
             content = read_yaml(path, _Loader)
-    return f"{path.name} {digest_of(path)}", content
+    return digest_of(path), content
 
 
 class _Loader(LOADER):

@@ -121,7 +121,7 @@ def ablate(
         stages.run(runner.run, cell)
     finally:
         planned = stages.plan()
-        _print_summary(planned, changed_grid, folder)
+        _print_summary(planned, changed_grid, folder, keep_stale)
     selected = planned.cells if cell is None else [planned.cells[cell]]
     is_complete = planned.is_complete or cell is not None
     return is_complete and all(map(stages.is_finished, selected))
@@ -134,8 +134,8 @@ def _print_array(name: str, command: Sequence[str], cells: Sequence[PlannedCell]
         print("No cell is left to run, so there is no array to submit.", file=sys.stderr)
 
 
-def _print_summary(planned: Plan, grid: Grid, folder: Path) -> None:
-    """Print the chosen values, the number of cells by status, and the next command."""
+def _print_summary(planned: Plan, grid: Grid, folder: Path, keep_stale: bool) -> None:
+    """Print the chosen values, the number of cells by state, and the next command."""
     if grid.tune is not None and planned.choices:
         print(f"{grid.tune.axis.name}, tuned by {grid.tune.by} over the seeds {', '.join(map(str, grid.tune.seeds))}:")
         for choice in planned.choices:
@@ -143,14 +143,13 @@ def _print_summary(planned: Plan, grid: Grid, folder: Path) -> None:
             print(f"  {name}: {choice.value}" + (f" ({choice.note})" if choice.note else ""))
     elif not planned.is_complete:
         print("The tuning is not complete. Run the same command again to continue.")
-    cells = planned.cells
-    records = [each.folder.record() for each in cells]
-    counts = Counter("not run" if record is None else record.status for record in records)
-    print(f"{', '.join(f'{number} {status}' for status, number in counts.items())}: {folder}")
+    states = [(each, each.state(keep_stale)) for each in planned.cells]
+    counts = Counter(state for _, state in states)
+    print(f"{', '.join(f'{number} {state}' for state, number in counts.items())}: {folder}")
     if counts["failed"]:
         print("Failed cells (--retry_failed runs them again; each has a log.txt):")
-        for each, record in zip(cells, records, strict=True):
-            if record is not None and record.status == "failed":
+        for each, state in states:
+            if state == "failed" and (record := each.folder.record()) is not None:
                 cause = (record.error or "no cause was recorded").splitlines()[-1]
                 print(f"  {each.folder.path.name}: {cause}")
     if counts["finished"]:

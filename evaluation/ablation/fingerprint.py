@@ -8,33 +8,42 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from lpc_lightning.evaluation.ablation.grids.axes import parse_value
-from lpc_lightning.evaluation.named_files import OUTPUT_SETTINGS, describe_files, paths_in_value
+from lpc_lightning.evaluation.named_files import OUTPUT_SETTINGS, file_digests, names_and_digests, paths_in_value
 from lpc_lightning.evaluation.provenance import package_versions
 
 
-def cell_fingerprint(arguments: Sequence[str], weights: str) -> str:
+def cell_fingerprint(arguments: Sequence[str], weights: str, files: Mapping[str, str], code: str) -> str:
     """Return a text that changes if anything changes that may affect a cell's results.
 
     Args:
-        arguments: Arguments of `fit`. A named file is identified by its content, and so are the files named in a config
-            file, and those that match the pattern of a `path`. A named folder (a model, an adapter, a saved data set)
-            is identified by the names, sizes and times of all files in it.
+        arguments: Arguments of `fit`.
         weights: Weights that are evaluated.
+        files: Digests of the files that the arguments name; see `digests_in_arguments`.
+        code: Hash of the code; see `code_version`. The versions of packages are added to it.
     """
-    paths = [path for argument in arguments for path in _paths_in_argument(argument)]
-    content = [list(arguments), weights, describe_files(paths), code_version()]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    content = [list(arguments), weights, names_and_digests(files), code, package_versions()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digests_in_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the digests of the files and folders that arguments of `fit` name, by path.
+
+    A named file is identified by its content, and so are the files named in a config file, and those that match the
+    pattern of a `path`. A named folder (a model, an adapter, a saved data set) is identified by the names, sizes and
+    times of all files in it.
+    """
+    return file_digests(path for argument in arguments for path in _paths_in_argument(argument))
 
 
 @cache
 def code_version() -> str:
-    """Return a hash of this project's code that a cell may import, and of the versions of the packages it uses."""
+    """Return a hash of this project's code that a cell may import."""
     package = _package("lpc_lightning")
     # In a repository, callbacks/ and evaluation/ are symbolic links. `rglob` does not follow them.
     files = {*package.rglob("*.py"), *(package / "callbacks").rglob("*.py")} - {*(package / "evaluation").rglob("*.py")}
@@ -46,7 +55,7 @@ def code_version() -> str:
         }
         files |= imported
         pending += imported
-    digest = hashlib.sha256(json.dumps(package_versions(), sort_keys=True).encode())
+    digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()

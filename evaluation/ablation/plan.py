@@ -12,9 +12,12 @@ from typing import Any
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.cells.folder import CELLS, TUNING_CELLS, CellFolder, Record, Weights
-from lpc_lightning.evaluation.ablation.fingerprint import cell_fingerprint
+from lpc_lightning.evaluation.ablation.fingerprint import cell_fingerprint, code_version, digests_in_arguments
 from lpc_lightning.evaluation.ablation.grids.grid import Cell, Grid
 from lpc_lightning.evaluation.ablation.grids.tuning import Choice, Outcome, added_values, choose
+
+STALE = "stale (run again)"
+"""State of a cell whose settings, files or code have changed since it ended, or whose results were removed."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,14 @@ class PlannedCell:
         if record.fingerprint != self.new_record.fingerprint:
             return not (keep_stale and self.folder.is_finished)
         return not self.folder.is_finished and (record.status != "failed" or retry_failed)
+
+    def state(self, keep_stale: bool) -> str:
+        """Return the status of the cell. If it has ended but must run again, the status is `STALE`."""
+        record = self.folder.record()
+        if record is None:
+            return "not run"
+        has_ended = record.status in ("finished", "failed")
+        return STALE if has_ended and self.needs_run(retry_failed=False, keep_stale=keep_stale) else record.status
 
     @property
     def is_diverged_tuning(self) -> bool:
@@ -158,15 +169,22 @@ def plan_cells(
         PlannedCell(
             number,
             CellFolder(output / folder / cell.name),
-            Record(
-                cell.axes,
-                cell.axes.get("seed"),
-                cell_fingerprint(cell.arguments, weights),
-                cell.arguments,
-                tuple(placed.place for placed in cell.placed),
-                weights,
-                cell.tuned,
-            ),
+            _new_record(cell, weights),
         )
         for number, cell in enumerate(cells, start)
     ]
+
+
+def _new_record(cell: Cell, weights: Weights) -> Record:
+    files, code = digests_in_arguments(cell.arguments), code_version()
+    return Record(
+        cell.axes,
+        cell.axes.get("seed"),
+        cell_fingerprint(cell.arguments, weights, files, code),
+        cell.arguments,
+        tuple(placed.place for placed in cell.placed),
+        weights,
+        cell.tuned,
+        files,
+        code,
+    )

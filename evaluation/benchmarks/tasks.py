@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import huggingface_hub
 
 from lpc_lightning.data.sources.progress_bars import hidden_progress_bars
-from lpc_lightning.evaluation.named_files import describe_files
+from lpc_lightning.evaluation.named_files import file_digests, names_and_digests
 
 # lm-eval and datasets take a second each to import. Importing the callbacks must not import them.
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def is_task_file(name: str) -> bool:
 
 def task_file_version(name: str) -> str:
     """Return a text that changes with a task file, and with the templates, functions and data files that it names."""
-    return hashlib.sha256(json.dumps(describe_files([Path(name).resolve()])).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(names_and_digests(file_digests([Path(name).resolve()]))).encode()).hexdigest()[:16]
 
 
 def load_tasks(name: str, data_dir: str | None = None, manager: TaskManager | None = None) -> TaskDict:

@@ -52,7 +52,8 @@ def report(
     paired t-test and Holm's correction for the number of tests. Fewer than four shared test prompts allow neither.
     There is no test if what each test prompt adds to a metric is not on record, as for runs of `fit`. Runs that failed,
     are missing or have no value of a metric are listed. If runs differ in git revision, packages or platform, which are
-    no settings, the summary says so, and also if groups were not tuned at the same values.
+    no settings, the summary says so. It also says so if cells had other files or other code than a later cell, which
+    are then listed, and if groups were not tuned at the same values.
 
     OUT contains report.html, which needs no other file and also has the codes and the samples of runs; report.md;
     means, differences, tuning and cost as .md, .csv and .tex; runs.csv with every metric of every run; and the plots as

@@ -16,6 +16,7 @@ from lpc_lightning.evaluation.report.page import Page, Picture, run_details
 from lpc_lightning.evaluation.report.run_tables import run_tables
 from lpc_lightning.evaluation.report.runs.differences import add_axes
 from lpc_lightning.evaluation.report.runs.folders import load_folders
+from lpc_lightning.evaluation.report.runs.inputs import other_inputs
 from lpc_lightning.evaluation.report.runs.records import (
     FINISHED,
     RunProvenance,
@@ -54,6 +55,8 @@ class Contents:
     """Origin of the runs."""
     unequal: Sequence[LeftOut] = ()
     """Groups that were not tuned at all values that others were, also among `left_out`."""
+    other_inputs: Sequence[LeftOut] = ()
+    """Cells with other files or other code than a later one, also among `left_out`."""
 
     @cached_property
     def missing(self) -> Table:
@@ -83,14 +86,15 @@ def read_contents(
         tables.append(contrasts_table(study, compared, baseline_axes))
     if loaded.tunings:
         tables.append(tuning_table(study, loaded.tunings))
-    unequal = unequal_tunings(loaded.tunings)
+    unequal, other = unequal_tunings(loaded.tunings), _other_inputs(study)
     baseline_name = ", ".join(f"{axis}={value}" for axis, value in baseline_axes.items())
     return Contents(
         Subject(study, metrics, compared, baseline_name, selected_axes),
         [*tables, cost_table(study)],
-        [*study.left_out(metrics), *unmatched, *unequal, *(LeftOut(*note) for note in notes)],
+        [*study.left_out(metrics), *unmatched, *unequal, *other, *(LeftOut(*note) for note in notes)],
         loaded.origins,
         unequal,
+        other,
     )
 
 
@@ -111,7 +115,7 @@ def build_page(
     names = list(dict.fromkeys(origin.name for origin in contents.origins))[:3]
     return Page(
         title=title or " and ".join(names) or f"{len(study.records)} runs",
-        summary=f"{_summary(study)}{_tuning_differences(contents.unequal)}",
+        summary=f"{_summary(study)}{_input_differences(contents.other_inputs)}{_tuning_differences(contents.unequal)}",
         origins=[RunProvenance(origin.name, origin.command, _flatten(origin.facts)) for origin in contents.origins],
         axes=_describe_axes(study),
         settings=common,
@@ -180,6 +184,19 @@ def _version_differences(study: Study) -> str:
             )
             differing.append(f"{name}: {runs}")
     return f" The runs differ in versions: {'; '.join(differing)}." if differing else ""
+
+
+def _other_inputs(study: Study) -> list[LeftOut]:
+    """List the cells of the tables that had other files or other code than a later one."""
+    cells = [(record, record.inputs) for group in study.groups for record in group.counted if record.inputs is not None]
+    differences = other_inputs([inputs for _, inputs in cells])
+    return [LeftOut(cells[each.number][0].name, each.kind, each.why) for each in differences]
+
+
+def _input_differences(other: Sequence[LeftOut]) -> str:
+    """Return a sentence for each kind of input in which cells differ from a later one."""
+    counts = Counter(entry.status for entry in other)
+    return "".join(f" {count} run{'s' * (count > 1)} had {kind} than a later run." for kind, count in counts.items())
 
 
 def _tuning_differences(unequal: Sequence[LeftOut]) -> str:

@@ -33,7 +33,7 @@ class Record:
     seed: Any
     """The cell's value on the axis `seed`, or null."""
     fingerprint: str
-    """Fingerprint of arguments, files and code; see `cell_fingerprint`."""
+    """Fingerprint of arguments, files, code and packages; see `cell_fingerprint`."""
     arguments: tuple[str, ...]
     """Arguments of `lpc-lightning fit`."""
     places: tuple[str, ...]
@@ -42,6 +42,10 @@ class Record:
     """Weights that are validated and tested."""
     tuned: Mapping[str, Any] = field(default_factory=dict)
     """The tuned axis with the value chosen for the cell. Empty: the cell's grid has no tuned axis."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Digest of each file and folder that the arguments name, by path; see `digests_in_arguments`."""
+    code: str = ""
+    """Hash of the project's code; see `code_version`. Empty: an earlier version has written the record."""
     status: Status = "running"
     """State of the cell. If it is `running` and no process runs, the cell was killed together with its command."""
     error: str | None = None

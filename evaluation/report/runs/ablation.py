@@ -16,6 +16,7 @@ from lpc_lightning.evaluation.ablation.grids.axes import matches
 from lpc_lightning.evaluation.benchmarks.results import RESULTS
 from lpc_lightning.evaluation.report.runs.arguments import place_arguments
 from lpc_lightning.evaluation.report.runs.fit import read_run
+from lpc_lightning.evaluation.report.runs.inputs import Inputs
 from lpc_lightning.evaluation.report.runs.records import (
     FINISHED,
     MISSING,
@@ -88,6 +89,9 @@ def load_cell(folder: Path) -> Loaded:
         peak_bytes=cell.get("peak_bytes"),
         grid_axes=tuple(cell["axes"]),
         arguments=tuple(place_arguments(cell, logged.settings)),
+        inputs=Inputs(
+            f"{grid.name}/{folder.name}", cell.get("started", 0.0), cell.get("files", {}), cell.get("code", "")
+        ),
     )
     if (folder / RESULTS).is_file():
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.report.runs.arguments import PlacedSettings
+from lpc_lightning.evaluation.report.runs.inputs import Inputs
 from lpc_lightning.evaluation.report.runs.settings import WEIGHTS, Value, as_value, is_without_influence
 
 FINISHED, MISSING, UNKNOWN = "finished", "missing", "unknown"
@@ -68,6 +69,8 @@ class RunRecord:
     """Tuned axes of the grid, with the values that were chosen for the run."""
     versions: Mapping[str, Value] = field(default_factory=dict)
     """Git revision, packages and platform under which the run ended; see `provenance`. Empty: not recorded."""
+    inputs: Inputs | None = None
+    """Files and code of a cell. None: the run is no cell."""
 
     @property
     def counted(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lpc_lightning.evaluation.ablation import fingerprint as module
-from lpc_lightning.evaluation.ablation.fingerprint import cell_fingerprint, code_version
+from lpc_lightning.evaluation.ablation.fingerprint import cell_fingerprint, code_version, digests_in_arguments
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ ARGUMENTS = ["--config=fit.yaml", "--policy.path=model", "--model.beta=0.1"]
 
 
 def compute(arguments: list[str] = ARGUMENTS, weights: str = "last") -> str:
-    return cell_fingerprint(arguments, weights)
+    return cell_fingerprint(arguments, weights, digests_in_arguments(arguments), code_version())
 
 
 @pytest.mark.parametrize("file", ["fit.yaml", "groups/data.yaml", "pairs.jsonl", "model/weights"])
@@ -84,6 +84,15 @@ def test_fingerprint_of_text_that_is_no_path(config: Path) -> None:
 
 def test_fingerprint_changes_with_arguments(config: Path) -> None:
     assert len({compute(), compute([*ARGUMENTS, "--seed_everything=1"]), compute(weights="best")}) == 3
+
+
+def test_fingerprint_is_that_of_moved_files(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--config=fit.yaml"]
+    before = compute(arguments)
+    moved = config.rename(config.with_name("moved"))
+    monkeypatch.chdir(moved)
+    assert str(moved / "pairs.jsonl") in digests_in_arguments(arguments)
+    assert compute(arguments) == before
 
 
 def test_fingerprint_ignores_output_files(config: Path) -> None:
