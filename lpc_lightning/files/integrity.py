@@ -21,6 +21,8 @@ DIGESTS = "digests.json"
 """File with the SHA-256 of the files beside it, by name."""
 CHUNK = 1 << 20
 """Bytes that are read at a time."""
+ADAPTER, BASE = "adapter_config.json", "base_model_name_or_path"
+"""File with the settings of an adapter, and its key with the name of the base model."""
 READERS = 8
 """Most threads that read one file."""
 READER_BYTES = 1 << 20
@@ -89,10 +91,25 @@ def digest_of(path: Path) -> str:
 
 
 def digests_of(paths: Iterable[Path]) -> dict[str, str]:
-    """Return the SHA-256 of files by name. The files are read in parallel."""
+    """Return the SHA-256 of files by name. The files are read in parallel.
+
+    That of an adapter's settings leaves out the name of the base model, which is another one on another machine.
+    """
     files = sorted(paths)
     with ThreadPoolExecutor() as threads:
-        return dict(zip((file.name for file in files), threads.map(digest_of, files), strict=True))
+        return dict(zip((file.name for file in files), threads.map(_movable_digest, files), strict=True))
+
+
+def _movable_digest(path: Path) -> str:
+    if path.name != ADAPTER:
+        return digest_of(path)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # damaged
+        return digest_of(path)
+    if isinstance(settings, dict):
+        settings.pop(BASE, None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def write_digests(folder: Path, digests: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,15 +37,10 @@ ORIGIN = "training.json"
 """File of such a folder with the origin of its checkpoint."""
 LATENT_SETTINGS = "lpc"
 """Key of the latent's settings in the `config.json` of such a folder."""
-EDITABLE = (
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    ORIGIN,
-    ADAPTER,
-)
-"""Files of text that people change by hand. One with another digest is reported, and used."""
+TOKENIZER_TEXTS = ("chat_template.jinja", "tokenizer_config.json")
+MODEL_TEXTS = ("config.json", "generation_config.json", ORIGIN, ADAPTER)
+"""Files of text that people change by hand, of a tokenizer and of a model. One with another digest is reported, and
+used."""
 
 
 def published_file(path: str, name: str, revision: str = "main") -> Path | None:
@@ -149,7 +144,7 @@ class PretrainedPolicy(PolicySpec):
             )
         model = self._load_base(config, dtype)
         if self.adapter is not None:
-            self._check_content("policy.adapter", Path(self.adapter), weights=True)
+            self._check_content("policy.adapter", Path(self.adapter), MODEL_TEXTS, weights=True)
         return merge_adapter(model, self.adapter) if self.adapter is not None and self.merge_adapter else model
 
     def adapt(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
@@ -210,7 +205,7 @@ class PretrainedPolicy(PolicySpec):
             name = self.adapter
         if name is not None:
             with self._explaining("policy.tokenizer", name, "Expected a tokenizer of transformers."):
-                self._check_content("policy.tokenizer", Path(name), weights=False)
+                self._check_content("policy.tokenizer", Path(name), TOKENIZER_TEXTS, weights=False)
                 return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         return self._load(AutoTokenizer)
 
@@ -256,7 +251,9 @@ class PretrainedPolicy(PolicySpec):
             )
         if not local:
             options["revision"] = self.revision
-        self._check_content("policy.path", file, weights=kind is AutoModelForCausalLM)
+        # The config is loaded before the weights, and reports changed files of the model.
+        texts = {AutoConfig: MODEL_TEXTS, AutoTokenizer: TOKENIZER_TEXTS}.get(kind, ())
+        self._check_content("policy.path", file, texts, weights=kind is AutoModelForCausalLM)
         with self._explaining("policy.path", self.path, "Expected a decoder-only model of transformers."):
             # Without this option transformers asks on the terminal, and runs the model's code after a "y".
             return kind.from_pretrained(name, **{"trust_remote_code": self.trust_remote_code, **options})
@@ -266,23 +263,30 @@ class PretrainedPolicy(PolicySpec):
         return self.path.startswith((".", "models/")) or self.path.count("/") > 1
 
     @staticmethod
-    def _check_content(setting: str, folder: Path, weights: bool) -> None:
-        """Compare the files of a folder with their digests, if `export` or `prepare` has written them."""
+    def _check_content(setting: str, folder: Path, texts: Collection[str], weights: bool) -> None:
+        """Compare the files of a folder with their digests, if `export` or `prepare` has written them.
+
+        Args:
+            setting: Name of the setting that names the folder.
+            folder: The folder.
+            texts: Files of text to report if they were changed. Other ones are reported with what they belong to.
+            weights: Whether to compare the weights, too.
+        """
         if not (folder / DIGESTS).is_file():
             return
         try:
             changed = changed_files(folder, weights=weights)
         except DamagedFileError as error:
             raise UnsupportedPolicyError(f"{setting}: {error}. Export, prepare or copy the folder again.") from error
-        if damaged := [name for name in changed if name not in EDITABLE]:
+        if damaged := [name for name in changed if name not in (*TOKENIZER_TEXTS, *MODEL_TEXTS)]:
             raise UnsupportedPolicyError(
                 f"{setting}: {folder / damaged[0]} does not have the SHA-256 in {folder / DIGESTS}, expected the "
                 "content that was written. Export, prepare or copy the folder again. If you have changed the file "
                 f"yourself, remove its line from {DIGESTS}."
             )
-        if changed:
+        if edited := [name for name in changed if name in texts]:
             rank_zero_warn(
-                f"{setting}: {', '.join(changed)} in {folder} changed after the folder was written. If you have not "
+                f"{setting}: {', '.join(edited)} in {folder} changed after the folder was written. If you have not "
                 f"changed it, copy the folder again. If you have, remove its line from {DIGESTS}."
             )
 

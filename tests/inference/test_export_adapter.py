@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +94,31 @@ def test_a_damaged_adapter_is_refused(trained: Path, tmp_path: Path) -> None:
     weights.write_bytes(content)
     with pytest.raises(UnsupportedPolicyError, match=r"adapter_model.safetensors does not have the SHA-256"):
         open_policy(str(damaged))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "setting"),
+    [
+        ("adapter_config.json", '"base_model_name_or_path": "{plain}"', '"base_model_name_or_path": "{moved}"', None),
+        ("adapter_config.json", '"lora_alpha": ', '"lora_alpha": 1', "policy.adapter"),
+        ("training.json", '"DPO"', '"IPO"', "policy.adapter"),
+        ("chat_template.jinja", "", " ", "policy.tokenizer"),
+    ],
+)
+def test_edited_adapter_gives_at_most_one_warning(
+    file: str, old: str, new: str, setting: str | None, folder: Path, plain: str, tmp_path: Path
+) -> None:
+    """The name of the base model is to be changed on another machine."""
+    base, adapter = shutil.copytree(plain, tmp_path / "base"), shutil.copytree(folder, tmp_path / "moved")
+    text = (adapter / file).read_text()
+    edited = text.replace(old.replace("{plain}", plain), new.replace("{moved}", str(base)), 1)
+    assert edited != text
+    (adapter / file).write_text(edited)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_policy(str(adapter))
+    messages = [str(each.message) for each in caught if "changed after the folder was written" in str(each.message)]
+    assert messages == [] if setting is None else len(messages) == 1 and messages[0].startswith(f"{setting}: {file} in")
 
 
 def test_adapters_that_cannot_stand_alone(
