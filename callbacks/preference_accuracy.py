@@ -30,8 +30,8 @@ class PreferenceAccuracy(CollectPairs):
     docs/accuracy_modes.md explains the metrics.
 
     If training pairs have gold labels, or label noise has flipped some, each validation of a fit also scores
-    `training_pairs` training pairs with their labels. It logs `val/training/wrong_label_auroc/MODE` and
-    `val/training/gold_accuracy/MODE`, which show whether the policy finds wrong training labels. The cost is one
+    `training_pairs` training pairs with their labels. It logs `val/training/gold_accuracy/MODE`, and if some of these
+    labels are wrong `val/training/wrong_label_auroc/MODE`, which shows whether the policy finds them. The cost is one
     forward pass over these pairs for each validation.
 
     If the data gives the best accuracy that is possible from the prompt (the built-in preferences), `share_of_best` is
