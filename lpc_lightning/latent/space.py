@@ -153,15 +153,27 @@ class LatentSpace(nn.Module, ABC):
 
     @property
     def codes(self) -> Tensor:
-        """Codes (K, d) of a space with `has_codes`."""
+        """Codes (K, d) of a space with `has_codes`.
+
+        Raises:
+            NotImplementedError: The space has no codes.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no codes.")
 
     def mix(self, weights: Tensor) -> Tensor:
-        """Compute z (B, d) from weights (B, K) of the codebook's vectors, if there is a codebook."""
+        """Compute z (B, d) from weights (B, K) of the codebook's vectors, if there is a codebook.
+
+        Raises:
+            NotImplementedError: There is no codebook.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no codebook.")
 
     def imitation_loss(self, states: PairStates, codes: Tensor) -> Tensor:
-        """Compute the cross-entropy (B,), in nats, of given `codes` (B,) under the networks, with `has_codes`."""
+        """Compute the cross-entropy (B,), in nats, of given `codes` (B,) under the networks, with `has_codes`.
+
+        Raises:
+            NotImplementedError: The space has no codes.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no codes.")
 
     def log_prior(self, prompt: Tensor) -> Tensor | None:

@@ -136,7 +136,11 @@ class PretrainedPolicy(PolicySpec):
         return self._load(AutoConfig)
 
     def load_model(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """Load the weights. Those of a GGUF file are dequantized, and lose their quantization config."""
+        """Load the weights. Those of a GGUF file are dequantized, and lose their quantization config.
+
+        Raises:
+            UnsupportedPolicyError: The model is an encoder-decoder, or the weights or the adapter cannot be loaded.
+        """
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedPolicyError(
                 f"policy.path: found {self.path} ({config.model_type}), an encoder-decoder, "
@@ -182,7 +186,11 @@ class PretrainedPolicy(PolicySpec):
 
     @property
     def trained_template(self) -> Mapping[str, Any] | None:
-        """See `PolicySpec.trained_template`. The folder of an export records it."""
+        """See `PolicySpec.trained_template`. The folder of an export records it.
+
+        Raises:
+            UnsupportedPolicyError: The record is damaged.
+        """
         file = published_file(self.adapter or self.path, ORIGIN, self.revision)
         try:
             return None if file is None else read_json_object(file).get("template")

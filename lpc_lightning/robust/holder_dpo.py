@@ -46,7 +46,11 @@ class HolderDPO(RobustLoss):
         self.gamma = gamma
 
     def pair_losses(self, loss: PreferenceLoss, logps: PairLogps, reliability: Tensor | None = None) -> PairLosses:
-        """Compute `holder_dpo_loss`. For a mixture of codes, p is the likelihood under the mixture."""
+        """Compute `holder_dpo_loss`. For a mixture of codes, p is the likelihood under the mixture.
+
+        Raises:
+            ValueError: The loss is not a negative log-likelihood.
+        """
         pairs = loss(logps)
         if pairs.log_likelihood is not None or pairs.parts:
             raise ValueError(

@@ -74,7 +74,11 @@ class REPO(RobustLoss):
         self.learned = Reliabilities(initial, rate)
 
     def pair_losses(self, loss: PreferenceLoss, logps: PairLogps, reliability: Tensor | None = None) -> PairLosses:
-        """Compute `re_po_losses`. Without reliabilities, the initial one is used."""
+        """Compute `re_po_losses`. Without reliabilities, the initial one is used.
+
+        Raises:
+            ValueError: The loss has several terms.
+        """
         if reliability is None:
             reliability = logps.policy_chosen.new_tensor([self.initial])
         observed = loss(logps)
