@@ -13,6 +13,8 @@ CONFIDENCE = 0.95
 """Coverage of the confidence intervals."""
 MAX_EXACT_FLIPS = 16
 """Largest number of differences whose 2^n sign patterns are all tried. For more, 2^16 patterns are drawn."""
+TIE = 1e-9
+"""Two sums of differences are equal if they differ by at most this share of the sum of absolute differences."""
 MIN_PROMPTS = 4
 """Smallest number of prompts, shared by the seeds, for which there is an interval. With two or three, a true null is
 rejected too often, and with one the variance between prompts is unknown."""
@@ -151,7 +153,7 @@ def sign_flip_test(differences: NDArray[np.float64], patterns: int = 2**MAX_EXAC
     """Compute the share of sign patterns whose mean is at least as far from 0 as the observed mean.
 
     Under the null hypothesis, each difference is as likely to have the opposite sign. Exact if there are at most
-    `patterns` patterns.
+    `patterns` patterns. Means that are equal up to rounding are equally far from 0.
 
     Source: Fisher 1935, "The Design of Experiments", section 21.
 
@@ -159,14 +161,20 @@ def sign_flip_test(differences: NDArray[np.float64], patterns: int = 2**MAX_EXAC
         differences: (n,) differences, at least two.
         patterns: Maximum number of sign patterns. If there are more, this number is drawn.
     """
+    # Differences of accuracies are multiples of 1 / N up to rounding, so that equal sums differ in their last digits.
+    threshold = abs(differences.sum()) - TIE * np.abs(differences).sum()
+
+    def is_as_far(flipped: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return (np.abs(flipped.sum(axis)) >= threshold).astype(float)
+
     test = stats.permutation_test(
         (differences,),
-        np.mean,
+        is_as_far,
         permutation_type="samples",
         vectorized=True,
         n_resamples=patterns,
         batch=max(1, 2**22 // len(differences)),
-        alternative="two-sided",
+        alternative="greater",
         rng=np.random.default_rng(0),
     )
     return float(test.pvalue)

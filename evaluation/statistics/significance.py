@@ -10,10 +10,10 @@ import numpy as np
 from scipy import stats
 
 from lpc_lightning.clustered_means import cluster_sums, degrees_of_freedom, shares, standard_error
-from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, sign_flip_test
+from lpc_lightning.evaluation.statistics.seeds import CONFIDENCE, TIE, sign_flip_test
 
 PATTERNS = 10_000
-"""Largest number of sign patterns that a test tries. The p-values have a resolution of 0.0002."""
+"""Largest number of sign patterns that a test tries. The p-values have a resolution of 0.0001."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def _flip_signs(method: str, differences: np.ndarray, clusters: Sequence[Any]) -
     sums, _ = cluster_sums(differences, clusters)
     if len(sums) < 2:
         raise ValueError(f"paired_test: found {len(differences)} items of one cluster, expected at least two clusters.")
-    differing = sums[sums != 0]
+    differing = sums[np.abs(sums) > TIE * np.abs(differences).sum()]
     p_value = sign_flip_test(differing, PATTERNS) if len(differing) > 1 else 1.0
     interval = _student(differences, clusters)
     return PairedTest(method, len(differences), float(differences.mean()), *interval, p_value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from itertools import product
 from math import sqrt
 
@@ -74,6 +76,47 @@ def test_sign_flip_test_tries_all_patterns(count: int) -> None:
     means = [abs(np.mean(differences * signs)) for signs in product((1, -1), repeat=count)]
     expected = np.mean([mean >= abs(differences.mean()) - 1e-12 for mean in means])
     assert sign_flip_test(differences) == pytest.approx(expected, rel=1e-12)
+
+
+def share_at_least(counts: Sequence[int]) -> float:
+    """Return the share of sign patterns whose sum of integers is at least as far from 0 as the observed one."""
+    ways = Counter({0: 1})
+    for count in counts:
+        flipped = Counter[int]()
+        for total, number in ways.items():
+            flipped.update({total + count: number})
+            flipped.update({total - count: number})
+        ways = flipped
+    return sum(number for total, number in ways.items() if abs(total) >= abs(sum(counts))) / 2 ** len(counts)
+
+
+@pytest.mark.parametrize("items", [976, 1952, 294, 7])
+@pytest.mark.parametrize("count", [2, 5, 8, 13])
+def test_sign_flip_test_counts_ties(items: int, count: int) -> None:
+    """Differences of accuracies are k / N up to rounding. Sign patterns tie if their sums of the integers k do."""
+    draw = np.random.default_rng(count)
+    for _ in range(10):
+        baseline = draw.integers(items // 2, items, count)
+        counts = draw.integers(-3, 4, count)
+        actual = paired_difference((baseline / items).tolist(), ((baseline + counts) / items).tolist())
+        assert actual.p_signs == pytest.approx(share_at_least(counts.tolist()), rel=1e-12)
+
+
+def test_sign_flip_test_by_hand() -> None:
+    """Differences 1 -1 1 1 -1 1, in 976 pairs: all patterns but the 20 with a sum of 0 are at least as far from 0."""
+    baseline, other = np.array([[797, 576, 731, 605, 494, 675], [798, 575, 732, 606, 493, 676]]) / 976
+    actual = paired_difference(baseline.tolist(), other.tolist())
+    assert actual.p_signs == (64 - 20) / 64
+
+
+@pytest.mark.parametrize("count", [17, 40])
+def test_sign_flip_test_counts_ties_of_draws(count: int) -> None:
+    """With more than 2^16 patterns, 2^16 are drawn. 0.01 is five standard errors of their share."""
+    draw = np.random.default_rng(count)
+    baseline, counts = draw.integers(500, 900, count), draw.integers(-1, 2, count)
+    actual = sign_flip_test((baseline + counts) / 976 - baseline / 976)
+    assert actual == pytest.approx(share_at_least(counts.tolist()), abs=0.01)
+    assert actual == sign_flip_test((baseline + counts) / 976 - baseline / 976)
 
 
 def test_sign_flip_test_of_few_seeds() -> None:

@@ -101,6 +101,12 @@ def test_sign_flips_of_one_sign(items: int) -> None:
     assert actual.p_value == pytest.approx(2 / 2**items)
 
 
+def test_sign_flips_of_sums_up_to_rounding() -> None:
+    """Both items of a prompt differ by 0.3, with opposite signs. Their sum is 0, and about 6e-17 as computed."""
+    actual = paired_test([0.2, 0.4] * 3, [0.5, 0.1] * 3, clusters=[0, 0, 1, 1, 2, 2])
+    assert (actual.method, actual.p_value) == ("prompts", 1)
+
+
 def test_sign_flips_of_equal_models() -> None:
     actual = paired_test([0.1, 0.7], [0.1, 0.7])
     assert (actual.method, actual.difference, actual.low, actual.high, actual.p_value) == ("sign flips", 0, 0, 0, 1)
