@@ -53,7 +53,8 @@ def calibration_deviations(margins: Tensor, clusters: ArrayLike) -> dict[str, fl
     values = margins.double().cpu().numpy()
     names, owner = np.unique(np.asarray(clusters), return_inverse=True)
     confidences = _confidences(margins).cpu().numpy()
-    edges = torch.linspace(0, 1, 2 * BINS + 1).numpy()  # in float32, as torchmetrics has them
+    # The edges have the type of the confidences, as those of torchmetrics: some confidences are at an edge.
+    edges = torch.linspace(0, 1, 2 * BINS + 1, dtype=torch.float64).numpy()
     bins = np.searchsorted(edges, confidences, side="right") - 1
     gaps = np.zeros((len(names), 2 * BINS + 1))
     np.add.at(gaps, (owner, bins), (np.sign(values) + 1) / 2 - confidences)

@@ -78,10 +78,21 @@ def test_calibration_deviations_equal_the_jackknife() -> None:
     """Leave out each of twelve prompts of different sizes. Ties, sure predictions and edges of bins are among them."""
     draw = torch.Generator().manual_seed(0)
     margins = torch.randn(60, generator=draw, dtype=torch.float64)
-    margins[:4] = torch.tensor([0.0, 40.0, -40.0, math.log(2)])
+    # Confidences 2/3 and 4/5 are edges of bins.
+    margins[:6] = torch.tensor([0.0, 40.0, -40.0, math.log(2), math.log(4), -math.log(4)], dtype=torch.float64)
     clusters = torch.randint(12, (60,), generator=draw).numpy()
     names = sorted(set(clusters.tolist()))
     without = {name: calibration_error(margins[torch.from_numpy(clusters != name)]) for name in names}
     mean, count = sum(without.values()) / len(names), len(names)
     expected = {str(name): (count - 1) / count * (mean - without[name]) for name in names}
     assert calibration_deviations(margins, clusters) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("confidence", [edge / 30 for edge in range(16, 30)])
+def test_calibration_deviations_at_an_edge(confidence: float) -> None:
+    """A right and a wrong pair have a confidence at the edge of two bins, up to rounding."""
+    margin = math.log(confidence / (1 - confidence))
+    margins = torch.tensor([margin, -margin, 0.3, 1.3], dtype=torch.float64)
+    without = [calibration_error(margins[[other for other in range(4) if other != left]]) for left in range(4)]
+    expected = {str(left): 3 / 4 * (sum(without) / 4 - without[left]) for left in range(4)}
+    assert calibration_deviations(margins, range(4)) == pytest.approx(expected, abs=1e-12)
