@@ -47,7 +47,7 @@ def tuning_table(study: Study, tunings: Sequence[GroupTuning]) -> Table:
     notes = [
         "The mean score over the tuning seeds at each value; *: the chosen value; +: a value that was added "
         "because a best value was at an edge, for all groups of the same command. The note names values that only "
-        "other groups were tried at. The results are from other seeds. How each axis was tuned: "
+        "other groups of the same tuning were tried at. The results are from other seeds. How each axis was tuned: "
         + " ".join(dict.fromkeys(sections))
     ]
     return Table("tuning", "Tuning", columns, rows, records, notes)
@@ -56,7 +56,8 @@ def tuning_table(study: Study, tunings: Sequence[GroupTuning]) -> Table:
 def unequal_tunings(tunings: Sequence[GroupTuning]) -> list[LeftOut]:
     """List the groups that were not tried at a value of their tuned axis that other groups were tried at.
 
-    Arms that are run by commands of their own are widened alone.
+    Arms that are run by commands of their own are widened alone. Groups of different sections `tune`, such as with
+    other metrics, are not compared: the report has the section as an axis.
     """
     several = len({tuning.ablation for tuning in tunings}) > 1
     return [
@@ -73,8 +74,8 @@ def unequal_tunings(tunings: Sequence[GroupTuning]) -> list[LeftOut]:
 
 
 def _untried(tuning: GroupTuning, tunings: Sequence[GroupTuning]) -> str:
-    """Return a note of the values that only other groups were tried at. Empty: there are none."""
-    values = {value for each in tunings if each.axis == tuning.axis for value in each.scores}
+    """Return a note of the values that only other groups of the same section were tried at. Empty: there are none."""
+    values = {value for each in tunings if each.section == tuning.section for value in each.scores}
     missing = sorted(values - tuning.scores.keys(), key=float)
     return f"not tried at {', '.join(f'{float(value):g}' for value in missing)} as other groups were" if missing else ""
 

@@ -96,8 +96,22 @@ def test_groups_with_unequal_tuning() -> None:
     }
     assert unequal_tunings(both) == [("narrow, latent=none", "unequal tuning", f"lr: {missing}")]
     assert "for all groups because" not in tuning_table(STUDY, both).notes[0]
-    other_axis = replace(wide, axis="beta")
-    assert unequal_tunings([both[0], other_axis]) == unequal_tunings([both[0]]) == []
+    assert unequal_tunings([both[0]]) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"axis": "beta", "section": "beta by the largest val/accuracy"},
+        {"by": "val/adaptation/adapted/8", "section": "lr by the largest val/adaptation/adapted/8"},
+        {"section": "lr by the largest val/accuracy, with --data.noise=0.3"},
+    ],
+)
+def test_groups_of_different_sections(change: dict[str, Any]) -> None:
+    """Groups that another section `tune` has tuned were tried at values of their own. They are not compared."""
+    other = replace(tuned("other", 1e-3, latent="marginal"), scores={1e-4: {1: 0.5}, 1e-3: {1: 0.7}}, **change)
+    assert unequal_tunings([tuned("one", 3e-4), other]) == []
+    assert [row[-1] for row in rows_of(tuned("one", 3e-4), other)[1:]] == ["", ""]
 
 
 def test_report_names_unequal_tuning(
