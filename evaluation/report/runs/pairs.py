@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from torch import Tensor
 
 from lpc_lightning.clustered_means import ClusterScores, cluster_scores, shares
+from lpc_lightning.data import DataError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import Group, group_members
 from lpc_lightning.evaluation.accuracy.scored_modes import ScoredPairs
 from lpc_lightning.evaluation.benchmarks.results import ITEMS
@@ -30,6 +31,8 @@ OTHER_NAMES = {"rewards/accuracies": "accuracy/prior", "rewards/margins": "margi
 """Other names of metrics of pairs. The loss is one of them for some algorithms, and only then has its value."""
 OF_SOURCE = {"accuracy": "accuracy/prior", "loss": "log_loss/prior"}
 """Start of the names of metrics of one data set of a mixture, with the same metrics of a source."""
+Rows = list[dict[str, Any]]
+Content = TypeVar("Content")
 
 
 class Added(NamedTuple):
@@ -85,10 +88,10 @@ def _of_pairs(cell: Path, metric: str, value: float) -> PromptScores:
     written, pairs = (cell / f"{kind}_{STAGES.get(stage)}.jsonl" for kind in (DEVIATIONS, PAIRS))
     if not pairs.is_file() or name.startswith(TRAINING):
         return NOT_ON_RECORD
-    prompts = frozenset(_read_pairs(pairs).prompts.tolist())
+    scored, groups = _read_pairs(pairs)
     entry = _read_deviations(written).get(name) if written.is_file() else None
-    mean, added = entry or _mean_and_added(_read_pairs(pairs), _read_groups(pairs), name)
-    return PromptScores(prompts, added if _is_close(mean, value) else None)
+    mean, added = entry or _mean_and_added(scored, groups, name)
+    return PromptScores(frozenset(scored.prompts.tolist()), added if _is_close(mean, value) else None)
 
 
 def _mean_and_added(scored: ScoredPairs, groups: Mapping[str, Tensor], name: str) -> tuple[float, Added | None]:
@@ -113,7 +116,8 @@ def _mean_and_added(scored: ScoredPairs, groups: Mapping[str, Tensor], name: str
 @cache
 def _of_items(folder: Path, metric: str, value: float) -> PromptScores:
     path = folder / ITEMS
-    items = [item for item in (_read(path) if path.is_file() else ()) if metric.startswith(f"{item['task']}/")]
+    by_task = _read_items(path) if path.is_file() else {}
+    items = [item for task, rows in by_task.items() if metric.startswith(f"{task}/") for item in rows]
     if not items:
         return NOT_ON_RECORD
     prompts = [item.get("prompt") or f"{item['task']} {item['doc_id']} {item['doc_hash']}" for item in items]
@@ -132,29 +136,53 @@ def _is_close(mean: float, value: float) -> bool:
     return math.isclose(mean, value, rel_tol=1e-4, abs_tol=1e-6)
 
 
-@lru_cache(maxsize=8)
-def _read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def _read(path: Path, convert: Callable[[Rows], Content]) -> Content:
+    """Read the rows of a file.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            return convert([json.loads(line) for line in file])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: found {type(error).__name__}: {error}, expected scores as JSON, a row in each line. Remove the "
+            "file, without which there is no interval over prompts, or leave its run out."
+        ) from error
 
 
 @lru_cache(maxsize=8)
-def _read_pairs(path: Path) -> ScoredPairs:
-    return ScoredPairs.from_items(_read(path))
+def _read_pairs(path: Path) -> tuple[ScoredPairs, dict[str, Tensor]]:
+    """Read scored pairs, with the groups that they belong to."""
 
+    def convert(rows: Rows) -> tuple[ScoredPairs, dict[str, Tensor]]:
+        columns = [column for column in get_args(Group) if column in rows[0]]
+        return ScoredPairs.from_items(rows), group_members(rows, columns)
 
-@lru_cache(maxsize=8)
-def _read_groups(path: Path) -> dict[str, Tensor]:
-    rows = _read(path)
-    return group_members(rows, [column for column in get_args(Group) if column in rows[0]])
+    return _read(path, convert)
 
 
 @lru_cache(maxsize=8)
 def _read_deviations(path: Path) -> dict[str, tuple[float, Added]]:
-    return {row["metric"]: (row["mean"], _added(row)) for row in _read(path)}
+    """Read metrics, with what clusters add to them."""
+    return _read(path, lambda rows: {row["metric"]: (row["mean"], _added(row)) for row in rows})
 
 
 def _added(row: Mapping[str, Any]) -> Added:
     if "prompts" not in row:  # cells of earlier versions have prompts alone
         return Added(ClusterScores(row["deviations"], row["shares"]))
     return Added(*(ClusterScores(**row[kind]) for kind in Added._fields))
+
+
+@lru_cache(maxsize=8)
+def _read_items(path: Path) -> dict[str, Rows]:
+    """Read the items of each task."""
+
+    def convert(rows: Rows) -> dict[str, Rows]:
+        by_task: dict[str, Rows] = {}
+        for row in rows:
+            by_task.setdefault(row["task"], []).append(row)
+        return by_task
+
+    return _read(path, convert)

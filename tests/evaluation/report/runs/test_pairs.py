@@ -15,8 +15,10 @@ import torch
 from scipy import stats
 
 from lpc_lightning.clustered_means import ClusterScores
+from lpc_lightning.data import DataError
 from lpc_lightning.evaluation.accuracy.accuracy_modes import group_members
 from lpc_lightning.evaluation.accuracy.scored_modes import ScoredPairs
+from lpc_lightning.evaluation.report.command import report
 from lpc_lightning.evaluation.report.contrasts import contrasts
 from lpc_lightning.evaluation.report.runs.folders import load_folders
 from lpc_lightning.evaluation.report.runs.pairs import NOT_ON_RECORD, Added, PromptScores, prompt_scores
@@ -222,6 +224,32 @@ def test_prompt_scores_of_no_mean(tmp_path: Path) -> None:
     assert scores(tmp_path, "test/wrong_label_auroc/prior", 0.1) == PromptScores(frozenset("ab"))
     assert scores(tmp_path, "test/training/wrong_label_auroc/prior", 0.1) == NOT_ON_RECORD
     assert scores(tmp_path, "val/wrong_label_auroc/prior", 0.1) == NOT_ON_RECORD
+
+
+@pytest.mark.parametrize("name", ["pairs_test.jsonl", "deviations_test.jsonl", "run/lm_eval/items.jsonl"])
+@pytest.mark.parametrize("content", ['{"prompts": {"a": 0', '{"prompts": {}}\n'])
+def test_damaged_scores(content: str, name: str, tmp_path: Path) -> None:
+    """The error names the file, the cause and what to do."""
+    write_pairs(tmp_path, [1.0, 2.0], ["a", "b"])
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    metric = "lm_eval/own/acc" if name.startswith("run") else "test/adaptation/exact/8"
+    with pytest.raises(DataError, match=r"found \w+Error: .+, expected .+ Remove the file") as caught:
+        scores(tmp_path, metric, 0.5)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_report_of_damaged_pairs(write_ablation: Callable[..., Path], tmp_path: Path) -> None:
+    """A file that ends in the middle of a row, as after a full disk."""
+    folder = write_ablation({"latent": ["none"]}, [1, 2], lambda latent, seed: 0.6)
+    path = folder / "cells" / "latent=none,seed=2" / "pairs_test.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        report([str(folder)], out=str(tmp_path / "out"), metric=[METRIC])
+    assert not (tmp_path / "out" / "report.html").exists()
+    path.unlink()
+    report([str(folder)], out=str(tmp_path / "out"), metric=[METRIC])
 
 
 @pytest.mark.parametrize("metric", [METRIC, "test/wrong_label_auroc/prior"])
