@@ -47,9 +47,12 @@ class Engine:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.started: list[str] = []
+        self.ended: list[int] = []
+        """By stage: the number of cells that have ended before, for the message."""
 
     def __call__(self, grid: Grid, score: Score, kill_after: int | None = None, **settings: Any) -> Plan:
         def run(cells: Sequence[PlannedCell], ended: int) -> None:
+            self.ended.append(ended)
             for cell in cells:
                 if kill_after is not None and len(self.started) >= kill_after:
                     raise KeyboardInterrupt
@@ -229,8 +232,10 @@ def test_tuning_settles_before_results_run(read: Callable[..., Grid], engine: En
         engine(read(), lambda *cell: "OSError: disk full" if cell == failing else good(*cell), kill_after=17)
     assert engine.started[-1] == "latent=marginal,seed=1"
     engine.started.clear()
+    engine.ended.clear()
     stages = Stages(engine.output, read(), "last", retry_failed=True)
     plan = engine(read(), good, retry_failed=True)
+    assert engine.ended[0] == 15 + 1, "the other tuning cells and a result; the two other results of the arm wait"
     ran = [name for name in engine.started if "lr=" not in name]
     assert engine.started[0] == "latent=none,lr=0.003,seed=102"
     assert sorted(ran) == sorted(f"latent={latent},seed={seed}" for latent in AXES["latent"] for seed in (1, 2, 3))
