@@ -67,8 +67,8 @@ def report(
         baseline: Settings to compare with, as AXIS=VALUE, one or several: `latent=none`. null: `latent=none` if there
             are such runs, else no comparison.
         metric: Metrics to report by their logged names, such as `val/rewards/accuracies`, or as TASK/METRIC for
-            benchmarks. null: the accuracy in validation; in test if no run has validated, or if validation has chosen
-            values (`tune`) or weights (`--weights best`).
+            benchmarks. null: the accuracy in validation or in test that all runs have. If they have both, that in
+            validation, or in test if validation has chosen values (`tune`) or the weights that it measured (`best`).
         x: Numeric axes to plot metrics against. null: all of them.
         title: Title of the page. null: the ablation's name.
 

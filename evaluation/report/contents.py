@@ -132,16 +132,15 @@ def build_page(
 
 
 def _has_best(record: RunRecord) -> bool:
-    """True if metrics of a run are those of the weights that validation has chosen."""
-    return any(each.get(WEIGHTS) == "best" for each in (record.settings, *record.conditions.values()))
+    """True if the validation accuracy of a run is that of the weights that validation has chosen."""
+    validation, _ = ACCURACIES
+    return any(each.get(WEIGHTS) == "best" for each in (record.settings, record.conditions.get(validation, {})))
 
 
 def _select_metrics(study: Study, names: Sequence[str] | None, is_selected: bool) -> list[str]:
     available = study.metrics
-    # Validation has chosen the values of a tuned axis, or the best weights.
-    defaults = reversed(ACCURACIES) if is_selected else ACCURACIES
     # If no run has finished, any metric is accepted: the report then contains the errors of the runs.
-    selected = list(dict.fromkeys(names or [name for name in defaults if name in available or not available][:1]))
+    selected = list(dict.fromkeys(names or _default_metrics(study, is_selected)))
     if not selected or (available and set(selected) - set(available)):
         unknown = [name for name in selected if name not in available] or list(ACCURACIES)
         ordered = sorted(available, key=lambda name: (name.count("/"), name))
@@ -151,6 +150,21 @@ def _select_metrics(study: Study, names: Sequence[str] | None, is_selected: bool
             f"{', '.join(ordered[:MAX_LISTED])}{more}."
         )
     return selected
+
+
+def _default_metrics(study: Study, is_selected: bool) -> list[str]:
+    """Return the accuracy that all counted runs have, else the one that some have. Empty: they have neither.
+
+    Args:
+        study: The runs.
+        is_selected: True if validation has chosen the values of a tuned axis, or the best weights. If all runs have
+            both accuracies, that of the test is returned.
+    """
+    ordered = list(reversed(ACCURACIES)) if is_selected else list(ACCURACIES)
+    counts = {name: sum(len(group.values(name)) for group in study.groups) for name in ordered}
+    runs = sum(len(group.counted) for group in study.groups)
+    having = [name for name in ordered if name in study.metrics or not study.metrics]
+    return sorted(having, key=lambda name: counts[name] < runs)[:1]
 
 
 def _select_axes(study: Study, names: Sequence[str] | None) -> list[str]:

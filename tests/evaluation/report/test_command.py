@@ -276,6 +276,41 @@ def test_default_metric_is_none_that_chose_the_weights(write_ablation: Write, tm
         assert {row["metric"] for row in rows(tmp_path / weights / "means.csv")} == {metric}
 
 
+VALIDATION, TEST = "val/rewards/accuracies", "test/rewards/accuracies"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("logged", "measured", "expected"),
+    [
+        (VALIDATION, {TEST: [1]}, VALIDATION),
+        (VALIDATION, {TEST: [1, 2, 3]}, VALIDATION),
+        (TEST, {VALIDATION: [1, 2, 3]}, TEST),
+        ("val/loss", {VALIDATION: [1, 2, 3], TEST: [1]}, VALIDATION),  # the only one of all runs
+    ],
+)
+def test_default_metric_of_best_checkpoints(
+    logged: str, measured: dict[str, list[int]], expected: str, tmp_path: Path
+) -> None:
+    """Validation has chosen the best weights, so that their accuracy in validation is too high. That in test is not."""
+    for seed in (1, 2, 3):
+        write_run(tmp_path / "runs" / f"fit_{seed}", seed, f"step,train/loss,{logged}\n1,0.7,0.5\n")
+        (tmp_path / "runs" / f"fit_{seed}" / "checkpoints").mkdir()
+    for metric, seeds in measured.items():
+        for seed in seeds:
+            best = tmp_path / "runs" / f"fit_{seed}" / "checkpoints" / "best.ckpt"
+            write_run(tmp_path / "runs" / f"{metric[:3]}_{seed}", seed, f"step,{metric}\n1,0.9\n", str(best))
+    report([str(tmp_path / "runs")], out=str(tmp_path / "out"))
+    (row,) = rows(tmp_path / "out" / "means.csv")
+    assert (row["metric"], row["n"]) == (expected, "3")
+
+
+def write_run(folder: Path, seed: int, metrics: str, checkpoint: str | None = None) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(json.dumps({"seed_everything": seed, "ckpt_path": checkpoint}))
+    (folder / "metrics.csv").write_text(metrics)
+
+
 @pytest.mark.slow
 def test_report_replaces_an_earlier_one(write_ablation: Write, tmp_path: Path) -> None:
     """Nothing of the earlier report stays. Files that no report has written do, also in plots/."""
