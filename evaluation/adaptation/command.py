@@ -29,6 +29,7 @@ from lpc_lightning.evaluation.adaptation.scores import SHOTS
 from lpc_lightning.evaluation.comparison.command import name_models
 from lpc_lightning.files.output_paths import check_folder, claim_output_folder
 from lpc_lightning.inference.checkpoints import checkpoint_origin, read_checkpoint, trained_template
+from lpc_lightning.inference.fingerprint import weights_fingerprint
 from lpc_lightning.inference.opening import open_module
 from lpc_lightning.policy.precision import TRAINER_PRECISION, WEIGHTS_TYPE, Precision, resolve_precision
 
@@ -103,19 +104,31 @@ def adapt(
         seed: Seed of the random choices.
 
     Raises:
-        ConfigError: No model has codes, a setting is out of range, or results of other models or pairs would be
-            replaced.
+        ConfigError: No model has codes, a setting is out of range, or results of other models, weights or pairs would
+            be replaced.
         DataError: There are no such pairs, no pair has an annotator, or no annotator has enough pairs.
     """
     named = name_models(models, names)
     check_folder(Path(output), "output")
     _check_labelled_split(preferences, split, labelled_split)
-    read = {"preferences": os.path.abspath(preferences), "split": split, "labelled_split": labelled_split}
-    origins = {name: {"checkpoint": os.path.abspath(path), **read} for name, path in named}
     collector = AdaptationPairs(annotator_column, SHOTS if shots is None else shots, rounds, seed)
     open_file = partial(
         PairsFile, limit=limit, columns=columns, bad_rows=bad_rows, batch_size=batch_size, max_length=max_length
     )
+    read = {
+        "preferences": os.path.abspath(preferences),
+        "split": split,
+        "labelled_split": labelled_split,
+        "annotator_column": annotator_column,
+        "limit": limit,
+        "pairs_fingerprint": open_file(preferences, split=split).content,
+        "labelled_fingerprint": labelled_split and open_file(preferences, split=labelled_split).content,
+    }
+    paths = {name: os.path.abspath(path) for name, path in named}
+    origins = {
+        name: {"checkpoint": path, "weights_fingerprint": weights_fingerprint(path), **read}
+        for name, path in paths.items()
+    }
     computed = resolve_precision(precision, device)
     scoring = _Scoring(preferences, open_file, collector, labelled_split, under_z, TRAINER_PRECISION[computed])
     with claim_output_folder(Path(output), "output"):

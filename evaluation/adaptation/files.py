@@ -30,29 +30,43 @@ def check_origins(output: Path, origins: Mapping[str, Mapping[str, Any]], texts:
     records = {path.parent.name: path for path in sorted(output.glob(f"*/{SCORES}"))}
     remedy = "Give another folder (--output), or move it."
     for name, path in records.items():
-        found = _origin(path)
-        if found is None:
-            raise ConfigError(f"output: found {path}, which is no result of this command, expected none. {remedy}")
-        ours = origins.get(name)
-        if ours is None or any(found.get(key) != value for key, value in ours.items()):
-            expected = "results of the models of this command" if ours is None else _describe(ours)
-            raise ConfigError(f"output: found results of {_describe(found)} in {path}, expected {expected}. {remedy}")
+        found = _origin(path, remedy)
+        if (ours := origins.get(name)) is None:
+            text = f"found results of {_describe(found)} in {path}, expected results of the models of this command"
+        elif differing := [key for key in ours if found.get(key) != ours[key]]:
+            of, expected = (_describe({key: each.get(key) for key in differing}) for each in (found, ours))
+            text = f"found results of {of} in {path}, expected {expected}"
+        else:
+            continue
+        raise ConfigError(f"output: {text}. {remedy}")
     for text in texts:
         if not records and (output / text).exists():
             raise ConfigError(f"output: found {output / text} without the results of a model, expected none. {remedy}")
 
 
-def _origin(path: Path) -> dict[str, Any] | None:
-    """Return the policy and the pairs of a result. None if the file is not one."""
+def _origin(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the policy and the pairs of a result.
+
+    Raises:
+        ConfigError: The file is no result of the command, or has no origin.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return content.get("origin") if isinstance(content, dict) else None
+        content = None
+    if not isinstance(content, dict) or "scores" not in content:
+        raise ConfigError(f"output: found {path}, which is no result of this command, expected none. {remedy}")
+    if not isinstance(content.get("origin"), dict):
+        raise ConfigError(
+            f"output: found results in {path} without their checkpoint and pairs, as earlier versions and the callback "
+            f"AnnotatorAdaptation write them, expected results that name both. {remedy}"
+        )
+    origin: dict[str, Any] = content["origin"]
+    return origin
 
 
 def _describe(origin: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in origin.items() if value is not None)
+    return ", ".join(f"{name} {'null' if value is None else value}" for name, value in origin.items())
 
 
 def write_adaptation(

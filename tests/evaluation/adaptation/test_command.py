@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -17,6 +19,7 @@ import torch
 import lpc_lightning.evaluation.adaptation.command
 from lpc_lightning.cli import main as run_command
 from lpc_lightning.data import DataError
+from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.synthetic import PreferenceGenerator
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
@@ -107,17 +110,37 @@ def test_adapt_two_models_then_generate(
 @pytest.mark.slow
 def test_results_of_another_origin_are_kept(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
     shared: dict[str, Any] = {"output": str(tmp_path / "out"), "rounds": 1, "shots": [0], "limit": 12, "device": "cpu"}
-    models = [checkpoints["expected"], checkpoints["plain"]]
+    models, file = [checkpoints["expected"], checkpoints["plain"]], shutil.copy(file, tmp_path)
     adapt(models, file, names=["lpc", "dpo"], **shared)
     for arguments, message in (
         ({"models": models[:1], "names": ["lpc"]}, r"dpo/adaptation\.json, expected results of the models"),
         ({"models": models[::-1], "names": ["lpc", "dpo"]}, "found results of checkpoint .* expected checkpoint"),
-        ({"models": models, "names": ["lpc", "dpo"], "split": "train"}, "expected checkpoint .* split train"),
+        ({"split": "train"}, "of split null, pairs_.* expected split train, pairs_"),
+        ({"limit": 6}, "found results of limit 12, pairs_.* expected limit 6, pairs_"),
+        ({"columns": Columns(annotator="factor")}, "found results of pairs_fingerprint .* expected pairs_fingerprint"),
+        ({"max_length": 100}, "found results of pairs_fingerprint .* expected pairs_fingerprint"),
+        ({"annotator_column": "factor"}, "of annotator_column annotator in .*, expected annotator_column factor"),
+        ({"labelled_split": "train"}, "of labelled_split null, labelled_.* expected labelled_split train, labelled_"),
     ):
         with pytest.raises(ConfigError, match=message):
-            adapt(preferences=file, **arguments, **shared)
+            adapt(**({"models": models, "preferences": file, "names": ["lpc", "dpo"]} | shared | arguments))
     adapt(models, file, names=["lpc", "dpo"], **(shared | {"shots": [0, 1]}))  # the same models and pairs
     assert "given 1" in (tmp_path / "out" / "adaptation.md").read_text()
+    with Path(file).open("a") as lines:
+        lines.write("\n")
+    with pytest.raises(ConfigError, match=r"found results of pairs_fingerprint .* expected pairs_fingerprint"):
+        adapt(models, file, names=["lpc", "dpo"], **shared)
+
+
+@pytest.mark.slow
+def test_results_of_earlier_weights_are_kept(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
+    """A checkpoint with the same path was written anew."""
+    checkpoint = shutil.copy(checkpoints["expected"], tmp_path / "best.ckpt")
+    shared: dict[str, Any] = {"output": str(tmp_path / "out"), "rounds": 1, "shots": [0], "limit": 12, "device": "cpu"}
+    adapt([checkpoint], file, **shared)
+    os.utime(checkpoint, (1, 1))
+    with pytest.raises(ConfigError, match=r"found results of weights_fingerprint .* expected weights_fingerprint"):
+        adapt([checkpoint], file, **shared)
 
 
 def test_files_of_others_are_kept(checkpoints: dict[str, str], file: str, tmp_path: Path) -> None:
@@ -127,6 +150,9 @@ def test_files_of_others_are_kept(checkpoints: dict[str, str], file: str, tmp_pa
     (tmp_path / "lpc").mkdir()
     (tmp_path / "lpc" / "adaptation.json").write_text("[]")
     with pytest.raises(ConfigError, match="which is no result of this command"):
+        adapt([checkpoints["expected"]], file, output=str(tmp_path), names=["lpc"])
+    (tmp_path / "lpc" / "adaptation.json").write_text('{"scores": {}}')
+    with pytest.raises(ConfigError, match=r"found results in .*json without their checkpoint and pairs, as earlier"):
         adapt([checkpoints["expected"]], file, output=str(tmp_path), names=["lpc"])
 
 
