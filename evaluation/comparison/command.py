@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,12 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.scored_pairs import remarks
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, scores
 from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS
-from lpc_lightning.evaluation.comparison.comparison import compare, holds_no_other_model, to_markdown, write_comparison
+from lpc_lightning.evaluation.comparison.comparison import (
+    compare,
+    holds_no_other_results,
+    to_markdown,
+    write_comparison,
+)
 from lpc_lightning.evaluation.comparison.model_scores import ModelScores, scores_of
 from lpc_lightning.evaluation.comparison.one_model import describe, evaluate_model
 from lpc_lightning.evaluation.comparison.request import EvalRequest
@@ -72,7 +77,7 @@ def evaluate(
     same settings are read and not computed again. If a folder has results of other settings, weights or preference
     pairs, it keeps them, and the new ones go to NAME-2. Commands that run together keep their results apart. After an
     interruption or a failure, run the same command again to complete the results. With several models, the first is the
-    baseline of OUTPUT/comparison.md, .csv and .json, or of comparison-2 if those files compare other models. They have
+    baseline of OUTPUT/comparison.md, .csv and .json, or of comparison-2 if those files compare other results. They have
     the differences to the baseline and their significance: McNemar's exact test, or sign flips of items, or of whole
     prompts where preference pairs share one, corrected by Holm.
 
@@ -139,27 +144,26 @@ def evaluate(
     request.check()
     warn_of_slow_products(device_type(device), request.precision, PRECISION_ADVICE)
     model_scores, failures = list[ModelScores](), list[str]()
-    with _claim_comparison(Path(output), named_models) as comparison_name:
-        for number, (name, model) in enumerate(named_models, 1):
-            if number > 1:
-                _free_memory()
-            print(f"Model {number} of {len(named_models)}: {name} ({model})", flush=True)
-            try:
-                results, missing = evaluate_model(model, name, request, Path(output), again)
-            except Exception as error:  # any error: the other models are still evaluated
-                failures.append(f"{name}: {describe(error)}")
-                continue
-            failures += [f"{name}, {task}: {reason}" for task, reason in missing.items()]
-            print(f"\n{table(results)}\n", flush=True)
-            for sentence in remarks(results.record.get("tasks", {})):
-                print(f"{sentence}\n", flush=True)
-            for text in score_tables(results.record.get("tasks", {})).values():
-                print(f"{text}\n", flush=True)
-            model_scores.append(scores_of(name, results))
-        if len(model_scores) > 1:
-            if model_scores[0].name != named_models[0][0]:
-                print(f"{named_models[0][0]} has no results. The baseline is {model_scores[0].name}.")
-            _compare(model_scores, Path(output), comparison_name)
+    for number, (name, model) in enumerate(named_models, 1):
+        if number > 1:
+            _free_memory()
+        print(f"Model {number} of {len(named_models)}: {name} ({model})", flush=True)
+        try:
+            folder, results, missing = evaluate_model(model, name, request, Path(output), again)
+        except Exception as error:  # any error: the other models are still evaluated
+            failures.append(f"{name}: {describe(error)}")
+            continue
+        failures += [f"{name}, {task}: {reason}" for task, reason in missing.items()]
+        print(f"\n{table(results)}\n", flush=True)
+        for sentence in remarks(results.record.get("tasks", {})):
+            print(f"{sentence}\n", flush=True)
+        for text in score_tables(results.record.get("tasks", {})).values():
+            print(f"{text}\n", flush=True)
+        model_scores.append(scores_of(name, results, os.path.relpath(folder, output)))
+    if len(model_scores) > 1:
+        if model_scores[0].name != named_models[0][0]:
+            print(f"{named_models[0][0]} has no results. The baseline is {model_scores[0].name}.")
+        _compare(model_scores, Path(output))
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return not failures
@@ -198,17 +202,15 @@ def table(results: BenchmarkResults) -> str:
     return markdown_table(["task", "metric", "score", "items"], rows, left=2)
 
 
-def _claim_comparison(output: Path, named_models: Sequence[tuple[str, str]]) -> AbstractContextManager[str]:
-    """Return a context with the name for a comparison's files. A comparison of other models in the folder stays."""
-    if len(named_models) == 1:
-        return nullcontext("")
-    models = [name for name, _ in named_models]
-    return claim_name(output, "comparison", lambda name: holds_no_other_model(output / f"{name}.json", models))
-
-
-def _compare(model_scores: Sequence[ModelScores], output: Path, name: str) -> None:
+def _compare(model_scores: Sequence[ModelScores], output: Path) -> None:
+    """Write and print a comparison. One of other results in the folder stays."""
     comparison = compare(model_scores)
-    write_comparison(output, comparison, name)
+
+    def is_free(name: str) -> bool:
+        return holds_no_other_results(output / f"{name}.json", model_scores)
+
+    with claim_name(output, "comparison", is_free) as name:
+        write_comparison(output, comparison, name)
     print(to_markdown(comparison))
     print(f"\nWrote {output / f'{name}.md'}, .csv and .json.")
 

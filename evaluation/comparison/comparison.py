@@ -19,7 +19,7 @@ from lpc_lightning.files.markdown import markdown_table
 SIGNIFICANCE = 0.05
 """Significance level. Differences with a corrected p-value below it get a star."""
 TEST_NAMES = tuple(field.name for field in fields(PairedTest))
-NAMES = (*Measure._fields, "model", "baseline", "value", "stderr", *TEST_NAMES, "p_corrected", "note")
+NAMES = (*Measure._fields, "model", "baseline", "value", "stderr", *TEST_NAMES, "p_corrected", "note", "results")
 """Columns of the CSV file."""
 
 
@@ -54,6 +54,8 @@ class Comparison:
     """Cells sorted by measure, then by model, in the order of `models`."""
     remarks: tuple[str, ...] = ()
     """Sentences on single models, below the tables."""
+    folders: tuple[str, ...] = ()
+    """Folder of each model's results, as a path from the folder of the comparison."""
 
     def rows(self) -> Iterator[tuple[Measure, list[Cell]]]:
         """Yield each measure with its cells, one per model."""
@@ -77,7 +79,8 @@ def compare(models: Sequence[ModelScores]) -> Comparison:
     corrected = iter(holm([cell.test.p_value for cell in cells if cell.test]))
     corrected_cells = [replace(cell, p_corrected=next(corrected)) if cell.test else cell for cell in cells]
     remarks = tuple(f"{model.name}, {remark}" for model in models for remark in model.remarks)
-    return Comparison(tuple(model.name for model in models), tuple(corrected_cells), remarks)
+    names, folders = tuple(model.name for model in models), tuple(model.folder for model in models)
+    return Comparison(names, tuple(corrected_cells), remarks, folders)
 
 
 def _cell(measure: Measure, model: ModelScores, baseline: ModelScores) -> Cell:
@@ -162,6 +165,7 @@ def _difference(cell: Cell) -> list[str]:
 def to_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Return one flat dictionary per measure and model. Missing values are None."""
     no_test = dict.fromkeys(TEST_NAMES)
+    folders = dict(zip(comparison.models, comparison.folders, strict=True))
     return [
         {
             **cell.measure._asdict(),
@@ -172,15 +176,17 @@ def to_rows(comparison: Comparison) -> list[dict[str, Any]]:
             **(asdict(cell.test) if cell.test else no_test),
             "p_corrected": cell.p_corrected,
             "note": cell.note,
+            "results": folders[cell.model],
         }
         for cell in comparison.cells
     ]
 
 
-def holds_no_other_model(path: Path, models: Sequence[str]) -> bool:
-    """Return True if a comparison in a JSON file is of some of these models, or if there is no file."""
+def holds_no_other_results(path: Path, models: Sequence[ModelScores]) -> bool:
+    """Return True if a JSON file compares results of some of these models and folders, or if there is no file."""
+    ours = {(model.name, model.folder) for model in models}
     try:
-        return {row["model"] for row in json.loads(path.read_text(encoding="utf-8"))} <= set(models)
+        return {(row["model"], row["results"]) for row in json.loads(path.read_text(encoding="utf-8"))} <= ours
     except FileNotFoundError:
         return True
     except (OSError, ValueError, KeyError, TypeError):

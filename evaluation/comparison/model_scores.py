@@ -46,6 +46,8 @@ class ModelScores:
     """Prompt of each preference pair. Pairs of one prompt are tested together."""
     remarks: Sequence[str] = ()
     """Sentences on its pairs; see `remarks`."""
+    folder: str = ""
+    """Folder of the results, as a path from the folder of the comparison."""
 
 
 CONDITIONS = {
@@ -59,12 +61,13 @@ CONDITIONS = {
 """Entries of a task's record that must be equal in a comparison, with their names in notes."""
 
 
-def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
+def scores_of(name: str, results: BenchmarkResults, folder: str = "") -> ModelScores:
     """Convert a model's results for a comparison.
 
     Args:
         name: The model's name in the comparison.
         results: Results of `run_benchmarks` or `read_results`.
+        folder: Folder of the results, as a path from the folder of the comparison.
     """
     values_and_errors = {
         Measure(task, metric): value_and_error
@@ -96,6 +99,7 @@ def scores_of(name: str, results: BenchmarkResults) -> ModelScores:
         conditions=conditions_of(results.record, results.metrics),
         precision=results.origin.get(REQUEST, {}).get("precision"),
         remarks=remarks(results.record.get("tasks", {})),
+        folder=folder,
     )
 
 

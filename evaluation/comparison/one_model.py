@@ -41,7 +41,7 @@ SELF_EXPLAINING_ERRORS = (ConfigError, DataError, CheckpointError, UnsupportedPo
 
 def evaluate_model(
     model: str, name: str, request: EvalRequest, output: Path, again: bool = False
-) -> tuple[BenchmarkResults, dict[str, str]]:
+) -> tuple[Path, BenchmarkResults, dict[str, str]]:
     """Compute missing results of a model. Each part is written as soon as it is computed.
 
     Args:
@@ -52,8 +52,8 @@ def evaluate_model(
         again: Compute results again even if they exist.
 
     Returns:
-        All results of the model under these settings, including earlier ones; and by task, the reason for each missing
-        result.
+        The folder of the results; all results of the model under these settings, including earlier ones; and by task,
+        the reason for each missing result.
 
     Raises:
         CheckpointError, UnsupportedPolicyError, ConfigError: The model cannot be opened.
@@ -61,12 +61,12 @@ def evaluate_model(
     """
     if holds_results(model):
         stored_results = read_stored(Path(model))
-        return stored_results, stored_results.failures
+        return Path(model), stored_results, stored_results.failures
     evaluation = _Evaluation(model, name, request, request.key(model))
     output.mkdir(parents=True, exist_ok=True)
     versions = {each.task: each.content for each in request.pairs()}
     with claim_folder(output, name, evaluation.key, versions) as (folder, stored):
-        return evaluation.complete(folder, stored, again)
+        return folder, *evaluation.complete(folder, stored, again)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from scipy import stats
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.comparison.command import name_models
+from tests.evaluation.conftest import write_rows
 from tests.fixtures.commands import Command
 
 
@@ -48,6 +49,27 @@ def test_models_are_compared_by_item(
     assert evaluate(*folders, "--names", "base", "other").code == 0
     assert (tmp_path / "results" / "comparison.md").read_text() == text
     assert "other" in (tmp_path / "results" / "comparison-2.md").read_text()
+
+
+@pytest.mark.slow
+def test_comparison_of_other_results_stays(evaluate: Command, plain: str, checkpoint: Path, tmp_path: Path) -> None:
+    """The names of the models are equal, and their pairs are not."""
+    folder = tmp_path / "results"
+    for name, count in (("a", 6), ("b", 7)):
+        rows = [{"prompt": f"{name}{n}", "chosen": "yes", "rejected": "no " * n + "no"} for n in range(count)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    flags = [plain, checkpoint, "--tasks=none", "--names", "base", "ours"]
+    assert evaluate(*flags, "--preferences", tmp_path / "a.jsonl").code == 0
+    first = {path.name: path.read_bytes() for path in folder.glob("comparison.*")}
+    assert evaluate(*flags, "--preferences", tmp_path / "b.jsonl").code == 0
+    assert {path.name: path.read_bytes() for path in folder.glob("comparison.*")} == first
+    second = json.loads((folder / "comparison-2.json").read_text())
+    assert {(row["model"], row["results"]) for row in second} == {("base", "base-2"), ("ours", "ours-2")}
+    # The first command again: its results are read, and its comparison is the same.
+    outcome = evaluate(*flags, "--preferences", tmp_path / "a.jsonl")
+    assert "comparison.md, .csv and .json" in outcome.out
+    assert {path.name: path.read_bytes() for path in folder.glob("comparison.*")} == first
+    assert not (folder / "comparison-3.md").exists()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 from lpc_lightning.evaluation.comparison.comparison import (
     Comparison,
     compare,
-    holds_no_other_model,
+    holds_no_other_results,
     to_markdown,
     write_comparison,
 )
@@ -214,14 +214,15 @@ def test_write_comparison_files_agree(small: Comparison, tmp_path: Path) -> None
         assert row["p_value"] == (cell.test.p_value if cell.test else None)
 
 
-def test_a_comparison_of_other_models_stays(small: Comparison, tmp_path: Path) -> None:
-    path = tmp_path / "comparison.json"
-    assert holds_no_other_model(path, ["base"])
-    write_comparison(tmp_path, small)
-    assert holds_no_other_model(path, ["another", *small.models])
-    assert not holds_no_other_model(path, ["base", "better"])
+def test_a_comparison_of_other_results_stays(small: Comparison, tmp_path: Path) -> None:
+    path, models = tmp_path / "comparison.json", [ModelScores(name, {}, folder=name) for name in small.models]
+    assert holds_no_other_results(path, models[:1])
+    write_comparison(tmp_path, replace(small, folders=small.models))
+    assert holds_no_other_results(path, [ModelScores("another", {}), *models])
+    assert not holds_no_other_results(path, models[:2])
+    assert not holds_no_other_results(path, [*models[:-1], replace(models[-1], folder="other-2")])
     path.write_text("notes")
-    assert not holds_no_other_model(path, small.models)
+    assert not holds_no_other_results(path, models)
 
 
 def test_missing_numbers_are_null_in_json(tmp_path: Path) -> None:
