@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lpc_lightning.data import DataError, PreferenceDataModule, PreferenceMixture
+from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.data.preference_data import StageRows
 from lpc_lightning.data.sources.locations import HubDataset, open_location
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.data.sources.splits import pair_rank
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.inference.run_data import data_of_run
+from lpc_lightning.inference.run_data import data_files, data_name, data_of_run, difference, recorded_rows
 from lpc_lightning.types import PreferenceExample
 
 KEY = "trained_on"
@@ -22,24 +22,35 @@ KEY = "trained_on"
 def training_pairs(origin: Mapping[str, Any]) -> frozenset[int] | None:
     """Return hashes of the training pairs of the run that wrote a policy, whatever their labels.
 
+    A line is printed if other pairs than those of the run are found in their place.
+
     Args:
         origin: Result of `checkpoint_origin`, or `training.json` of an exported folder under the key `training`.
 
     Returns:
-        None if they cannot be known here: no data is recorded, its files are gone, it is from a hub, or
-        `data_of_run` refuses it.
+        None if they cannot be known here: no data or no digest of its pairs is recorded, its files are gone or have
+        changed, it is from a hub, or `data_of_run` refuses it.
     """
-    settings = origin.get("training", origin).get("data")
-    if settings is None:
+    origin = origin.get("training", origin)
+    recorded = recorded_rows(origin, "train")
+    if origin.get("data") is None or recorded is None:
         return None
+    report = DataReport()
     try:
-        data = data_of_run(settings)
-        if any(_is_on_hub(rows) for rows in _rows(data)):
+        data = data_of_run(origin)
+        if any(_is_on_hub(rows) for rows in data_files(data)):
             return None
         source = data.source("train")
-        return None if source is None else frozenset(_hash(example) for example in source.read(DataReport()))
+        pairs = None if source is None else frozenset(_hash(example) for example in source.read(report))
     except (ConfigError, DataError, OSError, ValueError):
         return None
+    if report.rows == recorded:
+        return pairs
+    print(
+        f"The training data {data_name(data, 'train')} has changed, or is another one: "
+        f"{difference(report.rows, recorded)}. Whether scored pairs are training pairs is not known."
+    )
+    return None
 
 
 def count_trained(scored: PreferenceDataModule, trained: frozenset[int]) -> int:
@@ -73,16 +84,9 @@ def overlaps(records: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _rows(data: PreferenceDataModule) -> list[StageRows]:
-    """Return the files of a data module, those of each data set of a mixture."""
-    parts = list(data.sources.values()) if isinstance(data, PreferenceMixture) else [data]
-    return [part for part in parts if isinstance(part, StageRows)]
-
-
 def _is_on_hub(rows: StageRows) -> bool:
-    """Return whether a path is a hub name. Nothing is looked up there."""
-    paths = rows.path.values() if isinstance(rows.path, dict) else [rows.path]
-    return any(isinstance(open_location(path, rows.config), HubDataset) for path in paths)
+    """Return whether the training path is a hub name. Nothing is looked up there."""
+    return isinstance(open_location(rows.place("train"), rows.config), HubDataset)
 
 
 def _hash(example: PreferenceExample) -> int:

@@ -452,12 +452,13 @@ class PreferenceModule(PolicyModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the trained weights, the template, and the state of the run: its position, length and warm start."""
+        """Store the trained weights, the template, a record of the data, and the state of the run."""
         self._losses.check_all_devices(self.device)
         super().on_save_checkpoint(checkpoint)
         store_position(self.trainer, checkpoint)
         if (data := preference_data(self.trainer)) is not None:
             checkpoint["template"] = data.template_settings._asdict()
+            checkpoint |= {"data_folder": data.folder, "data_rows": data.rows}
         checkpoint["run_length"] = run_length(self.trainer)
         if self.warm_start_result is not None:
             checkpoint["warm_start"] = self.warm_start_result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -153,6 +154,8 @@ class PreferenceDataModule(LightningDataModule):
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pairs: dict[Stage, TokenStore] = {}
         self.reports: dict[Stage, DataReport] = {}
+        self.folder = ""
+        """Working directory of the run, from which relative paths were read. Empty before a run."""
         self._noise: LabelNoise | None = None
         self._swaps: np.ndarray | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -243,9 +246,15 @@ class PreferenceDataModule(LightningDataModule):
         """Open the tokens, and report to the log and the loggers how many rows were kept, dropped or cut."""
         if stage == "fit":  # a validation after the fit may score training pairs with their labels
             self._noise = self._swaps = None
+        self.folder = os.getcwd()
         for name in STAGES[stage]:
             if self.load(name, require_part(self._tokenizer)) is not None:
                 self._report(name)
+
+    @property
+    def rows(self) -> dict[Stage, dict[str, int | str]]:
+        """Number and digest of the pairs of each stage that has been loaded, if its source counts them."""
+        return {stage: report.rows for stage, report in self.reports.items() if report.selected}
 
     def _report(self, stage: Stage) -> None:
         assert self.trainer is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -102,6 +103,18 @@ class StageRows:
         self.validation_share, self.validation_by = validation_share, validation_by
         self._mapped_splits: dict[Stage, str | None] = {}
         self._split_column_checked = False
+
+    def place(self, stage: Stage) -> Place:
+        """Return the path that a stage reads: its own, or that of training, from which its rows are held out."""
+        return self.path.get(stage, self.path["train"]) if isinstance(self.path, dict) else self.path
+
+    def read_from(self, folder: str) -> None:
+        """Make relative paths those of another working directory if there are files. Nothing has been read yet."""
+        self.path = (
+            {stage: _moved(place, folder) for stage, place in self.path.items()}
+            if isinstance(self.path, dict)
+            else _moved(self.path, folder)
+        )
 
     def _check_mapping(self, paths: Mapping[str, Any]) -> None:
         known = ("train", "validation", "test")
@@ -204,6 +217,14 @@ def _expanded(path: str | list[str], setting: str) -> Place:
     if isinstance(path, list | tuple):
         return tuple(expand_path(_text(each, setting), setting) for each in path)
     return expand_path(_text(path, setting), setting)
+
+
+def _moved(place: Place, folder: str) -> Place:
+    """Return files and patterns of a folder, those that exist there."""
+    if isinstance(place, tuple):
+        return tuple(str(_moved(each, folder)) for each in place)
+    moved = os.path.join(folder, os.path.expanduser(place))
+    return moved if os.path.exists(moved) or (glob.has_magic(place) and glob.glob(moved, recursive=True)) else place
 
 
 def _text(path: Any, setting: str) -> str:

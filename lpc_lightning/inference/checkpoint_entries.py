@@ -31,6 +31,8 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "training_data": dict,
     "run_length": dict,
     "template": dict,
+    "data_folder": str,
+    "data_rows": dict,
     "position": dict,
     "warm_start": dict,
     "code_range": float,

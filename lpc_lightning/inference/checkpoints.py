@@ -163,6 +163,8 @@ def checkpoint_origin(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         "training_pairs": checkpoint.get("training_data", {}).get("pairs"),
         "template": checkpoint.get("template"),
         "data": config.get("data"),
+        "data_folder": checkpoint.get("data_folder"),
+        "data_rows": checkpoint.get("data_rows"),
         "trainer": {name: value for name, value in (config.get("trainer") or {}).items() if name in TRAINER},
     }
 

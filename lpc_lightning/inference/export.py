@@ -106,6 +106,7 @@ def export(
     plain: Any = trained_adapter(module) if adapter else plain_model(module, template)
     if dtype != "auto":
         plain.to(getattr(torch, dtype))
+    del origin["data_folder"]  # a folder of this machine
     origin["path"] = str(Path(checkpoint).absolute().relative_to(run_folder(Path(checkpoint)).parent))
     weights = next(weight for name, weight in plain.named_parameters() if not adapter or ".lora_" in name)
     origin["dtype"] = str(weights.dtype).removeprefix("torch.")

@@ -50,14 +50,15 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_data_of_run_imports_nothing(name: str) -> None:
     with pytest.raises(ConfigError, match=r"found data settings that cannot be used .*foreign_pairs has not been impo"):
-        data_of_run(SETTINGS[name])
+        data_of_run({"data": SETTINGS[name]})
     assert "foreign_pairs" not in sys.modules
 
 
 def test_data_of_run_with_imported_class(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("foreign_pairs")
     monkeypatch.setitem(sys.modules, "foreign_pairs", module)  # forgotten after the test
-    assert type(data_of_run({"class_path": FOREIGN, "init_args": {"train_pairs": 3}})) is module.Pairs
+    settings = {"class_path": FOREIGN, "init_args": {"train_pairs": 3}}
+    assert type(data_of_run({"data": settings})) is module.Pairs
 
 
 def test_texts_of_template_arguments_stay_texts() -> None:
@@ -65,4 +66,4 @@ def test_texts_of_template_arguments_stay_texts() -> None:
     arguments: dict[str, Any] = {text: text for text in texts}
     arguments |= {"nested": dict(arguments), "list": [*texts, [*texts]], "values": [False, None, 2024, 1.5]}
     settings = {"class_path": "lpc_lightning.data.SyntheticPreferences", "init_args": {"template_kwargs": arguments}}
-    assert data_of_run(settings).template_settings.arguments == arguments
+    assert data_of_run({"data": settings}).template_settings.arguments == arguments

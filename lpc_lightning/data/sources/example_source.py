@@ -28,7 +28,11 @@ class ExampleSource(Protocol):
         ...
 
     def read(self, report: DataReport) -> Iterator[PreferenceExample]:
-        """Yield the examples, and count every row in `report`."""
+        """Yield the examples, and count every row in `report`.
+
+        Also count every example by `DataReport.count_pair`. Otherwise a later command cannot find out whether it reads
+        the examples of a run again, and does not use them.
+        """
         ...
 
 
@@ -71,6 +75,7 @@ class RowSource:
             lowest = first_held_out(ranks, self.held_out_share)
         for example, forms in self._examples(report):
             if self._is_selected(example, lowest):
+                report.count_pair(example)
                 report.count_selected(forms, (name for name in example.meta if name != self.split_column))
                 yield with_name(example, self.columns.named_in_prompt)
             else:
@@ -156,4 +161,6 @@ class ExamplesInMemory:
 
     def read(self, report: DataReport) -> Iterator[PreferenceExample]:
         """See `ExampleSource.read`."""
-        return report.counting(self.examples)
+        for example in report.counting(self.examples):
+            report.count_pair(example)
+            yield example

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from lpc_lightning.data.sources.rows import BadRow
+from lpc_lightning.types import PreferenceExample
 
 T = TypeVar("T")
 
@@ -49,6 +51,15 @@ class DataReport:
     """Number of selected pairs with a column that has no purpose, by column."""
     absent: list[str] = field(default_factory=list)
     """Settings of `Columns` with the name of a column in which no row has a value."""
+    selected: int = 0
+    """Number of selected pairs, before the length policy drops any. 0 for a source that does not count them."""
+    content: int = 0
+    """Sum of the hashes of the selected pairs. It does not depend on their order."""
+
+    @property
+    def rows(self) -> dict[str, int | str]:
+        """Number and digest of the selected pairs, which differ if other pairs were read. See `count_pair`."""
+        return {"pairs": self.selected, "digest": f"{self.content:064x}"}
 
     def counting(self, rows: Iterable[T]) -> Iterator[T]:
         """Yield the same rows, and count each as read."""
@@ -88,6 +99,13 @@ class DataReport:
         """Count one kept pair whose text the template changed."""
         self.changed[change] = self.changed.get(change, 0) + 1
 
+    def count_pair(self, example: PreferenceExample) -> None:
+        """Count one selected pair with its texts, its label, its factor and its annotator, as in the data."""
+        content = [example.prompt, example.chosen, example.rejected, example.factor, example.annotator]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+        self.selected += 1
+        self.content = (self.content + int.from_bytes(digest, "big")) % 2**256
+
     def count_selected(self, forms: Iterable[str], meta: Iterable[str]) -> None:
         """Count one selected pair with its special forms and its columns without a purpose."""
         for counts, names in ((self.forms, forms), (self.meta, meta)):
@@ -113,6 +131,8 @@ class DataReport:
             forms=_sum(self.forms, other.forms),
             meta=_sum(self.meta, other.meta),
             absent=list(dict.fromkeys([*self.absent, *other.absent])),
+            selected=self.selected + other.selected,
+            content=(self.content + other.content) % 2**256,
         )
 
     def metrics(self) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.data import DataError, PreferenceData
 from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
-from lpc_lightning.evaluation.accuracy.training_overlap import training_pairs
 from lpc_lightning.evaluation.comparison.command import evaluate
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.policy import PretrainedPolicy, TinyPolicy
@@ -212,44 +210,3 @@ def test_evaluation_counts_pairs_of_training(
     records = json.loads((tmp_path / "results" / "one" / "results.json").read_text())["tasks"]
     assert [records[f"preferences-{name}"]["trained_on"] for name in files] == [trained, 0]
     assert f"\none, {sentence}\n\ntwo, {sentence}\n" in (tmp_path / "results" / "comparison.md").read_text()
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        None,
-        {"class_path": "lpc_lightning.data.PreferenceData", "init_args": {"path": "gone.jsonl"}},
-        {"class_path": "lpc_lightning.data.PreferenceData", "init_args": {"path": "someone/pairs"}},
-        {"class_path": "lpc_lightning.data.PreferenceData", "init_args": {"path": "${UNSET_FOLDER}/pairs.jsonl"}},
-        {"class_path": "lpc_lightning.data.PreferenceData", "init_args": {"unknown": 3}},
-        {"class_path": "antigravity.Pairs"},
-        {"class_path": "lpc_lightning.data.PreferenceMixture", "init_args": {"sources": [{"class_path": "this.It"}]}},
-    ],
-    ids=str,
-)
-def test_training_pairs_are_unknown(data: dict[str, Any] | None, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("UNSET_FOLDER", raising=False)
-    assert training_pairs({"data": data}) is None
-    assert not {"antigravity", "this"} & set(sys.modules)
-
-
-def test_training_pairs_of_each_kind_of_data(file: Path) -> None:
-    """Those of the file's own split, of both data sets of a mixture, and built-in ones."""
-    kinds: dict[str, tuple[dict[str, Any], int]] = {
-        "PreferenceData": ({"path": str(file), "validation_share": 0.0}, 12),
-        "PreferenceMixture": (
-            {
-                "sources": [
-                    {"name": split, "path": str(file), "train_split": split, "validation_share": 0.0}
-                    for split in ("train", "test")
-                ]
-            },
-            19,
-        ),
-        "SyntheticPreferences": ({"train_pairs": 5}, 5),
-    }
-    for name, (settings, number) in kinds.items():
-        found = training_pairs({"data": {"class_path": f"lpc_lightning.data.{name}", "init_args": settings}})
-        assert found is not None
-        assert len(found) == number
