@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli.function_command import run_function
-from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data import DataError, PreferenceDataModule
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.preferences import evaluate_pairs
@@ -23,7 +23,6 @@ from lpc_lightning.files.output_paths import check_folder, claim_output_folder, 
 from lpc_lightning.inference.checkpoints import (
     checkpoint_origin,
     read_checkpoint,
-    run_config,
     run_folder,
     trained_template,
 )
@@ -31,7 +30,7 @@ from lpc_lightning.inference.generate import conditions
 from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_module, short_name, view_module
 from lpc_lightning.inference.prompts import text_prompt
-from lpc_lightning.inference.run_data import data_of_run
+from lpc_lightning.inference.run_data import data_name, data_of_run, difference, read_rows, recorded_rows
 from lpc_lightning.policy.precision import TRAINER_PRECISION, WEIGHTS_TYPE, Precision, resolve_precision
 
 MOST_ANSWERS = 8
@@ -100,8 +99,8 @@ def explain(
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
 
     Raises:
-        ConfigError: A latent has no codes, a setting is out of range or has no effect, or files of another checkpoint
-            would be replaced.
+        ConfigError: A latent has no codes, a setting is out of range or has no effect, the validation pairs of the run
+            have changed, or files of another checkpoint would be replaced.
         DataError: There are no such pairs.
     """
     for name, value, least in (
@@ -125,7 +124,7 @@ def explain(
         with claim_output_folder(folder, "output"):
             data: PreferenceDataModule
             if preferences is None:
-                data = _run_data(Path(path))
+                data = _run_data(Path(path), origin)
                 data.eval_batch_size = batch_size or data.eval_batch_size
             else:
                 data = PairsFile(preferences, batch_size=batch_size or 8, **settings)
@@ -183,20 +182,39 @@ def _codes(module: PreferenceModule, path: str) -> Tensor:
     return space.codes
 
 
-def _run_data(path: Path) -> PreferenceDataModule:
+def _run_data(path: Path, origin: Mapping[str, Any]) -> PreferenceDataModule:
     """Make the data of the run that wrote a checkpoint.
 
+    Args:
+        path: The checkpoint.
+        origin: Result of `checkpoint_origin`.
+
     Raises:
-        ConfigError: The run has no config with data, or its data cannot be made here.
+        ConfigError: The run has no config with data, or its data cannot be made here, or its validation pairs are not
+            those of the fit. A checkpoint of an earlier version has no record of them, and any are taken.
+        DataError: The data cannot be read.
     """
-    settings = run_config(path).get("data")
+    config = run_folder(path) / "config.yaml"
     expected = "Give a file of pairs: --preferences pairs.jsonl."
-    if not settings:
+    if not origin["data"]:
         raise ConfigError(f"preferences: found no config.yaml with data in {run_folder(path)}. {expected}")
     try:
-        return data_of_run(settings)
+        data = data_of_run(origin)
     except ConfigError as error:
-        raise ConfigError(f"preferences: {run_folder(path)}/config.yaml: {error}. {expected}") from error
+        raise ConfigError(f"preferences: {config}: {error}. {expected}") from error
+    if (recorded := recorded_rows(origin, "validation")) is None:
+        return data
+    advice = f"Run the command in the folder of the fit ({origin['data_folder']}) with its files. {expected}"
+    try:
+        found = read_rows(data, "validation")
+    except DataError as error:
+        raise DataError(f"preferences: {config}: {error} {advice}") from error
+    if found != recorded:
+        raise ConfigError(
+            f"preferences: {config} names {data_name(data, 'validation')}, in which the validation pairs have changed, "
+            f"or which is another file: {difference(found, recorded)}. {advice}"
+        )
+    return data
 
 
 def _used_codes(explanation: Explanation) -> list[int]:

@@ -22,6 +22,7 @@ from lpc_lightning.files.output_paths import claim_output_folder
 from lpc_lightning.inference.generation import Condition, Decoding, answers
 from lpc_lightning.inference.opening import open_policy, short_name
 from lpc_lightning.inference.prompts import text_prompt
+from tests.fixtures.commands import LATENT, MODEL, POLICY, TRAINER, assert_one_error, run_command
 
 pytestmark = pytest.mark.slow
 
@@ -172,6 +173,50 @@ def test_explain_a_file_with_answers(runs: dict[str, Path], tmp_path: Path) -> N
     expected = next(answers(opened, [text_prompt("How?")], [Condition("prior"), Condition("code 2", 2)], Decoding(4)))
     assert [each["text"] for each in content["answered"]["answers"]] == [each.text for each in expected.answers]
     assert "## One prompt under each code: How?" in written.with_suffix(".md").read_text()
+
+
+FROM_FILE = ["fit", *POLICY, *MODEL, *LATENT, *TRAINER, "--data=PreferenceData", "--data.path=pairs.jsonl"]
+FROM_FILE += ["--data.batch_size=4", "--callbacks+=lpc_lightning.callbacks.CodeExplanations"]
+
+
+def write_pairs(folder: Path, numbers: range) -> Path:
+    folder.mkdir()
+    rows = ({"prompt": f"Say {n}.", "chosen": "yes", "rejected": "no"} for n in numbers)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_explain_refuses_pairs_of_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fit with a relative path, and another folder that has another file of that name."""
+    elsewhere, project = write_pairs(tmp_path / "else", range(30, 90)), write_pairs(tmp_path / "project", range(40))
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.chdir(project)
+    lpc_lightning(FROM_FILE)
+    run = project / "runs" / "version_0"
+    at_the_end = {name: (run / name).read_bytes() for name in ("codes.md", "codes.json")}
+    monkeypatch.chdir(elsewhere)
+    explain([checkpoint(run)], output="explained", **FAST)  # the pairs of the fit, which are still there
+    (explained_there,) = Path("explained").glob("*/codes.json")
+    assert json.loads(explained_there.read_text())["pairs"] == json.loads(at_the_end["codes.json"])["pairs"]
+
+    moved = project.rename(tmp_path / "moved")
+    run = moved / "runs" / "version_0"
+    output = run_command(capsys, "explain", checkpoint(run), "--device=cpu")
+    pattern = (
+        r"preferences: .*version_0/config\.yaml names pairs\.jsonl, in which .*: found \d+ (other )?pairs, expected "
+    )
+    assert_one_error(output, rf"{pattern}.* Run the command in the folder of the fit \({project}\) .*--preferences")
+    Path("pairs.jsonl").unlink()
+    gone = run_command(capsys, "explain", checkpoint(run), "--device=cpu")
+    assert_one_error(
+        gone, r"preferences: .*config\.yaml: There is no file .*pairs\.jsonl.* Run the command in the folder"
+    )
+    assert {name: (run / name).read_bytes() for name in at_the_end} == at_the_end
+    monkeypatch.chdir(moved)
+    explain([checkpoint(run)], **FAST)
+    assert (run / "codes.json").read_bytes() != at_the_end["codes.json"]
 
 
 @pytest.mark.parametrize("name", ["gaussian", "plain"])
