@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from lpc_lightning.data.sources.rows import DataError, entry_of
+from lpc_lightning.data.sources.rows import DataError, entry_of, label_text
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.types import PreferenceExample
 
@@ -102,7 +102,7 @@ class ByAnnotator(FlipOrder):
             if not 0 <= share <= 1:
                 raise ConfigError(f"order.shares: found {share} for {name}, expected a probability between 0 and 1.")
         # YAML has numbers as keys. Cells of the column `annotator` are texts.
-        self.shares, self.others = {str(name): share for name, share in shares.items()}, others
+        self.shares, self.others = {label_text(name): share for name, share in shares.items()}, others
 
     @property
     def annotators(self) -> Collection[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -31,10 +32,20 @@ def is_missing(cell: Any) -> bool:
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
+WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,15}))\.0+")
+"""A whole number in the form of pandas for a column that lacks a value, as in CSV files."""
+
+
 def label_text(cell: Any) -> str:
-    """Return a label as text, empty if it is missing. A column of whole numbers that lacks one has 3.0 for 3."""
+    """Return a label as text, empty if it is missing. Return `3` for 3.0, as a number or as a text.
+
+    Tables have 3.0 for 3 in a column of whole numbers that lacks one. In CSV files this is a text.
+    """
     if is_missing(cell):
         return ""
+    whole = WHOLE.fullmatch(cell) if isinstance(cell, str) else None
+    if whole is not None:
+        return str(int(whole[1]))
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 

@@ -14,7 +14,7 @@ from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.report import DataReport
-from lpc_lightning.data.sources.rows import BadRow, DataError
+from lpc_lightning.data.sources.rows import BadRow, DataError, label_text
 from lpc_lightning.data.sources.splits import split_names
 
 ROWS = [
@@ -253,6 +253,35 @@ def test_missing_numbers_of_a_table(tmp_path):
     ]  # fmt: skip
     assert report.other_splits == {}
     assert split_names(open_location(path)) == {"train"}
+
+
+def test_whole_numbers_of_csv_and_parquet(tmp_path):
+    """pandas writes integers as 3.0 if the column lacks one. Cells of CSV are texts."""
+    numbers = [3, -2, 0, 123456789012345]
+    table = pd.DataFrame(
+        {
+            "prompt": [f"p{n}" for n in range(5)], "chosen": "3.0", "rejected": "b", "split": [1, 1, 1, 1, math.nan],
+            **{name: [*numbers, math.nan] for name in ("annotator", "factor", "source", "id")},
+        }
+    )  # fmt: skip
+    table.to_csv(tmp_path / "gaps.csv", index=False)
+    table.to_parquet(tmp_path / "gaps.parquet")
+    table.iloc[:4].convert_dtypes().to_csv(tmp_path / "whole.csv", index=False)
+    assert (tmp_path / "gaps.csv").read_text().count(",3.0,") > (tmp_path / "whole.csv").read_text().count(",3.0,")
+    found = {
+        name: [
+            (each.annotator, each.factor, each.source, each.id, each.chosen)
+            for each in RowSource(str(tmp_path / name), split="1").read(DataReport())
+        ]
+        for name in ("gaps.csv", "gaps.parquet", "whole.csv")
+    }
+    expected = [(*[str(number)] * 4, "3.0") for number in numbers]
+    assert found == dict.fromkeys(found, expected)
+
+
+@pytest.mark.parametrize("text", ["3.10", "3.05", "v3.0", "3.0.0", "03.0", "1e3", "3.", ".0", "٣.0", "9" * 5000 + ".0"])
+def test_labels_that_are_no_whole_numbers(text):
+    assert label_text(text) == text
 
 
 @pytest.mark.parametrize(
