@@ -53,7 +53,8 @@ class LabelFlipNoise(LabelNoise, Callback):
     that kind. If a policy memorizes noise, its `flipped/accuracy_true` falls. Under a latent with a posterior, z of a
     training step depends on the label.
 
-    The run folder gets `label_noise.json`: settings, reached rate, and ids of the flipped pairs.
+    The run folder gets `label_noise.json`: settings, reached rate, ids of the flipped pairs, and the names of
+    unreliable annotators (`UnreliableAnnotators`).
     """
 
     def __init__(
@@ -89,6 +90,10 @@ class LabelFlipNoise(LabelNoise, Callback):
         self._seed = plain(seed)
         self._metrics = NoiseMetrics()
         self._kinds: list[str] = []
+        self._annotators: set[str] = set()
+        """Annotators of the pairs that may be flipped, of all data sets, if the order chooses annotators."""
+        self._unreliable: set[str] = set()
+        """Those whose pairs may be flipped."""
 
     @property
     def seed(self) -> int:
@@ -108,7 +113,11 @@ class LabelFlipNoise(LabelNoise, Callback):
         draws = np.array([draw(self.seed, examples[index]) for index in indices])
         flips = np.zeros(len(examples), dtype=bool)
         if indices:  # a data set of a mixture may have none
-            flips[indices] = self.order.thresholds([examples[index] for index in indices], draws, self.seed) < self.rate
+            eligible = [examples[index] for index in indices]
+            flips[indices] = self.order.thresholds(eligible, draws, self.seed) < self.rate
+            if (unreliable := self.order.unreliable(eligible, self.rate, self.seed)) is not None:
+                self._unreliable |= unreliable
+                self._annotators |= {each.annotator for each in eligible if each.annotator}
         return flips
 
     def _may_flip(self, example: PreferenceExample) -> bool:
@@ -136,6 +145,7 @@ class LabelFlipNoise(LabelNoise, Callback):
             return
         data = required_data(trainer, "callbacks: found LabelFlipNoise", "Other data takes no label noise.")
         self._refuse_unknown(data.pairs["train"])
+        self._annotators, self._unreliable = set(), set()
         data.set_label_noise(self)
         self._metrics.to(pl_module.device)
         self._metrics.reset()  # a run that was interrupted leaves a part of a step
@@ -146,7 +156,15 @@ class LabelFlipNoise(LabelNoise, Callback):
         self._kinds = [
             kind for kind, members in zip(KINDS, (~pairs.flipped, pairs.flipped), strict=True) if members.any()
         ]
-        rank_zero_info(f"{self.key()}: {len(flipped)} of {len(pairs)} training pairs flipped.")
+        chosen: dict[str, Any] = {}
+        of_annotators = ""
+        if self._annotators:
+            chosen = {"annotators": len(self._annotators), "unreliable_annotators": sorted(self._unreliable)}
+            of_annotators = (
+                f", of {len(self._unreliable)} unreliable annotators among {len(self._annotators)} (the share "
+                f"{self.rate}, rounded up)"
+            )
+        rank_zero_info(f"{self.key()}: {len(flipped)} of {len(pairs)} training pairs flipped{of_annotators}.")
         folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
@@ -159,6 +177,7 @@ class LabelFlipNoise(LabelNoise, Callback):
             "marker": self.marker,
             "pairs": len(pairs),
             "flipped": len(flipped),
+            **chosen,
             "data": pairs.fingerprint,
             "indices": [row.index for row in rows],
             "ids": [row.id for row in rows],

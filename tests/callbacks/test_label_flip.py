@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.callbacks import LabelFlipNoise
-from lpc_lightning.data import DataError, SyntheticPreferences
-from lpc_lightning.data.noise import ByAnnotator, FlipOrder
+from lpc_lightning.data import DataError, PreferenceData, SyntheticPreferences
+from lpc_lightning.data.noise import ByAnnotator, FlipOrder, UnreliableAnnotators
 from lpc_lightning.data.noise.label_noise import MarkedSource
 from lpc_lightning.data.noise.markers import MARK
 from lpc_lightning.data.sources.report import DataReport
@@ -127,6 +127,34 @@ def test_only_training_labels_change(run: Any, cache: Path, tmp_path: Path) -> N
     assert [names[index] for index in record["indices"]] == flipped
     sources = {example.id: example.source for example in data(cache).source("train").examples}  # type: ignore[union-attr]
     assert record["sources"] == [sources[name] for name in flipped]
+    assert "unreliable_annotators" not in record
+
+
+@pytest.mark.parametrize("marker", [None, "[FLIP]"])
+def test_record_of_unreliable_annotators(marker: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first two of four annotators, 0.3 of four rounded up, have all labels wrong. Pair 0 has no annotator."""
+    rows = [
+        {"prompt": f"Say {n}.", "chosen": "yes", "rejected": "no", "annotator": f"worker {n % 4}" if n else None}
+        for n in range(17)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    noise = LabelFlipNoise(rate=0.3, order=UnreliableAnnotators(wrong=1.0), seed=5, marker=marker)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=1, logger=CSVLogger(tmp_path, name="", version="run"), callbacks=[noise],
+        enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=1,
+    )  # fmt: skip
+    pairs = PreferenceData(str(path), validation_share=0.0, test_split=None, cache_dir=str(tmp_path / "cache"))
+    with caplog.at_level("INFO"):
+        trainer.fit(DPO(policy=TinyPolicy(width=16, layers=1, heads=2)), datamodule=pairs)
+    record = json.loads((tmp_path / "run" / "label_noise.json").read_text())
+    names = record["unreliable_annotators"]
+    assert len(names) == 2
+    assert record["annotators"] == 4
+    assert {rows[index]["annotator"] for index in record["indices"]} == set(names)
+    assert (
+        "8 of 17 training pairs flipped, of 2 unreliable annotators among 4 (the share 0.3, rounded up)." in caplog.text
+    )
 
 
 def test_caches_are_shared_by_all_rates(run: Any, cache: Path) -> None:

@@ -36,6 +36,16 @@ class FlipOrder(ABC):
         """Annotators that the settings name. Each of them must have a training pair."""
         return ()
 
+    def unreliable(self, examples: Sequence[PreferenceExample], rate: float, seed: int = 0) -> set[str] | None:
+        """Return the annotators whose pairs may be flipped at a rate. None if the rate chooses pairs, not annotators.
+
+        Args:
+            examples: The pairs that may be flipped.
+            rate: The noise rate.
+            seed: Seed of further random numbers.
+        """
+        return None
+
     def key(self) -> str:
         """Return name and settings in one line."""
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
@@ -118,8 +128,9 @@ class ByAnnotator(FlipOrder):
 class UnreliableAnnotators(FlipOrder):
     """Whole annotators are unreliable. `rate` is the share of annotators whose labels are wrong or random.
 
-    Each annotator's place in a random order depends only on the seed and the annotator's name. An annotator who is
-    unreliable at one rate is also unreliable at every higher rate. Pairs without an annotator are never flipped.
+    The number of these annotators is rounded up: 2 of 4 at rate 0.3. Each annotator's place in a random order depends
+    only on the seed and the annotator's name. An annotator who is unreliable at one rate is also unreliable at every
+    higher rate. Pairs without an annotator are never flipped.
     """
 
     def __init__(self, wrong: float = 0.5) -> None:
@@ -139,6 +150,16 @@ class UnreliableAnnotators(FlipOrder):
         Raises:
             DataError: No pair has an annotator.
         """
+        rank = self._ranks(examples, seed)
+        ranks = np.array([rank.get(pair.annotator, np.inf) for pair in examples])
+        return np.where(draws < self.wrong, ranks, np.inf)
+
+    def unreliable(self, examples: Sequence[PreferenceExample], rate: float, seed: int = 0) -> set[str]:
+        """See `FlipOrder.unreliable`."""
+        return {name for name, rank in self._ranks(examples, seed).items() if rank < rate}
+
+    def _ranks(self, examples: Sequence[PreferenceExample], seed: int) -> dict[str, float]:
+        """Return the place of each annotator in a random order, divided by their number."""
         names = sorted({pair.annotator for pair in examples if pair.annotator})
         if not names:
             raise DataError(
@@ -146,9 +167,7 @@ class UnreliableAnnotators(FlipOrder):
                 " Set data.columns.annotator to its name, or choose another order."
             )
         order = sorted(names, key=lambda name: hashlib.sha256(json.dumps([seed, name]).encode()).digest())
-        rank = {name: place / len(names) for place, name in enumerate(order)}
-        ranks = np.array([rank.get(pair.annotator, np.inf) for pair in examples])
-        return np.where(draws < self.wrong, ranks, np.inf)
+        return {name: place / len(names) for place, name in enumerate(order)}
 
 
 def _read_score(example: PreferenceExample, column: str) -> float:
