@@ -115,6 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except SIGTERMException:
         sys.exit(143)
+    except KeyboardInterrupt:  # Lightning ends a fit and other passes over pairs itself
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
 
 
 def _usage(arguments: list[str], known: dict[str, Command]) -> None:

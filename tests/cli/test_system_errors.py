@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lpc_lightning.cli.commands import COMMANDS, Command
 from lpc_lightning.cli.system_errors import FILES, MEMORY, PERMISSION, PLACE, SPACE, THREADS, explain_system_error
 from tests.fixtures.commands import run_command
 
@@ -118,3 +119,13 @@ def test_command_under_limits_ends_in_one_line(
     assert len(outcome.err.splitlines()) == 1
     assert outcome.errors[0].endswith((SPACE, FILES))
     assert str(tmp_path) in outcome.errors[0] or outcome.errors[0].endswith(FILES)
+
+
+def test_interrupted_command_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "interrupt", Command(interrupt, "a command that is stopped by Ctrl-C"))
+    assert run_command(capsys, "interrupt") == (130, "", "Stopped.\n")
