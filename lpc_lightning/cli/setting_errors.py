@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pkgutil import resolve_name
 
 from jsonargparse import ArgumentParser
+from torch.optim import Optimizer
 
 from lpc_lightning.files.yaml_files import SUFFIXES
 
@@ -180,8 +181,11 @@ def _unknown_setting(message: str) -> str | None:
     name = None if found is None else _class(message, found)
     if found is None or name is None:
         return None
-    settings = ArgumentParser(exit_on_error=False).add_class_arguments(resolve_name(name), fail_untyped=False)
-    names = [each for each in settings if each not in FOLDERS]  # a group is set by its own flag
+    kind = resolve_name(name)
+    settings = ArgumentParser(exit_on_error=False).add_class_arguments(kind, fail_untyped=False)
+    # A group is set by its own flag, and the module gives an optimizer its parameters.
+    is_optimizer = isinstance(kind, type) and issubclass(kind, Optimizer)
+    names = [each for each in settings if each not in FOLDERS and not (is_optimizer and each == "params")]
     near = _near(found[1], names)
     expected = f"did you mean {near[0]}?" if near else f"expected {_one_of(names)}."
     place = _place(message, found)

@@ -24,6 +24,11 @@ STOPPING = ["--callbacks+=lightning.pytorch.callbacks.EarlyStopping"]
         ([*TEMPERATURE, "--latent.tau.stop=1"], "latent.tau.stop: Cosine has no setting stop, expected one of start, "),
         (["--model.optimizer.lrr=1"], "model.optimizer.lrr: AdamW has no setting lrr, did you mean lr?"),
         (
+            ["--model.optimizer.learning=1"],
+            "model.optimizer.learning: AdamW has no setting learning, expected one of lr",
+        ),
+        (["--model.optimizer.param=1"], "model.optimizer.param: AdamW has no setting param, expected one of lr, "),
+        (
             [*STOPPING, "--callbacks.monitr=x"],
             "callbacks.monitr: EarlyStopping has no setting monitr, did you mean mon",
         ),
