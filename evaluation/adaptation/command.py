@@ -115,23 +115,23 @@ def adapt(
     open_file = partial(
         PairsFile, limit=limit, columns=columns, bad_rows=bad_rows, batch_size=batch_size, max_length=max_length
     )
-    read = {
-        "preferences": os.path.abspath(preferences),
-        "split": split,
-        "labelled_split": labelled_split,
-        "annotator_column": annotator_column,
-        "limit": limit,
-        "pairs_fingerprint": open_file(preferences, split=split).content,
-        "labelled_fingerprint": labelled_split and open_file(preferences, split=labelled_split).content,
-    }
-    paths = {name: os.path.abspath(path) for name, path in named}
-    origins = {
-        name: {"checkpoint": path, "weights_fingerprint": weights_fingerprint(path), **read}
-        for name, path in paths.items()
-    }
     computed = resolve_precision(precision, device)
     scoring = _Scoring(preferences, open_file, collector, labelled_split, under_z, TRAINER_PRECISION[computed])
     with claim_output_folder(Path(output), "output"):
+        read = {
+            "preferences": os.path.abspath(preferences),
+            "split": split,
+            "labelled_split": labelled_split,
+            "annotator_column": annotator_column,
+            "limit": limit,
+            "pairs_fingerprint": open_file(preferences, split=split).content,
+            "labelled_fingerprint": labelled_split and open_file(preferences, split=labelled_split).content,
+        }
+        paths = {name: os.path.abspath(path) for name, path in named}
+        origins = {
+            name: {"checkpoint": path, "weights_fingerprint": weights_fingerprint(path), **read}
+            for name, path in paths.items()
+        }
         check_origins(Path(output), origins, [TABLE])
         reports: dict[str, AdaptationReport] = {}
         overlaps: list[str] = []
