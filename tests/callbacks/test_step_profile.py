@@ -17,7 +17,7 @@ from lpc_lightning.callbacks import StepProfile
 from lpc_lightning.callbacks.step_parts import PARTS, covered
 from lpc_lightning.data import SyntheticPreferences
 from lpc_lightning.latent import GumbelSpace, LatentSpace, MarginalSpace
-from lpc_lightning.policy import TinyPolicy, causal, logprobs
+from lpc_lightning.policy import LoRA, TinyPolicy, causal, logprobs
 
 SLOW = 0.05
 """Seconds by which a part is slowed down: far more than all of a tiny step takes."""
@@ -106,6 +106,20 @@ def test_slow_parts_are_named(
     table = capsys.readouterr().out
     assert "| head backward " in table
     assert "GPU idle" not in table
+
+
+def test_backward_pass_of_a_frozen_head_is_named(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head under adapters computes its gradient in the forward pass. What remains has a part of its own."""
+    real = logprobs._FrozenHeadLogps.backward
+
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        time.sleep(SLOW)
+        return real(ctx, grad)
+
+    monkeypatch.setattr(logprobs._FrozenHeadLogps, "backward", staticmethod(backward))
+    adapted = TinyPolicy(width=16, layers=1, heads=2, lora=LoRA(rank=2))
+    profile, _ = fit(DPO(policy=adapted), StepProfile(2, 3))
+    assert {part for part, seconds in profile.seconds.items() if seconds >= SLOW} == {"head backward"}
 
 
 @pytest.mark.slow
