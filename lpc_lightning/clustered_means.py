@@ -37,10 +37,8 @@ def standard_error(values: ArrayLike, clusters: ArrayLike | None = None) -> floa
         The standard error, or None for a single cluster.
     """
     samples = np.asarray(values, dtype=float)
-    added = _deviations(samples, range(len(samples)) if clusters is None else clusters)
-    if len(added) < 2:
-        return None
-    return float((np.square(added).sum() * len(added) / (len(added) - 1)) ** 0.5)
+    variance = _variance(_deviations(samples, range(len(samples)) if clusters is None else clusters))
+    return None if variance is None else variance**0.5
 
 
 def deviations(values: ArrayLike, clusters: ArrayLike) -> dict[str, float]:
@@ -64,6 +62,11 @@ def _deviations(samples: NDArray[np.float64], clusters: ArrayLike) -> NDArray[np
     return sums / np.maximum(len(samples) - sizes, 1) * (len(sizes) - 1) / len(sizes)
 
 
+def _variance(added: NDArray[np.float64]) -> float | None:
+    """Compute the variance of a mean from the deviations of its clusters. None for a single cluster."""
+    return float(np.square(added).sum() * len(added) / (len(added) - 1)) if len(added) > 1 else None
+
+
 def shares(clusters: ArrayLike) -> dict[str, float]:
     """Return the share of the values that each cluster has.
 
@@ -81,6 +84,11 @@ class ClusterScores(NamedTuple):
     """See `deviations`, by the name of the cluster."""
     shares: Mapping[str, float]
     """See `shares`."""
+
+    @property
+    def variance(self) -> float | None:
+        """Square of `standard_error`. None for a single cluster."""
+        return _variance(np.array(list(self.deviations.values())))
 
     def minus(self, other: ClusterScores) -> ClusterScores:
         """Return what each cluster adds to the difference of two means. A cluster of one of them adds its part."""

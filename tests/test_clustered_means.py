@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from lpc_lightning.clustered_means import (
+    cluster_scores,
     cluster_sums,
     degrees_of_freedom,
     deviations,
@@ -46,6 +47,8 @@ def test_standard_error_by_hand() -> None:
     mean, without = 2.75 / 6, (0.75 / 4, 1 / 3, 3.75 / 5)
     expected = sqrt(2 / 3 * sum((mean - each) ** 2 for each in without))
     assert standard_error(VALUES, CLUSTERS) == pytest.approx(expected, rel=1e-12)
+    assert cluster_scores(VALUES, CLUSTERS).variance == pytest.approx(expected**2, rel=1e-12)
+    assert cluster_scores([1.0, 2.0], ["a", "a"]).variance is None
     added = {name: 2 / 3 * (mean - each) for name, each in zip("abc", without, strict=True)}
     assert deviations(VALUES, CLUSTERS) == pytest.approx(added, rel=1e-12)
     assert deviations([1.0, 2.0], ["a", "a"]) == {"a": 0.0}

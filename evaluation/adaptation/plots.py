@@ -79,9 +79,8 @@ def score_estimate(score: Score) -> Estimate:
 
 
 def _variance(clusters: ClusterScores) -> Shared:
-    """Return the variance of one mean over its clusters; see `clustered_means.standard_error`."""
+    """Return the variance of one mean over its clusters. It is unknown for fewer than `MIN_PROMPTS`."""
     count = len(clusters.deviations)
     if count < MIN_PROMPTS:
         return Shared(None, count)
-    variance = count / (count - 1) * sum(added**2 for added in clusters.deviations.values())
-    return Shared(variance, count, freedom=degrees_of_freedom(clusters.shares.values()))
+    return Shared(clusters.variance, count, freedom=degrees_of_freedom(clusters.shares.values()))

@@ -113,12 +113,12 @@ def test_labels_are_shuffled_between_prompts() -> None:
     assert seen == {(x[0], y[0], x[1], y[1], x[2]) for x, y in pairs}
 
 
-@pytest.mark.parametrize(("prompts", "most"), [(1, 0.05), (2, 0.05), (3, 0.05), (5, 0.05), (200, 0.05)])
-def test_chance_with_few_prompts(prompts: int, most: float) -> None:
+@pytest.mark.parametrize("prompts", [1, 2, 3, 5, 200])
+def test_chance_with_few_prompts(prompts: int) -> None:
     """Codes are the labels, drawn pair by pair: chance is that of shuffled pairs, however few prompts there are."""
     labels = np.random.default_rng(0).integers(8, size=600)
     chance = shuffled_information(labels, labels, np.arange(600) % prompts, seed=1)
-    assert chance == pytest.approx(shuffled_information(labels, labels, range(600), seed=1), abs=most)
+    assert chance == pytest.approx(shuffled_information(labels, labels, range(600), seed=1), abs=0.02)
     assert mutual_information(labels, labels) > 2
 
 
