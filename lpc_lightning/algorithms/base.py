@@ -273,21 +273,16 @@ class PreferenceModule(PolicyModule):
         data = preference_data(self.trainer)
         if data is None:
             return
-        shares = self.latent is not None and self.latent.annotators
-        of_several = {
-            "latent.annotators": shares,
-            "latent.diversity_weight": bool(getattr(self.latent, "diversity_weight", 0.0)),
-            f"model.robust_loss {type(self.robust_loss).__name__}": bool(
-                self.robust_loss and self.robust_loss.of_batch
-            ),
-        }
-        if data.batch_size == 1 and any(of_several.values()):
-            setting = next(name for name, is_set in of_several.items() if is_set)
+        of_batch = [] if self.latent is None else self.latent.settings_of_batch()
+        if self.robust_loss is not None and self.robust_loss.of_batch:
+            of_batch.append(f"model.robust_loss {type(self.robust_loss).__name__}")
+        if data.batch_size == 1 and of_batch:
             raise ConfigError(
-                f"data.batch_size: found 1 with {setting}, which compares the pairs of a batch, expected at least 2. "
-                "trainer.accumulate_grad_batches does not add pairs to a batch. Set data.batch_size, or leave that out."
+                f"data.batch_size: found 1 with {' and '.join(of_batch)}, for which the pairs of a batch are compared, "
+                "expected at least 2. trainer.accumulate_grad_batches does not add pairs to a batch. Set "
+                "data.batch_size, or leave the other setting out."
             )
-        if shares and not any(data.training_pairs.annotators):
+        if self.latent is not None and self.latent.annotators and not any(data.training_pairs.annotators):
             raise ConfigError(
                 f"latent.annotators: found true, and no annotator in {len(data.training_pairs)} training pairs, "
                 "expected a column `annotator`. Set data.columns.annotator to its name, or latent.annotators to false."

@@ -72,6 +72,11 @@ class DiscreteSpace(LatentSpace):
         self.codebook = Codebook(self.num_codes, width, self.init_logit_std, head)
         self.prior = Prior(width, self.num_codes, self.networks)
 
+    def settings_of_batch(self) -> list[str]:
+        """See `LatentSpace.settings_of_batch`. The diversity loss is of the mean prior of a batch."""
+        settings = super().settings_of_batch()
+        return [*settings, "latent.diversity_weight"] if self.diversity_weight else settings
+
     @property
     def codes(self) -> Tensor:
         """The codebook (K, d)."""

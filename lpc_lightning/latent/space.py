@@ -114,6 +114,10 @@ class LatentSpace(nn.Module, ABC):
         super()._apply(fn if self.narrow else at_least_float32(fn), *args, **kwargs)
         return self
 
+    def settings_of_batch(self) -> list[str]:
+        """Return the settings that compare the pairs of a batch, so that a batch needs several."""
+        return ["latent.annotators"] * self.annotators
+
     @abstractmethod
     def build(self, width: int, head: LogitHead) -> None:
         """Create the parameters for a policy of hidden width d = `width` with this LM head."""
