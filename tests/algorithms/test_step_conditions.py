@@ -37,7 +37,9 @@ def one_pair(tmp_path: Path) -> SyntheticPreferences:
 def test_settings_of_several_pairs_need_them(
     setting: str, one_pair: SyntheticPreferences, small_policy: Any, make_trainer: Any
 ) -> None:
-    message = rf"^data\.batch_size: found 1 with {setting}, for which .* expected at least 2\. .*accumulate_grad_batches"
+    message = (
+        rf"^data\.batch_size: found 1 with {setting}, for which .* expected at least 2\. .*accumulate_grad_batches"
+    )
     with pytest.raises(ConfigError, match=message):
         make_trainer(max_steps=1).fit(DPO(policy=small_policy(), **OF_SEVERAL[setting]()), datamodule=one_pair)
 
