@@ -108,10 +108,8 @@ def cluster_scores(values: ArrayLike, clusters: ArrayLike) -> ClusterScores:
     return ClusterScores(deviations(values, clusters), shares(clusters))
 
 
-def degrees_of_freedom(sizes: Iterable[float]) -> float:
-    """Return the degrees of freedom of a variance over clusters: their effective number minus 1, and at least 1.
-
-    The effective number is (sum_c n_c)^2 / sum_c n_c^2. It is the number of clusters if their sizes n_c are equal.
+def effective_number(sizes: Iterable[float]) -> float:
+    """Return the effective number of clusters, (sum_c n_c)^2 / sum_c n_c^2: their number if all sizes n_c are equal.
 
     Source: Kish 1965, "Survey Sampling", section 11.7.
 
@@ -119,4 +117,13 @@ def degrees_of_freedom(sizes: Iterable[float]) -> float:
         sizes: Size of each cluster, or its share. At least one is positive.
     """
     values = np.array(list(sizes))
-    return max(1.0, float(values.sum() ** 2 / np.square(values).sum()) - 1)
+    return float(values.sum() ** 2 / np.square(values).sum())
+
+
+def degrees_of_freedom(sizes: Iterable[float]) -> float:
+    """Return the degrees of freedom of a variance over clusters: their effective number minus 1, and at least 1.
+
+    Args:
+        sizes: Size of each cluster, or its share. At least one is positive.
+    """
+    return max(1.0, effective_number(sizes) - 1)

@@ -80,13 +80,16 @@ def _panels(study: Study, family: str, inference: str, shots: Sequence[int]) -> 
     if DATA not in study.axes:
         panels = spread_panels(study, study.groups, (), make)
         return {title: [*lines, *_majorities(study, study.groups, family, shots)] for title, lines in panels.items()}
-    members = {value: [group for group in study.groups if group.axes.get(DATA) == value] for value in study.axes[DATA]}
+    members: dict[str, list[Group]] = {f"{DATA} = {value}": [] for value in study.axes[DATA]}
+    for group in study.groups:
+        title = f"{DATA} = {group.axes[DATA]}" if DATA in group.axes else f"no axis {DATA}"
+        members.setdefault(title, []).append(group)
     by_data = {
-        f"{DATA} = {value}": [
+        title: [
             *(line for group in groups if (line := make(study.label(group, DATA), [group]))),
             *_majorities(study, groups, family, shots, DATA),
         ]
-        for value, groups in members.items()
+        for title, groups in members.items()
     }
     return {title: lines for title, lines in by_data.items() if lines}
 

@@ -148,6 +148,8 @@ def costs(subject: Subject) -> Drawn:
         "One point for each group: mean over seeds, with its 95 % interval. The table of time and memory "
         "explains how both are measured."
     )
+    if (drawn := sum(labels[id(group)] in styles for group, *_ in points)) < len(points):
+        caption += f" The first {drawn} of {len(points)} are shown."
     yield Plot(file_name(f"{metric}_cost"), title, figure, _describe(title, texts), caption)
 
 

@@ -18,6 +18,9 @@ TIE = 1e-9
 MIN_PROMPTS = 4
 """Smallest number of prompts, shared by the seeds, for which there is an interval. With two or three, a true null is
 rejected too often, and with one the variance between prompts is unknown."""
+MIN_EFFECTIVE = 1.5
+"""Smallest effective number of these prompts (see `clustered_means.effective_number`) for which there is an interval.
+Below it, one prompt has about 0.8 of the pairs or more, and the others do not show how it varies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class Shared:
 
     variance: float | None = 0.0
     """Estimate of the mean covariance between the scores of two seeds, at least 0. None: there are fewer prompts than
-    `MIN_PROMPTS`."""
+    `MIN_PROMPTS`, or effectively fewer than `MIN_EFFECTIVE`."""
     prompts: int = 0
     """Number of prompts that several seeds have."""
     on_record: bool = True
@@ -56,7 +59,7 @@ class Estimate:
     """Upper end of that interval. None in the same cases."""
     prompts: int = 0
     """Number of test prompts that several seeds share. The interval covers the choice of these prompts, too. There is
-    none for fewer than `MIN_PROMPTS`."""
+    none for fewer than `MIN_PROMPTS`, or effectively fewer than `MIN_EFFECTIVE`."""
     annotators: int = 0
     """Number of annotators that several seeds share, if the interval covers their choice, too."""
     over_seeds_alone: bool = False

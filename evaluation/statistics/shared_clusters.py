@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lpc_lightning.clustered_means import degrees_of_freedom
-from lpc_lightning.evaluation.statistics.seeds import MIN_PROMPTS, NOTHING_SHARED, Shared
+from lpc_lightning.clustered_means import degrees_of_freedom, effective_number
+from lpc_lightning.evaluation.statistics.seeds import MIN_EFFECTIVE, MIN_PROMPTS, NOTHING_SHARED, Shared
 
 
 def shared_variance(seeds: Sequence[Mapping[str, float]], sizes: Mapping[str, float] | None = None) -> Shared:
@@ -18,7 +18,8 @@ def shared_variance(seeds: Sequence[Mapping[str, float]], sizes: Mapping[str, fl
     With c_sp from `deviations` for seed s and cluster p, S seeds, and P clusters in a seed, it is
     P / (P - 1) sum_p ((sum_s c_sp)^2 - sum_s c_sp^2) / (S (S - 1)). It is 0 if no cluster is shared, as when each seed
     has data of its own. If all seeds have the same clusters, it is the variance that the clusters add to the mean. It
-    is None if a seed has fewer than `MIN_PROMPTS` clusters and shares one of them.
+    is None if a seed has fewer than `MIN_PROMPTS` clusters and shares one of them, or if a single cluster has most of
+    the pairs (`MIN_EFFECTIVE`).
 
     This is the closed form of resampling seeds, and whole prompts within them. With few seeds, percentiles of such
     resamples are too narrow; Student's quantile with the variance is not (see `estimate`).
@@ -38,10 +39,13 @@ def shared_variance(seeds: Sequence[Mapping[str, float]], sizes: Mapping[str, fl
     # A single one of many clusters adds little, and its variance has no degree of freedom.
     if len(shared) < 2:
         return NOTHING_SHARED
+    shared_sizes = [1.0 if sizes is None else sizes[name] for name in shared]
+    if effective_number(shared_sizes) < MIN_EFFECTIVE:
+        return Shared(None, len(shared))
     added = np.array([[seed.get(name, 0.0) for name in shared] for seed in seeds])
     covariance = (np.square(added.sum(0)) - np.square(added).sum(0)).sum() / (count * (count - 1))
-    freedom = degrees_of_freedom(1.0 if sizes is None else sizes[name] for name in shared)
-    return Shared(max(0.0, float(covariance)) * clusters / (clusters - 1), len(shared), freedom=freedom)
+    variance = max(0.0, float(covariance)) * clusters / (clusters - 1)
+    return Shared(variance, len(shared), freedom=degrees_of_freedom(shared_sizes))
 
 
 def with_annotators(prompts: Shared, annotators: Shared, both: Shared) -> Shared:

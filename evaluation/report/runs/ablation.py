@@ -12,6 +12,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+from lpc_lightning.data import DataError
 from lpc_lightning.evaluation.ablation.grids.axes import matches
 from lpc_lightning.evaluation.benchmarks.results import RESULTS
 from lpc_lightning.evaluation.report.runs.arguments import place_arguments
@@ -63,8 +64,17 @@ def _missing_cells(
 
 
 def load_cell(folder: Path) -> Loaded:
-    """Read `cell.json`, the logs of the cell's run, `results.json` if it exists, and what is known of the grid."""
+    """Read `cell.json`, the logs of the cell's run, `results.json` if it exists, and what is known of the grid.
+
+    Raises:
+        DataError: An earlier version has written the cell.
+    """
     cell = json.loads((folder / CELL).read_text(encoding="utf-8"))
+    if missing := {"places", "tuned", "weights"} - cell.keys():
+        raise DataError(
+            f"{folder / CELL}: found no entry {', '.join(sorted(missing))}: an earlier version has written the cell. "
+            "Remove its folder, or name the folders of the other cells one by one."
+        )
     axes, seed = split_seed(cell["axes"])
     run = folder / "run"
     logged = read_run(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -17,9 +17,6 @@ from lpc_lightning.evaluation.report.runs.ablation import ABLATION, CELL, load_a
 from lpc_lightning.evaluation.report.runs.evaluation import load_evaluation
 from lpc_lightning.evaluation.report.runs.fit import CONFIG, load_run
 from lpc_lightning.evaluation.report.runs.records import Loaded
-
-MAX_DEPTH = 4
-"""Levels of folders below a given one that are searched for runs."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +66,14 @@ def load_folders(paths: Sequence[str]) -> Loaded:
     return loaded
 
 
-def _find(path: Path, depth: int = 0) -> Iterator[tuple[Path, FolderKind]]:
+def _find(path: Path, above: Set[Path] = frozenset()) -> Iterator[tuple[Path, FolderKind]]:
+    """Yield the folders of results at and below a path. A link to a folder above itself is not followed."""
     kind = next((kind for kind in KINDS if (path / kind.marker).is_file()), None)
     if kind is not None:
         yield path, kind
-    elif path.is_dir() and depth < MAX_DEPTH:
+    elif path.is_dir() and (own := path.resolve()) not in above:
         for entry in sorted((entry for entry in path.iterdir() if entry.is_dir()), key=_by_number):
-            yield from _find(entry, depth + 1)
+            yield from _find(entry, above | {own})
 
 
 def _by_number(path: Path) -> tuple[str, int, str]:
@@ -87,6 +85,8 @@ def _by_number(path: Path) -> tuple[str, int, str]:
 def _load(kind: FolderKind, folder: Path) -> Loaded:
     try:
         return kind.load(folder)
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DataError(
             f"{folder}: {kind.marker} or a file beside it cannot be read ({type(error).__name__}: {error}), expected "

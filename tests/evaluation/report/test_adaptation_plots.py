@@ -109,6 +109,14 @@ def test_majority_labels_and_data_in_panels() -> None:
     assert "others' majority label: 0.700 throughout" in under_z.alt
 
 
+def test_groups_without_the_axis_data() -> None:
+    """A grid without the axis has a panel of its own."""
+    records = [run(name, 1, {"exact": [0.5] * 6}) for name in ("polis,floor", "dices,floor", "floor")]
+    (plot,) = plots(records)
+    assert isinstance(plot, Plot)
+    assert [axes.get_title() for axes in plot.figure.axes] == ["data = polis", "data = dices", "no axis data"]
+
+
 def test_labels_and_ceilings_that_differ() -> None:
     """Under label noise, majority labels are others. No ceiling is drawn that only some groups have."""
     records = [

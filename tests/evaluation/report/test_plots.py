@@ -219,6 +219,14 @@ def test_costs_panels(tmp_path: Path) -> None:
     assert "latent none, noise 0: 0.540, 5.4 s, 1.00 GiB" in plot.alt
 
 
+def test_costs_of_more_groups_than_styles(tmp_path: Path) -> None:
+    """A group with another value of a number shares the style of the others."""
+    records = grid(latent=[f"a{number}" for number in range(28)], noise=[0, 1])
+    assert "are shown" not in drawn(next(costs(subject(records))), tmp_path).caption
+    records = grid(latent=[f"a{number}" for number in range(31)], noise=[0, 1])
+    assert drawn(next(costs(subject(records))), tmp_path).caption.endswith("The first 56 of 62 are shown.")
+
+
 def test_draw_lists_plots_without_data() -> None:
     plots, others = draw(subject([run(1, 0.5, cost=False)]))
     assert [plot.name for plot in plots] == ["val_rewards_accuracies_means"]

@@ -66,6 +66,17 @@ def test_shared_variance_of_few_prompts() -> None:
     assert shared_variance([many, {"a": 0.1, "v": 0.1, "w": -0.1, "x": -0.1}]) == NOTHING_SHARED
 
 
+def test_shared_variance_of_one_large_prompt() -> None:
+    """It is unknown if one prompt has most pairs. 60, 10, 10 and 10 are effectively 90^2 / 3900 = 2.08 prompts."""
+    seed = {"a": 0.1, "b": -0.1, "c": 0.1, "d": -0.1}
+    for sizes, known in (((60, 10, 10, 10), True), ((100, 5, 5, 5), False), ((100, 1, 1, 1), False)):
+        shared = shared_variance([seed, seed], dict(zip(seed, sizes, strict=True)))
+        assert ((shared.variance is not None), shared.prompts) == (known, 4)
+    names = [f"prompt {number}" for number in range(10)]
+    seed = dict.fromkeys(names, 0.1)
+    assert shared_variance([seed, seed], dict(zip(names, (300, *[1] * 9), strict=True))) == Shared(None, 10)
+
+
 def test_shared_variance_equals_variance_components() -> None:
     """In a crossed design it is (the mean square of the prompts minus that of the residuals) / (seeds * prompts)."""
     scores = draw_scores(np.random.default_rng(0), 0.3, 1.0, 0.5)

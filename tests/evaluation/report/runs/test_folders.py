@@ -37,6 +37,21 @@ def by_name(records: list[RunRecord] | tuple[RunRecord, ...]) -> dict[str, RunRe
     return {record.name: record for record in records}
 
 
+# Any folder
+
+
+def test_folders_far_below(write_ablation: Callable[..., Path], tmp_path: Path) -> None:
+    """A link to a folder above itself is not followed."""
+    folder = write_ablation({"latent": ["none"]}, [1], lambda *cell: 0.5)
+    top = tmp_path / "top"
+    deep = top / "a/b/c/d/e/f"
+    deep.mkdir(parents=True)
+    folder.rename(deep / "grid")
+    (deep / "link").symlink_to(top, target_is_directory=True)
+    (record,) = load_folders([str(top)]).records
+    assert record.folder == deep / "grid/cells/latent=none,seed=1/run"
+
+
 # Ablations
 
 
@@ -64,6 +79,18 @@ def test_load_ablation(write_ablation: Callable[..., Path]) -> None:
     assert (failed.status, failed.error, failed.counted) == ("failed", error, False)
     missing = records["latent=marginal,seed=2"]
     assert (missing.axes, missing.seed, missing.status) == ({"latent": "marginal"}, 2, "missing")
+
+
+def test_cell_of_earlier_version(write_ablation: Callable[..., Path]) -> None:
+    """The error names the cell's file, and not the whole ablation."""
+    folder = write_ablation({"latent": ["none"]}, [1, 2], lambda *cell: 0.5)
+    path = folder / "cells/latent=none,seed=2/cell.json"
+    cell = json.loads(path.read_text())
+    del cell["places"]
+    path.write_text(json.dumps(cell))
+    with pytest.raises(DataError, match="found no entry places: an earlier version") as caught:
+        load_folders([str(folder)])
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,23 @@ def test_report_of_pairs_of_one_prompt(write_ablation: Callable[..., Path], tmp_
     assert {entry.why for entry in left_out} == {f"{metric}: all pairs have one prompt; an interval needs 4"}
 
 
+def test_report_of_one_large_prompt(write_ablation: Callable[..., Path]) -> None:
+    """Of 104 pairs, 100 have the same prompt: five prompts, effectively 1.08."""
+    folder = write_ablation({"latent": ["none"]}, [1, 2, 3], lambda latent, seed: 0.6)
+    for path in (folder / "cells").iterdir():
+        write_pairs(path, [1.0] * 52 + [-1.0] * 52, ["the same"] * 100 + list("abcd"))
+        results = json.loads((path / "results.json").read_text())
+        results["metrics"][METRIC] = 0.5
+        (path / "results.json").write_text(json.dumps(results))
+    study = make_study(load_folders([str(folder)]).records)
+    (entry,) = study.left_out([METRIC])
+    assert entry == (
+        "all runs",
+        "no interval",
+        f"{METRIC}: one of 5 prompts has most of the pairs; an interval needs pairs of more prompts",
+    )
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_interval_covers_shared_prompts(write_ablation: Callable[..., Path], tmp_path: Path, shared: bool) -> None:
     """Seeds agree in which prompts are right, so that only the choice of prompts matters."""
