@@ -57,11 +57,13 @@ def write_results(folder: Path, results: BenchmarkResults, origin: Mapping[str, 
         origin: The evaluated model, as JSON values.
 
     Returns:
-        The path of `results.json`. The file is strict JSON: numbers that are not finite become null.
+        The path of `results.json`. The file is strict JSON: numbers that are not finite become null. It names
+        its folder, so that the evaluated run is found from there when both have been moved.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_pieces(folder / ITEMS, (_json(item) + "\n" for item in results.items))
     content = {"origin": origin, "metrics": results.metrics, "failures": results.failures, **results.record}
+    content["folder"] = str(folder.absolute())
     path = folder / RESULTS
     write_text(path, _json(content, indent=1) + "\n")
     return path
@@ -70,6 +72,7 @@ def write_results(folder: Path, results: BenchmarkResults, origin: Mapping[str, 
 def read_results(folder: Path) -> BenchmarkResults:
     """Read the files of `write_results`. A metric that is null becomes NaN."""
     content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    content.pop("folder", None)
     with (folder / ITEMS).open(encoding="utf-8") as file:
         items = [json.loads(line) for line in file]
     for item in items:

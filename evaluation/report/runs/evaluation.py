@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from lpc_lightning.inference.checkpoints import run_folder
 
 
 def load_evaluation(folder: Path) -> Loaded:
-    """Read a model's `results.json`: the metrics of each task as `TASK/METRIC`, without standard errors."""
+    """Read a model's `results.json`: the metrics of each task as `TASK/METRIC`, without standard errors.
+
+    A run that is no longer in its place is looked for at the same relative path from the results, as after both were
+    moved or copied together.
+    """
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     origin = results["origin"]
     request = origin.get("request") or {}
@@ -33,6 +38,14 @@ def load_evaluation(folder: Path) -> Loaded:
         conditions |= {metric: {**by_task[task], **of_model} for metric in named}
     name = str(origin.get("name") or folder.name)
     facts = {"versions": results.get("packages"), "settings": results.get("settings"), "git": results.get("git")}
-    run = run_folder(Path(model)) if is_run else None
+    run = _find_run(run_folder(Path(model)), folder, results.get("folder")) if is_run else None
     measurement = Measurement(name, metrics, run, folder, origin.get("seed"), conditions)
     return Loaded(measurements=(measurement,), origins=(RunProvenance(f"evaluate {name}", facts=facts),))
+
+
+def _find_run(run: Path, folder: Path, folder_before: str | None) -> Path:
+    """Return the folder of a run: its recorded one, or if that is gone, the one in the same place from the results."""
+    if run.exists() or folder_before is None:
+        return run
+    moved = folder / os.path.relpath(run, folder_before)
+    return moved if moved.exists() else run

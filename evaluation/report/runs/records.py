@@ -166,8 +166,8 @@ def join_measurements(
     A measurement without a run becomes a record with the axis `model`.
 
     Returns:
-        The records, and a note for each metric that was measured twice with different values: the run, the status
-        `repeated`, and the folder whose value is used.
+        The records, and notes with the name of a run, a status and a reason. `repeated`: a metric was measured twice
+        with different values. `no run`: the measured run is not among the records.
     """
     joined = list(records)
     indices = {record.folder.resolve(): index for index, record in enumerate(records) if record.folder is not None}
@@ -178,6 +178,12 @@ def join_measurements(
     for measured in measurements:
         index = None if measured.run is None else indices.get(measured.run.resolve())
         if index is None:
+            if measured.run is not None:
+                reason = (
+                    f"found no run in {measured.run}: {measured.folder} stands in a group of its own. Give the run its "
+                    "old place, or measure it again"
+                )
+                notes.append((measured.name, "no run", reason))
             axes = {"model": as_value(measured.name)}
             record = RunRecord(measured.name, axes, measured.seed, folder=measured.folder, metrics=measured.metrics)
             own_folder = dict.fromkeys(measured.metrics, measured.folder)

@@ -42,7 +42,8 @@ def test_results_round_trip(results, tmp_path) -> None:
     assert path == tmp_path / "deep" / "folder" / "results.json"
     assert read_results(path.parent) == dataclasses.replace(results, origin={"path": "a.ckpt"})
     content = json.loads(path.read_text())
-    assert list(content) == ["origin", "metrics", "failures", "tasks", "settings", "seconds"]
+    assert list(content) == ["origin", "metrics", "failures", "tasks", "settings", "seconds", "folder"]
+    assert content["folder"] == str(path.parent)
     assert {file.name for file in path.parent.iterdir()} == {"results.json", "items.jsonl"}
 
 
