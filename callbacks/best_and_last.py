@@ -70,7 +70,8 @@ class BestAndLast(ModelCheckpoint):
         if not (self.best_model_path or _is_trial(trainer)):
             rank_zero_info(
                 "checkpoint: this run had no validation, so that there is no best.ckpt. Use last.ckpt. For a best one, "
-                "set trainer.limit_val_batches above 0, and data.validation_share above 0 or data.validation_split."
+                "set trainer.limit_val_batches above 0, and give the data validation pairs: data.validation_share or "
+                "data.validation_split, for the built-in data data.validation_pairs."
             )
 
     def state_dict(self) -> dict[str, Any]:

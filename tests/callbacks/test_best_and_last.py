@@ -73,6 +73,7 @@ def test_last_without_validation(fitted: Callable[..., Trainer], caplog: pytest.
     trainer = fitted(BestAndLast("val/score"), max_steps=3, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0)
     assert step_of(folder_of(trainer) / "last.ckpt") == 3
     assert caplog.text.count(NO_BEST) == 1
+    assert "for the built-in data data.validation_pairs" in caplog.text
     assert not (folder_of(trainer) / "best.ckpt").exists()
 
 

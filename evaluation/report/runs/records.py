@@ -18,6 +18,12 @@ FINISHED, MISSING, UNKNOWN = "finished", "missing", "unknown"
 PRECISION = "precision"
 OPTIONAL = (WEIGHTS, PRECISION)
 """Conditions that are compared where they are known: a plain model has no kind of weights."""
+SCORED_PAIRS = {
+    "callbacks.PreferenceAccuracy.training_pairs": "val/training/",
+    "callbacks.PreferenceAccuracy.by": "/(others)",
+    "callbacks.PreferenceAccuracy.most": "/(others)",
+}
+"""Settings that decide which pairs a metric with this part in its name is over. They have no influence on others."""
 COUNTED = (FINISHED, UNKNOWN)
 """Statuses of runs whose metrics are in the tables. A run of unknown status is also listed as such."""
 
@@ -224,11 +230,13 @@ def check_conditions(records: Sequence[RunRecord], metrics: Sequence[str]) -> No
     for metric in metrics:
         having = [record for record in records if metric in record.metrics and record.counted]
         firsts: dict[str, tuple[RunRecord, Any]] = {}
-        conditions = dict.fromkeys(name for record in having for name in record.conditions.get(metric, {}))
-        for name, record in product(conditions, having):
-            own = record.settings.get(name) if name in OPTIONAL else None
+        of_metric = [name for name, part in SCORED_PAIRS.items() if part in metric]
+        names = dict.fromkeys([*of_metric, *(name for record in having for name in record.conditions.get(metric, {}))])
+        for name, record in product(names, having):
+            is_optional = name in OPTIONAL or name in of_metric
+            own = record.settings.get(name) if is_optional else None
             value = record.conditions.get(metric, {}).get(name, own)
-            if is_without_influence(name) or (name in OPTIONAL and value is None):
+            if (name not in of_metric and is_without_influence(name)) or (is_optional and value is None):
                 continue
             # The first record that has the condition, if it is optional.
             first, expected = firsts.setdefault(name, (record, value))

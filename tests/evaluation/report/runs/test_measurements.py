@@ -195,6 +195,18 @@ def test_test_on_other_pairs() -> None:
             check_conditions(records, ["test/loss"])
 
 
+def test_runs_that_score_other_pairs() -> None:
+    """The number of training pairs matters to their metrics alone. A run without settings is compared with all."""
+    metric = "val/training/gold_accuracy/prior"
+    name = "callbacks.PreferenceAccuracy.training_pairs"
+    metrics = {metric: 0.5, "test/loss": 0.5}
+    runs = [RunRecord(f"of {count}", settings={name: count}, metrics=metrics) for count in (512, 8)]
+    check_conditions([*runs, RunRecord("plain", metrics=metrics)], ["test/loss"])
+    check_conditions([runs[0], RunRecord("plain", metrics=metrics)], [metric])
+    with pytest.raises(ConfigError, match=f"measured with {name} 512 for of 512 and 8 for of 8, expected equal"):
+        check_conditions(runs, [metric])
+
+
 def test_join_measurements_measured_twice(runs: Path, tmp_path: Path) -> None:
     checkpoint = str(next(runs.glob("version_1/checkpoints/*.ckpt")))
     paths = [str(write_evaluation(tmp_path / name, checkpoint, score)) for name, score in (("a", 0.4), ("b", 0.5))]
