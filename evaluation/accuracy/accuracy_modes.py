@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lpc_lightning.algorithms.metrics import PairMeans, accuracies
 from lpc_lightning.algorithms.outputs import EvaluationOutput
-from lpc_lightning.evaluation.accuracy.mode_margins import LengthScale, mode_margins
+from lpc_lightning.evaluation.accuracy.mode_margins import LengthScale, mode_margins, shuffle_partners
 from lpc_lightning.evaluation.accuracy.pair_table import PairTable, Row, pair_labels
 from lpc_lightning.evaluation.accuracy.scored_modes import LENGTH_MATCHED, LENGTH_RATIO, ScoredPairs
 from lpc_lightning.latent import LatentSpace
@@ -70,16 +70,13 @@ class AccuracyModes(nn.Module):
         self.headline = PairMeans()
 
     def update(self, evaluated: EvaluationOutput, batch: PreferenceBatch, space: LatentSpace | None) -> None:
-        """Add a batch. See `mode_margins` for the arguments."""
-        margins = mode_margins(evaluated, space, self.scales)
+        """Add a batch. See `mode_margins` for `evaluated` and `space`."""
+        partners = shuffle_partners(batch.prompts)
+        margins = mode_margins(evaluated, space, partners, self.scales)
         self.headline.update({"accuracy/prior": accuracies(margins["prior"]), "margin/prior": margins["prior"]})
-        unshuffled = "no_latent" in margins and "shuffled" not in margins
-        if unshuffled:
-            names = ["shuffled", *(f"shuffled/{name}" for name in self.scales)]
-            margins |= dict.fromkeys(names, torch.full_like(margins["prior"], torch.nan))
-        self.table.update(
-            dict(sorted(margins.items())), [{**row, "unshuffled": unshuffled} for row in pair_labels(batch)]
-        )
+        unshuffled = ["shuffled" in margins and partner is None for partner in partners]
+        rows = [{**row, "unshuffled": each} for row, each in zip(pair_labels(batch), unshuffled, strict=True)]
+        self.table.update(dict(sorted(margins.items())), rows)
 
     def reset(self) -> None:
         """Remove all pairs."""

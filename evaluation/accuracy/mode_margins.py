@@ -1,11 +1,11 @@
-"""Margins of the same pairs under several choices of z: prior, posterior, none, and another pair's.
+"""Margins of the same pairs under several choices of z: prior, posterior, none, and another prompt's.
 
 `docs/accuracy_modes.md` explains the modes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -52,8 +52,30 @@ LENGTH_SCALES: dict[str, LengthScale] = {"summed": summed, "per_token": per_toke
 """Rewards without and with length normalization, for every algorithm."""
 
 
+def shuffle_partners(prompts: Sequence[str]) -> list[int | None]:
+    """Return for each pair of a batch the pair whose z it gets in mode `shuffled`. None if all have its prompt.
+
+    It is the first pair with another prompt, counted backwards and in a circle from the pair half a batch before. Pairs
+    of the same prompt have the same z of the prior, and validation puts them next to each other.
+
+    Args:
+        prompts: `PreferenceBatch.prompts`.
+    """
+    size = len(prompts)
+    return [
+        next(
+            (other for back in range(size) if prompts[other := (row - size // 2 - back) % size] != prompt),
+            None,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+
+
 def mode_margins(
-    evaluated: EvaluationOutput, space: LatentSpace | None, scales: Mapping[str, LengthScale] | None = None
+    evaluated: EvaluationOutput,
+    space: LatentSpace | None,
+    partners: Sequence[int | None],
+    scales: Mapping[str, LengthScale] | None = None,
 ) -> dict[str, Tensor]:
     """Compute the margin of each pair in every mode of the space, from one backbone pass.
 
@@ -65,7 +87,7 @@ def mode_margins(
     - `marginal`: log sum_k p_k exp(-l_k) of the labelled pair, minus that of the pair with the opposite label. l_k is
       the algorithm's loss, without the label noise of a robust loss.
     - `no_latent`: z = 0.
-    - `shuffled`: z of another pair of the batch. Absent if the batch has a single pair.
+    - `shuffled`: z of another prompt of the batch. NaN for pairs without a partner.
 
     A loss that infers whether labels are correct (REPO) adds the key `LABEL_CORRECT`, the posterior that each label is
     correct. With a codebook, it is the exact posterior that sums out the code.
@@ -73,6 +95,7 @@ def mode_margins(
     Args:
         evaluated: The return value of `validation_step` or `test_step`.
         space: The module's latent space, or None.
+        partners: `shuffle_partners` of the batch.
         scales: Further scales of the answers' log-probabilities, by name (see `LENGTH_SCALES`). None: the algorithm's
             own only.
 
@@ -92,10 +115,9 @@ def mode_margins(
         margins[LABEL_CORRECT] = terms.pairs.label_correct if summed_out is None else summed_out
     if terms.z is None:
         return margins
-    zs: dict[str, Tensor | None] = {"no_latent": None}
-    if terms.z.shape[0] > 1:
-        # Shift by half a batch, not by one: neighbours often have the same prompt, and thus the same z.
-        zs["shuffled"] = terms.z.roll(terms.z.shape[0] // 2, dims=0)
+    # Also computed if no pair has a partner: with sharded weights, all devices must run the same passes.
+    rows = [row if partner is None else partner for row, partner in enumerate(partners)]
+    zs: dict[str, Tensor | None] = {"no_latent": None, "shuffled": terms.z[rows]}
     if space is not None:
         swapped_states = PairStates(prompt=states.prompt, chosen=states.rejected, rejected=states.chosen)
         z, swapped_z = space.posterior_z(states, score), space.posterior_z(swapped_states, score.swapped())
@@ -108,6 +130,9 @@ def mode_margins(
     for mode, z in zs.items():
         pairs, logps = score.under(z)
         margins |= {mode: pairs.margins} | ({} if mode == SWAPPED else under_scales(mode, logps))
+    alone = torch.tensor([partner is None for partner in partners], device=terms.z.device)
+    for name in ("shuffled", *(f"shuffled/{scale}" for scale in scales)):
+        margins[name] = margins[name].masked_fill(alone, torch.nan)
     return margins
 
 

@@ -17,7 +17,7 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import (
     AccuracyReport,
     keep_largest,
 )
-from lpc_lightning.evaluation.accuracy.mode_margins import SWAPPED
+from lpc_lightning.evaluation.accuracy.mode_margins import LENGTH_SCALES, SWAPPED
 from lpc_lightning.evaluation.statistics.calibration import calibration_error, wrong_label_auroc
 from lpc_lightning.latent import GumbelSpace, MLPSpace
 from lpc_lightning.types import TokenizedPair
@@ -115,6 +115,36 @@ def test_shuffled_mode_with_single_pair_batches(build: Build, make_pairs: Callab
     alone = report_of(module, [layout([pair]) for pair in pairs]).metrics
     assert alone["pairs/not_shuffled"] == 5
     assert not any("shuffled" in name for name in alone if name != "pairs/not_shuffled")
+
+
+def test_shuffled_mode_uses_another_prompt(build: Build, make_pairs: Callable[..., Any]) -> None:
+    """A pair's margin equals that in a batch of two: the pair and a pair of the other prompt."""
+    module, layout = build("dpo", MLPSpace(hidden=8)), PaddedLayout(0)
+    pairs = make_pairs(LENGTHS[:2] * 4)
+    prompts = [pairs[0].prompt_ids, pairs[1].prompt_ids]
+    for counts in ((4, 4), (6, 2), (7, 1)):
+        owners = [0] * counts[0] + [1] * counts[1]
+        batch = [replace(pair, prompt_ids=prompts[owner]) for pair, owner in zip(pairs, owners, strict=True)]
+        report = report_of(module, [layout(batch)])
+        assert "pairs/not_shuffled" not in report.metrics
+        for pair, owner, item in zip(batch, owners, report.items, strict=True):
+            alone = report_of(module, [layout([pair, batch[-1 if owner == 0 else 0]])]).items[0]["margins"]
+            assert item["margins"]["shuffled"] == pytest.approx(alone["shuffled"], rel=1e-9)
+            assert item["margins"]["shuffled"] != pytest.approx(alone["prior"], rel=1e-3)
+
+
+def test_shuffled_mode_with_one_prompt_batches(build: Build, make_pairs: Callable[..., Any]) -> None:
+    """Pairs of a batch of one prompt are not shuffled. They do not enter the means, also under other scales."""
+    module, layout, pairs = build("dpo", MLPSpace(hidden=8)), PaddedLayout(0), make_pairs(LENGTHS)
+    same = [replace(pair, prompt_ids=pairs[0].prompt_ids, source="same") for pair in pairs[:3]]
+    report = report_of(module, [layout(same), layout(pairs[3:])], scales=LENGTH_SCALES)
+    assert report.metrics["pairs/not_shuffled"] == 3
+    assert ["shuffled" in item["margins"] for item in report.items] == [False] * 3 + [True] * 2
+    assert ["shuffled/summed" in item["scaled"] for item in report.items] == [False] * 3 + [True] * 2
+    other = report_of(module, [layout(pairs[3:])], scales=LENGTH_SCALES).metrics
+    for name in ("accuracy/shuffled", "margin/shuffled", "accuracy/shuffled/summed", "accuracy/shuffled/per_token"):
+        assert report.metrics[name] == other[name]
+    assert "accuracy/shuffled/source/same" not in report.metrics
 
 
 def test_collect_resets(build: Build, make_pairs: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.data.batching.layouts import PaddedLayout, SharedPrefixLayout
-from lpc_lightning.evaluation.accuracy.mode_margins import LENGTH_SCALES, SWAPPED, mode_margins
+from lpc_lightning.evaluation.accuracy.mode_margins import LENGTH_SCALES, SWAPPED, mode_margins, shuffle_partners
 from lpc_lightning.latent import GaussianSpace, MarginalSpace, MLPSpace, VectorSpace
 from lpc_lightning.robust import REPO, ConservativeLoss, DrDPO, HolderDPO, RobustLoss, UnbiasedLoss
 from lpc_lightning.types import TokenizedPair
@@ -21,6 +21,8 @@ from tests.evaluation.accuracy.conftest import ALGORITHMS, CODES, LENGTHS, Build
 from tests.fixtures.spaces import make_space
 
 DETERMINISTIC = {"prior", "no_latent", "shuffled"}
+PARTNERS = [3, 4, 0, 1, 2]
+"""Partners in mode `shuffled` of five pairs of different prompts."""
 ALL = DETERMINISTIC | {"marginal", "posterior", SWAPPED}
 MODES = {
     "gumbel": ALL,
@@ -164,6 +166,15 @@ class Scaled(Naive):
 # Margins
 
 
+def test_shuffle_partners_have_another_prompt() -> None:
+    assert shuffle_partners("abcde") == PARTNERS
+    assert shuffle_partners("abcd") == [2, 3, 0, 1]
+    assert shuffle_partners("aaaabbbb") == [4, 5, 6, 7, 0, 1, 2, 3]
+    assert shuffle_partners("aaaaaabb") == [7, 7, 6, 7, 7, 7, 2, 3]
+    assert shuffle_partners("aaaa") == [None] * 4
+    assert shuffle_partners("a") == [None]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 @pytest.mark.parametrize("space", list(MODES))
@@ -172,7 +183,7 @@ def test_mode_margins_match_single_sequences(
 ) -> None:
     pairs = make_pairs(LENGTHS)
     module = build(algorithm, make_space(space, init_logit_std=3.0))
-    actual = mode_margins(evaluated(module, SharedPrefixLayout(0, row_tokens=40)(pairs)), module.latent)
+    actual = mode_margins(evaluated(module, SharedPrefixLayout(0, row_tokens=40)(pairs)), module.latent, PARTNERS)
     assert set(actual) == MODES[space]
     naive = [Naive(algorithm, module, pair) for pair in pairs]
     for number, one in enumerate(naive):
@@ -193,7 +204,7 @@ def test_scaled_margins_match_single_sequences(
     pairs = make_pairs(LENGTHS[:3])
     module = build(algorithm, MarginalSpace(**CODES))
     batch = SharedPrefixLayout(0, row_tokens=40)(pairs)
-    actual = mode_margins(evaluated(module, batch), module.latent, LENGTH_SCALES)
+    actual = mode_margins(evaluated(module, batch), module.latent, [2, 0, 1], LENGTH_SCALES)
     assert set(actual) == ALL | {f"{mode}/{scale}" for mode in ALL - {SWAPPED} for scale in LENGTH_SCALES}
     own = [Naive(algorithm, module, pair) for pair in pairs]
     for scale in LENGTH_SCALES:
@@ -211,7 +222,7 @@ def test_scaled_margins_match_single_sequences(
 
 def test_mode_margins_without_latent(build: Build, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
     pairs, module = make_pairs(LENGTHS), build("dpo", None)
-    actual = mode_margins(evaluated(module, PaddedLayout(0)(pairs)), None)
+    actual = mode_margins(evaluated(module, PaddedLayout(0)(pairs)), None, PARTNERS)
     assert set(actual) == {"prior"}
     for number, pair in enumerate(pairs):
         assert float(actual["prior"][number]) == pytest.approx(float(Naive("dpo", module, pair).margin(0.0)), abs=1e-9)
@@ -220,7 +231,7 @@ def test_mode_margins_without_latent(build: Build, make_pairs: Callable[..., lis
 def test_marginal_margin_of_dpo_is_label_log_odds(build: Build, make_pairs: Callable[..., list[TokenizedPair]]) -> None:
     """Compare with the log-odds of sum_k p_k sigmoid(beta D_k)."""
     pairs, module = make_pairs(LENGTHS), build("dpo", MarginalSpace(**CODES))
-    actual = mode_margins(evaluated(module, PaddedLayout(0)(pairs)), module.latent)["marginal"]
+    actual = mode_margins(evaluated(module, PaddedLayout(0)(pairs)), module.latent, PARTNERS)["marginal"]
     for number, pair in enumerate(pairs):
         naive, space = Naive("dpo", module, pair), module.latent
         assert isinstance(space, MarginalSpace)
@@ -242,7 +253,9 @@ def test_marginal_margin_has_no_label_noise(robust_loss: RobustLoss, build: Buil
     """With one code it is the reward margin, also for annotators whose labels are mostly wrong."""
     module = build("dpo", MarginalSpace(**CODES | {"num_codes": 1}))
     module.robust_loss = robust_loss
-    margins = mode_margins(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS))), module.latent, LENGTH_SCALES)
+    margins = mode_margins(
+        evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS))), module.latent, PARTNERS, LENGTH_SCALES
+    )
     assert margins["prior"].abs().min() > 1e-3
     for scale in ("", "/summed", "/per_token"):
         torch.testing.assert_close(margins[f"marginal{scale}"], margins[f"prior{scale}"], rtol=1e-9, atol=1e-12)
@@ -266,5 +279,5 @@ def test_mode_margins_number_of_passes(
     count_calls(type(module.policy), "states")
     count_calls(type(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS)))["score"]._forward), "logps_per_code")
     calls.clear()
-    mode_margins(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS))), module.latent)
+    mode_margins(evaluated(module, PaddedLayout(0)(make_pairs(LENGTHS))), module.latent, PARTNERS)
     assert calls == {"states": 2, "logps_per_code": 1}, "one pass of the policy and one of the reference"
