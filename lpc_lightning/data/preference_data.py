@@ -12,6 +12,7 @@ from lpc_lightning.data.datamodule import PreferenceDataModule, Stage
 from lpc_lightning.data.sources.columns import Columns
 from lpc_lightning.data.sources.example_source import RowSource
 from lpc_lightning.data.sources.locations import open_location
+from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.sources.splits import (
     RANKS,
     SPLIT_COLUMN,
@@ -67,8 +68,9 @@ class StageRows:
             validation_split: Split for validation. null: `validation`, `valid`, `val` or `dev`, if the file, folder
                 or hub data set has it, otherwise hold out a share of the training prompts. If `path` is a mapping, it
                 must have `validation`.
-            test_split: Split for testing. null: no test. If `path` is a mapping, null is the same as `test`, and
-                another name needs an entry `test` there.
+            test_split: Split for testing. null: no test, and none either if it is the default and the folder, JSON file
+                or hub data set has other splits only. If `path` is a mapping, null is the same as `test`, and another
+                name needs an entry `test` there.
             validation_share: Share of the training prompts that is held out if there is no validation split, from 0 to
                 below 1. A hash of the prompt decides, so that training and validation have no prompt in common. At
                 least one prompt is held out if there are two or more. 0: no prompt is held out.
@@ -135,7 +137,8 @@ class StageRows:
         """Return the rows of a stage: its file, its split, or the held-out training rows. None if it has no rows.
 
         Raises:
-            DataError: No row has a value in the split column, or a location cannot be read.
+            DataError: No row has a value in the split column, no row has the split that `test_split` names, or a
+                location cannot be read.
         """
         self._check_split_column()
         if self._has_own_rows(stage):
@@ -163,7 +166,7 @@ class StageRows:
             return self._mapped_split(stage, self.path[stage])
         if stage == "validation" and self.splits["validation"] is None:
             return self._unnamed_validation_split
-        return self.splits[stage]
+        return self._test_split if stage == "test" else self.splits[stage]
 
     def _check_split_column(self) -> None:
         """Check once that rows have the split column, if its name is set."""
@@ -180,6 +183,23 @@ class StageRows:
         names = split_names(open_location(self.path, self.config), self.split_column)
         used = (self.splits["train"], self.splits["test"])
         return next((name for name in VALIDATION_NAMES if name in names and name not in used), None)
+
+    @cached_property
+    def _test_split(self) -> str | None:
+        """Split for testing. None if no setting names one and the data has other splits of its own."""
+        assert not isinstance(self.path, dict)
+        split = self.splits["test"]
+        if split is None:
+            return None
+        location = open_location(self.path, self.config)
+        if split == TEST_SPLIT:
+            return None if location.has_splits and split not in location.own_splits() else split
+        if not location.has_splits and split not in {*(names := split_names(location, self.split_column)), "train"}:
+            raise DataError(
+                f"{self._group}.test_split: found {split!r}, expected a value of the column {self.split_column!r}, "
+                f"which has {', '.join(sorted(names)) or 'none'}. Correct it, or set it to null for no test."
+            )
+        return split
 
     def _mapped_split(self, stage: Stage, path: Place) -> str | None:
         """Return the split that a stage reads of the path that a mapping gives it."""

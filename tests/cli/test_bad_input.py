@@ -189,6 +189,17 @@ def test_no_test_pairs_is_an_error_line(
     assert "ckpt_path: found none" in caplog.text
 
 
+@pytest.mark.slow
+def test_no_test_split_is_an_error_line(command: Command, places: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps({"train": [{"prompt": "Q", "chosen": "yes", "rejected": "no"}], "dev": []}))
+    flags = [flag for flag in ALL[: -len(TRAINER)] if not flag.startswith("--data")]
+    flags += ["--data=PreferenceData", f"--data.path={path}", *TRAINER[:3], *places]
+    assert_one_error(
+        command("test", *flags), r"test: found no test pairs, expected .* Set data\.test_split to the split"
+    )
+
+
 @pytest.mark.parametrize("missing", ["policy", "data"])
 def test_group_without_a_class_is_refused(command: Command, missing: str, places: list[str]) -> None:
     flags = [flag for flag in ALL if not flag.startswith(f"--{missing}")]

@@ -17,6 +17,7 @@ from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli import PreferenceCLI
 from lpc_lightning.cli.log import set_up_logging
 from lpc_lightning.data import PreferenceDataModule
+from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.report import DataReport
 from lpc_lightning.evaluation.ablation.cells.folder import CellFolder, Weights
 from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyReport
@@ -26,6 +27,19 @@ from lpc_lightning.files.json_files import write_json, write_pieces
 
 PAIR_COLUMNS = ("prompt", "source", "factor", "annotator", "flipped", "has_gold", "tokens", "margins")
 """Columns of the file of pairs."""
+
+
+class CellCLI(PreferenceCLI):
+    """Command line of a cell. It asks before the fit which stages have pairs."""
+
+    stages: tuple[Stage, ...] = ()
+    """Those of validation and test that have pairs. An error in their settings ends the cell before its fit."""
+
+    def before_fit(self) -> None:
+        """See `PreferenceCLI`."""
+        super().before_fit()
+        scored: tuple[Stage, ...] = ("validation", "test")
+        self.stages = tuple(stage for stage in scored if _has_pairs(self.datamodule, stage))
 
 
 def run_cell(path: Path, weights: Weights) -> None:
@@ -51,18 +65,17 @@ def run_cell(path: Path, weights: Weights) -> None:
     set_up_logging()
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter")
     # No progress bar, because it would fill the log file.
-    cli = PreferenceCLI(["fit", *record.arguments, "--trainer.enable_progress_bar=false", *resume], folder.run)
+    cli = CellCLI(["fit", *record.arguments, "--trainer.enable_progress_bar=false", *resume], folder.run)
     module, data = cli.model, cli.datamodule
     ckpt_path = "best" if weights == "best" else None
     metrics: dict[str, Any] = {}
-    stages = {"validation": cli.trainer.validate, "test": cli.trainer.test}
-    if folder.is_tuning:
-        del stages["test"]  # test pairs choose nothing, and their scores may take as long as the fit
-    for stage, evaluate in stages.items():
-        if _has_pairs(data, stage):
-            evaluate(module, datamodule=data, verbose=False, ckpt_path=ckpt_path)
-            metrics |= {name: _finite_or_none(value) for name, value in cli.trainer.callback_metrics.items()}
-            write_pairs(folder, stage, cli.trainer)
+    for stage in cli.stages:
+        if stage == "test" and folder.is_tuning:
+            continue  # test pairs choose nothing, and their scores may take as long as the fit
+        evaluate = cli.trainer.test if stage == "test" else cli.trainer.validate
+        evaluate(module, datamodule=data, verbose=False, ckpt_path=ckpt_path)
+        metrics |= {name: _finite_or_none(value) for name, value in cli.trainer.callback_metrics.items()}
+        write_pairs(folder, stage, cli.trainer)
     results = {
         "axes": dict(record.axes),
         "metrics": dict(sorted(metrics.items())),
@@ -104,7 +117,7 @@ def write_pairs(folder: CellFolder, stage: str, trainer: Trainer) -> None:
             write_pieces(folder.deviations(stage), (f"{json.dumps(line)}\n" for line in lines))
 
 
-def _has_pairs(data: PreferenceDataModule, stage: Any) -> bool:
+def _has_pairs(data: PreferenceDataModule, stage: Stage) -> bool:
     source = data.source(stage)
     return source is not None and next(iter(source.read(DataReport())), None) is not None
 

@@ -216,6 +216,38 @@ def test_path_folder_of_shards(data: Any, tmp_path: Path) -> None:
     assert ids(module, "test") == [f"test-00000-of-00001.parquet row {n}" for n in range(1, 10)]
 
 
+@pytest.mark.parametrize("form", ["folder", "saved", "json"])
+def test_own_splits_without_a_test_split(form: str, data: Any, write_rows: Any, tmp_path: Path) -> None:
+    """By default there is no test then. A split that a setting names is required."""
+    path, rows = tmp_path / "set", {"train": [row(0), row(1)], "dev": [row(2)]}
+    if form == "json":
+        path = tmp_path / "set.json"
+        path.write_text(json.dumps(rows))
+    elif form == "saved":
+        DatasetDict({split: Dataset.from_list(each) for split, each in rows.items()}).save_to_disk(path)
+    else:
+        path.mkdir()
+        for split, each in rows.items():
+            write_rows(each, f"set/{split}.jsonl")
+    module = data(path)
+    assert module.source("test") is None
+    assert (len(ids(module, "train")), len(ids(module, "validation")), ids(module, "test")) == (2, 1, [])
+    with pytest.raises(DataError, match="has no split 'tset'"):
+        ids(data(path, test_split="tset"), "test")
+
+
+def test_test_split_that_no_row_has(data: Any, write_rows: Any) -> None:
+    path = write_rows([row(0), row(1, split="held")])
+    with pytest.raises(
+        DataError, match=r"^data\.test_split: found 'hold', expected a value of .*'split', which has held"
+    ):
+        data(path, test_split="hold").source("test")
+    assert ids(data(path, test_split="held"), "test") == ["pairs.jsonl line 2"]
+    assert ids(data(path, test_split="train"), "test") == ["pairs.jsonl line 1"]
+    with pytest.raises(DataError, match=r"which has none\. Correct it, or set it to null"):
+        data(write_rows([row(0)]), test_split="hold").source("test")
+
+
 def test_path_list_of_files(write_rows: Any, tmp_path: Path) -> None:
     files = [str(write_rows([row(n)], f"{n}.jsonl")) for n in range(3)]
     module = PreferenceData(files, validation_share=0.0, cache_dir=str(tmp_path / "cache"))

@@ -134,6 +134,30 @@ def test_ablate_continues_after_failed_cell(
     assert read_results(output) == {name: expected[name] for name in read_results(output)}
 
 
+def test_cell_of_data_without_a_test_split(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not tested. A test split that a setting names and that is absent ends the cell before its fit."""
+    rows = [{"prompt": f"Q{number}", "chosen": "yes", "rejected": "no"} for number in range(8)]
+    path, output = grid.parent / "pairs.json", grid.parent / "out"
+    path.write_text(json.dumps({"train": rows[:6], "validation": rows[6:]}))
+    content = yaml.safe_load(grid.read_text())
+    base = [argument for argument in content["base"] if not argument.endswith("_pairs=4")]
+    base = [argument for argument in base if "train_pairs" not in argument]
+    base[base.index("--data=SyntheticPreferences")] = "--data=PreferenceData"
+    base.append(f"--data.path={path}")
+    for name, extra in (("default", []), ("named", ["--data.test_split=tset"])):
+        grid.write_text(yaml.safe_dump({**content, "base": base + extra}, sort_keys=False))
+        finished = ablate([str(grid), "latent=none", "noise=0"], output=str(output / name), threads=1)
+        assert finished == (name == "default")
+    (cell,) = (output / "default" / "cells").iterdir()
+    metrics = json.loads((cell / "results.json").read_text())["metrics"]
+    assert "val/rewards/accuracies" in metrics
+    assert not [metric for metric in metrics if metric.startswith("test/")]
+    (cell,) = (output / "named" / "cells").iterdir()
+    assert "has no split 'tset'. It has: train, validation" in record(cell)["error"]
+    assert not list(cell.rglob("*.ckpt"))
+    assert "train/loss" not in (cell / "log.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
