@@ -32,18 +32,25 @@ class Decision:
     gain: float
     """Mean log-likelihood of a label under the fitted space minus that without a latent, in nats."""
     standard_error: float | None
-    """Standard error of the gain. Pairs of one prompt are not independent. None for a single prompt."""
+    """Standard error of the gain. Pairs of one prompt are not independent. None for a single prompt.
+
+    If pairs were held out without regard to prompts, it is over different pairs: copies of a pair are not independent.
+    """
     needed: float | None
     """Gain that is needed: the quantile of Student's t times the standard error."""
     pairs: int
     """Number of deciding pairs."""
     prompts: int
     """Number of their prompts."""
+    different_pairs: int | None = None
+    """Number of different pairs among them, if pairs were held out without regard to prompts."""
 
     def __str__(self) -> str:
-        found = f"{self.pairs} held-out pairs of {self.prompts} prompts are likelier by {self.gain:.4f} nats a pair"
+        of = f"{self.prompts} prompts" if self.different_pairs is None else f"{self.different_pairs} different pairs"
+        found = f"{self.pairs} held-out pairs of {of} are likelier by {self.gain:.4f} nats a pair"
         if self.standard_error is None or self.needed is None:
-            return f"kept the plain start, because a single prompt cannot decide ({found})."
+            single = "prompt" if self.different_pairs is None else "pair"
+            return f"kept the plain start, because a single {single} cannot decide ({found})."
         found += f" (standard error {self.standard_error:.4f}, needed {self.needed:.4f})"
         return f"kept the fitted codes: {found}." if self.installed else f"kept the plain start: {found}."
 
@@ -53,7 +60,11 @@ class Decision:
 
 
 def decide(
-    space: LatentSpace, pairs: LinearizedPairs, prompts: Sequence[Hashable], pairs_per_annotator: int | None = None
+    space: LatentSpace,
+    pairs: LinearizedPairs,
+    prompts: Sequence[Hashable],
+    pairs_per_annotator: int | None = None,
+    contents: Sequence[Hashable] | None = None,
 ) -> Decision:
     """Test a fitted space on pairs that nothing else has read.
 
@@ -62,17 +73,18 @@ def decide(
         pairs: The deciding pairs.
         prompts: (N,) prompts of the pairs.
         pairs_per_annotator: See `fit`.
+        contents: (N,) contents of the pairs, if they were held out without regard to prompts. None: whole prompts.
     """
     gains = likelihood_gains(space, pairs, pairs_per_annotator).double().cpu().numpy()
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    count, gain = len(numbers), float(gains.mean())
-    if count < 2:
-        return Decision(False, gain, None, None, len(gains), count)
-    owners = [numbers[prompt] for prompt in prompts]
+    clusters = prompts if contents is None else contents
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    counts = len(gains), len(set(prompts)), None if contents is None else len(numbers)
+    gain, owners = float(gains.mean()), [numbers[cluster] for cluster in clusters]
     error = standard_error(gains, owners)
-    assert error is not None
+    if error is None:
+        return Decision(False, gain, None, None, *counts)
     needed = float(stats.t.ppf(1 - SIGNIFICANCE, degrees_of_freedom(shares(owners).values()))) * error
-    return Decision(gain > needed, gain, error, needed, len(gains), count)
+    return Decision(gain > needed, gain, error, needed, *counts)
 
 
 @torch.no_grad()

@@ -39,8 +39,8 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
     not likelier under the fitted space, it stays as it was (see `decision`).
 
     Raises:
-        ConfigError: The data is no `PreferenceDataModule`, there are fewer than six pairs or two pairs per code, or the
-            strategy keeps the weights elsewhere.
+        ConfigError: The data is no `PreferenceDataModule`, there are fewer than six pairs or two pairs per code, nearly
+            all pairs are copies of a few, or the strategy keeps the weights elsewhere.
     """
     started, trainer = time.perf_counter(), module.trainer
     data = required_data(
@@ -64,28 +64,37 @@ def warm_start(module: PreferenceModule, space: LatentSpace) -> Decision:
             "(latent.num_codes), or set it to 0 for a run without warm start."
         )
 
-    parts = hold_out([pairs[index].prompt for index in indices])
+    drawn = [pairs[index] for index in indices]
+    prompts, contents = [pair.prompt for pair in drawn], [pair.content for pair in drawn]
+    parts = hold_out(prompts, contents)
+    if parts is None:
+        raise ConfigError(
+            f"latent.warm_start_pairs: found {len(set(contents))} different pairs of {len(set(prompts))} prompts among "
+            f"{len(indices)} training pairs, expected more: copies of a pair are held out together, and would be more "
+            "than half of the pairs. Use more different pairs, or set it to 0 for a run without warm start."
+        )
     # In the shuffled order: in that of the parts, the first pairs may all be of one prompt.
     fitted = sorted(parts.order[: len(indices) - parts.selection - parts.decision])
     sample = [indices[number] for number in fitted[:TOKEN_PAIRS]]
     indices = [indices[number] for number in parts.order]
-    labelled = [pairs[index] for index in indices]
     rows, computed = labelled_rows(module, data, indices)
     reference = None if module.reference is None else reference_logps(module.reference, data, indices, trainer)
     # Planned, so that compiled layers on a GPU run it: a mask of all tokens by all could need gigabytes.
     layout = data.make_layout().for_batches([pairs.pieces[sample]], most=1)
     token = _mean_token(module, layout([pairs[index] for index in sample]))
-    annotators, contents = [pair.annotator for pair in labelled], [pair.content for pair in labelled]
+    annotators, prompts, contents = (
+        [values[number] for number in parts.order] for values in ([pair.annotator for pair in drawn], prompts, contents)
+    )
     margins = None if pairs.margins is None else torch.from_numpy(pairs.margins[indices]).to(rows.device)
     linearized = LinearizedPairs(rows, reference, token, annotators, module.label_loss, margins, contents)
-    first = len(labelled) - parts.decision
+    first = len(indices) - parts.decision
 
     with own_random_state(module.device), torch.enable_grad():
         torch.manual_seed(seed)
         trained = copy.deepcopy(space).float()
         fit(trained, linearized.part(slice(first)), parts.selection, module.latent_lr, data.pairs_per_annotator)
-        prompts = [pair.prompt if parts.whole_prompts else number for number, pair in enumerate(labelled[first:])]
-        decision = decide(trained, linearized.part(slice(first, None)), prompts, data.pairs_per_annotator)
+        deciding, clusters = linearized.part(slice(first, None)), None if parts.whole_prompts else contents[first:]
+        decision = decide(trained, deciding, prompts[first:], data.pairs_per_annotator, clusters)
     if decision.installed:
         space.load_state_dict(trained.state_dict())
     if trainer.world_size > 1:

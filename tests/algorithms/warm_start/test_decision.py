@@ -105,6 +105,19 @@ def test_decision_of_equal_prompts(planted: Callable[..., Any]) -> None:
     assert decision.needed == pytest.approx(2.1318 * decision.standard_error, rel=1e-4)
 
 
+def test_decision_over_different_pairs(planted: Callable[..., Any]) -> None:
+    """Twenty pairs of one prompt, of which every second is a copy."""
+    data = planted(pairs=60)
+    space, part = fitted(data, 40), data.part(40, 60)
+    copies = [number // 2 for number in range(20)]
+    decision, expected = decide(space, part, [0] * 20, contents=copies), decide(space, part, copies)
+    assert decision.standard_error == expected.standard_error
+    assert decision.needed == expected.needed
+    assert (decision.pairs, decision.prompts, decision.different_pairs) == (20, 1, 10)
+    assert "20 held-out pairs of 10 different pairs are likelier by" in str(decision)
+    assert "a single pair cannot decide" in str(decide(space, part, [0] * 20, contents=[0] * 20))
+
+
 def test_single_prompt_cannot_decide(planted: Callable[..., Any]) -> None:
     data = planted(pairs=200)
     decision = decide(fitted(data, 160), data.part(160, 200), [0] * 40)

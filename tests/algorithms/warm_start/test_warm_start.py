@@ -341,6 +341,43 @@ def test_warm_start_holds_out_whole_prompts(
     assert (run.module.warm_start_result["pairs"], run.module.warm_start_result["prompts"]) == (8, 2)
 
 
+def test_warm_start_holds_out_copies_together(
+    module: Any, fit_run: Any, tmp_path: Path, warm_starts: list[LinearizedPairs]
+) -> None:
+    """Ten pairs of one prompt have three annotators each, who disagree. A margin numbers the pair."""
+    rows = [
+        {"prompt": "Name one!", "chosen": str(n), "rejected": "no", "annotator": who, "margin": n / 8}
+        for n in range(10)
+        for who in "abc"
+    ]
+    rows = [row | {"chosen": "no", "rejected": row["chosen"]} if row["annotator"] == "c" else row for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {"validation_share": 0.0, "test_split": None, "batch_size": 4}
+    data = PreferenceData(str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), **settings)
+    run = fit_run(module(marginal(30)), data=data, max_epochs=1)
+    _, score = warm_starts[0].select(torch.arange(30))
+    numbers = score.under(None)[1].target_margins
+    assert numbers is not None
+    # A tenth of 30 pairs is one pair with its copies. Two different pairs decide.
+    parts = [set(part.tolist()) for part in numbers.split([21, 3, 6])]
+    assert [len(part) for part in parts] == [7, 1, 2]
+    assert len(set.union(*parts)) == 10
+    result = run.module.warm_start_result
+    assert (result["pairs"], result["prompts"], result["different_pairs"]) == (6, 1, 2)
+    assert "6 held-out pairs of 2 different pairs" in result["reason"]
+
+
+def test_warm_start_refuses_copies_of_a_few_pairs(module: Any, fit_run: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "Name one!", "chosen": str(n % 3), "rejected": "no"} for n in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {"validation_share": 0.0, "test_split": None, "batch_size": 4}
+    data = PreferenceData(str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), **settings)
+    with pytest.raises(
+        ConfigError, match=r"^latent\.warm_start_pairs: found 3 different pairs of 1 prompts among 30 training pairs"
+    ):
+        fit_run(module(marginal(30)), data=data, max_epochs=1)
+
+
 def test_warm_start_has_the_margins_of_its_pairs(
     module: Any, fit_run: Any, tmp_path: Path, warm_starts: list[LinearizedPairs]
 ) -> None:
