@@ -75,7 +75,8 @@ class LabelFlipNoise(LabelNoise, Callback):
                 null: `Uniform`.
             seed: Seed of the random numbers. null: the seed of the run (seed_everything).
             marker: Text that is added to the prompts of flipped pairs, such as `[FLIP]` in the paper, so that the
-                policy can recognize wrong labels. null: no text.
+                policy can recognize wrong labels. `data.too_long: truncate_prompt` could remove it: a longer prompt
+                with a marker is refused. null: no text.
             marker_at: Position of the marker: `start` or `end` of the last user turn, or `system` turn.
             sources: Flip only pairs from these sources. In a mixture they are the names of its data sets. null: from
                 all sources.

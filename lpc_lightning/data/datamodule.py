@@ -115,8 +115,9 @@ class PreferenceDataModule(LightningDataModule):
             max_length: Maximum number of tokens of a prompt and its longer answer. null: no limit.
             max_prompt_length: Maximum number of tokens of a prompt. null: no limit.
             too_long: Treatment of longer pairs. `drop`: leave the pair out. `truncate_prompt`: keep the end of the
-                prompt. `truncate_answer`: keep the start of each answer, without the end-of-answer token. `error`:
-                stop. Dropped and cut pairs are counted in the log and in a metric.
+                prompt; a prompt with a name (`columns.named_in_prompt`) or a marker (`LabelFlipNoise.marker`) stops
+                the command instead. `truncate_answer`: keep the start of each answer, without the end-of-answer token.
+                `error`: stop. Dropped and cut pairs are counted in the log and in a metric.
             bad_rows: Treatment of invalid rows. `error`: stop and list them. `skip`: leave them out and count them.
             batch_order: Order of the training pairs, which decides the pairs that share a batch. `Shuffled`: plain
                 shuffling. `ByLength`: pairs of similar length, which reduces padding. `ByAnnotator`: several pairs of

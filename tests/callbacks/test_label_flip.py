@@ -344,3 +344,29 @@ def test_marked_run(run: Any, cache: Path, tmp_path: Path) -> None:
         assert ("[FLIP]" in tokenizer.decode(pairs[number].prompt_ids)) == flip
     assert not any(marked.validated)
     assert json.loads((tmp_path / "run" / "label_noise.json").read_text())["flipped"] == sum(marked.flipped.values())
+
+
+@pytest.mark.parametrize("marker_at", list(MARK))
+def test_marker_in_cut_prompt_is_refused(marker_at: Any, tmp_path: Path) -> None:
+    """The cut could remove the marker. Without a marker, and without flips, prompts are cut."""
+    rows = [{"prompt": "word " * 60 + f"q{n}", "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(8)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def fit(rate: float, marker: str | None) -> int:
+        data = PreferenceData(
+            str(tmp_path / "long.jsonl"),
+            validation_share=0.0,
+            max_length=40,
+            too_long="truncate_prompt",
+            cache_dir=str(tmp_path / "cache"),
+        )
+        noise = LabelFlipNoise(rate, seed=1, marker=marker, marker_at=marker_at)
+        options: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "logger": False}
+        trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[noise], default_root_dir=tmp_path, **options)
+        trainer.fit(DPO(policy=TinyPolicy(width=16, layers=1, heads=2)), datamodule=data)
+        return int(data.training_pairs.flipped.sum())
+
+    assert fit(0.5, None) > 0
+    assert fit(0.0, "[FLIP]") == 0
+    with pytest.raises(DataError, match=r"truncate_prompt would cut .* a marker \(LabelFlipNoise\.marker\)"):
+        fit(0.5, "[FLIP]")

@@ -73,7 +73,8 @@ class Columns:
     validation and test. A policy that reads the annotator's name shows what can be learned about known annotators (see
     docs/adaptation.md). The choice of validation pairs, label noise, and errors over prompts go by the prompt
     without the line. A name that training does not have is written as well, and is only text to the policy. Pairs
-    without the label have no line. null: none."""
+    without the label have no line. `data.too_long: truncate_prompt` does not cut a prompt with the line; a longer one
+    is refused. null: none."""
     id: str = "id"
     """Name of the pair. Defaults to the place of the row if absent."""
 

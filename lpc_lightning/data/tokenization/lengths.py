@@ -41,9 +41,9 @@ class LengthPolicy:
     """Maximum number of tokens of a prompt. None: no limit."""
     too_long: Literal["drop", "truncate_prompt", "truncate_answer", "error"] = "drop"
     """Treatment of pairs that are too long. `drop`: leave the pair out. `truncate_prompt`: keep the end of the prompt,
-    and the beginning-of-sequence token at its start unless this token also marks turns. `truncate_answer`: keep the
-    start of each answer, so that a shortened answer has no end-of-answer token. `error`: stop at the first such pair.
-    Dropped and shortened pairs are counted."""
+    and the beginning-of-sequence token at its start unless this token also marks turns; stop at a prompt into which a
+    name or a marker was written. `truncate_answer`: keep the start of each answer, so that a shortened answer has no
+    end-of-answer token. `error`: stop at the first such pair. Dropped and shortened pairs are counted."""
 
     def __post_init__(self) -> None:
         for name, limit in (("max_length", self.max_length), ("max_prompt_length", self.max_prompt_length)):
@@ -62,7 +62,7 @@ class LengthPolicy:
             bos_id: Beginning-of-sequence token of the tokenizer, which `truncate_prompt` keeps.
 
         Raises:
-            DataError: The pair is too long and `too_long` is `error`.
+            DataError: The pair is too long and `too_long` is `error`, or a prompt with a name or a marker would be cut.
         """
         fault = self._fault(pair)
         return _ACTIONS[self.too_long](self, pair, fault, bos_id) if fault else FitResult(pair)
@@ -94,6 +94,14 @@ def _truncate_prompt(policy: LengthPolicy, pair: TokenizedPair, fault: str, bos_
     room = min(rooms) - len(lead)
     if room < 1:
         return FitResult(None, dropped=NO_ROOM_FOR_PROMPT)
+    if pair.question:
+        raise DataError(
+            f"Pair {pair.id!r}: data.too_long: truncate_prompt would cut {len(ids) - len(lead) - room} of "
+            f"{len(ids)} tokens of a prompt with a name (data.columns.named_in_prompt) or a marker "
+            "(LabelFlipNoise.marker), expected a prompt that is short enough, because the cut could remove the name or "
+            "the marker. Set data.too_long to drop or truncate_answer, or raise data.max_length and "
+            "data.max_prompt_length."
+        )
     # Longer answers leave less of the same prompt. All its pairs stay together by the hash of the whole prompt.
     return FitResult(replace(pair, prompt_ids=lead + ids[-room:], question=pair.prompt), cut="prompt")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lpc_lightning.data import ByAnnotator, Columns, PreferenceData
+from lpc_lightning.data import ByAnnotator, Columns, DataError, PreferenceData
 from lpc_lightning.data.datamodule import STAGES, Stage
 from lpc_lightning.data.noise.flip_order import draw
 from lpc_lightning.data.sources.example_source import RowSource
@@ -97,6 +97,27 @@ def test_name_is_in_the_last_user_turn(tmp_path: Path) -> None:
     path.write_text(json.dumps({"prompt": turns, "chosen": "x", "rejected": "y", "factor": "kind"}))
     (pair,) = RowSource(str(path), columns=Columns(named_in_prompt="factor")).read(DataReport())
     assert [turn["content"] for turn in pair.prompt] == ["a", "b", "Factor: kind\nc"]
+
+
+def test_names_in_cut_prompts_are_refused(file: str, tmp_path: Path) -> None:
+    """The cut could remove the name. Prompts without names are cut."""
+    tokenizer = TinyPolicy(width=16, layers=1, heads=2).load_tokenizer()
+    for name, too_long in ((None, "truncate_prompt"), ("annotator", "drop"), ("annotator", "truncate_prompt")):
+        data = PreferenceData(
+            file,
+            columns=Columns(named_in_prompt=name),  # type: ignore[arg-type]
+            max_prompt_length=3,
+            too_long=too_long,  # type: ignore[arg-type]
+            cache_dir=str(tmp_path / "cache"),
+        )
+        if (name, too_long) == (None, "truncate_prompt"):
+            pairs = data.load("test", tokenizer)
+            assert pairs is not None
+            assert {len(pair.prompt_ids) for pair in pairs} == {3}
+            continue
+        message = "No pair is left" if too_long == "drop" else "a name \\(data.columns.named_in_prompt\\) or a marker"
+        with pytest.raises(DataError, match=message):
+            data.load("test", tokenizer)
 
 
 def test_label_noise_ignores_names(both: list[PreferenceData]) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +49,18 @@ def test_drop_names_the_limit():
     assert policy(pair(6, 1, 1)).dropped == PROMPT_TOO_LONG
     assert policy(pair(5, 2, 6)).dropped == PAIR_TOO_LONG
     assert policy(pair(5, 2, 5)).pair == pair(5, 2, 5)
+
+
+def test_truncate_prompt_refuses_written_names():
+    """A prompt with a name or a marker has a question. It is used if it is short enough, and not if it is cut."""
+    marked = replace(pair(9, 6, 3), question="of the prompt without the marker")
+    policy = LengthPolicy(max_length=10, too_long="truncate_prompt")
+    for bos_id, cut in ((None, 5), (0, 5)):
+        with pytest.raises(DataError, match=rf"^Pair 'row 7': data\.too_long: truncate_prompt would cut {cut} of 9 to"):
+            policy(marked, bos_id)
+    assert LengthPolicy(max_length=15, too_long="truncate_prompt")(marked).pair == marked
+    assert LengthPolicy(max_length=6, too_long="truncate_prompt")(marked).dropped == NO_ROOM_FOR_PROMPT
+    assert LengthPolicy(max_length=10, too_long="drop")(marked).dropped == PAIR_TOO_LONG
 
 
 def test_truncate_prompt_keeps_end_and_bos():
