@@ -174,12 +174,12 @@ def _read_score(example: PreferenceExample, column: str) -> float:
     value = entry_of(example.meta, column)
     try:
         score = float(value)  # values of a CSV file are texts
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # overflow: an integer beyond 1e308
         score = math.nan
     if not math.isfinite(score):
         columns = ", ".join(map(str, example.meta)) or "none besides texts and labels"
         raise DataError(
-            f"callbacks.order: found {value!r} in column {column!r} of pair {example.id!r}, expected a finite "
+            f"callbacks.order: found {repr(value)[:40]} in column {column!r} of pair {example.id!r}, expected a finite "
             f"number. Columns of the pair: {columns}. Choose one of them in the settings of callbacks.order."
         )
     return score

@@ -128,5 +128,5 @@ def _with_settings(form: LabelledAnswers, columns: Columns, row: Row) -> Labelle
 def _text(value: Any) -> str:
     """Return a label as text, so that 1, 1.0, "1", "1.0" and " 1 " are equal."""
     text = str(value).strip().lower()
-    whole = re.fullmatch(r"([+-]?\d+)\.0*", text)
+    whole = re.fullmatch(r"([+-]?[0-9]{1,16})\.0*", text)  # `int` refuses a text of more than 4300 digits
     return text if whole is None else str(int(whole[1]))

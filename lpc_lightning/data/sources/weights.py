@@ -26,7 +26,7 @@ def read_margin(row: Row, columns: Columns) -> float | None:
     """Return the margin of a row's pair, from its column or from two scores. None if the row has neither.
 
     Raises:
-        BadRow: A number is not finite, one of the scores is missing, or the difference has no logarithm.
+        BadRow: A number or the margin is not finite, one of the scores is missing, or the difference has no logarithm.
     """
     if columns.score_chosen is None:
         return _number(row, columns.margin, "invalid margin")
@@ -41,7 +41,14 @@ def read_margin(row: Row, columns: Columns) -> float | None:
             "higher score of the chosen answer, because a margin is the logarithm of the difference. Set "
             "data.columns.margin_scale to difference, or leave the row out",
         )
-    return columns.margin_alpha * SCALES[columns.margin_scale](chosen - rejected)
+    margin = columns.margin_alpha * SCALES[columns.margin_scale](chosen - rejected)
+    if not math.isfinite(margin):
+        raise BadRow(
+            "invalid score",
+            f"found {chosen:g} in {columns.score_chosen!r} and {rejected:g} in {columns.score_rejected!r}, expected "
+            "scores with a finite margin",
+        )
+    return margin
 
 
 SCALES: dict[MarginScale, Callable[[float], float]] = {"log": math.log, "difference": float}
@@ -54,7 +61,7 @@ def _number(row: Row, column: str | None, reason: Reason) -> float | None:
         return None
     try:
         number = math.nan if isinstance(cell, bool) else float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # overflow: an integer beyond 1e308
         number = math.nan
     if not math.isfinite(number):
         raise BadRow(reason, f"found {str(cell)[:40]!r} in {column!r}, expected a finite number")

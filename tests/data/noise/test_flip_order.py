@@ -173,6 +173,12 @@ def test_small_margins_score_is_not_finite(score: float | str) -> None:
         flipped(pairs, rate=0.5, order=SmallMarginsFirst("margin", None))
 
 
+def test_small_margins_score_is_too_long() -> None:
+    pairs = [replace(PAIRS_TO_FLIP[0], meta={"margin": 10**400})]
+    with pytest.raises(DataError, match=f"found 1{39 * '0'} in column 'margin' of pair 'pair 0', expected a finite n"):
+        flipped(pairs, rate=0.5, order=SmallMarginsFirst("margin", None))
+
+
 def test_small_margins_of_a_flattened_table() -> None:
     """Columns named `scores.chosen` and `scores.rejected` count like entries of the column `scores`."""
     flat = [

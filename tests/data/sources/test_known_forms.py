@@ -66,6 +66,7 @@ def test_labelled_answers_of_known_data_sets(form: Any) -> None:
             turns({**prompt, first: GOOD, second: BAD, label: value})
     assert "unknown label: found 'x'" in reason({**prompt, first: GOOD, second: BAD, label: "x"})
     assert "unknown label: found None" in reason({**prompt, first: GOOD, second: BAD, label: None})
+    assert "unknown label: found '99" in reason({**prompt, first: GOOD, second: BAD, label: "9" * 5000 + "."})
 
 
 @pytest.mark.parametrize("columns", [{}, {"chosen": "conversation_a", "rejected": "conversation_b"}])

@@ -86,6 +86,31 @@ def test_invalid_number_names_file_row_and_column(write_rows: Any, tmp_path: Pat
         load(path, tmp_path)
 
 
+def test_invalid_long_numbers() -> None:
+    """A float holds neither 10^400 nor the difference of these scores."""
+    for cells, message in (
+        ({"weight": 10**400}, f"invalid weight: found '1{39 * '0'}' in 'weight', expected a finite number"),
+        ({"margin": -(10**400)}, f"invalid margin: found '-1{38 * '0'}' in 'margin'"),
+        ({"good": 10**400, "bad": 1}, f"invalid score: found '1{39 * '0'}' in 'good'"),
+        (
+            {"good": 1e308, "bad": -1e308},
+            r"invalid score: found 1e\+308 in 'good' and -1e\+308 in 'bad', expected scores with a finite margin",
+        ),
+        ({"good": 1e307, "bad": 0}, "invalid score: .* expected scores with a finite margin"),
+    ):
+        scaled = SCORES | {"margin_scale": "difference", "margin_alpha": 1e10}
+        with pytest.raises(BadRow, match=message):
+            to_example(row(**cells), "line", Columns(**(scaled if "good" in cells else {})))  # type: ignore[arg-type]
+    with pytest.raises(BadRow, match="expected scores with a finite margin"):
+        to_example(row(good=1e308, bad=-1e308), "line", Columns(**SCORES))
+
+
+def test_long_integers_are_skipped(write_rows: Any, tmp_path: Path) -> None:
+    data, pairs = load(write_rows([row(0), row(1, weight=10**400)]), tmp_path, bad_rows="skip")
+    assert len(pairs) == 1
+    assert data.reports["train"].bad == {"invalid weight": 1}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
