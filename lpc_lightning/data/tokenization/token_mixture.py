@@ -39,14 +39,6 @@ class TokenMixture(TokenStore):
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenMixture, (self.stores, self._rows, self._reference_logps, self._swaps, self.noise)
 
-    def with_reference(self, logps: np.ndarray) -> TokenMixture:
-        """See `TokenStore.with_reference`."""
-        return TokenMixture(self.stores, self._rows, logps, self._swaps, self.noise)
-
-    def relabelled(self, swaps: np.ndarray | None, noise: str) -> TokenMixture:
-        """See `TokenStore.relabelled`."""
-        return TokenMixture(self.stores, self._rows, self._reference_logps, swaps, noise)
-
     def parts(self, indices: np.ndarray) -> list[tuple[TokenStore, np.ndarray, np.ndarray]]:
         """See `TokenStore.parts`. A repeated pair has the same row several times."""
         numbers = np.searchsorted(self._starts, indices, side="right") - 1

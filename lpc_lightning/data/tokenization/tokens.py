@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 import pyarrow as pa
@@ -112,17 +112,27 @@ class TokenStore(Sequence[TokenizedPair]):
         """Return the stores that hold pairs, each with (n,) its rows and (n,) their places in `indices`."""
         return [(self, indices, np.arange(len(indices)))]
 
-    def with_reference(self, logps: np.ndarray) -> TokenStore:
+    def with_reference(self, logps: np.ndarray) -> Self:
         """Return the same pairs with their log-probabilities under the reference, (pairs, 2). NaN means unknown.
 
         The columns are the answers that are chosen and rejected in the data. Where a label is reversed, the two values
         are swapped as well.
         """
-        return TokenStore(self.folder, logps, self._swaps, self.noise)
+        return self._with(_reference_logps=logps)
 
-    def relabelled(self, swaps: np.ndarray | None, noise: str) -> TokenStore:
+    def relabelled(self, swaps: np.ndarray | None, noise: str) -> Self:
         """Return the same pairs with reversed labels where `swaps` (pairs,) is True. `noise` describes the reason."""
-        return TokenStore(self.folder, self._reference_logps, swaps, noise)
+        return self._with(_swaps=swaps, noise=noise)
+
+    def _with(self, **fields: Any) -> Self:
+        """Return a store of the same opened tokens with other labels or reference values.
+
+        It does not open the file again, which may have been removed, as `copy.copy` would. Both share the cached
+        properties, none of which depends on these fields.
+        """
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__ | fields)
+        return other
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

@@ -3,11 +3,14 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
@@ -18,6 +21,7 @@ from lpc_lightning.data.sources.rows import DataError
 from lpc_lightning.data.tokenization.lengths import LengthPolicy
 from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.data.tokenization.token_cache import default_cache_dir, load_or_tokenize
+from lpc_lightning.data.tokenization.token_mixture import TokenMixture
 from lpc_lightning.data.tokenization.tokens import TokenStore, tokenize_examples
 from lpc_lightning.types import PreferenceExample
 from tests.fixtures.real_data import DATA_DIR
@@ -305,6 +309,26 @@ def test_store_pickle_reopens_the_file(write_rows, template, cache):
     assert list(pickle.loads(pickled)) == list(store)
     loader = DataLoader(store, batch_size=8, num_workers=1, collate_fn=list)
     assert [pair for batch in loader for pair in batch] == list(store)
+
+
+def test_store_without_its_folder(write_rows, template, cache):
+    """Pairs that have been opened stay usable, also with other labels and reference values."""
+    path = write_rows([row | {"weight": n} for n, row in enumerate(rows(4))])
+    store, _ = load_or_tokenize(RowSource(path), template, ANY_LENGTH, cache_dir=cache)
+    mixture = TokenMixture({"one": store}, [np.array([0, 3, 3])])
+    before, repeated = list(store), list(mixture)
+    shutil.rmtree(cache)
+    logps, swaps = np.arange(8.0).reshape(4, 2), np.array([True, False, False, True])
+    for pairs, places, expected in ((store, [0, 1, 2, 3], before), (mixture, [0, 3, 3], repeated)):
+        other = pairs.with_reference(logps[places]).relabelled(swaps[places], "noise").relabelled(swaps[places], "more")
+        assert type(other) is type(pairs)
+        assert list(pairs) == expected
+        known = [replace(pair, reference_logps=tuple(logps[n])) for pair, n in zip(expected, places, strict=True)]
+        assert list(other) == [each.swapped() if swaps[n] else each for each, n in zip(known, places, strict=True)]
+        assert (other.noise, pairs.noise) == ("more", "")
+        assert other.fingerprint == pairs.fingerprint
+        assert other.flips_digest != pairs.flips_digest
+        np.testing.assert_array_equal(other.flipped, swaps[places])
 
 
 def test_cache_file_is_readable_by_datasets(write_rows, template, cache):
