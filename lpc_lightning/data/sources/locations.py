@@ -214,7 +214,7 @@ class HubDataset(Location):
                 raise DataError(
                     f"There is no local file {self.name}, and the hub could not be read for {what}, configuration "
                     f"{self.config}: {type(error).__name__}: {error}. Use the path of a file, or an existing hub name, "
-                    "configuration and split."
+                    "configuration and split (data.path, data.config, data.train_split and its like)."
                 ) from error
 
 
@@ -343,7 +343,11 @@ def _refuse_missing(path: str, local: Path) -> None:
 def _require(split: str | None, splits: Sequence[str], place: object) -> str:
     name = split or DEFAULT_SPLIT
     if name not in splits:
-        raise DataError(f"{place} has no split {name!r}. It has: {', '.join(splits)}.")
+        raise DataError(
+            f"{place} has no split {name!r}. It has: {', '.join(splits)}. Set the split (data.train_split, "
+            "data.validation_split, data.test_split; adapt: `--split`) to one of these, or give the files of one split "
+            "as the path: evaluate scores the split test."
+        )
     return name
 
 

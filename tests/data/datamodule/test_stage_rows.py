@@ -232,7 +232,7 @@ def test_own_splits_without_a_test_split(form: str, data: Any, write_rows: Any, 
     module = data(path)
     assert module.source("test") is None
     assert (len(ids(module, "train")), len(ids(module, "validation")), ids(module, "test")) == (2, 1, [])
-    with pytest.raises(DataError, match="has no split 'tset'"):
+    with pytest.raises(DataError, match=r"has no split 'tset'\. It has: train, \w+\. Set the split .*data\.test_split"):
         ids(data(path, test_split="tset"), "test")
 
 
