@@ -84,7 +84,8 @@ class LMEvaluation(Callback):
             prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the index of a code. null: the
                 default of the latent space.
             apply_chat_template: Format prompts as conversations, with the tokenizer's chat template.
-            seed: Seed of the few-shot examples and of all sampling.
+            seed: Seed of the few-shot examples and of all sampling. A task that shuffles its documents while they are
+                loaded uses lm-eval's default seeds instead.
         """
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(f"LMEvaluation.every_n_steps: found {every_n_steps}, expected at least 1, or null.")

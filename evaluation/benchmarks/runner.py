@@ -31,7 +31,13 @@ from lpc_lightning.evaluation.benchmarks.checks import check_chat_template, chec
 from lpc_lightning.evaluation.benchmarks.items import items_of_task, scores_of_task
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, to_json_value
 from lpc_lightning.evaluation.benchmarks.shared_requests import SharedRequests
-from lpc_lightning.evaluation.benchmarks.tasks import PAPER_TASKS, is_task_file, load_tasks, task_file_version
+from lpc_lightning.evaluation.benchmarks.tasks import (
+    DOCUMENT_SEEDS,
+    PAPER_TASKS,
+    is_task_file,
+    load_tasks,
+    task_file_version,
+)
 from lpc_lightning.evaluation.benchmarks.trial import Trial
 from lpc_lightning.evaluation.provenance import provenance
 
@@ -74,7 +80,8 @@ def run_benchmarks(
         num_fewshot: Number of examples before each question. None: each task's own number. A task whose own number is 0
             always has no examples.
         apply_chat_template: Format prompts as conversations, with the chat template of the model's tokenizer.
-        seed: Seed of the few-shot examples and of all other random draws. 1234 is lm-eval's default.
+        seed: Seed of the few-shot examples and of all other random draws. 1234 is lm-eval's default. A task that
+            shuffles its documents while they are loaded uses `DOCUMENT_SEEDS` instead.
         bootstrap_iters: Number of resamples for standard errors without a closed form. 0: no standard errors.
         manager: Task manager with the task names. None: a shared manager of this process.
 
@@ -103,6 +110,7 @@ def run_benchmarks(
         "tasks": run.tasks,
         "settings": settings,
         "seeds": dict.fromkeys(("python", "numpy", "torch", "fewshot"), seed),
+        "document_seeds": DOCUMENT_SEEDS,
         "model": _describe(lm),
         "seconds": round(time.perf_counter() - start, 3),
         **provenance(),

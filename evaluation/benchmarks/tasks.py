@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,9 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lpc_lightning.data.sources.progress_bars import hidden_progress_bars
 from lpc_lightning.evaluation.named_files import file_digests, names_and_digests
+from lpc_lightning.seeding import seed_draws
 
 # lm-eval and datasets take a second each to import. Importing the callbacks must not import them.
 if TYPE_CHECKING:
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 
 PAPER_TASKS = ("arc_easy", "arc_challenge", "gsm8k", "truthfulqa_mc1", "truthfulqa_mc2")
 """The benchmarks of the paper."""
+DOCUMENT_SEEDS = {"python": 0, "numpy": 1234, "torch": 1234}
+"""lm-eval's default seeds. Some tasks, such as GPQA, shuffle the choices of their documents while they are loaded."""
 
 
 class LocalData(NamedTuple):
@@ -100,6 +107,10 @@ def load_tasks(name: str, data_dir: str | None = None, manager: TaskManager | No
     With `data_dir`, the task is lm-eval's own: prompts, few-shot examples, metrics and version are unchanged. Only the
     data comes from another place, and the network is not used.
 
+    Random draws of a task have the seeds `DOCUMENT_SEEDS`, so that its documents are the same in every run. `datasets`
+    stores these documents: they are other ones if lm-eval has stored them before under other seeds. The caller's random
+    state does not change.
+
     Args:
         name: Name of an lm-eval task, group or tag, or path of a task file (.yaml). Call `check_tasks` before.
         data_dir: Folder of local data, with the files of `LOCAL_DATA`. None: data comes from the hub.
@@ -115,6 +126,20 @@ def load_tasks(name: str, data_dir: str | None = None, manager: TaskManager | No
     if manager is None:
         is_local = data_dir is not None and not is_task_file(name)
         manager = local_task_manager() if is_local else task_manager(index=not is_task_file(name))
+    with _document_seeds():
+        return _load(name, data_dir, manager)
+
+
+@contextmanager
+def _document_seeds() -> Iterator[None]:
+    with isolate_rng(include_cuda=False):
+        random.seed(DOCUMENT_SEEDS["python"])
+        np.random.seed(DOCUMENT_SEEDS["numpy"])
+        seed_draws(DOCUMENT_SEEDS["torch"], torch.device("cpu"))
+        yield
+
+
+def _load(name: str, data_dir: str | None, manager: TaskManager) -> TaskDict:
     if data_dir is None:
         return _load_from_hub(name, manager)
     if is_task_file(name):

@@ -111,7 +111,8 @@ def evaluate(
             only. If false, requests are batched exactly like in stock lm-eval.
         device: Device to run on: `auto`, `cpu`, `cuda` ...
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
-        seed: Seed of few-shot examples and of all other random draws.
+        seed: Seed of few-shot examples and of all other random draws. A task that shuffles its documents while they are
+            loaded uses lm-eval's default seeds instead.
         again: Compute results again even if they exist.
 
     Returns:

@@ -27,6 +27,20 @@ from tests.fixtures.processes import ForkedProcess
 
 EXACT = {"rel": 1e-9, "abs": 1e-12}
 RAISES = "def process_results(doc, results):\n    raise LookupError('no such key')\n"
+SHUFFLES = """
+import random
+import numpy
+import torch
+
+def shuffled(doc):
+    order = random.sample(range(3), 3)
+    drawn = f"{numpy.random.randint(10**6)} {torch.randint(10**6, ())}"
+    texts, labels = ([doc["choices"][name][place] for place in order] for name in ("text", "label"))
+    return {"question": f"{doc['question']} {drawn}", "choices": {"text": texts, "label": labels}}
+
+def process_docs(dataset):
+    return dataset.map(shuffled)
+"""
 
 
 def evaluate_stock(lm, tasks, data_dir, **settings):
@@ -230,6 +244,32 @@ def test_fewshot_examples_depend_on_seed_only(recording_lm, data_dir) -> None:
         assert set(actual.record["seeds"].values()) == {seed}
         prompts.append([context for context, _ in recording_lm.calls[-1]])
     assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_shuffled_documents_equal_simple_evaluate(stock, task_file, documents) -> None:
+    """GPQA shuffles its choices while it is loaded. Each task file has an empty cache of its own."""
+    rows = [{**row, "answerKey": row["choices"]["label"][0]} for row in documents["arc/ARC-Easy"]["test"]]
+
+    def shuffling_task(name):
+        path = Path(task_file(name, rows))
+        path.with_name("own.py").write_text(SHUFFLES)
+        path.write_text(path.read_text() + "process_docs: !function own.process_docs\n")
+        return str(path)
+
+    expected = simple_evaluate(
+        stock, tasks=[shuffling_task("stock")], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+    )
+    hashes = [sample["doc_hash"] for sample in expected["samples"]["stock"]]
+    for state, seed in ((1, 1234), (2, 1234), (3, 5)):
+        random.seed(state)
+        np.random.seed(state)
+        torch.manual_seed(state)
+        actual = run_benchmarks(stock, [shuffling_task(f"own_{state}")], seed=seed)
+        assert [item["doc_hash"] for item in actual.items] == hashes
+        assert actual.record["document_seeds"] == {
+            name: expected["config"][f"{'random' if name == 'python' else name}_seed"]
+            for name in ("python", "numpy", "torch")
+        }
 
 
 @pytest.mark.slow

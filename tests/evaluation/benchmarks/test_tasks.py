@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pytest
+import torch
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.benchmarks.checks import check_tasks
@@ -97,6 +100,18 @@ def test_local_task_equals_stock_task(name, stock_task, data_dir) -> None:
     ]
     assert scores[0] == scores[1]
     assert actual.higher_is_better() == expected.higher_is_better()
+
+
+def test_load_tasks_keeps_random_state(data_dir) -> None:
+    draws = []
+    for names in (), ("arc_easy",):
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+        for name in names:
+            load_tasks(name, str(data_dir))
+        draws.append((random.random(), np.random.random(), float(torch.rand(()))))
+    assert draws[0] == draws[1]
 
 
 def test_index_of_tasks_is_built_once() -> None:
