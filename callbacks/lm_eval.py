@@ -27,7 +27,7 @@ from lpc_lightning.evaluation.benchmarks.trial import Trial, failure_reason
 from lpc_lightning.evaluation.tables import score
 from lpc_lightning.files.markdown import markdown_table
 from lpc_lightning.files.path_variables import expand_path
-from lpc_lightning.inference.opening import inference_prior
+from lpc_lightning.inference.opening import inference_prior, with_end
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.loggers import run_folder
 from lpc_lightning.seeding import run_seed
@@ -127,7 +127,7 @@ class LMEvaluation(Callback):
         """
         assert isinstance(pl_module, PreferenceModule)
         if not keeps_weights_elsewhere(trainer.strategy):
-            with preserved(pl_module, pl_module.tokenizer):
+            with _evaluated(trainer, pl_module):
                 self._lm(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,7 +163,7 @@ class LMEvaluation(Callback):
     ) -> BenchmarkResults:
         assert isinstance(pl_module, PreferenceModule)
         folder = run_folder(trainer) / "lm_eval" / folder
-        with preserved(pl_module, pl_module.tokenizer):
+        with _evaluated(trainer, pl_module):
             try:
                 results = self._benchmarks(trainer, pl_module, limit)
             except Exception as error:  # no error of an evaluation may end the training
@@ -218,6 +218,19 @@ class LMEvaluation(Callback):
         for logger in trainer.loggers if values else ():
             logger.log_metrics(values, trainer.global_step)
             logger.save()
+
+
+@contextmanager
+def _evaluated(trainer: Trainer, module: PreferenceModule) -> Iterator[None]:
+    """Preserve the state of training. Within the block, answers end as those of the module's checkpoints do."""
+    model, template = module.policy.causal_lm, make_template(module.tokenizer, *template_settings(trainer))
+    published = model.generation_config
+    with preserved(module, module.tokenizer):
+        model.generation_config = with_end(published, template.end_id)
+        try:
+            yield
+        finally:
+            model.generation_config = published
 
 
 @contextmanager

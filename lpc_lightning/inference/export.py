@@ -29,7 +29,7 @@ from lpc_lightning.inference.export_folder import FILES, check_free, replacing
 from lpc_lightning.inference.generation import default_generation
 from lpc_lightning.inference.local_paths import clean_configs, without_folders
 from lpc_lightning.inference.modeling_lpc import InferencePrior, has_own_code, latent_causal_lm, without_latent
-from lpc_lightning.inference.opening import inference_prior, load_policy
+from lpc_lightning.inference.opening import inference_prior, load_policy, with_end
 from lpc_lightning.latent import PriorMode
 from lpc_lightning.policy.lora import merge
 from lpc_lightning.policy.pretrained import ORIGIN
@@ -203,10 +203,7 @@ def plain_model(module: PreferenceModule, template: Template) -> PreTrainedModel
     if model.config is model.config.get_text_config():  # also if the published model reads pictures as well
         published = published.get_text_config()
     set_dropout_rates(model.config, dropout_rates(published))
-    ends = model.generation_config.eos_token_id
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if template.end_id not in known:
-        model.generation_config.eos_token_id = [*known, template.end_id] if known else template.end_id
+    model.generation_config = with_end(model.generation_config, template.end_id)
     return model
 
 

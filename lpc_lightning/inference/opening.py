@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,10 +11,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms import PreferenceModule
-from lpc_lightning.data.tokenization.templates import TemplateSettings
+from lpc_lightning.data.tokenization.templates import TemplateSettings, make_template
 from lpc_lightning.errors import ConfigError, DamagedFileError, UnsupportedPolicyError, one_line
 from lpc_lightning.files.json_files import read_json_object
 from lpc_lightning.inference.checkpoints import (
@@ -97,7 +98,21 @@ def open_policy(
     if opened.prior is not None:
         opened.prior.requires_grad_(False).eval().to(to)
     origin = opened.origin | {"kind": opened.kind, "dtype": str(opened.policy.causal_lm.dtype).removeprefix("torch.")}
-    return replace(opened, name=name or opened.name, origin=origin, template=trained_template(origin))
+    template = trained_template(origin)
+    if opened.kind == "checkpoint" or "training" in origin:  # a plain model ends its answers as published
+        model = opened.policy.causal_lm
+        model.generation_config = with_end(model.generation_config, make_template(opened.tokenizer, *template).end_id)
+    return replace(opened, name=name or opened.name, origin=origin, template=template)
+
+
+def with_end(config: GenerationConfig | None, end_id: int) -> GenerationConfig:
+    """Copy a generation config, and let answers also end at the token that ended them in training."""
+    config = GenerationConfig() if config is None else copy.deepcopy(config)
+    ends = config.eos_token_id
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end_id not in known:
+        config.eos_token_id = [*known, end_id] if known else end_id
+    return config
 
 
 def open_module(
