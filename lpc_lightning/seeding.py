@@ -9,14 +9,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+SEED_VARIABLE = "PL_GLOBAL_SEED"
+"""Environment variable with the run's seed. `seed_everything` sets it, and `seed_everything: true` reads it."""
 
 
 def run_seed() -> int:
     """Return the seed that Lightning's `seed_everything` has set, or 0."""
-    return int(os.environ.get("PL_GLOBAL_SEED") or 0)
+    return int(os.environ.get(SEED_VARIABLE) or 0)
+
+
+@contextmanager
+def seeded_run(seed: int) -> Iterator[None]:
+    """Make `seed` the run's seed within the block. Afterwards, random states and the run's seed are as before."""
+    before = os.environ.get(SEED_VARIABLE)
+    os.environ[SEED_VARIABLE] = str(seed)
+    try:
+        with isolate_rng():
+            yield
+    finally:
+        if before is None:
+            del os.environ[SEED_VARIABLE]
+        else:
+            os.environ[SEED_VARIABLE] = before
 
 
 def derive(*parts: object) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from lpc_lightning.algorithms import PreferenceModule
@@ -21,9 +20,11 @@ from lpc_lightning.evaluation.accuracy.accuracy_modes import AccuracyModes, Grou
 from lpc_lightning.evaluation.accuracy.collect import Collector, CollectPairs
 from lpc_lightning.evaluation.accuracy.mode_margins import LENGTH_SCALES
 from lpc_lightning.evaluation.accuracy.pair_table import Row
+from lpc_lightning.evaluation.benchmarks.context_latent import ContextLatent
 from lpc_lightning.inference.opening import OpenedPolicy, open_module, open_policy
 from lpc_lightning.latent import LatentTerms
 from lpc_lightning.losses import simpo_loss
+from lpc_lightning.seeding import run_seed, seeded_run
 from lpc_lightning.types import PairLogps, PairLosses, PreferenceBatch
 
 LIKELIHOOD = "mean token log-probability, no reference"
@@ -61,6 +62,7 @@ def preference_accuracy(
     by: Sequence[Group] = ("source", "factor"),
     precision: Any = None,
     progress_bar: bool = True,
+    seed: int = 0,
 ) -> PreferenceResults:
     """Score preference pairs in every mode of the policy (see docs/accuracy_modes.md).
 
@@ -76,6 +78,7 @@ def preference_accuracy(
         by: Labels by which pairs are grouped.
         precision: Precision of the computation, as in `trainer.precision`. None: the data type of the weights.
         progress_bar: Whether to show a progress bar.
+        seed: See `evaluate_pairs`.
 
     Raises:
         DataError: There are no pairs in this split, or the data is invalid.
@@ -84,7 +87,7 @@ def preference_accuracy(
         model = open_module(model) if Path(model).suffix == ".ckpt" else open_policy(model)
     module = LikelihoodScorer(model) if isinstance(model, OpenedPolicy) else model
     modes = AccuracyModes(by, scales=LENGTH_SCALES)
-    rows = evaluate_pairs(module, data, modes, split, precision, progress_bar)
+    rows = evaluate_pairs(module, data, modes, split, precision, progress_bar, seed)
     report = modes.collect()
     return PreferenceResults(
         metrics=report.metrics,
@@ -105,6 +108,7 @@ def evaluate_pairs(
     split: Literal["validation", "test"] = "test",
     precision: Any = None,
     progress_bar: bool = True,
+    seed: int = 0,
 ) -> DataReport:
     """Evaluate each pair once, on the module's device, and add every batch to a collector.
 
@@ -115,6 +119,8 @@ def evaluate_pairs(
         split: The split to evaluate.
         precision: Precision of the computation, as in `trainer.precision`. None: the data type of the weights.
         progress_bar: Whether to show a progress bar.
+        seed: Seed of the draws, if z is sampled. An algorithm draws for each batch, and a policy without an algorithm
+            for each prompt.
 
     Returns:
         Counts of the used, removed and shortened rows of the data.
@@ -135,7 +141,7 @@ def evaluate_pairs(
     )
     data.set_tokenizer(module.tokenizer)
     run = trainer.test if split == "test" else trainer.validate
-    with isolate_rng():
+    with seeded_run(seed):
         run(module, datamodule=data, verbose=False)
     module.to(device)  # the trainer leaves the module on the CPU
     rows = data.reports.get(split)
@@ -169,7 +175,10 @@ class LikelihoodScorer(LightningModule):
         """Score the pairs under the prior's z, or without z if there is no prior."""
         forward = self.policy(batch)
         score = BatchScorer(forward, batch.lengths, None, mean_logps)
-        z = None if self.prior is None else self.prior(forward.states.prompt)
+        z = None
+        if self.prior is not None:
+            latent = ContextLatent(self.prior, None, run_seed())
+            z = latent(forward.states.prompt, [[prompt] for prompt in batch.prompts])
         return {"terms": LatentTerms(*score.under(z), z=z), "states": forward.states, "score": score}
 
     validation_step = test_step

@@ -115,6 +115,7 @@ def score_pairs(
     pairs: PairsFile,
     precision: str | None,
     trained: frozenset[int] | None = None,
+    seed: int = 0,
 ) -> BenchmarkResults:
     """Compute preference accuracy as a benchmark's results: task `preferences`, metrics `accuracy/MODE`.
 
@@ -123,12 +124,14 @@ def score_pairs(
         pairs: The pairs to score.
         precision: Precision of the computation, as in `trainer.precision`. None: the data type of the weights.
         trained: The model's training pairs (see `training_pairs`). None: they are not known.
+        seed: See `evaluate_pairs`.
 
     Raises:
         DataError: There are no pairs, or the data is invalid.
     """
     started = time.perf_counter()
-    scored, content, task = preference_accuracy(model, pairs, precision=precision), pairs.content, pairs.task
+    scored = preference_accuracy(model, pairs, precision=precision, seed=seed)
+    content, task = pairs.content, pairs.task
     metrics: dict[str, float] = {}
     groups: dict[str, float] = {}
     for name, value in sorted(scored.metrics.items(), key=_headline_first):

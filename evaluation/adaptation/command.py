@@ -101,7 +101,7 @@ def adapt(
             arithmetic in bfloat16; `auto`, bfloat16 if the device multiplies it fast, else float32.
         device: Device: `auto`, `cpu`, `cuda` ...
         trust_remote_code: Run Python code that comes with the model or its tokenizer. Read that code first.
-        seed: Seed of the random choices.
+        seed: Seed of the random choices, and of the draws of a sampled z.
 
     Raises:
         ConfigError: No model has codes, a setting is out of range, or results of other models, weights or pairs would
@@ -187,6 +187,7 @@ class _Scoring:
             module: The model.
             pairs: Pairs to predict.
         """
+        seed = self.collector.seed
         if self.labelled_split is not None:
             labelled = self.pairs(self.labelled_split, pairs.template_settings)
             if module.latent is None:  # their scores would not be used
@@ -194,15 +195,15 @@ class _Scoring:
                     self.collector.labelled.add_labels(batch)
                 rows = labelled.reports["test"]
             else:
-                rows = evaluate_pairs(module, labelled, self.collector.labelled, precision=self.precision)
+                rows = evaluate_pairs(module, labelled, self.collector.labelled, precision=self.precision, seed=seed)
             print(f"{name}, labelled pairs: {rows}")
         # The run empties the collector of the evaluated pairs alone.
-        print(f"{name}: {evaluate_pairs(module, pairs, self.collector.evaluated, precision=self.precision)}")
+        print(f"{name}: {evaluate_pairs(module, pairs, self.collector.evaluated, precision=self.precision, seed=seed)}")
         report = self.collector.collect()
         _check_annotators(report, self.collector, self.preferences)
         if report.mixtures and self.under_z:
             policy = PolicyUnderMixtures(report.mixtures, self.collector.column)
-            evaluate_pairs(module, pairs, policy, precision=self.precision)
+            evaluate_pairs(module, pairs, policy, precision=self.precision, seed=seed)
             report = replace(report, scores={**report.scores, **policy.scores()})
         return report
 

@@ -43,12 +43,12 @@ class ContextLatent:
         return self.mode == "sample"
 
     @torch.no_grad()
-    def __call__(self, states: Tensor, contexts: Sequence[Sequence[int]]) -> Tensor:
+    def __call__(self, states: Tensor, contexts: Sequence[Sequence[object]]) -> Tensor:
         """Compute z without changing the caller's random state.
 
         Args:
             states: (G, d) states at the last tokens of the contexts.
-            contexts: Tokens of the G contexts.
+            contexts: Tokens of the G contexts, or anything else that identifies each.
 
         Returns:
             (G, d) z of each context.
@@ -61,6 +61,6 @@ class ContextLatent:
                 [self._sample(state[None], context) for state, context in zip(states, contexts, strict=True)]
             )
 
-    def _sample(self, state: Tensor, context: Sequence[int]) -> Tensor:
+    def _sample(self, state: Tensor, context: Sequence[object]) -> Tensor:
         seed_draws(derive(self.seed, *context), state.device)
         return self.prior(state, self.mode)

@@ -138,7 +138,7 @@ def _preferences(
     model: PreferenceModule | OpenedPolicy, pairs: PairsFile, request: EvalRequest, trained: frozenset[int] | None
 ) -> BenchmarkResults:
     try:
-        return score_pairs(model, pairs, TRAINER_PRECISION[request.precision], trained)
+        return score_pairs(model, pairs, TRAINER_PRECISION[request.precision], trained, request.seed)
     except Exception as error:  # any error: the results of the benchmarks must not be lost
         record = {"tasks": {}, "settings": {"tasks": [pairs.task]}, "seconds": 0.0, **provenance()}
         return BenchmarkResults({}, [], {pairs.task: describe(error)}, record)

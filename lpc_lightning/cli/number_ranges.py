@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
+from lpc_lightning.seeding import SEED_VARIABLE
 
 LARGEST_SEED = 2**32 - 1
 """Largest seed of NumPy."""
-SEED_VARIABLE = "PL_GLOBAL_SEED"
-"""Environment variable with the seed, for `seed_everything: true`."""
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "accumulate_grad_batches": (lambda number: number >= 1, "an integer from 1 on"),
     "check_val_every_n_epoch": (lambda number: number >= 1, "an integer from 1 on, or null"),

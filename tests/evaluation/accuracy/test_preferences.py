@@ -144,6 +144,40 @@ def test_reward_without_algorithm_is_mean_logp(checkpoint: Path, data: Preferenc
             assert item["margins"][mode] == pytest.approx(rewards[0] - rewards[1], abs=1e-4)
 
 
+def sampling(checkpoint: Path, kind: str) -> Any:
+    """Open a checkpoint, and draw z from a prior that gives all codes the same probability."""
+    model: Any = open_module(str(checkpoint)) if kind == "module" else with_prior(checkpoint)
+    if kind == "module":
+        network, model.latent.prior_mode = model.latent.prior, "sample"
+    else:
+        network, model.prior.settings["prior_mode"] = model.prior.prior, "sample"
+    torch.nn.init.zeros_(network.second.weight)
+    torch.nn.init.zeros_(network.second.bias)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["module", "export"])
+def test_sampled_z_depends_on_seed_only(kind: str, checkpoint: Path, data: PreferenceData) -> None:
+    model, margins = sampling(checkpoint, kind), []
+    for state, seed in ((1, 3), (2, 3), (2, 4)):
+        torch.manual_seed(state)
+        items = preference_accuracy(model, data, progress_bar=False, seed=seed).items
+        margins.append([item["margins"]["prior"] for item in items])
+    assert margins[0] == margins[1] != margins[2]
+
+
+def test_sampled_z_belongs_to_prompt(checkpoint: Path, data: PreferenceData, file: Path, tmp_path: Path) -> None:
+    """Without an algorithm, the order of the pairs changes no draw."""
+    opened = sampling(checkpoint, "export")
+    (tmp_path / "reversed.jsonl").write_text("\n".join(reversed(file.read_text().splitlines())))
+    turned = PreferenceData(str(tmp_path / "reversed.jsonl"), batch_size=3, max_length=256, cache_dir=str(tmp_path))
+    first, second = (
+        {item["id"]: item["margins"]["prior"] for item in preference_accuracy(opened, pairs, progress_bar=False).items}
+        for pairs in (data, turned)
+    )
+    assert first == pytest.approx(second, abs=1e-5)
+
+
 def test_plain_model_has_prior_mode_only(data: PreferenceData, tmp_path: Path) -> None:
     spec = TinyPolicy(width=16, layers=1, heads=2)
     spec.build().causal_lm.save_pretrained(tmp_path / "plain")
