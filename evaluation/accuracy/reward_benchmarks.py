@@ -17,8 +17,9 @@ from lpc_lightning.data.sources.formats import to_example
 from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.reading import read_rows
 from lpc_lightning.data.sources.report import DataReport
-from lpc_lightning.data.sources.rows import BadRow, Row, Tie
+from lpc_lightning.data.sources.rows import BadRow, Row, Tie, entry_of, label_text
 from lpc_lightning.data.sources.splits import select_split
+from lpc_lightning.files.output_paths import number_repeated
 from lpc_lightning.types import PreferenceExample
 
 STYLES = 3
@@ -145,7 +146,11 @@ class FirstExamples:
 
 @dataclass(frozen=True)
 class StylePairs:
-    """The nine pairs of each row of RM-Bench. Their ids are `ROW CHOSEN REJECTED`, with the numbers of the styles."""
+    """The nine pairs of each row of RM-Bench.
+
+    Their ids are `ROW CHOSEN REJECTED`, with the row's id and the numbers of the styles. If rows share an id, that of
+    the second is `ID-2`, and so on.
+    """
 
     rows: RowSource
     count: int | float | None
@@ -157,11 +162,14 @@ class StylePairs:
 
     def read(self, report: DataReport) -> Iterator[PreferenceExample]:
         """Yield the examples; see `ExampleSource.read`. Each pair counts as a row."""
-        number = _number(self.count, lambda: self._rows(DataReport()))
-        pairs = ((place, pair) for place, row in islice(self._rows(report), number) for pair in _pairs(row, place))
+        number, columns = _number(self.count, lambda: self._rows(DataReport())), self.rows.columns
+        rows = list(islice(self._rows(report), number))
+        names = number_repeated([label_text(entry_of(row, columns.id)) or place for place, row in rows])
+        named = zip(names, rows, strict=True)
+        pairs = ((place, pair) for name, (place, row) in named for pair in _pairs(row, name, columns.id))
         for place, pair in report.counting(pairs):
             try:
-                example = to_example(pair, place, self.rows.columns)
+                example = to_example(pair, place, columns)
             except BadRow as fault:
                 report.count_bad(place, fault)
             except Tie:
@@ -177,14 +185,14 @@ class StylePairs:
         return iter(rows if own or not source.split else select_split(rows, source.split, source.split_column))
 
 
-def _pairs(row: Row, place: str) -> Iterator[Row]:
+def _pairs(row: Row, name: str, id_column: str) -> Iterator[Row]:
     """Yield the pairs of a row. A row of another form is one pair, which `to_example` refuses."""
     if not RM_BENCH.matches(row):
         yield row
         return
     for chosen, rejected in product(range(STYLES), repeat=2):
         answers = {"chosen": row["chosen"][chosen], "rejected": row["rejected"][rejected]}
-        yield {**row, **answers, "id": f"{row.get('id', place)} {chosen} {rejected}"}
+        yield {**row, **answers, id_column: f"{name} {chosen} {rejected}"}
 
 
 def _number(count: int | float | None, read: Callable[[], Iterable[Any]]) -> int | None:

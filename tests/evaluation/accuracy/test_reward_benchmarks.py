@@ -210,6 +210,30 @@ def test_scores_of_a_policy_against_single_answers(tmp_path: Path) -> None:
     assert scores["prior/summed"] != scores["prior/per_token"], "the lengths must matter"
 
 
+@pytest.mark.parametrize("ids", [["7", "7"], [None, None], ["7 0", "7"]])
+def test_every_row_counts_whatever_its_id(ids: list[str | None], tmp_path: Path) -> None:
+    """The answers of the second row are those of the first, exchanged, so that one of them is right."""
+    first = styled(0) | {"id": ids[0]}
+    second = first | {"id": ids[1], "chosen": first["rejected"], "rejected": first["chosen"]}
+    other = styled(1) | {"id": "8"}
+    path = write(tmp_path / "rm.jsonl", [first, second, other])
+    scores = score_pairs(opened(), PairsFile(path, cache_dir=str(tmp_path)), None).record["tasks"]["preferences"]
+    alone = write(tmp_path / "one.jsonl", [other])
+    rest = score_pairs(opened(), PairsFile(alone, cache_dir=str(tmp_path)), None).record["tasks"]["preferences"]
+    for scale in ("prior/summed", "prior/per_token"):
+        expected = (1 + rest["scores"][scale]["average"]) / 3
+        assert scores["scores"][scale]["average"] == pytest.approx(expected)
+
+
+def test_id_column_of_style_pairs(tmp_path: Path) -> None:
+    rows = [{"uid": 5, **{name: cell for name, cell in styled(n).items() if name != "id"}} for n in range(2)]
+    pairs = PairsFile(write(tmp_path / "rm.jsonl", rows), columns=Columns(id="uid"))
+    source = pairs.source("test")
+    assert source is not None
+    ids = [each.id for each in source.read(DataReport())]
+    assert ids == [f"{name} {i} {j}" for name in ("5", "5-2") for i in range(3) for j in range(3)]
+
+
 @torch.no_grad()
 def logp(policy: OpenedPolicy, prompt: list[int], answer: list[int]) -> float:
     model: Any = policy.policy.causal_lm
