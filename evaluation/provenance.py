@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -22,6 +24,11 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "git": git_revision(),
     }
+
+
+def short_hash(*parts: object) -> str:
+    """Return a text of 16 characters that changes with the parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def package_versions() -> dict[str, str | None]:

@@ -19,12 +19,14 @@ from lpc_lightning.data.datamodule import Stage
 from lpc_lightning.data.sources.example_source import ExampleSource, RowSource
 from lpc_lightning.data.sources.locations import open_location
 from lpc_lightning.data.sources.splits import split_names
+from lpc_lightning.data.tokenization.chat_template import ChatTemplate
+from lpc_lightning.data.tokenization.templates import make_template
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.accuracy.preferences import LIKELIHOOD, preference_accuracy
 from lpc_lightning.evaluation.accuracy.reward_benchmarks import PairForm, Scores, find_form
 from lpc_lightning.evaluation.accuracy.training_overlap import KEY, count_trained, overlaps
 from lpc_lightning.evaluation.benchmarks.results import BenchmarkResults, stderr_name, to_json_value
-from lpc_lightning.evaluation.provenance import provenance
+from lpc_lightning.evaluation.provenance import provenance, short_hash
 from lpc_lightning.files.path_variables import expand_path
 from lpc_lightning.inference.opening import OpenedPolicy
 
@@ -143,6 +145,7 @@ def score_pairs(
     headlines = {f"{pairs.form.name}/{name}": value for name, value in _headlines(form_scores).items()}
     record: dict[str, Any] = {
         "version": content,
+        "template": _template_hash(model, pairs),
         "limit": pairs.limit,
         "items": scored.pairs,
         "prompts": len({row["prompt"] for row in scored.items}),
@@ -160,6 +163,13 @@ def score_pairs(
     items = [_item(row, content, task) for row in scored.items]
     run_record = {"tasks": {task: record}, "settings": {"tasks": [task]}, "seconds": record["seconds"], **provenance()}
     return BenchmarkResults({task: headlines | metrics}, items, {}, to_json_value(run_record))
+
+
+def _template_hash(model: PreferenceModule | OpenedPolicy, pairs: PairsFile) -> str:
+    """Return a hash of the template, its arguments and its treatment of system turns."""
+    template = make_template(model.tokenizer, *pairs.template_settings)
+    source = template.source if isinstance(template, ChatTemplate) else None
+    return short_hash(template.kind, source, template.arguments, template.system_turns)
 
 
 def remarks(records: Mapping[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ from lpc_lightning.evaluation.benchmarks.tasks import (
     task_file_version,
 )
 from lpc_lightning.evaluation.benchmarks.trial import Trial
-from lpc_lightning.evaluation.provenance import provenance
+from lpc_lightning.evaluation.provenance import provenance, short_hash
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,8 @@ def run_benchmarks(
     check_tasks(tasks, data_dir, manager)
     start = time.perf_counter()
     shared = SharedRequests(lm) if lm.world_size > 1 else lm
-    run = _Run(shared, limit, num_fewshot, apply_chat_template, seed, bootstrap_iters)
+    template = _template_hash(lm) if apply_chat_template else None
+    run = _Run(shared, limit, num_fewshot, apply_chat_template, template, seed, bootstrap_iters)
     with _quiet(is_first=lm.rank == 0):
         for task_set in _task_sets(run.load(tasks, data_dir, manager)):
             run.score(task_set)
@@ -127,6 +128,8 @@ class _Run:
     limit: int | float | None
     num_fewshot: int | None
     apply_chat_template: bool
+    template: str | None
+    """Hash of the chat template and its arguments. None: it is not applied."""
     seed: int
     bootstrap_iters: int
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -202,6 +205,7 @@ class _Run:
             name: {
                 "version": results["versions"][name],
                 **({"task_file": self.task_files[name]} if name in self.task_files else {}),
+                **({} if self.template is None else {"template": self.template}),
                 "num_fewshot": results["n-shot"][name],
                 "limit": self.limit,
                 "items": len(items[name]),
@@ -234,6 +238,13 @@ def _documents_key(task: Task) -> str:
     """Return a key that is equal for tasks with the same data and the same kind of request."""
     files = (task.get_config("dataset_kwargs") or {}).get("data_files")
     return repr((task.DATASET_PATH or id(task), task.DATASET_NAME, files, task.OUTPUT_TYPE))
+
+
+def _template_hash(lm: LM) -> str | None:
+    tokenizer = getattr(lm, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    return short_hash(tokenizer.chat_template, getattr(lm, "chat_template_args", {}))
 
 
 def _describe(lm: LM) -> dict[str, Any]:

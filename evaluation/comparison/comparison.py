@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lpc_lightning.evaluation.benchmarks.results import to_json_value
 from lpc_lightning.evaluation.comparison.model_scores import Measure, ModelScores
@@ -23,6 +23,15 @@ NAMES = (*Measure._fields, "model", "baseline", "value", "stderr", *TEST_NAMES, 
 """Columns of the CSV file."""
 
 
+class Caveat(NamedTuple):
+    """Difference between the evaluations of a model and of the baseline."""
+
+    text: str
+    """`evaluated in bfloat16, and base in float32`."""
+    effect: str
+    """What the difference of the scores includes."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One measure of one model."""
@@ -37,7 +46,9 @@ class Cell:
     p_corrected: float | None = None
     """The test's p-value, corrected by Holm for all tests of the comparison."""
     note: str = ""
-    """Reason for a missing test, or a caveat about the test."""
+    """Reason for a missing test, or the caveats about the test."""
+    caveats: tuple[Caveat, ...] = ()
+    """Caveats about the test."""
 
     @property
     def is_significant(self) -> bool:
@@ -68,7 +79,8 @@ def compare(models: Sequence[ModelScores]) -> Comparison:
     """Compare models, and test each against the first.
 
     Two scores are tested only if they are comparable. If task version, few-shot examples, items or other conditions
-    differ, the model has a score and a note, and no test. If only the precision differs, there is a test with a note.
+    differ, the model has a score and a note, and no test. If only the precision or the template of the prompts differs,
+    there is a test with a note.
 
     Args:
         models: At least one model, with distinct names. The first is the baseline.
@@ -95,7 +107,8 @@ def _cell(measure: Measure, model: ModelScores, baseline: ModelScores) -> Cell:
         [model_items[item] for item in baseline_items],
         clusters=[baseline.prompts.get(item, str(item)) for item in baseline_items],
     )
-    return Cell(measure, model.name, value, stderr, test, note=_caveat(model, baseline))
+    caveats = tuple(_caveats(measure, model, baseline))
+    return Cell(measure, model.name, value, stderr, test, note="; ".join(text for text, _ in caveats), caveats=caveats)
 
 
 def _reason_against_test(measure: Measure, model: ModelScores, baseline: ModelScores) -> str:
@@ -117,12 +130,14 @@ def _reason_against_test(measure: Measure, model: ModelScores, baseline: ModelSc
     return "" if len(prompts) > 1 else "no test: there is one prompt"
 
 
-def _caveat(model: ModelScores, baseline: ModelScores) -> str:
-    """Return what else differs between the two evaluations, or an empty string."""
+def _caveats(measure: Measure, model: ModelScores, baseline: ModelScores) -> Iterator[Caveat]:
+    """Yield what else differs between the two evaluations."""
     first, second = baseline.precision, model.precision
-    if not first or not second or first == second:
-        return ""
-    return f"evaluated in {second}, and {baseline.name} in {first}"
+    if first and second and first != second:
+        yield Caveat(f"evaluated in {second}, and {baseline.name} in {first}", "rounding errors")
+    first, second = (scores.templates.get(measure.task) for scores in (baseline, model))
+    if first and second and first != second:
+        yield Caveat(f"evaluated on {measure.task} with another template than {baseline.name}", "the template's")
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -137,8 +152,8 @@ def to_markdown(comparison: Comparison) -> str:
         )
         header = ["task", "metric", "model", "difference", "95 % interval", "p", "Holm", "items"]
         parts.append(markdown_table(header, tested, left=3))
-        notes = dict.fromkeys(f"{cell.model} was {cell.note}" for cell in comparison.cells if cell.test and cell.note)
-        parts += [f"{note}: its differences include rounding errors." for note in notes]
+        caveats = dict.fromkeys((cell.model, caveat) for cell in comparison.cells for caveat in cell.caveats)
+        parts += [f"{name} was {text}: its differences include {effect}." for name, (text, effect) in caveats]
     untested: dict[tuple[str, str, str], list[str]] = {}
     for cell in comparison.cells:
         if cell.note and not cell.test and cell.value is not None:

@@ -42,6 +42,8 @@ class ModelScores:
     """By task or group, the conditions that must be equal in a comparison (version, few-shot, limit ...)."""
     precision: str | None = None
     """Precision of the arithmetic, `float32` or `bfloat16`. None if unknown. It changes scores by rounding only."""
+    templates: Mapping[str, str] = field(default_factory=dict)
+    """By task, a hash of the template of its prompts. Tasks without a template on record are missing."""
     prompts: Mapping[Item, str] = field(default_factory=dict)
     """Prompt of each preference pair. Pairs of one prompt are tested together."""
     remarks: Sequence[str] = ()
@@ -86,6 +88,7 @@ def scores_of(name: str, results: BenchmarkResults, folder: str = "") -> ModelSc
             items.setdefault(Measure(item["task"], metric), {})[key] = value
         if "prompt" in item:
             prompts[key] = item["prompt"]
+    records = results.record.get("tasks", {})
     return ModelScores(
         name=name,
         scores=values,
@@ -98,7 +101,8 @@ def scores_of(name: str, results: BenchmarkResults, folder: str = "") -> ModelSc
         prompts=prompts,
         conditions=conditions_of(results.record, results.metrics),
         precision=results.origin.get(REQUEST, {}).get("precision"),
-        remarks=remarks(results.record.get("tasks", {})),
+        templates={task: record["template"] for task, record in records.items() if "template" in record},
+        remarks=remarks(records),
         folder=folder,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,23 @@ def test_models_in_other_precision_get_note(evaluate: Command, plain: str, tmp_p
         in outcome.out
     )
     assert "Below: differences to plain" in outcome.out
+
+
+@pytest.mark.slow
+def test_models_with_other_template_get_note(evaluate: Command, plain: str, tmp_path: Path) -> None:
+    """The weights are equal, and one folder has no chat template. Benchmarks without templates get no note."""
+    bare, copy = (Path(shutil.copytree(plain, tmp_path / name)) for name in ("bare", "copy"))
+    (bare / "chat_template.jinja").unlink()
+    rows = [{"prompt": f"Say {n}.", "chosen": "yes", "rejected": "no " * n + "no"} for n in range(5)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    outcome = evaluate(plain, copy, bare, "--tasks=arc_easy", "--limit=5", "--preferences", tmp_path / "pairs.jsonl")
+    assert outcome.code == 0, outcome.err
+    sentence = "bare was evaluated on preferences with another template than plain: its differences include"
+    assert outcome.out.count(sentence) == 1
+    assert outcome.out.count("another template") == 1
+    chat = ["--tasks=arc_easy", "--limit=4", "--apply_chat_template=true"]
+    (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + " ")
+    assert "copy was evaluated on arc_easy with another template than plain" in evaluate(plain, copy, *chat).out
 
 
 def test_name_models_gives_distinct_names() -> None:

@@ -125,6 +125,19 @@ def test_compare_same_or_unknown_precision(kinds: tuple[str | None, str | None])
     assert compare([base, other]) == compare([model("base"), model("other")])
 
 
+def test_compare_notes_other_template() -> None:
+    """A task without a template on record, such as a benchmark without one, has no note."""
+    base, other = (replace(model(name), templates={"arc_easy": name}) for name in ("base", "other"))
+    actual, plain = compare([base, other]), compare([model("base"), model("other")])
+    assert differences(actual) == differences(plain)
+    note = "evaluated on arc_easy with another template than base"
+    assert [cell.note for cell in actual.cells] == ["", note, "", ""]
+    assert to_markdown(actual) == f"{to_markdown(plain)}\n\nother was {note}: its differences include the template's."
+    base, other = replace(base, precision="float32"), replace(other, precision="bfloat16")
+    assert compare([base, other]).cells[1].note == f"evaluated in bfloat16, and base in float32; {note}"
+    assert compare([base, replace(base, name="other")]).cells[1].note == ""
+
+
 def test_compare_skips_differing_task_only() -> None:
     other = model("other")
     other = replace(other, conditions=other.conditions | {"arc_easy": {"version": 9}})
