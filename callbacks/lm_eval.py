@@ -79,7 +79,8 @@ class LMEvaluation(Callback):
                 null: all of them.
             every_n_steps: Also evaluate after every n-th optimizer step. null: only at the end.
             step_limit: Same as `limit`, for evaluations during training.
-            num_fewshot: Examples before each question. null: the task's default.
+            num_fewshot: Examples before each question. null: the task's default. A task whose default is 0, such as
+                truthfulqa_mc1, always has no examples, and a line names it.
             batch_size: Sequences in a batch, or `auto`.
             prior_mode: How z is taken from the prior: `mean`, `sample`, `argmax`, or the index of a code. null: the
                 default of the latent space.

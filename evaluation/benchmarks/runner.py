@@ -78,7 +78,7 @@ def run_benchmarks(
         data_dir: Folder of local data, with the files of `LOCAL_DATA`. None: data comes from the hub.
         limit: Number of documents per task, taken from the start; below 1: a share of them. None: all documents.
         num_fewshot: Number of examples before each question. None: each task's own number. A task whose own number is 0
-            always has no examples.
+            always has no examples, and a line names it.
         apply_chat_template: Format prompts as conversations, with the chat template of the model's tokenizer.
         seed: Seed of the few-shot examples and of all other random draws. 1234 is lm-eval's default. A task that
             shuffles its documents while they are loaded uses `DOCUMENT_SEEDS` instead.
@@ -97,7 +97,10 @@ def run_benchmarks(
     template = _template_hash(lm) if apply_chat_template else None
     run = _Run(shared, limit, num_fewshot, apply_chat_template, template, seed, bootstrap_iters)
     with _quiet(is_first=lm.rank == 0):
-        for task_set in _task_sets(run.load(tasks, data_dir, manager)):
+        loaded = run.load(tasks, data_dir, manager)
+        if num_fewshot:
+            _report_own_fewshot(loaded, num_fewshot)
+        for task_set in _task_sets(loaded):
             run.score(task_set)
     settings = {
         "tasks": tasks,
@@ -217,6 +220,14 @@ class _Run:
             for name, task in task_set["tasks"].items()
         }
         return {name: task_metrics for name, task_metrics in metrics.items() if task_metrics}, items, records
+
+
+def _report_own_fewshot(loaded: Sequence[TaskDict], num_fewshot: int) -> None:
+    """Print the tasks whose own number of examples is 0, which lm-eval never replaces."""
+    tasks = {name: task for task_dict in loaded for name, task in task_dict["tasks"].items()}
+    if names := [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]:
+        line = f"num_fewshot: found {num_fewshot}, not used for {', '.join(names)}: their own number is 0."
+        tqdm.write(line, file=sys.stderr)
 
 
 def _task_sets(loaded: Sequence[TaskDict]) -> list[TaskDict]:

@@ -100,7 +100,8 @@ def evaluate(
         max_length: Most tokens of a prompt with its longer answer. Longer pairs are left out and counted. null: no
             limit, which scores of a benchmark need to be comparable.
         limit: Number of documents per task, and of pairs, from the start; below 1: a share of them. null: all of them.
-        num_fewshot: Number of examples before each question. null: each task's own number.
+        num_fewshot: Number of examples before each question. null: each task's own number. A task whose own number is
+            0, such as truthfulqa_mc1, always has no examples, and a line names it.
         apply_chat_template: Format the benchmarks' prompts as conversations, with the tokenizer's chat template.
         batch_size: Number of sequences per batch. `auto` uses what fits into memory.
         precision: `float32`, weights of any type converted to float32; `bfloat16`, weights in their stored type and

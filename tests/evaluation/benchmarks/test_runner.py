@@ -100,12 +100,16 @@ def test_scores_equal_simple_evaluate(settings, stock, data_dir) -> None:
 
 
 @pytest.mark.slow
-def test_num_fewshot_does_not_apply_to_truthfulqa(stock, data_dir) -> None:
-    actual = run_benchmarks(
-        stock, ["arc_easy", "gsm8k", "truthfulqa_mc1"], data_dir=str(data_dir), num_fewshot=3, limit=2
-    )
+def test_num_fewshot_does_not_apply_to_truthfulqa(stock, data_dir, capsys) -> None:
+    tasks = ["arc_easy", "truthfulqa_mc2", "gsm8k", "truthfulqa_mc1"]
+    actual = run_benchmarks(stock, tasks, data_dir=str(data_dir), num_fewshot=3, limit=2)
     shots = {task: record["num_fewshot"] for task, record in actual.record["tasks"].items()}
-    assert shots == {"arc_easy": 3, "gsm8k": 3, "truthfulqa_mc1": 0}
+    assert shots == {"arc_easy": 3, "gsm8k": 3, "truthfulqa_mc1": 0, "truthfulqa_mc2": 0}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "num_fewshot" in line]
+    assert lines == ["num_fewshot: found 3, not used for truthfulqa_mc2, truthfulqa_mc1: their own number is 0."]
+    for unused in (None, 0):
+        run_benchmarks(stock, ["truthfulqa_mc1"], data_dir=str(data_dir), num_fewshot=unused, limit=1)
+    assert "num_fewshot" not in capsys.readouterr().err
 
 
 def test_metrics_and_errors_from_items(stock, data_dir) -> None:
