@@ -189,6 +189,13 @@ def test_links_resolve(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_export_page_says_how_to_score_an_answer() -> None:
+    text = " ".join((ROOT / "docs/export.md").read_text().split())
+    (part,) = re.findall(r"\*\*Scores of an answer\.\*\*.*?(?=\*\*)", text)
+    for name in ("prompt_end", "attention_mask", "lpc-lightning evaluate", "hf"):
+        assert f"`{name}`" in part
+
+
 def test_index_lists_every_page() -> None:
     linked = set(LINK.findall((ROOT / "docs/index.md").read_text()))
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"} <= linked

@@ -170,7 +170,9 @@ def _steer(model: Exported, latent: Mapping[str, Any]) -> str:
         "z is inferred at the last token of the prompt and kept for the whole answer, also over a KV cache, in padded "
         "batches, sampling and beam search. `outputs = model(**prompt)` has it as `outputs.z`; pass it on "
         "(`z=outputs.z`) when you decode by hand. To score an answer that stands behind its prompt, state where the "
-        "prompt ends: `model(**tokens, prompt_end=...)`, or z would be read at the end of the answer.",
+        "prompt ends: `model(**tokens, prompt_end=...)`, or z would be read at the end of the answer. lm-eval's own "
+        "model `hf` does not, so that its log-likelihood tasks are wrong under the latent. Use `lpc-lightning "
+        "evaluate`, or score the plain model (z = 0).",
         *(_as_bias(model, latent) if model.linear else [NOT_LINEAR]),
     ]
     return "\n\n".join(parts)

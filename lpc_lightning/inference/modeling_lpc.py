@@ -27,7 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
+
+logger: Any = logging.get_logger(__name__)
 
 LATENT_FILE = "latent.safetensors"
 """File of the latent's tensors. Stock transformers ignores it and opens the folder as the plain policy."""
@@ -109,6 +111,10 @@ class InferencePrior(nn.Module):
     def log_prior(self, prompt: Tensor) -> Tensor | None:
         """Return log-probabilities (B, K) of the codes given h_x (B, d). None without a distribution over codes."""
         return None
+
+    def depends_on_prompt(self, mode: str | int | None, code_weights: Tensor | None) -> bool:
+        """Return whether `forward` with these arguments depends on h_x."""
+        return code_weights is None and not isinstance(self.settings["prior_mode"] if mode is None else mode, int)
 
     def forward(self, prompt: Tensor, mode: str | int | None = None, code_weights: Tensor | None = None) -> Tensor:
         """Compute z in the type of the weights, without autocast.
@@ -284,6 +290,10 @@ class VectorPrior(DeterministicPrior, kind="vector"):
         """Width d of z and of a hidden state."""
         return self.vector.shape[0]
 
+    def depends_on_prompt(self, mode: str | int | None, code_weights: Tensor | None) -> bool:
+        """Return false."""
+        return False
+
     def _z(self, prompt: Tensor) -> Tensor:
         return self.vector.expand(prompt.shape[0], -1)
 
@@ -397,7 +407,8 @@ class LatentGenerationMixin(Stock):
         """Run the stock model's `forward`, with logits LMHead(h + z) in float32 or wider.
 
         Without `z`, it is inferred at the last token of each row that the attention mask shows (left or right padding),
-        which is right where a row is a prompt. Give `prompt_end` where a row holds an answer behind its prompt.
+        which is right where a row is a prompt. Give `prompt_end` where a row holds an answer behind its prompt. Several
+        rows without a mask give a warning.
 
         Args:
             args: The stock model's arguments.
@@ -424,7 +435,11 @@ class LatentGenerationMixin(Stock):
             _check_prompts(given)
 
         def infer(states: Tensor) -> Tensor:
-            end = _last_shown(given.get("attention_mask"), *states.shape[:2]) if prompt_end is None else prompt_end
+            end = prompt_end
+            if end is None:
+                mask = given.get("attention_mask")
+                self._report_missing_mask(mask, len(states), prior_mode, code_weights)
+                end = _last_shown(mask, *states.shape[:2])
             prompt = states[torch.arange(len(states), device=states.device), end.to(states.device)]
             weights = code_weights
             if weights is not None and weights.dim() == 2:
@@ -457,6 +472,7 @@ class LatentGenerationMixin(Stock):
         code_weights: Tensor | None = None,
     ) -> Tensor:
         """Infer z (B, d) of prompts (B, q), padded left or right; see `latent_forward` for the arguments."""
+        self._report_missing_mask(attention_mask, len(input_ids), prior_mode, code_weights)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         places = {}
         if "position_ids" in self.forward_names:
@@ -464,6 +480,17 @@ class LatentGenerationMixin(Stock):
         states = self.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False, **places)[0]
         prompt = states[torch.arange(len(states), device=states.device), _last_shown(mask, *states.shape[:2])]
         return self.latent_prior(prompt, prior_mode, code_weights)
+
+    def _report_missing_mask(
+        self, mask: Tensor | None, rows: int, mode: str | int | None, code_weights: Tensor | None
+    ) -> None:
+        if mask is None and rows > 1 and self.latent_prior.depends_on_prompt(mode, code_weights):
+            logger.warning_once(
+                "attention_mask: found none for several rows, and neither z nor prompt_end. z is read at the last "
+                "column, which is right for prompts of one length. For padded prompts pass their mask. To score an "
+                "answer pass prompt_end, the column of its prompt's last token. lm-eval's own model `hf` passes "
+                "neither: use `lpc-lightning evaluate`, or the plain model at z = 0."
+            )
 
     def logits_processor(
         self,

@@ -143,6 +143,13 @@ def test_plain_policy_needs_no_remote_code() -> None:
         assert word not in text
 
 
+def test_model_card_names_scoring_by_lm_eval() -> None:
+    text = card(latent=CODES)
+    assert "prompt_end" in text
+    assert "lm-eval" in text
+    assert "lm-eval" not in card({"latent": None})
+
+
 @pytest.mark.parametrize("template", ["chat", "plain"])
 @pytest.mark.parametrize("kind", ["discrete", "gaussian", "mlp", "vector"])
 @pytest.mark.parametrize("linear", [True, False])

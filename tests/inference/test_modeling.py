@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,35 @@ def test_forward_labels_without_prompt_end(llama: Any, prompts: list[Tensor]) ->
     outputs = llama.model(input_ids=ids, labels=labels, prompt_end=torch.tensor([len(prompts[0]) - 1]))
     expected = llama.baked(llama.space.infer(llama.prompt_state(prompts[0]))[0])(input_ids=ids, labels=labels)
     torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rows_without_a_mask_are_reported_once(
+    llama: Any, prompts: list[Tensor], padded: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As lm-eval scores choices. Their z would be read at the end of a choice, or at padding."""
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    batch = padded(prompts, "right")
+    ids, end = batch["input_ids"], batch["attention_mask"].sum(-1) - 1
+    fixed: list[dict[str, Any]] = [{"prior_mode": 2}, {"code_weights": torch.ones(CODES)}, {"z": torch.zeros(16)}]
+    for options in (*fixed, {"attention_mask": batch["attention_mask"]}, {"prompt_end": end}):
+        llama.model(ids, **options)
+    vector = VectorSpace()
+    vector.build(16, llama.policy.head)
+    latent_causal_lm(llama.stock, inference_prior(vector))(ids)
+    llama.model(ids[:1])
+    for cached in (True, False):
+        llama.model.generate(ids, max_new_tokens=2, pad_token_id=0, use_cache=cached)
+
+    def messages() -> list[str]:
+        return [record.message for record in caplog.records if record.name.endswith(".modeling_lpc")]
+
+    assert messages() == []
+    for read in (llama.model, llama.model.infer_z, llama.model):
+        read(ids)
+    (message,) = messages()
+    assert message.startswith("attention_mask: found none for several rows")
+    assert "prompt_end" in message
 
 
 # A cache that goes on
