@@ -153,7 +153,8 @@ def evaluate(
         try:
             folder, results, missing = evaluate_model(model, name, request, Path(output), again)
         except Exception as error:  # any error: the other models are still evaluated
-            failures.append(f"{name}: {describe(error)}")
+            reason = describe(error)
+            failures.append(reason if reason.startswith(f"{name}:") else f"{name}: {reason}")
             continue
         failures += [f"{name}, {task}: {reason}" for task, reason in missing.items()]
         print(f"\n{table(results)}\n", flush=True)

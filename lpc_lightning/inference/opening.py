@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -211,6 +212,12 @@ def _open_model(path: str, dtype: str, trust_remote_code: bool) -> OpenedPolicy:
     config = policy.causal_lm.config
     if (record := published_file(path, ORIGIN)) is not None:
         origin["training"] = _training(record)
+    elif spec.adapter is not None and published_file(spec.path, LATENT_FILE, spec.revision) is not None:
+        rank_zero_warn(
+            f"{path}: found an adapter whose base model {spec.path} has a latent. It is opened on the plain policy, "
+            "at z = 0. If it was trained with the latent, open the base model with trust_remote_code=True and peft's "
+            "PeftModel, and save both as one folder with its merge_and_unload().save_pretrained(FOLDER)."
+        )
     settings = getattr(config, CONFIG_KEY, None)
     if settings is None:
         return OpenedPolicy(short_name(path), "model", policy, tokenizer, None, origin)

@@ -132,8 +132,16 @@ class PretrainedPolicy(PolicySpec):
             )
 
     def load_config(self) -> PreTrainedConfig:
-        """Load the config that is stored with the weights."""
-        return self._load(AutoConfig)
+        """Load the config that is stored with the weights.
+
+        That of a policy with an adapter is without the latent of its base model. The adapter belongs to the plain
+        policy, and no latent fits both.
+        """
+        config: PreTrainedConfig = self._load(AutoConfig)
+        if self.adapter is not None and hasattr(config, LATENT_SETTINGS):
+            for name in (LATENT_SETTINGS, "auto_map"):  # `auto_map` names the code of the latent
+                vars(config).pop(name, None)
+        return config
 
     def load_model(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """Load the weights. Those of a GGUF file are dequantized, and lose their quantization config.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lpc_lightning.errors import ConfigError, UnsupportedPolicyError
 from lpc_lightning.inference.export import export
@@ -119,6 +119,51 @@ def test_edited_adapter_gives_at_most_one_warning(
         open_policy(str(adapter))
     messages = [str(each.message) for each in caught if "changed after the folder was written" in str(each.message)]
     assert messages == [] if setting is None else len(messages) == 1 and messages[0].startswith(f"{setting}: {file} in")
+
+
+@pytest.fixture(scope="module")
+def latent_export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export of a policy with a latent, to train on."""
+    return export(str(checkpoint), str(tmp_path_factory.mktemp("bases") / "base"))
+
+
+@pytest.mark.filterwarnings("ignore:policy.path. found an export with a latent")
+@torch.no_grad()
+def test_adapter_trained_on_the_export_of_a_latent(
+    latent_export: Path, fitted: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It was trained at z = 0. Its folder holds no latent, and that of its base model is not taken."""
+    path = ["--policy=PretrainedPolicy", f"--policy.path={latent_export}"]
+    trained = fitted(*path, "--policy.lora.rank=2", "--model.optimizer.lr=0.1")
+    adapter = export(str(trained), str(tmp_path / "mine"), adapter=True)
+    expected, base = open_policy(str(trained)).causal_lm(**batch()).logits, open_policy(str(latent_export))
+    for trusted in (False, True):
+        opened = open_policy(str(adapter), trust_remote_code=trusted)
+        assert (opened.kind, opened.prior) == ("model", None)
+        torch.testing.assert_close(opened.causal_lm(**batch()).logits, expected, rtol=1e-5, atol=1e-6)
+    again = TrainedPolicy(str(adapter)).build().causal_lm(**batch()).logits
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)
+    for other in (base.causal_lm, base.policy.causal_lm):
+        assert (other(**batch()).logits - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_adapter_of_peft_trained_under_a_latent(latent_export: Path, tmp_path: Path) -> None:
+    """Its folder does not state whether it was trained with the latent. The advice of the warning keeps both."""
+    latent = AutoModelForCausalLM.from_pretrained(latent_export, trust_remote_code=True)
+    adapted = get_peft_model(latent, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    expected = adapted(**batch()).logits
+    adapted.save_pretrained(tmp_path / "peft")
+    message = r"peft: found an adapter whose base model .*base has a latent.*merge_and_unload\(\)\.save_pretrained\("
+    with pytest.warns(UserWarning, match=message):
+        opened = open_policy(str(tmp_path / "peft"))
+    assert opened.prior is None
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(latent_export), tmp_path / "peft")
+    torch.testing.assert_close(opened.causal_lm(**batch()).logits, stock(**batch()).logits, rtol=1e-5, atol=1e-6)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(latent_export).save_pretrained(tmp_path / "merged")
+    merged = open_policy(str(tmp_path / "merged"))
+    torch.testing.assert_close(merged.causal_lm(**batch()).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_adapters_that_cannot_stand_alone(

@@ -25,6 +25,16 @@ def test_invalid_model_does_not_stop_others(
     assert set(results("plain").metrics) == {"arc_easy"}
 
 
+def test_error_names_a_model_once(evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a model in the working directory is its name."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for model in ("empty", tmp_path / "empty"):
+        outcome = evaluate(model, "--tasks=arc_easy", "--limit=4")
+        expected = "empty: " if model == "empty" else f"empty: {model}: "
+        assert outcome.errors[0].startswith(f"{expected}found a folder without config.json")
+
+
 def test_invalid_pairs_do_not_stop_benchmarks(evaluate: Command, plain: str, results: Any, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "Why?", "chosen": "So.", "rejected": "So."}) + "\n")
