@@ -155,13 +155,17 @@ def check_digests(folder: Path, share: slice = slice(None)) -> None:
 
 
 def check_listed(path: Path) -> None:
-    """Compare one file with the `digests.json` beside it, if that lists the file.
+    """Compare one file with the `digests.json` beside it, if there is one.
 
     Raises:
-        DamagedFileError: The file has other content, or `digests.json` is damaged.
+        DamagedFileError: The file has other content or is not listed, or `digests.json` is damaged.
     """
-    expected = read_digests(path.parent).get(path.name) if (path.parent / DIGESTS).is_file() else None
-    if expected is not None and digest_of(path) != expected:
+    if not (path.parent / DIGESTS).is_file():
+        return
+    expected = read_digests(path.parent).get(path.name)
+    if expected is None:
+        raise DamagedFileError(f"{path} has no SHA-256 in {path.parent / DIGESTS}")
+    if digest_of(path) != expected:
         raise DamagedFileError(f"{path} does not have the SHA-256 in {path.parent / DIGESTS}")
 
 

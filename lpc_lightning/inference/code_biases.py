@@ -38,7 +38,8 @@ class CodeBiases:
         """Read `code_biases.safetensors` and, if it is there, `code_weights.json`.
 
         Raises:
-            ConfigError: The folder has no table or not the one that was written, or its weights cannot be read.
+            ConfigError: The folder has no table or not the one that was written with its weights, or the weights of
+                annotators cannot be read.
         """
         if not (folder / BIASES).is_file():
             raise ConfigError(
@@ -48,7 +49,9 @@ class CodeBiases:
         try:
             check_listed(folder / BIASES)
         except DamagedFileError as error:
-            raise ConfigError(f"{error}, expected the content that was written. Export the folder again.") from error
+            raise ConfigError(
+                f"{error}, expected the table that was exported with these weights. Export the checkpoint again."
+            ) from error
         names = folder / ANNOTATORS
         try:
             annotators = read_json_object(names) if names.is_file() else {}

@@ -677,7 +677,9 @@ class LatentGenerationMixin(Stock):
         tensors = {name.removeprefix(f"{PRIOR}."): tensor.contiguous() for name, tensor in latent.items()}
         save_file(tensors, folder / LATENT_FILE, metadata={"format": "pt"})
         shutil.copyfile(__file__, folder / Path(__file__).name)
-        digests = {file.name: _digest(file) for file in sorted(folder.glob("*.safetensors"))}
+        # A file of an earlier export, such as a table of its codes, does not belong to these weights.
+        written = sorted([folder / LATENT_FILE, *folder.glob("model*.safetensors")])
+        digests = {file.name: _digest(file) for file in written}
         (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
     @classmethod

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lpc_lightning.algorithms import DPO
 from lpc_lightning.errors import CheckpointError, ConfigError
+from lpc_lightning.inference.code_biases import CodeBiases
 from lpc_lightning.inference.export import export
 from lpc_lightning.inference.modeling_lpc import LatentCausalLM
 from lpc_lightning.inference.opening import open_module, open_policy
@@ -169,6 +170,20 @@ def test_a_table_of_codes_on_request(checkpoint: Path, tmp_path: Path) -> None:
     opened = open_policy(str(checkpoint))
     torch.testing.assert_close(table, opened.prior.codebook @ opened.policy.head.weight.T)
     assert "`code_biases.safetensors` holds that table" in (folder / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_table_of_earlier_weights_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """The model is changed and saved into its own folder, where the table of the export stays."""
+    folder = export(str(checkpoint), str(tmp_path / "out"), code_biases=True)
+    model = LatentCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(CodeBiases.read(folder).table, model.code_biases())
+    model.latent_prior.codebook.mul_(3)
+    model.save_pretrained(folder)
+    assert set(json.loads((folder / "digests.json").read_text())) == {"model.safetensors", "latent.safetensors"}
+    with pytest.raises(ConfigError, match=r"code_biases\.safetensors has no SHA-256 in .*Export the checkpoint again"):
+        CodeBiases.read(folder)
+    assert torch.equal(open_policy(str(folder)).prior.codebook, model.latent_prior.codebook)
 
 
 def test_settings_that_the_checkpoint_cannot_have(fitted: Callable[..., Path], tmp_path: Path) -> None:
