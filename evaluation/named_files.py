@@ -71,12 +71,14 @@ def paths_in_value(key: str, value: Any, folder: Path) -> Iterator[Path]:
 
 
 def _read_folder(path: Path) -> tuple[str, None]:
-    return files_fingerprint(path.rglob("*")), None
+    return files_fingerprint(path.rglob("*"), path), None
 
 
 def _read_file(path: Path) -> tuple[str, Any]:
     size, time = (stat := path.stat()).st_size, stat.st_mtime_ns
-    return (files_fingerprint([path]), None) if size > LARGE_FILE_BYTES else _read_content(path, size, time)
+    if size > LARGE_FILE_BYTES:
+        return files_fingerprint([path], path.parent), None
+    return _read_content(path, size, time)
 
 
 @cache

@@ -119,7 +119,7 @@ def adapt(
     scoring = _Scoring(preferences, open_file, collector, labelled_split, under_z, TRAINER_PRECISION[computed])
     with claim_output_folder(Path(output), "output"):
         read = {
-            "preferences": os.path.abspath(preferences),
+            "preferences": os.path.realpath(preferences),
             "split": split,
             "labelled_split": labelled_split,
             "annotator_column": annotator_column,
@@ -127,7 +127,7 @@ def adapt(
             "pairs_fingerprint": open_file(preferences, split=split).content,
             "labelled_fingerprint": labelled_split and open_file(preferences, split=labelled_split).content,
         }
-        paths = {name: os.path.abspath(path) for name, path in named}
+        paths = {name: os.path.realpath(path) for name, path in named}
         origins = {
             name: {"checkpoint": path, "weights_fingerprint": weights_fingerprint(path), **read}
             for name, path in paths.items()

@@ -14,11 +14,12 @@ from lpc_lightning.evaluation.accuracy.scored_pairs import PairsFile, check_unus
 from lpc_lightning.evaluation.benchmarks.checks import check_counts, check_tasks
 from lpc_lightning.evaluation.comparison.stored import local_data
 from lpc_lightning.files.output_paths import number_repeated
-from lpc_lightning.inference.fingerprint import weights_fingerprint
+from lpc_lightning.inference.fingerprint import model_identity
 from lpc_lightning.latent import PriorMode
 
 NOT_IN_KEY = {"in_key": False}
-"""Mark of a setting that `EvalRequest.key` leaves out: it changes no score, or each task's record has its effect."""
+"""Mark of a setting that `EvalRequest.key` leaves out: it changes no score, each task's record has its effect, or the
+key has a fingerprint of its files."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class EvalRequest:
     """Settings of an evaluation, shared by all models. See `evaluate` for their meaning."""
 
     tasks: tuple[str, ...] = field(metadata=NOT_IN_KEY)
-    data_dir: str | None = None
+    data_dir: str | None = field(default=None, metadata=NOT_IN_KEY)
     preferences: tuple[str, ...] = field(default=(), metadata=NOT_IN_KEY)
     columns: Columns = field(default_factory=Columns, metadata=NOT_IN_KEY)
     bad_rows: Literal["error", "skip"] = field(default="error", metadata=NOT_IN_KEY)
@@ -89,8 +90,7 @@ class EvalRequest:
         settings = {
             entry.name: getattr(self, entry.name) for entry in fields(self) if entry.metadata.get("in_key", True)
         }
-        path = str(Path(model).resolve()) if Path(model).exists() else model
-        return {**settings, "model": path, "weights": weights_fingerprint(model), "data": local_data(self.data_dir)}
+        return {**settings, **model_identity(model), "data": local_data(self.data_dir)}
 
 
 def _task_names(paths: Sequence[str]) -> list[str]:

@@ -107,11 +107,15 @@ def local_data(data_dir: str | None) -> str | None:
     """Return a fingerprint of the benchmarks' local files, or None if the data comes from the hub."""
     if data_dir is None:
         return None
-    return files_fingerprint(file for data in LOCAL_DATA.values() for file in data.files(Path(data_dir)).values())
+    folder = Path(data_dir)
+    return files_fingerprint((file for data in LOCAL_DATA.values() for file in data.files(folder).values()), folder)
 
 
 def missing_tasks(stored: BenchmarkResults | None, tasks: Sequence[str]) -> list[str]:
-    """Return the tasks without results: those that failed, were not part of a run, or whose task file has changed."""
+    """Return the tasks without results: those that failed, were not part of a run, or whose task file has changed.
+
+    A task file is found by its content, whatever its path.
+    """
     if stored is None:
         return list(tasks)
     stored_tasks = stored.record["settings"]["tasks"]
@@ -120,9 +124,10 @@ def missing_tasks(stored: BenchmarkResults | None, tasks: Sequence[str]) -> list
     has_failed_group = bool(set(stored.failures) - set(stored_tasks))
 
     def is_missing(task: str) -> bool:
-        if is_task_file(task) and task_file_version(task) not in task_files:
+        is_stored = task_file_version(task) in task_files if is_task_file(task) else task in stored_tasks
+        if is_task_file(task) and not is_stored:
             return True
-        is_incomplete = task not in stored_tasks or task in stored.failures or has_failed_group
+        is_incomplete = not is_stored or task in stored.failures or has_failed_group
         return task not in stored.metrics and is_incomplete
 
     return [task for task in tasks if is_missing(task)]

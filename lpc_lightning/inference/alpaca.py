@@ -17,7 +17,7 @@ from lpc_lightning.data.sources.rows import BadRow, check_text
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.json_files import write_json
 from lpc_lightning.files.output_paths import check_file, claim_output_file
-from lpc_lightning.inference.fingerprint import weights_fingerprint
+from lpc_lightning.inference.fingerprint import model_identity
 from lpc_lightning.inference.generate import conditions
 from lpc_lightning.inference.generation import Decoding, answers
 from lpc_lightning.inference.opening import open_policy
@@ -81,12 +81,7 @@ def alpaca(
     opened = open_policy(model, dtype, device, generator, trust_remote_code)
     warn_of_slow_products(opened.policy.model.device.type, opened.origin["dtype"], WEIGHTS_ADVICE)
     (under,) = conditions(opened, prior_mode, [], None)
-    settings = {
-        "generator": opened.name,
-        "model": model,
-        "weights": weights_fingerprint(model),
-        "prior_mode": prior_mode,
-    }
+    settings = {"generator": opened.name, **model_identity(model), "prior_mode": prior_mode}
     settings |= {"dtype": dtype, **asdict(decoding)}
     del settings["batch_size"]  # it does not change the answers
     path = Path(output)

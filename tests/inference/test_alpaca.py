@@ -149,6 +149,14 @@ def test_answers_of_other_settings_are_not_mixed(alpaca: Run, output: Path, flag
     assert output.read_text() == before
 
 
+def test_answers_of_a_model_by_another_path(alpaca: Run, plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alpaca()
+    monkeypatch.chdir(Path(plain).parent)
+    for path in (Path(plain).name, f"./{Path(plain).name}/"):
+        code, out, _ = alpaca(f"--model={path}")
+        assert (code, "holds 7 of 7 answers already" in out) == (0, True)
+
+
 def test_answers_of_other_weights_are_not_mixed(alpaca: Run, plain: str) -> None:
     alpaca()
     os.utime(Path(plain) / "model.safetensors", (1, 1))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lpc_lightning.evaluation import named_files
 from lpc_lightning.evaluation.ablation import fingerprint as module
 from lpc_lightning.evaluation.ablation.fingerprint import cell_fingerprint, code_version, digests_in_arguments
 
@@ -86,13 +87,15 @@ def test_fingerprint_changes_with_arguments(config: Path) -> None:
     assert len({compute(), compute([*ARGUMENTS, "--seed_everything=1"]), compute(weights="best")}) == 3
 
 
-def test_fingerprint_is_that_of_moved_files(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--config=fit.yaml"]
-    before = compute(arguments)
-    moved = config.rename(config.with_name("moved"))
+@pytest.mark.parametrize("large", [False, True])
+def test_fingerprint_is_that_of_moved_files(large: bool, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:
+        monkeypatch.setattr(named_files, "LARGE_FILE_BYTES", 0)
+    before = compute()
+    moved = config.rename(config.with_name(f"moved-{large}"))
     monkeypatch.chdir(moved)
-    assert str(moved / "pairs.jsonl") in digests_in_arguments(arguments)
-    assert compute(arguments) == before
+    assert large or str(moved / "pairs.jsonl") in digests_in_arguments(ARGUMENTS)
+    assert compute() == before
 
 
 def test_fingerprint_ignores_output_files(config: Path) -> None:

@@ -34,6 +34,31 @@ def test_existing_results_are_read(
     assert "a model was opened" in forced.errors[0]
 
 
+def test_results_are_read_by_any_path(
+    evaluate: Command,
+    plain: str,
+    data_dir: Path,
+    task_file: Callable[..., str],
+    no_model_is_opened: Callable[[], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the model, of the data, and of the file of a task."""
+    own = task_file("own", ROWS)
+    flags = ["--limit=4", "--names=plain", "--tasks", "arc_easy"]
+    assert evaluate(plain, *flags, own).code == 0
+    no_model_is_opened()
+    for name, target in (("model", Path(plain)), ("data", data_dir), ("tasks", Path(own).parent)):
+        (tmp_path / "links" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "links" / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path / "links")
+    task = Path(own).name
+    for place in (os.path.relpath(plain), "model", str(tmp_path / "links" / "model")):
+        for data in (os.path.relpath(data_dir), "data"):
+            outcome = evaluate(place, f"--data-dir={data}", *flags, f"tasks/{task}")
+            assert (outcome.code, "Read from" in outcome.out) == (0, True), outcome.err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change", ["--limit=3", "--prior-mode=1", "--seed=5", "--apply-chat-template", "--num-fewshot=2"]
