@@ -286,7 +286,8 @@ def _limits(model: Exported) -> str:
             "the choice of words, but not the order of an answer's parts.",
             "A codebook may collapse, or its codes may have one effect. See the results above, and compare answers "
             "under several codes before you read meaning into their numbers.",
-            "Assisted decoding and continuous batching are refused, since they hide where a prompt ends.",
+            "Assisted decoding and continuous batching are refused, since they hide where a prompt ends. Guidance "
+            "(`guidance_scale`) is refused, since its second pass has another prompt.",
         ]
     return "\n".join(["## Limits", "", *(f"- {point}" for point in points)])
 

@@ -616,6 +616,15 @@ class LatentGenerationMixin(Stock):
             "greedy search, sampling or beams; or the stock model with this one's `logits_processor`."
         )
 
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        scale = generation_config.guidance_scale
+        if scale not in (None, 1):
+            raise NotImplementedError(
+                f"guidance_scale: found {scale}, expected none or 1: the second pass of guidance has another prompt. "
+                "Leave it out; or use the stock model with this one's `logits_processor`, which adds z after guidance."
+            )
+        return super()._get_logits_processor(generation_config, *args, **kwargs)
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Raise an error: continuous batching is not supported.
 

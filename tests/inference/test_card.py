@@ -150,6 +150,12 @@ def test_model_card_names_scoring_by_lm_eval() -> None:
     assert "lm-eval" not in card({"latent": None})
 
 
+def test_model_card_names_refused_decoding() -> None:
+    limits = card(latent=CODES).split("## Limits\n")[1]
+    for name in ("Assisted decoding", "continuous batching", "`guidance_scale`"):
+        assert name in limits
+
+
 @pytest.mark.parametrize("template", ["chat", "plain"])
 @pytest.mark.parametrize("kind", ["discrete", "gaussian", "mlp", "vector"])
 @pytest.mark.parametrize("linear", [True, False])

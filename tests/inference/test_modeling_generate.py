@@ -250,6 +250,29 @@ def test_generate_unsupported_modes(llama: Any, prompts: list[Tensor]) -> None:
 
 
 @torch.no_grad()
+def test_generate_guidance_scale_is_refused(llama: Any, prompts: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a call and in a generation config, before the first pass. 1 is no guidance."""
+    ids = prompts[0][None]
+    expected = draw(llama.model, input_ids=ids)
+    assert torch.equal(draw(llama.model, input_ids=ids, guidance_scale=1.0), expected)
+    message = "guidance_scale: found 1.5, expected none or 1: .* has another prompt"
+    passes: list[Any] = []
+    monkeypatch.setattr(llama.model.generation_config, "guidance_scale", None)
+    hook = llama.model.get_decoder().register_forward_pre_hook(lambda *call: passes.append(call))
+    for options in ({}, {"do_sample": True}, {"num_beams": 2}, {"negative_prompt_ids": ids[:, :2]}):
+        with pytest.raises(NotImplementedError, match=message):
+            draw(llama.model, input_ids=ids, guidance_scale=1.5, **options)
+    llama.model.generation_config.guidance_scale = 1.5
+    with pytest.raises(NotImplementedError, match=message):
+        draw(llama.model, input_ids=ids)
+    hook.remove()
+    assert passes == []
+    # The advice of the error.
+    steer = llama.model.logits_processor(ids)
+    assert draw(llama.stock, input_ids=ids, guidance_scale=1.5, logits_processor=[steer]).shape == expected.shape
+
+
+@torch.no_grad()
 def test_in_a_pipeline(make_latent: Callable[..., Any]) -> None:
     latent = make_latent(dtype="float32")
     tokenizer = TinyPolicy(context=64).load_tokenizer()
