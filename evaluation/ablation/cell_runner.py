@@ -50,6 +50,12 @@ class CellRunner:
         job_count = "1 cell" if len(jobs) == 1 else f"{len(jobs)} cells"
         folders = sorted({str(job.folder.parent) for job in jobs}) or [str(self.output / CELLS)]
         print(f"{job_count} to run in {' and '.join(folders)}" + (f"; {ended} ended before." if ended else "."))
+        if replaced := sum(cell.folder.is_finished for cell in cells):
+            those = "1 finished cell has" if replaced == 1 else f"{replaced} finished cells have"
+            results = "its" if replaced == 1 else "their"
+            print(
+                f"{those} other settings, files or code; {results} results will be replaced (--keep_stale keeps them)."
+            )
         progress = Progress(len(jobs))
 
         def on_end(job: Job, record: Record | None) -> None:

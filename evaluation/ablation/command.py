@@ -68,8 +68,9 @@ def ablate(
     single value is used without tuning.
 
     If the command runs again, it skips finished cells and resumes interrupted cells from their checkpoints. Cells run
-    from the start if their settings, files or code have changed. If a cell fails, its error is recorded, and the other
-    cells run. Tokens and reference log-probabilities that cells share are computed once.
+    from the start if their settings, files or code have changed. Earlier results stay until the new attempt has made a
+    step. If a cell fails, its error is recorded, and the other cells run. Tokens and reference log-probabilities that
+    cells share are computed once.
 
     Args:
         grid: The grid's file, followed by changes: noise=0,0.3 seed=1,2 trainer.max_steps=20.

@@ -165,14 +165,13 @@ def plan_cells(
         start: Number of the first cell.
         folder: Folder of the cells' folders, in `output`.
     """
-    return [
-        PlannedCell(
-            number,
-            CellFolder(output / folder / cell.name),
-            _new_record(cell, weights),
-        )
+    planned = [
+        PlannedCell(number, CellFolder(output / folder / cell.name), _new_record(cell, weights))
         for number, cell in enumerate(cells, start)
     ]
+    for each in planned:
+        each.folder.recover()
+    return planned
 
 
 def _new_record(cell: Cell, weights: Weights) -> Record:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lpc_lightning.algorithms import PreferenceModule
 from lpc_lightning.cli import PreferenceCLI
@@ -30,7 +30,10 @@ PAIR_COLUMNS = ("prompt", "source", "factor", "annotator", "flipped", "has_gold"
 
 
 class CellCLI(PreferenceCLI):
-    """Command line of a cell. It asks before the fit which stages have pairs."""
+    """Command line of a cell.
+
+    It asks before the fit which stages have pairs, and removes the earlier files of the cell after the first step.
+    """
 
     stages: tuple[Stage, ...] = ()
     """Those of validation and test that have pairs. An error in their settings ends the cell before its fit."""
@@ -40,6 +43,29 @@ class CellCLI(PreferenceCLI):
         super().before_fit()
         scored: tuple[Stage, ...] = ("validation", "test")
         self.stages = tuple(stage for stage in scored if _has_pairs(self.datamodule, stage))
+        assert self._run_folder is not None
+        # Added to the trainer, but not to the settings.
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        callbacks.append(DiscardEarlier(CellFolder(self._run_folder.parent)))
+
+
+class DiscardEarlier(Callback):
+    """Removes the earlier files of a cell after the first step: the settings have proved to be usable."""
+
+    def __init__(self, folder: CellFolder) -> None:
+        """Store the folder.
+
+        Args:
+            folder: The cell.
+        """
+        self.folder = folder
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remove the files."""
+        if trainer.is_global_zero:
+            self.folder.discard_earlier()
 
 
 def run_cell(path: Path, weights: Weights) -> None:

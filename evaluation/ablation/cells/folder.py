@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from lpc_lightning.errors import ConfigError
 from lpc_lightning.files.csv_files import write_csv
@@ -73,7 +77,9 @@ class CellFolder:
         """
         self.path = path
         self.run, self.log = path / "run", path / "log.txt"
-        self.results = path / "results.json"
+        self.results, self.lock = path / "results.json", path / "lock"
+        self.earlier = path / "earlier"
+        """What an attempt with another fingerprint replaces, until the attempt has made a step."""
 
     def pairs(self, stage: str) -> Path:
         """Return the file with the margins of the pairs of `validation` or `test`."""
@@ -119,14 +125,18 @@ class CellFolder:
     def begin(self, new: Record) -> Record:
         """Record the start of an attempt, and return the record.
 
-        If the cell's fingerprint has changed, the files of earlier attempts are removed.
+        If the cell's fingerprint has changed, the files of earlier attempts are put aside: results, and a checkpoint
+        that an attempt could resume from. Without these, they are removed.
         """
         before = self.record()
         if before is None or before.fingerprint != new.fingerprint:
-            shutil.rmtree(self.run, ignore_errors=True)
-            scores = [*self.path.glob("pairs_*.jsonl"), *self.path.glob("deviations_*.jsonl")]
-            for path in (self.results, self.log, *scores, *self._earlier_metrics()):
-                path.unlink(missing_ok=True)
+            is_kept = self.is_finished or (
+                self.checkpoint() is not None and before is not None and before.status != "failed"
+            )
+            self._put_aside()
+            if not is_kept:
+                self.discard_earlier()
+                self.log.unlink(missing_ok=True)
             before = new
         elif before.status == "running":
             before = self.mark_stopped(before)
@@ -136,6 +146,47 @@ class CellFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.write(now)
         return now
+
+    def _put_aside(self) -> None:
+        scores = [*self.path.glob("pairs_*.jsonl"), *self.path.glob("deviations_*.jsonl")]
+        self.earlier.mkdir(parents=True, exist_ok=True)
+        # The results come first, so that a cell with results has all of its files.
+        for path in (self.results, *scores, self.run, *self._earlier_metrics(), self.path / "cell.json"):
+            if path.exists():
+                os.replace(path, self.earlier / path.name)
+
+    def put_back(self) -> bool:
+        """Put earlier files back, if an attempt that replaces them has ended without a step.
+
+        Returns:
+            True if files were put back.
+        """
+        if self.is_finished:
+            self.discard_earlier()
+        if not self.earlier.exists():
+            return False
+        for path in sorted(self.earlier.iterdir(), key=lambda path: path.name == self.results.name):
+            target = self.path / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+        self.earlier.rmdir()
+        return True
+
+    def recover(self) -> None:
+        """Do the same for an attempt that was killed. Nothing changes while a process runs the cell."""
+        if self.earlier.exists():
+            with suppress(Timeout), FileLock(self.lock, timeout=0):
+                self.put_back()
+
+    def discard_earlier(self) -> None:
+        """Remove the files that were put aside."""
+        if self.earlier.exists():
+            # A kill during the removal must leave no part of them that would be put back.
+            discarded = self.path / "discarded"
+            shutil.rmtree(discarded, ignore_errors=True)
+            os.replace(self.earlier, discarded)
+            shutil.rmtree(discarded)
 
     def mark_stopped(self, record: Record, error: str | None = None) -> Record:
         """Return the record of an attempt whose process was killed.

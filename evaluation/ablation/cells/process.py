@@ -21,6 +21,8 @@ MODULES = ("lpc_lightning.__main__", "lpc_lightning.evaluation.ablation.cells.wo
 FORKED.set_forkserver_preload(list(MODULES))
 LOCKED_EXIT_CODE = 75
 """Exit code if another command is running the cell."""
+NO_STEP_EXIT_CODE = 76
+"""Exit code if the attempt has failed before its first step, and earlier files of the cell stay."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class CellProcess:
         """Wait for the end of the process, and return the cell's record. None if another command is running the cell.
 
         If the process was killed before it could write the record, the record is written here. A record of earlier
-        settings or code stays as it is if the process ended before it began.
+        settings or code stays as it is if the process ended before it began, or failed before its first step.
         """
         self._process.join()
         code = self._process.exitcode or 0
@@ -80,6 +82,8 @@ class CellProcess:
         folder = CellFolder(self.job.folder)
         record = folder.record()
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if code == NO_STEP_EXIT_CODE:
+            return replace(self.job.record, status="failed", error=folder.last_lines())
         if code and record is not None and record.fingerprint != self.job.record.fingerprint:
             return replace(self.job.record, status="stopped", error=f"{reason} before it began")
         if record is None or record.status == "running":

@@ -22,7 +22,7 @@ from lpc_lightning.cli.system_errors import explain_system_error
 from lpc_lightning.cli.user_errors import USER_ERRORS
 from lpc_lightning.evaluation.ablation.cells.cell_run import run_cell
 from lpc_lightning.evaluation.ablation.cells.folder import CellFolder
-from lpc_lightning.evaluation.ablation.cells.process import LOCKED_EXIT_CODE, Job
+from lpc_lightning.evaluation.ablation.cells.process import LOCKED_EXIT_CODE, NO_STEP_EXIT_CODE, Job
 
 LOCK_TIMEOUT = 10.0
 """Maximum time to wait for a cell's lock, in seconds. The cells of a killed command end within this time."""
@@ -31,7 +31,9 @@ LOCK_TIMEOUT = 10.0
 def work(job: Job) -> None:
     """Run a cell, and write its record.
 
-    If another command is running the cell, the process ends with exit code `LOCKED_EXIT_CODE`.
+    If another command is running the cell, the process ends with exit code `LOCKED_EXIT_CODE`. If an attempt that would
+    replace earlier results fails before its first step, they stay with their record, and the exit code is
+    `NO_STEP_EXIT_CODE`.
 
     Args:
         job: The cell to run.
@@ -48,7 +50,7 @@ def work(job: Job) -> None:
     torch.set_num_threads(job.threads)
     job.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(job.folder / "lock", timeout=LOCK_TIMEOUT):
+        with FileLock(CellFolder(job.folder).lock, timeout=LOCK_TIMEOUT):
             _attempt(job)
     except Timeout:
         os._exit(LOCKED_EXIT_CODE)
@@ -56,6 +58,7 @@ def work(job: Job) -> None:
 
 def _attempt(job: Job) -> None:
     folder, start = CellFolder(job.folder), time.monotonic()
+    folder.put_back()
     before = folder.record()
     if before is not None and before.fingerprint == job.record.fingerprint and folder.is_finished:
         return  # another command has finished the cell in the meantime
@@ -73,7 +76,11 @@ def _attempt(job: Job) -> None:
         is_diverged = isinstance(fault, FloatingPointError)
         error, record = log_fault(fault, folder), replace(record, status="failed", diverged=is_diverged)
     else:
+        folder.discard_earlier()  # a fit may have no step
         record = replace(record, status="finished")
+    if error is not None and not record.diverged and folder.put_back():
+        print(f"The earlier files of this cell stay, because no step was made: {error.splitlines()[-1]}", flush=True)
+        sys.exit(NO_STEP_EXIT_CODE if record.status == "failed" else 128 + signal.SIGTERM)
     seconds, peak = record.seconds + time.monotonic() - start, max(record.peak_bytes, _peak_bytes())
     folder.write(replace(record, error=error, seconds=seconds, peak_bytes=peak))
     if job.remove_checkpoints and folder.is_finished:
