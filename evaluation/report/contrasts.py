@@ -10,7 +10,7 @@ from lpc_lightning.evaluation.comparison.comparison import SIGNIFICANCE
 from lpc_lightning.evaluation.report.runs.pairs import PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import RunRecord
 from lpc_lightning.evaluation.report.runs.settings import Value, as_value
-from lpc_lightning.evaluation.report.study import Group, LeftOut, Study, shared_by
+from lpc_lightning.evaluation.report.study import Group, LeftOut, Study, seed_or_folder, shared_by
 from lpc_lightning.evaluation.statistics.seeds import SeedDifference, paired_difference
 from lpc_lightning.evaluation.statistics.significance import holm
 
@@ -156,4 +156,4 @@ def _by_seed(group: Group, metric: str) -> dict[str, RunRecord]:
     values = group.values(metric)
     if len(values) == 1 and values[0][0].seed is None:
         return {"none": values[0][0]}
-    return {str(record.seed) if record.seed is not None else f"none ({record.name})": record for record, _ in values}
+    return {seed_or_folder(record): record for record, _ in values}

@@ -36,7 +36,7 @@ class Group:
     def counted(self) -> tuple[RunRecord, ...]:
         """Runs whose metrics are in the tables. Of several runs with the same seed, only the last finished one."""
         ordered = sorted(self.records, key=lambda record: record.status == FINISHED)
-        latest = {record.name if record.seed is None else record.seed: record for record in ordered if record.counted}
+        latest = {seed_or_folder(record): record for record in ordered if record.counted}
         return tuple(record for record in self.records if any(record is each for each in latest.values()))
 
     def values(self, metric: str) -> list[tuple[RunRecord, float]]:
@@ -51,6 +51,11 @@ class Group:
             return None
         by_prompt = [prompt_scores(record, metric) for record, _ in values]
         return estimate([value for _, value in values], shared_by(by_prompt))
+
+
+def seed_or_folder(record: RunRecord) -> str:
+    """Return what identifies a run in its group: its seed, or its folder if the seed is not known."""
+    return f"none ({record.folder or record.name})" if record.seed is None else str(record.seed)
 
 
 def shared_by(seeds: Sequence[PromptScores]) -> Shared:

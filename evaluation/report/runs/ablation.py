@@ -52,7 +52,7 @@ def _missing_cells(
     grid: Mapping[str, Sequence[Any]], skip: Sequence[Mapping[str, Any]], cells: Sequence[RunRecord]
 ) -> Iterator[RunRecord]:
     """Yield a record for each cell of the grid that has no folder and is not skipped."""
-    existing = {(frozenset(cell.axes.items()), cell.seed) for cell in cells}
+    existing = {(frozenset(cell.axes.items()), cell.seed if "seed" in grid else None) for cell in cells}
     for values in product(*grid.values()):
         value_by_axis = dict(zip(grid, values, strict=True))
         cell = {axis: as_value(value) for axis, value in value_by_axis.items()}
@@ -65,6 +65,8 @@ def _missing_cells(
 
 def load_cell(folder: Path) -> Loaded:
     """Read `cell.json`, the logs of the cell's run, `results.json` if it exists, and what is known of the grid.
+
+    The seed is the cell's value on the axis `seed`, or that of its run if the grid has no such axis.
 
     Raises:
         DataError: An earlier version has written the cell.
@@ -88,7 +90,7 @@ def load_cell(folder: Path) -> Loaded:
         logged,
         name=folder.name,
         axes=axes,
-        seed=seed,
+        seed=logged.seed if seed is None else seed,
         settings=settings,
         grid=str(grid),
         tuned=tuned,
