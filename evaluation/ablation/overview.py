@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def _earlier_tuning_seeds(path: Path) -> set[str]:
 
 
 def _values(axis: Axis, earlier_values: list[Any]) -> list[Any]:
-    return [*axis.values, *(value for value in earlier_values if value not in axis.values)]
+    names = {to_text(value) for value in axis.values}  # 1 and 1.0 are equal, and two values
+    return [*axis.values, *(value for value in earlier_values if to_text(value) not in names)]
 
 
 def write_choices(output: Path, tune: Tuning, choices: Sequence[Choice]) -> None:
@@ -93,10 +94,15 @@ def write_choices(output: Path, tune: Tuning, choices: Sequence[Choice]) -> None
     groups = [{"axes": dict(choice.group), "tune": tune.describe(), **_tuned(choice, tune)} for choice in choices]
     with FileLock(output / "lock"):
         before = json.loads(path.read_text(encoding="utf-8"))["groups"] if path.exists() else []
-        names = [group["axes"] for group in groups]
-        content = {"groups": [*groups, *(group for group in before if group["axes"] not in names)]}
+        names = {_name(group) for group in groups}
+        content = {"groups": [*groups, *(group for group in before if _name(group) not in names)]}
         if content["groups"] != before:
             write_json(path, content)
+
+
+def _name(group: Mapping[str, Any]) -> str:
+    """Return a text of a group's axes, in which 1 and 1.0 differ."""
+    return json.dumps(group["axes"], sort_keys=True)
 
 
 def _tuned(choice: Choice, tune: Tuning) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.comparison.comparison import SIGNIFICANCE
 from lpc_lightning.evaluation.report.runs.pairs import PromptScores, prompt_scores
 from lpc_lightning.evaluation.report.runs.records import RunRecord
-from lpc_lightning.evaluation.report.runs.settings import Value, as_value
+from lpc_lightning.evaluation.report.runs.settings import Value, as_setting
 from lpc_lightning.evaluation.report.study import Group, LeftOut, Study, seed_or_folder, shared_by
 from lpc_lightning.evaluation.statistics.seeds import SeedDifference, paired_difference
 from lpc_lightning.evaluation.statistics.significance import holm
@@ -63,14 +63,17 @@ def read_baseline(study: Study, texts: Sequence[str] | None) -> dict[str, Value]
     baseline: dict[str, Value] = {}
     for text in texts:
         axis, _, value = text.partition("=")
-        if as_value(value) not in study.axes.get(axis, ()):
+        own_values = study.axes.get(axis, ())
+        # A text such as 1.0, which is a share, is not the number.
+        parsed = next((each for each in own_values if str(each) == value), as_setting(axis, value))
+        if parsed not in own_values:
             raise ConfigError(f"baseline: found {text!r}, {expected}")
         if axis in baseline:
             raise ConfigError(
                 f"baseline: found {axis}={baseline[axis]} and {text}, expected one value of {axis}: all groups are "
                 "compared with the same one. Make a report for each."
             )
-        baseline[axis] = as_value(value)
+        baseline[axis] = parsed
     if not any(_matches(group, baseline) for group in study.groups):
         raise ConfigError(f"baseline: found no run with {' and '.join(texts)}, {expected}")
     return baseline

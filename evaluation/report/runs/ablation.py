@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import reduce
 from itertools import product
@@ -15,7 +15,7 @@ from typing import Any
 from lpc_lightning.data import DataError
 from lpc_lightning.evaluation.ablation.grids.axes import matches
 from lpc_lightning.evaluation.benchmarks.results import RESULTS
-from lpc_lightning.evaluation.report.runs.arguments import place_arguments
+from lpc_lightning.evaluation.report.runs.arguments import PlacedSettings, place_arguments
 from lpc_lightning.evaluation.report.runs.fit import read_run
 from lpc_lightning.evaluation.report.runs.inputs import Inputs
 from lpc_lightning.evaluation.report.runs.records import (
@@ -25,9 +25,8 @@ from lpc_lightning.evaluation.report.runs.records import (
     RunProvenance,
     RunRecord,
     numeric_metrics,
-    split_seed,
 )
-from lpc_lightning.evaluation.report.runs.settings import WEIGHTS, as_value
+from lpc_lightning.evaluation.report.runs.settings import SHARES, WEIGHTS, Value, as_share, as_value
 from lpc_lightning.evaluation.report.runs.tuning import read_tunings
 
 ABLATION, CELL, CELLS = "ablation.json", "cell.json", "cells"
@@ -42,24 +41,43 @@ def load_ablation(folder: Path) -> Loaded:
     facts = {"base": shlex.join(ablation["base"]), **ablation["versions"], "folder": str(folder)}
     origin = RunProvenance(ablation["name"], ablation["command"], facts)
     grid = ablation["axes"]
-    axes = {name: tuple(map(as_value, values)) for name, values in grid.items() if name != "seed"}
-    missing = tuple(_missing_cells(grid, ablation.get("skip", ()), cells.records))
+    shares = _share_axes(argument for record in cells.records for argument in record.arguments)
+    axes = {
+        name: tuple(map(as_share if name in shares else as_value, values))
+        for name, values in grid.items()
+        if name != "seed"
+    }
+    missing = tuple(_missing_cells(grid, ablation.get("skip", ()), cells.records, shares))
     missing = tuple(replace(record, grid=str(folder), grid_axes=tuple(grid)) for record in missing)
-    return Loaded(axes=axes, origins=(origin,), tunings=tuple(read_tunings(folder))) + cells + Loaded(records=missing)
+    tunings = tuple(replace(each, axes=_read_axes(each.axes, shares)) for each in read_tunings(folder))
+    return Loaded(axes=axes, origins=(origin,), tunings=tunings) + cells + Loaded(records=missing)
+
+
+def _share_axes(arguments: Iterable[PlacedSettings]) -> set[str]:
+    """Return the axes that set one of `SHARES`."""
+    own = (
+        argument for argument in arguments if argument.place == "axis" and not set(SHARES).isdisjoint(argument.names)
+    )
+    return {axis for argument in own for axis in argument.axes}
+
+
+def _read_axes(axes: Mapping[str, Any], shares: Set[str]) -> dict[str, Value]:
+    """Convert values by axis. Those of `shares` are values of one of `SHARES`."""
+    return {axis: as_share(value) if axis in shares else as_value(value) for axis, value in axes.items()}
 
 
 def _missing_cells(
-    grid: Mapping[str, Sequence[Any]], skip: Sequence[Mapping[str, Any]], cells: Sequence[RunRecord]
+    grid: Mapping[str, Sequence[Any]], skip: Sequence[Mapping[str, Any]], cells: Sequence[RunRecord], shares: Set[str]
 ) -> Iterator[RunRecord]:
     """Yield a record for each cell of the grid that has no folder and is not skipped."""
     existing = {(frozenset(cell.axes.items()), cell.seed if "seed" in grid else None) for cell in cells}
     for values in product(*grid.values()):
         value_by_axis = dict(zip(grid, values, strict=True))
-        cell = {axis: as_value(value) for axis, value in value_by_axis.items()}
-        axes, seed = split_seed(cell)
+        axes = _read_axes(value_by_axis, shares)
+        name = ",".join(f"{axis}={value}" for axis, value in axes.items())
+        seed = axes.pop("seed", None)
         if (frozenset(axes.items()), seed) in existing or any(matches(value_by_axis, part) for part in skip):
             continue
-        name = ",".join(f"{axis}={value}" for axis, value in cell.items())
         yield RunRecord(name, axes, seed, MISSING, "This cell of the grid was never started.")
 
 
@@ -77,14 +95,17 @@ def load_cell(folder: Path) -> Loaded:
             f"{folder / CELL}: found no entry {', '.join(sorted(missing))}: an earlier version has written the cell. "
             "Remove its folder, or name the folders of the other cells one by one."
         )
-    axes, seed = split_seed(cell["axes"])
     run = folder / "run"
     logged = read_run(run)
+    arguments = tuple(place_arguments(cell, logged.settings))
+    shares = _share_axes(arguments)
+    axes = _read_axes(cell["axes"], shares)
+    seed = axes.pop("seed", None)
     grid = folder.parent.parent
     tuned = {axis: as_value(value) for axis, value in cell["tuned"].items()}
     # A cell at another value than the chosen one ran later at a value that was set by hand.
-    sections = (each.section for each in read_tunings(grid) if each.axes == axes and tuned == {each.axis: each.value})
-    tune = next(sections, "none")
+    chosen = (each for each in read_tunings(grid) if tuned == {each.axis: each.value})
+    tune = next((each.section for each in chosen if _read_axes(each.axes, shares) == axes), "none")
     settings = {**logged.settings, WEIGHTS: cell["weights"], "tune": tune} if logged.settings else {}
     record = replace(
         logged,
@@ -100,7 +121,7 @@ def load_cell(folder: Path) -> Loaded:
         seconds=cell.get("seconds"),
         peak_bytes=cell.get("peak_bytes"),
         grid_axes=tuple(cell["axes"]),
-        arguments=tuple(place_arguments(cell, logged.settings)),
+        arguments=arguments,
         inputs=Inputs(
             f"{grid.name}/{folder.name}", cell.get("started", 0.0), cell.get("files", {}), cell.get("code", "")
         ),

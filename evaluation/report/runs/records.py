@@ -260,10 +260,3 @@ def numeric_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
     }
-
-
-def split_seed(axes: Mapping[str, Any]) -> tuple[dict[str, Value], Value | None]:
-    """Split axes into those other than the seed, and the seed, which is None without such an axis."""
-    values = {name: as_value(value) for name, value in axes.items()}
-    seed = values.pop("seed", None)
-    return values, seed

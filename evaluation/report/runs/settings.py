@@ -49,6 +49,10 @@ WEIGHTS = "weights"
 BATCH_LIMITS = tuple(f"trainer.limit_{stage}_batches" for stage in ("train", "val", "test", "predict"))
 ALL = "all"
 """Value of a setting among `BATCH_LIMITS` that uses all batches."""
+SHARES = (*BATCH_LIMITS, "trainer.overfit_batches", "trainer.val_check_interval", "callbacks.ModelPruning.amount")
+"""Settings in which 1 is one item, and 1.0 is all of them."""
+WHOLE = "1.0"
+"""Value 1.0 of a setting among `SHARES`: a text, because the number is equal to 1."""
 
 
 def as_value(value: Any) -> Value:
@@ -62,6 +66,18 @@ def as_value(value: Any) -> Value:
     if isinstance(value, str):
         return "none" if value == "null" else _parse_number(value)
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def as_share(value: Any) -> Value:
+    """Convert a value of one of `SHARES`."""
+    converted = as_value(value)
+    return WHOLE if isinstance(converted, float) and converted == 1 else converted
+
+
+def as_setting(name: str, value: Any) -> Value:
+    """Convert the value of a setting. Numbers are equal if they mean the same: a learning rate of 1 is one of 1.0."""
+    converted = as_share(value) if name in SHARES else as_value(value)
+    return ALL if name in BATCH_LIMITS and converted in ("none", WHOLE) else converted
 
 
 def _parse_number(text: str) -> Value:
@@ -82,13 +98,7 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Value]:
             `callbacks.LabelFlipNoise.rate`.
     """
     # An empty list of callbacks is the same as none.
-    settings = dict(_flatten("", {name: value for name, value in config.items() if name != "callbacks" or value}))
-    return settings | {name: ALL for name in BATCH_LIMITS if name in settings and _is_all(settings[name])}
-
-
-def _is_all(limit: Value) -> bool:
-    """Return true for none and 1.0. The integer 1 is one batch."""
-    return limit == "none" or (isinstance(limit, float) and limit == 1)
+    return dict(_flatten("", {name: value for name, value in config.items() if name != "callbacks" or value}))
 
 
 def _flatten(name: str, value: Any) -> Iterator[tuple[str, Value]]:
@@ -102,7 +112,7 @@ def _flatten(name: str, value: Any) -> Iterator[tuple[str, Value]]:
         case [{"class_path": str()}, *_] if all(isinstance(entry, dict) and "class_path" in entry for entry in value):
             yield from _flatten_classes(name, value)
         case _:
-            yield name, as_value(value)
+            yield name, as_setting(name, value)
 
 
 def _flatten_classes(name: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Value]]:
