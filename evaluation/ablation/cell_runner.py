@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,9 @@ class CellRunner:
     cpus: float
     gpus: float
     retries: int
+    describe: Callable[[], None]
+    """Function that writes `ablation.json`. It is called after the first cell whose attempt is on record: one that ends
+    before its first step may leave the folder as it was."""
     tuned_by: str | None = None
     """Metric that scores tuning cells."""
 
@@ -56,11 +59,15 @@ class CellRunner:
             print(
                 f"{those} other settings, files or code; {results} results will be replaced (--keep_stale keeps them)."
             )
-        progress = Progress(len(jobs))
+        progress, is_described = Progress(len(jobs)), False
 
         def on_end(job: Job, record: Record | None) -> None:
+            nonlocal is_described
             progress(job, record)
             cell = by_path[job.folder]
+            if record is not None and not is_described and cell.has_begun:
+                self.describe()
+                is_described = True
             if self.tuned_by is not None and cell.folder.is_tuning:
                 cell.outcome(self.tuned_by, keep_stale=False)  # a misspelt metric is found after the first cell
 

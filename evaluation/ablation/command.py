@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from lpc_lightning.errors import ConfigError
 from lpc_lightning.evaluation.ablation.cell_runner import CellRunner
 from lpc_lightning.evaluation.ablation.cells.folder import Weights
 from lpc_lightning.evaluation.ablation.grids.grid import Grid, read_grid
-from lpc_lightning.evaluation.ablation.overview import write_overview
+from lpc_lightning.evaluation.ablation.overview import OVERVIEW, check_overview, write_overview
 from lpc_lightning.evaluation.ablation.plan import Plan, PlannedCell
 from lpc_lightning.evaluation.ablation.slurm import array_script
 from lpc_lightning.evaluation.ablation.stages import Stages
@@ -113,10 +114,13 @@ def ablate(
         command += [f"--{name}" for name, is_set in flags.items() if is_set]
         _print_array(changed_grid.name, command, stages.to_run(cells if cell is None else [cells[cell]]))
         return True
-    write_overview(folder, changed_grid, shlex.join(command))
+    check_overview(folder, changed_grid)
+    describe = partial(write_overview, folder, changed_grid, shlex.join(command))
+    if not (folder / OVERVIEW).exists():
+        describe()
     tuned_by = None if changed_grid.tune is None else changed_grid.tune.by
     runner = CellRunner(
-        folder, weights, processes, threads, remove_checkpoints, launcher, cpus, gpus, retries, tuned_by
+        folder, weights, processes, threads, remove_checkpoints, launcher, cpus, gpus, retries, describe, tuned_by
     )
     try:
         stages.run(runner.run, cell)

@@ -16,7 +16,7 @@ from lpc_lightning.evaluation.ablation.grids.tuning import Choice, Tuning, mean_
 from lpc_lightning.evaluation.provenance import provenance
 from lpc_lightning.files.json_files import write_json
 
-TUNING = "tuning.json"
+OVERVIEW, TUNING = "ablation.json", "tuning.json"
 
 
 def write_overview(output: Path, grid: Grid, command: str) -> None:
@@ -28,39 +28,57 @@ def write_overview(output: Path, grid: Grid, command: str) -> None:
         command: The command that runs the grid.
 
     Raises:
-        ConfigError: The folder has a grid with other axes, or a seed would both tune and have results.
+        ConfigError: See `check_overview`.
     """
-    path = output / "ablation.json"
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / "lock"):  # another command may run other values in the same folder
-        _update(path, grid, command)
+        _update(output / OVERVIEW, grid, command)
+
+
+def check_overview(output: Path, grid: Grid) -> None:
+    """Check that the grid fits those of earlier commands in the same folder.
+
+    Args:
+        output: The ablation's folder.
+        grid: The grid.
+
+    Raises:
+        ConfigError: The folder has a grid with other axes, or a seed would both tune and have results.
+    """
+    before, names = _earlier_axes(output), [axis.name for axis in grid.axes]
+    if before and set(before) != set(names):
+        raise ConfigError(
+            f"output: found a grid over {', '.join(before)} in {output}, expected one over "
+            f"{', '.join(names)}. Use another folder (--output)."
+        )
+    tuning_seeds = [] if grid.tune is None else [to_text(seed) for seed in grid.tune.seeds]
+    seeds = next((axis.values for axis in grid.axes if axis.name == "seed"), ())
+    if used := sorted({to_text(seed) for seed in seeds} & _earlier_tuning_seeds(output / TUNING)):
+        raise ConfigError(
+            f"seed: found {', '.join(used)}, which tuned the results in {output}, expected other seeds, or "
+            "another folder (--output): results of a seed that was used for tuning are biased."
+        )
+    if used := [seed for seed in before.get("seed", []) if to_text(seed) in tuning_seeds]:
+        raise ConfigError(
+            f"tune.seeds: found {', '.join(map(str, used))}, which the results in {output} have, expected other "
+            "seeds, or another folder (--output)."
+        )
+
+
+def _earlier_axes(output: Path) -> dict[str, list[Any]]:
+    """Return the axes of earlier commands with their values."""
+    path = output / OVERVIEW
+    axes: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))["axes"] if path.exists() else {}
+    return axes
 
 
 def _update(path: Path, grid: Grid, command: str) -> None:
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"axes": {}}
-    names = [axis.name for axis in grid.axes]
-    if before["axes"] and set(before["axes"]) != set(names):
-        raise ConfigError(
-            f"output: found a grid over {', '.join(before['axes'])} in {path.parent}, expected one over "
-            f"{', '.join(names)}. Use another folder (--output)."
-        )
-    tune = grid.tune
-    tuning_seeds = [] if tune is None else [to_text(seed) for seed in tune.seeds]
-    seeds = next((axis.values for axis in grid.axes if axis.name == "seed"), ())
-    if used := sorted({to_text(seed) for seed in seeds} & _earlier_tuning_seeds(path.with_name(TUNING))):
-        raise ConfigError(
-            f"seed: found {', '.join(used)}, which tuned the results in {path.parent}, expected other seeds, or "
-            "another folder (--output): results of a seed that was used for tuning are biased."
-        )
-    if used := [seed for seed in before["axes"].get("seed", []) if to_text(seed) in tuning_seeds]:
-        raise ConfigError(
-            f"tune.seeds: found {', '.join(map(str, used))}, which the results in {path.parent} have, expected other "
-            "seeds, or another folder (--output)."
-        )
+    check_overview(path.parent, grid)
+    before, tune = _earlier_axes(path.parent), grid.tune
     overview = {
         "name": grid.name,
         "base": [*grid.base, *grid.settings],
-        "axes": {axis.name: _values(axis, before["axes"].get(axis.name, [])) for axis in grid.axes},
+        "axes": {axis.name: _values(axis, before.get(axis.name, [])) for axis in grid.axes},
         "tune": None if tune is None else tune.describe(),
         "skip": [dict(combination) for combination in grid.skip],
         "command": command,

@@ -30,6 +30,12 @@ class PlannedCell:
     new_record: Record
     """The record that a new run would start with."""
 
+    @property
+    def has_begun(self) -> bool:
+        """True if an attempt with the present settings, files and code is on record."""
+        record = self.folder.record()
+        return record is not None and record.fingerprint == self.new_record.fingerprint
+
     def needs_run(self, retry_failed: bool, keep_stale: bool) -> bool:
         """Return True if the cell must run. See `ablate` for the settings."""
         record = self.folder.record()
