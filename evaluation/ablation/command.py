@@ -81,8 +81,9 @@ def ablate(
         weights: Weights to validate and test: those of the `last` step, or those of the `best` checkpoint.
         retry_failed: Run failed cells again.
         keep_stale: Skip finished cells even if their settings, files or code have changed.
-        remove_checkpoints: Remove the checkpoints of each cell when it has finished. With the state of the optimizer,
-            two checkpoints of a policy of 135M parameters take 3 GB. Interrupted and failed cells keep theirs.
+        remove_checkpoints: Remove the checkpoints of each cell when it has finished, and those of cells that earlier
+            commands have finished. With the state of the optimizer, two checkpoints of a policy of 135M parameters take
+            3 GB. Interrupted, failed and stale cells keep theirs.
         launcher: `local`: processes on this machine; `ray`: tasks on an existing Ray cluster (extra `ray`).
         cpus: Number of CPUs per cell, with Ray.
         gpus: Number of GPUs per cell, with Ray. Cells share a GPU if it is below 1.
@@ -128,6 +129,10 @@ def ablate(
         planned = stages.plan()
         _print_summary(planned, changed_grid, folder, keep_stale)
     selected = planned.cells if cell is None else [planned.cells[cell]]
+    if remove_checkpoints:
+        for each in selected:
+            if each.folder.is_finished and each.has_begun:  # of earlier commands, too
+                each.folder.remove_checkpoints()
     is_complete = planned.is_complete or cell is not None
     return is_complete and all(map(stages.is_finished, selected))
 

@@ -68,10 +68,10 @@ def run(fits: Fits, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     grid = tmp_path / "trial.yaml"
     grid.write_text(yaml.safe_dump({"base": [f"--data.path={data}"], "axes": axes}, sort_keys=False))
 
-    def run(*changes: str, keep_stale: bool = False) -> str:
+    def run(*changes: str, **settings: bool) -> str:
         capsys.readouterr()
         with suppress(KeyboardInterrupt):
-            ablate([str(grid), *changes], output=str(tmp_path / "out"), keep_stale=keep_stale)
+            ablate([str(grid), *changes], output=str(tmp_path / "out"), **settings)  # type: ignore[arg-type]
         return capsys.readouterr().out
 
     return run
@@ -112,6 +112,33 @@ def test_summary_of_removed_results(run: Callable[..., str], fits: Fits, tmp_pat
     (tmp_path / "out" / "cells" / "latent=gumbel" / "results.json").unlink()
     fits.limit = 0
     assert "2 finished, 1 stale (run again): " in run()
+
+
+def test_remove_checkpoints_of_earlier_commands(
+    run: Callable[..., str], fits: Fits, data: Path, tmp_path: Path
+) -> None:
+    """A command that was killed may have left them. Those of stale cells stay, also with --keep_stale."""
+    fits.failed = ("marginal",)
+    run()
+    for latent in LATENTS:
+        checkpoint = tmp_path / "out" / "cells" / f"latent={latent}" / "run" / "checkpoints" / "last.ckpt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.write_text("")
+
+    def left() -> set[str]:
+        return {path.parts[-4].removeprefix("latent=") for path in tmp_path.glob("out/cells/*/run/checkpoints/*.ckpt")}
+
+    run()
+    assert left() == set(LATENTS)
+    run("latent=gumbel", remove_checkpoints=True)
+    assert left() == {"none", "marginal"}
+    digest = data.read_text()
+    data.write_text("{}\n{}\n")
+    run("latent=none", keep_stale=True, remove_checkpoints=True)
+    assert left() == {"none", "marginal"}
+    data.write_text(digest)
+    run(remove_checkpoints=True)
+    assert left() == {"marginal"}, "it has failed"
 
 
 def test_report_names_cells_of_older_data(
