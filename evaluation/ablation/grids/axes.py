@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cache
 from typing import Any
 
@@ -42,14 +43,39 @@ class Axis:
         A text such as 3e-4, which is no number in YAML, becomes the number that it is in a fit.
 
         Raises:
-            ConfigError: The axis has named values, and a name is not one of them.
+            ConfigError: The axis has named values, and a name is not one of them. Or see `as_json`.
         """
+        values = [as_json(value, self.name) for value in values]
         if isinstance(self.arguments, Mapping):
             values = [str(value) for value in values]
             if unknown := [value for value in values if value not in self.arguments]:
                 raise ConfigError(f"{self.name}: found {', '.join(unknown)}, expected {', '.join(self.arguments)}.")
             return replace(self, values=tuple(values))
         return replace(self, values=tuple(float(value) if _is_exponential(value) else value for value in values))
+
+
+def as_json(value: Any, label: str) -> Any:
+    """Return a value of YAML as JSON has it: a date becomes its text, such as 2024-01-01.
+
+    Args:
+        value: The value.
+        label: Name of the axis or the setting, for errors.
+
+    Raises:
+        ConfigError: JSON has no such value.
+    """
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, list):
+        return [as_json(each, label) for each in value]
+    if isinstance(value, dict):
+        return {as_json(key, label): as_json(each, label) for key, each in value.items()}
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ConfigError(
+        f"{label}: found {value!r}, which is a {type(value).__name__}, expected a number, a text, true, false, null, "
+        "or lists and mappings of these. Write a text in quotes."
+    )
 
 
 def to_text(value: Any) -> str:
@@ -107,7 +133,7 @@ def read_axis(name: str, content: Any, label: str) -> Axis:
         )
     if set(content) not in ({"values", "key"}, {"values", "arguments"}):
         named_arguments = {
-            str(value): tuple(read_arguments(arguments, f"{label}.{value}"))
+            str(as_json(value, label)): tuple(read_arguments(arguments, f"{label}.{value}"))
             for value, arguments in content.items()
             if value != "values"
         }

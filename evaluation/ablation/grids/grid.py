@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.grids.axes import Axis, matches, read_arguments, read_axis, setting_name, to_text
+from lpc_lightning.evaluation.ablation.grids.axes import (
+    Axis,
+    as_json,
+    matches,
+    read_arguments,
+    read_axis,
+    setting_name,
+    to_text,
+)
 from lpc_lightning.evaluation.ablation.grids.replaced import BASE, CHANGE, TUNED, PlacedArgument, find_replaced
 from lpc_lightning.evaluation.ablation.grids.tuning import Tuning, read_tuning
 from lpc_lightning.files.yaml_files import parse_yaml, read_yaml
@@ -317,4 +325,4 @@ def _wrong_keys(content: Any, path: Path) -> ConfigError:
 
 
 def _parse_values(text: str, name: str) -> list[Any]:
-    return [parse_yaml(part, name) for part in text.split(",")]
+    return [as_json(parse_yaml(part, name), name) for part in text.split(",")]

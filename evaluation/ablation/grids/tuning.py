@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from lpc_lightning.errors import ConfigError
-from lpc_lightning.evaluation.ablation.grids.axes import Axis, read_arguments, read_axis, to_text
+from lpc_lightning.evaluation.ablation.grids.axes import Axis, as_json, read_arguments, read_axis, to_text
 
 KEYS = {"axis", "values", "seeds", "by", "mode", "widen", "arguments"}
 """Keys of the section `tune`."""
@@ -133,7 +133,8 @@ def read_tuning(content: Any, axis: Any, label: str) -> Tuning:
     tuned = read_axis(str(name), {**axis, "values": values}, f"{label} axes.{name}")
     options = {key: content[key] for key in ("mode", "widen") if key in content}
     arguments = tuple(read_arguments(content.get("arguments", []), f"{label} tune.arguments"))
-    return Tuning(tuned, tuple(content["seeds"]), str(content["by"]), **options, arguments=arguments)
+    seeds = tuple(as_json(seed, f"{label} tune.seeds") for seed in content["seeds"])
+    return Tuning(tuned, seeds, str(content["by"]), **options, arguments=arguments)
 
 
 class Outcome(NamedTuple):
