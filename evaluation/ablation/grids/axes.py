@@ -113,6 +113,33 @@ def parse_value(text: str) -> Any:
         return text
 
 
+def split_values(text: str) -> Iterator[str]:
+    """Yield the parts of a list of values, separated by commas that are outside brackets and quotes.
+
+    A bracket or a quote inside a text, as in `it's`, is a character of the text.
+    """
+    start, depth, quote, position = 0, 0, "", 0
+    while position < len(text):
+        character, before = text[position], text[start:position].rstrip()
+        if quote:
+            is_escape = character == "\\" if quote == '"' else text[position : position + 2] == "''"
+            if is_escape:
+                position += 1
+            elif character == quote:
+                quote = ""
+        elif character in "\"'" and (not before or (depth and before[-1] in "[{,:")):
+            quote = character
+        elif character in "[{" and (depth or not before):
+            depth += 1
+        elif character in "]}" and depth:
+            depth -= 1
+        elif character == "," and not depth:
+            yield text[start:position]
+            start = position + 1
+        position += 1
+    yield text[start:]
+
+
 def read_axis(name: str, content: Any, label: str) -> Axis:
     """Read an axis: `key` or `arguments` with `values`, or names with their arguments.
 

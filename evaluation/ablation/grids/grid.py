@@ -18,6 +18,7 @@ from lpc_lightning.evaluation.ablation.grids.axes import (
     read_arguments,
     read_axis,
     setting_name,
+    split_values,
     to_text,
 )
 from lpc_lightning.evaluation.ablation.grids.replaced import BASE, CHANGE, TUNED, PlacedArgument, find_replaced
@@ -325,4 +326,4 @@ def _wrong_keys(content: Any, path: Path) -> ConfigError:
 
 
 def _parse_values(text: str, name: str) -> list[Any]:
-    return [as_json(parse_yaml(part, name), name) for part in text.split(",")]
+    return [as_json(parse_yaml(part, name), name) for part in split_values(text)]

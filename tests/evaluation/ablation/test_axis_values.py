@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,3 +65,32 @@ def test_values_that_json_has_not_are_refused(read: Callable[..., Grid], value: 
         read(f"[[1, {value}]]")
     with pytest.raises(ConfigError, match=rf"seed: {NO_VALUE.format(kind=kind)}"):
         read().with_changes([f"seed=[{value}]"])
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1,2", [1, 2]),
+        ("[1,2],[3]", [[1, 2], [3]]),
+        ("[[1,2],[3]], 4", [[[1, 2], [3]], 4]),
+        ("{a: 1, b: [2, 3]},null", [{"a": 1, "b": [2, 3]}, None]),
+        ("'a,b',c", ["a,b", "c"]),
+        ('"a,\\"b",c', ['a,"b', "c"]),
+        ("'it''s, b',c", ["it's, b", "c"]),
+        ('["a]",b],c', [["a]", "b"], "c"]),
+        ("['x,]', {y: '}'}],c", [["x,]", {"y": "}"}], "c"]),
+        ("it's,b's", ["it's", "b's"]),
+        ("a[1,b]2", ["a[1", "b]2"]),
+        ("", [None]),
+        ("1,,2", [1, None, 2]),
+    ],
+)
+def test_values_of_a_change(read: Callable[..., Grid], text: str, values: list[Any]) -> None:
+    (axis, _) = read().with_changes([f"a={text}"]).axes
+    assert list(axis.values) == values
+
+
+@pytest.mark.parametrize("text", ["[1,2", "'a,b", "{a: [1}"])
+def test_open_bracket_in_a_change_is_refused(read: Callable[..., Grid], text: str) -> None:
+    with pytest.raises(ConfigError, match="a: found text that is no YAML"):
+        read().with_changes([f"a={text},3"])
