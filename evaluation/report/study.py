@@ -163,8 +163,10 @@ def _without_interval(label: str, group: Group, metrics: Sequence[str]) -> Itera
         mean = group.estimate(metric)
         if mean is not None and mean.prompts and mean.low is None:
             count = "one prompt" if mean.prompts == 1 else f"{mean.prompts} prompts"
-            most = f"one of {count} has most of the pairs; an interval needs pairs of more prompts"
-            why = f"all pairs have {count}; an interval needs {MIN_PROMPTS}" if mean.prompts < MIN_PROMPTS else most
+            if mean.prompts < MIN_PROMPTS:
+                why = f"all pairs have {count}; an interval needs {MIN_PROMPTS}"
+            else:
+                why = f"one of {count} has most of the pairs; an interval needs pairs of more prompts"
             yield LeftOut(label, "no interval", f"{metric}: {why}")
         elif mean is not None and mean.prompts and not mean.annotators and "/adaptation/" in metric:
             few = f"fewer than {MIN_PROMPTS} annotators, or what each of them adds is not on record"

@@ -66,9 +66,9 @@ def means_table(study: Study, metrics: Sequence[str]) -> Table:
     notes = [
         "Mean over n seeds with Student's 95 % confidence interval. It covers what changes with the seed. If seeds are "
         "scored on the same prompts, it also covers the choice of these prompts (prompts in the CSV file), except for "
-        "metrics that the table of left-out runs names: what each prompt adds to them is not on record. One seed, or "
-        f"fewer than {MIN_PROMPTS} such prompts, give no interval. If n is smaller than the number of runs, the other "
-        "runs are listed there, too."
+        "metrics that the table of left-out runs names: what each prompt adds to them is not on record. One seed, "
+        f"fewer than {MIN_PROMPTS} such prompts, or one with most of the pairs give no interval. If n is smaller than "
+        "the number of runs, the other runs are listed there, too."
     ]
     if any(ADAPTATION in metric for metric in metrics):
         notes.append(
@@ -122,7 +122,7 @@ def contrasts_table(study: Study, contrasts: Sequence[Contrast], baseline: Mappi
         f"{MIN_SEEDS} seeds. Sign flips: the exact test over seeds alone. It assumes no normal distribution and is not "
         "corrected; with n seeds it is never below 2^(1 - n). If all differences are equal and no prompts are shared, "
         "t is not defined, and p is that of the sign flips. Fewer than "
-        f"{MIN_PROMPTS} test prompts, shared by the seeds, allow no test."
+        f"{MIN_PROMPTS} test prompts, shared by the seeds, or one with most of the pairs allow no test."
     ]
     names = list(make_record(dict.fromkeys([*study.axes, *study.constant]), dict.fromkeys(DIFFERENCE_NAMES)))
     return Table("differences", "Differences to the baseline", columns, rows, records, notes, names)

@@ -44,9 +44,11 @@ class CellCLI(PreferenceCLI):
         scored: tuple[Stage, ...] = ("validation", "test")
         self.stages = tuple(stage for stage in scored if _has_pairs(self.datamodule, stage))
         assert self._run_folder is not None
-        # Added to the trainer, but not to the settings.
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
-        callbacks.append(DiscardEarlier(CellFolder(self._run_folder.parent)))
+        folder = CellFolder(self._run_folder.parent)
+        if folder.earlier.exists():
+            # Added to the trainer, but not to the settings.
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+            callbacks.append(DiscardEarlier(folder))
 
 
 class DiscardEarlier(Callback):
